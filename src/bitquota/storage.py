@@ -1,0 +1,219 @@
+"""How a quantized weight is stored, and how many bits that takes: exact integers, no torch.
+
+A weight is seen as a matrix ``rows x columns``: one row per output channel (or embedding row, or
+expert and output), the columns being what is summed over. Scales and zero points follow the
+granularity; codes are packed densely, each row padded to ``row_alignment_bits``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Self
+
+from bitquota.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from bitquota.canonical import JsonObject
+
+FULL_PRECISION_BITS = 32
+"""The ``weight_bits`` of a candidate that leaves the layer as it is."""
+
+WEIGHT_BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16, FULL_PRECISION_BITS)
+
+
+class Grid(StrEnum):
+    """Where the integer grid lies."""
+
+    SYMMETRIC = "symmetric"
+    ASYMMETRIC = "asymmetric"
+
+
+class Granularity(StrEnum):
+    """Which weights share one scale."""
+
+    TENSOR = "tensor"
+    CHANNEL = "channel"
+    GROUP = "group"
+
+
+class ScaleRule(StrEnum):
+    """How a scale is fitted to the weights that share it."""
+
+    ABSMAX = "absmax"
+    PERCENTILE = "percentile"
+    LEAST_SQUARES = "least_squares"
+
+
+class ScaleFormat(StrEnum):
+    """In which floating-point format scales are stored."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+    @property
+    def bits(self) -> int:
+        """Bits of one stored scale."""
+        return 32 if self is ScaleFormat.FP32 else 16
+
+
+class Rounding(StrEnum):
+    """How weights are rounded to the grid once the scale is known."""
+
+    NEAREST = "nearest"
+    ERROR_FEEDBACK = "error_feedback"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """Everything about a weight's quantization except its bit-width.
+
+    Attributes:
+        grid: Symmetric (no zero point) or asymmetric (one integer zero point per scale).
+        granularity: Which weights share a scale.
+        group_size: Columns per scale when ``granularity`` is ``group``; otherwise ``None``.
+        scale_rule: How the scale is fitted.
+        scale_format: Storage format of the scales.
+        rounding: How weights are rounded.
+        row_alignment_bits: Each row of codes is padded to a multiple of this; 0 packs the whole
+            tensor densely and pads only its end, to a byte.
+    """
+
+    grid: Grid = Grid.SYMMETRIC
+    granularity: Granularity = Granularity.CHANNEL
+    group_size: int | None = None
+    scale_rule: ScaleRule = ScaleRule.LEAST_SQUARES
+    scale_format: ScaleFormat = ScaleFormat.FP32
+    rounding: Rounding = Rounding.NEAREST
+    row_alignment_bits: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that a group size is given exactly when it is needed."""
+        if (self.granularity is Granularity.GROUP) != (self.group_size is not None):
+            msg = (
+                "a group size belongs to granularity 'group' and only to it; got granularity "
+                f"'{self.granularity}' with group_size={self.group_size}"
+            )
+            raise InvalidInput(msg, granularity=str(self.granularity), group_size=self.group_size)
+        if self.group_size is not None and self.group_size < 1:
+            msg = f"group_size must be at least 1; got {self.group_size}"
+            raise InvalidInput(msg, group_size=self.group_size)
+        if self.row_alignment_bits not in (0, 8, 16, 32, 64):
+            msg = f"row_alignment_bits must be 0, 8, 16, 32 or 64; got {self.row_alignment_bits}"
+            raise InvalidInput(msg, row_alignment_bits=self.row_alignment_bits)
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as plain JSON."""
+        return {k: str(v) if isinstance(v, StrEnum) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Self:
+        """Rebuild from ``to_json``; raises ``ValueError`` on an unknown member."""
+        return cls(
+            grid=Grid(data["grid"]),
+            granularity=Granularity(data["granularity"]),
+            group_size=data["group_size"],
+            scale_rule=ScaleRule(data["scale_rule"]),
+            scale_format=ScaleFormat(data["scale_format"]),
+            rounding=Rounding(data["rounding"]),
+            row_alignment_bits=data["row_alignment_bits"],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageSize:
+    """Bits that one stored weight takes, by what they hold. All are exact integers."""
+
+    codes: int
+    scales: int = 0
+    zero_points: int = 0
+    padding: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse negative parts."""
+        if min(self.codes, self.scales, self.zero_points, self.padding) < 0:
+            msg = f"sizes must not be negative; got {self}"
+            raise InvalidInput(msg)
+
+    @property
+    def total(self) -> int:
+        """All bits together."""
+        return self.codes + self.scales + self.zero_points + self.padding
+
+    def __add__(self, other: StorageSize) -> StorageSize:
+        """Add part by part."""
+        return StorageSize(
+            codes=self.codes + other.codes,
+            scales=self.scales + other.scales,
+            zero_points=self.zero_points + other.zero_points,
+            padding=self.padding + other.padding,
+        )
+
+    def to_json(self) -> JsonObject:
+        """Return the four parts and their total."""
+        return asdict(self) | {"total": self.total}
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Self:
+        """Rebuild from ``to_json`` (the total is recomputed, and checked if present)."""
+        parts = {k: data[k] for k in ("codes", "scales", "zero_points", "padding")}
+        size = cls(**parts)
+        if data.get("total", size.total) != size.total:
+            msg = f"the parts of a size sum to {size.total} bits; got a total of {data['total']}"
+            raise InvalidInput(msg, parts=size.total, total=data["total"])
+        return size
+
+
+def n_scales(rows: int, columns: int, scheme: Scheme) -> int:
+    """Return how many scales a ``rows x columns`` weight has; a last group may be short."""
+    if scheme.granularity is Granularity.TENSOR:
+        return 1
+    if scheme.granularity is Granularity.CHANNEL:
+        return rows
+    assert scheme.group_size is not None  # noqa: S101  # invariant of Scheme
+    return rows * -(-columns // scheme.group_size)
+
+
+def storage_size(
+    rows: int,
+    columns: int,
+    weight_bits: int,
+    scheme: Scheme,
+    *,
+    full_precision_bits: int = FULL_PRECISION_BITS,
+) -> StorageSize:
+    """Return the exact storage of a ``rows x columns`` weight at ``weight_bits``.
+
+    Args:
+        rows: Output channels.
+        columns: Weights per output channel.
+        weight_bits: One of ``WEIGHT_BITS``; 32 leaves the weight as it is, without scales.
+        scheme: Grid, granularity, formats and alignment.
+        full_precision_bits: Bits of one weight when it is left as it is (32, or 16 for a
+            half-precision checkpoint).
+
+    Raises:
+        InvalidInput: ``weight_bits`` is not one of ``WEIGHT_BITS``.
+    """
+    if weight_bits not in WEIGHT_BITS:
+        allowed = ", ".join(map(str, WEIGHT_BITS))
+        msg = f"a bit-width must be one of {allowed}; got {weight_bits}"
+        raise InvalidInput(msg, weight_bits=weight_bits)
+    n_weights = rows * columns
+    if weight_bits == FULL_PRECISION_BITS:
+        return StorageSize(codes=n_weights * full_precision_bits)
+    codes = n_weights * weight_bits
+    scale_count = n_scales(rows, columns, scheme)
+    zero_point_bits = scale_count * weight_bits if scheme.grid is Grid.ASYMMETRIC else 0
+    if scheme.row_alignment_bits:
+        padding = rows * (-(columns * weight_bits) % scheme.row_alignment_bits)
+        padding += -zero_point_bits % scheme.row_alignment_bits
+    else:
+        padding = -codes % 8 + -zero_point_bits % 8
+    return StorageSize(
+        codes=codes,
+        scales=scale_count * scheme.scale_format.bits,
+        zero_points=zero_point_bits,
+        padding=padding,
+    )
