@@ -16,6 +16,7 @@ the quantizable weights.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -126,7 +127,7 @@ class Budget:
         """
         costs = table.costs(self.resource)
         offsets = table.offsets
-        cheapest = [int(costs[a:b].min()) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        cheapest = [int(costs[a:b].min()) for a, b in itertools.pairwise(offsets)]
         peak = self.resource == "activation_bits_max"
         least = (max(cheapest) if peak else sum(cheapest)) + self.constant
         if least > self.limit:

@@ -460,7 +460,8 @@ class CandidateTable:
         """
         offsets = self.offsets
         if len(choice) != len(offsets) - 1:
-            msg = f"a choice must name one row for each of {len(offsets) - 1} groups; got {len(choice)}"
+            groups = len(offsets) - 1
+            msg = f"a choice must name one row for each of {groups} groups; got {len(choice)}"
             raise InvalidInput(msg)
         chosen: list[Candidate] = []
         for g, local in enumerate(choice):

@@ -1,0 +1,20 @@
+"""What users ship after post-training quantization to repair part of the damage."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Correction(StrEnum):
+    """A step that changes a quantized model without training it.
+
+    A plan records its corrections, is measured with them, and is compared only with baselines
+    that have them too.
+    """
+
+    FOLD_BATCH_NORM = "fold_batch_norm"
+    """Multiply each batch norm into the layer before it, before quantizing."""
+    BATCH_NORM_STATISTICS = "batch_norm_statistics"
+    """Re-estimate running mean and variance on unlabelled data after quantizing."""
+    BIAS_CORRECTION = "bias_correction"
+    """Shift each layer's bias by the mean output error per channel after quantizing."""

@@ -1,0 +1,346 @@
+"""A plan: one candidate for every layer, exact sizes, measured loss, proof, and baselines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Self
+
+from bitquota.budget import Budget
+from bitquota.candidates import Candidate, Layer, UnquantizedTensor
+from bitquota.canonical import canonical_json, digest_json
+from bitquota.corrections import Correction
+from bitquota.errors import InvalidPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from bitquota.canonical import JsonObject
+    from bitquota.storage import StorageSize
+
+SCHEMA = "bitquota/plan/1"
+SOLVER = "solver"
+"""``Plan.selected`` when the solver's own plan measured best."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredLoss:
+    """Mean loss increase over full precision on ``n_samples`` samples, and its standard error."""
+
+    mean: float
+    standard_error: float
+    n_samples: int
+    unit: str = "nats/sample"
+    accuracy: float | None = None
+    """Top-1 accuracy on the same samples when they are labelled, between 0 and 1."""
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as plain JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Self:
+        """Rebuild from ``to_json``."""
+        return cls(**data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """One layer and the candidate it gets."""
+
+    layer: Layer
+    candidate: Candidate
+
+    def to_json(self) -> JsonObject:
+        """Return layer and candidate as plain JSON."""
+        return {"layer": self.layer.to_json(), "candidate": self.candidate.to_json()}
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Self:
+        """Rebuild from ``to_json``."""
+        return cls(
+            layer=Layer.from_json(data["layer"]),
+            candidate=Candidate.from_json(data["candidate"]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """How good the solver's choice is for the matrix it was given.
+
+    ``bound <= objective`` holds for the *predicted* loss increase; only a measurement speaks
+    of the true one.
+    """
+
+    status: str
+    limit: str | None
+    objective: float
+    bound: float | None
+    solver: str
+    matrix_digest: str
+    certified: bool = False
+    """Whether the bound is safe against rounding, not merely a float that a solver printed."""
+
+    @property
+    def absolute_gap(self) -> float | None:
+        """``objective - bound``."""
+        return None if self.bound is None else max(0.0, self.objective - self.bound)
+
+    @property
+    def relative_gap(self) -> float | None:
+        """The absolute gap as a share of the objective's magnitude."""
+        gap = self.absolute_gap
+        if gap is None:
+            return None
+        return 0.0 if gap == 0 else gap / max(abs(self.objective), 1e-300)
+
+    def to_json(self) -> JsonObject:
+        """Return the fields and both gaps as plain JSON."""
+        gaps = {"absolute_gap": self.absolute_gap, "relative_gap": self.relative_gap}
+        return asdict(self) | gaps
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Self:
+        """Rebuild from ``to_json``."""
+        values = {k: v for k, v in data.items() if k not in {"absolute_gap", "relative_gap"}}
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """A simpler way to choose, measured on the same samples with the same corrections."""
+
+    name: str
+    weight_bits: tuple[int, ...]
+    """Bit-width of each layer in the plan's order."""
+    size_bits: int
+    measured: MeasuredLoss
+    paired_difference: float = 0.0
+    """Mean over samples of (this baseline's loss minus the returned plan's)."""
+    paired_error: float = 0.0
+    """Standard error of ``paired_difference``."""
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as plain JSON."""
+        return asdict(self) | {"weight_bits": list(self.weight_bits)}
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Self:
+        """Rebuild from ``to_json``."""
+        return cls(
+            **data
+            | {
+                "weight_bits": tuple(data["weight_bits"]),
+                "measured": MeasuredLoss.from_json(data["measured"]),
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The bit-width of every layer, and all that is known about how good that is.
+
+    Attributes:
+        model_digest: Fingerprint of the weights it was made for.
+        assignments: One per quantizable layer, in module order.
+        unquantized: What ships as it is.
+        budgets: Limits that the plan keeps.
+        corrections: What must be applied when the plan is.
+        selected: ``solver``, or the name of the baseline that measured better and was taken.
+        predicted: Loss increase that the sensitivity matrix predicts, or ``None`` for a
+            baseline that it cannot price.
+        measured: Loss increase on the calibration hold-out.
+        proof: The solver's status, bound and gap.
+        baselines: What was measured beside it.
+        loss: Name of the loss.
+        provenance: Digests, seed, samples, versions, request; no clock, no machine.
+    """
+
+    model_digest: str
+    assignments: tuple[Assignment, ...]
+    unquantized: tuple[UnquantizedTensor, ...] = ()
+    budgets: tuple[Budget, ...] = ()
+    corrections: tuple[Correction, ...] = ()
+    selected: str = SOLVER
+    predicted: float | None = None
+    measured: MeasuredLoss | None = None
+    proof: Proof | None = None
+    baselines: tuple[Baseline, ...] = ()
+    loss: str = "kl"
+    provenance: JsonObject = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check names, sizes and budgets from first principles."""
+        if not self.assignments:
+            msg = "a plan must assign at least one layer; got none"
+            raise InvalidPlan(msg)
+        names = [a.layer.name for a in self.assignments]
+        if len(set(names)) != len(names):
+            msg = "a plan must assign each layer once; a name appears twice"
+            raise InvalidPlan(msg)
+        for a in self.assignments:
+            counted = Candidate.of(
+                a.layer, a.candidate.weight_bits, a.candidate.scheme, a.candidate.activation_bits
+            )
+            if a.candidate != counted:
+                msg = (
+                    f"layer '{a.layer.name}' at {a.candidate.label} takes "
+                    f"{counted.size_bits:,} bits; the plan says {a.candidate.size_bits:,} bits "
+                    f"for layer '{a.candidate.layer}'"
+                )
+                raise InvalidPlan(msg, layer=a.layer.name)
+        for budget in self.budgets:
+            spent = self.spent(budget)
+            if spent is not None and spent > budget.limit:
+                msg = (
+                    f"a plan must keep its budget '{budget.text}' ({budget.limit:,} "
+                    f"{budget.unit}); it takes {spent:,}"
+                )
+                raise InvalidPlan(msg, spent=spent, limit=budget.limit)
+
+    def spent(self, budget: Budget) -> int | None:
+        """Return what the plan takes of a budget's resource, or ``None`` for a latency table."""
+        chosen = [a.candidate for a in self.assignments]
+        amounts: dict[str, Iterable[int]] = {
+            "size_bits": (c.size_bits for c in chosen),
+            "code_bits": (c.size.codes for c in chosen),
+            "bit_ops": (c.bit_ops for c in chosen),
+            "activation_bits_max": (c.activation_size_bits for c in chosen),
+        }
+        if budget.resource not in amounts:
+            return None
+        total = max if budget.resource == "activation_bits_max" else sum
+        return budget.constant + total(amounts[budget.resource])
+
+    @property
+    def weight_bits(self) -> tuple[int, ...]:
+        """Bit-width of each layer, in module order."""
+        return tuple(a.candidate.weight_bits for a in self.assignments)
+
+    @property
+    def n_weights(self) -> int:
+        """Quantizable weights."""
+        return sum(a.layer.n_weights for a in self.assignments)
+
+    @property
+    def size(self) -> StorageSize:
+        """Storage of the quantized weights, by part."""
+        return reduce(add, (a.candidate.size for a in self.assignments))
+
+    @property
+    def size_bits(self) -> int:
+        """Storage of the quantized weights with scales, zero points and padding."""
+        return self.size.total
+
+    @property
+    def unquantized_bits(self) -> int:
+        """Storage of everything that ships as it is."""
+        return sum(t.size_bits for t in self.unquantized)
+
+    @property
+    def model_bits(self) -> int:
+        """Storage of the whole model."""
+        return self.size_bits + self.unquantized_bits
+
+    @property
+    def average_bits(self) -> float:
+        """Code bits per quantizable weight, as papers count."""
+        return self.size.codes / self.n_weights
+
+    @property
+    def effective_bits(self) -> float:
+        """Stored bits per quantizable weight, scales, zero points and padding included."""
+        return self.size_bits / self.n_weights
+
+    def to_json(self) -> JsonObject:
+        """Return everything as plain JSON, totals and digest included."""
+        body = {
+            "schema": SCHEMA,
+            "model_digest": self.model_digest,
+            "assignments": [a.to_json() for a in self.assignments],
+            "unquantized": [t.to_json() for t in self.unquantized],
+            "budgets": [b.to_json() for b in self.budgets],
+            "corrections": [str(c) for c in self.corrections],
+            "selected": self.selected,
+            "predicted": self.predicted,
+            "measured": None if self.measured is None else self.measured.to_json(),
+            "proof": None if self.proof is None else self.proof.to_json(),
+            "baselines": [b.to_json() for b in self.baselines],
+            "loss": self.loss,
+            "provenance": self.provenance,
+            "totals": {
+                "n_weights": self.n_weights,
+                "weights": self.size.to_json(),
+                "unquantized_bits": self.unquantized_bits,
+                "model_bits": self.model_bits,
+                "average_bits": self.average_bits,
+                "effective_bits": self.effective_bits,
+            },
+        }
+        return body | {"digest": digest_json(body)}
+
+    def digest(self) -> str:
+        """Return the content digest, as it stands in the JSON."""
+        return str(self.to_json()["digest"])
+
+    def dumps(self) -> str:
+        """Return the canonical JSON text: equal plans give equal bytes."""
+        return canonical_json(self.to_json()) + "\n"
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Self:
+        """Rebuild from ``to_json``; totals and digest are recomputed and compared.
+
+        Raises:
+            InvalidPlan: Another schema, a missing member, or a sum that does not hold.
+        """
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            got = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            msg = f"a plan must be a JSON object of schema '{SCHEMA}'; got {got!r}"
+            raise InvalidPlan(msg)
+        try:
+            plan = cls(
+                model_digest=data["model_digest"],
+                assignments=tuple(Assignment.from_json(a) for a in data["assignments"]),
+                unquantized=tuple(UnquantizedTensor.from_json(t) for t in data["unquantized"]),
+                budgets=tuple(Budget.from_json(b) for b in data["budgets"]),
+                corrections=tuple(Correction(c) for c in data["corrections"]),
+                selected=data["selected"],
+                predicted=data["predicted"],
+                measured=data["measured"] and MeasuredLoss.from_json(data["measured"]),
+                proof=data["proof"] and Proof.from_json(data["proof"]),
+                baselines=tuple(Baseline.from_json(b) for b in data["baselines"]),
+                loss=data["loss"],
+                provenance=data["provenance"],
+            )
+        except InvalidPlan:
+            raise
+        except (KeyError, TypeError, ValueError) as err:
+            msg = f"a plan must have every member of '{SCHEMA}' with its type; got: {err!r}"
+            raise InvalidPlan(msg) from err
+        if "digest" in data and data["digest"] != plan.digest():
+            msg = (
+                "the digest of a plan must fit its content; this file was edited: write it "
+                "with 'bitquota plan', or remove the digest to have it computed anew"
+            )
+            raise InvalidPlan(msg, digest=data["digest"], computed=plan.digest())
+        return plan
+
+    def save(self, path: Path) -> None:
+        """Write the canonical JSON to ``path`` (whole or not at all)."""
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text(self.dumps())
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a plan file; raises ``InvalidPlan``."""
+        try:
+            data = json.loads(path.read_text())
+        except (OSError, ValueError) as err:
+            msg = f"a plan file must be readable JSON; '{path}': {err}"
+            raise InvalidPlan(msg, path=str(path)) from err
+        return cls.from_json(data)

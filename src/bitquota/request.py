@@ -1,0 +1,135 @@
+"""What a user asks of an allocation: everything that decides the plan, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Self
+
+from bitquota.corrections import Correction
+from bitquota.errors import InvalidInput
+from bitquota.storage import WEIGHT_BITS, Scheme
+
+if TYPE_CHECKING:
+    from bitquota.canonical import JsonObject
+
+MEASURES = ("auto", "refine", "pairs", "gram", "diagonal")
+LOSSES = ("kl", "cross_entropy", "mse", "cosine")
+DEFAULT_WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """The complete order for one or several plans of one model.
+
+    Attributes:
+        budgets: One plan for each; a budget is one text, or several joined by ``+`` that must
+            hold together (``"3 bits + 2 GBitOps"``).
+        weight_bits: Bit-widths on offer to every layer.
+        activation_bits: Bit-width of every layer's input, or ``None`` for full precision.
+        scheme: How weights are quantized.
+        fixed: Layer pattern to bit-width.
+        ties: Lists of layer patterns that must share a candidate.
+        exclude: Layer patterns that stay in full precision (and count at that size).
+        corrections: What ships with the plan, measured with it.
+        correction_samples: Samples that re-estimate statistics.
+        loss: Name of the loss whose increase is minimised.
+        measure: How sensitivities are measured; ``auto`` picks by the size of the model.
+        samples: Calibration samples for the measurement.
+        holdout_samples: Further samples on which plans and baselines are compared; when the set
+            is too small for both, each gets its share.
+        seed: Of the choice of samples and of the solver.
+        solver: Solver backend.
+        gap: Relative optimality gap at which the solver may stop.
+        time_limit_s: Limit on one solve, or ``None``; with a limit the plan may depend on the
+            machine's speed.
+    """
+
+    budgets: tuple[str, ...]
+    weight_bits: tuple[int, ...] = DEFAULT_WEIGHT_BITS
+    activation_bits: int | None = None
+    scheme: Scheme = field(default_factory=Scheme)
+    fixed: dict[str, int] = field(default_factory=dict)
+    ties: tuple[tuple[str, ...], ...] = ()
+    exclude: tuple[str, ...] = ()
+    corrections: tuple[Correction, ...] = ()
+    correction_samples: int = 1024
+    loss: str = "kl"
+    measure: str = "auto"
+    samples: int = 512
+    holdout_samples: int = 512
+    seed: int = 0
+    solver: str = "auto"
+    gap: float = 1e-4
+    time_limit_s: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check everything that can be checked without the model."""
+        if not self.budgets:
+            msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
+            raise InvalidInput(msg)
+        _one_of("measure", self.measure, MEASURES)
+        _one_of("loss", self.loss, LOSSES)
+        for bits in self.weight_bits:
+            _one_of("weight_bits", bits, WEIGHT_BITS)
+        if self.activation_bits is not None and not 2 <= self.activation_bits <= 16:
+            msg = f"activation_bits must be between 2 and 16; got {self.activation_bits}"
+            raise InvalidInput(msg, activation_bits=self.activation_bits)
+        for name in ("samples", "holdout_samples", "correction_samples"):
+            if getattr(self, name) < 1:
+                msg = f"{name} must be at least 1; got {getattr(self, name)}"
+                raise InvalidInput(msg)
+        if not 0 <= self.gap < 1:
+            msg = f"gap must be at least 0 and below 1; got {self.gap}"
+            raise InvalidInput(msg)
+        if self.time_limit_s is not None and self.time_limit_s <= 0:
+            msg = f"time_limit_s must be positive, or left out; got {self.time_limit_s}"
+            raise InvalidInput(msg)
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as plain JSON."""
+        return asdict(self) | {
+            "budgets": list(self.budgets),
+            "weight_bits": list(self.weight_bits),
+            "scheme": self.scheme.to_json(),
+            "ties": [list(tie) for tie in self.ties],
+            "exclude": list(self.exclude),
+            "corrections": [str(c) for c in self.corrections],
+        }
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Self:
+        """Rebuild from ``to_json``; members left out take their defaults.
+
+        Raises:
+            InvalidInput: An unknown member, or a value that does not hold.
+        """
+        known = set(cls.__dataclass_fields__)
+        if unknown := sorted(set(data) - known):
+            msg = f"a request has the members {', '.join(sorted(known))}; got also {unknown}"
+            raise InvalidInput(msg, unknown=unknown)
+        values = dict(data)
+        try:
+            if "budgets" in values:
+                values["budgets"] = tuple(values["budgets"])
+            if "weight_bits" in values:
+                values["weight_bits"] = tuple(values["weight_bits"])
+            if "exclude" in values:
+                values["exclude"] = tuple(values["exclude"])
+            if "ties" in values:
+                values["ties"] = tuple(tuple(tie) for tie in values["ties"])
+            if "scheme" in values:
+                values["scheme"] = Scheme.from_json(Scheme().to_json() | values["scheme"])
+            if "corrections" in values:
+                values["corrections"] = tuple(Correction(c) for c in values["corrections"])
+            return cls(**values)
+        except InvalidInput:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError) as err:
+            msg = f"a request must have the members and types of PlanRequest; got: {err}"
+            raise InvalidInput(msg) from err
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        msg = f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}"
+        raise InvalidInput(msg, **{name: value})
