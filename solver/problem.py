@@ -1,0 +1,241 @@
+"""The optimisation problem: one candidate per group, within integer budgets, at least loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bitquota.errors import BudgetTooSmall, Infeasible, InvalidProblem
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+_NO_PAIRS = np.zeros((0, 2), dtype=np.int64)
+_SYMMETRY_TOLERANCE = 1e-12
+_LARGEST_TOTAL = 2**62
+"""Sums of costs stay below this, so that they never overflow int64."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Problem:
+    """Minimise ``constant + diagonal·x + ½ xᵀ cross x`` over one candidate per group.
+
+    ``x`` is one-hot in every group. A *choice* is ``i64[G]``: for each group the index of the
+    chosen row **within** the group; the row itself is ``offsets[g] + choice[g]``.
+
+    Attributes:
+        diagonal: f64[n], loss increase of each row alone.
+        cross: f64[n, n], symmetric, zero inside a group, or ``None`` for a separable problem.
+        offsets: i64[G+1], group ``g`` owns the rows ``offsets[g]:offsets[g+1]``.
+        costs: i64[m, n], what each row takes of each resource; never negative. "At most k groups
+            at 8 bits" is one more row of zeros and ones with limit k.
+        limits: i64[m], ``costs @ x <= limits``.
+        resources: Names of the ``m`` resources.
+        groups: Names of the ``G`` groups.
+        labels: Names of the ``n`` rows, such as ``W4``.
+        constant: Loss increase of the base point.
+        allowed: bool[n], rows that may be chosen (a fixed group has one, a forbidden row none).
+        forbidden_pairs: i64[p, 2], rows of different groups that must not go together.
+        required_pairs: i64[q, 2], choosing the first row requires the second (of another group).
+            "Must go together" is the pair both ways.
+    """
+
+    diagonal: NDArray[np.float64]
+    cross: NDArray[np.float64] | None = None
+    offsets: NDArray[np.int64]
+    costs: NDArray[np.int64]
+    limits: NDArray[np.int64]
+    resources: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    constant: float = 0.0
+    allowed: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    forbidden_pairs: NDArray[np.int64] = field(default_factory=lambda: _NO_PAIRS)
+    required_pairs: NDArray[np.int64] = field(default_factory=lambda: _NO_PAIRS)
+
+    def __post_init__(self) -> None:
+        """Check shapes, finiteness, symmetry, integer ranges; make arrays read-only."""
+        offsets = self._integers("offsets", self.offsets, 1)
+        if len(offsets) < 2 or offsets[0] != 0 or bool((np.diff(offsets) < 1).any()):
+            _fail("'offsets' must start at 0 and grow by at least 1 per group", offsets.tolist())
+        n, n_groups = int(offsets[-1]), len(offsets) - 1
+        self._floats("diagonal", (n,))
+        if self.cross is not None:
+            self._check_cross(n)
+        costs = self._integers("costs", self.costs, 2)
+        limits = self._integers("limits", self.limits, 1)
+        if costs.shape != (len(limits), n):
+            _fail(f"'costs' must have shape [{len(limits)}, {n}]", list(costs.shape))
+        if costs.size and int(costs.min()) < 0:
+            _fail("'costs' must not be negative", int(costs.min()))
+        if costs.size and int(costs.max()) > _LARGEST_TOTAL // n_groups:
+            _fail(f"'costs' must sum to less than 2**62 over {n_groups} groups", int(costs.max()))
+        for name, count, stem in (
+            ("resources", len(limits), "resource"),
+            ("groups", n_groups, "group"),
+            ("labels", n, "row"),
+        ):
+            names = tuple(getattr(self, name)) or tuple(f"{stem}{k}" for k in range(count))
+            if len(names) != count:
+                _fail(f"'{name}' must hold {count} names", len(names))
+            object.__setattr__(self, name, names)
+        if not np.isfinite(self.constant):
+            _fail("'constant' must be finite", self.constant)
+        object.__setattr__(self, "constant", float(self.constant))
+        allowed = np.array(self.allowed, dtype=np.bool_)
+        if allowed.size == 0:
+            allowed = np.ones(n, dtype=np.bool_)
+        if allowed.shape != (n,):
+            _fail(f"'allowed' must have shape [{n}]", list(allowed.shape))
+        self._freeze("allowed", allowed)
+        for name in ("forbidden_pairs", "required_pairs"):
+            self._check_pairs(name, n)
+
+    def _freeze(self, name: str, array: NDArray[Any]) -> None:
+        array.flags.writeable = False
+        object.__setattr__(self, name, array)
+
+    def _floats(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
+        array = np.array(getattr(self, name), dtype=np.float64)
+        if array.shape != shape:
+            _fail(f"'{name}' must have shape {list(shape)}", list(array.shape))
+        if not np.isfinite(array).all():
+            bad = int((~np.isfinite(array)).sum())
+            _fail(f"'{name}' must be finite", f"{bad} entries that are not")
+        self._freeze(name, array)
+        return array
+
+    def _integers(self, name: str, value: Any, ndim: int) -> NDArray[np.int64]:  # noqa: ANN401
+        given = np.asarray(value)
+        if given.dtype.kind not in "iu" and given.size:
+            _fail(f"'{name}' must hold integers", str(given.dtype))
+        if given.ndim != ndim:
+            _fail(f"'{name}' must have {ndim} dimension(s)", given.ndim)
+        array = given.astype(np.int64)
+        self._freeze(name, array)
+        return array
+
+    def _check_cross(self, n: int) -> None:
+        cross = self._floats("cross", (n, n))
+        scale = float(np.abs(cross).max(initial=0.0))
+        if float(np.abs(cross - cross.T).max(initial=0.0)) > _SYMMETRY_TOLERANCE * scale:
+            _fail("'cross' must be symmetric", "an asymmetric matrix")
+        for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True):
+            if np.any(cross[a:b, a:b]):
+                _fail("'cross' must be zero inside a group", f"non-zero terms in rows {a}:{b}")
+        if not np.array_equal(cross, cross.T):
+            self._freeze("cross", (cross + cross.T) / 2)
+
+    def _check_pairs(self, name: str, n: int) -> None:
+        pairs = self._integers(name, np.asarray(getattr(self, name)).reshape(-1, 2), 2)
+        if not pairs.size:
+            return
+        if int(pairs.min()) < 0 or int(pairs.max()) >= n:
+            _fail(f"'{name}' must name rows 0 to {n - 1}", [int(pairs.min()), int(pairs.max())])
+        group = self.group_of_row
+        if bool((group[pairs[:, 0]] == group[pairs[:, 1]]).any()):
+            _fail(f"'{name}' must join rows of different groups", "two rows of one group")
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows ``n``."""
+        return int(self.offsets[-1])
+
+    @property
+    def n_groups(self) -> int:
+        """Number of groups ``G``."""
+        return len(self.offsets) - 1
+
+    @property
+    def group_of_row(self) -> NDArray[np.int64]:
+        """``i64[n]``: the group that each row belongs to."""
+        return np.repeat(np.arange(self.n_groups), np.diff(self.offsets))
+
+    def all_forbidden_pairs(self) -> NDArray[np.int64]:
+        """Return ``i64[k, 2]``: all pairs that cannot both be chosen, first below second.
+
+        A required pair (a, b) forbids ``a`` with every other row of ``b``'s group. Sorted, each
+        pair once.
+        """
+        group = self.group_of_row
+        pairs = [tuple(sorted(pair)) for pair in self.forbidden_pairs.tolist()]
+        for a, b in self.required_pairs.tolist():
+            start, stop = int(self.offsets[group[b]]), int(self.offsets[group[b] + 1])
+            pairs += [(min(a, q), max(a, q)) for q in range(start, stop) if q != b]
+        return np.array(sorted(set(pairs)), dtype=np.int64).reshape(-1, 2)
+
+    def rows(self, choice: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return ``i64[G]``: the chosen row of every group.
+
+        Raises:
+            InvalidProblem: Wrong length, or an index outside its group.
+        """
+        local = np.asarray(choice, dtype=np.int64)
+        counts = np.diff(self.offsets)
+        if local.shape != (self.n_groups,) or bool(((local < 0) | (local >= counts)).any()):
+            _fail(f"a choice must hold one row index for each of {self.n_groups} groups", choice)
+        return self.offsets[:-1] + local
+
+    def evaluate(self, choice: Sequence[int] | NDArray[np.int64]) -> float:
+        """Return the objective of ``choice``, feasible or not."""
+        rows = self.rows(choice)
+        value = self.constant + float(self.diagonal[rows].sum())
+        if self.cross is not None:
+            value += 0.5 * float(self.cross[np.ix_(rows, rows)].sum())
+        return value
+
+    def spent(self, choice: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return ``i64[m]``: what ``choice`` takes of each resource, in integers."""
+        total: NDArray[np.int64] = self.costs[:, self.rows(choice)].sum(axis=1)
+        return total
+
+    def is_feasible(self, choice: Sequence[int] | NDArray[np.int64]) -> bool:
+        """Return whether ``choice`` meets every constraint, checked in integers."""
+        rows = self.rows(choice)
+        if not self.allowed[rows].all() or bool((self.spent(choice) > self.limits).any()):
+            return False
+        chosen = np.zeros(self.n_rows, dtype=np.bool_)
+        chosen[rows] = True
+        forbidden, required = self.forbidden_pairs, self.required_pairs
+        together = chosen[forbidden[:, 0]] & chosen[forbidden[:, 1]]
+        missing = chosen[required[:, 0]] & ~chosen[required[:, 1]]
+        return not (bool(together.any()) or bool(missing.any()))
+
+    def check_budgets(self) -> None:
+        """Raise unless every group has an allowed row and each budget alone can be met.
+
+        Raises:
+            Infeasible: A group has no allowed row.
+            BudgetTooSmall: The cheapest allowed rows exceed a budget.
+        """
+        starts = self.offsets[:-1]
+        empty = ~np.logical_or.reduceat(self.allowed, starts)
+        if empty.any():
+            name = self.groups[int(np.argmax(empty))]
+            msg = (
+                f"group '{name}' must keep at least one allowed candidate; all are forbidden: "
+                "allow one, or raise the limit that excludes them"
+            )
+            raise Infeasible(msg, group=name)
+        for k, resource in enumerate(self.resources):
+            costs = np.where(self.allowed, self.costs[k], np.iinfo(np.int64).max)
+            least = int(np.minimum.reduceat(costs, starts).sum())
+            if least > int(self.limits[k]):
+                msg = (
+                    f"the budget of '{resource}' must be at least {least:,}, what the cheapest "
+                    f"candidate of every group takes; got {int(self.limits[k]):,}: raise it or "
+                    "offer cheaper candidates"
+                )
+                raise BudgetTooSmall(
+                    msg, resource=resource, limit=int(self.limits[k]), smallest=least
+                )
+
+
+def _fail(must: str, got: object) -> None:
+    text = str(got)
+    msg = f"{must}; got {text[:120]}{'…' if len(text) > 120 else ''}"
+    raise InvalidProblem(msg)

@@ -1,0 +1,249 @@
+"""What a solver answers: a choice, how good it is at least, and data that proves it.
+
+The certificate
+===============
+Let ``diagonal``, ``cross``, ``constant`` be those of the problem, and ``x`` any feasible one-hot
+vector. For any symmetric block-diagonal ``D`` (one block per group) and any symmetric ``Y`` that
+is zero inside groups and non-negative (of any sign on pairs of
+``Problem.all_forbidden_pairs()``)::
+
+    objective(x) >= q(x) := constant + l·x + ½ xᵀQx
+    Q = cross + D - Y,   l = diagonal - ½ diag(D)
+
+because ``xᵀDx = diag(D)·x`` for one-hot ``x``, and ``x_i x_j >= 0``. Let ``A`` be the allowed rows
+of a region. If ``vᵀQv >= 0`` for every ``v`` that is zero outside ``A`` and sums to zero in every
+group, then for **any** point ``z`` that is zero outside the convexification's support and sums to
+one in every group, and any multipliers ``λ >= 0``, every feasible ``x`` of the region obeys::
+
+    objective(x) >= q(z) - s·z - λ·limits + Σ_g min_{p in g, allowed} (s_p + Σ_k λ_k costs_kp)
+    s = l + Q z
+
+by convexity of ``q`` and weak duality. With ``z`` and ``x`` in the support, ``vᵀQv >= 0`` needs
+to hold on the support's rows only. ``z`` is stored in float32 and stands for the exact quotient of
+each entry by the sum of its group.
+
+The tree: every node has a region, the rows ``allowed`` at it; that of node 0 is the problem's
+``allowed``. A node without children proves its own bound: the formula above, or ``+inf`` when the
+region is visibly empty (a group without rows; the cheapest rows exceed a budget in integers; two
+groups left with one row each that form a forbidden pair), or the exact objective when every group
+has one row and that choice is feasible.
+
+The children of a node keep, in all groups but one (the *branch group*; none when there is one
+child), the same rows; call *kept* these rows and the union of the children's rows of the branch
+group. A row that is allowed at the node but not kept is *removed*: the region in which that row is
+chosen must be proved by the node's own formula with that group reduced to that row (or be visibly
+empty, or the row be *dominated* by a kept row ``q`` of its group: ``costs_q <= costs_p`` in every
+resource, ``q`` in no forbidden pair that ``p`` is not in, and
+``diagonal_q - diagonal_p + Σ_h max_{j in h, allowed} (cross_qj - cross_pj) <= 0`` over the other
+groups). A node with children proves the larger of its own bound and the least of what its
+children and its removed rows prove.
+
+``Certificate.bound`` is never above what node 0 proves.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitquota.errors import InvalidProblem
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from bitquota.canonical import JsonObject
+
+
+class Status(StrEnum):
+    """Why the solver stopped, and what is known."""
+
+    OPTIMAL = "optimal"
+    """The choice is within the gap that was asked for of the best possible, proved."""
+    FEASIBLE = "feasible"
+    """A choice is known; the gap that was asked for is not proved."""
+    INFEASIBLE = "infeasible"
+    """No choice satisfies all constraints, proved."""
+    UNKNOWN = "unknown"
+    """No choice was found, and none was excluded."""
+
+
+class Limit(StrEnum):
+    """Which limit stopped the solver before its proof was complete."""
+
+    TIME = "time"
+    NODE = "node"
+    MEMORY = "memory"
+    CANCELLED = "cancelled"
+    METHOD = "method"
+    """The backend is a heuristic, or cannot prove more for this problem."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """What a solution cost.
+
+    Attributes:
+        nodes: Branch-and-bound nodes whose relaxation was bounded.
+        cpu_seconds: CPU seconds of this process (and of a backend's own processes).
+        bound_iterations: Iterations of the semidefinite bound.
+        root_bound: Lower bound before branching.
+        details: Backend-specific numbers.
+    """
+
+    nodes: int = 0
+    cpu_seconds: float = 0.0
+    bound_iterations: int = 0
+    root_bound: float = -math.inf
+    details: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Convexification:
+    """One ``(D, Y)`` of the module's docstring.
+
+    Attributes:
+        support: bool[n], the rows on which ``Q`` is positive semidefinite (on the differences of
+            one-hot vectors); nodes that use it allow no others.
+        shift: f64[n, B] with B the largest group: ``shift[p, j] = D[p, offsets[g] + j]`` for ``p``
+            in group ``g``; zero beyond the group.
+        cut_rows: i64[c], cut_columns: i64[c], cut_values: f64[c]: ``Y_ij = Y_ji`` for
+            ``i = cut_rows[k] < j = cut_columns[k]``, each pair at most once.
+    """
+
+    support: NDArray[np.bool_]
+    shift: NDArray[np.float64]
+    cut_rows: NDArray[np.int64]
+    cut_columns: NDArray[np.int64]
+    cut_values: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Certificate:
+    """A proof of ``bound`` that can be checked without the solver (see the module).
+
+    Attributes:
+        bound: What is proved.
+        convexifications: The ``(D, Y)`` that nodes refer to.
+        parent: i64[N], the parent's index, below the node's own; -1 for node 0.
+        allowed: u8[N, ceil(n/8)], ``numpy.packbits(bool[n])`` of the node's rows.
+        convexification: i64[N], index, or -1 for a node without a formula of its own.
+        point: f32[N, n], ``z``.
+        multipliers: f64[N, m], ``λ >= 0``.
+    """
+
+    bound: float
+    convexifications: tuple[Convexification, ...]
+    parent: NDArray[np.int64]
+    allowed: NDArray[np.uint8]
+    convexification: NDArray[np.int64]
+    point: NDArray[np.float32]
+    multipliers: NDArray[np.float64]
+
+    @property
+    def n_nodes(self) -> int:
+        """Number of nodes."""
+        return len(self.parent)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Solution:
+    """The answer to a problem.
+
+    Attributes:
+        status: Why the solver stopped.
+        limit: The limit that stopped it early, or ``None``.
+        choice: i64[G], row index within each group, or ``None`` when there is none.
+        objective: Value of ``choice``; ``+inf`` without one.
+        bound: No feasible choice is below it; ``+inf`` for an infeasible problem.
+        backend: Name of the backend.
+        stats: Effort.
+        certificate: Proof of (a value close to) ``bound``, or ``None`` from backends without.
+    """
+
+    status: Status
+    limit: Limit | None = None
+    choice: NDArray[np.int64] | None = None
+    objective: float = math.inf
+    bound: float = -math.inf
+    backend: str = "bitquota"
+    stats: Stats = field(default_factory=Stats)
+    certificate: Certificate | None = None
+
+    def __post_init__(self) -> None:
+        """Check that status, choice, objective and bound say the same."""
+        found = self.choice is not None
+        if found != (self.status in (Status.OPTIMAL, Status.FEASIBLE)):
+            msg = f"a solution must hold a choice exactly if it is one; got status {self.status}"
+            raise InvalidProblem(msg)
+        if self.choice is not None:
+            choice = np.array(self.choice, dtype=np.int64)
+            choice.flags.writeable = False
+            object.__setattr__(self, "choice", choice)
+        if found and not self.bound <= self.objective:
+            msg = f"a bound must not exceed the objective {self.objective}; got {self.bound}"
+            raise InvalidProblem(msg)
+        stopped = self.status in (Status.FEASIBLE, Status.UNKNOWN)
+        if stopped != (self.limit is not None):
+            msg = f"a limit must be named exactly if one stopped the solver; got {self.limit}"
+            raise InvalidProblem(msg)
+
+    @property
+    def absolute_gap(self) -> float:
+        """``objective - bound``."""
+        if self.status is Status.INFEASIBLE:
+            return 0.0
+        return self.objective - self.bound
+
+    @property
+    def relative_gap(self) -> float:
+        """``absolute_gap / |objective|``; infinite for an objective of 0 with a gap."""
+        gap = self.absolute_gap
+        if gap == 0.0:
+            return 0.0
+        if not math.isfinite(gap) or self.objective == 0.0:
+            return math.inf
+        return gap / abs(self.objective)
+
+    def to_json(self) -> JsonObject:
+        """Return the answer as plain JSON (without the certificate); infinities are ``None``."""
+        return {
+            "status": str(self.status),
+            "limit": None if self.limit is None else str(self.limit),
+            "choice": None if self.choice is None else self.choice.tolist(),
+            "objective": _finite(self.objective),
+            "bound": _finite(self.bound),
+            "absolute_gap": _finite(self.absolute_gap),
+            "relative_gap": _finite(self.relative_gap),
+            "backend": self.backend,
+            "nodes": self.stats.nodes,
+            "cpu_seconds": self.stats.cpu_seconds,
+        }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """What an anytime callback receives: the best known so far.
+
+    Attributes:
+        kind: ``incumbent`` (a better choice), ``bound`` (a better bound) or ``progress``.
+        objective: Best objective so far.
+        bound: Best bound so far.
+        nodes: Nodes so far.
+        cpu_seconds: CPU seconds so far.
+        choice: The best choice, for ``incumbent``.
+    """
+
+    kind: str
+    objective: float
+    bound: float
+    nodes: int = 0
+    cpu_seconds: float = 0.0
+    choice: tuple[int, ...] | None = None
