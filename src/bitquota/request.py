@@ -23,7 +23,7 @@ class PlanRequest:
 
     Attributes:
         budgets: One plan for each; a budget is one text, or several joined by ``+`` that must
-            hold together (``"3 bits + 2 GBitOps"``).
+            hold together (``"3 bits + 2 GBitOps"``). A mere measurement needs none.
         weight_bits: Bit-widths on offer to every layer.
         activation_bits: Bit-width of every layer's input, or ``None`` for full precision.
         scheme: How weights are quantized.
@@ -44,7 +44,7 @@ class PlanRequest:
             machine's speed.
     """
 
-    budgets: tuple[str, ...]
+    budgets: tuple[str, ...] = ()
     weight_bits: tuple[int, ...] = DEFAULT_WEIGHT_BITS
     activation_bits: int | None = None
     scheme: Scheme = field(default_factory=Scheme)
@@ -64,9 +64,6 @@ class PlanRequest:
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without the model."""
-        if not self.budgets:
-            msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
-            raise InvalidInput(msg)
         _one_of("measure", self.measure, MEASURES)
         _one_of("loss", self.loss, LOSSES)
         for bits in self.weight_bits:

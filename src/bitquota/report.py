@@ -1,0 +1,181 @@
+"""The report: what a plan is, what it cost to accuracy, and what simpler choices would have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bitquota.plan import SOLVER
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from bitquota.plan import Baseline, MeasuredLoss, Plan
+
+CLEAR_DIFFERENCE = 2.0
+"""Paired standard errors from which on a difference is called one."""
+
+
+def format_size(bits: int) -> str:
+    """Return bits as a size for a person: ``97.6 KiB (99,926 B)``; bytes are rounded up."""
+    n_bytes = -(-bits // 8)
+    value, unit = float(n_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{n_bytes:,} B" if unit == "B" else f"{value:.1f} {unit} ({n_bytes:,} B)"
+
+
+def format_loss(measured: MeasuredLoss) -> str:
+    """Return mean and standard error with digits that fit the error."""
+    return f"{measured.mean:.4g} ± {measured.standard_error:.2g}"
+
+
+def best_uniform(plan: Plan) -> Baseline | None:
+    """Return the uniform baseline with the smallest measured loss, if there is one."""
+    uniform = [b for b in plan.baselines if b.name.startswith("uniform")]
+    return min(uniform, key=lambda b: b.measured.mean, default=None)
+
+
+def verdict(plan: Plan) -> str:
+    """Return one plain sentence: does mixing bit-widths help here?"""
+    uniform = best_uniform(plan)
+    if plan.selected.startswith("uniform"):
+        return (
+            f"Mixed precision does not help here: {plan.selected} measured best of all choices "
+            "within this budget, and is what you get."
+        )
+    if uniform is None:
+        return "No uniform plan fits this budget, so there is nothing uniform to compare with."
+    gain, error = uniform.paired_difference, uniform.paired_error
+    ratio = uniform.measured.mean / plan.measured.mean if plan.measured else 0.0
+    fewer = f"{uniform.name} ({format_size(uniform.size_bits)})"
+    if gain <= CLEAR_DIFFERENCE * error:
+        return (
+            f"Mixed precision is not clearly better than {fewer} here: the loss is lower by "
+            f"{gain:.3g} ± {error:.2g}."
+        )
+    times = f", {ratio:.1f} times less" if ratio > 1 else ""
+    return (
+        f"Mixed precision helps: the loss increase is lower than that of {fewer} by "
+        f"{gain:.3g} ± {error:.2g}{times}."
+    )
+
+
+def proof_sentence(plan: Plan) -> str:
+    """Return one sentence on how far the choice can be from the best one."""
+    proof = plan.proof
+    if proof is None or proof.bound is None:
+        return "The solver gave no bound."
+    how = "certified" if proof.certified else "reported by the solver, not certified"
+    gap = f"{proof.absolute_gap:.3g} absolute, {100 * (proof.relative_gap or 0.0):.3g} %"
+    return (
+        f"Predicted loss increase {proof.objective:.4g}; no choice within the budget is predicted "
+        f"below {proof.bound:.4g} ({how}; gap {gap}; {proof.solver}, {proof.status})."
+    )
+
+
+def comparison_rows(
+    plan: Plan, accuracies: Mapping[str, float] | None = None
+) -> list[dict[str, str]]:
+    """Return the plan and its baselines, best first, as rows of text.
+
+    Args:
+        plan: The plan.
+        accuracies: Test accuracy by name (``plan`` and the baselines' names), if measured.
+    """
+    entries: list[tuple[str, int, MeasuredLoss | None, str]] = [
+        ("plan" if plan.selected == SOLVER else f"plan (= {plan.selected})", plan.size_bits,
+         plan.measured, "")
+    ]  # fmt: skip
+    for b in sorted(plan.baselines, key=lambda b: b.measured.mean):
+        difference = f"+{b.paired_difference:.3g} ± {b.paired_error:.2g}"
+        entries.append((b.name, b.size_bits, b.measured, difference))
+    rows = []
+    for name, size_bits, measured, difference in entries:
+        row = {
+            "choice": name,
+            "stored weights": format_size(size_bits),
+            f"loss increase ({plan.loss})": "" if measured is None else format_loss(measured),
+            "worse than the plan by": difference,
+        }
+        if accuracies is not None:
+            key = "plan" if name.startswith("plan") else name
+            row["test accuracy"] = f"{100 * accuracies[key]:.2f} %" if key in accuracies else ""
+        rows.append(row)
+    return rows
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return rows with equal keys as a Markdown table."""
+    if not rows:
+        return ""
+    head = list(rows[0])
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(_escape(row[key]) for key in head) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def layer_rows(plan: Plan) -> list[dict[str, str]]:
+    """Return one row of text for each layer."""
+    return [
+        {
+            "layer": a.layer.name,
+            "kind": str(a.layer.kind),
+            "shape": "×".join(map(str, a.layer.weight_shape)),
+            "weights": f"{a.layer.n_weights:,}",
+            "candidate": a.candidate.label,
+            "stored": format_size(a.candidate.size_bits),
+        }
+        for a in plan.assignments
+    ]
+
+
+def render_markdown(
+    plans: Sequence[Plan],
+    *,
+    title: str = "Bit allocation",
+    accuracies: Sequence[Mapping[str, float]] | None = None,
+) -> str:
+    """Return the whole report of one or several plans of one model as Markdown.
+
+    Args:
+        plans: One for each budget.
+        title: First heading.
+        accuracies: For each plan, test accuracy by name (see ``comparison_rows``);
+            ``full precision`` is shown in the heading when given.
+    """
+    parts = [f"# {_escape(title)}\n"]
+    for k, plan in enumerate(plans):
+        known = accuracies[k] if accuracies else None
+        asked = " + ".join(b.text or f"{b.limit} {b.unit}" for b in plan.budgets)
+        parts.append(f"## Budget {_escape(asked)}\n")
+        parts.append(verdict(plan) + "\n")
+        facts = [
+            f"Stored weights {format_size(plan.size_bits)}: {plan.average_bits:.3f} bits per "
+            f"weight in codes, {plan.effective_bits:.3f} with scales, zero points and padding; "
+            f"whole model {format_size(plan.model_bits)}.",
+            proof_sentence(plan),
+        ]
+        if plan.measured is not None:
+            facts.append(
+                f"Measured on {plan.measured.n_samples} hold-out samples; unit "
+                f"{plan.measured.unit}; ± is one standard error."
+            )
+        if plan.corrections:
+            facts.append(
+                "Everything here was measured with these corrections, which must ship with the "
+                "plan: " + ", ".join(str(c) for c in plan.corrections) + "."
+            )
+        if known and "full precision" in known:
+            facts.append(f"Full precision scores {100 * known['full precision']:.2f} % on test.")
+        parts.append("\n".join(f"- {fact}" for fact in facts) + "\n")
+        parts.append(markdown_table(comparison_rows(plan, known)))
+        parts.append("<details><summary>Layers</summary>\n\n" + markdown_table(layer_rows(plan)))
+        parts.append("</details>\n")
+        parts.append(f"Plan `{plan.digest()}` for model `{plan.model_digest}`.\n")
+    return "\n".join(parts)

@@ -1,0 +1,237 @@
+"""Plans: sums from first principles, byte-stable JSON, honest reports."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from bitquota import report
+from bitquota.budget import Budget
+from bitquota.candidates import Candidate, Inventory, Layer, LayerKind, UnquantizedTensor
+from bitquota.errors import InvalidInput, InvalidPlan
+from bitquota.plan import Assignment, Baseline, MeasuredLoss, Plan, Proof
+from bitquota.request import PlanRequest
+from bitquota.storage import Granularity, Scheme
+
+
+def layer(name: str, rows: int, columns: int) -> Layer:
+    return Layer(
+        name=name,
+        kind=LayerKind.LINEAR,
+        weight_name=f"{name}.weight",
+        weight_shape=(rows, columns),
+        rows=rows,
+        columns=columns,
+        n_weights=rows * columns,
+    )
+
+
+LAYERS = (layer("a", 4, 8), layer("b|<script>", 2, 16))
+BIAS = UnquantizedTensor(name="a.bias", shape=(4,), format="fp32", size_bits=128)
+
+
+def plan(bits=(2, 4), **members) -> Plan:
+    assignments = tuple(
+        Assignment(layer=la, candidate=Candidate.of(la, b, Scheme()))
+        for la, b in zip(LAYERS, bits, strict=True)
+    )
+    return Plan(model_digest="sha256:0", assignments=assignments, unquantized=(BIAS,), **members)
+
+
+def measured(mean: float) -> MeasuredLoss:
+    return MeasuredLoss(mean=mean, standard_error=0.01, n_samples=64)
+
+
+def baseline(name: str, mean: float, difference: float, error: float) -> Baseline:
+    return Baseline(
+        name=name,
+        weight_bits=(3, 3),
+        size_bits=384,
+        measured=measured(mean),
+        paired_difference=difference,
+        paired_error=error,
+    )
+
+
+class TestPlan:
+    def test_sizes(self):
+        """Codes 2·32 + 4·32, scales 4·32 + 2·32, and the bias."""
+        made = plan()
+
+        assert made.size.codes == 192
+        assert made.size_bits == 192 + 192
+        assert made.model_bits == 384 + 128
+        assert made.average_bits == 3.0
+        assert made.effective_bits == 6.0
+
+    def test_round_trip_is_byte_equal(self):
+        """A plan survives its JSON, to the byte."""
+        made = plan(
+            measured=measured(0.5),
+            proof=Proof(
+                status="optimal", limit=None, objective=0.5, bound=0.4, solver="own",
+                matrix_digest="sha256:1", certified=True,
+            ),
+            baselines=(baseline("uniform 3", 0.6, 0.1, 0.02),),
+            predicted=0.5,
+            provenance={"seed": 0},
+        )  # fmt: skip
+
+        again = Plan.from_json(json.loads(made.dumps()))
+
+        assert again == made
+        assert again.dumps() == made.dumps()
+
+    def test_file_round_trip(self, tmp_path):
+        """``save`` leaves the plan and no temporary file."""
+        made = plan()
+        made.save(tmp_path / "plan.json")
+
+        assert Plan.load(tmp_path / "plan.json") == made
+        assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+    def test_budget_is_checked_in_integers(self):
+        """One bit over the limit is over the limit."""
+        exact = Budget(resource="code_bits", limit=192, text="3 bits")
+
+        assert plan(budgets=(exact,)).spent(exact) == 192
+        with pytest.raises(InvalidPlan, match="must keep its budget"):
+            plan(budgets=(replace(exact, limit=191),))
+
+    def test_forged_size_is_refused(self):
+        """A size in the file that the layer's shape does not give is an error."""
+        data = plan().to_json()
+        del data["digest"]
+        data["assignments"][0]["candidate"]["size"]["codes"] -= 8
+        del data["assignments"][0]["candidate"]["size"]["total"]
+
+        with pytest.raises(InvalidPlan, match="layer 'a' at W2 takes"):
+            Plan.from_json(data)
+
+    def test_edited_file_is_refused(self):
+        """The digest notices an edit."""
+        data = plan(provenance={"seed": 0}).to_json()
+        data["provenance"]["seed"] = 1
+
+        with pytest.raises(InvalidPlan, match="was edited"):
+            Plan.from_json(data)
+
+    @pytest.mark.parametrize("data", [[], {}, {"schema": "bitquota/plan/0"}, "x"])
+    def test_other_schema_is_refused(self, data):
+        """What is no plan says so."""
+        with pytest.raises(InvalidPlan, match="schema"):
+            Plan.from_json(data)
+
+
+class TestProof:
+    def test_gaps(self):
+        """Both gaps follow from objective and bound; an equal bound is no gap."""
+        proof = Proof(
+            status="feasible", limit="time", objective=2.0, bound=1.5, solver="own",
+            matrix_digest="",
+        )  # fmt: skip
+
+        assert proof.absolute_gap == 0.5
+        assert proof.relative_gap == 0.25
+        assert replace(proof, bound=2.0).relative_gap == 0.0
+        assert replace(proof, bound=None).absolute_gap is None
+
+
+class TestVerdict:
+    def test_helps(self):
+        """A difference of many standard errors is called one."""
+        made = plan(measured=measured(0.2), baselines=(baseline("uniform 3", 0.6, 0.4, 0.02),))
+
+        assert report.verdict(made).startswith("Mixed precision helps")
+        assert "3.0 times less" in report.verdict(made)
+
+    def test_not_clear(self):
+        """A difference within two standard errors is not."""
+        made = plan(measured=measured(0.2), baselines=(baseline("uniform 3", 0.21, 0.01, 0.02),))
+
+        assert "not clearly better" in report.verdict(made)
+
+    def test_uniform_was_best(self):
+        """When uniform is returned, the report says that mixing does not help."""
+        made = plan(
+            selected="uniform 3",
+            measured=measured(0.2),
+            baselines=(baseline("uniform 3", 0.2, 0.0, 0.0),),
+        )
+
+        assert report.verdict(made).startswith("Mixed precision does not help here")
+
+
+class TestRenderMarkdown:
+    def test_names_cannot_break_the_table(self):
+        """Layer names are data: no markup and no extra column comes from them."""
+        text = report.render_markdown([plan()])
+
+        assert "<script>" not in text
+        assert "b\\|&lt;script>" in text
+
+    def test_accuracies_are_shown_per_choice(self):
+        """Test accuracies stand beside the loss of the same choice."""
+        made = plan(measured=measured(0.2), baselines=(baseline("uniform 3", 0.6, 0.4, 0.02),))
+        known = {"plan": 0.9, "uniform 3": 0.8, "full precision": 0.95}
+
+        text = report.render_markdown([made], accuracies=[known])
+
+        row = next(line for line in text.splitlines() if line.startswith("| uniform 3"))
+        assert "80.00 %" in row
+        assert "Full precision scores 95.00 %" in text
+
+
+class TestFormatSize:
+    @pytest.mark.parametrize(
+        ("bits", "text"),
+        [(0, "0 B"), (1, "1 B"), (8 * 1023, "1,023 B"), (8 * 1536, "1.5 KiB (1,536 B)")],
+    )
+    def test_examples(self, bits, text):
+        """Bits are rounded up to bytes."""
+        assert report.format_size(bits) == text
+
+
+class TestPlanRequest:
+    def test_round_trip(self):
+        """A request survives its JSON."""
+        made = PlanRequest(
+            budgets=("3 bits", "2 MiB + 1 GBitOps"),
+            ties=(("q", "k"),),
+            fixed={"head": 8},
+            scheme=Scheme(granularity=Granularity.GROUP, group_size=32),
+        )
+
+        assert PlanRequest.from_json(json.loads(json.dumps(made.to_json()))) == made
+
+    def test_partial_json_takes_defaults(self):
+        """A body with only a budget is a whole request."""
+        assert PlanRequest.from_json({"budgets": ["3 bits"]}) == PlanRequest(budgets=("3 bits",))
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            {"budgets": ["3 bits"], "colour": "red"},
+            {"budgets": ["3 bits"], "weight_bits": [9]},
+            {"budgets": ["3 bits"], "measure": "magic"},
+            {"budgets": ["3 bits"], "samples": 0},
+            {"budgets": ["3 bits"], "scheme": {"grid": "round"}},
+            {"budgets": 3},
+            {"budgets": ["3 bits"], "corrections": ["prayer"]},
+        ],
+    )
+    def test_bad_members_are_refused(self, data):
+        """Each wrong member is an ``InvalidInput``, never a bare Python error."""
+        with pytest.raises(InvalidInput):
+            PlanRequest.from_json(data)
+
+
+class TestInventory:
+    def test_unknown_layer_names_the_nearest(self):
+        """A misspelt layer gets a suggestion."""
+        inventory = Inventory(model_digest="x", layers=(layer("encoder.query", 2, 2),))
+
+        with pytest.raises(InvalidInput, match=r"did you mean 'encoder\.query'"):
+            inventory.exclude(["encoder.qery"])
