@@ -3,15 +3,16 @@
 The certificate
 ===============
 Let ``diagonal``, ``cross``, ``constant`` be those of the problem, and ``x`` any feasible one-hot
-vector. For any symmetric block-diagonal ``D`` (one block per group) and any symmetric ``Y`` that
-is zero inside groups and non-negative (of any sign on pairs of
-``Problem.all_forbidden_pairs()``)::
+vector. For any symmetric block-diagonal ``D`` (one block per group), any symmetric ``Y`` that is
+zero inside groups and non-negative (of any sign on pairs of ``Problem.all_forbidden_pairs()``),
+and any ``μ_k >= 0`` (one vector over the rows per budget)::
 
     objective(x) >= q(x) := constant + l·x + ½ xᵀQx
-    Q = cross + D - Y,   l = diagonal - ½ diag(D)
+    Q = cross + D - Y + Σ_k (μ_k costs_kᵀ + costs_k μ_kᵀ)
+    l = diagonal - ½ diag(D) - Σ_k limits_k μ_k
 
-because ``xᵀDx = diag(D)·x`` for one-hot ``x``, and ``x_i x_j >= 0``. Let ``A`` be the allowed rows
-of a region. If ``vᵀQv >= 0`` for every ``v`` that is zero outside ``A`` and sums to zero in every
+because ``xᵀDx = diag(D)·x`` for one-hot ``x``, ``x_i x_j >= 0``, and
+``x_p (limits_k - costs_k·x) >= 0``. Let ``A`` be the allowed rows of a region. If ``vᵀQv >= 0`` for every ``v`` that is zero outside ``A`` and sums to zero in every
 group, then for **any** point ``z`` that is zero outside the convexification's support and sums to
 one in every group, and any multipliers ``λ >= 0``, every feasible ``x`` of the region obeys::
 
@@ -103,7 +104,7 @@ class Stats:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Convexification:
-    """One ``(D, Y)`` of the module's docstring.
+    """One ``(D, Y, μ)`` of the module's docstring.
 
     Attributes:
         support: bool[n], the rows on which ``Q`` is positive semidefinite (on the differences of
@@ -112,6 +113,7 @@ class Convexification:
             in group ``g``; zero beyond the group.
         cut_rows: i64[c], cut_columns: i64[c], cut_values: f64[c]: ``Y_ij = Y_ji`` for
             ``i = cut_rows[k] < j = cut_columns[k]``, each pair at most once.
+        products: f64[m, n], ``μ``.
     """
 
     support: NDArray[np.bool_]
@@ -119,6 +121,7 @@ class Convexification:
     cut_rows: NDArray[np.int64]
     cut_columns: NDArray[np.int64]
     cut_values: NDArray[np.float64]
+    products: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -127,7 +130,7 @@ class Certificate:
 
     Attributes:
         bound: What is proved.
-        convexifications: The ``(D, Y)`` that nodes refer to.
+        convexifications: The ``(D, Y, μ)`` that nodes refer to.
         parent: i64[N], the parent's index, below the node's own; -1 for node 0.
         allowed: u8[N, ceil(n/8)], ``numpy.packbits(bool[n])`` of the node's rows.
         convexification: i64[N], index, or -1 for a node without a formula of its own.
