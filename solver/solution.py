@@ -12,9 +12,10 @@ and any ``μ_k >= 0`` (one vector over the rows per budget)::
     l = diagonal - ½ diag(D) - Σ_k limits_k μ_k
 
 because ``xᵀDx = diag(D)·x`` for one-hot ``x``, ``x_i x_j >= 0``, and
-``x_p (limits_k - costs_k·x) >= 0``. Let ``A`` be the allowed rows of a region. If ``vᵀQv >= 0`` for every ``v`` that is zero outside ``A`` and sums to zero in every
-group, then for **any** point ``z`` that is zero outside the convexification's support and sums to
-one in every group, and any multipliers ``λ >= 0``, every feasible ``x`` of the region obeys::
+``x_p (limits_k - costs_k·x) >= 0``. Let ``A`` be the allowed rows of a region. If
+``vᵀQv >= 0`` for every ``v`` that is zero outside ``A`` and sums to zero in every group, then for
+**any** point ``z`` that is zero outside the convexification's support and sums to one in every
+group, and any multipliers ``λ >= 0``, every feasible ``x`` of the region obeys::
 
     objective(x) >= q(z) - s·z - λ·limits + Σ_g min_{p in g, allowed} (s_p + Σ_k λ_k costs_kp)
     s = l + Q z
