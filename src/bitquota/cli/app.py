@@ -1,0 +1,65 @@
+"""The Typer application: every command, and how errors leave the process."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import bitquota
+from bitquota.cli import planning, serving, solving
+from bitquota.errors import BitquotaError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells expect."""
+
+app = typer.Typer(
+    name="bitquota",
+    help="Certified mixed-precision bit allocation: which bit-width for which layer.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=(
+        "Exit codes: 0 done; 1 measurement, solver or gate failed; 2 bad input or usage; "
+        "3 service failed, timed out or cancelled; 4 plan of another model; "
+        "5 no plan fits the budget."
+    ),
+)
+app.command("plan")(planning.plan)
+app.command("measure")(planning.measure)
+app.command("evaluate")(planning.evaluate)
+app.command("show")(planning.show)
+app.command("solve")(solving.solve_file)
+app.command("serve")(serving.serve)
+app.command("demo")(serving.demo)
+
+
+def _print_version(wanted: bool) -> None:  # Typer calls it with the flag
+    if wanted:
+        typer.echo(f"bitquota {bitquota.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[  # Typer needs the parameter; the callback acts on it
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; an expected error becomes one sentence and its exit code."""
+    try:
+        app()
+    except BitquotaError as err:
+        typer.secho(f"error: {err}", err=True, fg=typer.colors.RED)
+        sys.exit(err.exit_code)
+    except KeyboardInterrupt:
+        typer.secho("interrupted; what was measured is kept in the ledger", err=True)
+        sys.exit(INTERRUPTED)

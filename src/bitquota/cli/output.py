@@ -1,0 +1,100 @@
+"""What the command line shows: tables, progress with rate and time left, JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from bitquota import report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from bitquota.plan import Plan
+    from bitquota.progress import Progress as Step
+
+console = Console()
+messages = Console(stderr=True)
+
+
+class _RateColumn(TextColumn):
+    """Steps per second, once there is something to divide."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: object) -> Text:
+        """Return ``12.3/s`` or nothing."""
+        speed = getattr(task, "finished_speed", None) or getattr(task, "speed", None)
+        return Text(f"{speed:.1f}/s" if speed else "", style="progress.data.speed")
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[Step], None]]:
+    """Show one bar for each stage on standard error; yields the callback that moves them."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=messages,
+        disable=not sys.stderr.isatty(),
+    ) as bars:
+        tasks = {}
+
+        def move(step: Step) -> None:
+            if step.stage not in tasks:
+                tasks[step.stage] = bars.add_task(step.stage, total=step.total)
+            bars.update(tasks[step.stage], completed=step.done, total=step.total)
+
+        yield move
+
+
+def print_rows(rows: Sequence[Mapping[str, str]], title: str = "") -> None:
+    """Print rows with equal keys as a table."""
+    if not rows:
+        return
+    table = Table(title=title or None, title_justify="left")
+    for key in rows[0]:
+        # Names fold rather than vanish: a cut layer name is no layer name.
+        table.add_column(key, overflow="fold")
+    for row in rows:
+        # Text, not markup: a layer may be called "[red]".
+        table.add_row(*(Text(value) for value in row.values()))
+    console.print(table)
+
+
+def print_plan(plan: Plan, accuracies: Mapping[str, float] | None = None) -> None:
+    """Print what a plan is and how it compares."""
+    asked = " + ".join(b.text or f"{b.limit} {b.unit}" for b in plan.budgets)
+    print_rows(report.layer_rows(plan), title=f"Plan for {asked}")
+    print_rows(report.comparison_rows(plan, accuracies), title="Measured beside it")
+    console.print(report.verdict(plan))
+    console.print(report.proof_sentence(plan))
+    console.print(
+        f"Stored weights {report.format_size(plan.size_bits)}: {plan.average_bits:.3f} bits per "
+        f"weight in codes, {plan.effective_bits:.3f} with scales and padding; whole model "
+        f"{report.format_size(plan.model_bits)}."
+    )
+
+
+def print_json(value: object) -> None:
+    """Print JSON for a program to read."""
+    sys.stdout.write(json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,31 @@
+"""Commands around the service: ``serve`` and ``demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port; 0 takes a free one.")] = 8000,
+    data_dir: Annotated[
+        Path, typer.Option("--data-dir", help="Database, uploads, ledgers and plans.")
+    ] = Path("bitquota-data"),
+) -> None:
+    """Serve the REST API: upload a model and a calibration set, POST a job, GET the plan."""
+    from bitquota.service import serve as run
+
+    run(host=host, port=port, data_dir=data_dir)
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for plans and report.")] = Path("demo"),
+    seed: Annotated[int, typer.Option("--seed", help="Of training and samples.")] = 0,
+) -> None:
+    """Train a small network, start the service, plan two budgets over HTTP, compare on test."""
+    from bitquota.demo import run
+
+    run(out, seed=seed)
