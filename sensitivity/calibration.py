@@ -1,0 +1,155 @@
+"""Calibration sets: the samples that a measurement runs on, and how to name them again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import torch
+
+from bitquota.canonical import digest_array, digest_json
+from bitquota.errors import InvalidCalibration
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from bitquota.canonical import JsonObject
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CalibrationSet:
+    """Samples, and the names that let them be found again.
+
+    Attributes:
+        inputs: Positional arguments of the model, each ``[N, ...]``.
+        labels: ``i64[N]`` classes, ``i64[N, T]`` tokens, or any targets ``[N, ...]``; or ``None``.
+        digest: Content digest of the **whole** set that this one was cut from.
+        indices: Positions of these samples in that set.
+        seed: What the indices were drawn with, if they were.
+    """
+
+    inputs: tuple[Tensor, ...]
+    labels: Tensor | None = None
+    digest: str = ""
+    indices: tuple[int, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check counts and finiteness; a set without a digest is the whole set."""
+        if not self.inputs:
+            msg = "a calibration set must have at least one input tensor; got none"
+            raise InvalidCalibration(msg)
+        named = [(f"input {k}", tensor) for k, tensor in enumerate(self.inputs)]
+        if self.labels is not None:
+            named.append(("labels", self.labels))
+        n = len(self.inputs[0]) if self.inputs[0].ndim else 0
+        if n == 0:
+            shape = list(self.inputs[0].shape)
+            msg = f"a calibration set must have at least one sample; input 0 has shape {shape}"
+            raise InvalidCalibration(msg, shape=shape)
+        for name, tensor in named:
+            if tensor.ndim == 0 or len(tensor) != n:
+                msg = (
+                    f"every tensor of a calibration set must have the same first dimension; "
+                    f"input 0 has {n} samples, {name} has shape {list(tensor.shape)}"
+                )
+                raise InvalidCalibration(msg, tensor=name, shape=list(tensor.shape))
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                bad = int((~torch.isfinite(tensor)).reshape(n, -1).any(dim=1).sum())
+                msg = (
+                    f"a calibration set must be finite; {bad} of {n} samples of {name} hold NaN "
+                    "or infinity: remove or repair them"
+                )
+                raise InvalidCalibration(msg, tensor=name, samples=bad)
+        if not self.digest:
+            tensors = [digest_array(t.detach().cpu().contiguous().numpy()) for _, t in named]
+            labelled = self.labels is not None
+            object.__setattr__(self, "digest", digest_json({"tensors": tensors, "l": labelled}))
+        if not self.indices:
+            object.__setattr__(self, "indices", tuple(range(n)))
+        if len(self.indices) != n:
+            msg = f"a calibration set of {n} samples must have {n} indices; got {len(self.indices)}"
+            raise InvalidCalibration(msg)
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.indices)
+
+    def take(self, positions: Sequence[int], *, seed: int | None = None) -> Self:
+        """Return the samples at ``positions``, in that order."""
+        rows = torch.as_tensor(list(positions), dtype=torch.int64)
+        return replace(
+            self,
+            inputs=tuple(t[rows.to(t.device)] for t in self.inputs),
+            labels=None if self.labels is None else self.labels[rows.to(self.labels.device)],
+            indices=tuple(self.indices[p] for p in positions),
+            seed=self.seed if seed is None else seed,
+        )
+
+    def first(self, n: int) -> Self:
+        """Return the first ``n`` samples (all, if there are fewer)."""
+        return self.take(range(min(n, len(self))))
+
+    def subset(self, n: int, seed: int) -> Self:
+        """Return ``n`` samples drawn without replacement, in their original order.
+
+        Raises:
+            InvalidCalibration: There are fewer than ``n`` samples, or ``n`` is below 1.
+        """
+        if not 1 <= n <= len(self):
+            msg = f"a subset must have between 1 and {len(self)} samples; got {n}"
+            raise InvalidCalibration(msg, samples=n, available=len(self))
+        drawn = np.random.default_rng(seed).permutation(len(self))[:n]
+        return self.take(sorted(drawn.tolist()), seed=seed)
+
+    def split(self, holdout_fraction: float, seed: int) -> tuple[Self, Self]:
+        """Return disjoint ``(fit, holdout)``, together all samples, each in original order.
+
+        Raises:
+            InvalidCalibration: One part would be empty.
+        """
+        n_holdout = round(holdout_fraction * len(self))
+        if not 1 <= n_holdout < len(self):
+            msg = (
+                f"a split must leave at least one sample on each side; a hold-out share of "
+                f"{holdout_fraction} of {len(self)} samples does not"
+            )
+            raise InvalidCalibration(msg, holdout_fraction=holdout_fraction, available=len(self))
+        order = np.random.default_rng(seed).permutation(len(self)).tolist()
+        fit, holdout = sorted(order[n_holdout:]), sorted(order[:n_holdout])
+        return self.take(fit, seed=seed), self.take(holdout, seed=seed)
+
+    def batches(self, size: int) -> Iterator[Self]:
+        """Yield consecutive batches of ``size`` samples; the last may be smaller."""
+        for start in range(0, len(self), size):
+            yield self.take(range(start, min(start + size, len(self))))
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same samples on another device."""
+        return replace(
+            self,
+            inputs=tuple(t.to(device) for t in self.inputs),
+            labels=None if self.labels is None else self.labels.to(device),
+        )
+
+    def to_json(self) -> JsonObject:
+        """Return digest, indices and seed: enough to cut the same samples from the same set."""
+        return {"digest": self.digest, "indices": list(self.indices), "seed": self.seed}
+
+    @classmethod
+    def from_json(cls, data: JsonObject, whole: CalibrationSet) -> CalibrationSet:
+        """Cut the samples that ``to_json`` named from the whole set.
+
+        Raises:
+            InvalidCalibration: ``whole`` is another set.
+        """
+        if whole.digest != data["digest"] or whole.indices != tuple(range(len(whole))):
+            msg = (
+                f"the samples were cut from the set {data['digest']}; got {whole.digest}: "
+                "load the set that was measured"
+            )
+            raise InvalidCalibration(msg, expected=data["digest"], got=whole.digest)
+        return whole.take(data["indices"], seed=data["seed"])

@@ -1,0 +1,577 @@
+"""A runner over the exported graph: re-executes only what lies behind a changed layer.
+
+``torch.export`` gives the model as a list of operations. The operations *behind* a layer are
+those that depend on its weight; everything else keeps its value from the state. What a later run
+will read of a state (the cut in front of each layer, residual inputs and parallel branches
+included) follows from the graph, so cut points need no knowledge of the architecture. Values that
+do not fit the memory limit are left out and recomputed from what was kept.
+
+The operations are those of the module, in the same order, on the same batch: the result equals
+that of the module bit for bit.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from bitquota.errors import InvalidModel, MeasurementFailed
+from bitquota.sensitivity.runner import (
+    DEFAULT_CHUNK,
+    DEFAULT_MEMORY_BYTES,
+    BatchNormMode,
+    Change,
+    PassCounter,
+    QuantizedWeights,
+    State,
+    checked_output,
+    cut,
+    input_quantizer,
+    inputs_of,
+    labels_of,
+    run_module,
+    tensor_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable
+
+    from torch import Tensor, nn
+    from torch.export import ExportedProgram
+
+    from bitquota.candidates import Candidate, Inventory
+    from bitquota.canonical import JsonObject
+    from bitquota.sensitivity.calibration import CalibrationSet
+
+_aten = torch.ops.aten
+_INPUT_FIRST = (
+    "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
+    "conv_transpose3d", "linear", "matmul", "mm", "bmm",
+)  # fmt: skip
+"""Operations whose first argument is the layer's input."""
+
+
+@dataclass(slots=True, eq=False)
+class Operation:
+    """One operation of the graph and what it costs on one chunk."""
+
+    index: int
+    node: fx.Node
+    target: Callable[..., Any]
+    sources: tuple[fx.Node, ...]
+    macs: float = 0.0
+    n_bytes: int = 0
+
+
+class Graph:
+    """The operations of a model for one batch size."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inventory: Inventory,
+        inputs: tuple[Tensor, ...],
+        batch_norm: BatchNormMode,
+    ) -> None:
+        program = _export(module, inputs)
+        signature = program.graph_signature
+        self.batch_norm = batch_norm
+        self.constants: dict[fx.Node, Any] = {}
+        self.input_nodes: list[fx.Node] = []
+        self.weight_nodes: dict[str, list[fx.Node]] = {la.name: [] for la in inventory.layers}
+        owner = {id(tensor_of(module, la.weight_name)): la.name for la in inventory.layers}
+        tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        lifted = signature.inputs_to_lifted_tensor_constants
+        self.operations: list[Operation] = []
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                if node.name in tensors:
+                    value = tensor_of(module, tensors[node.name])
+                    self.constants[node] = value.detach()
+                    if id(value) in owner:
+                        self.weight_nodes[owner[id(value)]].append(node)
+                elif node.name in lifted:
+                    self.constants[node] = program.constants[lifted[node.name]]
+                else:
+                    self.input_nodes.append(node)
+            elif node.op == "get_attr":
+                self.constants[node] = getattr(program.graph_module, str(node.target))
+            elif node.op == "call_function":
+                self.operations.append(
+                    Operation(
+                        index=len(self.operations),
+                        node=node,
+                        target=self._function(node),
+                        sources=tuple(node.all_input_nodes),
+                    )
+                )
+            elif node.op == "output":
+                self.results = node.args[0]
+        self.out_spec = program.call_spec.out_spec
+        self.by_node = {op.node: op for op in self.operations}
+        self.output_nodes = _nodes(self.results)
+        self._find_what_is_behind_each_layer()
+        self._measure(inputs)
+
+    def _function(self, node: fx.Node) -> Callable[..., Any]:
+        target = node.target
+        if self.batch_norm == "batch" and target in _BATCH_NORMS:
+            return _BATCH_NORMS[target]
+        return target  # type: ignore[return-value]
+
+    def _find_what_is_behind_each_layer(self) -> None:
+        self.behind: dict[str, frozenset[fx.Node]] = {}
+        for name, weights in self.weight_nodes.items():
+            if not weights:
+                msg = f"the exported graph does not use the weight of layer '{name}'"
+                raise InvalidModel(msg, layer=name)
+            reached: set[fx.Node] = set(weights)
+            for op in self.operations:
+                if any(source in reached for source in op.sources):
+                    reached.add(op.node)
+            self.behind[name] = frozenset(reached.difference(weights))
+        # Values that depend on nothing but untouched constants (masks, positions) are computed
+        # once and never again.
+        moving: set[fx.Node] = {n for ns in self.weight_nodes.values() for n in ns}
+        moving.update(self.input_nodes)
+        self.static: list[Operation] = []
+        for op in self.operations:
+            if any(source in moving for source in op.sources):
+                moving.add(op.node)
+            else:
+                self.static.append(op)
+        self.static_values: dict[fx.Node, Any] = {}
+
+    def _measure(self, inputs: tuple[Tensor, ...]) -> None:
+        """Run once, counting multiply-accumulates and bytes of every operation."""
+        values: dict[fx.Node, Any] = dict(zip(self.input_nodes, inputs, strict=True))
+        last_use = {s: op.index for op in self.operations for s in op.sources}
+        static = {op.node for op in self.static}
+        with torch.no_grad():
+            for op in self.operations:
+                with FlopCounterMode(display=False) as counter:
+                    value = self.execute(op, values.__getitem__, self.constants)
+                op.macs = counter.get_total_flops() / 2
+                op.n_bytes = _n_bytes(value)
+                values[op.node] = value
+                if op.node in static:
+                    self.static_values[op.node] = value
+                for source in op.sources:
+                    if last_use[source] == op.index and source not in self.output_nodes:
+                        values.pop(source, None)
+        self.macs = sum(op.macs for op in self.operations)
+        if not self.macs:
+            # A model without a countable operation: every operation costs the same.
+            for op in self.operations:
+                op.macs = 1.0
+            self.macs = float(len(self.operations))
+
+    @staticmethod
+    def execute(
+        op: Operation,
+        lookup: Callable[[fx.Node], Any],
+        constants: dict[fx.Node, Any],
+    ) -> Any:  # noqa: ANN401  # an operation may return anything
+        """Run one operation."""
+
+        def value_of(node: fx.Node) -> Any:  # noqa: ANN401
+            return constants[node] if node in constants else lookup(node)
+
+        args = fx.node.map_arg(op.node.args, value_of)
+        kwargs = fx.node.map_arg(op.node.kwargs, value_of)
+        return op.target(*args, **kwargs)
+
+    def reads(self, layers: Iterable[str]) -> set[fx.Node]:
+        """Return the values that re-running behind ``layers`` takes from a state."""
+        behind = self.behind_all(layers)
+        return {
+            source
+            for op in self.operations
+            if op.node in behind
+            for source in op.sources
+            if source in self.by_node and source not in behind and source not in self.static_values
+        }
+
+    def behind_all(self, layers: Iterable[str]) -> frozenset[fx.Node]:
+        """Return the operations behind any of ``layers``."""
+        return frozenset().union(*(self.behind[name] for name in layers))
+
+    def restore(self, values: dict[fx.Node, Any]) -> Any:  # noqa: ANN401
+        """Return the model's output in the structure that the module returns."""
+        flat = fx.node.map_arg(self.results, values.__getitem__)
+        return torch.utils._pytree.tree_unflatten(list(flat), self.out_spec)  # noqa: SLF001
+
+
+@dataclass(slots=True, eq=False)
+class GraphState:
+    """A point of the model on one chunk: its change, output, and kept activations."""
+
+    chunk: int
+    change: dict[str, Candidate]
+    output: Tensor
+    store: dict[fx.Node, Any]
+    signature: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Schedule:
+    """Which operations a run executes, and after which of them which values can go."""
+
+    operations: tuple[Operation, ...]
+    free: tuple[tuple[fx.Node, ...], ...]
+    keep: frozenset[fx.Node]
+    macs: float
+
+
+@dataclass(slots=True)
+class GraphRunner:
+    """Runs the exported graph, suffix by suffix; see the module docstring."""
+
+    module: nn.Module
+    inventory: Inventory
+    calibration: CalibrationSet
+    batch_norm: BatchNormMode = "eval"
+    activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None
+    chunk_size: int = DEFAULT_CHUNK
+    memory_limit_bytes: int = DEFAULT_MEMORY_BYTES
+    engine: str = "graph"
+    chunks: tuple[range, ...] = ()
+    passes: PassCounter = field(default_factory=PassCounter)
+    weights: QuantizedWeights = field(init=False)
+    _graphs: dict[int, Graph] = field(default_factory=dict)
+    _schedules: dict[Any, Schedule] = field(default_factory=dict)
+    _keeps: dict[Any, frozenset[fx.Node]] = field(default_factory=dict)
+    _reference: tuple[int, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        """Export the model and choose the chunk size."""
+        self.module.eval()
+        self.weights = QuantizedWeights(self.module, self.inventory)
+        n = len(self.calibration)
+        size = min(self.chunk_size, n)
+        while True:
+            graph = self._graph(size)
+            kept = sum(graph.by_node[k].n_bytes for k in self._all_reads(graph))
+            # A base state and one state on top of it are alive together.
+            if 2 * kept <= self.memory_limit_bytes or size == 1 or self.batch_norm == "batch":
+                break
+            self._graphs.pop(size)
+            size = max(1, min(size // 2, int(size * self.memory_limit_bytes / (2 * kept))))
+        self.chunk_size = size
+        self.chunks = cut(n, size)
+        self.passes.macs_per_pass = graph.macs * n / size
+
+    def start(self, chunk: int, change: Change) -> GraphState:
+        """Run the whole model and keep what changes of single groups will read."""
+        return self._run(None, chunk, dict(change), keep_for=None)
+
+    def extend(self, state: State, change: Change, *, keep_for: Collection[str] = ()) -> GraphState:
+        """Run behind ``change`` and keep what changes of ``keep_for`` will read."""
+        return self._run(state, state.chunk, dict(change), keep_for=tuple(keep_for))
+
+    def output(self, state: State, change: Change) -> Tensor:
+        """Run behind ``change``."""
+        return self._run(state, state.chunk, dict(change), keep_for=()).output
+
+    def reference(self, chunk: int) -> Tensor:
+        """Return the full-precision output with stored batch-norm statistics."""
+        if self._reference is None or self._reference[0] != chunk:
+            self.passes.calls += 1
+            rows = self.chunks[chunk]
+            self.passes.macs += self._graph(len(rows)).macs
+            output = run_module(self.module, inputs_of(self.calibration, rows))
+            self._reference = (chunk, output)
+        return self._reference[1]
+
+    def labels(self, chunk: int) -> Tensor | None:
+        """Return the labels of a chunk."""
+        return labels_of(self.calibration, self.chunks[chunk])
+
+    def share(self, layers: Collection[str]) -> float:
+        """Return what re-running behind ``layers`` costs, as a share of a full pass."""
+        graph = self._graph(len(self.chunks[0]))
+        behind = graph.behind_all(layers)
+        return sum(op.macs for op in graph.operations if op.node in behind) / graph.macs
+
+    def describe(self) -> JsonObject:
+        """Return engine and batch-norm mode."""
+        return {"engine": self.engine, "batch_norm": self.batch_norm}
+
+    def _graph(self, size: int) -> Graph:
+        if size not in self._graphs:
+            inputs = tuple(t[:size] for t in self.calibration.inputs)
+            self._graphs[size] = Graph(self.module, self.inventory, inputs, self.batch_norm)
+        return self._graphs[size]
+
+    def _all_reads(self, graph: Graph) -> set[fx.Node]:
+        groups: dict[str, list[str]] = {}
+        for layer in self.inventory.layers:
+            groups.setdefault(layer.group, []).append(layer.name)
+        return set().union(*(graph.reads(names) for names in groups.values()))
+
+    def _kept(self, graph: Graph, size: int, names: tuple[str, ...] | None) -> frozenset[fx.Node]:
+        """Return the values to keep for later changes, as many as the memory limit allows."""
+        key = (size, names)
+        if key not in self._keeps:
+            wanted = self._all_reads(graph)
+            if names is not None:
+                group_of = {la.name: la.group for la in self.inventory.layers}
+                groups: dict[str, list[str]] = {}
+                for name in names:
+                    groups.setdefault(group_of[name], []).append(name)
+                wanted = set().union(*(graph.reads(members) for members in groups.values()))
+            limit = self.memory_limit_bytes // 2
+            self._keeps[key] = _thin_out(graph, wanted, limit)
+        return self._keeps[key]
+
+    def _run(
+        self,
+        state: State | None,
+        chunk: int,
+        change: dict[str, Candidate],
+        keep_for: tuple[str, ...] | None,
+    ) -> GraphState:
+        if state is not None and not isinstance(state, GraphState):
+            msg = f"a state must come from the runner it is given to; got {type(state).__name__}"
+            raise TypeError(msg)
+        rows = self.chunks[chunk]
+        graph = self._graph(len(rows))
+        both = change if state is None else {**state.change, **change}
+        constants = dict(graph.constants)
+        transforms: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
+        for name, candidate in both.items():
+            weight = self.weights(candidate)
+            for node in graph.weight_nodes[name]:
+                constants[node] = weight
+                if candidate.activation_bits is not None:
+                    quantizer = input_quantizer(self.activations, name, candidate.activation_bits)
+                    for op in _consumers(graph, node, name):
+                        transforms[op.node] = quantizer
+        changed = tuple(sorted(change))
+        before: tuple[Any, ...] = ("start", len(rows)) if state is None else state.signature
+        signature = (*before, changed, keep_for)
+        schedule = self._schedules.get(signature)
+        if schedule is None:
+            stored = set() if state is None else set(state.store)
+            schedule = self._plan(graph, len(rows), state is None, changed, stored, keep_for)
+            self._schedules[signature] = schedule
+        store = {} if state is None else state.store
+        values: dict[fx.Node, Any] = {}
+        inputs = inputs_of(self.calibration, rows)
+        values.update(zip(graph.input_nodes, inputs, strict=True))
+
+        def lookup(node: fx.Node) -> Any:  # noqa: ANN401
+            if node in values:
+                return values[node]
+            return store[node] if node in store else graph.static_values[node]
+
+        with torch.no_grad():
+            for op, free in zip(schedule.operations, schedule.free, strict=True):
+                if op.node in transforms:
+                    values[op.node] = _with_quantized_input(
+                        op, lookup, constants, transforms[op.node]
+                    )
+                else:
+                    values[op.node] = graph.execute(op, lookup, constants)
+                for node in free:
+                    del values[node]
+        self.passes.macs += schedule.macs
+        self.passes.calls += 1
+        results = {node: lookup(node) if node not in constants else constants[node]
+                   for node in graph.output_nodes}  # fmt: skip
+        output = checked_output(graph.restore(results), len(rows))
+        kept = {node: values[node] for node in schedule.keep if node in values}
+        if keep_for != ():
+            behind = graph.behind_all(changed) if state is not None else frozenset()
+            wanted = self._kept(graph, len(rows), keep_for)
+            kept.update({n: v for n, v in store.items() if n in wanted and n not in behind})
+        return GraphState(chunk, both, output, kept, signature)
+
+    def _plan(
+        self,
+        graph: Graph,
+        size: int,
+        whole: bool,  # noqa: FBT001
+        changed: tuple[str, ...],
+        stored: set[fx.Node],
+        keep_for: tuple[str, ...] | None,
+    ) -> Schedule:
+        """Find the operations that must run: backwards from the targets to what is known."""
+        behind = frozenset(graph.by_node) if whole else graph.behind_all(changed)
+        known = {node for node in stored if node not in behind}
+        # A static value may depend on a weight's placeholder only if it is behind it.
+        known.update(node for node in graph.static_values if whole or node not in behind)
+        wanted: frozenset[fx.Node] = frozenset()
+        if keep_for != ():
+            wanted = self._kept(graph, size, keep_for)
+        targets = set(graph.output_nodes) | {node for node in wanted if node not in known}
+        needed: set[fx.Node] = set()
+        stack = [node for node in targets if node in graph.by_node and node not in known]
+        while stack:
+            node = stack.pop()
+            if node in needed:
+                continue
+            needed.add(node)
+            stack.extend(
+                s
+                for s in graph.by_node[node].sources
+                if s in graph.by_node and s not in known and s not in needed
+            )
+        operations = tuple(op for op in graph.operations if op.node in needed)
+        last_use = {s: op.index for op in operations for s in op.sources if s in needed}
+        protected = set(graph.output_nodes) | wanted
+        free = tuple(
+            tuple(
+                s
+                for s in dict.fromkeys((*op.sources, op.node))
+                if s in needed and s not in protected and last_use.get(s, op.index) == op.index
+            )
+            for op in operations
+        )
+        return Schedule(
+            operations, free, frozenset(wanted & needed), sum(op.macs for op in operations)
+        )
+
+
+def _thin_out(graph: Graph, wanted: set[fx.Node], limit: int) -> frozenset[fx.Node]:
+    """Return the subset of ``wanted`` to keep within ``limit`` bytes.
+
+    Values are dropped in the order of what recomputing them from the kept value before costs per
+    byte saved; the cheapest go first. Heuristic: costs are taken along the order of operations.
+    """
+    kept = sorted(wanted, key=lambda node: graph.by_node[node].index)
+    total = sum(graph.by_node[node].n_bytes for node in kept)
+    running = [0.0]
+    for op in graph.operations:
+        running.append(running[-1] + op.macs)
+    while total > limit and kept:
+        ends = [graph.by_node[node].index + 1 for node in kept]
+        starts = [0, *ends[:-1]]
+
+        def price(k: int, starts: list[int] = starts, ends: list[int] = ends) -> float:
+            redo = running[ends[k]] - running[starts[k]]
+            return (redo + 1.0) / max(1, graph.by_node[kept[k]].n_bytes)
+
+        dropped = kept.pop(min(range(len(kept)), key=price))
+        total -= graph.by_node[dropped].n_bytes
+    return frozenset(kept)
+
+
+def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+    try:
+        # The exporter warns about its own internals; its errors are wrapped below.
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(module, inputs, strict=False)
+            if not _is_functional(program):
+                program = program.run_decompositions({})
+    except Exception as err:
+        first = (str(err).splitlines() or [type(err).__name__])[0]
+        msg = (
+            f"the model must be exportable by torch.export to be run as a graph; it failed: {first}"
+        )
+        raise InvalidModel(msg, error=str(err)) from err
+    if not _is_functional(program) or program.graph_signature.buffers_to_mutate:
+        msg = "the model must not change its tensors in place in eval mode to be run as a graph"
+        raise InvalidModel(msg)
+    return program
+
+
+def _is_functional(program: ExportedProgram) -> bool:
+    """Whether every operation is a plain one that changes none of its arguments."""
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        if isinstance(node.target, torch._ops.HigherOrderOperator):  # noqa: SLF001
+            return False
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            return False
+    return True
+
+
+def _nodes(structure: Any) -> tuple[fx.Node, ...]:  # noqa: ANN401
+    found: list[fx.Node] = []
+    fx.node.map_arg(structure, lambda node: found.append(node) or node)  # type: ignore[func-returns-value]
+    return tuple(dict.fromkeys(found))
+
+
+def _n_bytes(value: Any) -> int:  # noqa: ANN401
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, (tuple, list)):
+        return sum(_n_bytes(item) for item in value)
+    return 0
+
+
+def _consumers(graph: Graph, weight: fx.Node, layer: str) -> list[Operation]:
+    """Return the operations that multiply the layer's input with its weight."""
+    found: list[Operation] = []
+    for op in graph.operations:
+        if weight in op.sources:
+            name = getattr(op.target, "__name__", str(op.target)).split(".")[0]
+            name = str(op.node.target).removeprefix("aten.").split(".")[0] or name
+            if name not in _INPUT_FIRST:
+                msg = (
+                    f"the input of layer '{layer}' must be visible in the graph to be quantized; "
+                    f"its weight goes into '{op.node.target}': use the engine 'eager'"
+                )
+                raise MeasurementFailed(msg, layer=layer)
+            found.append(op)
+    return found
+
+
+def _with_quantized_input(
+    op: Operation,
+    lookup: Callable[[fx.Node], Any],
+    constants: dict[fx.Node, Any],
+    quantizer: Callable[[Tensor], Tensor],
+) -> Any:  # noqa: ANN401
+    def value_of(node: fx.Node) -> Any:  # noqa: ANN401
+        return constants[node] if node in constants else lookup(node)
+
+    args: list[Any] = list(fx.node.map_arg(op.node.args, value_of))  # type: ignore[call-overload]
+    kwargs = fx.node.map_arg(op.node.kwargs, value_of)
+    args[0] = quantizer(args[0])
+    return op.target(*args, **kwargs)
+
+
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,  # noqa: FBT001
+    momentum: float,
+    eps: float,
+    cudnn: bool = False,  # noqa: FBT001, FBT002
+) -> Tensor:
+    del running_mean, running_var, training, momentum, cudnn
+    return functional.batch_norm(x, None, None, weight, bias, training=True, momentum=0.0, eps=eps)
+
+
+def _native_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, None, None]:
+    args = (weight, bias, running_mean, running_var, False, momentum, eps)
+    return _batch_norm(x, *args), None, None
+
+
+_BATCH_NORMS: dict[Any, Callable[..., Any]] = {
+    _aten.batch_norm.default: _batch_norm,
+    _aten._native_batch_norm_legit_no_training.default: _native_batch_norm,  # noqa: SLF001
+}

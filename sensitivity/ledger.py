@@ -1,0 +1,197 @@
+"""The ledger of measurements: what was measured once is never measured again.
+
+An entry is a float64 array under a key that names everything it depends on (weights, samples,
+base point, candidates, correction, loss, code version), so that it can never be stale and may be
+shared between jobs, budgets and machines. Entries are written in transactions: after ``kill -9``
+everything committed is there and nothing is half-written.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from typing import TYPE_CHECKING, Protocol, Self
+
+import numpy as np
+
+from bitquota.canonical import digest_json
+from bitquota.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+
+_FORMAT = 1
+_BUSY_TIMEOUT_S = 60.0
+_KEYS_PER_QUERY = 500
+
+
+def ledger_key(parts: object) -> str:
+    """Return the key of a measurement: the digest of the canonical JSON of all it depends on."""
+    return digest_json(parts)
+
+
+class Ledger(Protocol):
+    """Content-addressed store of float64 arrays."""
+
+    def get(self, key: str) -> NDArray[np.float64] | None:
+        """Return the array under ``key``, or ``None`` if it was never measured."""
+        ...
+
+    def get_many(self, keys: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+        """Return the arrays of those ``keys`` that are there."""
+        ...
+
+    def put(self, key: str, array: NDArray[np.float64]) -> None:
+        """Store one array; an existing entry is kept as it is."""
+        ...
+
+    def put_many(self, entries: Mapping[str, NDArray[np.float64]]) -> None:
+        """Store several arrays in one transaction: all of them or none."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of entries."""
+        ...
+
+
+def _checked(key: str, array: NDArray[np.float64]) -> NDArray[np.float64]:
+    values = np.ascontiguousarray(array, dtype="<f8")
+    if not np.isfinite(values).all():
+        msg = f"a ledger entry must be finite; '{key}' is not"
+        raise InvalidInput(msg, key=key)
+    return values
+
+
+class MemoryLedger:
+    """A ledger that lives as long as the process."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, NDArray[np.float64]] = {}
+
+    def __len__(self) -> int:
+        """Return the number of entries."""
+        return len(self._entries)
+
+    def get(self, key: str) -> NDArray[np.float64] | None:
+        """Return the array under ``key``, or ``None``."""
+        return self._entries.get(key)
+
+    def get_many(self, keys: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+        """Return the arrays of those ``keys`` that are there."""
+        return {key: self._entries[key] for key in keys if key in self._entries}
+
+    def put(self, key: str, array: NDArray[np.float64]) -> None:
+        """Store one array."""
+        self.put_many({key: array})
+
+    def put_many(self, entries: Mapping[str, NDArray[np.float64]]) -> None:
+        """Store several arrays."""
+        checked = {key: _checked(key, array) for key, array in entries.items()}
+        for key, values in checked.items():
+            values.flags.writeable = False
+            self._entries.setdefault(key, values)
+
+
+class SqliteLedger:
+    """A ledger in one SQLite file; several processes may read and write it at once.
+
+    Write-ahead log with ``synchronous=normal``: a killed process loses nothing that was
+    committed; a power cut may lose the last transactions but never leaves a torn file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open ``path``, creating it if it is not there.
+
+        Raises:
+            InvalidInput: The file is not such a ledger.
+        """
+        self.path = path
+        # The connection may be used from the thread that runs the job; the lock serialises.
+        self._lock = threading.Lock()
+        try:
+            self._connection = sqlite3.connect(
+                path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            )
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, _FORMAT):
+                msg = f"a ledger must have format {_FORMAT}; '{path}' has {version}"
+                raise InvalidInput(msg, path=str(path))
+            self._connection.execute(
+                "CREATE TABLE IF NOT EXISTS entries "
+                "(key TEXT PRIMARY KEY, shape TEXT NOT NULL, data BLOB NOT NULL) WITHOUT ROWID"
+            )
+            self._connection.execute(f"PRAGMA user_version={_FORMAT}")
+        except sqlite3.DatabaseError as err:
+            msg = f"a ledger must be an SQLite file that Bitquota wrote; '{path}': {err}"
+            raise InvalidInput(msg, path=str(path)) from err
+
+    def __enter__(self) -> Self:
+        """Return the ledger."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the file."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; committed entries stay."""
+        self._connection.close()
+
+    def __len__(self) -> int:
+        """Return the number of entries."""
+        with self._lock:
+            return int(self._connection.execute("SELECT count(*) FROM entries").fetchone()[0])
+
+    def get(self, key: str) -> NDArray[np.float64] | None:
+        """Return the array under ``key``, or ``None``."""
+        return self.get_many([key]).get(key)
+
+    def get_many(self, keys: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+        """Return the arrays of those ``keys`` that are there."""
+        found: dict[str, NDArray[np.float64]] = {}
+        for start in range(0, len(keys), _KEYS_PER_QUERY):
+            part = list(keys[start : start + _KEYS_PER_QUERY])
+            marks = ",".join("?" * len(part))
+            query = f"SELECT key, shape, data FROM entries WHERE key IN ({marks})"  # noqa: S608  # marks only
+            with self._lock:
+                rows = self._connection.execute(query, part).fetchall()
+            for key, shape, data in rows:
+                size = tuple(int(s) for s in shape.split(",") if s)
+                found[key] = np.frombuffer(data, dtype="<f8").reshape(size)
+        return found
+
+    def put(self, key: str, array: NDArray[np.float64]) -> None:
+        """Store one array in a transaction of its own."""
+        self.put_many({key: array})
+
+    def put_many(self, entries: Mapping[str, NDArray[np.float64]]) -> None:
+        """Store several arrays in one transaction: all of them or none."""
+        rows = []
+        for key, array in entries.items():
+            values = _checked(key, array)
+            rows.append((key, ",".join(map(str, values.shape)), values.tobytes()))
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                self._connection.executemany("INSERT OR IGNORE INTO entries VALUES (?,?,?)", rows)
+                self._connection.execute("COMMIT")
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+
+    def keys(self) -> list[str]:
+        """Return all keys in order."""
+        with self._lock:
+            rows = self._connection.execute("SELECT key FROM entries ORDER BY key").fetchall()
+        return [row[0] for row in rows]

@@ -1,0 +1,222 @@
+"""Losses: what a quantized model's output costs against the full-precision output or labels.
+
+The forward pass is float32 (or whatever the model is); every loss converts to float64 first, so
+that differences of nearly equal losses survive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch.nn import functional
+
+from bitquota.errors import InvalidCalibration, InvalidInput, MeasurementFailed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Loss(Protocol):
+    """A per-sample loss.
+
+    Attributes:
+        name: Stable name; part of every ledger key.
+        unit: Unit of one value.
+        needs_labels: Whether ``labels`` must be given.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def unit(self) -> str: ...  # noqa: D102
+    @property
+    def needs_labels(self) -> bool: ...  # noqa: D102
+
+    def per_sample(self, output: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:
+        """Return ``f64[N]``.
+
+        Args:
+            output: ``[N, ..., C]`` of the quantized model.
+            reference: The same of the full-precision model.
+            labels: ``[N, ...]``, or ``None`` when the loss needs none.
+        """
+        ...
+
+
+def primary_output(value: Any) -> Tensor:  # noqa: ANN401  # whatever a model returns
+    """Return the tensor of a model's output that losses look at.
+
+    A tensor is itself; otherwise ``logits``, then ``last_hidden_state``, then the first tensor.
+
+    Raises:
+        MeasurementFailed: There is no tensor.
+    """
+    if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, Mapping):
+        for key in ("logits", "last_hidden_state"):
+            if isinstance(value.get(key), torch.Tensor):
+                return primary_output(value[key])
+        value = list(value.values())
+    for attribute in ("logits", "last_hidden_state"):
+        if isinstance(getattr(value, attribute, None), torch.Tensor):
+            return primary_output(getattr(value, attribute))
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            if isinstance(item, (torch.Tensor, list, tuple, Mapping)):
+                return primary_output(item)
+    msg = (
+        f"a model must return a tensor, or something that holds one; got {type(value).__name__}: "
+        "wrap the model so that it returns the tensor the loss is about"
+    )
+    raise MeasurementFailed(msg)
+
+
+def _mean_over_positions(values: Tensor) -> Tensor:
+    """``[N, ...] -> [N]``: a sequence counts as the mean over its positions."""
+    return values.reshape(len(values), -1).mean(dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class KullbackLeibler:
+    """``Σ_c p_c (log p_c - log q_c)``, p = softmax(reference), q = softmax(output).
+
+    Needs no labels, is never negative, and is zero for the full-precision model.
+    """
+
+    name: ClassVar[str] = "kl"
+    unit: ClassVar[str] = "nats/sample"
+    needs_labels: ClassVar[bool] = False
+
+    def per_sample(self, output: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:
+        """Return ``f64[N]``; for ``[N, ..., C]`` the mean over the inner positions."""
+        del labels
+        log_q = functional.log_softmax(output.double(), dim=-1)
+        log_p = functional.log_softmax(reference.double(), dim=-1)
+        return _mean_over_positions((log_p.exp() * (log_p - log_q)).sum(dim=-1))
+
+
+@dataclass(frozen=True, slots=True)
+class CrossEntropy:
+    """``-log q_label``; a label below 0 marks a position that does not count."""
+
+    name: ClassVar[str] = "cross_entropy"
+    unit: ClassVar[str] = "nats/sample"
+    needs_labels: ClassVar[bool] = True
+
+    def per_sample(self, output: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:
+        """Return ``f64[N]``.
+
+        Raises:
+            InvalidCalibration: No labels, or labels of another shape than the positions.
+        """
+        del reference
+        if labels is None:
+            msg = "cross entropy needs labels; got none: give labels, or use the loss 'kl'"
+            raise InvalidCalibration(msg)
+        if labels.shape != output.shape[:-1]:
+            msg = (
+                f"labels must have the shape of the output without its last dimension, "
+                f"{list(output.shape[:-1])}; got {list(labels.shape)}"
+            )
+            raise InvalidCalibration(msg, shape=list(labels.shape))
+        log_q = functional.log_softmax(output.double(), dim=-1)
+        counts = labels >= 0
+        picked = log_q.gather(-1, labels.clamp_min(0).long()[..., None])[..., 0]
+        summed = torch.where(counts, -picked, 0.0).reshape(len(output), -1).sum(dim=1)
+        return summed / counts.reshape(len(output), -1).sum(dim=1).clamp_min(1)
+
+
+@dataclass(frozen=True, slots=True)
+class MeanSquaredError:
+    """Mean over all output elements of the squared difference to the reference."""
+
+    name: ClassVar[str] = "mse"
+    unit: ClassVar[str] = "squared output/sample"
+    needs_labels: ClassVar[bool] = False
+
+    def per_sample(self, output: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:
+        """Return ``f64[N]``."""
+        del labels
+        return _mean_over_positions((output.double() - reference.double()).square())
+
+
+@dataclass(frozen=True, slots=True)
+class CosineDistance:
+    """``1 - cos(output, reference)`` along the last dimension, mean over positions.
+
+    Two zero vectors are equal (distance 0); a zero and a non-zero vector are at distance 1.
+    """
+
+    name: ClassVar[str] = "cosine"
+    unit: ClassVar[str] = "1/sample"
+    needs_labels: ClassVar[bool] = False
+
+    def per_sample(self, output: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:
+        """Return ``f64[N]``."""
+        del labels
+        a, b = output.double(), reference.double()
+        norms = a.norm(dim=-1) * b.norm(dim=-1)
+        # 1 - a·b/(|a||b|) cancels for nearly equal vectors; half the squared distance of the
+        # unit vectors is the same number without the cancellation.
+        unit_a = a / a.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+        unit_b = b / b.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+        distance = 0.5 * (unit_a - unit_b).square().sum(dim=-1)
+        both_zero = (a.norm(dim=-1) == 0) & (b.norm(dim=-1) == 0)
+        distance = torch.where(norms > 0, distance, torch.where(both_zero, 0.0, 1.0))
+        return _mean_over_positions(distance)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CustomLoss:
+    """A callable of the user's: ``function(output, reference, labels) -> [N]``."""
+
+    name: str
+    function: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    unit: str = "1/sample"
+    needs_labels: bool = False
+
+    def per_sample(self, output: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:
+        """Return ``f64[N]``.
+
+        Raises:
+            MeasurementFailed: The callable returned another shape than ``[N]``.
+        """
+        values = self.function(output, reference, labels)
+        if values.shape != (len(output),):
+            msg = (
+                f"the loss '{self.name}' must return one value per sample, shape "
+                f"[{len(output)}]; got {list(values.shape)}"
+            )
+            raise MeasurementFailed(msg, loss=self.name)
+        return values.double()
+
+
+LOSSES: dict[str, Loss] = {
+    loss.name: loss
+    for loss in (KullbackLeibler(), CrossEntropy(), MeanSquaredError(), CosineDistance())
+}
+"""Losses by name; the first is the default."""
+
+
+def loss_by_name(name: str) -> Loss:
+    """Return the loss called ``name``.
+
+    Raises:
+        InvalidInput: There is no such loss.
+    """
+    if name not in LOSSES:
+        msg = f"a loss must be one of {', '.join(LOSSES)}; got '{name}'"
+        raise InvalidInput(msg, loss=name)
+    return LOSSES[name]
+
+
+def n_correct(output: Tensor, labels: Tensor) -> Tensor:
+    """Return ``f64[N]``: share of each sample's counted positions whose arg-max is the label."""
+    counts = labels >= 0
+    hits = (output.argmax(dim=-1) == labels) & counts
+    n = len(output)
+    return hits.reshape(n, -1).sum(dim=1).double() / counts.reshape(n, -1).sum(dim=1).clamp_min(1)
