@@ -1,0 +1,225 @@
+"""Turn a call of a layer's operator on bare parameters back into the layer's module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CONVOLUTIONS: dict[str, tuple[type[nn.Module], int]] = {
+    "torch.ops.aten.conv1d.default": (nn.Conv1d, 1),
+    "torch.ops.aten.conv1d.padding": (nn.Conv1d, 1),
+    "torch.ops.aten.conv2d.default": (nn.Conv2d, 2),
+    "torch.ops.aten.conv2d.padding": (nn.Conv2d, 2),
+    "torch.ops.aten.conv3d.default": (nn.Conv3d, 3),
+    "torch.ops.aten.conv3d.padding": (nn.Conv3d, 3),
+}
+_TRANSPOSED: dict[str, tuple[type[nn.Module], int]] = {
+    "torch.ops.aten.conv_transpose1d.default": (nn.ConvTranspose1d, 1),
+    "torch.ops.aten.conv_transpose2d.input": (nn.ConvTranspose2d, 2),
+    "torch.ops.aten.conv_transpose3d.input": (nn.ConvTranspose3d, 3),
+}
+_BATCH_NORMS: dict[int, type[nn.Module]] = {
+    2: nn.BatchNorm1d,
+    3: nn.BatchNorm1d,
+    4: nn.BatchNorm2d,
+    5: nn.BatchNorm3d,
+}
+
+
+class Conv1D(nn.Module):
+    """A linear layer that stores its weight as ``[in, out]``, as GPT-2 does.
+
+    Named like the class of transformers that it stands for.
+    """
+
+    def __init__(self, n_outputs: int, n_inputs: int) -> None:
+        super().__init__()
+        self.nf = n_outputs
+        self.nx = n_inputs
+        self.weight = nn.Parameter(torch.empty(n_inputs, n_outputs))
+        self.bias = nn.Parameter(torch.empty(n_outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x @ weight + bias`` for ``x: [..., n_inputs]``."""
+        flat = torch.addmm(self.bias, x.reshape(-1, self.nx), self.weight)
+        return flat.reshape(*x.shape[:-1], self.nf)
+
+
+def module_for_call(
+    target: str,
+    root: nn.Module,
+    tensors: dict[str, str],
+    arguments: dict[str, Any],
+    rank: int,
+) -> str | None:
+    """Put a module into ``root`` that does what a call does, and return its path.
+
+    Args:
+        target: Full name of the operator.
+        root: Holds the parameters under their names.
+        tensors: Operator argument to the parameter or buffer it is given.
+        arguments: The other arguments that are no tensors; left out where they are defaults.
+        rank: Number of dimensions of the input activation, 0 if unknown.
+
+    Returns:
+        The path of the module, or ``None`` if the call is best left an operator. A second call
+        with the same weight and settings gets the same module.
+    """
+    if any(not _is_plain(value) for value in arguments.values()):
+        return None
+    build = _layer(target, root, tensors, arguments, rank)
+    if build is None:
+        return None
+    module, names = build
+    path = _module_path(names["weight"] if "weight" in names else names["running_mean"])
+    place = _child(root, path)
+    if place is not None and type(place) is not nn.Module:
+        return path if _same(place, module, root, names) else None
+    for attribute, name in names.items():
+        tensor = _tensor(root, name)
+        if isinstance(tensor, nn.Parameter):
+            setattr(module, attribute, tensor)
+        elif attribute in module._buffers:  # noqa: SLF001
+            module._buffers[attribute] = tensor  # noqa: SLF001
+        else:
+            return None
+    if place is not None:
+        _keep_the_rest(place, module, names, path)
+    parent, _, last = path.rpartition(".")
+    owner = root.get_submodule(parent) if parent else root
+    owner.add_module(last, module.eval())
+    return path
+
+
+def _layer(
+    target: str, root: nn.Module, tensors: dict[str, str], arguments: dict[str, Any], rank: int
+) -> tuple[nn.Module, dict[str, str]] | None:
+    names = {k: v for k, v in tensors.items() if k in {"weight", "bias"}}
+    if target in _CONVOLUTIONS or target in _TRANSPOSED:
+        if "weight" not in names:
+            return None
+        return _convolution(target, root, names, arguments), names
+    if target == "torch.ops.aten.linear.default" and "weight" in names:
+        rows, columns = _tensor(root, names["weight"]).shape
+        return _on_meta(nn.Linear, columns, rows, bias="bias" in names), names
+    if target == "torch.ops.aten.addmm.default" and {"self", "mat2"} <= set(tensors):
+        if arguments.get("beta", 1) != 1 or arguments.get("alpha", 1) != 1:
+            return None
+        names = {"weight": tensors["mat2"], "bias": tensors["self"]}
+        columns, rows = _tensor(root, names["weight"]).shape
+        if tuple(_tensor(root, names["bias"]).shape) != (rows,):
+            return None
+        return _on_meta(Conv1D, rows, columns), names
+    if target == "torch.ops.aten.embedding.default" and "weight" in names:
+        rows, columns = _tensor(root, names["weight"]).shape
+        # The padding index only matters for gradients.
+        return _on_meta(nn.Embedding, rows, columns), names
+    if target == "torch.ops.aten.batch_norm.default":
+        return _batch_norm(root, tensors, arguments, rank)
+    return None
+
+
+def _convolution(
+    target: str, root: nn.Module, names: dict[str, str], arguments: dict[str, Any]
+) -> nn.Module:
+    transposed = target in _TRANSPOSED
+    kind, dims = (_TRANSPOSED if transposed else _CONVOLUTIONS)[target]
+    shape = _tensor(root, names["weight"]).shape
+    groups = arguments.get("groups", 1)
+    padding = arguments.get("padding", 0)
+    settings: dict[str, Any] = {
+        "kernel_size": tuple(shape[2:]),
+        "stride": _spread(arguments.get("stride", 1), dims),
+        "padding": padding if isinstance(padding, str) else _spread(padding, dims),
+        "dilation": _spread(arguments.get("dilation", 1), dims),
+        "groups": groups,
+        "bias": "bias" in names,
+    }
+    if transposed:
+        settings["output_padding"] = _spread(arguments.get("output_padding", 0), dims)
+        return _on_meta(kind, shape[0], shape[1] * groups, **settings)
+    return _on_meta(kind, shape[1] * groups, shape[0], **settings)
+
+
+def _batch_norm(
+    root: nn.Module, tensors: dict[str, str], arguments: dict[str, Any], rank: int
+) -> tuple[nn.Module, dict[str, str]] | None:
+    wanted = {"weight", "bias", "running_mean", "running_var"}
+    if not {"running_mean", "running_var"} <= set(tensors) or arguments.get("training"):
+        return None
+    if rank not in _BATCH_NORMS or ("weight" in tensors) != ("bias" in tensors):
+        return None
+    names = {k: v for k, v in tensors.items() if k in wanted}
+    features = _tensor(root, names["running_mean"]).shape[0]
+    module = _BATCH_NORMS[rank](
+        features,
+        eps=arguments.get("eps", 1e-5),
+        momentum=arguments.get("momentum", 0.1),
+        affine="weight" in names,
+    )
+    return module, names
+
+
+def _on_meta(kind: type[nn.Module], *args: object, **settings: object) -> nn.Module:
+    # The weights are replaced at once: do not fill them with random numbers.
+    with torch.device("meta"):
+        return kind(*args, **settings)
+
+
+def _module_path(weight: str) -> str:
+    owner, _, attribute = weight.rpartition(".")
+    if attribute in {"weight", "running_mean"}:
+        return owner or "layer"
+    # 'attn.in_proj_weight' becomes the weight of 'attn.in_proj'.
+    name = attribute.removesuffix("weight").rstrip("_") or attribute
+    return f"{owner}.{name}_layer" if name == attribute and owner else f"{owner}.{name}".strip(".")
+
+
+def _keep_the_rest(place: nn.Module, module: nn.Module, names: dict[str, str], path: str) -> None:
+    used = {name.removeprefix(path + ".") for name in names.values()}
+    for name, parameter in place._parameters.items():  # noqa: SLF001
+        if name not in used and name not in module._parameters:  # noqa: SLF001
+            module.register_parameter(name, parameter)
+    for name, buffer in place._buffers.items():  # noqa: SLF001
+        if name not in used:
+            module.register_buffer(name, buffer)
+    for name, child in place._modules.items():  # noqa: SLF001
+        module.add_module(name, child)
+
+
+def _same(there: nn.Module, built: nn.Module, root: nn.Module, names: dict[str, str]) -> bool:
+    if type(there) is not type(built) or there.extra_repr() != built.extra_repr():
+        return False
+    for attribute in ("weight", "bias"):
+        have = getattr(there, attribute, None)
+        want = _tensor(root, names[attribute]) if attribute in names else None
+        if have is not want:
+            return False
+    return True
+
+
+def _child(root: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _tensor(root: nn.Module, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    tensor = getattr(root.get_submodule(owner) if owner else root, attribute)
+    assert isinstance(tensor, Tensor)  # noqa: S101  # registered by the builder
+    return tensor
+
+
+def _spread(value: int | list[int] | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return tuple(int(v) for v in (values * dims if len(values) == 1 else values))
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, (int, float, bool, str))
