@@ -1,0 +1,78 @@
+"""The REST application: ``uvicorn bitquota.service.app:create_app --factory``.
+
+It holds no state of its own and imports no torch: jobs live in the database, files in the blob
+store, and models are only ever opened in an evaluator process.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+import bitquota
+from bitquota.service import job_routes, problems, uploads
+from bitquota.service.artifacts import ArtifactStore
+from bitquota.service.blobs import BlobStore
+from bitquota.service.database import Database
+from bitquota.service.jobs import JobStore
+from bitquota.service.middleware import Envelope
+from bitquota.service.settings import Settings
+from bitquota.service.state import State
+from bitquota.service.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+_DESCRIPTION = """Certified mixed-precision bit allocation: upload a model and a calibration set,
+order a job with budgets, get the best bit-width of every layer with proof of how good it is."""
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Return the application; settings come from ``BITQUOTA_*`` variables when not given."""
+    chosen = Settings.from_environment() if settings is None else settings
+    chosen.data_dir.mkdir(parents=True, exist_ok=True)
+    database = Database(chosen.url)
+    database.create()
+    jobs = JobStore(database, time.time)
+    state = State(
+        settings=chosen,
+        database=database,
+        blobs=BlobStore(chosen.data_dir / "blobs"),
+        artifacts=ArtifactStore(database, time.time),
+        jobs=jobs,
+        supervisor=Supervisor(chosen, jobs),
+    )
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        from starlette.concurrency import run_in_threadpool
+
+        state.supervisor.start()
+        yield
+        await run_in_threadpool(state.supervisor.stop)
+        database.close()
+
+    app = FastAPI(
+        title="Bitquota",
+        version=bitquota.__version__,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/v1/openapi.json",
+    )
+    app.state.service = state
+    problems.install(app)
+    app.add_middleware(Envelope, max_body_bytes=chosen.max_body_bytes)
+    app.include_router(uploads.router)
+    app.include_router(job_routes.router)
+
+    @app.get("/healthz", tags=["operations"])
+    def healthz() -> dict[str, str]:
+        """Say that the process answers."""
+        return {"status": "ok", "version": bitquota.__version__}
+
+    return app

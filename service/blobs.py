@@ -1,0 +1,139 @@
+"""Content-addressed files: written whole or not at all, found by their SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from bitquota.errors import NotFound, TooLarge
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import BinaryIO
+
+_PREFIX = "sha256:"
+_READ = 2**20
+
+
+@dataclass(slots=True, kw_only=True)
+class Incoming:
+    """A file on its way in: hashed while it is written, invisible until it is kept.
+
+    Not safe for two threads at once.
+    """
+
+    path: Path
+    limit: int
+    size: int = 0
+    _file: BinaryIO
+    _hash: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+    def expect(self, size: int) -> None:
+        """Raise ``TooLarge`` if ``size`` more bytes would exceed the limit."""
+        if self.size + size > self.limit:
+            msg = f"an upload must be at most {self.limit:,} bytes; this one has more"
+            raise TooLarge(msg, limit=self.limit)
+
+    def write(self, chunk: bytes | memoryview) -> None:
+        """Append ``chunk``; raises ``TooLarge`` as ``expect`` does."""
+        self.expect(len(chunk))
+        self._file.write(chunk)
+        self._hash.update(chunk)
+        self.size += len(chunk)
+
+    @property
+    def digest(self) -> str:
+        """Digest of what was written so far."""
+        return _PREFIX + self._hash.hexdigest()
+
+    def flush(self) -> None:
+        """Bring everything to the disk and close the file."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def discard(self) -> None:
+        """Remove what was written; does nothing once the file was kept."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+
+class BlobStore:
+    """A folder of files named by their digest."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._incoming = root / "incoming"
+        self._incoming.mkdir(parents=True, exist_ok=True)
+
+    def incoming(self, limit: int) -> Incoming:
+        """Return a new file to write to, of at most ``limit`` bytes."""
+        path = self._incoming / secrets.token_hex(16)
+        return Incoming(path=path, limit=limit, _file=path.open("xb"))
+
+    def keep(self, incoming: Incoming) -> str:
+        """Make an incoming file visible under its digest, which is returned.
+
+        A file that is there already is left as it is.
+        """
+        incoming.flush()
+        digest = incoming.digest
+        target = self._place(digest)
+        if target.exists():
+            incoming.path.unlink(missing_ok=True)
+            return digest
+        target.parent.mkdir(parents=True, exist_ok=True)
+        incoming.path.chmod(0o440)
+        incoming.path.replace(target)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        return digest
+
+    def put(self, data: bytes) -> str:
+        """Keep ``data`` and return its digest."""
+        incoming = self.incoming(len(data))
+        try:
+            incoming.write(data)
+            return self.keep(incoming)
+        except BaseException:
+            incoming.discard()
+            raise
+
+    def path(self, digest: str) -> Path:
+        """Return where the file of ``digest`` lies.
+
+        Raises:
+            NotFound: There is no such file.
+        """
+        place = self._place(digest)
+        if not place.is_file():
+            msg = f"the stored file {digest} must exist; it does not: upload it again"
+            raise NotFound(msg, digest=digest)
+        return place
+
+    def read(self, digest: str) -> bytes:
+        """Return the whole file of ``digest``; raises ``NotFound``."""
+        return self.path(digest).read_bytes()
+
+    def _place(self, digest: str) -> Path:
+        name = digest.removeprefix(_PREFIX)
+        if len(name) != 64 or set(name) - set("0123456789abcdef"):
+            msg = f"a digest must read 'sha256:' and 64 hexadecimal digits; got {digest!r}"
+            raise NotFound(msg, digest=digest)
+        return self.root / name[:2] / name
+
+
+def digest_file(path: Path) -> str:
+    """Return ``sha256:…`` of a file, read in pieces."""
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_READ):
+            state.update(chunk)
+    return _PREFIX + state.hexdigest()

@@ -1,0 +1,167 @@
+"""The tables of the service and the one way to reach them, on SQLite or PostgreSQL.
+
+Reads and writes are functions of a connection, run in one transaction each. A write takes
+SQLite's lock at its start, so that it never fails half-way for want of it, and is run again when
+the connection breaks: every such function must be safe to run twice.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+from bitquota.errors import ServiceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.engine import Connection, Engine
+
+T = TypeVar("T")
+
+metadata = sa.MetaData()
+
+artifacts = sa.Table(
+    "artifacts",
+    metadata,
+    sa.Column("tenant", sa.String(64), primary_key=True),
+    sa.Column("kind", sa.String(16), primary_key=True),
+    sa.Column("digest", sa.String(80), primary_key=True),
+    sa.Column("format", sa.String(32), nullable=False),
+    sa.Column("name", sa.String(255), nullable=False, server_default=""),
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("used_at", sa.Float, nullable=False),
+)
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("id", sa.String(40), primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("model", sa.String(80)),
+    sa.Column("dataset", sa.String(80)),
+    sa.Column("request", sa.Text, nullable=False),
+    sa.Column("labels", sa.Text, nullable=False, server_default="{}"),
+    sa.Column("priority", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("deadline", sa.Float),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("started_at", sa.Float),
+    sa.Column("finished_at", sa.Float),
+    sa.Column("cancel_requested", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("epoch", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("fruitless", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("measured", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("lease_owner", sa.String(160)),
+    sa.Column("lease_until", sa.Float),
+    sa.Column("progress", sa.Text),
+    sa.Column("error", sa.Text),
+    sa.Column("results", sa.Text),
+    sa.Column("version", sa.Integer, nullable=False, server_default="1"),
+    sa.Column("worker_s", sa.Float, nullable=False, server_default="0"),
+    sa.Index("jobs_by_tenant", "tenant", "id"),
+    sa.Index("jobs_to_claim", "status", "priority", "id"),
+)
+
+events = sa.Table(
+    "events",
+    metadata,
+    sa.Column("job", sa.String(40), primary_key=True),
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("type", sa.String(32), nullable=False),
+    sa.Column("data", sa.Text, nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+)
+
+idempotency = sa.Table(
+    "idempotency",
+    metadata,
+    sa.Column("tenant", sa.String(64), primary_key=True),
+    sa.Column("key", sa.String(255), primary_key=True),
+    sa.Column("fingerprint", sa.String(80), nullable=False),
+    sa.Column("job", sa.String(40), nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+)
+
+_WRITE = "bitquota_write"
+_RETRIES = 6
+_BACKOFF_S = 0.1
+
+
+def open_engine(url: str) -> Engine:
+    """Return an engine for ``url``: SQLite in WAL mode with full syncs, or PostgreSQL."""
+    if not url.startswith("sqlite"):
+        return sa.create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=30)
+    engine = sa.create_engine(
+        url,
+        connect_args={"timeout": 30.0, "check_same_thread": False, "isolation_level": None},
+        pool_size=10,
+        max_overflow=30,
+    )
+
+    @event.listens_for(engine, "connect")
+    def _connect(connection: Any, _record: object) -> None:  # noqa: ANN401
+        cursor = connection.cursor()
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # A deferred transaction that reads first and writes later fails at once when another
+        # writer came between; one that takes the lock first waits for its turn.
+        writing = connection.get_execution_options().get(_WRITE, False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+
+    return engine
+
+
+class Database:
+    """Runs functions of a connection in transactions of their own."""
+
+    def __init__(self, url: str) -> None:
+        self.engine = open_engine(url)
+
+    @property
+    def postgres(self) -> bool:
+        """Whether several hosts can share this database."""
+        return self.engine.dialect.name == "postgresql"
+
+    def create(self) -> None:
+        """Make the tables that are missing."""
+        self.write(metadata.create_all)
+
+    def read(self, work: Callable[[Connection], T]) -> T:
+        """Return ``work(connection)`` in a transaction that does not write."""
+        return self._run(work, writing=False)
+
+    def write(self, work: Callable[[Connection], T]) -> T:
+        """Return ``work(connection)`` and commit; ``work`` may run more than once."""
+        return self._run(work, writing=True)
+
+    def _run(self, work: Callable[[Connection], T], *, writing: bool) -> T:
+        for attempt in range(_RETRIES):
+            try:
+                with self.engine.connect() as connection:
+                    if writing:
+                        connection = connection.execution_options(**{_WRITE: True})  # noqa: PLW2901
+                    with connection.begin():
+                        return work(connection)
+            except DBAPIError as err:
+                passing = err.connection_invalidated or isinstance(err, OperationalError)
+                if not passing or attempt == _RETRIES - 1:
+                    msg = "the database must be reachable; it is not at the moment, try again"
+                    raise ServiceError(msg, cause=type(err.orig).__name__) from err
+                time.sleep(_BACKOFF_S * 2**attempt)
+        raise AssertionError
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.engine.dispose()

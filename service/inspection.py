@@ -1,0 +1,296 @@
+"""What an uploaded file is, judged by its bytes and without running or unpacking any of it.
+
+Here a file is refused that could run code when read, that is torn, or that unpacks to more than
+is allowed. Reading it for real happens in the evaluator.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import struct
+import zipfile
+from enum import StrEnum
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitquota.errors import InvalidCalibration, InvalidInput, InvalidModel, TooLarge, UnsafeModel
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SAFE_WAYS = (
+    "export it with torch.export.save (.pt2), or upload a zip of config.json and safetensors files"
+)
+_MAX_MEMBERS = 100_000
+_MAX_HEADER_BYTES = 100 * 2**20
+_PICKLE_STARTS = tuple(bytes([0x80, protocol]) for protocol in range(1, 6))
+_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16,
+    "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64,
+    "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+
+
+class ModelFormat(StrEnum):
+    """Model files that the service can tell apart and may take."""
+
+    PT2 = "pt2"
+    HUGGING_FACE = "huggingface-zip"
+
+
+class DatasetFormat(StrEnum):
+    """Calibration files that the service takes."""
+
+    NPZ = "npz"
+    SAFETENSORS = "safetensors"
+
+
+def inspect_model(path: Path, *, max_ratio: int) -> ModelFormat:
+    """Return what kind of model lies at ``path``.
+
+    Raises:
+        UnsafeModel: It could run code when read.
+        InvalidModel: It is no model file, or torn.
+        TooLarge: It unpacks to more than ``max_ratio`` times its size.
+    """
+    with path.open("rb") as file:
+        start = file.read(32)
+    if start.startswith(_LEGACY_TORCH) or start.startswith(_PICKLE_STARTS):
+        msg = (
+            "a model must be data, never code; this file is a pickle, which runs code when it "
+            f"is read: {SAFE_WAYS}"
+        )
+        raise UnsafeModel(msg, format="pickle")
+    if start.startswith(b"PK"):
+        return _inspect_model_zip(path, max_ratio)
+    if _looks_like_safetensors(start, path):
+        check_safetensors(path, InvalidModel)
+        msg = (
+            "weights need to say what network they belong to; got a safetensors file alone: "
+            "upload a zip of the folder with its config.json, or a .pt2"
+        )
+        raise InvalidModel(msg, format="safetensors")
+    msg = f"a model must be a .pt2 or a zip of a Hugging Face folder; got neither: {SAFE_WAYS}"
+    raise InvalidModel(msg)
+
+
+def _inspect_model_zip(path: Path, max_ratio: int) -> ModelFormat:
+    names = check_zip(path, max_ratio=max_ratio, error=InvalidModel)
+    leaves = {PurePosixPath(name).name for name in names}
+    tops = {PurePosixPath(name).parts[-2:] for name in names}
+    if "constants.pkl" in leaves and "data.pkl" in leaves:
+        msg = f"a model must be data, never code; this file is TorchScript: {SAFE_WAYS}"
+        raise UnsafeModel(msg, format="torchscript")
+    if "archive_format" in leaves or "serialized_exported_program.json" in leaves:
+        return ModelFormat.PT2
+    if "data.pkl" in leaves:
+        msg = (
+            "a model must be data, never code; this file was written by torch.save and holds a "
+            f"pickle: {SAFE_WAYS}"
+        )
+        raise UnsafeModel(msg, format="torch.save")
+    unsafe = sorted(
+        name
+        for name in names
+        if PurePosixPath(name).suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".py", ".so"}
+    )
+    if unsafe:
+        msg = (
+            "a model folder must hold data only; this zip holds "
+            f"{', '.join(unsafe[:3])}, which can run code: leave it out and keep config.json and "
+            "the safetensors files"
+        )
+        raise UnsafeModel(msg, members=unsafe[:20])
+    if "config.json" in leaves and any(name.endswith(".safetensors") for name in names):
+        if any(len(parts) > 1 for parts in tops):
+            msg = "the files of a model folder must lie at the top of the zip, in no folder"
+            raise InvalidModel(msg)
+        return ModelFormat.HUGGING_FACE
+    msg = (
+        "a zipped model must be a .pt2 or hold config.json beside safetensors files; got members "
+        f"{', '.join(sorted(leaves)[:5])}"
+    )
+    raise InvalidModel(msg)
+
+
+def inspect_dataset(path: Path, *, max_ratio: int, max_bytes: int) -> DatasetFormat:
+    """Return what kind of calibration set lies at ``path``.
+
+    Raises:
+        InvalidCalibration: It is none, torn, holds Python objects, or its arrays do not fit.
+        TooLarge: It unpacks to more than is allowed.
+    """
+    with path.open("rb") as file:
+        start = file.read(32)
+    if start.startswith(b"PK"):
+        _check_npz(path, max_ratio=max_ratio, max_bytes=max_bytes)
+        return DatasetFormat.NPZ
+    if start.startswith(_PICKLE_STARTS):
+        msg = (
+            "a calibration set must be data, never code; this file is a pickle: write it with "
+            "numpy.savez or safetensors"
+        )
+        raise InvalidCalibration(msg, format="pickle")
+    if _looks_like_safetensors(start, path):
+        check_safetensors(path, InvalidCalibration)
+        return DatasetFormat.SAFETENSORS
+    msg = "a calibration set must be an .npz (numpy.savez) or a safetensors file; got neither"
+    raise InvalidCalibration(msg)
+
+
+def check_zip(path: Path, *, max_ratio: int, error: type[InvalidInput]) -> list[str]:
+    """Return the member names of a zip whose directory holds nothing dangerous.
+
+    Raises:
+        InvalidInput: As ``error``: torn, a name that leaves its folder, a link, encrypted.
+        TooLarge: It unpacks to more than ``max_ratio`` times its size.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as err:
+        msg = f"a zip file must be whole and readable; this one is not: {err}"
+        raise error(msg) from err
+    if not 1 <= len(members) <= _MAX_MEMBERS:
+        msg = f"a zip file must have between 1 and {_MAX_MEMBERS:,} members; got {len(members):,}"
+        raise error(msg)
+    names = [member.filename for member in members]
+    if len(set(names)) != len(names):
+        msg = "the members of a zip file must have different names; one appears twice"
+        raise error(msg)
+    for member in members:
+        parts = PurePosixPath(member.filename).parts
+        unix_type = member.external_attr >> 28
+        if ".." in parts or member.filename.startswith(("/", "\\")) or "\\" in member.filename:
+            msg = f"a zip member must stay inside its folder; got '{member.filename}'"
+            raise error(msg, member=member.filename)
+        if unix_type == 0o12 or member.flag_bits & 0x1:
+            msg = f"a zip member must be a plain file; '{member.filename}' is a link or encrypted"
+            raise error(msg, member=member.filename)
+    stored = max(path.stat().st_size, 1)
+    unpacked = sum(member.file_size for member in members)
+    if unpacked > max_ratio * stored:
+        msg = (
+            f"an archive must unpack to at most {max_ratio} times its {stored:,} bytes; this one "
+            f"says {unpacked:,}"
+        )
+        raise TooLarge(msg, stored=stored, unpacked=unpacked)
+    return names
+
+
+def _check_npz(path: Path, *, max_ratio: int, max_bytes: int) -> None:
+    names = check_zip(path, max_ratio=max_ratio, error=InvalidCalibration)
+    wrong = [name for name in names if not name.endswith(".npy")]
+    if wrong:
+        msg = f"an .npz must hold .npy arrays only, as numpy.savez writes; got '{wrong[0]}'"
+        raise InvalidCalibration(msg, member=wrong[0])
+    total = 0
+    lengths = {}
+    with zipfile.ZipFile(path) as archive:
+        for name in names:
+            shape, dtype = _npy_header(archive, name)
+            claimed = math.prod(shape) * dtype.itemsize
+            total += claimed
+            if total > max_bytes:
+                msg = (
+                    f"a calibration set must unpack to at most {max_bytes:,} bytes; "
+                    f"'{name}' claims shape {list(shape)} of {dtype}"
+                )
+                raise TooLarge(msg, member=name, bytes=total)
+            present = archive.getinfo(name).file_size
+            if claimed > present:
+                msg = (
+                    f"array '{name}' must hold the {claimed:,} bytes of its shape {list(shape)}; "
+                    f"the archive has {present:,}: it is torn, write it again"
+                )
+                raise InvalidCalibration(msg, member=name)
+            lengths[name] = shape[0] if shape else 0
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        said = ", ".join(f"{name.removesuffix('.npy')}: {n}" for name, n in lengths.items())
+        msg = f"all arrays of a calibration set must have the same number of samples; got {said}"
+        raise InvalidCalibration(msg)
+
+
+def _npy_header(
+    archive: zipfile.ZipFile, name: str
+) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
+    try:
+        with archive.open(name) as member:
+            head = io.BytesIO(member.read(2**16))
+        version = np.lib.format.read_magic(head)
+        reader = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, _, dtype = reader(head)
+    except (
+        ValueError,
+        KeyError,
+        OSError,
+        EOFError,
+        zipfile.BadZipFile,
+        NotImplementedError,
+    ) as err:
+        msg = f"'{name}' must be a .npy array with a readable header; got: {err}"
+        raise InvalidCalibration(msg, member=name) from err
+    if dtype.hasobject:
+        msg = (
+            f"array '{name}' must hold numbers; it holds Python objects, which are pickled and "
+            "run code when read: convert it to a numeric array"
+        )
+        raise InvalidCalibration(msg, member=name, dtype=str(dtype))
+    if dtype.kind not in "biuf":
+        msg = f"array '{name}' must hold numbers; it is of type {dtype}"
+        raise InvalidCalibration(msg, member=name, dtype=str(dtype))
+    if any(n < 0 for n in shape):
+        msg = f"array '{name}' must have a shape without negative sizes; got {list(shape)}"
+        raise InvalidCalibration(msg, member=name)
+    return shape, dtype
+
+
+def _looks_like_safetensors(start: bytes, path: Path) -> bool:
+    if len(start) < 9 or start[8:9] != b"{":
+        return False
+    (length,) = struct.unpack("<Q", start[:8])
+    return bool(length <= max(_MAX_HEADER_BYTES, path.stat().st_size))
+
+
+def check_safetensors(path: Path, error: type[InvalidInput]) -> None:
+    """Check that header and bytes of a safetensors file fit each other; raises ``error``."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(size - 8, _MAX_HEADER_BYTES):
+            msg = (
+                f"a safetensors file must be whole; its header says {length:,} bytes and the file "
+                f"has {size:,}: it is truncated, upload it again"
+            )
+            raise error(msg, size=size)
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        end = 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, stop = entry["data_offsets"]
+            bits = math.prod(entry["shape"]) * _DTYPE_BITS[entry["dtype"]]
+            if start != end or (stop - start) * 8 != bits or min(entry["shape"], default=0) < 0:
+                msg = f"tensor '{name}' of a safetensors file must fit its shape; it does not"
+                raise error(msg, tensor=name)
+            end = stop
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        if isinstance(err, InvalidInput):
+            raise
+        msg = f"a safetensors file must have a valid header; got: {err!r}"
+        raise error(msg) from err
+    if size != 8 + length + end:
+        msg = (
+            f"a safetensors file must be whole; {8 + length + end:,} bytes are announced and "
+            f"{size:,} are there: it is truncated or has a tail, upload it again"
+        )
+        raise error(msg, expected=8 + length + end, size=size)

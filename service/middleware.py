@@ -1,0 +1,88 @@
+"""What happens around every request: an id, security headers, and a limit on JSON bodies."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import TYPE_CHECKING
+
+from bitquota.errors import TooLarge
+from bitquota.service.problems import problem_response
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
+_DEFAULTS = (
+    (b"cache-control", b"no-store"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+)
+
+
+class Envelope:
+    """Pure ASGI, so that streamed bodies pass in both directions as they come."""
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = sent if _REQUEST_ID.fullmatch(sent) else secrets.token_hex(8)
+        scope["request_id"] = request_id
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = list(message.get("headers", ()))
+                present = {name.lower() for name, _ in headers}
+                headers += [(b"x-request-id", request_id.encode()), *_HEADERS]
+                headers += [(n, v) for n, v in _DEFAULTS if n not in present]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        # Uploads are streamed and have a limit of their own.
+        if scope["method"] == "PUT":
+            await self.app(scope, receive, send_with_headers)
+            return
+        body = await self._body(receive)
+        if body is None:
+            wrong = TooLarge(
+                f"a request body must be at most {self.max_body_bytes:,} bytes; got more",
+                limit=self.max_body_bytes,
+            )
+            await problem_response(wrong)(scope, receive, send_with_headers)
+            return
+        delivered = False
+
+        async def receive_body() -> Message:
+            nonlocal delivered
+            if delivered:
+                return await receive()
+            delivered = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self.app(scope, receive_body, send_with_headers)
+
+    async def _body(self, receive: Receive) -> bytes | None:
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return b""
+            size += len(message.get("body", b""))
+            if size > self.max_body_bytes:
+                return None
+            parts.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                return b"".join(parts)

@@ -1,0 +1,118 @@
+"""Errors over HTTP: problem+json with stable types made of the error tree's slugs.
+
+References:
+    RFC 9457, Problem Details for HTTP APIs.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from bitquota.canonical import canonical_json
+from bitquota.errors import (
+    BitquotaError,
+    Conflict,
+    Forbidden,
+    InvalidInput,
+    NotFound,
+    ServiceError,
+    TooLarge,
+    Unauthorized,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fastapi import FastAPI
+    from starlette.requests import Request
+
+    from bitquota.canonical import JsonObject
+
+TYPE_PREFIX = "urn:bitquota:problem:"
+MEDIA_TYPE = "application/problem+json"
+_BY_STATUS: dict[int, type[BitquotaError]] = {
+    401: Unauthorized,
+    403: Forbidden,
+    404: NotFound,
+    409: Conflict,
+    413: TooLarge,
+    422: InvalidInput,
+}
+
+
+def problem_json(error: BitquotaError, *, status: int | None = None) -> JsonObject:
+    """Return the body that stands for ``error``."""
+    title = (type(error).__doc__ or "").strip().splitlines()[0]
+    try:
+        details = json.loads(canonical_json(error.details))
+    except (TypeError, ValueError):
+        details = {name: str(value) for name, value in error.details.items()}
+    return {
+        "type": TYPE_PREFIX + error.slug,
+        "title": title,
+        "status": error.http_status if status is None else status,
+        "detail": error.message,
+        "details": details,
+    }
+
+
+def problem_response(
+    error: BitquotaError,
+    *,
+    status: int | None = None,
+    headers: Mapping[str, str] | None = None,
+    request: Request | None = None,
+) -> Response:
+    """Return ``error`` as a response; a wait that it names becomes ``Retry-After``."""
+    body = problem_json(error, status=status)
+    if request is not None and (request_id := request.scope.get("request_id")):
+        body["instance"] = f"urn:bitquota:request:{request_id}"
+    sent = dict(headers or {})
+    if (wait := error.details.get("retry_after_s")) is not None:
+        sent.setdefault("Retry-After", str(wait))
+    if body["status"] == 401:
+        sent.setdefault("WWW-Authenticate", 'Bearer realm="bitquota"')
+    return Response(
+        canonical_json(body), status_code=body["status"], headers=sent, media_type=MEDIA_TYPE
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of ``app`` leave as problem+json."""
+
+    @app.exception_handler(BitquotaError)
+    def _known(request: Request, error: Exception) -> Response:
+        assert isinstance(error, BitquotaError)  # noqa: S101  # registered for it
+        return problem_response(error, request=request)
+
+    @app.exception_handler(RequestValidationError)
+    def _invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)  # noqa: S101  # registered for it
+        found = [{"where": ".".join(map(str, e["loc"])), "what": e["msg"]} for e in error.errors()]
+        said = "; ".join(f"{f['where']}: {f['what']}" for f in found[:3])
+        wrong = InvalidInput(
+            f"a request must follow the documented schema; got {said}", errors=found[:50]
+        )
+        return problem_response(wrong, request=request)
+
+    @app.exception_handler(HTTPException)
+    def _http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)  # noqa: S101  # registered for it
+        kind = _BY_STATUS.get(error.status_code, ServiceError)
+        if error.status_code < 500 and kind is ServiceError:
+            kind = InvalidInput
+        wrong = kind(f"{request.method} {request.url.path}: {error.detail}")
+        # Dropping these would lose the Allow of a 405.
+        return problem_response(
+            wrong, status=error.status_code, headers=error.headers, request=request
+        )
+
+    @app.exception_handler(Exception)
+    def _unknown(request: Request, _error: Exception) -> Response:
+        wrong = ServiceError("the server failed on its own account; the cause is in its log")
+        return problem_response(wrong, request=request)

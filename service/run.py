@@ -1,0 +1,83 @@
+"""``bitquota serve``: one process with the REST API, the supervisor, and its drivers."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from bitquota.errors import InvalidInput, MissingDependency
+from bitquota.service.settings import Settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def serve(
+    host: str | None = None,
+    port: int | None = None,
+    data_dir: Path | None = None,
+    *,
+    settings: Settings | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT; running jobs are then handed back to the queue.
+
+    The first line of standard output says where it listens.
+
+    Args:
+        host: Address; the default is ``settings.host``.
+        port: Port, 0 for a free one; the default is ``settings.port``.
+        data_dir: Folder of everything it keeps; the default is ``settings.data_dir``.
+        settings: Everything else; from ``BITQUOTA_*`` variables when not given.
+
+    Raises:
+        InvalidInput: The address is not loopback and there is no API key, or it is taken.
+        MissingDependency: The ``service`` extra is not installed.
+    """
+    try:
+        import uvicorn
+
+        from bitquota.service.app import create_app
+    except ImportError as err:
+        msg = f"the server needs {err.name}; install it with: pip install 'bitquota[service]'"
+        raise MissingDependency(msg, extra="service") from err
+
+    chosen = Settings.from_environment() if settings is None else settings
+    given = {"host": host, "port": port, "data_dir": data_dir}
+    chosen = replace(chosen, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+    if not chosen.loopback:
+        msg = (
+            f"a server that others can reach must have API keys; '{chosen.host}' is not a loopback "
+            "address and there are none: listen on 127.0.0.1"
+        )
+        raise InvalidInput(msg, host=chosen.host)
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )
+    listening = _listen(chosen.host, chosen.port)
+    port = listening.getsockname()[1]
+    app = create_app(replace(chosen, port=port))
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, server_header=False
+    )
+    shown = f"[{chosen.host}]" if ":" in chosen.host else chosen.host
+    print(f"bitquota serves http://{shown}:{port} (data in {chosen.data_dir})", flush=True)  # noqa: T201
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as err:
+        listening.close()
+        msg = f"the address to listen on must be free; {host} port {port}: {err.strerror}"
+        raise InvalidInput(msg, host=host, port=port) from err
+    listening.listen(2048)
+    return listening

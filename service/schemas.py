@@ -1,0 +1,179 @@
+"""Bodies of the REST API, as pydantic models; endpoints turn them into our types at once."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from bitquota.service.artifacts import Artifact
+    from bitquota.service.jobs import Job
+
+DIGEST = r"^sha256:[0-9a-f]{64}$"
+
+
+class JobOrder(BaseModel):
+    """A job to run."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "kind": "plan",
+                    "model": "sha256:" + "0" * 64,
+                    "dataset": "sha256:" + "1" * 64,
+                    "request": {"budgets": ["3 bits", "12 MiB"], "weight_bits": [2, 4, 8]},
+                    "labels": {"team": "vision"},
+                }
+            ]
+        },
+    )
+
+    kind: Literal["plan"] = Field(default="plan", description="What to do.")
+    model: str = Field(pattern=DIGEST, description="Digest of an uploaded model.")
+    dataset: str = Field(pattern=DIGEST, description="Digest of an uploaded calibration set.")
+    request: dict[str, Any] = Field(description="A plan request; `budgets` is required.")
+    labels: dict[str, str] = Field(
+        default_factory=dict, max_length=32, description="Free names and values, for finding it."
+    )
+    priority: int = Field(default=0, ge=-100, le=100, description="Higher runs earlier.")
+    deadline_s: float | None = Field(
+        default=None, gt=0, le=30 * 86400, description="Seconds from now until it must have ended."
+    )
+
+
+class ProgressView(BaseModel):
+    """How far a job is."""
+
+    stage: str
+    done: int
+    total: int
+    reused: int = 0
+
+
+class JobView(BaseModel):
+    """A job as it stands."""
+
+    object: Literal["job"] = "job"
+    id: str
+    kind: str
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
+    model: str | None
+    dataset: str | None
+    request: dict[str, Any]
+    labels: dict[str, str]
+    priority: int
+    deadline: datetime | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    cancel_requested: bool
+    attempts: int
+    measured: int = Field(description="Ledger entries that this job wrote.")
+    progress: ProgressView | None
+    plans: int = Field(description="How many plans are ready.")
+    error: dict[str, Any] | None = Field(description="problem+json of a job that did not succeed.")
+
+
+class JobPage(BaseModel):
+    """Some jobs, newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[JobView]
+    has_more: bool
+    next_cursor: str | None
+
+
+class ArtifactView(BaseModel):
+    """An uploaded model or dataset."""
+
+    object: Literal["model", "dataset"]
+    id: str = Field(description="Digest of the content.")
+    format: str
+    name: str
+    size: int
+    created_at: datetime
+
+
+class ArtifactPage(BaseModel):
+    """Some uploads, in order of digest."""
+
+    object: Literal["list"] = "list"
+    data: list[ArtifactView]
+    has_more: bool
+    next_cursor: str | None
+
+
+class PlanList(BaseModel):
+    """The plans of a job, one for each budget in the order of the request."""
+
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details; `type` ends with a stable name of the error."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "urn:bitquota:problem:not-found",
+                    "title": "No such resource (also: not yours).",
+                    "status": 404,
+                    "detail": "the job must exist; there is no job 'job_0'",
+                    "details": {"job": "job_0"},
+                }
+            ]
+        }
+    )
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    details: dict[str, Any]
+    instance: str | None = None
+
+
+def job_view(job: Job) -> JobView:
+    """Return what a client sees of a job."""
+    return JobView(
+        id=job.id,
+        kind=job.kind,
+        status=job.status.value,
+        model=job.model,
+        dataset=job.dataset,
+        request=job.request,
+        labels=job.labels,
+        priority=job.priority,
+        deadline=_time(job.deadline),
+        created_at=datetime.fromtimestamp(job.created_at, UTC),
+        started_at=_time(job.started_at),
+        finished_at=_time(job.finished_at),
+        cancel_requested=job.cancel_requested,
+        attempts=job.attempts,
+        measured=job.measured,
+        progress=None if job.progress is None else ProgressView(**job.progress),
+        plans=len((job.results or {}).get("plans", ())),
+        error=job.error,
+    )
+
+
+def artifact_view(artifact: Artifact) -> ArtifactView:
+    """Return what a client sees of an upload."""
+    return ArtifactView(
+        object=artifact.kind.value,
+        id=artifact.digest,
+        format=artifact.format,
+        name=artifact.name,
+        size=artifact.size,
+        created_at=datetime.fromtimestamp(artifact.created_at, UTC),
+    )
+
+
+def _time(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)

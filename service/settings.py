@@ -1,0 +1,121 @@
+"""Settings of the service: one frozen value, from ``BITQUOTA_*`` variables or from code."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from bitquota.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PREFIX = "BITQUOTA_"
+
+
+def _setting(default: object, text: str, *, below: float | None = None) -> Any:  # noqa: ANN401
+    """Return a dataclass field with its documentation and the smallest permitted value."""
+    return field(default=default, metadata={"text": text, "below": below})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything an operator can set; the documentation is generated from the texts below."""
+
+    host: str = _setting("127.0.0.1", "Address to listen on; others than loopback need API keys.")
+    port: int = _setting(8000, "Port to listen on; 0 takes a free one.", below=0)
+    data_dir: Path = _setting(  # noqa: RUF009  # as in the lines around it
+        Path("bitquota-data"), "Folder of the database, uploads, ledgers and results."
+    )
+    database_url: str = _setting(
+        "", "SQLAlchemy URL; empty means the SQLite file `bitquota.db` in the data folder."
+    )
+    slots: int = _setting(1, "Jobs that run at the same time on this host.", below=0)
+    threads: int = _setting(0, "Threads of one job; 0 shares the processor among slots.", below=0)
+    lease_s: float = _setting(
+        15.0, "Seconds without a heartbeat after which a job is given to another driver.", below=1
+    )
+    heartbeat_s: float = _setting(0.5, "Seconds between two heartbeats of a driver.", below=0.05)
+    grace_s: float = _setting(
+        10.0, "Seconds a driver gets to stop by itself on cancel and on shutdown.", below=0
+    )
+    max_attempts: int = _setting(
+        5, "Attempts in a row without a new measurement before a job fails.", below=1
+    )
+    max_upload_bytes: int = _setting(8 * 2**30, "Largest model or dataset.", below=1)
+    max_body_bytes: int = _setting(4 * 2**20, "Largest JSON body.", below=1)
+    max_unpacked_ratio: int = _setting(
+        100, "Largest ratio of unpacked to stored size of an uploaded archive.", below=1
+    )
+    max_calibration_bytes: int = _setting(8 * 2**30, "Largest unpacked calibration set.", below=1)
+
+    def __post_init__(self) -> None:
+        """Check every lower bound."""
+        for entry in fields(self):
+            below = entry.metadata["below"]
+            value = getattr(self, entry.name)
+            if below is not None and value < below:
+                msg = f"{PREFIX}{entry.name.upper()} must be at least {below}; got {value}"
+                raise InvalidInput(msg, setting=entry.name)
+        if self.heartbeat_s * 3 > self.lease_s:
+            msg = (
+                "a lease must last at least three heartbeats; got lease_s="
+                f"{self.lease_s}, heartbeat_s={self.heartbeat_s}"
+            )
+            raise InvalidInput(msg)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
+        """Return the settings that ``BITQUOTA_*`` variables give, defaults elsewhere.
+
+        Raises:
+            InvalidInput: A value cannot be read as its type, or is out of range.
+        """
+        variables = os.environ if environment is None else environment
+        values: dict[str, Any] = {}
+        for entry in fields(cls):
+            name = PREFIX + entry.name.upper()
+            if name not in variables:
+                continue
+            text = variables[name]
+            kind: type[Any] = type(entry.default)
+            try:
+                values[entry.name] = _BOOLEAN[text.lower()] if kind is bool else kind(text)
+            except (ValueError, KeyError) as err:
+                msg = f"{name} must be of type {kind.__name__}; got {text!r}"
+                raise InvalidInput(msg, setting=entry.name) from err
+        return cls(**values)
+
+    def to_environment(self) -> dict[str, str]:
+        """Return the variables from which ``from_environment`` rebuilds this value."""
+        return {PREFIX + e.name.upper(): str(getattr(self, e.name)) for e in fields(self)}
+
+    @property
+    def url(self) -> str:
+        """The database URL in force."""
+        return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'bitquota.db'}"
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+_BOOLEAN = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+def documentation() -> str:
+    """Return the table of all settings as Markdown."""
+    lines = ["| variable | default | meaning |", "| --- | --- | --- |"]
+    for entry in fields(Settings):
+        default = f"`{entry.default}`" if entry.default != "" else "(empty)"
+        lines.append(f"| `{PREFIX}{entry.name.upper()}` | {default} | {entry.metadata['text']} |")
+    return "\n".join(lines) + "\n"

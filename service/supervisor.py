@@ -1,0 +1,207 @@
+"""The supervisor: claims jobs by lease and gives each to a driver process of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitquota.errors import BitquotaError
+
+if TYPE_CHECKING:
+    from bitquota.service.jobs import Job, JobStore
+    from bitquota.service.settings import Settings
+
+_log = logging.getLogger("bitquota.supervisor")
+_TICK_S = 0.2
+_LOST_CHECK_S = 1.0
+
+
+@dataclass(slots=True, kw_only=True)
+class _Running:
+    job: Job
+    process: subprocess.Popen[str]
+
+
+class Supervisor:
+    """Keeps ``settings.slots`` jobs running and one started driver in reserve.
+
+    Drivers are killed with the thread that runs this, so a server that dies takes them along and
+    the next one begins where the ledger ends.
+    """
+
+    def __init__(self, settings: Settings, store: JobStore) -> None:
+        self._settings = settings
+        self._store = store
+        self._running: dict[str, _Running] = {}
+        self._spare: subprocess.Popen[str] | None = None
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.owner = owner_name(os.getpid())
+
+    def start(self) -> None:
+        """Begin to work in a thread of its own."""
+        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Look for a job now rather than at the next tick."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Hand running jobs back to the queue, end every driver, and return when that is done."""
+        self._stop.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def _run(self) -> None:
+        checked = 0.0
+        recovered = False
+        while not self._stop.is_set():
+            try:
+                if not recovered:
+                    self._recover()
+                    recovered = True
+                self._reap()
+                if time.monotonic() - checked > _LOST_CHECK_S:
+                    self._store.requeue_lost(self._settings.max_attempts)
+                    checked = time.monotonic()
+                self._fill()
+            except BitquotaError as error:
+                _log.warning("supervisor: %s", error)
+            except Exception:  # noqa: BLE001  # see below
+                # The supervisor outlives whatever happens to one job.
+                _log.exception("supervisor")
+            self._wake.wait(_TICK_S)
+            self._wake.clear()
+        self._drain()
+
+    def _recover(self) -> None:
+        """Queue the jobs again whose server ran on this host and is gone."""
+        for job, epoch, owner in self._store.running_owners():
+            if owner is not None and owner_is_gone(owner):
+                reason = "the server had ended"
+                self._store.requeue(job, epoch, self._settings.max_attempts, reason)
+
+    def _fill(self) -> None:
+        slots = self._settings.slots
+        if slots and self._spare is None:
+            self._spare = self._start_driver()
+        while len(self._running) < slots and self._spare is not None:
+            if self._spare.poll() is not None:
+                self._spare = self._start_driver()
+            job = self._store.claim(self.owner, self._settings.lease_s)
+            if job is None:
+                return
+            process, self._spare = self._spare, None
+            self._running[job.id] = _Running(job=job, process=process)
+            _log.info("job %s epoch %d: driver %d", job.id, job.epoch, process.pid)
+            try:
+                assert process.stdin is not None  # noqa: S101  # PIPE
+                process.stdin.write(json.dumps({"tenant": job.tenant, "job": job.id}) + "\n")
+                process.stdin.flush()
+            except BrokenPipeError:
+                _log.warning("job %s: driver %d had ended", job.id, process.pid)
+            self._spare = self._start_driver()
+
+    def _reap(self) -> None:
+        for job_id, running in list(self._running.items()):
+            status = running.process.poll()
+            if status is None:
+                continue
+            del self._running[job_id]
+            _close(running.process)
+            if status != 0:
+                _log.warning("job %s: driver ended with %d", job_id, status)
+            reason = f"its driver ended with status {status}"
+            self._store.requeue(job_id, running.job.epoch, self._settings.max_attempts, reason)
+
+    def _start_driver(self) -> subprocess.Popen[str]:
+        environment = (
+            os.environ | self._settings.to_environment() | {"BITQUOTA_PARENT_PID": str(os.getpid())}
+        )
+        return subprocess.Popen(
+            [sys.executable, "-m", "bitquota.service.driver"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env=environment,
+            text=True,
+        )
+
+    def _drain(self) -> None:
+        if self._spare is not None:
+            _close(self._spare)  # it waits for an order; the end of its input ends it
+        for running in self._running.values():
+            running.process.send_signal(signal.SIGTERM)
+        until = time.monotonic() + self._settings.grace_s + 2.0
+        for job_id, running in self._running.items():
+            try:
+                running.process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                running.process.kill()
+                running.process.wait()
+            _close(running.process)
+            try:
+                self._store.release(job_id, running.job.epoch, "the server was stopped")
+            except BitquotaError as error:
+                _log.warning("job %s could not be handed back: %s", job_id, error)
+        if self._spare is not None:
+            try:
+                self._spare.wait(2.0)
+            except subprocess.TimeoutExpired:
+                self._spare.kill()
+                self._spare.wait()
+
+
+def _close(process: subprocess.Popen[str]) -> None:
+    if process.stdin is not None:
+        try:
+            process.stdin.close()
+        except BrokenPipeError:
+            return
+
+
+def owner_name(pid: int) -> str:
+    """Return a name for a process that no later process of this host can have."""
+    return f"{socket.gethostname()}|{_boot()}|{pid}|{_started(pid)}"
+
+
+def owner_is_gone(owner: str) -> bool:
+    """Return whether ``owner`` ran on this host and has ended; false when that is not known."""
+    host, boot, pid, started = owner.rsplit("|", 3)
+    if host != socket.gethostname() or not Path("/proc/self").exists():
+        return False
+    return boot != _boot() or _started(int(pid)) != started
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+    except OSError:
+        return "0"
+
+
+def _started(pid: int) -> str:
+    """Return the start time of a process in clock ticks, or ``0`` if there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "0"
+    fields = stat.rpartition(")")[2].split()
+    return "0" if fields[0] in {"Z", "X"} else fields[19]

@@ -1,0 +1,164 @@
+"""Endpoints for models and calibration sets: streamed in, named by their content."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, Header, Path, Query, Request, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+
+from bitquota.errors import InvalidInput, UnsafeModel
+from bitquota.service.artifacts import Artifact, ArtifactKind
+from bitquota.service.inspection import ModelFormat, inspect_dataset, inspect_model
+from bitquota.service.schemas import (
+    DIGEST,
+    ArtifactPage,
+    ArtifactView,
+    Problem,
+    artifact_view,
+)
+from bitquota.service.state import Service, State, Tenant  # noqa: TC001  # FastAPI reads them
+
+if TYPE_CHECKING:
+    from bitquota.service.blobs import Incoming
+
+_PIECE = 4 * 2**20
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem} for status in (404, 413, 422)
+}
+
+router = APIRouter(prefix="/v1")
+
+
+def _add(kind: ArtifactKind, path: str) -> None:
+    """Add the endpoints of one kind of upload."""
+
+    @router.put(
+        f"/{path}",
+        name=f"put_{kind}",
+        tags=[path],
+        status_code=201,
+        openapi_extra=_BODY,
+        responses=_PROBLEMS | {200: {"model": ArtifactView, "description": "It was there."}},
+    )
+    async def put(
+        request: Request,
+        response: Response,
+        service: Service,
+        tenant: Tenant,
+        name: Annotated[str, Query(max_length=255, description="For people.")] = "",
+        sha256: Annotated[
+            str | None, Query(pattern=r"^[0-9a-f]{64}$", description="What must arrive.")
+        ] = None,
+        content_length: Annotated[int | None, Header(ge=0)] = None,
+    ) -> ArtifactView:
+        """Upload raw bytes; the answer's `id` is their digest. Sending them again is harmless."""
+        incoming = await run_in_threadpool(
+            service.blobs.incoming, service.settings.max_upload_bytes
+        )
+        try:
+            if content_length is not None:
+                incoming.expect(content_length)
+            await _stream(request, incoming)
+            artifact, new = await run_in_threadpool(
+                _keep, service, tenant, kind, incoming, name, sha256
+            )
+        finally:
+            await run_in_threadpool(incoming.discard)
+        response.status_code = 201 if new else 200
+        response.headers["Location"] = f"/v1/{path}/{artifact.digest}"
+        return artifact_view(artifact)
+
+    @router.get(f"/{path}", name=f"list_{path}", tags=[path], responses={422: {"model": Problem}})
+    def page(
+        service: Service,
+        tenant: Tenant,
+        limit: Annotated[int, Query(ge=1, le=200)] = 50,
+        cursor: Annotated[str | None, Query(max_length=100)] = None,
+    ) -> ArtifactPage:
+        """List uploads in order of digest."""
+        found = service.artifacts.page(tenant, kind, limit=limit + 1, after=cursor)
+        more = len(found) > limit
+        return ArtifactPage(
+            data=[artifact_view(a) for a in found[:limit]],
+            has_more=more,
+            next_cursor=found[limit - 1].digest if more else None,
+        )
+
+    @router.get(f"/{path}/{{digest}}", name=f"get_{kind}", tags=[path], responses=_PROBLEMS)
+    def get(
+        service: Service,
+        tenant: Tenant,
+        digest: Annotated[str, Path(pattern=DIGEST)],
+    ) -> ArtifactView:
+        """Say what is known of one upload."""
+        return artifact_view(service.artifacts.get(tenant, kind, digest))
+
+
+async def _stream(request: Request, incoming: Incoming) -> None:
+    """Write the body in pieces, hashed and written off the event loop."""
+    held: list[bytes] = []
+    size = 0
+    try:
+        async for chunk in request.stream():
+            held.append(chunk)
+            size += len(chunk)
+            if size >= _PIECE:
+                await run_in_threadpool(_write, incoming, held)
+                held, size = [], 0
+    except ClientDisconnect as err:
+        msg = "an upload must arrive whole; the connection ended before it did: send it again"
+        raise InvalidInput(msg) from err
+    await run_in_threadpool(_write, incoming, held)
+
+
+def _write(incoming: Incoming, chunks: list[bytes]) -> None:
+    for chunk in chunks:
+        incoming.write(chunk)
+
+
+def _keep(
+    service: State,
+    tenant: str,
+    kind: ArtifactKind,
+    incoming: Incoming,
+    name: str,
+    sha256: str | None,
+) -> tuple[Artifact, bool]:
+    incoming.flush()
+    if sha256 is not None and incoming.digest != f"sha256:{sha256}":
+        msg = (
+            f"the bytes that arrive must have the announced digest; got {incoming.digest}: "
+            "send them again"
+        )
+        raise InvalidInput(msg, announced=f"sha256:{sha256}", got=incoming.digest)
+    ratio = service.settings.max_unpacked_ratio
+    if kind is ArtifactKind.MODEL:
+        model_format = inspect_model(incoming.path, max_ratio=ratio)
+        if model_format is ModelFormat.PT2 and not service.settings.loopback:
+            msg = (
+                "a .pt2 can run code when it is loaded, so this server, which others can reach, "
+                "takes none; upload a zip of config.json and safetensors files"
+            )
+            raise UnsafeModel(msg, format="pt2")
+        found: str = model_format.value
+    else:
+        found = inspect_dataset(
+            incoming.path, max_ratio=ratio, max_bytes=service.settings.max_calibration_bytes
+        ).value
+    size = incoming.size
+    digest = service.blobs.keep(incoming)
+    shown = re.sub(r"[^\w.\- ]", "_", name)
+    return service.artifacts.record(tenant, kind, digest, format_name=found, name=shown, size=size)
+
+
+_add(ArtifactKind.MODEL, "models")
+_add(ArtifactKind.DATASET, "datasets")
