@@ -15,7 +15,7 @@ from bitquota.corrections import Correction
 from bitquota.errors import InvalidPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from bitquota.canonical import JsonObject
@@ -219,6 +219,23 @@ class Plan:
     def weight_bits(self) -> tuple[int, ...]:
         """Bit-width of each layer, in module order."""
         return tuple(a.candidate.weight_bits for a in self.assignments)
+
+    def candidates_at(self, weight_bits: Sequence[int]) -> tuple[Candidate, ...]:
+        """Return the plan's candidates with other bit-widths, layer by layer in its order.
+
+        Raises:
+            InvalidPlan: Not one bit-width for each layer.
+        """
+        if len(weight_bits) != len(self.assignments):
+            msg = (
+                f"one bit-width must be given for each of {len(self.assignments)} layers; got "
+                f"{len(weight_bits)}"
+            )
+            raise InvalidPlan(msg)
+        return tuple(
+            Candidate.of(a.layer, bits, a.candidate.scheme, a.candidate.activation_bits)
+            for a, bits in zip(self.assignments, weight_bits, strict=True)
+        )
 
     @property
     def n_weights(self) -> int:

@@ -156,9 +156,11 @@ def render_markdown(
         parts.append(f"## Budget {_escape(asked)}\n")
         parts.append(verdict(plan) + "\n")
         facts = [
-            f"Stored weights {format_size(plan.size_bits)}: {plan.average_bits:.3f} bits per "
-            f"weight in codes, {plan.effective_bits:.3f} with scales, zero points and padding; "
-            f"whole model {format_size(plan.model_bits)}.",
+            (
+                f"Stored weights {format_size(plan.size_bits)}: {plan.average_bits:.3f} bits per "
+                f"weight in codes, {plan.effective_bits:.3f} with scales, zero points and padding; "
+                f"whole model {format_size(plan.model_bits)}."
+            ),
             proof_sentence(plan),
         ]
         if plan.measured is not None:

@@ -1,0 +1,471 @@
+"""Allocate: a model, a calibration set and budgets in; measured, certified plans out."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+import bitquota
+from bitquota.budget import Budget
+from bitquota.candidates import CandidateTable, Inventory, enumerate_candidates
+from bitquota.corrections import Correction
+from bitquota.errors import Infeasible, InvalidInput, StalePlan
+from bitquota.plan import SOLVER, Assignment, Baseline, MeasuredLoss, Plan, Proof
+from bitquota.sensitivity.baselines import baseline_choices, baseline_diagonals
+from bitquota.sensitivity.corrections import fold_batch_norm
+from bitquota.sensitivity.discovery import discover
+from bitquota.sensitivity.evaluate import ChoiceLoss, measure_choice
+from bitquota.sensitivity.losses import loss_by_name
+from bitquota.sensitivity.measure import measure_by_name
+from bitquota.sensitivity.runner import make_runner
+from bitquota.solver import Status, build_problem, solve
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bitquota.canonical import JsonObject
+    from bitquota.formats import LoadedModel
+    from bitquota.matrix import SensitivityMatrix
+    from bitquota.progress import IsCancelled, OnProgress
+    from bitquota.request import PlanRequest
+    from bitquota.sensitivity.calibration import CalibrationSet
+    from bitquota.sensitivity.ledger import Ledger
+    from bitquota.sensitivity.losses import Loss
+    from bitquota.sensitivity.runner import Runner
+    from bitquota.solver import Problem, Solution
+
+PAIRS_UP_TO = 3000.0
+"""``measure='auto'`` takes exact pairs while they cost at most this many forward-equivalents."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """What ``allocate`` returns.
+
+    Attributes:
+        plans: One for each budget of the request.
+        matrix: The sensitivity matrix that the plans were solved on.
+        inventory: The model's tensors.
+        passes: Full forward passes over the calibration samples that this call ran for the
+            matrix; what the ledger already held is not counted.
+    """
+
+    plans: tuple[Plan, ...]
+    matrix: SensitivityMatrix
+    inventory: Inventory
+    passes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """The loss of one choice on a labelled set.
+
+    Attributes:
+        plan_index: Which of the plans, or ``None`` for full precision.
+        name: ``full precision``, ``plan``, or the baseline's name.
+        measured: Loss increase and accuracy.
+    """
+
+    plan_index: int | None
+    name: str
+    measured: MeasuredLoss
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as plain JSON."""
+        return {
+            "plan_index": self.plan_index,
+            "name": self.name,
+            "measured": self.measured.to_json(),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Setting:
+    """Everything that is fixed before the first measurement."""
+
+    request: PlanRequest
+    module: torch.nn.Module
+    inventory: Inventory
+    table: CandidateTable
+    loss: Loss
+    fit: CalibrationSet
+    holdout: CalibrationSet
+    correcting: CalibrationSet
+    ledger: Ledger
+    on_progress: OnProgress | None
+    cancelled: IsCancelled | None
+
+
+def allocate(
+    model: LoadedModel,
+    calibration: CalibrationSet,
+    request: PlanRequest,
+    *,
+    ledger: Ledger,
+    on_progress: OnProgress | None = None,
+    cancelled: IsCancelled | None = None,
+    device: str = "auto",
+) -> Allocation:
+    """Measure the model, solve for every budget, verify by measuring, and return the best.
+
+    The plan of a budget is the choice with the smallest *measured* loss on the hold-out part of
+    the calibration set among the solver's choice and all baselines that fit the same budget, so
+    it never loses to one of its own baselines there.
+
+    Args:
+        model: From ``bitquota.formats.load_model``.
+        calibration: From ``bitquota.formats.load_calibration``.
+        request: Budgets, candidates and how to measure.
+        ledger: Where measurements are kept; what it holds is not measured again.
+        on_progress: Called after every step.
+        cancelled: Asked between steps; once it answers true, ``Cancelled`` is raised.
+        device: ``auto`` takes a GPU where there is one.
+
+    Raises:
+        InvalidInput: The request does not fit the model or the calibration set.
+        BudgetTooSmall: A budget is below the smallest plan; nothing was measured.
+        MeasurementFailed: A loss is not finite.
+        Cancelled: ``cancelled`` answered true; the ledger keeps what was measured.
+
+    Cost: that of the measure (see ``request.measure``), plus about ten forward passes over the
+    hold-out samples for each budget.
+    """
+    if not request.budgets:
+        msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
+        raise InvalidInput(msg)
+    setting = _prepare(
+        model, calibration, request, device, ledger=ledger, on_progress=on_progress,
+        cancelled=cancelled,
+    )  # fmt: skip
+    budgets = [_parse_budget(text, setting) for text in request.budgets]
+    runner = _runner(setting)
+    matrix = _measure(setting, runner)
+    scores = baseline_diagonals(
+        runner,
+        setting.module,
+        setting.table,
+        setting.loss,
+        ledger=ledger,
+        on_progress=on_progress,
+        cancelled=cancelled,
+    )
+    plans = []
+    for k, together in enumerate(budgets):
+        stage = f"hold-out, budget {k + 1} of {len(budgets)}"
+        plans.append(_plan(setting, matrix, scores, together, stage))
+    return Allocation(
+        plans=tuple(plans),
+        matrix=matrix,
+        inventory=setting.inventory,
+        passes=runner.passes.passes,
+    )
+
+
+def measure_matrix(
+    model: LoadedModel,
+    calibration: CalibrationSet,
+    request: PlanRequest,
+    *,
+    ledger: Ledger,
+    on_progress: OnProgress | None = None,
+    cancelled: IsCancelled | None = None,
+    device: str = "auto",
+) -> SensitivityMatrix:
+    """Measure the sensitivity matrix of ``request`` alone; arguments and errors of ``allocate``."""
+    setting = _prepare(
+        model, calibration, request, device, ledger=ledger, on_progress=on_progress,
+        cancelled=cancelled,
+    )  # fmt: skip
+    return _measure(setting, _runner(setting))
+
+
+def evaluate_plans(
+    model: LoadedModel,
+    data: CalibrationSet,
+    plans: Sequence[Plan],
+    *,
+    correction_data: CalibrationSet | None = None,
+    with_baselines: bool = False,
+    loss: str = "kl",
+    device: str = "auto",
+    on_progress: OnProgress | None = None,
+) -> list[Evaluation]:
+    """Run the model in full precision and under each plan on ``data``.
+
+    Args:
+        model: The model that the plans were made for.
+        data: Samples, labelled if accuracies are wanted.
+        plans: What to evaluate.
+        correction_data: Unlabelled samples for the plans' corrections; ``data`` itself is never
+            used for them.
+        with_baselines: Also evaluate every baseline of every plan, with the plan's corrections.
+        loss: Name of the loss.
+        device: ``auto`` takes a GPU where there is one.
+        on_progress: Called after every batch.
+
+    Raises:
+        StalePlan: A plan was made for another model.
+        InvalidInput: A plan has corrections and ``correction_data`` is missing.
+
+    Cost: two forward passes over ``data`` for each choice.
+    """
+    where = _device(device)
+    function = loss_by_name(loss)
+    samples = data.to(where)
+    correcting = None if correction_data is None else correction_data.to(where)
+    plain = copy.deepcopy(model.module).to(where).eval()
+    inventory = discover(plain, _example(samples), model_digest=model.digest)
+    reference = measure_choice(plain, inventory, (), samples, function, on_progress=on_progress)
+    found = [Evaluation(plan_index=None, name="full precision", measured=reference.measured)]
+    for k, plan in enumerate(plans):
+        check_model(plan, model)
+        module, described = plain, inventory
+        if Correction.FOLD_BATCH_NORM in plan.corrections:
+            module = fold_batch_norm(plain, _example(samples))
+            described = discover(module, _example(samples), model_digest=model.digest)
+        measure = partial(
+            measure_choice,
+            module,
+            described,
+            calibration=samples,
+            loss=function,
+            corrections=plan.corrections,
+            correction_data=correcting,
+            on_progress=on_progress,
+        )
+        chosen = [a.candidate for a in plan.assignments]
+        found.append(
+            Evaluation(plan_index=k, name="plan", measured=measure(candidates=chosen).measured)
+        )
+        for baseline in plan.baselines if with_baselines else ():
+            measured = measure(candidates=plan.candidates_at(baseline.weight_bits)).measured
+            found.append(Evaluation(plan_index=k, name=baseline.name, measured=measured))
+    return found
+
+
+def check_model(plan: Plan, model: LoadedModel) -> None:
+    """Raise ``StalePlan`` unless ``plan`` was made for exactly this model."""
+    if plan.model_digest != model.digest:
+        msg = (
+            f"a plan must be used with the model it was made for, {plan.model_digest}; "
+            f"'{model.source}' is {model.digest}: make a new plan for it"
+        )
+        raise StalePlan(msg, plan=plan.model_digest, model=model.digest)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as err:
+        msg = f"a device must be 'auto', 'cpu', or one that torch finds here; got '{name}': {err}"
+        raise InvalidInput(msg, device=name) from err
+    return device
+
+
+def _example(samples: CalibrationSet) -> tuple[torch.Tensor, ...]:
+    return samples.first(2).inputs
+
+
+def _prepare(
+    model: LoadedModel,
+    calibration: CalibrationSet,
+    request: PlanRequest,
+    device: str,
+    *,
+    ledger: Ledger,
+    on_progress: OnProgress | None,
+    cancelled: IsCancelled | None,
+) -> _Setting:
+    where = _device(device)
+    everything = calibration.to(where)
+    module = copy.deepcopy(model.module).to(where).eval()
+    if Correction.FOLD_BATCH_NORM in request.corrections:
+        module = fold_batch_norm(module, _example(everything))
+    inventory = discover(module, _example(everything), model_digest=model.digest)
+    inventory = inventory.exclude(request.exclude).tie(request.ties)
+    table = enumerate_candidates(
+        inventory,
+        request.weight_bits,
+        scheme=request.scheme,
+        activation_bits=request.activation_bits,
+        fixed=request.fixed,
+    )
+    wanted = request.samples + request.holdout_samples
+    drawn = everything.subset(min(wanted, len(everything)), request.seed)
+    fit, holdout = drawn.split(request.holdout_samples / wanted, request.seed)
+    n_correcting = min(request.correction_samples, len(everything))
+    return _Setting(
+        request=request,
+        module=module,
+        inventory=inventory,
+        table=table,
+        loss=loss_by_name(request.loss),
+        fit=fit,
+        holdout=holdout,
+        correcting=everything.subset(n_correcting, request.seed),
+        ledger=ledger,
+        on_progress=on_progress,
+        cancelled=cancelled,
+    )
+
+
+def _parse_budget(text: str, setting: _Setting) -> tuple[Budget, ...]:
+    """Return the budgets of one plan, each checked alone before anything is measured."""
+    budgets = tuple(Budget.parse(part, setting.inventory) for part in text.split("+"))
+    for budget in budgets:
+        budget.check(setting.table)
+    return budgets
+
+
+def _runner(setting: _Setting) -> Runner:
+    repaired = Correction.BATCH_NORM_STATISTICS in setting.request.corrections
+    return make_runner(
+        setting.module,
+        setting.inventory,
+        setting.fit,
+        batch_norm="batch" if repaired else "eval",
+    )
+
+
+def _measure(setting: _Setting, runner: Runner) -> SensitivityMatrix:
+    name = setting.request.measure
+    if name == "auto":
+        cost = measure_by_name("pairs").cost(runner, setting.table)
+        name = "pairs" if cost <= PAIRS_UP_TO else "diagonal"
+    return measure_by_name(name).measure(
+        runner,
+        setting.table,
+        setting.loss,
+        ledger=setting.ledger,
+        on_progress=setting.on_progress,
+        cancelled=setting.cancelled,
+    )
+
+
+def _solve(setting: _Setting, problem: Problem) -> Solution:
+    solution = solve(
+        problem,
+        backend=setting.request.solver,
+        gap=setting.request.gap,
+        time_limit_s=setting.request.time_limit_s,
+        seed=setting.request.seed,
+        cancelled=setting.cancelled,
+    )
+    if solution.choice is None:
+        msg = (
+            f"some choice must satisfy all budgets together; the solver ended "
+            f"'{solution.status}': raise a budget, or give the solver more time"
+        )
+        raise Infeasible(msg, status=str(solution.status))
+    return solution
+
+
+def _plan(
+    setting: _Setting,
+    matrix: SensitivityMatrix,
+    scores: dict[str, SensitivityMatrix],
+    budgets: tuple[Budget, ...],
+    stage: str,
+) -> Plan:
+    """Solve one budget, measure solution and baselines on the hold-out, return the best."""
+    problem = build_problem(matrix, budgets)
+    solution = _solve(setting, problem)
+    assert solution.choice is not None  # noqa: S101  # _solve raises otherwise
+    choices = {SOLVER: tuple(int(c) for c in solution.choice)}
+    simple = baseline_choices(setting.table)
+    choices |= {name: choice for name, choice in simple.items() if problem.is_feasible(choice)}
+    for name, score in scores.items():
+        scored = _solve(setting, build_problem(score, budgets))
+        assert scored.choice is not None  # noqa: S101  # _solve raises otherwise
+        choices[name] = tuple(int(c) for c in scored.choice)
+    measured = _measure_choices(setting, choices, stage)
+    # Ties go to the solver's plan, which comes first.
+    best = min(choices, key=lambda name: measured[name].mean)
+    chosen = setting.table.decode(choices[best])
+    by_layer = {candidate.layer: candidate for candidate in chosen}
+    return Plan(
+        model_digest=setting.inventory.model_digest,
+        assignments=tuple(
+            Assignment(layer=layer, candidate=by_layer[layer.name])
+            for layer in setting.inventory.layers
+        ),
+        unquantized=setting.inventory.unquantized,
+        budgets=budgets,
+        corrections=setting.request.corrections,
+        selected=best,
+        predicted=matrix.predict(choices[best]),
+        measured=measured[best].measured,
+        proof=Proof(
+            # A baseline that measured better is feasible for the matrix, not its optimum.
+            status=str(solution.status if best == SOLVER else Status.FEASIBLE),
+            limit=None if solution.limit is None else str(solution.limit),
+            objective=problem.evaluate(choices[best]),
+            bound=solution.bound,
+            solver=solution.backend,
+            matrix_digest=matrix.digest(),
+            certified=solution.certificate is not None,
+        ),
+        baselines=tuple(
+            _baseline(setting, name, choices[name], measured[name], measured[best])
+            for name in choices
+            if name != SOLVER or best != SOLVER
+        ),
+        loss=setting.loss.name,
+        provenance={
+            "request": setting.request.to_json(),
+            "fit": setting.fit.to_json(),
+            "holdout": setting.holdout.to_json(),
+            "correcting": setting.correcting.to_json() if setting.request.corrections else None,
+            "matrix": matrix.provenance,
+            "bitquota": bitquota.__version__,
+        },
+    )
+
+
+def _measure_choices(
+    setting: _Setting, choices: dict[str, tuple[int, ...]], stage: str
+) -> dict[str, ChoiceLoss]:
+    """Measure every distinct choice on the hold-out samples."""
+    distinct: dict[tuple[int, ...], ChoiceLoss] = {}
+    for choice in choices.values():
+        if choice not in distinct:
+            distinct[choice] = measure_choice(
+                setting.module,
+                setting.inventory,
+                setting.table.decode(choice),
+                setting.holdout,
+                setting.loss,
+                corrections=setting.request.corrections,
+                correction_data=setting.correcting,
+                ledger=setting.ledger,
+                on_progress=setting.on_progress,
+                cancelled=setting.cancelled,
+                stage=f"{stage}, choice {len(distinct) + 1}",
+            )
+    return {name: distinct[choice] for name, choice in choices.items()}
+
+
+def _baseline(
+    setting: _Setting,
+    name: str,
+    choice: tuple[int, ...],
+    measured: ChoiceLoss,
+    best: ChoiceLoss,
+) -> Baseline:
+    candidates = {c.layer: c for c in setting.table.decode(choice)}
+    difference, error = measured.paired(best)
+    return Baseline(
+        name=name,
+        weight_bits=tuple(candidates[la.name].weight_bits for la in setting.inventory.layers),
+        size_bits=sum(c.size_bits for c in candidates.values()),
+        measured=measured.measured,
+        paired_difference=difference,
+        paired_error=error,
+    )
