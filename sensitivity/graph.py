@@ -537,7 +537,7 @@ def _with_quantized_input(
     def value_of(node: fx.Node) -> Any:  # noqa: ANN401
         return constants[node] if node in constants else lookup(node)
 
-    args: list[Any] = list(fx.node.map_arg(op.node.args, value_of))  # type: ignore[call-overload]
+    args: list[Any] = list(fx.node.map_arg(op.node.args, value_of))
     kwargs = fx.node.map_arg(op.node.kwargs, value_of)
     args[0] = quantizer(args[0])
     return op.target(*args, **kwargs)

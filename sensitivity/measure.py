@@ -87,9 +87,11 @@ def measure_by_name(name: str) -> Measure:
     Raises:
         InvalidInput: There is no such measure.
     """
+    from bitquota.sensitivity.gram import GramMeasure
     from bitquota.sensitivity.pairs import DiagonalMeasure, PairsMeasure
 
-    measures: dict[str, Measure] = {m.name: m for m in (PairsMeasure(), DiagonalMeasure())}
+    offered: tuple[Measure, ...] = (GramMeasure(), PairsMeasure(), DiagonalMeasure())
+    measures = {measure.name: measure for measure in offered}
     if name not in measures:
         msg = f"a measure must be one of {', '.join(measures)}; got '{name}'"
         raise InvalidInput(msg, measure=name)
