@@ -50,6 +50,20 @@ def load_folder(path: Path) -> LoadedModel:
         InvalidModel: No config, an unknown or quantized model type, truncated or missing weights.
         MissingDependency: transformers is not installed.
     """
+    model = load_folder_module(path)
+    config: Any = model.config
+    stored = str(_read_config(path).get("dtype") or _read_config(path).get("torch_dtype"))
+    return finish(
+        model,
+        source=str(path),
+        architecture=type(model).__name__,
+        example_inputs=_example(model, config),
+        weight_format_bits=16 if stored in ("float16", "bfloat16") else 32,
+    )
+
+
+def load_folder_module(path: Path) -> nn.Module:
+    """Return the module of ``load_folder`` alone; raises what it raises."""
     config = _read_config(path)
     _check_weights(path)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -89,14 +103,7 @@ def load_folder(path: Path) -> LoadedModel:
     if wrong := sorted(str(k) for k in info.get("mismatched_keys", ())):
         msg = f"the weights of '{path.name}' must have the shapes of its config; {wrong[0]} has not"
         raise InvalidModel(msg, mismatched=wrong[:20])
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    return finish(
-        return_tensor(model),
-        source=str(path),
-        architecture=kind.__name__,
-        example_inputs=_example(model),
-        weight_format_bits=16 if stored in ("float16", "bfloat16") else 32,
-    )
+    return return_tensor(model)
 
 
 def return_tensor(model: nn.Module) -> nn.Module:
@@ -226,8 +233,7 @@ def _model_class(transformers: Any, config: JsonObject, path: Path) -> Any:  # n
     return kind
 
 
-def _example(model: Any) -> tuple[Tensor, ...] | None:  # noqa: ANN401  # a transformers model
-    config = model.config
+def _example(model: Any, config: Any) -> tuple[Tensor, ...] | None:  # noqa: ANN401
     if model.main_input_name == "input_ids":
         length = min(16, getattr(config, "max_position_embeddings", 16) or 16)
         ids = torch.arange(2 * length).reshape(2, length) % config.vocab_size

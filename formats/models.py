@@ -107,7 +107,6 @@ def load_model(spec: str, *, allow_pt2: bool = True, allow_factory: bool = True)
         hint = "the folder that holds it" if path.suffix == ".safetensors" else _WAYS
         msg = f"a model must be {_WAYS}; got the file '{path.name}': hand in {hint}"
         raise InvalidModel(msg, source=spec)
-    check_finite(loaded.module)
     return loaded
 
 
@@ -119,10 +118,11 @@ def finish(
     example_inputs: tuple[Tensor, ...] | None = None,
     weight_format_bits: int = 32,
 ) -> LoadedModel:
-    """Put ``module`` into eval mode and float32, and take its fingerprint."""
+    """Put ``module`` into eval mode and float32, check its weights, take its fingerprint."""
     from bitquota.sensitivity.discovery import model_fingerprint
 
     module = module.cpu().float().eval()
+    check_finite(module)
     return LoadedModel(
         module=module,
         digest=model_fingerprint(module),

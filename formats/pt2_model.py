@@ -46,6 +46,9 @@ _PYTHON_MODULES = {"_operator": operator, "math": math, "torch": torch}
 _NO_VALUE = frozenset({"torch.ops.aten._assert_tensor_metadata.default"})
 """Checks that the exporter inserts; their result is not used."""
 
+_TRAINING = ("training", "train")
+"""Arguments of dropout and batch norm that are true in training mode only."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pt2Model:
@@ -163,6 +166,8 @@ class _Builder:
             vet_operator(target)
             if target in _NO_VALUE:
                 continue
+            if any(i["name"] in _TRAINING and i["arg"].get("as_bool") for i in node["inputs"]):
+                raise _training_mode(target)
             if target.startswith("torch.ops.higher_order."):
                 self._inline(node)
                 continue
@@ -290,11 +295,7 @@ class _Builder:
             if kind == "user_output" and "as_tensor" in body["arg"]:
                 tensors.append(self._value(body["arg"]))
             elif kind in ("buffer_mutation", "parameter_mutation", "user_input_mutation"):
-                msg = (
-                    "a model must not change its own state; this one was exported in training "
-                    "mode: call model.eval() before torch.export.export"
-                )
-                raise InvalidModel(msg, kind=kind)
+                raise _training_mode(kind)
         if len(tensors) != 1:
             msg = (
                 f"a model must return one tensor (logits or an embedding); this one returns "
@@ -304,6 +305,14 @@ class _Builder:
         output = tensors[0]
         assert isinstance(output, fx.Node)  # noqa: S101  # _value of a tensor is a node
         return output
+
+
+def _training_mode(where: str) -> InvalidModel:
+    msg = (
+        f"a model must not change its own state; this one was exported in training mode "
+        f"({where}): call model.eval() before torch.export.export"
+    )
+    return InvalidModel(msg, operator=where)
 
 
 def _tensor(name: str, meta: JsonObject, data: bytearray) -> torch.Tensor:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export import Dim, export, save
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class TinyNet(nn.Module):
@@ -63,3 +70,12 @@ class no_value:  # noqa: N801
     def net() -> nn.Module:
         """Return the tiny net."""
         return tiny_net()
+
+
+def write_pt2(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) -> Path:
+    """Export with a dynamic batch."""
+    dynamic = tuple({0: Dim.DYNAMIC} for _ in inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        save(export(module, inputs, dynamic_shapes=dynamic), path)
+    return path

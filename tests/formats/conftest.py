@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import os
-import warnings
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from format_networks import tiny_net
-from torch.export import Dim, export, save
+
+from format_networks import tiny_net, write_pt2
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-def write_pt2(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) -> Path:
-    """Export with a dynamic batch."""
-    dynamic = tuple({0: Dim.DYNAMIC} for _ in inputs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
-        save(export(module, inputs, dynamic_shapes=dynamic), path)
-    return path
 
 
 @pytest.fixture(scope="session")
