@@ -1,0 +1,78 @@
+# Needs Python 3.11 or later and make; everything else is installed into .venv.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+EXTRAS ?= dev
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PYTEST_ARGS ?= -n 2 --dist loadfile
+HOST ?= 127.0.0.1
+PORT ?= 8000
+export PYTHONDONTWRITEBYTECODE := 1
+# One thread per process: the suite runs two processes, and results do not depend on the machine.
+export OMP_NUM_THREADS := 1
+export MKL_NUM_THREADS := 1
+export OPENBLAS_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types imports pytest bench serve format constraints docker-check clean
+.DELETE_ON_ERROR:
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# hatchling comes first, from the same pins, so that the editable install needs no isolated build
+# environment with versions of its own.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make needs Python 3.11 or later; found none: install python3.11 or say make PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"make needs Python 3.11 or later; {sys.executable} is {v.major}.{v.minor}: say make PYTHON=/path/to/python3.11")'
+	@echo "Installing bitquota[$(EXTRAS)] into $(VENV) ..."
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@$(PIP) install --constraint constraints.txt hatchling editables
+	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(INSTALLED) ## Train a small network, start the service, plan two budgets over HTTP
+	@$(BIN)/bitquota demo --out demo
+
+test: lint types imports pytest ## Everything that must hold: lint, types, imports, tests
+
+lint: $(INSTALLED) ## Check style and formatting with ruff
+	@$(BIN)/ruff check --quiet . || { $(BIN)/ruff check --output-format concise .; exit 1; }
+	@$(BIN)/ruff format --quiet --check . || { $(BIN)/ruff format --check .; exit 1; }
+	@echo "lint: clean"
+
+types: $(INSTALLED)
+	@$(BIN)/mypy --no-error-summary && echo "types: clean"
+
+imports: $(INSTALLED)
+	@$(BIN)/lint-imports --no-logo > .imports.log || { cat .imports.log; rm -f .imports.log; exit 1; }
+	@tail -1 .imports.log | sed 's/^/imports: /'; sed -n '/Contracts:/p' .imports.log; rm -f .imports.log
+
+pytest: $(INSTALLED)
+	@$(BIN)/pytest $(PYTEST_ARGS)
+
+bench: $(INSTALLED) ## Run the benchmarks (BENCH_ARGS=... is passed on)
+	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script $(BENCH_ARGS); done
+
+serve: $(INSTALLED) ## Serve the REST API on HOST:PORT
+	@$(BIN)/bitquota serve --host $(HOST) --port $(PORT)
+
+format: $(INSTALLED) ## Rewrite the code in the agreed style
+	@$(BIN)/ruff check --quiet --fix . || true
+	@$(BIN)/ruff format .
+
+constraints: ## Renew every pin in constraints.txt from what pip resolves today
+	@rm -rf build/constraints && "$(PYTHON)" -m venv build/constraints
+	@build/constraints/bin/python -m pip --quiet install 'torch==$(shell sed -n 's/^torch==//p' constraints.txt)' --editable '.[dev]'
+	@{ sed -n '/^#/p' constraints.txt; build/constraints/bin/python -m pip freeze --exclude bitquota --exclude-editable | grep -vE '^(cuda|nvidia|triton)' | sed 's/+cpu$$//' | sort -f; } > build/constraints.txt
+	@mv build/constraints.txt constraints.txt && rm -rf build/constraints
+
+docker-check: $(INSTALLED) ## Build both images with buildah (slow; BASE_IMAGE=... replaces the base)
+	@$(BIN)/pytest -n 0 -m docker tests/packaging
+
+clean: ## Remove what the targets above wrote, .venv included
+	@rm -rf $(VENV) build dist demo bench-results .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .import_linter_cache src/*.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
