@@ -90,10 +90,12 @@ def train_digits(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
-        for rows in torch.randperm(len(labels)).split(batch):
+        order = torch.randperm(len(labels))
+        for start in range(0, len(labels), batch):
+            rows = order[start : start + batch]
             loss = nn.functional.cross_entropy(model(inputs[rows]), labels[rows])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's own annotation
             optimizer.step()
             schedule.step()
     return model.eval()

@@ -290,7 +290,7 @@ def evaluate(
                 ),
             }
         )
-    output.print_rows(rows, title=f"On {samples.n_samples} samples of {data}")
+    output.print_rows(rows, title=f"On {len(samples)} samples of {data}")
 
 
 def show(
