@@ -1,0 +1,246 @@
+"""Quantize a weight matrix: codes, scales and zero points as they would be stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from bitquota.errors import InvalidInput, InvalidModel
+from bitquota.quantizers.layout import from_matrix, to_matrix
+from bitquota.quantizers.scales import asymmetric_scale, symmetric_scale
+from bitquota.storage import (
+    FULL_PRECISION_BITS,
+    WEIGHT_BITS,
+    Granularity,
+    Grid,
+    Rounding,
+    ScaleFormat,
+    Scheme,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bitquota.candidates import Layer
+
+SCALE_DTYPES = {
+    ScaleFormat.FP32: torch.float32,
+    ScaleFormat.FP16: torch.float16,
+    ScaleFormat.BF16: torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QuantizedWeight:
+    """A weight matrix as it is stored.
+
+    Attributes:
+        codes: i32[rows, columns]. Symmetric: -2^(b-1)..2^(b-1)-1 (one bit: -1 and +1);
+            asymmetric: 0..2^b-1.
+        scales: ``[rows, n]`` in the scale format: one column per group, or ``[rows, 1]`` per
+            channel, or ``[1, 1]`` per tensor.
+        zero_points: i32 in 0..2^b-1, shaped like ``scales``; ``None`` on a symmetric grid.
+        bits: Bit-width.
+        scheme: Everything else.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+    bits: int
+    scheme: Scheme
+
+    def dequantize(self) -> Tensor:
+        """Return f32[rows, columns]: ``scale * (code - zero_point)``."""
+        columns = self.codes.shape[1]
+        levels = self.codes.float()
+        if self.zero_points is not None:
+            levels = levels - _spread(self.zero_points.float(), columns, self.scheme)
+        return levels * _spread(self.scales.float(), columns, self.scheme)
+
+
+def levels(bits: int) -> tuple[int, int]:
+    """Return lowest and highest level of the symmetric grid.
+
+    The full signed range ``-2^(b-1)..2^(b-1)-1``. At one bit that range would be {-1, 0}, which
+    can only take weights away; there the grid is {-1, +1} instead, and still fits one bit.
+    """
+    return (-1, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def quantize(
+    matrix: Tensor,
+    bits: int,
+    scheme: Scheme,
+    *,
+    importance: Tensor | None = None,
+    inputs_gram: Tensor | None = None,
+) -> QuantizedWeight:
+    """Quantize ``matrix`` to ``bits``.
+
+    Scales are rounded to their storage format before the codes are chosen, so codes are the
+    best for the scale that a runtime will read.
+
+    Args:
+        matrix: Floating-point ``[rows, columns]``, finite.
+        bits: 1 to 8, or 16.
+        scheme: Grid, granularity, scale rule and format, rounding.
+        importance: Not negative, broadcastable to ``[rows, columns]``: weighs the squared errors
+            of the least-squares rule. Other rules ignore it.
+        inputs_gram: ``X^T X`` of the layer's inputs, ``[columns, columns]``, or one per group of
+            rows ``[groups, columns, columns]``. Needed by, and only used by, error feedback.
+
+    Raises:
+        InvalidInput: A bit-width off the list, a wrong shape, or error feedback without a Gram.
+        InvalidModel: The weights are not finite.
+    """
+    _check(matrix, bits, importance)
+    values = matrix.detach().double()
+    weight = None if importance is None else importance.detach().double().expand_as(values)
+    lines, line_weight = _lines(values, weight, scheme)
+    asymmetric = scheme.grid is Grid.ASYMMETRIC
+    zero: Tensor | None = None
+    if asymmetric:
+        scale, zero = asymmetric_scale(lines, bits, scheme.scale_rule, line_weight)
+    else:
+        scale = symmetric_scale(lines, bits, scheme.scale_rule, line_weight)
+    stored = _store_scale(scale, scheme.scale_format)
+    shape = (1, 1) if scheme.granularity is Granularity.TENSOR else (len(values), -1)
+    scales = stored.reshape(shape)
+    zeros = None if zero is None else zero.reshape(shape).int()
+    if scheme.rounding is Rounding.ERROR_FEEDBACK:
+        from bitquota.quantizers.error_feedback import error_feedback_codes
+
+        if inputs_gram is None:
+            msg = (
+                "error-feedback rounding needs inputs_gram, the second moment of the layer's "
+                "inputs; got none: collect it on the calibration set, or round to nearest"
+            )
+            raise InvalidInput(msg)
+        codes = error_feedback_codes(values, scales, zeros, bits, scheme, inputs_gram)
+    else:
+        codes = nearest_codes(values, scales, zeros, bits, scheme)
+    return QuantizedWeight(codes=codes, scales=scales, zero_points=zeros, bits=bits, scheme=scheme)
+
+
+def nearest_codes(
+    values: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, scheme: Scheme
+) -> Tensor:
+    """Return i32[rows, columns]: the code nearest to each value (ties to even)."""
+    columns = values.shape[1]
+    scale = _spread(scales.double(), columns, scheme)
+    step = torch.where(scale > 0, scale, 1.0)
+    if zero_points is not None:
+        zero = _spread(zero_points.double(), columns, scheme)
+        return (torch.round(values / step) + zero).clamp(0, 2**bits - 1).int()
+    if bits == 1:
+        return torch.where(values >= 0, 1, -1).int()
+    lowest, highest = levels(bits)
+    return torch.round(values / step).clamp(lowest, highest).int()
+
+
+def fake_quantize(
+    weight: Tensor,
+    layer: Layer,
+    bits: int,
+    scheme: Scheme,
+    *,
+    importance: Tensor | None = None,
+    inputs_gram: Tensor | None = None,
+) -> Tensor:
+    """Return ``weight`` as it is after storing it at ``bits`` and reading it back.
+
+    Args:
+        weight: In the shape that the framework stores.
+        layer: What the weight is.
+        bits: 1 to 8, 16, or 32 for the weight itself (the same object).
+        scheme: Everything else about the quantization.
+        importance: As in ``quantize``, or in the shape of ``weight``.
+        inputs_gram: As in ``quantize``.
+
+    Returns:
+        Same shape and dtype as ``weight``, detached.
+
+    Raises:
+        InvalidInput: As ``quantize``.
+        InvalidModel: The weight has another shape than ``layer``, or is not finite.
+    """
+    if bits == FULL_PRECISION_BITS:
+        return weight
+    matrix = to_matrix(weight.detach(), layer)
+    if not bool(torch.isfinite(matrix).all()):
+        bad = int((~torch.isfinite(matrix)).sum())
+        msg = (
+            f"the weights of layer '{layer.name}' must be finite; {bad} of {layer.n_weights} are "
+            "NaN or infinite: repair the checkpoint"
+        )
+        raise InvalidModel(msg, layer=layer.name, n_bad=bad)
+    if importance is not None and importance.shape == weight.shape:
+        importance = to_matrix(importance, layer)
+    stored = quantize(matrix, bits, scheme, importance=importance, inputs_gram=inputs_gram)
+    return from_matrix(stored.dequantize().to(weight.dtype), layer)
+
+
+def _check(matrix: Tensor, bits: int, importance: Tensor | None) -> None:
+    if bits not in WEIGHT_BITS or bits == FULL_PRECISION_BITS:
+        allowed = ", ".join(str(b) for b in WEIGHT_BITS if b != FULL_PRECISION_BITS)
+        msg = f"a bit-width to quantize to must be one of {allowed}; got {bits}"
+        raise InvalidInput(msg, weight_bits=bits)
+    if matrix.ndim != 2 or not matrix.numel() or not matrix.is_floating_point():
+        msg = (
+            f"a weight matrix must be a non-empty floating-point [rows, columns]; got "
+            f"{list(matrix.shape)} {matrix.dtype}"
+        )
+        raise InvalidInput(msg, shape=list(matrix.shape))
+    if not bool(torch.isfinite(matrix).all()):
+        bad = int((~torch.isfinite(matrix)).sum())
+        msg = (
+            f"weights must be finite; {bad} of {matrix.numel()} are NaN or infinite: repair the "
+            "checkpoint"
+        )
+        raise InvalidModel(msg, n_bad=bad)
+    if importance is None:
+        return
+    try:
+        fits = torch.broadcast_shapes(importance.shape, matrix.shape) == matrix.shape
+    except RuntimeError:
+        fits = False
+    if not fits or not bool((importance >= 0).all()) or bool(importance.isinf().any()):
+        msg = (
+            f"importance must be finite, not negative, and broadcastable to {list(matrix.shape)}; "
+            f"got shape {list(importance.shape)}"
+        )
+        raise InvalidInput(msg, shape=list(importance.shape))
+
+
+def _lines(
+    values: Tensor, importance: Tensor | None, scheme: Scheme
+) -> tuple[Tensor, Tensor | None]:
+    """Return values and importance as one line per scale; a short last group is padded."""
+    if scheme.granularity is Granularity.TENSOR:
+        return values.reshape(1, -1), None if importance is None else importance.reshape(1, -1)
+    if scheme.granularity is Granularity.CHANNEL:
+        return values, importance
+    assert scheme.group_size is not None  # noqa: S101  # invariant of Scheme
+    missing = -values.shape[1] % scheme.group_size
+    if missing:
+        weight = torch.ones_like(values) if importance is None else importance
+        importance = torch.nn.functional.pad(weight, (0, missing))
+        values = torch.nn.functional.pad(values, (0, missing))
+    size = scheme.group_size
+    return values.reshape(-1, size), None if importance is None else importance.reshape(-1, size)
+
+
+def _store_scale(scale: Tensor, scale_format: ScaleFormat) -> Tensor:
+    dtype = SCALE_DTYPES[scale_format]
+    return scale.clamp(max=torch.finfo(dtype).max).to(dtype)
+
+
+def _spread(per_scale: Tensor, columns: int, scheme: Scheme) -> Tensor:
+    """Return one value per weight (broadcastable to ``[rows, columns]``)."""
+    if scheme.granularity is not Granularity.GROUP:
+        return per_scale
+    assert scheme.group_size is not None  # noqa: S101  # invariant of Scheme
+    return per_scale.repeat_interleave(scheme.group_size, dim=1)[:, :columns]
