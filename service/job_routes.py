@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import anyio
 from fastapi import APIRouter, Header, Path, Query, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import StreamingResponse
 
 from bitquota.budget import Budget
 from bitquota.candidates import Inventory, Layer, LayerKind
 from bitquota.canonical import digest_json
-from bitquota.errors import Conflict, NotFound
+from bitquota.errors import Conflict, InvalidInput, NotFound
 from bitquota.request import PlanRequest
 from bitquota.service.jobs import Job, JobStatus, NewJob
 from bitquota.service.schemas import JobOrder, JobPage, JobView, PlanList, Problem, job_view
 from bitquota.service.state import Service, State, Tenant  # noqa: TC001  # FastAPI reads them
 
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
 POLL_S = 1
 """Seconds that a client is asked to wait between two looks at a job."""
 
+LONGEST_WAIT_S = 60
+"""Longest ``Prefer: wait`` that is honoured."""
+
+_LOOK_S = 0.2
+_KEEP_ALIVE_S = 15.0
+
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
+Prefer = Annotated[
+    str | None, Header(description="`wait=N`: answer when the job has ended, or after N seconds.")
+]
 JobId = Annotated[str, Path(pattern=r"^job_[0-9a-f]{32}$", description="Id of a job.")]
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem} for status in (404, 409, 422)
@@ -28,16 +45,29 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 
 
 @router.post("/jobs", status_code=202, responses=_PROBLEMS)
-def create_job(
+async def create_job(
     order: JobOrder,
     response: Response,
     service: Service,
     tenant: Tenant,
+    prefer: Prefer = None,
     idempotency_key: Annotated[
         str | None, Header(min_length=1, max_length=255, description="Makes a repeat harmless.")
     ] = None,
 ) -> JobView:
     """Order a job; it is looked at every second under `Location` until it has ended."""
+    job, replayed = await run_in_threadpool(_create, order, service, tenant, idempotency_key)
+    job = await _wait(service, job, prefer, response)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    response.headers["Retry-After"] = str(POLL_S)
+    if replayed:
+        response.headers["Idempotency-Replayed"] = "true"
+    return job_view(job)
+
+
+def _create(
+    order: JobOrder, service: State, tenant: str, idempotency_key: str | None
+) -> tuple[Job, bool]:
     request = PlanRequest.from_json(order.request)
     check_budgets(request)
     deadline = None if order.deadline_s is None else time.time() + order.deadline_s
@@ -51,13 +81,23 @@ def create_job(
         priority=order.priority,
         deadline=deadline,
     )
-    job, replayed = service.jobs.create(new, idempotency_key)
+    made = service.jobs.create(new, idempotency_key)
     service.supervisor.wake()
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
-    response.headers["Retry-After"] = str(POLL_S)
-    if replayed:
-        response.headers["Idempotency-Replayed"] = "true"
-    return job_view(job)
+    return made
+
+
+async def _wait(service: State, job: Job, prefer: str | None, response: Response) -> Job:
+    """Return the job when it has ended, or after the seconds that the client prefers."""
+    found = re.search(r"(?:^|[,;\s])wait=(\d{1,6})", prefer or "")
+    if found is None:
+        return job
+    wait_s = min(int(found[1]), LONGEST_WAIT_S)
+    response.headers["Preference-Applied"] = f"wait={wait_s}"
+    until = time.monotonic() + wait_s
+    while not job.status.final and time.monotonic() < until:
+        await anyio.sleep(_LOOK_S)
+        job = await run_in_threadpool(service.jobs.get, job.tenant, job.id)
+    return job
 
 
 @router.get("/jobs", responses={422: {"model": Problem}})
@@ -76,6 +116,43 @@ def list_jobs(
         has_more=more,
         next_cursor=found[limit - 1].id if more else None,
     )
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    responses=_PROBLEMS
+    | {200: {"content": {"text/event-stream": {}}, "description": "Server-sent events."}},
+    response_class=StreamingResponse,
+)
+async def stream_events(
+    job_id: JobId,
+    service: Service,
+    tenant: Tenant,
+    last_event_id: Annotated[int, Header(ge=0, description="Resume after this event.")] = 0,
+) -> StreamingResponse:
+    """Stream what happens to a job from its beginning, or after `Last-Event-ID`, to its end."""
+    await run_in_threadpool(service.jobs.get, tenant, job_id)
+
+    async def stream() -> AsyncIterator[str]:
+        last, spoken = last_event_id, time.monotonic()
+        while True:
+            found = await run_in_threadpool(service.jobs.events, job_id, last)
+            for number, kind, data in found:
+                yield f"id: {number}\nevent: {kind}\ndata: {data}\n\n"
+                last, spoken = number, time.monotonic()
+                if kind == "status" and JobStatus(json.loads(data)["status"]).final:
+                    return
+            if not found:
+                if service.supervisor.stopping:
+                    return  # the client comes back to the next server with its Last-Event-ID
+                if (await run_in_threadpool(service.jobs.get, tenant, job_id)).status.final:
+                    return  # every event was seen before this stream began
+                if time.monotonic() - spoken > _KEEP_ALIVE_S:
+                    yield ": still here\n\n"
+                    spoken = time.monotonic()
+                await anyio.sleep(_LOOK_S)
+
+    return StreamingResponse(stream(), media_type="text/event-stream")
 
 
 @router.get(
@@ -190,7 +267,15 @@ _ANY_MODEL = Inventory(
 
 
 def check_budgets(request: PlanRequest) -> None:
-    """Read every budget, as far as that goes without the model; raises ``InvalidBudget``."""
+    """Read every budget, as far as that goes without the model.
+
+    Raises:
+        InvalidBudget: One cannot be read.
+        InvalidInput: There is none.
+    """
+    if not request.budgets:
+        msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
+        raise InvalidInput(msg)
     for text in request.budgets:
         for part in text.split("+"):
             Budget.parse(part, _ANY_MODEL)

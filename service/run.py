@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from bitquota.service.settings import Settings
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import FrameType
 
 
 def serve(
@@ -66,7 +68,14 @@ def serve(
     )
     shown = f"[{chosen.host}]" if ":" in chosen.host else chosen.host
     print(f"bitquota serves http://{shown}:{port} (data in {chosen.data_dir})", flush=True)  # noqa: T201
+    # uvicorn raises the signal that ended it once more; the work is done by then, so exit with 0.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _ignore)
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing."""
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -66,6 +66,11 @@ class Supervisor:
             self._thread.join()
 
     @property
+    def stopping(self) -> bool:
+        """Whether the server is on its way out."""
+        return self._stop.is_set()
+
+    @property
     def alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread is not None and self._thread.is_alive()

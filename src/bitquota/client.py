@@ -318,6 +318,34 @@ class Job:
             raise Cancelled("the job was cancelled", job=self.id)
         raise MeasurementFailed(f"the job {self.status}", job=self.id)
 
+    def events(self, *, after: int = 0) -> Iterator[Event]:
+        """Yield what happens to the job until it has ended, over restarts of the server.
+
+        Args:
+            after: Number of the last event that is known already.
+        """
+        path, last, until = f"/v1/jobs/{self.id}/events", after, None
+        http = self._client._http  # noqa: SLF001
+        while True:
+            try:
+                with http.stream("GET", path, headers={"Last-Event-ID": str(last)}) as answer:
+                    if answer.status_code >= 400:
+                        answer.read()
+                        raise _problem(answer)
+                    for event in _events(answer.iter_lines()):
+                        last, until = event.number, None
+                        yield event
+            except httpx.TransportError as err:
+                until = until or time.monotonic() + self._client._retry_s  # noqa: SLF001
+                if time.monotonic() > until:
+                    msg = f"the server must be reachable; {http.base_url} is not: {err}"
+                    raise ServiceError(msg) from err
+                time.sleep(_FIRST_PAUSE_S)
+                continue
+            if self.refresh().status not in {"queued", "running"}:
+                return
+            time.sleep(_FIRST_PAUSE_S)
+
     def cancel(self) -> Self:
         """Ask the server to end the job; what was measured is kept there."""
         path = f"/v1/jobs/{self.id}/cancel"
@@ -353,6 +381,19 @@ def _progress(body: Mapping[str, Any]) -> Progress:
     return Progress(
         stage=body["stage"], done=body["done"], total=body["total"], reused=body.get("reused", 0)
     )
+
+
+def _events(lines: Iterator[str]) -> Iterator[Event]:
+    """Yield the events of a text/event-stream; each field of ours is one line."""
+    fields: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if colon and name:
+            fields[name] = value.removeprefix(" ")
+        elif not line and "data" in fields:
+            data = json.loads(fields["data"])
+            yield Event(number=int(fields["id"]), kind=fields["event"], data=data)
+            fields = {}
 
 
 def _pieces(path: Path) -> Iterator[bytes]:

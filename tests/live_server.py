@@ -1,0 +1,129 @@
+"""A real Bitquota server in a process of its own, and a real model to hand it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Self
+
+from bitquota.client import Client
+
+
+class LiveServer:
+    """``bitquota.service.serve`` on a free loopback port, over a data folder that outlives it."""
+
+    def __init__(self, data_dir: Path, **settings: object) -> None:
+        self.data_dir = data_dir
+        self.settings = {f"BITQUOTA_{name.upper()}": str(v) for name, v in settings.items()}
+        self.log = data_dir.with_name(data_dir.name + ".log")
+        self.process: subprocess.Popen[str] | None = None
+        self.url = ""
+
+    def start(self) -> LiveServer:
+        program = (
+            "import sys, pathlib; from bitquota.service import serve; "
+            "serve(port=0, data_dir=pathlib.Path(sys.argv[1]))"
+        )
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", program, str(self.data_dir)],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | self.settings,
+            )
+        line = self.process.stdout.readline()
+        found = re.search(r"https?://[\w.:\[\]]+", line)
+        assert found, f"the server said {line!r}; log: {self.log.read_text()[-2000:]}"
+        self.url = found[0]
+        return self
+
+    def client(self, api_key: str | None = None, **options) -> Client:
+        return Client(self.url, api_key, **options)
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def stop(self) -> int:
+        """End it as an operator would; returns the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        status = self.process.wait(60)
+        self.process.stdout.close()
+        return status
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.stop()
+
+    def children(self) -> list[tuple[int, str]]:
+        """Return pid and module of every driver and evaluator below this server."""
+        found, waiting = [], [self.process.pid]
+        while waiting:
+            pid = waiting.pop()
+            below = subprocess.run(
+                ["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False
+            ).stdout.split()
+            for child in map(int, below):
+                waiting.append(child)
+                try:
+                    command = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
+                except OSError:
+                    continue
+                if named := re.search(r"python\S* -m bitquota\.service\.(\w+)", command):
+                    found.append((child, named[1]))
+        return found
+
+    def working(self, module: str) -> int | None:
+        """Return the pid of the oldest driver or evaluator: the others are in reserve."""
+        pids = [pid for pid, named in self.children() if named == module]
+        return min(pids, key=started, default=None)
+
+
+def started(pid: int) -> int:
+    """Return when a process started, in clock ticks since boot."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return 2**63
+
+
+def train_and_export(folder: Path) -> tuple[Path, Path]:
+    """Train a small convolutional network on digits; return its .pt2 and a calibration .npz."""
+    import numpy as np
+    import torch
+    from sklearn.datasets import load_digits
+    from torch import nn
+
+    images, labels = load_digits(return_X_y=True)
+    x = (images.reshape(-1, 1, 8, 8) / 8.0 - 1.0).astype(np.float32)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(64, 10),
+    )  # fmt: skip
+    inputs, targets = torch.from_numpy(x), torch.from_numpy(labels.astype(np.int64))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
+    for _ in range(6):
+        for rows in torch.randperm(1500).split(64):
+            loss = nn.functional.cross_entropy(model(inputs[rows]), targets[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    model.eval()
+    batch = {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(model, (inputs[:2],), dynamic_shapes=(batch,))
+    torch.export.save(program, folder / "digits.pt2")
+    np.savez(folder / "calibration.npz", x=x[:1500], y=labels[:1500].astype(np.int64))
+    return folder / "digits.pt2", folder / "calibration.npz"

@@ -1,0 +1,180 @@
+"""Real servers, drivers and evaluators are killed; the plans must not notice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import time
+
+import pytest
+
+from bitquota.errors import BudgetTooSmall, Cancelled, InvalidInput
+from bitquota.request import PlanRequest
+from live_server import LiveServer
+
+pytestmark = pytest.mark.slow
+BITS = (2, 3, 4, 8)
+
+
+def request(**changes):
+    values = {"budgets": ("3 bits",), "weight_bits": BITS, "samples": 256, "holdout_samples": 256}
+    return PlanRequest(**values | {"measure": "pairs"} | changes)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server, digits_files):
+    """The plan of ``request()`` as a server makes it that nobody disturbs."""
+    model, calibration = digits_files
+    with server.client() as client:
+        job = client.submit(model=model, calibration=calibration, request=request())
+        return job.wait(timeout_s=300).plan_text()
+
+
+def ledger_size(server):
+    path = server.data_dir / "ledgers" / "local" / "ledger.sqlite"
+    if not path.exists():
+        return 0
+    connection = sqlite3.connect(path)
+    try:
+        return connection.execute("SELECT count(*) FROM entries").fetchone()[0]
+    except sqlite3.OperationalError:
+        return 0
+    finally:
+        connection.close()
+
+
+def wait_for(condition, what, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"waited in vain for {what}"
+        time.sleep(0.02)
+
+
+def submit(client, digits_files, **changes):
+    model, calibration = digits_files
+    return client.submit(model=model, calibration=calibration, request=request(**changes))
+
+
+class TestPlanJob:
+    def test_two_budgets_give_two_plans_within_them(self, server, digits_files):
+        with server.client() as client:
+            seen = []
+            job = submit(client, digits_files, budgets=("3 bits", "5 bits"))
+            job.wait(on_progress=seen.append, timeout_s=300)
+            small, large = job.plans()
+            assert small.average_bits <= 3
+            assert large.average_bits <= 5
+            assert seen
+            assert "# " in job.report()
+            assert job.plan(1) == large
+            assert small.measured is not None
+            assert job.sensitivity()[:2] == b"PK"
+
+    def test_the_same_order_again_measures_nothing(self, server, digits_files, undisturbed):
+        before = ledger_size(server)
+        with server.client() as client:
+            job = submit(client, digits_files).wait(timeout_s=300)
+        assert job.plan_text() == undisturbed
+        assert ledger_size(server) == before
+        assert job.body["measured"] == 0
+
+    def test_events_tell_the_story_in_order(self, server, digits_files, undisturbed):
+        with server.client() as client:
+            events = list(submit(client, digits_files).events())
+        assert [e.number for e in events] == list(range(1, len(events) + 1))
+        told = [e.data["status"] for e in events if e.kind == "status"]
+        assert told == ["queued", "running", "succeeded"]
+
+    def test_budget_below_the_minimum_is_one_sentence(self, server, digits_files):
+        with server.client() as client:
+            job = submit(client, digits_files, budgets=("1 bits",))
+            with pytest.raises(BudgetTooSmall, match="below the smallest plan") as caught:
+                job.wait(timeout_s=300)
+        assert caught.value.details["smallest"] > caught.value.details["limit"]
+
+    def test_unknown_layer_is_named_with_the_nearest(self, server, digits_files):
+        with server.client() as client:
+            job = submit(client, digits_files, fixed={"nolayer": 8})
+            with pytest.raises(InvalidInput, match="nolayer"):
+                job.wait(timeout_s=300)
+
+
+class TestKill:
+    @pytest.mark.parametrize("victim", ["evaluator", "driver", "server"])
+    def test_nothing_finished_is_measured_twice(self, tmp_path, digits_files, undisturbed, victim):
+        """The plan is the undisturbed one, byte for byte, and no ledger entry is written twice."""
+        with LiveServer(tmp_path / "data", heartbeat_s=0.1, lease_s=5) as server:
+            with server.client() as client:
+                job = submit(client, digits_files)
+                job_id = job.id
+                wait_for(lambda: ledger_size(server) >= 3, "the first measurements")
+                if victim == "server":
+                    server.kill()
+                else:
+                    kill_working(server, victim)
+            kept = ledger_size(server)
+            if victim == "server":
+                server.start()
+            with server.client() as client:
+                job = client.job(job_id).wait(timeout_s=300)
+                assert job.plan_text() == undisturbed
+                assert job.body["attempts"] >= 2
+                story = [e for e in job.events() if e.kind == "status"]
+            assert [e.data["status"] for e in story][-1] == "succeeded"
+            assert [e.data["status"] for e in story].count("succeeded") == 1
+            assert kept >= 3
+
+    def test_server_that_dies_takes_its_children_along(self, tmp_path, digits_files):
+        with LiveServer(tmp_path / "data") as server:
+            with server.client() as client:
+                submit(client, digits_files)
+                wait_for(lambda: ledger_size(server) >= 1, "the first measurement")
+            pids = [pid for pid, _ in server.children()]
+            assert pids
+            server.kill()
+            wait_for(lambda: not any(alive(pid) for pid in pids), "the end of the children", 20)
+
+
+class TestStop:
+    def test_hands_the_job_back_and_the_next_server_finishes(
+        self, tmp_path, digits_files, undisturbed
+    ):
+        server = LiveServer(tmp_path / "data")
+        with server, server.client() as client:
+            job_id = submit(client, digits_files).id
+            wait_for(lambda: ledger_size(server) >= 3, "the first measurements")
+            assert server.stop() == 0
+        with server, server.client() as client:
+            job = client.job(job_id)
+            assert job.wait(timeout_s=300).plan_text() == undisturbed
+            story = [e.data for e in job.events() if e.kind == "status"]
+        assert {"status": "queued", "reason": "the server was stopped"} in story
+
+
+class TestCancel:
+    def test_running_job_ends_and_keeps_its_measurements(self, tmp_path, digits_files):
+        with LiveServer(tmp_path / "data", heartbeat_s=0.1, lease_s=5) as server:
+            with server.client() as client:
+                job = submit(client, digits_files)
+                wait_for(lambda: ledger_size(server) >= 3, "the first measurements")
+                job.cancel()
+                with pytest.raises(Cancelled):
+                    job.wait(timeout_s=60)
+                assert job.status == "cancelled"
+            assert ledger_size(server) >= 3
+
+
+def kill_working(server, module):
+    """Kill the process that works on a job, and not the one in reserve."""
+    working = server.working(module)
+    assert working, f"no working {module}: {server.children()}"
+    os.kill(working, signal.SIGKILL)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
