@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
-from bitquota.quantizers.weights import fake_quantize
 
 from bitquota.errors import InvalidCalibration, InvalidInput, InvalidModel, MeasurementFailed
+from bitquota.quantizers.weights import fake_quantize
 from bitquota.sensitivity.losses import primary_output
 from bitquota.storage import FULL_PRECISION_BITS
 
