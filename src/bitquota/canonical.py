@@ -44,6 +44,13 @@ def digest_bytes(chunks: Iterable[bytes | memoryview]) -> str:
 
 
 def digest_array(array: np.ndarray[Any, Any]) -> str:
-    """Return a digest over dtype, shape and bytes of ``array`` (made C-contiguous first)."""
+    """Return a digest over dtype, shape and bytes of ``array`` (made C-contiguous first).
+
+    Raises:
+        TypeError: ``array`` holds objects, whose bytes are addresses.
+    """
+    if array.dtype.hasobject:
+        msg = f"an array to digest must hold numbers; got dtype {array.dtype}: convert it first"
+        raise TypeError(msg)
     header = f"{array.dtype.str}|{array.shape}|".encode()
     return digest_bytes([header, array.tobytes()])

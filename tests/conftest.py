@@ -1,0 +1,42 @@
+"""What every test shares: one thread, reproducible property tests, and where the data lie."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before anything loads a library with threads of its own; the suite runs several processes.
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+import hypothesis
+import pytest
+
+# Derandomised: a run that fails, fails again. Without a deadline: the machine may be busy.
+hypothesis.settings.register_profile("bitquota", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("bitquota")
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("BITQUOTA_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs the shared networks where they are missing, and say so."""
+    if DATA.is_dir():
+        return
+    missing = pytest.mark.skip(reason=f"no trained networks at {DATA}; set BITQUOTA_DATA")
+    for item in items:
+        if "shared_data" in item.keywords:
+            item.add_marker(missing)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Return the folder of trained networks; use it with the marker ``shared_data``."""
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Return the root of the working tree."""
+    return ROOT
