@@ -1,5 +1,7 @@
 """The solver: a problem in, the best choice and a proof of how good it is out."""
 
+from bitquota.solver.build import build_problem
+from bitquota.solver.files import read_problem
 from bitquota.solver.problem import Problem
 from bitquota.solver.solution import (
     Certificate,
@@ -10,6 +12,7 @@ from bitquota.solver.solution import (
     Stats,
     Status,
 )
+from bitquota.solver.solve import solve
 
 __all__ = [
     "Certificate",
@@ -20,4 +23,7 @@ __all__ = [
     "Solution",
     "Stats",
     "Status",
+    "build_problem",
+    "read_problem",
+    "solve",
 ]

@@ -122,7 +122,7 @@ def repair(
 @compiled
 def best_move(
     C: Floats, off: Ints, A: Ints, b: Ints, cur: Ints, h: Floats, used: Ints,
-    tabu: Ints, now: int, aspire: float, pairs: bool, e: Floats, da: Ints, diff: Floats,
+    tabu: Ints, now: int, aspire: float, pairs: int, e: Floats, da: Ints, diff: Floats,
 ) -> tuple[int, int, float]:  # fmt: skip
     """Return the feasible move of one or two groups that lowers the objective most.
 
@@ -146,7 +146,7 @@ def best_move(
                     feasible = False
             if feasible and e[p] < best and (tabu[p] <= now or e[p] < aspire):
                 best_p, best_r, best = p, -1, e[p]
-    if not pairs:
+    if pairs == 0:
         return best_p, best_r, best
     for g in range(G - 1):
         c = cur[g]
@@ -176,7 +176,7 @@ def best_move(
 @compiled
 def tabu_search(
     d: Floats, C: Floats, off: Ints, grp: Ints, A: Ints, b: Ints, cur: Ints,
-    patience: int, most: int, pairs: bool, seed: int,
+    patience: int, most: int, pairs: int, seed: int,
 ) -> float:  # fmt: skip
     """Improve the feasible ``cur`` in place; returns the objective without the constant.
 
@@ -207,7 +207,7 @@ def tabu_search(
         state ^= state << np.uint64(13)
         state ^= state >> np.uint64(7)
         state ^= state << np.uint64(17)
-        tenure = 3 + G // 12 + np.int64(state % np.uint64(4 + G // 8))
+        tenure = 3 + G // 12 + int(np.int64(state % np.uint64(4 + G // 8)))
         tabu[cur[grp[p]]] = now + tenure
         move(C, A, cur, h, used, grp[p], p)
         if r >= 0:
@@ -241,9 +241,9 @@ def kick(off: Ints, A: Ints, b: Ints, cur: Ints, strength: int, seed: int) -> No
         state ^= state << np.uint64(13)
         state ^= state >> np.uint64(7)
         state ^= state << np.uint64(17)
-        g = np.int64(state % np.uint64(G))
+        g = int(np.int64(state % np.uint64(G)))
         size = off[g + 1] - off[g]
-        p = off[g] + np.int64((state >> np.uint64(20)) % np.uint64(size))
+        p = off[g] + int(np.int64((state >> np.uint64(20)) % np.uint64(size)))
         feasible = p != cur[g]
         for k in range(m):
             if used[k] + A[k, p] - A[k, cur[g]] > b[k]:

@@ -1,0 +1,144 @@
+"""From a sensitivity matrix and a user's wishes to a problem."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitquota.errors import InvalidProblem, UnknownLayer
+from bitquota.solver.problem import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from bitquota.budget import Budget
+    from bitquota.candidates import CandidateTable
+    from bitquota.matrix import SensitivityMatrix
+
+Rule = tuple[str, str]
+"""A group (name or shell pattern) and a candidate label such as ``W4`` (or a pattern)."""
+
+
+def build_problem(
+    matrix: SensitivityMatrix,
+    budgets: Sequence[Budget],
+    *,
+    at_most: Mapping[int, int] | None = None,
+    fixed: Sequence[Rule] = (),
+    forbidden: Sequence[Rule] = (),
+    forbidden_pairs: Sequence[tuple[Rule, Rule]] = (),
+    required_pairs: Sequence[tuple[Rule, Rule]] = (),
+    latency_ns: Sequence[int] | NDArray[np.int64] | None = None,
+) -> Problem:
+    """Return the problem of choosing one row per group of ``matrix`` within ``budgets``.
+
+    Args:
+        matrix: Measured loss increases.
+        budgets: Any number, of any resource; ``activation_bits_max`` forbids rows above it.
+        at_most: Weight bits to the largest number of groups that may use them.
+        fixed: Groups that must take the candidate.
+        forbidden: Groups that must not take the candidate.
+        forbidden_pairs: Two rules whose rows must not be chosen together.
+        required_pairs: The first rule's rows require the second's candidate.
+        latency_ns: i64[n], nanoseconds of each row, for budgets of ``latency_ns``.
+
+    Raises:
+        BudgetTooSmall: A budget is below the smallest plan.
+        UnknownLayer: A rule names a group that does not exist.
+        InvalidProblem: A rule's candidate does not exist, or a latency budget has no table.
+    """
+    table = matrix.table
+    n = len(table.rows)
+    costs: list[NDArray[np.int64]] = []
+    limits: list[int] = []
+    resources: list[str] = []
+    allowed = np.ones(n, dtype=np.bool_)
+    for budget in budgets:
+        if budget.resource == "latency_ns":
+            if latency_ns is None:
+                msg = "a latency budget must come with a latency table; got none: pass latency_ns"
+                raise InvalidProblem(msg)
+            cost = np.asarray(latency_ns, dtype=np.int64)
+            if cost.shape != (n,):
+                msg = f"'latency_ns' must have shape [{n}]; got {list(cost.shape)}"
+                raise InvalidProblem(msg)
+        else:
+            budget.check(table)
+            cost = table.costs(budget.resource)
+        if budget.resource == "activation_bits_max":
+            allowed &= cost <= budget.available
+            continue
+        costs.append(cost)
+        limits.append(budget.available)
+        resources.append(budget.resource)
+    for bits, most in (at_most or {}).items():
+        uses = [any(c.weight_bits == bits for c in row.candidates) for row in table.rows]
+        costs.append(np.array(uses, dtype=np.int64))
+        limits.append(int(most))
+        resources.append(f"groups at {bits} bits")
+    for rule in fixed:
+        rows, groups = _rows(table, rule)
+        in_groups = np.isin(table.group_of_row, groups)
+        keep = np.zeros(n, dtype=np.bool_)
+        keep[rows] = True
+        allowed &= keep | ~in_groups
+    for rule in forbidden:
+        allowed[_rows(table, rule)[0]] = False
+    return Problem(
+        diagonal=matrix.diagonal,
+        cross=matrix.cross,
+        offsets=table.offsets,
+        costs=np.array(costs, dtype=np.int64).reshape(len(limits), n),
+        limits=np.array(limits, dtype=np.int64),
+        resources=tuple(resources),
+        groups=table.groups,
+        labels=tuple(row.label for row in table.rows),
+        constant=matrix.constant,
+        allowed=allowed,
+        forbidden_pairs=_pairs(table, forbidden_pairs),
+        required_pairs=_pairs(table, required_pairs),
+    )
+
+
+def _rows(table: CandidateTable, rule: Rule) -> tuple[list[int], list[int]]:
+    """Return the rows that a rule names, and their groups' indices."""
+    pattern, label = rule
+    names = table.groups
+    groups = [g for g, name in enumerate(names) if name == pattern or fnmatchcase(name, pattern)]
+    if not groups:
+        msg = (
+            f"a rule must name one of the {len(names)} groups; '{pattern}' matches none; they are "
+            f"called {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+        )
+        raise UnknownLayer(msg, pattern=pattern)
+    offsets = table.offsets
+    rows = [
+        p
+        for g in groups
+        for p in range(int(offsets[g]), int(offsets[g + 1]))
+        if fnmatchcase(table.rows[p].label, label)
+    ]
+    if not rows:
+        offered = list(dict.fromkeys(table.rows[int(offsets[g])].label for g in groups))
+        msg = (
+            f"a rule must name a candidate of its group; '{pattern}' has no '{label}', only "
+            f"candidates like {', '.join(offered)}"
+        )
+        raise InvalidProblem(msg, pattern=pattern, label=label)
+    return rows, groups
+
+
+def _pairs(table: CandidateTable, rules: Sequence[tuple[Rule, Rule]]) -> NDArray[np.int64]:
+    group = table.group_of_row
+    pairs = [
+        (p, q)
+        for first, second in rules
+        for p in _rows(table, first)[0]
+        for q in _rows(table, second)[0]
+        if group[p] != group[q]
+    ]
+    return np.array(sorted(set(pairs)), dtype=np.int64).reshape(-1, 2)

@@ -1,0 +1,118 @@
+"""From shifts, cuts and products to a convex function below the objective, safely."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitquota.solver.solution import Convexification
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from bitquota.solver.core import Core
+    from bitquota.solver.problem import Problem
+    from bitquota.solver.semidefinite import DualPoint
+
+    Floats = NDArray[np.float64]
+
+MARGIN = 1e-10
+"""Least eigenvalue that is left, relative to the diagonal: ten thousand times rounding."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Convex:
+    """``q(x) = const + l·x + ½ xᵀQx`` below the objective on the core's feasible choices.
+
+    Attributes:
+        Q: f64[n, n], positive semidefinite on differences of one-hot vectors.
+        l: f64[n].
+        const: The core's constant.
+        error: f64[n], what rounding may have done to one entry of ``l + Qz``.
+        point: The dual point, its shift raised until ``Q`` is safely semidefinite.
+    """
+
+    Q: Floats
+    l: Floats  # noqa: E741
+    const: float
+    error: Floats
+    point: DualPoint
+
+
+def convexify(core: Core, point: DualPoint) -> Convex:
+    """Return the convex function of ``point``, its shift raised where ``Q`` is not convex.
+
+    ``O(n³)`` for one least eigenvalue.
+    """
+    n = core.n
+    Q = core.C.copy()
+    np.subtract.at(Q, (point.cut_rows, point.cut_columns), point.cut_values)
+    np.subtract.at(Q, (point.cut_columns, point.cut_rows), point.cut_values)
+    linear = core.d.copy()
+    for mu, cost, limit in zip(point.products, core.A, core.b, strict=True):
+        if mu.any():
+            Q += np.outer(mu, cost) + np.outer(cost, mu)
+            linear -= float(limit) * mu
+    shift = point.shift.copy()
+    for a, b in zip(core.off[:-1], core.off[1:], strict=True):
+        Q[a:b, a:b] += shift[a:b, : b - a]
+    last = (core.off[1:] - 1)[core.grp]
+    free = np.setdiff1d(np.arange(n), core.off[1:] - 1)
+    R = Q[free] - Q[last[free]]
+    R = R[:, free] - R[:, last[free]]
+    size = np.maximum(np.diag(R), 1e-14 * float(np.abs(np.diag(R)).max(initial=0.0)) + 1e-300)
+    root = 1.0 / np.sqrt(size)
+    scaled = R * root[:, None] * root[None, :]
+    least = _least_eigenvalue(0.5 * (scaled + scaled.T))
+    if least < MARGIN:
+        extra = (2.0 * MARGIN - least) * size
+        Q[free, free] += extra
+        shift[free, free - core.off[:-1][core.grp[free]]] += extra
+    start_of = core.off[:-1][core.grp]
+    linear -= 0.5 * shift[np.arange(n), np.arange(n) - start_of]
+    magnitude = np.abs(Q).max(axis=1, initial=0.0)
+    error = 2.3e-16 * (core.n_groups + 10.0) * (np.abs(linear) + core.n_groups * magnitude)
+    point.shift = shift
+    return Convex(
+        Q=np.ascontiguousarray(Q), l=linear, const=core.constant, error=error, point=point
+    )
+
+
+def _least_eigenvalue(R: Floats) -> float:
+    import scipy.linalg
+
+    if not len(R):
+        return 1.0
+    try:
+        np.linalg.cholesky(R - 2.0 * MARGIN * np.eye(len(R)))
+    except np.linalg.LinAlgError:
+        value = scipy.linalg.eigh(R, eigvals_only=True, subset_by_index=[0, 0])
+        return float(value[0])
+    return 2.0 * MARGIN
+
+
+def to_certificate(problem: Problem, core: Core, point: DualPoint) -> Convexification:
+    """Return ``point`` in the problem's rows."""
+    width = int(np.diff(problem.offsets).max())
+    shift = np.zeros((problem.n_rows, width))
+    start = problem.offsets[:-1][problem.group_of_row]
+    for a, b in zip(core.off[:-1], core.off[1:], strict=True):
+        rows = core.rows[a:b]
+        shift[np.ix_(rows, rows - start[rows[0]])] = point.shift[a:b, : b - a]
+    support = np.zeros(problem.n_rows, dtype=np.bool_)
+    support[core.rows] = True
+    support[core.full[core.full >= 0]] = True
+    first, second = core.rows[point.cut_rows], core.rows[point.cut_columns]
+    used = point.cut_values != 0.0
+    products = np.zeros((len(problem.limits), problem.n_rows))
+    products[:, core.rows] = point.products
+    return Convexification(
+        support=support,
+        shift=shift,
+        cut_rows=np.minimum(first, second)[used],
+        cut_columns=np.maximum(first, second)[used],
+        cut_values=point.cut_values[used],
+        products=products,
+    )

@@ -1,0 +1,155 @@
+"""The part of a problem that is still to be decided, as plain arrays for the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from bitquota.solver.problem import Problem
+
+    Floats = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+    Bools = NDArray[np.bool_]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Core:
+    """A problem restricted to some rows, groups with one row folded into the rest.
+
+    Attributes:
+        d: f64[n] linear terms, pair terms with fixed rows included.
+        C: f64[n, n] pair terms (zeros for a separable problem).
+        off: i64[G+1] group offsets.
+        grp: i64[n] group of each row.
+        A: i64[m, n] costs.
+        b: i64[m] limits, what fixed rows take subtracted.
+        constant: Objective of the fixed rows, the problem's constant included.
+        rows: i64[n] the problem's row that each row stands for.
+        full: i64[G of the problem], the problem's fixed row per group, -1 where undecided.
+        pairs: i64[p, 2] forbidden pairs among the rows.
+        feasible: ``False`` when fixing alone breaks a constraint.
+    """
+
+    d: Floats
+    C: Floats
+    off: Ints
+    grp: Ints
+    A: Ints
+    b: Ints
+    constant: float
+    rows: Ints
+    full: Ints
+    pairs: Ints
+    feasible: bool = True
+
+    @property
+    def n(self) -> int:
+        """Number of rows."""
+        return len(self.d)
+
+    @property
+    def n_groups(self) -> int:
+        """Number of undecided groups."""
+        return len(self.off) - 1
+
+    def lift(self, cur: Ints) -> Ints:
+        """Return the problem's rows, one per group, for the core's rows ``cur``."""
+        full = self.full.copy()
+        full[full < 0] = self.rows[cur]
+        return full
+
+    def value(self, cur: Ints) -> float:
+        """Return the objective of the core's rows ``cur``, the constant included."""
+        pair = float(self.C[np.ix_(cur, cur)].sum()) if len(cur) else 0.0
+        return self.constant + float(self.d[cur].sum()) + 0.5 * pair
+
+
+def reduce(problem: Problem, keep: Bools) -> Core:
+    """Return what is left of ``problem`` when only the rows ``keep`` may be chosen.
+
+    Every group must keep a row. ``O(n²)``.
+    """
+    group = problem.group_of_row
+    counts = np.bincount(group[keep], minlength=problem.n_groups)
+    single = counts == 1
+    full = np.full(problem.n_groups, -1, dtype=np.int64)
+    fixed = np.flatnonzero(keep & single[group])
+    full[group[fixed]] = fixed
+    rows = np.flatnonzero(keep & ~single[group])
+    # Branching splits a group between cheap and dear rows, so they are put in order of cost.
+    share = problem.costs / np.maximum(problem.limits, 1)[:, None]
+    rows = rows[np.lexsort((problem.diagonal[rows] * -1.0, share.sum(axis=0)[rows], group[rows]))]
+    d = problem.diagonal[rows].copy()
+    constant = problem.constant + float(problem.diagonal[fixed].sum())
+    if problem.cross is None:
+        C = np.zeros((len(rows), len(rows)))
+    else:
+        C = np.ascontiguousarray(problem.cross[np.ix_(rows, rows)])
+        d += problem.cross[np.ix_(rows, fixed)].sum(axis=1)
+        constant += 0.5 * float(problem.cross[np.ix_(fixed, fixed)].sum())
+    sizes = counts[counts > 1]
+    off = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    index = np.full(problem.n_rows, -1, dtype=np.int64)
+    index[rows] = np.arange(len(rows))
+    pairs = problem.all_forbidden_pairs()
+    state = np.where(keep, np.where(single[group], 2, 1), 0)  # 2: certain, 1: open, 0: out
+    clash = bool(((state[pairs[:, 0]] == 2) & (state[pairs[:, 1]] == 2)).any())
+    b = problem.limits - problem.costs[:, fixed].sum(axis=1)
+    both = (state[pairs[:, 0]] == 1) & (state[pairs[:, 1]] == 1)
+    return Core(
+        d=d,
+        C=C,
+        off=off,
+        grp=np.repeat(np.arange(len(sizes), dtype=np.int64), sizes),
+        A=np.ascontiguousarray(problem.costs[:, rows]),
+        b=np.ascontiguousarray(b),
+        constant=constant,
+        rows=rows.astype(np.int64),
+        full=full,
+        pairs=index[pairs[both]],
+        feasible=not clash and bool((b >= 0).all()),
+    )
+
+
+def propagate_steps(problem: Problem, keep: Bools) -> Iterator[Bools | None]:
+    """Drop rows that no feasible choice within ``keep`` contains, by integer reasoning alone.
+
+    A row is dropped when choosing it, with the cheapest rows elsewhere, exceeds a budget, or when
+    another group is left with a single row that it must not meet. Yields the rows left after each
+    step, whose reasons refer to the rows before it alone; ``None`` when no choice is left.
+    """
+    group, starts = problem.group_of_row, problem.offsets[:-1]
+    pairs = problem.all_forbidden_pairs()
+    big = np.iinfo(np.int64).max
+    while True:
+        if not np.logical_or.reduceat(keep, starts).all():
+            yield None
+            return
+        after = keep.copy()
+        for cost, limit in zip(problem.costs, problem.limits, strict=True):
+            least = np.minimum.reduceat(np.where(keep, cost, big), starts)
+            slack = int(limit) - int(least.sum())
+            if slack < 0:
+                yield None
+                return
+            after &= cost - least[group] <= slack
+        if len(pairs):
+            single = np.bincount(group[keep], minlength=problem.n_groups) == 1
+            certain = keep & single[group]
+            after[pairs[certain[pairs[:, 0]], 1]] = False
+            after[pairs[certain[pairs[:, 1]], 0]] = False
+        if np.array_equal(after, keep):
+            return
+        keep = after
+        if not np.logical_or.reduceat(keep, starts).all():
+            yield keep
+            yield None
+            return
+        yield keep

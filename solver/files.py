@@ -1,0 +1,160 @@
+"""Problems from files: our own matrix files, and the plain ``.npz`` of published instances."""
+
+from __future__ import annotations
+
+import zipfile
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bitquota.budget import Budget
+from bitquota.errors import InvalidBudget, InvalidMatrix
+from bitquota.matrix import SensitivityMatrix
+from bitquota.solver.build import build_problem
+from bitquota.solver.problem import Problem
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+
+def read_problem(
+    path: Path, *, budget_index: int | None = None, budget: str | int | None = None
+) -> Problem:
+    """Return the problem in ``path``.
+
+    Two layouts are read. Our own matrix file (``bitquota measure``); ``budget`` is then an
+    average such as ``3 bits`` or ``3.2 bpw``, or an integer limit in bits. Or a plain archive with
+    ``G`` f64[n, n] and ``sizes`` [L, B]: minimise ``xᵀGx`` with ``x`` one-hot per row of
+    ``sizes`` and ``Σ sizes·x`` at most the budget; ``budget_index`` picks from its ``budgets``,
+    or ``budget`` is an average over its ``params`` or an integer in the unit of ``sizes``.
+
+    Raises:
+        InvalidMatrix: Neither layout, or an invariant does not hold.
+        InvalidBudget: No budget, two budgets, or one that cannot be read.
+        BudgetTooSmall: The budget is below the smallest plan.
+    """
+    if (budget_index is None) == (budget is None):
+        msg = "a problem needs either a budget or a budget index; got " + (
+            "neither" if budget is None else "both"
+        )
+        raise InvalidBudget(msg)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = set(archive.files)
+            plain: dict[str, Any] = {}
+            if {"G", "sizes"} <= names:
+                wanted = names & {"G", "sizes", "bits", "params", "budgets", "budget_names"}
+                plain = {name: archive[name] for name in wanted}
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile, EOFError) as err:
+        msg = f"a problem file must be a readable .npz archive without pickled parts; got: {err}"
+        raise InvalidMatrix(msg, path=str(path)) from err
+    if plain:
+        return _plain(plain, budget_index, budget)
+    if "meta" not in names:
+        msg = (
+            "a problem file must be a matrix that 'bitquota measure' wrote, or hold the arrays "
+            f"'G' and 'sizes'; got {', '.join(sorted(names)) or 'an empty archive'}"
+        )
+        raise InvalidMatrix(msg, path=str(path))
+    if budget is None:
+        msg = "a matrix file lists no budgets; give one with --budget, such as '3 bits'"
+        raise InvalidBudget(msg, budget_index=budget_index)
+    matrix = SensitivityMatrix.load(path)
+    return build_problem(matrix, [_table_budget(matrix, budget)])
+
+
+def _table_budget(matrix: SensitivityMatrix, budget: str | int) -> Budget:
+    from fractions import Fraction
+
+    text = str(budget).strip()
+    if text.isdigit():
+        return Budget(resource="size_bits", limit=int(text), text=text)
+    number, _, unit = text.replace("bpw", " bpw").replace("bits", " bits").partition(" ")
+    resource = {"bits": "code_bits", "bit": "code_bits", "bpw": "size_bits"}.get(unit.strip())
+    try:
+        value = Fraction(number)
+    except (ValueError, ZeroDivisionError):
+        resource = None
+    if resource is None or value <= 0:
+        msg = (
+            "the budget of a matrix file must be '3.5 bits' (codes), '3.6 bpw' (everything "
+            f"stored) or an integer number of bits; got '{text}'"
+        )
+        raise InvalidBudget(msg, budget=text)
+    first: dict[str, int] = {}
+    for row in matrix.table.rows:
+        for candidate in row.candidates:
+            first.setdefault(candidate.layer, candidate.size.codes // candidate.weight_bits)
+    limit = int(value * sum(first.values()))
+    return Budget(resource=resource, limit=limit, text=text)
+
+
+def _plain(arrays: dict[str, Any], index: int | None, budget: str | int | None) -> Problem:
+    G = np.asarray(arrays["G"], dtype=np.float64)
+    sizes = np.asarray(arrays["sizes"])
+    if sizes.ndim != 2 or G.shape != (sizes.size, sizes.size):
+        msg = (
+            "'sizes' must be L x B and 'G' LB x LB; got shapes "
+            f"{list(sizes.shape)} and {list(G.shape)}"
+        )
+        raise InvalidMatrix(msg)
+    if not np.isfinite(G).all():
+        msg = f"'G' must be finite; {int((~np.isfinite(G)).sum())} of its entries are not"
+        raise InvalidMatrix(msg)
+    costs = _integers(sizes)
+    n_groups, width = sizes.shape
+    limit = _plain_limit(arrays, index, budget, n_groups)
+    cross = G + G.T
+    for g in range(n_groups):
+        block = slice(g * width, (g + 1) * width)
+        cross[block, block] = 0.0
+    labels = tuple(f"option{k % width}" for k in range(sizes.size))
+    if "bits" in arrays and np.shape(arrays["bits"]) == sizes.shape:
+        labels = tuple(f"W{value:g}" for value in np.ravel(arrays["bits"]))
+    return Problem(
+        diagonal=np.diag(G).copy(),
+        cross=cross,
+        offsets=np.arange(n_groups + 1, dtype=np.int64) * width,
+        costs=costs.reshape(1, -1),
+        limits=np.array([limit], dtype=np.int64),
+        resources=("size_bits",),
+        groups=tuple(f"layer{g}" for g in range(n_groups)),
+        labels=labels,
+    )
+
+
+def _integers(sizes: NDArray[Any]) -> NDArray[np.int64]:
+    rounded = np.round(np.asarray(sizes, dtype=np.float64))
+    if not np.array_equal(rounded, sizes) or bool((rounded < 0).any()):
+        msg = "'sizes' must be whole numbers that are not negative; scale them to bits or bytes"
+        raise InvalidMatrix(msg)
+    return rounded.astype(np.int64)
+
+
+def _plain_limit(
+    arrays: dict[str, Any], index: int | None, budget: str | int | None, n_groups: int
+) -> int:
+    if index is not None:
+        budgets = np.ravel(arrays.get("budgets", []))
+        if not 0 <= index < len(budgets):
+            msg = f"the budget index must be 0 to {len(budgets) - 1} for this file; got {index}"
+            raise InvalidBudget(msg, budget_index=index)
+        return int(np.floor(budgets[index]))
+    text = str(budget).strip()
+    number, _, unit = text.replace("bits", " bits").replace("bpw", " bpw").partition(" ")
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if value <= 0 or unit.strip() not in {"", "bit", "bits", "bpw"}:
+        msg = f"a budget must be an integer limit or an average such as '3 bits'; got '{text}'"
+        raise InvalidBudget(msg, budget=text)
+    if not unit:
+        return int(value)
+    params = np.ravel(arrays.get("params", []))
+    if len(params) != n_groups:
+        msg = "an average needs the file's 'params' (weights per layer); it has none: use an index"
+        raise InvalidBudget(msg, budget=text)
+    return int(np.floor(value * float(np.sum(params))))

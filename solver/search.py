@@ -1,0 +1,176 @@
+"""Upper bounds: Lagrangian starts, swaps, tabu search, restarts. Deterministic for a seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitquota.solver import search_kernels as kernels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from numpy.typing import NDArray
+
+    from bitquota.solver.core import Core
+
+    Floats = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How long to search, in counts (never in seconds: a seed gives one answer).
+
+    Attributes:
+        restarts: Kicks after the first descent.
+        patience: Tabu moves without improvement before a descent ends.
+        bisections: Steps of the bisection on the budget price.
+    """
+
+    restarts: int = 6
+    patience: int = 30
+    bisections: int = 30
+
+
+def penalised(core: Core) -> Floats:
+    """Return ``C`` with a price on forbidden pairs that no gain can outweigh."""
+    if not len(core.pairs):
+        return core.C
+    C = core.C.copy()
+    span = float(np.ptp(core.d)) * core.n_groups + float(np.abs(core.C).max()) * core.n_groups**2
+    price = max(span, 1.0)
+    C[core.pairs[:, 0], core.pairs[:, 1]] += price
+    C[core.pairs[:, 1], core.pairs[:, 0]] += price
+    return C
+
+
+def meets_all(core: Core, cur: Ints) -> bool:
+    """Return whether the rows ``cur`` meet the budgets and no forbidden pair."""
+    if bool((core.A[:, cur].sum(axis=1) > core.b).any()):
+        return False
+    chosen = np.zeros(core.n, dtype=np.bool_)
+    chosen[cur] = True
+    return not bool((chosen[core.pairs[:, 0]] & chosen[core.pairs[:, 1]]).any())
+
+
+def lagrangian_start(
+    core: Core, C: Floats, effort: Effort, start: Ints | None = None
+) -> list[Ints]:
+    """Return feasible starts along a bisection on the price of the budgets.
+
+    Each price is followed by single swaps that ignore the budgets, then by a repair. Several
+    budgets share one price; a budget that the last point exceeds gets more weight.
+    """
+    n, m, G = core.n, len(core.b), core.n_groups
+    h, used = np.empty(n), np.empty(m, dtype=np.int64)
+    span = np.maximum(core.b - np.minimum.reduceat(core.A, core.off[:-1], axis=1).sum(axis=1), 1)
+    weight = 1.0 / span.astype(np.float64)
+    cur = np.array(
+        [core.off[g] + int(np.argmin(core.d[core.off[g] : core.off[g + 1]])) for g in range(G)],
+        dtype=np.int64,
+    )
+    if start is not None:
+        cur = start.copy()
+    found: list[Ints] = []
+
+    def descend(price: float) -> bool:
+        kernels.fields(core.d, C, core.A, cur, h, used)
+        kernels.relax_descent(price * (weight @ core.A), C, core.off, core.A, cur, h, used)
+        return bool((used <= core.b).all())
+
+    def keep() -> None:
+        kernels.fields(core.d, C, core.A, cur, h, used)
+        if kernels.repair(C, core.off, core.A, core.b, cur, h, used, weight):
+            found.append(cur.copy())
+
+    if descend(0.0):
+        found.append(cur.copy())
+    if m == 0:
+        return found
+    scale = float(np.abs(core.d).max(initial=0.0)) or 1.0
+    low, high = 0.0, scale
+    for _ in range(60):
+        if descend(high):
+            break
+        low, high = high, high * 8.0
+    for step in range(effort.bisections):
+        # The price spans orders of magnitude: halve its logarithm once it is bounded below.
+        middle = 0.5 * (low + high) if step > 40 else np.sqrt(max(low, high * 1e-6) * high)
+        if descend(middle):
+            high = middle
+            found.append(cur.copy())
+        else:
+            low = middle
+            over = used > core.b
+            if m > 1 and step % 4 == 3:
+                weight[over] *= 1.5
+            if step >= effort.bisections - 6:
+                keep()
+    keep()
+    if not found:
+        cheapest = [
+            core.off[g] + int(np.argmin((weight @ core.A)[core.off[g] : core.off[g + 1]]))
+            for g in range(G)
+        ]
+        cur[:] = cheapest
+        keep()
+    return found
+
+
+def search(
+    core: Core,
+    *,
+    effort: Effort,
+    seed: int,
+    starts: Iterable[Ints] = (),
+    on_better: Callable[[Ints, float], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[Ints | None, float]:
+    """Return the best feasible rows found and their objective, or ``(None, inf)``.
+
+    A heuristic: nothing is proved. Ties between restarts are broken by order.
+    """
+    C = penalised(core)
+    # Moves of two groups cost O(n²): large problems take them in the last polish only.
+    large = core.n > 700
+    points = [s for s in starts if meets_all(core, s)]
+    points += lagrangian_start(core, C, effort)
+    if not points:
+        return None, np.inf
+    unique = {point.tobytes(): point for point in points}
+    ranked = sorted(unique.values(), key=lambda p: (_value(core, C, p), p.tobytes()))
+    best, best_value = ranked[0].copy(), _value(core, C, ranked[0])
+    tried = ranked[: 3 if large else 4]
+    for index in range(len(tried) + effort.restarts):
+        if stop is not None and stop():
+            break
+        if index < len(tried):
+            cur = tried[index].copy()
+        else:
+            cur = best.copy()
+            strength = 2 + (index - len(tried)) % max(3, core.n_groups // 6)
+            kernels.kick(core.off, core.A, core.b, cur, strength, seed * 7919 + index)
+        _run(core, C, cur, 4 * effort.patience, 0, seed + index)
+        value = _run(core, C, cur, 3 if large else effort.patience, 1, seed + index)
+        if value < best_value - 1e-12 * abs(best_value):
+            best, best_value = cur.copy(), value
+            if on_better is not None and meets_all(core, best):
+                on_better(best, core.value(best))
+    if not meets_all(core, best):
+        return None, np.inf
+    return best, core.value(best)
+
+
+def _run(core: Core, C: Floats, cur: Ints, patience: int, pairs: int, seed: int) -> float:
+    value: float = kernels.tabu_search(
+        core.d, C, core.off, core.grp, core.A, core.b, cur, patience, 100_000, pairs, seed
+    )
+    return value
+
+
+def _value(core: Core, C: Floats, cur: Ints) -> float:
+    pair = float(C[np.ix_(cur, cur)].sum())
+    return float(core.d[cur].sum()) + 0.5 * pair

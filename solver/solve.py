@@ -1,0 +1,107 @@
+"""Solve a problem: pick the method, keep the limits, check the answer."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitquota.errors import InvalidProblem, SolverFailed
+from bitquota.solver.quadratic import Control, solve_quadratic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from bitquota.solver.problem import Problem
+    from bitquota.solver.solution import Event, Solution
+
+GAP = 1e-4
+"""Relative gap that counts as solved unless told otherwise."""
+
+
+def solve(
+    problem: Problem,
+    *,
+    backend: str = "auto",
+    time_limit_s: float | None = None,
+    node_limit: int | None = None,
+    gap: float = GAP,
+    seed: int = 0,
+    on_event: Callable[[Event], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    start: Sequence[int] | NDArray[np.int64] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Solution:
+    """Return the best choice and a bound that no choice is below.
+
+    Exact when no limit strikes: the answer is within ``gap`` of the best possible. Deterministic
+    for a ``seed`` as long as no time limit or cancellation strikes, whatever the thread count.
+
+    Args:
+        problem: What to solve.
+        backend: ``auto`` or ``bitquota`` for this solver, else a name of ``backends.BACKENDS``.
+        time_limit_s: Seconds by ``clock``.
+        node_limit: Branch-and-bound nodes.
+        gap: Relative gap to prove.
+        seed: For the search for good choices.
+        on_event: Called with better choices and bounds as they are found.
+        cancelled: Asked now and then; ``True`` stops with what is known.
+        start: A choice to begin with; it may be infeasible and is then ignored.
+        clock: What ``time_limit_s`` is measured with.
+
+    Raises:
+        BudgetTooSmall: The cheapest rows exceed one budget.
+        Infeasible: A group has no allowed row.
+        InvalidProblem: A negative gap or limit.
+        SolverFailed: The answer does not survive the check from first principles.
+    """
+    for name, value in (("gap", gap), ("time_limit_s", time_limit_s), ("node_limit", node_limit)):
+        if value is not None and not value >= 0:
+            msg = f"'{name}' must not be negative; got {value}"
+            raise InvalidProblem(msg)
+    problem.check_budgets()
+    if backend not in {"auto", "bitquota"}:
+        from bitquota.solver.backends import solve_with
+
+        return verified(
+            problem,
+            solve_with(backend, problem, time_limit_s=time_limit_s, gap=gap, seed=seed),
+        )
+    control = Control(
+        time_limit_s=time_limit_s,
+        node_limit=node_limit,
+        on_event=on_event,
+        cancelled=cancelled,
+        clock=clock,
+    )
+    control.start()
+    starts = () if start is None else (np.asarray(start, dtype=np.int64),)
+    return verified(problem, solve_quadratic(problem, control, gap=gap, seed=seed, starts=starts))
+
+
+def verified(problem: Problem, solution: Solution) -> Solution:
+    """Return ``solution`` after checking its choice from first principles.
+
+    Raises:
+        SolverFailed: The choice breaks a constraint, or its value is not the one stated.
+    """
+    if solution.choice is None:
+        return solution
+    if not problem.is_feasible(solution.choice):
+        spent = problem.spent(solution.choice).tolist()
+        msg = (
+            f"the answer of '{solution.backend}' must meet every constraint; it takes {spent} of "
+            f"{problem.limits.tolist()}, or breaks a pair or a fixed row; report this"
+        )
+        raise SolverFailed(msg, backend=solution.backend)
+    value = problem.evaluate(solution.choice)
+    if abs(value - solution.objective) > 1e-9 * max(abs(value), 1e-300):
+        msg = (
+            f"the answer of '{solution.backend}' must be worth what it states "
+            f"({solution.objective}); it is worth {value}; report this"
+        )
+        raise SolverFailed(msg, backend=solution.backend)
+    return solution
