@@ -11,7 +11,8 @@
 ======================  =====================================================================
 
 Sizes and shares speak of the whole model unless ``of weights`` follows; averages always speak of
-the quantizable weights.
+the quantizable weights. Thousands may be set off as in ``1,500,000 B`` or ``1_500_000 B``; the
+decimal sign is a point.
 """
 
 from __future__ import annotations
@@ -34,10 +35,16 @@ _BYTE_UNITS = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9,
     "kib": 2**10, "mib": 2**20, "gib": 2**30,
 }  # fmt: skip
+_AVERAGE_UNITS = {
+    "bit": "code_bits",
+    "bits": "code_bits",
+    "bits/weight": "code_bits",
+    "bpw": "size_bits",
+}
 _BIT_OPS_UNITS = {"bitops": 1, "mbitops": 10**6, "gbitops": 10**9, "tbitops": 10**12}
 _SYNTAX = re.compile(
     r"""\s*(?P<act>act(?:ivation)?s?\s+)?
-        (?P<value>\d[\d_,]*(?:\.\d+)?|\.\d+)\s*
+        (?P<value>(?:\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*)(?:\.\d+)?|\.\d+)\s*
         (?P<unit>[A-Za-z]+(?:/weight)?)
         (?:\s+of\s+(?P<scope>weights|model))?\s*""",
     re.VERBOSE | re.IGNORECASE,
@@ -92,6 +99,15 @@ class Budget:
         value = Fraction(re.sub(r"[_,]", "", found["value"]))
         unit = found["unit"].lower()
         scope = Scope((found["scope"] or "model").lower())
+        averaged = unit in _AVERAGE_UNITS
+        if found["scope"] and (
+            found["act"] or unit in _BIT_OPS_UNITS or (averaged and scope is Scope.MODEL)
+        ):
+            msg = (
+                "only sizes and shares speak of 'weights' or of the whole 'model', averages of the "
+                f"weights alone; got '{text}': leave out 'of {found['scope']}', or give a size"
+            )
+            raise InvalidBudget(msg, budget=text)
         if value <= 0:
             msg = f"a budget must be positive; got '{text}'"
             raise InvalidBudget(msg, budget=text)
@@ -100,12 +116,9 @@ class Budget:
                 raise _unreadable(text)
             limit = int(value * _BYTE_UNITS[unit] * 8)
             return cls(resource="activation_bits_max", limit=limit, text=text)
-        if unit in ("bit", "bits", "bits/weight"):
+        if averaged:
             limit = int(value * inventory.n_weights)
-            return cls(resource="code_bits", limit=limit, text=text)
-        if unit == "bpw":
-            limit = int(value * inventory.n_weights)
-            return cls(resource="size_bits", limit=limit, text=text)
+            return cls(resource=_AVERAGE_UNITS[unit], limit=limit, text=text)
         if unit in _BIT_OPS_UNITS:
             return cls(resource="bit_ops", limit=int(value * _BIT_OPS_UNITS[unit]), text=text)
         constant = inventory.unquantized_bits if scope is Scope.MODEL else 0

@@ -205,16 +205,18 @@ class Inventory:
         Each tie is a list of patterns. A tie whose patterns match one layer per block (as
         ``q_proj,k_proj,v_proj`` does) makes one group per block: layers are grouped by their
         name with the matching last part removed. Patterns with a ``.`` or ``*`` name layers in
-        full and make one single group.
+        full and make one single group. A group is called after all its layers, in module order.
+
+        Raises:
+            UnknownLayer: A pattern matches nothing.
+            InvalidInput: A tie joins no two layers.
         """
         group_of = {layer.name: layer.group for layer in self.layers}
         for patterns in ties:
             for members in _tie_groups(patterns, self.layers):
                 merged = {group_of[name] for name in members}
-                label = "+".join(sorted(members))
-                for name, group in group_of.items():
-                    if group in merged:
-                        group_of[name] = label
+                joined = [name for name, group in group_of.items() if group in merged]
+                group_of |= dict.fromkeys(joined, "+".join(joined))
         layers = tuple(replace(layer, group=group_of[layer.name]) for layer in self.layers)
         return replace(self, layers=layers)
 
@@ -276,13 +278,20 @@ def match_layers(pattern: str, layers: Sequence[Layer]) -> list[str]:
 
 def _tie_groups(patterns: Sequence[str], layers: Sequence[Layer]) -> list[list[str]]:
     matched = [match_layers(pattern, layers) for pattern in patterns]
-    if any("." in p or "*" in p or p.startswith("re:") for p in patterns):
-        return [[name for names in matched for name in names]]
+    names = list(dict.fromkeys(name for found in matched for name in found))
     by_parent: dict[str, list[str]] = {}
-    for names in matched:
-        for name in names:
-            by_parent.setdefault(name.rpartition(".")[0], []).append(name)
-    return [members for members in by_parent.values() if len(members) > 1]
+    whole = any("." in p or "*" in p or p.startswith("re:") for p in patterns)
+    for name in names:
+        by_parent.setdefault("" if whole else name.rpartition(".")[0], []).append(name)
+    groups = [members for members in by_parent.values() if len(members) > 1]
+    if not groups:
+        text = ",".join(patterns)
+        msg = (
+            f"a tie must join at least two layers; '{text}' matches {', '.join(names)} and no two "
+            "of them stand in one block: name every layer of the tie, in full if they stand apart"
+        )
+        raise InvalidInput(msg, tie=list(patterns), layers=names)
+    return groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,6 +316,21 @@ class Candidate:
     size: StorageSize
     bit_ops: int = 0
     activation_size_bits: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the bit-widths; sizes check themselves."""
+        if self.weight_bits not in WEIGHT_BITS:
+            msg = (
+                f"layer '{self.layer}': weight_bits must be one of "
+                f"{', '.join(map(str, WEIGHT_BITS))}; got {self.weight_bits}"
+            )
+            raise InvalidInput(msg, layer=self.layer, weight_bits=self.weight_bits)
+        if self.activation_bits is not None and not 1 <= self.activation_bits <= 32:
+            msg = (
+                f"layer '{self.layer}': activation_bits must lie between 1 and 32, or be left out; "
+                f"got {self.activation_bits}"
+            )
+            raise InvalidInput(msg, layer=self.layer, activation_bits=self.activation_bits)
 
     @property
     def size_bits(self) -> int:
@@ -376,6 +400,12 @@ class Row:
 
     group: str
     candidates: tuple[Candidate, ...]
+
+    def __post_init__(self) -> None:
+        """Check that there is something to choose."""
+        if not self.candidates:
+            msg = f"a row must hold one candidate per layer of its group; '{self.group}' has none"
+            raise InvalidInput(msg, group=self.group)
 
     @property
     def label(self) -> str:

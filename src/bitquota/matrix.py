@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from bitquota.candidates import CandidateTable
 from bitquota.canonical import canonical_json, digest_bytes
-from bitquota.errors import InvalidMatrix
+from bitquota.errors import BitquotaError, InvalidMatrix
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,7 +79,10 @@ class SensitivityMatrix:
                 raise InvalidMatrix(msg, member=name)
             if not np.isfinite(array).all():
                 bad = int((~np.isfinite(array)).sum())
-                msg = f"'{name}' must be finite; {bad} of its {array.size} entries are not"
+                msg = (
+                    f"'{name}' must be finite; {bad} of its {array.size} entries are not: "
+                    "check the weights of the model and the calibration set for NaN and infinity"
+                )
                 raise InvalidMatrix(msg, member=name, entries=bad)
             if array.ndim == 2:
                 array = _symmetric(name, array, self.table.group_of_row)
@@ -88,8 +92,17 @@ class SensitivityMatrix:
             self.table.decode(self.base_point)
 
     def predict(self, choice: Sequence[int]) -> float:
-        """Return the predicted loss increase of ``choice`` (row within group, per group)."""
-        chosen = self.table.offsets[:-1] + np.asarray(choice, dtype=np.int64)
+        """Return the predicted loss increase of ``choice`` (row within group, per group).
+
+        Raises:
+            InvalidInput: Wrong length, or a row outside its group.
+        """
+        offsets = self.table.offsets
+        local = np.asarray(choice, dtype=np.int64)
+        counts = np.diff(offsets)
+        if local.shape != counts.shape or (local < 0).any() or (local >= counts).any():
+            self.table.decode(choice)  # says what is wrong
+        chosen = offsets[:-1] + local
         value = self.constant + float(self.diagonal[chosen].sum())
         if self.cross is not None:
             value += 0.5 * float(self.cross[np.ix_(chosen, chosen)].sum())
@@ -141,26 +154,40 @@ class SensitivityMatrix:
         Raises:
             InvalidMatrix: Not such an archive, or an invariant does not hold.
         """
+        if not data.startswith(b"PK"):
+            msg = "a matrix file must be the .npz that 'bitquota measure' writes; got another kind"
+            raise InvalidMatrix(msg)
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as archive:
                 arrays: dict[str, Any] = {name: archive[name] for name in archive.files}
-            meta = json.loads(arrays.pop("meta").tobytes())
-        except (ValueError, KeyError, OSError, zipfile.BadZipFile, EOFError) as err:
+            meta = dict(json.loads(arrays.pop("meta").tobytes()))
+        except (
+            ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error,
+            NotImplementedError, RuntimeError,
+        ) as err:  # fmt: skip
+            # What zipfile and numpy raise on a damaged archive, whichever byte it was.
             msg = f"a matrix file must be the .npz that 'bitquota measure' writes; got: {err}"
             raise InvalidMatrix(msg) from err
         if meta.get("format") != _FORMAT:
             msg = f"a matrix file must say format '{_FORMAT}'; got '{meta.get('format')}'"
             raise InvalidMatrix(msg)
-        base_point = meta["base_point"]
-        return cls(
-            table=CandidateTable.from_json(meta["table"]),
-            constant=meta["constant"],
-            base_point=None if base_point is None else tuple(base_point),
-            loss=meta["loss"],
-            unit=meta["unit"],
-            provenance=meta["provenance"],
-            **{name: arrays[name] for name in meta["arrays"]},
-        )
+        try:
+            base_point = meta["base_point"]
+            members = {
+                "table": CandidateTable.from_json(meta["table"]),
+                "constant": float(meta["constant"]),
+                "base_point": None if base_point is None else tuple(map(int, base_point)),
+                "loss": str(meta["loss"]),
+                "unit": str(meta["unit"]),
+                "provenance": dict(meta["provenance"]),
+                **{name: arrays[name] for name in meta["arrays"]},
+            }
+            return cls(**members)
+        except BitquotaError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as err:
+            msg = f"a matrix file must hold every member of format '{_FORMAT}'; got: {err!r}"
+            raise InvalidMatrix(msg) from err
 
     @classmethod
     def load(cls, path: Path) -> Self:
