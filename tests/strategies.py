@@ -6,6 +6,7 @@ that it stays feasible, unless an infeasible problem is asked for.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ def matrices(
     n, groups = int(offsets[-1]), len(offsets) - 1
     group = np.repeat(np.arange(groups), np.diff(offsets))
     # Within a group, later rows cost more bits and lose less, as real candidates do.
-    rank = np.concatenate([np.arange(b - a) for a, b in zip(offsets, offsets[1:], strict=False)])
+    rank = np.concatenate([np.arange(b - a) for a, b in itertools.pairwise(offsets)])
     size = 4.0**-rank * np.exp(rng.normal(0, 1, groups))[group]
     factors = rng.normal(size=(n, max(2, n // 3))) + 0.6
     gram = factors @ factors.T * np.sqrt(np.outer(size, size))
@@ -215,7 +216,7 @@ def _costs(
     if kind == "latency":
         return rng.integers(0, 30, n)
     weights = np.repeat(rng.integers(1, 40, len(offsets) - 1), np.diff(offsets))
-    rank = np.concatenate([np.arange(b - a) for a, b in zip(offsets, offsets[1:], strict=False)])
+    rank = np.concatenate([np.arange(b - a) for a, b in itertools.pairwise(offsets)])
     bits = np.array([2, 3, 4, 8, 16, 32])[rank]
     if kind == "bits":
         return weights * bits

@@ -1,0 +1,322 @@
+"""The bound of one certificate node, in exact integers or with outward rounding.
+
+With ``Q`` and ``l`` as in ``solution.py``, and because ``q(z) - s·z = constant - ½ zᵀQz`` for
+``s = l + Q z``, a node proves::
+
+    constant - ½ zᵀQz - λ·limits + Σ_g min_{p in g, allowed} (l_p + (Q z)_p + Σ_k λ_k costs_kp)
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bitquota.solver.exact import dyadic, is_positive_semidefinite
+from bitquota.solver.outward import TINY, gamma, is_positive_definite, round_down, wide
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from bitquota.solver.problem import Problem
+    from bitquota.solver.solution import Convexification
+
+    Bools = NDArray[np.bool_]
+
+Value = Fraction | float
+"""A proved number: an exact fraction, or plus or minus infinity."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Frame:
+    """A convexification whose signs and shapes were found right.
+
+    Attributes:
+        shift: f64[n, n], ``D``; ``None`` when it is zero.
+        cuts: f64[n, n], ``Y``; ``None`` when it is zero.
+        products: f64[m, n], ``μ``; ``None`` when it is zero.
+        support: bool[n].
+    """
+
+    shift: NDArray[np.float64] | None
+    cuts: NDArray[np.float64] | None
+    products: NDArray[np.float64] | None
+    support: Bools
+
+    @classmethod
+    def of(cls, problem: Problem, given: Convexification, enemies: list[set[int]]) -> Frame:
+        """Return the dense matrices of ``given``.
+
+        Raises:
+            ValueError: A shape or a sign is wrong, or ``D`` is not symmetric.
+        """
+        offsets = problem.offsets.tolist()
+        n, m = offsets[-1], len(problem.limits)
+        width = max(b - a for a, b in itertools.pairwise(offsets))
+        for name, array, shape in (
+            ("support", given.support, (n,)),
+            ("shift", given.shift, (n, width)),
+            ("products", given.products, (m, n)),
+        ):
+            if tuple(array.shape) != shape or not np.isfinite(array).all():
+                msg = f"'{name}' must be finite, of shape {shape}; got shape {array.shape}"
+                raise ValueError(msg)
+        if bool((given.products < 0).any()):
+            msg = f"'products' must not be negative; got {float(given.products.min())}"
+            raise ValueError(msg)
+        return cls(
+            shift=_block_diagonal(offsets, np.asarray(given.shift, dtype=np.float64)),
+            cuts=_cuts(problem, given, enemies),
+            products=np.asarray(given.products, dtype=np.float64) if given.products.any() else None,
+            support=np.asarray(given.support, dtype=np.bool_),
+        )
+
+
+def _block_diagonal(offsets: list[int], shift: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    if not shift.any():
+        return None
+    n = offsets[-1]
+    D = np.zeros((n, n))
+    for start, stop in itertools.pairwise(offsets):
+        size = stop - start
+        if shift[start:stop, size:].any():
+            msg = f"'shift' must be zero beyond its group; rows {start}:{stop} are not"
+            raise ValueError(msg)
+        D[start:stop, start:stop] = shift[start:stop, :size]
+    if not np.array_equal(D, D.T):
+        msg = "'shift' must be symmetric in every group"
+        raise ValueError(msg)
+    return D
+
+
+def _cuts(
+    problem: Problem, given: Convexification, enemies: list[set[int]]
+) -> NDArray[np.float64] | None:
+    rows, columns = given.cut_rows.tolist(), given.cut_columns.tolist()
+    values: list[float] = given.cut_values.tolist()
+    if not len(rows) == len(columns) == len(values):
+        msg = "'cut_rows', 'cut_columns' and 'cut_values' must be equally long"
+        raise ValueError(msg)
+    if not rows:
+        return None
+    n = int(problem.offsets[-1])
+    group = np.searchsorted(problem.offsets, np.arange(n), side="right")
+    Y = np.zeros((n, n))
+    seen: set[tuple[int, int]] = set()
+    for i, j, value in zip(rows, columns, values, strict=True):
+        if not 0 <= i < j < n or (i, j) in seen or group[i] == group[j]:
+            msg = f"a cut must join rows i < j of two groups, once; got ({i}, {j})"
+            raise ValueError(msg)
+        if not np.isfinite(value) or (value < 0 and j not in enemies[i]):
+            msg = f"a cut must not be negative; got {value} at ({i}, {j})"
+            raise ValueError(msg)
+        seen.add((i, j))
+        Y[i, j] = Y[j, i] = value
+    return Y
+
+
+def _differences(support: Bools, offsets: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return rows ``p`` and references ``r``: the ``e_p - e_r`` span what ``v`` may be."""
+    rows: list[int] = []
+    references: list[int] = []
+    for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        *others, last = np.flatnonzero(support[start:stop]).tolist() or [0]
+        rows += [start + p for p in others]
+        references += [start + last] * len(others)
+    return np.array(rows, dtype=np.int64), np.array(references, dtype=np.int64)
+
+
+def _reduced(Q: NDArray[Any], p: NDArray[Any], r: NDArray[Any], sign: int) -> NDArray[Any]:
+    """Return ``BᵀQB`` for the differences (``sign`` -1) or the sums (+1) of unit vectors."""
+    reduced: NDArray[Any] = (
+        Q[np.ix_(p, p)] + sign * Q[np.ix_(p, r)] + sign * Q[np.ix_(r, p)] + Q[np.ix_(r, r)]
+    )
+    return reduced
+
+
+def _totals(point: NDArray[Any], offsets: NDArray[np.int64], frame: Frame) -> None:
+    if point[~frame.support].any():
+        msg = "'point' must be zero outside the support"
+        raise ValueError(msg)
+    # float64 sums of float32 values of one sign cannot vanish by rounding.
+    if bool((point < 0).any()):
+        msg = f"'point' must not be negative; got {float(point.min())}"
+        raise ValueError(msg)
+    if bool((np.add.reduceat(point.astype(np.float64), offsets[:-1]) <= 0).any()):
+        msg = "'point' must have a positive sum in every group"
+        raise ValueError(msg)
+
+
+class ExactBounds:
+    """Bounds in integers over powers of two (and the denominators of ``z``)."""
+
+    def __init__(self, problem: Problem, frame: Frame) -> None:
+        self.problem, self.frame = problem, frame
+
+    @cached_property
+    def _terms(self) -> tuple[NDArray[Any], NDArray[Any] | None, int]:
+        """``l`` and ``Q`` (``None`` when zero) as integers, and their exponent."""
+        problem, frame = self.problem, self.frame
+        n = int(problem.offsets[-1])
+        zero = np.zeros((n, n)) if self._is_quadratic() else np.zeros((0, 0))
+        given = [
+            zero if part is None else part for part in (problem.cross, frame.shift, frame.cuts)
+        ]
+        products = np.zeros((0, 0)) if frame.products is None else frame.products
+        (d, cross, D, Y, mu), exponent = dyadic(problem.diagonal, *given, products)
+        linear = 2 * d
+        if not self._is_quadratic():
+            return linear, None, exponent - 1
+        Q = cross + D - Y
+        linear = linear - np.diag(D)
+        for k in range(len(mu)):
+            (cost, limit), _ = dyadic(problem.costs[k], problem.limits[k : k + 1])
+            Q = Q + mu[k][:, None] * cost[None, :] + cost[:, None] * mu[k][None, :]
+            linear = linear - 2 * limit[0] * mu[k]
+        return linear, 2 * Q, exponent - 1
+
+    def _is_quadratic(self) -> bool:
+        frame = self.frame
+        parts = (self.problem.cross, frame.shift, frame.cuts, frame.products)
+        return any(part is not None for part in parts)
+
+    def is_convex(self) -> bool:
+        """Return whether ``vᵀQv >= 0`` on the support. Exact."""
+        _, Q, _ = self._terms
+        if Q is None:
+            return True
+        p, r = _differences(self.frame.support, self.problem.offsets)
+        return is_positive_semidefinite(_reduced(Q, p, r, -1))
+
+    def node(
+        self,
+        mask: Bools,
+        point: NDArray[np.float32],
+        multipliers: NDArray[np.float64],
+        removed: list[int],
+    ) -> tuple[Value, list[Value]]:
+        """Return what the node proves, and what it proves with each removed row chosen.
+
+        Raises:
+            ValueError: ``point`` is not one.
+        """
+        problem, starts = self.problem, self.problem.offsets[:-1]
+        _totals(point, problem.offsets, self.frame)
+        linear, Q, exponent = self._terms
+        (z,), _ = dyadic(point)
+        sums = np.add.reduceat(z, starts)
+        denominator = 1
+        for total in sums.tolist():
+            denominator *= total
+        counts = np.diff(problem.offsets)
+        u = z * np.repeat(denominator // sums, counts)  # z = u / denominator
+        quadratic = u * 0 if Q is None else Q @ u
+        (prices,), fine = dyadic(multipliers)
+        (costs, limits), _ = dyadic(problem.costs, problem.limits)
+        priced = prices @ costs if len(prices) else u * 0
+        low = min(exponent, fine)
+        # Row values, as integers over 2**low / denominator.
+        rows = ((linear * denominator + quadratic) << (exponent - low)) + (
+            (priced * denominator) << (fine - low)
+        )
+        unit = Fraction(2) ** low / denominator
+        least = [
+            min(rows[a:b][mask[a:b]].tolist())
+            for a, b in zip(starts.tolist(), problem.offsets[1:].tolist(), strict=True)
+        ]
+        total = Fraction(float(problem.constant)) + sum(least) * unit
+        total -= Fraction(2) ** (exponent - 1) * (u @ quadratic) / denominator**2
+        total -= Fraction(2) ** fine * sum(prices * limits)
+        group = np.repeat(np.arange(len(starts)), counts)
+        return total, [total + (rows[p] - least[group[p]]) * unit for p in removed]
+
+
+class OutwardBounds:
+    """Bounds in the widest float, every rounding accounted for."""
+
+    def __init__(self, problem: Problem, frame: Frame) -> None:
+        self.problem, self.frame = problem, frame
+
+    @cached_property
+    def _terms(self) -> tuple[Any, Any, Any, Any, int]:
+        """``l``, its absolute sum, ``Q`` (``None`` when zero), its absolute sum, roundings."""
+        problem, frame = self.problem, self.frame
+        linear = wide(problem.diagonal)
+        size = np.abs(linear)
+        roundings = 4 + 4 * len(problem.limits)
+        parts = [p for p in (problem.cross, frame.shift, frame.cuts) if p is not None]
+        if not parts and frame.products is None:
+            return linear, size, None, None, roundings
+        n = int(problem.offsets[-1])
+        Q = np.zeros((n, n), dtype=np.longdouble)
+        Q_size = np.zeros((n, n), dtype=np.longdouble)
+        for part in parts:
+            Q += -wide(part) if part is frame.cuts else wide(part)
+            Q_size += np.abs(wide(part))
+        if frame.shift is not None:
+            half = np.diag(wide(frame.shift)) / 2
+            linear, size = linear - half, size + np.abs(half)
+        if frame.products is not None:
+            mu, costs = wide(frame.products), wide(problem.costs)
+            outer = mu.T @ costs
+            Q, Q_size = Q + outer + outer.T, Q_size + outer + outer.T
+            limits = wide(problem.limits)
+            linear, size = linear - limits @ mu, size + np.abs(limits) @ mu
+        return linear, size, Q, Q_size, roundings
+
+    def is_convex(self) -> bool:
+        """Return ``True`` only if ``vᵀQv >= 0`` on the support is proved."""
+        _, _, Q, Q_size, roundings = self._terms
+        if Q is None:
+            return True
+        p, r = _differences(self.frame.support, self.problem.offsets)
+        error = gamma(roundings + 4) * _reduced(Q_size, p, r, 1) + TINY
+        return is_positive_definite(_reduced(Q, p, r, -1), error)
+
+    def node(
+        self,
+        mask: Bools,
+        point: NDArray[np.float32],
+        multipliers: NDArray[np.float64],
+        removed: list[int],
+    ) -> tuple[Value, list[Value]]:
+        """Return lower bounds of what ``ExactBounds.node`` returns."""
+        problem, starts = self.problem, self.problem.offsets[:-1]
+        _totals(point, problem.offsets, self.frame)
+        linear, size, Q, Q_size, roundings = self._terms
+        counts = np.diff(problem.offsets)
+        given = wide(point)
+        z = given / np.repeat(np.add.reduceat(given, starts), counts)
+        prices, costs, limits = wide(multipliers), wide(problem.costs), wide(problem.limits)
+        rows, rows_size = linear + prices @ costs, size + prices @ costs
+        square = square_size = np.longdouble(0)
+        if Q is not None:
+            product, product_size = Q @ z, Q_size @ z
+            rows, rows_size = rows + product, rows_size + product_size
+            square, square_size = z @ product / 2, z @ product_size / 2
+        # Roundings behind every term: Q or l, the quotient z twice, two dot products, the sums.
+        n, m = len(linear), len(limits)
+        factor = gamma(roundings + 2 * (int(counts.max()) + 2) + 2 * n + 2 * m + len(starts) + 16)
+        lower = rows - factor * rows_size - TINY
+        infinite = np.longdouble(np.inf)
+        least = np.minimum.reduceat(np.where(mask, lower, infinite), starts)
+        constant, spent = wide(np.array(problem.constant)), prices @ np.abs(limits)
+        total = constant - square - prices @ limits + least.sum()
+        lost = np.abs(constant) + square_size + spent + np.abs(least).sum()
+        total = total - factor * lost - TINY
+        group = np.repeat(np.arange(len(starts)), counts)
+        by_row = []
+        for p in removed:
+            gain = lower[p] - least[group[p]]
+            slack = factor * (np.abs(total) + np.abs(lower[p]) + np.abs(least[group[p]]))
+            by_row.append(_fraction(total + gain - slack))
+        return _fraction(total), by_row
+
+
+def _fraction(value: np.longdouble) -> Value:
+    down = round_down(value)
+    return Fraction(down) if np.isfinite(down) else -float("inf")
