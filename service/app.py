@@ -18,7 +18,9 @@ from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.blobs import BlobStore
 from bitquota.service.database import Database
 from bitquota.service.jobs import JobStore
+from bitquota.service.keys import KeyStore
 from bitquota.service.middleware import Envelope
+from bitquota.service.quotas import AuditLog, Quotas
 from bitquota.service.settings import Settings
 from bitquota.service.state import State
 from bitquota.service.supervisor import Supervisor
@@ -43,6 +45,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         blobs=BlobStore(chosen.data_dir / "blobs"),
         artifacts=ArtifactStore(database, time.time),
         jobs=jobs,
+        keys=KeyStore(database, time.time),
+        quotas=Quotas(database, chosen, time.time),
+        audit=AuditLog(database, time.time),
         supervisor=Supervisor(chosen, jobs),
     )
 

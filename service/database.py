@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from bitquota.errors import ServiceError
 
@@ -68,6 +68,7 @@ jobs = sa.Table(
     sa.Column("worker_s", sa.Float, nullable=False, server_default="0"),
     sa.Index("jobs_by_tenant", "tenant", "id"),
     sa.Index("jobs_to_claim", "status", "priority", "id"),
+    sa.Index("jobs_of_tenant_by_status", "tenant", "status"),
 )
 
 events = sa.Table(
@@ -88,6 +89,43 @@ idempotency = sa.Table(
     sa.Column("fingerprint", sa.String(80), nullable=False),
     sa.Column("job", sa.String(40), nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),
+)
+
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", sa.String(32), primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("name", sa.String(255), nullable=False, server_default=""),
+    sa.Column("secret_sha256", sa.String(64), nullable=False),
+    sa.Column("scopes", sa.String(255), nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("expires_at", sa.Float),
+    sa.Column("revoked_at", sa.Float),
+    sa.Index("api_keys_by_tenant", "tenant"),
+)
+
+tenants = sa.Table(
+    "tenants",
+    metadata,
+    sa.Column("tenant", sa.String(64), primary_key=True),
+    sa.Column("max_running", sa.Integer),
+    sa.Column("max_queued", sa.Integer),
+    sa.Column("max_stored_bytes", sa.BigInteger),
+    sa.Column("max_worker_s", sa.Float),
+)
+
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("id", sa.String(40), primary_key=True),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("actor", sa.String(64), nullable=False),
+    sa.Column("action", sa.String(64), nullable=False),
+    sa.Column("subject", sa.String(128), nullable=False, server_default=""),
+    sa.Column("request", sa.String(64), nullable=False, server_default=""),
+    sa.Index("audit_by_tenant", "tenant", "id"),
 )
 
 _WRITE = "bitquota_write"
@@ -155,7 +193,11 @@ class Database:
                     with connection.begin():
                         return work(connection)
             except DBAPIError as err:
-                passing = err.connection_invalidated or isinstance(err, OperationalError)
+                # Two writers that insert the same row: the second finds the first's on its
+                # next run, because each looks before it inserts.
+                passing = err.connection_invalidated or isinstance(
+                    err, OperationalError | IntegrityError
+                )
                 if not passing or attempt == _RETRIES - 1:
                     msg = "the database must be reachable; it is not at the moment, try again"
                     raise ServiceError(msg, cause=type(err.orig).__name__) from err

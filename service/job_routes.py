@@ -19,10 +19,12 @@ from bitquota.errors import Conflict, InvalidInput, NotFound
 from bitquota.request import PlanRequest
 from bitquota.service.jobs import Job, JobStatus, NewJob
 from bitquota.service.schemas import JobOrder, JobPage, JobView, PlanList, Problem, job_view
-from bitquota.service.state import Service, State, Tenant  # noqa: TC001  # FastAPI reads them
+from bitquota.service.state import Calling, RequestId, Service, State  # noqa: TC001  # FastAPI reads them
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from bitquota.service.keys import Caller
 
 POLL_S = 1
 """Seconds that a client is asked to wait between two looks at a job."""
@@ -40,7 +42,7 @@ Prefer = Annotated[
 ]
 JobId = Annotated[str, Path(pattern=r"^job_[0-9a-f]{32}$", description="Id of a job.")]
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem} for status in (404, 409, 422)
+    status: {"model": Problem} for status in (401, 403, 404, 409, 422, 429)
 }
 
 
@@ -49,14 +51,17 @@ async def create_job(
     order: JobOrder,
     response: Response,
     service: Service,
-    tenant: Tenant,
+    caller: Calling,
+    request_id: RequestId,
     prefer: Prefer = None,
     idempotency_key: Annotated[
         str | None, Header(min_length=1, max_length=255, description="Makes a repeat harmless.")
     ] = None,
 ) -> JobView:
     """Order a job; it is looked at every second under `Location` until it has ended."""
-    job, replayed = await run_in_threadpool(_create, order, service, tenant, idempotency_key)
+    job, replayed = await run_in_threadpool(
+        _create, order, service, caller, request_id, idempotency_key
+    )
     job = await _wait(service, job, prefer, response)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     response.headers["Retry-After"] = str(POLL_S)
@@ -66,13 +71,13 @@ async def create_job(
 
 
 def _create(
-    order: JobOrder, service: State, tenant: str, idempotency_key: str | None
+    order: JobOrder, service: State, caller: Caller, request_id: str, key: str | None
 ) -> tuple[Job, bool]:
     request = PlanRequest.from_json(order.request)
     check_budgets(request)
     deadline = None if order.deadline_s is None else time.time() + order.deadline_s
     new = NewJob(
-        tenant=tenant,
+        tenant=caller.tenant,
         kind=order.kind,
         request=request.to_json(),
         model=order.model,
@@ -81,7 +86,12 @@ def _create(
         priority=order.priority,
         deadline=deadline,
     )
-    made = service.jobs.create(new, idempotency_key)
+    known = None if key is None else service.jobs.replay(new, key)
+    if known is not None:
+        return known, True
+    service.quotas.check_order(caller.tenant)
+    made = service.jobs.create(new, key)
+    service.audit.add(caller, "job.create", made[0].id, request_id)
     service.supervisor.wake()
     return made
 
@@ -100,16 +110,16 @@ async def _wait(service: State, job: Job, prefer: str | None, response: Response
     return job
 
 
-@router.get("/jobs", responses={422: {"model": Problem}})
+@router.get("/jobs", responses=_PROBLEMS)
 def list_jobs(
     service: Service,
-    tenant: Tenant,
+    caller: Calling,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: Annotated[str | None, Query(max_length=64)] = None,
     status: Annotated[JobStatus | None, Query()] = None,
 ) -> JobPage:
     """List jobs, newest first."""
-    found = service.jobs.page(tenant, limit=limit + 1, before=cursor, status=status)
+    found = service.jobs.page(caller.tenant, limit=limit + 1, before=cursor, status=status)
     more = len(found) > limit
     return JobPage(
         data=[job_view(job) for job in found[:limit]],
@@ -127,11 +137,11 @@ def list_jobs(
 async def stream_events(
     job_id: JobId,
     service: Service,
-    tenant: Tenant,
+    caller: Calling,
     last_event_id: Annotated[int, Header(ge=0, description="Resume after this event.")] = 0,
 ) -> StreamingResponse:
     """Stream what happens to a job from its beginning, or after `Last-Event-ID`, to its end."""
-    await run_in_threadpool(service.jobs.get, tenant, job_id)
+    await run_in_threadpool(service.jobs.get, caller.tenant, job_id)
 
     async def stream() -> AsyncIterator[str]:
         last, spoken = last_event_id, time.monotonic()
@@ -145,7 +155,7 @@ async def stream_events(
             if not found:
                 if service.supervisor.stopping:
                     return  # the client comes back to the next server with its Last-Event-ID
-                if (await run_in_threadpool(service.jobs.get, tenant, job_id)).status.final:
+                if (await run_in_threadpool(service.jobs.get, caller.tenant, job_id)).status.final:
                     return  # every event was seen before this stream began
                 if time.monotonic() - spoken > _KEEP_ALIVE_S:
                     yield ": still here\n\n"
@@ -163,11 +173,11 @@ async def stream_events(
 def get_job(
     job_id: JobId,
     service: Service,
-    tenant: Tenant,
+    caller: Calling,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """Say how a job stands; with `If-None-Match`, 304 while nothing has changed."""
-    job = service.jobs.get(tenant, job_id)
+    job = service.jobs.get(caller.tenant, job_id)
     headers = {"ETag": f'"{job.id}-{job.version}"', "Cache-Control": "private, no-cache"}
     if not job.status.final:
         headers["Retry-After"] = str(POLL_S)
@@ -177,9 +187,12 @@ def get_job(
 
 
 @router.post("/jobs/{job_id}/cancel", status_code=202, responses=_PROBLEMS)
-def cancel_job(job_id: JobId, service: Service, tenant: Tenant, response: Response) -> JobView:
+def cancel_job(
+    job_id: JobId, service: Service, caller: Calling, request_id: RequestId, response: Response
+) -> JobView:
     """Ask for the end of a job; what was measured is kept."""
-    job = service.jobs.cancel(tenant, job_id)
+    job = service.jobs.cancel(caller.tenant, job_id)
+    service.audit.add(caller, "job.cancel", job_id, request_id)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     if not job.status.final:
         response.headers["Retry-After"] = str(POLL_S)
@@ -190,14 +203,14 @@ def cancel_job(job_id: JobId, service: Service, tenant: Tenant, response: Respon
 def get_plan(
     job_id: JobId,
     service: Service,
-    tenant: Tenant,
+    caller: Calling,
     budget: Annotated[
         int | None, Query(ge=0, description="Position of the budget; all plans without it.")
     ] = None,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """Return the plans of a job, or the plan of one budget in its canonical bytes."""
-    digests = _results(service, tenant, job_id)["plans"]
+    digests = _results(service, caller.tenant, job_id)["plans"]
     if budget is not None and budget >= len(digests):
         msg = f"the job must have a plan at position {budget}; it has {len(digests)}, from 0"
         raise NotFound(msg, plans=len(digests))
@@ -219,9 +232,9 @@ def get_plan(
     | {200: {"content": {"application/octet-stream": {}}, "description": "An .npz archive."}},
     response_class=Response,
 )
-def get_sensitivity(job_id: JobId, service: Service, tenant: Tenant) -> Response:
+def get_sensitivity(job_id: JobId, service: Service, caller: Calling) -> Response:
     """Return the sensitivity matrix as the `.npz` that `bitquota solve` reads."""
-    data = service.blobs.read(_results(service, tenant, job_id)["matrix"])
+    data = service.blobs.read(_results(service, caller.tenant, job_id)["matrix"])
     named = {"Content-Disposition": f'attachment; filename="{job_id}.npz"'}
     return Response(data, headers=named, media_type="application/octet-stream")
 
@@ -231,9 +244,9 @@ def get_sensitivity(job_id: JobId, service: Service, tenant: Tenant) -> Response
     responses=_PROBLEMS | {200: {"content": {"text/markdown": {}}, "description": "Markdown."}},
     response_class=Response,
 )
-def get_report(job_id: JobId, service: Service, tenant: Tenant) -> Response:
+def get_report(job_id: JobId, service: Service, caller: Calling) -> Response:
     """Return the report of all plans as Markdown."""
-    digest = _results(service, tenant, job_id).get("report")
+    digest = _results(service, caller.tenant, job_id).get("report")
     if digest is None:
         msg = "a report must be of plans; this job made none"
         raise NotFound(msg, job=job_id)

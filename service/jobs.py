@@ -24,7 +24,7 @@ from bitquota.errors import (
     NotFound,
     ServiceTimeout,
 )
-from bitquota.service.database import artifacts, events, idempotency, jobs
+from bitquota.service.database import artifacts, events, idempotency, jobs, tenants
 from bitquota.service.problems import problem_json
 
 if TYPE_CHECKING:
@@ -144,23 +144,12 @@ class JobStore:
         """
         now = self._clock()
         job_id = new_id("job", now)
-        fingerprint = new.fingerprint()
 
         def work(connection: Connection) -> tuple[Job, bool]:
             if key is not None:
-                known = connection.execute(
-                    sa.select(idempotency).where(
-                        idempotency.c.tenant == new.tenant, idempotency.c.key == key
-                    )
-                ).first()
+                known = self._replay(connection, new, key)
                 if known is not None:
-                    if known.fingerprint != fingerprint:
-                        msg = (
-                            "an Idempotency-Key must be used for one order only; this one was "
-                            f"used for job {known.job} with another body: take a new key"
-                        )
-                        raise InvalidInput(msg, job=known.job)
-                    return self._get(connection, new.tenant, known.job), known.job != job_id
+                    return known, known.id != job_id
             for kind, digest in (("model", new.model), ("dataset", new.dataset)):
                 if digest is not None:
                     self._touch(connection, new.tenant, kind, digest, now)
@@ -184,7 +173,7 @@ class JobStore:
                     idempotency.insert().values(
                         tenant=new.tenant,
                         key=key,
-                        fingerprint=fingerprint,
+                        fingerprint=new.fingerprint(),
                         job=job_id,
                         created_at=now,
                     )
@@ -193,6 +182,30 @@ class JobStore:
             return self._get(connection, new.tenant, job_id), False
 
         return self._db.write(work)
+
+    def replay(self, new: NewJob, key: str) -> Job | None:
+        """Return the job that was ordered under ``key``, if there is one.
+
+        Raises:
+            InvalidInput: It was another order.
+        """
+        return self._db.read(lambda connection: self._replay(connection, new, key))
+
+    def _replay(self, connection: Connection, new: NewJob, key: str) -> Job | None:
+        known = connection.execute(
+            sa.select(idempotency).where(
+                idempotency.c.tenant == new.tenant, idempotency.c.key == key
+            )
+        ).first()
+        if known is None:
+            return None
+        if known.fingerprint != new.fingerprint():
+            msg = (
+                "an Idempotency-Key must be used for one order only; this one was used for job "
+                f"{known.job} with another body: take a new key"
+            )
+            raise InvalidInput(msg, job=known.job)
+        return self._get(connection, new.tenant, known.job)
 
     @staticmethod
     def _touch(connection: Connection, tenant: str, kind: str, digest: str, now: float) -> None:
@@ -285,18 +298,41 @@ class JobStore:
 
     # ---------------------------------------------------------------- for supervisors
 
-    def claim(self, owner: str, lease_s: float) -> Job | None:
-        """Give the next queued job to ``owner`` and return it with its new epoch."""
+    def claim(self, owner: str, lease_s: float, max_running: int = 2**31 - 1) -> Job | None:
+        """Give the next queued job to ``owner`` and return it with its new epoch.
+
+        Args:
+            owner: Who takes it.
+            lease_s: Seconds until the lease runs out.
+            max_running: Jobs of one tenant at the same time, unless its quota says otherwise.
+        """
         now = self._clock()
 
         def work(connection: Connection) -> Job | None:
             self._expire(connection, now)
+            others = jobs.alias("others")
+            running = (
+                sa.select(sa.func.count())
+                .where(
+                    others.c.tenant == jobs.c.tenant,
+                    others.c.status == JobStatus.RUNNING.value,
+                )
+                .scalar_subquery()
+            )
+            own_limit = (
+                sa.select(tenants.c.max_running)
+                .where(tenants.c.tenant == jobs.c.tenant)
+                .scalar_subquery()
+            )
             row = connection.execute(
                 sa.select(jobs.c.id)
-                .where(jobs.c.status == JobStatus.QUEUED.value)
+                .where(
+                    jobs.c.status == JobStatus.QUEUED.value,
+                    running < sa.func.coalesce(own_limit, max_running),
+                )
                 .order_by(jobs.c.priority.desc(), jobs.c.id)
                 .limit(1)
-                .with_for_update(skip_locked=True)
+                .with_for_update(skip_locked=True, of=jobs)
             ).first()
             if row is None:
                 return None

@@ -6,6 +6,7 @@ import logging
 import signal
 import socket
 import sys
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -49,17 +50,19 @@ def serve(
     chosen = Settings.from_environment() if settings is None else settings
     given = {"host": host, "port": port, "data_dir": data_dir}
     chosen = replace(chosen, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
-    if not chosen.loopback:
-        msg = (
-            f"a server that others can reach must have API keys; '{chosen.host}' is not a loopback "
-            "address and there are none: listen on 127.0.0.1"
-        )
-        raise InvalidInput(msg, host=chosen.host)
     logging.basicConfig(
         level=logging.INFO,
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
+    has_keys = _has_keys(chosen)
+    if not chosen.loopback and not has_keys:
+        msg = (
+            f"a server that others can reach must have API keys; '{chosen.host}' is not a loopback "
+            "address and there are none: create one with 'bitquota admin keys create', or listen "
+            "on 127.0.0.1"
+        )
+        raise InvalidInput(msg, host=chosen.host)
     listening = _listen(chosen.host, chosen.port)
     port = listening.getsockname()[1]
     app = create_app(replace(chosen, port=port))
@@ -68,10 +71,25 @@ def serve(
     )
     shown = f"[{chosen.host}]" if ":" in chosen.host else chosen.host
     print(f"bitquota serves http://{shown}:{port} (data in {chosen.data_dir})", flush=True)  # noqa: T201
+    if not has_keys:
+        print("no API keys: every program of this machine may use it", flush=True)  # noqa: T201
     # uvicorn raises the signal that ended it once more; the work is done by then, so exit with 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _ignore)
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def _has_keys(settings: Settings) -> bool:
+    from bitquota.service.database import Database
+    from bitquota.service.keys import KeyStore
+
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    database = Database(settings.url)
+    try:
+        database.create()
+        return KeyStore(database, time.time).any()
+    finally:
+        database.close()
 
 
 def _ignore(_number: int, _frame: FrameType | None) -> None:

@@ -45,6 +45,19 @@ class Settings:
     max_attempts: int = _setting(
         5, "Attempts in a row without a new measurement before a job fails.", below=1
     )
+    max_running: int = _setting(
+        4, "Jobs of one tenant that run at the same time, unless its own quota says otherwise."
+    )
+    max_queued: int = _setting(
+        1000, "Jobs of one tenant that wait, unless its own quota says otherwise."
+    )
+    max_stored_bytes: int = _setting(
+        100 * 2**30, "Uploaded bytes of one tenant, unless its own quota says otherwise."
+    )
+    max_worker_s: float = _setting(
+        7 * 86400.0,
+        "Worker seconds of one tenant in 24 hours, unless its own quota says otherwise.",
+    )
     max_upload_bytes: int = _setting(8 * 2**30, "Largest model or dataset.", below=1)
     max_body_bytes: int = _setting(4 * 2**20, "Largest JSON body.", below=1)
     max_unpacked_ratio: int = _setting(

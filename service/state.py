@@ -1,22 +1,32 @@
-"""What the endpoints of one server share."""
+"""What the endpoints of one server share, and who calls them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, cast
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from bitquota.errors import Unauthorized
+from bitquota.service.keys import Caller, Scope
 
 if TYPE_CHECKING:
     from bitquota.service.artifacts import ArtifactStore
     from bitquota.service.blobs import BlobStore
     from bitquota.service.database import Database
     from bitquota.service.jobs import JobStore
+    from bitquota.service.keys import KeyStore
+    from bitquota.service.quotas import AuditLog, Quotas
     from bitquota.service.settings import Settings
     from bitquota.service.supervisor import Supervisor
 
 LOCAL_TENANT = "local"
 """Who uses a server on loopback that has no keys."""
+
+_LOCAL = Caller(tenant=LOCAL_TENANT, actor="local", scopes=frozenset(Scope))
+_LOCAL_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
+_bearer = HTTPBearer(auto_error=False, description="An API key; none is needed while none exists.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,16 +38,57 @@ class State:
     blobs: BlobStore
     artifacts: ArtifactStore
     jobs: JobStore
+    keys: KeyStore
+    quotas: Quotas
+    audit: AuditLog
     supervisor: Supervisor
 
 
-def _state(request: Request) -> State:
+def state_of(request: Request) -> State:
+    """Return the state of the server that a request came to."""
     return cast("State", request.app.state.service)
 
 
-def _tenant() -> str:
-    return LOCAL_TENANT
+def caller_of(
+    request: Request,
+    sent: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)] = None,
+) -> Caller:
+    """Return who calls: the holder of the key, or on loopback without any keys the local user.
+
+    Raises:
+        Unauthorized: No valid key was sent and one is needed.
+        Forbidden: The key has not the scope that the method needs.
+    """
+    state = state_of(request)
+    if sent is not None:
+        caller = state.keys.verify(sent.credentials)
+    elif state.settings.loopback and not state.keys.any():
+        _check_local(request)
+        caller = _LOCAL
+    else:
+        msg = "an API key must be sent as 'Authorization: Bearer bq_…'; none was"
+        raise Unauthorized(msg)
+    caller.require(Scope.READ if request.method in {"GET", "HEAD"} else Scope.WRITE)
+    request.scope["caller"] = caller
+    return caller
 
 
-Service = Annotated[State, Depends(_state)]
-Tenant = Annotated[str, Depends(_tenant)]
+def _check_local(request: Request) -> None:
+    """Refuse what a web page of somebody else could send to a server without keys."""
+    host = request.url.hostname or ""
+    if host not in _LOCAL_HOSTS or request.headers.get("sec-fetch-site") == "cross-site":
+        msg = (
+            "without API keys this server answers only to programs of this machine; the request "
+            f"was for the host '{host}' or came from another site: create a key"
+        )
+        raise Unauthorized(msg)
+
+
+def request_id(request: Request) -> str:
+    """Return the id of a request."""
+    return str(request.scope.get("request_id", ""))
+
+
+Service = Annotated[State, Depends(state_of)]
+Calling = Annotated[Caller, Depends(caller_of)]
+RequestId = Annotated[str, Depends(request_id)]

@@ -111,7 +111,7 @@ class Supervisor:
         while len(self._running) < slots and self._spare is not None:
             if self._spare.poll() is not None:
                 self._spare = self._start_driver()
-            job = self._store.claim(self.owner, self._settings.lease_s)
+            job = self._store.claim(self.owner, self._settings.lease_s, self._settings.max_running)
             if job is None:
                 return
             process, self._spare = self._spare, None

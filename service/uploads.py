@@ -19,10 +19,11 @@ from bitquota.service.schemas import (
     Problem,
     artifact_view,
 )
-from bitquota.service.state import Service, State, Tenant  # noqa: TC001  # FastAPI reads them
+from bitquota.service.state import Calling, RequestId, Service, State  # noqa: TC001  # FastAPI reads them
 
 if TYPE_CHECKING:
     from bitquota.service.blobs import Incoming
+    from bitquota.service.keys import Caller
 
 _PIECE = 4 * 2**20
 _BODY = {
@@ -32,7 +33,7 @@ _BODY = {
     }
 }
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem} for status in (404, 413, 422)
+    status: {"model": Problem} for status in (401, 403, 404, 413, 422, 429)
 }
 
 router = APIRouter(prefix="/v1")
@@ -53,7 +54,8 @@ def _add(kind: ArtifactKind, path: str) -> None:
         request: Request,
         response: Response,
         service: Service,
-        tenant: Tenant,
+        caller: Calling,
+        request_id: RequestId,
         name: Annotated[str, Query(max_length=255, description="For people.")] = "",
         sha256: Annotated[
             str | None, Query(pattern=r"^[0-9a-f]{64}$", description="What must arrive.")
@@ -67,25 +69,30 @@ def _add(kind: ArtifactKind, path: str) -> None:
         try:
             if content_length is not None:
                 incoming.expect(content_length)
+                await run_in_threadpool(service.quotas.check_upload, caller.tenant, content_length)
             await _stream(request, incoming)
             artifact, new = await run_in_threadpool(
-                _keep, service, tenant, kind, incoming, name, sha256
+                _keep, service, caller, kind, incoming, name, sha256
             )
+            if new:
+                await run_in_threadpool(
+                    service.audit.add, caller, f"upload.{kind}", artifact.digest, request_id
+                )
         finally:
             await run_in_threadpool(incoming.discard)
         response.status_code = 201 if new else 200
         response.headers["Location"] = f"/v1/{path}/{artifact.digest}"
         return artifact_view(artifact)
 
-    @router.get(f"/{path}", name=f"list_{path}", tags=[path], responses={422: {"model": Problem}})
+    @router.get(f"/{path}", name=f"list_{path}", tags=[path], responses=_PROBLEMS)
     def page(
         service: Service,
-        tenant: Tenant,
+        caller: Calling,
         limit: Annotated[int, Query(ge=1, le=200)] = 50,
         cursor: Annotated[str | None, Query(max_length=100)] = None,
     ) -> ArtifactPage:
         """List uploads in order of digest."""
-        found = service.artifacts.page(tenant, kind, limit=limit + 1, after=cursor)
+        found = service.artifacts.page(caller.tenant, kind, limit=limit + 1, after=cursor)
         more = len(found) > limit
         return ArtifactPage(
             data=[artifact_view(a) for a in found[:limit]],
@@ -96,11 +103,11 @@ def _add(kind: ArtifactKind, path: str) -> None:
     @router.get(f"/{path}/{{digest}}", name=f"get_{kind}", tags=[path], responses=_PROBLEMS)
     def get(
         service: Service,
-        tenant: Tenant,
+        caller: Calling,
         digest: Annotated[str, Path(pattern=DIGEST)],
     ) -> ArtifactView:
         """Say what is known of one upload."""
-        return artifact_view(service.artifacts.get(tenant, kind, digest))
+        return artifact_view(service.artifacts.get(caller.tenant, kind, digest))
 
 
 async def _stream(request: Request, incoming: Incoming) -> None:
@@ -127,7 +134,7 @@ def _write(incoming: Incoming, chunks: list[bytes]) -> None:
 
 def _keep(
     service: State,
-    tenant: str,
+    caller: Caller,
     kind: ArtifactKind,
     incoming: Incoming,
     name: str,
@@ -155,9 +162,12 @@ def _keep(
             incoming.path, max_ratio=ratio, max_bytes=service.settings.max_calibration_bytes
         ).value
     size = incoming.size
+    service.quotas.check_upload(caller.tenant, size)
     digest = service.blobs.keep(incoming)
     shown = re.sub(r"[^\w.\- ]", "_", name)
-    return service.artifacts.record(tenant, kind, digest, format_name=found, name=shown, size=size)
+    return service.artifacts.record(
+        caller.tenant, kind, digest, format_name=found, name=shown, size=size
+    )
 
 
 _add(ArtifactKind.MODEL, "models")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Self
+
+import numpy as np
 
 from bitquota.client import Client
 
@@ -97,9 +101,24 @@ def started(pid: int) -> int:
         return 2**63
 
 
+def npz(n: int = 8) -> bytes:
+    """Return a calibration set of ``n`` samples."""
+    buffer = io.BytesIO()
+    np.savez(buffer, x=np.zeros((n, 4), np.float32))
+    return buffer.getvalue()
+
+
+def fake_pt2(text: str = "{}") -> bytes:
+    """Return a zip that looks like a .pt2 from its member names; it cannot be loaded."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("m/archive_format", "pt2")
+        archive.writestr("m/models/model.json", text)
+    return buffer.getvalue()
+
+
 def train_and_export(folder: Path) -> tuple[Path, Path]:
     """Train a small convolutional network on digits; return its .pt2 and a calibration .npz."""
-    import numpy as np
     import torch
     from sklearn.datasets import load_digits
     from torch import nn

@@ -1,40 +1,22 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import pickle
 import subprocess
 import sys
 import threading
-import zipfile
 
 import httpx
-import numpy as np
 import pytest
 
+from live_server import LiveServer, fake_pt2, npz
+
 SHA = "sha256:"
-
-
-def npz(n=8):
-    buffer = io.BytesIO()
-    np.savez(buffer, x=np.zeros((n, 4), np.float32))
-    return buffer.getvalue()
-
-
-def fake_pt2(text="{}"):
-    """A zip that looks like a .pt2 from its member names; nothing here opens it."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("m/archive_format", "pt2")
-        archive.writestr("m/models/model.json", text)
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory):
     """A server that starts no jobs, so that they stay queued."""
-    from live_server import LiveServer
-
     with LiveServer(tmp_path_factory.mktemp("quiet") / "data", slots=0) as running:
         yield running
 
@@ -138,8 +120,6 @@ class TestUploads:
         assert ids <= set(seen)
 
     def test_cap(self, tmp_path):
-        from live_server import LiveServer
-
         with (
             LiveServer(tmp_path / "data", slots=0, max_upload_bytes=1000) as small,
             httpx.Client(base_url=small.url) as http,

@@ -75,7 +75,7 @@ class TestPlanJob:
         before = ledger_size(server)
         with server.client() as client:
             job = submit(client, digits_files).wait(timeout_s=300)
-        assert job.plan_text() == undisturbed
+            assert job.plan_text() == undisturbed
         assert ledger_size(server) == before
         assert job.body["measured"] == 0
 

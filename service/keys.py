@@ -1,0 +1,242 @@
+"""API keys: who calls, and what they may do.
+
+A key is ``bq_<id>_<secret>`` with 256 random bits of secret. Only its SHA-256 is stored: a slow
+hash protects guessable passwords, and nobody guesses 256 bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from bitquota.errors import Forbidden, InvalidInput, NotFound, Unauthorized
+from bitquota.service.database import api_keys
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from sqlalchemy.engine import Connection, RowMapping
+
+    from bitquota.service.database import Database
+
+_TENANT = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_KEY = re.compile(r"bq_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
+_SECRET_BYTES = 32
+
+
+class Scope(StrEnum):
+    """What a key permits."""
+
+    READ = "read"
+    """Look at jobs, plans and uploads."""
+    WRITE = "write"
+    """Upload, order and cancel."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiKey:
+    """A key without its secret; times in seconds since 1970."""
+
+    id: str
+    tenant: str
+    name: str
+    scopes: frozenset[Scope]
+    created_at: float
+    expires_at: float | None
+    revoked_at: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who sent a request."""
+
+    tenant: str
+    actor: str
+    scopes: frozenset[Scope]
+
+    def require(self, scope: Scope) -> None:
+        """Raise ``Forbidden`` unless the caller's key has ``scope``."""
+        if scope not in self.scopes:
+            msg = (
+                f"this needs a key with the scope '{scope}'; yours has "
+                f"{', '.join(sorted(self.scopes))}"
+            )
+            raise Forbidden(msg, scope=str(scope))
+
+
+class KeyStore:
+    """API keys in the database."""
+
+    def __init__(self, database: Database, clock: Callable[[], float]) -> None:
+        self._db = database
+        self._clock = clock
+        self._seen = False
+
+    def create(
+        self,
+        tenant: str,
+        *,
+        name: str = "",
+        scopes: Iterable[Scope] = tuple(Scope),
+        lifetime_s: float | None = None,
+    ) -> tuple[ApiKey, str]:
+        """Return a new key and its text, which is not kept and cannot be shown again.
+
+        Raises:
+            InvalidInput: The tenant's name or the lifetime cannot be used.
+        """
+        check_tenant(tenant)
+        if lifetime_s is not None and lifetime_s <= 0:
+            msg = f"the lifetime of a key must be positive; got {lifetime_s} s"
+            raise InvalidInput(msg)
+        now = self._clock()
+        key_id, secret = secrets.token_hex(8), secrets.token_urlsafe(_SECRET_BYTES)
+        values = {
+            "id": key_id,
+            "tenant": tenant,
+            "name": name,
+            "secret_sha256": _hash(secret),
+            "scopes": ",".join(sorted(scopes)),
+            "created_at": now,
+            "expires_at": None if lifetime_s is None else now + lifetime_s,
+        }
+
+        def work(connection: Connection) -> ApiKey:
+            if (known := _find(connection, key_id)) is None:
+                connection.execute(api_keys.insert().values(values))
+                known = _find(connection, key_id)
+            assert known is not None  # noqa: S101  # inserted above
+            return _key(known)
+
+        return self._db.write(work), f"bq_{key_id}_{secret}"
+
+    def rotate(self, key_id: str, *, overlap_s: float = 0.0) -> tuple[ApiKey, str]:
+        """Replace a key by one with the same tenant, name and scopes; returns the new one.
+
+        Args:
+            key_id: The key to replace.
+            overlap_s: How long the old one still works.
+
+        Raises:
+            NotFound: There is no such key, or it was revoked.
+        """
+        old = self.get(key_id)
+        if old.revoked_at is not None:
+            msg = f"a key must be valid to be rotated; '{key_id}' was revoked: create a new one"
+            raise NotFound(msg, key=key_id)
+        lifetime_s = None if old.expires_at is None else old.expires_at - old.created_at
+        made = self.create(old.tenant, name=old.name, scopes=old.scopes, lifetime_s=lifetime_s)
+        until = self._clock() + overlap_s
+        self._set(
+            key_id, expires_at=until if old.expires_at is None else min(until, old.expires_at)
+        )
+        if overlap_s <= 0:
+            self.revoke(key_id)
+        return made
+
+    def revoke(self, key_id: str) -> None:
+        """End a key now; raises ``NotFound``."""
+        self._set(key_id, revoked_at=self._clock())
+
+    def _set(self, key_id: str, **values: float) -> None:
+        changed = self._db.write(
+            lambda connection: (
+                connection.execute(
+                    api_keys.update().where(api_keys.c.id == key_id).values(**values)
+                ).rowcount
+            )
+        )
+        if changed != 1:
+            raise _unknown(key_id)
+
+    def get(self, key_id: str) -> ApiKey:
+        """Return a key; raises ``NotFound``."""
+        row = self._db.read(lambda connection: _find(connection, key_id))
+        if row is None:
+            raise _unknown(key_id)
+        return _key(row)
+
+    def list(self, tenant: str | None = None) -> Sequence[ApiKey]:
+        """Return all keys, or those of one tenant, oldest first."""
+        query = sa.select(api_keys).order_by(api_keys.c.created_at, api_keys.c.id)
+        if tenant is not None:
+            query = query.where(api_keys.c.tenant == tenant)
+        return self._db.read(
+            lambda connection: [_key(row) for row in connection.execute(query).mappings()]
+        )
+
+    def any(self) -> bool:
+        """Return whether a key was ever made; from then on every call needs one."""
+        if not self._seen:
+            query = sa.select(api_keys.c.id).limit(1)
+            found = self._db.read(lambda connection: connection.execute(query).first())
+            self._seen = found is not None
+        return self._seen
+
+    def verify(self, text: str) -> Caller:
+        """Return who holds the key ``text``.
+
+        Raises:
+            Unauthorized: It is no key, or it was revoked, or it has expired. Which of these is
+                not said.
+        """
+        found = _KEY.fullmatch(text)
+        row = None
+        if found is not None:
+            row = self._db.read(lambda connection: _find(connection, found[1]))
+        # Compared also when there is no such key, so that the time taken tells nothing.
+        sent = _hash(found[2] if found else "")
+        same = hmac.compare_digest(sent, row["secret_sha256"] if row else _hash("none"))
+        now = self._clock()
+        if (
+            row is None
+            or not same
+            or row["revoked_at"] is not None
+            or (row["expires_at"] is not None and row["expires_at"] <= now)
+        ):
+            msg = "a valid API key must be sent as 'Authorization: Bearer bq_…'; this one is not"
+            raise Unauthorized(msg)
+        key = _key(row)
+        return Caller(tenant=key.tenant, actor=f"key:{key.id}", scopes=key.scopes)
+
+
+def check_tenant(tenant: str) -> None:
+    """Raise ``InvalidInput`` unless ``tenant`` can name a folder and a column."""
+    if not _TENANT.fullmatch(tenant):
+        msg = (
+            "a tenant must be named by 1 to 63 lower-case letters, digits, '-' and '_', beginning "
+            f"with a letter or digit; got {tenant!r}"
+        )
+        raise InvalidInput(msg, tenant=tenant)
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _find(connection: Connection, key_id: str) -> RowMapping | None:
+    query = sa.select(api_keys).where(api_keys.c.id == key_id)
+    return connection.execute(query).mappings().first()
+
+
+def _key(row: RowMapping) -> ApiKey:
+    return ApiKey(
+        id=row["id"],
+        tenant=row["tenant"],
+        name=row["name"],
+        scopes=frozenset(Scope(s) for s in row["scopes"].split(",") if s),
+        created_at=row["created_at"],
+        expires_at=row["expires_at"],
+        revoked_at=row["revoked_at"],
+    )
+
+
+def _unknown(key_id: str) -> NotFound:
+    return NotFound(f"the key must exist; there is no key '{key_id}'", key=key_id)
