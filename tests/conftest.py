@@ -9,8 +9,8 @@ from pathlib import Path
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
-import hypothesis
-import pytest
+import hypothesis  # noqa: E402  # see above
+import pytest  # noqa: E402
 
 # Derandomised: a run that fails, fails again. Without a deadline: the machine may be busy.
 hypothesis.settings.register_profile("bitquota", deadline=None, derandomize=True, database=None)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vocabulary_strategies import WIDTHS, choices, inventories, layers, schemes, tables
 
 from bitquota.candidates import (
     RESOURCES,
@@ -25,6 +24,7 @@ from bitquota.candidates import (
 from bitquota.canonical import canonical_json
 from bitquota.errors import InvalidInput, InvalidModel, UnknownLayer
 from bitquota.storage import Scheme, storage_size
+from vocabulary_strategies import WIDTHS, choices, inventories, layers, schemes, tables
 
 
 def layer(name: str, rows: int = 4, columns: int = 8, **members) -> Layer:

@@ -7,7 +7,6 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vocabulary_strategies import WIDTHS, schemes, sizes
 
 from bitquota.canonical import canonical_json
 from bitquota.errors import InvalidInput
@@ -22,6 +21,7 @@ from bitquota.storage import (
     n_scales,
     storage_size,
 )
+from vocabulary_strategies import WIDTHS, schemes, sizes
 
 SIDES = st.integers(1, 70)
 
