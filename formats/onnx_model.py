@@ -58,28 +58,61 @@ class OnnxLayer:
     groups: int = 1
 
 
-class _Session:
-    """An ONNX Runtime session that copies of a module share."""
+class _Sessions:
+    """The ONNX Runtime sessions of one graph; copies of a module share them.
 
-    def __init__(self, model: bytes) -> None:
-        ort = import_onnxruntime()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        try:
-            self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as err:  # onnxruntime raises its own kinds
-            msg = f"ONNX Runtime must be able to run the model; it says: {_first_line(err)}"
-            raise InvalidModel(msg) from err
+    A session holds no state between runs: all weights that count are inputs.
+    """
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Session:
-        """Sessions hold no state between runs, so copies share one."""
+    def __init__(self, model: Any, observed: tuple[str, ...]) -> None:  # noqa: ANN401
+        self.model = model
+        self.observed = observed
+        self.plain = _session(model)
+        self._watched: Any = None
+
+    @property
+    def watched(self) -> Any:  # noqa: ANN401  # onnxruntime.InferenceSession
+        """A session that also returns what the layers take and give; built when first asked."""
+        if self._watched is None:
+            import onnx
+
+            model = onnx.ModelProto()
+            model.CopyFrom(self.model)
+            names = {v.name for v in model.graph.output}
+            for name in self.observed:
+                if name not in names:
+                    model.graph.output.append(onnx.ValueInfoProto(name=name))
+            self._watched = _session(model)
+        return self._watched
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Sessions:
+        """Return the same object."""
         return self
 
 
+def _session(model: Any) -> Any:  # noqa: ANN401  # onnx.ModelProto to InferenceSession
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        data = model.SerializeToString()
+    except ValueError as err:
+        msg = f"an ONNX model must be below 2 GiB without its layers' weights; it is not: {err}"
+        raise InvalidModel(msg) from err
+    try:
+        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as err:  # onnxruntime raises its own kinds
+        msg = f"ONNX Runtime must be able to run the model; it says: {_first_line(err)}"
+        raise InvalidModel(msg) from err
+
+
 class OnnxModule(nn.Module):
-    """An ONNX graph with its weights as parameters of (never called) layer modules.
+    """An ONNX graph, run whole; its layers hold weights and biases but compute nothing.
+
+    Forward hooks on layers are served with the tensors of the graph (for counting, or for
+    collecting inputs and outputs). What would change a layer's input or output is refused.
 
     Attributes:
         layers: Where each quantizable weight stands.
@@ -91,59 +124,118 @@ class OnnxModule(nn.Module):
 
         proto = read_onnx(path)
         self.layers = find_layers(proto)
-        self._fixed_batch: int | None = None
         initializers = {t.name: t for t in proto.graph.initializer}
         given = [v for v in proto.graph.input if v.name not in initializers]
         self._inputs = [(v.name, _numpy_type(v, path)) for v in given]
-        self._find_batch(given)
+        self._fixed_batch = _fixed_batch(given)
         outputs = [v.name for v in proto.graph.output]
         self._output = "logits" if "logits" in outputs else outputs[0]
-        self._weights: list[tuple[str, str, Any]] = []
-        declared = {v.name for v in proto.graph.input}
+        nodes = {n.name or n.output[0]: n for n in proto.graph.node}
+        self._calls: list[tuple[str, str, str]] = []
+        fed: dict[str, str] = {}
         for layer in self.layers:
-            tensor = initializers[layer.initializer]
-            array = onnx.numpy_helper.to_array(tensor)
-            name = self._add_layer(layer, array)
-            self._weights.append((layer.initializer, name, _FLOATS[tensor.data_type]))
-            if layer.initializer not in declared:
+            array = onnx.numpy_helper.to_array(initializers[layer.initializer])
+            users = [nodes[name] for name in layer.nodes]
+            biases = {_bias(node, initializers) for node in users}
+            bias = biases.pop() if len(biases) == 1 else None
+            bias = None if bias in fed else bias
+            values = None if bias is None else onnx.numpy_helper.to_array(initializers[bias])
+            self._add_layer(layer, array, values)
+            fed[layer.initializer] = f"{layer.name}.weight"
+            if bias is not None:
+                fed[bias] = f"{layer.name}.bias"
+            for node in users:
+                data = _data_input(node, layer.initializer)
+                self._calls.append((layer.name, data, node.output[0]))
+        self._weights = [(k, v, _FLOATS[initializers[k].data_type]) for k, v in fed.items()]
+        declared = {v.name for v in proto.graph.input}
+        for name in fed:
+            tensor = initializers[name]
+            if name not in declared:
                 proto.graph.input.append(
-                    onnx.helper.make_tensor_value_info(
-                        tensor.name, tensor.data_type, list(tensor.dims)
-                    )
+                    onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims))
                 )
-        counted = {layer.initializer for layer in self.layers}
         for name, tensor in initializers.items():
-            if name not in counted:
+            if name not in fed:
                 _register(self, name, torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()))
+        kept = [t for t in proto.graph.initializer if t.name not in fed]
+        del proto.graph.initializer[:]
+        proto.graph.initializer.extend(kept)
+        kept = [v for v in proto.graph.output if v.name == self._output]
         del proto.graph.output[:]
-        proto.graph.output.append(
-            next(v for v in read_onnx(path).graph.output if v.name == self._output)
-        )
-        try:
-            self._session = _Session(proto.SerializeToString())
-        except ValueError as err:
-            if isinstance(err, InvalidModel):
-                raise
-            msg = f"an ONNX model must be below 2 GiB; '{path.name}' is not: {err}"
-            raise InvalidModel(msg) from err
+        proto.graph.output.extend(kept)
+        mine = {name for name, _ in self._inputs}
+        observed = [n for _, a, b in self._calls for n in (a, b) if n not in mine]
+        self._sessions = _Sessions(proto, tuple(dict.fromkeys(observed)))
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Run the graph on ``inputs`` (in graph order) with the parameters as they are now."""
-        self._refuse_hooks()
+        """Run the graph on ``inputs`` (in graph order) with the parameters as they are now.
+
+        Raises:
+            MeasurementFailed: A hook wants to change a layer's input or output.
+            ValueError: ONNX Runtime does not take the inputs.
+        """
         if len(inputs) != len(self._inputs):
             names = ", ".join(name for name, _ in self._inputs)
             msg = f"the model takes {len(self._inputs)} inputs ({names}); got {len(inputs)}"
             raise ValueError(msg)
-        feed = {name: self._weight(path, dtype) for name, path, dtype in self._weights}
+        weights = {name: self._weight(path, dtype) for name, path, dtype in self._weights}
         arrays = [
             np.ascontiguousarray(tensor.detach().cpu().numpy().astype(dtype, copy=False))
             for tensor, (_, dtype) in zip(inputs, self._inputs, strict=True)
         ]
-        if self._fixed_batch is None:
-            result = self._run(feed, arrays)
-        else:
-            result = self._run_in_pieces(feed, arrays, self._fixed_batch)
+        batch = len(arrays[0]) if self._fixed_batch is None else self._fixed_batch
+        pieces = []
+        for start in range(0, len(arrays[0]), max(batch, 1)):
+            # The last piece of a graph with a fixed batch is padded with its last sample.
+            rows = slice(start, start + batch)
+            pieces.append(self._run(weights, [_padded(a[rows], batch) for a in arrays]))
+        result = np.concatenate(pieces)[: len(arrays[0])] if len(pieces) > 1 else pieces[0]
+        if self._fixed_batch is not None:
+            result = result[: len(arrays[0])]
         return torch.from_numpy(result.astype(np.float32, copy=False)).to(inputs[0].device)
+
+    def _run(self, weights: dict[str, NDArray[Any]], arrays: list[NDArray[Any]]) -> NDArray[Any]:
+        feed = weights | {name: a for (name, _), a in zip(self._inputs, arrays, strict=True)}
+        watched = self._hooked()
+        session = self._sessions.watched if watched else self._sessions.plain
+        wanted = [self._output, *(self._sessions.observed if watched else ())]
+        try:
+            results = dict(zip(wanted, session.run(wanted, feed), strict=True))
+        except Exception as err:  # onnxruntime raises its own kinds
+            raise ValueError(_first_line(err)) from err
+        if watched:
+            self._serve_hooks(watched, feed | results)
+        result = results[self._output]
+        if not isinstance(result, np.ndarray):
+            msg = f"the model must return a tensor; '{self._output}' is none"
+            raise TypeError(msg)
+        return result
+
+    def _hooked(self) -> frozenset[str]:
+        names = set()
+        for layer in self.layers:
+            module = self.get_submodule(layer.name)
+            if module._forward_pre_hooks:  # noqa: SLF001  # there is no public way to ask
+                raise _cannot_change(layer.name)
+            if module._forward_hooks:  # noqa: SLF001
+                names.add(layer.name)
+        return frozenset(names)
+
+    def _serve_hooks(self, watched: frozenset[str], values: dict[str, NDArray[Any]]) -> None:
+        for name, given, made in self._calls:
+            if name not in watched:
+                continue
+            module = self.get_submodule(name)
+            result = torch.from_numpy(values[made])
+            # Calling the module runs its hooks; what it would compute, the graph has computed.
+            module.forward = lambda *_, result=result: result
+            try:
+                returned = module(torch.from_numpy(values[given]))
+            finally:
+                del module.forward
+            if returned is not result:
+                raise _cannot_change(name)
 
     def example_inputs(self, path: Path) -> tuple[Tensor, ...] | None:
         """Return zeros for two samples, if the file fixes every dimension but the first."""
@@ -165,50 +257,11 @@ class OnnxModule(nn.Module):
         data: Tensor = getattr(self.get_submodule(owner), leaf)
         return np.ascontiguousarray(data.detach().cpu().numpy().astype(dtype, copy=False))
 
-    def _run(self, weights: dict[str, NDArray[Any]], arrays: list[NDArray[Any]]) -> NDArray[Any]:
-        feed = weights | {name: a for (name, _), a in zip(self._inputs, arrays, strict=True)}
-        try:
-            (result,) = self._session.session.run([self._output], feed)
-        except Exception as err:  # onnxruntime raises its own kinds
-            raise ValueError(_first_line(err)) from err
-        if not isinstance(result, np.ndarray):
-            msg = f"the model must return a tensor; '{self._output}' is none"
-            raise TypeError(msg)
-        return result
-
-    def _run_in_pieces(
-        self, weights: dict[str, NDArray[Any]], arrays: list[NDArray[Any]], batch: int
-    ) -> NDArray[Any]:
-        """Run a graph that was exported for one batch size; the last piece is padded."""
-        n = len(arrays[0])
-        pieces = []
-        for start in range(0, n, batch):
-            rows = [min(start + k, n - 1) for k in range(batch)]
-            pieces.append(self._run(weights, [array[rows] for array in arrays]))
-        return np.concatenate(pieces)[:n]
-
-    def _find_batch(self, given: list[Any]) -> None:
-        sizes = {
-            v.type.tensor_type.shape.dim[0].dim_value for v in given if v.type.tensor_type.shape.dim
-        } - {0}
-        if len(sizes) == 1:
-            self._fixed_batch = sizes.pop()
-
-    def _refuse_hooks(self) -> None:
-        """Layers here are never called, so a hook on one would silently do nothing."""
-        for name, module in self.named_modules():
-            if module is not self and (module._forward_pre_hooks or module._forward_hooks):  # noqa: SLF001
-                msg = (
-                    f"an ONNX model runs as a whole in ONNX Runtime: inputs and outputs of layer "
-                    f"'{name}' cannot be quantized or corrected; leave out activation bits and "
-                    "corrections, or hand in the model as .pt2"
-                )
-                raise MeasurementFailed(msg, layer=name)
-
-    def _add_layer(self, layer: OnnxLayer, array: NDArray[Any]) -> str:
+    def _add_layer(self, layer: OnnxLayer, array: NDArray[Any], bias: NDArray[Any] | None) -> None:
         module = _layer_module(layer, array)
-        parameter = nn.Parameter(torch.from_numpy(array.astype(np.float32)))
-        module.weight = parameter
+        module.weight = nn.Parameter(torch.from_numpy(array.astype(np.float32)))
+        if bias is not None:
+            module.bias = nn.Parameter(torch.from_numpy(bias.astype(np.float32)))
         *parents, last = layer.name.split(".")
         owner: nn.Module = self
         for part in parents:
@@ -220,7 +273,41 @@ class OnnxModule(nn.Module):
         for name, child in getattr(owner._modules.get(last), "_modules", {}).items():  # noqa: SLF001
             module.add_module(name, child)
         owner.add_module(last, module)
-        return f"{layer.name}.weight"
+
+
+def _cannot_change(layer: str) -> MeasurementFailed:
+    msg = (
+        f"an ONNX model runs as a whole in ONNX Runtime, so the input and output of layer "
+        f"'{layer}' cannot be changed: leave out activation bits, or hand in the model as .pt2"
+    )
+    return MeasurementFailed(msg, layer=layer)
+
+
+def _fixed_batch(given: list[Any]) -> int | None:
+    """Return the batch size that a graph was exported for, or ``None`` if any will do."""
+    shapes = [v.type.tensor_type.shape.dim for v in given]
+    sizes = {dims[0].dim_value for dims in shapes if dims} - {0}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _padded(array: NDArray[Any], batch: int) -> NDArray[Any]:
+    missing = batch - len(array)
+    return array if missing <= 0 else np.concatenate([array, array[-1:].repeat(missing, axis=0)])
+
+
+def _bias(node: Any, initializers: dict[str, Any]) -> str | None:  # noqa: ANN401  # onnx.NodeProto
+    if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or len(node.input) < 3:
+        return None
+    tensor = initializers.get(node.input[2])
+    plain = tensor is not None and len(tensor.dims) == 1 and tensor.data_type in _FLOATS
+    return node.input[2] if plain else None
+
+
+def _data_input(node: Any, initializer: str) -> str:  # noqa: ANN401  # onnx.NodeProto
+    if node.op_type == "Gather":
+        return str(node.input[1])
+    first, second = node.input[0], node.input[1]
+    return str(second if first == initializer else first)
 
 
 def load_onnx(path: Path) -> LoadedModel:
@@ -427,7 +514,8 @@ def _numpy_type(value: Any, path: Path) -> np.dtype[Any]:  # noqa: ANN401  # onn
     if kind in (0, onnx.TensorProto.STRING):
         msg = f"inputs of '{path.name}' must be numeric tensors; '{value.name}' is not"
         raise InvalidModel(msg, input=value.name)
-    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
+    dtype: np.dtype[Any] = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
+    return dtype
 
 
 def import_onnxruntime() -> Any:  # noqa: ANN401  # a module

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from bitquota.errors import BitquotaError, InvalidModel, UnsafeModel
+from bitquota.formats.exported_graph import ExportedModel
 from bitquota.formats.layer_calls import module_for_call
 from bitquota.formats.pt2_vetting import PARAMETER_NAME, VALUE_NAME, vet_operator
 
@@ -60,7 +61,7 @@ class Pt2Model:
         parameter_formats: Data type of each parameter as stored.
     """
 
-    module: fx.GraphModule
+    module: ExportedModel
     n_inputs: int
     parameter_formats: dict[str, str]
 
@@ -105,7 +106,7 @@ class _Builder:
         self._add_nodes(graph)
         self.graph.output(self._output(signature["output_specs"]))
         self.graph.lint()
-        module = fx.GraphModule(self.root, self.graph, class_name="ExportedModel").eval()
+        module = ExportedModel(self.root, self.graph).eval()
         return Pt2Model(module=module, n_inputs=n_inputs, parameter_formats=formats)
 
     def _register_tensors(self) -> dict[str, str]:

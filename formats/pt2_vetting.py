@@ -58,7 +58,7 @@ _IGNORED_MEMBERS = (re.compile(r"data/sample_inputs/[A-Za-z0-9_]+\.pt"),)
 """Pickles that torch always writes. They are never opened."""
 
 PARAMETER_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-"""Names become attribute paths in generated Python, so nothing else may stand in them."""
+"""Names become attribute paths of modules, and nothing else may stand in them."""
 
 VALUE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 

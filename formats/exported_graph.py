@@ -1,0 +1,126 @@
+"""A module that executes a list of calls: a rebuilt graph, without generating any code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """The result of an earlier step."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One call.
+
+    Attributes:
+        kind: ``input``, ``tensor`` (a parameter or buffer), ``module`` or ``function``.
+        target: Position of an input, path of a tensor or module, or the function.
+        args: Constants and earlier values.
+        kwargs: Likewise.
+        free: Values that nothing after this step reads.
+    """
+
+    kind: str
+    target: Any
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any]
+    free: tuple[int, ...] = ()
+
+
+class ExportedModel(nn.Module):
+    """Holds the layers and tensors of a graph under their names, and runs its calls in order."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        """Take over what ``root`` holds and the calls of ``graph``."""
+        super().__init__()
+        used = {str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")}
+        for name, child in root.named_children():
+            if any(target == name or target.startswith(name + ".") for target in used):
+                self.add_module(name, child)
+        for name, parameter in root.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in root.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+        self._steps, self._result = _steps(graph)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Run all calls on ``inputs`` and return the graph's output."""
+        values: dict[int, Any] = {}
+
+        def resolve(arg: Any) -> Any:  # noqa: ANN401  # an operator's argument
+            if isinstance(arg, _Value):
+                return values[arg.index]
+            if isinstance(arg, (list, tuple)):
+                return [resolve(a) for a in arg]
+            return arg
+
+        n_inputs = sum(step.kind == "input" for step in self._steps)
+        if len(inputs) != n_inputs:
+            msg = f"the model takes {n_inputs} inputs; got {len(inputs)}"
+            raise TypeError(msg)
+        for index, step in enumerate(self._steps):
+            if step.kind == "input":
+                values[index] = inputs[step.target]
+            elif step.kind == "tensor":
+                owner, _, name = step.target.rpartition(".")
+                values[index] = getattr(self.get_submodule(owner), name)
+            else:
+                call: Callable[..., Any] = step.target
+                if step.kind == "module":
+                    call = self.get_submodule(step.target)
+                kwargs = {name: resolve(arg) for name, arg in step.kwargs.items()}
+                values[index] = call(*[resolve(arg) for arg in step.args], **kwargs)
+            for done in step.free:
+                del values[done]
+        result: Tensor = values[self._result]
+        return result
+
+
+def _steps(graph: fx.Graph) -> tuple[tuple[Step, ...], int]:
+    nodes = [node for node in graph.nodes if node.op != "output"]
+    index = {node: k for k, node in enumerate(nodes)}
+    output = next(node for node in graph.nodes if node.op == "output").args[0]
+    last_use = {source: node for node in nodes for source in node.all_input_nodes}
+    n_inputs = 0
+    steps = []
+    for node in nodes:
+        free = [
+            s
+            for s in dict.fromkeys(node.all_input_nodes)
+            if last_use[s] is node and s is not output
+        ]
+        if node not in last_use and node is not output:
+            free.append(node)  # computed for nothing
+        kind = {"placeholder": "input", "get_attr": "tensor", "call_module": "module"}
+        target: Any = node.target
+        if node.op == "placeholder":
+            target = n_inputs
+            n_inputs += 1
+        steps.append(
+            Step(
+                kind=kind.get(node.op, "function"),
+                target=target,
+                args=tuple(_refer(arg, index) for arg in node.args),
+                kwargs={name: _refer(arg, index) for name, arg in node.kwargs.items()},
+                free=tuple(index[s] for s in free),
+            )
+        )
+    return tuple(steps), index[output]
+
+
+def _refer(arg: Any, index: dict[fx.Node, int]) -> Any:  # noqa: ANN401  # an operator's argument
+    if isinstance(arg, fx.Node):
+        return _Value(index[arg])
+    if isinstance(arg, (list, tuple)):
+        return tuple(_refer(a, index) for a in arg)
+    return arg
