@@ -151,7 +151,7 @@ def solve_quadratic(
     convex = convexify(core, point)
     tree = Tree(core, convex)
     z = np.clip(np.diag(point.pair_values), 1e-6, None)
-    code = tree.root(incumbent, z, np.zeros(len(core.b)))
+    code = tree.root(incumbent, z, point.multipliers)
     record.formula(tree)
     root_bound = float(tree.bound[0])
     control.tell("bound", incumbent, root_bound, 1, problem.offsets)
@@ -195,6 +195,7 @@ def _bound(core: Core, incumbent: Incumbent, control: Control, problem: Problem)
             cut_columns=empty,
             cut_values=np.zeros(0),
             products=np.zeros((m, n)),
+            multipliers=np.zeros(m),
             bound=-math.inf,
             iterations=0,
             pair_values=np.diag(1.0 / np.diff(core.off)[core.grp]),
@@ -205,7 +206,7 @@ def _bound(core: Core, incumbent: Incumbent, control: Control, problem: Problem)
         control.tell("bound", incumbent, value, 0, problem.offsets)
         return value >= incumbent.cutoff or control.stopped()
 
-    state, iterations = interior_point(lifted, tolerance=1e-4, stop=enough)
+    state, iterations = interior_point(lifted, tolerance=1e-2, stop=enough)
     return dual_point(lifted, state, iterations)
 
 

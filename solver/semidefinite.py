@@ -133,6 +133,7 @@ class DualPoint:
     cut_columns: Ints
     cut_values: Floats
     products: Floats
+    multipliers: Floats
     bound: float
     iterations: int
     pair_values: Floats
@@ -392,6 +393,7 @@ def dual_point(lifted: Lifted, state: State, iterations: int) -> DualPoint:
         cut_columns=second,
         cut_values=amounts,
         products=products,
+        multipliers=np.maximum(y[ne : ne + m], 0.0) / lifted.unit,
         bound=float(y[0]) + core.constant,
         iterations=iterations,
         pair_values=X,

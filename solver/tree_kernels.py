@@ -259,37 +259,35 @@ def relax(
     n, m = len(l), len(f)
     restrict(z, s, ok, off)
     gradient(Q, l, z, s)
-    trial = lam.copy()
+    trial, best_lam, best_z = lam.copy(), lam.copy(), z.copy()
     best = -np.inf
     stalled = 0
     for step in range(rounds):
-        descend(Q, s, z, ok, off, F, trial, 2)
+        if step > 0:
+            descend(Q, s, z, ok, off, F, trial, 2)
         for k in range(m):
             lam[k] = trial[k]
         bound = node_bound(const, l, e, z, s, ok, off, F, f, lam, work)
-        if bound >= cutoff:
-            break
-        if bound > best + 0.02 * (cutoff - best):
-            stalled = 0
+        if bound > best:
+            gained = bound > best + 0.05 * (cutoff - best)
+            best = bound
+            for k in range(m):
+                best_lam[k] = lam[k]
+            for p in range(n):
+                best_z[p] = z[p]
         else:
-            stalled += 1
-        best = max(best, bound)
+            gained = False
+        if best >= cutoff:
+            break
+        stalled = 0 if gained else stalled + 1
         if stalled >= 3:
             break
         for k in range(m):
-            use = -f[k]
-            for p in range(n):
-                if z[p] != 0.0:
-                    use += F[k, p] * z[p]
-            # The bound's best multiplier leads; it is followed only in the direction in which
-            # the current point violates or wastes the budget.
-            toward = lam[k] - trial[k]
-            if (use > 0.0) == (toward > 0.0):
-                trial[k] += 0.7 * toward
-            else:
-                trial[k] += 0.2 * toward
-            if step == 0 and trial[k] == 0.0:
-                trial[k] = 0.5 * lam[k]
+            trial[k] += 0.5 * (lam[k] - trial[k])
+    for k in range(m):
+        lam[k] = best_lam[k]
+    for p in range(n):
+        z[p] = best_z[p]
     store(z, ok, off, point)
     gradient(Q, l, z, s)
     return node_bound(const, l, e, z, s, ok, off, F, f, lam, work)
