@@ -1,0 +1,203 @@
+"""Watch which weights a model multiplies with while it runs, whatever its modules look like.
+
+The watchers see the calls of operators themselves, so they work alike on ordinary modules and on
+graphs that ``torch.export`` made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from bitquota.sensitivity.discovery import tensor_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+_WEIGHT_AT = {
+    "conv1d": 1, "conv2d": 1, "conv3d": 1,
+    "conv_transpose1d": 1, "conv_transpose2d": 1, "conv_transpose3d": 1,
+    "linear": 1, "addmm": 2,
+}  # fmt: skip
+"""Position of the weight among the arguments of each operator that a layer calls."""
+
+_METADATA = frozenset(
+    {
+        "size", "dim", "stride", "numel", "__len__", "is_floating_point", "is_complex",
+        "data_ptr", "is_contiguous", "element_size", "storage_offset", "__get__", "type",
+        "get_device", "ndimension", "_version", "__hash__", "__repr__", "__format__",
+    }
+)  # fmt: skip
+"""Functions that look at a tensor without using its values, unless they return a tensor."""
+
+
+def operator_name(function: Any) -> str:  # noqa: ANN401  # any callable
+    """Return the bare name: ``conv2d`` for ``torch.conv2d`` and for ``aten.conv2d.default``."""
+    if isinstance(function, torch._ops.OpOverload):  # noqa: SLF001
+        return function._schema.name.removeprefix("aten::")  # noqa: SLF001
+    return str(getattr(function, "__name__", function))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerCall:
+    """One multiplication with a weight.
+
+    Attributes:
+        operator: Bare name of the operator.
+        weight: The weight.
+        bias: The bias, if there is one.
+        inputs: The activation that is multiplied.
+        channel_axis: Axis of the output that counts output channels.
+    """
+
+    operator: str
+    weight: Tensor
+    bias: Tensor | None
+    inputs: Tensor
+    channel_axis: int
+
+
+def layer_call(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output_dims: int
+) -> LayerCall | None:
+    """Return the call if it is one of a layer, else ``None``."""
+    if name not in _WEIGHT_AT:
+        return None
+    if name == "addmm":
+        if len(args) < 3:
+            return None
+        bias, inputs, weight = args[0], args[1], args[2]
+    else:
+        inputs = args[0] if args else kwargs.get("input")
+        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        bias = args[2] if len(args) > 2 else kwargs.get("bias")
+    if not isinstance(weight, torch.Tensor) or not isinstance(inputs, torch.Tensor):
+        return None
+    axis = -1
+    if name.startswith("conv"):
+        axis = output_dims - (int(name.rstrip("d")[-1]) + 1)  # an unbatched input has no axis 0
+    return LayerCall(operator=name, weight=weight, bias=bias, inputs=inputs, channel_axis=axis)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BatchNormCall:
+    """The arguments of one batch normalisation."""
+
+    inputs: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    training: bool
+    eps: float
+
+
+def batch_norm_call(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> BatchNormCall | None:
+    """Return the call if it is a batch normalisation, else ``None``."""
+    if name == "batch_norm":
+        aten = len(args) == 9 or "cudnn_enabled" in kwargs
+        order = (
+            ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum",
+             "eps", "cudnn_enabled")
+            if aten
+            else ("input", "running_mean", "running_var", "weight", "bias", "training",
+                  "momentum", "eps")
+        )  # fmt: skip
+    elif name == "_native_batch_norm_legit_no_training":
+        order = ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")
+    else:
+        return None
+    given = dict(zip(order, args, strict=False)) | kwargs
+    return BatchNormCall(
+        inputs=given["input"],
+        running_mean=given.get("running_mean"),
+        running_var=given.get("running_var"),
+        weight=given.get("weight"),
+        bias=given.get("bias"),
+        training=bool(given.get("training", False)),
+        eps=float(given.get("eps", 1e-5)),
+    )
+
+
+@dataclass(slots=True, eq=False)
+class Event:
+    """One executed function: what it was called with and what it returned."""
+
+    name: str
+    layer: LayerCall | None
+    batch_norm: BatchNormCall | None
+    output: Tensor | None
+
+
+class Trace(TorchFunctionMode):
+    """Records layer and batch-norm calls, and how often every tensor's values are used.
+
+    All tensors are kept alive until the trace is dropped, so that an identity is never reused.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[Event] = []
+        self.uses: dict[int, int] = {}
+        self._alive: list[Any] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Run ``func`` and write down what it used."""
+        del types
+        named = kwargs or {}
+        result = func(*args, **named)
+        name = operator_name(func)
+        if name not in _METADATA or next(tensors_in(result), None) is not None:
+            for tensor in tensors_in((args, named)):
+                self.uses[id(tensor)] = self.uses.get(id(tensor), 0) + 1
+                self._alive.append(tensor)
+        self._alive.append(result)
+        output = next(tensors_in(result), None)
+        if output is not None:
+            self.events.append(
+                Event(
+                    name=name,
+                    layer=layer_call(name, args, named, output.ndim),
+                    batch_norm=batch_norm_call(name, args, named),
+                    output=output,
+                )
+            )
+        return result
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:  # noqa: ANN401  # any structure
+    """Yield the tensors of nested tuples, lists and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+def parameter_owners(module: nn.Module) -> dict[tuple[Any, ...], list[tuple[nn.Module, str, str]]]:
+    """Return, for each stored tensor, every ``(owner, attribute, full name)`` that holds it."""
+    owners: dict[tuple[Any, ...], list[tuple[nn.Module, str, str]]] = {}
+    for path, owner in module.named_modules():
+        own = [*owner._parameters.items(), *owner._buffers.items()]  # noqa: SLF001
+        for attribute, tensor in own:
+            if tensor is not None:
+                full = f"{path}.{attribute}" if path else attribute
+                owners.setdefault(tensor_key(tensor), []).append((owner, attribute, full))
+    return owners

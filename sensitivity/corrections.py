@@ -1,0 +1,459 @@
+"""Repair steps after post-training quantization that need no training.
+
+References:
+    [Nagel19] M. Nagel, M. van Baalen, T. Blankevoort, M. Welling, "Data-Free Quantization Through
+    Weight Equalization and Bias Correction", 2019, arXiv 1906.04721 (bias correction).
+    [Chan79] T. Chan, G. Golub, R. LeVeque, "Updating Formulae and a Pairwise Algorithm for
+    Computing Sample Variances", 1979 (merging means and variances).
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+
+from bitquota.candidates import LayerKind
+from bitquota.errors import InvalidInput
+from bitquota.sensitivity.calibration import CalibrationSet
+from bitquota.sensitivity.calls import (
+    BatchNormCall,
+    Event,
+    LayerCall,
+    Trace,
+    batch_norm_call,
+    layer_call,
+    operator_name,
+    parameter_owners,
+    tensors_in,
+)
+from bitquota.sensitivity.discovery import tensor_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+    from bitquota.candidates import Inventory
+
+DEFAULT_BATCH = 256
+"""Samples per pass when statistics are re-estimated: enough that a batch stands for the set."""
+
+Batches = CalibrationSet | Iterable[tuple["Tensor", ...]]
+"""Samples: a calibration set, or batches of positional arguments."""
+
+
+def fold_batch_norm(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> nn.Module:
+    """Return a copy whose batch norms are multiplied into the layers before them.
+
+    A batch norm is folded if its input is the output of a convolution or linear layer that
+    nothing else reads; which layer that is is found by running the model, not by where modules
+    stand. ``w' = w g / sqrt(v + eps)``, ``b' = (b - m) g / sqrt(v + eps) + beta``, computed in
+    float64. Batch norms behind anything else stay as they are.
+
+    Args:
+        module: The model; it is not changed. Ordinary modules, or a module of ``torch.export``.
+        example_inputs: Positional arguments for one pass.
+
+    Returns:
+        A copy in eval mode with outputs equal up to rounding. Folded batch norms become
+        ``nn.Identity``; layers without a bias get one.
+
+    Cost: one forward pass.
+    """
+    with warnings.catch_warnings():
+        # torch 2.13 warns about its own tree specifications when an exported graph is copied.
+        warnings.simplefilter("ignore", FutureWarning)
+        folded = copy.deepcopy(module)
+    for part in folded.modules():
+        part.training = False  # exported modules refuse eval()
+    trace = Trace()
+    with torch.no_grad(), trace:
+        result = folded(*example_inputs)
+    for tensor in tensors_in(result):
+        trace.uses[id(tensor)] = trace.uses.get(id(tensor), 0) + 1
+    owners = parameter_owners(folded)
+    for layer, norm in _foldable_pairs(trace):
+        assert norm.running_mean is not None  # noqa: S101  # _foldable_pairs
+        assert norm.running_var is not None  # noqa: S101
+        weight_owners = owners.get(tensor_key(layer.weight), [])
+        norm_owners = owners.get(tensor_key(norm.running_mean), [])
+        if len(weight_owners) != 1 or len(norm_owners) != 1:
+            continue  # tied: another place would be changed too
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight.double()
+        shift = -norm.running_mean.double() * scale
+        if norm.bias is not None:
+            shift = shift + norm.bias.double()
+        with torch.no_grad():
+            if layer.bias is not None:
+                shift = shift + layer.bias.double() * scale
+            per_weight = _scale_of_weight(layer, scale)
+            layer.weight.copy_((layer.weight.double() * per_weight).to(layer.weight.dtype))
+            bias = ensure_bias(folded, *weight_owners[0], rows=len(scale))
+            bias.copy_(shift.to(bias.dtype))
+        _remove_batch_norm(folded, *norm_owners[0])
+    return folded
+
+
+def _foldable_pairs(trace: Trace) -> Iterator[tuple[LayerCall, BatchNormCall]]:
+    producers: dict[int, Event] = {}
+    calls: dict[tuple[Any, ...], int] = {}
+    for event in trace.events:
+        if event.layer is not None:
+            assert event.output is not None  # noqa: S101  # Trace records outputs only
+            producers[id(event.output)] = event
+            key = tensor_key(event.layer.weight)
+            calls[key] = calls.get(key, 0) + 1
+        if event.batch_norm is not None and event.batch_norm.running_mean is not None:
+            key = tensor_key(event.batch_norm.running_mean)
+            calls[key] = calls.get(key, 0) + 1
+    for event in trace.events:
+        norm = event.batch_norm
+        if norm is None or norm.training or norm.running_mean is None:
+            continue
+        before = producers.get(id(norm.inputs))
+        if before is None or before.layer is None or trace.uses[id(norm.inputs)] != 1:
+            continue
+        layer = before.layer
+        once = calls[tensor_key(layer.weight)] == 1 and calls[tensor_key(norm.running_mean)] == 1
+        # Batch norm counts channels on axis 1; a linear layer does so only on [N, C].
+        same_axis = layer.channel_axis % norm.inputs.ndim == 1
+        if once and same_axis:
+            yield layer, norm
+
+
+def _scale_of_weight(layer: LayerCall, scale: Tensor) -> Tensor:
+    """Return ``scale`` (one per output channel) in a shape that multiplies the weight."""
+    weight = layer.weight
+    if layer.operator == "addmm":
+        return scale[None, :]
+    if layer.operator.startswith("conv_transpose"):
+        per_group = weight.shape[1]
+        groups = len(scale) // per_group
+        spread = scale.reshape(groups, 1, per_group).expand(-1, weight.shape[0] // groups, -1)
+        flat = spread.reshape(weight.shape[0], per_group)
+        return flat.reshape(*flat.shape, *([1] * (weight.ndim - 2)))
+    return scale.reshape(-1, *([1] * (weight.ndim - 1)))
+
+
+def _remove_batch_norm(root: nn.Module, owner: nn.Module, attribute: str, name: str) -> None:
+    path = name.rpartition(".")[0]
+    if isinstance(owner, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001
+        parent = root.get_submodule(path.rpartition(".")[0])
+        setattr(parent, path.rpartition(".")[2], nn.Identity())
+        return
+    assert isinstance(root, fx.GraphModule)  # noqa: S101  # functional calls come from a graph
+    for node in list(root.graph.nodes):
+        reads = {str(n.target) for n in node.all_input_nodes if n.op == "get_attr"}
+        if node.op == "call_function" and name in reads:
+            source = node.args[0]
+            users = list(node.users)
+            if operator_name(node.target) != "batch_norm":
+                # Decomposed batch norm returns a tuple.
+                for user in users:
+                    user.replace_all_uses_with(source)
+                    root.graph.erase_node(user)
+            else:
+                node.replace_all_uses_with(source)
+            root.graph.erase_node(node)
+    del attribute
+    root.graph.eliminate_dead_code()
+    root.delete_all_unused_submodules()
+    root.recompile()
+    _drop_unused_tensors(root, path)
+
+
+def _drop_unused_tensors(root: fx.GraphModule, path: str) -> None:
+    """Remove what a folded batch norm of an exported graph leaves behind."""
+    used = {str(node.target) for node in root.graph.nodes if node.op == "get_attr"}
+    try:
+        owner = root.get_submodule(path)
+    except AttributeError:
+        return
+    for store in (owner._parameters, owner._buffers):  # noqa: SLF001
+        for attribute in list(store):
+            if f"{path}.{attribute}" not in used:
+                del store[attribute]
+
+
+def ensure_bias(root: nn.Module, owner: nn.Module, attribute: str, name: str, rows: int) -> Tensor:
+    """Return the bias of the layer whose weight is ``owner.attribute``, created if missing.
+
+    Args:
+        root: The model.
+        owner: The module that holds the weight.
+        attribute: Name of the weight in ``owner``.
+        name: Full name of the weight.
+        rows: Output channels.
+
+    Raises:
+        InvalidInput: The layer has no place for a bias.
+    """
+    weight = getattr(owner, attribute)
+    exported = isinstance(root, fx.GraphModule) and any(
+        node.op == "get_attr" and str(node.target) == name for node in root.graph.nodes
+    )
+    if exported:
+        assert isinstance(root, fx.GraphModule)  # noqa: S101  # just asked
+        return _ensure_bias_of_call(root, owner, name, rows)
+    if not hasattr(owner, "bias"):
+        msg = f"the layer of '{name}' has no bias and no place for one; leave it out"
+        raise InvalidInput(msg, weight=name)
+    if owner.bias is None:
+        owner.bias = nn.Parameter(weight.new_zeros(rows))
+    bias = owner.bias
+    assert isinstance(bias, torch.Tensor)  # noqa: S101  # by construction
+    return bias
+
+
+def _ensure_bias_of_call(root: fx.GraphModule, owner: nn.Module, name: str, rows: int) -> Tensor:
+    weight = next(n for n in root.graph.nodes if n.op == "get_attr" and str(n.target) == name)
+    call = next(iter(weight.users))
+    at = 0 if operator_name(call.target) == "addmm" else 2
+    old = call.args[at] if len(call.args) > at else call.kwargs.get("bias")
+    if isinstance(old, fx.Node):
+        found = root
+        for part in str(old.target).split("."):
+            found = getattr(found, part)
+        assert isinstance(found, torch.Tensor)  # noqa: S101  # a get_attr node of a call
+        return found
+    bias = nn.Parameter(owner.get_parameter(name.rpartition(".")[2]).new_zeros(rows))
+    owner.register_parameter("bias", bias)
+    with root.graph.inserting_before(call):
+        node = root.graph.get_attr(f"{name.rpartition('.')[0]}.bias".lstrip("."))
+    args = [*call.args, *([None] * (at + 1 - len(call.args)))]
+    args[at] = node
+    call.args = tuple(args)
+    root.recompile()
+    return bias
+
+
+class batch_statistics(TorchFunctionMode):  # noqa: N801  # used as a context manager
+    """Within the context every batch norm uses the statistics of the batch at hand.
+
+    Stored statistics are neither used nor changed. A batch with one value per channel has no
+    variance; it keeps the stored statistics.
+    """
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        super().__init__()
+        del module  # every batch norm that runs in the context is meant
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Replace calls of batch norm, pass on everything else."""
+        del types
+        name = operator_name(func)
+        call = batch_norm_call(name, args, kwargs or {})
+        if call is None or call.inputs.numel() <= call.inputs.shape[1]:
+            return func(*args, **(kwargs or {}))
+        self.seen(call)
+        output = torch.nn.functional.batch_norm(
+            call.inputs, None, None, call.weight, call.bias, training=True, eps=call.eps
+        )
+        return (
+            output if name == "batch_norm" else (output, output.new_empty(0), output.new_empty(0))
+        )
+
+    def seen(self, call: BatchNormCall) -> None:
+        """Do nothing; a subclass may look at the inputs."""
+
+
+@dataclass(slots=True)
+class _Moments:
+    """Count, mean and sum of squared deviations per channel, merged exactly [Chan79]."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    count: int = 0
+    mean: Tensor | None = None
+    squares: Tensor | None = None
+
+    def add(self, inputs: Tensor) -> None:
+        """Merge the values of one batch."""
+        values = inputs.detach().double().transpose(0, 1).flatten(1)  # [channels, values]
+        n, mean = values.shape[1], values.mean(dim=1)
+        squares = (values - mean[:, None]).square().sum(dim=1)
+        if self.mean is None or self.squares is None:
+            self.count, self.mean, self.squares = n, mean, squares
+            return
+        total, delta = self.count + n, mean - self.mean
+        self.squares = self.squares + squares + delta.square() * (self.count * n / total)
+        self.mean = self.mean + delta * (n / total)
+        self.count = total
+
+
+class _Collect(batch_statistics):
+    def __init__(self) -> None:
+        super().__init__()
+        self.moments: dict[tuple[Any, ...], _Moments] = {}
+
+    def seen(self, call: BatchNormCall) -> None:
+        if call.running_mean is None or call.running_var is None:
+            return
+        key = tensor_key(call.running_mean)
+        if key not in self.moments:
+            self.moments[key] = _Moments(call.running_mean, call.running_var)
+        self.moments[key].add(call.inputs)
+
+
+def reestimate_batch_norm(
+    module: nn.Module, data: Batches, *, batch_size: int = DEFAULT_BATCH
+) -> None:
+    """Set running mean and variance of every batch norm to those of ``data``, in place.
+
+    Each batch norm normalises with the statistics of the batch, as in training, and what is
+    stored is the exact mean and unbiased variance over all batches together (float64), not a
+    moving average. With a single batch this equals re-estimating the batch norms one after the
+    other; with several it differs by how much the batches differ.
+
+    Args:
+        module: The model, already quantized; run in eval mode. Unlabelled samples are enough.
+        data: Samples, or batches of positional arguments.
+        batch_size: Samples per pass when ``data`` is a calibration set.
+
+    Cost: one forward pass over ``data``. Does nothing to a model without batch norm.
+    """
+    collected = _Collect()
+    with torch.no_grad(), _eval_mode(module), collected:
+        for inputs in _batches(data, batch_size):
+            module(*inputs)
+    for moments in collected.moments.values():
+        if moments.mean is None or moments.squares is None:
+            continue
+        variance = moments.squares / max(1, moments.count - 1)
+        moments.running_mean.copy_(moments.mean.to(moments.running_mean.dtype))
+        moments.running_var.copy_(variance.to(moments.running_var.dtype))
+
+
+class _eval_mode:  # noqa: N801  # used as a context manager
+    def __init__(self, module: nn.Module) -> None:
+        self._modes = [(part, part.training) for part in module.modules()]
+
+    def __enter__(self) -> None:
+        for part, _ in self._modes:
+            part.training = False
+
+    def __exit__(self, *_: object) -> None:
+        for part, mode in self._modes:
+            part.training = mode
+
+
+def _batches(data: Batches, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
+    if isinstance(data, CalibrationSet):
+        for batch in data.batches(batch_size):
+            yield batch.inputs
+    else:
+        for batch in data:
+            yield (batch,) if isinstance(batch, torch.Tensor) else tuple(batch)
+
+
+class _OutputMeans(TorchFunctionMode):
+    """Sums the outputs of named layers per channel, and may shift them on the way."""
+
+    def __init__(
+        self,
+        names: dict[tuple[Any, ...], str],
+        shift: Callable[[str, Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.names, self.shift = names, shift
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.calls: dict[str, int] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        del types
+        output = func(*args, **(kwargs or {}))
+        if not isinstance(output, torch.Tensor):
+            return output
+        call = layer_call(operator_name(func), args, kwargs or {}, output.ndim)
+        name = None if call is None else self.names.get(tensor_key(call.weight))
+        if call is None or name is None:
+            return output
+        axis = call.channel_axis % output.ndim
+        per_channel = output.double().movedim(axis, 0).flatten(1)
+        self.calls[name] = self.calls.get(name, 0) + 1
+        self.counts[name] = self.counts.get(name, 0) + per_channel.shape[1]
+        self.sums[name] = self.sums.get(name, 0) + per_channel.sum(dim=1)
+        if self.shift is None:
+            return output
+        mean = self.sums[name] / self.counts[name]
+        change = self.shift(name, mean, output)
+        shape = [1] * output.ndim
+        shape[axis] = -1
+        return output + change.to(output.dtype).reshape(shape)
+
+
+def bias_correction(
+    module: nn.Module,
+    quantized: nn.Module,
+    inventory: Inventory,
+    data: CalibrationSet,
+) -> None:
+    """Shift the biases of ``quantized`` so that every layer's mean output is right again.
+
+    For each layer, in order of execution, the bias moves by the mean over samples and positions
+    of (full-precision output - quantized output), per output channel, all earlier layers being
+    corrected already [Nagel19, section 4.2, empirical variant]. Layers without a bias get one.
+    Embeddings, experts, and layers that run more than once per pass are left alone.
+
+    Args:
+        module: The full-precision model.
+        quantized: The same model with quantized weights; changed in place.
+        inventory: The layers.
+        data: Unlabelled samples. They run as one batch, which makes a single pass sequential.
+
+    Cost: one forward pass of each model over ``data``, in a single batch.
+    """
+    kinds = {LayerKind.EMBEDDING, LayerKind.EXPERTS}
+    layers = {layer.weight_name: layer for layer in inventory.layers if layer.kind not in kinds}
+    names = _weights_by_key(module, layers)
+    reference = _OutputMeans(names)
+    with torch.no_grad(), _eval_mode(module), reference:
+        module(*data.inputs)
+    once = {name for name, calls in reference.calls.items() if calls == 1}
+    owners = {
+        full: (owner, attribute)
+        for places in parameter_owners(quantized).values()
+        for owner, attribute, full in places
+    }
+    biases: dict[str, Tensor] = {}
+    for name in sorted(once):
+        owner, attribute = owners[name]
+        if attribute == "weight":
+            biases[name] = ensure_bias(quantized, owner, attribute, name, rows=layers[name].rows)
+
+    def shift(name: str, mean: Tensor, output: Tensor) -> Tensor:
+        if name not in biases:
+            return output.new_zeros(len(mean))
+        change = reference.sums[name] / reference.counts[name] - mean
+        biases[name].add_(change.to(biases[name].dtype))
+        return change
+
+    correcting = _OutputMeans(_weights_by_key(quantized, layers), shift)
+    with torch.no_grad(), _eval_mode(quantized), correcting:
+        quantized(*data.inputs)
+
+
+def _weights_by_key(module: nn.Module, wanted: Iterable[str]) -> dict[tuple[Any, ...], str]:
+    return {tensor_key(module.get_parameter(name)): name for name in wanted}
