@@ -14,6 +14,7 @@ BitquotaError
 │   └── BudgetTooSmall                no plan fits the budget
 ├── MeasurementFailed(RuntimeError)   exit 1, HTTP 500
 ├── SolverFailed(RuntimeError)        exit 1, HTTP 500
+├── ExportFailed(RuntimeError)        exit 1, HTTP 500
 ├── MissingDependency(ImportError)    exit 2, HTTP 501
 ├── GateFailed                        exit 1, HTTP 409: a quality gate said no
 ├── StalePlan                         exit 4, HTTP 409: the plan is of another model
@@ -141,6 +142,12 @@ class SolverFailed(BitquotaError, RuntimeError):
     """A solver backend died or answered with something that does not hold."""
 
     slug = "solver-failed"
+
+
+class ExportFailed(BitquotaError, RuntimeError):
+    """Files that were written do not read back as the plan says."""
+
+    slug = "export-failed"
 
 
 class MissingDependency(BitquotaError, ImportError):
