@@ -70,7 +70,7 @@ constraints: ## Renew every pin in constraints.txt from what pip resolves today
 	@mv build/constraints.txt constraints.txt && rm -rf build/constraints
 
 docker-check: $(INSTALLED) ## Build both images with buildah (slow; BASE_IMAGE=... replaces the base)
-	@$(BIN)/pytest -n 0 -m docker tests/packaging
+	@BITQUOTA_DOCKER_CHECK=1 $(BIN)/pytest -n 0 -m docker tests/packaging
 
 clean: ## Remove what the targets above wrote, .venv included
 	@rm -rf $(VENV) build dist demo bench-results .mypy_cache .ruff_cache .pytest_cache .hypothesis

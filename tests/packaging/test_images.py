@@ -1,0 +1,138 @@
+"""Dockerfile and compose file: linted, checked against the schema, and built where possible."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+import yaml
+
+from .conftest import run, tool
+
+
+@pytest.fixture(scope="module")
+def dockerfile(repository):
+    return (repository / "Dockerfile").read_text()
+
+
+@pytest.fixture(scope="module")
+def compose(repository):
+    return yaml.safe_load((repository / "docker-compose.yml").read_text())
+
+
+class TestDockerfile:
+    def test_lints(self, repository):
+        done = run(tool("hadolint"), "Dockerfile", cwd=repository)
+        assert (0, "") == (done.returncode, done.stdout)
+
+    @pytest.mark.parametrize("target", ["api", "worker"])
+    def test_has_both_targets_without_root(self, dockerfile, target):
+        """Each is built from the stage that sets the user, the health check and the volume."""
+        assert f"FROM runtime AS {target}\n" in dockerfile
+        runtime = dockerfile[dockerfile.index(" AS runtime") : dockerfile.index(" AS api\n")]
+        assert "USER 10001:10001" in runtime
+        assert "HEALTHCHECK" in runtime
+        assert "/healthz" in runtime
+
+    def test_copies_only_what_is_sent(self, repository, dockerfile):
+        """Every COPY from the build context is let through by .dockerignore."""
+        allowed = {
+            line.removeprefix("!")
+            for line in (repository / ".dockerignore").read_text().splitlines()
+            if line.startswith("!")
+        }
+        copied = {
+            name
+            for line in re.findall(r"^COPY (?!--from)(.+) \S+$", dockerfile, re.MULTILINE)
+            for name in line.split()
+        }
+        assert copied == allowed
+        assert all((repository / name).exists() for name in copied)
+
+    def test_installs_with_the_pins(self, dockerfile):
+        installs = dockerfile.replace("\\\n", " ").split("pip install")[1:]
+        assert len(installs) == 3
+        assert all("--constraint" in text.split("\n")[0] for text in installs)
+
+
+class TestCompose:
+    def check(self, path, cwd):
+        return run(
+            tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", path, cwd=cwd
+        )
+
+    def test_follows_the_schema(self, repository):
+        done = self.check("docker-compose.yml", repository)
+        assert done.returncode == 0, done.stdout
+
+    def test_the_schema_finds_a_mistyped_key(self, repository, compose, tmp_path):
+        """The check above can fail."""
+        path = tmp_path / "docker-compose.yml"
+        wrong = compose | {"services": {"api": compose["services"]["api"] | {"portz": []}}}
+        path.write_text(yaml.safe_dump(wrong))
+        assert self.check(path, repository).returncode == 1
+
+    @pytest.mark.parametrize("service", ["api", "worker"])
+    def test_services_are_hardened(self, compose, service):
+        found = compose["services"][service]
+        assert found["build"]["target"] == service
+        assert (True, ["ALL"], "10001:10001") == (
+            found["read_only"],
+            found["cap_drop"],
+            found["user"],
+        )
+        assert "no-new-privileges:true" in found["security_opt"]
+
+    def test_services_share_the_data(self, compose):
+        assert all(s["volumes"] == ["data:/data"] for s in compose["services"].values())
+
+
+@pytest.mark.docker
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("target", ["api", "worker"])
+class TestBuild:
+    """A real build with buildah: ``make docker-check``.
+
+    ``BASE_IMAGE`` replaces the Python image where no registry can be reached, and ``BUILD_FLAGS``
+    is passed on, such as a volume with a package index.
+    """
+
+    @pytest.fixture
+    def image(self, repository, target):
+        if "BITQUOTA_DOCKER_CHECK" not in os.environ:
+            pytest.skip("downloads an image and torch; run make docker-check")
+        if shutil.which("buildah") is None:
+            pytest.skip("needs buildah")
+        base = os.environ.get("BASE_IMAGE")
+        arguments = ["--build-arg", f"PYTHON_IMAGE={base}"] if base else []
+        arguments += os.environ.get("BUILD_FLAGS", "").split()
+        tag = f"localhost/bitquota-{target}:check"
+        command = ["buildah", "bud", "--isolation", "chroot", "--format", "docker"]
+        subprocess.run(
+            [*command, *arguments, "--target", target, "--tag", tag, str(repository)], check=True
+        )
+        return tag
+
+    def test_runs_as_a_user_and_answers(self, image, target, tmp_path):
+        """Started as uid 10001; the API has no torch, the worker has."""
+        config = run("buildah", "inspect", "--type", "image", image, cwd=tmp_path)
+        docker = json.loads(config.stdout)["Docker"]["config"]
+        assert docker["User"] == "10001:10001"
+        assert "/healthz" in " ".join(docker["Healthcheck"]["Test"])
+        container = run("buildah", "from", image, cwd=tmp_path).stdout.strip()
+        try:
+            code = (
+                "import importlib.util as u, os, bitquota.service.app;"
+                "print(os.getuid(), u.find_spec('torch') is not None)"
+            )
+            inside = ["buildah", "run", "--isolation", "chroot", container, "--"]
+            done = run(*inside, "python3", "-c", code, cwd=tmp_path)
+            assert done.stdout.split() == ["10001", str(target == "worker")], done.stderr
+            done = run(*inside, "bitquota", "--version", cwd=tmp_path)
+            assert done.stdout.startswith("bitquota "), done.stderr
+        finally:
+            run("buildah", "rm", container, cwd=tmp_path)
