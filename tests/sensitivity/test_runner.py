@@ -68,9 +68,7 @@ class TestGraphRunner:
             state = runner.start(0, {})
             results = [state.output]
             for one in changes(inventory):
-                front = runner.extend(
-                    state, one, keep_for=tuple(la.name for la in inventory.layers)
-                )
+                front = runner.extend(state, one, keep_for=later)
                 results += [front.output, *(runner.output(front, c) for c in changes(inventory, 4))]
             outputs.append(torch.stack(results))
 
