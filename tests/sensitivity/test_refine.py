@@ -1,0 +1,132 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from bitquota.errors import Infeasible, InvalidInput
+from bitquota.sensitivity.choices import measure_choices
+from bitquota.sensitivity.gram import measure_differences
+from bitquota.sensitivity.ledger import MemoryLedger
+from bitquota.sensitivity.losses import loss_by_name
+from bitquota.sensitivity.moves import Limits
+from bitquota.sensitivity.refine import RefineSettings, predicted_descent, refine
+from bitquota.sensitivity.runner import make_runner
+from sensitivity_networks import Residual, build, inventory_of, samples, table_of
+
+KL = loss_by_name("kl")
+WIDTHS = (2, 3, 4, 8)
+
+
+def brute_force(matrix, limits):
+    """Solve by enumeration."""
+    table = matrix.table
+    counts = np.diff(table.offsets)
+    choices = itertools.product(*(range(int(c)) for c in counts))
+    inside = [c for c in choices if limits.allow(table, c)]
+    return min(inside, key=lambda c: (matrix.predict(c), c), default=None)
+
+
+def setting(bits=3.0, n=24, seed=0):
+    module = build(Residual, seed)
+    inventory = inventory_of(module)
+    table = table_of(inventory, WIDTHS)
+    runner = make_runner(module, inventory, samples(Residual, n), engine="eager", chunk_size=24)
+    limits = Limits(costs=table.costs("code_bits")[None], limits=[int(bits * inventory.n_weights)])
+    return runner, table, limits
+
+
+class TestRefine:
+    @pytest.mark.parametrize("seed", range(4))
+    def test_ends_near_the_true_optimum(self, seed):
+        """Against the measured loss of every feasible choice of a small network."""
+        runner, table, limits = setting(seed=seed)
+        every = [c for c in itertools.product(range(4), repeat=4) if limits.allow(table, c)]
+        losses = measure_choices(runner, table, KL, every).mean(axis=1)
+
+        found = refine(
+            runner, table, KL, limits=limits, solve=brute_force, starts={"lowest": (0, 0, 0, 0)},
+            settings=RefineSettings(accept_errors=0.0),
+        )  # fmt: skip
+
+        rank = int((losses < found.loss - 1e-12).sum())
+        assert rank <= 0.02 * len(every)
+        assert limits.allow(table, found.choice)
+
+    def test_never_ends_worse_than_a_start(self):
+        """Accepted steps improve; with no work allowed the best start is returned."""
+        runner, table, limits = setting()
+        starts = {"a": (0, 0, 0, 0), "b": (1, 1, 1, 1), "too large": (3, 3, 3, 3)}
+        losses = measure_choices(runner, table, KL, [(0, 0, 0, 0), (1, 1, 1, 1)]).mean(axis=1)
+
+        found = refine(runner, table, KL, limits=limits, solve=brute_force, starts=starts)
+        lazy = refine(
+            runner, table, KL, limits=limits, solve=lambda *_: None, starts=starts,
+            settings=RefineSettings(iterations=0, swap_rounds=0),
+        )  # fmt: skip
+
+        assert found.loss <= lazy.loss <= losses.min() + 1e-12
+        assert all(s.gain > s.gain_error for s in found.steps[1:] if s.accepted)
+        assert (3, 3, 3, 3) not in found.measured
+
+    def test_a_judge_decides(self):
+        """With hold-out samples the reported loss is theirs."""
+        runner, table, limits = setting()
+        judge = make_runner(
+            build(Residual), runner.inventory, samples(Residual, 16, seed=9), engine="eager"
+        )
+        found = refine(
+            runner, table, KL, limits=limits, solve=brute_force, starts={"s": (0, 0, 0, 0)},
+            judge=judge,
+        )  # fmt: skip
+
+        assert len(found.per_sample) == 16
+        expected = measure_choices(judge, table, KL, [found.choice])[0]
+        np.testing.assert_array_equal(found.per_sample, expected)
+
+    def test_is_reproduced_from_the_ledger(self):
+        """The second run gives the same steps without a pass apart from reference outputs."""
+        ledger, results = MemoryLedger(), []
+        for _ in range(2):
+            runner, table, limits = setting()
+            found = refine(
+                runner, table, KL, limits=limits, solve=brute_force, starts={"s": (0, 0, 0, 0)},
+                ledger=ledger,
+            )  # fmt: skip
+            results.append((found, runner.passes.passes))
+        (one, passes), (two, again) = results
+
+        assert [s.choice for s in one.steps] == [s.choice for s in two.steps]
+        assert one.per_sample.tobytes() == two.per_sample.tobytes()
+        assert again <= 1 < passes
+
+    def test_no_start_within_the_limits(self):
+        """A clear error instead of a plan over budget."""
+        runner, table, _ = setting()
+        none = Limits(costs=table.costs("code_bits")[None], limits=[1])
+        with pytest.raises(Infeasible, match="within the limits"):
+            refine(runner, table, KL, limits=none, solve=brute_force, starts={"s": (0, 0, 0, 0)})
+
+
+class TestPredictedDescent:
+    def test_ends_where_no_move_is_predicted_to_help(self):
+        """A local optimum of the prediction, within the limits."""
+        runner, table, limits = setting()
+        _, differences = measure_differences(runner, table, KL)
+        (end,) = predicted_descent(differences, limits, (0, 0, 0, 0))
+        value = differences.predict([end])[0]
+
+        assert limits.allow(table, end)
+        assert value < differences.predict([(0, 0, 0, 0)])[0]
+        for g in range(4):
+            for k in range(4):
+                other = (*end[:g], k, *end[g + 1 :])
+                if limits.allow(table, other):
+                    assert differences.predict([other])[0] >= value - 1e-6
+
+
+class TestRefineSettings:
+    @pytest.mark.parametrize("bad", [{"radii": ()}, {"radii": (2.0,)}, {"iterations": -1}])
+    def test_ranges(self, bad):
+        """Impossible settings are refused."""
+        with pytest.raises(InvalidInput):
+            RefineSettings(**bad)
