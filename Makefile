@@ -66,7 +66,7 @@ format: $(INSTALLED) ## Rewrite the code in the agreed style
 constraints: ## Renew every pin in constraints.txt from what pip resolves today
 	@rm -rf build/constraints && "$(PYTHON)" -m venv build/constraints
 	@build/constraints/bin/python -m pip --quiet install 'torch==$(shell sed -n 's/^torch==//p' constraints.txt)' --editable '.[dev]'
-	@{ sed -n '/^#/p' constraints.txt; build/constraints/bin/python -m pip freeze --all --exclude pip --exclude bitquota --exclude-editable | grep -vE '^(cuda|nvidia|triton)' | sed 's/+cpu$$//' | sort -f; } > build/constraints.txt
+	@{ sed -n '/^#/p' constraints.txt; build/constraints/bin/python -m pip freeze --all --exclude pip --exclude bitquota --exclude-editable | grep -vE '^(cuda|nvidia|triton)' | sed 's/+cpu$$//' | LC_ALL=C sort -f; } > build/constraints.txt
 	@mv build/constraints.txt constraints.txt && rm -rf build/constraints
 
 docker-check: $(INSTALLED) ## Build both images with buildah (slow; BASE_IMAGE=... replaces the base)
