@@ -1,0 +1,178 @@
+"""Backends that other people's solvers provide, each in a child process."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitquota.errors import InvalidProblem, MissingDependency, SolverFailed
+from bitquota.solver.backends.model import Model
+from bitquota.solver.backends.process import run_child
+from bitquota.solver.solution import Event, Limit, Solution, Stats, Status
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from bitquota.solver.backends.process import Outcome
+    from bitquota.solver.backends.protocol import Cancelled, OnEvent, Options
+    from bitquota.solver.problem import Problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class External:
+    """A backend that runs ``optimise`` of its module in a child process.
+
+    Attributes:
+        name: Key of ``child.MODULES``.
+        packages: What must be importable.
+        extra: The extra that brings them, or ``None``.
+        largest_products: Products of two rows beyond which it is refused, or ``None``. Such a
+            backend writes out each pair of rows.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    extra: str | None = None
+    counts_nodes: bool = True
+    largest_products: int | None = None
+    proves: bool = True
+    certifies: bool = False
+    separate_process: bool = True
+
+    def missing(self) -> str | None:
+        """Return the first package that is not installed, or ``None``."""
+        for package in self.packages:
+            if importlib.util.find_spec(package) is None:
+                return package
+        return None
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Return why it cannot take ``problem``, or ``None``."""
+        if self.largest_products is None or problem.cross is None:
+            return None
+        products = int(np.count_nonzero(problem.cross)) // 2
+        if products > self.largest_products:
+            return (
+                f"'{self.name}' writes out each pair of rows and takes at most "
+                f"{self.largest_products:,}; this problem has {products:,}: use another solver"
+            )
+        return None
+
+    def solve(
+        self,
+        problem: Problem,
+        options: Options,
+        *,
+        on_event: OnEvent | None = None,
+        cancelled: Cancelled | None = None,
+    ) -> Solution:
+        """Solve ``problem`` in a child process; see ``Backend.solve``.
+
+        Raises:
+            MissingDependency: A package is not installed.
+            InvalidProblem: The problem is larger than it takes.
+            SolverFailed: The child died, or its answer does not hold.
+        """
+        if package := self.missing():
+            how = f"install bitquota[{self.extra}]" if self.extra else f"install '{package}'"
+            msg = f"solver '{self.name}' needs the package '{package}'; {how}"
+            raise MissingDependency(msg, backend=self.name, package=package)
+        if reason := self.refuses(problem):
+            raise InvalidProblem(reason, backend=self.name)
+        model = Model.of(problem)
+        if model is None or bool((problem.limits < 0).any()):
+            return Solution(status=Status.INFEASIBLE, bound=math.inf, backend=self.name)
+        best = math.inf
+
+        def on_incumbent(chosen: NDArray[np.int64]) -> None:
+            nonlocal best
+            choice = self._checked(problem, model, chosen)
+            objective = problem.evaluate(choice)
+            if on_event is None or objective >= best:
+                return
+            best = objective
+            on_event(
+                Event(
+                    kind="incumbent",
+                    objective=objective,
+                    bound=-math.inf,
+                    choice=tuple(choice.tolist()),
+                )
+            )
+
+        outcome = run_child(
+            self.name, model, options, on_incumbent=on_incumbent, cancelled=cancelled
+        )
+        return self._solution(problem, model, options, outcome)
+
+    def _checked(
+        self, problem: Problem, model: Model, chosen: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Return the choice after checking it in integers on the problem itself."""
+        spans = (model.offsets[:-1] <= chosen) & (chosen < model.offsets[1:])
+        if chosen.shape == (model.n_groups,) and spans.all():
+            choice = model.choice(chosen)
+            if problem.is_feasible(choice):
+                return choice
+        msg = (
+            f"solver backend '{self.name}' must answer with a choice that meets every constraint; "
+            f"got rows {chosen.tolist()!r:.200}; use another solver and report this"
+        )
+        raise SolverFailed(msg, backend=self.name)
+
+    def _solution(
+        self, problem: Problem, model: Model, options: Options, outcome: Outcome
+    ) -> Solution:
+        answer = outcome.answer
+        chosen = outcome.incumbents[-1] if outcome.incumbents else None
+        if answer is not None:
+            chosen = answer.chosen
+        scaled_bound = -math.inf if answer is None else answer.bound
+        tolerance = 0.0 if answer is None else answer.tolerance / model.scale
+        stats = Stats(
+            nodes=0 if answer is None else answer.nodes,
+            cpu_seconds=outcome.cpu_seconds,
+            details=({} if answer is None else answer.details) | {"bound_tolerance": tolerance},
+        )
+        bound = scaled_bound / model.scale
+        if chosen is None:
+            if answer is not None and answer.status == "infeasible":
+                return Solution(
+                    status=Status.INFEASIBLE, bound=math.inf, backend=self.name, stats=stats
+                )
+            return Solution(
+                status=Status.UNKNOWN,
+                limit=self._limit(outcome),
+                bound=bound,
+                backend=self.name,
+                stats=stats,
+            )
+        choice = self._checked(problem, model, chosen)
+        objective = problem.evaluate(choice)
+        # Above the objective of its own choice, a bound is so by its tolerance only.
+        bound = min(bound, objective)
+        solved = (
+            answer is not None
+            and answer.status == "optimal"
+            and objective - bound <= options.gap * abs(objective) + tolerance
+        )
+        return Solution(
+            status=Status.OPTIMAL if solved else Status.FEASIBLE,
+            limit=None if solved else self._limit(outcome),
+            choice=choice,
+            objective=objective,
+            bound=bound,
+            backend=self.name,
+            stats=stats,
+        )
+
+    def _limit(self, outcome: Outcome) -> Limit:
+        """Return which limit stopped the child; its own tolerances count as the method's."""
+        said = outcome.stopped
+        if outcome.answer is not None:
+            said = outcome.answer.limit
+        return Limit.METHOD if said is None else Limit(said)

@@ -1,0 +1,97 @@
+"""The backends that run in this process: our own solver, and enumeration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bitquota.errors import Infeasible
+from bitquota.solver.brute_force import LARGEST, enumerate_all, n_choices
+from bitquota.solver.solution import Solution, Status
+
+if TYPE_CHECKING:
+    from bitquota.solver.backends.protocol import Cancelled, OnEvent, Options
+    from bitquota.solver.problem import Problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Own:
+    """Bitquota's branch and bound: any matrix, any constraint, with a certificate."""
+
+    name: str = "bitquota"
+    proves: bool = True
+    certifies: bool = True
+    counts_nodes: bool = True
+    separate_process: bool = False
+    extra: str | None = None
+
+    def missing(self) -> str | None:
+        """Return ``None``: it needs nothing that bitquota does not."""
+        return None
+
+    def refuses(self, problem: Problem) -> str | None:  # noqa: ARG002 - the Protocol's
+        """Return ``None``: it takes every problem."""
+        return None
+
+    def solve(
+        self,
+        problem: Problem,
+        options: Options,
+        *,
+        on_event: OnEvent | None = None,
+        cancelled: Cancelled | None = None,
+    ) -> Solution:
+        """Solve ``problem``; see ``bitquota.solver.solve``."""
+        from bitquota.solver.solve import solve
+
+        try:
+            return solve(
+                problem,
+                backend=self.name,
+                time_limit_s=options.time_limit_s,
+                node_limit=options.node_limit,
+                gap=options.gap,
+                seed=options.seed,
+                on_event=on_event,
+                cancelled=cancelled,
+            )
+        except Infeasible:
+            return Solution(status=Status.INFEASIBLE, bound=math.inf, backend=self.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BruteForce:
+    """Every choice, one by one, for small problems."""
+
+    name: str = "brute_force"
+    proves: bool = True
+    certifies: bool = False
+    counts_nodes: bool = False
+    separate_process: bool = False
+    extra: str | None = None
+
+    def missing(self) -> str | None:
+        """Return ``None``: it needs nothing that bitquota does not."""
+        return None
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Return why there are too many choices, or ``None``."""
+        choices = n_choices(problem)
+        if choices > LARGEST:
+            return (
+                f"'{self.name}' takes at most {LARGEST:,} choices; this problem has {choices:,}: "
+                "use another solver"
+            )
+        return None
+
+    def solve(
+        self,
+        problem: Problem,
+        options: Options,  # noqa: ARG002 - the Protocol's; enumeration is exact at once
+        *,
+        on_event: OnEvent | None = None,  # noqa: ARG002
+        cancelled: Cancelled | None = None,
+    ) -> Solution:
+        """Enumerate; the limits of ``options`` do not apply, cancellation does."""
+        return enumerate_all(problem, cancelled=cancelled)

@@ -1,0 +1,168 @@
+"""Run an external solver in a child process: no shared libraries, no shared fate."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+import bitquota
+from bitquota.errors import SolverFailed
+from bitquota.solver.backends.answer import Answer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from bitquota.solver.backends.model import Model
+    from bitquota.solver.backends.protocol import Cancelled, Options
+
+GRACE_S = 10.0
+"""Beyond its time limit a child may take this long: start, imports, and slow reaction."""
+_POLL_S = 0.05
+_SAID = 600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came back from a child.
+
+    Attributes:
+        answer: The child's own; ``None`` when it was stopped from here.
+        stopped: ``time`` or ``cancelled`` when it was stopped from here.
+        incumbents: Chosen rows that it reported on the way, the last best.
+        cpu_seconds: As far as known.
+    """
+
+    answer: Answer | None
+    stopped: str | None
+    incumbents: list[NDArray[np.int64]]
+    cpu_seconds: float
+
+
+def run_child(
+    name: str,
+    model: Model,
+    options: Options,
+    *,
+    on_incumbent: Callable[[NDArray[np.int64]], None] | None = None,
+    cancelled: Cancelled | None = None,
+    grace_s: float = GRACE_S,
+    command: tuple[str, ...] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Outcome:
+    """Solve ``model`` by backend ``name`` in a new process.
+
+    The child gets the time limit; when it overruns it by more than ``grace_s``, or on
+    cancellation, it is killed and what it reported is kept.
+
+    Raises:
+        SolverFailed: The child died, or wrote something that is no answer.
+    """
+    goal = {
+        "gap": options.gap,
+        "time_limit_s": options.time_limit_s,
+        "node_limit": options.node_limit,
+        "seed": options.seed,
+    }
+    deadline = None
+    if options.time_limit_s is not None:
+        deadline = clock() + options.time_limit_s + grace_s
+    command = command or (sys.executable, "-P", "-m", "bitquota.solver.backends.child", name)
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
+        given.write(json.dumps(goal).encode() + b"\n" + model.to_bytes())
+        given.seek(0)
+        child = subprocess.Popen(  # noqa: S603 - our own module, by the running interpreter
+            command, stdin=given, stdout=subprocess.PIPE, stderr=said, env=_environment()
+        )
+        lines: queue.Queue[bytes | None] = queue.Queue()
+        assert child.stdout is not None  # noqa: S101 - it was asked for
+        reader = threading.Thread(target=_read, args=(child.stdout, lines), daemon=True)
+        reader.start()
+        incumbents: list[NDArray[np.int64]] = []
+        last: dict[str, Any] = {}
+        stopped = None
+        try:
+            while True:
+                if cancelled is not None and cancelled():
+                    stopped = "cancelled"
+                    break
+                if deadline is not None and clock() > deadline:
+                    stopped = "time"
+                    break
+                try:
+                    line = lines.get(timeout=_POLL_S)
+                except queue.Empty:
+                    continue
+                if line is None:
+                    break
+                last = _parse(name, line)
+                if "incumbent" in last:
+                    incumbents.append(np.array(last["incumbent"], dtype=np.int64))
+                    if on_incumbent is not None:
+                        on_incumbent(incumbents[-1])
+        finally:
+            if stopped is not None or sys.exc_info()[0] is not None:
+                child.kill()
+            code = child.wait()
+            reader.join()
+            child.stdout.close()
+        if stopped is not None:
+            return Outcome(answer=None, stopped=stopped, incumbents=incumbents, cpu_seconds=0.0)
+        if code != 0 or "answer" not in last:
+            said.seek(0)
+            words = said.read().decode(errors="replace").strip()[-_SAID:]
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            msg = (
+                f"solver backend '{name}' must end with an answer; its process ended with {how}"
+                f"{': ' + words if words else ''}; try another solver"
+            )
+            raise SolverFailed(msg, backend=name, exit_code=code)
+    try:
+        answer = Answer.from_json(last["answer"])
+    except ValueError as err:
+        msg = f"solver backend '{name}' must write an answer; {err}"
+        raise SolverFailed(msg, backend=name) from err
+    return Outcome(
+        answer=answer,
+        stopped=None,
+        incumbents=incumbents,
+        cpu_seconds=float(last.get("cpu_seconds", 0.0)),
+    )
+
+
+def _environment() -> dict[str, str]:
+    """Return this process's environment, one thread per library, our package in reach."""
+    home = str(Path(bitquota.__file__).resolve().parents[1])
+    paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    return os.environ | threads | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _read(stream: IO[bytes], lines: queue.Queue[bytes | None]) -> None:
+    for line in stream:
+        lines.put(line)
+    lines.put(None)
+
+
+def _parse(name: str, line: bytes) -> dict[str, Any]:
+    try:
+        message = json.loads(line)
+        if isinstance(message, dict):
+            return message
+        cause: ValueError | None = None
+    except ValueError as err:
+        cause = err
+    msg = f"solver backend '{name}' must write JSON objects; got {line[:80]!r}; report this"
+    raise SolverFailed(msg, backend=name) from cause
