@@ -9,10 +9,17 @@ import typer
 
 
 def serve(
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="Port; 0 takes a free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option("--host", envvar="BITQUOTA_HOST", help="Address to listen on.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", envvar="BITQUOTA_PORT", help="Port; 0 takes a free one.")
+    ] = 8000,
     data_dir: Annotated[
-        Path, typer.Option("--data-dir", help="Database, uploads, ledgers and plans.")
+        Path,
+        typer.Option(
+            "--data-dir", envvar="BITQUOTA_DATA_DIR", help="Database, uploads, ledgers and plans."
+        ),
     ] = Path("bitquota-data"),
 ) -> None:
     """Serve the REST API: upload a model and a calibration set, POST a job, GET the plan."""
@@ -26,6 +33,6 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", help="Of training and samples.")] = 0,
 ) -> None:
     """Train a small network, start the service, plan two budgets over HTTP, compare on test."""
-    from bitquota.demo import run
+    from bitquota.cli.demo import run
 
     run(out, seed=seed)
