@@ -7,6 +7,8 @@ it runs from ``lowest`` to ``highest``. One bit is the exception: see ``weights.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,8 +35,9 @@ def symmetric_scale(
       ``max|w| / (2^(b-1) - 1/2)``; for one bit (levels -1 and +1, a step of two scales) it is
       ``max|w| / 2``.
     * ``percentile``: the same with the ``PERCENTILE`` quantile of ``|w|`` for the maximum.
-    * ``least_squares``: ``argmin_s sum h (w - s q)^2`` with ``q = clip(round(w / s))``, exact; for
-      one bit that is the (weighted) mean of ``|w|``.
+    * ``least_squares``: ``argmin_s sum h (w - s q)^2`` with ``q = clip(round(w / s))``, exact,
+      over scales of both signs (``least_squares_positive``: positive only); for one bit that is
+      the (weighted) mean of ``|w|``.
 
     Args:
         values: f64[g, n].
@@ -53,7 +56,16 @@ def symmetric_scale(
         weight = torch.ones_like(values) if importance is None else importance
         total = weight.sum(dim=1)
         return (weight * values.abs()).sum(dim=1) / torch.where(total > 0, total, 1.0)
-    return least_squares_scale(values, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, importance)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    positive = least_squares_scale(values, low, high, importance)
+    if rule is ScaleRule.LEAST_SQUARES_POSITIVE:
+        return positive
+    # The grid has one level more below zero than above. Rounding -w on it is rounding w on the
+    # grid turned around, at the same cost in bits.
+    negative = least_squares_scale(-values, low, high, importance)
+    turned = grid_error(-values, negative, low, high, importance)
+    better = turned < grid_error(values, positive, low, high, importance)
+    return torch.where(better, -negative, positive)
 
 
 def asymmetric_scale(
@@ -74,7 +86,7 @@ def asymmetric_scale(
     else:
         low, high = counted.amin(dim=1), counted.amax(dim=1)
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    if rule is not ScaleRule.LEAST_SQUARES:
+    if rule not in (ScaleRule.LEAST_SQUARES, ScaleRule.LEAST_SQUARES_POSITIVE):
         return _range_to_grid(low, high, top)
     best_scale, best_zero = _range_to_grid(low, high, top)
     best_error = grid_error(values, best_scale, -best_zero, top - best_zero, importance)
@@ -158,9 +170,9 @@ def grid_error(
 ) -> Tensor:
     """Return ``f64[g]``: ``sum h (w - s q)^2`` at the nearest levels ``q``."""
     lines = len(values)
-    low = torch.as_tensor(lowest, device=values.device).expand(lines)[:, None].to(values)
-    high = torch.as_tensor(highest, device=values.device).expand(lines)[:, None].to(values)
-    step = torch.where(scale > 0, scale, 1.0)[:, None]
+    low: Tensor = torch.as_tensor(lowest, device=values.device).expand(lines)[:, None].to(values)
+    high: Tensor = torch.as_tensor(highest, device=values.device).expand(lines)[:, None].to(values)
+    step = torch.where(scale != 0, scale, 1.0)[:, None]
     levels = torch.round(values / step).clamp(low, high)
     error = (values - scale[:, None] * levels).square()
     return (error if importance is None else importance * error).sum(dim=1)
@@ -169,8 +181,7 @@ def grid_error(
 def _quantile(values: Tensor, share: float, importance: Tensor | None) -> Tensor:
     """Return the value of rank ``ceil(share * n)`` of each line, padding not counted."""
     if importance is None:
-        rank = max(1, -int(-(share * values.shape[1]) // 1))
-        return values.kthvalue(rank, dim=1).values
+        return values.kthvalue(max(1, math.ceil(share * values.shape[1])), dim=1).values
     n_counted = (importance > 0).sum(dim=1)
     ordered = torch.where(importance > 0, values, torch.inf).sort(dim=1).values
     rank = (share * n_counted).ceil().long().clamp(min=1) - 1
@@ -180,7 +191,7 @@ def _quantile(values: Tensor, share: float, importance: Tensor | None) -> Tensor
 
 def _range_to_grid(low: Tensor, high: Tensor, top: int) -> tuple[Tensor, Tensor]:
     scale = (high - low) / top
-    step = torch.where(scale > 0, scale, 1.0)
+    step = torch.where(scale != 0, scale, 1.0)
     return scale, torch.round(-low / step).long().clamp(0, top)
 
 
@@ -262,7 +273,7 @@ def _refined_scan(
             best, best_error = torch.where(better, scale, best), torch.minimum(error, best_error)
             if not bool((error <= 1.05 * best_error).any()):
                 break
-            step = torch.where(scale > 0, scale, 1.0)[:, None]
+            step = torch.where(scale != 0, scale, 1.0)[:, None]
             levels = torch.round(values / step).clamp(low[:, None].double(), high[:, None].double())
             weighted = levels if importance is None else importance * levels
             power = (weighted * levels).sum(dim=1)

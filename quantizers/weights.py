@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitquota.errors import InvalidInput, InvalidModel
+from bitquota.quantizers.error_feedback import error_feedback_codes
+from bitquota.quantizers.grid import nearest_codes, spread
 from bitquota.quantizers.layout import from_matrix, to_matrix
 from bitquota.quantizers.scales import asymmetric_scale, symmetric_scale
 from bitquota.storage import (
@@ -57,17 +59,8 @@ class QuantizedWeight:
         columns = self.codes.shape[1]
         levels = self.codes.float()
         if self.zero_points is not None:
-            levels = levels - _spread(self.zero_points.float(), columns, self.scheme)
-        return levels * _spread(self.scales.float(), columns, self.scheme)
-
-
-def levels(bits: int) -> tuple[int, int]:
-    """Return lowest and highest level of the symmetric grid.
-
-    The full signed range ``-2^(b-1)..2^(b-1)-1``. At one bit that range would be {-1, 0}, which
-    can only take weights away; there the grid is {-1, +1} instead, and still fits one bit.
-    """
-    return (-1, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            levels = levels - spread(self.zero_points.float(), columns, self.scheme)
+        return levels * spread(self.scales.float(), columns, self.scheme)
 
 
 def quantize(
@@ -111,8 +104,6 @@ def quantize(
     scales = stored.reshape(shape)
     zeros = None if zero is None else zero.reshape(shape).int()
     if scheme.rounding is Rounding.ERROR_FEEDBACK:
-        from bitquota.quantizers.error_feedback import error_feedback_codes
-
         if inputs_gram is None:
             msg = (
                 "error-feedback rounding needs inputs_gram, the second moment of the layer's "
@@ -123,22 +114,6 @@ def quantize(
     else:
         codes = nearest_codes(values, scales, zeros, bits, scheme)
     return QuantizedWeight(codes=codes, scales=scales, zero_points=zeros, bits=bits, scheme=scheme)
-
-
-def nearest_codes(
-    values: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, scheme: Scheme
-) -> Tensor:
-    """Return i32[rows, columns]: the code nearest to each value (ties to even)."""
-    columns = values.shape[1]
-    scale = _spread(scales.double(), columns, scheme)
-    step = torch.where(scale > 0, scale, 1.0)
-    if zero_points is not None:
-        zero = _spread(zero_points.double(), columns, scheme)
-        return (torch.round(values / step) + zero).clamp(0, 2**bits - 1).int()
-    if bits == 1:
-        return torch.where(values >= 0, 1, -1).int()
-    lowest, highest = levels(bits)
-    return torch.round(values / step).clamp(lowest, highest).int()
 
 
 def fake_quantize(
@@ -204,7 +179,7 @@ def _check(matrix: Tensor, bits: int, importance: Tensor | None) -> None:
     if importance is None:
         return
     try:
-        fits = torch.broadcast_shapes(importance.shape, matrix.shape) == matrix.shape
+        fits = importance.expand_as(matrix).shape == matrix.shape
     except RuntimeError:
         fits = False
     if not fits or not bool((importance >= 0).all()) or bool(importance.isinf().any()):
@@ -235,12 +210,5 @@ def _lines(
 
 def _store_scale(scale: Tensor, scale_format: ScaleFormat) -> Tensor:
     dtype = SCALE_DTYPES[scale_format]
-    return scale.clamp(max=torch.finfo(dtype).max).to(dtype)
-
-
-def _spread(per_scale: Tensor, columns: int, scheme: Scheme) -> Tensor:
-    """Return one value per weight (broadcastable to ``[rows, columns]``)."""
-    if scheme.granularity is not Granularity.GROUP:
-        return per_scale
-    assert scheme.group_size is not None  # noqa: S101  # invariant of Scheme
-    return per_scale.repeat_interleave(scheme.group_size, dim=1)[:, :columns]
+    largest = torch.finfo(dtype).max
+    return scale.clamp(-largest, largest).to(dtype)

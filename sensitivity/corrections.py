@@ -21,8 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from bitquota.candidates import LayerKind
 from bitquota.errors import InvalidInput
-from bitquota.sensitivity.calibration import CalibrationSet
-from bitquota.sensitivity.calls import (
+from bitquota.quantizers.calls import (
     BatchNormCall,
     Event,
     LayerCall,
@@ -31,9 +30,10 @@ from bitquota.sensitivity.calls import (
     layer_call,
     operator_name,
     parameter_owners,
+    tensor_key,
     tensors_in,
 )
-from bitquota.sensitivity.discovery import tensor_key
+from bitquota.sensitivity.calibration import CalibrationSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -207,10 +207,10 @@ def ensure_bias(root: nn.Module, owner: nn.Module, attribute: str, name: str, ro
     if not hasattr(owner, "bias"):
         msg = f"the layer of '{name}' has no bias and no place for one; leave it out"
         raise InvalidInput(msg, weight=name)
-    if owner.bias is None:
-        owner.bias = nn.Parameter(weight.new_zeros(rows))
-    bias = owner.bias
-    assert isinstance(bias, torch.Tensor)  # noqa: S101  # by construction
+    bias = owner._parameters.get("bias")  # noqa: SLF001  # typed, unlike getattr
+    if bias is None:
+        bias = nn.Parameter(weight.new_zeros(rows))
+        owner.register_parameter("bias", bias)
     return bias
 
 
@@ -220,11 +220,7 @@ def _ensure_bias_of_call(root: fx.GraphModule, owner: nn.Module, name: str, rows
     at = 0 if operator_name(call.target) == "addmm" else 2
     old = call.args[at] if len(call.args) > at else call.kwargs.get("bias")
     if isinstance(old, fx.Node):
-        found = root
-        for part in str(old.target).split("."):
-            found = getattr(found, part)
-        assert isinstance(found, torch.Tensor)  # noqa: S101  # a get_attr node of a call
-        return found
+        return root.get_parameter(str(old.target))
     bias = nn.Parameter(owner.get_parameter(name.rpartition(".")[2]).new_zeros(rows))
     owner.register_parameter("bias", bias)
     with root.graph.inserting_before(call):
@@ -354,11 +350,10 @@ class _eval_mode:  # noqa: N801  # used as a context manager
 
 def _batches(data: Batches, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
     if isinstance(data, CalibrationSet):
-        for batch in data.batches(batch_size):
-            yield batch.inputs
+        for part in data.batches(batch_size):
+            yield part.inputs
     else:
-        for batch in data:
-            yield (batch,) if isinstance(batch, torch.Tensor) else tuple(batch)
+        yield from data
 
 
 class _OutputMeans(TorchFunctionMode):

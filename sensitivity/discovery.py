@@ -24,6 +24,7 @@ from torch import fx, nn
 
 from bitquota.candidates import Inventory, Layer, LayerKind, UnquantizedTensor
 from bitquota.errors import InvalidModel
+from bitquota.quantizers.calls import tensor_key
 from bitquota.quantizers.layout import matrix_shape
 
 if TYPE_CHECKING:
@@ -131,19 +132,8 @@ def model_fingerprint(module: nn.Module) -> str:
         shape = "x".join(map(str, tensor.shape))
         state.update(f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{shape}|".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        state.update(memoryview(flat.view(torch.uint8).numpy()))
+        state.update(flat.view(torch.uint8).numpy().data)
     return f"sha256:{state.hexdigest()}"
-
-
-def tensor_key(tensor: Tensor) -> tuple[Any, ...]:
-    """Return what two names of the same stored tensor have in common."""
-    return (
-        str(tensor.device),
-        tensor.data_ptr() if tensor.numel() else id(tensor),
-        tuple(tensor.shape),
-        tuple(tensor.stride()),
-        tensor.dtype,
-    )
 
 
 def _tensor_names(module: nn.Module) -> dict[tuple[Any, ...], list[str]]:
@@ -416,9 +406,8 @@ def _search_graph(
     assert isinstance(module, fx.GraphModule)  # noqa: S101  # asked by the caller
     interpreter = _CountingInterpreter(module, names, _n_samples(example_inputs))
     flat = torch.utils._pytree.tree_leaves(example_inputs)  # noqa: SLF001
-    interpreter.enable_io_processing = False
     with torch.no_grad():
-        interpreter.run(*flat)
+        interpreter.run(*flat, enable_io_processing=False)
     return interpreter.found
 
 

@@ -13,8 +13,6 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from bitquota.sensitivity.discovery import tensor_key
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -35,6 +33,17 @@ _METADATA = frozenset(
     }
 )  # fmt: skip
 """Functions that look at a tensor without using its values, unless they return a tensor."""
+
+
+def tensor_key(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what two names of the same stored tensor have in common."""
+    return (
+        str(tensor.device),
+        tensor.data_ptr() if tensor.numel() else id(tensor),
+        tuple(tensor.shape),
+        tuple(tensor.stride()),
+        tensor.dtype,
+    )
 
 
 def operator_name(function: Any) -> str:  # noqa: ANN401  # any callable
@@ -104,7 +113,7 @@ def batch_norm_call(
     """Return the call if it is a batch normalisation, else ``None``."""
     if name == "batch_norm":
         aten = len(args) == 9 or "cudnn_enabled" in kwargs
-        order = (
+        order: tuple[str, ...] = (
             ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum",
              "eps", "cudnn_enabled")
             if aten

@@ -1,0 +1,237 @@
+"""Pack codes into bits and back, exactly as ``storage.storage_size`` counts them.
+
+The bit stream is little-endian: code ``i`` takes the bits ``i b .. (i+1) b - 1``, least
+significant bit first, and bit ``k`` of the stream is bit ``k % 8`` of byte ``k // 8``. Codes are
+stored without sign: symmetric codes as ``code + 2^(b-1)``, one-bit codes -1 and +1 as 0 and 1.
+Dense packing runs over the whole matrix, row by row, and pads its end to a byte; aligned packing
+pads every row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from bitquota.errors import InvalidInput
+from bitquota.quantizers.grid import levels
+from bitquota.quantizers.weights import SCALE_DTYPES, QuantizedWeight
+from bitquota.storage import Granularity, Grid, StorageSize, n_scales
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from bitquota.storage import Scheme
+
+CODES_AT_ONCE = 1 << 20
+"""Codes expanded to single bits at a time (a multiple of 8): bounds memory to 16 MiB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedWeight:
+    """A weight as the bytes that are written to disk.
+
+    Attributes:
+        codes: u8[...], the packed codes.
+        scales: u8[...], the scales in their format, little-endian.
+        zero_points: u8[...], packed like codes without row padding; empty on a symmetric grid.
+        rows: Output channels.
+        columns: Weights per output channel.
+        bits: Bit-width.
+        scheme: Everything else.
+    """
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.uint8]
+    zero_points: NDArray[np.uint8]
+    rows: int
+    columns: int
+    bits: int
+    scheme: Scheme
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all parts."""
+        return len(self.codes) + len(self.scales) + len(self.zero_points)
+
+    @property
+    def size(self) -> StorageSize:
+        """The same split as ``storage_size``, counted from the bytes that are there."""
+        codes = self.rows * self.columns * self.bits
+        n_zero_points = 0
+        if self.scheme.grid is Grid.ASYMMETRIC:
+            n_zero_points = n_scales(self.rows, self.columns, self.scheme)
+        zero_points = n_zero_points * self.bits
+        stored = 8 * (len(self.codes) + len(self.zero_points))
+        return StorageSize(
+            codes=codes,
+            scales=8 * len(self.scales),
+            zero_points=zero_points,
+            padding=stored - codes - zero_points,
+        )
+
+
+def pack(weight: QuantizedWeight) -> PackedWeight:
+    """Return ``weight`` as bytes. Exact: ``unpack`` gives the same codes, scales, zero points.
+
+    Raises:
+        InvalidInput: A code does not fit the bit-width.
+    """
+    rows, columns = weight.codes.shape
+    scheme, bits = weight.scheme, weight.bits
+    zero_points = np.zeros(0, dtype=np.uint8)
+    if weight.zero_points is not None:
+        flat = _unsigned(weight.zero_points, bits, signed=False).reshape(1, -1)
+        zero_points = pack_bits(flat, bits, alignment_bits=scheme.row_alignment_bits)
+    stored = weight.scales.detach().cpu().contiguous().reshape(-1)
+    return PackedWeight(
+        codes=pack_bits(
+            _unsigned(weight.codes, bits, signed=weight.zero_points is None),
+            bits,
+            alignment_bits=scheme.row_alignment_bits,
+        ),
+        scales=stored.view(torch.uint8).numpy().copy(),
+        zero_points=zero_points,
+        rows=rows,
+        columns=columns,
+        bits=bits,
+        scheme=scheme,
+    )
+
+
+def unpack(packed: PackedWeight) -> QuantizedWeight:
+    """Return the weight that ``pack`` was given.
+
+    Raises:
+        InvalidInput: The bytes are not as many as shape and bit-width need.
+    """
+    scheme, bits = packed.scheme, packed.bits
+    rows, columns = packed.rows, packed.columns
+    count = n_scales(rows, columns, scheme)
+    shape = (1, 1) if scheme.granularity is Granularity.TENSOR else (rows, count // rows)
+    dtype = SCALE_DTYPES[scheme.scale_format]
+    if len(packed.scales) != count * dtype.itemsize:
+        msg = (
+            f"{count} scales in {scheme.scale_format} must take {count * dtype.itemsize} bytes; "
+            f"got {len(packed.scales)}"
+        )
+        raise InvalidInput(msg)
+    unsigned = unpack_bits(
+        packed.codes, rows, columns, bits, alignment_bits=scheme.row_alignment_bits
+    )
+    codes = torch.from_numpy(unsigned.astype(np.int32))
+    zero_points = None
+    if scheme.grid is Grid.ASYMMETRIC:
+        flat = unpack_bits(
+            packed.zero_points, 1, count, bits, alignment_bits=scheme.row_alignment_bits
+        )
+        zero_points = torch.from_numpy(flat.astype(np.int32)).reshape(shape)
+    elif bits == 1:
+        codes = codes * 2 - 1
+    else:
+        codes = codes + levels(bits)[0]
+    return QuantizedWeight(
+        codes=codes,
+        scales=torch.from_numpy(packed.scales.copy()).view(dtype).reshape(shape),
+        zero_points=zero_points,
+        bits=bits,
+        scheme=scheme,
+    )
+
+
+def pack_bits(
+    codes: NDArray[np.uint16], bits: int, *, alignment_bits: int = 0
+) -> NDArray[np.uint8]:
+    """Return u8[...]: the bit stream of ``codes: u16[rows, columns]``.
+
+    Args:
+        codes: Values below ``2^bits``.
+        bits: 1 to 16.
+        alignment_bits: Each row is padded to a multiple of this; 0 pads only the end, to a byte.
+    """
+    rows, columns = codes.shape
+    if not alignment_bits:
+        flat = codes.reshape(-1)
+        parts = [
+            np.packbits(_to_bits(flat[k : k + CODES_AT_ONCE], bits).reshape(-1), bitorder="little")
+            for k in range(0, len(flat), CODES_AT_ONCE)
+        ]
+        return np.concatenate(parts)
+    padding = -(columns * bits) % alignment_bits
+    parts = []
+    at_once = max(1, CODES_AT_ONCE // columns)
+    for k in range(0, rows, at_once):
+        chunk = codes[k : k + at_once]
+        row_bits = _to_bits(chunk.reshape(-1), bits).reshape(len(chunk), columns * bits)
+        padded = np.pad(row_bits, ((0, 0), (0, padding)))
+        parts.append(np.packbits(padded, axis=1, bitorder="little").reshape(-1))
+    return np.concatenate(parts)
+
+
+def unpack_bits(
+    packed: NDArray[np.uint8], rows: int, columns: int, bits: int, *, alignment_bits: int = 0
+) -> NDArray[np.uint16]:
+    """Return u16[rows, columns], the codes that ``pack_bits`` was given.
+
+    Raises:
+        InvalidInput: ``packed`` has another length than these codes take.
+    """
+    row_bits = columns * bits
+    if alignment_bits:
+        row_bits += -row_bits % alignment_bits
+    n_bytes = -(-rows * row_bits // 8)
+    if packed.dtype != np.uint8 or packed.shape != (n_bytes,):
+        msg = (
+            f"{rows} x {columns} codes of {bits} bits must take {n_bytes} bytes; got "
+            f"{packed.shape} of {packed.dtype}"
+        )
+        raise InvalidInput(msg, expected=n_bytes, got=len(packed))
+    if not alignment_bits:
+        total = rows * columns
+        out = np.empty(total, dtype=np.uint16)
+        for k in range(0, total, CODES_AT_ONCE):
+            n = min(CODES_AT_ONCE, total - k)
+            start = k * bits // 8
+            piece = packed[start : start + -(-n * bits // 8)]
+            stream = np.unpackbits(piece, count=n * bits, bitorder="little")
+            out[k : k + n] = _from_bits(stream.reshape(n, bits))
+        return out.reshape(rows, columns)
+    lines = packed.reshape(rows, row_bits // 8)
+    result = np.empty((rows, columns), dtype=np.uint16)
+    at_once = max(1, CODES_AT_ONCE // columns)
+    for k in range(0, rows, at_once):
+        stream = np.unpackbits(
+            lines[k : k + at_once], axis=1, count=columns * bits, bitorder="little"
+        )
+        result[k : k + at_once] = _from_bits(stream.reshape(-1, bits)).reshape(-1, columns)
+    return result
+
+
+def _to_bits(codes: NDArray[np.uint16], bits: int) -> NDArray[np.uint8]:
+    """Return u8[n, bits] of zeros and ones, least significant first."""
+    shifts = np.arange(bits, dtype=np.uint16)
+    return ((codes[:, None] >> shifts) & 1).astype(np.uint8)
+
+
+def _from_bits(stream: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    """Return u16[n] of ``stream: u8[n, bits]``."""
+    codes = np.zeros(len(stream), dtype=np.uint16)
+    for k in range(stream.shape[1]):
+        codes |= stream[:, k].astype(np.uint16) << np.uint16(k)
+    return codes
+
+
+def _unsigned(codes: Tensor, bits: int, *, signed: bool) -> NDArray[np.uint16]:
+    values = codes.detach().cpu().numpy().astype(np.int64)
+    if signed:
+        values = (values + 1) // 2 if bits == 1 else values - levels(bits)[0]
+    if values.min() < 0 or values.max() >= 2**bits:
+        msg = (
+            f"codes of {bits} bits must lie in a range of {2**bits} values; got codes from "
+            f"{int(codes.min())} to {int(codes.max())}"
+        )
+        raise InvalidInput(msg, bits=bits)
+    return values.astype(np.uint16)
