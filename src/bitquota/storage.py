@@ -43,6 +43,10 @@ class ScaleRule(StrEnum):
     ABSMAX = "absmax"
     PERCENTILE = "percentile"
     LEAST_SQUARES = "least_squares"
+    """Smallest squared error over all scales, negative ones included: a negative scale turns the
+    symmetric grid around, so that its one extra level serves the heavier tail."""
+    LEAST_SQUARES_POSITIVE = "least_squares_positive"
+    """The same over positive scales only, for runtimes that accept no other."""
 
 
 class ScaleFormat(StrEnum):
