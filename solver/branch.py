@@ -59,6 +59,15 @@ class Incumbent:
         return False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Probed:
+    """A row that was dropped, and the point and multipliers that prove it (zeros: no choice)."""
+
+    row: int
+    point: NDArray[np.float32]
+    multipliers: Floats
+
+
 class Tree:
     """The nodes of one core under one convex function, in arrays that kernels fill."""
 
@@ -79,8 +88,8 @@ class Tree:
         self.kind = np.zeros(FIRST_NODES, dtype=np.uint8)
         self.keys, self.ids = np.zeros(FIRST_NODES + 1), np.zeros(FIRST_NODES + 1, dtype=np.int64)
         self.counts = np.zeros(4, dtype=np.int64)
-        self.closed = math.inf
-        """Least bound at which a node was cut off."""
+        self.ok = np.ones(n, dtype=np.uint8)
+        """Rows of the root's region; ``probe`` drops some."""
 
     @property
     def n_nodes(self) -> int:
@@ -97,7 +106,7 @@ class Tree:
     def root(self, incumbent: Incumbent, z: Floats, lam: Floats) -> int:
         """Bound the root from the warm start ``z``, ``lam``; returns the kernel's code."""
         core, c = self.core, self.convex
-        self.allowed[0] = 1
+        self.allowed[0] = self.ok
         self.lam[0] = lam
         z, s = z.copy(), core.d.copy()
         work, cur = np.zeros(core.n), np.zeros(core.n_groups, dtype=np.int64)
@@ -116,6 +125,34 @@ class Tree:
         elif code == 2:
             incumbent.offer(core.value(cur), core.lift(cur))
         return code
+
+    def probe(self, incumbent: Incumbent, rounds: int) -> list[Probed]:
+        """Drop rows whose choice alone is cut off from the evaluated root's region.
+
+        Returns what was dropped, in order, with the proofs. Rows that the root's point uses most
+        are not tried.
+        """
+        core, c = self.core, self.convex
+        n, m = core.n, len(core.b)
+        z = self.point[0].astype(np.float64)
+        total = np.add.reduceat(z, core.off[:-1])
+        z /= total[core.grp]
+        s = c.l + c.Q @ z
+        order = np.argsort(z, kind="stable")
+        order = order[z[order] < 0.6].astype(np.int64)
+        removed = np.zeros(n, dtype=np.int64)
+        points = np.zeros((len(order) + 1, n), dtype=np.float32)
+        lams = np.zeros((len(order) + 1, m))
+        count = int(
+            kernels.probe(
+                c.Q, c.l, c.const, c.error, core.off, core.grp, self.F, self.f, core.A, core.b,
+                core.pairs, order, self.ok, z, s, self.lam[0], incumbent.cutoff, rounds,
+                removed, points, lams,
+            )
+        )  # fmt: skip
+        return [
+            Probed(row=int(removed[t]), point=points[t], multipliers=lams[t]) for t in range(count)
+        ]
 
     def grow(self, incumbent: Incumbent, most: int) -> bool:
         """Branch up to ``most`` times; returns whether the incumbent improved."""
@@ -153,50 +190,77 @@ class Tree:
         """Return whether every open node is cut off."""
         return self.open_bound() >= incumbent.cutoff
 
-    def proved(self) -> Floats:
-        """Return what each node proves: its own bound, or what its children prove if more."""
-        count = self.n_nodes
-        bound = self.bound[:count].copy()
-        best = np.full(count, np.inf)
-        has = np.zeros(count, dtype=np.bool_)
-        for i in range(count - 1, 0, -1):
-            own = max(bound[i], best[i]) if has[i] else bound[i]
-            parent = int(self.parent[i])
-            has[parent] = True
-            best[parent] = min(best[parent], own)
-        return np.where(has, np.maximum(bound, best), bound)
-
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Record:
-    """What becomes a certificate: a chain of regions, then the tree of the last core."""
+    """What becomes a certificate: a tree of regions, with the trees of their cores below them.
+
+    Attributes:
+        own: What each node's own formula proves; ``+inf`` for a region that is visibly empty.
+    """
 
     problem: Problem
     convexifications: list[Convexification] = field(default_factory=list)
     parent: list[int] = field(default_factory=list)
     allowed: list[Bools] = field(default_factory=list)
+    own: list[float] = field(default_factory=list)
     convexification: list[int] = field(default_factory=list)
-    point: list[NDArray[np.float32]] = field(default_factory=list)
-    multipliers: list[Floats] = field(default_factory=list)
+    point: list[NDArray[np.float32] | None] = field(default_factory=list)
+    multipliers: list[Floats | None] = field(default_factory=list)
+    trees: list[tuple[int, int, Tree]] = field(default_factory=list)
 
-    def chain(self, allowed: Bools) -> None:
-        """Append a region without a formula of its own below the last node."""
-        self._append(len(self.parent) - 1, allowed)
-
-    def _append(self, parent: int, allowed: Bools) -> None:
+    def node(self, parent: int, allowed: Bools) -> int:
+        """Append a region below ``parent``, without a formula of its own; returns its index."""
         self.parent.append(parent)
         self.allowed.append(allowed)
+        self.own.append(-math.inf)
         self.convexification.append(-1)
-        self.point.append(np.zeros(self.problem.n_rows, dtype=np.float32))
-        self.multipliers.append(np.zeros(len(self.problem.limits)))
+        self.point.append(None)
+        self.multipliers.append(None)
+        return len(self.parent) - 1
 
-    def formula(self, tree: Tree) -> None:
-        """Give the last node of the chain the formula of ``tree``'s root."""
-        core = tree.core
-        self.convexifications.append(to_certificate(self.problem, core, tree.convex.point))
-        self.convexification[-1] = len(self.convexifications) - 1
-        self.point[-1] = self._lift(core, tree.point[0])
-        self.multipliers[-1] = tree.lam[0].copy()
+    def convexify(self, core: Core, convex: Convex) -> int:
+        """Append a convex function; returns its index."""
+        self.convexifications.append(to_certificate(self.problem, core, convex.point))
+        return len(self.convexifications) - 1
+
+    def formula(self, node: int, tree: Tree, convexification: int) -> None:
+        """Give ``node`` the formula of ``tree``'s root, if that proves more than it has."""
+        own = float(tree.bound[0])
+        if own <= self.own[node]:
+            return
+        self.own[node] = own
+        if tree.kind[0] == 1:
+            self.convexification[node] = convexification
+            self.point[node] = self._lift(tree.core, tree.point[0])
+            self.multipliers[node] = tree.lam[0].copy()
+
+    def probed(
+        self, node: int, core: Core, dropped: list[Probed], convexification: int, cutoff: float
+    ) -> int:
+        """Append a leaf for each dropped row; returns the node of the region without them."""
+        for probe in dropped:
+            row = int(core.rows[probe.row])
+            group = self.problem.group_of_row == self.problem.group_of_row[row]
+            here = self.allowed[node]
+            alone = here & ~group
+            alone[row] = True
+            leaf = self.node(node, alone)
+            self.own[leaf] = math.inf
+            if probe.point.any():
+                self.own[leaf] = cutoff
+                self.convexification[leaf] = convexification
+                self.point[leaf] = self._lift(core, probe.point)
+                self.multipliers[leaf] = probe.multipliers
+            rest = here.copy()
+            rest[row] = False
+            node = self.node(node, rest)
+        return node
+
+    def attach(self, node: int, tree: Tree, convexification: int) -> None:
+        """Put the nodes of ``tree`` below ``node``, which is its root."""
+        if tree.n_nodes > 1:
+            self.trees.append((node, convexification, tree))
 
     def _lift(self, core: Core, values: NDArray[np.float32]) -> NDArray[np.float32]:
         full = np.zeros(self.problem.n_rows, dtype=np.float32)
@@ -204,32 +268,49 @@ class Record:
         full[core.full[core.full >= 0]] = 1.0
         return full
 
-    def finish(self, bound: float, tree: Tree | None) -> Certificate:
-        """Append ``tree`` below the chain's last node (its root) and return the certificate."""
+    def finish(self, cutoff: float) -> Certificate:
+        """Return the certificate; its bound is what the nodes prove together.
+
+        Args:
+            cutoff: What removed rows prove at least.
+        """
         n, m = self.problem.n_rows, len(self.problem.limits)
-        extra = 0 if tree is None else tree.n_nodes - 1
         base = len(self.parent)
-        parent = np.concatenate([self.parent, np.zeros(extra)]).astype(np.int64)
-        masks = np.zeros((base + extra, n), dtype=np.bool_)
-        masks[:base] = self.allowed
-        conv = np.concatenate([self.convexification, np.full(extra, -1)]).astype(np.int64)
-        point = np.zeros((base + extra, n), dtype=np.float32)
-        point[:base] = self.point
-        lam = np.zeros((base + extra, m))
-        lam[:base] = self.multipliers
-        if tree is not None and extra:
+        total = base + sum(tree.n_nodes - 1 for _, _, tree in self.trees)
+        parent = np.full(total, -1, dtype=np.int64)
+        masks = np.zeros((total, n), dtype=np.bool_)
+        own = np.full(total, -np.inf)
+        conv = np.full(total, -1, dtype=np.int64)
+        point = np.zeros((total, n), dtype=np.float32)
+        lam = np.zeros((total, m))
+        parent[:base], masks[:base], own[:base] = self.parent, self.allowed, self.own
+        conv[:base] = self.convexification
+        for i, (values, prices) in enumerate(zip(self.point, self.multipliers, strict=True)):
+            if values is not None and prices is not None:
+                point[i], lam[i] = values, prices
+        at = base
+        for node, convexification, tree in self.trees:
             core, count = tree.core, tree.n_nodes
+            new = slice(at, at + count - 1)
             fixed = core.full[core.full >= 0]
-            masks[np.ix_(np.arange(base, base + extra), core.rows)] = tree.allowed[1:count] > 0
-            masks[base:, fixed] = True
-            parent[base:] = tree.parent[1:count] + base - 1
-            formula = tree.kind[1:count] == 1
-            conv[base:] = np.where(formula, len(self.convexifications) - 1, -1)
-            point[np.ix_(np.arange(base, base + extra), core.rows)] = tree.point[1:count]
-            point[base:, fixed] = 1.0
-            lam[base:] = tree.lam[1:count]
+            inner = np.zeros((count - 1, n), dtype=np.bool_)
+            inner[:, core.rows] = tree.allowed[1:count] > 0
+            inner[:, fixed] = True
+            masks[new] = inner
+            above = tree.parent[1:count]
+            parent[new] = np.where(above == 0, node, above + at - 1)
+            conv[new] = np.where(tree.kind[1:count] == 1, convexification, -1)
+            values = np.zeros((count - 1, n), dtype=np.float32)
+            values[:, core.rows] = tree.point[1:count]
+            values[:, fixed] = 1.0
+            point[new] = values
+            lam[new] = tree.lam[1:count]
+            own[new] = tree.bound[1:count]
+            at += count - 1
+        point[conv < 0] = 0.0
+        lam[conv < 0] = 0.0
         return Certificate(
-            bound=bound,
+            bound=float(kernels.settle(parent, own, cutoff)[0]),
             convexifications=tuple(self.convexifications),
             parent=parent,
             allowed=np.packbits(masks, axis=1),

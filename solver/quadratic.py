@@ -1,10 +1,16 @@
-"""The exact solver for problems with cross-layer terms."""
+"""The exact solver for problems with cross-layer terms.
+
+Regions (sets of rows that may still be chosen) wait in a queue, least bound first. A region gets
+a semidefinite bound, loses the rows whose choice alone is cut off, and is searched by a tree of
+cheap nodes; if that does not close it, it gets a stronger bound, and in the end it is split in
+two.
+"""
 
 from __future__ import annotations
 
+import heapq
 import math
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,80 +20,302 @@ from bitquota.solver.convex import convexify
 from bitquota.solver.core import propagate_steps, reduce
 from bitquota.solver.search import Effort, search
 from bitquota.solver.semidefinite import DualPoint, Lifted, dual_point, interior_point
-from bitquota.solver.solution import Event, Limit, Solution, Stats, Status
+from bitquota.solver.solution import Limit, Solution, Stats, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
+    from bitquota.solver.control import Control
     from bitquota.solver.core import Core
     from bitquota.solver.problem import Problem
 
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
+    Bools = NDArray[np.bool_]
 
 MEMORY_LIMIT_BYTES = 2 * 2**30
-"""Node arrays beyond this stop the search with what is proved by then."""
+"""Node arrays beyond this stop the solver with what is proved by then."""
+TREE_NODES = 1200
+"""Cheap nodes that take about as long as one semidefinite bound, at every size measured."""
+PROBE_ROUNDS = 12
+BOUND_TOLERANCE = 1e-2
+"""Relative gap of the interior point: any dual iterate is valid, the rest is left to the tree."""
+CUT_VIOLATION = 1e-4
 _BATCH = 64
+_NO_CUTS = np.zeros((0, 2), dtype=np.int64)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Control:
-    """Limits, cancellation and events of one solve.
+class Region:
+    """Rows that may still be chosen.
 
     Attributes:
-        clock: Seconds; what the time limit is measured with.
+        node: Its node of the record.
+        keep: bool[n of the problem].
+        bound: No choice of the region is below it.
+        strong: Begin with products and cuts.
+        cuts: i64[c, 2] in the problem's rows.
+        x: f64[n of the problem], where the parent's relaxation stood.
     """
 
-    time_limit_s: float | None
-    node_limit: int | None
-    on_event: Callable[[Event], None] | None
-    cancelled: Callable[[], bool] | None
-    clock: Callable[[], float] = time.monotonic
-    begin: float = 0.0
-    cpu_begin: float = 0.0
-    limit: Limit | None = None
+    node: int
+    keep: Bools
+    bound: float = -math.inf
+    strong: bool = False
+    cuts: Ints = field(default_factory=lambda: _NO_CUTS)
+    x: Floats | None = None
 
-    def start(self) -> None:
-        """Note the time."""
-        self.begin, self.cpu_begin = self.clock(), time.process_time()
 
-    def stopped(self) -> bool:
-        """Return whether a limit was reached, and remember which."""
-        if self.limit is None:
-            if self.cancelled is not None and self.cancelled():
-                self.limit = Limit.CANCELLED
-            elif self.time_limit_s is not None and self.elapsed() >= self.time_limit_s:
-                self.limit = Limit.TIME
-        return self.limit is not None
+class Quadratic:
+    """One run: the record, the incumbent and the queue of regions."""
 
-    def elapsed(self) -> float:
-        """Seconds since the start, by ``clock``."""
-        return self.clock() - self.begin
+    def __init__(self, problem: Problem, control: Control, *, gap: float, seed: int) -> None:
+        """Start the record with the problem's allowed rows."""
+        self.problem, self.control, self.seed = problem, control, seed
+        self.record = Record(problem=problem)
+        scale = float(np.abs(problem.diagonal[problem.allowed]).max(initial=0.0))
+        self.incumbent = Incumbent(gap=gap, floor=1e-12 * scale)
+        self.queue: list[tuple[float, int, Region]] = []
+        self.current = math.inf
+        """Bound of the region that is being worked on."""
+        self.nodes = 0
+        self.iterations = 0
+        self.memory = 0
+        self.root_bound = -math.inf
 
-    def cpu_seconds(self) -> float:
-        """CPU seconds of this process since the start."""
-        return time.process_time() - self.cpu_begin
+    def run(self, starts: tuple[Ints, ...], effort: Effort) -> Solution:
+        """Search, then prove; returns the solution."""
+        root = Region(node=self.record.node(-1, self.problem.allowed), keep=self.problem.allowed)
+        for start in starts:
+            if self.problem.is_feasible(start):
+                self._offer(self.problem.evaluate(start), self.problem.rows(start))
+        if self._propagate(root):
+            self._search(root, effort)
+            heapq.heappush(self.queue, (root.bound, root.node, root))
+        while self.queue and not self.control.stopped():
+            if self.queue[0][0] >= self.incumbent.cutoff:
+                break
+            _, _, region = heapq.heappop(self.queue)
+            self.current = region.bound
+            for child in self._work(region):
+                heapq.heappush(self.queue, (child.bound, child.node, child))
+            self.current = math.inf
+        return self._solution()
 
-    def tell(
-        self, kind: str, incumbent: Incumbent, bound: float, nodes: int, offsets: Ints
-    ) -> None:
-        """Send an event, if anyone listens."""
-        if self.on_event is None:
+    @property
+    def bound(self) -> float:
+        """No choice is below it."""
+        opened = min(self.current, self.queue[0][0] if self.queue else math.inf)
+        return min(opened, self.incumbent.cutoff)
+
+    def _offer(self, objective: float, rows: Ints) -> None:
+        if self.incumbent.offer(objective, rows):
+            self._tell("incumbent")
+
+    def _tell(self, kind: str, bound: float = -math.inf) -> None:
+        self.control.tell(kind, self.incumbent, max(bound, self.bound), self.nodes, self.problem)
+
+    def _propagate(self, region: Region) -> bool:
+        """Drop rows by integer reasoning; returns ``False`` when no choice is left."""
+        for step in propagate_steps(self.problem, region.keep):
+            if step is None:
+                self.record.own[region.node] = math.inf
+                return False
+            region.keep = step
+            region.node = self.record.node(region.node, step)
+        return True
+
+    def _search(self, region: Region, effort: Effort) -> None:
+        core = reduce(self.problem, region.keep)
+        if core.n_groups == 0:
             return
-        choice = None
-        if kind == "incumbent" and incumbent.rows is not None:
-            choice = tuple((incumbent.rows - offsets[:-1]).tolist())
-        self.on_event(
-            Event(
-                kind=kind,
-                objective=incumbent.objective,
-                bound=min(bound, incumbent.objective),
-                nodes=nodes,
-                cpu_seconds=self.cpu_seconds(),
-                choice=choice,
+        starts = [] if self.incumbent.rows is None else [_inside(core, self.incumbent.rows)]
+        cur, value = search(
+            core,
+            effort=effort,
+            seed=self.seed,
+            starts=[s for s in starts if s is not None],
+            on_better=lambda cur, value: self._offer(value, core.lift(cur)),
+            stop=self.control.stopped,
+        )
+        if cur is not None:
+            self._offer(value, core.lift(cur))
+
+    def _work(self, region: Region) -> list[Region]:
+        """Bound and search a region; returns what is left of it, split in two."""
+        strong = region.strong
+        plain_gap, last_gap = math.inf, math.inf
+        while True:
+            if not self._propagate(region):
+                return []
+            core = reduce(self.problem, region.keep)
+            if core.n_groups == 0:
+                self._single(region, core)
+                return []
+            point = self._point(core, region, strong=strong)
+            if point is None:
+                return [region]
+            convex = convexify(core, point)
+            index = self.record.convexify(core, convex)
+            tree = Tree(core, convex)
+            z = np.clip(np.diag(point.pair_values), 1e-6, None)
+            code = tree.root(self.incumbent, z, point.multipliers)
+            if self._took(region, tree, index, code):
+                return []
+            dropped = tree.probe(self.incumbent, PROBE_ROUNDS)
+            if dropped:
+                region.keep = region.keep.copy()
+                region.keep[core.rows[[d.row for d in dropped]]] = False
+                region.node = self.record.probed(
+                    region.node, core, dropped, index, self.incumbent.cutoff
+                )
+                code = tree.root(self.incumbent, tree.point[0].astype(np.float64), tree.lam[0])
+                if self._took(region, tree, index, code):
+                    return []
+            self._grow(tree, None if not core.C.any() else TREE_NODES)
+            region.bound = max(region.bound, tree.open_bound())
+            if tree.done(self.incumbent) or self.control.limit is not None:
+                self._attach(region, tree, index)
+                return [] if tree.done(self.incumbent) else [region]
+            gap = self.incumbent.objective - float(tree.bound[0])
+            region.cuts = self._cuts(core, point)
+            shrunk = len(dropped) > 0.15 * core.n
+            if not strong:
+                plain_gap = gap
+            again = shrunk or not strong or gap < 0.75 * last_gap
+            last_gap = gap if strong else math.inf
+            strong = True
+            if again:
+                continue
+            return self._split(region, tree, strong=gap < 0.7 * plain_gap)
+
+    def _took(self, region: Region, tree: Tree, index: int, code: int) -> bool:
+        """Enter a tree's root into the record; returns whether the region is closed."""
+        self.nodes += 1
+        self.record.formula(region.node, tree, index)
+        region.bound = max(region.bound, float(tree.bound[0]))
+        self.current = region.bound
+        if region.node <= 1 or self.root_bound == -math.inf:
+            self.root_bound = max(self.root_bound, min(region.bound, self.incumbent.cutoff))
+        if code == 2:
+            self._tell("incumbent")
+        self._tell("bound")
+        return code != 1
+
+    def _attach(self, region: Region, tree: Tree, index: int) -> None:
+        self.record.attach(region.node, tree, index)
+        self.memory += tree.memory_bytes
+
+    def _split(self, region: Region, tree: Tree, *, strong: bool) -> list[Region]:
+        g, t = int(tree.group[0]), int(tree.split[0])
+        core = tree.core
+        children = []
+        for lower in (True, False):
+            keep = region.keep.copy()
+            out = np.arange(t, core.off[g + 1]) if lower else np.arange(core.off[g], t)
+            keep[core.rows[out]] = False
+            node = self.record.node(region.node, keep)
+            children.append(
+                Region(node=node, keep=keep, bound=region.bound, strong=strong, cuts=region.cuts)
             )
+        return children
+
+    def _single(self, region: Region, core: Core) -> None:
+        """All groups have one row left: the region's value is exact."""
+        if not core.feasible:
+            self.record.own[region.node] = math.inf
+            return
+        self.record.own[region.node] = core.constant
+        self._offer(core.constant, core.lift(np.zeros(0, dtype=np.int64)))
+
+    def _point(self, core: Core, region: Region, *, strong: bool) -> DualPoint | None:
+        """Return a dual point of the semidefinite bound, or ``None`` when a limit struck."""
+        if not core.C.any():
+            return _flat(core)
+        lifted = Lifted(core, products=strong)
+        if strong and len(region.cuts):
+            at = np.full(self.problem.n_rows, -1, dtype=np.int64)
+            at[core.rows] = np.arange(core.n)
+            inside = at[region.cuts]
+            lifted.add_cuts(inside[(inside >= 0).all(axis=1)])
+
+        def enough(value: float) -> bool:
+            self._tell("bound")
+            return value >= self.incumbent.cutoff or self.control.stopped()
+
+        state, iterations = interior_point(lifted, tolerance=BOUND_TOLERANCE, stop=enough)
+        self.iterations += iterations
+        if self.control.limit is not None and self.record.own[region.node] > -math.inf:
+            return None
+        return dual_point(lifted, state, iterations)
+
+    def _cuts(self, core: Core, point: DualPoint) -> Ints:
+        """Return the cuts of the next bound in the problem's rows: active and violated ones."""
+        below = np.triu(-point.pair_values, 1)
+        below[core.grp[:, None] == core.grp[None, :]] = 0.0
+        found = np.argwhere(below > CUT_VIOLATION)
+        order = np.argsort(-below[found[:, 0], found[:, 1]], kind="stable")
+        new = core.rows[found[order[: max(100, 2 * core.n)]]]
+        n_pairs = len(core.pairs)
+        values = point.cut_values[n_pairs:]
+        active = values > 1e-6 * float(values.max(initial=0.0))
+        old = np.stack([point.cut_rows[n_pairs:], point.cut_columns[n_pairs:]], axis=1)[active]
+        both = np.concatenate([core.rows[old].reshape(-1, 2), new.reshape(-1, 2)])
+        return np.unique(np.sort(both, axis=1), axis=0)
+
+    def _grow(self, tree: Tree, most_nodes: int | None) -> None:
+        control, incumbent = self.control, self.incumbent
+        told, before = control.cpu_seconds(), self.nodes
+        while not tree.done(incumbent):
+            if control.stopped():
+                break
+            if control.node_limit is not None and self.nodes >= control.node_limit:
+                control.limit = Limit.NODE
+                break
+            if self.memory + tree.memory_bytes > MEMORY_LIMIT_BYTES:
+                control.limit = Limit.MEMORY
+                break
+            if most_nodes is not None and tree.n_nodes >= most_nodes:
+                break
+            better = tree.grow(incumbent, _BATCH)
+            self.nodes = before + tree.n_nodes
+            if better or control.cpu_seconds() - told > 0.2:
+                told = control.cpu_seconds()
+                self.current = max(self.current, tree.open_bound())
+                self._tell("incumbent" if better else "progress")
+        self.nodes = before + tree.n_nodes
+
+    def _solution(self) -> Solution:
+        incumbent, control, problem = self.incumbent, self.control, self.problem
+        certificate = self.record.finish(incumbent.cutoff)
+        stats = Stats(
+            nodes=self.nodes,
+            cpu_seconds=control.cpu_seconds(),
+            bound_iterations=self.iterations,
+            root_bound=self.root_bound,
+        )
+        if incumbent.rows is None:
+            status = Status.INFEASIBLE if control.limit is None else Status.UNKNOWN
+            return Solution(
+                status=status,
+                limit=control.limit,
+                bound=certificate.bound,
+                stats=stats,
+                certificate=certificate,
+            )
+        choice = incumbent.rows - problem.offsets[:-1]
+        objective = problem.evaluate(choice)
+        bound = min(certificate.bound, objective)
+        slack = max(incumbent.gap * abs(objective), incumbent.floor) * (1.0 + 1e-9)
+        proved = objective - bound <= slack
+        return Solution(
+            status=Status.OPTIMAL if proved else Status.FEASIBLE,
+            limit=None if proved else (control.limit or Limit.METHOD),
+            choice=choice,
+            objective=objective,
+            bound=bound,
+            stats=stats,
+            certificate=certificate,
         )
 
 
@@ -110,165 +338,28 @@ def solve_quadratic(
         starts: Choices to begin with; infeasible ones are ignored.
         effort: How long to search before proving.
     """
-    record = Record(problem=problem)
-    record.chain(problem.allowed)
-    keep = problem.allowed
-    for step in propagate_steps(problem, problem.allowed):
-        if step is None:
-            return _infeasible(record, control)
-        keep = step
-        record.chain(keep)
-    scale = float(np.abs(problem.diagonal[keep]).max(initial=0.0))
-    incumbent = Incumbent(gap=gap, floor=1e-12 * scale)
-    core = reduce(problem, keep)
-    for start in starts:
-        if problem.is_feasible(start):
-            incumbent.offer(problem.evaluate(start), problem.rows(start))
-    if core.n_groups == 0:
-        rows = core.lift(np.zeros(0, dtype=np.int64))
-        if not core.feasible:
-            return _infeasible(record, control)
-        incumbent.offer(core.constant, rows)
-        return _solution(problem, record, None, incumbent, core.constant, control, 0, 0)
-
-    def better(cur: Ints, value: float) -> None:
-        if incumbent.offer(value, core.lift(cur)):
-            control.tell("incumbent", incumbent, -math.inf, 0, problem.offsets)
-
-    known = [] if incumbent.rows is None else [_inside(core, incumbent.rows)]
-    cur, value = search(
-        core,
-        effort=effort or Effort(),
-        seed=seed,
-        starts=[k for k in known if k is not None],
-        on_better=better,
-        stop=control.stopped,
-    )
-    if cur is not None and incumbent.offer(value, core.lift(cur)):
-        control.tell("incumbent", incumbent, -math.inf, 0, problem.offsets)
-    point = _bound(core, incumbent, control, problem)
-    iterations = point.iterations
-    convex = convexify(core, point)
-    tree = Tree(core, convex)
-    z = np.clip(np.diag(point.pair_values), 1e-6, None)
-    code = tree.root(incumbent, z, point.multipliers)
-    record.formula(tree)
-    root_bound = float(tree.bound[0])
-    control.tell("bound", incumbent, root_bound, 1, problem.offsets)
-    if code == 0 and tree.kind[0] == 0:
-        return _infeasible(record, control)
-    last_told = 0.0
-    while code == 1 and not tree.done(incumbent):
-        if control.stopped():
-            break
-        if control.node_limit is not None and tree.n_nodes >= control.node_limit:
-            control.limit = Limit.NODE
-            break
-        if tree.memory_bytes > MEMORY_LIMIT_BYTES:
-            control.limit = Limit.MEMORY
-            break
-        most = _BATCH
-        if control.node_limit is not None:
-            most = max(1, min(most, (control.node_limit - tree.n_nodes + 1) // 2))
-        kind = "incumbent" if tree.grow(incumbent, most) else "progress"
-        if kind == "incumbent" or control.cpu_seconds() - last_told > 0.2:
-            last_told = control.cpu_seconds()
-            control.tell(kind, incumbent, tree.open_bound(), tree.n_nodes, problem.offsets)
-    if tree.kind[0] == 2:
-        bound = min(float(tree.bound[0]), incumbent.objective)
-    else:
-        bound = min(tree.open_bound(), incumbent.cutoff)
-        bound = max(bound, root_bound)
-    return _solution(
-        problem, record, tree, incumbent, bound, control, tree.n_nodes, iterations, root_bound
-    )
-
-
-def _bound(core: Core, incumbent: Incumbent, control: Control, problem: Problem) -> DualPoint:
-    """Return the root's dual point: none needed without cross terms, else the interior point."""
-    if not core.C.any():
-        n, m = core.n, len(core.b)
-        empty = np.zeros(0, dtype=np.int64)
-        return DualPoint(
-            shift=np.zeros((n, int(np.diff(core.off).max()))),
-            cut_rows=empty,
-            cut_columns=empty,
-            cut_values=np.zeros(0),
-            products=np.zeros((m, n)),
-            multipliers=np.zeros(m),
-            bound=-math.inf,
-            iterations=0,
-            pair_values=np.diag(1.0 / np.diff(core.off)[core.grp]),
-        )
-    lifted = Lifted(core, products=False)
-
-    def enough(value: float) -> bool:
-        control.tell("bound", incumbent, value, 0, problem.offsets)
-        return value >= incumbent.cutoff or control.stopped()
-
-    state, iterations = interior_point(lifted, tolerance=1e-2, stop=enough)
-    return dual_point(lifted, state, iterations)
+    return Quadratic(problem, control, gap=gap, seed=seed).run(starts, effort or Effort())
 
 
 def _inside(core: Core, rows: Ints) -> Ints | None:
     index = np.full(int(max(rows.max(), core.rows.max())) + 1, -1, dtype=np.int64)
     index[core.rows] = np.arange(core.n)
-    cur = index[rows[core.full < 0]]
+    cur: Ints = index[rows[core.full < 0]]
     return None if bool((cur < 0).any()) else cur
 
 
-def _infeasible(record: Record, control: Control) -> Solution:
-    return Solution(
-        status=Status.INFEASIBLE,
-        objective=math.inf,
-        bound=math.inf,
-        stats=Stats(cpu_seconds=control.cpu_seconds()),
-        certificate=record.finish(math.inf, None),
-    )
-
-
-def _solution(
-    problem: Problem,
-    record: Record,
-    tree: Tree | None,
-    incumbent: Incumbent,
-    bound: float,
-    control: Control,
-    nodes: int,
-    iterations: int,
-    root_bound: float = -math.inf,
-) -> Solution:
-    stats = Stats(
-        nodes=nodes,
-        cpu_seconds=control.cpu_seconds(),
-        bound_iterations=iterations,
-        root_bound=root_bound,
-    )
-    if incumbent.rows is None:
-        if control.limit is None:
-            return Solution(
-                status=Status.INFEASIBLE,
-                bound=math.inf,
-                stats=stats,
-                certificate=record.finish(math.inf, tree),
-            )
-        return Solution(
-            status=Status.UNKNOWN,
-            limit=control.limit,
-            bound=bound,
-            stats=stats,
-            certificate=record.finish(bound, tree),
-        )
-    choice = incumbent.rows - problem.offsets[:-1]
-    objective = problem.evaluate(choice)
-    bound = min(bound, objective)
-    proved = objective - bound <= max(incumbent.gap * abs(objective), incumbent.floor) * (1 + 1e-9)
-    return Solution(
-        status=Status.OPTIMAL if proved else Status.FEASIBLE,
-        limit=None if proved else (control.limit or Limit.METHOD),
-        choice=choice,
-        objective=objective,
-        bound=bound,
-        stats=stats,
-        certificate=record.finish(bound, tree),
+def _flat(core: Core) -> DualPoint:
+    """Return the dual point of a problem without cross terms: no shift is needed."""
+    empty = np.zeros(0, dtype=np.int64)
+    m = len(core.b)
+    return DualPoint(
+        shift=np.zeros((core.n, int(np.diff(core.off).max()))),
+        cut_rows=empty,
+        cut_columns=empty,
+        cut_values=np.zeros(0),
+        products=np.zeros((m, core.n)),
+        multipliers=np.zeros(m),
+        bound=-math.inf,
+        iterations=0,
+        pair_values=np.diag(1.0 / np.diff(core.off)[core.grp]),
     )

@@ -162,7 +162,8 @@ def center(core: Core) -> tuple[Floats, Floats]:
     def distribution(lam: float) -> Floats:
         weight = 1.0 / (spread + lam * price + 0.05 * level)
         total = np.add.reduceat(weight, starts)
-        return 0.98 * weight / total[core.grp] + 0.02 / counts * (weight / weight)
+        mixed: Floats = 0.98 * weight / total[core.grp] + 0.02 / counts
+        return mixed
 
     lam = 0.0
     p = distribution(lam)
@@ -305,6 +306,8 @@ def interior_point(
         schur(Ma, Wa, lifted.u, lifted.v, B)
         ratio = s / w
         B[np.arange(ne, K), np.arange(ne, K)] += ratio
+        if not (np.isfinite(B.diagonal()).all() and B.diagonal().min() > 1e-280):
+            break
         unit = 1.0 / np.sqrt(np.diag(B))
         factor = _factor(B, unit)
         if factor is None:

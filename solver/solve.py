@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.errors import InvalidProblem, SolverFailed
-from bitquota.solver.quadratic import Control, solve_quadratic
+from bitquota.solver.control import Control
+from bitquota.solver.quadratic import solve_quadratic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

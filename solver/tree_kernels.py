@@ -534,6 +534,56 @@ def evaluate_node(
 
 
 @compiled
+def probe(
+    Q: Floats, l: Floats, const: float, e: Floats, off: Ints, grp: Ints, F: Floats, f: Floats,  # noqa: E741
+    A: Ints, b: Ints, pairs: Ints, order: Ints, ok: Bytes, z0: Floats, s0: Floats, lam0: Floats,
+    cutoff: float, rounds: int, removed: Ints, points: Singles, lams: Floats,
+) -> int:  # fmt: skip
+    """Try each row of ``order`` as its group's only one; drop from ``ok`` those cut off.
+
+    The t-th dropped row is ``removed[t]``, with ``points[t]`` and ``lams[t]`` as its proof (a
+    point of zeros where the region is visibly empty). Returns how many were dropped.
+    """
+    n, m = len(l), len(f)
+    z, s, work, lam = np.zeros(n), np.zeros(n), np.zeros(n), np.zeros(m)
+    alone = np.zeros(n, np.uint8)
+    count = 0
+    for t in range(len(order)):
+        p = order[t]
+        if not ok[p]:
+            continue
+        g = grp[p]
+        others = 0
+        for q in range(n):
+            alone[q] = ok[q]
+        for q in range(off[g], off[g + 1]):
+            if q != p and ok[q]:
+                alone[q] = 0
+                others += 1
+        if others == 0:
+            continue
+        if empty(A, b, off, alone) or clash(pairs, grp, off, alone):
+            points[count, :] = 0.0
+            lams[count, :] = 0.0
+        else:
+            for q in range(n):
+                z[q] = z0[q]
+                s[q] = s0[q]
+            for k in range(m):
+                lam[k] = lam0[k]
+            value = relax(
+                Q, l, const, e, off, F, f, alone, z, s, lam, cutoff, rounds, points[count], work
+            )
+            if value < cutoff:
+                continue
+            lams[count, :] = lam
+        removed[count] = p
+        ok[p] = 0
+        count += 1
+    return count
+
+
+@compiled
 def grow(
     Q: Floats, l: Floats, const: float, e: Floats, off: Ints, grp: Ints, F: Floats, f: Floats,  # noqa: E741
     A: Ints, b: Ints, pairs: Ints, C: Floats, P: Floats, d: Floats, constant: float,
@@ -621,3 +671,22 @@ def grow(
                     best[1] = value - max(gap * abs(value), floor)
                     best_cur[:] = cur
                     counts[2] += 1
+
+
+@compiled
+def settle(parent: Ints, own: Floats, cutoff: float) -> Floats:
+    """Return what each node proves: its own bound, or if more what its children prove.
+
+    Removed rows prove at least ``cutoff``. Parents stand before their children.
+    """
+    n = len(parent)
+    below = np.full(n, np.inf)
+    has = np.zeros(n, np.uint8)
+    value = own.copy()
+    for i in range(n - 1, -1, -1):
+        if has[i]:
+            value[i] = max(value[i], min(below[i], cutoff))
+        if parent[i] >= 0:
+            has[parent[i]] = 1
+            below[parent[i]] = min(below[parent[i]], value[i])
+    return value
