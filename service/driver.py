@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ from bitquota.service.evaluator import die_with_parent
 from bitquota.service.inspection import ModelFormat
 from bitquota.service.jobs import JobStore, LeaseLost
 from bitquota.service.problems import TYPE_PREFIX
+from bitquota.service.sandbox import Cell, command, memory_limit, sandbox_of
 from bitquota.service.settings import Settings
 
 if TYPE_CHECKING:
@@ -60,18 +62,19 @@ _MAX_RESULT_BYTES = 512 * 2**20
 class Evaluator:
     """The child process that runs the model, and the thread that reads what it says."""
 
-    def __init__(self, scratch: Path) -> None:
-        self.scratch = scratch
-        environment = {name: value for name, value in os.environ.items() if name in _PASSED_ON} | {
-            "BITQUOTA_PARENT_PID": str(os.getpid()),
-            "TMPDIR": str(scratch),
-        }
-        self._process = subprocess.Popen(  # our own module
-            [sys.executable, "-m", "bitquota.service.evaluator"],
+    def __init__(self, settings: Settings, cell: Cell) -> None:
+        self.cell = cell
+        program = sandbox_of(settings)
+        limits = [str(memory_limit(settings)), str(settings.max_upload_bytes)]
+        line, environment = command(
+            program, cell, settings.data_dir, ["-m", "bitquota.service.evaluator", *limits]
+        )
+        self._process = subprocess.Popen(  # noqa: S603  # our own module
+            line,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            cwd=scratch,
+            cwd=cell.work,
         )
         assert self._process.stdin is not None  # noqa: S101  # PIPE above
         assert self._process.stdout is not None  # noqa: S101  # PIPE above
@@ -100,10 +103,6 @@ class Evaluator:
         """Kill the process and return how it ended."""
         self._process.kill()
         return self._process.wait()
-
-
-_PASSED_ON = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
-              "OMP_NUM_THREADS", "VIRTUAL_ENV", "HOME")  # fmt: skip
 
 
 class Driver:
@@ -152,26 +151,27 @@ class Driver:
         return status
 
     def _start(self) -> None:
-        job, evaluator = self._job, self._evaluator
-        model = evaluator.scratch / "input.model"
-        dataset = evaluator.scratch / "input.dataset"
+        job, cell = self._job, self._evaluator.cell
         assert job.model is not None  # noqa: S101  # jobs of these kinds name both
         assert job.dataset is not None  # noqa: S101
         known = ArtifactStore(self._database, time.time)
-        model_format = known.get(job.tenant, ArtifactKind.MODEL, job.model).format
-        dataset_format = known.get(job.tenant, ArtifactKind.DATASET, job.dataset).format
-        model = model.with_suffix(".pt2" if model_format == ModelFormat.PT2 else ".zip")
-        dataset = dataset.with_suffix("." + dataset_format)
-        for place, digest in ((model, job.model), (dataset, job.dataset)):
-            place.symlink_to(self._blobs.path(digest).absolute())
-        evaluator.send(
+        model = known.get(job.tenant, ArtifactKind.MODEL, job.model)
+        dataset = known.get(job.tenant, ArtifactKind.DATASET, job.dataset)
+        if model.format == ModelFormat.HUGGING_FACE:
+            model_path = cell.inbox / "model"
+            with zipfile.ZipFile(self._blobs.path(job.model)) as archive:
+                archive.extractall(model_path)  # names were checked on arrival
+        else:
+            model_path = cell.inbox / f"model.{model.format}"
+            _show(self._blobs.path(job.model), model_path)
+        dataset_path = cell.inbox / f"calibration.{dataset.format}"
+        _show(self._blobs.path(job.dataset), dataset_path)
+        self._evaluator.send(
             {
                 "kind": job.kind,
                 "request": job.request,
-                "model": str(model),
-                "model_format": model_format,
-                "dataset": str(dataset),
-                "scratch": str(evaluator.scratch),
+                "model": str(model_path),
+                "dataset": str(dataset_path),
                 "threads": self._settings.threads or _share(self._settings.slots),
                 "device": "auto",
             }
@@ -345,6 +345,14 @@ def _checked_progress(progress: JsonObject) -> JsonObject:
     return {"stage": str(progress["stage"])[:100], **counts}
 
 
+def _show(blob: Path, place: Path) -> None:
+    """Make a stored file visible in an inbox, which is read-only inside a sandbox."""
+    try:
+        place.hardlink_to(blob)
+    except OSError:  # another file system
+        shutil.copyfile(blob, place)
+
+
 def _share(slots: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // max(1, slots))
 
@@ -358,7 +366,10 @@ def main() -> None:
     scratches = settings.data_dir / "scratch"
     scratches.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="job-", dir=scratches.absolute()))
-    evaluator = Evaluator(scratch)
+    os.nice(settings.nice)
+    cell = Cell(scratch=scratch)
+    cell.create()
+    evaluator = Evaluator(settings, cell)
     status = 0
     try:
         line = sys.stdin.readline()

@@ -13,12 +13,11 @@ import queue
 import signal
 import sys
 import threading
-import zipfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitquota.errors import BitquotaError, MeasurementFailed
 from bitquota.service import wire
+from bitquota.service.sandbox import limit_resources
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -100,8 +99,16 @@ class RemoteLedger:
 
 
 def main() -> None:
-    """Import everything heavy, wait for one order, carry it out, end."""
+    """Import everything heavy, wait for one order, carry it out, end.
+
+    Arguments: bytes of private memory, bytes of one file; or ``--warm-up``, which compiles the
+    solver's kernels into ``NUMBA_CACHE_DIR`` and ends.
+    """
+    if sys.argv[1:] == ["--warm-up"]:
+        warm_up()
+        return
     die_with_parent(int(os.environ.get("BITQUOTA_PARENT_PID", "0")))
+    limit_resources(int(sys.argv[1]), int(sys.argv[2]))
     source = os.fdopen(os.dup(0), "rb")
     sink = os.fdopen(os.dup(1), "wb")
     # A model or a library that prints must not speak into the protocol.
@@ -179,7 +186,7 @@ def carry_out(order: JsonObject, channel: Channel) -> None:
 
     request = PlanRequest.from_json(order["request"])
     say("load")
-    model = load_model(str(_model_path(order)), allow_factory=False)
+    model = load_model(order["model"], allow_factory=False)
     calibration = load_calibration(order["dataset"])
     common: dict[str, Any] = {
         "ledger": RemoteLedger(channel),
@@ -197,17 +204,6 @@ def carry_out(order: JsonObject, channel: Channel) -> None:
     channel.send({"type": "result", "name": "matrix"}, [allocation.matrix.to_bytes()])
     for plan in allocation.plans:
         channel.send({"type": "result", "name": "plan"}, [plan.dumps().encode()])
-
-
-def _model_path(order: JsonObject) -> Path:
-    path = Path(order["model"])
-    if order["model_format"] != "huggingface-zip":
-        return path
-    folder = Path(order["scratch"]) / "model"
-    folder.mkdir()
-    with zipfile.ZipFile(path) as archive:
-        archive.extractall(folder)  # names were checked when it was uploaded
-    return folder
 
 
 def die_with_parent(parent: int) -> None:

@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.errors import InvalidCalibration, InvalidInput, InvalidModel, TooLarge, UnsafeModel
+from bitquota.formats.pt2_vetting import vet_pt2
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 SAFE_WAYS = (
-    "export it with torch.export.save (.pt2), or upload a zip of config.json and safetensors files"
+    "export it with torch.export.save (.pt2) or to ONNX, or upload a zip of config.json and "
+    "safetensors files"
 )
 _MAX_MEMBERS = 100_000
 _MAX_HEADER_BYTES = 100 * 2**20
@@ -41,6 +43,7 @@ class ModelFormat(StrEnum):
 
     PT2 = "pt2"
     HUGGING_FACE = "huggingface-zip"
+    ONNX = "onnx"
 
 
 class DatasetFormat(StrEnum):
@@ -75,7 +78,9 @@ def inspect_model(path: Path, *, max_ratio: int) -> ModelFormat:
             "upload a zip of the folder with its config.json, or a .pt2"
         )
         raise InvalidModel(msg, format="safetensors")
-    msg = f"a model must be a .pt2 or a zip of a Hugging Face folder; got neither: {SAFE_WAYS}"
+    if _looks_like_onnx(start):
+        return ModelFormat.ONNX
+    msg = f"a model must be a .pt2, an ONNX file or a zip of a Hugging Face folder: {SAFE_WAYS}"
     raise InvalidModel(msg)
 
 
@@ -87,6 +92,7 @@ def _inspect_model_zip(path: Path, max_ratio: int) -> ModelFormat:
         msg = f"a model must be data, never code; this file is TorchScript: {SAFE_WAYS}"
         raise UnsafeModel(msg, format="torchscript")
     if "archive_format" in leaves or "serialized_exported_program.json" in leaves:
+        vet_pt2(path)
         return ModelFormat.PT2
     if "data.pkl" in leaves:
         msg = (
@@ -116,6 +122,12 @@ def _inspect_model_zip(path: Path, max_ratio: int) -> ModelFormat:
         f"{', '.join(sorted(leaves)[:5])}"
     )
     raise InvalidModel(msg)
+
+
+def _looks_like_onnx(start: bytes) -> bool:
+    """Return whether a file begins as a ModelProto: its version, then another of its fields."""
+    known_fields = {0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42}
+    return len(start) > 2 and start[0] == 0x08 and start[1] <= 32 and start[2] in known_fields
 
 
 def inspect_dataset(path: Path, *, max_ratio: int, max_bytes: int) -> DatasetFormat:

@@ -35,6 +35,18 @@ class Settings:
     )
     slots: int = _setting(1, "Jobs that run at the same time on this host.", below=0)
     threads: int = _setting(0, "Threads of one job; 0 shares the processor among slots.", below=0)
+    sandbox: str = _setting(
+        "auto",
+        "`auto` runs models under bubblewrap where it works, `require` fails without, `off` never.",
+    )
+    allow_unsandboxed_pt2: bool = _setting(
+        default=False,
+        text="Take `.pt2` uploads from others although there is no sandbox to run them in.",
+    )
+    max_memory_bytes: int = _setting(
+        0, "Private memory of one evaluator; 0 shares 80 % of the machine's among slots.", below=0
+    )
+    nice: int = _setting(5, "Niceness of drivers and evaluators, so that the API stays quick.")
     lease_s: float = _setting(
         15.0, "Seconds without a heartbeat after which a job is given to another driver.", below=1
     )

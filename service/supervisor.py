@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitquota.errors import BitquotaError
+from bitquota.service.sandbox import kernel_folders, sandbox_of
 
 if TYPE_CHECKING:
     from bitquota.service.jobs import Job, JobStore
@@ -81,6 +82,7 @@ class Supervisor:
         while not self._stop.is_set():
             try:
                 if not recovered:
+                    self._compile()
                     self._recover()
                     recovered = True
                 self._reap()
@@ -96,6 +98,19 @@ class Supervisor:
             self._wake.wait(_TICK_S)
             self._wake.clear()
         self._drain()
+
+    def _compile(self) -> None:
+        """Compile the solver's kernels once, outside of any sandbox: inside nothing is kept."""
+        if not self._settings.slots or sandbox_of(self._settings) is None or kernel_folders():
+            return
+        warm_up = [sys.executable, "-m", "bitquota.service.evaluator", "--warm-up"]
+        subprocess.run(warm_up, check=False)  # noqa: S603  # our own module
+        if not kernel_folders():
+            _log.warning(
+                "the solver's kernels are compiled anew for every job: run "
+                "'python -m bitquota.service.evaluator --warm-up' as a user who may write to the "
+                "installed package"
+            )
 
     def _recover(self) -> None:
         """Queue the jobs again whose server ran on this host and is gone."""

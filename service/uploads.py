@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from bitquota.errors import InvalidInput, UnsafeModel
 from bitquota.service.artifacts import Artifact, ArtifactKind
 from bitquota.service.inspection import ModelFormat, inspect_dataset, inspect_model
+from bitquota.service.sandbox import sandbox_of
 from bitquota.service.schemas import (
     DIGEST,
     ArtifactPage,
@@ -150,10 +151,10 @@ def _keep(
     ratio = service.settings.max_unpacked_ratio
     if kind is ArtifactKind.MODEL:
         model_format = inspect_model(incoming.path, max_ratio=ratio)
-        if model_format is ModelFormat.PT2 and not service.settings.loopback:
+        if model_format is ModelFormat.PT2 and not _may_run_pt2(service):
             msg = (
-                "a .pt2 can run code when it is loaded, so this server, which others can reach, "
-                "takes none; upload a zip of config.json and safetensors files"
+                "a .pt2 holds a program, and this server has no sandbox to run it in; upload a "
+                "zip of config.json and safetensors files, or have its operator install bubblewrap"
             )
             raise UnsafeModel(msg, format="pt2")
         found: str = model_format.value
@@ -167,6 +168,14 @@ def _keep(
     shown = re.sub(r"[^\w.\- ]", "_", name)
     return service.artifacts.record(
         caller.tenant, kind, digest, format_name=found, name=shown, size=size
+    )
+
+
+def _may_run_pt2(service: State) -> bool:
+    """Return whether a stranger's ``.pt2`` is contained, or there are no strangers."""
+    alone = service.settings.loopback and not service.keys.any()
+    return (
+        alone or service.settings.allow_unsandboxed_pt2 or sandbox_of(service.settings) is not None
     )
 
 

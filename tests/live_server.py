@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import zipfile
@@ -108,12 +110,19 @@ def npz(n: int = 8) -> bytes:
     return buffer.getvalue()
 
 
-def fake_pt2(text: str = "{}") -> bytes:
-    """Return a zip that looks like a .pt2 from its member names; it cannot be loaded."""
+def safetensors(entries: dict[str, object], data: bytes = b"") -> bytes:
+    """Return a safetensors file with this header and these bytes."""
+    header = json.dumps(entries).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def folder_zip(config: str = "{}") -> bytes:
+    """Return a zipped model folder that is accepted; its config names no known model."""
+    weight = {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("m/archive_format", "pt2")
-        archive.writestr("m/models/model.json", text)
+        archive.writestr(zipfile.ZipInfo("config.json"), config)
+        archive.writestr(zipfile.ZipInfo("model.safetensors"), safetensors(weight, bytes(8)))
     return buffer.getvalue()
 
 

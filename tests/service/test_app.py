@@ -9,7 +9,7 @@ import threading
 import httpx
 import pytest
 
-from live_server import LiveServer, fake_pt2, npz
+from live_server import LiveServer, folder_zip, npz
 
 SHA = "sha256:"
 
@@ -29,7 +29,7 @@ def http(quiet):
 
 @pytest.fixture
 def uploads(http):
-    model = http.put("/v1/models", content=fake_pt2()).json()["id"]
+    model = http.put("/v1/models", content=folder_zip()).json()["id"]
     return {"model": model, "dataset": http.put("/v1/datasets", content=npz()).json()["id"]}
 
 
@@ -72,7 +72,7 @@ class TestUploads:
         assert first.json() == second.json()
 
     def test_location_leads_to_the_upload(self, http):
-        made = http.put("/v1/models", content=fake_pt2())
+        made = http.put("/v1/models", content=folder_zip())
         assert http.get(made.headers["location"]).json() == made.json()
 
     def test_announced_digest_must_arrive(self, http):

@@ -14,7 +14,7 @@ from bitquota.request import PlanRequest
 from live_server import LiveServer
 
 pytestmark = pytest.mark.slow
-BITS = (2, 3, 4, 8)
+BITS = (2, 4, 8)
 
 
 def request(**changes):

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import io
-import json
 import pickle
-import struct
 import zipfile
 
 import numpy as np
@@ -17,6 +15,7 @@ from bitquota.service.inspection import (
     inspect_dataset,
     inspect_model,
 )
+from live_server import safetensors
 
 SMALL = {"max_ratio": 100, "max_bytes": 10**6}
 
@@ -28,18 +27,17 @@ def zipped(path, members):
     return path
 
 
-def safetensors(entries, data=b""):
-    header = json.dumps(entries).encode()
-    return struct.pack("<Q", len(header)) + header + data
-
-
 WEIGHT = safetensors({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, b"\0" * 8)
 
 
 class TestInspectModel:
-    def test_pt2_by_its_members(self, tmp_path):
+    def test_pt2(self, digits_files):
+        assert ModelFormat.PT2 is inspect_model(digits_files[0], max_ratio=100)
+
+    def test_pt2_is_vetted_on_arrival(self, tmp_path):
         path = zipped(tmp_path / "m", {"m/archive_format": "pt2", "m/models/model.json": "{}"})
-        assert ModelFormat.PT2 is inspect_model(path, max_ratio=100)
+        with pytest.raises(InvalidModel, match="pt2"):
+            inspect_model(path, max_ratio=100)
 
     def test_huggingface_folder(self, tmp_path):
         path = zipped(tmp_path / "m", {"config.json": "{}", "model.safetensors": WEIGHT})

@@ -7,7 +7,7 @@ from bitquota.errors import Forbidden, InvalidInput, NotFound, Unauthorized
 from bitquota.service.database import Database, api_keys
 from bitquota.service.keys import KeyStore, Scope
 from bitquota.service.settings import Settings
-from live_server import LiveServer, fake_pt2, npz
+from live_server import LiveServer, folder_zip, npz
 
 NOW = 1_800_000_000.0
 
@@ -150,7 +150,7 @@ class TestServerWithKeys:
 
     @pytest.fixture
     def ordered(self, call):
-        model = call["ann"].put("/v1/models", content=fake_pt2()).json()["id"]
+        model = call["ann"].put("/v1/models", content=folder_zip()).json()["id"]
         dataset = call["ann"].put("/v1/datasets", content=npz()).json()["id"]
         body = {"model": model, "dataset": dataset, "request": {"budgets": ["3 bits"]}}
         headers = {"Idempotency-Key": "fixture"}
