@@ -1,0 +1,157 @@
+"""Plans out: exporters by name, each with a receipt.
+
+``export_plan`` writes files, reads every quantized tensor back, compares sizes with the plan, and
+runs what can be run here against the fake-quantized model.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from bitquota.errors import InvalidInput
+from bitquota.formats.exports.compressed_tensors_folder import CompressedTensorsFolder
+from bitquota.formats.exports.prepared import PreparedExport, prepare_export
+from bitquota.formats.exports.receipt import Difference, FileReceipt, Receipt, TensorReceipt
+from bitquota.formats.exports.ref_int import RefInt
+from bitquota.formats.targets import target_by_name
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bitquota.formats.models import LoadedModel
+    from bitquota.plan import Plan
+    from bitquota.sensitivity.calibration import CalibrationSet
+
+__all__ = [
+    "EXPORTERS",
+    "Difference",
+    "Exporter",
+    "FileReceipt",
+    "PreparedExport",
+    "Receipt",
+    "TensorReceipt",
+    "export_plan",
+    "exporter_by_name",
+    "load_export",
+    "prepare_export",
+]
+
+
+class Exporter(Protocol):
+    """Writes a prepared plan in one format.
+
+    Attributes:
+        name: What ``--format`` takes.
+        summary: One sentence.
+        runs_here: Whether its files can be run by a package that installs from a wheel; then
+            ``load`` returns them as a module, and the receipt holds the difference.
+    """
+
+    name: str
+    summary: str
+    runs_here: bool
+
+    def export(self, prepared: PreparedExport, folder: Path) -> Receipt:
+        """Write the files into the empty ``folder``, read them back, and say what they hold."""
+        ...
+
+    def load(self, prepared: PreparedExport, folder: Path) -> nn.Module:
+        """Return the written files as a module that takes what the model takes."""
+        ...
+
+
+EXPORTERS: dict[str, Exporter] = {
+    exporter.name: exporter for exporter in (RefInt(), CompressedTensorsFolder())
+}
+"""In order of preference."""
+
+
+def exporter_by_name(name: str) -> Exporter:
+    """Return the exporter called ``name``; raises ``InvalidInput`` that lists them."""
+    if name not in EXPORTERS:
+        msg = f"an export format must be one of {', '.join(EXPORTERS)}; got '{name}'"
+        raise InvalidInput(msg, format=name)
+    return EXPORTERS[name]
+
+
+def export_plan(
+    model: LoadedModel,
+    plan: Plan,
+    folder: Path,
+    *,
+    format_name: str | None = None,
+    target: str | None = None,
+    samples: CalibrationSet | None = None,
+    correction_data: CalibrationSet | None = None,
+) -> Receipt:
+    """Write ``plan`` as files that a runtime loads, prove it, and return the receipt.
+
+    The folder appears whole or not at all: files are written beside it and moved at the end.
+
+    Args:
+        model: The model that the plan was made for.
+        plan: What to export.
+        folder: Where to; must not exist, or be empty.
+        format_name: Name of an exporter; by default the target's.
+        target: Name of a target, whose rules the plan must keep.
+        samples: A few are run to compare the files with fake-quantization.
+        correction_data: Unlabelled samples for the plan's corrections, if it has any.
+
+    Raises:
+        StalePlan: The plan is of another model.
+        InvalidPlan: The plan breaks the rules of the target or the format; layers are named.
+        ExportFailed: A tensor does not read back as planned, or a runtime refuses the files.
+        InvalidInput: The folder is not empty, or neither a format nor a target is named.
+        MissingDependency: A package for this format is not installed.
+    """
+    chosen = None if target is None else target_by_name(target)
+    if format_name is None and chosen is None:
+        msg = "an export needs a format or a target; got neither"
+        raise InvalidInput(msg)
+    exporter = exporter_by_name(format_name or (chosen.exporter if chosen else ""))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        msg = f"an export needs a folder that is new or empty; '{folder}' is not"
+        raise InvalidInput(msg, folder=str(folder))
+    prepared = prepare_export(
+        model, plan, target=chosen, samples=samples, correction_data=correction_data
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        receipt = exporter.export(prepared, building)
+        receipt.require()
+        plan.save(building / "plan.json")
+        receipt.save(building)
+        building.chmod(0o755)
+        if folder.exists():
+            folder.rmdir()
+        building.rename(folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return receipt
+
+
+def load_export(
+    model: LoadedModel,
+    plan: Plan,
+    folder: Path,
+    *,
+    format_name: str,
+    correction_data: CalibrationSet | None = None,
+) -> nn.Module:
+    """Return exported files as a module that takes what the model takes.
+
+    Raises:
+        InvalidInput: The format cannot be run here.
+        ExportFailed: The files do not load.
+    """
+    exporter = exporter_by_name(format_name)
+    if not exporter.runs_here:
+        msg = f"files of format '{format_name}' cannot be run on this machine"
+        raise InvalidInput(msg, format=format_name)
+    prepared = prepare_export(model, plan, correction_data=correction_data)
+    return exporter.load(prepared, folder)

@@ -1,0 +1,163 @@
+"""What was written, read back and compared: the proof that files are what the plan says."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Self
+
+from bitquota.canonical import canonical_json
+from bitquota.errors import ExportFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from bitquota.canonical import JsonObject
+
+SCHEMA = "bitquota/receipt/1"
+RECEIPT_FILE = "receipt.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileReceipt:
+    """One file of an export."""
+
+    name: str
+    size_bytes: int
+    digest: str
+
+    @classmethod
+    def of(cls, path: Path, folder: Path) -> Self:
+        """Hash the file at ``path``, named relative to ``folder``."""
+        state = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                state.update(chunk)
+        name = path.relative_to(folder).as_posix()
+        return cls(name=name, size_bytes=path.stat().st_size, digest=f"sha256:{state.hexdigest()}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorReceipt:
+    """One quantized weight, as the plan has it and as it was read back.
+
+    Attributes:
+        layer: Name of the layer in the plan.
+        tensor: Name of the weight in the file.
+        planned: Bit-width and scheme of the plan, for a person.
+        stored: What the file holds, for a person.
+        planned_bits: Size in the plan.
+        actual_bits: Size in the file: codes, scales, zero points and their padding.
+    """
+
+    layer: str
+    tensor: str
+    planned: str
+    stored: str
+    planned_bits: int
+    actual_bits: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """How far an exported model's output is from the fake-quantized model's."""
+
+    maximum: float
+    relative: float
+    """Norm of the difference over the norm of the fake-quantized output."""
+    n_samples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """An export, verified.
+
+    Attributes:
+        exporter: What wrote it.
+        target: For which target, if for one.
+        plan_digest: Of the plan.
+        model_digest: Of the full-precision model.
+        files: All files but this receipt.
+        tensors: Every quantized weight.
+        unquantized_bits: Size of everything else as stored.
+        planned_unquantized_bits: The same in the plan (corrections may add biases).
+        container_bytes: Bytes of the files that hold neither weights nor other tensors: headers,
+            graph, alignment.
+        difference: Against fake-quantization, where the files could be run here.
+        runtime: What ran them, its version and options.
+        notes: What a user should know.
+    """
+
+    exporter: str
+    target: str | None
+    plan_digest: str
+    model_digest: str
+    files: tuple[FileReceipt, ...]
+    tensors: tuple[TensorReceipt, ...]
+    unquantized_bits: int = 0
+    planned_unquantized_bits: int = 0
+    container_bytes: int = 0
+    difference: Difference | None = None
+    runtime: JsonObject = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def payload_bits(self) -> int:
+        """Size of the quantized weights as stored."""
+        return sum(t.actual_bits for t in self.tensors)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files."""
+        return sum(f.size_bytes for f in self.files)
+
+    @property
+    def container_overhead(self) -> float:
+        """Container bytes as a share of what they contain."""
+        held = (self.payload_bits + self.unquantized_bits) / 8
+        return self.container_bytes / held if held else 0.0
+
+    def require(self) -> None:
+        """Raise ``ExportFailed`` unless every weight takes what the plan says."""
+        wrong = [t for t in self.tensors if t.planned_bits != t.actual_bits]
+        if wrong:
+            shown = "; ".join(
+                f"{t.layer}: {t.planned_bits:,} bits planned, {t.actual_bits:,} as {t.stored}"
+                for t in wrong[:5]
+            )
+            msg = (
+                f"an export must take the bytes of its plan; {len(wrong)} of {len(self.tensors)} "
+                f"weights do not: {shown}"
+            )
+            raise ExportFailed(msg, layers=[t.layer for t in wrong])
+
+    def to_json(self) -> JsonObject:
+        """Return everything as plain JSON, sums included."""
+        return {
+            "schema": SCHEMA,
+            "exporter": self.exporter,
+            "target": self.target,
+            "plan_digest": self.plan_digest,
+            "model_digest": self.model_digest,
+            "files": [asdict(f) for f in self.files],
+            "tensors": [asdict(t) for t in self.tensors],
+            "unquantized_bits": self.unquantized_bits,
+            "planned_unquantized_bits": self.planned_unquantized_bits,
+            "container_bytes": self.container_bytes,
+            "difference": None if self.difference is None else asdict(self.difference),
+            "runtime": self.runtime,
+            "notes": list(self.notes),
+            "payload_bits": self.payload_bits,
+            "total_bytes": self.total_bytes,
+            "container_overhead": round(self.container_overhead, 6),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write ``receipt.json`` (canonical JSON)."""
+        (folder / RECEIPT_FILE).write_text(canonical_json(self.to_json()) + "\n")
+
+
+def describe_files(folder: Path, paths: Sequence[Path]) -> tuple[FileReceipt, ...]:
+    """Hash files, sorted by name."""
+    return tuple(sorted((FileReceipt.of(p, folder) for p in paths), key=lambda f: f.name))

@@ -1,0 +1,55 @@
+"""Deployment targets by name, each in a file of its own."""
+
+from __future__ import annotations
+
+from bitquota.errors import InvalidInput
+from bitquota.formats.targets import (
+    coreml,
+    ct_vllm_humming,
+    ct_vllm_marlin,
+    gguf_py,
+    gptq_vllm,
+    mcu,
+    mlx,
+    openvino_cpu,
+    ort_cpu,
+    ref_int,
+    tensorrt,
+    torchao,
+    vllm_cpu,
+)
+from bitquota.formats.targets.target import StorageFormat, Target, Violation
+
+TARGETS: dict[str, Target] = {
+    module.TARGET.name: module.TARGET
+    for module in (
+        ref_int,
+        ort_cpu,
+        openvino_cpu,
+        ct_vllm_marlin,
+        ct_vllm_humming,
+        vllm_cpu,
+        gptq_vllm,
+        gguf_py,
+        mlx,
+        torchao,
+        coreml,
+        tensorrt,
+        mcu,
+    )
+}
+"""In order of how much of them was run here."""
+
+__all__ = ["TARGETS", "StorageFormat", "Target", "Violation", "target_by_name"]
+
+
+def target_by_name(name: str) -> Target:
+    """Return the target called ``name``.
+
+    Raises:
+        InvalidInput: There is none; the message lists them.
+    """
+    if name not in TARGETS:
+        msg = f"a target must be one of {', '.join(TARGETS)}; got '{name}'"
+        raise InvalidInput(msg, target=name)
+    return TARGETS[name]
