@@ -113,11 +113,10 @@ class External:
         self, problem: Problem, model: Model, chosen: NDArray[np.int64]
     ) -> NDArray[np.int64]:
         """Return the choice after checking it in integers on the problem itself."""
-        spans = (model.offsets[:-1] <= chosen) & (chosen < model.offsets[1:])
-        if chosen.shape == (model.n_groups,) and spans.all():
-            choice = model.choice(chosen)
-            if problem.is_feasible(choice):
-                return choice
+        if chosen.shape == (model.n_groups,):
+            inside = (model.offsets[:-1] <= chosen) & (chosen < model.offsets[1:])
+            if inside.all() and problem.is_feasible(model.choice(chosen)):
+                return model.choice(chosen)
         msg = (
             f"solver backend '{self.name}' must answer with a choice that meets every constraint; "
             f"got rows {chosen.tolist()!r:.200}; use another solver and report this"

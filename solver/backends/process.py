@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 GRACE_S = 10.0
 """Beyond its time limit a child may take this long: start, imports, and slow reaction."""
 _POLL_S = 0.05
-_SAID = 600
+_SAID = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +83,7 @@ def run_child(
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
         given.write(json.dumps(goal).encode() + b"\n" + model.to_bytes())
         given.seek(0)
+        seconds = _children_seconds()
         child = subprocess.Popen(  # noqa: S603 - our own module, by the running interpreter
             command, stdin=given, stdout=subprocess.PIPE, stderr=said, env=_environment()
         )
@@ -119,16 +120,22 @@ def run_child(
             reader.join()
             child.stdout.close()
         if stopped is not None:
-            return Outcome(answer=None, stopped=stopped, incumbents=incumbents, cpu_seconds=0.0)
+            return Outcome(
+                answer=None,
+                stopped=stopped,
+                incumbents=incumbents,
+                cpu_seconds=_children_seconds() - seconds,
+            )
         if code != 0 or "answer" not in last:
             said.seek(0)
             words = said.read().decode(errors="replace").strip()[-_SAID:]
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            last_words = ": " + words.splitlines()[-1] if words else ""
             msg = (
                 f"solver backend '{name}' must end with an answer; its process ended with {how}"
-                f"{': ' + words if words else ''}; try another solver"
+                f"{last_words}; try another solver"
             )
-            raise SolverFailed(msg, backend=name, exit_code=code)
+            raise SolverFailed(msg, backend=name, exit_code=code, stderr=words)
     try:
         answer = Answer.from_json(last["answer"])
     except ValueError as err:
@@ -148,6 +155,12 @@ def _environment() -> dict[str, str]:
     paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return os.environ | threads | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _children_seconds() -> float:
+    """CPU seconds of all children that have ended; 0 where the system does not tell."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _read(stream: IO[bytes], lines: queue.Queue[bytes | None]) -> None:

@@ -1,0 +1,152 @@
+"""Every backend keeps the contract; the choosing between them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bitquota.errors import InvalidInput, InvalidProblem, MissingDependency
+from bitquota.solver import Problem, Status
+from bitquota.solver.backends import (
+    BACKENDS,
+    Options,
+    backend_by_name,
+    solve_with,
+    usable,
+)
+from bitquota.solver.backends.external import External
+from contracts.solver_backend import OPTIONS, SolverBackendContract, small
+
+TESTS = Path(__file__).resolve().parents[2]
+
+
+class _External(SolverBackendContract):
+    """The contract, and many random problems in one process."""
+
+    name = ""
+
+    @pytest.fixture
+    def backend(self):
+        backend = BACKENDS[self.name]
+        if package := backend.missing():
+            pytest.skip(f"'{package}' is not installed")
+        return backend
+
+    def test_equals_brute_force_on_random_problems(self, backend):
+        """Random constraint mixes; one child process for all of them, for speed."""
+        path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+        program = TESTS / "solver" / "backends" / "random_problems.py"
+        done = subprocess.run(
+            [sys.executable, str(program), backend.name, "30"],
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads(done.stdout.splitlines()[-1])["problems"] >= 30
+
+
+class TestOwn(SolverBackendContract):
+    @pytest.fixture
+    def backend(self):
+        return BACKENDS["bitquota"]
+
+
+class TestBruteForce(SolverBackendContract):
+    @pytest.fixture
+    def backend(self):
+        return BACKENDS["brute_force"]
+
+    def test_refuses_what_it_cannot_enumerate(self, backend):
+        """The sentence says how many choices there are."""
+        assert "3,486,784,401 choices" not in (backend.refuses(small()) or "")
+        assert "3,486,784,401" in backend.refuses(_large())
+        with pytest.raises(InvalidProblem, match="enumeration"):
+            backend.solve(_large(), OPTIONS)
+
+
+class TestGurobi(_External):
+    name = "gurobi"
+
+
+class TestCvxpyScip(_External):
+    name = "cvxpy_scip"
+
+
+class TestMathopt(_External):
+    name = "mathopt"
+
+
+class TestHighs(_External):
+    name = "highs_rlt"
+
+
+class TestCpSat(_External):
+    name = "cp_sat"
+
+
+class TestBackendByName:
+    def test_auto_is_our_own(self):
+        """The first in order of preference."""
+        assert "bitquota" == backend_by_name("auto").name
+
+    def test_unknown_name_lists_the_known(self):
+        """The message names every backend."""
+        with pytest.raises(InvalidInput, match="cp_sat, brute_force"):
+            backend_by_name("cplex")
+
+    def test_each_name_is_its_key(self):
+        """The map's keys are the backends' own names."""
+        assert {name: name for name in BACKENDS} == {n: b.name for n, b in BACKENDS.items()}
+
+
+class TestSolveWith:
+    def test_passes_options_on(self):
+        """``solve_with`` is ``backend.solve`` with keywords."""
+        assert Status.OPTIMAL == solve_with("brute_force", small()).status
+
+    def test_negative_limit_is_refused(self):
+        """The message names the limit."""
+        with pytest.raises(InvalidProblem, match="time_limit_s"):
+            solve_with("brute_force", small(), time_limit_s=-1)
+
+    def test_missing_package_names_the_extra(self, monkeypatch):
+        """The error says what to install."""
+        absent = External(name="cp_sat", packages=("no_such_package",), extra="worker")
+        monkeypatch.setitem(BACKENDS, "cp_sat", absent)
+        with pytest.raises(MissingDependency, match=r"bitquota\[worker\]"):
+            solve_with("cp_sat", small())
+        with pytest.raises(MissingDependency, match=r"bitquota\[worker\]"):
+            absent.solve(small(), OPTIONS)
+        assert "cp_sat" not in {b.name for b in usable(small())}
+
+
+class TestUsable:
+    def test_leaves_out_what_refuses(self):
+        """Enumeration is no option for 3^20 choices."""
+        assert "brute_force" in {b.name for b in usable(small())}
+        assert "brute_force" not in {b.name for b in usable(_large())}
+
+    def test_products_have_a_limit(self):
+        """A backend that writes out products says how many are too many."""
+        few = External(name="highs_rlt", packages=("scipy",), largest_products=3)
+        assert "at most 3" in few.refuses(small())
+        with pytest.raises(InvalidProblem, match="at most 3"):
+            few.solve(small(), Options())
+
+
+def _large() -> Problem:
+    import numpy as np
+
+    return Problem(
+        diagonal=np.zeros(60),
+        offsets=np.arange(0, 61, 3),
+        costs=np.zeros((0, 60), dtype=np.int64),
+        limits=np.zeros(0, dtype=np.int64),
+    )
