@@ -41,7 +41,7 @@ from bitquota.sensitivity.runner import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from torch import Tensor, nn
     from torch.export import ExportedProgram
@@ -304,6 +304,90 @@ class GraphRunner:
         """Return engine and batch-norm mode."""
         return {"engine": self.engine, "batch_norm": self.batch_norm}
 
+    def linear_responses(
+        self,
+        chunk: int,
+        base: Change,
+        rows: Sequence[Change],
+        seeds: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Differentiate the output with respect to every row's change of weights, in reverse.
+
+        The output of every operation that reads a changed weight moves, to first order, by
+        ``op(a; W + ΔW) - op(a; W)``. One backward pass per seed ``v`` gives ``v·J`` at all these
+        operations at once, whatever their number.
+
+        Args:
+            chunk: Which chunk.
+            base: The point at which to differentiate.
+            rows: Changes on top of it.
+            seeds: Output ``[n, ...]`` to ``f[r, n, ...]``, directions in output space.
+
+        Returns:
+            The output at the base point and ``f64[r, k, n]``: seed times response of each row.
+
+        Raises:
+            InvalidModel: A weight is transformed before it meets the data.
+
+        Cost: one forward pass, one operation per row and layer, ``r`` backward passes.
+        """
+        size = len(self.chunks[chunk])
+        graph = self._graph(size)
+        constants = dict(graph.constants)
+        for name, candidate in base.items():
+            for node in graph.weight_nodes[name]:
+                constants[node] = self.weights(candidate)
+        readers = {name: _readers(graph, name) for name in {n for row in rows for n in row}}
+        watched = {op.node for ops in readers.values() for op in ops}
+        values: dict[fx.Node, Any] = dict(
+            zip(graph.input_nodes, inputs_of(self.calibration, self.chunks[chunk]), strict=True)
+        )
+
+        def lookup(node: fx.Node) -> Any:  # noqa: ANN401
+            return values[node] if node in values else graph.static_values[node]
+
+        with torch.enable_grad():
+            for op in graph.operations:
+                if op.node in graph.static_values:
+                    continue
+                values[op.node] = graph.execute(op, lookup, constants)
+                if op.node in watched and not values[op.node].requires_grad:
+                    values[op.node].requires_grad_()
+            results = {n: constants[n] if n in constants else lookup(n) for n in graph.output_nodes}
+            output = checked_output(graph.restore(results), size)
+        directions = seeds(output.detach())
+        order = [op for ops in readers.values() for op in ops]
+        responses = torch.zeros((len(directions), len(rows), size), dtype=torch.float64)
+        responses = responses.to(output.device)
+        gradients = [
+            torch.autograd.grad(
+                output,
+                [values[op.node] for op in order],
+                grad_outputs=direction.to(output.dtype),
+                retain_graph=True,
+                allow_unused=True,
+            )
+            for direction in directions
+        ]
+        macs = graph.macs * (1 + len(directions))
+        with torch.no_grad():
+            for k, row in enumerate(rows):
+                for name, candidate in row.items():
+                    changed = dict(constants)
+                    for node in graph.weight_nodes[name]:
+                        changed[node] = self.weights(candidate)
+                    for op in readers[name]:
+                        moved = graph.execute(op, lookup, changed) - values[op.node]
+                        macs += op.macs
+                        for r, gradient in enumerate(gradients):
+                            felt = gradient[order.index(op)]
+                            if felt is not None:
+                                product = (felt * moved).reshape(size, -1)
+                                responses[r, k] += product.sum(dim=1, dtype=torch.float64)
+        self.passes.macs += macs
+        self.passes.calls += 1 + len(directions)
+        return output.detach(), responses
+
     def _graph(self, size: int) -> Graph:
         if size not in self._graphs:
             inputs = tuple(t[:size] for t in self.calibration.inputs)
@@ -525,6 +609,27 @@ def _consumers(graph: Graph, weight: fx.Node, layer: str) -> list[Operation]:
                 )
                 raise MeasurementFailed(msg, layer=layer)
             found.append(op)
+    return found
+
+
+def _readers(graph: Graph, layer: str) -> list[Operation]:
+    """Return the operations in which the layer's weight meets the data."""
+    weights = set(graph.weight_nodes[layer])
+    moving = set(graph.input_nodes)
+    for op in graph.operations:
+        if any(source in moving for source in op.sources):
+            moving.add(op.node)
+    found = []
+    for op in graph.operations:
+        if not any(source in weights for source in op.sources):
+            continue
+        if op.node not in moving:
+            msg = (
+                f"for reverse-mode sensitivities the weight of layer '{layer}' must meet the data "
+                f"as it is stored; '{op.node.target}' transforms it first: use the measure 'gram'"
+            )
+            raise InvalidModel(msg, layer=layer)
+        found.append(op)
     return found
 
 

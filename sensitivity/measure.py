@@ -89,8 +89,14 @@ def measure_by_name(name: str) -> Measure:
     """
     from bitquota.sensitivity.gram import GramMeasure
     from bitquota.sensitivity.pairs import DiagonalMeasure, PairsMeasure
+    from bitquota.sensitivity.tangent import TangentMeasure
 
-    offered: tuple[Measure, ...] = (GramMeasure(), PairsMeasure(), DiagonalMeasure())
+    offered: tuple[Measure, ...] = (
+        GramMeasure(),
+        PairsMeasure(),
+        DiagonalMeasure(),
+        TangentMeasure(),
+    )
     measures = {measure.name: measure for measure in offered}
     if name not in measures:
         msg = f"a measure must be one of {', '.join(measures)}; got '{name}'"
