@@ -41,6 +41,8 @@ PROBE_ROUNDS = 12
 BOUND_TOLERANCE = 1e-2
 """Relative gap of the interior point: any dual iterate is valid, the rest is left to the tree."""
 CUT_VIOLATION = 1e-4
+ROUNDING = 1e-12
+"""Absolute gap that counts as none, relative to the largest term of the objective."""
 _BATCH = 64
 _NO_CUTS = np.zeros((0, 2), dtype=np.int64)
 
@@ -74,7 +76,10 @@ class Quadratic:
         self.problem, self.control, self.seed = problem, control, seed
         self.record = Record(problem=problem)
         scale = float(np.abs(problem.diagonal[problem.allowed]).max(initial=0.0))
-        self.incumbent = Incumbent(gap=gap, floor=1e-12 * scale)
+        if problem.cross is not None:
+            scale = max(scale, float(np.abs(problem.cross).max(initial=0.0)))
+        scale = max(scale, abs(problem.constant))
+        self.incumbent = Incumbent(gap=gap, floor=ROUNDING * scale)
         self.queue: list[tuple[float, int, Region]] = []
         self.current = math.inf
         """Bound of the region that is being worked on."""
@@ -225,8 +230,9 @@ class Quadratic:
         if not core.feasible:
             self.record.own[region.node] = math.inf
             return
-        self.record.own[region.node] = core.constant
-        self._offer(core.constant, core.lift(np.zeros(0, dtype=np.int64)))
+        rows = core.lift(np.zeros(0, dtype=np.int64))
+        self.record.own[region.node] = _rounded_down(self.problem, rows)
+        self._offer(core.constant, rows)
 
     def _point(self, core: Core, region: Region, *, strong: bool) -> DualPoint | None:
         """Return a dual point of the semidefinite bound, or ``None`` when a limit struck."""
@@ -306,7 +312,8 @@ class Quadratic:
         choice = incumbent.rows - problem.offsets[:-1]
         objective = problem.evaluate(choice)
         bound = min(certificate.bound, objective)
-        slack = max(incumbent.gap * abs(objective), incumbent.floor) * (1.0 + 1e-9)
+        # The certificate rounds down; a gap that is all rounding is no gap.
+        slack = max(incumbent.gap * abs(objective) * (1.0 + 1e-9), 4.0 * incumbent.floor)
         proved = objective - bound <= slack
         return Solution(
             status=Status.OPTIMAL if proved else Status.FEASIBLE,
@@ -339,6 +346,15 @@ def solve_quadratic(
         effort: How long to search before proving.
     """
     return Quadratic(problem, control, gap=gap, seed=seed).run(starts, effort or Effort())
+
+
+def _rounded_down(problem: Problem, rows: Ints) -> float:
+    """Return a number just below the exact objective of ``rows``."""
+    terms = [problem.constant, *problem.diagonal[rows]]
+    if problem.cross is not None:
+        chosen = problem.cross[np.ix_(rows, rows)]
+        terms += chosen[np.triu_indices(len(rows), 1)].tolist()
+    return math.nextafter(math.fsum(terms), -math.inf)
 
 
 def _inside(core: Core, rows: Ints) -> Ints | None:

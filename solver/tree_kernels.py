@@ -496,7 +496,7 @@ def evaluate_node(
     """Bound a node and prepare its branching; returns 0 closed, 1 open, 2 a single choice.
 
     ``kind``: 0 visibly empty, 1 bounded by the formula, 2 single choice (``cur`` holds it and
-    ``bound`` its objective).
+    ``bound`` its objective, rounded down).
     """
     ok = allowed[node]
     if empty(A, b, off, ok) or clash(pairs, grp, off, ok):
@@ -513,12 +513,16 @@ def evaluate_node(
         if count > 1:
             single = False
     if single:
-        value = constant
+        value, size = constant, abs(constant)
         for g in range(len(cur)):
             value += d[cur[g]]
+            size += abs(d[cur[g]])
             for i in range(g):
                 value += C[cur[g], cur[i]]
-        bound[node] = value
+                size += abs(C[cur[g], cur[i]])
+        # A sum of k terms is off by at most about k roundings of the sum of their sizes; the
+        # terms of fixed groups have been summed into d and constant before.
+        bound[node] = value - EPS * (len(ok) + 0.5 * len(cur) * len(cur) + 10.0) * size
         kind[node] = 2
         return 2
     bound[node] = relax(
