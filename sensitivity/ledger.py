@@ -8,8 +8,10 @@ everything committed is there and nothing is half-written.
 
 from __future__ import annotations
 
+import io
 import sqlite3
 import threading
+import zipfile
 from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
@@ -195,3 +197,59 @@ class SqliteLedger:
         with self._lock:
             rows = self._connection.execute("SELECT key FROM entries ORDER BY key").fetchall()
         return [row[0] for row in rows]
+
+
+_EXPORT_FORMAT = b"bitquota/ledger/1\n"
+_EXPORT_HEAD = "format"
+
+
+def export_entries(ledger: SqliteLedger, path: Path) -> int:
+    """Write every entry to ``path``, a byte-stable archive that ``import_entries`` reads.
+
+    Equal ledgers give equal bytes, whatever the order in which they were filled. Keys are
+    digests of everything a measurement depends on, so entries mean the same on any machine.
+
+    Returns:
+        The number of entries.
+    """
+    keys = ledger.keys()
+    temporary = path.with_name(path.name + ".part")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(zipfile.ZipInfo(_EXPORT_HEAD), _EXPORT_FORMAT)
+        for start in range(0, len(keys), _KEYS_PER_QUERY):
+            found = ledger.get_many(keys[start : start + _KEYS_PER_QUERY])
+            for key in sorted(found):
+                member = io.BytesIO()
+                np.lib.format.write_array(member, found[key], allow_pickle=False)
+                archive.writestr(zipfile.ZipInfo(f"{key}.npy"), member.getvalue())
+    temporary.replace(path)
+    return len(keys)
+
+
+def import_entries(ledger: Ledger, path: Path) -> int:
+    """Add the entries of an exported archive; those already there stay as they are.
+
+    Returns:
+        The number of entries in the archive.
+
+    Raises:
+        InvalidInput: Not such an archive, or an entry is damaged; then nothing is added.
+    """
+    entries: dict[str, NDArray[np.float64]] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.read(_EXPORT_HEAD) != _EXPORT_FORMAT:
+                msg = f"a ledger archive must have format {_EXPORT_FORMAT!r}; '{path}' has another"
+                raise InvalidInput(msg, path=str(path))
+            for name in archive.namelist():
+                if name == _EXPORT_HEAD:
+                    continue
+                array = np.lib.format.read_array(io.BytesIO(archive.read(name)), allow_pickle=False)
+                entries[name.removesuffix(".npy")] = array
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as err:
+        if isinstance(err, InvalidInput):
+            raise
+        msg = f"a ledger archive must be what 'export_entries' writes; '{path}': {err}"
+        raise InvalidInput(msg, path=str(path)) from err
+    ledger.put_many(entries)
+    return len(entries)
