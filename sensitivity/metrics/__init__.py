@@ -1,0 +1,52 @@
+"""The metrics that a user may know, each a measure like any other.
+
+All score single candidates around full precision (no cross-layer terms) on the same runner, so
+that they can be compared on the user's own model: ``bitquota compare``. One-layer loss (ZeroQ) is
+``bitquota.sensitivity.pairs.DiagonalMeasure``.
+"""
+
+from bitquota.sensitivity.metrics.class_separability import ClassSeparability
+from bitquota.sensitivity.metrics.first_order import FirstOrder
+from bitquota.sensitivity.metrics.fisher import EmpiricalFisher, OutputFisher
+from bitquota.sensitivity.metrics.flags import Flag, FlagKind, find_flags
+from bitquota.sensitivity.metrics.gpfq import GpfqError
+from bitquota.sensitivity.metrics.hessian_trace import HessianTrace
+from bitquota.sensitivity.metrics.kronecker import KroneckerFisher
+from bitquota.sensitivity.metrics.metric import Metric
+from bitquota.sensitivity.metrics.orthogonality import Orthogonality
+from bitquota.sensitivity.metrics.threshold import threshold_choice, threshold_within
+from bitquota.sensitivity.metrics.weight_error import RelativeWeightMse, WeightMse
+
+METRICS: dict[str, Metric] = {
+    "empirical_fisher": EmpiricalFisher(),
+    "output_fisher": OutputFisher(),
+    "kronecker": KroneckerFisher(),
+    "relative_mse": RelativeWeightMse(),
+    "gpfq": GpfqError(),
+    "weight_mse": WeightMse(),
+    "first_order": FirstOrder(),
+    "hessian_trace": HessianTrace(),
+    "class_separability": ClassSeparability(),
+    "orthogonality": Orthogonality(),
+}
+"""Metrics by name, in order of preference (``docs/decisions/0070``)."""
+
+__all__ = [
+    "METRICS",
+    "ClassSeparability",
+    "EmpiricalFisher",
+    "FirstOrder",
+    "Flag",
+    "FlagKind",
+    "GpfqError",
+    "HessianTrace",
+    "KroneckerFisher",
+    "Metric",
+    "Orthogonality",
+    "OutputFisher",
+    "RelativeWeightMse",
+    "WeightMse",
+    "find_flags",
+    "threshold_choice",
+    "threshold_within",
+]

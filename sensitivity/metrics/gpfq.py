@@ -1,0 +1,345 @@
+"""Greedy path-following quantization: what error remains when rounding repays its own errors.
+
+References:
+    [GPFQ] J. Zhang, Y. Zhou, R. Saab. Post-training quantization for neural networks with
+    provable guarantees. SIAM Journal on Mathematics of Data Science, 2023. arXiv 2201.11113.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+
+from bitquota.errors import InvalidInput
+from bitquota.progress import check_cancelled
+from bitquota.quantizers.grid import nearest_codes, spread
+from bitquota.quantizers.layout import from_matrix, to_matrix
+from bitquota.quantizers.weights import quantize
+from bitquota.sensitivity.measure import checked_losses
+from bitquota.sensitivity.metrics.layer_trace import trace_layers
+from bitquota.sensitivity.metrics.metric import (
+    FORWARD,
+    Metric,
+    Scores,
+    Work,
+    layer_shares,
+    local_cost,
+)
+from bitquota.storage import FULL_PRECISION_BITS, Granularity, Rounding, Scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from bitquota.candidates import Candidate, CandidateTable
+    from bitquota.sensitivity.metrics.layer_trace import TracedCall
+    from bitquota.sensitivity.runner import Runner
+
+GRAM_BYTES = 2**30
+"""Input Grams kept at a time; more layers take another pass."""
+
+_COLUMN_ELEMENTS = 2**24
+"""Unfolded inputs held at a time."""
+
+_PER_COLUMN = Scheme(granularity=Granularity.CHANNEL)
+
+
+def follow_path(
+    values: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    bits: int,
+    scheme: Scheme,
+    gram: Tensor,
+) -> Tensor:
+    """Return i32[rows, columns]: codes chosen column by column against the error so far [GPFQ].
+
+    Column ``t`` takes the grid point nearest to ``⟨X_t, u + w_t X_t⟩ / ‖X_t‖²`` and leaves
+    ``u ← u + (w_t - q_t) X_t``, ``u`` the output error so far. Written with ``G = XᵀX`` the target
+    is ``w_t + Σ_{s<t} (w_s - q_s) G_st / G_tt``, so the samples are not needed.
+
+    We differ from the paper in three things: the grid and its scales are those of the candidate
+    (theirs has ``2^b + 1`` levels, which do not fit ``b`` bits); inputs are those of the
+    full-precision model, as one layer is looked at alone; and a row that ends up worse than by
+    rounding to nearest, which greed does not exclude, keeps the nearest codes.
+
+    Args:
+        values: f64[rows, columns].
+        scales: As stored, ``[rows or 1, n]``.
+        zero_points: Shaped like ``scales``, or ``None``.
+        bits: Bit-width.
+        scheme: Grid and granularity.
+        gram: f64[groups, columns, columns]; each group of consecutive rows has its own inputs.
+
+    Cost: O(rows columns²).
+    """
+    rows, columns = values.shape
+    per_group = rows // len(gram)
+    step = spread(scales.double(), columns, scheme).expand(rows, columns)
+    zero = None
+    if zero_points is not None:
+        zero = spread(zero_points, columns, scheme).expand(rows, columns)
+    nearest = nearest_codes(values, scales, zero_points, bits, scheme)
+    offset = 0.0 if zero is None else zero.double()
+    codes = nearest.clone()
+    own = gram.repeat_interleave(per_group, dim=0) if len(gram) > 1 else gram
+    carried = torch.zeros_like(values)  # Σ_{s<t} (w_s - q_s) G_st, for every t still to come
+    for t in range(columns):
+        energy = own[:, t, t]
+        repaid = torch.where(energy > 0, carried[:, t] / energy.clamp_min(1e-300), 0.0)
+        codes[:, t] = nearest_codes(
+            (values[:, t] + repaid)[:, None],
+            step[:, t : t + 1],
+            None if zero is None else zero[:, t : t + 1],
+            bits,
+            _PER_COLUMN,
+        )[:, 0]
+        level = codes[:, t].double() - (0.0 if zero is None else zero[:, t].double())
+        error = values[:, t] - level * step[:, t]
+        carried[:, t + 1 :] += error[:, None] * own[:, t, t + 1 :]
+
+    def output_error(chosen: Tensor) -> Tensor:
+        error = values - (chosen.double() - offset) * step
+        blocks = error.reshape(len(gram), per_group, columns)
+        return ((blocks @ gram) * blocks).sum(dim=2).reshape(rows)
+
+    better = output_error(codes) < output_error(nearest)
+    return torch.where(better[:, None], codes, nearest)
+
+
+def input_columns(call: TracedCall, weight: Tensor, inputs: Tensor) -> Tensor:
+    """Return ``[groups, positions, columns]``: what each output is the inner product of.
+
+    The operator itself unfolds its input: run on unit weights, output channel ``j`` is column
+    ``j``. Columns are ordered as in ``quantizers.layout.to_matrix``.
+    """
+    if not call.operator.startswith("conv"):
+        return inputs.reshape(1, -1, inputs.shape[-1])
+    if call.operator.startswith("conv_transpose"):
+        n_in, kernel = weight.shape[0], weight.shape[2:]
+        groups = _groups(call, inputs, weight)
+        columns = n_in // groups * kernel.numel()
+        unit = _unit(columns, weight).reshape(n_in // groups, *kernel, columns)
+        basis = unit.movedim(-1, 1).repeat(groups, *(1,) * (weight.ndim - 1))
+    else:
+        groups = inputs.shape[call.channel_axis] // weight.shape[1]
+        columns = weight[0].numel()
+        unit = _unit(columns, weight).reshape(columns, *weight.shape[1:])
+        basis = unit.repeat(groups, *(1,) * (weight.ndim - 1))
+    unfolded = call.respond(basis, inputs)
+    last = unfolded.movedim(call.channel_axis, -1)
+    return last.reshape(-1, groups, columns).transpose(0, 1)
+
+
+def _unit(columns: int, like: Tensor) -> Tensor:
+    return torch.eye(columns, dtype=like.dtype, device=like.device)
+
+
+def _groups(call: TracedCall, inputs: Tensor, weight: Tensor) -> int:
+    """Return the groups of a transposed convolution, from what one output channel makes."""
+    out = call.respond(weight[:, :1], inputs[:1])
+    return int(out.shape[call.channel_axis])
+
+
+def input_grams(
+    work: Work, layers: Sequence[str], chunks: Sequence[int]
+) -> dict[str, Tensor | None]:
+    """Return f64[groups, columns, columns] of each layer; ``None`` for one that only looks up.
+
+    Cost: one pass over the chunks, and each layer run with as many output channels as columns.
+    """
+    runner = work.runner
+    found: dict[str, Tensor | None] = dict.fromkeys(layers)
+    sizes = {la.name: la.columns / la.rows for la in runner.inventory.layers}
+    shares = layer_shares(runner, layers)
+    for chunk in chunks:
+        check_cancelled(work.recorder.cancelled, "input Grams")
+        calls = trace_layers(runner, chunk, layers, str(work.settings["metric"]))
+        for name in layers:
+            weight = runner.weights.original(name).detach()
+            for call in calls[name]:
+                if call.operator == "embedding":
+                    continue
+                x = call.inputs
+                per_sample = call.inputs[0].numel() * weight[0].numel()
+                size = max(1, _COLUMN_ELEMENTS // max(1, per_sample))
+                for part in torch.split(x, size):
+                    columns = input_columns(call, weight, part).double()
+                    gram = columns.transpose(1, 2) @ columns
+                    known = found[name]
+                    found[name] = gram if known is None else known + gram
+        work.charge(chunk, FORWARD + sum(shares[n] * sizes[n] for n in layers))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class GpfqError(Metric):
+    """``s = Σ ‖X W - X Q‖² / Σ ‖X W‖²`` with ``Q`` from greedy path following [GPFQ].
+
+    The relative error of a layer's own output on its full-precision inputs that is left after
+    error-feedback rounding, in the candidate's grid (see ``follow_path``). The error is evaluated
+    on all samples, codes are fitted to the Gram of the first ``fit_samples`` of them. The model
+    itself is not changed: plans still round as their scheme says.
+
+    Pitfalls: the loss is ignored, as by weight errors; the last layers' outputs matter more than
+    their relative error says; weights only.
+
+    Attributes:
+        fit_samples: Samples for the Grams, rounded up to whole chunks.
+    """
+
+    fit_samples: int = 128
+
+    name: ClassVar[str] = "gpfq"
+    known_as: ClassVar[str] = "output error after GPFQ"
+
+    def __post_init__(self) -> None:
+        """Check that there is something to fit to."""
+        if self.fit_samples < 1:
+            msg = f"GPFQ needs at least one sample to fit to; got {self.fit_samples}"
+            raise InvalidInput(msg, fit_samples=self.fit_samples)
+
+    def cost(self, runner: Runner, table: CandidateTable) -> float:
+        """Return the passes for Grams, for the errors, and each row's own layers once."""
+        layers = sorted({c.layer for row in table.rows for c in row.candidates})
+        chunks = self._fit_chunks(runner)
+        fitted = sum(len(runner.chunks[c]) for c in chunks) / len(runner.calibration)
+        sizes = {la.name: la.columns / la.rows for la in runner.inventory.layers}
+        shares = layer_shares(runner, layers)
+        grams = len(_batches(runner, layers)) * FORWARD + sum(shares[n] * sizes[n] for n in layers)
+        return fitted * grams + 2 * FORWARD + local_cost(runner, table)
+
+    def scores(self, work: Work) -> Scores:
+        """Score every row."""
+        runner, table = work.runner, work.table
+        fit = self._fit_chunks(runner)
+        fitted_on = [i for c in fit for i in self._indices(runner, c)]
+        layers = work.layers
+        candidates = {
+            (c.layer, c.weight_bits, c.scheme): c
+            for row in table.rows
+            for c in row.candidates
+            if c.weight_bits != FULL_PRECISION_BITS
+        }
+        deltas: dict[tuple[str, int, Scheme], Tensor] = {}
+        per_candidate: dict[tuple[str, int, Scheme], list[NDArray[np.float64]]] = {
+            key: [] for key in candidates
+        }
+        for chunk in range(len(runner.chunks)):
+            keys = {
+                key: work.key(
+                    chunk,
+                    {"layer": key[0], "bits": key[1], "scheme": key[2].to_json(), "on": fitted_on},
+                    "error and energy",
+                )
+                for key in candidates
+            }
+
+            def run(chunk: int = chunk) -> list[NDArray[np.float64]]:
+                if not deltas:
+                    deltas.update(self._fit(work, candidates, fit))
+                calls = trace_layers(runner, chunk, layers, self.name)
+                work.charge(chunk, FORWARD + local_cost(runner, table))
+                found = []
+                for key in candidates:
+                    original = runner.weights.original(key[0]).detach()
+                    error = sum(_energy(call.respond(deltas[key])) for call in calls[key[0]])
+                    energy = sum(_energy(call.respond(original)) for call in calls[key[0]])
+                    both = torch.stack([torch.as_tensor(error), torch.as_tensor(energy)])
+                    found.append(np.stack(checked_losses(both, self.name)))
+                return found
+
+            arrays = work.recorder.shard(list(keys.values()), run) if keys else {}
+            for key, name in keys.items():
+                per_candidate[key].append(arrays[name])
+        relative = {key: _ratio(np.concatenate(v, axis=1)) for key, v in per_candidate.items()}
+
+        def pick(candidate: Candidate) -> tuple[float, float]:
+            key = (candidate.layer, candidate.weight_bits, candidate.scheme)
+            return relative.get(key, (0.0, 0.0))
+
+        rows = [[pick(c) for c in row.candidates] for row in table.rows]
+        return Scores(
+            diagonal=np.array([sum(v for v, _ in row) for row in rows]),
+            error=np.array([float(np.sqrt(sum(e**2 for _, e in row))) for row in rows]),
+            loss=self.name,
+            unit="relative squared output",
+        )
+
+    def _fit_chunks(self, runner: Runner) -> list[int]:
+        chosen, seen = [], 0
+        for chunk, span in enumerate(runner.chunks):
+            if seen >= self.fit_samples:
+                break
+            chosen.append(chunk)
+            seen += len(span)
+        return chosen
+
+    @staticmethod
+    def _indices(runner: Runner, chunk: int) -> list[int]:
+        span = runner.chunks[chunk]
+        return list(runner.calibration.indices[span.start : span.stop])
+
+    def _fit(
+        self,
+        work: Work,
+        candidates: dict[tuple[str, int, Scheme], Candidate],
+        chunks: Sequence[int],
+    ) -> dict[tuple[str, int, Scheme], Tensor]:
+        """Return ``Q - W`` of every candidate, in the shape of the weight."""
+        runner = work.runner
+        deltas = {}
+        for batch in _batches(runner, work.layers):
+            grams = input_grams(work, batch, chunks)
+            for key in candidates:
+                if key[0] not in batch:
+                    continue
+                layer = runner.inventory.layer(key[0])
+                original = runner.weights.original(key[0]).detach()
+                matrix = to_matrix(original, layer)
+                plain = replace(key[2], rounding=Rounding.NEAREST)
+                stored = quantize(matrix, key[1], plain)
+                gram = grams[key[0]]
+                if gram is not None:
+                    grid = (stored.scales, stored.zero_points, key[1], plain)
+                    stored = replace(stored, codes=follow_path(matrix.double(), *grid, gram))
+                rounded = stored.dequantize().to(original.dtype)
+                deltas[key] = from_matrix(rounded, layer) - original
+        return deltas
+
+
+def _batches(runner: Runner, layers: Sequence[str]) -> list[list[str]]:
+    """Return the layers in batches whose Grams fit the limit; at least one layer each."""
+    columns = {la.name: la.columns for la in runner.inventory.layers}
+    batches: list[list[str]] = []
+    used = GRAM_BYTES
+    for name in layers:
+        size = 8 * columns[name] ** 2
+        if used + size > GRAM_BYTES:
+            batches.append([])
+            used = 0
+        batches[-1].append(name)
+        used += size
+    return batches
+
+
+def _energy(output: Tensor) -> Tensor:
+    """Return ``f64[n]``: the sum of squares of each sample's output."""
+    return output.double().square().reshape(len(output), -1).sum(dim=1)
+
+
+def _ratio(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Return mean error over mean energy of ``f64[2, N]``, and the ratio's standard error."""
+    error, energy = values
+    total = float(energy.mean())
+    if total <= 0:
+        return 0.0, 0.0
+    ratio = float(error.mean()) / total
+    n = len(error)
+    spread_of = float((error - ratio * energy).std(ddof=1)) if n > 1 else 0.0
+    return ratio, spread_of / total / float(np.sqrt(n))

@@ -1,0 +1,263 @@
+"""What all metrics share: how they are named, what they may see, and how their numbers are kept.
+
+A metric scores every row of a candidate table by itself, around full precision, from something
+cheaper than running every candidate: from weights, activations or gradients of a few passes. It is
+a ``Measure`` without cross terms, so that it can be solved, compared and replaced like any other.
+
+Scores are not negative by construction unless a metric says otherwise, zero for a candidate that
+leaves the layer as it is, and kept as they are where they grow with the bit-width: ``flags.py``
+finds those, nothing hides them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+
+from bitquota.errors import InvalidInput, InvalidModel
+from bitquota.matrix import SensitivityMatrix
+from bitquota.sensitivity.measure import make_recorder, provenance
+from bitquota.sensitivity.runner import Runner, describe_change
+from bitquota.storage import FULL_PRECISION_BITS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from bitquota.candidates import Candidate, CandidateTable
+    from bitquota.canonical import JsonObject
+    from bitquota.progress import IsCancelled, OnProgress
+    from bitquota.sensitivity.ledger import Ledger
+    from bitquota.sensitivity.losses import Loss
+    from bitquota.sensitivity.measure import Recorder
+    from bitquota.sensitivity.runner import QuantizedWeights
+
+METRIC_VERSION = 1
+"""Part of every ledger key of a metric; raised whenever the same call gives other numbers."""
+
+FORWARD, BACKWARD = 1.0, 2.0
+"""Forward-equivalents of one pass each way."""
+
+
+class TorchRunner(Runner, Protocol):
+    """A runner that has the model as a module, with weights and (perhaps) gradients."""
+
+    module: nn.Module
+    weights: QuantizedWeights
+    activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What a metric found.
+
+    Attributes:
+        diagonal: f64[n], one score per row.
+        error: f64[n], standard errors, or ``None`` where nothing is sampled.
+        loss: What the scores are: the name of a loss that they estimate, or of the metric.
+        unit: Unit of ``diagonal``.
+        details: What else a reader may want to know, JSON-serialisable.
+    """
+
+    diagonal: NDArray[np.float64]
+    error: NDArray[np.float64] | None
+    loss: str
+    unit: str
+    details: JsonObject = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One measurement that is under way."""
+
+    runner: TorchRunner
+    table: CandidateTable
+    loss: Loss
+    recorder: Recorder
+    settings: JsonObject
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers in the table, each once, sorted: no result depends on their order."""
+        return sorted({c.layer for row in self.table.rows for c in row.candidates})
+
+    def row_key(self, chunk: int, row: int, kind: str) -> str:
+        """Return the ledger key of what belongs to one row on one chunk."""
+        change = {c.layer: c for c in self.table.rows[row].candidates}
+        return self.key(chunk, {"row": describe_change(change)}, kind)
+
+    def key(self, chunk: int, variant: JsonObject, kind: str) -> str:
+        """Return the ledger key of anything that depends on the metric's settings."""
+        described = {"settings": self.settings, "version": METRIC_VERSION, **variant}
+        return self.recorder.key(chunk, described, f"metric {kind}")
+
+    def delta(self, candidate: Candidate) -> Tensor:
+        """Return ``Q(W) - W`` of the candidate's layer, in the shape of the weight."""
+        weights = self.runner.weights
+        original = weights.original(candidate.layer).detach()
+        return weights(candidate).detach() - original
+
+    def charge(self, chunk: int, passes: float) -> None:
+        """Count work on one chunk, given in passes over that chunk."""
+        counter = self.runner.passes
+        share = len(self.runner.chunks[chunk]) / len(self.runner.calibration)
+        counter.macs += passes * share * counter.macs_per_pass
+        counter.calls += 1
+
+
+class Metric(ABC):
+    """A measure that scores single rows around full precision.
+
+    Attributes:
+        name: Stable name, as users write it.
+        known_as: Under which name, and where, users know it.
+        has_cross_terms: Never.
+        needs_labels: Whether the calibration set must be labelled.
+        needs_gradients: Whether the model must be differentiable by autograd.
+        needs_data: Whether the calibration samples matter at all.
+        sees_activations: Whether candidates that differ in activation bits alone differ in score.
+        estimates_loss: Whether scores estimate a loss increase in its own unit, so that sums can
+            be compared with measured losses and not only ranked.
+    """
+
+    name: ClassVar[str]
+    known_as: ClassVar[str]
+    has_cross_terms: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = True
+    sees_activations: ClassVar[bool] = False
+    estimates_loss: ClassVar[bool] = False
+
+    @abstractmethod
+    def cost(self, runner: Runner, table: CandidateTable) -> float:
+        """Return the forward-equivalents that ``measure`` will take."""
+
+    @abstractmethod
+    def scores(self, work: Work) -> Scores:
+        """Score every row; ``measure`` has checked the arguments."""
+
+    def judged_by(self, loss: Loss) -> Loss:
+        """Return the loss that the scores are made from, given the one that was asked for."""
+        return loss
+
+    @property
+    def settings(self) -> JsonObject:
+        """Name and settings: what a ledger key and the provenance must know of the metric."""
+        return {"metric": self.name, **asdict(self)}  # type: ignore[call-overload]
+
+    def measure(
+        self,
+        runner: Runner,
+        table: CandidateTable,
+        loss: Loss,
+        *,
+        base_point: Sequence[int] | None = None,
+        ledger: Ledger | None = None,
+        on_progress: OnProgress | None = None,
+        cancelled: IsCancelled | None = None,
+    ) -> SensitivityMatrix:
+        """Measure; arguments as in ``bitquota.sensitivity.measure.Measure``.
+
+        Raises:
+            InvalidInput: A base point was given: metrics are defined around full precision.
+            InvalidModel: The model is not a torch module, or a layer's work cannot be seen.
+            InvalidCalibration: Labels are missing.
+            MeasurementFailed: A score is not finite.
+            Cancelled: ``cancelled`` said so; what was measured is in the ledger.
+        """
+        if base_point is not None:
+            msg = (
+                f"the metric '{self.name}' is defined around full precision; got a base point: "
+                "leave it out, or measure 'gram', 'pairs' or 'diagonal' there"
+            )
+            raise InvalidInput(msg, measure=self.name)
+        judged = self.judged_by(loss)
+        recorder = make_recorder(
+            runner,
+            judged,
+            self.name,
+            max(1, len(runner.chunks)),
+            ledger=ledger,
+            on_progress=on_progress,
+            cancelled=cancelled,
+        )
+        work = Work(
+            runner=as_torch(runner, self.name),
+            table=table,
+            loss=judged,
+            recorder=recorder,
+            settings=self.settings,
+        )
+        found = self.scores(work)
+        return SensitivityMatrix(
+            table=table,
+            diagonal=found.diagonal,
+            diagonal_error=found.error,
+            loss=found.loss,
+            unit=found.unit,
+            provenance={
+                **provenance(runner, self.name, judged),
+                "metric": {"version": METRIC_VERSION, **self.settings, **found.details},
+            },
+        )
+
+
+def as_torch(runner: Runner, metric: str) -> TorchRunner:
+    """Return ``runner`` as one that has the module.
+
+    Raises:
+        InvalidModel: It has none (it runs the model outside torch).
+    """
+    if not (hasattr(runner, "module") and hasattr(runner, "weights")):
+        msg = (
+            f"the metric '{metric}' looks into the model and needs it as a torch module; the "
+            f"engine '{runner.engine}' only runs it: use 'diagonal', 'gram' or 'pairs'"
+        )
+        raise InvalidModel(msg, measure=metric, engine=runner.engine)
+    return runner  # type: ignore[return-value]  # has what the protocol adds
+
+
+def layer_shares(runner: Runner, layers: Iterable[str]) -> dict[str, float]:
+    """Return each layer's share of the model's multiply-accumulates (equal where none counted)."""
+    everything = runner.inventory.layers
+    total = sum(layer.n_macs for layer in everything)
+    macs = {layer.name: layer.n_macs for layer in everything}
+    return {n: macs[n] / total if total else 1.0 / len(everything) for n in layers}
+
+
+def local_cost(runner: Runner, table: CandidateTable) -> float:
+    """Return the passes of running, for every row, its layers once on their own inputs."""
+    shares = layer_shares(runner, {c.layer for row in table.rows for c in row.candidates})
+    return sum(shares[c.layer] for row in table.rows for c in row.candidates if changes_anything(c))
+
+
+def changes_anything(candidate: Candidate) -> bool:
+    """Whether the candidate differs from full precision."""
+    return candidate.weight_bits != FULL_PRECISION_BITS or candidate.activation_bits is not None
+
+
+def over_chunks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the standard error of the mean of ``values: f64[C, ...]`` over its first axis."""
+    if len(values) < 2:
+        return np.zeros(values.shape[1:])
+    error: NDArray[np.float64] = values.std(axis=0, ddof=1) / np.sqrt(len(values))
+    return error
+
+
+def chunk_weights(runner: Runner) -> NDArray[np.float64]:
+    """Return ``f64[C]``: each chunk's share of the samples."""
+    sizes = np.array([len(chunk) for chunk in runner.chunks], dtype=np.float64)
+    weights: NDArray[np.float64] = sizes / sizes.sum()
+    return weights
+
+
+def row_sums(table: CandidateTable, value: Callable[[Candidate], float]) -> Any:  # noqa: ANN401
+    """Return ``f64[n]``: the sum of ``value`` over the candidates of every row."""
+    sums = [sum(value(c) for c in row.candidates) for row in table.rows]
+    return np.array(sums, dtype=np.float64)

@@ -1,0 +1,133 @@
+"""Orthogonality of layers: which layers say what no other layer says.
+
+References:
+    [OMPQ] Y. Ma et al. OMPQ: orthogonal mixed precision quantization. AAAI 2023. arXiv 2109.07865.
+    [CKA] S. Kornblith, M. Norouzi, H. Lee, G. Hinton. Similarity of neural network representations
+    revisited. ICML 2019. arXiv 1905.00414.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+
+from bitquota.errors import InvalidInput
+from bitquota.sensitivity.measure import checked_losses
+from bitquota.sensitivity.metrics.layer_trace import trace_layers
+from bitquota.sensitivity.metrics.metric import (
+    FORWARD,
+    Metric,
+    Scores,
+    Work,
+    chunk_weights,
+    over_chunks,
+    row_sums,
+)
+from bitquota.storage import FULL_PRECISION_BITS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from bitquota.candidates import Candidate, CandidateTable
+    from bitquota.sensitivity.runner import Runner
+
+
+def orthogonality(features: Sequence[Tensor]) -> Tensor:
+    """Return ``f64[L, L]``: ``ORM_ij = ‖F_iᵀ F_j‖² / (‖F_iᵀ F_i‖ ‖F_jᵀ F_j‖)`` [OMPQ, equation 7].
+
+    With features centred over the samples this is linear [CKA]; 1 on the diagonal. Computed from
+    the Gram matrices over samples, ``‖F_iᵀ F_j‖² = ⟨F_i F_iᵀ, F_j F_jᵀ⟩``, so a feature may be as
+    wide as it likes. A layer whose feature is constant is orthogonal to all others.
+
+    Args:
+        features: ``[n, ...]`` each, the same samples.
+
+    Cost: O(L n² width + L² n²).
+    """
+    grams = []
+    for feature in features:
+        flat = feature.reshape(len(feature), -1).double()
+        centred = flat - flat.mean(dim=0)
+        gram = (centred @ centred.T).flatten()
+        norm = gram.norm()
+        grams.append(gram / norm if norm > 0 else gram)
+    stacked = torch.stack(grams)
+    return (stacked @ stacked.T).fill_diagonal_(1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Orthogonality(Metric):
+    """``s = (32 - b) θ_l``, ``θ_l = exp(-β γ_l)``, ``γ_l = Σ_{j ≠ l} ORM_lj`` [OMPQ].
+
+    The paper maximises ``Σ b_l θ_l`` by linear programming and rounds; with one candidate per
+    layer ``-b θ`` and ``(32 - b) θ`` differ by a constant, so solving this diagonal exactly is
+    solving theirs without rounding, and full precision scores zero. A layer's feature is what the
+    model made of its output before the next layer (see ``layer_trace``); the ORM is that of each
+    chunk, θ the mean over chunks. Layers of a group add up; bits of activations are not seen.
+
+    We differ from the released code in θ itself (they average it over all later layers).
+
+    Pitfalls: looks neither at the weights' error nor at the loss. The released scripts use β from
+    1e-9 to 100 by network; at 1e-9 every θ is 1 and the method fills the smallest layers first,
+    exactly as ``size only`` does, which it has to be compared with. On ResNet-20 no β carried
+    usable signal, and a large one was harmful.
+
+    Attributes:
+        beta: How strongly similarity counts.
+    """
+
+    beta: float = 0.3
+
+    name: ClassVar[str] = "orthogonality"
+    known_as: ClassVar[str] = "orthogonality (OMPQ)"
+
+    def __post_init__(self) -> None:
+        """Check the exponent."""
+        if not 0 <= self.beta < np.inf:
+            msg = f"beta must be finite and at least 0; got {self.beta}"
+            raise InvalidInput(msg, beta=self.beta)
+
+    def cost(self, runner: Runner, table: CandidateTable) -> float:
+        """Return one pass."""
+        del runner, table
+        return FORWARD
+
+    def scores(self, work: Work) -> Scores:
+        """Score every row."""
+        layers, runner = work.layers, work.runner
+        gammas = np.empty((len(runner.chunks), len(layers)))
+        for chunk in range(len(runner.chunks)):
+            # Each layer's number depends on all the layers it is compared with, not on β.
+            key = work.recorder.key(chunk, {"layers": layers}, "metric orthogonality")
+
+            def run(chunk: int = chunk) -> list[NDArray[np.float64]]:
+                calls = trace_layers(runner, chunk, layers, self.name, features=True)
+                work.charge(chunk, FORWARD)
+                features = [calls[name][0].feature for name in layers]
+                similar = orthogonality([f for f in features if f is not None])
+                return checked_losses((similar.sum(dim=1) - 1.0)[None], self.name)
+
+            gammas[chunk] = work.recorder.shard([key], run)[key]
+        importance = np.exp(-self.beta * gammas)
+        theta = chunk_weights(runner) @ importance
+        errors = over_chunks(importance)
+        index = {name: k for k, name in enumerate(layers)}
+
+        def spared(candidate: Candidate) -> int:
+            return FULL_PRECISION_BITS - candidate.weight_bits
+
+        return Scores(
+            diagonal=row_sums(work.table, lambda c: spared(c) * theta[index[c.layer]]),
+            error=np.sqrt(
+                row_sums(work.table, lambda c: (spared(c) * errors[index[c.layer]]) ** 2)
+            ),
+            loss=self.name,
+            unit="weighted bits",
+            details={"theta": dict(zip(layers, theta.tolist(), strict=True))},
+        )
