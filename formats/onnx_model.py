@@ -237,6 +237,13 @@ class OnnxModule(nn.Module):
             if returned is not result:
                 raise _cannot_change(name)
 
+    def fed_value(self, initializer: str) -> NDArray[Any] | None:
+        """Return the current value of an initializer that is a layer's weight or bias."""
+        for name, path, dtype in self._weights:
+            if name == initializer:
+                return self._weight(path, dtype)
+        return None
+
     def example_inputs(self, path: Path) -> tuple[Tensor, ...] | None:
         """Return zeros for two samples, if the file fixes every dimension but the first."""
         initializers = {t.name for t in read_onnx(path).graph.initializer}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from bitquota.errors import InvalidInput
 from bitquota.formats.exports.compressed_tensors_folder import CompressedTensorsFolder
+from bitquota.formats.exports.onnx_qdq import OnnxQdq
 from bitquota.formats.exports.prepared import PreparedExport, prepare_export
 from bitquota.formats.exports.receipt import Difference, FileReceipt, Receipt, TensorReceipt
 from bitquota.formats.exports.ref_int import RefInt
@@ -64,7 +65,7 @@ class Exporter(Protocol):
 
 
 EXPORTERS: dict[str, Exporter] = {
-    exporter.name: exporter for exporter in (RefInt(), CompressedTensorsFolder())
+    exporter.name: exporter for exporter in (RefInt(), CompressedTensorsFolder(), OnnxQdq())
 }
 """In order of preference."""
 
