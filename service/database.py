@@ -66,6 +66,7 @@ jobs = sa.Table(
     sa.Column("results", sa.Text),
     sa.Column("version", sa.Integer, nullable=False, server_default="1"),
     sa.Column("worker_s", sa.Float, nullable=False, server_default="0"),
+    sa.Column("webhook", sa.Text),
     sa.Index("jobs_by_tenant", "tenant", "id"),
     sa.Index("jobs_to_claim", "status", "priority", "id"),
     sa.Index("jobs_of_tenant_by_status", "tenant", "status"),
@@ -113,6 +114,23 @@ tenants = sa.Table(
     sa.Column("max_queued", sa.Integer),
     sa.Column("max_stored_bytes", sa.BigInteger),
     sa.Column("max_worker_s", sa.Float),
+    sa.Column("webhook_secret", sa.String(128)),
+)
+
+deliveries = sa.Table(
+    "deliveries",
+    metadata,
+    sa.Column("id", sa.String(40), primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("job", sa.String(40), nullable=False),
+    sa.Column("url", sa.Text, nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("next_at", sa.Float),
+    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("delivered_at", sa.Float),
+    sa.Column("error", sa.Text),
+    sa.Index("deliveries_due", "next_at"),
 )
 
 audit = sa.Table(
@@ -173,8 +191,13 @@ class Database:
         return self.engine.dialect.name == "postgresql"
 
     def create(self) -> None:
-        """Make the tables that are missing."""
-        self.write(metadata.create_all)
+        """Bring the tables to the form that this version needs, by its migrations.
+
+        Servers that start at the same time wait for each other.
+        """
+        from bitquota.service.migrate import upgrade
+
+        self.write(upgrade)
 
     def read(self, work: Callable[[Connection], T]) -> T:
         """Return ``work(connection)`` in a transaction that does not write."""
@@ -198,7 +221,9 @@ class Database:
                 passing = err.connection_invalidated or isinstance(
                     err, OperationalError | IntegrityError
                 )
-                if not passing or attempt == _RETRIES - 1:
+                if not passing:
+                    raise
+                if attempt == _RETRIES - 1:
                     msg = "the database must be reachable; it is not at the moment, try again"
                     raise ServiceError(msg, cause=type(err.orig).__name__) from err
                 time.sleep(_BACKOFF_S * 2**attempt)

@@ -64,11 +64,20 @@ class NewJob:
     labels: dict[str, str]
     priority: int = 0
     deadline: float | None = None
+    webhook: str | None = None
 
     def fingerprint(self) -> str:
         """Return the digest that tells two orders under one idempotency key apart."""
         return digest_json(
-            [self.kind, self.request, self.model, self.dataset, self.labels, self.priority]
+            [
+                self.kind,
+                self.request,
+                self.model,
+                self.dataset,
+                self.labels,
+                self.priority,
+                self.webhook,
+            ]
         )
 
 
@@ -101,6 +110,7 @@ class Job:
     results: JsonObject | None
     version: int
     worker_s: float
+    webhook: str | None
 
 
 _JSON_COLUMNS = ("request", "labels", "progress", "error", "results")
@@ -165,6 +175,7 @@ class JobStore:
                     labels=canonical_json(new.labels),
                     priority=new.priority,
                     deadline=new.deadline,
+                    webhook=new.webhook,
                     created_at=now,
                 )
             )

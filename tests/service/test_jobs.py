@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import shutil
 import threading
 
 import pytest
 
 from bitquota.errors import Conflict, InvalidInput, MeasurementFailed, NotFound
 from bitquota.service.artifacts import ArtifactKind, ArtifactStore
-from bitquota.service.database import Database
+from bitquota.service.database import Database, metadata
 from bitquota.service.jobs import JobStatus, JobStore, LeaseLost, NewJob
 
 MODEL, DATASET = "sha256:" + "a" * 64, "sha256:" + "b" * 64
@@ -27,12 +28,30 @@ def clock():
     return Clock()
 
 
-@pytest.fixture
-def database(tmp_path):
-    opened = Database(f"sqlite:///{tmp_path}/jobs.db")
-    opened.create()
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request, tmp_path):
+    if request.param == "sqlite":
+        shutil.copy(request.getfixturevalue("migrated"), tmp_path / "jobs.db")
+        opened = Database(f"sqlite:///{tmp_path}/jobs.db")
+    else:
+        opened = Database(request.getfixturevalue("postgres_url"))
+        opened.write(empty)
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="module")
+def postgres_url(postgres):
+    url = postgres.new_database()
+    made = Database(url)
+    made.create()
+    made.close()
+    return url
+
+
+def empty(connection):
+    for table in metadata.sorted_tables:
+        connection.execute(table.delete())
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import httpx
 import pytest
 
@@ -13,9 +15,9 @@ NOW = 1_800_000_000.0
 
 
 @pytest.fixture
-def database(tmp_path):
+def database(tmp_path, migrated):
+    shutil.copy(migrated, tmp_path / "keys.db")
     opened = Database(f"sqlite:///{tmp_path}/keys.db")
-    opened.create()
     yield opened
     opened.close()
 

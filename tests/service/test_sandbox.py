@@ -124,7 +124,7 @@ class TestCommandInside:
         assert "secret" not in done.stdout
 
     def test_ends_with_its_parent(self, cell):
-        """bubblewrap asks for that early in its start, not at once: hence the sign of life."""
+        """Bubblewrap asks for that early in its start, not at once: hence the sign of life."""
         sign = cell.work / "started"
         inside = f"import time; open({str(sign)!r}, 'w'); time.sleep(600)"
         line, environment = command(bubblewrap(), cell, cell.scratch.parent.parent, ["-c", inside])
