@@ -106,7 +106,7 @@ def _round_columns(
             if bits == 1 and zero_points is None:
                 code = torch.where(column >= 0, 1.0, -1.0).to(column)
             else:
-                divisor = torch.where(step[:, j] > 0, step[:, j], 1.0)
+                divisor = torch.where(step[:, j] != 0, step[:, j], 1.0)
                 code = (torch.round(column / divisor) + zero[:, j]).clamp(lowest, highest)
             codes[:, j] = code
             error = (column - (code - zero[:, j]) * step[:, j]) / factor[j, j]
@@ -126,7 +126,7 @@ def _inverse_factor(gram: Tensor) -> Tensor:
         # No input ever differs from zero: nothing feeds back.
         return torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     damping = DAMPING
-    for _ in range(6):
+    for _ in range(3):
         damped = gram + torch.diag_embed(torch.full_like(diagonal, damping * mean))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):

@@ -21,7 +21,10 @@ BREAKPOINTS_AT_ONCE = 1 << 22
 """Breakpoints that the exact fit sorts at a time: bounds its memory to about 300 MB."""
 
 EXACT_LIMIT_BREAKPOINTS = 1 << 28
-"""Above it (16 bits, or 8 bits on weights of a large language model) the fit is a refined scan."""
+"""Above it (8 bits on a large weight of a language model) the fit is a refined scan."""
+
+EXACT_LIMIT_LEVELS = 256
+"""Above it (16 bits) too: the error is about 1e-9 of the weights whatever the scale."""
 
 SCAN_POINTS = 128
 
@@ -64,7 +67,8 @@ def symmetric_scale(
     # grid turned around, at the same cost in bits.
     negative = least_squares_scale(-values, low, high, importance)
     turned = grid_error(-values, negative, low, high, importance)
-    better = turned < grid_error(values, positive, low, high, importance)
+    # Where neither clips, both fit alike: rounding noise must not decide the sign.
+    better = turned < (1 - 1e-9) * grid_error(values, positive, low, high, importance)
     return torch.where(better, -negative, positive)
 
 
@@ -120,8 +124,9 @@ def least_squares_scale(
     ``- A^2/B``. Scales so small that clipping alone costs more than the absmax scale does are
     left out.
 
-    Exact up to ``EXACT_LIMIT_BREAKPOINTS`` breakpoints; above that a scan of ``SCAN_POINTS``
-    scales, each refined by alternating codes and scale, no worse than the scan itself.
+    Exact up to ``EXACT_LIMIT_BREAKPOINTS`` breakpoints and ``EXACT_LIMIT_LEVELS`` levels a side;
+    above that a scan of ``SCAN_POINTS`` scales, the promising ones refined by alternating codes
+    and scale, no worse than the scan itself.
 
     Args:
         values: f64[g, n].
@@ -138,6 +143,8 @@ def least_squares_scale(
     if importance is not None:
         magnitude = torch.where(importance > 0, magnitude, 0.0)
     caps = torch.where(values >= 0, high[:, None], -low[:, None]).double()
+    if int(caps.max()) > EXACT_LIMIT_LEVELS:
+        return _refined_scan(values, magnitude, low, high, importance)
     counts, limit = _breakpoint_counts(values, magnitude, caps, low, high, importance)
     per_line = counts.sum(dim=1)
     if int(per_line.sum()) > EXACT_LIMIT_BREAKPOINTS:

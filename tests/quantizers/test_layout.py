@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from layer_shapes import LAYERS, layer_of
 from torch import nn
 from torch.nn import functional
 
 from bitquota.candidates import LayerKind
 from bitquota.errors import InvalidModel
 from bitquota.quantizers.layout import from_matrix, to_matrix
+from layer_shapes import LAYERS, layer_of
 
 
 class TestToMatrix:
