@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 import bitquota
-from bitquota.service import job_routes, problems, uploads
+from bitquota.service import job_routes, operations, problems, uploads
 from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.blobs import BlobStore
 from bitquota.service.database import Database
 from bitquota.service.jobs import JobStore
 from bitquota.service.keys import KeyStore
 from bitquota.service.middleware import Envelope
+from bitquota.service.operations import Metrics
 from bitquota.service.quotas import AuditLog, Quotas
 from bitquota.service.settings import Settings
 from bitquota.service.state import State
@@ -48,7 +49,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         keys=KeyStore(database, time.time),
         quotas=Quotas(database, chosen, time.time),
         audit=AuditLog(database, time.time),
-        supervisor=Supervisor(chosen, jobs),
+        supervisor=Supervisor(chosen, database, jobs),
+        metrics=Metrics(),
     )
 
     @asynccontextmanager
@@ -70,14 +72,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         openapi_url="/v1/openapi.json",
     )
     app.state.service = state
+    app.state.clock = time.time
     problems.install(app)
-    app.add_middleware(Envelope, max_body_bytes=chosen.max_body_bytes)
+    app.add_middleware(
+        Envelope, max_body_bytes=chosen.max_body_bytes, observe=state.metrics.observe
+    )
     app.include_router(uploads.router)
     app.include_router(job_routes.router)
-
-    @app.get("/healthz", tags=["operations"])
-    def healthz() -> dict[str, str]:
-        """Say that the process answers."""
-        return {"status": "ok", "version": bitquota.__version__}
+    app.include_router(operations.router)
 
     return app

@@ -84,6 +84,8 @@ class BlobStore:
         digest = incoming.digest
         target = self._place(digest)
         if target.exists():
+            # A collection spares young files: this one may be about to be named by a row.
+            os.utime(target)
             incoming.path.unlink(missing_ok=True)
             return digest
         target.parent.mkdir(parents=True, exist_ok=True)

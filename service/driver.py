@@ -42,7 +42,9 @@ from bitquota.service.database import Database
 from bitquota.service.evaluator import die_with_parent
 from bitquota.service.inspection import ModelFormat
 from bitquota.service.jobs import JobStore, LeaseLost
+from bitquota.service.maintenance import OWNER_FILE
 from bitquota.service.problems import TYPE_PREFIX
+from bitquota.service.processes import owner_name
 from bitquota.service.sandbox import Cell, command, memory_limit, sandbox_of
 from bitquota.service.settings import Settings
 
@@ -369,6 +371,7 @@ def main() -> None:
     os.nice(settings.nice)
     cell = Cell(scratch=scratch)
     cell.create()
+    (scratch / OWNER_FILE).write_text(owner_name(os.getpid()))
     evaluator = Evaluator(settings, cell)
     status = 0
     try:

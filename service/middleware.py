@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 import secrets
+import time
 from typing import TYPE_CHECKING
 
 from bitquota.errors import TooLarge
+from bitquota.service.logs import logger
 from bitquota.service.problems import problem_response
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+_log = logger("http")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -28,9 +33,16 @@ _DEFAULTS = (
 class Envelope:
     """Pure ASGI, so that streamed bodies pass in both directions as they come."""
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        observe: Callable[[str, str, int, float], None],
+    ) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -40,6 +52,7 @@ class Envelope:
         sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = sent if _REQUEST_ID.fullmatch(sent) else secrets.token_hex(8)
         scope["request_id"] = request_id
+        began = time.perf_counter()
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -48,6 +61,7 @@ class Envelope:
                 headers += [(b"x-request-id", request_id.encode()), *_HEADERS]
                 headers += [(n, v) for n, v in _DEFAULTS if n not in present]
                 message = {**message, "headers": headers}
+                self._tell(scope, message["status"], time.perf_counter() - began)
             await send(message)
 
         # Uploads are streamed and have a limit of their own.
@@ -72,6 +86,24 @@ class Envelope:
             return {"type": "http.request", "body": body, "more_body": False}
 
         await self.app(scope, receive_body, send_with_headers)
+
+    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
+        """Count and log one answer, by route template: a path could hold anything."""
+        route = getattr(scope.get("route"), "path", "(none)")
+        self.observe(scope["method"], route, status, seconds)
+        caller = scope.get("caller")
+        quiet = status < 400 and scope["method"] == "GET"  # polls would drown the rest
+        say = _log.warning if status >= 500 else _log.debug if quiet else _log.info
+        say(
+            "request",
+            method=scope["method"],
+            route=route,
+            path=scope["path"][:200],
+            status=status,
+            ms=round(1000 * seconds, 1),
+            request_id=scope["request_id"],
+            actor=None if caller is None else caller.actor,
+        )
 
     async def _body(self, receive: Receive) -> bytes | None:
         parts: list[bytes] = []

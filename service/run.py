@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import socket
-import sys
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -43,6 +41,7 @@ def serve(
         import uvicorn
 
         from bitquota.service.app import create_app
+        from bitquota.service.logs import configure
     except ImportError as err:
         msg = f"the server needs {err.name}; install it with: pip install 'bitquota[service]'"
         raise MissingDependency(msg, extra="service") from err
@@ -50,11 +49,7 @@ def serve(
     chosen = Settings.from_environment() if settings is None else settings
     given = {"host": host, "port": port, "data_dir": data_dir}
     chosen = replace(chosen, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
-    logging.basicConfig(
-        level=logging.INFO,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
+    configure(chosen.log_level)
     has_keys = _has_keys(chosen)
     if not chosen.loopback and not has_keys:
         msg = (

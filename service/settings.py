@@ -30,6 +30,7 @@ class Settings:
     data_dir: Path = _setting(  # noqa: RUF009  # as in the lines around it
         Path("bitquota-data"), "Folder of the database, uploads, ledgers and results."
     )
+    log_level: str = _setting("INFO", "`DEBUG`, `INFO`, `WARNING` or `ERROR`.")
     database_url: str = _setting(
         "", "SQLAlchemy URL; empty means the SQLite file `bitquota.db` in the data folder."
     )
@@ -69,6 +70,15 @@ class Settings:
     max_worker_s: float = _setting(
         7 * 86400.0,
         "Worker seconds of one tenant in 24 hours, unless its own quota says otherwise.",
+    )
+    job_retention_s: float = _setting(
+        90 * 86400.0, "Seconds after its end that a job is kept.", below=0
+    )
+    upload_retention_s: float = _setting(
+        30 * 86400.0, "Seconds after its last use that an upload is kept.", below=0
+    )
+    collect_every_s: float = _setting(
+        3600.0, "Seconds between two removals of what is no longer needed.", below=1
     )
     max_upload_bytes: int = _setting(8 * 2**30, "Largest model or dataset.", below=1)
     max_body_bytes: int = _setting(4 * 2**20, "Largest JSON body.", below=1)

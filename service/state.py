@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bitquota.service.database import Database
     from bitquota.service.jobs import JobStore
     from bitquota.service.keys import KeyStore
+    from bitquota.service.operations import Metrics
     from bitquota.service.quotas import AuditLog, Quotas
     from bitquota.service.settings import Settings
     from bitquota.service.supervisor import Supervisor
@@ -42,6 +43,7 @@ class State:
     quotas: Quotas
     audit: AuditLog
     supervisor: Supervisor
+    metrics: Metrics
 
 
 def state_of(request: Request) -> State:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitquota.errors import BitquotaError
+from bitquota.service.logs import logger
+from bitquota.service.maintenance import collect
+from bitquota.service.processes import owner_is_gone, owner_name
 from bitquota.service.sandbox import kernel_folders, sandbox_of
 
 if TYPE_CHECKING:
+    from bitquota.service.database import Database
     from bitquota.service.jobs import Job, JobStore
     from bitquota.service.settings import Settings
 
-_log = logging.getLogger("bitquota.supervisor")
+_log = logger("supervisor")
 _TICK_S = 0.2
 _LOST_CHECK_S = 1.0
 
@@ -40,8 +41,9 @@ class Supervisor:
     the next one begins where the ledger ends.
     """
 
-    def __init__(self, settings: Settings, store: JobStore) -> None:
+    def __init__(self, settings: Settings, database: Database, store: JobStore) -> None:
         self._settings = settings
+        self._database = database
         self._store = store
         self._running: dict[str, _Running] = {}
         self._spare: subprocess.Popen[str] | None = None
@@ -78,6 +80,7 @@ class Supervisor:
 
     def _run(self) -> None:
         checked = 0.0
+        collected = time.monotonic()
         recovered = False
         while not self._stop.is_set():
             try:
@@ -90,11 +93,14 @@ class Supervisor:
                     self._store.requeue_lost(self._settings.max_attempts)
                     checked = time.monotonic()
                 self._fill()
+                if time.monotonic() - collected > self._settings.collect_every_s:
+                    collected = time.monotonic()
+                    threading.Thread(target=self._collect, name="collector", daemon=True).start()
             except BitquotaError as error:
-                _log.warning("supervisor: %s", error)
+                _log.warning("database or store", error=str(error))
             except Exception:  # noqa: BLE001  # see below
                 # The supervisor outlives whatever happens to one job.
-                _log.exception("supervisor")
+                _log.exception("unexpected")
             self._wake.wait(_TICK_S)
             self._wake.clear()
         self._drain()
@@ -111,6 +117,13 @@ class Supervisor:
                 "'python -m bitquota.service.evaluator --warm-up' as a user who may write to the "
                 "installed package"
             )
+
+    def _collect(self) -> None:
+        try:
+            removed = collect(self._settings, self._database, time.time())
+            _log.info("collected", **removed.to_json())
+        except (BitquotaError, OSError) as error:
+            _log.warning("collection failed", error=str(error))
 
     def _recover(self) -> None:
         """Queue the jobs again whose server ran on this host and is gone."""
@@ -131,13 +144,13 @@ class Supervisor:
                 return
             process, self._spare = self._spare, None
             self._running[job.id] = _Running(job=job, process=process)
-            _log.info("job %s epoch %d: driver %d", job.id, job.epoch, process.pid)
+            _log.info("job started", job=job.id, epoch=job.epoch, driver=process.pid)
             try:
                 assert process.stdin is not None  # noqa: S101  # PIPE
                 process.stdin.write(json.dumps({"tenant": job.tenant, "job": job.id}) + "\n")
                 process.stdin.flush()
             except BrokenPipeError:
-                _log.warning("job %s: driver %d had ended", job.id, process.pid)
+                _log.warning("driver had ended", job=job.id, driver=process.pid)
             self._spare = self._start_driver()
 
     def _reap(self) -> None:
@@ -148,7 +161,7 @@ class Supervisor:
             del self._running[job_id]
             _close(running.process)
             if status != 0:
-                _log.warning("job %s: driver ended with %d", job_id, status)
+                _log.warning("driver ended", job=job_id, status=status)
             reason = f"its driver ended with status {status}"
             self._store.requeue(job_id, running.job.epoch, self._settings.max_attempts, reason)
 
@@ -180,7 +193,7 @@ class Supervisor:
             try:
                 self._store.release(job_id, running.job.epoch, "the server was stopped")
             except BitquotaError as error:
-                _log.warning("job %s could not be handed back: %s", job_id, error)
+                _log.warning("job could not be handed back", job=job_id, error=str(error))
         if self._spare is not None:
             try:
                 self._spare.wait(2.0)
@@ -195,33 +208,3 @@ def _close(process: subprocess.Popen[str]) -> None:
             process.stdin.close()
         except BrokenPipeError:
             return
-
-
-def owner_name(pid: int) -> str:
-    """Return a name for a process that no later process of this host can have."""
-    return f"{socket.gethostname()}|{_boot()}|{pid}|{_started(pid)}"
-
-
-def owner_is_gone(owner: str) -> bool:
-    """Return whether ``owner`` ran on this host and has ended; false when that is not known."""
-    host, boot, pid, started = owner.rsplit("|", 3)
-    if host != socket.gethostname() or not Path("/proc/self").exists():
-        return False
-    return boot != _boot() or _started(int(pid)) != started
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
-    except OSError:
-        return "0"
-
-
-def _started(pid: int) -> str:
-    """Return the start time of a process in clock ticks, or ``0`` if there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return "0"
-    fields = stat.rpartition(")")[2].split()
-    return "0" if fields[0] in {"Z", "X"} else fields[19]

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from bitquota.errors import InvalidInput, UnsafeModel
 from bitquota.service.artifacts import Artifact, ArtifactKind
 from bitquota.service.inspection import ModelFormat, inspect_dataset, inspect_model
+from bitquota.service.maintenance import remove_upload
 from bitquota.service.sandbox import sandbox_of
 from bitquota.service.schemas import (
     DIGEST,
@@ -72,9 +73,11 @@ def _add(kind: ArtifactKind, path: str) -> None:
                 incoming.expect(content_length)
                 await run_in_threadpool(service.quotas.check_upload, caller.tenant, content_length)
             await _stream(request, incoming)
+            size = incoming.size
             artifact, new = await run_in_threadpool(
                 _keep, service, caller, kind, incoming, name, sha256
             )
+            service.metrics.uploaded.inc(size)
             if new:
                 await run_in_threadpool(
                     service.audit.add, caller, f"upload.{kind}", artifact.digest, request_id
@@ -109,6 +112,21 @@ def _add(kind: ArtifactKind, path: str) -> None:
     ) -> ArtifactView:
         """Say what is known of one upload."""
         return artifact_view(service.artifacts.get(caller.tenant, kind, digest))
+
+    @router.delete(
+        f"/{path}/{{digest}}", name=f"delete_{kind}", tags=[path], status_code=204,
+        responses=_PROBLEMS | {409: {"model": Problem}},
+    )  # fmt: skip
+    def delete(
+        service: Service,
+        caller: Calling,
+        request_id: RequestId,
+        digest: Annotated[str, Path(pattern=DIGEST)],
+    ) -> None:
+        """Remove one upload, unless a job that has not ended needs it."""
+        service.artifacts.get(caller.tenant, kind, digest)
+        remove_upload(service.database, caller.tenant, kind.value, digest)
+        service.audit.add(caller, f"delete.{kind}", digest, request_id)
 
 
 async def _stream(request: Request, incoming: Incoming) -> None:

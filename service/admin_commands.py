@@ -1,0 +1,258 @@
+"""``bitquota admin``: API keys, quotas, jobs, garbage collection, backups and a check-up.
+
+It works on the database and the data folder that ``BITQUOTA_*`` variables name, beside running
+servers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from bitquota.service.database import Database
+    from bitquota.service.settings import Settings
+
+app = typer.Typer(help="Look after a server: keys, quotas, jobs, files.", no_args_is_help=True)
+keys = typer.Typer(help="API keys.", no_args_is_help=True)
+quotas = typer.Typer(help="Limits of tenants.", no_args_is_help=True)
+jobs = typer.Typer(help="Jobs of all tenants.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+app.add_typer(quotas, name="quotas")
+app.add_typer(jobs, name="jobs")
+
+_DAY_S = 86400.0
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="The server's folder; or BITQUOTA_DATA_DIR.")
+]
+
+
+@contextlib.contextmanager
+def _opened(data_dir: Path | None) -> Iterator[tuple[Settings, Database]]:
+    from bitquota.service.database import Database
+    from bitquota.service.settings import Settings
+
+    settings = Settings.from_environment()
+    if data_dir is not None:
+        settings = replace(settings, data_dir=data_dir)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    database = Database(settings.url)
+    try:
+        database.create()
+        yield settings, database
+    finally:
+        database.close()
+
+
+def _say(value: Any) -> None:  # noqa: ANN401  # anything that JSON can hold
+    typer.echo(json.dumps(value, ensure_ascii=False, default=sorted))
+
+
+@keys.command("create")
+def create_key(
+    tenant: Annotated[str, typer.Argument(help="Who the key is for.")],
+    name: Annotated[str, typer.Option("--name", help="To tell it from others.")] = "",
+    scope: Annotated[
+        list[str] | None, typer.Option("--scope", help="read, write; all without it.")
+    ] = None,
+    days: Annotated[float | None, typer.Option("--days", help="Days until it expires.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Make a key and print it; it is shown this once and stored only as a hash."""
+    from bitquota.errors import InvalidInput
+    from bitquota.service.keys import KeyStore, Scope
+
+    try:
+        scopes = [Scope(s) for s in scope] if scope else list(Scope)
+    except ValueError as err:
+        msg = f"a scope must be one of {', '.join(Scope)}; got {scope}"
+        raise InvalidInput(msg) from err
+    with _opened(data_dir) as (_, database):
+        lifetime_s = None if days is None else days * _DAY_S
+        key, text = KeyStore(database, time.time).create(
+            tenant, name=name, scopes=scopes, lifetime_s=lifetime_s
+        )
+    _say({"id": key.id, "tenant": tenant, "scopes": key.scopes, "key": text})
+
+
+@keys.command("list")
+def list_keys(
+    tenant: Annotated[str | None, typer.Option("--tenant", help="Only of this tenant.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Print one line of JSON for each key, without its secret."""
+    from dataclasses import asdict
+
+    from bitquota.service.keys import KeyStore
+
+    with _opened(data_dir) as (_, database):
+        for key in KeyStore(database, time.time).list(tenant):
+            _say(asdict(key))
+
+
+@keys.command("revoke")
+def revoke_key(
+    key_id: Annotated[str, typer.Argument(help="Id of the key.")], data_dir: DataDir = None
+) -> None:
+    """End a key now."""
+    from bitquota.service.keys import KeyStore
+
+    with _opened(data_dir) as (_, database):
+        KeyStore(database, time.time).revoke(key_id)
+
+
+@keys.command("rotate")
+def rotate_key(
+    key_id: Annotated[str, typer.Argument(help="Id of the key.")],
+    overlap_days: Annotated[
+        float, typer.Option("--overlap-days", help="Days for which the old key still works.")
+    ] = 1.0,
+    data_dir: DataDir = None,
+) -> None:
+    """Replace a key by a new one with the same rights and print that."""
+    from bitquota.service.keys import KeyStore
+
+    with _opened(data_dir) as (_, database):
+        store = KeyStore(database, time.time)
+        key, text = store.rotate(key_id, overlap_s=overlap_days * _DAY_S)
+    _say({"id": key.id, "tenant": key.tenant, "scopes": key.scopes, "key": text})
+
+
+@quotas.command("set")
+def set_quota(
+    tenant: Annotated[str, typer.Argument(help="Whose limits.")],
+    max_running: Annotated[int | None, typer.Option(help="Jobs at the same time.")] = None,
+    max_queued: Annotated[int | None, typer.Option(help="Jobs that wait.")] = None,
+    max_stored_bytes: Annotated[int | None, typer.Option(help="Of all uploads.")] = None,
+    max_worker_s: Annotated[float | None, typer.Option(help="Seconds in 24 hours.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Give a tenant limits of its own; those left out become the server's again."""
+    from dataclasses import asdict
+
+    from bitquota.service.quotas import Quotas
+
+    with _opened(data_dir) as (settings, database):
+        quota = Quotas(database, settings, time.time).set(
+            tenant,
+            max_running=max_running,
+            max_queued=max_queued,
+            max_stored_bytes=max_stored_bytes,
+            max_worker_s=max_worker_s,
+        )
+    _say(asdict(quota))
+
+
+@quotas.command("show")
+def show_quota(
+    tenant: Annotated[str, typer.Argument(help="Whose.")], data_dir: DataDir = None
+) -> None:
+    """Print limits and use of a tenant."""
+    from dataclasses import asdict
+
+    from bitquota.service.quotas import Quotas
+
+    with _opened(data_dir) as (settings, database):
+        found = Quotas(database, settings, time.time)
+        _say({"quota": asdict(found.of(tenant)), "usage": asdict(found.usage(tenant))})
+
+
+@jobs.command("list")
+def list_jobs(
+    tenant: Annotated[str, typer.Argument(help="Whose.")],
+    limit: Annotated[int, typer.Option("--limit", help="How many.")] = 50,
+    data_dir: DataDir = None,
+) -> None:
+    """Print the latest jobs of a tenant, one line of JSON each."""
+    from bitquota.service.jobs import JobStore
+    from bitquota.service.schemas import job_view
+
+    with _opened(data_dir) as (_, database):
+        for job in JobStore(database, time.time).page(tenant, limit=limit):
+            typer.echo(job_view(job).model_dump_json())
+
+
+@jobs.command("cancel")
+def cancel_job(
+    tenant: Annotated[str, typer.Argument(help="Whose.")],
+    job_id: Annotated[str, typer.Argument(help="Id of the job.")],
+    data_dir: DataDir = None,
+) -> None:
+    """Cancel a job on its owner's behalf."""
+    from bitquota.service.jobs import JobStore
+    from bitquota.service.schemas import job_view
+
+    with _opened(data_dir) as (_, database):
+        typer.echo(job_view(JobStore(database, time.time).cancel(tenant, job_id)).model_dump_json())
+
+
+@app.command("audit")
+def show_audit(
+    tenant: Annotated[str | None, typer.Option("--tenant", help="Only of this tenant.")] = None,
+    limit: Annotated[int, typer.Option("--limit", help="How many lines.")] = 100,
+    data_dir: DataDir = None,
+) -> None:
+    """Print who did what, newest first."""
+    from bitquota.service.quotas import AuditLog
+
+    with _opened(data_dir) as (_, database):
+        for line in AuditLog(database, time.time).list(tenant, limit):
+            _say(dict(line))
+
+
+@app.command("gc")
+def collect_garbage(data_dir: DataDir = None) -> None:
+    """Remove old jobs, unused uploads and files that nothing refers to."""
+    from bitquota.service.maintenance import collect
+
+    with _opened(data_dir) as (settings, database):
+        _say(collect(settings, database, time.time()).to_json())
+
+
+@app.command("backup")
+def make_backup(
+    target: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    data_dir: DataDir = None,
+) -> None:
+    """Copy everything into a folder that ``bitquota serve --data-dir`` can be started on."""
+    from bitquota.service.maintenance import backup
+
+    with _opened(data_dir) as (settings, _):
+        backup(settings, target)
+
+
+@app.command("verify")
+def verify_files(data_dir: DataDir = None) -> None:
+    """Compare every stored file with its digest; exit 1 if one is missing or damaged."""
+    from bitquota.service.maintenance import verify
+
+    with _opened(data_dir) as (settings, database):
+        wrong = verify(settings, database)
+    for sentence in wrong:
+        typer.echo(sentence)
+    raise typer.Exit(1 if wrong else 0)
+
+
+@app.command("doctor")
+def examine(data_dir: DataDir = None) -> None:
+    """Say what a server would find here; exit 1 if something it needs is missing."""
+    from bitquota.service.maintenance import doctor
+
+    with _opened(data_dir) as (settings, database):
+        findings = doctor(settings, database)
+    for finding in findings:
+        typer.echo(f"{'ok  ' if finding.good else 'LOOK'}  {finding.what}: {finding.detail}")
+    needed = {"database", "data folder"}
+    raise typer.Exit(1 if any(not f.good and f.what in needed for f in findings) else 0)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,249 @@
+"""What keeps a server's data in order: collecting what nothing refers to, backups, a check-up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sqlite3
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from bitquota.errors import BitquotaError, Conflict, InvalidInput
+from bitquota.service.blobs import digest_file
+from bitquota.service.database import artifacts, deliveries, events, idempotency, jobs
+from bitquota.service.jobs import JobStatus
+from bitquota.service.processes import owner_is_gone
+from bitquota.service.sandbox import bubblewrap, kernel_folders
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from sqlalchemy.engine import Connection
+
+    from bitquota.canonical import JsonObject
+    from bitquota.service.database import Database
+    from bitquota.service.settings import Settings
+
+GRACE_S = 3600.0
+"""How long a file stays that nothing refers to: its row may be on the way."""
+
+OWNER_FILE = "owner"
+"""File in a scratch folder that names the driver it belongs to."""
+
+_ENDED = [s.value for s in JobStatus if s.final]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """What one collection removed."""
+
+    jobs: int = 0
+    uploads: int = 0
+    files: int = 0
+    bytes: int = 0
+    scratch: int = 0
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as plain JSON."""
+        return asdict(self)
+
+
+def collect(settings: Settings, database: Database, now: float) -> Collected:
+    """Remove old jobs, unused uploads, and files that nothing refers to.
+
+    Rows go first; a file goes only when no row names it and it is older than ``GRACE_S``, so that
+    an interrupted collection leaves nothing dangling. Ledgers are kept: they are small, and what
+    is in them never has to be measured again.
+    """
+    n_jobs, n_uploads = database.write(lambda connection: _remove_rows(connection, settings, now))
+    used = database.read(_used_digests)
+    files = n_bytes = 0
+    for path in _stored_files(settings.data_dir / "blobs"):
+        with contextlib.suppress(FileNotFoundError):
+            known = path.stat()
+            if f"sha256:{path.name}" not in used and now - known.st_mtime > GRACE_S:
+                path.unlink()
+                files, n_bytes = files + 1, n_bytes + known.st_size
+    scratch = 0
+    for folder in sorted((settings.data_dir / "scratch").glob("job-*")):
+        try:
+            owner = (folder / OWNER_FILE).read_text()
+        except OSError:
+            continue  # its driver has only just made it
+        if owner_is_gone(owner):
+            shutil.rmtree(folder, ignore_errors=True)
+            scratch += 1
+    return Collected(jobs=n_jobs, uploads=n_uploads, files=files, bytes=n_bytes, scratch=scratch)
+
+
+def _remove_rows(connection: Connection, settings: Settings, now: float) -> tuple[int, int]:
+    old = sa.select(jobs.c.id).where(
+        jobs.c.status.in_(_ENDED), jobs.c.finished_at < now - settings.job_retention_s
+    )
+    for table, column in (
+        (events, events.c.job),
+        (deliveries, deliveries.c.job),
+        (idempotency, idempotency.c.job),
+    ):
+        connection.execute(table.delete().where(column.in_(old)))
+    n_jobs = connection.execute(jobs.delete().where(jobs.c.id.in_(old))).rowcount
+    n_uploads = connection.execute(
+        artifacts.delete().where(
+            artifacts.c.used_at < now - settings.upload_retention_s, ~_needed()
+        )
+    ).rowcount
+    return n_jobs, n_uploads
+
+
+def _needed() -> sa.Exists:
+    """Whether a job that has not ended needs an upload."""
+    return sa.exists().where(
+        jobs.c.tenant == artifacts.c.tenant,
+        jobs.c.status.not_in(_ENDED),
+        sa.or_(jobs.c.model == artifacts.c.digest, jobs.c.dataset == artifacts.c.digest),
+    )
+
+
+def remove_upload(database: Database, tenant: str, kind: str, digest: str) -> bool:
+    """Remove a tenant's upload and return whether it was there.
+
+    Its file goes at the next collection, unless somebody else uploaded the same.
+
+    Raises:
+        Conflict: A job that has not ended needs it.
+    """
+    where = sa.and_(
+        artifacts.c.tenant == tenant, artifacts.c.kind == kind, artifacts.c.digest == digest
+    )
+
+    def work(connection: Connection) -> bool:
+        if connection.execute(sa.select(artifacts.c.digest).where(where, _needed())).first():
+            msg = f"an upload must not be needed by a job that has not ended; {digest} is"
+            raise Conflict(msg, digest=digest)
+        return bool(connection.execute(artifacts.delete().where(where)).rowcount)
+
+    return database.write(work)
+
+
+def _used_digests(connection: Connection) -> set[str]:
+    used = set(connection.execute(sa.select(artifacts.c.digest)).scalars())
+    for model, dataset, results in connection.execute(
+        sa.select(jobs.c.model, jobs.c.dataset, jobs.c.results)
+    ):
+        used |= {model, dataset}
+        for value in json.loads(results or "{}").values():
+            used |= set(value) if isinstance(value, list) else {value}
+    return used
+
+
+def _stored_files(root: Path) -> Iterator[Path]:
+    for pattern in ("[0-9a-f][0-9a-f]/*", "incoming/*"):
+        yield from sorted(root.glob(pattern))
+
+
+def backup(settings: Settings, target: Path) -> None:
+    """Copy everything into a new folder that a server can be started on; servers may be running.
+
+    The database goes first: every file that it names was on the disk before it was named. With
+    PostgreSQL only files are copied; ``pg_dump`` the database *before*.
+
+    Raises:
+        InvalidInput: The folder is there already.
+    """
+    try:
+        target.mkdir(parents=True)
+    except FileExistsError as err:
+        msg = f"a backup must go to a folder that does not exist yet; '{target}' does"
+        raise InvalidInput(msg, path=str(target)) from err
+    source = settings.data_dir
+    if not settings.database_url:
+        _copy_sqlite(source / "bitquota.db", target / "bitquota.db")
+    for ledger in sorted(source.glob("ledgers/*/*.sqlite")):
+        place = target / ledger.relative_to(source)
+        place.parent.mkdir(parents=True)
+        _copy_sqlite(ledger, place)
+    for blob in _stored_files(source / "blobs"):
+        if blob.parent.name != "incoming":
+            place = target / blob.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # collected meanwhile: nothing names it
+                shutil.copy2(blob, place)
+
+
+def _copy_sqlite(source: Path, target: Path) -> None:
+    with (
+        contextlib.closing(sqlite3.connect(source)) as old,
+        contextlib.closing(sqlite3.connect(target)) as new,
+    ):
+        old.backup(new)
+
+
+def verify(settings: Settings, database: Database) -> list[str]:
+    """Return a sentence for each stored file that is missing or damaged.
+
+    Cost: reads every file once.
+    """
+    root = settings.data_dir / "blobs"
+    present = {f"sha256:{p.name}": p for p in root.glob("[0-9a-f][0-9a-f]/*")}
+    missing = sorted({d for d in database.read(_used_digests) if d} - set(present))
+    wrong = [f"{digest} is named by the database and missing on the disk" for digest in missing]
+    wrong += [
+        f"{digest} has other bytes than its name says"
+        for digest, path in sorted(present.items())
+        if digest_file(path) != digest
+    ]
+    return wrong
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One line of a check-up."""
+
+    what: str
+    good: bool
+    detail: str
+
+
+def doctor(settings: Settings, database: Database) -> list[Finding]:
+    """Look at everything that a server needs and say what is there."""
+    found = []
+    try:
+        version = database.read(
+            lambda c: c.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+        )
+        kind = database.engine.dialect.name
+        found.append(Finding(what="database", good=True, detail=f"{kind}, schema {version}"))
+    except BitquotaError as error:
+        found.append(Finding(what="database", good=False, detail=error.message))
+    writable = os.access(settings.data_dir, os.W_OK)
+    free = shutil.disk_usage(settings.data_dir).free
+    found.append(
+        Finding(
+            what="data folder",
+            good=writable and free > 2**30,
+            detail=f"{settings.data_dir}: {'' if writable else 'not '}writable, {free:,} B free",
+        )
+    )
+    program = bubblewrap()
+    found.append(
+        Finding(
+            what="sandbox",
+            good=program is not None,
+            detail=program
+            or "none: install bubblewrap and allow user namespaces; models run as plain processes",
+        )
+    )
+    kernels = kernel_folders()
+    found.append(
+        Finding(
+            what="solver kernels",
+            good=bool(kernels),
+            detail="compiled" if kernels else "not compiled yet: the first job waits for that",
+        )
+    )
+    return found

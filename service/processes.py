@@ -1,0 +1,36 @@
+"""Names for processes that no later process of the same host can have."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+
+def owner_name(pid: int) -> str:
+    """Return host, boot, pid and start time of a process as one text."""
+    return f"{socket.gethostname()}|{_boot()}|{pid}|{_started(pid)}"
+
+
+def owner_is_gone(owner: str) -> bool:
+    """Return whether ``owner`` ran on this host and has ended; false when that is not known."""
+    host, boot, pid, started = owner.rsplit("|", 3)
+    if host != socket.gethostname() or not Path("/proc/self").exists():
+        return False
+    return boot != _boot() or _started(int(pid)) != started
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+    except OSError:
+        return "0"
+
+
+def _started(pid: int) -> str:
+    """Return the start time of a process in clock ticks, or ``0`` if there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "0"
+    fields = stat.rpartition(")")[2].split()
+    return "0" if fields[0] in {"Z", "X"} else fields[19]

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from bitquota.errors import InvalidInput
+from bitquota.service.settings import Settings, documentation
+from live_server import LiveServer
+
+
+@pytest.fixture(scope="module")
+def http(tmp_path_factory):
+    with (
+        LiveServer(tmp_path_factory.mktemp("operated") / "data", slots=0) as running,
+        httpx.Client(base_url=running.url) as client,
+    ):
+        yield client
+
+
+class TestReadyz:
+    def test_names_what_it_looked_at(self, http):
+        answer = http.get("/readyz")
+        assert (answer.status_code, answer.json()["status"]) == (200, "ready")
+        assert answer.json()["checks"] == {"database": True, "data_dir": True, "supervisor": True}
+
+
+class TestMetrics:
+    def test_requests_are_counted_by_route_template(self, http):
+        for digit in "01":
+            http.get("/v1/jobs/job_" + digit * 32)
+        text = http.get("/metrics").text
+        line = 'bitquota_requests_total{method="GET",route="/v1/jobs/{job_id}",status="404"} 2.0'
+        assert line in text
+        assert "job_000" not in text
+
+    def test_unknown_paths_share_one_label(self, http):
+        http.get("/nothing/1")
+        http.get("/nothing/2")
+        assert "nothing" not in http.get("/metrics").text
+
+    def test_jobs_by_status(self, http):
+        assert 'bitquota_jobs{status="queued"} 0.0' in http.get("/metrics").text
+
+
+class TestSettings:
+    def test_environment_round_trip(self):
+        chosen = Settings(port=9, lease_s=30.0, sandbox="off", allow_unsandboxed_pt2=True)
+        assert Settings.from_environment(chosen.to_environment()) == chosen
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("PORT", "many"), ("PORT", "-1"), ("LEASE_S", "0"), ("ALLOW_UNSANDBOXED_PT2", "perhaps")],
+    )
+    def test_value_that_cannot_be(self, name, value):
+        with pytest.raises(InvalidInput, match=name):
+            Settings.from_environment({f"BITQUOTA_{name}": value})
+
+    def test_lease_must_outlast_heartbeats(self):
+        with pytest.raises(InvalidInput, match="three heartbeats"):
+            Settings(lease_s=1, heartbeat_s=1)
+
+    def test_every_setting_is_documented(self):
+        text = documentation()
+        for name in Settings().to_environment():
+            assert f"`{name}`" in text
+
+    @pytest.mark.parametrize(
+        ("host", "loopback"),
+        [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False),  # noqa: S104
+         ("192.168.1.1", False), ("example.org", False)],
+    )  # fmt: skip
+    def test_loopback(self, host, loopback):
+        assert Settings(host=host).loopback is loopback
