@@ -95,6 +95,7 @@ def apply_plan(
     corrections: Sequence[Correction] = (),
     correction_data: CalibrationSet | None = None,
     activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None,
+    weights: QuantizedWeights | None = None,
 ) -> nn.Module:
     """Return a copy of ``module`` with fake-quantized weights and the corrections applied.
 
@@ -106,12 +107,13 @@ def apply_plan(
         corrections: Applied in this order: bias correction, then batch-norm statistics.
         correction_data: Unlabelled samples for the corrections.
         activations: Input quantizers, when candidates have activation bits.
+        weights: Quantized weights of ``module``, when they need more than the weights themselves.
 
     Raises:
         InvalidInput: A correction needs samples and got none.
     """
     quantized = copy.deepcopy(module).eval()
-    weights = QuantizedWeights(module, inventory)
+    weights = weights or QuantizedWeights(module, inventory)
     own = QuantizedWeights(quantized, inventory)
     for name, candidate in as_change(candidates).items():
         # The same storage may be reached under several names (tied weights): copy in place.
@@ -146,6 +148,8 @@ def measure_choice(
     corrections: Sequence[Correction] = (),
     correction_data: CalibrationSet | None = None,
     activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None,
+    weights: QuantizedWeights | None = None,
+    origin: str = "",
     ledger: Ledger | None = None,
     on_progress: OnProgress | None = None,
     cancelled: IsCancelled | None = None,
@@ -156,7 +160,8 @@ def measure_choice(
 
     Cost: two passes (full precision and quantized) and the passes of the corrections; what the
     ledger holds is not run again. Exact up to the model's own arithmetic. Arguments as in
-    ``apply_plan``; ``candidates`` may be empty for the full-precision model.
+    ``apply_plan``; ``candidates`` may be empty for the full-precision model. ``origin`` is the
+    digest of the samples behind ``activations`` and ``weights``.
 
     Raises:
         InvalidCalibration: The model does not accept the samples, or labels are missing.
@@ -176,6 +181,7 @@ def measure_choice(
     plan = {
         "change": describe_change(as_change(candidates)),
         "corrections": [str(c) for c in corrections],
+        "origin": origin,
         "correction_data": correction_data.to_json() if corrections and correction_data else None,
     }
 
@@ -200,6 +206,7 @@ def measure_choice(
                     corrections=corrections,
                     correction_data=correction_data,
                     activations=activations,
+                    weights=weights,
                 )
             reference = run_module(module, inputs)
             for name, output in ((keys[0], reference), (keys[1], run_module(quantized, inputs))):

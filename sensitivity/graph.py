@@ -245,6 +245,7 @@ class GraphRunner:
     chunks: tuple[range, ...] = ()
     passes: PassCounter = field(default_factory=PassCounter)
     weights: QuantizedWeights = field(init=False)
+    origin: str = ""
     _graphs: dict[int, Graph] = field(default_factory=dict)
     _schedules: dict[Any, Schedule] = field(default_factory=dict)
     _keeps: dict[Any, frozenset[fx.Node]] = field(default_factory=dict)
@@ -301,8 +302,8 @@ class GraphRunner:
         return sum(op.macs for op in graph.operations if op.node in behind) / graph.macs
 
     def describe(self) -> JsonObject:
-        """Return engine and batch-norm mode."""
-        return {"engine": self.engine, "batch_norm": self.batch_norm}
+        """Return engine, batch-norm mode and what quantizers were fitted on."""
+        return {"engine": self.engine, "batch_norm": self.batch_norm, "origin": self.origin}
 
     def linear_responses(
         self,

@@ -150,10 +150,23 @@ class Runner(Protocol):
 
 
 class QuantizedWeights:
-    """The fake-quantized weight of every candidate, computed once each."""
+    """The fake-quantized weight of every candidate, computed once each.
 
-    def __init__(self, module: nn.Module, inventory: Inventory) -> None:
+    Args:
+        module: The full-precision model.
+        inventory: Its layers.
+        grams: Second moments of layer inputs by layer name (see ``input_grams``), for schemes
+            that round with error feedback.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inventory: Inventory,
+        grams: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._module = module
+        self._grams = grams or {}
         self._layers = {layer.name: layer for layer in inventory.layers}
         self._cache: dict[tuple[Any, ...], Tensor] = {}
 
@@ -181,6 +194,7 @@ class QuantizedWeights:
                     self.layer(candidate.layer),
                     candidate.weight_bits,
                     candidate.scheme,
+                    inputs_gram=self._grams.get(candidate.layer),
                 )
             if not bool(torch.isfinite(quantized).all()):
                 msg = (
@@ -271,6 +285,7 @@ class EagerRunner:
     chunks: tuple[range, ...] = ()
     passes: PassCounter = field(default_factory=PassCounter)
     weights: QuantizedWeights = field(init=False)
+    origin: str = ""
     _reference: tuple[int, Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -311,8 +326,8 @@ class EagerRunner:
         return 1.0
 
     def describe(self) -> JsonObject:
-        """Return engine and batch-norm mode."""
-        return {"engine": self.engine, "batch_norm": self.batch_norm}
+        """Return engine, batch-norm mode and what quantizers were fitted on."""
+        return {"engine": self.engine, "batch_norm": self.batch_norm, "origin": self.origin}
 
     def _run(self, chunk: int, change: Change, batch_norm: BatchNormMode) -> Tensor:
         inputs = inputs_of(self.calibration, self.chunks[chunk])
@@ -410,6 +425,8 @@ def make_runner(
     *,
     batch_norm: BatchNormMode = "eval",
     activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None,
+    weights: QuantizedWeights | None = None,
+    origin: str = "",
     engine: Literal["auto", "graph", "eager"] = "auto",
     chunk_size: int | None = None,
     memory_limit_bytes: int = DEFAULT_MEMORY_BYTES,
@@ -423,6 +440,9 @@ def make_runner(
         batch_norm: ``batch`` lets every batch norm use the statistics of the chunk at hand, so
             that a measurement sees what re-estimated statistics will repair.
         activations: Input quantizers for candidates with activation bits.
+        weights: Quantized weights of ``module``, when they need more than the weights themselves.
+        origin: Digest of the samples that ``activations`` and ``weights`` were fitted on; part of
+            every ledger key.
         engine: ``graph`` re-executes suffixes of the exported graph, ``eager`` calls the module;
             ``auto`` tries the graph and falls back.
         chunk_size: Samples per execution; by default 64, fewer when the memory limit needs it.
@@ -441,10 +461,11 @@ def make_runner(
     size = min(chunk_size, len(calibration))
     # A clear error about the samples is better than one from deep inside the exporter.
     run_module(module, tuple(t[:size] for t in calibration.inputs))
+    runner: GraphRunner | EagerRunner | None = None
     fallback = ""
     if engine != "eager":
         try:
-            return GraphRunner(
+            runner = GraphRunner(
                 module=module,
                 inventory=inventory,
                 calibration=calibration,
@@ -457,12 +478,17 @@ def make_runner(
             if engine == "graph":
                 raise
             fallback = err.message
-    return EagerRunner(
-        module=module,
-        inventory=inventory,
-        calibration=calibration,
-        batch_norm=batch_norm,
-        activations=activations,
-        chunk_size=size,
-        fallback=fallback,
-    )
+    if runner is None:
+        runner = EagerRunner(
+            module=module,
+            inventory=inventory,
+            calibration=calibration,
+            batch_norm=batch_norm,
+            activations=activations,
+            chunk_size=size,
+            fallback=fallback,
+        )
+    runner.origin = origin
+    if weights is not None:
+        runner.weights = weights
+    return runner
