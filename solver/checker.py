@@ -9,7 +9,7 @@ exactly). A certificate that does not hold is an answer here, not an exception.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -128,18 +128,15 @@ def check_solution(problem: Problem, solution: Solution, *, method: str = "auto"
         return Verdict(holds=holds, proved=-math.inf, reason=reason)
     verdict = check_certificate(problem, solution.certificate, method=method)
     claim = solution.certificate.bound
+    if verdict.holds and str(solution.status) == "infeasible" and claim < math.inf:
+        reason = f"that no choice exists must be proved by a bound of +inf; got {claim:.17g}"
+        return replace(verdict, holds=False, reason=reason)
     if solution.choice is not None:
         # A bound equal to the objective may differ from it by the rounding of the objective.
         claim = max(claim, min(claim + float(rounding), solution.objective))
     if verdict.holds and solution.bound > claim:
         reason = f"the bound {solution.bound:.17g} must not exceed the proved {claim:.17g}"
-        return Verdict(
-            holds=False,
-            proved=verdict.proved,
-            reason=reason,
-            nodes=verdict.nodes,
-            exact_nodes=verdict.exact_nodes,
-        )
+        return replace(verdict, holds=False, reason=reason)
     return verdict
 
 

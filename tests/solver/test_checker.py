@@ -402,6 +402,18 @@ class TestCheckSolution:
         )
         assert "bound" in check_solution(problem, solution).reason
 
+    def test_infeasibility_needs_an_infinite_bound(self):
+        """A finite bound proves no infeasibility, however high."""
+        problem = two_groups()
+        certificate, _ = make_certificate(problem, depth=0)
+        proved = check_certificate(problem, certificate).proved
+        solution = Solution(
+            status=Status.INFEASIBLE,
+            bound=math.inf,
+            certificate=with_fields(certificate, bound=proved),
+        )
+        assert "+inf" in check_solution(problem, solution).reason
+
     def test_bound_without_certificate_is_not_proved(self):
         """A bound alone is a claim."""
         problem = two_groups()
