@@ -19,6 +19,7 @@ from bitquota.sensitivity.choices import measure_choices
 from bitquota.sensitivity.gram import measure_differences
 from bitquota.sensitivity.measure import standard_error
 from bitquota.sensitivity.moves import Choice, Limits, distance, neighbours
+from bitquota.sensitivity.pairs import DiagonalMeasure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -50,22 +51,28 @@ class RefineSettings:
     Attributes:
         iterations: Linearisations at most (each costs one run per row).
         radii: Trust regions, as shares of the groups that may change in one step.
-        proposals: Choices measured per iteration, after the trust-region solutions.
-        swap_rounds: Rounds of measured swaps at the end, at most.
+        proposals: Choices measured per linearisation.
+        swap_rounds: Rounds of measured swaps, at most, each time linearisation is stuck.
+        patience: Rounds of swaps in a row that may fail before the search ends.
         swaps: Swaps measured in each round.
         accept_errors: A step must improve by this many paired standard errors.
+        max_passes: No linearisation or round of swaps is begun that would lead beyond this many
+            forward-equivalents (what the ledger holds costs nothing); ``None`` for no limit.
     """
 
     iterations: int = 3
     radii: tuple[float, ...] = (1.0, 0.4, 0.2)
     proposals: int = 6
-    swap_rounds: int = 3
+    swap_rounds: int = 6
+    patience: int = 2
     swaps: int = 8
     accept_errors: float = 1.0
+    max_passes: float | None = None
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.iterations < 0 or self.swap_rounds < 0 or self.proposals < 1 or self.swaps < 1:
+        counts = self.iterations, self.swap_rounds, self.proposals - 1, self.swaps - 1
+        if min(*counts, self.patience - 1) < 0:
             msg = f"refinement settings must be positive; got {self}"
             raise InvalidInput(msg)
         if not self.radii or not all(0 < r <= 1 for r in self.radii):
@@ -85,7 +92,7 @@ class Step:
         gain: By how much it is better than the choice before it (paired mean).
         gain_error: Standard error of ``gain``.
         accepted: Whether it became the new choice.
-        passes: Forward-equivalents of the runner until then.
+        passes: Forward-equivalents since the refinement began.
     """
 
     kind: str
@@ -151,6 +158,7 @@ class _Search:
     cancelled: IsCancelled | None
     losses: dict[Choice, NDArray[np.float64]] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
+    passes_before: float = 0.0
 
     def measure(self, choices: Sequence[Choice], centre: Choice | None, stage: str) -> None:
         """Measure the true loss of those ``choices`` that are new."""
@@ -169,6 +177,17 @@ class _Search:
             stage=stage,
         )
         self.losses.update(zip(new, values, strict=True))
+
+    @property
+    def passes(self) -> float:
+        """Forward-equivalents spent so far on both sets of samples."""
+        own = self.runner.passes.passes
+        return own if self.judge is self.runner else own + self.judge.passes.passes
+
+    def affords(self, passes: float) -> bool:
+        """Whether that many more passes stay within the limit."""
+        limit = self.settings.max_passes
+        return limit is None or self.passes - self.passes_before + passes <= limit
 
     def mean(self, choice: Choice) -> float:
         """Return the measured mean loss increase."""
@@ -189,8 +208,7 @@ class _Search:
                 gain=gain,
                 gain_error=error,
                 accepted=accepted,
-                passes=self.runner.passes.passes
-                + (0.0 if self.judge is self.runner else self.judge.passes.passes),
+                passes=self.passes - self.passes_before,
             )
         )
         return best if accepted else current
@@ -262,6 +280,8 @@ def refine(
         on_progress=on_progress,
         cancelled=cancelled,
     )
+    search.passes_before = search.passes
+    cost_of_linearisation = DiagonalMeasure().cost(runner, table)
     matrix, differences = first or search.linearise(None, "linearisation 0")
     proposals = {c: name for name, c in starts.items() if limits.allow(table, c)}
     for name, candidate in (
@@ -279,31 +299,21 @@ def refine(
     search.measure(list(proposals), None, "starts")
     current = min(proposals, key=lambda c: (search.mean(c), c))
     search.step("start", current, {current: proposals[current]})
-    n_groups = len(current)
-    for iteration in range(settings.iterations):
-        matrix, differences = search.linearise(current, f"linearisation {iteration + 1}")
-        offered: dict[Choice, str] = {}
-        for share in settings.radii:
-            radius = max(1, round(share * n_groups))
-            inside = limits.within(table, current, radius)
-            candidate = solve(matrix, inside)
-            if candidate is not None and candidate != current:
-                offered.setdefault(candidate, f"gram within {radius}")
-            if differences is not None:
-                for found_choice in predicted_descent(differences, inside, current):
-                    if found_choice != current:
-                        offered.setdefault(found_choice, f"sum of differences within {radius}")
-        if len(offered) > settings.proposals:
-            order = _ranked(list(offered), matrix, differences)[: settings.proposals]
-            offered = {c: offered[c] for c in order}
-        if not offered:
+    left = settings.iterations
+    while True:
+        before = current
+        if left and search.affords(cost_of_linearisation):
+            left -= 1
+            number = settings.iterations - left
+            matrix, differences = search.linearise(current, f"linearisation {number}")
+            offered = _proposals(search, current, matrix, differences)
+            if offered:
+                search.measure(list(offered), current, f"proposals {number}")
+                current = search.step("linearised", current, offered)
+        if current == before:
+            current = _swap(search, current, matrix, differences)
+        if current == before:
             break
-        search.measure(list(offered), current, f"proposals {iteration + 1}")
-        following = search.step("linearised", current, offered)
-        if following == current:
-            break
-        current = following
-    current = _swap(search, current, matrix, differences)
     return Refinement(
         choice=current,
         per_sample=search.losses[current],
@@ -313,27 +323,45 @@ def refine(
     )
 
 
+def _proposals(
+    search: _Search,
+    current: Choice,
+    matrix: SensitivityMatrix,
+    differences: OutputDifferences | None,
+) -> dict[Choice, str]:
+    """Return what the predictions around ``current`` offer, the best predicted ones."""
+    offered: dict[Choice, str] = {}
+    for share in search.settings.radii:
+        radius = max(1, round(share * len(current)))
+        inside = search.limits.within(search.table, current, radius)
+        candidate = search.solve(matrix, inside)
+        if candidate is not None:
+            offered.setdefault(candidate, f"gram within {radius}")
+        if differences is not None:
+            (end,) = predicted_descent(differences, inside, current)
+            offered.setdefault(end, f"sum of differences within {radius}")
+    offered = {choice: origin for choice, origin in offered.items() if choice != current}
+    order = _ranked(list(offered), current, matrix, differences)
+    return {choice: offered[choice] for choice in order[: search.settings.proposals]}
+
+
 def _swap(
     search: _Search,
     current: Choice,
     matrix: SensitivityMatrix,
     differences: OutputDifferences | None,
 ) -> Choice:
-    """Measure the most promising swaps and take the best while that is an improvement."""
-    settings = search.settings
+    """Measure the most promising swaps, a few at a time, and move while that is an improvement."""
+    settings, failed = search.settings, 0
     for round_ in range(settings.swap_rounds):
-        near = [
-            c
-            for c in neighbours(search.table, search.limits, current)
-            if c not in search.losses
-        ]  # fmt: skip
-        if not near:
+        near = neighbours(search.table, search.limits, current)
+        near = [c for c in near if c not in search.losses]
+        if not near or failed == settings.patience or not search.affords(settings.swaps + 1.0):
             break
-        order = _ranked(near, matrix, differences)[: settings.swaps]
+        order = _ranked(near, current, matrix, differences)[: settings.swaps]
         search.measure(order, current, f"swaps {round_ + 1}")
         following = search.step("swap", current, dict.fromkeys(order, "swap"))
-        if following == current:
-            break
+        failed = failed + 1 if following == current else 0
         current = following
     return current
 
@@ -346,6 +374,7 @@ def _diagonal(search: _Search, matrix: SensitivityMatrix) -> Choice | None:
 
 def _ranked(
     choices: Sequence[Choice],
+    current: Choice,
     matrix: SensitivityMatrix,
     differences: OutputDifferences | None,
 ) -> list[Choice]:
@@ -353,7 +382,7 @@ def _ranked(
     if differences is None:
         predicted = np.array([matrix.predict(c) for c in choices])
     else:
-        predicted = differences.predict(choices)
+        predicted = differences.predict_near(current, choices)
     return [choices[k] for k in np.argsort(predicted, kind="stable")]
 
 
