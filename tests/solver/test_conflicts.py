@@ -144,7 +144,7 @@ class TestExplainInfeasible:
         problem = small(
             costs=np.array([[2, 4, 8, 4, 8, 16, 2, 4, 8], [8, 4, 2, 16, 8, 4, 8, 4, 2]]),
             limits=np.array([9, 9]),
-            forbidden_pairs=np.array([[2, 5]]),
+            forbidden_pairs=np.array([[0, 5]]),
         )
 
         def tired(part, **_):
