@@ -2,14 +2,14 @@
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
-EXTRAS ?= dev
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# The demonstration needs fewer packages; where all are installed they serve it too.
+DEMO_INSTALLED := $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(VENV)/.installed-demo)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST_ARGS ?= -n 2 --dist loadfile
 HOST ?= 127.0.0.1
 PORT ?= 8000
-export PYTHONDONTWRITEBYTECODE := 1
 # One thread per process: the suite runs two processes, and results do not depend on the machine.
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
@@ -24,16 +24,18 @@ help: ## List these targets
 
 # hatchling comes first, from the same pins, so that the editable install needs no isolated build
 # environment with versions of its own.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): EXTRAS := dev
+$(VENV)/.installed-demo: EXTRAS := worker,service,demo
+$(INSTALLED) $(VENV)/.installed-demo: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make needs Python 3.11 or later; found none: install python3.11 or say make PYTHON=/path/to/python" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"make needs Python 3.11 or later; {sys.executable} is {v.major}.{v.minor}: say make PYTHON=/path/to/python3.11")'
 	@echo "Installing bitquota[$(EXTRAS)] into $(VENV) ..."
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	@$(PIP) install --constraint constraints.txt hatchling editables
-	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	@$(PIP) install --no-compile --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@
 
-demo: $(INSTALLED) ## Train a small network, start the service, plan two budgets over HTTP
+demo: $(DEMO_INSTALLED) ## Train a small network, start the service, plan two budgets over HTTP
 	@$(BIN)/bitquota demo --out demo
 
 test: lint types imports pytest ## Everything that must hold: lint, types, imports, tests
