@@ -198,12 +198,11 @@ def ensure_bias(root: nn.Module, owner: nn.Module, attribute: str, name: str, ro
         InvalidInput: The layer has no place for a bias.
     """
     weight = getattr(owner, attribute)
-    exported = isinstance(root, fx.GraphModule) and any(
-        node.op == "get_attr" and str(node.target) == name for node in root.graph.nodes
-    )
-    if exported:
-        assert isinstance(root, fx.GraphModule)  # noqa: S101  # just asked
-        return _ensure_bias_of_call(root, owner, name, rows)
+    if isinstance(root, fx.GraphModule):
+        for node in root.graph.find_nodes(op="get_attr"):
+            parameter = _attribute(root, str(node.target))
+            if parameter is not None and tensor_key(parameter) == tensor_key(weight):
+                return _ensure_bias_of_call(root, node, owner, name, rows)
     if not hasattr(owner, "bias"):
         msg = f"the layer of '{name}' has no bias and no place for one; leave it out"
         raise InvalidInput(msg, weight=name)
@@ -214,8 +213,17 @@ def ensure_bias(root: nn.Module, owner: nn.Module, attribute: str, name: str, ro
     return bias
 
 
-def _ensure_bias_of_call(root: fx.GraphModule, owner: nn.Module, name: str, rows: int) -> Tensor:
-    weight = next(n for n in root.graph.nodes if n.op == "get_attr" and str(n.target) == name)
+def _attribute(root: nn.Module, name: str) -> Tensor | None:
+    try:
+        value = getattr(root.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], None)
+    except AttributeError:
+        return None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _ensure_bias_of_call(
+    root: fx.GraphModule, weight: fx.Node, owner: nn.Module, name: str, rows: int
+) -> Tensor:
     call = next(iter(weight.users))
     at = 0 if operator_name(call.target) == "addmm" else 2
     old = call.args[at] if len(call.args) > at else call.kwargs.get("bias")

@@ -314,13 +314,13 @@ class _CountingInterpreter(fx.Interpreter):
     ) -> None:
         super().__init__(module)
         self.names, self.n_samples = names, n_samples
-        self.weight_of: dict[fx.Node, str] = {}
+        self.weight_of: dict[fx.Node, tuple[str, Tensor]] = {}
         self.found: dict[tuple[Any, ...], _Found] = {}
 
     def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401
         result = super().run_node(n)
         if n.op == "get_attr" and isinstance(result, nn.Parameter):
-            self.weight_of[n] = str(n.target)
+            self.weight_of[n] = (str(n.target), result)
         elif n.op == "call_function":
             self._look_at(n, result)
         return result
@@ -332,12 +332,14 @@ class _CountingInterpreter(fx.Interpreter):
         kind, input_node, weight_node = call
         if weight_node not in self.weight_of or not isinstance(result, torch.Tensor):
             return
-        weight = self.env[weight_node]
+        own_name, weight = self.weight_of[weight_node]
         if weight.ndim < 2:
             return
         if kind is LayerKind.CONV1D and (convolution := _decomposed_kind(node, weight)):
             kind = convolution
-        key, full = tensor_key(weight), self.weight_of[weight_node]
+        key = tensor_key(weight)
+        # The exporter keeps any one name of a tied weight; take the one that modules would give.
+        full = self.names.get(key, [own_name])[0]
         groups = _groups(node, kind)
         if key not in self.found:
             owner, _, attribute = full.rpartition(".")

@@ -134,7 +134,7 @@ def patches(inputs: Tensor, layer: Layer, settings: dict[str, Any]) -> Tensor:
             offsets = offsets.flip(0)  # a transposed convolution reads its kernel backwards
         index = (starts[:, None] + offsets).reshape(-1)
         x = x.index_select(2 + axis, index)
-        x = x.unflatten(2 + axis, (len(starts), len(offsets)))
+        x = x.reshape(*x.shape[: 2 + axis], len(starts), len(offsets), *x.shape[3 + axis :])
         x = x.movedim(3 + axis, -1)  # [n, channels, positions..., taps...]
     n, channels = x.shape[:2]
     x = x.reshape(n, groups, channels // groups, -1, *kernel)
