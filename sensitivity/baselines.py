@@ -79,9 +79,15 @@ def size_only(table: CandidateTable) -> SensitivityMatrix:
     )
 
 
-def weight_mse(module: nn.Module, inventory: Inventory, table: CandidateTable) -> SensitivityMatrix:
+def weight_mse(
+    module: nn.Module,
+    inventory: Inventory,
+    table: CandidateTable,
+    *,
+    weights: QuantizedWeights | None = None,
+) -> SensitivityMatrix:
     """Return ``diagonal_i = ‖Q(W) - W‖²`` summed over the group's weights; no data, exact."""
-    weights = QuantizedWeights(module, inventory)
+    weights = weights or QuantizedWeights(module, inventory)
     values = []
     for row in table.rows:
         total = 0.0

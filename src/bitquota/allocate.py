@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 import bitquota
 from bitquota.budget import Budget
 from bitquota.candidates import CandidateTable, Inventory, enumerate_candidates
+from bitquota.canonical import digest_json
 from bitquota.corrections import Correction
 from bitquota.errors import Infeasible, InvalidInput, StalePlan
 from bitquota.plan import SOLVER, Assignment, Baseline, MeasuredLoss, Plan, Proof
-from bitquota.sensitivity.baselines import baseline_choices, baseline_diagonals
+from bitquota.progress import Progress
+from bitquota.quantizers.activations import collect_inputs
+from bitquota.sensitivity.baselines import baseline_choices, size_only, weight_mse
 from bitquota.sensitivity.corrections import fold_batch_norm
 from bitquota.sensitivity.discovery import discover
 from bitquota.sensitivity.evaluate import ChoiceLoss, measure_choice
+from bitquota.sensitivity.gram import measure_differences
+from bitquota.sensitivity.input_moments import input_grams
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.measure import measure_by_name
-from bitquota.sensitivity.runner import make_runner
-from bitquota.solver import Status, build_problem, solve
+from bitquota.sensitivity.moves import Limits
+from bitquota.sensitivity.refine import refine
+from bitquota.sensitivity.runner import QuantizedWeights, make_runner
+from bitquota.solver import Problem, Status, build_problem, solve
+from bitquota.storage import Rounding
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,15 +40,30 @@ if TYPE_CHECKING:
     from bitquota.formats import LoadedModel
     from bitquota.matrix import SensitivityMatrix
     from bitquota.progress import IsCancelled, OnProgress
+    from bitquota.quantizers.activations import CalibratedInputs
     from bitquota.request import PlanRequest
     from bitquota.sensitivity.calibration import CalibrationSet
+    from bitquota.sensitivity.gram import OutputDifferences
     from bitquota.sensitivity.ledger import Ledger
     from bitquota.sensitivity.losses import Loss
+    from bitquota.sensitivity.moves import Choice
     from bitquota.sensitivity.runner import Runner
-    from bitquota.solver import Problem, Solution
+    from bitquota.solver import Solution
 
-PAIRS_UP_TO = 3000.0
-"""``measure='auto'`` takes exact pairs while they cost at most this many forward-equivalents."""
+REFINE = "refine"
+"""The measure that solves, measures around the plan found, and solves again; the default."""
+
+BATCH = 64
+"""Samples of one forward pass where nothing is cached."""
+
+PROPOSAL_GAP = 1e-3
+"""Proposals of the refinement are measured anyway: a proof of the last digits buys nothing."""
+
+SOLVER_NODES = 50_000
+"""Branch-and-bound nodes for one final solve; the gap that is left is reported."""
+
+PROPOSAL_NODES = 200
+"""Branch-and-bound nodes for one proposal; a count, so that plans do not depend on speed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +72,7 @@ class Allocation:
 
     Attributes:
         plans: One for each budget of the request.
-        matrix: The sensitivity matrix that the plans were solved on.
+        matrix: The sensitivity matrix around full precision.
         inventory: The model's tensors.
         passes: Full forward passes over the calibration samples that this call ran for the
             matrix; what the ledger already held is not counted.
@@ -95,6 +119,9 @@ class _Setting:
     fit: CalibrationSet
     holdout: CalibrationSet
     correcting: CalibrationSet
+    weights: QuantizedWeights
+    activations: CalibratedInputs | None
+    origin: str
     ledger: Ledger
     on_progress: OnProgress | None
     cancelled: IsCancelled | None
@@ -131,8 +158,9 @@ def allocate(
         MeasurementFailed: A loss is not finite.
         Cancelled: ``cancelled`` answered true; the ledger keeps what was measured.
 
-    Cost: that of the measure (see ``request.measure``), plus about ten forward passes over the
-    hold-out samples for each budget.
+    Cost: that of the measure around full precision once; with ``refine`` a few more
+    linearisations (one run behind one group per row each) and some fifty passes for each budget;
+    and about ten passes over the hold-out samples for each budget.
     """
     if not request.budgets:
         msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
@@ -143,23 +171,17 @@ def allocate(
     )  # fmt: skip
     budgets = [_parse_budget(text, setting) for text in request.budgets]
     runner = _runner(setting)
-    matrix = _measure(setting, runner)
-    scores = baseline_diagonals(
-        runner,
-        setting.module,
-        setting.table,
-        setting.loss,
-        ledger=ledger,
-        on_progress=on_progress,
-        cancelled=cancelled,
-    )
-    plans = []
+    source = _measure(setting, runner)
+    plans: list[Plan] = []
+    found: dict[str, Choice] = {}
     for k, together in enumerate(budgets):
-        stage = f"hold-out, budget {k + 1} of {len(budgets)}"
-        plans.append(_plan(setting, matrix, scores, together, stage))
+        stage = f"budget {k + 1} of {len(budgets)}"
+        plan, choice = _plan(setting, runner, source, together, found, stage)
+        plans.append(plan)
+        found[f"plan {k + 1}"] = choice
     return Allocation(
         plans=tuple(plans),
-        matrix=matrix,
+        matrix=source.matrix,
         inventory=setting.inventory,
         passes=runner.passes.passes,
     )
@@ -180,7 +202,7 @@ def measure_matrix(
         model, calibration, request, device, ledger=ledger, on_progress=on_progress,
         cancelled=cancelled,
     )  # fmt: skip
-    return _measure(setting, _runner(setting))
+    return _measure(setting, _runner(setting)).matrix
 
 
 def evaluate_plans(
@@ -301,6 +323,13 @@ def _prepare(
     drawn = everything.subset(min(wanted, len(everything)), request.seed)
     fit, holdout = drawn.split(request.holdout_samples / wanted, request.seed)
     n_correcting = min(request.correction_samples, len(everything))
+    grams = None
+    if request.scheme.rounding is Rounding.ERROR_FEEDBACK:
+        grams = input_grams(module, inventory, (b.inputs for b in fit.batches(BATCH)))
+    activations = None
+    if request.activation_bits is not None:
+        activations = collect_inputs(module, inventory, (b.inputs for b in fit.batches(BATCH)))
+    fitted = activations is not None or grams is not None
     return _Setting(
         request=request,
         module=module,
@@ -310,6 +339,9 @@ def _prepare(
         fit=fit,
         holdout=holdout,
         correcting=everything.subset(n_correcting, request.seed),
+        weights=QuantizedWeights(module, inventory, grams),
+        activations=activations,
+        origin=digest_json(fit.to_json()) if fitted else "",
         ledger=ledger,
         on_progress=on_progress,
         cancelled=cancelled,
@@ -331,22 +363,55 @@ def _runner(setting: _Setting) -> Runner:
         setting.inventory,
         setting.fit,
         batch_norm="batch" if repaired else "eval",
+        activations=setting.activations,
+        weights=setting.weights,
+        origin=setting.origin,
     )
 
 
-def _measure(setting: _Setting, runner: Runner) -> SensitivityMatrix:
-    name = setting.request.measure
-    if name == "auto":
-        cost = measure_by_name("pairs").cost(runner, setting.table)
-        name = "pairs" if cost <= PAIRS_UP_TO else "diagonal"
-    return measure_by_name(name).measure(
-        runner,
-        setting.table,
-        setting.loss,
-        ledger=setting.ledger,
-        on_progress=setting.on_progress,
-        cancelled=setting.cancelled,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Source:
+    """What was measured around full precision.
+
+    Attributes:
+        matrix: Singles, and cross terms if the measure has them.
+        differences: Output differences, when refinement will want them.
+        scores: Simpler matrices whose solutions are the baselines, by name.
+    """
+
+    matrix: SensitivityMatrix
+    differences: OutputDifferences | None
+    scores: dict[str, SensitivityMatrix]
+
+
+def _measure(setting: _Setting, runner: Runner) -> _Source:
+    differences = None
+    if setting.request.measure in ("auto", REFINE):
+        matrix, differences = measure_differences(
+            runner,
+            setting.table,
+            setting.loss,
+            ledger=setting.ledger,
+            on_progress=setting.on_progress,
+            cancelled=setting.cancelled,
+        )
+    else:
+        matrix = measure_by_name(setting.request.measure).measure(
+            runner,
+            setting.table,
+            setting.loss,
+            ledger=setting.ledger,
+            on_progress=setting.on_progress,
+            cancelled=setting.cancelled,
+        )
+    scores = {
+        "size only": size_only(setting.table),
+        "weight MSE": weight_mse(
+            setting.module, setting.inventory, setting.table, weights=setting.weights
+        ),
+        f"one-layer {setting.loss.name}": replace(matrix, cross=None, cross_error=None),
+    }
+    return _Source(matrix=matrix, differences=differences, scores=scores)
 
 
 def _solve(setting: _Setting, problem: Problem) -> Solution:
@@ -354,6 +419,7 @@ def _solve(setting: _Setting, problem: Problem) -> Solution:
         problem,
         backend=setting.request.solver,
         gap=setting.request.gap,
+        node_limit=SOLVER_NODES,
         time_limit_s=setting.request.time_limit_s,
         seed=setting.request.seed,
         cancelled=setting.cancelled,
@@ -367,30 +433,96 @@ def _solve(setting: _Setting, problem: Problem) -> Solution:
     return solution
 
 
+def _choice(solution: Solution) -> Choice:
+    assert solution.choice is not None  # noqa: S101  # _solve raises otherwise
+    return tuple(int(c) for c in solution.choice)
+
+
+def _refine(
+    setting: _Setting,
+    runner: Runner,
+    source: _Source,
+    problem: Problem,
+    starts: dict[str, Choice],
+) -> tuple[SensitivityMatrix, Choice]:
+    """Return the refined choice and the matrix around the last point of the way."""
+    # Rows that are forbidden outright become one more integer limit: none may be taken.
+    limits = Limits(
+        costs=np.vstack([problem.costs, ~problem.allowed[None, :]]).astype(np.int64),
+        limits=np.append(problem.limits, np.int64(0)),
+    )
+
+    def propose(matrix: SensitivityMatrix, within: Limits) -> Choice | None:
+        solution = solve(
+            _with_matrix(problem, matrix, within),
+            backend=setting.request.solver,
+            gap=max(PROPOSAL_GAP, setting.request.gap),
+            node_limit=PROPOSAL_NODES,
+            seed=setting.request.seed,
+            cancelled=setting.cancelled,
+        )
+        return None if solution.choice is None else _choice(solution)
+
+    found = refine(
+        runner,
+        setting.table,
+        setting.loss,
+        limits=limits,
+        solve=propose,
+        starts=starts,
+        first=(source.matrix, source.differences),
+        ledger=setting.ledger,
+        on_progress=setting.on_progress,
+        cancelled=setting.cancelled,
+    )
+    return found.matrix, found.choice
+
+
+def _with_matrix(problem: Problem, matrix: SensitivityMatrix, limits: Limits) -> Problem:
+    """Return the problem of another matrix over the same groups within other limits."""
+    return Problem(
+        diagonal=matrix.diagonal,
+        cross=matrix.cross,
+        offsets=problem.offsets,
+        costs=limits.costs,
+        limits=limits.limits,
+        groups=problem.groups,
+        labels=problem.labels,
+        constant=matrix.constant,
+    )
+
+
 def _plan(
     setting: _Setting,
-    matrix: SensitivityMatrix,
-    scores: dict[str, SensitivityMatrix],
+    runner: Runner,
+    source: _Source,
     budgets: tuple[Budget, ...],
+    known: dict[str, Choice],
     stage: str,
-) -> Plan:
+) -> tuple[Plan, Choice]:
     """Solve one budget, measure solution and baselines on the hold-out, return the best."""
-    problem = build_problem(matrix, budgets)
-    solution = _solve(setting, problem)
-    assert solution.choice is not None  # noqa: S101  # _solve raises otherwise
-    choices = {SOLVER: tuple(int(c) for c in solution.choice)}
+    problem = build_problem(source.matrix, budgets)
     simple = baseline_choices(setting.table)
-    choices |= {name: choice for name, choice in simple.items() if problem.is_feasible(choice)}
-    for name, score in scores.items():
-        scored = _solve(setting, build_problem(score, budgets))
-        assert scored.choice is not None  # noqa: S101  # _solve raises otherwise
-        choices[name] = tuple(int(c) for c in scored.choice)
+    baselines = {name: choice for name, choice in simple.items() if problem.is_feasible(choice)}
+    for name, score in source.scores.items():
+        baselines[name] = _choice(_solve(setting, build_problem(score, budgets)))
+    matrix = source.matrix
+    if setting.request.measure in ("auto", REFINE):
+        matrix, found = _refine(setting, runner, source, problem, baselines | known)
+        problem = build_problem(matrix, budgets)
+        solution = _solve(setting, problem)
+    else:
+        solution = _solve(setting, problem)
+        found = _choice(solution)
+    choices = {SOLVER: found, **baselines}
     measured = _measure_choices(setting, choices, stage)
     # Ties go to the solver's plan, which comes first.
     best = min(choices, key=lambda name: measured[name].mean)
     chosen = setting.table.decode(choices[best])
     by_layer = {candidate.layer: candidate for candidate in chosen}
-    return Plan(
+    objective = problem.evaluate(choices[best])
+    within = objective - solution.bound <= setting.request.gap * abs(objective)
+    plan = Plan(
         model_digest=setting.inventory.model_digest,
         assignments=tuple(
             Assignment(layer=layer, candidate=by_layer[layer.name])
@@ -403,10 +535,10 @@ def _plan(
         predicted=matrix.predict(choices[best]),
         measured=measured[best].measured,
         proof=Proof(
-            # A baseline that measured better is feasible for the matrix, not its optimum.
-            status=str(solution.status if best == SOLVER else Status.FEASIBLE),
+            # A choice that measured better need not be the optimum of the matrix.
+            status=str(Status.OPTIMAL if within else Status.FEASIBLE),
             limit=None if solution.limit is None else str(solution.limit),
-            objective=problem.evaluate(choices[best]),
+            objective=objective,
             bound=solution.bound,
             solver=solution.backend,
             matrix_digest=matrix.digest(),
@@ -427,13 +559,15 @@ def _plan(
             "bitquota": bitquota.__version__,
         },
     )
+    return plan, choices[best]
 
 
 def _measure_choices(
-    setting: _Setting, choices: dict[str, tuple[int, ...]], stage: str
+    setting: _Setting, choices: dict[str, Choice], stage: str
 ) -> dict[str, ChoiceLoss]:
     """Measure every distinct choice on the hold-out samples."""
-    distinct: dict[tuple[int, ...], ChoiceLoss] = {}
+    distinct: dict[Choice, ChoiceLoss] = {}
+    n_distinct = len(set(choices.values()))
     for choice in choices.values():
         if choice not in distinct:
             distinct[choice] = measure_choice(
@@ -444,18 +578,22 @@ def _measure_choices(
                 setting.loss,
                 corrections=setting.request.corrections,
                 correction_data=setting.correcting,
+                activations=setting.activations,
+                weights=setting.weights,
+                origin=setting.origin,
                 ledger=setting.ledger,
-                on_progress=setting.on_progress,
                 cancelled=setting.cancelled,
-                stage=f"{stage}, choice {len(distinct) + 1}",
             )
+            if setting.on_progress is not None:
+                step = Progress(stage=f"hold-out, {stage}", done=len(distinct), total=n_distinct)
+                setting.on_progress(step)
     return {name: distinct[choice] for name, choice in choices.items()}
 
 
 def _baseline(
     setting: _Setting,
     name: str,
-    choice: tuple[int, ...],
+    choice: Choice,
     measured: ChoiceLoss,
     best: ChoiceLoss,
 ) -> Baseline:

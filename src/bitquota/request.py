@@ -33,7 +33,8 @@ class PlanRequest:
         corrections: What ships with the plan, measured with it.
         correction_samples: Samples that re-estimate statistics.
         loss: Name of the loss whose increase is minimised.
-        measure: How sensitivities are measured; ``auto`` picks by the size of the model.
+        measure: ``refine`` (also ``auto``) solves, measures around the plan found, and solves
+            again; the others solve one matrix: ``pairs`` (exact), ``gram``, ``diagonal``.
         samples: Calibration samples for the measurement.
         holdout_samples: Further samples on which plans and baselines are compared; when the set
             is too small for both, each gets its share.
