@@ -81,13 +81,10 @@ class Measure(Protocol):
         ...
 
 
-def measure_by_name(name: str) -> Measure:
-    """Return the measure called ``name``.
-
-    Raises:
-        InvalidInput: There is no such measure.
-    """
+def measures() -> dict[str, Measure]:
+    """Return every measure by name: those of the loss itself, then metrics by preference."""
     from bitquota.sensitivity.gram import GramMeasure
+    from bitquota.sensitivity.metrics import METRICS
     from bitquota.sensitivity.pairs import DiagonalMeasure, PairsMeasure
     from bitquota.sensitivity.tangent import TangentMeasure
 
@@ -97,11 +94,20 @@ def measure_by_name(name: str) -> Measure:
         DiagonalMeasure(),
         TangentMeasure(),
     )
-    measures = {measure.name: measure for measure in offered}
-    if name not in measures:
-        msg = f"a measure must be one of {', '.join(measures)}; got '{name}'"
+    return {measure.name: measure for measure in offered} | METRICS
+
+
+def measure_by_name(name: str) -> Measure:
+    """Return the measure called ``name``.
+
+    Raises:
+        InvalidInput: There is no such measure.
+    """
+    offered = measures()
+    if name not in offered:
+        msg = f"a measure must be one of {', '.join(offered)}; got '{name}'"
         raise InvalidInput(msg, measure=name)
-    return measures[name]
+    return offered[name]
 
 
 def row_changes(table: CandidateTable) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from bitquota.progress import check_cancelled
 from bitquota.quantizers.grid import nearest_codes, spread
 from bitquota.quantizers.layout import from_matrix, to_matrix
 from bitquota.quantizers.weights import quantize
+from bitquota.sensitivity.input_moments import input_grams
 from bitquota.sensitivity.measure import checked_losses
 from bitquota.sensitivity.metrics.layer_trace import trace_layers
 from bitquota.sensitivity.metrics.metric import (
@@ -28,6 +29,7 @@ from bitquota.sensitivity.metrics.metric import (
     layer_shares,
     local_cost,
 )
+from bitquota.sensitivity.runner import inputs_of
 from bitquota.storage import FULL_PRECISION_BITS, Granularity, Rounding, Scheme
 
 if TYPE_CHECKING:
@@ -37,14 +39,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bitquota.candidates import Candidate, CandidateTable
-    from bitquota.sensitivity.metrics.layer_trace import TracedCall
     from bitquota.sensitivity.runner import Runner
 
 GRAM_BYTES = 2**30
 """Input Grams kept at a time; more layers take another pass."""
-
-_COLUMN_ELEMENTS = 2**24
-"""Unfolded inputs held at a time."""
 
 _PER_COLUMN = Scheme(granularity=Granularity.CHANNEL)
 
@@ -112,71 +110,6 @@ def follow_path(
     return torch.where(better[:, None], codes, nearest)
 
 
-def input_columns(call: TracedCall, weight: Tensor, inputs: Tensor) -> Tensor:
-    """Return ``[groups, positions, columns]``: what each output is the inner product of.
-
-    The operator itself unfolds its input: run on unit weights, output channel ``j`` is column
-    ``j``. Columns are ordered as in ``quantizers.layout.to_matrix``.
-    """
-    if not call.operator.startswith("conv"):
-        return inputs.reshape(1, -1, inputs.shape[-1])
-    if call.operator.startswith("conv_transpose"):
-        n_in, kernel = weight.shape[0], weight.shape[2:]
-        groups = _groups(call, inputs, weight)
-        columns = n_in // groups * kernel.numel()
-        unit = _unit(columns, weight).reshape(n_in // groups, *kernel, columns)
-        basis = unit.movedim(-1, 1).repeat(groups, *(1,) * (weight.ndim - 1))
-    else:
-        groups = inputs.shape[call.channel_axis] // weight.shape[1]
-        columns = weight[0].numel()
-        unit = _unit(columns, weight).reshape(columns, *weight.shape[1:])
-        basis = unit.repeat(groups, *(1,) * (weight.ndim - 1))
-    unfolded = call.respond(basis, inputs)
-    last = unfolded.movedim(call.channel_axis, -1)
-    return last.reshape(-1, groups, columns).transpose(0, 1)
-
-
-def _unit(columns: int, like: Tensor) -> Tensor:
-    return torch.eye(columns, dtype=like.dtype, device=like.device)
-
-
-def _groups(call: TracedCall, inputs: Tensor, weight: Tensor) -> int:
-    """Return the groups of a transposed convolution, from what one output channel makes."""
-    out = call.respond(weight[:, :1], inputs[:1])
-    return int(out.shape[call.channel_axis])
-
-
-def input_grams(
-    work: Work, layers: Sequence[str], chunks: Sequence[int]
-) -> dict[str, Tensor | None]:
-    """Return f64[groups, columns, columns] of each layer; ``None`` for one that only looks up.
-
-    Cost: one pass over the chunks, and each layer run with as many output channels as columns.
-    """
-    runner = work.runner
-    found: dict[str, Tensor | None] = dict.fromkeys(layers)
-    sizes = {la.name: la.columns / la.rows for la in runner.inventory.layers}
-    shares = layer_shares(runner, layers)
-    for chunk in chunks:
-        check_cancelled(work.recorder.cancelled, "input Grams")
-        calls = trace_layers(runner, chunk, layers, str(work.settings["metric"]))
-        for name in layers:
-            weight = runner.weights.original(name).detach()
-            for call in calls[name]:
-                if call.operator == "embedding":
-                    continue
-                x = call.inputs
-                per_sample = call.inputs[0].numel() * weight[0].numel()
-                size = max(1, _COLUMN_ELEMENTS // max(1, per_sample))
-                for part in torch.split(x, size):
-                    columns = input_columns(call, weight, part).double()
-                    gram = columns.transpose(1, 2) @ columns
-                    known = found[name]
-                    found[name] = gram if known is None else known + gram
-        work.charge(chunk, FORWARD + sum(shares[n] * sizes[n] for n in layers))
-    return found
-
-
 @dataclass(frozen=True, slots=True)
 class GpfqError(Metric):
     """``s = Σ ‖X W - X Q‖² / Σ ‖X W‖²`` with ``Q`` from greedy path following [GPFQ].
@@ -209,9 +142,7 @@ class GpfqError(Metric):
         layers = sorted({c.layer for row in table.rows for c in row.candidates})
         chunks = self._fit_chunks(runner)
         fitted = sum(len(runner.chunks[c]) for c in chunks) / len(runner.calibration)
-        sizes = {la.name: la.columns / la.rows for la in runner.inventory.layers}
-        shares = layer_shares(runner, layers)
-        grams = len(_batches(runner, layers)) * FORWARD + sum(shares[n] * sizes[n] for n in layers)
+        grams = len(_batches(runner, layers)) * FORWARD + self._unfolding(runner, layers)
         return fitted * grams + 2 * FORWARD + local_cost(runner, table)
 
     def scores(self, work: Work) -> Scores:
@@ -271,6 +202,13 @@ class GpfqError(Metric):
             unit="relative squared output",
         )
 
+    @staticmethod
+    def _unfolding(runner: Runner, layers: Sequence[str]) -> float:
+        """Return the passes of ``XᵀX``: each layer run with as many outputs as columns."""
+        sizes = {la.name: la.columns / la.rows for la in runner.inventory.layers}
+        shares = layer_shares(runner, layers)
+        return sum(shares[name] * sizes[name] for name in layers)
+
     def _fit_chunks(self, runner: Runner) -> list[int]:
         chosen, seen = [], 0
         for chunk, span in enumerate(runner.chunks):
@@ -295,7 +233,12 @@ class GpfqError(Metric):
         runner = work.runner
         deltas = {}
         for batch in _batches(runner, work.layers):
-            grams = input_grams(work, batch, chunks)
+            check_cancelled(work.recorder.cancelled, self.name)
+            inputs = (inputs_of(runner.calibration, runner.chunks[c]) for c in chunks)
+            grams = input_grams(runner.module, runner.inventory, inputs, layers=batch)
+            unfolded = self._unfolding(runner, batch)
+            for chunk in chunks:
+                work.charge(chunk, FORWARD + unfolded)
             for key in candidates:
                 if key[0] not in batch:
                     continue
@@ -304,7 +247,7 @@ class GpfqError(Metric):
                 matrix = to_matrix(original, layer)
                 plain = replace(key[2], rounding=Rounding.NEAREST)
                 stored = quantize(matrix, key[1], plain)
-                gram = grams[key[0]]
+                gram = grams.get(key[0])
                 if gram is not None:
                     grid = (stored.scales, stored.zero_points, key[1], plain)
                     stored = replace(stored, codes=follow_path(matrix.double(), *grid, gram))
