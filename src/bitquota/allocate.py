@@ -447,14 +447,14 @@ def _refine(
 ) -> tuple[SensitivityMatrix, Choice]:
     """Return the refined choice and the matrix around the last point of the way."""
     # Rows that are forbidden outright become one more integer limit: none may be taken.
-    limits = Limits(
+    everything = Limits(
         costs=np.vstack([problem.costs, ~problem.allowed[None, :]]).astype(np.int64),
         limits=np.append(problem.limits, np.int64(0)),
     )
 
-    def propose(matrix: SensitivityMatrix, within: Limits) -> Choice | None:
+    def propose(matrix: SensitivityMatrix, limits: Limits) -> Choice | None:
         solution = solve(
-            _with_matrix(problem, matrix, within),
+            _with_matrix(problem, matrix, limits),
             backend=setting.request.solver,
             gap=max(PROPOSAL_GAP, setting.request.gap),
             node_limit=PROPOSAL_NODES,
@@ -467,7 +467,7 @@ def _refine(
         runner,
         setting.table,
         setting.loss,
-        limits=limits,
+        limits=everything,
         solve=propose,
         starts=starts,
         first=(source.matrix, source.differences),
