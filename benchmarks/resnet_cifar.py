@@ -101,3 +101,23 @@ def images(name: str, n: int | None = None) -> tuple[torch.Tensor, torch.Tensor]
     pixels = torch.from_numpy(x).float().div_(255.0)
     normalised = (pixels - torch.tensor(MEAN)) / torch.tensor(DEVIATION)
     return normalised.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y.astype(np.int64))
+
+
+def resnet20() -> CifarResNet:
+    """Return the trained ResNet-20; a factory for the command line."""
+    return load_resnet(20)
+
+
+def resnet56() -> CifarResNet:
+    """Return the trained ResNet-56; a factory for the command line."""
+    return load_resnet(56)
+
+
+def calibration() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return all 4,096 calibration images; a factory for the command line."""
+    return images("calibration")
+
+
+def test() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the 10,000 test images; a factory for the command line."""
+    return images("test")
