@@ -158,7 +158,7 @@ def default_run(
     budgets: Sequence[float],
     *,
     batch_norm: str = "eval",
-    settings: RefineSettings | None = None,
+    allowed: float | None = None,
     ledger: Ledger | None = None,
 ) -> dict[float, dict[str, Any]]:
     """Run the default procedure for each budget and the baselines beside it."""
@@ -182,9 +182,11 @@ def default_run(
             choice = solve_within(matrix, limits)
             if choice is not None:
                 starts[name] = choice
+        # What the bar leaves after the first linearisation; the start's own pass is in it.
+        left = None if allowed is None else allowed - first_passes - 1
         result = refine(
             runner, case.table, KL, limits=limits, solve=solve_within, starts=starts, first=first,
-            settings=settings, ledger=ledger,
+            settings=RefineSettings(max_passes=left), ledger=ledger,
         )  # fmt: skip
         spent = first_passes + runner.passes.passes - before
         seconds = first_cpu + time.process_time() - cpu
@@ -300,9 +302,10 @@ def run_vision(
     """Run the default procedure on a ResNet."""
     for start in draws:
         case = vision_case(depth, widths, 512, start=start, tiny=tiny)
-        found = default_run(case, budgets, batch_norm=batch_norm)
+        naive = naive_passes(case.table)
+        found = default_run(case, budgets, batch_norm=batch_norm, allowed=naive / bar)
         label = name if len(draws) == 1 else f"{name} draw at {start}"
-        report(label, found, naive_passes(case.table), bar)
+        report(label, found, naive, bar)
         if out is not None:
             text = json.dumps({str(k): v for k, v in found.items()}, indent=1)
             (out / f"{name}-{start}.json").write_text(text)
@@ -314,8 +317,8 @@ def run_llama(tiny: bool) -> None:  # noqa: FBT001
         print("llama: skipped with --tiny")
         return
     case = llama_case((2, 3, 4, 5, 6, 8), 64)
-    found = default_run(case, (3.0, 4.0), settings=RefineSettings(iterations=2, swap_rounds=1))
-    report("llama", found, naive_passes(case.table), 1.0)
+    found = default_run(case, (3.0, 4.0), allowed=naive_passes(case.table) / 8)
+    report("llama", found, naive_passes(case.table), 8.0)
 
 
 def run_kill(tiny: bool) -> None:  # noqa: FBT001
