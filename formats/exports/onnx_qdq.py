@@ -20,6 +20,7 @@ from torch import nn
 
 from bitquota.candidates import LayerKind
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan, MissingDependency
+from bitquota.formats.exports.onnx_tidy import absorb_batch_norms, fold_constants, shorten_names
 from bitquota.formats.exports.prepared import widths_must_be
 from bitquota.formats.exports.receipt import Receipt, describe_files
 from bitquota.formats.onnx_model import OnnxModule, import_onnxruntime, read_onnx
@@ -56,10 +57,16 @@ class OnnxQdq:
         widths_must_be(prepared, WIDTHS, "ONNX")
         two_bits = any(w.bits == 2 for w in prepared.weights.values())
         model, initializer_of = float_graph(prepared, OPSET_2_BITS if two_bits else OPSET)
+        weights = prepared.weights
+        traced = not isinstance(prepared.module, OnnxModule)
+        if traced:
+            weights = absorb_batch_norms(model, weights, prepared.layers, initializer_of)
         editor = _Editor(model)
-        for name, weight in prepared.weights.items():
+        for name, weight in weights.items():
             editor.quantize(initializer_of[name], prepared.layers[name], weight)
         model = editor.finish()
+        if traced:
+            shorten_names(model.graph)
         path = folder / FILE
         path.write_bytes(model.SerializeToString(deterministic=True))
         sizes = _read_back(path, prepared, editor.names)
@@ -284,7 +291,6 @@ class _Editor:
                 "DequantizeLinear",
                 [codes, scales, *zeros],
                 [first],
-                name=f"{initializer}/dequantize",
                 **settings,
             )
         )
@@ -432,6 +438,8 @@ def _trace(prepared: PreparedExport) -> Any:  # noqa: ANN401  # onnx.ModelProto
     if tokens:
         axes[1] = torch.export.Dim.DYNAMIC
     try:
+        import onnxscript  # noqa: F401  # torch's exporter needs it, and says so less clearly
+
         with _quiet():
             program = torch.onnx.export(
                 prepared.module,
@@ -452,7 +460,7 @@ def _trace(prepared: PreparedExport) -> Any:  # noqa: ANN401  # onnx.ModelProto
     if program is None:
         msg = "torch.onnx must return a program; it returned none"
         raise ExportFailed(msg)
-    return program.model_proto
+    return fold_constants(program)
 
 
 def _write_back(model: Any, module: OnnxModule) -> None:  # noqa: ANN401  # onnx.ModelProto
