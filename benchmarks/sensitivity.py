@@ -163,6 +163,7 @@ def default_run(
 ) -> dict[float, dict[str, Any]]:
     """Run the default procedure for each budget and the baselines beside it."""
     corrections = [Correction.BATCH_NORM_STATISTICS] if batch_norm == "batch" else []
+    ledger = MemoryLedger() if ledger is None else ledger
     runner = make_runner(case.module, case.inventory, case.fit, batch_norm=batch_norm)  # type: ignore[arg-type]
     cpu = time.process_time()
     first = measure_differences(runner, case.table, KL, ledger=ledger)
