@@ -208,6 +208,8 @@ class Record:
     point: list[NDArray[np.float32] | None] = field(default_factory=list)
     multipliers: list[Floats | None] = field(default_factory=list)
     trees: list[tuple[int, int, Tree]] = field(default_factory=list)
+    spare: dict[int, tuple[int, Tree]] = field(default_factory=dict)
+    """Unfinished trees of regions that were taken further: used where they prove more."""
 
     def node(self, parent: int, allowed: Bools) -> int:
         """Append a region below ``parent``, without a formula of its own; returns its index."""
@@ -262,6 +264,48 @@ class Record:
         if tree.n_nodes > 1:
             self.trees.append((node, convexification, tree))
 
+    def _compress(self, use: Bools) -> None:
+        """Keep the nodes ``use`` only."""
+        new = np.cumsum(use) - 1
+        picked = np.flatnonzero(use).tolist()
+        self.parent = [int(new[self.parent[i]]) if self.parent[i] >= 0 else -1 for i in picked]
+        for name in ("allowed", "own", "convexification", "point", "multipliers"):
+            values = getattr(self, name)
+            setattr(self, name, [values[i] for i in picked])
+        self.trees = [(int(new[node]), index, tree) for node, index, tree in self.trees]
+        self.spare = {}
+
+    def _settle(self, cutoff: float) -> tuple[Floats, Bools]:
+        """Put spare trees where they prove more than the nodes below; returns values, and use.
+
+        A node whose region a spare tree takes over loses its other descendants.
+        """
+        parent = np.array(self.parent, dtype=np.int64)
+        own = np.array(self.own)
+        for node, _, tree in self.trees:
+            own[node] = max(own[node], min(tree.open_bound(), cutoff))
+        use = np.ones(len(parent), dtype=np.bool_)
+        value = kernels.settle(parent, own, cutoff)
+        for node in sorted(self.spare, reverse=True):
+            index, tree = self.spare[node]
+            bound = min(tree.open_bound(), cutoff)
+            if not use[node] or bound <= value[node]:
+                continue
+            gone = np.zeros(len(parent), dtype=np.bool_)
+            gone[node] = True
+            for i in range(node + 1, len(parent)):
+                gone[i] = gone[parent[i]]
+            gone[node] = False
+            use &= ~gone
+            self.trees = [t for t in self.trees if not gone[t[0]]]
+            self.trees.append((node, index, tree))
+            own[node] = bound
+            parent = np.where(gone, np.arange(len(parent)) - 1, parent)
+            own = np.where(gone, np.inf, own)
+            parent[gone] = -1
+            value = kernels.settle(parent, own, cutoff)
+        return value, use
+
     def _lift(self, core: Core, values: NDArray[np.float32]) -> NDArray[np.float32]:
         full = np.zeros(self.problem.n_rows, dtype=np.float32)
         full[core.rows] = values
@@ -275,6 +319,8 @@ class Record:
             cutoff: What removed rows prove at least.
         """
         n, m = self.problem.n_rows, len(self.problem.limits)
+        if self.spare:
+            self._compress(self._settle(cutoff)[1])
         base = len(self.parent)
         total = base + sum(tree.n_nodes - 1 for _, _, tree in self.trees)
         parent = np.full(total, -1, dtype=np.int64)

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 MEMORY_LIMIT_BYTES = 2 * 2**30
 """Node arrays beyond this stop the solver with what is proved by then."""
+SPARE_MEMORY_BYTES = 2**28
+"""Unfinished trees are kept up to here, in case that their regions are not taken further."""
 TREE_NODES = 1200
 """Cheap nodes that take about as long as one semidefinite bound, at every size measured."""
 PROBE_ROUNDS = 12
@@ -81,8 +83,8 @@ class Quadratic:
         scale = max(scale, abs(problem.constant))
         self.incumbent = Incumbent(gap=gap, floor=ROUNDING * scale)
         self.queue: list[tuple[float, int, Region]] = []
-        self.current = math.inf
-        """Bound of the region that is being worked on."""
+        self.current = -math.inf
+        """Bound of the region that is being worked on; ``+inf`` between regions."""
         self.nodes = 0
         self.iterations = 0
         self.memory = 0
@@ -97,6 +99,7 @@ class Quadratic:
         if self._propagate(root):
             self._search(root, effort)
             heapq.heappush(self.queue, (root.bound, root.node, root))
+        self.current = math.inf
         while self.queue and not self.control.stopped():
             if self.queue[0][0] >= self.incumbent.cutoff:
                 break
@@ -178,10 +181,14 @@ class Quadratic:
                 if self._took(region, tree, index, code):
                     return []
             self._grow(tree, None if not core.C.any() else TREE_NODES)
-            region.bound = max(region.bound, tree.open_bound())
             if tree.done(self.incumbent) or self.control.limit is not None:
                 self._attach(region, tree, index)
+                region.bound = max(region.bound, min(tree.open_bound(), self.incumbent.cutoff))
                 return [] if tree.done(self.incumbent) else [region]
+            if self.memory < SPARE_MEMORY_BYTES and tree.open_bound() > float(tree.bound[0]):
+                self.record.spare[region.node] = (index, tree)
+                self.memory += tree.memory_bytes
+                region.bound = max(region.bound, min(tree.open_bound(), self.incumbent.cutoff))
             gap = self.incumbent.objective - float(tree.bound[0])
             region.cuts = self._cuts(core, point)
             shrunk = len(dropped) > 0.15 * core.n

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.linalg as sla
-import scipy.sparse as sp
 
 from bitquota.solver.compiled import compiled
 
@@ -37,17 +36,35 @@ if TYPE_CHECKING:
 
 
 @compiled
-def schur(Ma: Floats, Wa: Floats, u: Ints, v: Ints, out: Floats) -> None:
-    """Fill ``out[k, j] = tr(A_k M A_j W)`` for ``j <= k`` from the atoms' Gram matrices."""
+def schur(HM: Floats, HW: Floats, u: Ints, v: Ints, less: Floats, out: Floats) -> None:
+    """Fill ``out[k, j] = tr(A_k M A_j W)`` for ``j <= k``.
+
+    ``HM`` and ``HW`` are the Gram matrices of unit, rows and budgets (``Lifted.expand``); atom
+    ``v_k`` is row ``v[k]`` less ``less[k]`` times the unit.
+    """
+    width = len(HM)
+    Mv, Wv = np.empty(width), np.empty(width)
     for k in range(len(u)):
-        Mu, Mv, Wu, Wv = Ma[u[k]], Ma[v[k]], Wa[u[k]], Wa[v[k]]
+        Mu, Wu = HM[u[k]], HW[u[k]]
+        for i in range(width):
+            Mv[i] = HM[v[k], i] - less[k] * HM[0, i]
+            Wv[i] = HW[v[k], i] - less[k] * HW[0, i]
         for j in range(k + 1):
-            r, s = u[j], v[j]
-            out[k, j] = 0.25 * (Mv[r] * Wu[s] + Mv[s] * Wu[r] + Mu[r] * Wv[s] + Mu[s] * Wv[r])
+            r, s, f = u[j], v[j], less[j]
+            out[k, j] = 0.25 * (
+                Mv[r] * (Wu[s] - f * Wu[0])
+                + (Mv[s] - f * Mv[0]) * Wu[r]
+                + Mu[r] * (Wv[s] - f * Wv[0])
+                + (Mu[s] - f * Mu[0]) * Wv[r]
+            )
 
 
 class Lifted:
     """The lifted problem of a core: atoms, constraints in order, and the objective.
+
+    Atoms, as vectors over ``(1, y)``: 0 is the unit, ``1 + p`` is row ``p`` (the last row of a
+    group is the unit less the others), and ``1 + n + k`` is what budget ``k`` leaves, divided by
+    its limit. Constraint ``k`` joins atom ``u[k]`` with atom ``v[k]`` less ``less[k]`` units.
 
     Constraints: ``M_00 = 1``; per free row ``x_p² = x_p``; products of two free rows of a group
     and forbidden pairs, both zero; then inequalities: budgets, products of budgets with rows, cuts
@@ -55,25 +72,20 @@ class Lifted:
     """
 
     def __init__(self, core: Core, *, products: bool) -> None:
-        """Build the sparse atoms; ``O(n²)`` for the objective."""
+        """List the constraints; ``O(n²)`` for the objective."""
         n, m = core.n, len(core.b)
-        self.core = core
-        reference = core.off[1:] - 1
-        self.free = np.setdiff1d(np.arange(n), reference)
+        self.core, self.n, self.m = core, n, m
+        self.last = core.off[1:] - 1
+        is_last = np.zeros(n, dtype=np.bool_)
+        is_last[self.last] = True
+        self.free = np.flatnonzero(~is_last)
         r = len(self.free)
         self.size = r + 1
-        column = 1 + np.arange(r)
-        entries = np.concatenate([np.ones(r), np.ones(core.n_groups), -np.ones(r)])
-        at = np.concatenate([self.free, reference, reference[core.grp[self.free]]])
-        to = np.concatenate([column, np.zeros(core.n_groups, dtype=np.int64), column])
-        T = sp.csr_matrix((entries, (at, to)), shape=(n, r + 1))
-        one = sp.csr_matrix(([1.0], ([0], [0])), shape=(1, r + 1))
-        ones = sp.csr_matrix((np.ones(n), (np.arange(n), np.zeros(n, int))), shape=(n, r + 1))
+        self.free_group = core.grp[self.free]
+        self.free_start = np.searchsorted(self.free, core.off[:-1])
         self.unit = np.maximum(core.b, 1).astype(np.float64)
-        slack = -np.asarray(T.T @ (core.A / self.unit[:, None]).T).T.reshape(m, r + 1)
-        slack[:, 0] += core.b / self.unit
-        self.atoms = sp.vstack([one, T, T - ones, sp.csr_matrix(slack)]).tocsr()
-        self.atoms_t = self.atoms.T.tocsr()
+        self.share = core.A / self.unit[:, None]
+        self.room = core.b / self.unit
         pairs = [
             (p, q)
             for a, b in zip(core.off[:-1], core.off[1:], strict=True)
@@ -83,45 +95,81 @@ class Lifted:
         self.same = np.array(pairs, dtype=np.int64).reshape(-1, 2)
         zero = np.concatenate([self.same, core.pairs])
         u = [np.zeros(1, dtype=np.int64), 1 + self.free, 1 + zero[:, 0]]
-        v = [np.zeros(1, dtype=np.int64), 1 + n + self.free, 1 + zero[:, 1]]
+        v = [np.zeros(1, dtype=np.int64), 1 + self.free, 1 + zero[:, 1]]
         self.n_equal = 1 + r + len(zero)
-        for k in range(m):
-            u.append(np.zeros(1, dtype=np.int64))
-            v.append(np.array([2 * n + 1 + k]))
+        u.append(np.zeros(m, dtype=np.int64))
+        v.append(n + 1 + np.arange(m))
         self.n_products = n * m if products else 0
         if products:
             for k in range(m):
                 u.append(1 + np.arange(n))
-                v.append(np.full(n, 2 * n + 1 + k))
+                v.append(np.full(n, n + 1 + k))
         self.u, self.v = np.concatenate(u).astype(np.int64), np.concatenate(v).astype(np.int64)
+        self.less = np.zeros(len(self.u))
+        self.less[1 : 1 + r] = 1.0
         self.cuts = np.zeros((0, 2), dtype=np.int64)
-        self.objective = np.asarray(T.T @ np.asarray(T.T @ (0.5 * core.C)).T).T
-        linear = 0.5 * np.asarray(T.T @ core.d)
-        self.objective[0] += linear
-        self.objective[:, 0] += linear
+        Y = np.zeros((n + 1 + m, n + 1 + m))
+        Y[1 : n + 1, 1 : n + 1] = 0.5 * core.C
+        Y[0, 1 : n + 1] = 0.5 * core.d
+        Y[1 : n + 1, 0] = 0.5 * core.d
+        self.objective = self._contract(Y)
 
     def add_cuts(self, cuts: Ints) -> None:
         """Append ``X_ij >= 0`` for ``cuts`` i64[c, 2]."""
         self.cuts = np.concatenate([self.cuts, cuts])
         self.u = np.concatenate([self.u, 1 + cuts[:, 0]])
         self.v = np.concatenate([self.v, 1 + cuts[:, 1]])
+        self.less = np.concatenate([self.less, np.zeros(len(cuts))])
+
+    def _contract(self, Y: Floats) -> Floats:
+        """Return ``Pᵀ Y P`` for the atoms ``P``: unit, rows, budgets."""
+        return self._contract_rows(np.ascontiguousarray(self._contract_rows(Y).T)).T
+
+    def _contract_rows(self, Y: Floats) -> Floats:
+        n = self.n
+        if self.m:
+            left = Y[n + 1 :]
+            Y = Y[: n + 1].copy()
+            Y[0] += self.room @ left
+            Y[1:] -= self.share.T @ left
+        last = Y[1 + self.last]
+        out = np.empty((self.size, Y.shape[1]))
+        out[0] = Y[0] + last.sum(axis=0)
+        np.subtract(Y[1 + self.free], last[self.free_group], out=out[1:])
+        return out
+
+    def _expand_rows(self, Z: Floats) -> Floats:
+        """Return ``P Z``."""
+        n = self.n
+        out = np.empty((n + 1 + self.m, Z.shape[1]))
+        out[0] = Z[0]
+        out[1 + self.free] = Z[1:]
+        out[1 + self.last] = Z[0] - np.add.reduceat(Z[1:], self.free_start, axis=0)
+        if self.m:
+            out[n + 1 :] = np.outer(self.room, Z[0]) - self.share @ out[1 : n + 1]
+        return out
+
+    def expand(self, Z: Floats) -> Floats:
+        """Return the Gram matrix ``P Z Pᵀ`` of unit, rows and budgets for symmetric ``Z``."""
+        return self._expand_rows(np.ascontiguousarray(self._expand_rows(Z).T))
 
     def combine(self, y: Floats) -> Floats:
         """Return ``Σ_k y_k A_k``."""
-        k = self.atoms.shape[0]
-        Y = sp.csr_matrix((y, (self.u, self.v)), shape=(k, k))
-        R: Floats = (self.atoms_t @ (Y @ self.atoms)).toarray()
+        width = self.n + 1 + self.m
+        flat = np.bincount(self.u * width + self.v, weights=y, minlength=width * width)
+        Y = flat.astype(np.float64).reshape(width, width)
+        Y[:, 0] -= np.bincount(self.u, weights=y * self.less, minlength=width)
+        R = self._contract(Y)
         return 0.5 * (R + R.T)
 
-    def gram(self, Z: Floats) -> Floats:
-        """Return the Gram matrix of the atoms in ``Z``."""
-        half = np.asarray(self.atoms @ Z)
-        return np.ascontiguousarray(self.atoms @ half.T)
+    def read(self, H: Floats) -> Floats:
+        """Return ``<A_k, Z>`` from ``expand(Z)``."""
+        values: Floats = H[self.u, self.v] - self.less * H[self.u, 0]
+        return values
 
     def apply(self, Z: Floats) -> Floats:
         """Return ``<A_k, Z>`` for symmetric ``Z``."""
-        values: Floats = self.gram(Z)[self.u, self.v]
-        return values
+        return self.read(self.expand(Z))
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -236,25 +284,42 @@ def start(lifted: Lifted) -> State:
 
 
 def _length(L: NDArray[np.floating[Any]], dZ: Floats) -> float:
-    """Return the largest step (at most 1) from ``Z = LLᵀ`` along ``dZ`` within the cone."""
+    """Return the largest step (at most 1) from ``Z = LLᵀ`` along ``dZ`` within the cone.
+
+    Lanczos on ``L⁻¹ dZ L⁻ᵀ``; the residual is taken off, so that the step is hardly ever too long.
+    """
     n = len(L)
-    if n <= 260:
+    if n <= 90:
         Y = sla.solve_triangular(L, dZ, lower=True, check_finite=False)
         Y = sla.solve_triangular(L, Y.T, lower=True, check_finite=False)
-        least = float(
-            sla.eigh(Y + Y.T, eigvals_only=True, subset_by_index=[0, 0], check_finite=False)[0]
-        )
+        least = float(np.linalg.eigvalsh(Y + Y.T)[0])
         return 1.0 if least >= 0.0 else min(1.0, -2.0 / least)
-    Z = L @ L.T
-    length = 1.0
-    while length > 1e-7:
-        try:
-            np.linalg.cholesky(Z + length * dZ)
-        except np.linalg.LinAlgError:
-            length *= 0.8
-            continue
-        return length
-    return 0.0
+    F = np.asfortranarray(L)
+    trsv = sla.blas.dtrsv
+    most = min(40, n)
+    V = np.zeros((most + 1, n))
+    V[0] = np.cos(1.0 + np.arange(n))
+    V[0] /= np.linalg.norm(V[0])
+    alpha, beta = np.zeros(most), np.zeros(most)
+    least = 0.0
+    for j in range(most):
+        w = trsv(F, V[j], lower=1, trans=1)
+        w = trsv(F, dZ @ w, lower=1, trans=0)
+        alpha[j] = V[j] @ w
+        w -= V[: j + 1].T @ (V[: j + 1] @ w)
+        w -= V[: j + 1].T @ (V[: j + 1] @ w)
+        beta[j] = float(np.linalg.norm(w))
+        last = j == most - 1 or beta[j] < 1e-12
+        if last or j % 4 == 3:
+            theta, S = sla.eigh_tridiagonal(
+                alpha[: j + 1], beta[:j], select="i", select_range=(0, 0)
+            )
+            slack = beta[j] * abs(float(S[-1, 0]))
+            least = float(theta[0]) - slack
+            if last or slack < 0.02 * max(abs(least), 0.3):
+                break
+        V[j + 1] = w / beta[j]
+    return 1.0 if least >= -1.0 else min(1.0, -1.0 / least)
 
 
 def _length_linear(z: Floats, dz: Floats) -> float:
@@ -285,7 +350,7 @@ def interior_point(
     right[0] = 1.0
     eye = np.eye(N)
     done = 0
-    B = np.empty((K, K))
+    B = np.zeros((K, K))
     for _iteration in range(most):
         w = y[ne:]
         try:
@@ -294,8 +359,8 @@ def interior_point(
             break
         W = sla.cho_solve((LS, True), eye, check_finite=False)
         W = 0.5 * (W + W.T)
-        Ma, Wa = lifted.gram(M), lifted.gram(W)
-        AM, AW = Ma[lifted.u, lifted.v], Wa[lifted.u, lifted.v]
+        HM, HW = lifted.expand(M), lifted.expand(W)
+        AM, AW = lifted.read(HM), lifted.read(HW)
         residual = right - AM
         residual[ne:] += s
         gap = float((M * S).sum()) + float(s @ w)
@@ -303,7 +368,7 @@ def interior_point(
         if infeasible < 1e-6 and gap <= tolerance * abs(y[0]):
             break
         mu = gap / (N + K - ne)
-        schur(Ma, Wa, lifted.u, lifted.v, B)
+        schur(HM, HW, lifted.u, lifted.v, lifted.less, B)
         ratio = s / w
         B[np.arange(ne, K), np.arange(ne, K)] += ratio
         if not (np.isfinite(B.diagonal()).all() and B.diagonal().min() > 1e-280):
@@ -324,7 +389,7 @@ def interior_point(
                 rhs += lifted.apply(second)
             extra = (target - s * w - cross) / w
             rhs[ne:] += extra
-            dy = unit * sla.cho_solve((factor, True), unit * rhs, check_finite=False)
+            dy = unit * sla.cho_solve((factor, False), unit * rhs, check_finite=False)
             dS = -lifted.combine(dy)
             half = M @ dS @ W
             dM = target * W - M - 0.5 * (half + half.T)
@@ -356,15 +421,24 @@ def interior_point(
 
 
 def _factor(B: Floats, unit: Floats) -> Floats | None:
-    """Return the lower Cholesky factor of the scaled Schur matrix, regularised if need be."""
-    scaled = B * unit[:, None] * unit[None, :]
-    for ridge in (1e-13, 1e-10, 1e-8):
-        scaled[np.arange(len(unit)), np.arange(len(unit))] = 1.0 + ridge
-        try:
-            factor: Floats = sla.cholesky(scaled, lower=True, check_finite=False)
-        except np.linalg.LinAlgError:
-            continue
-        return factor
+    """Return the upper Cholesky factor of the scaled Schur matrix, regularised if need be.
+
+    Only the lower triangle of ``B`` is read; ``B`` is overwritten.
+    """
+    B *= unit[:, None]
+    B *= unit[None, :]
+    diagonal = np.arange(len(unit))
+    kept = np.tril(B, -1) if len(unit) < 400 else None
+    for ridge in (1e-12, 1e-9):
+        B[diagonal, diagonal] = 1.0 + ridge
+        # The transpose is in Fortran order: LAPACK works in place.
+        factor, info = sla.lapack.dpotrf(B.T, lower=0, clean=0, overwrite_a=1)
+        if info == 0:
+            result: Floats = factor
+            return result
+        if kept is None:
+            return None
+        B[:] = kept
     return None
 
 
@@ -389,7 +463,7 @@ def dual_point(lifted: Lifted, state: State, iterations: int) -> DualPoint:
     cuts = np.concatenate([core.pairs, lifted.cuts])
     amounts = np.concatenate([pair_values, np.maximum(y[at:], 0.0)])
     first, second = cuts.min(axis=1, initial=n), cuts.max(axis=1, initial=0)
-    X = lifted.gram(state.M)[1 : n + 1, 1 : n + 1]
+    X = lifted.expand(state.M)[1 : n + 1, 1 : n + 1]
     return DualPoint(
         shift=shift,
         cut_rows=first,
