@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 import bitquota
-from bitquota.service import job_routes, operations, problems, uploads
+from bitquota.service import job_routes, operations, problems, solving, uploads
 from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.blobs import BlobStore
 from bitquota.service.database import Database
@@ -79,6 +79,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.include_router(uploads.router)
     app.include_router(job_routes.router)
+    app.include_router(solving.router)
     app.include_router(operations.router)
 
     return app

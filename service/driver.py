@@ -21,12 +21,12 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitquota.candidates import Inventory
 from bitquota.canonical import canonical_json
 from bitquota.errors import (
     BitquotaError,
     Cancelled,
-    InvalidMatrix,
-    InvalidPlan,
+    InvalidInput,
     MeasurementFailed,
     ServiceError,
     ServiceTimeout,
@@ -130,6 +130,7 @@ class Driver:
         self._progress: JsonObject | None = None
         self._plans: list[Plan] = []
         self._matrix: bytes | None = None
+        self._inventory: bytes | None = None
         self._stopping = threading.Event()
 
     def stop(self, _number: int, _frame: FrameType | None) -> None:
@@ -267,7 +268,10 @@ class Driver:
             elif name == "matrix":
                 SensitivityMatrix.from_bytes(data)
                 self._matrix = data
-        except (InvalidPlan, InvalidMatrix, ValueError) as err:
+            elif name == "inventory":
+                Inventory.from_json(json.loads(data))
+                self._inventory = data
+        except (InvalidInput, ValueError, KeyError, TypeError) as err:
             msg = f"a worker must return a whole {name}; what it returned does not hold: {err}"
             raise MeasurementFailed(msg) from err
 
@@ -306,6 +310,8 @@ class Driver:
             msg = "a worker must return a matrix and plans; it ended without"
             raise MeasurementFailed(msg)
         results["matrix"] = self._blobs.put(self._matrix)
+        if self._inventory is not None:
+            results["inventory"] = self._blobs.put(self._inventory)
         for plan in self._plans:
             results["plans"].append(self._blobs.put(plan.dumps().encode()))
         if self._plans:

@@ -15,6 +15,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
+from bitquota.canonical import canonical_json
 from bitquota.errors import BitquotaError, MeasurementFailed
 from bitquota.service import wire
 from bitquota.service.sandbox import limit_resources
@@ -202,6 +203,8 @@ def carry_out(order: JsonObject, channel: Channel) -> None:
         return
     allocation = allocate(model, calibration, request, **common)
     channel.send({"type": "result", "name": "matrix"}, [allocation.matrix.to_bytes()])
+    inventory = canonical_json(allocation.inventory.to_json()).encode()
+    channel.send({"type": "result", "name": "inventory"}, [inventory])
     for plan in allocation.plans:
         channel.send({"type": "result", "name": "plan"}, [plan.dumps().encode()])
 

@@ -74,7 +74,8 @@ def _create(
     order: JobOrder, service: State, caller: Caller, request_id: str, key: str | None
 ) -> tuple[Job, bool]:
     request = PlanRequest.from_json(order.request)
-    check_budgets(request)
+    if order.kind == "plan":
+        check_budgets(request)
     deadline = None if order.deadline_s is None else time.time() + order.deadline_s
     new = NewJob(
         tenant=caller.tenant,
@@ -210,7 +211,7 @@ def get_plan(
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """Return the plans of a job, or the plan of one budget in its canonical bytes."""
-    digests = _results(service, caller.tenant, job_id)["plans"]
+    digests = results_of(service, caller.tenant, job_id)["plans"]
     if budget is not None and budget >= len(digests):
         msg = f"the job must have a plan at position {budget}; it has {len(digests)}, from 0"
         raise NotFound(msg, plans=len(digests))
@@ -234,7 +235,7 @@ def get_plan(
 )
 def get_sensitivity(job_id: JobId, service: Service, caller: Calling) -> Response:
     """Return the sensitivity matrix as the `.npz` that `bitquota solve` reads."""
-    data = service.blobs.read(_results(service, caller.tenant, job_id)["matrix"])
+    data = service.blobs.read(results_of(service, caller.tenant, job_id)["matrix"])
     named = {"Content-Disposition": f'attachment; filename="{job_id}.npz"'}
     return Response(data, headers=named, media_type="application/octet-stream")
 
@@ -246,14 +247,15 @@ def get_sensitivity(job_id: JobId, service: Service, caller: Calling) -> Respons
 )
 def get_report(job_id: JobId, service: Service, caller: Calling) -> Response:
     """Return the report of all plans as Markdown."""
-    digest = _results(service, caller.tenant, job_id).get("report")
+    digest = results_of(service, caller.tenant, job_id).get("report")
     if digest is None:
         msg = "a report must be of plans; this job made none"
         raise NotFound(msg, job=job_id)
     return Response(service.blobs.read(digest), media_type="text/markdown; charset=utf-8")
 
 
-def _results(service: State, tenant: str, job_id: str) -> dict[str, Any]:
+def results_of(service: State, tenant: str, job_id: str) -> dict[str, Any]:
+    """Return what a job left; raises ``NotFound``, or ``Conflict`` if it has left nothing."""
     job: Job = service.jobs.get(tenant, job_id)
     if job.results is None:
         said = "has not ended yet: wait for it" if not job.status.final else f"has {job.status}"

@@ -32,7 +32,9 @@ class JobOrder(BaseModel):
         },
     )
 
-    kind: Literal["plan"] = Field(default="plan", description="What to do.")
+    kind: Literal["plan", "measure"] = Field(
+        default="plan", description="`measure` stops at the sensitivity matrix."
+    )
     model: str = Field(pattern=DIGEST, description="Digest of an uploaded model.")
     dataset: str = Field(pattern=DIGEST, description="Digest of an uploaded calibration set.")
     request: dict[str, Any] = Field(description="A plan request; `budgets` is required.")
@@ -105,6 +107,45 @@ class ArtifactPage(BaseModel):
     data: list[ArtifactView]
     has_more: bool
     next_cursor: str | None
+
+
+class SolveOrder(BaseModel):
+    """A matrix and budgets to solve at once."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"job": "job_" + "0" * 32, "budgets": ["3.5 bits"]}]},
+    )
+
+    job: str | None = Field(
+        default=None, pattern=r"^job_[0-9a-f]{32}$", description="A job that left a matrix."
+    )
+    matrix: str | None = Field(default=None, description="Or base64 of such a matrix.")
+    budgets: list[str] = Field(min_length=1, max_length=64)
+    gap: float = Field(default=1e-4, ge=0, lt=1, description="Relative gap to stop at.")
+    time_limit_s: float = Field(default=0.1, gt=0, le=30, description="For each budget.")
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+
+class SolvedBudget(BaseModel):
+    """The best choice that was found for one budget."""
+
+    budget: str
+    limits: list[dict[str, Any]] = Field(description="What the budget means for this model.")
+    status: str
+    limit: str | None = Field(description="What stopped the solver, if something did.")
+    predicted: float | None = Field(description="Predicted loss increase.")
+    bound: float | None = Field(description="No choice is predicted below this.")
+    absolute_gap: float | None
+    relative_gap: float | None
+    assignments: dict[str, dict[str, Any]] = Field(description="By layer; empty if none was found.")
+
+
+class SolveAnswer(BaseModel):
+    """One answer for each budget, in their order."""
+
+    object: Literal["list"] = "list"
+    data: list[SolvedBudget]
 
 
 class PlanList(BaseModel):

@@ -7,6 +7,7 @@ cannot be reached, so a wait outlives a restart of the server.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import time
@@ -28,7 +29,7 @@ from bitquota.plan import Plan
 from bitquota.progress import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -122,6 +123,7 @@ class Client:
         model: Path | str,
         calibration: Path | str,
         request: PlanRequest,
+        kind: str = "plan",
         labels: Mapping[str, str] | None = None,
         priority: int = 0,
         deadline_s: float | None = None,
@@ -133,6 +135,7 @@ class Client:
             model: A file, or ``sha256:…`` of an upload.
             calibration: A file, or ``sha256:…`` of an upload.
             request: What to do.
+            kind: ``plan``, or ``measure`` for the sensitivity matrix alone.
             labels: Names and values to find the job by.
             priority: Higher runs earlier.
             deadline_s: Seconds until the job must have ended.
@@ -143,7 +146,7 @@ class Client:
             ServiceError: The server, or the way to it, failed.
         """
         body: JsonObject = {
-            "kind": "plan",
+            "kind": kind,
             "model": self.upload_model(model),
             "dataset": self.upload_dataset(calibration),
             "request": request.to_json(),
@@ -156,6 +159,36 @@ class Client:
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         made = self._call("POST", "/v1/jobs", json=body, headers=headers).json()
         return Job(self, made["id"], made)
+
+    def solve(
+        self,
+        *,
+        budgets: Sequence[str],
+        job: str | None = None,
+        matrix: bytes | None = None,
+        gap: float = 1e-4,
+        time_limit_s: float = 0.1,
+        seed: int = 0,
+    ) -> list[JsonObject]:
+        """Solve a measured matrix for each budget at once; nothing is measured.
+
+        Args:
+            budgets: What to solve for.
+            job: A job that left a matrix.
+            matrix: Or a matrix itself, as ``Job.sensitivity`` returns it.
+            gap: Relative gap to stop at.
+            time_limit_s: For each budget.
+            seed: Of the search.
+        """
+        body: JsonObject = {
+            "budgets": list(budgets), "gap": gap, "time_limit_s": time_limit_s, "seed": seed,
+        }  # fmt: skip
+        if job is not None:
+            body["job"] = job
+        if matrix is not None:
+            body["matrix"] = base64.b64encode(matrix).decode()
+        answer = self._call("POST", "/v1/solve", json=body).json()
+        return [dict(entry) for entry in answer["data"]]
 
     def upload_model(self, model: Path | str) -> str:
         """Return the digest of a model after uploading it, if the server has it not."""
