@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import bitquota
-from bitquota.cli import planning, serving, solving
+from bitquota.cli import comparing, planning, serving, solving
 from bitquota.errors import BitquotaError
 
 INTERRUPTED = 130
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.command("plan")(planning.plan)
 app.command("measure")(planning.measure)
+app.command("compare")(comparing.compare)
 app.command("evaluate")(planning.evaluate)
 app.command("show")(planning.show)
 app.command("solve")(solving.solve_file)

@@ -1,0 +1,183 @@
+"""What is fixed before the first measurement: model, layers, candidates, samples, device."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from bitquota.budget import Budget
+from bitquota.candidates import CandidateTable, Inventory, enumerate_candidates
+from bitquota.corrections import Correction
+from bitquota.errors import InvalidInput
+from bitquota.quantizers.activations import collect_inputs
+from bitquota.sensitivity.corrections import fold_batch_norm
+from bitquota.sensitivity.discovery import discover
+from bitquota.sensitivity.evaluate import ChoiceLoss, measure_choice
+from bitquota.sensitivity.losses import loss_by_name
+from bitquota.sensitivity.runner import make_runner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from bitquota.formats import LoadedModel
+    from bitquota.progress import IsCancelled, OnProgress
+    from bitquota.request import PlanRequest
+    from bitquota.sensitivity.calibration import CalibrationSet
+    from bitquota.sensitivity.ledger import Ledger
+    from bitquota.sensitivity.losses import Loss
+    from bitquota.sensitivity.runner import Runner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """A request made concrete for one model and one calibration set.
+
+    Attributes:
+        request: What was asked for.
+        module: Own copy of the model on its device, batch norm folded if that was asked for.
+        inventory: Its tensors, exclusions and ties applied.
+        table: What may become of each group.
+        loss: What is minimised.
+        fit: Samples that sensitivities are measured on.
+        holdout: Disjoint samples that choices are compared on.
+        correcting: Samples that corrections see (without labels).
+        activations: Calibrated input quantizers, when candidates quantize inputs.
+        ledger: Where measurements are kept.
+        on_progress: Called after each unit of work.
+        cancelled: Asked between units of work.
+    """
+
+    request: PlanRequest
+    module: torch.nn.Module
+    inventory: Inventory
+    table: CandidateTable
+    loss: Loss
+    fit: CalibrationSet
+    holdout: CalibrationSet
+    correcting: CalibrationSet
+    activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None
+    ledger: Ledger
+    on_progress: OnProgress | None = None
+    cancelled: IsCancelled | None = None
+
+    def runner(self, samples: CalibrationSet | None = None) -> Runner:
+        """Return a runner on ``samples`` (by default ``fit``) that sees what corrections repair."""
+        repaired = Correction.BATCH_NORM_STATISTICS in self.request.corrections
+        return make_runner(
+            self.module,
+            self.inventory,
+            self.fit if samples is None else samples,
+            batch_norm="batch" if repaired else "eval",
+            activations=self.activations,
+        )
+
+    def budgets(self, text: str) -> tuple[Budget, ...]:
+        """Return the budgets of one plan, joined by ``+`` in ``text``, each checked alone.
+
+        Raises:
+            InvalidBudget: A text that cannot be read.
+            BudgetTooSmall: A budget is below the smallest plan.
+        """
+        found = tuple(Budget.parse(part, self.inventory) for part in text.split("+"))
+        for budget in found:
+            budget.check(self.table)
+        return found
+
+    def measure_choice(self, choice: Sequence[int] | None, *, stage: str) -> ChoiceLoss:
+        """Measure a choice on the hold-out samples, corrections included; two passes.
+
+        ``None`` measures full precision, without corrections: its accuracy, and no increase.
+        """
+        return measure_choice(
+            self.module,
+            self.inventory,
+            () if choice is None else self.table.decode(choice),
+            self.holdout,
+            self.loss,
+            corrections=() if choice is None else self.request.corrections,
+            correction_data=self.correcting,
+            activations=self.activations,
+            ledger=self.ledger,
+            on_progress=self.on_progress,
+            cancelled=self.cancelled,
+            stage=stage,
+        )
+
+
+def prepare(
+    model: LoadedModel,
+    calibration: CalibrationSet,
+    request: PlanRequest,
+    *,
+    ledger: Ledger,
+    device: str = "auto",
+    on_progress: OnProgress | None = None,
+    cancelled: IsCancelled | None = None,
+) -> Setting:
+    """Return the setting of ``request``; draws the samples by its seed.
+
+    Raises:
+        InvalidInput: The request does not fit the model or the calibration set.
+
+    Cost: a forward pass or two over single samples; two over the fit samples when inputs
+    are to be quantized.
+    """
+    where = choose_device(device)
+    everything = calibration.to(where)
+    module = copy.deepcopy(model.module).to(where).eval()
+    example = everything.first(2).inputs
+    if Correction.FOLD_BATCH_NORM in request.corrections:
+        module = fold_batch_norm(module, example)
+    inventory = discover(module, example, model_digest=model.digest)
+    inventory = inventory.exclude(request.exclude).tie(request.ties)
+    table = enumerate_candidates(
+        inventory,
+        request.weight_bits,
+        scheme=request.scheme,
+        activation_bits=request.activation_bits,
+        fixed=request.fixed,
+    )
+    wanted = request.samples + request.holdout_samples
+    drawn = everything.subset(min(wanted, len(everything)), request.seed)
+    fit, holdout = drawn.split(request.holdout_samples / wanted, request.seed)
+    n_correcting = min(request.correction_samples, len(everything))
+    activations = None
+    if request.activation_bits is not None:
+        batches = (batch.inputs for batch in fit.batches(64))
+        activations = collect_inputs(module, inventory, batches)
+    return Setting(
+        request=request,
+        module=module,
+        inventory=inventory,
+        table=table,
+        loss=loss_by_name(request.loss),
+        fit=fit,
+        holdout=holdout,
+        correcting=everything.subset(n_correcting, request.seed),
+        activations=activations,
+        ledger=ledger,
+        on_progress=on_progress,
+        cancelled=cancelled,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called ``name``; ``auto`` takes a GPU where there is one.
+
+    Raises:
+        InvalidInput: torch does not find it here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as err:
+        msg = f"a device must be 'auto', 'cpu', or one that torch finds here; got '{name}': {err}"
+        raise InvalidInput(msg, device=name) from err
+    return device
