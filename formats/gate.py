@@ -1,0 +1,340 @@
+"""``bitquota check``: hold a lock file to its model, target, bytes and quality limits."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree as ET
+
+from bitquota.errors import GateFailed, InvalidInput, StalePlan
+from bitquota.formats.targets import target_by_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from bitquota.canonical import JsonObject
+    from bitquota.formats.lock import Limits, Lock
+    from bitquota.plan import MeasuredLoss, Plan
+
+STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
+"""Environment variable that names the file of a GitHub job's summary."""
+
+
+class Status(StrEnum):
+    """How one check came out."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    STALE = "stale"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One check: what must hold, what was got, what to do."""
+
+    check: str
+    status: Status
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """A fresh measurement of the plan, to be held against the limits.
+
+    Attributes:
+        measured: The plan's loss increase (and accuracy).
+        full_precision: Of the unquantized model, for the drop in accuracy.
+        baselines: Baselines by name, measured on the same samples.
+    """
+
+    measured: MeasuredLoss
+    full_precision: MeasuredLoss | None = None
+    baselines: Mapping[str, MeasuredLoss] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckReport:
+    """All checks of one lock file."""
+
+    lock_digest: str
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 if all passed, 4 if something is stale, 1 if a limit is broken."""
+        statuses = {outcome.status for outcome in self.outcomes}
+        if Status.STALE in statuses:
+            return StalePlan.exit_code
+        return GateFailed.exit_code if Status.FAILED in statuses else 0
+
+    def require(self) -> None:
+        """Raise ``StalePlan`` or ``GateFailed`` with every message, unless all passed."""
+        bad = [o for o in self.outcomes if o.status in (Status.FAILED, Status.STALE)]
+        if bad:
+            kind = StalePlan if self.exit_code == StalePlan.exit_code else GateFailed
+            raise kind("; ".join(o.message for o in bad), checks=[o.check for o in bad])
+
+    def to_json(self) -> JsonObject:
+        """Return everything as plain JSON."""
+        return {
+            "lock_digest": self.lock_digest,
+            "exit_code": self.exit_code,
+            "outcomes": [asdict(o) | {"status": str(o.status)} for o in self.outcomes],
+        }
+
+    def to_markdown(self) -> str:
+        """Return a table for a job summary."""
+        verdict = {0: "passed", 1: "failed", 4: "is stale"}[self.exit_code]
+        lines = [f"### Bitquota check {verdict}", "", "| check | result | |", "|---|---|---|"]
+        for o in self.outcomes:
+            mark = {"passed": "✅", "failed": "❌", "stale": "⏳", "skipped": "➖"}[o.status]
+            message = o.message.replace("|", "\\|").replace("\n", " ")
+            lines.append(f"| {o.check} | {mark} {o.status} | {message} |")
+        return "\n".join(lines) + "\n"
+
+    def to_junit(self) -> str:
+        """Return JUnit XML: one test case per check; stale counts as an error."""
+        counts = {s: sum(o.status is s for o in self.outcomes) for s in Status}
+        suite = ET.Element(
+            "testsuite",
+            name="bitquota check",
+            tests=str(len(self.outcomes)),
+            failures=str(counts[Status.FAILED]),
+            errors=str(counts[Status.STALE]),
+            skipped=str(counts[Status.SKIPPED]),
+        )
+        for o in self.outcomes:
+            case = ET.SubElement(suite, "testcase", classname="bitquota.check", name=o.check)
+            tag = {"failed": "failure", "stale": "error", "skipped": "skipped"}.get(o.status)
+            if tag:
+                ET.SubElement(case, tag, message=o.message).text = o.message
+        root = ET.Element("testsuites")
+        root.append(suite)
+        ET.indent(root)
+        return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, "unicode") + "\n"
+
+
+def check_lock(
+    lock: Lock,
+    *,
+    model_digest: str | None = None,
+    plan: Plan | None = None,
+    folder: Path | None = None,
+    quality: Quality | None = None,
+    limits: Limits | None = None,
+    base: Lock | None = None,
+) -> CheckReport:
+    """Check a lock file against whatever is given.
+
+    Args:
+        lock: The file in git.
+        model_digest: Fingerprint of the model as it is now.
+        plan: A plan just made, which the lock must hold (else it is stale).
+        folder: Exported files, which must be those of the lock's receipts.
+        quality: A fresh measurement; without one the plan's own record is held to the limits.
+        limits: Override the lock's own.
+        base: The lock of the branch that this one is merged into: the model must not grow.
+
+    Cost: hashes the files of ``folder``.
+    """
+    wanted = lock.limits if limits is None else lock.limits.override(limits)
+    outcomes = [
+        _fingerprint(lock, model_digest),
+        _same_plan(lock, plan),
+        _target(lock),
+        _bytes(lock, wanted, base),
+        *_files(lock, folder, wanted),
+        _loss(lock, quality, wanted),
+        _drop(lock, quality, wanted),
+        _baselines(lock, quality, wanted),
+    ]
+    return CheckReport(lock_digest=lock.digest(), outcomes=tuple(outcomes))
+
+
+def append_step_summary(markdown: str, environment: Mapping[str, str]) -> bool:
+    """Append to the job summary if ``GITHUB_STEP_SUMMARY`` names one; say whether it did.
+
+    Raises:
+        InvalidInput: The file cannot be written.
+    """
+    name = environment.get(STEP_SUMMARY)
+    if not name:
+        return False
+    try:
+        with Path(name).open("a", encoding="utf-8") as file:
+            file.write(markdown)
+    except OSError as err:
+        msg = f"{STEP_SUMMARY} must name a file that can be written; '{name}': {err}"
+        raise InvalidInput(msg, path=name) from err
+    return True
+
+
+def _outcome(check: str, *, holds: bool, message: str, stale: bool = False) -> Outcome:
+    bad = Status.STALE if stale else Status.FAILED
+    return Outcome(check=check, status=Status.PASSED if holds else bad, message=message)
+
+
+def _skipped(check: str, why: str) -> Outcome:
+    return Outcome(check=check, status=Status.SKIPPED, message=why)
+
+
+def _fingerprint(lock: Lock, digest: str | None) -> Outcome:
+    check = "model fingerprint"
+    if digest is None:
+        return _skipped(check, "no model was given")
+    same = digest == lock.plan.model_digest
+    text = (
+        "the weights are those that the plan was made for"
+        if same
+        else f"the plan was made for {lock.plan.model_digest[:19]}…, the model is now "
+        f"{digest[:19]}…: plan again and commit the new lock file"
+    )
+    return _outcome(check, holds=same, message=text, stale=True)
+
+
+def _same_plan(lock: Lock, plan: Plan | None) -> Outcome:
+    check = "lock is current"
+    if plan is None:
+        return _skipped(check, "no plan was given")
+    same = plan.digest() == lock.plan.digest()
+    text = (
+        "the lock holds this plan"
+        if same
+        else f"the lock holds {lock.plan.digest()[:19]}…, the plan is {plan.digest()[:19]}…: "
+        "write the lock file anew"
+    )
+    return _outcome(check, holds=same, message=text, stale=True)
+
+
+def _target(lock: Lock) -> Outcome:
+    check = "target"
+    if lock.target is None:
+        return _skipped(check, "the lock names no target")
+    found = target_by_name(lock.target).check(lock.plan)
+    if not found:
+        return _outcome(check, holds=True, message=f"{lock.target} can store every layer")
+    shown = "; ".join(f"{', '.join(v.layers)}: {v.reason}" for v in found[:3])
+    more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+    text = f"{lock.target} cannot store {shown}{more}: plan with --target {lock.target}"
+    return _outcome(check, holds=False, message=text)
+
+
+def _bytes(lock: Lock, limits: Limits, base: Lock | None) -> Outcome:
+    check = "bytes of the model"
+    size = -(-lock.plan.model_bits // 8)
+    caps = {}
+    if limits.max_bytes is not None:
+        caps["the limit"] = limits.max_bytes
+    if base is not None:
+        caps["the base branch"] = -(-base.plan.model_bits // 8)
+    if not caps:
+        return _skipped(check, f"{size:,} bytes; no limit was set")
+    who, cap = min(caps.items(), key=lambda item: item[1])
+    text = f"{size:,} bytes, {who} is {cap:,}"
+    return _outcome(
+        check, holds=size <= cap, message=text if size <= cap else f"{text}: lower the budget"
+    )
+
+
+def _files(lock: Lock, folder: Path | None, limits: Limits) -> Sequence[Outcome]:
+    check = "exported files"
+    if folder is None:
+        return [_skipped(check, "no folder was given")]
+    expected = {f["name"]: f for receipt in lock.exports for f in receipt["files"]}
+    if not expected:
+        text = "the lock holds no receipt: export, and write the lock with the receipt"
+        return [_outcome(check, holds=False, message=text, stale=True)]
+    wrong = []
+    total = 0
+    for name, item in sorted(expected.items()):
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+            continue
+        total += path.stat().st_size
+        if path.stat().st_size != item["size_bytes"]:
+            wrong.append(f"{name} has {path.stat().st_size:,} bytes, not {item['size_bytes']:,}")
+        elif _digest(path) != item["digest"]:
+            wrong.append(f"{name} has other content")
+    text = "; ".join(wrong) or f"{len(expected)} files are those of the receipt"
+    if wrong:
+        text += ": export again"
+    outcomes = [_outcome(check, holds=not wrong, message=text)]
+    if limits.max_file_bytes is not None:
+        fits = total <= limits.max_file_bytes
+        text = f"{total:,} bytes in files, the limit is {limits.max_file_bytes:,}"
+        outcomes.append(_outcome("bytes of the files", holds=fits, message=text))
+    return outcomes
+
+
+def _loss(lock: Lock, quality: Quality | None, limits: Limits) -> Outcome:
+    check = "loss increase"
+    if limits.max_kl is None:
+        return _skipped(check, "no limit was set")
+    measured = lock.plan.measured if quality is None else quality.measured
+    if measured is None:
+        text = "the plan holds no measurement: evaluate it, or remove --max-kl"
+        return _outcome(check, holds=False, message=text)
+    holds = measured.mean <= limits.max_kl
+    text = (
+        f"{measured.mean:.6g} ± {measured.standard_error:.2g} {measured.unit} on "
+        f"{measured.n_samples} samples, the limit is {limits.max_kl:g}"
+    )
+    return _outcome(check, holds=holds, message=text)
+
+
+def _drop(lock: Lock, quality: Quality | None, limits: Limits) -> Outcome:
+    check = "accuracy drop"
+    if limits.max_drop is None:
+        return _skipped(check, "no limit was set")
+    del lock
+    full = None if quality is None else quality.full_precision
+    if quality is None or full is None or None in (quality.measured.accuracy, full.accuracy):
+        text = "a drop in accuracy needs labelled samples: hand in an evaluation set with labels"
+        return _outcome(check, holds=False, message=text)
+    assert quality.measured.accuracy is not None  # noqa: S101  # checked above
+    assert full.accuracy is not None  # noqa: S101  # checked above
+    drop = 100 * (full.accuracy - quality.measured.accuracy)
+    text = (
+        f"{100 * quality.measured.accuracy:.2f} % against {100 * full.accuracy:.2f} % in full "
+        f"precision: {drop:.2f} points, the limit is {limits.max_drop:g}"
+    )
+    return _outcome(check, holds=drop <= limits.max_drop, message=text)
+
+
+def _baselines(lock: Lock, quality: Quality | None, limits: Limits) -> Outcome:
+    check = "not worse than a baseline"
+    prefix = limits.not_worse_than
+    if prefix is None:
+        return _skipped(check, "no baseline was named")
+    check = f"not worse than {prefix}"
+    plan = lock.plan
+    fair = {
+        b.name: b.measured
+        for b in plan.baselines
+        if b.name.startswith(prefix) and b.size_bits <= plan.size_bits
+    }
+    measured = plan.measured
+    if quality is not None:
+        measured = quality.measured
+        fresh = quality.baselines or {}
+        fair = {name: fresh[name] for name in fair if name in fresh}
+    if measured is None or not fair:
+        text = f"the plan must be measured beside baselines called '{prefix}…' that fit its bytes"
+        return _outcome(check, holds=False, message=f"{text}; there are none: plan again")
+    best = min(fair, key=lambda name: fair[name].mean)
+    holds = measured.mean <= fair[best].mean
+    text = f"{measured.mean:.6g} against {fair[best].mean:.6g} of {best} at no more bytes"
+    return _outcome(check, holds=holds, message=text)
+
+
+def _digest(path: Path) -> str:
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            state.update(chunk)
+    return f"sha256:{state.hexdigest()}"
