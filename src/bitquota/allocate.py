@@ -28,7 +28,8 @@ from bitquota.sensitivity.input_moments import input_grams
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.measure import measure_by_name
 from bitquota.sensitivity.moves import Limits
-from bitquota.sensitivity.refine import refine
+from bitquota.sensitivity.refine import RefineSettings, refine
+from bitquota.sensitivity.robust import project
 from bitquota.sensitivity.runner import QuantizedWeights, make_runner
 from bitquota.solver import Problem, Status, build_problem, solve
 from bitquota.storage import Rounding
@@ -52,6 +53,9 @@ if TYPE_CHECKING:
 
 REFINE = "refine"
 """The measure that solves, measures around the plan found, and solves again; the default."""
+
+_REFINEMENT = {True: RefineSettings(), False: RefineSettings(iterations=0)}
+"""Without re-linearisation what is left are proposals from one matrix and measured swaps."""
 
 BATCH = 64
 """Samples of one forward pass where nothing is cached."""
@@ -158,9 +162,9 @@ def allocate(
         MeasurementFailed: A loss is not finite.
         Cancelled: ``cancelled`` answered true; the ledger keeps what was measured.
 
-    Cost: that of the measure around full precision once; with ``refine`` a few more
-    linearisations (one run behind one group per row each) and some fifty passes for each budget;
-    and about ten passes over the hold-out samples for each budget.
+    Cost: that of the measure around full precision once; for each budget some thirty passes of
+    measured proposals and swaps, with ``refine`` a few more linearisations (one run behind one
+    group per row each), and about ten passes over the hold-out samples.
     """
     if not request.budgets:
         msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
@@ -471,6 +475,7 @@ def _refine(
         solve=propose,
         starts=starts,
         first=(source.matrix, source.differences),
+        settings=_REFINEMENT[setting.request.measure in ("auto", REFINE)],
         ledger=setting.ledger,
         on_progress=setting.on_progress,
         cancelled=setting.cancelled,
@@ -506,14 +511,15 @@ def _plan(
     baselines = {name: choice for name, choice in simple.items() if problem.is_feasible(choice)}
     for name, score in source.scores.items():
         baselines[name] = _choice(_solve(setting, build_problem(score, budgets)))
-    matrix = source.matrix
-    if setting.request.measure in ("auto", REFINE):
-        matrix, found = _refine(setting, runner, source, problem, baselines | known)
-        problem = build_problem(matrix, budgets)
-        solution = _solve(setting, problem)
-    else:
-        solution = _solve(setting, problem)
-        found = _choice(solution)
+    starts = baselines | known
+    if source.matrix.cross is not None:
+        # The exact optimum of a noisy matrix stacks its errors; that of the tamer projection is
+        # often better in truth. Both are only proposals: measurements decide.
+        tamed = _solve(setting, build_problem(project(source.matrix), budgets))
+        starts["projected"] = _choice(tamed)
+    matrix, found = _refine(setting, runner, source, problem, starts)
+    problem = build_problem(matrix, budgets)
+    solution = _solve(setting, problem)
     choices = {SOLVER: found, **baselines}
     measured = _measure_choices(setting, choices, stage)
     # Ties go to the solver's plan, which comes first.

@@ -33,8 +33,9 @@ class PlanRequest:
         corrections: What ships with the plan, measured with it.
         correction_samples: Samples that re-estimate statistics.
         loss: Name of the loss whose increase is minimised.
-        measure: ``refine`` (also ``auto``) solves, measures around the plan found, and solves
-            again; the others solve one matrix: ``pairs`` (exact), ``gram``, ``diagonal``.
+        measure: ``pairs`` (exact), ``gram``, ``diagonal``, … measure one matrix, solve it, and
+            improve the choice by measured swaps; ``refine`` (also ``auto``) starts from the Gram
+            matrix and measures anew around each plan that it finds.
         samples: Calibration samples for the measurement.
         holdout_samples: Further samples on which plans and baselines are compared; when the set
             is too small for both, each gets its share.
