@@ -25,6 +25,7 @@ from bitquota.sensitivity.runner import (
     input_quantizer,
     inputs_of,
     labels_of,
+    put_in_eval_mode,
     run_module,
 )
 
@@ -112,7 +113,7 @@ def apply_plan(
     Raises:
         InvalidInput: A correction needs samples and got none.
     """
-    quantized = copy.deepcopy(module).eval()
+    quantized = put_in_eval_mode(copy.deepcopy(module))
     weights = weights or QuantizedWeights(module, inventory)
     own = QuantizedWeights(quantized, inventory)
     for name, candidate in as_change(candidates).items():
@@ -168,7 +169,7 @@ def measure_choice(
         MeasurementFailed: A loss is not finite.
         Cancelled: ``cancelled`` said so.
     """
-    module.eval()
+    put_in_eval_mode(module)
     book = MemoryLedger() if ledger is None else ledger
     chunks = cut(len(calibration), batch_size)
     context = {

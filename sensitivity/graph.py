@@ -36,6 +36,7 @@ from bitquota.sensitivity.runner import (
     input_quantizer,
     inputs_of,
     labels_of,
+    put_in_eval_mode,
     run_module,
     tensor_of,
 )
@@ -253,7 +254,7 @@ class GraphRunner:
 
     def __post_init__(self) -> None:
         """Export the model and choose the chunk size."""
-        self.module.eval()
+        put_in_eval_mode(self.module)
         self.weights = QuantizedWeights(self.module, self.inventory)
         n = len(self.calibration)
         size = min(self.chunk_size, n)

@@ -9,6 +9,7 @@ samples whatever is asked for, so a value never depends on what else was measure
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -240,6 +241,13 @@ def checked_output(value: Any, n_samples: int) -> Tensor:  # noqa: ANN401  # wha
     return output
 
 
+def put_in_eval_mode(module: nn.Module) -> nn.Module:
+    """Put ``module`` in eval mode and return it; an exported one is in the mode it was saved in."""
+    with contextlib.suppress(NotImplementedError):
+        module.eval()
+    return module
+
+
 def run_module(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     """Call ``module`` on ``inputs`` without gradients and return its primary output.
 
@@ -290,7 +298,7 @@ class EagerRunner:
 
     def __post_init__(self) -> None:
         """Cut the samples into chunks."""
-        self.module.eval()
+        put_in_eval_mode(self.module)
         self.weights = QuantizedWeights(self.module, self.inventory)
         n = len(self.calibration)
         self.chunks = cut(n, self.chunk_size)
@@ -454,7 +462,7 @@ def make_runner(
     """
     from bitquota.sensitivity.graph import GraphRunner
 
-    module.eval()
+    put_in_eval_mode(module)
     if chunk_size is None:
         # Batch statistics need enough samples to stand for the whole set.
         chunk_size = DEFAULT_CHUNK if batch_norm == "eval" else 4 * DEFAULT_CHUNK

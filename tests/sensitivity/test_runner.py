@@ -182,6 +182,20 @@ class TestMakeRunner:
         with pytest.raises(InvalidCalibration, match=r"samples of shape \[5, 8, 8\] float32"):
             make_runner(module, inventory_of(module), wrong, engine=engine)
 
+    def test_runs_modules_of_torch_export(self):
+        """What a .pt2 file gives can be run again as a graph, and equals the module."""
+        module, data = build(Residual), samples(Residual)
+        batch = torch.export.Dim.AUTO
+        exported = torch.export.export(
+            module, (data.inputs[0][:2],), dynamic_shapes=({0: batch},)
+        ).module()
+        runner = make_runner(exported, inventory_of(module), data, chunk_size=5)
+        plain = make_runner(module, inventory_of(module), data, chunk_size=5)
+        one = changes(plain.inventory)[1]
+
+        assert runner.engine == "graph"
+        assert torch.equal(runner.start(0, one).output, plain.start(0, one).output)
+
     def test_ties_change_together(self):
         """A tied weight is replaced wherever it is used."""
         graph, eager = runners(Attention)
