@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from bitquota.errors import InvalidInput
 from bitquota.formats.exports.compressed_tensors_folder import CompressedTensorsFolder
+from bitquota.formats.exports.config_files import CONFIG_FILES
+from bitquota.formats.exports.gguf_file import GgufFile
 from bitquota.formats.exports.onnx_qdq import OnnxQdq
+from bitquota.formats.exports.openvino_ir import OpenvinoIr
 from bitquota.formats.exports.prepared import PreparedExport, prepare_export
 from bitquota.formats.exports.receipt import Difference, FileReceipt, Receipt, TensorReceipt
 from bitquota.formats.exports.ref_int import RefInt
@@ -65,7 +68,15 @@ class Exporter(Protocol):
 
 
 EXPORTERS: dict[str, Exporter] = {
-    exporter.name: exporter for exporter in (RefInt(), CompressedTensorsFolder(), OnnxQdq())
+    exporter.name: exporter
+    for exporter in (
+        RefInt(),
+        CompressedTensorsFolder(),
+        OnnxQdq(),
+        OpenvinoIr(),
+        GgufFile(),
+        *CONFIG_FILES,
+    )
 }
 """In order of preference."""
 
