@@ -10,7 +10,9 @@ import io
 import json
 import math
 import struct
+import tokenize
 import zipfile
+import zlib
 from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
@@ -36,6 +38,13 @@ _DTYPE_BITS = {
     "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64,
     "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
+
+
+# numpy reads a header with Python's own parser, which has errors of its own.
+_UNREADABLE = (
+    ValueError, KeyError, TypeError, OSError, EOFError, SyntaxError, tokenize.TokenError,
+    RecursionError, MemoryError, zipfile.BadZipFile, zlib.error, NotImplementedError,
+)  # fmt: skip
 
 
 class ModelFormat(StrEnum):
@@ -240,14 +249,7 @@ def _npy_header(
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, _, dtype = reader(head)
-    except (
-        ValueError,
-        KeyError,
-        OSError,
-        EOFError,
-        zipfile.BadZipFile,
-        NotImplementedError,
-    ) as err:
+    except _UNREADABLE as err:
         msg = f"'{name}' must be a .npy array with a readable header; got: {err}"
         raise InvalidCalibration(msg, member=name) from err
     if dtype.hasobject:
