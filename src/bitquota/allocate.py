@@ -51,11 +51,11 @@ if TYPE_CHECKING:
     from bitquota.sensitivity.runner import Runner
     from bitquota.solver import Solution
 
-REFINE = "refine"
-"""The measure that solves, measures around the plan found, and solves again; the default."""
+GRAM = "gram"
+"""The measure that ``auto`` stands for."""
 
-_REFINEMENT = {True: RefineSettings(), False: RefineSettings(iterations=0)}
-"""Without re-linearisation what is left are proposals from one matrix and measured swaps."""
+_REFINEMENT = {True: RefineSettings(), False: RefineSettings(iterations=0, swap_rounds=0)}
+"""Without refinement what is left are the proposals from one matrix, measured."""
 
 BATCH = 64
 """Samples of one forward pass where nothing is cached."""
@@ -162,9 +162,9 @@ def allocate(
         MeasurementFailed: A loss is not finite.
         Cancelled: ``cancelled`` answered true; the ledger keeps what was measured.
 
-    Cost: that of the measure around full precision once; for each budget some thirty passes of
-    measured proposals and swaps, with ``refine`` a few more linearisations (one run behind one
-    group per row each), and about ten passes over the hold-out samples.
+    Cost: that of the measure around full precision once; for each budget about ten passes of
+    measured proposals and ten over the hold-out samples; with ``request.refine`` up to a few more
+    linearisations (one run behind one group per row each) and some thirty measured swaps.
     """
     if not request.budgets:
         msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
@@ -390,7 +390,7 @@ class _Source:
 
 def _measure(setting: _Setting, runner: Runner) -> _Source:
     differences = None
-    if setting.request.measure in ("auto", REFINE):
+    if setting.request.measure in ("auto", GRAM):
         matrix, differences = measure_differences(
             runner,
             setting.table,
@@ -475,7 +475,7 @@ def _refine(
         solve=propose,
         starts=starts,
         first=(source.matrix, source.differences),
-        settings=_REFINEMENT[setting.request.measure in ("auto", REFINE)],
+        settings=_REFINEMENT[setting.request.refine],
         ledger=setting.ledger,
         on_progress=setting.on_progress,
         cancelled=setting.cancelled,

@@ -12,7 +12,7 @@ from bitquota.storage import WEIGHT_BITS, Scheme
 if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
 
-MEASURES = ("auto", "refine", "pairs", "gram", "diagonal")
+MEASURES = ("auto", "gram", "pairs", "diagonal", "tangent")
 LOSSES = ("kl", "cross_entropy", "mse", "cosine")
 DEFAULT_WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
 
@@ -33,9 +33,10 @@ class PlanRequest:
         corrections: What ships with the plan, measured with it.
         correction_samples: Samples that re-estimate statistics.
         loss: Name of the loss whose increase is minimised.
-        measure: ``pairs`` (exact), ``gram``, ``diagonal``, … measure one matrix, solve it, and
-            improve the choice by measured swaps; ``refine`` (also ``auto``) starts from the Gram
-            matrix and measures anew around each plan that it finds.
+        measure: How the matrix around full precision is measured: ``gram`` (also ``auto``),
+            ``pairs`` (exact, dear), ``diagonal``, ``tangent``.
+        refine: Whether to go on from there: measure anew around the plan found, solve again, and
+            try swaps on the true loss.
         samples: Calibration samples for the measurement.
         holdout_samples: Further samples on which plans and baselines are compared; when the set
             is too small for both, each gets its share.
@@ -57,6 +58,7 @@ class PlanRequest:
     correction_samples: int = 1024
     loss: str = "kl"
     measure: str = "auto"
+    refine: bool = True
     samples: int = 512
     holdout_samples: int = 512
     seed: int = 0

@@ -58,7 +58,13 @@ Holdout = Annotated[
 ]
 LossName = Annotated[str, typer.Option("--loss", help="kl, cross_entropy, mse or cosine.")]
 MeasureName = Annotated[
-    str, typer.Option("--measure", help="auto, refine, pairs, gram or diagonal.")
+    str, typer.Option("--measure", help="auto, gram, pairs, diagonal or tangent.")
+]
+Refine = Annotated[
+    bool,
+    typer.Option(
+        "--refine/--no-refine", help="Measure anew around the plan found, and solve again."
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of samples and solver.")]
 GridName = Annotated[Grid, typer.Option("--grid", help="Integer grid of the weights.")]
@@ -127,6 +133,7 @@ def plan_request(
     measure: str,
     seed: int,
     scheme: Scheme,
+    refine: bool = True,
     solver: str = "auto",
     gap: float = 1e-4,
     time_limit: float | None = None,
@@ -143,6 +150,7 @@ def plan_request(
         corrections=tuple(corrections or ()),
         loss=loss,
         measure=measure,
+        refine=refine,
         samples=samples,
         holdout_samples=holdout,
         seed=seed,

@@ -35,6 +35,7 @@ def plan(
     holdout: opt.Holdout = 512,
     loss: opt.LossName = "kl",
     measure_name: opt.MeasureName = "auto",
+    refine: opt.Refine = True,
     seed: opt.Seed = 0,
     grid: opt.GridName = Grid.SYMMETRIC,
     granularity: opt.GranularityName = Granularity.CHANNEL,
@@ -76,6 +77,7 @@ def plan(
         holdout=holdout,
         loss=loss,
         measure=measure_name,
+        refine=refine,
         seed=seed,
         scheme=Scheme(
             grid=grid,
