@@ -77,7 +77,7 @@ class TestThresholdWithin:
 
         assert limits.allow(matrix.table, choice)
         assert choice == threshold_choice(matrix, multiplier)
-        for smaller in np.linspace(1.0, multiplier, 200, endpoint=False):
+        for smaller in (m for m in np.linspace(1.0, multiplier, 200) if m < multiplier):
             assert not limits.allow(matrix.table, threshold_choice(matrix, float(smaller)))
 
     def test_none_below_the_smallest_plan(self, matrix):
