@@ -110,8 +110,9 @@ class ImportedMeasurement:
 
     @property
     def shift_bits(self) -> int:
-        """What ``costs`` adds to the tool's own total: subtract it from a limit in its terms."""
-        return int(self.costs.sum() - sum(option.cost_bits for option in self.options))
+        """What ``costs`` adds to the tool's own total: add it to a limit in the tool's terms."""
+        raw = np.array([option.cost_bits for option in self.options], dtype=np.int64)
+        return int(-np.minimum.reduceat(raw, self.offsets[:-1]).clip(max=0).sum())
 
     def chosen(self, choice: NDArray[np.int64] | tuple[int, ...]) -> tuple[Option, ...]:
         """Return the option of each group that a choice (index within the group) names."""
