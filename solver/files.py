@@ -41,7 +41,8 @@ def read_problem(
         )
         raise InvalidBudget(msg)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # An open file of our own: np.load leaves its own one open when the archive is damaged.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = set(archive.files)
             plain: dict[str, Any] = {}
             if {"G", "sizes"} <= names:

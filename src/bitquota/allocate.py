@@ -16,6 +16,7 @@ from bitquota.candidates import CandidateTable, Inventory, enumerate_candidates
 from bitquota.canonical import digest_json
 from bitquota.corrections import Correction
 from bitquota.errors import Infeasible, InvalidInput, StalePlan
+from bitquota.formats import check_calibration
 from bitquota.plan import SOLVER, Assignment, Baseline, MeasuredLoss, Plan, Proof
 from bitquota.progress import Progress
 from bitquota.quantizers.activations import collect_inputs
@@ -241,6 +242,7 @@ def evaluate_plans(
     """
     where = _device(device)
     function = loss_by_name(loss)
+    check_calibration(model, data)
     samples = data.to(where)
     correcting = None if correction_data is None else correction_data.to(where)
     plain = copy.deepcopy(model.module).to(where).eval()
@@ -310,6 +312,7 @@ def _prepare(
     cancelled: IsCancelled | None,
 ) -> _Setting:
     where = _device(device)
+    check_calibration(model, calibration)
     everything = calibration.to(where)
     module = copy.deepcopy(model.module).to(where).eval()
     if Correction.FOLD_BATCH_NORM in request.corrections:
