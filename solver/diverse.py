@@ -1,14 +1,15 @@
-"""Several good plans that differ: the best, the best that differs from it, and so on."""
+"""The best choices that differ from each other: the best, the best unlike it, and so on."""
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bitquota.errors import Infeasible, InvalidProblem
-from bitquota.solver.problem import Problem
-from bitquota.solver.solution import Solution, Status
+from bitquota.solver.solution import Status
 from bitquota.solver.solve import GAP, solve
 
 if TYPE_CHECKING:
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from bitquota.solver.problem import Problem
+    from bitquota.solver.solution import Solution
+
     Ints = NDArray[np.int64]
 
 
-def diverse(
+def top_k(
     problem: Problem,
-    count: int,
+    k: int,
     *,
     distance: int = 1,
     weights: Sequence[int] | None = None,
@@ -29,39 +33,74 @@ def diverse(
     time_limit_s: float | None = None,
     seed: int = 0,
     cancelled: Callable[[], bool] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> tuple[Solution, ...]:
+    """Return up to ``k`` solutions, best first, each far enough from those before.
+
+    All that ``diverse`` yields with a choice; arguments and errors are the same.
+    """
+    found = diverse(
+        problem,
+        k,
+        distance=distance,
+        weights=weights,
+        gap=gap,
+        time_limit_s=time_limit_s,
+        seed=seed,
+        cancelled=cancelled,
+        clock=clock,
+    )
+    return tuple(solution for solution in found if solution.choice is not None)
+
+
+def diverse(
+    problem: Problem,
+    k: int,
+    *,
+    distance: int = 1,
+    weights: Sequence[int] | None = None,
+    gap: float = GAP,
+    time_limit_s: float | None = None,
+    seed: int = 0,
+    cancelled: Callable[[], bool] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Solution]:
-    """Yield up to ``count`` solutions, each the best that differs enough from all before it.
+    """Yield up to ``k`` solutions, each the best that differs enough from all before it.
 
     "Differs enough" is one more row of zeros and weights per earlier choice: the groups that agree
-    with it weigh at most the total less ``distance``. So each solution is exact (within ``gap``,
-    when no limit strikes), and its certificate is one for ``excluding(problem, earlier, …)``. With
-    ``distance`` 1 and no weights these are the ``count`` best choices.
+    with it weigh at most the total less ``distance``. So each solution is exact (within ``gap``),
+    and its certificate is one for ``excluding(problem, earlier, …)``. With ``distance`` 1 and no
+    weights these are the ``k`` best choices.
 
     Args:
         problem: What to solve.
-        count: How many solutions at most; fewer come when no other choice is left or nothing was
-            found in time.
+        k: How many solutions at most. Fewer come when no other choice is left, or after the
+            first that a limit stopped: it may be worse than one that would follow. When there is
+            none at all, the solution that says so is the only one.
         distance: Least total weight of the groups in which two solutions differ.
         weights: What each group counts, such as its number of weights; 1 each by default.
         gap: Relative gap of each.
-        time_limit_s: Seconds for each.
+        time_limit_s: Seconds by ``clock`` in all.
         seed: For the search.
         cancelled: ``True`` stops.
+        clock: What the time limit is measured with.
 
     Raises:
-        InvalidProblem: ``count`` or ``distance`` below 1, or weights that are negative or do not
-            fit the groups.
+        InvalidProblem: ``k`` or ``distance`` below 1, or weights that are negative or do not fit
+            the groups.
         Infeasible: The problem itself has no solution by one budget alone.
     """
-    if count < 1:
-        msg = f"'count' must be at least 1; got {count}"
+    if k < 1:
+        msg = f"'k' must be at least 1; got {k}"
         raise InvalidProblem(msg)
+    begin = clock()
     found: list[Ints] = []
-    while len(found) < count:
+    while len(found) < k:
         rest = excluding(problem, found, distance=distance, weights=weights)
+        left = None if time_limit_s is None else max(0.0, time_limit_s - (clock() - begin))
         try:
             solution = solve(
-                rest, gap=gap, time_limit_s=time_limit_s, seed=seed, cancelled=cancelled
+                rest, gap=gap, time_limit_s=left, seed=seed, cancelled=cancelled, clock=clock
             )
         except Infeasible:
             if not found:
@@ -73,7 +112,7 @@ def diverse(
             return
         found.append(solution.choice)
         yield solution
-        if solution.status is not Status.OPTIMAL and cancelled is not None and cancelled():
+        if solution.status is not Status.OPTIMAL:
             return
 
 
@@ -100,21 +139,13 @@ def excluding(
         raise InvalidProblem(msg)
     if not choices:
         return problem
-    rows = np.zeros((len(choices), problem.n_rows), dtype=np.int64)
+    taken = np.zeros((len(choices), problem.n_rows), dtype=np.int64)
     for k, choice in enumerate(choices):
-        rows[k, problem.rows(choice)] = weight
-    limits = np.full(len(choices), int(weight.sum()) - distance, dtype=np.int64)
-    return Problem(
-        diagonal=problem.diagonal,
-        cross=problem.cross,
-        offsets=problem.offsets,
-        costs=np.concatenate([problem.costs, rows]),
-        limits=np.concatenate([problem.limits, limits]),
-        resources=(*problem.resources, *(f"like plan {k + 1}" for k in range(len(choices)))),
-        groups=problem.groups,
-        labels=problem.labels,
-        constant=problem.constant,
-        allowed=problem.allowed,
-        forbidden_pairs=problem.forbidden_pairs,
-        required_pairs=problem.required_pairs,
+        taken[k, problem.rows(choice)] = weight
+    allowance = np.full(len(choices), int(weight.sum()) - distance, dtype=np.int64)
+    return replace(
+        problem,
+        costs=np.concatenate([problem.costs, taken]),
+        limits=np.concatenate([problem.limits, allowance]),
+        resources=(*problem.resources, *(f"unlike plan {k + 1}" for k in range(len(choices)))),
     )

@@ -13,7 +13,7 @@ from bitquota.errors import BudgetTooSmall, InvalidProblem
 from bitquota.solver import Status
 from bitquota.solver.brute_force import feasible_choices
 from bitquota.solver.checker import check_solution
-from bitquota.solver.diverse import diverse, excluding
+from bitquota.solver.diverse import diverse, excluding, top_k
 from contracts.solver_backend import small
 from strategies import problems
 
@@ -86,13 +86,31 @@ class TestDiverse:
     @pytest.mark.parametrize(
         ("options", "word"),
         [
-            ({"count": 0}, "count"),
-            ({"count": 2, "distance": 0}, "distance"),
-            ({"count": 2, "weights": [1, 2]}, "weights"),
-            ({"count": 2, "weights": [1, 2, -1]}, "weights"),
+            ({"k": 0}, "'k'"),
+            ({"k": 2, "distance": 0}, "distance"),
+            ({"k": 2, "weights": [1, 2]}, "weights"),
+            ({"k": 2, "weights": [1, 2, -1]}, "weights"),
         ],
     )
     def test_bad_options_are_named(self, options, word):
         """The message names the option."""
         with pytest.raises(InvalidProblem, match=word):
-            list(diverse(small(), options.pop("count"), **options))
+            list(diverse(small(), options.pop("k"), **options))
+
+
+class TestTopK:
+    def test_is_what_diverse_yields(self):
+        """The same solutions, as a tuple; none for an infeasible problem."""
+        values = [s.objective for s in diverse(small(), 4)]
+        assert values == [s.objective for s in top_k(small(), 4)] == sorted(values)
+        jointly = small(
+            costs=np.array([[2, 4, 8, 4, 8, 16, 2, 4, 8], [8, 4, 2, 16, 8, 4, 8, 4, 2]]),
+            limits=np.array([9, 9]),
+        )
+        assert () == top_k(jointly, 2)
+
+    def test_time_is_for_all(self):
+        """Time is shared: once it is used up no further solution is sought."""
+        ticks = iter(range(10_000))
+        found = top_k(small(), 5, time_limit_s=0.5, clock=lambda: float(next(ticks)))
+        assert len(found) <= 1
