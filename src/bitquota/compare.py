@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import bitquota
+from bitquota.allocate import PROPOSAL_GAP, PROPOSAL_NODES, SOLVER_NODES
 from bitquota.comparison import Comparison, Entry, Measured
 from bitquota.errors import Infeasible, InvalidInput
 from bitquota.sensitivity.baselines import baseline_choices, size_only
+from bitquota.sensitivity.gram import measure_differences
 from bitquota.sensitivity.measure import measures
 from bitquota.sensitivity.metrics import METRICS, find_flags, threshold_within
 from bitquota.sensitivity.metrics.agreement import near_choices, random_choices, spearman
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from bitquota.sensitivity.evaluate import ChoiceLoss
     from bitquota.sensitivity.ledger import Ledger
     from bitquota.sensitivity.moves import Choice
-    from bitquota.sensitivity.runner import Runner
     from bitquota.setting import Setting
 
 AFFORDABLE_PASSES = 500.0
@@ -248,6 +249,7 @@ class _Comparing:
             problem,
             backend=request.solver,
             gap=request.gap,
+            node_limit=SOLVER_NODES,
             time_limit_s=request.time_limit_s,
             seed=request.seed,
             cancelled=self.setting.cancelled,
@@ -278,17 +280,24 @@ class _Comparing:
         return drafts
 
     def refined(self, drafts: Sequence[_Draft], skipped: dict[str, str]) -> list[_Draft]:
-        """Refine the best starts; one half of the fit samples proposes, the other decides.
+        """Refine the best starts on the fit samples, as ``allocate`` does.
 
         The hold-out samples stay unseen, so refinement is judged like everything else.
         """
         setting = self.setting
-        fit, judge = setting.fit.split(0.5, setting.request.seed)
-        runners: list[Runner] = [setting.runner(fit), setting.runner(judge)]
-        cost = measures()["gram"].cost(runners[0], setting.table)
+        runner = setting.runner()
+        cost = measures()["gram"].cost(runner, setting.table)
         if self._too_dear(REFINE, 4 * cost, skipped):
             return []
         start = self.clock()
+        first = measure_differences(
+            runner,
+            setting.table,
+            setting.loss,
+            ledger=setting.ledger,
+            on_progress=setting.on_progress,
+            cancelled=setting.cancelled,
+        )
         matrices: list[SensitivityMatrix | None] = []
         choices: list[Choice | None] = []
         simple = baseline_choices(setting.table)
@@ -297,26 +306,24 @@ class _Comparing:
             starts = {SIZE_ONLY: self._solved(problem), **simple}
             starts |= {d.name: c for d in drafts if d.name in _CHEAP_STARTS and (c := d.choices[k])}
             refinement = refine(
-                runners[0],
+                runner,
                 setting.table,
                 setting.loss,
                 limits=_limits(problem),
                 solve=self._within,
                 starts=starts,
-                judge=runners[1],
+                first=first,
                 ledger=setting.ledger,
                 on_progress=setting.on_progress,
                 cancelled=setting.cancelled,
             )
             matrices.append(refinement.matrix)
             choices.append(refinement.choice)
-        # Passes over half the samples, stated in passes over all of them.
-        share = [len(part) / len(setting.fit) for part in (fit, judge)]
         return [
             _Draft(
                 name=REFINE,
                 kind="search",
-                passes=sum(r.passes.passes * s for r, s in zip(runners, share, strict=True)),
+                passes=runner.passes.passes,
                 cpu_seconds=self.clock() - start,
                 matrices=matrices,
                 choices=choices,
@@ -332,10 +339,15 @@ class _Comparing:
             limits=limits.limits,
             constant=matrix.constant,
         )
-        try:
-            return self._solved(problem)
-        except Infeasible:
-            return None
+        solution = solve(
+            problem,
+            backend=self.setting.request.solver,
+            gap=max(PROPOSAL_GAP, self.setting.request.gap),
+            node_limit=PROPOSAL_NODES,
+            seed=self.setting.request.seed,
+            cancelled=self.setting.cancelled,
+        )
+        return None if solution.choice is None else tuple(int(c) for c in solution.choice)
 
     def ranked_plans(self, k: int, drafts: Sequence[_Draft], n: int) -> list[Choice]:
         """Return random and near-good plans within budget ``k``; none of them is a draft's."""

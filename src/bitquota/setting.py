@@ -10,27 +10,33 @@ import torch
 
 from bitquota.budget import Budget
 from bitquota.candidates import CandidateTable, Inventory, enumerate_candidates
+from bitquota.canonical import digest_json
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
+from bitquota.formats import check_calibration
 from bitquota.quantizers.activations import collect_inputs
 from bitquota.sensitivity.corrections import fold_batch_norm
 from bitquota.sensitivity.discovery import discover
 from bitquota.sensitivity.evaluate import ChoiceLoss, measure_choice
+from bitquota.sensitivity.input_moments import input_grams
 from bitquota.sensitivity.losses import loss_by_name
-from bitquota.sensitivity.runner import make_runner
+from bitquota.sensitivity.runner import QuantizedWeights, make_runner
+from bitquota.storage import Rounding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
+    from collections.abc import Sequence
 
     from bitquota.formats import LoadedModel
     from bitquota.progress import IsCancelled, OnProgress
+    from bitquota.quantizers.activations import CalibratedInputs
     from bitquota.request import PlanRequest
     from bitquota.sensitivity.calibration import CalibrationSet
     from bitquota.sensitivity.ledger import Ledger
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runner import Runner
+
+BATCH = 64
+"""Samples of one forward pass where nothing is cached."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +52,9 @@ class Setting:
         fit: Samples that sensitivities are measured on.
         holdout: Disjoint samples that choices are compared on.
         correcting: Samples that corrections see (without labels).
+        weights: Quantized weights, fitted to ``fit`` where the scheme rounds with feedback.
         activations: Calibrated input quantizers, when candidates quantize inputs.
+        origin: Digest of what ``weights`` and ``activations`` were fitted on, or empty.
         ledger: Where measurements are kept.
         on_progress: Called after each unit of work.
         cancelled: Asked between units of work.
@@ -60,7 +68,9 @@ class Setting:
     fit: CalibrationSet
     holdout: CalibrationSet
     correcting: CalibrationSet
-    activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None
+    weights: QuantizedWeights
+    activations: CalibratedInputs | None
+    origin: str
     ledger: Ledger
     on_progress: OnProgress | None = None
     cancelled: IsCancelled | None = None
@@ -74,6 +84,8 @@ class Setting:
             self.fit if samples is None else samples,
             batch_norm="batch" if repaired else "eval",
             activations=self.activations,
+            weights=self.weights,
+            origin=self.origin,
         )
 
     def budgets(self, text: str) -> tuple[Budget, ...]:
@@ -102,6 +114,8 @@ class Setting:
             corrections=() if choice is None else self.request.corrections,
             correction_data=self.correcting,
             activations=self.activations,
+            weights=self.weights,
+            origin=self.origin,
             ledger=self.ledger,
             on_progress=self.on_progress,
             cancelled=self.cancelled,
@@ -125,9 +139,10 @@ def prepare(
         InvalidInput: The request does not fit the model or the calibration set.
 
     Cost: a forward pass or two over single samples; two over the fit samples when inputs
-    are to be quantized.
+    are to be quantized, one when rounding has feedback.
     """
     where = choose_device(device)
+    check_calibration(model, calibration)
     everything = calibration.to(where)
     module = copy.deepcopy(model.module).to(where).eval()
     example = everything.first(2).inputs
@@ -146,10 +161,12 @@ def prepare(
     drawn = everything.subset(min(wanted, len(everything)), request.seed)
     fit, holdout = drawn.split(request.holdout_samples / wanted, request.seed)
     n_correcting = min(request.correction_samples, len(everything))
-    activations = None
+    grams = activations = None
+    if request.scheme.rounding is Rounding.ERROR_FEEDBACK:
+        grams = input_grams(module, inventory, (b.inputs for b in fit.batches(BATCH)))
     if request.activation_bits is not None:
-        batches = (batch.inputs for batch in fit.batches(64))
-        activations = collect_inputs(module, inventory, batches)
+        activations = collect_inputs(module, inventory, (b.inputs for b in fit.batches(BATCH)))
+    fitted = activations is not None or grams is not None
     return Setting(
         request=request,
         module=module,
@@ -159,7 +176,9 @@ def prepare(
         fit=fit,
         holdout=holdout,
         correcting=everything.subset(n_correcting, request.seed),
+        weights=QuantizedWeights(module, inventory, grams),
         activations=activations,
+        origin=digest_json(fit.to_json()) if fitted else "",
         ledger=ledger,
         on_progress=on_progress,
         cancelled=cancelled,
