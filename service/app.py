@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
@@ -82,4 +83,28 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(solving.router)
     app.include_router(operations.router)
 
+    describe_problems(app)
     return app
+
+
+def describe_problems(app: FastAPI) -> None:
+    """Have the OpenAPI document say that errors are problem+json, which FastAPI takes for JSON."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = plain()
+            problem = {"schema": {"$ref": "#/components/schemas/Problem"}}
+            for path in document["paths"].values():
+                for operation in path.values():
+                    answers = operation["responses"]
+                    # Any request can be malformed or too large.
+                    for status in ("413", "422"):
+                        answers.setdefault(status, {"description": HTTPStatus(int(status)).phrase})
+                    for status, answer in answers.items():
+                        if status >= "400":
+                            answer["content"] = {problems.MEDIA_TYPE: problem}
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -8,11 +8,13 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Request, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.responses import JSONResponse
 
 import bitquota
-from bitquota.errors import BitquotaError
+from bitquota.errors import BitquotaError, ServiceError
 from bitquota.service.database import jobs
 from bitquota.service.jobs import JobStatus
+from bitquota.service.problems import problem_response
 from bitquota.service.schemas import Problem
 from bitquota.service.state import Service, caller_of
 
@@ -82,17 +84,21 @@ def healthz() -> dict[str, str]:
     return {"status": "ok", "version": bitquota.__version__}
 
 
-@router.get("/readyz", responses={503: {"model": Problem}})
-def readyz(service: Service, response: Response) -> dict[str, object]:
+@router.get(
+    "/readyz", responses={503: {"model": Problem}}, response_model=dict[str, str | dict[str, bool]]
+)
+def readyz(service: Service, request: Request) -> Response:
     """Say whether jobs can be taken: database, data folder and supervisor; 503 if not."""
     checks = {
         "database": _reaches_database(service),
         "data_dir": _writes(service),
         "supervisor": service.supervisor.alive and not service.supervisor.stopping,
     }
-    ready = all(checks.values())
-    response.status_code = 200 if ready else 503
-    return {"status": "ready" if ready else "not ready", "checks": checks}
+    if all(checks.values()):
+        return JSONResponse({"status": "ready", "checks": checks})
+    failed = ", ".join(name for name, good in checks.items() if not good)
+    wrong = ServiceError(f"the server must be able to take jobs; it cannot: {failed}", **checks)
+    return problem_response(wrong, status=503, request=request)
 
 
 @router.get(

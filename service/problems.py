@@ -7,6 +7,7 @@ References:
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING
 
 from fastapi.exceptions import RequestValidationError
@@ -82,6 +83,16 @@ def problem_response(
     )
 
 
+def _methods(app: FastAPI, path: str) -> list[str]:
+    """Return every method that a path knows: a router names only those of its first match."""
+    found: set[str] = set()
+    for template, operations in app.openapi()["paths"].items():
+        pattern = "[^/]+".join(map(re.escape, re.split(r"\{[^}]*\}", template)))
+        if re.fullmatch(pattern, path):
+            found |= {method.upper() for method in operations}
+    return sorted(found)
+
+
 def install(app: FastAPI) -> None:
     """Make every error of ``app`` leave as problem+json."""
 
@@ -107,10 +118,12 @@ def install(app: FastAPI) -> None:
         if error.status_code < 500 and kind is ServiceError:
             kind = InvalidInput
         wrong = kind(f"{request.method} {request.url.path}: {error.detail}")
-        # Dropping these would lose the Allow of a 405.
-        return problem_response(
-            wrong, status=error.status_code, headers=error.headers, request=request
-        )
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(_methods(app, request.url.path)) or headers["Allow"]
+        # A body that is not even UTF-8 is as invalid as one that is not JSON.
+        status = 422 if error.status_code == 400 else error.status_code
+        return problem_response(wrong, status=status, headers=headers, request=request)
 
     @app.exception_handler(Exception)
     def _unknown(request: Request, _error: Exception) -> Response:
