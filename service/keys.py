@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import re
 import secrets
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 _TENANT = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _KEY = re.compile(r"bq_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 _SECRET_BYTES = 32
+_REMEMBERED = 4096
+MEMORY_S = 2.0
+"""How long a server trusts what it last read of a key, so that polls need not read it again: a
+revocation takes effect on every server within this time."""
 
 
 class Scope(StrEnum):
@@ -77,7 +82,8 @@ class KeyStore:
     def __init__(self, database: Database, clock: Callable[[], float]) -> None:
         self._db = database
         self._clock = clock
-        self._seen = False
+        self._any = (False, -math.inf)
+        self._verified: dict[str, tuple[Caller, float]] = {}
 
     def create(
         self,
@@ -174,11 +180,22 @@ class KeyStore:
 
     def any(self) -> bool:
         """Return whether a key was ever made; from then on every call needs one."""
-        if not self._seen:
-            query = sa.select(api_keys.c.id).limit(1)
-            found = self._db.read(lambda connection: connection.execute(query).first())
-            self._seen = found is not None
-        return self._seen
+        query = sa.select(api_keys.c.id).limit(1)
+        found = self._db.read(lambda connection: connection.execute(query).first()) is not None
+        self._any = (found, self._clock())
+        return found
+
+    def any_remembered(self) -> bool | None:
+        """Return what ``any`` said within the last ``MEMORY_S``, without the database."""
+        found, at = self._any
+        return found if found or 0 <= self._clock() - at < MEMORY_S else None
+
+    def remembered(self, text: str) -> Caller | None:
+        """Return who ``verify`` found for ``text`` within ``MEMORY_S``, without the database."""
+        known = self._verified.get(_hash(text))
+        if known is None or not 0 <= self._clock() - known[1] < MEMORY_S:
+            return None
+        return known[0]
 
     def verify(self, text: str) -> Caller:
         """Return who holds the key ``text``.
@@ -204,7 +221,11 @@ class KeyStore:
             msg = "a valid API key must be sent as 'Authorization: Bearer bq_…'; this one is not"
             raise Unauthorized(msg)
         key = _key(row)
-        return Caller(tenant=key.tenant, actor=f"key:{key.id}", scopes=key.scopes)
+        caller = Caller(tenant=key.tenant, actor=f"key:{key.id}", scopes=key.scopes)
+        if len(self._verified) >= _REMEMBERED:
+            self._verified.clear()
+        self._verified[_hash(text)] = (caller, now)
+        return caller
 
 
 def check_tenant(tenant: str) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.concurrency import run_in_threadpool
 
 from bitquota.errors import Unauthorized
 from bitquota.service.keys import Caller, Scope
@@ -46,12 +47,12 @@ class State:
     metrics: Metrics
 
 
-def state_of(request: Request) -> State:
+async def state_of(request: Request) -> State:
     """Return the state of the server that a request came to."""
     return cast("State", request.app.state.service)
 
 
-def caller_of(
+async def caller_of(
     request: Request,
     sent: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)] = None,
 ) -> Caller:
@@ -61,10 +62,12 @@ def caller_of(
         Unauthorized: No valid key was sent and one is needed.
         Forbidden: The key has not the scope that the method needs.
     """
-    state = state_of(request)
+    state = await state_of(request)
     if sent is not None:
-        caller = state.keys.verify(sent.credentials)
-    elif state.settings.loopback and not state.keys.any():
+        caller = state.keys.remembered(sent.credentials)
+        if caller is None:
+            caller = await run_in_threadpool(state.keys.verify, sent.credentials)
+    elif state.settings.loopback and not await _any_key(state.keys):
         _check_local(request)
         caller = _LOCAL
     else:
@@ -73,6 +76,11 @@ def caller_of(
     caller.require(Scope.READ if request.method in {"GET", "HEAD"} else Scope.WRITE)
     request.scope["caller"] = caller
     return caller
+
+
+async def _any_key(keys: KeyStore) -> bool:
+    known = keys.any_remembered()
+    return await run_in_threadpool(keys.any) if known is None else known
 
 
 def _check_local(request: Request) -> None:
@@ -86,7 +94,7 @@ def _check_local(request: Request) -> None:
         raise Unauthorized(msg)
 
 
-def request_id(request: Request) -> str:
+async def request_id(request: Request) -> str:
     """Return the id of a request."""
     return str(request.scope.get("request_id", ""))
 
