@@ -181,8 +181,8 @@ class StabilisedLearner(BitLearner):
 class EllipsoidLearner(BitLearner):
     """Size held by construction: bit-widths live on an ellipsoid [Chikin22] (reconstruction).
 
-    ``b_l = b_min + t_l^2`` with ``t = sqrt(T) v / ||v||_n``, ``||v||_n^2 = sum n_l v_l^2`` and ``T``
-    the limit less ``b_min`` for every weight: whatever ``v`` is, ``sum n_l b_l`` is the limit, so
+    ``b_l = b_min + t_l^2`` with ``t = sqrt(T) v / ||v||_n``, ``||v||_n^2 = sum n_l v_l^2`` and
+    ``T`` the limit less ``b_min`` for every weight: whatever ``v`` is, ``sum n_l b_l`` is the limit, so
     there is no penalty to tune. The quantizer is U2 with ``b`` from above and ``log2 q_max``
     learned.
     """
@@ -229,8 +229,9 @@ class PublishedLearner(BitLearner):
 
     One step per tensor (and one for each bias in the authors' code, not here: biases ship in
     full precision), penalty ``0.1 relu(kB - limit)^2`` with kB = bits / 8 / 1024, quantizer
-    gradients clipped to ``+-d``, parameters projected into their box. The authors select the best *feasible*
-    state, as this does; unlike theirs the selection runs on a hold-out of the training data.
+    gradients clipped to ``+-d``, parameters projected into their box. The authors select the best
+    *feasible* state, as this does; unlike theirs the selection runs on a hold-out of the training
+    data. The optimizer is the shared loop's AdamW rather than their momentum SGD.
     """
 
     strength = 0.1

@@ -1,0 +1,205 @@
+"""Learned bit-widths: the limit holds exactly, and they are worth having."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitquota.candidates import Candidate, LayerKind
+from bitquota.errors import BudgetTooSmall, InvalidInput
+from bitquota.quantizers.packing import pack
+from bitquota.sensitivity.calibration import CalibrationSet
+from bitquota.sensitivity.discovery import discover
+from bitquota.sensitivity.evaluate import apply_plan
+from bitquota.storage import Granularity, Scheme
+from bitquota.training.bit_learners import EllipsoidLearner, PublishedLearner, StabilisedLearner
+from bitquota.training.learn import RECIPES, learn, repair
+from bitquota.training.loop import TrainingSettings
+from digits_network import N_TRAIN, accuracy, digits, trained_digits_net
+from layer_shapes import layer_of
+
+SETTINGS = TrainingSettings(
+    epochs=4, batch_size=64, learning_rate=3e-3, quantizer_learning_rate=2e-2
+)
+FINETUNING = replace(SETTINGS, epochs=2, quantizer_learning_rate=5e-3)
+WIDTHS = (2, 3, 4, 5, 6, 8)
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Labelled training samples."""
+    x, y = digits()
+    return CalibrationSet(inputs=(x[:N_TRAIN],), labels=y[:N_TRAIN])
+
+
+def inventory_of(model):
+    return discover(model, (torch.zeros(1, 1, 8, 8),))
+
+
+def limit_at(inventory, average, scheme=None):
+    """Return the size of codes at an average, with the scales of the scheme."""
+    at_two = sum(Candidate.of(la, 2, scheme or Scheme()).size_bits for la in inventory.layers)
+    return at_two + int((average - 2) * inventory.n_weights)
+
+
+class TestLearn:
+    @pytest.mark.parametrize("recipe", RECIPES)
+    def test_meets_the_limit_exactly_and_repairs_the_network(self, recipe, data):
+        """2.5 bits on average: bytes of the shipped model, accuracy on other images."""
+        model = trained_digits_net()
+        inventory = inventory_of(model)
+        limit = limit_at(inventory, 2.5)
+        learned = learn(
+            model, inventory, data, limit, WIDTHS,
+            recipe=recipe, settings=SETTINGS, finetuning=FINETUNING,
+        )  # fmt: skip
+        shipped = sum(8 * pack(w).n_bytes for w in learned.trained.stored.values())
+        assert shipped == learned.size_bits == learned.trained.size_bits
+        assert learned.size_bits <= limit
+        x, y = digits()
+        x, y = x[N_TRAIN:], y[N_TRAIN:]
+        full = accuracy(model, x, y)
+        plain = accuracy(apply_plan(model, inventory, learned.candidates), x, y)
+        assert accuracy(learned.trained.module, x, y) > max(plain, full - 0.02)
+
+    def test_gives_small_sensitive_layers_more_bits(self, data):
+        """The first convolution, 2 % of the weights, ends above the average."""
+        model = trained_digits_net()
+        inventory = inventory_of(model)
+        learned = learn(
+            model, inventory, data, limit_at(inventory, 2.5), WIDTHS,
+            settings=SETTINGS, finetuning=replace(FINETUNING, epochs=1),
+        )  # fmt: skip
+        bits = {c.layer: c.weight_bits for c in learned.candidates}
+        assert bits["conv1"] > 2.5
+        assert bits["conv1"] >= bits["conv3"]
+
+    def test_works_with_one_step_per_tensor(self, data):
+        """As published; its scales are counted, too."""
+        model = trained_digits_net()
+        inventory = inventory_of(model)
+        scheme = Scheme(granularity=Granularity.TENSOR)
+        limit = limit_at(inventory, 3.0, scheme)
+        learned = learn(
+            model, inventory, data, limit, WIDTHS, scheme=scheme,
+            settings=replace(SETTINGS, epochs=1), finetuning=replace(FINETUNING, epochs=1),
+        )  # fmt: skip
+        assert learned.size_bits <= limit
+        assert {1} == {w.scales.numel() for w in learned.trained.stored.values()}
+
+    def test_a_limit_below_the_smallest_plan_is_refused_before_training(self, data):
+        """The smallest plan is named."""
+        model = trained_digits_net()
+        inventory = inventory_of(model)
+        with pytest.raises(BudgetTooSmall, match="every layer at 2 bits"):
+            learn(model, inventory, data, inventory.n_weights, WIDTHS)
+
+    def test_refuses_unknown_recipes(self, data):
+        """The known ones are listed."""
+        model = trained_digits_net()
+        with pytest.raises(InvalidInput, match="stabilised, ellipsoid, uhlich2020"):
+            learn(model, inventory_of(model), data, 10**9, WIDTHS, recipe="magic")
+
+    def test_refuses_a_single_width(self, data):
+        """There would be nothing to learn."""
+        model = trained_digits_net()
+        with pytest.raises(InvalidInput, match="at least two bit-widths"):
+            learn(model, inventory_of(model), data, 10**9, [4])
+
+
+class TestEllipsoidLearner:
+    def test_the_size_is_constant_whatever_is_learned(self):
+        """To 1e-6, for any direction."""
+        model = trained_digits_net()
+        inventory = inventory_of(model)
+        limit = 2.7 * inventory.n_weights
+        learner = EllipsoidLearner(
+            model, inventory.layers, limit, least=2, most=8, per_channel=True
+        )
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(20):
+            direction = learner.parts.get_parameter("direction")
+            direction.data.copy_(torch.randn(direction.shape, generator=generator))
+            size = float((learner.counts * learner.relaxed_bits().detach()).sum())
+            assert limit == pytest.approx(size, rel=1e-6)
+
+
+class TestPublishedLearner:
+    def test_the_penalty_alone_reaches_the_limit(self):
+        """METHODS.md A.9.1: without data every layer falls to the floor within dozens of steps."""
+        model = trained_digits_net()
+        inventory = inventory_of(model)
+        limit = 2.5 * inventory.n_weights
+        learner = PublishedLearner(
+            model, inventory.layers, limit, least=2, most=8, per_channel=False
+        )
+        assert not learner.is_eligible()
+        optimizer = torch.optim.SGD(learner.parts.parameters(), lr=0.03)
+        for _ in range(100):
+            optimizer.zero_grad()
+            learner.penalty(0.0).backward()
+            learner.before_step()
+            optimizer.step()
+            learner.after_step()
+        assert learner.is_eligible()
+
+    def test_penalty_is_that_of_resnet20(self):
+        """METHODS.md A.9.1: 131.0 kB at 4 bits against 70.1 kB cost 0.1 (131.0 - 70.1)^2 = 371."""
+        model = torch.nn.Sequential(torch.nn.Linear(1024, 262))
+        layer = layer_of(LayerKind.LINEAR, (262, 1024), name="0")
+        learner = PublishedLearner(
+            model, [layer], 70.1 * 8 * 1024, least=2, most=8, per_channel=False
+        )
+        assert 0.1 * (131.0 - 70.1) ** 2 == pytest.approx(learner.penalty(0.0).item(), rel=1e-3)
+
+
+class TestStabilisedLearner:
+    def test_starts_at_four_bits_and_pays_for_the_excess(self):
+        """The penalty is zero at the limit and grows with the run."""
+        model = trained_digits_net()
+        inventory = inventory_of(model)
+        n = inventory.n_weights
+
+        def learner(average):
+            return StabilisedLearner(
+                model, inventory.layers, average * n, least=2, most=8, per_channel=True
+            )
+
+        assert torch.allclose(torch.full((4,), 4.0), learner(2.5).relaxed_bits(), atol=1e-4)
+        assert 0.0 == learner(4.1).penalty(0.5).item()
+        assert 0.5 * (4 / 2.5 - 1) == pytest.approx(learner(2.5).penalty(0.0).item(), rel=1e-4)
+        assert 2.5 * (4 / 2.5 - 1) == pytest.approx(learner(2.5).penalty(1.0).item(), rel=1e-4)
+
+
+class TestRepair:
+    @given(
+        relaxed=st.lists(st.floats(2, 8), min_size=3, max_size=3),
+        average=st.floats(2.0, 8.5),
+    )
+    def test_fits_and_leaves_no_room_for_another_step(self, relaxed, average):
+        """For any relaxed bit-widths and limit."""
+        layers = [
+            layer_of(LayerKind.LINEAR, shape, name=name)
+            for name, shape in (("a", (3, 10)), ("b", (20, 20)), ("c", (5, 40)))
+        ]
+        table = {la.name: {b: Candidate.of(la, b, Scheme()) for b in WIDTHS} for la in layers}
+        smallest = sum(table[la.name][2].size_bits for la in layers)
+        limit = smallest + int((average - 2) * sum(la.n_weights for la in layers))
+        chosen = repair(layers, relaxed, table, limit)
+        size = sum(c.size_bits for c in chosen)
+        assert size <= limit
+        for layer, candidate in zip(layers, chosen, strict=True):
+            if candidate.weight_bits < 8:
+                up = WIDTHS[WIDTHS.index(candidate.weight_bits) + 1]
+                more = table[layer.name][up].size_bits - candidate.size_bits
+                assert size + more > limit
+
+    def test_follows_the_relaxed_widths(self):
+        """With room for exactly them, whole numbers stay as they are."""
+        layers = [layer_of(LayerKind.LINEAR, (8, 8), name=name) for name in "abc"]
+        table = {la.name: {b: Candidate.of(la, b, Scheme()) for b in WIDTHS} for la in layers}
+        limit = sum(table[n][b].size_bits for n, b in (("a", 5), ("b", 2), ("c", 3)))
+        chosen = repair(layers, [5.0, 2.0, 3.0], table, limit)
+        assert [5, 2, 3] == [c.weight_bits for c in chosen]
