@@ -31,7 +31,7 @@ from bitquota.sensitivity.calibration import CalibrationSet
 from bitquota.sensitivity.discovery import discover
 from bitquota.sensitivity.evaluate import measure_choice
 from bitquota.sensitivity.gram import measure_differences
-from bitquota.sensitivity.ledger import MemoryLedger
+from bitquota.sensitivity.ledger import MemoryLedger, SqliteLedger
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.moves import Limits
 from bitquota.sensitivity.pairs import measure_pairs
@@ -41,7 +41,7 @@ from bitquota.solver import Problem, solve
 from resnet_cifar import data_folder, images, load_resnet
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from bitquota.candidates import CandidateTable, Inventory
     from bitquota.matrix import SensitivityMatrix
@@ -160,8 +160,12 @@ def default_run(
     batch_norm: str = "eval",
     allowed: float | None = None,
     ledger: Ledger | None = None,
-) -> dict[float, dict[str, Any]]:
-    """Run the default procedure for each budget and the baselines beside it."""
+) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Run the default procedure for each budget and the baselines beside it.
+
+    Passes and seconds of a run that finds measurements in a ledger are smaller; the figures of
+    the log come from runs that began with an empty one.
+    """
     corrections = [Correction.BATCH_NORM_STATISTICS] if batch_norm == "batch" else []
     ledger = MemoryLedger() if ledger is None else ledger
     runner = make_runner(case.module, case.inventory, case.fit, batch_norm=batch_norm)  # type: ignore[arg-type]
@@ -174,7 +178,6 @@ def default_run(
         "one-layer KL": SensitivityOf.diagonal(first[0]),
         "gram": first[0],
     }
-    found = {}
     for bits in budgets:
         limits = case.limits(bits)
         cpu, before = time.process_time(), runner.passes.passes
@@ -213,8 +216,7 @@ def default_run(
             )  # fmt: skip
         row["test"] = {name: (m.mean, m.standard_error, m.accuracy) for name, m in measured.items()}
         row["paired"] = {name: m.paired(measured["plan"]) for name, m in measured.items()}
-        found[bits] = row
-    return found
+        yield bits, row
 
 
 class SensitivityOf:
@@ -228,24 +230,23 @@ class SensitivityOf:
         return replace(matrix, cross=None, cross_error=None)
 
 
-def report(name: str, found: dict[float, dict[str, Any]], naive: float, bar: float) -> None:
-    """Print one line per budget and choice."""
-    for bits, row in found.items():
-        share = row["passes"] / naive
+def report(name: str, bits: float, row: dict[str, Any], naive: float, bar: float) -> None:
+    """Print one budget: the plan and what is beside it."""
+    share = row["passes"] / naive
+    print(
+        f"{name} {bits} bits: {row['passes']:.1f} passes = naive / {naive / row['passes']:.1f} "
+        f"(bar naive / {bar:g}: {'met' if share <= 1 / bar else 'MISSED'}), "
+        f"{row['cpu_s']:.0f} s CPU, calibration KL {row['calibration']:.4f}"
+    )
+    reference = EXACT_KL.get(bits) if name.startswith("r20-b3") else None
+    for choice, (mean, error, accuracy) in row["test"].items():
+        difference, spread = row["paired"][choice]
+        shown = "" if accuracy is None else f"  {100 * accuracy:.2f} %"
+        ratio = f"  ratio to exact pairs {mean / reference:.2f}" if reference else ""
         print(
-            f"{name} {bits} bits: {row['passes']:.1f} passes = naive / {1 / share:.1f} "
-            f"(bar naive / {bar:g}: {'met' if share <= 1 / bar else 'MISSED'}), "
-            f"{row['cpu_s']:.0f} s CPU, calibration KL {row['calibration']:.4f}"
+            f"    {choice:14s} test KL {mean:.4f} ± {error:.4f}{shown}"
+            f"  worse than the plan by {difference:+.4f} ± {spread:.4f}{ratio}"
         )
-        reference = EXACT_KL.get(bits) if name.startswith("r20-b3") else None
-        for choice, (mean, error, accuracy) in row["test"].items():
-            difference, spread = row["paired"][choice]
-            shown = "" if accuracy is None else f"  {100 * accuracy:.2f} %"
-            ratio = f"  ratio to exact pairs {mean / reference:.2f}" if reference else ""
-            print(
-                f"    {choice:14s} test KL {mean:.4f} ± {error:.4f}{shown}"
-                f"  worse than the plan by {difference:+.4f} ± {spread:.4f}{ratio}"
-            )
     sys.stdout.flush()
 
 
@@ -256,7 +257,7 @@ def naive_passes(table: CandidateTable) -> float:
     return 1.0 + len(table.rows) + pairs
 
 
-def run_pairs(tiny: bool) -> None:  # noqa: FBT001
+def run_pairs(tiny: bool, _: Ledger) -> None:  # noqa: FBT001
     """Exact pairs: passes, CPU time and entries against naive full passes."""
     case = vision_case(20, (2, 4, 8), 512, start=0, tiny=tiny)
     runner = make_runner(case.module, case.inventory, case.fit)
@@ -299,30 +300,32 @@ def run_pairs(tiny: bool) -> None:  # noqa: FBT001
 def run_vision(
     name: str, depth: int, widths: Sequence[int], budgets: Sequence[float], bar: float,
     batch_norm: str, draws: Sequence[int], tiny: bool, out: Path | None,  # noqa: FBT001
+    ledger: Ledger,
 ) -> None:  # fmt: skip
     """Run the default procedure on a ResNet."""
     for start in draws:
         case = vision_case(depth, widths, 512, start=start, tiny=tiny)
         naive = naive_passes(case.table)
-        found = default_run(case, budgets, batch_norm=batch_norm, allowed=naive / bar)
         label = name if len(draws) == 1 else f"{name} draw at {start}"
-        report(label, found, naive, bar)
-        if out is not None:
-            text = json.dumps({str(k): v for k, v in found.items()}, indent=1)
-            (out / f"{name}-{start}.json").write_text(text)
+        run = default_run(case, budgets, batch_norm=batch_norm, allowed=naive / bar, ledger=ledger)
+        for bits, row in run:
+            report(label, bits, row, naive, bar)
+            if out is not None:
+                (out / f"{name}-{start}-{bits}.json").write_text(json.dumps(row, indent=1))
 
 
-def run_llama(tiny: bool) -> None:  # noqa: FBT001
+def run_llama(tiny: bool, ledger: Ledger) -> None:  # noqa: FBT001
     """Run the default procedure on the tiny Llama."""
     if tiny:
         print("llama: skipped with --tiny")
         return
     case = llama_case((2, 3, 4, 5, 6, 8), 64)
-    found = default_run(case, (3.0, 4.0), allowed=naive_passes(case.table) / 8)
-    report("llama", found, naive_passes(case.table), 8.0)
+    naive = naive_passes(case.table)
+    for bits, row in default_run(case, (3.0, 4.0), allowed=naive / 8, ledger=ledger):
+        report("llama", bits, row, naive, 8.0)
 
 
-def run_kill(tiny: bool) -> None:  # noqa: FBT001
+def run_kill(tiny: bool, _: Ledger) -> None:  # noqa: FBT001
     """Interrupt a measurement at ten moments; the matrix must not change."""
     case = vision_case(20, (2, 8), 64, start=0, tiny=tiny)
     whole = measure_pairs(make_runner(case.module, case.inventory, case.fit), case.table, KL)
@@ -355,7 +358,7 @@ def run_kill(tiny: bool) -> None:  # noqa: FBT001
     sys.stdout.flush()
 
 
-def run_memory(tiny: bool) -> None:  # noqa: FBT001
+def run_memory(tiny: bool, _: Ledger) -> None:  # noqa: FBT001
     """Prefix caching of ResNet-56 at N = 512 in batch-statistics mode under 1 GiB."""
     import resource
 
@@ -390,7 +393,9 @@ def main() -> None:
     parser.add_argument("--budgets", type=lambda t: tuple(float(b) for b in t.split(",")))
     parser.add_argument("--draws", type=lambda t: tuple(int(b) for b in t.split(",")))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--ledger", type=Path, help="keep measurements here, to go on later")
     asked = parser.parse_args()
+    ledger = MemoryLedger() if asked.ledger is None else SqliteLedger(asked.ledger)
     torch.set_num_threads(1)
     six = (2, 3, 4, 5, 6, 8)
     vision = {
@@ -405,10 +410,10 @@ def main() -> None:
             depth, widths, budgets, bar, mode, draws = vision[name]
             run_vision(
                 name, depth, widths, asked.budgets or budgets, bar, mode, asked.draws or draws,
-                asked.tiny, asked.out,
+                asked.tiny, asked.out, ledger,
             )  # fmt: skip
         else:
-            others[name](asked.tiny)
+            others[name](asked.tiny, ledger)
 
 
 if __name__ == "__main__":
