@@ -10,6 +10,7 @@ import typer
 import bitquota
 from bitquota.cli import comparing, planning, serving, solving
 from bitquota.errors import BitquotaError
+from bitquota.service import admin_commands
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect."""
@@ -34,6 +35,7 @@ app.command("show")(planning.show)
 app.command("solve")(solving.solve_file)
 app.command("serve")(serving.serve)
 app.command("demo")(serving.demo)
+app.add_typer(admin_commands.app, name="admin")
 
 
 def _print_version(wanted: bool) -> None:  # Typer calls it with the flag
