@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import email
 import re
-import subprocess
 import sys
 import sysconfig
 import tomllib
@@ -141,9 +140,7 @@ for name in ("", *{FOLDERS}):
     print(module.__file__)
 print(importlib.import_module("bitquota.cli.app").__file__)
 """
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", code], capture_output=True, text=True, check=False, cwd=site
-    )
+    done = run(sys.executable, "-S", "-c", code, cwd=site)
     assert done.returncode == 0, done.stderr
     expected = [package / "__init__.py"]
     expected += [package / folder / "__init__.py" for folder in FOLDERS]
