@@ -20,7 +20,7 @@ from bitquota.solver.convex import convexify
 from bitquota.solver.core import propagate_steps, reduce
 from bitquota.solver.search import Effort, search
 from bitquota.solver.semidefinite import DualPoint, Lifted, dual_point, interior_point
-from bitquota.solver.solution import Limit, Solution, Stats, Status
+from bitquota.solver.solution import Convexification, Limit, Solution, Stats, Status
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -96,9 +96,15 @@ class Quadratic:
         for start in starts:
             if self.problem.is_feasible(start):
                 self._offer(self.problem.evaluate(start), self.problem.rows(start))
-        if self._propagate(root):
-            self._search(root, effort)
-            heapq.heappush(self.queue, (root.bound, root.node, root))
+        if not self._propagate(root):
+            self.current = math.inf
+            return self._solution()
+        self._search(root, effort)
+        return self.run_region(root)
+
+    def run_region(self, root: Region) -> Solution:
+        """Prove on ``root``, whose node stands in the record; returns the solution."""
+        heapq.heappush(self.queue, (root.bound, root.node, root))
         self.current = math.inf
         while self.queue and not self.control.stopped():
             if self.queue[0][0] >= self.incumbent.cutoff:
@@ -320,7 +326,7 @@ class Quadratic:
         objective = problem.evaluate(choice)
         bound = min(certificate.bound, objective)
         # The certificate rounds down; a gap that is all rounding is no gap.
-        slack = max(incumbent.gap * abs(objective) * (1.0 + 1e-9), 4.0 * incumbent.floor)
+        slack = max(incumbent.gap * abs(objective) * (1.0 + 1e-9), 4.0 * incumbent.floor, 1e-300)
         proved = objective - bound <= slack
         return Solution(
             status=Status.OPTIMAL if proved else Status.FEASIBLE,
@@ -331,6 +337,36 @@ class Quadratic:
             stats=stats,
             certificate=certificate,
         )
+
+
+def prove_knapsack(
+    problem: Problem, control: Control, *, gap: float, choice: Ints, kept: Bools, price: float
+) -> Solution:
+    """Prove the optimal ``choice`` of a separable problem with one budget by a tree.
+
+    The relaxation's price removes all rows but ``kept``; the tree is grown on these.
+    """
+    run = Quadratic(problem, control, gap=gap, seed=0)
+    rows = problem.rows(choice)
+    run.incumbent.offer(problem.evaluate(choice), rows)
+    record = run.record
+    root = record.node(-1, problem.allowed)
+    none = np.zeros(0, dtype=np.int64)
+    record.convexifications.append(
+        Convexification(
+            support=problem.allowed,
+            shift=np.zeros((problem.n_rows, int(np.diff(problem.offsets).max()))),
+            cut_rows=none,
+            cut_columns=none,
+            cut_values=np.zeros(0),
+            products=np.zeros((1, problem.n_rows)),
+        )
+    )
+    point = np.zeros(problem.n_rows, dtype=np.float32)
+    point[rows] = 1.0
+    record.convexification[root], record.point[root] = 0, point
+    record.multipliers[root] = np.array([price])
+    return run.run_region(Region(node=record.node(root, kept), keep=kept))
 
 
 def solve_quadratic(

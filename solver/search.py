@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.solver import search_kernels as kernels
+from bitquota.solver.core import propagate_steps, reduce
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bitquota.solver.core import Core
+    from bitquota.solver.problem import Problem
 
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
@@ -174,3 +176,31 @@ def _run(core: Core, C: Floats, cur: Ints, patience: int, pairs: int, seed: int)
 def _value(core: Core, C: Floats, cur: Ints) -> float:
     pair = float(C[np.ix_(cur, cur)].sum())
     return float(core.d[cur].sum()) + 0.5 * pair
+
+
+def repaired(problem: Problem, choice: Ints, seed: int) -> Ints | None:
+    """Return ``choice`` brought within the budgets and improved, or ``None`` if that fails."""
+    keep = problem.allowed
+    for step in propagate_steps(problem, keep):
+        if step is None:
+            return None
+        keep = step
+    core = reduce(problem, keep)
+    index = np.full(problem.n_rows, -1, dtype=np.int64)
+    index[core.rows] = np.arange(core.n)
+    cur = index[problem.rows(choice)[core.full < 0]]
+    if core.n_groups == 0 or not len(core.b):
+        return None
+    # A row that went is replaced by its group's cheapest.
+    cheapest = core.off[:-1]
+    cur = np.where(cur >= 0, cur, cheapest)
+    C = penalised(core)
+    h, used = np.empty(core.n), np.empty(len(core.b), dtype=np.int64)
+    kernels.fields(core.d, C, core.A, cur, h, used)
+    weight = 1.0 / np.maximum(core.b, 1).astype(np.float64)
+    if not kernels.repair(C, core.off, core.A, core.b, cur, h, used, weight):
+        return None
+    _run(core, C, cur, 12, 1, seed)
+    if not meets_all(core, cur):
+        return None
+    return core.lift(cur) - problem.offsets[:-1]

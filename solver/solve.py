@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bitquota.errors import InvalidProblem, SolverFailed
 from bitquota.solver.control import Control
-from bitquota.solver.quadratic import solve_quadratic
+from bitquota.solver.quadratic import prove_knapsack, solve_quadratic
+from bitquota.solver.separable import solve_knapsack
+from bitquota.solver.solution import (
+    Certificate,
+    Convexification,
+    Event,
+    Limit,
+    Solution,
+    Stats,
+    Status,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,8 +28,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bitquota.solver.problem import Problem
-    from bitquota.solver.solution import Event, Solution
 
+CORE_ROWS, CORE_NODES = 400, 20_000
+"""Up to these sizes, a tree certifies what the recursion of a knapsack found."""
 GAP = 1e-4
 """Relative gap that counts as solved unless told otherwise."""
 
@@ -80,7 +92,78 @@ def solve(
     )
     control.start()
     starts = () if start is None else (np.asarray(start, dtype=np.int64),)
+    if is_knapsack(problem):
+        return verified(problem, _knapsack(problem, control, gap))
     return verified(problem, solve_quadratic(problem, control, gap=gap, seed=seed, starts=starts))
+
+
+def is_knapsack(problem: Problem) -> bool:
+    """Return whether ``problem`` is separable with at most one budget and no pairs."""
+    pairs = len(problem.forbidden_pairs) + len(problem.required_pairs)
+    return problem.cross is None and len(problem.limits) <= 1 and pairs == 0
+
+
+def _knapsack(problem: Problem, control: Control, gap: float) -> Solution:
+    """Solve by hull and core.
+
+    A certificate cannot follow the recursion: a tree over the core's few rows proves its answer;
+    where that tree would be large, the certificate proves the linear relaxation's bound only.
+    """
+    answer = solve_knapsack(problem, gap=gap)
+    core = int(answer.kept.sum()) - problem.n_groups
+    if answer.states and answer.exact and core <= CORE_ROWS:
+        own = replace(control, node_limit=CORE_NODES, on_event=None)
+        proof = prove_knapsack(
+            problem, own, gap=gap, choice=answer.choice, kept=answer.kept, price=answer.price
+        )
+        if proof.status is Status.OPTIMAL:
+            return proof
+    n, m = problem.n_rows, len(problem.limits)
+    z = np.zeros((1, n), dtype=np.float32)
+    z[0, problem.rows(answer.choice)] = 1.0
+    none = np.zeros(0, dtype=np.int64)
+    certificate = Certificate(
+        bound=answer.relaxed_bound,
+        convexifications=(
+            Convexification(
+                support=problem.allowed,
+                shift=np.zeros((n, int(np.diff(problem.offsets).max()))),
+                cut_rows=none,
+                cut_columns=none,
+                cut_values=np.zeros(0),
+                products=np.zeros((m, n)),
+            ),
+        ),
+        parent=np.array([-1], dtype=np.int64),
+        allowed=np.packbits(problem.allowed[None, :], axis=1),
+        convexification=np.zeros(1, dtype=np.int64),
+        point=z,
+        multipliers=np.full((1, m), answer.price),
+    )
+    solution = Solution(
+        status=Status.OPTIMAL if answer.exact else Status.FEASIBLE,
+        limit=None if answer.exact else Limit.MEMORY,
+        choice=answer.choice,
+        objective=answer.objective,
+        bound=answer.bound,
+        stats=Stats(
+            cpu_seconds=control.cpu_seconds(),
+            root_bound=answer.relaxed_bound,
+            details={"states": float(answer.states)},
+        ),
+        certificate=certificate,
+    )
+    if control.on_event is not None:
+        control.on_event(
+            Event(
+                kind="incumbent",
+                objective=solution.objective,
+                bound=solution.bound,
+                cpu_seconds=control.cpu_seconds(),
+                choice=tuple(answer.choice.tolist()),
+            )
+        )
+    return solution
 
 
 def verified(problem: Problem, solution: Solution) -> Solution:

@@ -1,0 +1,352 @@
+"""Loss against size: many budgets in one call, and the smallest plan for a loss tolerance."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitquota.errors import InvalidProblem
+from bitquota.solver.core import propagate_steps, reduce
+from bitquota.solver.search import Effort, meets_all, search
+from bitquota.solver.separable import solve_knapsack
+from bitquota.solver.solution import Limit, Solution, Stats, Status
+from bitquota.solver.solve import GAP, is_knapsack, solve, verified
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from bitquota.solver.problem import Problem
+    from bitquota.solver.solution import Event
+
+    Ints = NDArray[np.int64]
+
+_QUICK = Effort(restarts=0, patience=12, bisections=16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontierPoint:
+    """One budget and its answer.
+
+    Attributes:
+        limit: The budget of the varied resource.
+        solution: Best choice, with bound and certificate where it was asked for.
+    """
+
+    limit: int
+    solution: Solution
+
+
+def even_limits(problem: Problem, points: int, *, resource: int = 0) -> Ints:
+    """Return ``points`` budgets, evenly spaced from the cheapest choice to the dearest needed."""
+    starts = problem.offsets[:-1]
+    cost = problem.costs[resource]
+    big = np.iinfo(np.int64).max
+    least = int(np.minimum.reduceat(np.where(problem.allowed, cost, big), starts).sum())
+    most = int(np.maximum.reduceat(np.where(problem.allowed, cost, 0), starts).sum())
+    return np.unique(np.linspace(least, most, points).astype(np.int64))
+
+
+def frontier(
+    problem: Problem,
+    limits: Sequence[int] | Ints,
+    *,
+    resource: int = 0,
+    certify: bool = True,
+    gap: float = GAP,
+    time_limit_s: float | None = None,
+    node_limit: int | None = None,
+    seed: int = 0,
+    on_point: Callable[[FrontierPoint], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> tuple[FrontierPoint, ...]:
+    """Solve ``problem`` at every budget of one resource, in rising order.
+
+    Good choices are carried up (a choice fits every larger budget) and down (repaired to fit),
+    then each point is proved. A larger budget never has a worse choice.
+
+    Args:
+        problem: Its own limit of ``resource`` is ignored.
+        limits: Budgets; those below the cheapest choice give infeasible points.
+        resource: Index of the resource that varies.
+        certify: Prove every point; otherwise answers are heuristic, without bounds.
+        gap: Relative gap to prove at each point.
+        time_limit_s: Seconds by ``clock`` for all points together; what is left is shared evenly
+            by the points to come.
+        node_limit: Nodes per point.
+        seed: For the search.
+        on_point: Called with each finished point.
+        cancelled: Asked now and then; points not reached stay heuristic.
+        clock: What the time limit is measured with.
+
+    Raises:
+        InvalidProblem: The problem has no such resource.
+    """
+    if not 0 <= resource < len(problem.limits):
+        msg = f"a frontier needs a resource from 0 to {len(problem.limits) - 1}; got {resource}"
+        raise InvalidProblem(msg)
+    begin = clock()
+    levels = sorted({int(limit) for limit in limits})
+    problems = [_with_limit(problem, resource, limit) for limit in levels]
+    choices = _sweep(problems, seed)
+    points: list[FrontierPoint] = []
+    for index, (limit, one) in enumerate(zip(levels, problems, strict=True)):
+        start = choices[index]
+        if points and points[-1].solution.choice is not None:
+            carried = points[-1].solution.choice
+            if start is None or one.evaluate(carried) < one.evaluate(start):
+                start = carried
+        left = None
+        if time_limit_s is not None:
+            left = max(0.0, time_limit_s - (clock() - begin)) / (len(levels) - index)
+        if start is None and _hopeless(one):
+            solution = Solution(status=Status.INFEASIBLE, bound=math.inf)
+        elif not certify or (cancelled is not None and cancelled()):
+            solution = _heuristic(one, start)
+        else:
+            solution = solve(
+                one,
+                gap=gap,
+                time_limit_s=left,
+                node_limit=node_limit,
+                seed=seed,
+                start=start,
+                cancelled=cancelled,
+                clock=clock,
+            )
+        points.append(FrontierPoint(limit=limit, solution=solution))
+        if on_point is not None:
+            on_point(points[-1])
+    return tuple(points)
+
+
+def _with_limit(problem: Problem, resource: int, limit: int) -> Problem:
+    limits = problem.limits.copy()
+    limits[resource] = limit
+    return replace(problem, limits=limits)
+
+
+def _hopeless(problem: Problem) -> bool:
+    return any(step is None for step in propagate_steps(problem, problem.allowed))
+
+
+def _heuristic(problem: Problem, choice: Ints | None) -> Solution:
+    if choice is None:
+        return Solution(status=Status.UNKNOWN, limit=Limit.METHOD)
+    return verified(
+        problem,
+        Solution(
+            status=Status.FEASIBLE,
+            limit=Limit.METHOD,
+            choice=choice,
+            objective=problem.evaluate(choice),
+            backend="bitquota search",
+        ),
+    )
+
+
+def _sweep(problems: list[Problem], seed: int) -> list[Ints | None]:
+    """Return a good choice per problem (limits rising), carried up, then down."""
+    found: list[Ints | None] = [None] * len(problems)
+    for index, problem in enumerate(problems):
+        if is_knapsack(problem):
+            if not _hopeless(problem):
+                found[index] = solve_knapsack(problem, gap=GAP).choice
+            continue
+        near = found[index - 1] if index else None
+        found[index] = _improve(problem, near, seed)
+    for index in range(len(problems) - 2, -1, -1):
+        if not is_knapsack(problems[index]):
+            found[index] = _better(problems[index], found[index], found[index + 1], seed)
+    for index in range(1, len(problems)):
+        found[index] = _least(problems[index], found[index], found[index - 1])
+    return found
+
+
+def _least(problem: Problem, first: Ints | None, second: Ints | None) -> Ints | None:
+    fits = [c for c in (first, second) if c is not None and problem.is_feasible(c)]
+    return min(fits, key=problem.evaluate) if fits else None
+
+
+def _improve(problem: Problem, near: Ints | None, seed: int) -> Ints | None:
+    keep = problem.allowed
+    for step in propagate_steps(problem, keep):
+        if step is None:
+            return None
+        keep = step
+    core = reduce(problem, keep)
+    if core.n_groups == 0:
+        rows = core.lift(np.zeros(0, dtype=np.int64))
+    else:
+        starts = []
+        if near is not None:
+            index = np.full(problem.n_rows, -1, dtype=np.int64)
+            index[core.rows] = np.arange(core.n)
+            cur = index[problem.rows(near)[core.full < 0]]
+            if bool((cur >= 0).all()):
+                starts.append(cur)
+        found, _ = search(core, effort=_QUICK, seed=seed, starts=starts)
+        if found is None or not meets_all(core, found):
+            return _least(problem, near, None)
+        rows = core.lift(found)
+    choice = rows - problem.offsets[:-1]
+    return _least(problem, choice, near)
+
+
+def _better(problem: Problem, own: Ints | None, above: Ints | None, seed: int) -> Ints | None:
+    """Return the better of ``own`` and what becomes of the next budget's choice here."""
+    if above is None:
+        return own
+    if problem.is_feasible(above):
+        return _least(problem, own, above)
+    from bitquota.solver.search import repaired
+
+    choice = repaired(problem, above, seed)
+    return _least(problem, own, choice)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Smallest:
+    """The smallest cost whose loss is within a tolerance.
+
+    Attributes:
+        status: ``optimal`` when ``cost`` is within the gap of ``bound``; ``infeasible`` when no
+            choice meets the tolerance.
+        limit: What stopped the search early, or ``None``.
+        choice: i64[G], or ``None``.
+        cost: What it takes of the resource.
+        bound: No choice that costs less than this meets the tolerance, proved.
+        objective: Its loss.
+        stats: Effort.
+    """
+
+    status: Status
+    limit: Limit | None
+    choice: Ints | None
+    cost: int | None
+    bound: int
+    objective: float
+    stats: Stats
+
+
+def smallest(
+    problem: Problem,
+    tolerance: float,
+    *,
+    resource: int = 0,
+    gap: float = GAP,
+    time_limit_s: float | None = None,
+    seed: int = 0,
+    cancelled: Callable[[], bool] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Smallest:
+    """Return the cheapest choice whose objective is at most ``tolerance``.
+
+    Bisection on the budget; at each one the solver runs only until it knows whether the tolerance
+    can be met (a choice below it, or a bound above it). Exact to relative ``gap`` of the cost.
+
+    Args:
+        problem: Its own limit of ``resource`` still holds.
+        tolerance: Largest objective, in the objective's unit, the constant included.
+        resource: Index of the resource to save.
+        gap: Relative gap of the cost at which the bisection ends; 0 goes to the last unit.
+        time_limit_s: Seconds by ``clock`` in all.
+        seed: For the search.
+        cancelled: Asked now and then.
+        clock: What the time limit is measured with.
+
+    Raises:
+        BudgetTooSmall: The problem's own budgets cannot be met.
+        InvalidProblem: The problem has no such resource.
+    """
+    if not 0 <= resource < len(problem.limits):
+        msg = f"'resource' must be 0 to {len(problem.limits) - 1}; got {resource}"
+        raise InvalidProblem(msg)
+    problem.check_budgets()
+    begin, cpu = clock(), time.process_time()
+    nodes = 0
+    least = int(even_limits(problem, 2, resource=resource)[0])
+    low, high = least - 1, int(problem.limits[resource])
+    best: Ints | None = None
+    limit: Limit | None = None
+    trial = high
+    while True:
+        one = _with_limit(problem, resource, trial)
+        left = None if time_limit_s is None else max(0.0, time_limit_s - (clock() - begin))
+        met, solution = _meets(one, tolerance, left, seed, best, cancelled, clock)
+        nodes += solution.stats.nodes
+        if met is None:
+            limit = solution.limit if solution.limit is not Limit.CANCELLED else Limit.CANCELLED
+            break
+        if met:
+            best = solution.choice
+            high = int(one.spent(best)[resource]) if best is not None else trial
+        else:
+            low = trial
+            if best is None:
+                break
+        if high - low <= max(1, math.floor(gap * high)):
+            break
+        trial = (low + high) // 2
+    stats = Stats(nodes=nodes, cpu_seconds=time.process_time() - cpu)
+    if best is None:
+        status = Status.INFEASIBLE if limit is None else Status.UNKNOWN
+        return Smallest(
+            status=status, limit=limit, choice=None, cost=None, bound=low + 1,
+            objective=math.inf, stats=stats,
+        )  # fmt: skip
+    return Smallest(
+        status=Status.OPTIMAL if limit is None else Status.FEASIBLE,
+        limit=limit,
+        choice=best,
+        cost=int(problem.spent(best)[resource]),
+        bound=low + 1,
+        objective=problem.evaluate(best),
+        stats=stats,
+    )
+
+
+def _meets(
+    problem: Problem,
+    tolerance: float,
+    time_limit_s: float | None,
+    seed: int,
+    start: Ints | None,
+    cancelled: Callable[[], bool] | None,
+    clock: Callable[[], float],
+) -> tuple[bool | None, Solution]:
+    """Return whether a choice within ``tolerance`` exists; ``None`` when a limit struck first."""
+    known = [math.inf, -math.inf]
+
+    def see(event: Event) -> None:
+        known[0] = min(known[0], event.objective)
+        known[1] = max(known[1], event.bound)
+
+    def decided() -> bool:
+        if known[0] <= tolerance or known[1] > tolerance:
+            return True
+        return cancelled is not None and cancelled()
+
+    solution = solve(
+        problem,
+        gap=0.0,
+        time_limit_s=time_limit_s,
+        seed=seed,
+        on_event=see,
+        cancelled=decided,
+        start=start,
+        clock=clock,
+    )
+    if solution.objective <= tolerance:
+        return True, solution
+    if solution.bound > tolerance or solution.status is Status.INFEASIBLE:
+        return False, solution
+    if solution.status is Status.OPTIMAL:  # a gap that is all rounding
+        return solution.objective <= tolerance, solution
+    return None, solution
