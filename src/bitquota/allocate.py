@@ -141,6 +141,7 @@ def allocate(
     on_progress: OnProgress | None = None,
     cancelled: IsCancelled | None = None,
     device: str = "auto",
+    loss: Loss | None = None,
 ) -> Allocation:
     """Measure the model, solve for every budget, verify by measuring, and return the best.
 
@@ -156,6 +157,8 @@ def allocate(
         on_progress: Called after every step.
         cancelled: Asked between steps; once it answers true, ``Cancelled`` is raised.
         device: ``auto`` takes a GPU where there is one.
+        loss: A loss of your own (such as ``CustomLoss``) instead of the one that the request
+            names; its ``name`` must change whenever what it computes does.
 
     Raises:
         InvalidInput: The request does not fit the model or the calibration set.
@@ -172,7 +175,7 @@ def allocate(
         raise InvalidInput(msg)
     setting = _prepare(
         model, calibration, request, device, ledger=ledger, on_progress=on_progress,
-        cancelled=cancelled,
+        cancelled=cancelled, loss=loss,
     )  # fmt: skip
     budgets = [_parse_budget(text, setting) for text in request.budgets]
     runner = _runner(setting)
@@ -201,11 +204,12 @@ def measure_matrix(
     on_progress: OnProgress | None = None,
     cancelled: IsCancelled | None = None,
     device: str = "auto",
+    loss: Loss | None = None,
 ) -> SensitivityMatrix:
     """Measure the sensitivity matrix of ``request`` alone; arguments and errors of ``allocate``."""
     setting = _prepare(
         model, calibration, request, device, ledger=ledger, on_progress=on_progress,
-        cancelled=cancelled,
+        cancelled=cancelled, loss=loss,
     )  # fmt: skip
     return _measure(setting, _runner(setting)).matrix
 
@@ -310,6 +314,7 @@ def _prepare(
     ledger: Ledger,
     on_progress: OnProgress | None,
     cancelled: IsCancelled | None,
+    loss: Loss | None,
 ) -> _Setting:
     where = _device(device)
     check_calibration(model, calibration)
@@ -342,7 +347,7 @@ def _prepare(
         module=module,
         inventory=inventory,
         table=table,
-        loss=loss_by_name(request.loss),
+        loss=loss or loss_by_name(request.loss),
         fit=fit,
         holdout=holdout,
         correcting=everything.subset(n_correcting, request.seed),

@@ -21,6 +21,7 @@ from bitquota.errors import (
 from bitquota.plan import SOLVER, Plan
 from bitquota.request import PlanRequest
 from bitquota.sensitivity.ledger import MemoryLedger, SqliteLedger
+from bitquota.sensitivity.losses import CustomLoss
 from bitquota.storage import Rounding, Scheme
 from trained_digits import trained
 
@@ -173,6 +174,14 @@ class TestAllocate:
         with pytest.raises(error, match=text):
             run(replace(SMALL, **change), ledger=ledger)
         assert len(ledger) == 0
+
+    def test_loss_of_the_users_own(self):
+        """Any per-sample function of output and reference can be what is minimised."""
+        own = CustomLoss(name="largest", function=lambda o, r, _: (o - r).abs().amax(dim=1))
+        (plan,) = run(replace(SMALL, refine=False), loss=own).plans
+
+        assert plan.loss == "largest"
+        assert plan.measured.mean > 0
 
     def test_unknown_device(self):
         """A device that is not there is an input error."""
