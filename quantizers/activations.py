@@ -200,7 +200,7 @@ def _unchanged(values: Tensor) -> Tensor:
     return values
 
 
-class _InputWatcher(TorchFunctionMode):
+class InputWatcher(TorchFunctionMode):
     """Hands each named layer's input to ``look``, and passes on what that returns."""
 
     def __init__(
@@ -287,7 +287,7 @@ def collect_inputs(
 
     with torch.no_grad():
         for look in (ranges, counts):
-            with _InputWatcher(module, inventory, look):
+            with InputWatcher(module, inventory, look):
                 for inputs in kept:
                     module(*inputs)
     from bitquota.candidates import LayerKind
@@ -315,7 +315,7 @@ def calibrate_activations(
     return {name: h.quantizer(bits, rule, grid) for name, h in inputs.histograms.items()}
 
 
-class quantized_inputs(_InputWatcher):  # noqa: N801  # used as a context manager
+class quantized_inputs(InputWatcher):  # noqa: N801  # used as a context manager
     """Within the context, layers named in ``quantizers`` see quantized inputs.
 
     Args:

@@ -181,10 +181,9 @@ class StabilisedLearner(BitLearner):
 class EllipsoidLearner(BitLearner):
     """Size held by construction: bit-widths live on an ellipsoid [Chikin22] (reconstruction).
 
-    ``b_l = b_min + t_l^2`` with ``t = sqrt(T) v / ||v||_n``, ``||v||_n^2 = sum n_l v_l^2`` and
-    ``T`` the limit less ``b_min`` for every weight: whatever ``v`` is, ``sum n_l b_l`` is the limit, so
-    there is no penalty to tune. The quantizer is U2 with ``b`` from above and ``log2 q_max``
-    learned.
+    ``b_l = b_min + t_l^2`` with ``t = sqrt(T) v / ||v||_n``, ``||v||_n^2 = sum n_l v_l^2``, and
+    ``T`` the limit less ``b_min`` for every weight. For any ``v``, ``sum n_l b_l`` is the limit: no
+    penalty to tune. The quantizer is U2 with ``b`` from above and ``log2 q_max`` learned.
     """
 
     def __init__(
