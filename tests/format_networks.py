@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, export, save
 
+from bitquota.candidates import CandidateTable, Inventory, enumerate_candidates
+from bitquota.formats.targets import TARGETS
+from bitquota.plan import Assignment, Plan
+from bitquota.sensitivity.discovery import discover
+
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from bitquota.formats.models import LoadedModel
+    from bitquota.storage import Scheme
 
 
 class TinyNet(nn.Module):
@@ -79,3 +88,48 @@ def write_pt2(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], path: P
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         save(export(module, inputs, dynamic_shapes=dynamic), path)
     return path
+
+
+def upsampler() -> nn.Module:
+    """Return transposed convolutions, one of them in groups."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.ConvTranspose2d(4, 8, 3, stride=2),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 6, 3, groups=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    ).eval()
+
+
+def plan_with(
+    model: LoadedModel,
+    inputs: tuple[Tensor, ...],
+    *,
+    target: str | None = None,
+    bits: tuple[int, ...] | None = None,
+    scheme: Scheme | None = None,
+    table: CandidateTable | None = None,
+    inventory: Inventory | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Return a plan of random rows: of a target, of bit-widths, or of a table."""
+    inventory = inventory or discover(
+        model.module, tuple(t[:2] for t in inputs), model_digest=model.digest
+    )
+    if table is None and target is not None:
+        inventory = TARGETS[target].prepare(inventory)
+        table = TARGETS[target].candidates(inventory, weight_bits=bits)
+    table = table or enumerate_candidates(inventory, bits or (4,), scheme=scheme)
+    groups: dict[str, list] = {}
+    for row in table.rows:
+        groups.setdefault(row.group, []).append(row)
+    draw = random.Random(seed)  # noqa: S311  # a test's choice
+    chosen = {c.layer: c for rows in groups.values() for c in draw.choice(rows).candidates}
+    return Plan(
+        model_digest=model.digest,
+        assignments=tuple(
+            Assignment(layer=layer, candidate=chosen[layer.name]) for layer in inventory.layers
+        ),
+        unquantized=inventory.unquantized,
+    )

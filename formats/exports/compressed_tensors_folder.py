@@ -10,7 +10,6 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from bitquota.candidates import LayerKind
@@ -18,7 +17,7 @@ from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
 from bitquota.formats.exports.prepared import widths_must_be
 from bitquota.formats.exports.receipt import Receipt, describe_files
 from bitquota.quantizers.packing import pack
-from bitquota.storage import Granularity, Grid
+from bitquota.storage import Granularity
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -68,7 +67,7 @@ class CompressedTensorsFolder:
         receipts = []
         sizes = _stored_sizes(path)
         for name in prepared.weights:
-            parts = [f"{name}.weight_{p}" for p in ("packed", "scale", "zero_point")]
+            parts = [f"{name}.weight_{p}" for p in ("packed", "scale")]
             bits = _bits_of_layer(config, name)
             receipts.append(
                 prepared.tensor_receipt(
@@ -131,12 +130,13 @@ class CompressedTensorsFolder:
             or w.scheme.row_alignment_bits != 32
             or w.scheme.granularity is Granularity.TENSOR
             or w.bits == 1
+            or w.zero_points is not None
         ]
         if wrong:
             msg = (
-                "compressed-tensors stores linear layers in rows of 32-bit words, with scales per "
-                f"channel or group; {', '.join(wrong[:8])} are planned otherwise: plan with "
-                "--target ct-vllm-humming"
+                "compressed-tensors stores linear layers in rows of 32-bit words, symmetric, with "
+                f"scales per channel or group; {', '.join(wrong[:8])} are planned otherwise: plan "
+                "with --target ct-vllm-humming"
             )
             raise InvalidPlan(msg, layers=wrong)
 
@@ -155,20 +155,11 @@ def _source_folder(prepared: PreparedExport) -> Path:
 def _layer_tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     rows, columns = weight.codes.shape
     packed = pack(weight)
-    tensors = {
+    return {
         f"{name}.weight_packed": torch.from_numpy(packed.codes.view("<i4")).reshape(rows, -1),
         f"{name}.weight_scale": weight.scales.contiguous(),
         f"{name}.weight_shape": torch.tensor([rows, columns], dtype=torch.int64),
     }
-    if weight.zero_points is not None:
-        # Zero points are packed along the rows, each column of groups by itself.
-        zeros = weight.zero_points.cpu().numpy().astype(np.uint16).T
-        from bitquota.quantizers.packing import pack_bits
-
-        stream = pack_bits(np.ascontiguousarray(zeros), weight.bits, alignment_bits=32)
-        words = torch.from_numpy(stream.view("<i4")).reshape(zeros.shape[0], -1)
-        tensors[f"{name}.weight_zero_point"] = words.T.contiguous()
-    return tensors
 
 
 def _config(source: Path, prepared: PreparedExport) -> JsonObject:
@@ -176,10 +167,10 @@ def _config(source: Path, prepared: PreparedExport) -> JsonObject:
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, weight in prepared.weights.items():
         scheme = weight.scheme
-        groups.setdefault((weight.bits, scheme.group_size or 0, str(scheme.grid)), []).append(name)
+        groups.setdefault((weight.bits, scheme.group_size or 0), []).append(name)
     described = {}
     for k, (key, names) in enumerate(sorted(groups.items())):
-        bits, size, grid = key
+        bits, size = key
         described[f"group_{k}"] = {
             "targets": sorted(names),
             "format": "pack-quantized",
@@ -188,7 +179,7 @@ def _config(source: Path, prepared: PreparedExport) -> JsonObject:
             "weights": {
                 "num_bits": bits,
                 "type": "int",
-                "symmetric": grid == Grid.SYMMETRIC,
+                "symmetric": True,
                 "strategy": "group" if size else "channel",
                 "group_size": size or None,
                 "dynamic": False,

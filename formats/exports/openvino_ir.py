@@ -62,8 +62,10 @@ class OpenvinoIr:
                 msg = f"OpenVINO must read the weight of layer '{name}' as a constant"
                 raise ExportFailed(msg, layer=name)
             layer = prepared.layers[name]
-            replacement = _dequantized(ov, initializer, layer, weight)
-            constants[initializer].output(0).replace(replacement.output(0))
+            stored_parts = _constants(ov, initializer, layer, weight)
+            # One product per reader, so that each can be fused with what reads it.
+            for reader in constants[initializer].output(0).get_target_inputs():
+                reader.replace_source_output(_dequantized(ov, stored_parts).output(0))
         ov.save_model(model, str(folder / XML), compress_to_fp16=False)
         stored = {
             node.get_friendly_name(): node
@@ -125,23 +127,33 @@ class OpenvinoFile(nn.Module):
         return torch.from_numpy(np.array(results[0]))
 
 
-def _dequantized(ov: Any, name: str, layer: Layer, weight: QuantizedWeight) -> Any:  # noqa: ANN401
-    """Return ``(codes - zero point) * scale`` in the weight's stored shape."""
-    ops = ov.opset13
+def _constants(ov: Any, name: str, layer: Layer, weight: QuantizedWeight) -> tuple[Any, Any, Any]:  # noqa: ANN401
+    """Return the constants of codes, zero point (or ``None``) and scales."""
     codes = from_matrix(weight.codes.int(), layer).cpu().numpy()
-    scales = weight.scales.float().cpu().numpy().reshape(-1)
-    shape = _scale_shape(layer, weight, codes.ndim)
     kind = {2: ov.Type.u2, 4: ov.Type.i4, 8: ov.Type.i8}[weight.bits]
-    constant = ov.op.Constant(ov.Tensor(_packed(codes, weight.bits), ov.Shape(codes.shape), kind))
+    # A tensor over a numpy array does not own its memory; one made by shape does.
+    tensor = ov.Tensor(kind, ov.Shape(codes.shape))
+    packed = _packed(codes, weight.bits)
+    tensor.data.reshape(-1).view(np.uint8)[: len(packed)] = packed
+    constant = ov.op.Constant(tensor)
     constant.set_friendly_name(name + _SUFFIX)
-    value = ops.convert(constant, "f32")
+    zero = None
     if weight.bits == 2:
-        zero = ops.constant(np.float32(2.0))
+        zero = ov.opset13.constant(np.float32(2.0))
         zero.set_friendly_name(f"{name}.zero_point")
-        value = ops.subtract(value, zero)
-    scale = ops.constant(scales.reshape(shape))
+    scales = weight.scales.float().cpu().numpy().reshape(_scale_shape(layer, weight, codes.ndim))
+    scale = ov.opset13.constant(scales)
     scale.set_friendly_name(f"{name}.scales")
-    return ops.multiply(value, scale)
+    return constant, zero, scale
+
+
+def _dequantized(ov: Any, parts: tuple[Any, Any, Any]) -> Any:  # noqa: ANN401
+    """Return a node for ``(codes - zero point) * scale``."""
+    codes, zero, scale = parts
+    value = ov.opset13.convert(codes, "f32")
+    if zero is not None:
+        value = ov.opset13.subtract(value, zero)
+    return ov.opset13.multiply(value, scale)
 
 
 def _packed(codes: NDArray[Any], bits: int) -> NDArray[np.uint8]:

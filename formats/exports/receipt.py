@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SCHEMA = "bitquota/receipt/1"
 RECEIPT_FILE = "receipt.json"
+TOLERANCE = 1e-3
+"""Largest relative difference of outputs: far above rounding, far below a wrong scale."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +121,7 @@ class Receipt:
         return self.container_bytes / held if held else 0.0
 
     def require(self) -> None:
-        """Raise ``ExportFailed`` unless every weight takes what the plan says."""
+        """Raise ``ExportFailed`` unless sizes are the plan's and outputs those of its weights."""
         wrong = [t for t in self.tensors if t.planned_bits != t.actual_bits]
         if wrong:
             shown = "; ".join(
@@ -131,6 +133,14 @@ class Receipt:
                 f"weights do not: {shown}"
             )
             raise ExportFailed(msg, layers=[t.layer for t in wrong])
+        gap = self.difference
+        if gap is not None and not gap.relative <= TOLERANCE:
+            msg = (
+                f"an export must compute what fake-quantization computes; its outputs on "
+                f"{gap.n_samples} samples differ by {gap.relative:.2g} of their norm, more than "
+                f"{TOLERANCE:g}: {self.runtime.get('name', 'the runtime')} reads the files wrongly"
+            )
+            raise ExportFailed(msg, relative=gap.relative)
 
     def to_json(self) -> JsonObject:
         """Return everything as plain JSON, sums included."""
