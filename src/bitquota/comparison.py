@@ -128,7 +128,7 @@ class Comparison:
 
     def budget_text(self, k: int) -> str:
         """Return what the user wrote for budget ``k``."""
-        return " + ".join(b.text or f"{b.limit} {b.unit}" for b in self.budgets[k])
+        return " + ".join(b.text.strip() or f"{b.limit} {b.unit}" for b in self.budgets[k])
 
     def ranked(self, k: int) -> list[tuple[Entry, Measured]]:
         """Return the entries that have a plan for budget ``k``, smallest measured loss first."""
