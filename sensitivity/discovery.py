@@ -95,7 +95,8 @@ def discover(
         module: The model; it is run once in eval mode, and left in the mode it was in. A module
             of ``torch.export`` is searched by its operators.
         example_inputs: Positional arguments, the first dimension being samples; one sample
-            is enough. Counts of multiply-accumulates and inputs are per sample.
+            is enough. Counts of multiply-accumulates and inputs are per sample; integer inputs
+            (token ids) are not counted: they are never quantized.
         model_digest: What the inventory names the model by; computed if not given.
 
     Raises:
@@ -275,7 +276,8 @@ def _counting_hook(item: _Found, kind: LayerKind, n_samples: int) -> Callable[..
         if not given or result is None:
             return
         n_in = given[0].numel()
-        item.n_inputs += n_in // n_samples
+        if given[0].is_floating_point():  # token ids are no activations
+            item.n_inputs += n_in // n_samples
         if kind is LayerKind.EXPERTS:
             # Arguments in transformers 5: tokens, chosen experts [tokens, k], weights.
             tokens = n_in // given[0].shape[-1]
@@ -354,7 +356,8 @@ class _CountingInterpreter(fx.Interpreter):
         item = self.found[key]
         given = self.env[input_node] if isinstance(input_node, fx.Node) else None
         n_in = given.numel() if isinstance(given, torch.Tensor) else 0
-        item.n_inputs += n_in // self.n_samples
+        if isinstance(given, torch.Tensor) and given.is_floating_point():
+            item.n_inputs += n_in // self.n_samples
         item.n_macs += _n_macs(kind, weight, groups, n_in, result.numel()) // self.n_samples
 
 

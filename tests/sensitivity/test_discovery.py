@@ -126,6 +126,7 @@ class TestDiscover:
         assert "out" not in [la.name for la in inventory.layers]
         assert 11 * 8 + 4 * 64 == inventory.n_weights
         assert 6 * 11 * 8 == embed.n_macs  # looking up costs nothing, the output layer does
+        assert 6 * 8 == embed.n_inputs  # of the output layer; token ids are no activations
         assert LayerKind.EMBEDDING is embed.kind
 
     def test_finds_expert_parameters(self):
@@ -230,7 +231,7 @@ class TestDiscoverExported:
         data = samples(kind)
         exported = torch.export.export(module, data.inputs).module(check_guards=False)
         plain, graph = discover(module, data.inputs), discover(exported, data.inputs)
-        fields = ("name", "kind", "weight_name", "rows", "columns", "n_macs")
+        fields = ("name", "kind", "weight_name", "rows", "columns", "n_macs", "n_inputs")
         for ours, theirs in zip(plain.layers, graph.layers, strict=True):
             for field in fields:
                 assert getattr(ours, field) == getattr(theirs, field)
