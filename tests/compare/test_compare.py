@@ -266,22 +266,10 @@ class TestCommand:
 
         return run
 
-    FAST = [
-        "format_networks:tiny_net",
-        "data.npz",
-        "--bits",
-        "2,4,8",
-        "--samples",
-        "20",
-        "--holdout",
-        "20",
-        "--metric",
-        "gram",
-        "--metric",
-        "weight_mse",
-        "--plans",
-        "4",
-    ]
+    FAST = (
+        *("format_networks:tiny_net", "data.npz", "--bits", "2,4,8", "--samples", "20"),
+        *("--holdout", "20", "--metric", "gram", "--metric", "weight_mse", "--plans", "4"),
+    )
 
     def test_writes_what_it_is_told_to(self, bitquota, tmp_path):
         """JSON, Markdown, plot; tables on the screen."""
