@@ -194,6 +194,20 @@ def cancel_job(
         typer.echo(job_view(JobStore(database, time.time).cancel(tenant, job_id)).model_dump_json())
 
 
+@app.command("webhook-secret")
+def make_webhook_secret(
+    tenant: Annotated[str, typer.Argument(help="Whose webhooks are signed with it.")],
+    data_dir: DataDir = None,
+) -> None:
+    """Make a new secret that signs a tenant's webhooks and print it; the old one ends."""
+    from bitquota.service.webhooks import Webhooks
+
+    with _opened(data_dir) as (settings, database):
+        _say(
+            {"tenant": tenant, "secret": Webhooks(settings, database, time.time).new_secret(tenant)}
+        )
+
+
 @app.command("audit")
 def show_audit(
     tenant: Annotated[str | None, typer.Option("--tenant", help="Only of this tenant.")] = None,

@@ -26,6 +26,7 @@ from bitquota.service.quotas import AuditLog, Quotas
 from bitquota.service.settings import Settings
 from bitquota.service.state import State
 from bitquota.service.supervisor import Supervisor
+from bitquota.service.webhooks import Webhooks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -52,6 +53,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         audit=AuditLog(database, time.time),
         supervisor=Supervisor(chosen, database, jobs),
         metrics=Metrics(),
+        webhooks=Webhooks(chosen, database, time.time),
     )
 
     @asynccontextmanager
@@ -59,7 +61,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         from starlette.concurrency import run_in_threadpool
 
         state.supervisor.start()
+        state.webhooks.start()
         yield
+        await run_in_threadpool(state.webhooks.stop)
         await run_in_threadpool(state.supervisor.stop)
         database.close()
 

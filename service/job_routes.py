@@ -86,10 +86,13 @@ def _create(
         labels=order.labels,
         priority=order.priority,
         deadline=deadline,
+        webhook=order.webhook,
     )
     known = None if key is None else service.jobs.replay(new, key)
     if known is not None:
         return known, True
+    if order.webhook is not None:
+        service.webhooks.check(caller.tenant, order.webhook)
     service.quotas.check_order(caller.tenant)
     made = service.jobs.create(new, key)
     service.audit.add(caller, "job.create", made[0].id, request_id)

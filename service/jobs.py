@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from bitquota.errors import (
     NotFound,
     ServiceTimeout,
 )
-from bitquota.service.database import artifacts, events, idempotency, jobs, tenants
+from bitquota.service.database import artifacts, deliveries, events, idempotency, jobs, tenants
 from bitquota.service.problems import problem_json
 
 if TYPE_CHECKING:
@@ -588,6 +589,18 @@ class JobStore:
                 version=jobs.c.version + 1,
             )
         )
+        if job.webhook is not None:
+            connection.execute(
+                deliveries.insert().values(
+                    id=new_id("msg", now),
+                    tenant=job.tenant,
+                    job=job.id,
+                    url=job.webhook,
+                    body=ended_body(job.id, job.kind, status.value, now),
+                    created_at=now,
+                    next_at=now,
+                )
+            )
         said: JsonObject = {"status": status.value}
         self._event(
             connection, job.id, "status", said | ({"error": problem} if problem else {}), now
@@ -623,3 +636,10 @@ def _one(connection: Connection, job_id: str) -> Job:
 def new_id(prefix: str, now: float) -> str:
     """Return an unguessable id whose order is that of time: ``job_`` and 32 digits."""
     return f"{prefix}_{int(now * 1000):012x}{secrets.token_hex(10)}"
+
+
+def ended_body(job_id: str, kind: str, status: str, finished_at: float) -> str:
+    """Return what is sent when a job has ended; the rest is fetched with a key."""
+    at = datetime.fromtimestamp(finished_at, UTC).isoformat()
+    data: dict[str, Any] = {"id": job_id, "kind": kind, "status": status, "finished_at": at}
+    return canonical_json({"type": f"job.{status}", "timestamp": at, "data": data})

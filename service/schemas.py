@@ -45,6 +45,9 @@ class JobOrder(BaseModel):
     deadline_s: float | None = Field(
         default=None, gt=0, le=30 * 86400, description="Seconds from now until it must have ended."
     )
+    webhook: str | None = Field(
+        default=None, max_length=2000, description="URL that is told when the job has ended."
+    )
 
 
 class ProgressView(BaseModel):

@@ -71,6 +71,13 @@ class Settings:
         7 * 86400.0,
         "Worker seconds of one tenant in 24 hours, unless its own quota says otherwise.",
     )
+    webhook_allow_private: bool = _setting(
+        default=False, text="Let webhooks go to addresses that are not public, and by plain http."
+    )
+    webhook_attempts: int = _setting(8, "Attempts to deliver one webhook.", below=1)
+    webhook_retry_s: float = _setting(
+        5.0, "Seconds until the second attempt; each further one waits twice as long.", below=0
+    )
     job_retention_s: float = _setting(
         90 * 86400.0, "Seconds after its end that a job is kept.", below=0
     )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bitquota.service.quotas import AuditLog, Quotas
     from bitquota.service.settings import Settings
     from bitquota.service.supervisor import Supervisor
+    from bitquota.service.webhooks import Webhooks
 
 LOCAL_TENANT = "local"
 """Who uses a server on loopback that has no keys."""
@@ -45,6 +46,7 @@ class State:
     audit: AuditLog
     supervisor: Supervisor
     metrics: Metrics
+    webhooks: Webhooks
 
 
 async def state_of(request: Request) -> State:

@@ -127,6 +127,7 @@ class Client:
         labels: Mapping[str, str] | None = None,
         priority: int = 0,
         deadline_s: float | None = None,
+        webhook: str | None = None,
         idempotency_key: str | None = None,
     ) -> Job:
         """Upload what the server does not have yet, and order a plan.
@@ -139,6 +140,7 @@ class Client:
             labels: Names and values to find the job by.
             priority: Higher runs earlier.
             deadline_s: Seconds until the job must have ended.
+            webhook: URL that is told when the job has ended.
             idempotency_key: Orders under one key are one job; the default is a new key.
 
         Raises:
@@ -155,6 +157,8 @@ class Client:
         }
         if deadline_s is not None:
             body["deadline_s"] = deadline_s
+        if webhook is not None:
+            body["webhook"] = webhook
         # The key makes a repeat after a lost answer harmless.
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         made = self._call("POST", "/v1/jobs", json=body, headers=headers).json()
