@@ -535,7 +535,11 @@ def _plan(
     chosen = setting.table.decode(choices[best])
     by_layer = {candidate.layer: candidate for candidate in chosen}
     objective = problem.evaluate(choices[best])
-    within = objective - solution.bound <= setting.request.gap * abs(objective)
+    status = solution.status
+    if choices[best] != _choice(solution):
+        # A choice that measured better need not be the optimum of the matrix.
+        within = objective - solution.bound <= setting.request.gap * abs(objective)
+        status = Status.OPTIMAL if within else Status.FEASIBLE
     plan = Plan(
         model_digest=setting.inventory.model_digest,
         assignments=tuple(
@@ -549,8 +553,7 @@ def _plan(
         predicted=matrix.predict(choices[best]),
         measured=measured[best].measured,
         proof=Proof(
-            # A choice that measured better need not be the optimum of the matrix.
-            status=str(Status.OPTIMAL if within else Status.FEASIBLE),
+            status=str(status),
             limit=None if solution.limit is None else str(solution.limit),
             objective=objective,
             bound=solution.bound,

@@ -129,7 +129,7 @@ def layer_rows(plan: Plan) -> list[dict[str, str]]:
             "shape": "×".join(map(str, a.layer.weight_shape)),
             "weights": f"{a.layer.n_weights:,}",
             "candidate": a.candidate.label,
-            "stored": format_size(a.candidate.size_bits),
+            "stored": f"{-(-a.candidate.size_bits // 8):,} B",
         }
         for a in plan.assignments
     ]

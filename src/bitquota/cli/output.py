@@ -84,7 +84,9 @@ def print_rows(rows: Sequence[Mapping[str, str]], title: str = "") -> None:
 def print_plan(plan: Plan, accuracies: Mapping[str, float] | None = None) -> None:
     """Print what a plan is and how it compares."""
     asked = " + ".join(b.text or f"{b.limit} {b.unit}" for b in plan.budgets)
-    print_rows(report.layer_rows(plan), title=f"Plan for {asked}")
+    # The kind would push long layer names over two lines on a narrow terminal.
+    rows = [{k: v for k, v in row.items() if k != "kind"} for row in report.layer_rows(plan)]
+    print_rows(rows, title=f"Plan for {asked}")
     print_rows(report.comparison_rows(plan, accuracies), title="Measured beside it")
     console.print(report.verdict(plan))
     console.print(report.proof_sentence(plan))
