@@ -5,12 +5,13 @@ from 256 calibration images, rank correlation over 30 random assignments whose l
 measured on 512 other images, accuracy of the exact solution on test images. Prints a Markdown
 table; nothing is fine-tuned.
 
-    python benchmarks/metrics.py [--small]
+    python benchmarks/metrics.py [--small] [--setting 0|1] [--test-images N] [--rank-images N]
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,7 @@ from bitquota.sensitivity.choices import measure_choices
 from bitquota.sensitivity.discovery import discover
 from bitquota.sensitivity.evaluate import measure_choice
 from bitquota.sensitivity.gram import measure_gram
+from bitquota.sensitivity.ledger import MemoryLedger
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.metrics import METRICS, Orthogonality, find_flags, threshold_within
 from bitquota.sensitivity.metrics.agreement import spearman
@@ -60,13 +62,16 @@ class Setting:
     budgets: list[Budget]
     runner: Runner
     test: CalibrationSet
+    ledger: MemoryLedger = field(default_factory=MemoryLedger)
     known: dict[tuple[int, ...], str] = field(default_factory=dict)
 
     def accuracy(self, choice: tuple[int, ...]) -> str:
         """Return test accuracy and KL of a choice."""
         if choice not in self.known:
             chosen = self.table.decode(choice)
-            found = measure_choice(self.module, self.inventory, chosen, self.test, KL)
+            found = measure_choice(
+                self.module, self.inventory, chosen, self.test, KL, ledger=self.ledger
+            )
             self.known[choice] = f"{100 * (found.accuracy or 0.0):.1f} / {found.mean:.3f}"
         return self.known[choice]
 
@@ -117,8 +122,13 @@ def main() -> None:
     """Run both settings and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="A few images: seconds, no meaning.")
-    small = parser.parse_args().small
-    n_scores, n_rank, n_test, n_plans = (16, 16, 16, 4) if small else (256, 512, 2000, 30)
+    parser.add_argument("--setting", type=int, choices=(0, 1), help="Only this one.")
+    parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--rank-images", type=int, default=512)
+    given = parser.parse_args()
+    small = given.small
+    n_scores, n_plans = (16, 4) if small else (256, 30)
+    n_rank, n_test = (16, 16) if small else (given.rank_images, given.test_images)
     module = load_resnet(20)
     x, y = images("calibration", n_scores + n_rank)
     everything = CalibrationSet(inputs=(x,), labels=y)
@@ -126,7 +136,8 @@ def main() -> None:
     other = everything.take(range(n_scores, n_scores + n_rank))
     tx, ty = images("test", n_test)
     inventory = discover(module, (x[:2],))
-    for widths, texts in SETTINGS[:1] if small else SETTINGS:
+    wanted = SETTINGS if given.setting is None else SETTINGS[given.setting :][:1]
+    for widths, texts in SETTINGS[:1] if small else wanted:
         setting = Setting(
             module=module,
             inventory=inventory,
@@ -167,6 +178,7 @@ def compared(setting: Setting, judge: Runner, n_plans: int) -> list[dict[str, st
             }
             | setting.solved(matrix)
         )
+        print(rows[-1], file=sys.stderr, flush=True)
         if name == "relative_mse":
             rows.append(setting.threshold(matrix))
     return rows
