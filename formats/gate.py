@@ -319,9 +319,9 @@ def _baselines(lock: Lock, quality: Quality | None, limits: Limits) -> Outcome:
         if b.name.startswith(prefix) and b.size_bits <= plan.size_bits
     }
     measured = plan.measured
-    if quality is not None:
-        measured = quality.measured
-        fresh = quality.baselines or {}
+    if quality is not None and quality.baselines is not None:
+        # Like is held against like: both fresh, or both as the plan recorded them.
+        measured, fresh = quality.measured, quality.baselines
         fair = {name: fresh[name] for name in fair if name in fresh}
     if measured is None or not fair:
         text = f"the plan must be measured beside baselines called '{prefix}…' that fit its bytes"
