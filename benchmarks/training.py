@@ -15,6 +15,7 @@ import time
 import torch
 from torch import nn
 
+from bitquota.budget import Budget
 from bitquota.candidates import Candidate, Inventory
 from bitquota.corrections import Correction
 from bitquota.sensitivity.calibration import CalibrationSet
@@ -96,8 +97,7 @@ def main() -> None:
                 start = time.process_time()
                 done = finetune(model, inventory, plans["uniform 2"], data, settings, method=method)
                 show(f"uniform 2 + {method}", seed, done.size_bits, done.module, start)
-        smallest = sum(c.size_bits for c in plans["uniform 2"])
-        limit = smallest + int((args.average - 2) * inventory.n_weights)
+        limit = Budget.parse(f"{args.average} bits", inventory)
         first_last = uniform(inventory, 2, ends=8)
         if "first_last" in rows:
             start = time.process_time()
@@ -109,7 +109,9 @@ def main() -> None:
                 learned = learn(model, inventory, data, limit, WIDTHS, recipe=recipe,
                                 settings=settings)  # fmt: skip
                 bits = "".join(str(c.weight_bits) for c in learned.candidates)
-                show(f"{recipe} {bits}", seed, learned.size_bits, learned.trained.module, start)
+                show(
+                    f"{recipe} {bits}", seed, learned.plan.size_bits, learned.trained.module, start
+                )
 
 
 if __name__ == "__main__":

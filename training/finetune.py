@@ -16,8 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from bitquota.errors import InvalidInput
+from bitquota.plan import MeasuredLoss
 from bitquota.quantizers.codebook import StoredCodebook
 from bitquota.quantizers.layout import from_matrix
+from bitquota.sensitivity.losses import loss_by_name, n_correct
+from bitquota.sensitivity.measure import standard_error
+from bitquota.sensitivity.runner import run_module
 from bitquota.storage import FULL_PRECISION_BITS
 from bitquota.training.loop import TrainingRecord, TrainingSettings, train
 from bitquota.training.weight_quantizers import trainable_weight
@@ -234,4 +238,36 @@ def finished(
         candidates=tuple(candidates),
         size_bits=size_bits,
         record=record,
+    )
+
+
+def measure_trained(
+    trained: nn.Module, teacher: nn.Module, data: CalibrationSet, *, batch_size: int = 64
+) -> MeasuredLoss:
+    """Return the divergence of a trained model to the full-precision one, and its accuracy.
+
+    Args:
+        trained: The trained model in eval mode.
+        teacher: The full-precision model.
+        data: Samples that were not trained on.
+        batch_size: Samples per pass.
+
+    Cost: one forward pass of each model over ``data``.
+    """
+    loss = loss_by_name("kl")
+    values, right = [], 0.0
+    with torch.no_grad():
+        for batch in data.batches(batch_size):
+            output = run_module(trained, batch.inputs)
+            reference = run_module(teacher, batch.inputs)
+            values.append(loss.per_sample(output, reference, batch.labels))
+            if batch.labels is not None:
+                right += float(n_correct(output, batch.labels).sum())
+    losses = torch.cat(values).double().cpu().numpy()
+    return MeasuredLoss(
+        mean=float(losses.mean()),
+        standard_error=float(standard_error(losses)),
+        n_samples=len(losses),
+        unit=loss.unit,
+        accuracy=None if data.labels is None else right / len(losses),
     )

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from bitquota.candidates import Candidate
 from bitquota.errors import BudgetTooSmall, InvalidInput
+from bitquota.plan import Assignment, Plan
+from bitquota.sensitivity.discovery import model_fingerprint
 from bitquota.storage import FULL_PRECISION_BITS, Granularity, Scheme
 from bitquota.training.bit_learners import (
     BitLearner,
@@ -19,15 +21,16 @@ from bitquota.training.bit_learners import (
     PublishedLearner,
     StabilisedLearner,
 )
-from bitquota.training.finetune import TrainedModel, finetune
+from bitquota.training.finetune import TrainedModel, finetune, measure_trained
 from bitquota.training.loop import TrainingRecord, TrainingSettings, train
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from torch import nn
 
+    from bitquota.budget import Budget
     from bitquota.candidates import Inventory, Layer
     from bitquota.progress import IsCancelled, OnProgress
     from bitquota.sensitivity.calibration import CalibrationSet
@@ -39,6 +42,12 @@ RECIPES: dict[str, type[BitLearner]] = {
 }
 """Recipes by name, in order of preference."""
 
+PRICES: dict[str, Callable[[Candidate], int]] = {
+    "size_bits": lambda candidate: candidate.size_bits,
+    "code_bits": lambda candidate: candidate.size.codes,
+}
+"""What a candidate takes of each resource that can be limited here."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LearnedBits:
@@ -47,16 +56,15 @@ class LearnedBits:
     Attributes:
         candidates: One for each layer, within the limit exactly.
         relaxed_bits: What the recipe learned, before rounding.
-        size_bits: Exact bits of all layers, scales included.
-        limit_bits: The limit.
+        plan: The same as a plan: of the *trained* weights (its digest is theirs), measured on the
+            hold-out part of the training data, which also selected the epoch.
         learning: What the first phase did.
         trained: The fine-tuned model of the second phase.
     """
 
     candidates: tuple[Candidate, ...]
     relaxed_bits: tuple[float, ...]
-    size_bits: int
-    limit_bits: int
+    plan: Plan
     learning: TrainingRecord
     trained: TrainedModel
 
@@ -65,7 +73,7 @@ def learn(
     module: nn.Module,
     inventory: Inventory,
     data: CalibrationSet,
-    limit_bits: int,
+    budget: Budget,
     weight_bits: Sequence[int],
     *,
     scheme: Scheme | None = None,
@@ -82,7 +90,7 @@ def learn(
         module: The full-precision model.
         inventory: Its layers.
         data: Labelled training samples; a hold-out of them selects, never the test set.
-        limit_bits: Exact limit on the stored bits of all layers together, scales included.
+        budget: Limit on ``size_bits`` (scales included) or ``code_bits``; it is met exactly.
         weight_bits: Bit-widths on offer, at least two of 2 to 16.
         scheme: How the final weights are stored; by default per output channel.
         recipe: ``stabilised``, ``ellipsoid``, or ``uhlich2020`` (as published).
@@ -94,7 +102,8 @@ def learn(
 
     Raises:
         BudgetTooSmall: Even the smallest bit-widths do not fit.
-        InvalidInput: An unknown recipe, or bit-widths that cannot be learned.
+        InvalidInput: An unknown recipe, bit-widths that cannot be learned, or a budget of another
+            resource.
         InvalidCalibration: Labels are missing.
         MeasurementFailed: The loss is not finite.
         Cancelled: ``cancelled`` said so; the checkpoints continue the run.
@@ -109,22 +118,27 @@ def learn(
     if len(widths) < 2 or widths[0] < 2:
         msg = f"learning needs at least two bit-widths of 2 or more; got {sorted(weight_bits)}"
         raise InvalidInput(msg, weight_bits=sorted(weight_bits))
+    if budget.resource not in PRICES:
+        msg = f"bit-widths are learned under a limit on {' or '.join(PRICES)}; got '{budget.resource}'"
+        raise InvalidInput(msg, resource=budget.resource)
     scheme = Scheme() if scheme is None else scheme
     settings = TrainingSettings() if settings is None else settings
     layers = inventory.layers
     table = {la.name: {b: Candidate.of(la, b, scheme) for b in widths} for la in layers}
-    smallest = sum(table[la.name][widths[0]].size_bits for la in layers)
-    if smallest > limit_bits:
+    price = PRICES[budget.resource]
+    smallest = sum(price(table[la.name][widths[0]]) for la in layers)
+    if smallest > budget.available:
         msg = (
-            f"a limit of {limit_bits:,} bits is below the smallest plan ({smallest:,} bits: every "
-            f"layer at {widths[0]} bits); raise it or offer smaller bit-widths"
+            f"a limit of {budget.available:,} bits for the layers is below the smallest plan "
+            f"({smallest:,} bits: every layer at {widths[0]} bits); raise it or offer smaller "
+            "bit-widths"
         )
-        raise BudgetTooSmall(msg, limit_bits=limit_bits, smallest_bits=smallest)
+        raise BudgetTooSmall(msg, limit_bits=budget.available, smallest_bits=smallest)
     overhead = smallest - sum(widths[0] * la.n_weights for la in layers)
     learner = RECIPES[recipe](
         module,
         layers,
-        float(limit_bits - overhead),
+        float(budget.available - overhead),
         least=float(widths[0]),
         most=float(widths[-1]),
         per_channel=scheme.granularity is not Granularity.TENSOR and recipe != "uhlich2020",
@@ -132,7 +146,7 @@ def learn(
     identity = {
         "model": inventory.model_digest,
         "recipe": recipe,
-        "limit_bits": limit_bits,
+        "budget": budget.to_json(),
         "weight_bits": widths,
         "scheme": scheme.to_json(),
     }
@@ -152,7 +166,7 @@ def learn(
         cancelled=cancelled,
     )
     relaxed = tuple(learner.relaxed_bits().detach().tolist())
-    chosen = repair(layers, relaxed, table, limit_bits)
+    chosen = repair(layers, relaxed, table, budget)
     trained = finetune(
         module,
         inventory,
@@ -166,13 +180,21 @@ def learn(
         on_progress=on_progress,
         cancelled=cancelled,
     )
+    settings = settings if finetuning is None else finetuning
+    _, holdout = data.split(settings.holdout_fraction, settings.seed)
+    plan = Plan(
+        model_digest=model_fingerprint(trained.module),
+        assignments=tuple(
+            Assignment(layer=la, candidate=c) for la, c in zip(layers, chosen, strict=True)
+        ),
+        unquantized=inventory.unquantized,
+        budgets=(budget,),
+        selected=f"learned:{recipe}",
+        measured=measure_trained(trained.module, module, holdout),
+        provenance={**identity, "data": data.digest, "seed": settings.seed},
+    )
     return LearnedBits(
-        candidates=chosen,
-        relaxed_bits=relaxed,
-        size_bits=sum(c.size_bits for c in chosen),
-        limit_bits=limit_bits,
-        learning=record,
-        trained=trained,
+        candidates=chosen, relaxed_bits=relaxed, plan=plan, learning=record, trained=trained
     )
 
 
@@ -180,7 +202,7 @@ def repair(
     layers: Sequence[Layer],
     relaxed: Sequence[float],
     table: dict[str, dict[int, Candidate]],
-    limit_bits: int,
+    budget: Budget,
 ) -> tuple[Candidate, ...]:
     """Return whole bit-widths near the relaxed ones, within the limit exactly.
 
@@ -190,28 +212,29 @@ def repair(
     one whose relaxed width exceeds its width the most first, as long as one fits. A heuristic;
     the limit holds exactly, and no single layer could be raised further.
     """
+    price, limit = PRICES[budget.resource], budget.available
     widths = sorted(next(iter(table.values())))
     bits = [max([w for w in widths if w <= b + 1e-6], default=widths[0]) for b in relaxed]
 
     def size() -> int:
-        return sum(table[la.name][b].size_bits for la, b in zip(layers, bits, strict=True))
+        return sum(price(table[la.name][b]) for la, b in zip(layers, bits, strict=True))
 
     def step(b: int, by: int) -> int | None:
         at = widths.index(b) + by
         return widths[at] if 0 <= at < len(widths) else None
 
-    while size() > limit_bits:
+    while size() > limit:
         lower = [k for k in range(len(bits)) if step(bits[k], -1) is not None]
         k = max(lower, key=lambda k: (bits[k] - relaxed[k], layers[k].n_weights, -k))
         bits[k] = step(bits[k], -1) or bits[k]
     while True:
-        room = limit_bits - size()
+        room = limit - size()
         raisable = []
         for k, layer in enumerate(layers):
             up = step(bits[k], 1)
             if up is None:
                 continue
-            more = table[layer.name][up].size_bits - table[layer.name][bits[k]].size_bits
+            more = price(table[layer.name][up]) - price(table[layer.name][bits[k]])
             if more <= room:
                 raisable.append((relaxed[k] - bits[k], -k, up))
         if not raisable:

@@ -7,11 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitquota.budget import Budget
 from bitquota.candidates import Candidate, LayerKind
 from bitquota.errors import BudgetTooSmall, InvalidInput
 from bitquota.quantizers.packing import pack
 from bitquota.sensitivity.calibration import CalibrationSet
-from bitquota.sensitivity.discovery import discover
+from bitquota.sensitivity.discovery import discover, model_fingerprint
 from bitquota.sensitivity.evaluate import apply_plan
 from bitquota.storage import Granularity, Scheme
 from bitquota.training.bit_learners import EllipsoidLearner, PublishedLearner, StabilisedLearner
@@ -38,10 +39,9 @@ def inventory_of(model):
     return discover(model, (torch.zeros(1, 1, 8, 8),))
 
 
-def limit_at(inventory, average, scheme=None):
-    """Return the size of codes at an average, with the scales of the scheme."""
-    at_two = sum(Candidate.of(la, 2, scheme or Scheme()).size_bits for la in inventory.layers)
-    return at_two + int((average - 2) * inventory.n_weights)
+def average_of(inventory, average):
+    """Return the budget of that many bits per weight."""
+    return Budget.parse(f"{average} bits", inventory)
 
 
 class TestLearn:
@@ -50,14 +50,14 @@ class TestLearn:
         """2.5 bits on average: bytes of the shipped model, accuracy on other images."""
         model = trained_digits_net()
         inventory = inventory_of(model)
-        limit = limit_at(inventory, 2.5)
+        limit = Budget.parse("2.8 bpw", inventory)
         learned = learn(
             model, inventory, data, limit, WIDTHS,
             recipe=recipe, settings=SETTINGS, finetuning=FINETUNING,
         )  # fmt: skip
         shipped = sum(8 * pack(w).n_bytes for w in learned.trained.stored.values())
-        assert shipped == learned.size_bits == learned.trained.size_bits
-        assert learned.size_bits <= limit
+        assert shipped == learned.plan.size_bits == learned.trained.size_bits
+        assert learned.plan.size_bits <= limit.limit
         x, y = digits()
         x, y = x[N_TRAIN:], y[N_TRAIN:]
         full = accuracy(model, x, y)
@@ -69,7 +69,7 @@ class TestLearn:
         model = trained_digits_net()
         inventory = inventory_of(model)
         learned = learn(
-            model, inventory, data, limit_at(inventory, 2.5), WIDTHS,
+            model, inventory, data, average_of(inventory, 2.5), WIDTHS,
             settings=SETTINGS, finetuning=replace(FINETUNING, epochs=1),
         )  # fmt: skip
         bits = {c.layer: c.weight_bits for c in learned.candidates}
@@ -81,12 +81,12 @@ class TestLearn:
         model = trained_digits_net()
         inventory = inventory_of(model)
         scheme = Scheme(granularity=Granularity.TENSOR)
-        limit = limit_at(inventory, 3.0, scheme)
+        limit = average_of(inventory, 3.0)
         learned = learn(
             model, inventory, data, limit, WIDTHS, scheme=scheme,
             settings=replace(SETTINGS, epochs=1), finetuning=replace(FINETUNING, epochs=1),
         )  # fmt: skip
-        assert learned.size_bits <= limit
+        assert learned.plan.average_bits <= 3.0
         assert {1} == {w.scales.numel() for w in learned.trained.stored.values()}
 
     def test_a_limit_below_the_smallest_plan_is_refused_before_training(self, data):
@@ -94,19 +94,43 @@ class TestLearn:
         model = trained_digits_net()
         inventory = inventory_of(model)
         with pytest.raises(BudgetTooSmall, match="every layer at 2 bits"):
-            learn(model, inventory, data, inventory.n_weights, WIDTHS)
+            learn(model, inventory, data, average_of(inventory, 1.9), WIDTHS)
 
     def test_refuses_unknown_recipes(self, data):
         """The known ones are listed."""
         model = trained_digits_net()
+        inventory = inventory_of(model)
         with pytest.raises(InvalidInput, match="stabilised, ellipsoid, uhlich2020"):
-            learn(model, inventory_of(model), data, 10**9, WIDTHS, recipe="magic")
+            learn(model, inventory, data, average_of(inventory, 4), WIDTHS, recipe="magic")
+
+    def test_refuses_budgets_of_other_resources(self, data):
+        """Bit operations are for the solver."""
+        model = trained_digits_net()
+        inventory = inventory_of(model)
+        with pytest.raises(InvalidInput, match="size_bits or code_bits; got 'bit_ops'"):
+            learn(model, inventory, data, Budget.parse("1 GBitOps", inventory), WIDTHS)
+
+    def test_the_plan_fits_the_trained_model(self, data):
+        """Applying it to the trained weights changes nothing: they lie on their grids."""
+        model = trained_digits_net()
+        inventory = inventory_of(model)
+        learned = learn(
+            model, inventory, data, average_of(inventory, 3), WIDTHS,
+            settings=replace(SETTINGS, epochs=1), finetuning=replace(FINETUNING, epochs=1),
+        )  # fmt: skip
+        trained = learned.trained.module
+        assert model_fingerprint(trained) == learned.plan.model_digest
+        again = apply_plan(trained, inventory_of(trained), learned.candidates)
+        x = digits()[0][N_TRAIN:]
+        assert torch.allclose(trained(x), again(x), atol=1e-4)
+        assert learned.plan.measured.accuracy > 0.8
 
     def test_refuses_a_single_width(self, data):
         """There would be nothing to learn."""
         model = trained_digits_net()
+        inventory = inventory_of(model)
         with pytest.raises(InvalidInput, match="at least two bit-widths"):
-            learn(model, inventory_of(model), data, 10**9, [4])
+            learn(model, inventory, data, average_of(inventory, 4), [4])
 
 
 class TestEllipsoidLearner:
@@ -187,7 +211,8 @@ class TestRepair:
         table = {la.name: {b: Candidate.of(la, b, Scheme()) for b in WIDTHS} for la in layers}
         smallest = sum(table[la.name][2].size_bits for la in layers)
         limit = smallest + int((average - 2) * sum(la.n_weights for la in layers))
-        chosen = repair(layers, relaxed, table, limit)
+        budget = Budget(resource="size_bits", limit=limit + 7, constant=7)
+        chosen = repair(layers, relaxed, table, budget)
         size = sum(c.size_bits for c in chosen)
         assert size <= limit
         for layer, candidate in zip(layers, chosen, strict=True):
@@ -201,5 +226,6 @@ class TestRepair:
         layers = [layer_of(LayerKind.LINEAR, (8, 8), name=name) for name in "abc"]
         table = {la.name: {b: Candidate.of(la, b, Scheme()) for b in WIDTHS} for la in layers}
         limit = sum(table[n][b].size_bits for n, b in (("a", 5), ("b", 2), ("c", 3)))
-        chosen = repair(layers, [5.0, 2.0, 3.0], table, limit)
+        budget = Budget(resource="size_bits", limit=limit)
+        chosen = repair(layers, [5.0, 2.0, 3.0], table, budget)
         assert [5, 2, 3] == [c.weight_bits for c in chosen]
