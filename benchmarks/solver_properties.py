@@ -1,8 +1,8 @@
 """Many random small problems with random mixes of constraints: solver, enumeration, checker.
 
 Every answer must equal enumeration, and every certificate must pass the independent checker. Ends
-with an error at the first problem that does not, printed in its smallest form. Process CPU seconds
-of each part are printed at the end.
+with an error at the first problem that does not; ``--save FILE`` keeps that problem bit for bit
+(``bitquota.solver.archive.problem_from_bytes``), ``--shrink`` looks for the smallest one (slow).
 
     python benchmarks/solver_properties.py --examples 10000 --seed 0
 """
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from typing import TYPE_CHECKING
 
+from bitquota.solver.archive import problem_to_bytes
 from solver_claims import GAP, assert_equals_brute_force
 from strategies import any_problems
 
@@ -36,7 +37,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--groups", type=int, default=5)
     parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--shrink", action="store_true")
+    parser.add_argument("--save", type=Path)
     given = parser.parse_args()
+    phases = [hypothesis.Phase.generate, *[hypothesis.Phase.shrink] * given.shrink]
     tally: collections.Counter[str] = collections.Counter()
 
     @hypothesis.seed(given.seed)
@@ -44,6 +48,7 @@ def main() -> None:
         max_examples=given.examples,
         deadline=None,
         database=None,
+        phases=phases,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     @hypothesis.given(
@@ -52,7 +57,13 @@ def main() -> None:
         st.integers(0, 3),
     )
     def holds(problem: Problem, gap: float, seed: int) -> None:
-        solution = assert_equals_brute_force(problem, gap=gap, seed=seed)
+        try:
+            solution = assert_equals_brute_force(problem, gap=gap, seed=seed)
+        except BaseException:
+            if given.save:
+                given.save.write_bytes(problem_to_bytes(problem))
+            print(f"failed after {tally['problems']} problems, at gap {gap}, seed {seed}")
+            raise
         tally["problems"] += 1
         tally[f"status {solution.status}"] += 1
         tally["with a certificate"] += solution.certificate is not None

@@ -36,7 +36,7 @@ def size(problem: Problem) -> float:
 
 def slack(problem: Problem, objective: float, gap: float = GAP) -> float:
     """Return by how much two answers proved within ``gap`` may differ."""
-    return 1.01 * gap * abs(objective) + 1e-11 * size(problem)
+    return 1.01 * gap * abs(objective) + 1e-11 * size(problem) + 1e-300
 
 
 def assert_equals_brute_force(problem: Problem, *, gap: float = GAP, seed: int = 0) -> Solution:
@@ -59,7 +59,7 @@ def assert_equals_brute_force(problem: Problem, *, gap: float = GAP, seed: int =
 
 def assert_bound_is_true(problem: Problem, found: Solution, best: Solution) -> None:
     """Whatever stopped the solver: bound ≤ optimum ≤ objective, and the certificate proves it."""
-    rounding = 1e-12 * size(problem)
+    rounding = 1e-12 * size(problem) + 1e-300
     assert found.bound <= best.objective + rounding, (found, best)
     assert found.objective >= best.objective - rounding, (found, best)
     if found.certificate is not None:
