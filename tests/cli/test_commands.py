@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from bitquota.cli import main
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
 from trained_digits import calibration, files
 
 FAST = ["--bits", "2,4,8", "--samples", "64", "--holdout", "64", "--no-refine"]
 FACTORIES = ["trained_digits:model", "trained_digits:calibration"]
-
-
-@pytest.fixture
-def bitquota(monkeypatch, tmp_path, capsys):
-    """Return a function that runs the command line in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bitquota", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

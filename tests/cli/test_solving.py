@@ -1,0 +1,125 @@
+"""``solve`` and ``frontier`` on plain problem files: answers, proofs, explanations, exit codes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Return a plain archive: 5 layers at 2, 4 or 8 bits, correlated errors, three budgets."""
+    rng = np.random.default_rng(0)
+    n_layers, widths = 5, np.array([2.0, 4.0, 8.0])
+    params = np.array([16.0, 64.0, 64.0, 256.0, 32.0])
+    factors = rng.standard_normal((15, 4)) * np.tile(4.0**-widths * 16, n_layers)[:, None]
+    matrix = factors @ factors.T
+    for k in range(n_layers):
+        block = slice(3 * k, 3 * k + 3)
+        matrix[block, block] = np.diag(np.diag(matrix[block, block]))
+    sizes = params[:, None] * widths
+    budgets = params.sum() * np.array([1.0, 3.0, 4.0])
+    np.savez(
+        tmp_path / "problem.npz",
+        G=matrix,
+        sizes=sizes,
+        params=params,
+        budgets=budgets,
+        budget_names=np.array(["1", "3", "4"]),
+    )
+    return tmp_path / "problem.npz"
+
+
+class TestSolve:
+    def test_json(self, bitquota, file):
+        """The members that scripts rely on are there; the budget is kept."""
+        code, out, _ = bitquota("solve", file, "--budget-index", 1, "--json")
+
+        found = json.loads(out)
+        assert code == 0
+        wanted = {"choice", "objective", "bound", "status", "limit", "cpu_seconds"}
+        assert wanted <= set(found)
+        assert found["status"] == "optimal"
+        assert all(found["spent"][k] <= found["limits"][k] for k in found["limits"])
+
+    def test_cross_check(self, bitquota, file):
+        """The certificate is verified and another solver proves the same."""
+        code, out, _ = bitquota("solve", file, "--budget-index", 1, "--cross-check", "--json")
+
+        checked = json.loads(out)["cross_check"]
+        assert code == 0
+        assert checked["holds"]
+        assert checked["confirmed"]
+
+    def test_top_and_explanation(self, bitquota, file):
+        """Alternatives come best first; every group's bits have a price."""
+        code, out, _ = bitquota(
+            "solve", file, "--budget-index", 1, "--top", 3, "--explain", "--json"
+        )
+
+        found = json.loads(out)
+        objectives = [other["objective"] for other in found["top"]]
+        assert code == 0
+        assert objectives == sorted(objectives)
+        assert len({tuple(other["choice"]) for other in found["top"]}) == 3
+        assert len(found["explanation"]["groups"]) == 5
+
+    def test_table_says_all_of_it(self, bitquota, file):
+        """Without --json the same facts are readable."""
+        code, out, _ = bitquota(
+            "solve", file, "--budget-index", 1, "--top", 2, "--explain", "--cross-check"
+        )
+
+        assert code == 0
+        for text in ("no choice is below", "buys", "certificate holds", "Other solvers", "2. obj"):
+            assert text in out
+
+    def test_tolerance(self, bitquota, file):
+        """The smallest size for a loss is never larger than the size that reached it."""
+        _, out, _ = bitquota("solve", file, "--budget-index", 1, "--json")
+        best = json.loads(out)
+        code, out, _ = bitquota(
+            "solve", file, "--budget-index", 2, "--tolerance", best["objective"] * 1.001, "--json"
+        )
+
+        found = json.loads(out)
+        assert code == 0
+        assert found["cost"] <= next(iter(best["spent"].values()))
+        assert found["bound"] <= found["cost"]
+
+    def test_infeasible(self, bitquota, file):
+        """A budget that nothing meets ends with exit code 5 and what to raise."""
+        code, _, err = bitquota("solve", file, "--budget-index", 0)
+
+        assert code == 5
+        assert "raise" in err
+
+    def test_needs_one_budget(self, bitquota, file):
+        """Neither or both ways to name a budget are an input error."""
+        assert bitquota("solve", file)[0] == 2
+        assert bitquota("solve", file, "--budget-index", 1, "-b", "3 bits")[0] == 2
+
+
+class TestFrontier:
+    def test_losses_fall_as_budgets_rise(self, bitquota, file):
+        """Every point is certified and no larger budget is worse."""
+        code, out, _ = bitquota("frontier", file, "--budget-index", 2, "--points", 6, "--json")
+
+        points = json.loads(out)
+        losses = [p["objective"] for p in points]
+        assert code == 0
+        assert losses == sorted(losses, reverse=True)
+        assert all(p["bound"] <= p["objective"] for p in points)
+
+    def test_table(self, bitquota, file):
+        """The table has one row per budget."""
+        code, out, _ = bitquota("frontier", file, "--budget-index", 2, "--points", 4)
+
+        assert code == 0
+        assert out.count("optimal") == 4
+
+    def test_one_point_is_no_frontier(self, bitquota, file):
+        """At least two."""
+        assert bitquota("frontier", file, "--budget-index", 2, "--points", 1)[0] == 2
