@@ -1,0 +1,88 @@
+"""Hulls and exact knapsacks."""
+
+import numpy as np
+import pytest
+
+from bitquota.errors import InvalidProblem
+from bitquota.solver import Problem, Status, hull, solve
+from bitquota.solver.brute_force import enumerate_all
+from bitquota.solver.separable import solve_knapsack
+
+
+def separable(groups, width, seed, budget=0.4):
+    """Random sizes; losses fall by about four per further row."""
+    rng = np.random.default_rng(seed)
+    loss = np.exp(rng.normal(0, 1.5, (groups, 1))) * 4.0 ** -np.arange(width)
+    loss = loss * rng.uniform(0.7, 1.3, (groups, width))
+    cost = rng.integers(10, 10**6, (groups, 1)) * (2 + np.arange(width)) + 16
+    least, most = int(cost[:, 0].sum()), int(cost[:, -1].sum())
+    return Problem(
+        diagonal=loss.ravel(),
+        offsets=np.arange(groups + 1) * width,
+        costs=cost.reshape(1, -1),
+        limits=np.array([least + int(budget * (most - least))]),
+    )
+
+
+class TestHull:
+    def test_vertices_are_choices(self):
+        """Cost and loss of each vertex are those of its choice, and both are monotone."""
+        problem = separable(30, 5, seed=1)
+        frontier = hull(problem)
+        for taken in (0, 7, len(frontier.steps)):
+            choice = frontier.choice(problem, taken)
+            assert int(problem.spent(choice)[0]) == frontier.cost[taken]
+            assert problem.evaluate(choice) == pytest.approx(frontier.loss[taken], rel=1e-12)
+        assert (np.diff(frontier.cost) > 0).all()
+        assert (np.diff(frontier.loss) < 0).all()
+        assert (np.diff(frontier.slope) <= 0).all()
+
+    def test_no_choice_below_a_vertex(self):
+        """At a vertex's cost, no choice has less loss."""
+        problem = separable(6, 4, seed=2)
+        frontier = hull(problem)
+        for taken in (2, 5, 9):
+            at = Problem(
+                diagonal=problem.diagonal,
+                offsets=problem.offsets,
+                costs=problem.costs,
+                limits=frontier.cost[taken : taken + 1],
+            )
+            best = enumerate_all(at).objective
+            assert frontier.loss[taken] == pytest.approx(best, rel=1e-12)
+
+    def test_needs_a_resource(self):
+        """A resource that does not exist is refused."""
+        with pytest.raises(InvalidProblem, match="resource"):
+            hull(separable(3, 2, seed=0), resource=1)
+
+
+class TestSolveKnapsack:
+    @pytest.mark.parametrize("seed", range(20))
+    def test_equals_enumeration(self, seed):
+        """Exact on problems that can be enumerated."""
+        problem = separable(7, 4, seed=seed, budget=0.1 + 0.04 * seed)
+        answer = solve_knapsack(problem, gap=0.0)
+        assert answer.exact
+        assert answer.objective == pytest.approx(enumerate_all(problem).objective, rel=1e-12)
+        assert answer.relaxed_bound <= answer.objective
+
+    def test_five_thousand_layers(self):
+        """5,000 x 5 is solved exactly, within the budget to the last bit."""
+        problem = separable(5000, 5, seed=3)
+        solution = solve(problem, gap=0.0)
+        assert solution.status is Status.OPTIMAL
+        assert problem.is_feasible(solution.choice)
+        assert solution.absolute_gap <= 1e-9 * solution.objective
+
+    def test_refuses_cross_terms(self):
+        """Problems with cross terms go elsewhere."""
+        problem = Problem(
+            diagonal=np.ones(2),
+            cross=np.zeros((2, 2)),
+            offsets=np.array([0, 1, 2]),
+            costs=np.ones((1, 2), dtype=np.int64),
+            limits=np.array([2]),
+        )
+        with pytest.raises(InvalidProblem, match="separable"):
+            solve_knapsack(problem, gap=0.0)
