@@ -111,7 +111,7 @@ class TestBuild:
         arguments = ["--build-arg", f"PYTHON_IMAGE={base}"] if base else []
         arguments += os.environ.get("BUILD_FLAGS", "").split()
         tag = f"localhost/bitquota-{target}:check"
-        command = ["buildah", "bud", "--isolation", "chroot", "--format", "docker"]
+        command = ["buildah", "bud", "--layers", "--isolation", "chroot", "--format", "docker"]
         subprocess.run(
             [*command, *arguments, "--target", target, "--tag", tag, str(repository)], check=True
         )
