@@ -55,8 +55,18 @@ imports: $(INSTALLED)
 pytest: $(INSTALLED)
 	@$(BIN)/pytest $(PYTEST_ARGS)
 
-bench: $(INSTALLED) ## Run the benchmarks (BENCH_ARGS=... is passed on)
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script $(BENCH_ARGS); done
+# Sizes that only show that each one runs; the files say how to run them in full.
+SMALL_sensitivity := --tiny
+SMALL_metrics := --small
+SMALL_training := --images 256 --epochs 1 --test 256
+SMALL_solver_properties := --examples 50
+SMALL_service_load := --seconds 5 --pollers 20 --submitters 5
+SMALL_service_chaos := --jobs 3 --kills 2
+SMALL_service_upload := --gib 0.1
+BENCHMARKS ?= sensitivity metrics training solver_properties service_load service_chaos service_upload
+
+bench: $(INSTALLED) ## Run every benchmark at a small size
+	@set -e; $(foreach name,$(BENCHMARKS),echo "== $(name) $(SMALL_$(name))"; $(BIN)/python benchmarks/$(name).py $(SMALL_$(name));)
 
 serve: $(INSTALLED) ## Serve the REST API on HOST:PORT
 	@$(BIN)/bitquota serve --host $(HOST) --port $(PORT)

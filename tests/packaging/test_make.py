@@ -88,6 +88,18 @@ class TestTest:
         assert re.search(r"^export OMP_NUM_THREADS := 1$", text, re.MULTILINE)
 
 
+class TestBench:
+    def test_runs_every_benchmark(self, repository):
+        """A script that can be run and is not in the list would rot."""
+        scripts = {
+            path.stem
+            for path in (repository / "benchmarks").glob("*.py")
+            if "__main__" in path.read_text()
+        }
+        planned = run("make", "--dry-run", "bench", cwd=repository).stdout
+        assert scripts == set(re.findall(r"python benchmarks/(\w+)\.py", planned))
+
+
 class TestCi:
     """``.ci/run`` in a folder with a Makefile that only says what it was given."""
 
