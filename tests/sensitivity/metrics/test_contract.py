@@ -1,6 +1,9 @@
 import pytest
+import torch
 
 from bitquota.errors import InvalidInput, InvalidModel
+from bitquota.sensitivity.calibration import CalibrationSet
+from bitquota.sensitivity.discovery import discover
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.measure import measure_by_name, measures
 from bitquota.sensitivity.metrics import METRICS
@@ -66,6 +69,24 @@ class TestEveryMetric:
 
         with pytest.raises(InvalidModel, match="'onnx' only runs it: use 'diagonal'"):
             metric.measure(Forward(), table_of(Forward.inventory), KL)
+
+    def test_a_model_outside_torch_is_refused_or_right(self, metric, tmp_path):
+        """ONNX Runtime: what looks at weights alone works, everything else says what to use."""
+        pytest.importorskip("onnxruntime")
+        from bitquota.formats import load_model
+        from onnx_graphs import image_graph
+
+        model = load_model(str(image_graph(tmp_path / "m.onnx")))
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(6, 3, 8, 8, generator=generator)
+        data = CalibrationSet(inputs=(x,), labels=torch.arange(6))
+        inventory = discover(model.module, (x[:2],), model_digest=model.digest)
+        runner = make_runner(model.module, inventory, data)
+        if metric.needs_data:
+            with pytest.raises(InvalidModel, match="use 'diagonal', 'gram' or 'pairs'"):
+                metric.measure(runner, table_of(inventory), KL)
+        else:
+            assert (metric.measure(runner, table_of(inventory), KL).diagonal > 0).all()
 
 
 class TestMeasureByName:
