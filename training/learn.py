@@ -119,7 +119,8 @@ def learn(
         msg = f"learning needs at least two bit-widths of 2 or more; got {sorted(weight_bits)}"
         raise InvalidInput(msg, weight_bits=sorted(weight_bits))
     if budget.resource not in PRICES:
-        msg = f"bit-widths are learned under a limit on {' or '.join(PRICES)}; got '{budget.resource}'"
+        known = " or ".join(PRICES)
+        msg = f"bit-widths are learned under a limit on {known}; got '{budget.resource}'"
         raise InvalidInput(msg, resource=budget.resource)
     scheme = Scheme() if scheme is None else scheme
     settings = TrainingSettings() if settings is None else settings
