@@ -40,7 +40,8 @@ class LiveServer:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=os.environ | self.settings,
+                # One thread, as everywhere in the suite: several processes share the cores.
+                env=os.environ | {"BITQUOTA_THREADS": "1"} | self.settings,
             )
         line = self.process.stdout.readline()
         found = re.search(r"https?://[\w.:\[\]]+", line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -134,6 +135,8 @@ def running_server(data_dir: Path) -> Iterator[str]:
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
+            # The network is too small for a second thread.
+            env=os.environ | {"BITQUOTA_THREADS": "1"},
         )
         try:
             assert server.stdout is not None  # noqa: S101  # stdout=PIPE above
