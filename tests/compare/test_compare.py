@@ -14,6 +14,7 @@ from bitquota.request import PlanRequest
 from bitquota.sensitivity.calibration import CalibrationSet
 from bitquota.sensitivity.ledger import MemoryLedger
 from bitquota.sensitivity.metrics import METRICS
+from bitquota.storage import Rounding, Scheme
 from format_networks import tiny_net
 from sensitivity_networks import Residual, build, samples
 
@@ -188,6 +189,15 @@ class TestCompare:
             for c in (found, plain)
         ]
         assert uniform[0] != uniform[1]
+
+    def test_rounding_with_feedback_reaches_scores_and_plans(self):
+        """Weights fitted to the inputs: larger weight errors, another loss."""
+        fed = run(["weight_mse"], plans=0, scheme=Scheme(rounding=Rounding.ERROR_FEEDBACK))
+        plain = run(["weight_mse"], plans=0)
+        ends = [next(e for e in c.entries if e.name == "uniform W2").plans[0] for c in (fed, plain)]
+
+        assert fed.entries[0].plans[0].predicted != plain.entries[0].plans[0].predicted
+        assert ends[0].loss.mean != ends[1].loss.mean
 
     def test_several_budgets_at_once(self):
         """Joined by +: both hold, and the activation limit forbids nothing here."""
