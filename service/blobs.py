@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from bitquota.errors import NotFound, TooLarge
+from bitquota.errors import Conflict, NotFound, TooLarge
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +30,7 @@ class Incoming:
     path: Path
     limit: int
     size: int = 0
+    kept_when_broken: bool = False
     _file: BinaryIO
     _hash: hashlib._Hash = field(default_factory=hashlib.sha256)
 
@@ -74,6 +77,55 @@ class BlobStore:
         """Return a new file to write to, of at most ``limit`` bytes."""
         path = self._incoming / secrets.token_hex(16)
         return Incoming(path=path, limit=limit, _file=path.open("xb"))
+
+    def resume(self, owner: str, name: str, offset: int, limit: int) -> Incoming:
+        """Return ``owner``'s partial file ``name``, to go on after its first ``offset`` bytes.
+
+        Raises:
+            Conflict: The file has another size, or somebody else is writing to it.
+
+        Cost: reads what is there once, for the digest.
+        """
+        path = self._partial(owner, name)
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            file.close()
+            msg = "one request at a time must send the pieces of an upload; another is doing so"
+            raise Conflict(msg) from err
+        size = file.tell()
+        if size != offset:
+            file.close()
+            msg = f"the next piece of this upload must begin at byte {size}; it begins at {offset}"
+            raise Conflict(msg, received=size)
+        incoming = Incoming(path=path, limit=limit, size=size, kept_when_broken=True, _file=file)
+        with path.open("rb") as written:
+            while chunk := written.read(_READ):
+                incoming._hash.update(chunk)  # noqa: SLF001  # of this module
+        return incoming
+
+    def received(self, owner: str, name: str) -> int:
+        """Return the bytes that are there of ``owner``'s partial file ``name``."""
+        try:
+            return self._partial(owner, name).stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def partial_bytes(self, owner: str, *, but: str = "") -> int:
+        """Return the bytes of all partial files of ``owner``, except that called ``but``."""
+        other = self._partial(owner, but)
+        found = self._incoming.glob(self._partial(owner, "").name[:22] + "*")
+        total = 0
+        for path in found:
+            with contextlib.suppress(FileNotFoundError):
+                total += path.stat().st_size if path != other else 0
+        return total
+
+    def _partial(self, owner: str, name: str) -> Path:
+        # Hashes, because the names are made of what a client sent.
+        first, second = (hashlib.sha256(text.encode()).hexdigest() for text in (owner, name))
+        return self._incoming / f"part-{first[:16]}-{second}"
 
     def keep(self, incoming: Incoming) -> str:
         """Make an incoming file visible under its digest, which is returned.

@@ -103,6 +103,12 @@ class ArtifactView(BaseModel):
     created_at: datetime
 
 
+class ReceivedView(BaseModel):
+    """How far an upload in pieces is."""
+
+    received: int = Field(description="Bytes that are there; the next piece begins here.")
+
+
 class ArtifactPage(BaseModel):
     """Some uploads, in order of digest."""
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
-from bitquota.errors import InvalidInput, UnsafeModel
+from bitquota.errors import InvalidInput, TooLarge, UnsafeModel
 from bitquota.service.artifacts import Artifact, ArtifactKind
 from bitquota.service.inspection import ModelFormat, inspect_dataset, inspect_model
 from bitquota.service.maintenance import remove_upload
@@ -19,6 +19,7 @@ from bitquota.service.schemas import (
     ArtifactPage,
     ArtifactView,
     Problem,
+    ReceivedView,
     artifact_view,
 )
 from bitquota.service.state import Calling, RequestId, Service, State  # noqa: TC001  # FastAPI reads them
@@ -35,7 +36,7 @@ _BODY = {
     }
 }
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem} for status in (401, 403, 404, 413, 422, 429)
+    status: {"model": Problem} for status in (401, 403, 404, 409, 413, 422, 429)
 }
 
 router = APIRouter(prefix="/v1")
@@ -62,17 +63,31 @@ def _add(kind: ArtifactKind, path: str) -> None:
         sha256: Annotated[
             str | None, Query(pattern=r"^[0-9a-f]{64}$", description="What must arrive.")
         ] = None,
+        offset: Annotated[
+            int, Query(ge=0, description="Where this piece begins; needs `total`.")
+        ] = 0,
+        total: Annotated[
+            int | None,
+            Query(ge=1, description="Bytes of the whole; what arrives is kept for a next piece."),
+        ] = None,
         content_length: Annotated[int | None, Header(ge=0)] = None,
     ) -> ArtifactView:
-        """Upload raw bytes; the answer's `id` is their digest. Sending them again is harmless."""
-        incoming = await run_in_threadpool(
-            service.blobs.incoming, service.settings.max_upload_bytes
-        )
+        """Upload raw bytes; the answer's `id` is their digest. Sending them again is harmless.
+
+        With `sha256` and `total` an upload that breaks off can be resumed: `/upload` below its
+        digest says how much arrived, and the next request begins there.
+        """
+        incoming = await run_in_threadpool(_begin, service, caller, kind, sha256, offset, total)
         try:
             if content_length is not None:
                 incoming.expect(content_length)
-                await run_in_threadpool(service.quotas.check_upload, caller.tenant, content_length)
+                await run_in_threadpool(
+                    service.quotas.check_upload, caller.tenant, incoming.size + content_length
+                )
             await _stream(request, incoming)
+            if total is not None and incoming.size < total:
+                raise _unfinished(incoming.size, total)
+            incoming.kept_when_broken = False
             size = incoming.size
             artifact, new = await run_in_threadpool(
                 _keep, service, caller, kind, incoming, name, sha256
@@ -83,10 +98,21 @@ def _add(kind: ArtifactKind, path: str) -> None:
                     service.audit.add, caller, f"upload.{kind}", artifact.digest, request_id
                 )
         finally:
-            await run_in_threadpool(incoming.discard)
+            end = incoming.flush if incoming.kept_when_broken else incoming.discard
+            await run_in_threadpool(end)
         response.status_code = 201 if new else 200
         response.headers["Location"] = f"/v1/{path}/{artifact.digest}"
         return artifact_view(artifact)
+
+    @router.get(
+        f"/{path}/{{digest}}/upload", name=f"received_{kind}", tags=[path], responses=_PROBLEMS
+    )
+    def received(
+        service: Service, caller: Calling, digest: Annotated[str, Path(pattern=DIGEST)]
+    ) -> ReceivedView:
+        """Say how many bytes of an upload that broke off are there."""
+        name = f"{kind}/{digest.removeprefix('sha256:')}"
+        return ReceivedView(received=service.blobs.received(caller.tenant, name))
 
     @router.get(f"/{path}", name=f"list_{path}", tags=[path], responses=_PROBLEMS)
     def page(
@@ -115,7 +141,7 @@ def _add(kind: ArtifactKind, path: str) -> None:
 
     @router.delete(
         f"/{path}/{{digest}}", name=f"delete_{kind}", tags=[path], status_code=204,
-        responses=_PROBLEMS | {409: {"model": Problem}},
+        responses=_PROBLEMS ,
     )  # fmt: skip
     def delete(
         service: Service,
@@ -127,6 +153,38 @@ def _add(kind: ArtifactKind, path: str) -> None:
         service.artifacts.get(caller.tenant, kind, digest)
         remove_upload(service.database, caller.tenant, kind.value, digest)
         service.audit.add(caller, f"delete.{kind}", digest, request_id)
+
+
+def _begin(
+    service: State,
+    caller: Caller,
+    kind: ArtifactKind,
+    sha256: str | None,
+    offset: int,
+    total: int | None,
+) -> Incoming:
+    limit = service.settings.max_upload_bytes
+    if total is None:
+        if offset:
+            msg = f"a piece that begins at byte {offset} must come with the 'total' of the upload"
+            raise InvalidInput(msg)
+        return service.blobs.incoming(limit)
+    if sha256 is None:
+        msg = "an upload in pieces must be named by its 'sha256'"
+        raise InvalidInput(msg)
+    if total > limit:
+        msg = f"an upload must be at most {limit:,} bytes; this one has {total:,}"
+        raise TooLarge(msg, limit=limit)
+    name = f"{kind}/{sha256}"
+    # What others of the tenant's uploads left half-way counts too, until it is collected.
+    pending = service.blobs.partial_bytes(caller.tenant, but=name)
+    service.quotas.check_upload(caller.tenant, pending + total)
+    return service.blobs.resume(caller.tenant, name, offset, total)
+
+
+def _unfinished(size: int, total: int) -> InvalidInput:
+    msg = f"an upload must arrive whole; {size:,} of {total:,} bytes have: send the rest from there"
+    return InvalidInput(msg, received=size, total=total)
 
 
 async def _stream(request: Request, incoming: Incoming) -> None:
@@ -141,6 +199,7 @@ async def _stream(request: Request, incoming: Incoming) -> None:
                 await run_in_threadpool(_write, incoming, held)
                 held, size = [], 0
     except ClientDisconnect as err:
+        await run_in_threadpool(_write, incoming, held)  # a later piece can go on from here
         msg = "an upload must arrive whole; the connection ended before it did: send it again"
         raise InvalidInput(msg) from err
     await run_in_threadpool(_write, incoming, held)

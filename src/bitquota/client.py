@@ -233,10 +233,35 @@ class Client:
         known = self._send("GET", f"{where}/sha256:{name}")
         if known.status_code == 200:
             return f"sha256:{name}"
-        size = {"Content-Length": str(path.stat().st_size)}
-        parameters = {"sha256": name, "name": path.name}
-        answer = self._call("PUT", where, content=path, headers=size, params=parameters)
-        return str(answer.json()["id"])
+        return self._send_pieces(where, path, name)
+
+    def _send_pieces(self, where: str, path: Path, name: str) -> str:
+        """Upload a file; when the connection breaks, go on where the server has it."""
+        total = path.stat().st_size
+        until = time.monotonic() + self._retry_s
+        while True:
+            offset = int(self._call("GET", f"{where}/sha256:{name}/upload").json()["received"])
+            parameters = {
+                "sha256": name, "name": path.name, "offset": str(offset),
+                "total": str(max(total, 1)),
+            }  # fmt: skip
+            headers = {"Content-Length": str(total - offset)}
+            try:
+                answer = self._http.put(
+                    where, content=_pieces(path, offset), headers=headers, params=parameters
+                )
+            except httpx.TransportError as err:
+                if time.monotonic() > until:
+                    msg = f"the server must be reachable; {self._http.base_url} is not: {err}"
+                    raise ServiceError(msg) from err
+                time.sleep(_FIRST_PAUSE_S)
+                continue
+            if answer.status_code == 409 and time.monotonic() < until:
+                time.sleep(_FIRST_PAUSE_S)  # the server has not noticed the broken connection yet
+                continue
+            if answer.status_code >= 400:
+                raise _problem(answer)
+            return str(answer.json()["id"])
 
     def _call(self, method: str, url: str, **values: Any) -> httpx.Response:  # noqa: ANN401
         """Send, repeat while the server is away, and turn a problem into its error."""
@@ -248,11 +273,9 @@ class Client:
     def _send(self, method: str, url: str, **values: Any) -> httpx.Response:  # noqa: ANN401
         until = time.monotonic() + self._retry_s
         pause = _FIRST_PAUSE_S
-        source: Path | None = values.pop("content", None)
         while True:
             try:
-                content = None if source is None else _pieces(source)
-                answer = self._http.request(method, url, content=content, **values)
+                answer = self._http.request(method, url, **values)
                 if answer.status_code != 503:
                     return answer
                 failure = _problem(answer)
@@ -433,8 +456,9 @@ def _events(lines: Iterator[str]) -> Iterator[Event]:
             fields = {}
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
+def _pieces(path: Path, offset: int = 0) -> Iterator[bytes]:
     with path.open("rb") as file:
+        file.seek(offset)
         while piece := file.read(_PIECE):
             yield piece
 

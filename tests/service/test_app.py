@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import socket
 import subprocess
 import sys
 import threading
+import time
 
 import httpx
 import pytest
@@ -94,8 +96,6 @@ class TestUploads:
         assert list((quiet.data_dir / "blobs" / "incoming").iterdir()) == []
 
     def test_body_that_breaks_off_leaves_nothing(self, http, quiet):
-        import socket
-
         with socket.create_connection(("127.0.0.1", int(quiet.url.rsplit(":", 1)[1]))) as raw:
             head = b"PUT /v1/models HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
             raw.sendall(head + b"x" * 500_000)
@@ -118,6 +118,41 @@ class TestUploads:
                 break
         assert len(seen) == len(set(seen))
         assert ids <= set(seen)
+
+    def test_broken_upload_goes_on_where_it_broke(self, http, quiet):
+        data = npz(600_000)
+        sha = hashlib.sha256(data).hexdigest()
+        where = f"/v1/datasets/{SHA}{sha}/upload"
+        sent = len(data) // 2
+        port = int(quiet.url.rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port)) as raw:
+            line = f"PUT /v1/datasets?sha256={sha}&total={len(data)} HTTP/1.1\r\n"
+            head = f"{line}Host: 127.0.0.1\r\nContent-Length: {len(data)}\r\n\r\n"
+            raw.sendall(head.encode() + data[:sent])
+            until = time.monotonic() + 60
+            while not http.get(where).json()["received"]:
+                assert time.monotonic() < until
+        query = f"sha256={sha}&total={len(data)}"
+        received = 0
+        while True:  # the server may still be busy with the connection that broke
+            received = http.get(where).json()["received"]
+            answer = http.put(f"/v1/datasets?{query}&offset={received}", content=data[received:])
+            if answer.status_code != 409:
+                break
+            assert time.monotonic() < until
+        assert 0 < received <= sent
+        assert (answer.status_code, answer.json()["id"]) == (201, SHA + sha)
+        assert http.get(where).json()["received"] == 0
+
+    def test_piece_that_does_not_follow_is_refused(self, http):
+        query = "sha256=" + "2" * 64 + "&total=10&offset=5"
+        body = assert_problem(http.put(f"/v1/models?{query}", content=b"56789"), 409, "conflict")
+        assert body["details"] == {"received": 0}
+
+    def test_pieces_that_do_not_make_the_digest_are_thrown_away(self, http):
+        query = "sha256=" + "1" * 64 + "&total=10"
+        assert_problem(http.put(f"/v1/models?{query}", content=b"0123456789"), 422, "invalid-input")
+        assert http.get(f"/v1/models/{SHA}{'1' * 64}/upload").json()["received"] == 0
 
     def test_cap(self, tmp_path):
         with (
