@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.linalg as sla
+import scipy.sparse as sp
 
 from bitquota.solver.compiled import compiled
 
@@ -348,7 +349,6 @@ def interior_point(
     N, ne, K = lifted.size, lifted.n_equal, len(lifted.u)
     right = np.zeros(K)
     right[0] = 1.0
-    eye = np.eye(N)
     done = 0
     B = np.zeros((K, K))
     for _iteration in range(most):
@@ -357,8 +357,7 @@ def interior_point(
             LS, LM = np.linalg.cholesky(S), np.linalg.cholesky(M)
         except np.linalg.LinAlgError:
             break
-        W = sla.cho_solve((LS, True), eye, check_finite=False)
-        W = 0.5 * (W + W.T)
+        W = _inverse(LS)
         HM, HW = lifted.expand(M), lifted.expand(W)
         AM, AW = lifted.read(HM), lifted.read(HW)
         residual = right - AM
@@ -391,7 +390,7 @@ def interior_point(
             rhs[ne:] += extra
             dy = unit * sla.cho_solve((factor, False), unit * rhs, check_finite=False)
             dS = -lifted.combine(dy)
-            half = M @ dS @ W
+            half = _times(M, dS) @ W
             dM = target * W - M - 0.5 * (half + half.T)
             if second is not None:
                 dM -= second
@@ -405,7 +404,7 @@ def interior_point(
         sigma = min(1.0, max(1e-4, (after / gap) ** 2))
         if min(primal, dual) < 0.1:
             sigma = max(sigma, 0.3)
-        half = dM @ dS @ W
+        half = _times(dM, dS) @ W
         dy, dS, dM, ds = direction(sigma * mu, 0.5 * (half + half.T), ds * dy[ne:])
         primal = 0.95 * min(_length(LM, dM), _length_linear(s, ds))
         dual = 0.95 * min(_length(LS, dS), _length_linear(w, dy[ne:]))
@@ -418,6 +417,25 @@ def interior_point(
         if max(primal, dual) < 1e-5:
             break
     return State(M=M, S=S, y=y, s=s), done
+
+
+def _times(Z: Floats, dS: Floats) -> Floats:
+    """Return ``Z dS`` for symmetric matrices; shifts alone make ``dS`` sparse."""
+    if len(dS) > 150:
+        sparse = sp.csr_matrix(dS)
+        if sparse.nnz < 0.1 * dS.size:
+            return np.asarray(sparse @ Z).T
+    product: Floats = Z @ dS
+    return product
+
+
+def _inverse(L: NDArray[np.floating[Any]]) -> Floats:
+    """Return ``(LLᵀ)⁻¹`` from the lower factor."""
+    # The transpose of a C-ordered lower factor is a Fortran-ordered upper one.
+    upper, _ = sla.lapack.dpotri(np.array(L.T, order="F"), lower=0, overwrite_c=1)
+    upper = np.triu(upper)
+    inverse: Floats = upper + np.triu(upper, 1).T
+    return np.ascontiguousarray(inverse)
 
 
 def _factor(B: Floats, unit: Floats) -> Floats | None:
