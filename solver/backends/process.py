@@ -150,9 +150,14 @@ def run_child(
 
 
 def _environment() -> dict[str, str]:
-    """Return this process's environment, one thread per library, our package in reach."""
-    home = str(Path(bitquota.__file__).resolve().parents[1])
-    paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
+    """Return this process's environment, one thread per library, our package in reach.
+
+    A folder of installed packages is in reach already; on ``PYTHONPATH`` it would come before the
+    standard library.
+    """
+    home = Path(bitquota.__file__).resolve().parents[1]
+    paths = [] if home.name in {"site-packages", "dist-packages"} else [str(home)]
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return os.environ | threads | {"PYTHONPATH": os.pathsep.join(paths)}
 
