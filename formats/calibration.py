@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bitquota.errors import InvalidCalibration
 from bitquota.formats.models import FACTORY, PICKLES, call_factory
+from bitquota.formats.text import DEFAULT_LENGTH, TEXT_SUFFIXES, load_text
 from bitquota.sensitivity.calibration import CalibrationSet
 
 if TYPE_CHECKING:
@@ -42,7 +43,14 @@ _HOW = (
 )
 
 
-def load_calibration(spec: str, *, n: int | None = None, seed: int = 0) -> CalibrationSet:
+def load_calibration(
+    spec: str,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    tokenizer: str | None = None,
+    length: int = DEFAULT_LENGTH,
+) -> CalibrationSet:
     """Load samples, and labels if there are any.
 
     Inputs are the model's own: floating point as it takes them (already normalised), or integer
@@ -51,10 +59,12 @@ def load_calibration(spec: str, *, n: int | None = None, seed: int = 0) -> Calib
     Args:
         spec: An ``.npz`` (members ``x``, ``inputs``, ``input_ids`` or ``pixel_values``, optional
             ``attention_mask``, optional ``y`` or ``labels``), a ``.safetensors`` with the same
-            names, or a local factory ``package.module:function`` that returns ``inputs`` or
-            ``(inputs, labels)``.
+            names, a ``.txt`` or ``.jsonl`` text, or a local factory ``package.module:function``
+            that returns ``inputs`` or ``(inputs, labels)``.
         n: Draw this many samples, in their original order; all if left out.
         seed: Of that draw.
+        tokenizer: For texts: a folder with ``tokenizer.json``, or ``bytes``.
+        length: For texts: tokens per sample.
 
     Raises:
         InvalidCalibration: Missing, truncated, pickled or too large files, names or data types
@@ -67,6 +77,8 @@ def load_calibration(spec: str, *, n: int | None = None, seed: int = 0) -> Calib
     elif not path.is_file():
         msg = f"a calibration set must be an .npz or .safetensors file; '{spec}' is not a file"
         raise InvalidCalibration(msg, source=spec)
+    elif path.suffix in TEXT_SUFFIXES:
+        return load_text(path, tokenizer=tokenizer, length=length, n=n, seed=seed)
     elif path.suffix == ".npz":
         whole = _from_members(read_npz(path), spec)
     elif path.suffix == ".safetensors":
