@@ -1,0 +1,251 @@
+"""How fast the solver proves, in process CPU seconds of one thread, beside other solvers.
+
+Run ``python benchmarks/solver.py`` for the table, ``--quick`` for tiny sizes (what CI runs),
+``--others gurobi,cvxpy_scip`` to time other backends in the same run. Published instances are
+read from ``BITQUOTA_DATA`` (or ``../shared/data``) where they exist; larger ones are drawn here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_name] = "1"
+
+import time  # noqa: E402  # threads first
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+
+from bitquota.errors import BitquotaError  # noqa: E402
+from bitquota.solver import (  # noqa: E402
+    Problem,
+    even_limits,
+    frontier,
+    hull,
+    read_problem,
+    solve,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("BITQUOTA_DATA", ROOT.parent / "shared" / "data")) / "iqp"
+
+
+def drawn(groups: int, width: int, *, correlated: bool, noise: float, seed: int) -> Problem:
+    """Draw a Gram of layer errors: low rank, AR(1) along depth and a part of its own per layer."""
+    rng = np.random.default_rng(seed)
+    bits = {3: [2, 4, 8], 5: [2, 3, 4, 6, 8], 6: [2, 3, 4, 5, 6, 8]}[width]
+    low, along = (0.35, 0.24) if correlated else (0.15, 0.10)
+    factors = rng.normal(size=(groups, 6))
+    factors /= np.linalg.norm(factors, axis=1, keepdims=True)
+    near = 0.8 ** np.abs(np.subtract.outer(np.arange(groups), np.arange(groups)))
+    between = low * factors @ factors.T + along * near + (1 - low - along) * np.eye(groups)
+    error = np.exp(rng.normal(0, 0.6, (groups, 1)) + rng.normal(0, 0.1, (groups, width)))
+    error = (error * 2.0 ** -np.array(bits, dtype=np.float64)).ravel()
+    within = 0.9 + 0.1 * np.eye(width)
+    gram = np.kron(between, np.ones((width, width))) * np.outer(error, error)
+    gram *= np.tile(within, (groups, groups))
+    factor = np.triu(rng.normal(size=gram.shape), 1) * noise
+    gram *= 1 + factor + factor.T
+    cross = gram + gram.T
+    group = np.repeat(np.arange(groups), width)
+    cross[group[:, None] == group[None, :]] = 0.0
+    weights = (np.round(10 ** rng.uniform(5.5, 8, groups) / 256) * 256).astype(np.int64)
+    return Problem(
+        diagonal=np.diag(gram).copy(),
+        cross=cross,
+        offsets=np.arange(groups + 1) * width,
+        costs=(weights[:, None] * np.array(bits)).reshape(1, -1),
+        limits=np.array([3 * int(weights.sum())]),
+    )
+
+
+def noisy(problem: Problem, noise: float, seed: int) -> Problem:
+    """Multiply every cross term by one plus noise."""
+    factor = np.triu(np.random.default_rng(seed).normal(size=problem.cross.shape), 1) * noise
+    return Problem(
+        diagonal=problem.diagonal,
+        cross=problem.cross * (1 + factor + factor.T),
+        offsets=problem.offsets,
+        costs=problem.costs,
+        limits=problem.limits,
+    )
+
+
+def published(name: str, index: int) -> Problem | None:
+    """Return a published instance, or ``None`` where the data are missing."""
+    path = DATA / f"{name}.npz"
+    return read_problem(path, budget_index=index) if path.exists() else None
+
+
+class Table:
+    """Prints one line per measurement: what, figure, bar, ratio to the bar."""
+
+    def __init__(self) -> None:
+        self.missed = 0
+        print(f"{'what':44} {'figure':>10} {'bar':>8} {'ratio':>7}  notes", flush=True)
+
+    def line(self, what: str, figure: float, bar: float, notes: str = "") -> None:
+        """Print a line; a ratio above 1 misses the bar."""
+        ratio = figure / bar
+        self.missed += ratio > 1
+        mark = "" if ratio <= 1 else "  MISSED"
+        print(f"{what:44} {figure:10.4g} {bar:8.4g} {ratio:7.3f}  {notes}{mark}", flush=True)
+
+
+def proved(table: Table, what: str, problem: Problem | None, bar: float, others: list[str]) -> None:
+    """Time one proof to 1e-4, and other backends on the same problem."""
+    if problem is None:
+        print(f"{what:44} skipped: no {DATA}")
+        return
+    begin = time.process_time()
+    solution = solve(problem, time_limit_s=20 * bar + 5, clock=time.process_time)
+    spent = time.process_time() - begin
+    notes = f"{solution.status} gap {solution.relative_gap:.1e} nodes {solution.stats.nodes}"
+    table.line(what, spent if str(solution.status) == "optimal" else np.inf, bar, notes)
+    for name in others:
+        try:
+            other = solve(problem, backend=name, time_limit_s=60)
+        except BitquotaError as error:
+            print(f"    {name}: {str(error)[:90]}")
+            continue
+        ratio = other.stats.cpu_seconds / max(spent, 1e-9)
+        print(
+            f"    {name}: {other.status}, {other.stats.cpu_seconds:.2f} CPU s, {ratio:.1f}x ours, "
+            f"objective {other.objective / solution.objective - 1:+.1e}"
+        )
+
+
+def within(
+    table: Table, what: str, problem: Problem | None, checks: list[tuple[float, float]],
+    plan: tuple[float, float],
+) -> None:  # fmt: skip
+    """Run to the last time of ``checks`` (seconds, gap) and read the gap at each time.
+
+    ``plan`` is (seconds, excess): how close to the final plan the incumbent is by then.
+    """
+    if problem is None:
+        print(f"{what:44} skipped: no {DATA}")
+        return
+    events = []
+    begin = time.process_time()
+    limit = checks[-1][0]
+    solution = solve(
+        problem,
+        time_limit_s=limit,
+        clock=time.process_time,
+        on_event=lambda e: events.append((time.process_time() - begin, e.objective, e.bound)),
+    )
+    events.append((time.process_time() - begin, solution.objective, solution.bound))
+    early = min((o for t, o, _ in events if t <= plan[0]), default=np.inf)
+    excess = early / solution.objective - 1
+    table.line(f"{what}: plan excess at {plan[0]:g} s", max(excess, 0.0) + 1e-12, plan[1])
+    for seconds, bar in checks[:-1]:
+        bound = max((b for t, _, b in events if t <= seconds), default=-np.inf)
+        seen = min((o for t, o, _ in events if t <= seconds), default=np.inf)
+        table.line(f"{what}: gap at {seconds:g} s", (seen - bound) / abs(seen), bar)
+    spent = time.process_time() - begin
+    table.line(
+        f"{what}: gap at {limit:g} s", solution.relative_gap, checks[-1][1], f"{spent:.1f} s"
+    )
+
+
+def frontiers(
+    table: Table, what: str, problem: Problem, points: int, bars: tuple[float, float]
+) -> None:
+    """Time a frontier without and with proofs."""
+    limits = even_limits(problem, points + 2)[1:-1]
+    for certify, bar in zip((False, True), bars, strict=True):
+        begin = time.process_time()
+        found = frontier(problem, limits, certify=certify)
+        spent = time.process_time() - begin
+        kind = "proved" if certify else "heuristic"
+        optimal = sum(str(p.solution.status) == "optimal" for p in found)
+        table.line(f"{what}: {points} points {kind}", spent, bar, f"{optimal} proved")
+
+
+def separable(table: Table, groups: int) -> None:
+    """Time the hull and the exact knapsack."""
+    rng = np.random.default_rng(1)
+    bits = np.array([2, 3, 4, 6, 8])
+    loss = rng.lognormal(0, 1.5, (groups, 1)) * 4.0**-bits * rng.uniform(0.8, 1.2, (groups, 5))
+    weights = np.round(10 ** rng.uniform(3, 6, groups)).astype(np.int64)
+    problem = Problem(
+        diagonal=np.sort(loss, axis=1)[:, ::-1].ravel(),
+        offsets=np.arange(groups + 1) * 5,
+        costs=(weights[:, None] * bits).reshape(1, -1),
+        limits=np.array([int(3.3 * weights.sum())]),
+    )
+    hull(problem), solve(problem, gap=0.0)
+    begin = time.process_time()
+    hull(problem)
+    table.line(f"separable {groups} x 5: hull", time.process_time() - begin, 0.010)
+    begin = time.process_time()
+    solution = solve(problem, gap=0.0)
+    spent = time.process_time() - begin
+    table.line(f"separable {groups} x 5: exact", spent, 0.100, str(solution.status))
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, seconds in all")
+    parser.add_argument("--others", default="", help="backends to time beside ours")
+    parser.add_argument("--skip-large", action="store_true", help="leave out 224 and 560 layers")
+    options = parser.parse_args()
+    others = [name for name in options.others.split(",") if name]
+    warm = drawn(6, 3, correlated=False, noise=0.02, seed=0)
+    solve(warm)
+    frontier(warm, even_limits(warm, 3))
+    table = Table()
+    if options.quick:
+        small = drawn(12, 3, correlated=True, noise=0.03, seed=1)
+        proved(table, "drawn 12 x 3", small, 0.5, others)
+        frontiers(table, "drawn 12 x 3", small, 8, (0.5, 5.0))
+        within(table, "drawn 20 x 5", drawn(20, 5, correlated=False, noise=0, seed=1),
+               [(5.0, 0.05), (10.0, 0.01)], (1.0, 0.05))  # fmt: skip
+        separable(table, 200)
+        return
+    for name in (
+        "L20B3_psd",
+        "L20B3_hard",
+        "L20B3_indef",
+        "real_r20b3_exact_m0",
+        "real_r20b6_gram",
+    ):
+        for index in range(4):
+            proved(table, f"{name}|{index}", published(name, index), 0.5, others)
+    for name, bar in (
+        ("L53B3_psd", 2.5),
+        ("L53B3_hard", 2.5),
+        ("L53B3_indef03", 2.5),
+        ("L53B6_psd", 10),
+    ):
+        for index in range(4):
+            proved(table, f"{name}|{index}", published(name, index), bar, others)
+    for correlated, noise in ((False, 0.0), (True, 0.0), (False, 0.03)):
+        problem = drawn(74, 3, correlated=correlated, noise=noise, seed=1)
+        kind = "hard" if correlated else "psd"
+        proved(table, f"drawn 74 x 3 {kind} noise {noise:g}", problem, 2.5, others)
+    for name in ("L53B3_psd", "L53B3_hard"):
+        problem = published(name, 1)
+        if problem is not None:
+            frontiers(table, name, problem, 64, (0.5, 15.0))
+    frontiers(
+        table, "drawn 74 x 3", drawn(74, 3, correlated=False, noise=0, seed=1), 64, (0.5, 60.0)
+    )
+    separable(table, 5000)
+    if not options.skip_large:
+        for name in ("L224B5_psd", "L224B5_hard"):
+            within(table, name, published(name, 1), [(20, 0.025), (60, 0.01)], (1.0, 0.001))
+        convex = published("L224B5_psd", 1)
+        if convex is not None:
+            within(table, "L224B5 3 % noise", noisy(convex, 0.03, 1), [(120, 0.05)], (1.0, 0.001))
+        large = drawn(560, 5, correlated=False, noise=0.0, seed=0)
+        within(table, "drawn 560 x 5", large, [(120, 0.05)], (2.0, 0.01))
+    print(f"{table.missed} bars missed")
+
+
+if __name__ == "__main__":
+    main()
