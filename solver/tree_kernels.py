@@ -657,7 +657,8 @@ def grow(
                     value += d[cur[i]]
                     for j in range(i):
                         value += C[cur[i], cur[j]]
-                good = value < best[0] - 1e-13 * abs(best[0])
+                # Without an incumbent best is infinite, and infinity minus infinity no number.
+                good = not np.isfinite(best[0]) or value < best[0] - 1e-13 * abs(best[0])
                 for k in range(m):
                     total = 0
                     for i in range(G):
