@@ -5,7 +5,8 @@ from 256 calibration images, rank correlation over 30 random assignments whose l
 measured on 512 other images, accuracy of the exact solution on test images. Prints a Markdown
 table; nothing is fine-tuned.
 
-    python benchmarks/metrics.py [--small] [--setting 0|1] [--test-images N] [--rank-images N]
+    python benchmarks/metrics.py [--small] [--setting 0|1] [--score-images N] [--rank-images N]
+        [--test-images N]
 """
 
 from __future__ import annotations
@@ -123,11 +124,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="A few images: seconds, no meaning.")
     parser.add_argument("--setting", type=int, choices=(0, 1), help="Only this one.")
+    parser.add_argument("--score-images", type=int, default=256)
     parser.add_argument("--test-images", type=int, default=2000)
     parser.add_argument("--rank-images", type=int, default=512)
     given = parser.parse_args()
     small = given.small
-    n_scores, n_plans = (16, 4) if small else (256, 30)
+    n_scores, n_plans = (16, 4) if small else (given.score_images, 30)
     n_rank, n_test = (16, 16) if small else (given.rank_images, given.test_images)
     module = load_resnet(20)
     x, y = images("calibration", n_scores + n_rank)
