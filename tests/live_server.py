@@ -28,15 +28,16 @@ class LiveServer:
         self.log = data_dir.with_name(data_dir.name + ".log")
         self.process: subprocess.Popen[str] | None = None
         self.url = ""
+        self.port = 0
 
     def start(self) -> LiveServer:
         program = (
             "import sys, pathlib; from bitquota.service import serve; "
-            "serve(port=0, data_dir=pathlib.Path(sys.argv[1]))"
+            "serve(port=int(sys.argv[2]), data_dir=pathlib.Path(sys.argv[1]))"
         )
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", program, str(self.data_dir)],
+                [sys.executable, "-c", program, str(self.data_dir), str(self.port)],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

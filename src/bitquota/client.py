@@ -7,6 +7,7 @@ cannot be reached, so a wait outlives a restart of the server.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -361,22 +362,34 @@ class Job:
             if on_progress is not None and progress is not None and progress != told:
                 on_progress(progress)
                 told = progress
-            if self.status not in {"queued", "running"}:
-                break
+            if self.ended:
+                self.raise_unless_succeeded()
+                return self
             if until is not None and time.monotonic() + poll_s > until:
-                msg = (
-                    f"the job must end within {timeout_s} s; it is {self.status}: wait again, or "
-                    "cancel it"
-                )
-                raise ServiceTimeout(msg, job=self.id, status=self.status)
+                raise self.still_running(timeout_s)
             time.sleep(poll_s)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the job had ended when last seen."""
+        return self.status not in {"queued", "running"}
+
+    def raise_unless_succeeded(self) -> None:
+        """Raise the error that ended the job, if one did."""
         if self.status == "succeeded":
-            return self
+            return
         if self.body.get("error"):
             raise error_of(self.body["error"])
         if self.status == "cancelled":
             raise Cancelled("the job was cancelled", job=self.id)
         raise MeasurementFailed(f"the job {self.status}", job=self.id)
+
+    def still_running(self, timeout_s: float | None) -> ServiceTimeout:
+        """Return the error that says that a wait was too short."""
+        msg = (
+            f"the job must end within {timeout_s} s; it is {self.status}: wait again, or cancel it"
+        )
+        return ServiceTimeout(msg, job=self.id, status=self.status)
 
     def events(self, *, after: int = 0) -> Iterator[Event]:
         """Yield what happens to the job until it has ended, over restarts of the server.
@@ -402,7 +415,7 @@ class Job:
                     raise ServiceError(msg) from err
                 time.sleep(_FIRST_PAUSE_S)
                 continue
-            if self.refresh().status not in {"queued", "running"}:
+            if self.refresh().ended:
                 return
             time.sleep(_FIRST_PAUSE_S)
 
@@ -469,3 +482,107 @@ def _problem(answer: httpx.Response) -> BitquotaError:
     except ValueError:
         body = None
     return error_of(body, status=answer.status_code)
+
+
+class AsyncClient:
+    """The same client for ``async`` code: each call runs in a thread and can be awaited.
+
+    ``async with AsyncClient(url) as client: job = await client.submit(...)``. Several calls may
+    run at once. Cancelling a task stops the waiting, not the request that was sent; use
+    ``AsyncJob.cancel`` to end a job.
+
+    Args:
+        base_url: As for ``Client``.
+        api_key: As for ``Client``.
+        retry_s: As for ``Client``.
+    """
+
+    def __init__(self, base_url: str, api_key: str | None = None, *, retry_s: float = 60.0) -> None:
+        self._client = Client(base_url, api_key, retry_s=retry_s)
+
+    async def __aenter__(self) -> Self:
+        """Return the client."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the connections."""
+        await asyncio.to_thread(self._client.close)
+
+    async def submit(self, **order: Any) -> AsyncJob:  # noqa: ANN401  # those of Client.submit
+        """Order a job; arguments and errors of ``Client.submit``."""
+        return AsyncJob(await asyncio.to_thread(self._client.submit, **order))
+
+    async def job(self, job_id: str) -> AsyncJob:
+        """Return a job by its id; raises ``NotFound``."""
+        return AsyncJob(await asyncio.to_thread(self._client.job, job_id))
+
+    async def solve(self, **order: Any) -> list[JsonObject]:  # noqa: ANN401  # of Client.solve
+        """Solve a measured matrix; arguments and errors of ``Client.solve``."""
+        return await asyncio.to_thread(self._client.solve, **order)
+
+
+class AsyncJob:
+    """A job on a server, for ``async`` code.
+
+    Attributes:
+        job: The job itself.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+        return self.job.id
+
+    @property
+    def status(self) -> str:
+        """Status as last seen."""
+        return self.job.status
+
+    async def wait(
+        self,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        timeout_s: float | None = None,
+        poll_s: float = 0.5,
+    ) -> Self:
+        """Return when the job has succeeded; errors of ``Job.wait``. Looks without blocking.
+
+        Args:
+            on_progress: Called whenever the progress has changed.
+            timeout_s: Longest wait; the job goes on after it.
+            poll_s: Pause between two looks.
+        """
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        told: Progress | None = None
+        while True:
+            await asyncio.to_thread(self.job.refresh)
+            progress = self.job.progress
+            if on_progress is not None and progress is not None and progress != told:
+                on_progress(progress)
+                told = progress
+            if self.job.ended:
+                self.job.raise_unless_succeeded()
+                return self
+            if until is not None and time.monotonic() + poll_s > until:
+                raise self.job.still_running(timeout_s)
+            await asyncio.sleep(poll_s)
+
+    async def cancel(self) -> None:
+        """Ask the server to end the job."""
+        await asyncio.to_thread(self.job.cancel)
+
+    async def plans(self) -> tuple[Plan, ...]:
+        """Return the plans of all budgets."""
+        return await asyncio.to_thread(self.job.plans)
+
+    async def plan(self, budget: int = 0) -> Plan:
+        """Return the plan of the budget at this position."""
+        return await asyncio.to_thread(self.job.plan, budget)
