@@ -1,8 +1,9 @@
 """The child process of an external backend: ``python -m bitquota.solver.backends.child NAME``.
 
 Standard input: one line of JSON (goal and limits), then the model as ``.npz`` bytes. Standard
-output: one JSON object per line, ``{"incumbent": [rows]}`` any number of times and
-``{"answer": {...}, "cpu_seconds": ...}`` last. Whatever a library prints goes to standard error.
+output: one JSON object per line: ``{"ready": true}`` once the libraries are loaded,
+``{"incumbent": [rows]}`` any number of times and ``{"answer": {...}, "cpu_seconds": ...}`` last.
+Whatever a library prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ MODULES = {
     "highs_rlt": "bitquota.solver.backends.highs_rlt",
     "gurobi": "bitquota.solver.backends.gurobi",
 }
+LIBRARIES = {
+    "cvxpy_scip": ("cvxpy", "pyscipopt"),
+    "cp_sat": ("ortools.sat.python.cp_model",),
+    "mathopt": ("ortools.math_opt.python.mathopt",),
+    "highs_rlt": ("scipy.optimize",),
+    "gurobi": ("gurobipy",),
+}
+"""Imported before the time limit begins."""
 MOST_ROUNDS = 50
 """Solutions that break a budget by less than a tolerance are cut off at most this often."""
 
@@ -54,6 +63,9 @@ def main() -> None:
         report=lambda chosen: send({"incumbent": chosen.tolist()}),
     )
     optimise = importlib.import_module(MODULES[sys.argv[1]]).optimise
+    for library in LIBRARIES[sys.argv[1]]:
+        importlib.import_module(library)
+    send({"ready": True})
     answer = solve_with_covers(optimise, task)
     send({"answer": answer.to_json(), "cpu_seconds": time.process_time()})
 

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from bitquota.solver.backends.protocol import Cancelled, Options
 
 GRACE_S = 10.0
-"""Beyond its time limit a child may take this long: start, imports, and slow reaction."""
+"""Beyond its time limit a child may take this long to react."""
+START_S = 120.0
+"""A child may take this long to load its libraries; its time limit begins then."""
 _POLL_S = 0.05
 _SAID = 2000
 
@@ -64,8 +66,8 @@ def run_child(
 ) -> Outcome:
     """Solve ``model`` by backend ``name`` in a new process.
 
-    The child gets the time limit; when it overruns it by more than ``grace_s``, or on
-    cancellation, it is killed and what it reported is kept.
+    The child gets the time limit, from when its libraries are loaded; when it overruns it by more
+    than ``grace_s``, or on cancellation, it is killed and what it reported is kept.
 
     Raises:
         SolverFailed: The child died, or wrote something that is no answer.
@@ -78,7 +80,7 @@ def run_child(
     }
     deadline = None
     if options.time_limit_s is not None:
-        deadline = clock() + options.time_limit_s + grace_s
+        deadline = clock() + START_S + options.time_limit_s + grace_s
     command = command or (sys.executable, "-P", "-m", "bitquota.solver.backends.child", name)
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
         given.write(json.dumps(goal).encode() + b"\n" + model.to_bytes())
@@ -109,6 +111,8 @@ def run_child(
                 if line is None:
                     break
                 last = _parse(name, line)
+                if "ready" in last and options.time_limit_s is not None:
+                    deadline = clock() + options.time_limit_s + grace_s
                 if "incumbent" in last:
                     incumbents.append(np.array(last["incumbent"], dtype=np.int64))
                     if on_incumbent is not None:

@@ -83,7 +83,7 @@ class TestRunChild:
 
     def test_child_that_overruns(self):
         """A child that ignores its limit is killed; what it reported is kept."""
-        program = say({"incumbent": [1, 3, 6]}) + "import time; time.sleep(600)"
+        program = say({"ready": True}, {"incumbent": [1, 3, 6]}) + "import time; time.sleep(600)"
         ticks = iter(range(0, 100_000, 1))
         heard = []
 
@@ -95,6 +95,15 @@ class TestRunChild:
         assert "time" == outcome.stopped
         assert outcome.answer is None
         assert [[1, 3, 6]] == [h.tolist() for h in outcome.incumbents]
+
+    def test_child_that_never_gets_ready(self):
+        """Loading libraries does not count, but has a limit of its own."""
+        ticks = iter(range(0, 100_000, 10))
+        outcome = run(
+            "import time; time.sleep(600)", limit=1.0, grace=2.0, clock=lambda: float(next(ticks))
+        )
+        assert "time" == outcome.stopped
+        assert next(ticks) > process.START_S
 
     def test_cancelled_while_it_runs(self):
         """Cancellation is noticed while the child is silent."""
