@@ -14,13 +14,13 @@ N_TRAIN = 1000
 class DigitsNet(nn.Module):
     """Four layers; batch norms stand apart from what they follow, and one shortcut crosses."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 12, rest: int = 24) -> None:
         super().__init__()
-        self.norms = nn.ModuleList([nn.BatchNorm2d(12), nn.BatchNorm2d(24), nn.BatchNorm2d(24)])
-        self.conv1 = nn.Conv2d(1, 12, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(12, 24, 3, stride=2, padding=1, bias=False)
-        self.conv3 = nn.Conv2d(24, 24, 3, padding=1, bias=False)
-        self.head = nn.Linear(24, 10)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(n) for n in (first, rest, rest)])
+        self.conv1 = nn.Conv2d(1, first, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(first, rest, 3, stride=2, padding=1, bias=False)
+        self.conv3 = nn.Conv2d(rest, rest, 3, padding=1, bias=False)
+        self.head = nn.Linear(rest, 10)
 
     def forward(self, x):
         x = functional.relu(self.norms[0](self.conv1(x)))
@@ -41,11 +41,11 @@ def digits():
 
 
 @functools.cache
-def _trained_state(seed, epochs):
+def _trained_state(seed, epochs, first, rest, n_train):
     torch.manual_seed(seed)
-    model = DigitsNet()
+    model = DigitsNet(first, rest)
     x, y = digits()
-    x, y = x[:N_TRAIN], y[:N_TRAIN]
+    x, y = x[:n_train], y[:n_train]
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     steps = epochs * (len(x) // 100)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -62,10 +62,10 @@ def _trained_state(seed, epochs):
     return model.state_dict()
 
 
-def trained_digits_net(seed=0, epochs=12):
+def trained_digits_net(seed=0, epochs=12, *, first=12, rest=24, n_train=N_TRAIN):
     """Return a fresh copy of the trained network in eval mode (about 97 % on the rest)."""
-    model = DigitsNet()
-    model.load_state_dict(_trained_state(seed, epochs))
+    model = DigitsNet(first, rest)
+    model.load_state_dict(_trained_state(seed, epochs, first, rest, n_train))
     return model.eval()
 
 

@@ -16,6 +16,7 @@ from bitquota.sensitivity.discovery import discover, model_fingerprint
 from bitquota.sensitivity.evaluate import apply_plan
 from bitquota.storage import Granularity, Scheme
 from bitquota.training.bit_learners import EllipsoidLearner, PublishedLearner, StabilisedLearner
+from bitquota.training.finetune import finetune
 from bitquota.training.learn import RECIPES, learn, repair
 from bitquota.training.loop import TrainingSettings
 from digits_network import N_TRAIN, accuracy, digits, trained_digits_net
@@ -131,6 +132,50 @@ class TestLearn:
         inventory = inventory_of(model)
         with pytest.raises(InvalidInput, match="at least two bit-widths"):
             learn(model, inventory, data, average_of(inventory, 4), [4])
+
+
+@pytest.mark.slow
+class TestLearnedAgainstHomogeneous:
+    def test_learned_bits_beat_two_bits_everywhere_and_match_full_precision(self):
+        """A network of 1.6 k weights and 600 images, where 2 bits hurt; three seeds.
+
+        At 2.5 bits, two points above homogeneous 2 bits, within one of full precision, and not
+        below "first and last layer at 4", all trained equally long.
+        """
+        x, y = digits()
+        n_train, scheme = 600, Scheme(granularity=Granularity.TENSOR)
+        data = CalibrationSet(inputs=(x[:n_train],), labels=y[:n_train])
+        phase = replace(SETTINGS, epochs=8, distillation=0.0)
+        sums = dict.fromkeys(("full", "two", "ends", "learned"), 0.0)
+        for seed in range(3):
+            model = trained_digits_net(seed, 30, first=6, rest=10, n_train=n_train)
+            inventory = inventory_of(model)
+            one = replace(phase, seed=seed)
+            two = replace(one, epochs=16, quantizer_learning_rate=5e-3)
+
+            def trained(ends, model=model, inventory=inventory, settings=two):
+                plan = [
+                    Candidate.of(la, ends if la.name in ("conv1", "head") else 2, scheme)
+                    for la in inventory.layers
+                ]
+                return finetune(model, inventory, plan, data, settings).module
+
+            learned = learn(
+                model, inventory, data, average_of(inventory, 2.5), WIDTHS, scheme=scheme,
+                settings=one, finetuning=replace(one, quantizer_learning_rate=5e-3),
+            )  # fmt: skip
+            assert learned.plan.average_bits <= 2.5
+            modules = {
+                "full": model,
+                "two": trained(2),
+                "ends": trained(4),
+                "learned": learned.trained.module,
+            }
+            for name, module in modules.items():
+                sums[name] += 100 * accuracy(module, x[n_train:], y[n_train:]) / 3
+        assert sums["learned"] >= sums["two"] + 2
+        assert sums["learned"] >= sums["full"] - 1
+        assert sums["learned"] >= sums["ends"] - 0.5
 
 
 class TestEllipsoidLearner:
