@@ -70,7 +70,7 @@ def _add(kind: ArtifactKind, path: str) -> None:
             int | None,
             Query(ge=1, description="Bytes of the whole; what arrives is kept for a next piece."),
         ] = None,
-        content_length: Annotated[int | None, Header(ge=0)] = None,
+        content_length: Annotated[int | None, Header(ge=0, include_in_schema=False)] = None,
     ) -> ArtifactView:
         """Upload raw bytes; the answer's `id` is their digest. Sending them again is harmless.
 
