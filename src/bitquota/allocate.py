@@ -250,7 +250,7 @@ def evaluate_plans(
     samples = data.to(where)
     correcting = None if correction_data is None else correction_data.to(where)
     plain = copy.deepcopy(model.module).to(where).eval()
-    inventory = discover(plain, _example(samples), model_digest=model.digest)
+    inventory = _inventory(plain, model, samples)
     reference = measure_choice(plain, inventory, (), samples, function, on_progress=on_progress)
     found = [Evaluation(plan_index=None, name="full precision", measured=reference.measured)]
     for k, plan in enumerate(plans):
@@ -258,7 +258,7 @@ def evaluate_plans(
         module, described = plain, inventory
         if Correction.FOLD_BATCH_NORM in plan.corrections:
             module = fold_batch_norm(plain, _example(samples))
-            described = discover(module, _example(samples), model_digest=model.digest)
+            described = _inventory(module, model, samples)
         measure = partial(
             measure_choice,
             module,
@@ -301,6 +301,12 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _inventory(module: torch.nn.Module, model: LoadedModel, samples: CalibrationSet) -> Inventory:
+    """Return the tensors of ``module``, counted in the format that the checkpoint has them in."""
+    found = discover(module, _example(samples), model_digest=model.digest)
+    return found.stored_in(model.weight_format_bits)
+
+
 def _example(samples: CalibrationSet) -> tuple[torch.Tensor, ...]:
     return samples.first(2).inputs
 
@@ -322,7 +328,7 @@ def _prepare(
     module = copy.deepcopy(model.module).to(where).eval()
     if Correction.FOLD_BATCH_NORM in request.corrections:
         module = fold_batch_norm(module, _example(everything))
-    inventory = discover(module, _example(everything), model_digest=model.digest)
+    inventory = _inventory(module, model, everything)
     inventory = inventory.exclude(request.exclude).tie(request.ties)
     table = enumerate_candidates(
         inventory,

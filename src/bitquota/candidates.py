@@ -175,6 +175,20 @@ class Inventory:
         own = sum(layer.n_weights * layer.weight_format_bits for layer in self.layers)
         return own + self.unquantized_bits
 
+    def stored_in(self, bits: int) -> Inventory:
+        """Return the same tensors with floating-point ones counted at ``bits`` each.
+
+        For a checkpoint in half precision, which is measured in float32 but ships as it is.
+        """
+        layers = tuple(replace(layer, weight_format_bits=bits) for layer in self.layers)
+        unquantized = tuple(
+            replace(tensor, format=f"fp{bits}", size_bits=math.prod(tensor.shape) * bits)
+            if tensor.format in ("fp32", "fp16")
+            else tensor
+            for tensor in self.unquantized
+        )
+        return replace(self, layers=layers, unquantized=unquantized)
+
     def layer(self, name: str) -> Layer:
         """Return the layer called ``name``; raises ``UnknownLayer``."""
         for layer in self.layers:

@@ -235,3 +235,13 @@ class TestInventory:
 
         with pytest.raises(InvalidInput, match=r"did you mean 'encoder\.query'"):
             inventory.exclude(["encoder.qery"])
+
+    def test_half_precision_checkpoint(self):
+        """Tensors of a 16-bit checkpoint count 16 bits; integer ones stay as they are."""
+        position = UnquantizedTensor(name="p", shape=(3,), format="int64", size_bits=192)
+        inventory = Inventory(model_digest="x", layers=LAYERS, unquantized=(BIAS, position))
+
+        half = inventory.stored_in(16)
+
+        assert 64 * 16 + 64 + 192 == half.full_precision_bits
+        assert half.stored_in(32).full_precision_bits == inventory.full_precision_bits
