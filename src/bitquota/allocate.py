@@ -8,41 +8,34 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 import bitquota
-from bitquota.budget import Budget
-from bitquota.candidates import CandidateTable, Inventory, enumerate_candidates
-from bitquota.canonical import digest_json
 from bitquota.corrections import Correction
 from bitquota.errors import Infeasible, InvalidInput, StalePlan
 from bitquota.formats import check_calibration
 from bitquota.plan import SOLVER, Assignment, Baseline, MeasuredLoss, Plan, Proof
 from bitquota.progress import Progress
-from bitquota.quantizers.activations import collect_inputs
 from bitquota.sensitivity.baselines import baseline_choices, size_only, weight_mse
 from bitquota.sensitivity.corrections import fold_batch_norm
-from bitquota.sensitivity.discovery import discover
 from bitquota.sensitivity.evaluate import ChoiceLoss, measure_choice
 from bitquota.sensitivity.gram import measure_differences
-from bitquota.sensitivity.input_moments import input_grams
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.measure import measure_by_name
 from bitquota.sensitivity.moves import Limits
 from bitquota.sensitivity.refine import RefineSettings, refine
 from bitquota.sensitivity.robust import project
-from bitquota.sensitivity.runner import QuantizedWeights, make_runner
+from bitquota.setting import Setting, choose_device, inventory_of, prepare
 from bitquota.solver import Problem, Status, build_problem, solve
-from bitquota.storage import Rounding
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from bitquota.budget import Budget
+    from bitquota.candidates import Inventory
     from bitquota.canonical import JsonObject
     from bitquota.formats import LoadedModel
     from bitquota.matrix import SensitivityMatrix
     from bitquota.progress import IsCancelled, OnProgress
-    from bitquota.quantizers.activations import CalibratedInputs
     from bitquota.request import PlanRequest
     from bitquota.sensitivity.calibration import CalibrationSet
     from bitquota.sensitivity.gram import OutputDifferences
@@ -57,9 +50,6 @@ GRAM = "gram"
 
 _REFINEMENT = {True: RefineSettings(), False: RefineSettings(iterations=0, swap_rounds=0)}
 """Without refinement what is left are the proposals from one matrix, measured."""
-
-BATCH = 64
-"""Samples of one forward pass where nothing is cached."""
 
 PROPOSAL_GAP = 1e-3
 """Proposals of the refinement are measured anyway: a proof of the last digits buys nothing."""
@@ -112,26 +102,6 @@ class Evaluation:
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Setting:
-    """Everything that is fixed before the first measurement."""
-
-    request: PlanRequest
-    module: torch.nn.Module
-    inventory: Inventory
-    table: CandidateTable
-    loss: Loss
-    fit: CalibrationSet
-    holdout: CalibrationSet
-    correcting: CalibrationSet
-    weights: QuantizedWeights
-    activations: CalibratedInputs | None
-    origin: str
-    ledger: Ledger
-    on_progress: OnProgress | None
-    cancelled: IsCancelled | None
-
-
 def allocate(
     model: LoadedModel,
     calibration: CalibrationSet,
@@ -173,12 +143,12 @@ def allocate(
     if not request.budgets:
         msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
         raise InvalidInput(msg)
-    setting = _prepare(
-        model, calibration, request, device, ledger=ledger, on_progress=on_progress,
+    setting = prepare(
+        model, calibration, request, ledger=ledger, device=device, on_progress=on_progress,
         cancelled=cancelled, loss=loss,
     )  # fmt: skip
-    budgets = [_parse_budget(text, setting) for text in request.budgets]
-    runner = _runner(setting)
+    budgets = [setting.budgets(text) for text in request.budgets]
+    runner = setting.runner()
     source = _measure(setting, runner)
     plans: list[Plan] = []
     found: dict[str, Choice] = {}
@@ -207,11 +177,11 @@ def measure_matrix(
     loss: Loss | None = None,
 ) -> SensitivityMatrix:
     """Measure the sensitivity matrix of ``request`` alone; arguments and errors of ``allocate``."""
-    setting = _prepare(
-        model, calibration, request, device, ledger=ledger, on_progress=on_progress,
+    setting = prepare(
+        model, calibration, request, ledger=ledger, device=device, on_progress=on_progress,
         cancelled=cancelled, loss=loss,
     )  # fmt: skip
-    return _measure(setting, _runner(setting)).matrix
+    return _measure(setting, setting.runner()).matrix
 
 
 def evaluate_plans(
@@ -244,21 +214,21 @@ def evaluate_plans(
 
     Cost: two forward passes over ``data`` for each choice.
     """
-    where = _device(device)
+    where = choose_device(device)
     function = loss_by_name(loss)
     check_calibration(model, data)
     samples = data.to(where)
     correcting = None if correction_data is None else correction_data.to(where)
     plain = copy.deepcopy(model.module).to(where).eval()
-    inventory = _inventory(plain, model, samples)
+    inventory = inventory_of(plain, model, samples)
     reference = measure_choice(plain, inventory, (), samples, function, on_progress=on_progress)
     found = [Evaluation(plan_index=None, name="full precision", measured=reference.measured)]
     for k, plan in enumerate(plans):
         check_model(plan, model)
         module, described = plain, inventory
         if Correction.FOLD_BATCH_NORM in plan.corrections:
-            module = fold_batch_norm(plain, _example(samples))
-            described = _inventory(module, model, samples)
+            module = fold_batch_norm(plain, samples.first(2).inputs)
+            described = inventory_of(module, model, samples)
         measure = partial(
             measure_choice,
             module,
@@ -289,104 +259,6 @@ def check_model(plan: Plan, model: LoadedModel) -> None:
         raise StalePlan(msg, plan=plan.model_digest, model=model.digest)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as err:
-        msg = f"a device must be 'auto', 'cpu', or one that torch finds here; got '{name}': {err}"
-        raise InvalidInput(msg, device=name) from err
-    return device
-
-
-def _inventory(module: torch.nn.Module, model: LoadedModel, samples: CalibrationSet) -> Inventory:
-    """Return the tensors of ``module``, counted in the format that the checkpoint has them in."""
-    found = discover(module, _example(samples), model_digest=model.digest)
-    return found.stored_in(model.weight_format_bits)
-
-
-def _example(samples: CalibrationSet) -> tuple[torch.Tensor, ...]:
-    return samples.first(2).inputs
-
-
-def _prepare(
-    model: LoadedModel,
-    calibration: CalibrationSet,
-    request: PlanRequest,
-    device: str,
-    *,
-    ledger: Ledger,
-    on_progress: OnProgress | None,
-    cancelled: IsCancelled | None,
-    loss: Loss | None,
-) -> _Setting:
-    where = _device(device)
-    check_calibration(model, calibration)
-    everything = calibration.to(where)
-    module = copy.deepcopy(model.module).to(where).eval()
-    if Correction.FOLD_BATCH_NORM in request.corrections:
-        module = fold_batch_norm(module, _example(everything))
-    inventory = _inventory(module, model, everything)
-    inventory = inventory.exclude(request.exclude).tie(request.ties)
-    table = enumerate_candidates(
-        inventory,
-        request.weight_bits,
-        scheme=request.scheme,
-        activation_bits=request.activation_bits,
-        fixed=request.fixed,
-    )
-    wanted = request.samples + request.holdout_samples
-    drawn = everything.subset(min(wanted, len(everything)), request.seed)
-    fit, holdout = drawn.split(request.holdout_samples / wanted, request.seed)
-    n_correcting = min(request.correction_samples, len(everything))
-    grams = None
-    if request.scheme.rounding is Rounding.ERROR_FEEDBACK:
-        grams = input_grams(module, inventory, (b.inputs for b in fit.batches(BATCH)))
-    activations = None
-    if request.activation_bits is not None:
-        activations = collect_inputs(module, inventory, (b.inputs for b in fit.batches(BATCH)))
-    fitted = activations is not None or grams is not None
-    return _Setting(
-        request=request,
-        module=module,
-        inventory=inventory,
-        table=table,
-        loss=loss or loss_by_name(request.loss),
-        fit=fit,
-        holdout=holdout,
-        correcting=everything.subset(n_correcting, request.seed),
-        weights=QuantizedWeights(module, inventory, grams),
-        activations=activations,
-        origin=digest_json(fit.to_json()) if fitted else "",
-        ledger=ledger,
-        on_progress=on_progress,
-        cancelled=cancelled,
-    )
-
-
-def _parse_budget(text: str, setting: _Setting) -> tuple[Budget, ...]:
-    """Return the budgets of one plan, each checked alone before anything is measured."""
-    budgets = tuple(Budget.parse(part, setting.inventory) for part in text.split("+"))
-    for budget in budgets:
-        budget.check(setting.table)
-    return budgets
-
-
-def _runner(setting: _Setting) -> Runner:
-    repaired = Correction.BATCH_NORM_STATISTICS in setting.request.corrections
-    return make_runner(
-        setting.module,
-        setting.inventory,
-        setting.fit,
-        batch_norm="batch" if repaired else "eval",
-        activations=setting.activations,
-        weights=setting.weights,
-        origin=setting.origin,
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Source:
     """What was measured around full precision.
@@ -402,7 +274,7 @@ class _Source:
     scores: dict[str, SensitivityMatrix]
 
 
-def _measure(setting: _Setting, runner: Runner) -> _Source:
+def _measure(setting: Setting, runner: Runner) -> _Source:
     differences = None
     if setting.request.measure in ("auto", GRAM):
         matrix, differences = measure_differences(
@@ -432,7 +304,7 @@ def _measure(setting: _Setting, runner: Runner) -> _Source:
     return _Source(matrix=matrix, differences=differences, scores=scores)
 
 
-def _solve(setting: _Setting, problem: Problem) -> Solution:
+def _solve(setting: Setting, problem: Problem) -> Solution:
     solution = solve(
         problem,
         backend=setting.request.solver,
@@ -457,7 +329,7 @@ def _choice(solution: Solution) -> Choice:
 
 
 def _refine(
-    setting: _Setting,
+    setting: Setting,
     runner: Runner,
     source: _Source,
     problem: Problem,
@@ -512,7 +384,7 @@ def _with_matrix(problem: Problem, matrix: SensitivityMatrix, limits: Limits) ->
 
 
 def _plan(
-    setting: _Setting,
+    setting: Setting,
     runner: Runner,
     source: _Source,
     budgets: tuple[Budget, ...],
@@ -586,27 +458,16 @@ def _plan(
 
 
 def _measure_choices(
-    setting: _Setting, choices: dict[str, Choice], stage: str
+    setting: Setting, choices: dict[str, Choice], stage: str
 ) -> dict[str, ChoiceLoss]:
     """Measure every distinct choice on the hold-out samples."""
     distinct: dict[Choice, ChoiceLoss] = {}
     n_distinct = len(set(choices.values()))
+    # One bar over all choices says more than one for each.
+    quiet = replace(setting, on_progress=None)
     for choice in choices.values():
         if choice not in distinct:
-            distinct[choice] = measure_choice(
-                setting.module,
-                setting.inventory,
-                setting.table.decode(choice),
-                setting.holdout,
-                setting.loss,
-                corrections=setting.request.corrections,
-                correction_data=setting.correcting,
-                activations=setting.activations,
-                weights=setting.weights,
-                origin=setting.origin,
-                ledger=setting.ledger,
-                cancelled=setting.cancelled,
-            )
+            distinct[choice] = quiet.measure_choice(choice, stage=stage)
             if setting.on_progress is not None:
                 step = Progress(stage=f"hold-out, {stage}", done=len(distinct), total=n_distinct)
                 setting.on_progress(step)
@@ -614,7 +475,7 @@ def _measure_choices(
 
 
 def _baseline(
-    setting: _Setting,
+    setting: Setting,
     name: str,
     choice: Choice,
     measured: ChoiceLoss,

@@ -132,8 +132,11 @@ def prepare(
     device: str = "auto",
     on_progress: OnProgress | None = None,
     cancelled: IsCancelled | None = None,
+    loss: Loss | None = None,
 ) -> Setting:
     """Return the setting of ``request``; draws the samples by its seed.
+
+    ``loss`` takes the place of the one that the request names.
 
     Raises:
         InvalidInput: The request does not fit the model or the calibration set.
@@ -145,10 +148,9 @@ def prepare(
     check_calibration(model, calibration)
     everything = calibration.to(where)
     module = copy.deepcopy(model.module).to(where).eval()
-    example = everything.first(2).inputs
     if Correction.FOLD_BATCH_NORM in request.corrections:
-        module = fold_batch_norm(module, example)
-    inventory = discover(module, example, model_digest=model.digest)
+        module = fold_batch_norm(module, everything.first(2).inputs)
+    inventory = inventory_of(module, model, everything)
     inventory = inventory.exclude(request.exclude).tie(request.ties)
     table = enumerate_candidates(
         inventory,
@@ -172,7 +174,7 @@ def prepare(
         module=module,
         inventory=inventory,
         table=table,
-        loss=loss_by_name(request.loss),
+        loss=loss or loss_by_name(request.loss),
         fit=fit,
         holdout=holdout,
         correcting=everything.subset(n_correcting, request.seed),
@@ -183,6 +185,12 @@ def prepare(
         on_progress=on_progress,
         cancelled=cancelled,
     )
+
+
+def inventory_of(module: torch.nn.Module, model: LoadedModel, samples: CalibrationSet) -> Inventory:
+    """Return the tensors of ``module``, counted in the format that the checkpoint has them in."""
+    found = discover(module, samples.first(2).inputs, model_digest=model.digest)
+    return found.stored_in(model.weight_format_bits)
 
 
 def choose_device(name: str) -> torch.device:
