@@ -84,6 +84,13 @@ class Lifted:
         self.size = r + 1
         self.free_group = core.grp[self.free]
         self.free_start = np.searchsorted(self.free, core.off[:-1])
+        entries = np.concatenate([np.ones(r + 1 + core.n_groups), -np.ones(r)])
+        at = np.concatenate([[0], 1 + self.free, 1 + self.last, 1 + self.last[self.free_group]])
+        to = np.concatenate(
+            [[0], 1 + np.arange(r), np.zeros(core.n_groups, dtype=np.int64), 1 + np.arange(r)]
+        )
+        self.rows = sp.csr_matrix((entries, (at, to)), shape=(n + 1, r + 1))
+        self.rows_t = self.rows.T.tocsr()
         self.unit = np.maximum(core.b, 1).astype(np.float64)
         self.share = core.A / self.unit[:, None]
         self.room = core.b / self.unit
@@ -156,12 +163,32 @@ class Lifted:
 
     def combine(self, y: Floats) -> Floats:
         """Return ``Σ_k y_k A_k``."""
+        if not self.n_products:
+            return self._combine_sparse(y)
         width = self.n + 1 + self.m
         flat = np.bincount(self.u * width + self.v, weights=y, minlength=width * width)
         Y = flat.astype(np.float64).reshape(width, width)
         Y[:, 0] -= np.bincount(self.u, weights=y * self.less, minlength=width)
         R = self._contract(Y)
         return 0.5 * (R + R.T)
+
+    def _combine_sparse(self, y: Floats) -> Floats:
+        """Return ``combine(y)`` without products: the sum has few terms."""
+        n, m, size = self.n, self.m, self.n + 1
+        plain = self.v <= n
+        at = self.n_equal + np.arange(m)
+        price = y[at]
+        rows = [self.u[plain], self.u[plain], np.zeros(size, dtype=np.int64)]
+        columns = [self.v[plain], np.zeros(int(plain.sum()), dtype=np.int64), np.arange(size)]
+        budgets = np.concatenate([[price @ self.room], -(price @ self.share)])
+        values = [y[plain], -(y * self.less)[plain], budgets]
+        Y = sp.csr_matrix(
+            (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))),
+            shape=(size, size),
+        )
+        R = self.rows_t @ (Y @ self.rows)
+        half = (0.5 * (R + R.T)).toarray()
+        return np.asarray(half, dtype=np.float64)
 
     def read(self, H: Floats) -> Floats:
         """Return ``<A_k, Z>`` from ``expand(Z)``."""

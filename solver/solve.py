@@ -112,7 +112,14 @@ def _knapsack(problem: Problem, control: Control, gap: float) -> Solution:
     answer = solve_knapsack(problem, gap=gap)
     core = int(answer.kept.sum()) - problem.n_groups
     if answer.states and answer.exact and core <= CORE_ROWS:
-        own = replace(control, node_limit=CORE_NODES, on_event=None)
+        # The answer is known already: this proof is short, and limits are not for it.
+        own = replace(
+            control,
+            node_limit=CORE_NODES,
+            time_limit_s=None,
+            cancelled=None,
+            on_event=None,
+        )
         proof = prove_knapsack(
             problem, own, gap=gap, choice=answer.choice, kept=answer.kept, price=answer.price
         )
