@@ -329,7 +329,7 @@ class Quadratic:
         objective = problem.evaluate(choice)
         bound = min(certificate.bound, objective)
         # The certificate rounds down; a gap that is all rounding is no gap.
-        slack = max(incumbent.gap * abs(objective) * (1.0 + 1e-9), 4.0 * incumbent.floor, 1e-300)
+        slack = max(incumbent.gap * abs(objective) * (1.0 + 1e-9), 4.0 * incumbent.floor, 1e-290)
         proved = objective - bound <= slack
         return Solution(
             status=Status.OPTIMAL if proved else Status.FEASIBLE,

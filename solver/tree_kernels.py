@@ -206,7 +206,8 @@ def node_bound(
     for j in range(m):
         size += 3.0 * lam[j] * f[j]
     size += abs(total)
-    return base + total - EPS * (n + 10.0) * size
+    # The last term covers numbers so small that rounding is no longer relative to them.
+    return base + total - EPS * (n + 10.0) * size - 1e-300
 
 
 @compiled
