@@ -329,7 +329,8 @@ class Quadratic:
         objective = problem.evaluate(choice)
         bound = min(certificate.bound, objective)
         # The certificate rounds down; a gap that is all rounding is no gap.
-        slack = max(incumbent.gap * abs(objective) * (1.0 + 1e-9), 4.0 * incumbent.floor, 1e-290)
+        # Bounds are rounded down by up to a few floors on top of the gap that pruning used.
+        slack = incumbent.gap * abs(objective) * (1.0 + 1e-6) + 4.0 * incumbent.floor + 1e-290
         proved = objective - bound <= slack
         return Solution(
             status=Status.OPTIMAL if proved else Status.FEASIBLE,
