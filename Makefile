@@ -59,11 +59,12 @@ pytest: $(INSTALLED)
 SMALL_sensitivity := --tiny
 SMALL_metrics := --small
 SMALL_training := --images 256 --epochs 1 --test 256
+SMALL_solver := --quick
 SMALL_solver_properties := --examples 50
 SMALL_service_load := --seconds 5 --pollers 20 --submitters 5
 SMALL_service_chaos := --jobs 3 --kills 2
 SMALL_service_upload := --gib 0.1
-BENCHMARKS ?= sensitivity metrics training solver_properties service_load service_chaos service_upload
+BENCHMARKS ?= sensitivity metrics training solver solver_properties service_load service_chaos service_upload
 
 bench: $(INSTALLED) ## Run every benchmark at a small size
 	@set -e; $(foreach name,$(BENCHMARKS),echo "== $(name) $(SMALL_$(name))"; $(BIN)/python benchmarks/$(name).py $(SMALL_$(name));)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-ENVIRONMENT = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+# What the outer make tells its children would make the inner one speak differently.
+_LEFT_OUT = {"PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES"}
+ENVIRONMENT = {name: text for name, text in os.environ.items() if name not in _LEFT_OUT}
 
 
 def run(*command: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
