@@ -113,7 +113,11 @@ def main() -> None:
         assert server.process is not None
         spent = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
         cpu_s = (int(spent[11]) + int(spent[12])) / os.sysconf("SC_CLK_TCK")
-        print(f"processor seconds of the server: {cpu_s:.1f}")
+        own_s = time.process_time()
+        print(f"processor seconds: server {cpu_s:.1f}, these clients {own_s:.1f}")
+        for line in httpx.get(server.url + "/metrics").text.splitlines():
+            if "request_seconds_bucket" in line and "/jobs" in line:
+                print("  " + line.removeprefix("bitquota_request_seconds_bucket"))
     if cluster is not None:
         cluster.stop()
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")

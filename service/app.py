@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+import anyio
 from fastapi import FastAPI
 
 import bitquota
@@ -31,6 +32,7 @@ from bitquota.service.webhooks import Webhooks
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+_ORDERS_AT_ONCE = 8
 _DESCRIPTION = """Certified mixed-precision bit allocation: upload a model and a calibration set,
 order a job with budgets, get the best bit-width of every layer with proof of how good it is."""
 
@@ -54,6 +56,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         supervisor=Supervisor(chosen, database, jobs),
         metrics=Metrics(),
         webhooks=Webhooks(chosen, database, time.time),
+        writers=anyio.CapacityLimiter(_ORDERS_AT_ONCE),
     )
 
     @asynccontextmanager

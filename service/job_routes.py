@@ -59,8 +59,8 @@ async def create_job(
     ] = None,
 ) -> JobView:
     """Order a job; it is looked at every second under `Location` until it has ended."""
-    job, replayed = await run_in_threadpool(
-        _create, order, service, caller, request_id, idempotency_key
+    job, replayed = await anyio.to_thread.run_sync(
+        _create, order, service, caller, request_id, idempotency_key, limiter=service.writers
     )
     job = await _wait(service, job, prefer, response)
     response.headers["Location"] = f"/v1/jobs/{job.id}"

@@ -13,6 +13,8 @@ from bitquota.errors import Unauthorized
 from bitquota.service.keys import Caller, Scope
 
 if TYPE_CHECKING:
+    import anyio
+
     from bitquota.service.artifacts import ArtifactStore
     from bitquota.service.blobs import BlobStore
     from bitquota.service.database import Database
@@ -47,6 +49,9 @@ class State:
     supervisor: Supervisor
     metrics: Metrics
     webhooks: Webhooks
+    writers: anyio.CapacityLimiter
+    """Orders at the same time; without it a flood of orders that wait for the database would
+    take every thread, and polls would wait behind them."""
 
 
 async def state_of(request: Request) -> State:
