@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
-from bitquota.errors import GateFailed, InvalidInput, StalePlan
+from bitquota.errors import GateFailed, InvalidInput, InvalidPlan, StalePlan
+from bitquota.formats.exports.receipt import FileReceipt, Receipt
 from bitquota.formats.targets import target_by_name
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from bitquota.canonical import JsonObject
     from bitquota.formats.lock import Limits, Lock
-    from bitquota.plan import MeasuredLoss, Plan
+    from bitquota.plan import Baseline, MeasuredLoss, Plan
 
 STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
 """Environment variable that names the file of a GitHub job's summary."""
@@ -123,7 +123,7 @@ def check_lock(
     *,
     model_digest: str | None = None,
     plan: Plan | None = None,
-    folder: Path | None = None,
+    folders: Sequence[Path] = (),
     quality: Quality | None = None,
     limits: Limits | None = None,
     base: Lock | None = None,
@@ -134,12 +134,12 @@ def check_lock(
         lock: The file in git.
         model_digest: Fingerprint of the model as it is now.
         plan: A plan just made, which the lock must hold (else it is stale).
-        folder: Exported files, which must be those of the lock's receipts.
+        folders: Exports, each of which must hold the files of one of the lock's receipts.
         quality: A fresh measurement; without one the plan's own record is held to the limits.
         limits: Override the lock's own.
         base: The lock of the branch that this one is merged into: the model must not grow.
 
-    Cost: hashes the files of ``folder``.
+    Cost: hashes the files of ``folders``.
     """
     wanted = lock.limits if limits is None else lock.limits.override(limits)
     outcomes = [
@@ -147,7 +147,7 @@ def check_lock(
         _same_plan(lock, plan),
         _target(lock),
         _bytes(lock, wanted, base),
-        *_files(lock, folder, wanted),
+        *_files(lock, folders, wanted),
         _loss(lock, quality, wanted),
         _drop(lock, quality, wanted),
         _baselines(lock, quality, wanted),
@@ -171,6 +171,26 @@ def append_step_summary(markdown: str, environment: Mapping[str, str]) -> bool:
         msg = f"{STEP_SUMMARY} must name a file that can be written; '{name}': {err}"
         raise InvalidInput(msg, path=name) from err
     return True
+
+
+def _is_fair(plan: Plan, baseline: Baseline) -> bool:
+    """Whether a baseline takes no more bytes than the plan, or keeps the budgets it was made for.
+
+    A budget of "3 bits" counts codes: uniform 3 bits keeps it, at a few bytes more of scales.
+    """
+    if baseline.size_bits <= plan.size_bits:
+        return True
+    try:
+        candidates = plan.candidates_at(baseline.weight_bits)
+        replace(
+            plan,
+            assignments=tuple(
+                replace(a, candidate=c) for a, c in zip(plan.assignments, candidates, strict=True)
+            ),
+        )
+    except InvalidPlan:
+        return False
+    return bool(plan.budgets)
 
 
 def _outcome(check: str, *, holds: bool, message: str, stale: bool = False) -> Outcome:
@@ -240,35 +260,57 @@ def _bytes(lock: Lock, limits: Limits, base: Lock | None) -> Outcome:
     )
 
 
-def _files(lock: Lock, folder: Path | None, limits: Limits) -> Sequence[Outcome]:
+def _files(lock: Lock, folders: Sequence[Path], limits: Limits) -> Sequence[Outcome]:
     check = "exported files"
-    if folder is None:
+    if not folders:
         return [_skipped(check, "no folder was given")]
-    expected = {f["name"]: f for receipt in lock.exports for f in receipt["files"]}
-    if not expected:
-        text = "the lock holds no receipt: export, and write the lock with the receipt"
-        return [_outcome(check, holds=False, message=text, stale=True)]
-    wrong = []
+    known = {(receipt["exporter"], receipt["target"]): receipt for receipt in lock.exports}
+    outcomes = []
     total = 0
-    for name, item in sorted(expected.items()):
-        path = folder / name
-        if not path.is_file():
-            wrong.append(f"{name} is missing")
+    for folder in folders:
+        try:
+            found = Receipt.load(folder)
+        except InvalidInput as err:
+            outcomes.append(_outcome(check, holds=False, message=f"{err}: export again"))
             continue
-        total += path.stat().st_size
-        if path.stat().st_size != item["size_bytes"]:
-            wrong.append(f"{name} has {path.stat().st_size:,} bytes, not {item['size_bytes']:,}")
-        elif _digest(path) != item["digest"]:
-            wrong.append(f"{name} has other content")
-    text = "; ".join(wrong) or f"{len(expected)} files are those of the receipt"
-    if wrong:
-        text += ": export again"
-    outcomes = [_outcome(check, holds=not wrong, message=text)]
+        receipt = known.get((found.exporter, found.target))
+        if receipt is None:
+            text = (
+                f"the lock holds no receipt of an export to {found.target or found.exporter} as in "
+                f"'{folder}': write the lock with --exported {folder}"
+            )
+            outcomes.append(_outcome(check, holds=False, message=text, stale=True))
+            continue
+        wrong, size = _differences(folder, receipt["files"])
+        total += size
+        text = "; ".join(wrong) or f"{len(receipt['files'])} files are those of the receipt"
+        if wrong:
+            text = f"in '{folder}' {text}: export again"
+        outcomes.append(_outcome(check, holds=not wrong, message=text))
     if limits.max_file_bytes is not None:
         fits = total <= limits.max_file_bytes
         text = f"{total:,} bytes in files, the limit is {limits.max_file_bytes:,}"
         outcomes.append(_outcome("bytes of the files", holds=fits, message=text))
     return outcomes
+
+
+def _differences(folder: Path, expected: Sequence[JsonObject]) -> tuple[list[str], int]:
+    """Return what is wrong with the files of an export, and the bytes that they take."""
+    wrong = []
+    total = 0
+    for item in expected:
+        name = item["name"]
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+            continue
+        actual = FileReceipt.of(path, folder)
+        total += actual.size_bytes
+        if actual.size_bytes != item["size_bytes"]:
+            wrong.append(f"{name} has {actual.size_bytes:,} bytes, not {item['size_bytes']:,}")
+        elif actual.digest != item["digest"]:
+            wrong.append(f"{name} has other content")
+    return wrong, total
 
 
 def _loss(lock: Lock, quality: Quality | None, limits: Limits) -> Outcome:
@@ -316,7 +358,7 @@ def _baselines(lock: Lock, quality: Quality | None, limits: Limits) -> Outcome:
     fair = {
         b.name: b.measured
         for b in plan.baselines
-        if b.name.startswith(prefix) and b.size_bits <= plan.size_bits
+        if b.name.startswith(prefix) and _is_fair(plan, b)
     }
     measured = plan.measured
     if quality is not None and quality.baselines is not None:
@@ -324,17 +366,9 @@ def _baselines(lock: Lock, quality: Quality | None, limits: Limits) -> Outcome:
         measured, fresh = quality.measured, quality.baselines
         fair = {name: fresh[name] for name in fair if name in fresh}
     if measured is None or not fair:
-        text = f"the plan must be measured beside baselines called '{prefix}…' that fit its bytes"
+        text = f"the plan must be measured beside baselines called '{prefix}…' that fit its budget"
         return _outcome(check, holds=False, message=f"{text}; there are none: plan again")
     best = min(fair, key=lambda name: fair[name].mean)
     holds = measured.mean <= fair[best].mean
-    text = f"{measured.mean:.6g} against {fair[best].mean:.6g} of {best} at no more bytes"
+    text = f"{measured.mean:.6g} against {fair[best].mean:.6g} of {best} within the same budget"
     return _outcome(check, holds=holds, message=text)
-
-
-def _digest(path: Path) -> str:
-    state = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            state.update(chunk)
-    return f"sha256:{state.hexdigest()}"

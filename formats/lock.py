@@ -36,7 +36,7 @@ class Limits:
         max_bytes: Stored size of the whole model.
         max_file_bytes: Size of all exported files together.
         not_worse_than: Prefix of the names of baselines that must not measure better, such as
-            ``uniform``: those of no more bytes than the plan count.
+            ``uniform``: those of no more bytes than the plan, or within its budgets, count.
     """
 
     max_kl: float | None = None

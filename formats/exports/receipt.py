@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from bitquota.canonical import canonical_json
-from bitquota.errors import ExportFailed
+from bitquota.errors import ExportFailed, InvalidInput
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -166,6 +167,48 @@ class Receipt:
     def save(self, folder: Path) -> None:
         """Write ``receipt.json`` (canonical JSON)."""
         (folder / RECEIPT_FILE).write_text(canonical_json(self.to_json()) + "\n")
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:  # noqa: ANN401  # whatever a file held
+        """Rebuild from ``to_json``; sums are computed anew.
+
+        Raises:
+            InvalidInput: Another schema, or a missing member.
+        """
+        got = data.get("schema") if isinstance(data, dict) else type(data).__name__
+        if got != SCHEMA:
+            msg = f"a receipt must be a JSON object of schema '{SCHEMA}'; got {got!r}"
+            raise InvalidInput(msg)
+        gap = data.get("difference")
+        try:
+            return cls(
+                exporter=data["exporter"],
+                target=data["target"],
+                plan_digest=data["plan_digest"],
+                model_digest=data["model_digest"],
+                files=tuple(FileReceipt(**item) for item in data["files"]),
+                tensors=tuple(TensorReceipt(**item) for item in data["tensors"]),
+                unquantized_bits=data["unquantized_bits"],
+                planned_unquantized_bits=data["planned_unquantized_bits"],
+                container_bytes=data["container_bytes"],
+                difference=None if gap is None else Difference(**gap),
+                runtime=data["runtime"],
+                notes=tuple(data["notes"]),
+            )
+        except (KeyError, TypeError) as err:
+            msg = f"a receipt must have every member of '{SCHEMA}'; got: {err!r}"
+            raise InvalidInput(msg) from err
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read the receipt in an export's folder; raises ``InvalidInput``."""
+        path = folder / RECEIPT_FILE
+        try:
+            data = json.loads(path.read_text())
+        except (OSError, ValueError) as err:
+            msg = f"an export's folder must hold {RECEIPT_FILE}; '{folder}': {err}"
+            raise InvalidInput(msg, folder=str(folder)) from err
+        return cls.from_json(data)
 
 
 def describe_files(folder: Path, paths: Sequence[Path]) -> tuple[FileReceipt, ...]:

@@ -51,6 +51,20 @@ _SYNTAX = re.compile(
 )
 
 
+def parse_bytes(text: str) -> int:
+    """Return the bytes that ``12 MiB`` or ``1500000`` (bytes) means, rounded down.
+
+    Raises:
+        InvalidBudget: The text is no such size.
+    """
+    found = _SYNTAX.fullmatch(text if text.strip()[-1:].isalpha() else f"{text} B")
+    unit = found["unit"].lower() if found else ""
+    if found is None or found["act"] or found["scope"] or unit not in _BYTE_UNITS:
+        msg = f"a size must read like '1500000', '1500000 B', '1.5 MB' or '12 MiB'; got '{text}'"
+        raise InvalidBudget(msg, size=text)
+    return int(Fraction(re.sub(r"[_,]", "", found["value"])) * _BYTE_UNITS[unit])
+
+
 class Scope(StrEnum):
     """What a budget counts."""
 

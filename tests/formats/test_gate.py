@@ -122,7 +122,7 @@ class TestCheckLock:
             lock,
             model_digest=plan.model_digest,
             plan=plan,
-            folder=exported[0],
+            folders=(exported[0],),
             quality=Quality(
                 measured=loss(0.1, 0.80),
                 full_precision=loss(0.0, 0.801),
@@ -210,18 +210,18 @@ class TestCheckLock:
             else:
                 data[-1] ^= 1
                 path.write_bytes(bytes(data) + (b"x" if damage == "grow" else b""))
-            report = check_lock(lock, folder=folder)
+            report = check_lock(lock, folders=(folder,))
             assert report.exit_code == 1, damage
             assert "model.safetensors" in report.to_markdown()
 
     def test_larger_files(self, lock, exported):
         """Files above their limit: 1."""
-        report = check_lock(lock, folder=exported[0], limits=Limits(max_file_bytes=100))
+        report = check_lock(lock, folders=(exported[0],), limits=Limits(max_file_bytes=100))
         assert report.exit_code == 1
 
     def test_files_without_receipt(self, plan, exported):
         """A lock that knows of no export cannot vouch for files: stale, 4."""
-        assert check_lock(make_lock(plan), folder=exported[0]).exit_code == 4
+        assert check_lock(make_lock(plan), folders=(exported[0],)).exit_code == 4
 
     def test_stale_outranks_failed(self, lock):
         """Both: the lock must be renewed before limits mean anything."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import bitquota
-from bitquota.cli import comparing, planning, serving, solving
+from bitquota.cli import comparing, gating, planning, serving, solving
 from bitquota.errors import BitquotaError
 from bitquota.service import admin_commands
 
@@ -34,6 +34,9 @@ app.command("evaluate")(planning.evaluate)
 app.command("show")(planning.show)
 app.command("solve")(solving.solve_file)
 app.command("frontier")(solving.frontier)
+app.command("lock")(gating.lock)
+app.command("check")(gating.check)
+app.command("diff")(gating.diff)
 app.command("serve")(serving.serve)
 app.command("demo")(serving.demo)
 app.add_typer(admin_commands.app, name="admin")

@@ -1,0 +1,275 @@
+"""Commands of the gate: ``lock``, ``check``, ``diff``."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+import bitquota
+from bitquota.budget import parse_bytes
+from bitquota.cli import options as opt
+from bitquota.cli import output
+from bitquota.errors import InvalidInput, InvalidPlan
+from bitquota.plan import Plan
+
+if TYPE_CHECKING:
+    from bitquota.formats.gate import CheckReport, Quality
+    from bitquota.formats.lock import Limits, Lock
+    from bitquota.formats.models import LoadedModel
+
+_LOCK_FILE = Path("bitquota.lock.json")
+_STYLES = {"passed": "green", "failed": "bold red", "stale": "yellow", "skipped": "dim"}
+
+MaxKl = Annotated[
+    float | None,
+    typer.Option("--max-kl", help="Largest mean loss increase, in the unit of the plan's loss."),
+]
+MaxDrop = Annotated[
+    float | None, typer.Option("--max-drop", help="Top-1 points that may be lost, such as 0.5.")
+]
+MaxSize = Annotated[
+    str | None, typer.Option("--max-size", help="Largest stored size of the model: '12 MiB'.")
+]
+MaxFileSize = Annotated[
+    str | None,
+    typer.Option("--max-file-size", help="Largest size of all exported files together."),
+]
+NotWorseThan = Annotated[
+    str | None,
+    typer.Option(
+        "--not-worse-than",
+        help="Baselines that must not measure better within the same budget: 'uniform'.",
+    ),
+]
+Exported = Annotated[
+    list[Path] | None,
+    typer.Option("--exported", help="Folder that 'bitquota export' wrote. Repeatable."),
+]
+
+
+def lock(
+    plan_file: Annotated[
+        Path, typer.Argument(metavar="PLAN", help="A plan that 'bitquota plan' wrote.")
+    ],
+    target: Annotated[
+        str | None, typer.Option("--target", help="Deployment target whose rules must hold.")
+    ] = None,
+    exported: Exported = None,
+    max_kl: MaxKl = None,
+    max_drop: MaxDrop = None,
+    max_size: MaxSize = None,
+    max_file_size: MaxFileSize = None,
+    not_worse_than: NotWorseThan = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Lock file to write.")] = _LOCK_FILE,
+) -> None:
+    """Write the lock file of PLAN for git; target and limits of the file it replaces are kept."""
+    from bitquota.formats.exports.receipt import Receipt
+    from bitquota.formats.lock import Lock, make_lock
+
+    limits = _limits(max_kl, max_drop, max_size, max_file_size, not_worse_than)
+    if out.exists():
+        former = Lock.load(out)
+        limits = former.limits.override(limits)
+        target = former.target if target is None else target
+    made = make_lock(
+        Plan.load(plan_file),
+        target=target,
+        limits=limits,
+        receipts=tuple(Receipt.load(folder) for folder in exported or ()),
+        volatile={
+            "bitquota": bitquota.__version__,
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made.save(out)
+    output.messages.print(f"wrote {out} ({made.digest()[:19]}…)", highlight=False)
+
+
+def check(
+    lock_file: Annotated[
+        Path, typer.Argument(metavar="[LOCK]", help="Lock file in git.", show_default=True)
+    ] = _LOCK_FILE,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="The model as it is now: its fingerprint must be the plan's."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Measure the plan anew on these samples (needs --model)."),
+    ] = None,
+    correction_data: Annotated[
+        str | None,
+        typer.Option("--correction-data", help="Unlabelled samples for the plan's corrections."),
+    ] = None,
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="A plan just made: the lock must hold it.")
+    ] = None,
+    exported: Exported = None,
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", help="Lock file of the base branch: the model must not grow."),
+    ] = None,
+    max_kl: MaxKl = None,
+    max_drop: MaxDrop = None,
+    max_size: MaxSize = None,
+    max_file_size: MaxFileSize = None,
+    not_worse_than: NotWorseThan = None,
+    junit: Annotated[
+        Path | None, typer.Option("--junit", help="JUnit XML to write, for CI systems.")
+    ] = None,
+    summary: Annotated[
+        Path | None, typer.Option("--summary", help="Markdown to write, for a job summary.")
+    ] = None,
+    device: opt.Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Hold LOCK to its model, target, bytes and quality limits; exit 0, 1 (broken) or 4 (stale).
+
+    Limits in the lock file are checked always, and those given here take their place. Without
+    --data the losses that the plan recorded are held to them. The table is also appended to the
+    file that GITHUB_STEP_SUMMARY names.
+    """
+    from bitquota.formats.gate import append_step_summary, check_lock
+    from bitquota.formats.lock import Lock
+
+    if data is not None and model is None:
+        msg = "--data measures the plan on a model: name it with --model"
+        raise InvalidInput(msg, data=data)
+    held = Lock.load(lock_file)
+    limits = _limits(max_kl, max_drop, max_size, max_file_size, not_worse_than)
+    digest = None
+    quality = None
+    if model is not None:
+        from bitquota.formats import load_model
+
+        loaded = load_model(model)
+        digest = loaded.digest
+        if data is not None and digest == held.plan.model_digest:
+            wanted = held.limits.override(limits)
+            quality = _measure(loaded, data, correction_data, held, wanted, device)
+    report = check_lock(
+        held,
+        model_digest=digest,
+        plan=None if plan_file is None else Plan.load(plan_file),
+        folders=tuple(exported or ()),
+        quality=quality,
+        limits=limits,
+        base=None if base is None else Lock.load(base),
+    )
+    for path, text in ((junit, report.to_junit), (summary, report.to_markdown)):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text(), encoding="utf-8")
+            output.messages.print(f"wrote {path}", highlight=False)
+    append_step_summary(report.to_markdown(), os.environ)
+    if as_json:
+        output.print_json(report.to_json())
+    else:
+        _print_report(report, lock_file)
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)
+
+
+def diff(
+    old: Annotated[Path, typer.Argument(help="Plan or lock file.")],
+    new: Annotated[Path, typer.Argument(help="Plan or lock file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="Exit with 1 if anything differs.")
+    ] = False,
+) -> None:
+    """Print what changed from OLD to NEW as Markdown; nothing if nothing did."""
+    from bitquota.formats.plan_diff import diff_plans
+
+    found = diff_plans(_plan_of(old), _plan_of(new))
+    if as_json:
+        output.print_json(found.to_json())
+    else:
+        typer.echo(found.to_markdown(), nl=False)
+    if exit_code and not found.empty:
+        raise typer.Exit(1)
+
+
+def _limits(
+    max_kl: float | None,
+    max_drop: float | None,
+    max_size: str | None,
+    max_file_size: str | None,
+    not_worse_than: str | None,
+) -> Limits:
+    from bitquota.formats.lock import Limits
+
+    return Limits(
+        max_kl=max_kl,
+        max_drop=max_drop,
+        max_bytes=None if max_size is None else parse_bytes(max_size),
+        max_file_bytes=None if max_file_size is None else parse_bytes(max_file_size),
+        not_worse_than=not_worse_than,
+    )
+
+
+def _measure(
+    model: LoadedModel,
+    data: str,
+    correction_data: str | None,
+    held: Lock,
+    limits: Limits,
+    device: str,
+) -> Quality:
+    """Run the locked plan, and the baselines it must not lose to, on ``data``."""
+    from bitquota.allocate import evaluate_plans
+    from bitquota.formats import load_calibration
+    from bitquota.formats.gate import Quality
+
+    prefix = limits.not_worse_than
+    named = tuple(
+        b for b in held.plan.baselines if prefix is not None and b.name.startswith(prefix)
+    )
+    full, measured, *rest = evaluate_plans(
+        model,
+        load_calibration(data),
+        [replace(held.plan, baselines=named)],
+        correction_data=None if correction_data is None else load_calibration(correction_data),
+        with_baselines=True,
+        loss=held.plan.loss,
+        device=device,
+    )
+    return Quality(
+        measured=measured.measured,
+        full_precision=full.measured,
+        baselines={e.name: e.measured for e in rest} if named else None,
+    )
+
+
+def _print_report(report: CheckReport, lock_file: Path) -> None:
+    for o in report.outcomes:
+        line = Text.assemble((f"{o.status:>8}", _STYLES[o.status]), "  ", (o.check, "bold"), "  ")
+        output.console.print(line.append(o.message), soft_wrap=True)
+    verdict = {
+        0: "passed",
+        1: "FAILED: a limit is broken",
+        4: "STALE: the lock file must be written anew",
+    }
+    output.console.print(f"{lock_file}: {verdict[report.exit_code]}", highlight=False)
+
+
+def _plan_of(path: Path) -> Plan:
+    """Return the plan that a plan file or a lock file holds."""
+    from bitquota.formats.lock import SCHEMA, Lock
+
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as err:
+        msg = f"a plan or lock file must be readable JSON; '{path}': {err}"
+        raise InvalidPlan(msg, path=str(path)) from err
+    if isinstance(data, dict) and data.get("schema") == SCHEMA:
+        return Lock.from_json(data).plan
+    return Plan.from_json(data)
