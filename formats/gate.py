@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
 from bitquota.errors import GateFailed, InvalidInput, InvalidPlan, StalePlan
-from bitquota.formats.exports.receipt import FileReceipt, Receipt
+from bitquota.formats.receipt import FileReceipt, Receipt
 from bitquota.formats.targets import target_by_name
 
 if TYPE_CHECKING:

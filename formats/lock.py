@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bitquota.canonical import JsonObject
-    from bitquota.formats.exports.receipt import Receipt
+    from bitquota.formats.receipt import Receipt
 
 SCHEMA = "bitquota/lock/1"
 LOCK_FILE = "bitquota.lock.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from bitquota.formats.exports.prepared import describe_candidate
+from bitquota.formats.receipt import describe_candidate
 
 if TYPE_CHECKING:
     from bitquota.canonical import JsonObject

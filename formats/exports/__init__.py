@@ -18,8 +18,8 @@ from bitquota.formats.exports.gguf_file import GgufFile
 from bitquota.formats.exports.onnx_qdq import OnnxQdq
 from bitquota.formats.exports.openvino_ir import OpenvinoIr
 from bitquota.formats.exports.prepared import PreparedExport, prepare_export
-from bitquota.formats.exports.receipt import Difference, FileReceipt, Receipt, TensorReceipt
 from bitquota.formats.exports.ref_int import RefInt
+from bitquota.formats.receipt import Difference, FileReceipt, Receipt, TensorReceipt
 from bitquota.formats.targets import target_by_name
 
 if TYPE_CHECKING:

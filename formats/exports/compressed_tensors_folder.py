@@ -15,7 +15,7 @@ import torch
 from bitquota.candidates import LayerKind
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
 from bitquota.formats.exports.prepared import widths_must_be
-from bitquota.formats.exports.receipt import Receipt, describe_files
+from bitquota.formats.receipt import Receipt, describe_files
 from bitquota.quantizers.packing import pack
 from bitquota.storage import Granularity
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitquota.errors import InvalidInput
 from bitquota.formats.exports.prepared import widths_must_be
-from bitquota.formats.exports.receipt import Receipt, describe_files
+from bitquota.formats.receipt import Receipt, describe_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,7 @@ import torch
 from bitquota.candidates import LayerKind
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan, MissingDependency
 from bitquota.formats.exports.prepared import widths_must_be
-from bitquota.formats.exports.receipt import Receipt, describe_files
+from bitquota.formats.receipt import Receipt, describe_files
 from bitquota.storage import Granularity, ScaleFormat
 
 if TYPE_CHECKING:

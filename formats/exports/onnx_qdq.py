@@ -22,8 +22,8 @@ from bitquota.candidates import LayerKind
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan, MissingDependency
 from bitquota.formats.exports.onnx_tidy import absorb_batch_norms, fold_constants, shorten_names
 from bitquota.formats.exports.prepared import widths_must_be
-from bitquota.formats.exports.receipt import Receipt, describe_files
 from bitquota.formats.onnx_model import OnnxModule, import_onnxruntime, read_onnx
+from bitquota.formats.receipt import Receipt, describe_files
 from bitquota.quantizers.layout import TRANSPOSED_CONVOLUTIONS, from_matrix
 from bitquota.storage import Granularity, ScaleFormat
 

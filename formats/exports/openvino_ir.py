@@ -12,7 +12,7 @@ from bitquota.candidates import LayerKind
 from bitquota.errors import ExportFailed, InvalidPlan, MissingDependency
 from bitquota.formats.exports.onnx_qdq import OPSET, float_graph
 from bitquota.formats.exports.prepared import widths_must_be
-from bitquota.formats.exports.receipt import Receipt, describe_files
+from bitquota.formats.receipt import Receipt, describe_files
 from bitquota.quantizers.layout import TRANSPOSED_CONVOLUTIONS, from_matrix
 from bitquota.quantizers.packing import pack_bits
 from bitquota.storage import Granularity, ScaleFormat

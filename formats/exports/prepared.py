@@ -11,7 +11,7 @@ import torch
 from bitquota.candidates import Inventory
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput, InvalidPlan, StalePlan
-from bitquota.formats.exports.receipt import Difference, TensorReceipt
+from bitquota.formats.receipt import Difference, TensorReceipt, describe_candidate
 from bitquota.quantizers.layout import to_matrix
 from bitquota.quantizers.weights import QuantizedWeight, quantize
 from bitquota.storage import FULL_PRECISION_BITS, Granularity, Rounding
@@ -204,15 +204,6 @@ def prepare_export(
         inputs=inputs,
         reference=reference,
     )
-
-
-def describe_candidate(candidate: Candidate) -> str:
-    """Return bit-width and scheme for a person."""
-    scheme = candidate.scheme
-    if candidate.weight_bits == FULL_PRECISION_BITS:
-        return "full precision"
-    where = f"group of {scheme.group_size}" if scheme.group_size else str(scheme.granularity)
-    return f"{candidate.label} {scheme.grid} per {where}, {scheme.scale_format} scales"
 
 
 def widths_must_be(prepared: PreparedExport, allowed: tuple[int, ...], what: str) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from bitquota.canonical import canonical_json
 from bitquota.errors import ExportFailed
-from bitquota.formats.exports.receipt import Receipt, describe_files
+from bitquota.formats.receipt import Receipt, describe_files
 from bitquota.quantizers.layout import from_matrix
 from bitquota.quantizers.packing import PackedWeight, pack, unpack
 from bitquota.storage import Scheme

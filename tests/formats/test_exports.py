@@ -15,7 +15,7 @@ from bitquota.corrections import Correction
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan, StalePlan
 from bitquota.formats import load_model
 from bitquota.formats.exports import EXPORTERS, export_plan, load_export, prepare_export
-from bitquota.formats.exports.receipt import Difference
+from bitquota.formats.receipt import Difference
 from bitquota.formats.targets import TARGETS
 from bitquota.plan import Assignment, Plan
 from bitquota.sensitivity.calibration import CalibrationSet

@@ -70,8 +70,8 @@ def lock(
     out: Annotated[Path, typer.Option("--out", "-o", help="Lock file to write.")] = _LOCK_FILE,
 ) -> None:
     """Write the lock file of PLAN for git; target and limits of the file it replaces are kept."""
-    from bitquota.formats.exports.receipt import Receipt
     from bitquota.formats.lock import Lock, make_lock
+    from bitquota.formats.receipt import Receipt
 
     limits = _limits(max_kl, max_drop, max_size, max_file_size, not_worse_than)
     if out.exists():

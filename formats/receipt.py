@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from bitquota.canonical import canonical_json
 from bitquota.errors import ExportFailed, InvalidInput
+from bitquota.storage import FULL_PRECISION_BITS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from bitquota.candidates import Candidate
     from bitquota.canonical import JsonObject
 
 SCHEMA = "bitquota/receipt/1"
@@ -214,3 +216,12 @@ class Receipt:
 def describe_files(folder: Path, paths: Sequence[Path]) -> tuple[FileReceipt, ...]:
     """Hash files, sorted by name."""
     return tuple(sorted((FileReceipt.of(p, folder) for p in paths), key=lambda f: f.name))
+
+
+def describe_candidate(candidate: Candidate) -> str:
+    """Return bit-width and scheme for a person."""
+    scheme = candidate.scheme
+    if candidate.weight_bits == FULL_PRECISION_BITS:
+        return "full precision"
+    where = f"group of {scheme.group_size}" if scheme.group_size else str(scheme.granularity)
+    return f"{candidate.label} {scheme.grid} per {where}, {scheme.scale_format} scales"
