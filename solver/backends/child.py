@@ -1,9 +1,9 @@
 """The child process of an external backend: ``python -m bitquota.solver.backends.child NAME``.
 
 Standard input: one line of JSON (goal and limits), then the model as ``.npz`` bytes. Standard
-output: one JSON object per line: ``{"ready": true}`` once the libraries are loaded,
-``{"incumbent": [rows]}`` any number of times and ``{"answer": {...}, "cpu_seconds": ...}`` last.
-Whatever a library prints goes to standard error.
+output: one JSON object per line: ``{"ready": true, "cpu_seconds": ...}`` once the libraries are
+loaded, ``{"incumbent": [rows]}`` any number of times and ``{"answer": {...}, "cpu_seconds": ...}``
+last. Whatever a library prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
     optimise = importlib.import_module(MODULES[sys.argv[1]]).optimise
     for library in LIBRARIES[sys.argv[1]]:
         importlib.import_module(library)
-    send({"ready": True})
+    send({"ready": True, "cpu_seconds": time.process_time()})
     answer = solve_with_covers(optimise, task)
     send({"answer": answer.to_json(), "cpu_seconds": time.process_time()})
 

@@ -135,7 +135,11 @@ class External:
         stats = Stats(
             nodes=0 if answer is None else answer.nodes,
             cpu_seconds=outcome.cpu_seconds,
-            details=({} if answer is None else answer.details) | {"bound_tolerance": tolerance},
+            details=({} if answer is None else answer.details)
+            | {
+                "bound_tolerance": tolerance,
+                "loading_cpu_seconds": outcome.loading_cpu_seconds,
+            },
         )
         bound = scaled_bound / model.scale
         if chosen is None:

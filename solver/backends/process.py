@@ -45,12 +45,14 @@ class Outcome:
         stopped: ``time`` or ``cancelled`` when it was stopped from here.
         incumbents: Chosen rows that it reported on the way, the last best.
         cpu_seconds: As far as known.
+        loading_cpu_seconds: Of them, what loading libraries took.
     """
 
     answer: Answer | None
     stopped: str | None
     incumbents: list[NDArray[np.int64]]
     cpu_seconds: float
+    loading_cpu_seconds: float = 0.0
 
 
 def run_child(
@@ -95,7 +97,7 @@ def run_child(
         reader.start()
         incumbents: list[NDArray[np.int64]] = []
         last: dict[str, Any] = {}
-        stopped = None
+        stopped, loading = None, 0.0
         try:
             while True:
                 if cancelled is not None and cancelled():
@@ -111,8 +113,10 @@ def run_child(
                 if line is None:
                     break
                 last = _parse(name, line)
-                if "ready" in last and options.time_limit_s is not None:
-                    deadline = clock() + options.time_limit_s + grace_s
+                if "ready" in last:
+                    loading = float(last.get("cpu_seconds", 0.0))
+                    if options.time_limit_s is not None:
+                        deadline = clock() + options.time_limit_s + grace_s
                 if "incumbent" in last:
                     incumbents.append(np.array(last["incumbent"], dtype=np.int64))
                     if on_incumbent is not None:
@@ -129,6 +133,7 @@ def run_child(
                 stopped=stopped,
                 incumbents=incumbents,
                 cpu_seconds=_children_seconds() - seconds,
+                loading_cpu_seconds=loading,
             )
         if code != 0 or "answer" not in last:
             said.seek(0)
@@ -150,6 +155,7 @@ def run_child(
         stopped=None,
         incumbents=incumbents,
         cpu_seconds=float(last.get("cpu_seconds", 0.0)),
+        loading_cpu_seconds=loading,
     )
 
 
