@@ -1,7 +1,12 @@
-"""Sensible ties and exclusions for a model, to be shown before anything is measured."""
+"""Sensible ties and exclusions for a model, to be shown before anything is measured.
+
+With a deployment target they are applied: what runtimes fuse decides together, and what is small
+and precious stays in full precision. Without a target they are suggestions.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,8 +14,11 @@ from bitquota.candidates import LayerKind
 from bitquota.formats.targets.target import FUSED_SIBLINGS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from bitquota.candidates import Inventory
     from bitquota.canonical import JsonObject
+    from bitquota.formats.targets.target import Target
 
 POSITIONS = ("wpe", "position_embeddings", "embed_positions")
 ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -39,27 +47,56 @@ class Suggestion:
         }
 
 
-def suggest(inventory: Inventory) -> Suggestion:
-    """Return ties and exclusions that runtimes and experience ask for, by layer names.
+def prepare_inventory(
+    inventory: Inventory,
+    target: Target | None,
+    *,
+    exclude: Sequence[str] = (),
+    ties: Sequence[Sequence[str]] = (),
+) -> Inventory:
+    """Return ``inventory`` with what the user asks for, and what a target demands, applied.
 
-    Nothing is applied: a target applies its own, a user decides on the rest.
+    With a target the default exclusions of ``suggest`` and the target's own exclusions and ties
+    apply; without one only the user's.
+
+    Raises:
+        UnknownLayer: A pattern of the user's matches nothing.
+        InvalidInput: A tie joins nothing, or part of a fused group is excluded.
+        InvalidModel: Nothing is left to quantize.
     """
-    ties, exclude, why_tied, why_excluded = [], [], [], []
+    if exclude:
+        inventory = inventory.exclude(exclude)
+    if target is not None:
+        for name, reason in default_exclusions(inventory).items():
+            inventory = inventory.exclude([f"re:{re.escape(name)}"], reason)
+        inventory = target.prepare(inventory)
+    return inventory.tie(ties)
+
+
+def default_exclusions(inventory: Inventory) -> dict[str, str]:
+    """Return the layers that usually stay in full precision, each with the reason."""
+    found = {}
+    for layer in inventory.layers:
+        last = layer.name.rpartition(".")[2]
+        if layer.kind is LayerKind.EMBEDDING and last in POSITIONS:
+            found[layer.name] = "a position table, small and read by every token"
+        elif _is_router(layer.name, layer.n_weights, inventory):
+            found[layer.name] = "a router; a wrong choice of expert costs most"
+    return found
+
+
+def suggest(inventory: Inventory) -> Suggestion:
+    """Return ties and exclusions that runtimes and experience ask for, by layer names."""
+    ties, why_tied = [], []
     last = {layer.name.rpartition(".")[2] for layer in inventory.layers}
     for siblings in FUSED_SIBLINGS:
         present = tuple(name for name in siblings if name in last)
         if len(present) > 1:
             ties.append(present)
             why_tied.append(f"{', '.join(present)}: serving engines fuse them into one matrix")
-    for layer in inventory.layers:
-        name = layer.name.rpartition(".")[2]
-        if layer.kind is LayerKind.EMBEDDING and name in POSITIONS:
-            exclude.append(layer.name)
-            why_excluded.append(f"{layer.name}: a position table, small and read by every token")
-        elif _is_router(layer.name, layer.n_weights, inventory):
-            exclude.append(layer.name)
-            why_excluded.append(f"{layer.name}: a router; a wrong choice of expert costs most")
-    return Suggestion(ties=tuple(ties), exclude=tuple(exclude), reasons=(*why_tied, *why_excluded))
+    excluded = default_exclusions(inventory)
+    why_excluded = [f"{name}: {reason}" for name, reason in excluded.items()]
+    return Suggestion(ties=tuple(ties), exclude=tuple(excluded), reasons=(*why_tied, *why_excluded))
 
 
 def _is_router(name: str, n_weights: int, inventory: Inventory) -> bool:

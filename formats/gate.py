@@ -10,10 +10,10 @@ from xml.etree import ElementTree as ET
 
 from bitquota.errors import GateFailed, InvalidInput, InvalidPlan, StalePlan
 from bitquota.formats.receipt import FileReceipt, Receipt
-from bitquota.formats.targets import target_by_name
+from bitquota.formats.targets import candidates_at, target_by_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from bitquota.canonical import JsonObject
     from bitquota.formats.lock import Limits, Lock
@@ -86,36 +86,48 @@ class CheckReport:
             "outcomes": [asdict(o) | {"status": str(o.status)} for o in self.outcomes],
         }
 
-    def to_markdown(self) -> str:
-        """Return a table for a job summary."""
+    def to_markdown(self, name: str) -> str:
+        """Return a table for a job summary, under the name of the lock file."""
         verdict = {0: "passed", 1: "failed", 4: "is stale"}[self.exit_code]
-        lines = [f"### Bitquota check {verdict}", "", "| check | result | |", "|---|---|---|"]
+        lines = [
+            f"### Bitquota check of {name} {verdict}",
+            "",
+            "| check | result | |",
+            "|---|---|---|",
+        ]
         for o in self.outcomes:
             mark = {"passed": "✅", "failed": "❌", "stale": "⏳", "skipped": "➖"}[o.status]
             message = o.message.replace("|", "\\|").replace("\n", " ")
             lines.append(f"| {o.check} | {mark} {o.status} | {message} |")
         return "\n".join(lines) + "\n"
 
-    def to_junit(self) -> str:
-        """Return JUnit XML: one test case per check; stale counts as an error."""
-        counts = {s: sum(o.status is s for o in self.outcomes) for s in Status}
-        suite = ET.Element(
+
+def worst_exit_code(reports: Iterable[CheckReport]) -> int:
+    """Return the code for several reports: stale outranks failed, failed outranks passed."""
+    return max((report.exit_code for report in reports), default=0)
+
+
+def to_junit(reports: Mapping[str, CheckReport]) -> str:
+    """Return JUnit XML: a suite per lock file, a case per check; stale counts as an error."""
+    root = ET.Element("testsuites")
+    for name, report in reports.items():
+        counts = {s: sum(o.status is s for o in report.outcomes) for s in Status}
+        suite = ET.SubElement(
+            root,
             "testsuite",
-            name="bitquota check",
-            tests=str(len(self.outcomes)),
+            name=f"bitquota check {name}",
+            tests=str(len(report.outcomes)),
             failures=str(counts[Status.FAILED]),
             errors=str(counts[Status.STALE]),
             skipped=str(counts[Status.SKIPPED]),
         )
-        for o in self.outcomes:
+        for o in report.outcomes:
             case = ET.SubElement(suite, "testcase", classname="bitquota.check", name=o.check)
             tag = {"failed": "failure", "stale": "error", "skipped": "skipped"}.get(o.status)
             if tag:
                 ET.SubElement(case, tag, message=o.message).text = o.message
-        root = ET.Element("testsuites")
-        root.append(suite)
-        ET.indent(root)
-        return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, "unicode") + "\n"
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, "unicode") + "\n"
 
 
 def check_lock(
@@ -181,7 +193,7 @@ def _is_fair(plan: Plan, baseline: Baseline) -> bool:
     if baseline.size_bits <= plan.size_bits:
         return True
     try:
-        candidates = plan.candidates_at(baseline.weight_bits)
+        candidates = candidates_at(plan, baseline.weight_bits)
         replace(
             plan,
             assignments=tuple(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from bitquota.errors import InvalidInput
 from bitquota.formats.targets import (
     coreml,
@@ -19,6 +21,12 @@ from bitquota.formats.targets import (
     vllm_cpu,
 )
 from bitquota.formats.targets.target import StorageFormat, Target, Violation
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bitquota.candidates import Candidate
+    from bitquota.plan import Plan
 
 TARGETS: dict[str, Target] = {
     module.TARGET.name: module.TARGET
@@ -40,7 +48,25 @@ TARGETS: dict[str, Target] = {
 }
 """In order of how much of them was run here."""
 
-__all__ = ["TARGETS", "StorageFormat", "Target", "Violation", "target_by_name"]
+__all__ = [
+    "TARGETS",
+    "StorageFormat",
+    "Target",
+    "Violation",
+    "candidates_at",
+    "target_by_name",
+]
+
+
+def candidates_at(plan: Plan, weight_bits: Sequence[int]) -> tuple[Candidate, ...]:
+    """Return the plan's candidates at other bit-widths, stored as its target stores them.
+
+    Raises:
+        InvalidPlan: Not one bit-width for each layer, or one that the target cannot store.
+    """
+    if plan.target is None:
+        return plan.candidates_at(weight_bits)
+    return target_by_name(plan.target.name).candidates_at(plan, weight_bits)
 
 
 def target_by_name(name: str) -> Target:

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bitquota.candidates import Candidate, CandidateTable, LayerKind, Row, match_layers
+from bitquota.canonical import digest_json
 from bitquota.errors import InvalidInput, InvalidPlan, UnknownLayer
+from bitquota.plan import PlanTarget
 from bitquota.storage import FULL_PRECISION_BITS, Granularity, Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from bitquota.candidates import Inventory, Layer
+    from bitquota.candidates import Inventory, Layer, UnquantizedTensor
     from bitquota.canonical import JsonObject
     from bitquota.plan import Plan
 
@@ -139,23 +141,59 @@ class Target:
     runtime_options: Mapping[str, Any] = field(default_factory=dict)
     verified: str = "documented"
 
+    @property
+    def version(self) -> str:
+        """Digest of the rules: it changes with formats, ties, exclusions and options."""
+        rules = self.describe()
+        return digest_json({k: v for k, v in rules.items() if k not in ("summary", "verified")})
+
+    def record(self) -> PlanTarget:
+        """Return what a plan for this target says of it."""
+        return PlanTarget(name=self.name, version=self.version, packages=dict(self.versions))
+
+    def exclusions(self, inventory: Inventory) -> dict[str, str]:
+        """Return the layers that stay in full precision, each with the reason."""
+        found: dict[str, str] = {}
+        for name in _matching(self.exclude, inventory):
+            found[name] = f"{self.name} keeps it in full precision"
+        for layer in inventory.layers:
+            if layer.kind in self.excluded_kinds:
+                found.setdefault(
+                    layer.name, f"{self.name} keeps layers of kind {layer.kind} in full precision"
+                )
+            elif not any(f.weight_bits < FULL_PRECISION_BITS for f in self.formats_for(layer)):
+                reasons = dict.fromkeys(
+                    reason
+                    for f in self.formats
+                    if f.weight_bits < FULL_PRECISION_BITS and (reason := f.refusal(layer))
+                )
+                found.setdefault(layer.name, next(iter(reasons), "no format is legal"))
+        return found
+
     def prepare(self, inventory: Inventory) -> Inventory:
         """Return ``inventory`` with the target's exclusions and ties applied.
 
         Patterns that match no layer are passed over: they speak of architectures at large.
+
+        Raises:
+            InvalidInput: One of several layers that the runtime fuses was excluded before.
         """
-        out = [
-            layer.name
-            for layer in inventory.layers
-            if layer.kind in self.excluded_kinds
-            or not any(f.weight_bits < FULL_PRECISION_BITS for f in self.formats_for(layer))
-        ]
-        out += _matching(self.exclude, inventory)
-        if out:
-            inventory = inventory.exclude(["re:" + "|".join(map(_quoted, dict.fromkeys(out)))])
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.exclusions(inventory).items():
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            inventory = inventory.exclude(["re:" + "|".join(map(_quoted, names))], reason)
         for tie in self.ties:
+            for siblings in _siblings(tie, inventory.layers):
+                if missing := self._excluded_siblings(tie, siblings, inventory.unquantized):
+                    msg = (
+                        f"'{self.name}' fuses {', '.join((*siblings, *missing))}, so they are "
+                        f"quantized together or not at all; {', '.join(missing)} is excluded: "
+                        "exclude all of them, or none"
+                    )
+                    raise InvalidInput(msg, target=self.name, layers=[*siblings, *missing])
             known = [p for p in tie if _matching([p], inventory)]
-            if len(known) > 1:
+            if any(len(names) > 1 for names in _siblings(tie, inventory.layers)):
                 inventory = inventory.tie([known])
         return inventory
 
@@ -222,6 +260,24 @@ class Target:
                 rows.append(Row(group=group, candidates=row))
         return CandidateTable(rows=tuple(rows))
 
+    def candidates_at(self, plan: Plan, weight_bits: Sequence[int]) -> tuple[Candidate, ...]:
+        """Return the target's candidates at other bit-widths, layer by layer in the plan's order.
+
+        Raises:
+            InvalidPlan: Not one bit-width for each layer, or one that a layer cannot have.
+        """
+        if len(weight_bits) != len(plan.assignments):
+            msg = f"one bit-width per layer is needed, {len(plan.assignments)}; got {weight_bits}"
+            raise InvalidPlan(msg)
+        found = []
+        for a, bits in zip(plan.assignments, weight_bits, strict=True):
+            formats = {f.weight_bits: f for f in self.formats_for(a.layer)}
+            if bits not in formats:
+                msg = f"'{self.name}' cannot store layer '{a.layer.name}' at {bits} bits"
+                raise InvalidPlan(msg, layer=a.layer.name, weight_bits=bits)
+            found.append(self._candidate(a.layer, formats[bits]))
+        return tuple(found)
+
     def check(self, plan: Plan) -> tuple[Violation, ...]:
         """Return every rule that ``plan`` breaks; empty if the target can store it."""
         found = [
@@ -234,7 +290,7 @@ class Target:
         for tie in self.ties:
             for siblings in _siblings(tie, layers):
                 labels = {(chosen[n].label, chosen[n].scheme) for n in siblings}
-                missing = self._excluded_siblings(tie, siblings, plan)
+                missing = self._excluded_siblings(tie, siblings, plan.unquantized)
                 if len(labels) > 1 or missing:
                     given = ", ".join(f"{n}={chosen[n].label}" for n in siblings)
                     for name in missing:
@@ -292,14 +348,15 @@ class Target:
             return f"activations of {candidate.activation_bits} bits are not what it runs"
         return None
 
+    @staticmethod
     def _excluded_siblings(
-        self, tie: tuple[str, ...], siblings: Sequence[str], plan: Plan
+        tie: tuple[str, ...], siblings: Sequence[str], unquantized: Sequence[UnquantizedTensor]
     ) -> tuple[str, ...]:
-        """Return members of a fused group that the plan leaves in full precision."""
+        """Return members of a fused group that stay in full precision."""
         parents = {name.rpartition(".")[0] for name in siblings}
         return tuple(
             owner
-            for tensor in plan.unquantized
+            for tensor in unquantized
             if (owner := tensor.name.removesuffix(".weight")) != tensor.name
             and owner.rpartition(".")[0] in parents
             and owner.rpartition(".")[2] in tie

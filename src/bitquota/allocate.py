@@ -13,6 +13,7 @@ import bitquota
 from bitquota.corrections import Correction
 from bitquota.errors import Infeasible, InvalidInput, StalePlan
 from bitquota.formats import check_calibration
+from bitquota.formats.targets import candidates_at
 from bitquota.plan import SOLVER, Assignment, Baseline, MeasuredLoss, Plan, Proof
 from bitquota.progress import Progress
 from bitquota.sensitivity.baselines import baseline_choices, size_only, weight_mse
@@ -244,7 +245,7 @@ def evaluate_plans(
             Evaluation(plan_index=k, name="plan", measured=measure(candidates=chosen).measured)
         )
         for baseline in plan.baselines if with_baselines else ():
-            measured = measure(candidates=plan.candidates_at(baseline.weight_bits)).measured
+            measured = measure(candidates=candidates_at(plan, baseline.weight_bits)).measured
             found.append(Evaluation(plan_index=k, name=baseline.name, measured=measured))
     return found
 
@@ -453,6 +454,7 @@ def _plan(
             "matrix": matrix.provenance,
             "bitquota": bitquota.__version__,
         },
+        target=None if setting.target is None else setting.target.record(),
     )
     return plan, choices[best]
 

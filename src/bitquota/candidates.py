@@ -196,7 +196,7 @@ class Inventory:
                 return layer
         raise unknown_layer(name, [layer.name for layer in self.layers])
 
-    def exclude(self, patterns: Sequence[str]) -> Inventory:
+    def exclude(self, patterns: Sequence[str], reason: str = "excluded on request") -> Inventory:
         """Move the layers that match any pattern to the tensors that ship as they are."""
         out = {name for p in patterns for name in match_layers(p, self.layers)}
         moved = tuple(
@@ -205,7 +205,7 @@ class Inventory:
                 shape=layer.weight_shape,
                 format=f"fp{layer.weight_format_bits}",
                 size_bits=layer.n_weights * layer.weight_format_bits,
-                reason="excluded on request",
+                reason=reason,
             )
             for layer in self.layers
             if layer.name in out

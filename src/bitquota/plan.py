@@ -140,6 +140,30 @@ class Baseline:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlanTarget:
+    """The deployment target that a plan was made for.
+
+    Attributes:
+        name: What ``--target`` took.
+        version: Digest of the target's rules then: formats, ties, exclusions, options.
+        packages: Versions of the runtimes that the rules were checked against.
+    """
+
+    name: str
+    version: str
+    packages: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as plain JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Self:
+        """Rebuild from ``to_json``."""
+        return cls(**data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The bit-width of every layer, and all that is known about how good that is.
 
@@ -157,6 +181,7 @@ class Plan:
         baselines: What was measured beside it.
         loss: Name of the loss.
         provenance: Digests, seed, samples, versions, request; no clock, no machine.
+        target: The deployment target that it was made for, if for one.
     """
 
     model_digest: str
@@ -171,6 +196,7 @@ class Plan:
     baselines: tuple[Baseline, ...] = ()
     loss: str = "kl"
     provenance: JsonObject = field(default_factory=dict)
+    target: PlanTarget | None = None
 
     def __post_init__(self) -> None:
         """Check names, sizes and budgets from first principles."""
@@ -297,6 +323,8 @@ class Plan:
                 "effective_bits": self.effective_bits,
             },
         }
+        if self.target is not None:  # plans for no target keep the bytes they always had
+            body["target"] = self.target.to_json()
         return body | {"digest": digest_json(body)}
 
     def digest(self) -> str:
@@ -332,6 +360,7 @@ class Plan:
                 baselines=tuple(Baseline.from_json(b) for b in data["baselines"]),
                 loss=data["loss"],
                 provenance=data["provenance"],
+                target=data.get("target") and PlanTarget.from_json(data["target"]),
             )
         except InvalidPlan:
             raise

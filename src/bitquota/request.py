@@ -24,9 +24,10 @@ class PlanRequest:
     Attributes:
         budgets: One plan for each; a budget is one text, or several joined by ``+`` that must
             hold together (``"3 bits + 2 GBitOps"``). A mere measurement needs none.
-        weight_bits: Bit-widths on offer to every layer.
+        weight_bits: Bit-widths on offer to every layer; if empty, all that the target stores, or
+            2, 3, 4, 5, 6 and 8 without a target.
         activation_bits: Bit-width of every layer's input, or ``None`` for full precision.
-        scheme: How weights are quantized.
+        scheme: How weights are quantized; a target brings its own.
         fixed: Layer pattern to bit-width.
         ties: Lists of layer patterns that must share a candidate.
         exclude: Layer patterns that stay in full precision (and count at that size).
@@ -45,10 +46,12 @@ class PlanRequest:
         gap: Relative optimality gap at which the solver may stop.
         time_limit_s: Limit on one solve, or ``None``; with a limit the plan may depend on the
             machine's speed.
+        target: Deployment target, whose formats, legal shapes, ties and exclusions decide what
+            may become of each layer.
     """
 
     budgets: tuple[str, ...] = ()
-    weight_bits: tuple[int, ...] = DEFAULT_WEIGHT_BITS
+    weight_bits: tuple[int, ...] = ()
     activation_bits: int | None = None
     scheme: Scheme = field(default_factory=Scheme)
     fixed: dict[str, int] = field(default_factory=dict)
@@ -65,9 +68,18 @@ class PlanRequest:
     solver: str = "auto"
     gap: float = 1e-4
     time_limit_s: float | None = None
+    target: str | None = None
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without the model."""
+        if not self.weight_bits and self.target is None:
+            object.__setattr__(self, "weight_bits", DEFAULT_WEIGHT_BITS)
+        if self.target is not None and self.scheme != Scheme():
+            msg = (
+                f"a target brings its own quantizer, so a scheme must not be given with "
+                f"'{self.target}'; leave grid, granularity, scales and rounding out"
+            )
+            raise InvalidInput(msg, target=self.target)
         _one_of("measure", self.measure, MEASURES)
         _one_of("loss", self.loss, LOSSES)
         for bits in self.weight_bits:

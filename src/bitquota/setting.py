@@ -14,6 +14,8 @@ from bitquota.canonical import digest_json
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
 from bitquota.formats import check_calibration
+from bitquota.formats.architectures import prepare_inventory
+from bitquota.formats.targets import target_by_name
 from bitquota.quantizers.activations import collect_inputs
 from bitquota.sensitivity.corrections import fold_batch_norm
 from bitquota.sensitivity.discovery import discover
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from bitquota.formats import LoadedModel
+    from bitquota.formats.targets import Target
     from bitquota.progress import IsCancelled, OnProgress
     from bitquota.quantizers.activations import CalibratedInputs
     from bitquota.request import PlanRequest
@@ -56,6 +59,7 @@ class Setting:
         activations: Calibrated input quantizers, when candidates quantize inputs.
         origin: Digest of what ``weights`` and ``activations`` were fitted on, or empty.
         ledger: Where measurements are kept.
+        target: The deployment target that candidates come from, if the request names one.
         on_progress: Called after each unit of work.
         cancelled: Asked between units of work.
     """
@@ -72,6 +76,7 @@ class Setting:
     activations: CalibratedInputs | None
     origin: str
     ledger: Ledger
+    target: Target | None = None
     on_progress: OnProgress | None = None
     cancelled: IsCancelled | None = None
 
@@ -151,22 +156,18 @@ def prepare(
     if Correction.FOLD_BATCH_NORM in request.corrections:
         module = fold_batch_norm(module, everything.first(2).inputs)
     inventory = inventory_of(module, model, everything)
-    inventory = inventory.exclude(request.exclude).tie(request.ties)
-    table = enumerate_candidates(
-        inventory,
-        request.weight_bits,
-        scheme=request.scheme,
-        activation_bits=request.activation_bits,
-        fixed=request.fixed,
-    )
+    target = None if request.target is None else target_by_name(request.target)
+    inventory = prepare_inventory(inventory, target, exclude=request.exclude, ties=request.ties)
+    table = candidates_of(request, inventory, target)
     wanted = request.samples + request.holdout_samples
     drawn = everything.subset(min(wanted, len(everything)), request.seed)
     fit, holdout = drawn.split(request.holdout_samples / wanted, request.seed)
     n_correcting = min(request.correction_samples, len(everything))
     grams = activations = None
-    if request.scheme.rounding is Rounding.ERROR_FEEDBACK:
+    offered = [candidate for row in table.rows for candidate in row.candidates]
+    if any(c.scheme.rounding is Rounding.ERROR_FEEDBACK for c in offered):
         grams = input_grams(module, inventory, (b.inputs for b in fit.batches(BATCH)))
-    if request.activation_bits is not None:
+    if any(c.activation_bits is not None for c in offered):
         activations = collect_inputs(module, inventory, (b.inputs for b in fit.batches(BATCH)))
     fitted = activations is not None or grams is not None
     return Setting(
@@ -182,8 +183,37 @@ def prepare(
         activations=activations,
         origin=digest_json(fit.to_json()) if fitted else "",
         ledger=ledger,
+        target=target,
         on_progress=on_progress,
         cancelled=cancelled,
+    )
+
+
+def candidates_of(
+    request: PlanRequest, inventory: Inventory, target: Target | None
+) -> CandidateTable:
+    """Return what may become of each group: the target's formats, or the request's own scheme.
+
+    Raises:
+        InvalidInput: Bit-widths, fixed widths or activations that cannot be had.
+    """
+    if target is None:
+        return enumerate_candidates(
+            inventory,
+            request.weight_bits,
+            scheme=request.scheme,
+            activation_bits=request.activation_bits,
+            fixed=request.fixed,
+        )
+    if request.activation_bits not in {None, target.activation_bits}:
+        runs = "full precision" if target.activation_bits is None else target.activation_bits
+        msg = (
+            f"target '{target.name}' runs activations in {runs}; got {request.activation_bits} "
+            "bits: leave --activations out"
+        )
+        raise InvalidInput(msg, target=target.name, activation_bits=request.activation_bits)
+    return target.candidates(
+        inventory, weight_bits=request.weight_bits or None, fixed=request.fixed
     )
 
 

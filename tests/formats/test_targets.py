@@ -11,7 +11,7 @@ import pytest
 from bitquota.candidates import Inventory, Layer, LayerKind, UnquantizedTensor
 from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.formats.exports import EXPORTERS
-from bitquota.formats.targets import TARGETS, target_by_name
+from bitquota.formats.targets import TARGETS, candidates_at, target_by_name
 from bitquota.plan import Assignment, Plan
 
 
@@ -184,10 +184,12 @@ class TestRequire:
     def test_one_sibling_left_out(self, inventory):
         """A fused sibling in full precision beside quantized ones is refused."""
         target = TARGETS["ct-vllm-humming"]
-        prepared = target.prepare(inventory.exclude(["v_proj"]))
+        prepared = target.prepare(inventory).exclude(["v_proj"])
         table = target.candidates(prepared, weight_bits=[4])
         with pytest.raises(InvalidPlan, match=r"v_proj in full precision"):
             target.require(plan_of(prepared, table.rows))
+        with pytest.raises(InvalidInput, match=r"fuses .*q_proj.*; .*v_proj is excluded"):
+            target.prepare(inventory.exclude(["v_proj"]))
 
     def test_other_scales_are_refused(self, inventory):
         """The same bits with fp32 scales are another file."""
@@ -232,3 +234,39 @@ class TestFixed:
         prepared = target.prepare(inventory)
         with pytest.raises(InvalidInput, match=r"o_proj has none of \[3\]"):
             target.candidates(prepared, fixed={"o_proj": 3})
+
+
+class TestVersion:
+    def test_changes_with_the_rules(self):
+        """The digest in a plan names the rules that it was made under, not their description."""
+        target = TARGETS["ort-cpu"]
+        assert target.version == replace(target, summary="other words").version
+        assert target.version != replace(target, formats=target.formats[1:]).version
+        assert len({t.version for t in TARGETS.values()}) == len(TARGETS)
+        assert target.record().to_json() == {
+            "name": "ort-cpu", "version": target.version, "packages": dict(target.versions),
+        }  # fmt: skip
+
+
+class TestCandidatesAt:
+    def test_layers_that_ship_as_they_are(self, inventory):
+        """At other widths a layer gets the target's own scheme, also from full precision."""
+        target = TARGETS["ort-cpu"]
+        prepared = target.prepare(inventory)
+        table = target.candidates(prepared)
+        plan = plan_of(prepared, pick(table, lambda r: -r.candidates[0].weight_bits))
+        assert {32} == set(plan.weight_bits)
+        widths = [4] * len(plan.assignments)
+        found = replace(plan, target=target.record())
+        at_four = {c.layer: c for row in table.rows for c in row.candidates if c.weight_bits == 4}
+        assert [at_four[la.name] for la in prepared.layers] == list(candidates_at(found, widths))
+
+    def test_impossible_width(self, inventory):
+        """The layer and the width are named."""
+        target = TARGETS["ort-cpu"]
+        prepared = target.prepare(inventory)
+        rows = pick(target.candidates(prepared), lambda r: r.candidates[0].weight_bits)
+        with pytest.raises(InvalidPlan, match="cannot store layer 'conv' at 3 bits"):
+            target.candidates_at(plan_of(prepared, rows), [3] * len(prepared.layers))
+        with pytest.raises(InvalidPlan, match="one bit-width per layer"):
+            target.candidates_at(plan_of(prepared, rows), [4])
