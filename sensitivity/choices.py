@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitquota.sensitivity.measure import base_change, make_recorder, merged
+from bitquota.sensitivity.errands import CHOICES
+from bitquota.sensitivity.measure import base_change, make_recorder, merged, one_for_each_chunk
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,11 +58,12 @@ def measure_choices(
         ledger=ledger,
         on_progress=on_progress,
         cancelled=cancelled,
+        ahead=(table, one_for_each_chunk(runner, CHOICES, centre, choices)),
     )
     changes = [base_change(table, choice) for choice in choices]
     base = base_change(table, centre)
     values = np.empty((len(choices), n_samples))
-    for chunk, span in enumerate(runner.chunks):
+    for chunk, span in recorder.spans():
         reference_key = recorder.key(chunk, "reference", "loss")
         keys = recorder.keys(chunk, [merged(base, change) for change in changes])
 

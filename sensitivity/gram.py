@@ -28,6 +28,7 @@ from bitquota.sensitivity.measure import (
     checked_losses,
     make_recorder,
     merged,
+    one_for_each_chunk,
     provenance,
     row_changes,
     standard_error,
@@ -231,13 +232,14 @@ def measure_differences(
         ledger=ledger,
         on_progress=on_progress,
         cancelled=cancelled,
+        ahead=(table, one_for_each_chunk(runner, "gram", base_point)),
     )
     start_losses, base_losses = np.empty(n_samples), np.empty(n_samples)
     singles = np.empty((n, n_samples))
     sums, squares = np.zeros((n, n)), np.zeros((n, n))
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     output_shape: tuple[int, ...] = ()
-    for chunk, span in enumerate(runner.chunks):
+    for chunk, span in recorder.spans():
         where = slice(span.start, span.stop)
         part = _Chunk(recorder, chunk, table, base, rows)
         found = part.measure(changes)

@@ -10,11 +10,12 @@ import torch
 
 from bitquota.errors import InvalidInput, MeasurementFailed
 from bitquota.progress import Progress, check_cancelled
+from bitquota.sensitivity.errands import ChunkDone, Errand, HelpedLedger, OneChunk, carry_out
 from bitquota.sensitivity.ledger import MemoryLedger, ledger_key
 from bitquota.sensitivity.runner import as_change, describe_change
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -136,6 +137,7 @@ class Recorder:
     total: int
     on_progress: OnProgress | None = None
     cancelled: IsCancelled | None = None
+    ahead: tuple[CandidateTable, Sequence[Errand]] | None = None
     done: int = 0
     reused: int = 0
 
@@ -149,6 +151,17 @@ class Recorder:
                 "labels, or use the loss 'kl'"
             )
             raise InvalidCalibration(msg, loss=self.loss.name)
+
+    def spans(self) -> Iterator[tuple[int, range]]:
+        """Return number and positions of each chunk; in an errand, of its chunk, then the end.
+
+        Raises:
+            ChunkDone: The chunk of an errand was treated.
+        """
+        if isinstance(self.ledger, OneChunk):
+            yield self.ledger.chunk, self.runner.chunks[self.ledger.chunk]
+            raise ChunkDone
+        yield from enumerate(self.runner.chunks)
 
     def keys(self, chunk: int, changes: Sequence[Change], kind: str = "loss") -> list[str]:
         """Return the ledger key of each variant on a chunk."""
@@ -179,6 +192,8 @@ class Recorder:
         """Return the arrays of ``keys``, from the ledger or by calling ``measure``."""
         check_cancelled(self.cancelled, self.stage)
         found = self.ledger.get_many(keys)
+        if len(found) < len(set(keys)) and self._measured_ahead():
+            found = self.ledger.get_many(keys)
         if len(found) == len(set(keys)):
             self.reused += 1
         else:
@@ -191,6 +206,21 @@ class Recorder:
                 Progress(stage=self.stage, done=self.done, total=self.total, reused=self.reused)
             )
         return found
+
+    def _measured_ahead(self) -> bool:
+        """Have all chunks measured at once, where that is possible; at the first gap only."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is None or not isinstance(self.ledger, HelpedLedger):
+            return False
+        table, errands = ahead
+
+        def do(errand: Errand) -> None:
+            carry_out(
+                errand, self.runner, table, self.loss, ledger=self.ledger, cancelled=self.cancelled
+            )
+
+        self.ledger.measure_ahead(errands, do)
+        return True
 
     def losses(self, chunk: int, outputs: Sequence[Tensor]) -> list[NDArray[np.float64]]:
         """Return the per-sample losses of outputs on a chunk, with one device transfer.
@@ -229,8 +259,12 @@ def make_recorder(
     ledger: Ledger | None,
     on_progress: OnProgress | None,
     cancelled: IsCancelled | None,
+    ahead: tuple[CandidateTable, Sequence[Errand]] | None = None,
 ) -> Recorder:
-    """Return a recorder; without a ledger what it measures is forgotten at the end."""
+    """Return a recorder; without a ledger what it measures is forgotten at the end.
+
+    ``ahead`` is the table and what others may measure at the same time, if the ledger has helpers.
+    """
     return Recorder(
         runner=runner,
         loss=loss,
@@ -239,7 +273,26 @@ def make_recorder(
         total=total,
         on_progress=on_progress,
         cancelled=cancelled,
+        ahead=ahead,
     )
+
+
+def one_for_each_chunk(
+    runner: Runner,
+    measure: str,
+    point: Sequence[int] | None,
+    choices: Sequence[Sequence[int]] = (),
+) -> list[Errand]:
+    """Return the errands that together are one measurement."""
+    return [
+        Errand(
+            measure=measure,
+            chunk=chunk,
+            point=None if point is None else tuple(int(p) for p in point),
+            choices=tuple(tuple(int(c) for c in choice) for choice in choices),
+        )
+        for chunk in range(len(runner.chunks))
+    ]
 
 
 def standard_error(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -22,6 +22,7 @@ from bitquota.sensitivity.measure import (
     base_change,
     make_recorder,
     merged,
+    one_for_each_chunk,
     provenance,
     row_changes,
     standard_error,
@@ -208,12 +209,13 @@ def _measure(
         ledger=ledger,
         on_progress=on_progress,
         cancelled=cancelled,
+        ahead=(table, one_for_each_chunk(runner, name, base_point)),
     )
     base_losses = np.empty(n_samples)
     start_losses = np.empty(n_samples)
     singles = np.empty((n, n_samples))
     sums: dict[tuple[int, int], NDArray[np.float64]] = {}
-    for chunk, span in enumerate(runner.chunks):
+    for chunk, span in recorder.spans():
         measured = _Chunk(recorder, chunk, base)
         where = slice(span.start, span.stop)
         start_losses[where], base_losses[where] = measured.base()
