@@ -12,7 +12,13 @@ from bitquota.candidates import Candidate
 from bitquota.errors import GateFailed, InvalidInput, InvalidPlan, StalePlan
 from bitquota.formats import load_model
 from bitquota.formats.exports import export_plan
-from bitquota.formats.gate import Quality, append_step_summary, check_lock
+from bitquota.formats.gate import (
+    Quality,
+    append_step_summary,
+    check_lock,
+    to_junit,
+    worst_exit_code,
+)
 from bitquota.formats.lock import Limits, Lock, make_lock
 from bitquota.formats.plan_diff import diff_plans
 from bitquota.plan import Baseline, MeasuredLoss, Plan
@@ -212,7 +218,7 @@ class TestCheckLock:
                 path.write_bytes(bytes(data) + (b"x" if damage == "grow" else b""))
             report = check_lock(lock, folders=(folder,))
             assert report.exit_code == 1, damage
-            assert "model.safetensors" in report.to_markdown()
+            assert "model.safetensors" in report.to_markdown("a.lock.json")
 
     def test_larger_files(self, lock, exported):
         """Files above their limit: 1."""
@@ -242,16 +248,29 @@ class TestReports:
     def test_junit(self, lock):
         """One case per check; failures carry their message."""
         report = check_lock(lock, model_digest="sha256:1", limits=Limits(max_bytes=1))
-        suite = ET.fromstring(report.to_junit()).find("testsuite")  # noqa: S314  # our own text
+        suite = ET.fromstring(to_junit({"a": report})).find("testsuite")  # noqa: S314  # our own
         assert len(report.outcomes) == len(suite.findall("testcase"))
         assert (suite.get("failures"), suite.get("errors")) == ("1", "1")
         assert "the limit is 1" in suite.find("testcase/failure").get("message")
 
+    def test_several(self, lock):
+        """A suite for each lock file; the worst exit code counts."""
+        reports = {
+            "a": check_lock(lock),
+            "b": check_lock(lock, limits=Limits(max_bytes=1)),
+            "c": check_lock(lock, model_digest="sha256:1"),
+        }
+        suites = ET.fromstring(to_junit(reports)).findall("testsuite")  # noqa: S314  # our own
+        assert [s.get("name") for s in suites] == [f"bitquota check {k}" for k in "abc"]
+        assert [r.exit_code for r in reports.values()] == [0, 1, 4]
+        assert worst_exit_code(reports.values()) == 4
+        assert worst_exit_code(list(reports.values())[:2]) == 1
+
     def test_markdown(self, lock):
         """A verdict and a row per check."""
         report = check_lock(lock)
-        text = report.to_markdown()
-        assert text.startswith("### Bitquota check passed\n")
+        text = report.to_markdown("a.lock.json")
+        assert text.startswith("### Bitquota check of a.lock.json passed\n")
         assert text.count("\n|") == len(report.outcomes) + 2
 
     def test_json(self, lock):

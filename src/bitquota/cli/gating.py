@@ -94,9 +94,10 @@ def lock(
 
 
 def check(
-    lock_file: Annotated[
-        Path, typer.Argument(metavar="[LOCK]", help="Lock file in git.", show_default=True)
-    ] = _LOCK_FILE,
+    lock_files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[LOCK]...", help=f"Lock files in git. [default: {_LOCK_FILE}]"),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", help="The model as it is now: its fingerprint must be the plan's."),
@@ -131,51 +132,61 @@ def check(
     device: opt.Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Hold LOCK to its model, target, bytes and quality limits; exit 0, 1 (broken) or 4 (stale).
+    """Hold each LOCK to its model, target, bytes and limits; exit 0, 1 (broken) or 4 (stale).
 
     Limits in the lock file are checked always, and those given here take their place. Without
     --data the losses that the plan recorded are held to them. The table is also appended to the
     file that GITHUB_STEP_SUMMARY names.
     """
-    from bitquota.formats.gate import append_step_summary, check_lock
+    from bitquota.formats.gate import append_step_summary, check_lock, to_junit, worst_exit_code
     from bitquota.formats.lock import Lock
 
+    files = lock_files or [_LOCK_FILE]
     if data is not None and model is None:
         msg = "--data measures the plan on a model: name it with --model"
         raise InvalidInput(msg, data=data)
-    held = Lock.load(lock_file)
+    if len(files) > 1 and (plan_file or exported or base):
+        msg = f"--plan, --exported and --base speak of one lock file; got {len(files)} of them"
+        raise InvalidInput(msg, locks=[str(path) for path in files])
     limits = _limits(max_kl, max_drop, max_size, max_file_size, not_worse_than)
-    digest = None
-    quality = None
+    loaded = None
     if model is not None:
         from bitquota.formats import load_model
 
         loaded = load_model(model)
-        digest = loaded.digest
-        if data is not None and digest == held.plan.model_digest:
+    plan = None if plan_file is None else Plan.load(plan_file)
+    base_lock = None if base is None else Lock.load(base)
+    reports: dict[str, CheckReport] = {}
+    for path in files:
+        held = Lock.load(path)
+        quality = None
+        if loaded is not None and data is not None and loaded.digest == held.plan.model_digest:
             wanted = held.limits.override(limits)
             quality = _measure(loaded, data, correction_data, held, wanted, device)
-    report = check_lock(
-        held,
-        model_digest=digest,
-        plan=None if plan_file is None else Plan.load(plan_file),
-        folders=tuple(exported or ()),
-        quality=quality,
-        limits=limits,
-        base=None if base is None else Lock.load(base),
-    )
-    for path, text in ((junit, report.to_junit), (summary, report.to_markdown)):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text(), encoding="utf-8")
-            output.messages.print(f"wrote {path}", highlight=False)
-    append_step_summary(report.to_markdown(), os.environ)
+        reports[str(path)] = check_lock(
+            held,
+            model_digest=None if loaded is None else loaded.digest,
+            plan=plan,
+            folders=tuple(exported or ()),
+            quality=quality,
+            limits=limits,
+            base=base_lock,
+        )
+    markdown = "\n".join(report.to_markdown(name) for name, report in reports.items())
+    for target, text in ((junit, to_junit(reports)), (summary, markdown)):
+        if target is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+            output.messages.print(f"wrote {target}", highlight=False)
+    append_step_summary(markdown, os.environ)
     if as_json:
-        output.print_json(report.to_json())
+        output.print_json({name: report.to_json() for name, report in reports.items()})
     else:
-        _print_report(report, lock_file)
-    if report.exit_code:
-        raise typer.Exit(report.exit_code)
+        for name, report in reports.items():
+            _print_report(report, name)
+    code = worst_exit_code(reports.values())
+    if code:
+        raise typer.Exit(code)
 
 
 def diff(
@@ -249,7 +260,7 @@ def _measure(
     )
 
 
-def _print_report(report: CheckReport, lock_file: Path) -> None:
+def _print_report(report: CheckReport, name: str) -> None:
     for o in report.outcomes:
         line = Text.assemble((f"{o.status:>8}", _STYLES[o.status]), "  ", (o.check, "bold"), "  ")
         output.console.print(line.append(o.message), soft_wrap=True)
@@ -258,7 +269,7 @@ def _print_report(report: CheckReport, lock_file: Path) -> None:
         1: "FAILED: a limit is broken",
         4: "STALE: the lock file must be written anew",
     }
-    output.console.print(f"{lock_file}: {verdict[report.exit_code]}", highlight=False)
+    output.console.print(f"{name}: {verdict[report.exit_code]}", highlight=False)
 
 
 def _plan_of(path: Path) -> Plan:
