@@ -1,10 +1,10 @@
 """How fast the solver proves, in process CPU seconds of one thread, beside other solvers.
 
 Run ``python benchmarks/solver.py`` for the table, ``--quick`` for tiny sizes (what CI runs),
-``--sections small,medium`` for parts of it, ``--others gurobi,cvxpy_scip`` to time other backends
-in the same run: what they take from the moment their libraries are loaded, as ours are. Published
-instances are read from ``BITQUOTA_DATA`` (or ``../shared/data``) where they exist; larger ones are
-drawn here.
+``--sections small,medium`` for parts of it, ``--others gurobi,cvxpy_scip`` to time other routes on
+the same matrices in the same run (``solver_rivals.py``): what they take from the moment their
+libraries are loaded, as ours are. Published instances are read from ``BITQUOTA_DATA`` (or
+``../shared/data``) where they exist; larger ones are drawn here.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"
 
 import time  # noqa: E402  # threads first
-from dataclasses import dataclass, field  # noqa: E402
+from dataclasses import dataclass, field, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 
-from bitquota.errors import BitquotaError  # noqa: E402
 from bitquota.solver import (  # noqa: E402
     Problem,
     Solution,
     even_limits,
     frontier,
     hull,
-    read_problem,
     solve,
 )
+from solver_rivals import ask  # noqa: E402  # beside this file
 
 ROOT = Path(__file__).resolve().parents[1]
 AVERAGES = (2.5, 3, 3.5, 4)
@@ -40,9 +40,33 @@ FACTOR = {"cvxpy_scip": 4.0}
 DATA = Path(os.environ.get("BITQUOTA_DATA", ROOT.parent / "shared" / "data")) / "iqp"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Instance:
+    """Minimise ``xᵀGx`` over one row per layer, ``sizes`` i64[L, B] within ``limit``."""
+
+    G: np.ndarray[Any, np.dtype[np.float64]]
+    sizes: np.ndarray[Any, np.dtype[np.int64]]
+    limit: int
+
+    @property
+    def problem(self) -> Problem:
+        """The problem: terms inside a layer never count."""
+        groups, width = self.sizes.shape
+        cross = self.G + self.G.T
+        group = np.repeat(np.arange(groups), width)
+        cross[group[:, None] == group[None, :]] = 0.0
+        return Problem(
+            diagonal=np.diag(self.G).copy(),
+            cross=cross,
+            offsets=np.arange(groups + 1) * width,
+            costs=self.sizes.reshape(1, -1),
+            limits=np.array([self.limit]),
+        )
+
+
 def drawn(
     groups: int, width: int, *, correlated: bool, noise: float, seed: int, average: float = 3
-) -> Problem:
+) -> Instance:
     """Draw a Gram of layer errors: low rank, AR(1) along depth and a part of its own per layer."""
     rng = np.random.default_rng(seed)
     bits = {3: [2, 4, 8], 5: [2, 3, 4, 6, 8], 6: [2, 3, 4, 5, 6, 8]}[width]
@@ -58,35 +82,28 @@ def drawn(
     gram *= np.tile(within, (groups, groups))
     factor = np.triu(rng.normal(size=gram.shape), 1) * noise
     gram *= 1 + factor + factor.T
-    cross = gram + gram.T
-    group = np.repeat(np.arange(groups), width)
-    cross[group[:, None] == group[None, :]] = 0.0
     weights = (np.round(10 ** rng.uniform(5.5, 8, groups) / 256) * 256).astype(np.int64)
-    return Problem(
-        diagonal=np.diag(gram).copy(),
-        cross=cross,
-        offsets=np.arange(groups + 1) * width,
-        costs=(weights[:, None] * np.array(bits)).reshape(1, -1),
-        limits=np.array([int(average * int(weights.sum()))]),
-    )
+    sizes = weights[:, None] * np.array(bits)
+    return Instance(G=gram, sizes=sizes, limit=int(average * int(weights.sum())))
 
 
-def noisy(problem: Problem, noise: float, seed: int) -> Problem:
+def noisy(instance: Instance, noise: float, seed: int) -> Instance:
     """Multiply every cross term by one plus noise."""
-    factor = np.triu(np.random.default_rng(seed).normal(size=problem.cross.shape), 1) * noise
-    return Problem(
-        diagonal=problem.diagonal,
-        cross=problem.cross * (1 + factor + factor.T),
-        offsets=problem.offsets,
-        costs=problem.costs,
-        limits=problem.limits,
-    )
+    factor = np.triu(np.random.default_rng(seed).normal(size=instance.G.shape), 1) * noise
+    return replace(instance, G=instance.G * (1 + factor + factor.T))
 
 
-def published(name: str, index: int) -> Problem | None:
+def published(name: str, index: int) -> Instance | None:
     """Return a published instance, or ``None`` where the data are missing."""
     path = DATA / f"{name}.npz"
-    return read_problem(path, budget_index=index) if path.exists() else None
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as archive:
+        return Instance(
+            G=archive["G"],
+            sizes=archive["sizes"].astype(np.int64),
+            limit=int(np.floor(archive["budgets"][index])),
+        )
 
 
 class Table:
@@ -118,25 +135,27 @@ class Others:
     time_limit_s: float
     ratios: dict[str, list[float]] = field(default_factory=dict)
 
-    def time(self, problem: Problem, solution: Solution, spent: float) -> None:
-        """Print what each of them takes for ``problem``, which ours solved in ``spent``."""
+    def time(self, instance: Instance, solution: Solution, spent: float) -> None:
+        """Print what each of them takes for ``instance``, which ours solved in ``spent``."""
         for name in self.names:
             try:
-                other = solve(problem, backend=name, time_limit_s=self.time_limit_s)
-            except BitquotaError as error:
+                other = ask(name, instance.G, instance.sizes, instance.limit, self.time_limit_s)
+            except RuntimeError as error:
                 print(f"    {name}: {str(error)[:90]}", flush=True)
                 continue
-            loading = other.stats.details.get("loading_cpu_seconds", 0.0)
-            seconds = other.stats.cpu_seconds - loading
-            excess = other.objective / solution.objective - 1
+            worth = "no choice"
+            if other.choice is not None:
+                problem = instance.problem
+                excess = problem.evaluate(other.choice) / solution.objective - 1
+                over = int(problem.spent(other.choice)[0]) - instance.limit
+                worth = f"objective {excess:+.1e}" + (f", {over} OVER BUDGET" * (over > 0))
             print(
-                f"    {name}: {other.status}, {seconds:.3f} CPU s (and {loading:.2f} to load), "
-                f"{seconds / spent:.1f}x ours, objective {excess:+.1e}, "
-                f"gap {other.relative_gap:.1e}",
+                f"    {name}: {'finished' if other.finished else other.status}, "
+                f"{other.seconds:.3f} CPU s, {other.seconds / spent:.2f}x ours, {worth}",
                 flush=True,
             )
-            if str(other.status) == "optimal":
-                self.ratios.setdefault(name, []).append(seconds / spent)
+            if other.finished:
+                self.ratios.setdefault(name, []).append(other.seconds / spent)
 
     def summarise(self) -> None:
         """Print how often ours was faster by the factor asked for."""
@@ -149,31 +168,32 @@ class Others:
             )
 
 
-def proved(table: Table, what: str, problem: Problem | None, bar: float, others: Others) -> None:
+def proved(table: Table, what: str, instance: Instance | None, bar: float, others: Others) -> None:
     """Time one proof to 1e-4, and other backends on the same problem."""
-    if problem is None:
+    if instance is None:
         print(f"{what:44} skipped: no {DATA}")
         return
+    problem = instance.problem
     begin = time.process_time()
     solution = solve(problem, time_limit_s=20 * bar + 5, clock=time.process_time)
     spent = time.process_time() - begin
     notes = f"{solution.status} gap {solution.relative_gap:.1e} nodes {solution.stats.nodes}"
     table.line(what, spent if str(solution.status) == "optimal" else np.inf, bar, notes)
-    others.time(problem, solution, spent)
+    others.time(instance, solution, spent)
 
 
 def within(
-    table: Table, what: str, problem: Problem | None, checks: list[tuple[float, float]],
+    table: Table, what: str, instance: Instance | None, checks: list[tuple[float, float]],
     plan: tuple[float, float],
 ) -> None:  # fmt: skip
     """Run to the last time of ``checks`` (seconds, gap) and read the gap at each time.
 
     ``plan`` is (seconds, excess): how close to the final plan the incumbent is by then.
     """
-    if problem is None:
+    if instance is None:
         print(f"{what:44} skipped: no {DATA}")
         return
-    events = []
+    problem, events = instance.problem, []
     begin = time.process_time()
     limit = checks[-1][0]
     solution = solve(
@@ -197,9 +217,13 @@ def within(
 
 
 def frontiers(
-    table: Table, what: str, problem: Problem, points: int, bars: tuple[float, float]
+    table: Table, what: str, instance: Instance | None, points: int, bars: tuple[float, float]
 ) -> None:
     """Time a frontier without and with proofs."""
+    if instance is None:
+        print(f"{what:44} skipped: no {DATA}")
+        return
+    problem = instance.problem
     limits = even_limits(problem, points + 2)[1:-1]
     for certify, bar in zip((False, True), bars, strict=True):
         begin = time.process_time()
@@ -250,8 +274,8 @@ def medium(table: Table, others: Others) -> None:
     for correlated, noise in ((False, 0.0), (True, 0.0), (False, 0.03)):
         kind = ("hard" if correlated else "psd") + (" 3 % noise" if noise else "")
         for average in AVERAGES:
-            problem = drawn(74, 3, correlated=correlated, noise=noise, seed=1, average=average)
-            proved(table, f"drawn 74 x 3 {kind} {average:g}", problem, 2.5, others)
+            instance = drawn(74, 3, correlated=correlated, noise=noise, seed=1, average=average)
+            proved(table, f"drawn 74 x 3 {kind} {average:g}", instance, 2.5, others)
 
 
 def six(table: Table, others: Others) -> None:
@@ -263,9 +287,7 @@ def six(table: Table, others: Others) -> None:
 def curves(table: Table, others: Others) -> None:  # noqa: ARG001 - every section's
     """Frontiers of 64 points."""
     for name in ("L53B3_psd", "L53B3_hard", "L53B3_indef03"):
-        problem = published(name, 1)
-        if problem is not None:
-            frontiers(table, name, problem, 64, (0.5, 15.0))
+        frontiers(table, name, published(name, 1), 64, (0.5, 15.0))
     wide = drawn(74, 3, correlated=False, noise=0, seed=1)
     frontiers(table, "drawn 74 x 3", wide, 64, (0.5, 60.0))
 
@@ -287,16 +309,16 @@ def large(table: Table, others: Others) -> None:  # noqa: ARG001
 def huge(table: Table, others: Others) -> None:  # noqa: ARG001
     """560 layers with five candidates, weakly and strongly correlated."""
     for correlated in (False, True):
-        problem = drawn(560, 5, correlated=correlated, noise=0.0, seed=0)
+        instance = drawn(560, 5, correlated=correlated, noise=0.0, seed=0)
         kind = "hard" if correlated else "psd"
-        within(table, f"drawn 560 x 5 {kind}", problem, [(120, 0.05)], (2.0, 0.01))
+        within(table, f"drawn 560 x 5 {kind}", instance, [(120, 0.05)], (2.0, 0.01))
 
 
 def quick(table: Table, others: Others) -> None:
     """Tiny sizes of everything."""
-    problem = drawn(12, 3, correlated=True, noise=0.03, seed=1)
-    proved(table, "drawn 12 x 3", problem, 0.5, others)
-    frontiers(table, "drawn 12 x 3", problem, 8, (0.5, 5.0))
+    instance = drawn(12, 3, correlated=True, noise=0.03, seed=1)
+    proved(table, "drawn 12 x 3", instance, 0.5, others)
+    frontiers(table, "drawn 12 x 3", instance, 8, (0.5, 5.0))
     within(table, "drawn 20 x 5", drawn(20, 5, correlated=False, noise=0, seed=1),
            [(5.0, 0.05), (10.0, 0.01)], (1.0, 0.05))  # fmt: skip
     separable(table, 200)
@@ -327,7 +349,7 @@ def main() -> None:
         sections = [name for name in sections if name not in ("large", "huge")]
     names = tuple(name for name in options.others.split(",") if name)
     others = Others(names=names, time_limit_s=options.limit)
-    warm = drawn(6, 3, correlated=False, noise=0.02, seed=0)
+    warm = drawn(6, 3, correlated=False, noise=0.02, seed=0).problem
     solve(warm)
     frontier(warm, even_limits(warm, 3))
     table = Table()
