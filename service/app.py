@@ -24,6 +24,7 @@ from bitquota.service.keys import KeyStore
 from bitquota.service.middleware import Envelope
 from bitquota.service.operations import Metrics
 from bitquota.service.quotas import AuditLog, Quotas
+from bitquota.service.sessions import Sessions
 from bitquota.service.settings import Settings
 from bitquota.service.state import State
 from bitquota.service.supervisor import Supervisor
@@ -44,13 +45,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     database = Database(chosen.url)
     database.create()
     jobs = JobStore(database, time.time)
+    keys = KeyStore(database, time.time)
     state = State(
         settings=chosen,
         database=database,
         blobs=BlobStore(chosen.data_dir / "blobs"),
         artifacts=ArtifactStore(database, time.time),
         jobs=jobs,
-        keys=KeyStore(database, time.time),
+        keys=keys,
+        sessions=Sessions(chosen.data_dir / "session-secret", keys, time.time),
         quotas=Quotas(database, chosen, time.time),
         audit=AuditLog(database, time.time),
         supervisor=Supervisor(chosen, database, jobs),

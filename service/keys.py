@@ -220,11 +220,28 @@ class KeyStore:
         ):
             msg = "a valid API key must be sent as 'Authorization: Bearer bq_…'; this one is not"
             raise Unauthorized(msg)
-        key = _key(row)
+        return self._remember(_hash(text), _key(row), now)
+
+    def caller_of_key(self, key_id: str) -> Caller:
+        """Return who holds the key with this id, known or read within ``MEMORY_S``.
+
+        Raises:
+            NotFound: There is none, or it was revoked, or it has expired.
+        """
+        now = self._clock()
+        known = self._verified.get(f"id:{key_id}")
+        if known is not None and 0 <= now - known[1] < MEMORY_S:
+            return known[0]
+        key = self.get(key_id)
+        if key.revoked_at is not None or (key.expires_at is not None and key.expires_at <= now):
+            raise _unknown(key_id)
+        return self._remember(f"id:{key_id}", key, now)
+
+    def _remember(self, name: str, key: ApiKey, now: float) -> Caller:
         caller = Caller(tenant=key.tenant, actor=f"key:{key.id}", scopes=key.scopes)
         if len(self._verified) >= _REMEMBERED:
             self._verified.clear()
-        self._verified[_hash(text)] = (caller, now)
+        self._verified[name] = (caller, now)
         return caller
 
 

@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from bitquota.errors import Unauthorized
 from bitquota.service.keys import Caller, Scope
+from bitquota.service.sessions import COOKIE, CSRF_HEADER
 
 if TYPE_CHECKING:
     import anyio
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from bitquota.service.keys import KeyStore
     from bitquota.service.operations import Metrics
     from bitquota.service.quotas import AuditLog, Quotas
+    from bitquota.service.sessions import Sessions
     from bitquota.service.settings import Settings
     from bitquota.service.supervisor import Supervisor
     from bitquota.service.webhooks import Webhooks
@@ -30,7 +32,10 @@ LOCAL_TENANT = "local"
 """Who uses a server on loopback that has no keys."""
 
 _LOCAL = Caller(tenant=LOCAL_TENANT, actor="local", scopes=frozenset(Scope))
+_SAFE = frozenset({"GET", "HEAD"})
 _LOCAL_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
+_FOREIGN = frozenset({"cross-site", "same-site"})
+"""What browsers say of requests from elsewhere; another port of this machine is the same site."""
 _bearer = HTTPBearer(auto_error=False, description="An API key; none is needed while none exists.")
 
 
@@ -44,6 +49,7 @@ class State:
     artifacts: ArtifactStore
     jobs: JobStore
     keys: KeyStore
+    sessions: Sessions
     quotas: Quotas
     audit: AuditLog
     supervisor: Supervisor
@@ -65,9 +71,12 @@ async def caller_of(
 ) -> Caller:
     """Return who calls: the holder of the key, or on loopback without any keys the local user.
 
+    A browser that signed in sends a session cookie instead of a key, and with every request that
+    changes something the session's token.
+
     Raises:
         Unauthorized: No valid key was sent and one is needed.
-        Forbidden: The key has not the scope that the method needs.
+        Forbidden: The key has not the scope that the method needs, or the token is missing.
     """
     state = await state_of(request)
     if sent is not None:
@@ -77,10 +86,15 @@ async def caller_of(
     elif state.settings.loopback and not await _any_key(state.keys):
         _check_local(request)
         caller = _LOCAL
+    elif (cookie := request.cookies.get(COOKIE)) is not None:
+        session = await run_in_threadpool(state.sessions.read, cookie)
+        if request.method not in _SAFE:
+            state.sessions.check_csrf(session, request.headers.get(CSRF_HEADER))
+        caller = session.caller
     else:
         msg = "an API key must be sent as 'Authorization: Bearer bq_…'; none was"
         raise Unauthorized(msg)
-    caller.require(Scope.READ if request.method in {"GET", "HEAD"} else Scope.WRITE)
+    caller.require(Scope.READ if request.method in _SAFE else Scope.WRITE)
     request.scope["caller"] = caller
     return caller
 
@@ -93,7 +107,7 @@ async def _any_key(keys: KeyStore) -> bool:
 def _check_local(request: Request) -> None:
     """Refuse what a web page of somebody else could send to a server without keys."""
     host = request.url.hostname or ""
-    if host not in _LOCAL_HOSTS or request.headers.get("sec-fetch-site") == "cross-site":
+    if host not in _LOCAL_HOSTS or request.headers.get("sec-fetch-site") in _FOREIGN:
         msg = (
             "without API keys this server answers only to programs of this machine; the request "
             f"was for the host '{host}' or came from another site: create a key"

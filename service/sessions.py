@@ -1,0 +1,128 @@
+"""Sessions of the web pages: a cookie that stands for an API key, and the token against forgery.
+
+The cookie names the key, the time and a nonce, and is signed (HMAC-SHA256) with a secret that lies
+in the data folder, so every server over that folder accepts it and a restart ends no session. The
+key is looked up on every request: revoking it ends its sessions.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bitquota.errors import Forbidden, NotFound, Unauthorized
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from bitquota.service.keys import Caller, KeyStore
+
+COOKIE = "bitquota_session"
+FORM_COOKIE = "bitquota_form"
+"""Ties the sign-in form to the browser that it was sent to, before there is a session."""
+
+CSRF_HEADER = "x-csrf-token"
+LIFETIME_S = 12 * 3600.0
+_SECRET_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """One signed-in browser."""
+
+    caller: Caller
+    csrf_token: str
+
+
+class Sessions:
+    """Makes and reads session cookies.
+
+    Args:
+        secret_file: Where the signing secret is, or will be put.
+        keys: Who may sign in.
+        clock: Seconds since 1970.
+    """
+
+    def __init__(self, secret_file: Path, keys: KeyStore, clock: Callable[[], float]) -> None:
+        self._secret = _secret(secret_file)
+        self._keys = keys
+        self._clock = clock
+
+    def open(self, key_text: str) -> str:
+        """Return the cookie of a new session; raises ``Unauthorized`` unless the key is valid."""
+        caller = self._keys.verify(key_text)
+        payload = {
+            "key": caller.actor.removeprefix("key:"),
+            "until": self._clock() + LIFETIME_S,
+            "nonce": secrets.token_hex(16),
+        }
+        body = base64.urlsafe_b64encode(json.dumps(payload).encode()).decode()
+        return f"{body}.{self._sign('session', body)}"
+
+    def read(self, cookie: str) -> Session:
+        """Return the session of a cookie.
+
+        Raises:
+            Unauthorized: It is not one of ours, it is over, or its key is no longer valid.
+        """
+        body, _, signature = cookie.partition(".")
+        if not hmac.compare_digest(
+            signature.encode("utf-8", "replace"), self._sign("session", body).encode()
+        ):
+            raise _over()
+        try:
+            payload = json.loads(base64.urlsafe_b64decode(body))
+        except (ValueError, binascii.Error) as err:
+            raise _over() from err
+        if payload["until"] <= self._clock():
+            raise _over()
+        try:
+            caller = self._keys.caller_of_key(payload["key"])
+        except NotFound as err:
+            raise _over() from err
+        return Session(caller=caller, csrf_token=self._sign("csrf", body))
+
+    def check_csrf(self, session: Session, sent: str | None) -> None:
+        """Raise ``Forbidden`` unless ``sent`` is the session's token."""
+        if not hmac.compare_digest((sent or "").encode(), session.csrf_token.encode()):
+            msg = (
+                "a change from a signed-in browser must come from one of our own pages "
+                f"(header '{CSRF_HEADER}'); reload the page, or send the API key itself"
+            )
+            raise Forbidden(msg)
+
+    def form_token(self, nonce: str) -> str:
+        """Return the hidden field that goes with the cookie of a sign-in form."""
+        return self._sign("form", nonce)
+
+    def _sign(self, purpose: str, text: str) -> str:
+        message = f"{purpose}:{text}".encode("utf-8", "replace")
+        return hmac.new(self._secret, message, hashlib.sha256).hexdigest()
+
+
+def _over() -> Unauthorized:
+    return Unauthorized("a session must be valid; this one is over: sign in again")
+
+
+def _secret(path: Path) -> bytes:
+    """Return the secret in ``path``; the first server to come makes it."""
+    made = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    handle = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(secrets.token_bytes(_SECRET_BYTES))
+    try:
+        # A link appears whole or not at all, and only if nobody was first.
+        os.link(made, path)
+    except FileExistsError:
+        pass
+    finally:
+        made.unlink()
+    return path.read_bytes()
