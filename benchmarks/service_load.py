@@ -34,7 +34,12 @@ async def load(url: str, pollers: int, submitters: int, seconds: float, think_s:
     async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as http:
         model = (await http.put("/v1/models", content=folder_zip())).json()["id"]
         dataset = (await http.put("/v1/datasets", content=npz())).json()["id"]
-        order = {"model": model, "dataset": dataset, "request": {"budgets": ["3 bits"]}}
+        order = {
+            "kind": "plan",
+            "model": model,
+            "dataset": dataset,
+            "request": {"budgets": ["3 bits"]},
+        }
         first = (await http.post("/v1/jobs", json=order)).json()["id"]
         until = time.monotonic() + seconds
         polls: list[float] = []

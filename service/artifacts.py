@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
 from bitquota.errors import NotFound
 from bitquota.service.database import artifacts
+from bitquota.service.inspection import ArtifactKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,13 +17,6 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
     from bitquota.service.database import Database
-
-
-class ArtifactKind(StrEnum):
-    """What an upload is for."""
-
-    MODEL = "model"
-    DATASET = "dataset"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

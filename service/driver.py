@@ -21,30 +21,27 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitquota.candidates import Inventory
 from bitquota.canonical import canonical_json
 from bitquota.errors import (
     BitquotaError,
     Cancelled,
-    InvalidInput,
     MeasurementFailed,
     ServiceError,
     ServiceTimeout,
 )
-from bitquota.matrix import SensitivityMatrix
-from bitquota.plan import Plan
-from bitquota.report import render_markdown
 from bitquota.sensitivity.ledger import SqliteLedger
 from bitquota.service import wire
-from bitquota.service.artifacts import ArtifactKind, ArtifactStore
+from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.blobs import BlobStore
 from bitquota.service.database import Database
 from bitquota.service.evaluator import die_with_parent
 from bitquota.service.inspection import ModelFormat
-from bitquota.service.jobs import JobStore, LeaseLost
+from bitquota.service.jobs import JobStore, LeaseLost, digests_by_role
+from bitquota.service.kinds import kind_by_name
 from bitquota.service.maintenance import OWNER_FILE
 from bitquota.service.problems import TYPE_PREFIX
 from bitquota.service.processes import owner_name
+from bitquota.service.received import Received
 from bitquota.service.sandbox import Cell, command, memory_limit, sandbox_of
 from bitquota.service.settings import Settings
 
@@ -52,13 +49,13 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from bitquota.canonical import JsonObject
+    from bitquota.service.artifacts import Artifact
     from bitquota.service.jobs import Job
 
 EXIT_EVALUATOR_DIED = 10
 EXIT_LEASE_LOST = 11
 EXIT_RELEASED = 12
 _TICK_S = 0.1
-_MAX_RESULT_BYTES = 512 * 2**20
 
 
 class Evaluator:
@@ -128,9 +125,7 @@ class Driver:
         self._ledger = SqliteLedger(ledgers / "ledger.sqlite")
         self._measured = 0
         self._progress: JsonObject | None = None
-        self._plans: list[Plan] = []
-        self._matrix: bytes | None = None
-        self._inventory: bytes | None = None
+        self._received = Received(kind_by_name(job.kind), self._blobs)
         self._stopping = threading.Event()
 
     def stop(self, _number: int, _frame: FrameType | None) -> None:
@@ -150,35 +145,41 @@ class Driver:
             failure = error
             return self._end(lambda: self._store.fail(job.id, job.epoch, failure))
         finally:
+            self._received.close()
             self._ledger.close()
         return status
 
     def _start(self) -> None:
-        job, cell = self._job, self._evaluator.cell
-        assert job.model is not None  # noqa: S101  # jobs of these kinds name both
-        assert job.dataset is not None  # noqa: S101
+        job = self._job
         known = ArtifactStore(self._database, time.time)
-        model = known.get(job.tenant, ArtifactKind.MODEL, job.model)
-        dataset = known.get(job.tenant, ArtifactKind.DATASET, job.dataset)
-        if model.format == ModelFormat.HUGGING_FACE:
-            model_path = cell.inbox / "model"
-            with zipfile.ZipFile(self._blobs.path(job.model)) as archive:
-                archive.extractall(model_path)  # names were checked on arrival
-        else:
-            model_path = cell.inbox / f"model.{model.format}"
-            _show(self._blobs.path(job.model), model_path)
-        dataset_path = cell.inbox / f"calibration.{dataset.format}"
-        _show(self._blobs.path(job.dataset), dataset_path)
+        named = digests_by_role(job)
+        inputs: dict[str, list[str]] = {}
+        for entry in kind_by_name(job.kind).inputs:
+            inputs[entry.role] = [
+                str(self._place(known.get(job.tenant, entry.artifact, digest), f"{entry.role}-{k}"))
+                for k, digest in enumerate(named.get(entry.role, ()))
+            ]
         self._evaluator.send(
             {
                 "kind": job.kind,
                 "request": job.request,
-                "model": str(model_path),
-                "dataset": str(dataset_path),
+                "inputs": inputs,
                 "threads": self._settings.threads or _share(self._settings.slots),
                 "device": "auto",
             }
         )
+
+    def _place(self, artifact: Artifact, name: str) -> Path:
+        """Put an input into the inbox and return its path."""
+        inbox = self._evaluator.cell.inbox
+        if artifact.format == ModelFormat.HUGGING_FACE:
+            folder = inbox / name
+            with zipfile.ZipFile(self._blobs.path(artifact.digest)) as archive:
+                archive.extractall(folder)  # names were checked on arrival
+            return folder
+        place = inbox / f"{name}.{artifact.format}"
+        _show(self._blobs.path(artifact.digest), place)
+        return place
 
     def _loop(self) -> int:
         job, settings = self._job, self._settings
@@ -246,8 +247,10 @@ class Driver:
                 evaluator.send({"size": len(self._ledger)})
             case "progress":
                 self._progress = _checked_progress(head["progress"])
+            case "piece":
+                self._received.piece(parts)
             case "result":
-                self._take(str(head["name"]), parts)
+                self._received.result(str(head["name"]))
             case "error":
                 return self._failed(head["problem"])
             case "end":
@@ -255,25 +258,6 @@ class Driver:
             case _:
                 pass
         return None
-
-    def _take(self, name: str, parts: list[bytes]) -> None:
-        """Check a result from first principles: the evaluator ran a stranger's model."""
-        (data,) = parts
-        if len(data) > _MAX_RESULT_BYTES:
-            msg = f"a result must be at most {_MAX_RESULT_BYTES:,} bytes; got {len(data):,}"
-            raise MeasurementFailed(msg)
-        try:
-            if name == "plan":
-                self._plans.append(Plan.from_json(json.loads(data)))
-            elif name == "matrix":
-                SensitivityMatrix.from_bytes(data)
-                self._matrix = data
-            elif name == "inventory":
-                Inventory.from_json(json.loads(data))
-                self._inventory = data
-        except (InvalidInput, ValueError, KeyError, TypeError) as err:
-            msg = f"a worker must return a whole {name}; what it returned does not hold: {err}"
-            raise MeasurementFailed(msg) from err
 
     def _failed(self, problem: Any) -> int:  # noqa: ANN401  # not trusted
         job = self._job
@@ -305,22 +289,12 @@ class Driver:
 
     def _succeed(self) -> int:
         job = self._job
-        results: JsonObject = {"plans": []}
-        if self._matrix is None or (job.kind == "plan" and not self._plans):
-            msg = "a worker must return a matrix and plans; it ended without"
-            raise MeasurementFailed(msg)
-        results["matrix"] = self._blobs.put(self._matrix)
-        if self._inventory is not None:
-            results["inventory"] = self._blobs.put(self._inventory)
-        for plan in self._plans:
-            results["plans"].append(self._blobs.put(plan.dumps().encode()))
-        if self._plans:
-            results["report"] = self._blobs.put(render_markdown(self._plans).encode())
+        results, kept = self._received.complete()
         self._progress = {"stage": "done", "done": 1, "total": 1}
 
         def finish() -> None:
             self._heartbeat(0.0)
-            self._store.succeed(job.id, job.epoch, results)
+            self._store.succeed(job.id, job.epoch, results, kept)
 
         return self._end(finish)
 

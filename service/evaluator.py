@@ -1,7 +1,8 @@
 """The evaluator: the one process that loads an uploaded model and runs it.
 
-It gets one order over its standard input, asks the driver for ledger entries, hands it every new
-one at once, and answers with plans. It opens no database and no network, so that it can live in a
+It is forked from a fork server, gets one order over a socket, asks the driver for ledger entries,
+hands it every new one at once, and answers with results; or it helps another evaluator of the
+same job to measure. It opens no database and no network, so that it can live in a
 sandbox; whatever a model does in here, it can only send messages that the driver checks.
 """
 
@@ -11,24 +12,28 @@ import ctypes
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bitquota.canonical import canonical_json
 from bitquota.errors import BitquotaError, MeasurementFailed
 from bitquota.service import wire
+from bitquota.service.kinds import kind_by_name
 from bitquota.service.sandbox import limit_resources
+from bitquota.service.work import Work
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import BinaryIO
 
     import numpy as np
     from numpy.typing import NDArray
 
     from bitquota.canonical import JsonObject
-    from bitquota.progress import Progress
+    from bitquota.sensitivity.errands import Errand
+    from bitquota.service.forkserver import Loaded
 
 _PR_SET_PDEATHSIG = 1
 
@@ -99,35 +104,60 @@ class RemoteLedger:
         self._channel.ask({"type": "ledger_put"} | head, parts)
 
 
-def main() -> None:
-    """Import everything heavy, wait for one order, carry it out, end.
+class HelpedRemoteLedger(RemoteLedger):
+    """The same, of a job that has helpers: the driver shares out what is to be measured."""
 
-    Arguments: bytes of private memory, bytes of one file; or ``--warm-up``, which compiles the
-    solver's kernels into ``NUMBA_CACHE_DIR`` and ends.
+    def measure_ahead(self, errands: Sequence[Errand], do: Callable[[Errand], None]) -> None:
+        """Take part until every errand is done; see ``HelpedLedger``."""
+        listed = [errand.to_json() for errand in errands]
+        head, _ = self._channel.ask({"type": "ahead", "errands": listed})
+        while head["type"] == "errand":
+            do(errands[head["number"]])
+            head, _ = self._channel.ask({"type": "idle", "done": head["number"]})
+
+
+def main() -> None:
+    """Import everything heavy and serve forks to the driver.
+
+    Arguments: bytes of private memory, bytes of one file, number of the control socket; or
+    ``--warm-up``, which compiles the solver's kernels into ``NUMBA_CACHE_DIR`` and ends.
     """
     if sys.argv[1:] == ["--warm-up"]:
         warm_up()
         return
     die_with_parent(int(os.environ.get("BITQUOTA_PARENT_PID", "0")))
     limit_resources(int(sys.argv[1]), int(sys.argv[2]))
-    source = os.fdopen(os.dup(0), "rb")
-    sink = os.fdopen(os.dup(1), "wb")
     # A model or a library that prints must not speak into the protocol.
     os.dup2(2, 1)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    channel = Channel(source, sink)
 
     import torch
 
-    channel.start()
+    from bitquota.service.forkserver import serve
+
+    torch.set_num_threads(1)  # a pool of threads would not survive a fork
     warm_up()
-    channel.send({"type": "ready", "pid": os.getpid()})
-    order, _ = channel.next()
+    parent = os.getpid()
+
+    def work(order: JsonObject, source: BinaryIO, sink: BinaryIO, loaded: Loaded) -> None:
+        die_with_parent(parent)
+        answer(order, Channel(source, sink), loaded)
+
+    with socket.socket(fileno=int(sys.argv[3])) as control:
+        serve(control, work)
+
+
+def answer(order: JsonObject, channel: Channel, loaded: Loaded) -> None:
+    """Carry out one order and tell how it ended."""
+    import torch
+
+    channel.start()
     if order["threads"]:
         torch.set_num_threads(order["threads"])
     try:
-        carry_out(order, channel)
+        if order.get("helper"):
+            help_out(order, channel, loaded)
+        else:
+            carry_out(order, channel, loaded)
     except BitquotaError as error:
         channel.send(_failed(error))
     except MemoryError:
@@ -164,7 +194,9 @@ def warm_up() -> None:
     inputs = torch.linspace(-1, 1, 32).reshape(8, 4)
     request = PlanRequest(budgets=("3 bits",), weight_bits=(2, 4), samples=4, holdout_samples=4)
     model = finish(tiny, source="warm-up", architecture="warm-up")
-    allocate(model, CalibrationSet(inputs=(inputs,)), request, ledger=MemoryLedger())
+    # On the processor: looking for a GPU would forbid every fork to use one.
+    samples = CalibrationSet(inputs=(inputs,))
+    allocate(model, samples, request, ledger=MemoryLedger(), device="cpu")
 
 
 def _failed(error: BitquotaError) -> JsonObject:
@@ -173,40 +205,51 @@ def _failed(error: BitquotaError) -> JsonObject:
     return {"type": "error", "problem": problem_json(error)}
 
 
-def carry_out(order: JsonObject, channel: Channel) -> None:
-    """Run one order and send its results as messages of type ``result``."""
-    from bitquota.allocate import allocate
-    from bitquota.formats import load_calibration, load_model
+def carry_out(order: JsonObject, channel: Channel, loaded: Loaded) -> None:
+    """Run one order and send its results in pieces and messages of type ``result``."""
+    ledger = HelpedRemoteLedger(channel) if order.get("helped") else RemoteLedger(channel)
+    work = _work(order, channel, loaded, ledger)
+    kind_by_name(order["kind"]).run(work)
+
+
+def help_out(order: JsonObject, channel: Channel, loaded: Loaded) -> None:
+    """Measure what the driver asks for, errand after errand, into its ledger."""
     from bitquota.request import PlanRequest
+    from bitquota.sensitivity.errands import Errand
+    from bitquota.sensitivity.errands import carry_out as run_errand
+    from bitquota.setting import prepare
 
-    def on_progress(progress: Progress) -> None:
-        channel.send({"type": "progress", "progress": progress.to_json()})
+    ledger = RemoteLedger(channel)
+    work = _work(order, channel, loaded, ledger)
+    setting = prepare(
+        work.model(),
+        work.samples(),
+        PlanRequest.from_json(order["request"]),
+        ledger=ledger,
+        device=order["device"],
+    )
+    runner = setting.runner()
+    head, _ = channel.ask({"type": "idle"})
+    while head["type"] == "errand":
+        errand = Errand.from_json(head["errand"])
+        run_errand(
+            errand, runner, setting.table, setting.loss,
+            ledger=ledger, cancelled=channel.cancelled.is_set,
+        )  # fmt: skip
+        head, _ = channel.ask({"type": "idle", "done": head["number"]})
 
-    def say(stage: str) -> None:
-        channel.send({"type": "progress", "progress": {"stage": stage, "done": 0, "total": 1}})
 
-    request = PlanRequest.from_json(order["request"])
-    say("load")
-    model = load_model(order["model"], allow_factory=False)
-    calibration = load_calibration(order["dataset"])
-    common: dict[str, Any] = {
-        "ledger": RemoteLedger(channel),
-        "on_progress": on_progress,
-        "cancelled": channel.cancelled.is_set,
-        "device": order["device"],
-    }
-    if order["kind"] == "measure":
-        from bitquota.allocate import measure_matrix
-
-        matrix = measure_matrix(model, calibration, request, **common)
-        channel.send({"type": "result", "name": "matrix"}, [matrix.to_bytes()])
-        return
-    allocation = allocate(model, calibration, request, **common)
-    channel.send({"type": "result", "name": "matrix"}, [allocation.matrix.to_bytes()])
-    inventory = canonical_json(allocation.inventory.to_json()).encode()
-    channel.send({"type": "result", "name": "inventory"}, [inventory])
-    for plan in allocation.plans:
-        channel.send({"type": "result", "name": "plan"}, [plan.dumps().encode()])
+def _work(order: JsonObject, channel: Channel, loaded: Loaded, ledger: RemoteLedger) -> Work:
+    return Work(
+        request=order["request"],
+        inputs=order["inputs"],
+        loaded=loaded,
+        ledger=ledger,
+        send=channel.send,
+        cancelled=channel.cancelled.is_set,
+        device=order["device"],
+        scratch=Path.cwd(),
+    )
 
 
 def die_with_parent(parent: int) -> None:

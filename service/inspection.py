@@ -47,6 +47,19 @@ _UNREADABLE = (
 )  # fmt: skip
 
 
+class ArtifactKind(StrEnum):
+    """What an upload is for; plans and matrices are also left by jobs."""
+
+    MODEL = "model"
+    DATASET = "dataset"
+    PLAN = "plan"
+    MATRIX = "matrix"
+
+
+FORMATS_OF_RESULTS = {ArtifactKind.PLAN: "json", ArtifactKind.MATRIX: "npz"}
+"""What jobs leave, by the upload that it becomes."""
+
+
 class ModelFormat(StrEnum):
     """Model files that the service can tell apart and may take."""
 

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import anyio
 from fastapi import APIRouter, Header, Path, Query, Response
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import StreamingResponse
+from starlette.responses import FileResponse, StreamingResponse
 
-from bitquota.budget import Budget
-from bitquota.candidates import Inventory, Layer, LayerKind
 from bitquota.canonical import digest_json
-from bitquota.errors import Conflict, InvalidInput, NotFound
-from bitquota.request import PlanRequest
-from bitquota.service.jobs import Job, JobStatus, NewJob
-from bitquota.service.schemas import JobOrder, JobPage, JobView, PlanList, Problem, job_view
+from bitquota.errors import Conflict, NotFound
+from bitquota.service.jobs import Job, JobStatus
+from bitquota.service.kinds import KINDS, Result
+from bitquota.service.orders import JobOrder, new_job
+from bitquota.service.schemas import JobPage, JobView, PlanList, Problem, job_view
 from bitquota.service.state import Calling, RequestId, Service, State  # noqa: TC001  # FastAPI reads them
 
 if TYPE_CHECKING:
@@ -73,21 +72,7 @@ async def create_job(
 def _create(
     order: JobOrder, service: State, caller: Caller, request_id: str, key: str | None
 ) -> tuple[Job, bool]:
-    request = PlanRequest.from_json(order.request)
-    if order.kind == "plan":
-        check_budgets(request)
-    deadline = None if order.deadline_s is None else time.time() + order.deadline_s
-    new = NewJob(
-        tenant=caller.tenant,
-        kind=order.kind,
-        request=request.to_json(),
-        model=order.model,
-        dataset=order.dataset,
-        labels=order.labels,
-        priority=order.priority,
-        deadline=deadline,
-        webhook=order.webhook,
-    )
+    new = new_job(order, caller.tenant)
     known = None if key is None else service.jobs.replay(new, key)
     if known is not None:
         return known, True
@@ -185,7 +170,7 @@ def get_job(
     headers = {"ETag": f'"{job.id}-{job.version}"', "Cache-Control": "private, no-cache"}
     if not job.status.final:
         headers["Retry-After"] = str(POLL_S)
-    if _matches(if_none_match, headers["ETag"]):
+    if matches(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     return Response(job_view(job).model_dump_json(), headers=headers, media_type="application/json")
 
@@ -221,7 +206,7 @@ def get_plan(
     headers = {"Cache-Control": "private, no-cache"}
     chosen = digests if budget is None else [digests[budget]]
     headers["ETag"] = f'"{digest_json([budget is None, *chosen])}"'
-    if _matches(if_none_match, headers["ETag"]):
+    if matches(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     texts = [service.blobs.read(digest) for digest in chosen]
     body = texts[0]
@@ -230,31 +215,55 @@ def get_plan(
     return Response(body, headers=headers, media_type="application/json")
 
 
-@router.get(
-    "/jobs/{job_id}/sensitivity",
-    responses=_PROBLEMS
-    | {200: {"content": {"application/octet-stream": {}}, "description": "An .npz archive."}},
-    response_class=Response,
-)
-def get_sensitivity(job_id: JobId, service: Service, caller: Calling) -> Response:
-    """Return the sensitivity matrix as the `.npz` that `bitquota solve` reads."""
-    data = service.blobs.read(results_of(service, caller.tenant, job_id)["matrix"])
-    named = {"Content-Disposition": f'attachment; filename="{job_id}.npz"'}
-    return Response(data, headers=named, media_type="application/octet-stream")
+def _results_by_path() -> dict[str, list[tuple[str, Result]]]:
+    """Return kind and result behind every path below a job, but those of plans."""
+    found: dict[str, list[tuple[str, Result]]] = {}
+    for kind in KINDS.values():
+        for result in kind.results:
+            if result.path is not None and not result.many:
+                found.setdefault(result.path, []).append((kind.name, result))
+    return found
 
 
-@router.get(
-    "/jobs/{job_id}/report",
-    responses=_PROBLEMS | {200: {"content": {"text/markdown": {}}, "description": "Markdown."}},
-    response_class=Response,
-)
-def get_report(job_id: JobId, service: Service, caller: Calling) -> Response:
-    """Return the report of all plans as Markdown."""
-    digest = results_of(service, caller.tenant, job_id).get("report")
-    if digest is None:
-        msg = "a report must be of plans; this job made none"
-        raise NotFound(msg, job=job_id)
-    return Response(service.blobs.read(digest), media_type="text/markdown; charset=utf-8")
+def _add_result(path: str, sources: list[tuple[str, Result]]) -> None:
+    """Add the endpoint of one result; it may have another form for each kind of job."""
+    media: dict[str, Any] = {result.media_type.partition(";")[0]: {} for _, result in sources}
+    text = " ".join(dict.fromkeys(result.text for _, result in sources))
+    kinds = ", ".join(f"`{name}`" for name, _ in sources)
+
+    @router.get(
+        f"/jobs/{{job_id}}/{path}",
+        name=f"get_{path}",
+        responses=_PROBLEMS
+        | {
+            200: {"content": media, "description": text},
+            304: {"description": "As in the client's copy."},
+        },
+        response_class=Response,
+        description=f"{text} Jobs of kind {kinds} leave it.",
+    )
+    def get_result(
+        job_id: JobId,
+        service: Service,
+        caller: Calling,
+        if_none_match: Annotated[str | None, Header()] = None,
+    ) -> Response:
+        job = service.jobs.get(caller.tenant, job_id)
+        known = dict(sources)
+        if job.kind not in known:
+            msg = f"a job must be of kind {' or '.join(known)} to have this; it is a {job.kind} job"
+            raise NotFound(msg, job=job_id, kind=job.kind)
+        result = known[job.kind]
+        digest = results_of(service, caller.tenant, job_id).get(result.name)
+        if digest is None:
+            msg = f"the job must have left its {result.name}; it left none"
+            raise NotFound(msg, job=job_id)
+        named = f"{job_id}-{result.path}{result.suffix}" if result.suffix else None
+        return stored_file(service, digest, result.media_type, named, if_none_match)
+
+
+for _path, _sources in _results_by_path().items():
+    _add_result(_path, _sources)
 
 
 def results_of(service: State, tenant: str, job_id: str) -> dict[str, Any]:
@@ -267,33 +276,20 @@ def results_of(service: State, tenant: str, job_id: str) -> dict[str, Any]:
     return job.results
 
 
-def _matches(sent: str | None, tag: str) -> bool:
+def stored_file(
+    service: State, digest: str, media_type: str, named: str | None, if_none_match: str | None
+) -> Response:
+    """Return a stored file as it is, streamed; its digest is its tag."""
+    headers = {"Cache-Control": "private, no-cache", "ETag": f'"{digest}"'}
+    if matches(if_none_match, headers["ETag"]):
+        return Response(status_code=304, headers=headers)
+    if named is not None:
+        headers["Content-Disposition"] = f'attachment; filename="{named}"'
+    return FileResponse(service.blobs.path(digest), headers=headers, media_type=media_type)
+
+
+def matches(sent: str | None, tag: str) -> bool:
+    """Return whether an ``If-None-Match`` names ``tag``."""
     if sent is None:
         return False
     return "*" in sent or tag in {part.strip().removeprefix("W/") for part in sent.split(",")}
-
-
-_ANY_MODEL = Inventory(
-    model_digest="",
-    layers=(
-        Layer(
-            name="any", kind=LayerKind.LINEAR, weight_name="any.weight", weight_shape=(1, 1),
-            rows=1, columns=1, n_weights=1,
-        ),
-    ),
-)  # fmt: skip
-
-
-def check_budgets(request: PlanRequest) -> None:
-    """Read every budget, as far as that goes without the model.
-
-    Raises:
-        InvalidBudget: One cannot be read.
-        InvalidInput: There is none.
-    """
-    if not request.budgets:
-        msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
-        raise InvalidInput(msg)
-    for text in request.budgets:
-        for part in text.split("+"):
-            Budget.parse(part, _ANY_MODEL)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ from bitquota.errors import (
     ServiceTimeout,
 )
 from bitquota.service.database import artifacts, deliveries, events, idempotency, jobs, tenants
+from bitquota.service.inspection import FORMATS_OF_RESULTS
+from bitquota.service.kinds import kind_by_name
 from bitquota.service.problems import problem_json
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
     from bitquota.canonical import JsonObject
     from bitquota.service.database import Database
+    from bitquota.service.inspection import ArtifactKind
 
 
 class JobStatus(StrEnum):
@@ -62,10 +65,21 @@ class NewJob:
     request: JsonObject
     model: str | None = None
     dataset: str | None = None
+    inputs: dict[str, list[str]] = field(default_factory=dict)
+    """Digests of all other uploads, by role."""
     labels: dict[str, str]
     priority: int = 0
     deadline: float | None = None
     webhook: str | None = None
+
+    def uploads(self) -> list[tuple[ArtifactKind, str]]:
+        """Return kind and digest of every upload that the job needs."""
+        named = digests_by_role(self)
+        return [
+            (entry.artifact, digest)
+            for entry in kind_by_name(self.kind).inputs
+            for digest in named.get(entry.role, ())
+        ]
 
     def fingerprint(self) -> str:
         """Return the digest that tells two orders under one idempotency key apart."""
@@ -75,6 +89,7 @@ class NewJob:
                 self.request,
                 self.model,
                 self.dataset,
+                self.inputs,
                 self.labels,
                 self.priority,
                 self.webhook,
@@ -92,6 +107,7 @@ class Job:
     status: JobStatus
     model: str | None
     dataset: str | None
+    inputs: dict[str, list[str]]
     request: JsonObject
     labels: dict[str, str]
     priority: int
@@ -109,12 +125,19 @@ class Job:
     progress: JsonObject | None
     error: JsonObject | None
     results: JsonObject | None
+    result_bytes: int
     version: int
     worker_s: float
     webhook: str | None
 
 
-_JSON_COLUMNS = ("request", "labels", "progress", "error", "results")
+def digests_by_role(job: NewJob | Job) -> dict[str, list[str]]:
+    """Return the digests of all uploads of a job, by their role in the order."""
+    named = {"model": job.model, "dataset": job.dataset}
+    return {role: [digest] for role, digest in named.items() if digest is not None} | job.inputs
+
+
+_JSON_COLUMNS = ("inputs", "request", "labels", "progress", "error", "results")
 
 
 def _job(row: Row[Any]) -> Job:
@@ -161,9 +184,8 @@ class JobStore:
                 known = self._replay(connection, new, key)
                 if known is not None:
                     return known, known.id != job_id
-            for kind, digest in (("model", new.model), ("dataset", new.dataset)):
-                if digest is not None:
-                    self._touch(connection, new.tenant, kind, digest, now)
+            for kind, digest in new.uploads():
+                self._touch(connection, new.tenant, kind, digest, now)
             connection.execute(
                 jobs.insert().values(
                     id=job_id,
@@ -172,6 +194,7 @@ class JobStore:
                     status=JobStatus.QUEUED.value,
                     model=new.model,
                     dataset=new.dataset,
+                    inputs=canonical_json(new.inputs),
                     request=canonical_json(new.request),
                     labels=canonical_json(new.labels),
                     priority=new.priority,
@@ -220,19 +243,21 @@ class JobStore:
         return self._get(connection, new.tenant, known.job)
 
     @staticmethod
-    def _touch(connection: Connection, tenant: str, kind: str, digest: str, now: float) -> None:
+    def _touch(
+        connection: Connection, tenant: str, kind: ArtifactKind, digest: str, now: float
+    ) -> None:
         touched = connection.execute(
             artifacts.update()
             .where(
                 artifacts.c.tenant == tenant,
-                artifacts.c.kind == kind,
+                artifacts.c.kind == kind.value,
                 artifacts.c.digest == digest,
             )
             .values(used_at=now)
         )
         if touched.rowcount != 1:
             msg = f"the {kind} of a job must be uploaded first; {digest} is not there: PUT it"
-            raise NotFound(msg, kind=kind, digest=digest)
+            raise NotFound(msg, kind=kind.value, digest=digest)
 
     def get(self, tenant: str, job_id: str) -> Job:
         """Return a job of ``tenant``; raises ``NotFound``, also for another tenant's."""
@@ -499,15 +524,29 @@ class JobStore:
 
         return self._db.write(work)
 
-    def succeed(self, job_id: str, epoch: int, results: JsonObject) -> None:
-        """End a job with its results; raises ``LeaseLost``."""
+    def succeed(
+        self, job_id: str, epoch: int, results: JsonObject, kept: Sequence[KeptResult] = ()
+    ) -> None:
+        """End a job with its results; raises ``LeaseLost``.
+
+        Args:
+            job_id: The job.
+            epoch: The driver's.
+            results: Digest, or list of digests, by name of the result.
+            kept: Each file once; those with an artifact kind become uploads of the tenant.
+        """
         now = self._clock()
 
         def work(connection: Connection) -> None:
             job = _one(connection, job_id)
             if job.status is JobStatus.SUCCEEDED and job.epoch == epoch:
                 return  # the commit had arrived although its answer had not
-            self._fenced(connection, job_id, epoch, {"results": canonical_json(results)})
+            own = sum(one.size for one in kept if one.artifact is None)
+            values = {"results": canonical_json(results), "result_bytes": own}
+            self._fenced(connection, job_id, epoch, values)
+            for one in kept:
+                if one.artifact is not None:
+                    _adopt(connection, job, one, now)
             self._finish(connection, job, JobStatus.SUCCEEDED, now, None)
 
         self._db.write(work)
@@ -626,6 +665,47 @@ class JobStore:
 
 _CANCELLED = "the job was cancelled on request; what was measured is kept for the next one"
 _EXPIRED = "a job must end before its deadline; this one did not: give it more time"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptResult:
+    """A file that a job left.
+
+    Attributes:
+        digest: Its content.
+        size: Bytes.
+        name: For people, should it become an upload.
+        artifact: What upload it becomes, if it becomes one.
+    """
+
+    digest: str
+    size: int
+    name: str
+    artifact: ArtifactKind | None = None
+
+
+def _adopt(connection: Connection, job: Job, one: KeptResult, now: float) -> None:
+    """Make a result an upload of the job's tenant, unless it is one already."""
+    assert one.artifact is not None  # noqa: S101  # its caller asked
+    where = sa.and_(
+        artifacts.c.tenant == job.tenant,
+        artifacts.c.kind == one.artifact.value,
+        artifacts.c.digest == one.digest,
+    )
+    if connection.execute(artifacts.update().where(where).values(used_at=now)).rowcount:
+        return
+    connection.execute(
+        artifacts.insert().values(
+            tenant=job.tenant,
+            kind=one.artifact.value,
+            digest=one.digest,
+            format=FORMATS_OF_RESULTS[one.artifact],
+            name=one.name,
+            size=one.size,
+            created_at=now,
+            used_at=now,
+        )
+    )
 
 
 def _one(connection: Connection, job_id: str) -> Job:

@@ -16,7 +16,7 @@ from bitquota.errors import BitquotaError, Conflict, InvalidInput
 from bitquota.service.blobs import digest_file
 from bitquota.service.database import artifacts, deliveries, events, idempotency, jobs
 from bitquota.service.jobs import JobStatus
-from bitquota.service.processes import owner_is_gone
+from bitquota.service.processes import OWNER_FILE, owner_is_gone
 from bitquota.service.sandbox import bubblewrap, kernel_folders
 
 if TYPE_CHECKING:
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
 GRACE_S = 3600.0
 """How long a file stays that nothing refers to: its row may be on the way."""
-
-OWNER_FILE = "owner"
-"""File in a scratch folder that names the driver it belongs to."""
 
 _ENDED = [s.value for s in JobStatus if s.final]
 
@@ -105,7 +102,11 @@ def _needed() -> sa.Exists:
     return sa.exists().where(
         jobs.c.tenant == artifacts.c.tenant,
         jobs.c.status.not_in(_ENDED),
-        sa.or_(jobs.c.model == artifacts.c.digest, jobs.c.dataset == artifacts.c.digest),
+        sa.or_(
+            jobs.c.model == artifacts.c.digest,
+            jobs.c.dataset == artifacts.c.digest,
+            jobs.c.inputs.contains(artifacts.c.digest),
+        ),
     )
 
 
@@ -132,12 +133,13 @@ def remove_upload(database: Database, tenant: str, kind: str, digest: str) -> bo
 
 def _used_digests(connection: Connection) -> set[str]:
     used = set(connection.execute(sa.select(artifacts.c.digest)).scalars())
-    for model, dataset, results in connection.execute(
-        sa.select(jobs.c.model, jobs.c.dataset, jobs.c.results)
+    for model, dataset, inputs, results in connection.execute(
+        sa.select(jobs.c.model, jobs.c.dataset, jobs.c.inputs, jobs.c.results)
     ):
         used |= {model, dataset}
-        for value in json.loads(results or "{}").values():
-            used |= set(value) if isinstance(value, list) else {value}
+        for text in (inputs, results or "{}"):
+            for value in json.loads(text).values():
+                used |= set(value) if isinstance(value, list) else {value}
     return used
 
 

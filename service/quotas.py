@@ -34,7 +34,7 @@ class Quota:
     Attributes:
         max_running: Jobs at the same time.
         max_queued: Jobs that wait.
-        max_stored_bytes: Of all uploads.
+        max_stored_bytes: Of all uploads and results.
         max_worker_s: Worker seconds in 24 hours.
     """
 
@@ -115,6 +115,9 @@ class Quotas:
         stored = sa.select(sa.func.coalesce(sa.func.sum(artifacts.c.size), 0)).where(
             artifacts.c.tenant == tenant
         )
+        left = sa.select(sa.func.coalesce(sa.func.sum(jobs.c.result_bytes), 0)).where(
+            jobs.c.tenant == tenant
+        )
         worked = sa.select(sa.func.coalesce(sa.func.sum(jobs.c.worker_s), 0.0)).where(
             jobs.c.tenant == tenant,
             jobs.c.started_at.is_not(None),
@@ -123,7 +126,8 @@ class Quotas:
         return Usage(
             running=count("running"),
             queued=count("queued"),
-            stored_bytes=int(connection.execute(stored).scalar_one()),
+            stored_bytes=int(connection.execute(stored).scalar_one())
+            + int(connection.execute(left).scalar_one()),
             worker_s=float(connection.execute(worked).scalar_one()),
         )
 
@@ -140,6 +144,12 @@ class Quotas:
                 "some have ended, or cancel some"
             )
             raise QuotaExceeded(msg, limit=quota.max_queued, retry_after_s=_QUEUE_RETRY_S)
+        if usage.stored_bytes > quota.max_stored_bytes:
+            msg = (
+                f"at most {quota.max_stored_bytes:,} bytes may be stored; there are "
+                f"{usage.stored_bytes:,}: delete uploads or wait until old jobs are collected"
+            )
+            raise QuotaExceeded(msg, limit=quota.max_stored_bytes, retry_after_s=_STORED_RETRY_S)
         if usage.worker_s >= quota.max_worker_s:
             msg = (
                 f"at most {quota.max_worker_s:,.0f} worker seconds may be used in 24 hours; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,41 +13,7 @@ if TYPE_CHECKING:
 
 DIGEST = r"^sha256:[0-9a-f]{64}$"
 
-
-class JobOrder(BaseModel):
-    """A job to run."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={
-            "examples": [
-                {
-                    "kind": "plan",
-                    "model": "sha256:" + "0" * 64,
-                    "dataset": "sha256:" + "1" * 64,
-                    "request": {"budgets": ["3 bits", "12 MiB"], "weight_bits": [2, 4, 8]},
-                    "labels": {"team": "vision"},
-                }
-            ]
-        },
-    )
-
-    kind: Literal["plan", "measure"] = Field(
-        default="plan", description="`measure` stops at the sensitivity matrix."
-    )
-    model: str = Field(pattern=DIGEST, description="Digest of an uploaded model.")
-    dataset: str = Field(pattern=DIGEST, description="Digest of an uploaded calibration set.")
-    request: dict[str, Any] = Field(description="A plan request; `budgets` is required.")
-    labels: dict[str, str] = Field(
-        default_factory=dict, max_length=32, description="Free names and values, for finding it."
-    )
-    priority: int = Field(default=0, ge=-100, le=100, description="Higher runs earlier.")
-    deadline_s: float | None = Field(
-        default=None, gt=0, le=30 * 86400, description="Seconds from now until it must have ended."
-    )
-    webhook: str | None = Field(
-        default=None, max_length=2000, description="URL that is told when the job has ended."
-    )
+Digest = Annotated[str, Field(pattern=DIGEST)]
 
 
 class ProgressView(BaseModel):
@@ -68,6 +34,7 @@ class JobView(BaseModel):
     status: Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
     model: str | None
     dataset: str | None
+    inputs: dict[str, list[str]] = Field(description="Digests of all other uploads, by role.")
     request: dict[str, Any]
     labels: dict[str, str]
     priority: int
@@ -80,6 +47,9 @@ class JobView(BaseModel):
     measured: int = Field(description="Ledger entries that this job wrote.")
     progress: ProgressView | None
     plans: int = Field(description="How many plans are ready.")
+    results: dict[str, str | list[str]] = Field(
+        description="Digest, or list of digests, by name of the result; empty before the end."
+    )
     error: dict[str, Any] | None = Field(description="problem+json of a job that did not succeed.")
 
 
@@ -93,9 +63,9 @@ class JobPage(BaseModel):
 
 
 class ArtifactView(BaseModel):
-    """An uploaded model or dataset."""
+    """An upload, or a plan or matrix that a job left."""
 
-    object: Literal["model", "dataset"]
+    object: Literal["model", "dataset", "plan", "matrix"]
     id: str = Field(description="Digest of the content.")
     format: str
     name: str
@@ -197,6 +167,7 @@ def job_view(job: Job) -> JobView:
         status=job.status.value,
         model=job.model,
         dataset=job.dataset,
+        inputs=job.inputs,
         request=job.request,
         labels=job.labels,
         priority=job.priority,
@@ -208,6 +179,7 @@ def job_view(job: Job) -> JobView:
         attempts=job.attempts,
         measured=job.measured,
         progress=None if job.progress is None else ProgressView(**job.progress),
+        results=job.results or {},
         plans=len((job.results or {}).get("plans", ())),
         error=job.error,
     )

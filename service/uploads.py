@@ -10,8 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from bitquota.errors import InvalidInput, TooLarge, UnsafeModel
-from bitquota.service.artifacts import Artifact, ArtifactKind
-from bitquota.service.inspection import ModelFormat, inspect_dataset, inspect_model
+from bitquota.service.inspection import ArtifactKind, ModelFormat, inspect_dataset, inspect_model
 from bitquota.service.maintenance import remove_upload
 from bitquota.service.sandbox import sandbox_of
 from bitquota.service.schemas import (
@@ -25,6 +24,7 @@ from bitquota.service.schemas import (
 from bitquota.service.state import Calling, RequestId, Service, State  # noqa: TC001  # FastAPI reads them
 
 if TYPE_CHECKING:
+    from bitquota.service.artifacts import Artifact
     from bitquota.service.blobs import Incoming
     from bitquota.service.keys import Caller
 

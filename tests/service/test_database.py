@@ -8,8 +8,9 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from bitquota.errors import ServiceError
-from bitquota.service.artifacts import ArtifactKind, ArtifactStore
+from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.database import Database, artifacts, metadata
+from bitquota.service.inspection import ArtifactKind
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -6,8 +6,9 @@ import threading
 import pytest
 
 from bitquota.errors import Conflict, InvalidInput, MeasurementFailed, NotFound
-from bitquota.service.artifacts import ArtifactKind, ArtifactStore
+from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.database import Database, metadata
+from bitquota.service.inspection import ArtifactKind
 from bitquota.service.jobs import JobStatus, JobStore, LeaseLost, NewJob
 
 MODEL, DATASET = "sha256:" + "a" * 64, "sha256:" + "b" * 64

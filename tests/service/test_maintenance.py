@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 
 from bitquota.errors import Conflict, InvalidInput
 from bitquota.service import admin_commands
-from bitquota.service.artifacts import ArtifactKind, ArtifactStore
+from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.blobs import BlobStore
 from bitquota.service.database import Database
+from bitquota.service.inspection import ArtifactKind
 from bitquota.service.jobs import JobStore, NewJob
 from bitquota.service.maintenance import (
     OWNER_FILE,
@@ -180,7 +181,7 @@ class TestDoctor:
         found = {f.what: f for f in doctor(world.settings, world.database)}
         assert set(found) == {"database", "data folder", "sandbox", "solver kernels"}
         assert found["database"].good
-        assert "schema 0001" in found["database"].detail
+        assert "schema 0002" in found["database"].detail
 
 
 class TestAdminCommands:

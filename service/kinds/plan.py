@@ -1,0 +1,52 @@
+"""``plan``: measure a model, solve for every budget, verify by measuring."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bitquota.canonical import canonical_json
+from bitquota.service.kinds.kind import DATASET, MODEL, JobKind
+from bitquota.service.kinds.plan_request import PlanRequestBody, with_budgets
+from bitquota.service.kinds.results import INVENTORY, MATRIX, PLANS, REPORT, report_of_plans
+
+if TYPE_CHECKING:
+    from bitquota.service.work import Work
+
+
+def run(work: Work) -> None:
+    """Hand over the matrix, the inventory, and a plan for each budget."""
+    from bitquota.allocate import allocate
+    from bitquota.request import PlanRequest
+
+    found = allocate(
+        work.model(),
+        work.samples(),
+        PlanRequest.from_json(work.request),
+        ledger=work.ledger,
+        on_progress=work.on_progress,
+        cancelled=work.cancelled,
+        device=work.device,
+    )
+    work.give("matrix", found.matrix.to_bytes())
+    work.give("inventory", canonical_json(found.inventory.to_json()).encode())
+    for plan in found.plans:
+        work.give("plans", plan.dumps().encode())
+
+
+KIND = JobKind(
+    name="plan",
+    summary="Measure a model and make the best plan for each budget.",
+    inputs=(MODEL, DATASET),
+    request=PlanRequestBody,
+    example={
+        "model": "sha256:" + "0" * 64,
+        "dataset": "sha256:" + "1" * 64,
+        "request": {"budgets": ["3 bits", "12 MiB"], "weight_bits": [2, 4, 8]},
+        "labels": {"team": "vision"},
+    },
+    results=(MATRIX, INVENTORY, PLANS, REPORT),
+    run=run,
+    accept=with_budgets,
+    derive_from=("plans",),
+    derive=report_of_plans,
+)

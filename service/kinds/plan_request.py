@@ -1,0 +1,73 @@
+"""A plan request as pydantic and OpenAPI see it, and what can be told about it without a model."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import TypeAdapter
+from pydantic_core import core_schema
+
+from bitquota.budget import Budget
+from bitquota.candidates import Inventory, Layer, LayerKind
+from bitquota.errors import InvalidInput
+from bitquota.request import PlanRequest
+
+if TYPE_CHECKING:
+    from pydantic import GetJsonSchemaHandler
+    from pydantic.json_schema import JsonSchemaValue
+    from pydantic_core import CoreSchema
+
+    from bitquota.canonical import JsonObject
+
+_ANY_MODEL = Inventory(
+    model_digest="",
+    layers=(
+        Layer(
+            name="any", kind=LayerKind.LINEAR, weight_name="any.weight", weight_shape=(1, 1),
+            rows=1, columns=1, n_weights=1,
+        ),
+    ),
+)  # fmt: skip
+
+
+class _AsPlanRequest:
+    """Pydantic annotation: OpenAPI describes the dataclass, types are held to strictly."""
+
+    def __get_pydantic_core_schema__(self, _source: object, _handler: object) -> CoreSchema:
+        """Return the schema of a function that judges the whole value."""
+        return core_schema.no_info_plain_validator_function(_checked)
+
+    def __get_pydantic_json_schema__(
+        self, _schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Return the schema of the dataclass, which knows no further members."""
+        made = handler(TypeAdapter(PlanRequest).core_schema)
+        handler.resolve_ref_schema(made)["additionalProperties"] = False
+        return made
+
+
+def _checked(value: Any) -> JsonObject:  # noqa: ANN401  # whatever a client sent
+    # As JSON, because only there a list may stand for a tuple while "3" is no number.
+    TypeAdapter(PlanRequest).validate_json(json.dumps(value), strict=True)
+    return PlanRequest.from_json(value).to_json()
+
+
+PlanRequestBody = Annotated[dict[str, Any], _AsPlanRequest()]
+"""A plan request as JSON with every member."""
+
+
+def with_budgets(request: JsonObject) -> JsonObject:
+    """Return a plan request after reading every budget, as far as that goes without the model.
+
+    Raises:
+        InvalidBudget: One cannot be read.
+        InvalidInput: There is none.
+    """
+    if not request["budgets"]:
+        msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
+        raise InvalidInput(msg)
+    for text in request["budgets"]:
+        for part in text.split("+"):
+            Budget.parse(part, _ANY_MODEL)
+    return request

@@ -1,0 +1,121 @@
+"""The results of one job on the driver's side: pieces in, checked files and their digests out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bitquota.errors import BitquotaError, MeasurementFailed
+from bitquota.service.jobs import KeptResult
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bitquota.canonical import JsonObject
+    from bitquota.service.blobs import BlobStore, Incoming
+    from bitquota.service.kinds import JobKind
+
+
+class Received:
+    """Takes results from an evaluator, which ran a stranger's model and is not trusted.
+
+    Args:
+        kind: What the job may leave.
+        blobs: Where results are kept.
+    """
+
+    def __init__(self, kind: JobKind, blobs: BlobStore) -> None:
+        self._kind = kind
+        self._blobs = blobs
+        self._incoming: Incoming | None = None
+        self._largest = max(result.max_bytes for result in kind.results)
+        self._digests: dict[str, list[str]] = {}
+        self._sizes: dict[str, int] = {}
+
+    def piece(self, parts: Sequence[bytes]) -> None:
+        """Write the next bytes of a result; raises ``MeasurementFailed`` if it is too large."""
+        if self._incoming is None:
+            self._incoming = self._blobs.incoming(self._largest)
+        for part in parts:
+            if self._incoming.size + len(part) > self._largest:
+                raise _too_large(self._largest)
+            self._incoming.write(part)
+
+    def result(self, name: str) -> None:
+        """Check the bytes that arrived from first principles and keep them as result ``name``.
+
+        Raises:
+            MeasurementFailed: They are not what the kind says such a result is.
+        """
+        incoming = self._incoming or self._blobs.incoming(self._largest)
+        self._incoming = None
+        try:
+            self._keep(name, incoming)
+        finally:
+            incoming.discard()
+
+    def _keep(self, name: str, incoming: Incoming) -> None:
+        try:
+            result = self._kind.result(name)
+            if incoming.size > result.max_bytes:
+                raise _too_large(result.max_bytes)
+            if self._digests.get(name) and not result.many:
+                raise _two(name)
+            incoming.flush()
+            result.check(incoming.path)
+        except MeasurementFailed:
+            raise
+        except (BitquotaError, ValueError, KeyError, TypeError, AttributeError) as err:
+            msg = f"a worker must return a whole {name}; what it returned does not hold: {err}"
+            raise MeasurementFailed(msg) from err
+        size = incoming.size
+        self._add(name, self._blobs.keep(incoming), size)
+
+    def complete(self) -> tuple[JsonObject, list[KeptResult]]:
+        """Return digests by name, with everything derived from them, and each file once.
+
+        Raises:
+            MeasurementFailed: Something that must be there is missing.
+        """
+        given = {
+            name: [self._blobs.read(digest) for digest in self._digests.get(name, ())]
+            for name in self._kind.derive_from
+        }
+        for name, data in self._kind.derive(given).items():
+            self._add(name, self._blobs.put(data), len(data))
+        results: JsonObject = {}
+        kept = []
+        for result in self._kind.results:
+            digests = self._digests.get(result.name, [])
+            if not digests and not result.optional:
+                msg = f"a worker must return the {result.name} of a {self._kind.name} job; it ended"
+                raise MeasurementFailed(msg + " without", kind=self._kind.name)
+            if digests:
+                results[result.name] = digests if result.many else digests[0]
+            kept += [
+                KeptResult(
+                    digest=digest,
+                    size=self._sizes[digest],
+                    name=result.name + result.suffix,
+                    artifact=result.keep_as,
+                )
+                for digest in dict.fromkeys(digests)
+            ]
+        return results, kept
+
+    def close(self) -> None:
+        """Remove what arrived of a result that was not finished."""
+        if self._incoming is not None:
+            self._incoming.discard()
+
+    def _add(self, name: str, digest: str, size: int) -> None:
+        self._digests.setdefault(name, []).append(digest)
+        self._sizes[digest] = size
+
+
+def _two(name: str) -> MeasurementFailed:
+    return MeasurementFailed(f"a worker must return one {name}; it returned another")
+
+
+def _too_large(limit: int) -> MeasurementFailed:
+    msg = f"a result must be at most {limit:,} bytes; this one has more"
+    return MeasurementFailed(msg, limit=limit)
