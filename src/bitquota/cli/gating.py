@@ -13,6 +13,7 @@ import typer
 from rich.text import Text
 
 import bitquota
+from bitquota import tracking
 from bitquota.budget import parse_bytes
 from bitquota.cli import options as opt
 from bitquota.cli import output
@@ -130,6 +131,7 @@ def check(
         Path | None, typer.Option("--summary", help="Markdown to write, for a job summary.")
     ] = None,
     device: opt.Device = "auto",
+    log_to: opt.LogTo = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Hold each LOCK to its model, target, bytes and limits; exit 0, 1 (broken) or 4 (stale).
@@ -148,6 +150,8 @@ def check(
     if len(files) > 1 and (plan_file or exported or base):
         msg = f"--plan, --exported and --base speak of one lock file; got {len(files)} of them"
         raise InvalidInput(msg, locks=[str(path) for path in files])
+    if log_to is not None:
+        tracking.require_tracker(log_to)
     limits = _limits(max_kl, max_drop, max_size, max_file_size, not_worse_than)
     loaded = None
     if model is not None:
@@ -172,6 +176,15 @@ def check(
             limits=limits,
             base=base_lock,
         )
+        if log_to is not None:
+            tracking.log_check(
+                path.name,
+                tracker=log_to,
+                outcomes={o.check: str(o.status) for o in reports[str(path)].outcomes},
+                measured=None if quality is None else quality.measured,
+                exit_code=reports[str(path)].exit_code,
+                summary=reports[str(path)].to_markdown(str(path)),
+            )
     markdown = "\n".join(report.to_markdown(name) for name, report in reports.items())
     for target, text in ((junit, to_junit(reports)), (summary, markdown)):
         if target is not None:

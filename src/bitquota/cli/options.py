@@ -10,18 +10,18 @@ import typer
 
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
-from bitquota.request import PlanRequest
+from bitquota.request import DEFAULT_WEIGHT_BITS, PlanRequest
 from bitquota.storage import Granularity, Grid, Rounding, ScaleFormat, ScaleRule, Scheme
 
 Model = Annotated[
     str,
     typer.Argument(
-        help="Hugging Face folder, .pt2 file, or Python factory 'package.module:function'."
+        help="Hugging Face folder, .onnx or .pt2 file, or factory 'package.module:function'."
     ),
 ]
 Calibration = Annotated[
     str,
-    typer.Argument(help=".npz (no pickle), .safetensors, or Python factory."),
+    typer.Argument(help=".npz (no pickle), .safetensors, .txt, .jsonl, .parquet, or factory."),
 ]
 Budgets = Annotated[
     list[str] | None,
@@ -32,7 +32,22 @@ Budgets = Annotated[
         "together; repeat for several plans.",
     ),
 ]
-Bits = Annotated[str, typer.Option("--bits", help="Bit-widths on offer, comma-separated.")]
+Bits = Annotated[
+    str | None,
+    typer.Option(
+        "--bits",
+        help=f"Bit-widths on offer, comma-separated [{','.join(map(str, DEFAULT_WEIGHT_BITS))}; "
+        "with --target all that it stores].",
+    ),
+]
+TargetName = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        "-t",
+        help="Deployment target: its formats, legal shapes, ties and exclusions. See 'targets'.",
+    ),
+]
 Activations = Annotated[
     int | None, typer.Option("--activations", help="Bit-width of every layer's input.")
 ]
@@ -82,10 +97,34 @@ Gap = Annotated[float, typer.Option("--gap", help="Relative optimality gap to st
 TimeLimit = Annotated[
     float | None, typer.Option("--time-limit", help="Seconds for one solve; none by default.")
 ]
+LogTo = Annotated[
+    str | None,
+    typer.Option("--log-to", help="Experiment tracker to log to: mlflow (bitquota[mlflow])."),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, …")]
 LedgerPath = Annotated[
     Path | None,
     typer.Option("--ledger", help="Where measurements are kept and reused [the cache folder]."),
+]
+
+
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        help="For texts: folder with tokenizer.json [the model's], or 'bytes'.",
+    ),
+]
+Length = Annotated[int, typer.Option("--length", help="For texts: tokens per sample.")]
+DEFAULT_LENGTH = 128
+
+Server = Annotated[
+    str | None,
+    typer.Option("--server", envvar="BITQUOTA_SERVER", help="Run on this server, not here."),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option("--api-key", envvar="BITQUOTA_API_KEY", help="Key for --server."),
 ]
 
 
@@ -97,8 +136,10 @@ def default_ledger() -> Path:
     return folder / "ledger.sqlite"
 
 
-def parse_bits(text: str) -> tuple[int, ...]:
-    """Return ``2,3,4`` as numbers; raises ``InvalidInput``."""
+def parse_bits(text: str | None) -> tuple[int, ...]:
+    """Return ``2,3,4`` as numbers, nothing as none; raises ``InvalidInput``."""
+    if text is None:
+        return ()
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as err:
@@ -118,10 +159,15 @@ def parse_fixed(items: list[str] | None) -> dict[str, int]:
     return fixed
 
 
+def parse_ties(items: list[str] | None) -> tuple[tuple[str, ...], ...]:
+    """Return comma-separated patterns as tuples."""
+    return tuple(tuple(part.strip() for part in item.split(",")) for item in items or [])
+
+
 def plan_request(
     *,
     budgets: list[str] | None,
-    bits: str,
+    bits: str | None,
     activations: int | None,
     fix: list[str] | None,
     tie: list[str] | None,
@@ -137,6 +183,7 @@ def plan_request(
     solver: str = "auto",
     gap: float = 1e-4,
     time_limit: float | None = None,
+    target: str | None = None,
 ) -> PlanRequest:
     """Return the request that the options describe; raises ``InvalidInput``."""
     return PlanRequest(
@@ -145,7 +192,7 @@ def plan_request(
         activation_bits=activations,
         scheme=scheme,
         fixed=parse_fixed(fix),
-        ties=tuple(tuple(part.strip() for part in item.split(",")) for item in tie or []),
+        ties=parse_ties(tie),
         exclude=tuple(exclude or ()),
         corrections=tuple(corrections or ()),
         loss=loss,
@@ -157,4 +204,5 @@ def plan_request(
         solver=solver,
         gap=gap,
         time_limit_s=time_limit,
+        target=target,
     )
