@@ -15,7 +15,7 @@ import anyio
 from fastapi import FastAPI
 
 import bitquota
-from bitquota.service import job_routes, operations, problems, solving, uploads
+from bitquota.service import job_routes, operations, pages, pages_data, problems, solving, uploads
 from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.blobs import BlobStore
 from bitquota.service.database import Database
@@ -92,6 +92,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(job_routes.router)
     app.include_router(solving.router)
     app.include_router(operations.router)
+    app.include_router(pages_data.router)
+    app.include_router(pages.router)
 
     describe_problems(app)
     return app
