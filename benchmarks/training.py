@@ -1,117 +1,304 @@
-"""Training under plans and learning of bit-widths on ResNet-20: one table.
+"""Training under plans and learning of bit-widths on ResNet-20: one table from many short runs.
 
-    python benchmarks/training.py --images 8192 --epochs 3 --seeds 1
+    python benchmarks/training.py run --rows plan,plan-lsq --seeds 0,1,2 --results FILE.json
+    python benchmarks/training.py table --results FILE.json
 
-prints bytes of the quantized layers, accuracy on the 10,000 test images (reported only, never
-used to choose), and CPU minutes of each way to spend the same bits. Statistics of batch norms are
-re-estimated for every row, so the rows without training have the same correction.
+Each row can be run alone; results are kept in the file, so that the table can be assembled from
+runs of some minutes each. A row gives bytes of the quantized layers, accuracy on the 10,000 test
+images (reported only, never used to choose) and CPU minutes, the plan's own included where there is
+one. Statistics of batch norms are re-estimated for every row, so the rows without training have the
+same correction. ``--holdout`` shows hold-out accuracy instead and leaves the test images alone: for
+choosing settings.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 import time
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from bitquota.allocate import allocate
 from bitquota.budget import Budget
 from bitquota.candidates import Candidate, Inventory
 from bitquota.corrections import Correction
+from bitquota.formats import load_model
+from bitquota.plan import Plan
+from bitquota.request import PlanRequest
 from bitquota.sensitivity.calibration import CalibrationSet
 from bitquota.sensitivity.discovery import discover
 from bitquota.sensitivity.evaluate import apply_plan
+from bitquota.sensitivity.ledger import SqliteLedger
 from bitquota.storage import Scheme
 from bitquota.training.finetune import finetune
-from bitquota.training.learn import learn
-from bitquota.training.loop import TrainingSettings
+from bitquota.training.learn import default_settings, learn
+from bitquota.training.settings import TrainingSettings
 from resnet_cifar import images, load_resnet
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
+ROWS = {
+    "full": "full precision",
+    "uniform-2": "uniform 2, no training",
+    "uniform-3": "uniform 3, no training",
+    "uniform-4": "uniform 4, no training",
+    "plan": "plan, no training",
+    "uniform-2-lsq": "uniform 2 + LSQ",
+    "uniform-2-direct": "uniform 2 + direct",
+    "uniform-3-lsq": "uniform 3 + LSQ",
+    "uniform-4-lsq": "uniform 4 + LSQ",
+    "ends-8-lsq": "first and last at 8, rest 2 + LSQ",
+    "plan-lsq": "plan + LSQ",
+    "plan-direct": "plan + direct",
+    "stabilised": "learned, stabilised",
+    "ellipsoid": "learned, ellipsoid",
+    "uhlich2020": "learned, uhlich2020",
+    "bitpruning": "learned, bitpruning",
+    "bsq": "learned, bsq",
+    "stabilised-from-plan": "learned from the plan, stabilised",
+}
 
 
-def accuracy(model: nn.Module, n_test: int) -> float:
-    """Return per cent right on the first ``n_test`` test images."""
-    x, y = images("test", n_test)
-    with torch.no_grad():
-        right = sum(
-            int((model(a).argmax(dim=1) == b).sum())
-            for a, b in zip(x.split(500), y.split(500), strict=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """The model, its images, and how to train."""
+
+    model: nn.Module
+    inventory: Inventory
+    data: CalibrationSet
+    correcting: CalibrationSet
+    settings: TrainingSettings
+    average: float
+    folder: Path
+    n_test: int
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Return per cent right on the test images."""
+        if not self.n_test:
+            return float("nan")
+        x, y = images("test", self.n_test)
+        with torch.no_grad():
+            right = sum(
+                int((model(a).argmax(dim=1) == b).sum())
+                for a, b in zip(x.split(500), y.split(500), strict=True)
+            )
+        return 100 * right / len(y)
+
+    def uniform(self, bits: int, ends: int | None = None) -> list[Candidate]:
+        """Return every layer at ``bits``, the first and last at ``ends`` if given."""
+        last = len(self.inventory.layers) - 1
+        return [
+            Candidate.of(layer, ends if ends and k in (0, last) else bits, Scheme())
+            for k, layer in enumerate(self.inventory.layers)
+        ]
+
+    def plan(self) -> tuple[Plan, float]:
+        """Return the solved plan and its CPU minutes; made once, on 1,024 calibration images."""
+        path = self.folder / f"plan-{self.average}.json"
+        timing = path.with_suffix(".minutes")
+        if not path.exists():
+            start = time.process_time()
+            x, y = images("calibration", 1024)
+            with SqliteLedger(self.folder / "ledger.sqlite") as ledger:
+                found = allocate(
+                    load_model("resnet_cifar:resnet20"),
+                    CalibrationSet(inputs=(x,), labels=y),
+                    PlanRequest(
+                        budgets=(f"{self.average} bits",),
+                        weight_bits=WIDTHS,
+                        corrections=(Correction.BATCH_NORM_STATISTICS,),
+                    ),
+                    ledger=ledger,
+                )
+            found.plans[0].save(path)
+            timing.write_text(str((time.process_time() - start) / 60))
+        return Plan.load(path), float(timing.read_text())
+
+    def corrected(self, model: nn.Module, candidates: list[Candidate]) -> nn.Module:
+        """Return the model quantized without training."""
+        return apply_plan(
+            model,
+            self.inventory,
+            candidates,
+            corrections=[Correction.BATCH_NORM_STATISTICS],
+            correction_data=self.correcting,
         )
-    return 100 * right / len(y)
+
+    def run(self, row: str, seed: int) -> list[dict[str, object]]:
+        """Return the result of one row, and of what it went through on the way."""
+        start, before = time.process_time(), 0.0
+        settings = replace(self.settings, seed=seed)
+        name, _, method = (
+            row.rpartition("-") if row.endswith(("-lsq", "-direct")) else (row, "", "")
+        )
+        if row == "full":
+            return [self._result(row, seed, 32 * self.inventory.n_weights, self.model, start)]
+        if name in ("stabilised", "ellipsoid", "uhlich2020", "bitpruning", "bsq") or "from" in name:
+            return self._learned(name, seed, settings)
+        if name == "plan":
+            plan, before = self.plan()
+            candidates = [a.candidate for a in plan.assignments]
+        elif name.startswith("ends"):
+            candidates = self.uniform(2, ends=8)
+        else:
+            candidates = self.uniform(int(name[-1]))
+        start = time.process_time()
+        if not method:
+            quantized = self.corrected(self.model, candidates)
+            size = sum(c.size_bits for c in candidates)
+            return [self._result(row, seed, size, quantized, start, before, candidates)]
+        done = finetune(self.model, self.inventory, candidates, self.data, settings, method=method)
+        return [
+            self._result(
+                row, seed, done.size_bits, done.module, start, before, candidates,
+                done.record.epochs,
+            )
+        ]  # fmt: skip
+
+    def _learned(self, row: str, seed: int, settings: TrainingSettings) -> list[dict[str, object]]:
+        recipe = row.removesuffix("-from-plan")
+        options: dict[str, object] = {}
+        before = 0.0
+        if recipe != row:
+            plan, before = self.plan()
+            options["start"] = [a.candidate for a in plan.assignments]
+        # Half of the epochs learn, half fine-tune: together as long as every other row.
+        half = replace(settings, epochs=max(1, settings.epochs // 2))
+        own = default_settings(recipe)
+        learning = replace(
+            half,
+            quantizer_learning_rate=own.quantizer_learning_rate,
+            quantizer_weight_decay=own.quantizer_weight_decay,
+            optimizer=own.optimizer,
+            schedule=own.schedule,
+            learning_rate=own.learning_rate if own.optimizer == "sgd" else half.learning_rate,
+        )
+        limit = Budget.parse(f"{self.average} bits", self.inventory)
+        start = time.process_time()
+        learned = learn(
+            self.model, self.inventory, self.data, limit, WIDTHS, recipe=recipe,
+            settings=learning, finetuning=replace(half, epochs=settings.epochs - half.epochs),
+            **options,
+        )  # fmt: skip
+        candidates = list(learned.candidates)
+        return [
+            self._result(
+                row, seed, learned.plan.size_bits, learned.trained.module, start, before,
+                candidates, learned.learning.epochs + learned.trained.record.epochs,
+            ),
+            self._result(
+                f"{row}, before fine-tuning", seed, learned.plan.size_bits,
+                self.corrected(learned.before, candidates), start, before, candidates,
+            ) | {"minutes": None},
+        ]  # fmt: skip
+
+    def _result(
+        self,
+        row: str,
+        seed: int,
+        size_bits: int,
+        module: nn.Module,
+        start: float,
+        before: float = 0.0,
+        candidates: list[Candidate] | None = None,
+        epochs: list[dict[str, object]] | None = None,
+    ) -> dict[str, object]:
+        minutes = (time.process_time() - start) / 60 + before
+        return {
+            "row": row,
+            "seed": seed,
+            "bytes": -(-size_bits // 8),
+            "bits": size_bits / self.inventory.n_weights,
+            "accuracy": self.accuracy(module),
+            "holdout": epochs[-1]["holdout_accuracy"] if epochs else None,
+            "minutes": round(minutes, 2),
+            "epochs": self.settings.epochs,
+            "images": len(self.data),
+            "weight_bits": "".join(str(c.weight_bits) for c in candidates or ()),
+        }
 
 
-def uniform(inventory: Inventory, bits: int, ends: int | None = None) -> list[Candidate]:
-    """Return every layer at ``bits``, the first and last at ``ends`` if given."""
-    last = len(inventory.layers) - 1
-    return [
-        Candidate.of(layer, ends if ends and k in (0, last) else bits, Scheme())
-        for k, layer in enumerate(inventory.layers)
+def table(results: list[dict[str, object]]) -> str:
+    """Return the table: one line for each row, means over seeds."""
+    lines = [
+        "| way | bytes | bits/weight | test accuracy % | seeds | CPU min | weight bits (seed 0) |",
+        "|---|---|---|---|---|---|---|",
     ]
+    order = {name: k for k, name in enumerate(ROWS)}
+    names = sorted(
+        {str(r["row"]) for r in results}, key=lambda n: (order.get(n.split(",")[0], 99), n)
+    )
+    for name in names:
+        found = sorted((r for r in results if r["row"] == name), key=lambda r: int(str(r["seed"])))
+        scores = [float(str(r["accuracy"])) for r in found]
+        shown = f"{statistics.mean(scores):.2f}"
+        if len(scores) > 1:
+            shown += f" ({', '.join(f'{s:.2f}' for s in scores)})"
+        minutes = [float(str(r["minutes"])) for r in found if r["minutes"] is not None]
+        label = name.replace(name.split(",")[0], ROWS.get(name.split(",")[0], name.split(",")[0]))
+        lines.append(
+            f"| {label} | {found[0]['bytes']:,} | {float(str(found[0]['bits'])):.3f} | {shown} | "
+            f"{len(scores)} | {f'{statistics.mean(minutes):.1f}' if minutes else ''} | "
+            f"{found[0]['weight_bits']} |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Run and print the table."""
+    """Run rows, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=8192, help="training images")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("--results", type=Path, default=Path("training-results.json"))
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--images", type=int, default=16_384, help="training images")
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--test", type=int, default=10_000, help="test images")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--average", type=float, default=2.5, help="bits per weight when learned")
-    parser.add_argument("--rows", default="ptq,lsq,direct,stabilised,ellipsoid,uhlich2020")
+    parser.add_argument("--average", type=float, default=2.5, help="bits per weight")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--quantizer-rate", type=float, default=5e-3)
+    parser.add_argument("--distillation", type=float, default=0.5)
+    parser.add_argument("--full-precision-steps", action="store_true", help="no bfloat16")
+    parser.add_argument("--holdout", action="store_true", help="leave the test images alone")
     args = parser.parse_args()
-    rows = args.rows.split(",")
+    known: list[dict[str, object]] = (
+        json.loads(args.results.read_text()) if args.results.exists() else []
+    )
+    if args.what == "table":
+        print(table(known))
+        return
     model = load_resnet(20)
     x, y = images("train_part", args.images)
-    data = CalibrationSet(inputs=(x,), labels=y)
-    inventory = discover(model, (x[:2],))
-    correcting = CalibrationSet(inputs=(images("calibration", 1024)[0],))
-    print(f"| way | seed | bytes | bits/weight | test accuracy % | CPU min |\n|{'---|' * 6}")
-
-    def show(way: str, seed: int, size_bits: int, module: nn.Module, start: float) -> None:
-        minutes = (time.process_time() - start) / 60
-        per_weight = size_bits / inventory.n_weights
-        print(
-            f"| {way} | {seed} | {size_bits // 8:,} | {per_weight:.3f} | "
-            f"{accuracy(module, args.test):.2f} | {minutes:.1f} |",
-            flush=True,
-        )
-
-    show("full precision", 0, 32 * inventory.n_weights, model, time.process_time())
-    plans = {"uniform 2": uniform(inventory, 2), "uniform 3": uniform(inventory, 3)}
-    if "ptq" in rows:
-        for name, plan in plans.items():
-            start = time.process_time()
-            quantized = apply_plan(
-                model,
-                inventory,
-                plan,
-                corrections=[Correction.BATCH_NORM_STATISTICS],
-                correction_data=correcting,
-            )
-            show(f"{name}, no training", 0, sum(c.size_bits for c in plan), quantized, start)
-    for seed in range(args.seeds):
-        settings = TrainingSettings(epochs=args.epochs, seed=seed, augmentation="shift_flip")
-        for method in ("lsq", "direct"):
-            if method in rows:
-                start = time.process_time()
-                done = finetune(model, inventory, plans["uniform 2"], data, settings, method=method)
-                show(f"uniform 2 + {method}", seed, done.size_bits, done.module, start)
-        limit = Budget.parse(f"{args.average} bits", inventory)
-        first_last = uniform(inventory, 2, ends=8)
-        if "first_last" in rows:
-            start = time.process_time()
-            done = finetune(model, inventory, first_last, data, settings)
-            show("first and last at 8 + lsq", seed, done.size_bits, done.module, start)
-        for recipe in ("stabilised", "ellipsoid", "uhlich2020"):
-            if recipe in rows:
-                start = time.process_time()
-                learned = learn(model, inventory, data, limit, WIDTHS, recipe=recipe,
-                                settings=settings)  # fmt: skip
-                bits = "".join(str(c.weight_bits) for c in learned.candidates)
-                show(
-                    f"{recipe} {bits}", seed, learned.plan.size_bits, learned.trained.module, start
-                )
+    bench = Bench(
+        model=model,
+        inventory=discover(model, (x[:2],)),
+        data=CalibrationSet(inputs=(x,), labels=y),
+        correcting=CalibrationSet(inputs=(images("calibration", 1024)[0],)),
+        settings=TrainingSettings(
+            epochs=args.epochs,
+            learning_rate=args.rate,
+            quantizer_learning_rate=args.quantizer_rate,
+            distillation=args.distillation,
+            holdout_fraction=1 / 16,
+            augmentation="shift_flip",
+            mixed_precision=not args.full_precision_steps,
+            channels_last=True,
+        ),
+        average=args.average,
+        folder=args.results.parent,
+        n_test=0 if args.holdout else args.test,
+    )
+    for row in args.rows.split(","):
+        for seed in (int(s) for s in args.seeds.split(",")):
+            for found in bench.run(row, seed):
+                known = [r for r in known if (r["row"], r["seed"]) != (found["row"], found["seed"])]
+                known.append(found)
+                print(json.dumps(found), flush=True)
+            args.results.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 The bit stream is little-endian: code ``i`` takes the bits ``i b .. (i+1) b - 1``, least
 significant bit first, and bit ``k`` of the stream is bit ``k % 8`` of byte ``k // 8``. Codes are
-stored without sign: symmetric codes as ``code + 2^(b-1)``, one-bit codes -1 and +1 as 0 and 1.
+stored without sign: symmetric codes as ``code + 2^(b-1)``, one-bit codes -1 and +1 as 0 and 1,
+codes of codebooks and powers of two as they are.
 Dense packing runs over the whole matrix, row by row, and pads its end to a byte; aligned packing
 pads every row.
 """
@@ -18,7 +19,7 @@ import torch
 from bitquota.errors import InvalidInput
 from bitquota.quantizers.grid import levels
 from bitquota.quantizers.weights import SCALE_DTYPES, QuantizedWeight
-from bitquota.storage import Granularity, Grid, StorageSize, n_scales
+from bitquota.storage import Granularity, Grid, StorageSize, n_scales, scales_per_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -89,7 +90,7 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
     stored = weight.scales.detach().cpu().contiguous().reshape(-1)
     return PackedWeight(
         codes=pack_bits(
-            _unsigned(weight.codes, bits, signed=weight.zero_points is None),
+            _unsigned(weight.codes, bits, signed=scheme.grid is Grid.SYMMETRIC),
             bits,
             alignment_bits=scheme.row_alignment_bits,
         ),
@@ -111,11 +112,12 @@ def unpack(packed: PackedWeight) -> QuantizedWeight:
     scheme, bits = packed.scheme, packed.bits
     rows, columns = packed.rows, packed.columns
     count = n_scales(rows, columns, scheme)
-    shape = (1, 1) if scheme.granularity is Granularity.TENSOR else (rows, count // rows)
+    stored = count * scales_per_line(bits, scheme)
+    shape = (1, -1) if scheme.granularity is Granularity.TENSOR else (rows, -1)
     dtype = SCALE_DTYPES[scheme.scale_format]
-    if len(packed.scales) != count * dtype.itemsize:
+    if len(packed.scales) != stored * dtype.itemsize:
         msg = (
-            f"{count} scales in {scheme.scale_format} must take {count * dtype.itemsize} bytes; "
+            f"{stored} scales in {scheme.scale_format} must take {stored * dtype.itemsize} bytes; "
             f"got {len(packed.scales)}"
         )
         raise InvalidInput(msg)
@@ -129,9 +131,9 @@ def unpack(packed: PackedWeight) -> QuantizedWeight:
             packed.zero_points, 1, count, bits, alignment_bits=scheme.row_alignment_bits
         )
         zero_points = torch.from_numpy(flat.astype(np.int32)).reshape(shape)
-    elif bits == 1:
+    elif scheme.grid is Grid.SYMMETRIC and bits == 1:
         codes = codes * 2 - 1
-    else:
+    elif scheme.grid is Grid.SYMMETRIC:
         codes = codes + levels(bits)[0]
     return QuantizedWeight(
         codes=codes,

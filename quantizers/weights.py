@@ -9,11 +9,13 @@ import torch
 
 from bitquota.errors import InvalidInput, InvalidModel
 from bitquota.quantizers.error_feedback import error_feedback_codes
-from bitquota.quantizers.grid import nearest_codes, spread
+from bitquota.quantizers.grid import nearest_codes, power_values, spread
 from bitquota.quantizers.layout import from_matrix, to_matrix
+from bitquota.quantizers.levels import fit_levels, fit_power_scale
 from bitquota.quantizers.scales import asymmetric_scale, symmetric_scale
 from bitquota.storage import (
     FULL_PRECISION_BITS,
+    GRID_BITS,
     WEIGHT_BITS,
     Granularity,
     Grid,
@@ -40,9 +42,9 @@ class QuantizedWeight:
 
     Attributes:
         codes: i32[rows, columns]. Symmetric: -2^(b-1)..2^(b-1)-1 (one bit: -1 and +1);
-            asymmetric: 0..2^b-1.
+            asymmetric, codebook and power of two (see ``grid``): 0..2^b-1.
         scales: ``[rows, n]`` in the scale format: one column per group, or ``[rows, 1]`` per
-            channel, or ``[1, 1]`` per tensor.
+            channel, or ``[1, 1]`` per tensor. Of a codebook the levels, ascending: 2^b columns.
         zero_points: i32 in 0..2^b-1, shaped like ``scales``; ``None`` on a symmetric grid.
         bits: Bit-width.
         scheme: Everything else.
@@ -55,8 +57,13 @@ class QuantizedWeight:
     scheme: Scheme
 
     def dequantize(self) -> Tensor:
-        """Return f32[rows, columns]: ``scale * (code - zero_point)``."""
-        columns = self.codes.shape[1]
+        """Return f32[rows, columns]: ``scale * (code - zero_point)``, or the code's level."""
+        rows, columns = self.codes.shape
+        if self.scheme.grid is Grid.CODEBOOK:
+            return self.scales.float().expand(rows, -1).gather(1, self.codes.long())
+        if self.scheme.grid is Grid.POWER_OF_TWO:
+            scale = spread(self.scales.float(), columns, self.scheme)
+            return scale * power_values(self.codes, self.bits)
         levels = self.codes.float()
         if self.zero_points is not None:
             levels = levels - spread(self.zero_points.float(), columns, self.scheme)
@@ -93,14 +100,21 @@ def quantize(
     values = matrix.detach().double()
     weight = None if importance is None else importance.detach().double().expand_as(values)
     lines, line_weight = _lines(values, weight, scheme)
-    asymmetric = scheme.grid is Grid.ASYMMETRIC
     zero: Tensor | None = None
-    if asymmetric:
+    least, most = GRID_BITS.get(scheme.grid, (1, FULL_PRECISION_BITS))
+    if not least <= bits <= most:
+        msg = f"the grid '{scheme.grid}' takes {least} to {most} bits; got {bits}"
+        raise InvalidInput(msg, weight_bits=bits, grid=str(scheme.grid))
+    if scheme.grid is Grid.CODEBOOK:
+        scale = fit_levels(lines, bits, line_weight)
+    elif scheme.grid is Grid.POWER_OF_TWO:
+        scale = fit_power_scale(lines, bits, line_weight)
+    elif scheme.grid is Grid.ASYMMETRIC:
         scale, zero = asymmetric_scale(lines, bits, scheme.scale_rule, line_weight)
     else:
         scale = symmetric_scale(lines, bits, scheme.scale_rule, line_weight)
     stored = _store_scale(scale, scheme.scale_format)
-    shape = (1, 1) if scheme.granularity is Granularity.TENSOR else (len(values), -1)
+    shape = (1, -1) if scheme.granularity is Granularity.TENSOR else (len(values), -1)
     scales = stored.reshape(shape)
     zeros = None if zero is None else zero.reshape(shape).int()
     if scheme.rounding is Rounding.ERROR_FEEDBACK:

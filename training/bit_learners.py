@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +24,10 @@ from bitquota.training.finetune import grouped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from bitquota.candidates import Layer
-    from bitquota.training.loop import TrainingSettings
+    from bitquota.training.settings import TrainingSettings
 
 START_BITS = 4.0
 
@@ -98,6 +100,10 @@ class BitLearner(nn.Module):
     def parameter_groups(self, settings: TrainingSettings) -> list[dict[str, Any]]:
         """Return groups for weights, biases and norms, and quantizers."""
         return grouped(self.model, self.parts, settings)
+
+    def input_quantizers(self) -> AbstractContextManager[object]:
+        """Leave the layers' inputs as they are."""
+        return nullcontext()
 
     def penalty(self, progress: float) -> Tensor | float:
         """Return nothing unless a recipe says otherwise."""

@@ -9,6 +9,7 @@ References:
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,13 @@ from bitquota.sensitivity.losses import loss_by_name, n_correct
 from bitquota.sensitivity.measure import standard_error
 from bitquota.sensitivity.runner import run_module
 from bitquota.storage import FULL_PRECISION_BITS
-from bitquota.training.loop import TrainingRecord, TrainingSettings, train
+from bitquota.training.loop import TrainingRecord, train
+from bitquota.training.settings import TrainingSettings
 from bitquota.training.weight_quantizers import trainable_weight
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from bitquota.candidates import Candidate, Inventory, Layer
@@ -97,6 +100,10 @@ class FixedPlan(nn.Module):
             for layer, quantizer in zip(self.layers, self.quantizers, strict=True)
         }
 
+    def input_quantizers(self) -> AbstractContextManager[object]:
+        """Leave the layers' inputs as they are."""
+        return nullcontext()
+
     def penalty(self, progress: float) -> float:
         """Return nothing: the size is fixed."""
         del progress
@@ -125,7 +132,7 @@ class FixedPlan(nn.Module):
 def grouped(
     model: nn.Module, quantizers: nn.Module, settings: TrainingSettings
 ) -> list[dict[str, Any]]:
-    """Return optimizer groups; only weights with several dimensions decay, never quantizers."""
+    """Return optimizer groups; weights with several dimensions decay, and quantizers if asked."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {
@@ -141,7 +148,7 @@ def grouped(
         {
             "params": list(quantizers.parameters()),
             "lr": settings.quantizer_learning_rate,
-            "weight_decay": 0.0,
+            "weight_decay": settings.quantizer_weight_decay,
         },
     ]
     return [group for group in groups if group["params"]]

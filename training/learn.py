@@ -22,7 +22,8 @@ from bitquota.training.bit_learners import (
     StabilisedLearner,
 )
 from bitquota.training.finetune import TrainedModel, finetune, measure_trained
-from bitquota.training.loop import TrainingRecord, TrainingSettings, train
+from bitquota.training.loop import TrainingRecord, train
+from bitquota.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -59,6 +60,7 @@ class LearnedBits:
         plan: The same as a plan: of the *trained* weights (its digest is theirs), measured on the
             hold-out part of the training data, which also selected the epoch.
         learning: What the first phase did.
+        before: The learned model before fine-tuning, its weights in full precision.
         trained: The fine-tuned model of the second phase.
     """
 
@@ -66,7 +68,13 @@ class LearnedBits:
     relaxed_bits: tuple[float, ...]
     plan: Plan
     learning: TrainingRecord
+    before: nn.Module
     trained: TrainedModel
+
+
+def default_settings(recipe: str) -> TrainingSettings:
+    """Return how a recipe is trained unless something else is asked for."""
+    return TrainingSettings()
 
 
 def learn(
@@ -195,7 +203,12 @@ def learn(
         provenance={**identity, "data": data.digest, "seed": settings.seed},
     )
     return LearnedBits(
-        candidates=chosen, relaxed_bits=relaxed, plan=plan, learning=record, trained=trained
+        candidates=chosen,
+        relaxed_bits=relaxed,
+        plan=plan,
+        learning=record,
+        before=learner.model,
+        trained=trained,
     )
 
 

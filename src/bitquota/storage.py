@@ -23,10 +23,26 @@ WEIGHT_BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16, FULL_PRECISION_BITS)
 
 
 class Grid(StrEnum):
-    """Where the integer grid lies."""
+    """Which values the codes stand for."""
 
     SYMMETRIC = "symmetric"
+    """Integers around zero, times a scale."""
     ASYMMETRIC = "asymmetric"
+    """Integers from a zero point on, times a scale."""
+    CODEBOOK = "codebook"
+    """``2^b`` levels, stored as they are in the format of scales."""
+    POWER_OF_TWO = "power_of_two"
+    """``+-2^-k`` with ``k = 0..2^(b-1)-1``, times a scale: a product is a shift."""
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes are integers to compute with."""
+        return self in (Grid.SYMMETRIC, Grid.ASYMMETRIC)
+
+
+GRID_BITS = {Grid.CODEBOOK: (1, 8), Grid.POWER_OF_TWO: (2, 5)}
+"""Least and most bits of the grids that are not integers. More than 16 powers of two reach further
+down than any weight that matters."""
 
 
 class Granularity(StrEnum):
@@ -103,6 +119,15 @@ class Scheme:
         if self.group_size is not None and self.group_size < 1:
             msg = f"group_size must be at least 1; got {self.group_size}"
             raise InvalidInput(msg, group_size=self.group_size)
+        if not self.grid.is_integer and self.rounding is Rounding.ERROR_FEEDBACK:
+            msg = f"error feedback rounds to integer grids; got the grid '{self.grid}'"
+            raise InvalidInput(msg, grid=str(self.grid))
+        if self.grid is Grid.CODEBOOK and self.granularity is Granularity.GROUP:
+            msg = (
+                "a codebook belongs to a tensor or an output channel; levels for every group "
+                "would take more than the codes: choose granularity 'tensor' or 'channel'"
+            )
+            raise InvalidInput(msg, granularity=str(self.granularity))
         if self.row_alignment_bits not in (0, 8, 16, 32, 64):
             msg = f"row_alignment_bits must be 0, 8, 16, 32 or 64; got {self.row_alignment_bits}"
             raise InvalidInput(msg, row_alignment_bits=self.row_alignment_bits)
@@ -169,8 +194,13 @@ class StorageSize:
         return size
 
 
+def scales_per_line(weight_bits: int, scheme: Scheme) -> int:
+    """Return how many stored values the weights that share a scale have: levels of a codebook."""
+    return 2**weight_bits if scheme.grid is Grid.CODEBOOK else 1
+
+
 def n_scales(rows: int, columns: int, scheme: Scheme) -> int:
-    """Return how many scales a ``rows x columns`` weight has; a last group may be short."""
+    """Return how many scales (or codebooks) a weight has; a last group may be short."""
     if scheme.granularity is Granularity.TENSOR:
         return 1
     if scheme.granularity is Granularity.CHANNEL:
@@ -198,7 +228,7 @@ def storage_size(
             half-precision checkpoint).
 
     Raises:
-        InvalidInput: ``weight_bits`` is not one of ``WEIGHT_BITS``.
+        InvalidInput: ``weight_bits`` is not one of ``WEIGHT_BITS``, or not of the grid's.
     """
     if weight_bits not in WEIGHT_BITS:
         allowed = ", ".join(map(str, WEIGHT_BITS))
@@ -207,6 +237,10 @@ def storage_size(
     n_weights = rows * columns
     if weight_bits == FULL_PRECISION_BITS:
         return StorageSize(codes=n_weights * full_precision_bits)
+    least, most = GRID_BITS.get(scheme.grid, (1, FULL_PRECISION_BITS))
+    if not least <= weight_bits <= most:
+        msg = f"the grid '{scheme.grid}' takes {least} to {most} bits; got {weight_bits}"
+        raise InvalidInput(msg, weight_bits=weight_bits, grid=str(scheme.grid))
     codes = n_weights * weight_bits
     scale_count = n_scales(rows, columns, scheme)
     zero_point_bits = scale_count * weight_bits if scheme.grid is Grid.ASYMMETRIC else 0
@@ -217,7 +251,7 @@ def storage_size(
         padding = -codes % 8 + -zero_point_bits % 8
     return StorageSize(
         codes=codes,
-        scales=scale_count * scheme.scale_format.bits,
+        scales=scale_count * scales_per_line(weight_bits, scheme) * scheme.scale_format.bits,
         zero_points=zero_point_bits,
         padding=padding,
     )

@@ -38,7 +38,7 @@ class TestActivationQuantizer:
 
 
 class TestInputHistogram:
-    @pytest.mark.parametrize("grid", Grid)
+    @pytest.mark.parametrize("grid", [Grid.SYMMETRIC, Grid.ASYMMETRIC])
     @pytest.mark.parametrize("rule", RangeRule)
     @pytest.mark.parametrize("bits", [2, 4, 8, 16])
     def test_zero_is_exact(self, grid, rule, bits):
@@ -60,7 +60,7 @@ class TestInputHistogram:
         for rule in RangeRule:
             assert 0 == histogram_of(values).quantizer(4, rule).zero_point
 
-    @pytest.mark.parametrize("grid", Grid)
+    @pytest.mark.parametrize("grid", [Grid.SYMMETRIC, Grid.ASYMMETRIC])
     @pytest.mark.parametrize("bits", [2, 3, 4, 8])
     def test_mse_is_near_the_best_of_a_dense_scan(self, grid, bits):
         """Within 5 % of the best of 300 ranges, on heavy-tailed values."""

@@ -19,7 +19,8 @@ from bitquota.sensitivity.discovery import discover
 from bitquota.sensitivity.evaluate import apply_plan
 from bitquota.storage import Scheme
 from bitquota.training.finetune import finetune
-from bitquota.training.loop import TrainingSettings, shift_flip
+from bitquota.training.objective import shift_flip
+from bitquota.training.settings import TrainingSettings
 from digits_network import N_TRAIN, accuracy, digits, trained_digits_net
 
 SETTINGS = TrainingSettings(epochs=3, batch_size=64, learning_rate=3e-3)
@@ -161,7 +162,7 @@ from bitquota.sensitivity.calibration import CalibrationSet
 from bitquota.sensitivity.discovery import discover
 from bitquota.storage import Scheme
 from bitquota.training.finetune import finetune
-from bitquota.training.loop import TrainingSettings
+from bitquota.training.settings import TrainingSettings
 x, y = digits()
 data = CalibrationSet(inputs=(x[:N_TRAIN],), labels=y[:N_TRAIN])
 model = trained_digits_net()

@@ -18,7 +18,7 @@ from bitquota.storage import Granularity, Scheme
 from bitquota.training.bit_learners import EllipsoidLearner, PublishedLearner, StabilisedLearner
 from bitquota.training.finetune import finetune
 from bitquota.training.learn import RECIPES, learn, repair
-from bitquota.training.loop import TrainingSettings
+from bitquota.training.settings import TrainingSettings
 from digits_network import N_TRAIN, accuracy, digits, trained_digits_net
 from layer_shapes import layer_of
 
