@@ -134,7 +134,7 @@ class BlobStore:
         """
         incoming.flush()
         digest = incoming.digest
-        target = self._place(digest)
+        target = self.place(digest)
         if target.exists():
             # A collection spares young files: this one may be about to be named by a row.
             os.utime(target)
@@ -166,7 +166,7 @@ class BlobStore:
         Raises:
             NotFound: There is no such file.
         """
-        place = self._place(digest)
+        place = self.place(digest)
         if not place.is_file():
             msg = f"the stored file {digest} must exist; it does not: upload it again"
             raise NotFound(msg, digest=digest)
@@ -176,7 +176,7 @@ class BlobStore:
         """Return the whole file of ``digest``; raises ``NotFound``."""
         return self.path(digest).read_bytes()
 
-    def _place(self, digest: str) -> Path:
+    def place(self, digest: str) -> Path:
         name = digest.removeprefix(_PREFIX)
         if len(name) != 64 or set(name) - set("0123456789abcdef"):
             msg = f"a digest must read 'sha256:' and 64 hexadecimal digits; got {digest!r}"

@@ -1,24 +1,21 @@
 """The driver: one process for one job, between the database and the evaluator.
 
 It holds the lease, keeps the ledger, checks every result, and alone writes to the database. It
-starts its evaluator first and then waits for an order, so that one can be kept warm. It imports no
-torch and no model.
+gets its engine ready first and then waits for an order, so that one can be kept warm. It imports
+no torch and no model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-import zipfile
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bitquota.canonical import canonical_json
@@ -33,16 +30,18 @@ from bitquota.sensitivity.ledger import SqliteLedger
 from bitquota.service import wire
 from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.blobs import BlobStore
+from bitquota.service.crew import Crew
 from bitquota.service.database import Database
+from bitquota.service.engines import Engine, Inbox, Order, Parcel, Worker, engine_of
+from bitquota.service.engines.local import LocalEngine
 from bitquota.service.evaluator import die_with_parent
 from bitquota.service.inspection import ModelFormat
 from bitquota.service.jobs import JobStore, LeaseLost, digests_by_role
+from bitquota.service.keys import KeyStore
 from bitquota.service.kinds import kind_by_name
-from bitquota.service.maintenance import OWNER_FILE
+from bitquota.service.kinds.plan_request import PlanRequestBody
 from bitquota.service.problems import TYPE_PREFIX
-from bitquota.service.processes import owner_name
 from bitquota.service.received import Received
-from bitquota.service.sandbox import Cell, command, memory_limit, sandbox_of
 from bitquota.service.settings import Settings
 
 if TYPE_CHECKING:
@@ -58,65 +57,21 @@ EXIT_RELEASED = 12
 _TICK_S = 0.1
 
 
-class Evaluator:
-    """The child process that runs the model, and the thread that reads what it says."""
-
-    def __init__(self, settings: Settings, cell: Cell) -> None:
-        self.cell = cell
-        program = sandbox_of(settings)
-        limits = [str(memory_limit(settings)), str(settings.max_upload_bytes)]
-        line, environment = command(
-            program, cell, settings.data_dir, ["-m", "bitquota.service.evaluator", *limits]
-        )
-        self._process = subprocess.Popen(  # noqa: S603  # our own module
-            line,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            cwd=cell.work,
-        )
-        assert self._process.stdin is not None  # noqa: S101  # PIPE above
-        assert self._process.stdout is not None  # noqa: S101  # PIPE above
-        self._sink, self._source = self._process.stdin, self._process.stdout
-        self.inbox: queue.SimpleQueue[tuple[JsonObject, list[bytes]] | BaseException | None] = (
-            queue.SimpleQueue()
-        )
-        threading.Thread(target=self._read, name="evaluator", daemon=True).start()
-
-    def _read(self) -> None:
-        try:
-            while (message := wire.receive(self._source)) is not None:
-                self.inbox.put(message)
-        except BaseException as err:  # noqa: BLE001  # handed to the thread that waits
-            self.inbox.put(err)
-        self.inbox.put(None)
-
-    def send(self, head: JsonObject, parts: list[bytes] | None = None) -> None:
-        """Send one message; a dead evaluator is noticed by its silence."""
-        try:
-            wire.send(self._sink, head, parts or [])
-        except (BrokenPipeError, ValueError):
-            return
-
-    def end(self) -> int | None:
-        """Kill the process and return how it ended."""
-        self._process.kill()
-        return self._process.wait()
-
-
 class Driver:
     """Runs one job under its lease.
 
     Args:
         settings: Of the server.
         job: As it was claimed.
-        evaluator: A process that waits for an order.
+        engine: Where its evaluators run.
     """
 
-    def __init__(self, settings: Settings, job: Job, evaluator: Evaluator) -> None:
+    def __init__(self, settings: Settings, job: Job, engine: Engine) -> None:
         self._settings = settings
         self._job = job
-        self._evaluator = evaluator
+        self._engine = engine
+        self._inbox: Inbox = queue.SimpleQueue()
+        self._crew = Crew(settings.workers, self._help)
         self._database = Database(settings.url)
         self._store = JobStore(self._database, time.time)
         self._blobs = BlobStore(settings.data_dir / "blobs")
@@ -141,7 +96,6 @@ class Driver:
         except LeaseLost:
             return EXIT_LEASE_LOST
         except BitquotaError as error:
-            self._evaluator.end()
             failure = error
             return self._end(lambda: self._store.fail(job.id, job.epoch, failure))
         finally:
@@ -153,33 +107,47 @@ class Driver:
         job = self._job
         known = ArtifactStore(self._database, time.time)
         named = digests_by_role(job)
-        inputs: dict[str, list[str]] = {}
+        parcels: list[Parcel] = []
+        programs = False
         for entry in kind_by_name(job.kind).inputs:
-            inputs[entry.role] = [
-                str(self._place(known.get(job.tenant, entry.artifact, digest), f"{entry.role}-{k}"))
-                for k, digest in enumerate(named.get(entry.role, ()))
-            ]
-        self._evaluator.send(
-            {
+            for k, digest in enumerate(named.get(entry.role, ())):
+                artifact = known.get(job.tenant, entry.artifact, digest)
+                parcels.append(self._parcel(artifact, entry.role, f"{entry.role}-{k}"))
+                programs |= artifact.format == ModelFormat.PT2
+        settings = self._settings
+        helped = settings.workers > 1 and kind_by_name(job.kind).request is PlanRequestBody
+        self._order = Order(
+            head={
                 "kind": job.kind,
                 "request": job.request,
-                "inputs": inputs,
-                "threads": self._settings.threads or _share(self._settings.slots),
+                "threads": settings.threads or _share(settings),
                 "device": "auto",
-            }
+                "helped": helped,
+            },
+            parcels=tuple(parcels),
+            needs_sandbox=programs and self._strangers(),
         )
+        self._evaluator = self._engine.start(self._order, self._inbox)
 
-    def _place(self, artifact: Artifact, name: str) -> Path:
-        """Put an input into the inbox and return its path."""
-        inbox = self._evaluator.cell.inbox
-        if artifact.format == ModelFormat.HUGGING_FACE:
-            folder = inbox / name
-            with zipfile.ZipFile(self._blobs.path(artifact.digest)) as archive:
-                archive.extractall(folder)  # names were checked on arrival
-            return folder
-        place = inbox / f"{name}.{artifact.format}"
-        _show(self._blobs.path(artifact.digest), place)
-        return place
+    def _help(self) -> Worker:
+        """Start a helper."""
+        order = replace(self._order, head=self._order.head | {"helper": True})
+        return self._engine.start(order, self._inbox)
+
+    def _strangers(self) -> bool:
+        """Return whether models may be of others than the only user of this machine."""
+        alone = self._settings.loopback and not KeyStore(self._database, time.time).any()
+        return not (alone or self._settings.allow_unsandboxed_pt2)
+
+    def _parcel(self, artifact: Artifact, role: str, name: str) -> Parcel:
+        unpack = artifact.format == ModelFormat.HUGGING_FACE
+        return Parcel(
+            role=role,
+            name=name if unpack else f"{name}.{artifact.format}",
+            digest=artifact.digest,
+            path=self._blobs.path(artifact.digest),
+            unpack=unpack,
+        )
 
     def _loop(self) -> int:
         job, settings = self._job, self._settings
@@ -188,14 +156,16 @@ class Driver:
         cancel: BitquotaError | None = None
         give_up = float("inf")
         while True:
-            try:
-                message = self._evaluator.inbox.get(timeout=_TICK_S)
-            except queue.Empty:
-                message = ({"type": "nothing"}, [])
+            ended = None
+            with contextlib.suppress(queue.Empty):
+                worker, message = self._inbox.get(timeout=_TICK_S)
+                if worker is not self._evaluator:
+                    self._handle_helper(worker, message)
+                elif message is None or isinstance(message, BaseException):
+                    return self._died(cancel)
+                else:
+                    ended = self._handle(*message)
             now = time.monotonic()
-            if message is None or isinstance(message, BaseException):
-                return self._died(cancel)
-            ended = self._handle(*message)
             if ended is not None:
                 return ended
             if now - beat >= settings.heartbeat_s:
@@ -210,10 +180,10 @@ class Driver:
                 cancel = ServiceError("released")
             if cancel is not None and give_up == float("inf"):
                 self._evaluator.send({"type": "cancel"})
+                self._crew.stop()
                 self._cancel_with = cancel
                 give_up = now + settings.grace_s
             if now > give_up:
-                self._evaluator.end()
                 return self._died(cancel)
 
     _cancel_with: BitquotaError | None = None
@@ -227,24 +197,15 @@ class Driver:
             lease_s=self._settings.lease_s,
             progress=progress,
             measured=measured,
-            worker_s=worked_s,
+            worker_s=worked_s * (1 + self._crew.helpers),
         )
 
     def _handle(self, head: JsonObject, parts: list[bytes]) -> int | None:
-        evaluator = self._evaluator
+        if self._handle_shared(self._evaluator, head, parts):
+            return None
         match head.get("type"):
-            case "ledger_get":
-                keys = [str(key) for key in head["keys"]]
-                found = self._ledger.get_many(keys)
-                answer, arrays = wire.pack(found)
-                evaluator.send(answer, arrays)
-            case "ledger_put":
-                entries = wire.unpack(head, parts)
-                self._ledger.put_many(entries)
-                self._measured += len(entries)
-                evaluator.send({"type": "kept"})
-            case "ledger_size":
-                evaluator.send({"size": len(self._ledger)})
+            case "ahead":
+                self._crew.begin(self._evaluator, head["errands"])
             case "progress":
                 self._progress = _checked_progress(head["progress"])
             case "piece":
@@ -259,9 +220,44 @@ class Driver:
                 pass
         return None
 
+    def _handle_helper(
+        self, worker: Worker, message: tuple[JsonObject, list[bytes]] | BaseException | None
+    ) -> None:
+        """Serve a helper; whatever it says wrong costs only the helper."""
+        if message is None or isinstance(message, BaseException):
+            self._crew.lost(worker, "it died" if message is None else str(message))
+            return
+        head, parts = message
+        try:
+            if not self._handle_shared(worker, head, parts) and head.get("type") == "error":
+                self._crew.lost(worker, str(head["problem"])[:500])
+        except (BitquotaError, KeyError, TypeError, ValueError) as error:
+            self._crew.lost(worker, str(error))
+
+    def _handle_shared(self, worker: Worker, head: JsonObject, parts: list[bytes]) -> bool:
+        """Do what every evaluator may ask for; returns whether this was such a message."""
+        match head.get("type"):
+            case "ledger_get":
+                keys = [str(key) for key in head["keys"]]
+                answer, arrays = wire.pack(self._ledger.get_many(keys))
+                worker.send(answer, arrays)
+            case "ledger_put":
+                entries = wire.unpack(head, parts)
+                self._ledger.put_many(entries)
+                self._measured += len(entries)
+                worker.send({"type": "kept"})
+            case "ledger_size":
+                worker.send({"size": len(self._ledger)})
+            case "idle":
+                progress = self._crew.idle(worker, head.get("done"))
+                if progress is not None:
+                    self._progress = _checked_progress(progress)
+            case _:
+                return False
+        return True
+
     def _failed(self, problem: Any) -> int:  # noqa: ANN401  # not trusted
         job = self._job
-        self._evaluator.end()
         error = _error_of(problem)
         if isinstance(error, Cancelled) and self._cancel_with is not None:
             if self._stopping.is_set() and not isinstance(
@@ -273,7 +269,7 @@ class Driver:
 
     def _died(self, cancel: BitquotaError | None) -> int:
         job = self._job
-        self._evaluator.end()
+        self._engine.close()
         if isinstance(cancel, Cancelled | ServiceTimeout):
             return self._end(lambda: self._store.fail(job.id, job.epoch, cancel))
         if self._stopping.is_set():
@@ -327,45 +323,34 @@ def _checked_progress(progress: JsonObject) -> JsonObject:
     return {"stage": str(progress["stage"])[:100], **counts}
 
 
-def _show(blob: Path, place: Path) -> None:
-    """Make a stored file visible in an inbox, which is read-only inside a sandbox."""
-    try:
-        place.hardlink_to(blob)
-    except OSError:  # another file system
-        shutil.copyfile(blob, place)
-
-
-def _share(slots: int) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // max(1, slots))
+def _share(settings: Settings) -> int:
+    """Return the threads of one worker; on a cluster, whose nodes may differ, one."""
+    if settings.engine != LocalEngine.name:
+        return 1
+    return max(1, len(os.sched_getaffinity(0)) // max(1, settings.slots * settings.workers))
 
 
 def main() -> None:
-    """Start an evaluator, wait for one order on standard input, run it."""
+    """Get an engine ready, wait for one order on standard input, run it."""
     die_with_parent(int(os.environ.get("BITQUOTA_PARENT_PID", "0")))
     # Ctrl-C reaches the whole process group; the server tells its drivers by SIGTERM itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings = Settings.from_environment()
-    scratches = settings.data_dir / "scratch"
-    scratches.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="job-", dir=scratches.absolute()))
     os.nice(settings.nice)
-    cell = Cell(scratch=scratch)
-    cell.create()
-    (scratch / OWNER_FILE).write_text(owner_name(os.getpid()))
-    evaluator = Evaluator(settings, cell)
+    engine = engine_of(settings)
     status = 0
     try:
+        engine.open()
         line = sys.stdin.readline()
         if line:
             order = json.loads(line)
             store = JobStore(Database(settings.url), time.time)
             job = store.get(order["tenant"], order["job"])
-            driver = Driver(settings, job, evaluator)
+            driver = Driver(settings, job, engine)
             signal.signal(signal.SIGTERM, driver.stop)
             status = driver.run()
     finally:
-        evaluator.end()
-        shutil.rmtree(scratch, ignore_errors=True)
+        engine.close()
     sys.exit(status)
 
 

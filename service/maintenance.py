@@ -66,16 +66,22 @@ def collect(settings: Settings, database: Database, now: float) -> Collected:
             if f"sha256:{path.name}" not in used and now - known.st_mtime > GRACE_S:
                 path.unlink()
                 files, n_bytes = files + 1, n_bytes + known.st_size
-    scratch = 0
-    for folder in sorted((settings.data_dir / "scratch").glob("job-*")):
+    scratch = remove_abandoned(settings.data_dir / "scratch")
+    return Collected(jobs=n_jobs, uploads=n_uploads, files=files, bytes=n_bytes, scratch=scratch)
+
+
+def remove_abandoned(scratches: Path) -> int:
+    """Remove the cells of processes that are gone and return how many there were."""
+    removed = 0
+    for folder in sorted(scratches.glob("job-*")):
         try:
             owner = (folder / OWNER_FILE).read_text()
         except OSError:
             continue  # its driver has only just made it
         if owner_is_gone(owner):
             shutil.rmtree(folder, ignore_errors=True)
-            scratch += 1
-    return Collected(jobs=n_jobs, uploads=n_uploads, files=files, bytes=n_bytes, scratch=scratch)
+            removed += 1
+    return removed
 
 
 def _remove_rows(connection: Connection, settings: Settings, now: float) -> tuple[int, int]:

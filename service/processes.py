@@ -5,6 +5,9 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+OWNER_FILE = "owner"
+"""File in a scratch folder that names the process it belongs to."""
+
 
 def owner_name(pid: int) -> str:
     """Return host, boot, pid and start time of a process as one text."""

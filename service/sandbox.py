@@ -177,7 +177,8 @@ def memory_limit(settings: Settings) -> int:
     if settings.max_memory_bytes:
         return settings.max_memory_bytes
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(total * _MEMORY_SHARE / max(1, settings.slots))
+    here = settings.workers if settings.engine == "local" else 1
+    return int(total * _MEMORY_SHARE / (max(1, settings.slots) * here))
 
 
 def limit_resources(memory_bytes: int, file_bytes: int) -> None:

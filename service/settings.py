@@ -35,7 +35,25 @@ class Settings:
         "", "SQLAlchemy URL; empty means the SQLite file `bitquota.db` in the data folder."
     )
     slots: int = _setting(1, "Jobs that run at the same time on this host.", below=0)
-    threads: int = _setting(0, "Threads of one job; 0 shares the processor among slots.", below=0)
+    engine: str = _setting("local", "Where models run: `local`, or `ray` on a Ray cluster.")
+    workers: int = _setting(
+        1, "Processes (with `ray`, actors) that measure one job at the same time.", below=1
+    )
+    threads: int = _setting(
+        0, "Threads of one worker; 0 shares the processor among slots and workers.", below=0
+    )
+    ray_address: str = _setting(
+        "auto", "`host:port` of the cluster's head; `auto` is the cluster this host belongs to."
+    )
+    ray_token_file: str = _setting(
+        "", "File with the cluster's token; empty leaves it to `RAY_AUTH_TOKEN_PATH`."
+    )
+    ray_gpus: float = _setting(
+        0.0, "GPUs of one actor; half a one lets two actors share it.", below=0
+    )
+    ray_scratch: str = _setting(
+        "", "Folder on every node for models and scratch space; empty is one in `/tmp`."
+    )
     sandbox: str = _setting(
         "auto",
         "`auto` runs models under bubblewrap where it works, `require` fails without, `off` never.",
@@ -46,6 +64,9 @@ class Settings:
     )
     max_memory_bytes: int = _setting(
         0, "Private memory of one evaluator; 0 shares 80 % of the machine's among slots.", below=0
+    )
+    cgroup: str = _setting(
+        "", "Folder of a delegated control group (v2); each job gets one below, with limits."
     )
     nice: int = _setting(5, "Niceness of drivers and evaluators, so that the API stays quick.")
     lease_s: float = _setting(

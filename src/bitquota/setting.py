@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -152,7 +153,7 @@ def prepare(
     where = choose_device(device)
     check_calibration(model, calibration)
     everything = calibration.to(where)
-    module = copy.deepcopy(model.module).to(where).eval()
+    module = sharing_weights(model.module).to(where).eval()
     if Correction.FOLD_BATCH_NORM in request.corrections:
         module = fold_batch_norm(module, everything.first(2).inputs)
     inventory = inventory_of(module, model, everything)
@@ -215,6 +216,21 @@ def candidates_of(
     return target.candidates(
         inventory, weight_bits=request.weight_bits or None, fixed=request.fixed
     )
+
+
+def sharing_weights(module: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy with parameters of its own over the same memory.
+
+    Runners replace parameters and never write into them, so a second copy of all weights would
+    only take memory; processes that were forked with the model loaded would each have one.
+    """
+    own: dict[int, object] = {}
+    for p in module.parameters():
+        own[id(p)] = torch.nn.Parameter(p.data, requires_grad=p.requires_grad)
+    with warnings.catch_warnings():
+        # torch 2.13 warns about its own tree specifications when an exported graph is copied.
+        warnings.simplefilter("ignore", FutureWarning)
+        return copy.deepcopy(module, own)
 
 
 def inventory_of(module: torch.nn.Module, model: LoadedModel, samples: CalibrationSet) -> Inventory:

@@ -91,12 +91,12 @@ class TestCollect:
         world.upload(ArtifactKind.MODEL, b"model")
         assert world.collect().jobs == 1
         assert world.jobs.events(job.id, 0) == []
-        assert not world.blobs._place(plan).exists()
+        assert not world.blobs.place(plan).exists()
 
     def test_uploads_not_used_for_long_go(self, world):
         world.now += 31 * DAY
         assert world.collect().uploads == 2
-        assert not world.blobs._place(world.model).exists()
+        assert not world.blobs.place(world.model).exists()
 
     def test_an_order_is_a_use(self, world):
         world.now += 29 * DAY

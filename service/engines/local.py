@@ -1,0 +1,172 @@
+"""The local engine: a fork server in a sandbox, and one forked evaluator for each worker.
+
+One process in the sandbox imports torch, warms the solver and, once there is an order, loads the
+model; every worker is a fork of it. So further workers of a job cost milliseconds, and all share
+one copy of torch and of the model. A fork server serves one job and never sees another's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from bitquota.errors import UnsafeModel
+from bitquota.service import wire
+from bitquota.service.engines.engine import Inbox, Order, furnish
+from bitquota.service.limits import Group, group_of
+from bitquota.service.processes import OWNER_FILE, owner_name
+from bitquota.service.sandbox import Cell, command, memory_limit, sandbox_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bitquota.canonical import JsonObject
+    from bitquota.service.settings import Settings
+
+
+class LocalWorker:
+    """One forked evaluator at the other end of a socket, and the thread that reads it."""
+
+    place = "local"
+
+    def __init__(self, stream: socket.socket, inbox: Inbox) -> None:
+        self._socket = stream
+        self._source = stream.makefile("rb")
+        self._sink = stream.makefile("wb")
+        self._inbox = inbox
+
+    def listen(self) -> None:
+        """Begin to read."""
+        threading.Thread(target=self._read, name="evaluator", daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            while (message := wire.receive(self._source)) is not None:
+                self._inbox.put((self, message))
+        except BaseException as err:  # noqa: BLE001  # handed to the thread that waits
+            self._inbox.put((self, err))
+        else:
+            self._inbox.put((self, None))
+
+    def send(self, head: JsonObject, parts: Sequence[bytes] = ()) -> None:
+        """Send one message; a dead evaluator is noticed by its silence."""
+        try:
+            wire.send(self._sink, head, parts)
+        except (OSError, ValueError):
+            return
+
+    def end(self) -> None:
+        """Hang up: an evaluator that nobody listens to ends."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return
+
+
+class ForkServer:
+    """The process that evaluators are forked from, in a cell of its own.
+
+    Args:
+        settings: Of the server.
+        scratches: Folder for the cell.
+    """
+
+    def __init__(self, settings: Settings, scratches: Path) -> None:
+        scratches.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix="job-", dir=scratches.absolute()))
+        self.cell = Cell(scratch=scratch)
+        self.cell.create()
+        (scratch / OWNER_FILE).write_text(owner_name(os.getpid()))
+        program = sandbox_of(settings)
+        self.sandboxed = program is not None
+        self._group: Group | None = group_of(settings)
+        limits = [str(memory_limit(settings)), str(settings.max_upload_bytes)]
+        ours, theirs = socket.socketpair()
+        with theirs:
+            line, environment = command(
+                program,
+                self.cell,
+                settings.data_dir,
+                ["-m", "bitquota.service.evaluator", *limits, str(theirs.fileno())],
+            )
+            if self._group is not None:
+                line = self._group.enter(line)
+            self._control = ours
+            self.process = subprocess.Popen(  # noqa: S603  # our own module
+                line,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=environment,
+                cwd=self.cell.work,
+                pass_fds=(theirs.fileno(),),
+            )
+
+    def fork(self, inbox: Inbox) -> LocalWorker:
+        """Return a worker that waits for its order."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            worker = LocalWorker(ours, inbox)
+            try:
+                socket.send_fds(self._control, [b"w"], [theirs.fileno()])
+            except OSError:  # it has died; the worker's silence says so
+                ours.shutdown(socket.SHUT_RDWR)
+        return worker
+
+    def close(self) -> None:
+        """Kill it and all that it forked, and remove the cell."""
+        self._control.close()
+        self.process.kill()
+        self.process.wait()
+        if self._group is not None:
+            self._group.remove()
+        shutil.rmtree(self.cell.scratch, ignore_errors=True)
+
+
+class LocalEngine:
+    """Evaluators on this host.
+
+    Args:
+        settings: Of the server.
+        scratches: Folder for cells; by default below the data folder.
+    """
+
+    name: ClassVar[str] = "local"
+
+    def __init__(self, settings: Settings, scratches: Path | None = None) -> None:
+        self._settings = settings
+        self._scratches = scratches or settings.data_dir / "scratch"
+        self._server: ForkServer | None = None
+
+    def open(self) -> None:
+        """Start the fork server, which loads torch and warms the solver."""
+        if self._server is None:
+            self._server = ForkServer(self._settings, self._scratches)
+
+    def start(self, order: Order, inbox: Inbox) -> LocalWorker:
+        """Fork one evaluator; see ``Engine.start``."""
+        self.open()
+        assert self._server is not None  # noqa: S101  # opened above
+        if order.needs_sandbox and not self._server.sandboxed:
+            msg = (
+                "a .pt2 of somebody else holds a program and must run in a sandbox; "
+                f"'{socket.gethostname()}' has none: install bubblewrap there, or upload a zip of "
+                "config.json and safetensors files"
+            )
+            raise UnsafeModel(msg, host=socket.gethostname())
+        inputs = furnish(self._server.cell, order.parcels)
+        worker = self._server.fork(inbox)
+        worker.send(order.head | {"inputs": inputs})
+        worker.listen()
+        return worker
+
+    def close(self) -> None:
+        """End the fork server and every evaluator."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
