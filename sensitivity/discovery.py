@@ -23,7 +23,7 @@ import torch
 from torch import fx, nn
 
 from bitquota.candidates import Inventory, Layer, LayerKind, UnquantizedTensor
-from bitquota.errors import InvalidModel
+from bitquota.errors import InvalidInput, InvalidModel
 from bitquota.quantizers.calls import tensor_key
 from bitquota.quantizers.layout import matrix_shape
 
@@ -85,7 +85,7 @@ class _Found:
 
 def discover(
     module: nn.Module,
-    example_inputs: tuple[Tensor, ...],
+    example_inputs: tuple[Tensor, ...] | None,
     *,
     model_digest: str | None = None,
 ) -> Inventory:
@@ -96,11 +96,14 @@ def discover(
             of ``torch.export`` is searched by its operators.
         example_inputs: Positional arguments, the first dimension being samples; one sample
             is enough. Counts of multiply-accumulates and inputs are per sample; integer inputs
-            (token ids) are not counted: they are never quantized.
+            (token ids) are not counted: they are never quantized. With ``None`` nothing is run
+            and nothing counted.
         model_digest: What the inventory names the model by; computed if not given.
 
     Raises:
         InvalidModel: No quantizable layer, or a weight that is NaN or infinite.
+        InvalidInput: A module of ``torch.export`` without inputs: its operators are found by
+            running it.
 
     Cost: one forward pass over ``example_inputs``, and one hash over the weights without a
     digest. Exact; a layer that the pass does not reach (an expert nobody was routed to) has zero
@@ -109,9 +112,13 @@ def discover(
     _check_finite(module)
     names = _tensor_names(module)
     if _is_exported(module):
+        if example_inputs is None:
+            msg = "an exported graph is searched by running it, which needs a sample; got none"
+            raise InvalidInput(msg)
         found = _search_graph(module, example_inputs, names)
     else:
         found = _search_modules(module, names)
+    if example_inputs is not None and not _is_exported(module):
         _count_by_hooks(module, example_inputs, found)
     layers = tuple(_layer(item) for item in found.values())
     return Inventory(

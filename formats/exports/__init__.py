@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -109,7 +110,8 @@ def export_plan(
         folder: Where to; must not exist, or be empty.
         format_name: Name of an exporter; by default the target's.
         target: Name of a target, whose rules the plan must keep.
-        samples: A few are run to compare the files with fake-quantization.
+        samples: A few are run to compare the files with fake-quantization; by default the
+            model's own example, if its source has one.
         correction_data: Unlabelled samples for the plan's corrections, if it has any.
 
     Raises:
@@ -134,6 +136,9 @@ def export_plan(
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         receipt = exporter.export(prepared, building)
+        if exporter.runs_here and receipt.difference is None:
+            note = "nothing was run: hand in samples to compare with fake-quantization"
+            receipt = replace(receipt, notes=(*receipt.notes, note))
         receipt.require()
         plan.save(building / "plan.json")
         receipt.save(building)

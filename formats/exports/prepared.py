@@ -129,7 +129,8 @@ def prepare_export(
         model: The model that the plan was made for.
         plan: What to export.
         target: Its rules are checked first.
-        samples: The first of them are run to compare the export with fake-quantization.
+        samples: The first of them are run to compare the export with fake-quantization; by
+            default the model's own example.
         correction_data: Unlabelled samples that the plan's corrections are fitted on.
 
     Raises:
@@ -188,9 +189,9 @@ def prepare_export(
         corrections=plan.corrections,
         correction_data=data,
     )
-    inputs = reference = None
-    if samples is not None:
-        inputs = tuple(t[:VERIFY_SAMPLES] for t in samples.inputs)
+    inputs = verifying_inputs(model, samples)
+    reference = None
+    if inputs is not None:
         with torch.no_grad():
             reference = quantized(*inputs)
     return PreparedExport(
@@ -203,6 +204,25 @@ def prepare_export(
         weights=weights,
         inputs=inputs,
         reference=reference,
+    )
+
+
+def verifying_inputs(
+    model: LoadedModel, samples: CalibrationSet | None
+) -> tuple[Tensor, ...] | None:
+    """Return inputs to compare an export on, or ``None`` if nobody knows what they look like.
+
+    A model's own example may be zeros, which would hide a wrong weight: floating-point inputs
+    become noise from a fixed seed.
+    """
+    if samples is not None:
+        return tuple(t[:VERIFY_SAMPLES] for t in samples.inputs)
+    if model.example_inputs is None:
+        return None
+    noise = torch.Generator().manual_seed(0)
+    return tuple(
+        torch.randn(t.shape, generator=noise) if t.is_floating_point() else t
+        for t in model.example_inputs
     )
 
 

@@ -205,6 +205,11 @@ class Target:
                 chosen.setdefault(storage.weight_bits, storage)
         return tuple(chosen.values())
 
+    def shared_widths(self, layers: Sequence[Layer]) -> tuple[int, ...]:
+        """Return the bit-widths that all ``layers`` of one group can have, smallest first."""
+        legal = [{f.weight_bits for f in self.formats_for(layer)} for layer in layers]
+        return tuple(sorted(set.intersection(*legal)))
+
     def candidates(
         self,
         inventory: Inventory,
@@ -241,8 +246,9 @@ class Target:
         for group, layers in members.items():
             wanted = {pinned[group]} if group in pinned else offered
             legal = [self.formats_for(layer) for layer in layers]
-            shared = set.intersection(*({f.weight_bits for f in formats} for formats in legal))
-            widths = sorted(shared if wanted is None else shared & wanted)
+            widths = [
+                bits for bits in self.shared_widths(layers) if wanted is None or bits in wanted
+            ]
             if not widths:
                 names = ", ".join(layer.name for layer in layers)
                 asked = "" if wanted is None else f" of {sorted(wanted)}"

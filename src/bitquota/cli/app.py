@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import bitquota
-from bitquota.cli import comparing, gating, planning, serving, solving
+from bitquota.cli import comparing, exporting, gating, inspecting, planning, serving, solving
 from bitquota.errors import BitquotaError
 from bitquota.service import admin_commands
 
@@ -27,10 +27,13 @@ app = typer.Typer(
         "5 no plan fits the budget."
     ),
 )
+app.command("inspect")(inspecting.inspect)
+app.command("targets")(inspecting.targets)
 app.command("plan")(planning.plan)
 app.command("measure")(planning.measure)
 app.command("compare")(comparing.compare)
 app.command("evaluate")(planning.evaluate)
+app.command("export")(exporting.export)
 app.command("show")(planning.show)
 app.command("solve")(solving.solve_file)
 app.command("frontier")(solving.frontier)

@@ -9,13 +9,12 @@ import typer
 
 from bitquota.cli import options as opt
 from bitquota.cli import output
-from bitquota.request import DEFAULT_WEIGHT_BITS
+from bitquota.cli.loading import load_samples
 from bitquota.storage import Granularity, Grid, Rounding, ScaleFormat, ScaleRule, Scheme
 
 if TYPE_CHECKING:
     from bitquota.comparison import Comparison
 
-_BITS = ",".join(map(str, DEFAULT_WEIGHT_BITS))
 _PLANS, _AFFORDABLE = 12, 500.0
 
 
@@ -42,7 +41,8 @@ def compare(
             "--max-passes", help="Leave out measures that cost more passes, unless named."
         ),
     ] = _AFFORDABLE,
-    bits: opt.Bits = _BITS,
+    target: opt.TargetName = None,
+    bits: opt.Bits = None,
     activations: opt.Activations = None,
     fix: opt.Fix = None,
     tie: opt.Tie = None,
@@ -61,6 +61,8 @@ def compare(
     solver: opt.SolverName = "auto",
     gap: opt.Gap = 1e-4,
     time_limit: opt.TimeLimit = None,
+    tokenizer: opt.Tokenizer = None,
+    length: opt.Length = opt.DEFAULT_LENGTH,
     device: opt.Device = "auto",
     ledger: opt.LedgerPath = None,
     out: Annotated[
@@ -76,7 +78,7 @@ def compare(
 ) -> None:
     """Measure MODEL with every metric, solve every budget with each, and measure all the plans."""
     from bitquota.compare import compare as run
-    from bitquota.formats import load_calibration, load_model
+    from bitquota.formats import load_model
     from bitquota.sensitivity.ledger import SqliteLedger
 
     if plot_file is not None:
@@ -107,9 +109,10 @@ def compare(
         solver=solver,
         gap=gap,
         time_limit=time_limit,
+        target=target,
     )
     loaded = load_model(model)
-    data = load_calibration(calibration)
+    data = load_samples(calibration, model=model, tokenizer=tokenizer, length=length)
     with (
         SqliteLedger(ledger or opt.default_ledger()) as kept,
         output.progress_bars() as on_progress,

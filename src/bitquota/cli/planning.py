@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitquota import report
+from bitquota import report, tracking
 from bitquota.cli import options as opt
 from bitquota.cli import output
+from bitquota.cli.loading import load_samples
 from bitquota.errors import InvalidInput
 from bitquota.plan import Plan
-from bitquota.request import DEFAULT_WEIGHT_BITS
 from bitquota.storage import Granularity, Grid, Rounding, ScaleFormat, ScaleRule, Scheme
 
 if TYPE_CHECKING:
-    from bitquota.request import PlanRequest
+    from collections.abc import Callable
 
-_BITS = ",".join(map(str, DEFAULT_WEIGHT_BITS))
+    from bitquota.request import PlanRequest
+    from bitquota.sensitivity.calibration import CalibrationSet
 
 
 def plan(
     model: opt.Model,
     calibration: opt.Calibration,
     budgets: opt.Budgets = None,
-    bits: opt.Bits = _BITS,
+    target: opt.TargetName = None,
+    bits: opt.Bits = None,
     activations: opt.Activations = None,
     fix: opt.Fix = None,
     tie: opt.Tie = None,
@@ -46,6 +49,8 @@ def plan(
     solver: opt.SolverName = "auto",
     gap: opt.Gap = 1e-4,
     time_limit: opt.TimeLimit = None,
+    tokenizer: opt.Tokenizer = None,
+    length: opt.Length = opt.DEFAULT_LENGTH,
     device: opt.Device = "auto",
     ledger: opt.LedgerPath = None,
     out: Annotated[
@@ -60,11 +65,14 @@ def plan(
     server: Annotated[
         str | None, typer.Option("--server", help="Run on this server instead of here.")
     ] = None,
+    log_to: opt.LogTo = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plans as JSON instead of tables.")
     ] = False,
 ) -> None:
     """Measure MODEL on CALIBRATION and write the best plan for each budget."""
+    if log_to is not None:
+        tracking.require_tracker(log_to)
     request = opt.plan_request(
         budgets=budgets,
         bits=bits,
@@ -90,11 +98,13 @@ def plan(
         solver=solver,
         gap=gap,
         time_limit=time_limit,
+        target=target,
     )
     if server is not None:
         plans = _plan_remotely(server, model, calibration, request, matrix_file)
     else:
-        plans = _plan_here(model, calibration, request, device, ledger, matrix_file)
+        read = partial(load_samples, calibration, model=model, tokenizer=tokenizer, length=length)
+        plans = _plan_here(model, read, request, device, ledger, matrix_file)
     for path, made in zip(_numbered(out, len(plans)), plans, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         made.save(path)
@@ -103,6 +113,9 @@ def plan(
         report_file.parent.mkdir(parents=True, exist_ok=True)
         report_file.write_text(report.render_markdown(plans, title=f"Bit allocation of {model}"))
         output.messages.print(f"wrote {report_file}", highlight=False)
+    if log_to is not None:
+        runs = tracking.log_plans(plans, tracker=log_to, source=model)
+        output.messages.print(f"logged to {log_to}: {', '.join(runs)}", highlight=False)
     if as_json:
         output.print_json([made.to_json() for made in plans])
         return
@@ -118,18 +131,18 @@ def _numbered(path: Path, n: int) -> list[Path]:
 
 def _plan_here(
     model: str,
-    calibration: str,
+    read: Callable[[], CalibrationSet],
     request: PlanRequest,
     device: str,
     ledger: Path | None,
     matrix_file: Path | None,
 ) -> tuple[Plan, ...]:
     from bitquota.allocate import allocate
-    from bitquota.formats import load_calibration, load_model
+    from bitquota.formats import load_model
     from bitquota.sensitivity.ledger import SqliteLedger
 
     loaded = load_model(model)
-    samples = load_calibration(calibration)
+    samples = read()
     with (
         SqliteLedger(ledger or opt.default_ledger()) as kept,
         output.progress_bars() as on_progress,
@@ -166,7 +179,8 @@ def _plan_remotely(
 def measure(
     model: opt.Model,
     calibration: opt.Calibration,
-    bits: opt.Bits = _BITS,
+    target: opt.TargetName = None,
+    bits: opt.Bits = None,
     activations: opt.Activations = None,
     fix: opt.Fix = None,
     tie: opt.Tie = None,
@@ -182,6 +196,8 @@ def measure(
     scale_rule: opt.ScaleRuleName = ScaleRule.LEAST_SQUARES,
     scale_format: opt.ScaleFormatName = ScaleFormat.FP32,
     rounding: opt.RoundingName = Rounding.NEAREST,
+    tokenizer: opt.Tokenizer = None,
+    length: opt.Length = opt.DEFAULT_LENGTH,
     device: opt.Device = "auto",
     ledger: opt.LedgerPath = None,
     out: Annotated[
@@ -190,7 +206,7 @@ def measure(
 ) -> None:
     """Measure the sensitivity matrix of MODEL on CALIBRATION and write it."""
     from bitquota.allocate import measure_matrix
-    from bitquota.formats import load_calibration, load_model
+    from bitquota.formats import load_model
     from bitquota.sensitivity.ledger import SqliteLedger
 
     request = opt.plan_request(
@@ -214,9 +230,10 @@ def measure(
             scale_format=scale_format,
             rounding=rounding,
         ),
+        target=target,
     )
     loaded = load_model(model)
-    data = load_calibration(calibration)
+    data = load_samples(calibration, model=model, tokenizer=tokenizer, length=length)
     with (
         SqliteLedger(ledger or opt.default_ledger()) as kept,
         output.progress_bars() as on_progress,

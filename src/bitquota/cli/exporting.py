@@ -1,0 +1,136 @@
+"""Plans out: ``export``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bitquota import report
+from bitquota.cli import options as opt
+from bitquota.cli import output
+from bitquota.cli.loading import load_samples
+from bitquota.plan import Plan
+
+if TYPE_CHECKING:
+    from bitquota.formats.exports import Receipt
+
+
+def export(
+    model: opt.Model,
+    plan_file: Annotated[
+        Path, typer.Argument(metavar="PLAN", help="A plan that 'bitquota plan' wrote.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; new or empty.")],
+    target: Annotated[
+        str | None,
+        typer.Option("--target", "-t", help="Keep this target's rules [the plan's own]."),
+    ] = None,
+    format_name: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="onnx-qdq, onnx-matmulnbits, openvino, compressed-tensors, gguf, ref-int, or a "
+            "configuration for another tool [the target's].",
+        ),
+    ] = None,
+    samples: Annotated[
+        str | None,
+        typer.Option(
+            "--samples",
+            help="Calibration set: a few samples are run to compare the files with the plan.",
+        ),
+    ] = None,
+    correction_data: Annotated[
+        str | None,
+        typer.Option(
+            "--correction-data", help="Unlabelled set for the plan's corrections [--samples]."
+        ),
+    ] = None,
+    tokenizer: opt.Tokenizer = None,
+    length: opt.Length = opt.DEFAULT_LENGTH,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")] = False,
+) -> None:
+    """Write PLAN as files that a runtime loads, read them back, run them, and print the receipt.
+
+    The folder appears whole, with plan.json and receipt.json, or not at all: a byte more than
+    planned, or an output that differs from fake-quantization, is an error.
+    """
+    from bitquota.formats import load_model
+    from bitquota.formats.exports import export_plan
+
+    plan = Plan.load(plan_file)
+    if target is None and format_name is None and plan.target is not None:
+        target = plan.target.name
+    loaded = load_model(model)
+    data = correcting = None
+    if samples is not None:
+        data = load_samples(samples, model=model, tokenizer=tokenizer, length=length)
+    if correction_data is not None:
+        correcting = load_samples(correction_data, model=model, tokenizer=tokenizer, length=length)
+    receipt = export_plan(
+        loaded,
+        plan,
+        out,
+        format_name=format_name,
+        target=target,
+        samples=data,
+        correction_data=correcting,
+    )
+    output.messages.print(f"wrote {out}", highlight=False)
+    if as_json:
+        output.print_json(receipt.to_json())
+        return
+    print_receipt(receipt)
+
+
+def print_receipt(receipt: Receipt) -> None:
+    """Print what was written, read back and compared, in a few lines."""
+    output.print_rows(
+        [
+            {"file": f.name, "bytes": f"{f.size_bytes:,}", "sha256": f.digest[7:19]}
+            for f in receipt.files
+        ]
+    )
+    kinds: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for tensor in receipt.tensors:
+        key = tensor.planned, re.sub(r" \d+(x\d+)*$", "", tensor.stored)
+        kinds.setdefault(key, []).append((tensor.planned_bits, tensor.actual_bits))
+    output.print_rows(
+        [
+            {
+                "planned": planned,
+                "read back as": stored,
+                "layers": str(len(sizes)),
+                "planned bits": f"{sum(a for a, _ in sizes):,}",
+                "stored bits": f"{sum(b for _, b in sizes):,}",
+            }
+            for (planned, stored), sizes in kinds.items()
+        ]
+    )
+    for line in _sentences(receipt):
+        output.console.print(line, markup=False, highlight=False)
+
+
+def _sentences(receipt: Receipt) -> list[str]:
+    lines = []
+    if receipt.tensors:
+        lines.append(
+            f"Quantized weights {report.format_size(receipt.payload_bits)} as planned; other "
+            f"tensors {report.format_size(receipt.unquantized_bits)} (planned "
+            f"{report.format_size(receipt.planned_unquantized_bits)}); headers and graph "
+            f"{receipt.container_bytes:,} B ({100 * receipt.container_overhead:.1f} %)."
+        )
+    gap = receipt.difference
+    if gap is not None:
+        lines.append(
+            f"Run by {receipt.runtime['name']} {receipt.runtime['version']} on {gap.n_samples} "
+            f"samples: differs from fake-quantization by at most {gap.maximum:.2g} "
+            f"({gap.relative:.2g} of the norm)."
+        )
+    if options := receipt.runtime.get("options"):
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        lines.append(f"Options that must be set when it is run: {given}.")
+    return lines + [f"Note: {note}." for note in receipt.notes]

@@ -1,0 +1,160 @@
+"""Commands that look before anything is measured: ``inspect`` and ``targets``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bitquota import report
+from bitquota.cli import options as opt
+from bitquota.cli import output
+from bitquota.cli.loading import load_samples
+
+if TYPE_CHECKING:
+    from bitquota.formats.inspection import LayerSummary, ModelSummary
+
+
+def inspect(
+    model: opt.Model,
+    target: opt.TargetName = None,
+    samples: Annotated[
+        str | None,
+        typer.Option("--samples", help="A calibration set: two samples count operations."),
+    ] = None,
+    tie: opt.Tie = None,
+    exclude: opt.Exclude = None,
+    tokenizer: opt.Tokenizer = None,
+    length: opt.Length = opt.DEFAULT_LENGTH,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the layers of MODEL and what may become of each, before anything is measured."""
+    from bitquota.formats import load_model
+    from bitquota.formats.inspection import inspect_model
+    from bitquota.formats.targets import target_by_name
+
+    chosen = None if target is None else target_by_name(target)
+    loaded = load_model(model)
+    data = None
+    if samples is not None:
+        data = load_samples(samples, model=model, tokenizer=tokenizer, length=length)
+    found = inspect_model(
+        loaded,
+        target=chosen,
+        samples=data,
+        exclude=tuple(exclude or ()),
+        ties=opt.parse_ties(tie),
+    )
+    if as_json:
+        output.print_json(found.to_json())
+        return
+    counts = Counter(entry.layer.group for entry in found.layers if not entry.kept)
+    shared = [group for group, n in counts.items() if n > 1]
+    numbers = {group: str(k) for k, group in enumerate(shared, 1)}
+    output.print_rows(
+        [_row(found, entry, numbers) for entry in found.layers],
+        title=f"{found.architecture} of {found.source}",
+    )
+    for line in _sentences(found, numbers):
+        output.console.print(line, markup=False, highlight=False)
+
+
+def targets(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the deployment targets and how their rules were checked: run, read or documented.
+
+    --json has every format with its real bits per weight, shapes, ties and runtime options.
+    """
+    from bitquota.formats.targets import TARGETS
+
+    if as_json:
+        output.print_json([target.describe() for target in TARGETS.values()])
+        return
+    output.print_rows(
+        [
+            {
+                "target": target.name,
+                "bits": ",".join(map(str, sorted({f.weight_bits for f in target.formats} - {32}))),
+                "export": target.exporter,
+                "rules": target.verified,
+                "what": target.summary,
+            }
+            for target in TARGETS.values()
+        ]
+    )
+
+
+def _row(found: ModelSummary, entry: LayerSummary, numbers: dict[str, str]) -> dict[str, str]:
+    layer = entry.layer
+    row = {
+        "layer": layer.name,
+        "kind": str(layer.kind),
+        "shape": "x".join(map(str, layer.weight_shape)),
+        "weights": f"{layer.n_weights:,}",
+    }
+    if found.counted:
+        row["MACs"] = f"{layer.n_macs:,}"
+    if numbers:
+        row["tie"] = "" if entry.kept else numbers.get(layer.group, "")
+    if found.target is not None or any(e.kept for e in found.layers):
+        widths = ",".join(str(f.weight_bits) for f in entry.formats)
+        row["bits"] = "as it is" if entry.kept else widths
+    if found.target is not None:
+        smallest = min((f.size_bits for f in entry.formats), default=0) / layer.n_weights
+        row["stored"] = "" if entry.kept else f"{smallest:.3g}"
+    return row
+
+
+def _formats(found: ModelSummary) -> list[str]:
+    """Return one line for each set of formats, with the range of real bits per weight."""
+    ranges: dict[str, list[float]] = {}
+    for entry in found.layers:
+        for legal in entry.formats:
+            ranges.setdefault(legal.name, []).append(legal.size_bits / entry.layer.n_weights)
+    texts = []
+    for name, sizes in ranges.items():
+        low, high = f"{min(sizes):.4g}", f"{max(sizes):.4g}"
+        texts.append(f"{name} {low}" if low == high else f"{name} {low} to {high}")
+    return [f"Formats and real bits per weight: {', '.join(texts)}."] if texts else []
+
+
+def _sentences(found: ModelSummary, numbers: dict[str, str]) -> list[str]:
+    inventory = found.inventory
+    size = report.format_size(inventory.full_precision_bits)
+    other = report.format_size(inventory.unquantized_bits)
+    n_other = len(inventory.unquantized)
+    lines = [
+        (
+            f"{len(found.layers)} layers, {inventory.n_weights:,} weights; whole model {size}, of "
+            f"which {other} in {n_other} other tensors that ship as they are."
+        )
+    ]
+    aliased = [entry.layer for entry in found.layers if entry.layer.aliases]
+    lines += [
+        f"{layer.weight_name} is also {', '.join(layer.aliases)}: counted once."
+        for layer in aliased
+    ]
+    kept: dict[str, list[str]] = {}
+    for entry in found.layers:
+        if entry.kept:
+            kept.setdefault(entry.kept, []).append(entry.layer.name)
+    lines += [f"As they are: {', '.join(names)}: {reason}." for reason, names in kept.items()]
+    if found.target is not None:
+        assert found.smallest_bits is not None  # noqa: S101  # there is a target
+        lines.append(
+            f"Target {found.target.name}: {len(numbers)} ties; smallest whole model "
+            f"{report.format_size(found.smallest_bits)}."
+        )
+        lines += _formats(found)
+        notes = {f.note for entry in found.layers for f in entry.formats if f.note}
+        lines += [f"Note: {note}." for note in sorted(notes)]
+    elif found.suggestion.ties or found.suggestion.exclude:
+        advice = [f"--tie {','.join(tie)}" for tie in found.suggestion.ties]
+        advice += [f"--exclude {name}" for name in found.suggestion.exclude]
+        lines.append(f"Usual here (a --target applies them): {' '.join(advice)}")
+        lines += [f"  {reason}" for reason in found.suggestion.reasons]
+    if not found.counted:
+        lines.append("Operations were not counted: give --samples, of which two are run.")
+    return lines
