@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitquota.cli import options as opt
-from bitquota.cli import output
-from bitquota.errors import GateFailed, Infeasible, InvalidInput
+from bitquota.cli import output, remote
+from bitquota.errors import GateFailed, Infeasible
 
 if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
-    from bitquota.solver import FrontierPoint, Problem, Smallest, Solution
 
 File = Annotated[
     Path,
@@ -62,48 +61,49 @@ def solve_file(
             "--cross-check", help="Verify the certificate and ask every other solver here."
         ),
     ] = False,
+    server: opt.Server = None,
+    api_key: opt.ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Solve the allocation problem of FILE for one budget, with a bound on the best possible."""
-    from bitquota.solver import read_problem, smallest, solve, top_k
-
-    problem = read_problem(file, budget_index=budget_index, budget=budget)
+    order: JsonObject = {
+        "budget": budget, "budget_index": budget_index, "gap": gap, "time_limit_s": time_limit,
+        "seed": seed,
+    }  # fmt: skip
     if tolerance is not None:
-        found = smallest(problem, tolerance, gap=gap, time_limit_s=time_limit, seed=seed)
-        _print_smallest(problem, found, tolerance, as_json=as_json)
-        return
-    solution = solve(
-        problem,
-        backend=solver,
-        gap=gap,
-        time_limit_s=time_limit,
-        node_limit=node_limit,
-        seed=seed,
-    )
-    document = solution_json(problem, solution)
-    if solution.choice is None:
-        _fail_without_choice(problem, solution, document, as_json=as_json)
-    if top > 1:
-        others = top_k(problem, top, gap=gap, time_limit_s=time_limit, seed=seed)
-        document["top"] = [solution_json(problem, other) for other in others]
-    if explain:
-        from bitquota.solver.explain import explain as explained
-
-        document["explanation"] = explained(problem, solution).to_json()
-    if cross_check:
-        from bitquota.solver.cross_check import cross_check as checked
-
-        document["cross_check"] = checked(problem, solution).to_json()
+        order["tolerance"] = tolerance
+    else:
+        order |= {
+            "solver": solver, "node_limit": node_limit, "top": top, "explain": explain,
+            "cross_check": cross_check,
+        }  # fmt: skip
+    document = remote.solution(file, order, server, api_key) if server else _solve_here(file, order)
     if as_json:
         output.print_json(document)
-    else:
-        _print_solution(problem, solution, document)
+    if document["choice"] is None:
+        _fail_without_choice(document, tolerance)
+    if not as_json:
+        if tolerance is not None:
+            _print_smallest(document, tolerance)
+        else:
+            _print_solution(document)
     if cross_check and not document["cross_check"]["holds"]:
         msg = (
             "a certificate must hold and no other solver may contradict it; see the comparison: "
             "please report this problem file"
         )
         raise GateFailed(msg)
+
+
+def _solve_here(file: Path, order: JsonObject) -> JsonObject:
+    from bitquota.solver import read_problem
+    from bitquota.solver.document import smallest_document, solve_document
+
+    options = dict(order)
+    problem = read_problem(
+        file, budget_index=options.pop("budget_index"), budget=options.pop("budget")
+    )
+    return (smallest_document if "tolerance" in options else solve_document)(problem, **options)
 
 
 def frontier(
@@ -120,97 +120,92 @@ def frontier(
     time_limit: opt.TimeLimit = None,
     node_limit: NodeLimit = None,
     seed: opt.Seed = 0,
+    server: opt.Server = None,
+    api_key: opt.ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Solve FILE at many budgets: the whole curve of size against predicted loss.
 
     Which resource varies is that of --budget (by default average bits).
     """
-    from bitquota.solver import even_limits, read_problem
-    from bitquota.solver import frontier as solve_frontier
-
-    if points < 2:
-        msg = f"a frontier must have at least 2 points; got {points}"
-        raise InvalidInput(msg, points=points)
     if budget is None and budget_index is None:
         budget = "32 bits"
-    problem = read_problem(file, budget_index=budget_index, budget=budget)
-    found = solve_frontier(
-        problem,
-        even_limits(problem, points),
-        certify=certify,
-        gap=gap,
-        time_limit_s=time_limit,
-        node_limit=node_limit,
-        seed=seed,
-    )
+    order: JsonObject = {
+        "points": points, "budget": budget, "budget_index": budget_index, "certify": certify,
+        "gap": gap, "time_limit_s": time_limit, "node_limit": node_limit, "seed": seed,
+    }  # fmt: skip
+    found = remote.frontier(file, order, server, api_key) if server else _frontier_here(file, order)
     if as_json:
-        output.print_json([_point_json(problem, point) for point in found])
+        output.print_json(found)
         return
-    output.print_rows([_point_row(problem, point) for point in found], title=f"Frontier of {file}")
+    output.print_rows([_point_row(point) for point in found], title=f"Frontier of {file}")
 
 
-def _point_json(problem: Problem, point: FrontierPoint) -> JsonObject:
-    return {"limit": point.limit} | solution_json(problem, point.solution)
+def _frontier_here(file: Path, order: JsonObject) -> list[JsonObject]:
+    from bitquota.solver import read_problem
+    from bitquota.solver.document import frontier_document
+
+    options = dict(order)
+    problem = read_problem(
+        file, budget_index=options.pop("budget_index"), budget=options.pop("budget")
+    )
+    return frontier_document(problem, **options)
 
 
-def _point_row(problem: Problem, point: FrontierPoint) -> dict[str, str]:
-    solution = point.solution
-    spent = "" if solution.choice is None else f"{int(problem.spent(solution.choice)[0]):,}"
-    finite = solution.bound != -float("inf")
+def _point_row(point: JsonObject) -> dict[str, str]:
+    resource = next(iter(point["limits"]))
+    bound, gap = point["bound"], point["relative_gap"]
     return {
-        problem.resources[0]: f"{point.limit:,}",
-        "spent": spent,
-        "objective": f"{solution.objective:.6g}",
-        "bound": f"{solution.bound:.6g}" if finite else "",
-        "gap": f"{100 * solution.relative_gap:.3g} %" if finite else "",
-        "status": str(solution.status),
+        resource: f"{point['limits'][resource]:,}",
+        "spent": "" if point["spent"] is None else f"{point['spent'][resource]:,}",
+        "objective": "inf" if point["objective"] is None else f"{point['objective']:.6g}",
+        "bound": "" if bound is None else f"{bound:.6g}",
+        "gap": "" if gap is None or bound is None else f"{100 * gap:.3g} %",
+        "status": point["status"],
     }
 
 
-def _fail_without_choice(
-    problem: Problem, solution: Solution, document: JsonObject, *, as_json: bool
-) -> None:
+def _fail_without_choice(document: JsonObject, tolerance: float | None) -> None:
     """Say why there is no choice: what conflicts, and how far which budget must be raised."""
-    from bitquota.solver import Status
-
+    if tolerance is not None:
+        msg = (
+            f"some choice within the budget must lose at most {tolerance:g}; none was found "
+            f"('{document['status']}'): raise the tolerance or the budget"
+        )
+        raise Infeasible(msg, tolerance=tolerance)
     advice = "raise a budget, or give the solver more time"
-    if solution.status is Status.INFEASIBLE:
-        from bitquota.solver.conflicts import explain_infeasible
-
-        conflict = explain_infeasible(problem)
-        document["conflict"] = conflict.to_json()
-        texts = "; ".join(c.text for c in conflict.constraints)
+    if conflict := document.get("conflict"):
+        texts = "; ".join(c["text"] for c in conflict["constraints"])
         raised = [
             f"{name} to {limit:,}"
-            for r in conflict.raises
-            for name, limit in zip(r.resources, r.limits, strict=True)
+            for r in conflict["raises"]
+            for name, limit in zip(r["resources"], r["limits"], strict=True)
         ]
         advice = f"these conflict: {texts}" + (f"; raise {' or '.join(raised)}" if raised else "")
-    if as_json:
-        output.print_json(document)
     msg = (
-        f"some choice must satisfy all constraints; the solver ended '{solution.status}': {advice}"
+        "some choice must satisfy all constraints; the solver ended "
+        f"'{document['status']}': {advice}"
     )
-    raise Infeasible(msg, status=str(solution.status))
+    raise Infeasible(msg, status=document["status"])
 
 
-def _print_solution(problem: Problem, solution: Solution, document: JsonObject) -> None:
-    assert solution.choice is not None  # noqa: S101  # its caller asked
-    rows = problem.rows(solution.choice)
-    chosen = [
-        {"group": problem.groups[g], "candidate": problem.labels[row]} for g, row in enumerate(rows)
-    ]
+def _chosen(document: JsonObject) -> list[dict[str, str]]:
+    pairs = zip(document["groups"], document["labels"], strict=True)
+    return [{"group": group, "candidate": label} for group, label in pairs]
+
+
+def _print_solution(document: JsonObject) -> None:
+    chosen = _chosen(document)
     if "explanation" in document:
         for row, account in zip(chosen, document["explanation"]["groups"], strict=True):
             row["buys (loss avoided)"] = f"{account['bought']:.4g}"
             row["for"] = ", ".join(f"{paid:,}" for paid in account["paid"])
     output.print_rows(chosen)
     output.console.print(
-        f"{solution.status}: objective {solution.objective:.6g}, no choice is below "
-        f"{solution.bound:.6g} (gap {solution.absolute_gap:.3g}, "
-        f"{100 * solution.relative_gap:.3g} %); {solution.backend}, "
-        f"{solution.stats.nodes} nodes, {solution.stats.cpu_seconds:.2f} CPU seconds"
+        f"{document['status']}: objective {document['objective']:.6g}, no choice is below "
+        f"{_number(document['bound'], '-inf')} (gap {_number(document['absolute_gap'], 'inf', 3)}, "
+        f"{_number(document['relative_gap'], 'inf', 3, 100)} %); {document['backend']}, "
+        f"{document['nodes']} nodes, {document['cpu_seconds']:.2f} CPU seconds"
     )
     for account in document.get("explanation", {}).get("budgets", []):
         line = (
@@ -242,61 +237,14 @@ def _print_solution(problem: Problem, solution: Solution, document: JsonObject) 
         )
 
 
-def _print_smallest(problem: Problem, found: Smallest, tolerance: float, *, as_json: bool) -> None:
-    document: JsonObject = {
-        "status": str(found.status),
-        "limit": None if found.limit is None else str(found.limit),
-        "choice": None if found.choice is None else [int(c) for c in found.choice],
-        "cost": found.cost,
-        "bound": found.bound,
-        "objective": found.objective if found.choice is not None else None,
-        "resource": problem.resources[0],
-    }
-    if as_json:
-        output.print_json(document)
-    if found.choice is None:
-        msg = (
-            f"some choice within the budget must lose at most {tolerance:g}; none was found "
-            f"('{found.status}'): raise the tolerance or the budget"
-        )
-        raise Infeasible(msg, tolerance=tolerance)
-    if not as_json:
-        rows = problem.rows(found.choice)
-        output.print_rows(
-            [
-                {"group": problem.groups[g], "candidate": problem.labels[row]}
-                for g, row in enumerate(rows)
-            ]
-        )
-        output.console.print(
-            f"{found.status}: {problem.resources[0]} {found.cost:,} for a predicted loss of "
-            f"{found.objective:.6g}; no choice below {found.bound:,} stays within {tolerance:g}"
-        )
+def _number(value: float | None, infinite: str, digits: int = 6, scale: float = 1.0) -> str:
+    return infinite if value is None else f"{scale * value:.{digits}g}"
 
 
-def solution_json(problem: Problem, solution: Solution) -> JsonObject:
-    """Return what ``bitquota solve --json`` prints; infinite numbers become ``null``."""
-
-    def finite(value: float) -> float | None:
-        return value if abs(value) != float("inf") else None
-
-    chosen = None if solution.choice is None else [int(c) for c in solution.choice]
-    labels = spent = None
-    if solution.choice is not None:
-        labels = [problem.labels[row] for row in problem.rows(solution.choice)]
-        spent = [int(amount) for amount in problem.spent(solution.choice)]
-    return {
-        "status": str(solution.status),
-        "limit": None if solution.limit is None else str(solution.limit),
-        "choice": chosen,
-        "labels": labels,
-        "objective": finite(solution.objective),
-        "bound": finite(solution.bound),
-        "absolute_gap": finite(solution.absolute_gap),
-        "relative_gap": finite(solution.relative_gap),
-        "backend": solution.backend,
-        "nodes": solution.stats.nodes,
-        "cpu_seconds": solution.stats.cpu_seconds,
-        "spent": spent and dict(zip(problem.resources, spent, strict=True)),
-        "limits": dict(zip(problem.resources, map(int, problem.limits), strict=True)),
-    }
+def _print_smallest(document: JsonObject, tolerance: float) -> None:
+    output.print_rows(_chosen(document))
+    output.console.print(
+        f"{document['status']}: {document['resource']} {document['cost']:,} for a predicted loss "
+        f"of {document['objective']:.6g}; no choice below {document['bound']:,} stays within "
+        f"{tolerance:g}"
+    )

@@ -1,0 +1,188 @@
+"""Answers of the solver as plain JSON: what ``bitquota solve --json`` prints and a job returns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bitquota.errors import InvalidInput
+from bitquota.solver.diverse import top_k
+from bitquota.solver.frontier import even_limits, frontier, smallest
+from bitquota.solver.solution import Status
+from bitquota.solver.solve import GAP, solve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bitquota.canonical import JsonObject
+    from bitquota.solver.frontier import FrontierPoint, Smallest
+    from bitquota.solver.problem import Problem
+    from bitquota.solver.solution import Solution
+
+
+def solve_document(
+    problem: Problem,
+    *,
+    solver: str = "auto",
+    gap: float = GAP,
+    time_limit_s: float | None = None,
+    node_limit: int | None = None,
+    seed: int = 0,
+    top: int = 1,
+    explain: bool = False,
+    cross_check: bool = False,
+    cancelled: Callable[[], bool] | None = None,
+) -> JsonObject:
+    """Solve ``problem`` and return everything about the answer.
+
+    Args:
+        problem: What to solve.
+        solver: Backend.
+        gap: Relative gap to stop at.
+        time_limit_s: Seconds for one solve.
+        node_limit: Branch-and-bound nodes; unlike seconds, reproducible.
+        seed: Of the search.
+        top: Also list this many different choices, best first, under ``top``.
+        explain: Add ``explanation``: the price of each budget, and what each group's bits buy.
+        cross_check: Add ``cross_check``: the certificate verified, every other solver asked.
+        cancelled: Asked now and then.
+
+    A problem that has no choice gets ``conflict`` instead: what conflicts, and which budget must
+    be raised how far.
+    """
+    solution = solve(
+        problem,
+        backend=solver,
+        gap=gap,
+        time_limit_s=time_limit_s,
+        node_limit=node_limit,
+        seed=seed,
+        cancelled=cancelled,
+    )
+    document = solution_json(problem, solution)
+    if solution.choice is None:
+        if solution.status is Status.INFEASIBLE:
+            from bitquota.solver.conflicts import explain_infeasible
+
+            document["conflict"] = explain_infeasible(problem).to_json()
+        return document
+    if top > 1:
+        others = top_k(problem, top, gap=gap, time_limit_s=time_limit_s, seed=seed)
+        document["top"] = [solution_json(problem, other) for other in others]
+    if explain:
+        from bitquota.solver.explain import explain as explained
+
+        document["explanation"] = explained(problem, solution).to_json()
+    if cross_check:
+        from bitquota.solver.cross_check import cross_check as checked
+
+        document["cross_check"] = checked(problem, solution).to_json()
+    return document
+
+
+def smallest_document(
+    problem: Problem,
+    tolerance: float,
+    *,
+    gap: float = GAP,
+    time_limit_s: float | None = None,
+    seed: int = 0,
+) -> JsonObject:
+    """Return the smallest size whose loss is at most ``tolerance``; arguments as above."""
+    found = smallest(problem, tolerance, gap=gap, time_limit_s=time_limit_s, seed=seed)
+    return _smallest_json(problem, found)
+
+
+def frontier_document(
+    problem: Problem,
+    points: int,
+    *,
+    certify: bool = True,
+    gap: float = GAP,
+    time_limit_s: float | None = None,
+    node_limit: int | None = None,
+    seed: int = 0,
+    on_point: Callable[[FrontierPoint], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> list[JsonObject]:
+    """Solve ``problem`` at many budgets of its first resource and return one object for each.
+
+    Args:
+        problem: What to solve.
+        points: Budgets, evenly spaced from the smallest choice to the largest.
+        certify: Prove a bound for every point.
+        gap: Relative gap to stop at.
+        time_limit_s: Seconds for all points together.
+        node_limit: Nodes for each point.
+        seed: Of the search.
+        on_point: Called with each finished point.
+        cancelled: Asked now and then.
+
+    Raises:
+        InvalidInput: Fewer than two points.
+    """
+    if points < 2:
+        msg = f"a frontier must have at least 2 points; got {points}"
+        raise InvalidInput(msg, points=points)
+    found = frontier(
+        problem,
+        even_limits(problem, points),
+        certify=certify,
+        gap=gap,
+        time_limit_s=time_limit_s,
+        node_limit=node_limit,
+        seed=seed,
+        on_point=on_point,
+        cancelled=cancelled,
+    )
+    rows = []
+    for point in found:
+        row = solution_json(problem, point.solution)
+        row["limits"] |= {problem.resources[0]: point.limit}
+        rows.append(row)
+    return rows
+
+
+def solution_json(problem: Problem, solution: Solution) -> JsonObject:
+    """Return a solution in the words of its problem; infinite numbers become ``null``."""
+
+    def finite(value: float) -> float | None:
+        return value if abs(value) != float("inf") else None
+
+    chosen = None if solution.choice is None else [int(c) for c in solution.choice]
+    labels = spent = None
+    if solution.choice is not None:
+        labels = [problem.labels[row] for row in problem.rows(solution.choice)]
+        spent = [int(amount) for amount in problem.spent(solution.choice)]
+    return {
+        "status": str(solution.status),
+        "limit": None if solution.limit is None else str(solution.limit),
+        "choice": chosen,
+        "groups": list(problem.groups),
+        "labels": labels,
+        "objective": finite(solution.objective),
+        "bound": finite(solution.bound),
+        "absolute_gap": finite(solution.absolute_gap),
+        "relative_gap": finite(solution.relative_gap),
+        "backend": solution.backend,
+        "nodes": solution.stats.nodes,
+        "cpu_seconds": solution.stats.cpu_seconds,
+        "spent": spent and dict(zip(problem.resources, spent, strict=True)),
+        "limits": dict(zip(problem.resources, map(int, problem.limits), strict=True)),
+    }
+
+
+def _smallest_json(problem: Problem, found: Smallest) -> JsonObject:
+    labels = None
+    if found.choice is not None:
+        labels = [problem.labels[row] for row in problem.rows(found.choice)]
+    return {
+        "status": str(found.status),
+        "limit": None if found.limit is None else str(found.limit),
+        "choice": None if found.choice is None else [int(c) for c in found.choice],
+        "groups": list(problem.groups),
+        "labels": labels,
+        "cost": found.cost,
+        "bound": found.bound,
+        "objective": found.objective if found.choice is not None else None,
+        "resource": problem.resources[0],
+    }
