@@ -18,6 +18,7 @@ from bitquota.candidates import LayerKind
 from bitquota.errors import InvalidModel, MeasurementFailed, MissingDependency, UnsafeModel
 from bitquota.formats.layer_calls import Conv1D
 from bitquota.formats.models import LoadedModel, finish
+from bitquota.sensitivity.onnx_program import FedTensor, OnnxSource, Shift, as_array, first_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,7 +105,7 @@ def _session(model: Any) -> Any:  # noqa: ANN401  # onnx.ModelProto to Inference
     try:
         return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as err:  # onnxruntime raises its own kinds
-        msg = f"ONNX Runtime must be able to run the model; it says: {_first_line(err)}"
+        msg = f"ONNX Runtime must be able to run the model; it says: {first_line(err)}"
         raise InvalidModel(msg) from err
 
 
@@ -116,6 +117,7 @@ class OnnxModule(nn.Module):
 
     Attributes:
         layers: Where each quantizable weight stands.
+        onnx_source: The graph, as the ONNX Runtime runner takes it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -147,6 +149,18 @@ class OnnxModule(nn.Module):
             for node in users:
                 data = _data_input(node, layer.initializer)
                 self._calls.append((layer.name, data, node.output[0]))
+        # Statistics of batch norms may be estimated anew: they are inputs like weights.
+        used: dict[str, list[Any]] = {}
+        for node in proto.graph.node:
+            for name in node.input:
+                used.setdefault(name, []).append(node)
+        movable = _statistics(proto, initializers) | _added(self.layers, nodes, used, initializers)
+        for name, tensor in initializers.items():
+            if name not in fed:
+                value = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
+                where = _register(self, name, value)
+                if name in movable:
+                    fed[name] = where
         self._weights = [(k, v, _FLOATS[initializers[k].data_type]) for k, v in fed.items()]
         declared = {v.name for v in proto.graph.input}
         for name in fed:
@@ -155,9 +169,6 @@ class OnnxModule(nn.Module):
                 proto.graph.input.append(
                     onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims))
                 )
-        for name, tensor in initializers.items():
-            if name not in fed:
-                _register(self, name, torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()))
         kept = [t for t in proto.graph.initializer if t.name not in fed]
         del proto.graph.initializer[:]
         proto.graph.initializer.extend(kept)
@@ -167,6 +178,19 @@ class OnnxModule(nn.Module):
         mine = {name for name, _ in self._inputs}
         observed = [n for _, a, b in self._calls for n in (a, b) if n not in mine]
         self._sessions = _Sessions(proto, tuple(dict.fromkeys(observed)))
+        outputs = {v.name for v in proto.graph.output}
+        self.onnx_source = OnnxSource(
+            model=proto,
+            inputs=tuple(self._inputs),
+            output=self._output,
+            fixed_batch=self._fixed_batch,
+            fed=tuple(FedTensor(name=k, path=v, dtype=d) for k, v, d in self._weights),
+            shifts={
+                layer.name: shift
+                for layer in self.layers
+                if (shift := _shift(layer, nodes, used, fed, outputs)) is not None
+            },
+        )
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Run the graph on ``inputs`` (in graph order) with the parameters as they are now.
@@ -181,8 +205,7 @@ class OnnxModule(nn.Module):
             raise ValueError(msg)
         weights = {name: self._weight(path, dtype) for name, path, dtype in self._weights}
         arrays = [
-            np.ascontiguousarray(tensor.detach().cpu().numpy().astype(dtype, copy=False))
-            for tensor, (_, dtype) in zip(inputs, self._inputs, strict=True)
+            as_array(tensor, dtype) for tensor, (_, dtype) in zip(inputs, self._inputs, strict=True)
         ]
         batch = len(arrays[0]) if self._fixed_batch is None else self._fixed_batch
         pieces = []
@@ -203,7 +226,7 @@ class OnnxModule(nn.Module):
         try:
             results = dict(zip(wanted, session.run(wanted, feed), strict=True))
         except Exception as err:  # onnxruntime raises its own kinds
-            raise ValueError(_first_line(err)) from err
+            raise ValueError(first_line(err)) from err
         if watched:
             self._serve_hooks(watched, feed | results)
         result = results[self._output]
@@ -262,7 +285,7 @@ class OnnxModule(nn.Module):
     def _weight(self, path: str, dtype: Any) -> NDArray[Any]:  # noqa: ANN401  # a numpy type
         owner, _, leaf = path.rpartition(".")
         data: Tensor = getattr(self.get_submodule(owner), leaf)
-        return np.ascontiguousarray(data.detach().cpu().numpy().astype(dtype, copy=False))
+        return as_array(data, dtype)
 
     def _add_layer(self, layer: OnnxLayer, array: NDArray[Any], bias: NDArray[Any] | None) -> None:
         module = _layer_module(layer, array)
@@ -310,6 +333,84 @@ def _bias(node: Any, initializers: dict[str, Any]) -> str | None:  # noqa: ANN40
     return node.input[2] if plain else None
 
 
+def _statistics(proto: Any, initializers: dict[str, Any]) -> set[str]:  # noqa: ANN401  # ModelProto
+    """Return the initializers that hold means and variances of batch norms."""
+    found: set[str] = set()
+    for node in proto.graph.node:
+        if node.op_type == "BatchNormalization":
+            names = node.input[3:5]
+            if all(n in initializers and initializers[n].data_type in _FLOATS for n in names):
+                found.update(names)
+    return found
+
+
+def _added(
+    layers: tuple[OnnxLayer, ...],
+    nodes: dict[str, Any],
+    used: dict[str, list[Any]],
+    initializers: dict[str, Any],
+) -> set[str]:
+    """Return the one-dimensional constants that are added right behind a layer, and only there."""
+    found: set[str] = set()
+    for layer in layers:
+        if len(layer.nodes) == 1 and (add := _add_behind(nodes[layer.nodes[0]], used)) is not None:
+            for name in add.input:
+                tensor = initializers.get(name)
+                plain = tensor is not None and len(tensor.dims) == 1
+                if plain and tensor.data_type in _FLOATS and len(used[name]) == 1:
+                    found.add(name)
+    return found
+
+
+def _add_behind(node: Any, used: dict[str, list[Any]]) -> Any:  # noqa: ANN401  # onnx.NodeProto
+    users = used.get(node.output[0], [])
+    wanted = node.op_type == "MatMul" and len(users) == 1 and users[0].op_type == "Add"
+    return users[0] if wanted else None
+
+
+def _shift(
+    layer: OnnxLayer,
+    nodes: dict[str, Any],
+    used: dict[str, list[Any]],
+    fed: dict[str, str],
+    outputs: set[str],
+) -> Shift | None:
+    """Return where the mean output of a layer can be moved, if there is a place.
+
+    The layer's own bias; what is added right behind a MatMul; or the mean of a batch norm that
+    alone reads the layer's output.
+    """
+    if len(layer.nodes) != 1 or layer.kind is LayerKind.EMBEDDING:
+        return None
+    node = nodes[layer.nodes[0]]
+    axis = 1 if node.op_type in ("Conv", "ConvTranspose") else -1
+
+    def at(name: str, factor: float, *, at_once: bool) -> Shift:
+        return Shift(
+            node=layer.nodes[0],
+            path=fed[name],
+            factor=factor,
+            channel_axis=axis,
+            applies_at_once=at_once,
+        )
+
+    if node.op_type in ("Conv", "ConvTranspose", "Gemm"):
+        bias = node.input[2] if len(node.input) > 2 else ""
+        beta = next((a.f for a in node.attribute if a.name == "beta"), 1.0)
+        if bias in fed and len(used[bias]) == 1 and beta:
+            return at(bias, 1.0 / beta, at_once=True)
+    add = _add_behind(node, used)
+    for name in () if add is None or node.output[0] in outputs else add.input:
+        if name in fed:
+            return at(name, 1.0, at_once=False)
+    users = used.get(node.output[0], [])
+    if len(users) == 1 and users[0].op_type == "BatchNormalization" and axis == 1:
+        mean = users[0].input[3]
+        if mean in fed and len(used[mean]) == 1:
+            return at(mean, -1.0, at_once=False)
+    return None
+
+
 def _data_input(node: Any, initializer: str) -> str:  # noqa: ANN401  # onnx.NodeProto
     if node.op_type == "Gather":
         return str(node.input[1])
@@ -355,12 +456,10 @@ def read_onnx(path: Path) -> Any:  # noqa: ANN401  # onnx.ModelProto
     try:
         model = onnx.load(str(path))
     except onnx.checker.ValidationError as err:
-        msg = f"external data of '{path.name}' must lie in its own folder: {_first_line(err)}"
+        msg = f"external data of '{path.name}' must lie in its own folder: {first_line(err)}"
         raise UnsafeModel(msg) from err
     except (DecodeError, OSError, ValueError, RuntimeError) as err:
-        msg = (
-            f"an ONNX model must be a whole file; '{path.name}' cannot be read: {_first_line(err)}"
-        )
+        msg = f"an ONNX model must be a whole file; '{path.name}' cannot be read: {first_line(err)}"
         raise InvalidModel(msg, source=str(path)) from err
     opsets = {o.domain: o.version for o in model.opset_import}
     opset = opsets.get("", opsets.get("ai.onnx", 0))
@@ -494,7 +593,8 @@ def _layer_module(layer: OnnxLayer, array: NDArray[Any]) -> nn.Module:
     return module
 
 
-def _register(root: nn.Module, name: str, tensor: Tensor) -> None:
+def _register(root: nn.Module, name: str, tensor: Tensor) -> str:
+    """Add a buffer under ``name``, or as near to it as there is room; return where it is."""
     *parents, last = [part for part in name.split(".") if part] or ["constant"]
     owner = root
     for part in parents:
@@ -512,6 +612,8 @@ def _register(root: nn.Module, name: str, tensor: Tensor) -> None:
             break
         last += "_"
     owner.register_buffer(last, tensor)
+    place = next(name for name, part in root.named_modules() if part is owner)
+    return f"{place}.{last}" if place else last
 
 
 def _numpy_type(value: Any, path: Path) -> np.dtype[Any]:  # noqa: ANN401  # onnx.ValueInfoProto
@@ -537,8 +639,3 @@ def import_onnxruntime() -> Any:  # noqa: ANN401  # a module
         msg = "an ONNX model needs onnxruntime; install it with: pip install bitquota[onnx]"
         raise MissingDependency(msg) from err
     return onnxruntime
-
-
-def _first_line(err: BaseException) -> str:
-    text = str(err).strip()
-    return text.splitlines()[0] if text else type(err).__name__

@@ -9,17 +9,18 @@ References:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from bitquota.candidates import LayerKind
 from bitquota.errors import InvalidInput
 from bitquota.quantizers.calls import (
     BatchNormCall,
@@ -34,13 +35,16 @@ from bitquota.quantizers.calls import (
     tensors_in,
 )
 from bitquota.sensitivity.calibration import CalibrationSet
+from bitquota.sensitivity.onnx_corrections import bias_correct_onnx, reestimate_onnx, refuse_folding
+from bitquota.sensitivity.onnx_program import source_of
+from bitquota.sensitivity.runner import WITHOUT_BIAS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
-    from bitquota.candidates import Inventory
+    from bitquota.candidates import Inventory, Layer
 
 DEFAULT_BATCH = 256
 """Samples per pass when statistics are re-estimated: enough that a batch stands for the set."""
@@ -67,6 +71,9 @@ def fold_batch_norm(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> nn
 
     Cost: one forward pass.
     """
+    if source_of(module) is not None:
+        refuse_folding(module)
+        return copy.deepcopy(module)
     with warnings.catch_warnings():
         # torch 2.13 warns about its own tree specifications when an exported graph is copied.
         warnings.simplefilter("ignore", FutureWarning)
@@ -331,6 +338,9 @@ def reestimate_batch_norm(
 
     Cost: one forward pass over ``data``. Does nothing to a model without batch norm.
     """
+    if source_of(module) is not None:
+        reestimate_onnx(module, _batches(data, batch_size))
+        return
     collected = _Collect()
     with torch.no_grad(), _eval_mode(module), collected:
         for inputs in _batches(data, batch_size):
@@ -407,6 +417,50 @@ class _OutputMeans(TorchFunctionMode):
         return output + change.to(output.dtype).reshape(shape)
 
 
+class output_means(contextlib.AbstractContextManager["output_means"]):  # noqa: N801  # a context manager
+    """Within the context, note the mean per channel of every layer's output, or put it right.
+
+    Args:
+        module: The model that runs in the context, its weights already in place.
+        inventory: Its layers; embeddings, experts and layers that run more than once are left
+            alone.
+        wanted: Means by weight name, as ``means`` of another context; every output is shifted to
+            them, as ``bias_correction`` would on the samples at hand.
+    """
+
+    def __init__(
+        self, module: nn.Module, inventory: Inventory, wanted: dict[str, Tensor] | None = None
+    ) -> None:
+        self._watch = _OutputMeans(
+            _weights_by_key(module, _with_bias(inventory)),
+            None if wanted is None else partial(_shift_to, wanted),
+        )
+
+    def __enter__(self) -> Self:
+        """Watch what runs."""
+        self._watch.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Watch no longer."""
+        self._watch.__exit__(*error)
+
+    @property
+    def means(self) -> dict[str, Tensor]:
+        """``f64[channels]`` of each layer that ran once, by weight name."""
+        watch = self._watch
+        return {n: watch.sums[n] / watch.counts[n] for n, k in watch.calls.items() if k == 1}
+
+
+def _shift_to(wanted: dict[str, Tensor], name: str, mean: Tensor, _: Tensor) -> Tensor:
+    return wanted[name] - mean if name in wanted else torch.zeros_like(mean)
+
+
+def _with_bias(inventory: Inventory) -> dict[str, Layer]:
+    """Return the layers whose bias can be corrected, by weight name."""
+    return {la.weight_name: la for la in inventory.layers if la.kind not in WITHOUT_BIAS}
+
+
 def bias_correction(
     module: nn.Module,
     quantized: nn.Module,
@@ -428,8 +482,10 @@ def bias_correction(
 
     Cost: one forward pass of each model over ``data``, in a single batch.
     """
-    kinds = {LayerKind.EMBEDDING, LayerKind.EXPERTS}
-    layers = {layer.weight_name: layer for layer in inventory.layers if layer.kind not in kinds}
+    if source_of(module) is not None:
+        bias_correct_onnx(module, quantized, data)
+        return
+    layers = _with_bias(inventory)
     names = _weights_by_key(module, layers)
     reference = _OutputMeans(names)
     with torch.no_grad(), _eval_mode(module), reference:

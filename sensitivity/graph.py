@@ -15,7 +15,7 @@ from __future__ import annotations
 import operator
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import fx
@@ -23,9 +23,11 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitquota.errors import InvalidModel, MeasurementFailed
+from bitquota.quantizers.calls import layer_call, operator_name
 from bitquota.sensitivity.runner import (
     DEFAULT_CHUNK,
     DEFAULT_MEMORY_BYTES,
+    WITHOUT_BIAS,
     BatchNormMode,
     Change,
     PassCounter,
@@ -33,6 +35,7 @@ from bitquota.sensitivity.runner import (
     State,
     checked_output,
     cut,
+    describe_runner,
     input_quantizer,
     inputs_of,
     labels_of,
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
     from bitquota.sensitivity.calibration import CalibrationSet
 
+_Key = TypeVar("_Key")
 _aten = torch.ops.aten
 _INPUT_FIRST = (
     "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
@@ -118,6 +122,7 @@ class Graph:
         self.out_spec = program.call_spec.out_spec
         self.by_node = {op.node: op for op in self.operations}
         self.output_nodes = _nodes(self.results)
+        self.channel_axes: dict[fx.Node, int] = {}
         self._find_what_is_behind_each_layer()
         self._measure(inputs)
 
@@ -155,10 +160,18 @@ class Graph:
         values: dict[fx.Node, Any] = dict(zip(self.input_nodes, inputs, strict=True))
         last_use = {s: op.index for op in self.operations for s in op.sources}
         static = {op.node for op in self.static}
+        weights = {node: name for name, nodes in self.weight_nodes.items() for node in nodes}
+        multiplied: dict[str, list[tuple[fx.Node, int]]] = {}
         with torch.no_grad():
             for op in self.operations:
                 with FlopCounterMode(display=False) as counter:
                     value = self.execute(op, values.__getitem__, self.constants)
+                if isinstance(value, torch.Tensor):
+                    args, kwargs = self.arguments(op, values.__getitem__, self.constants)
+                    call = layer_call(operator_name(op.node.target), args, kwargs, value.ndim)
+                    used = [weights[source] for source in op.sources if source in weights]
+                    if call is not None and used:
+                        multiplied.setdefault(used[0], []).append((op.node, call.channel_axis))
                 op.macs = counter.get_total_flops() / 2
                 op.n_bytes = _n_bytes(value)
                 values[op.node] = value
@@ -167,6 +180,8 @@ class Graph:
                 for source in op.sources:
                     if last_use[source] == op.index and source not in self.output_nodes:
                         values.pop(source, None)
+        # Where a layer multiplies once per pass, its output has a mean that a bias can correct.
+        self.channel_axes = dict(calls[0] for calls in multiplied.values() if len(calls) == 1)
         self.macs = sum(op.macs for op in self.operations)
         if not self.macs:
             # A model without a countable operation: every operation costs the same.
@@ -175,18 +190,32 @@ class Graph:
             self.macs = float(len(self.operations))
 
     @staticmethod
-    def execute(
+    def arguments(
         op: Operation,
         lookup: Callable[[fx.Node], Any],
         constants: dict[fx.Node, Any],
-    ) -> Any:  # noqa: ANN401  # an operation may return anything
-        """Run one operation."""
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what an operation is called with."""
 
         def value_of(node: fx.Node) -> Any:  # noqa: ANN401
             return constants[node] if node in constants else lookup(node)
 
-        args = fx.node.map_arg(op.node.args, value_of)
-        kwargs = fx.node.map_arg(op.node.kwargs, value_of)
+        args: Any = fx.node.map_arg(op.node.args, value_of)
+        kwargs: Any = fx.node.map_arg(op.node.kwargs, value_of)
+        return tuple(args), dict(kwargs)
+
+    @classmethod
+    def execute(
+        cls,
+        op: Operation,
+        lookup: Callable[[fx.Node], Any],
+        constants: dict[fx.Node, Any],
+        quantizer: Callable[[Tensor], Tensor] | None = None,
+    ) -> Any:  # noqa: ANN401  # an operation may return anything
+        """Run one operation, its first argument through ``quantizer`` if there is one."""
+        args, kwargs = cls.arguments(op, lookup, constants)
+        if quantizer is not None:
+            args = (quantizer(args[0]), *args[1:])
         return op.target(*args, **kwargs)
 
     def reads(self, layers: Iterable[str]) -> set[fx.Node]:
@@ -240,6 +269,8 @@ class GraphRunner:
     calibration: CalibrationSet
     batch_norm: BatchNormMode = "eval"
     activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None
+    bias_correction: bool = False
+    """Whether the mean of every layer's output is put right, as corrected biases will."""
     chunk_size: int = DEFAULT_CHUNK
     memory_limit_bytes: int = DEFAULT_MEMORY_BYTES
     engine: str = "graph"
@@ -251,6 +282,7 @@ class GraphRunner:
     _schedules: dict[Any, Schedule] = field(default_factory=dict)
     _keeps: dict[Any, frozenset[fx.Node]] = field(default_factory=dict)
     _reference: tuple[int, Tensor] | None = None
+    _means: dict[int, dict[fx.Node, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Export the model and choose the chunk size."""
@@ -303,8 +335,35 @@ class GraphRunner:
         return sum(op.macs for op in graph.operations if op.node in behind) / graph.macs
 
     def describe(self) -> JsonObject:
-        """Return engine, batch-norm mode and what quantizers were fitted on."""
-        return {"engine": self.engine, "batch_norm": self.batch_norm, "origin": self.origin}
+        """Return engine, corrections and what quantizers were fitted on."""
+        return describe_runner(self)
+
+    def means(self, chunk: int) -> dict[fx.Node, Tensor]:
+        """Return the mean per channel that each layer's output should have on a chunk.
+
+        Empty without bias correction. Cost: a pass over the chunk, once.
+        """
+        if not self.bias_correction:
+            return {}
+        if chunk not in self._means:
+            rows = self.chunks[chunk]
+            graph = self._graph(len(rows))
+            kinds = {la.name for la in self.inventory.layers if la.kind in WITHOUT_BIAS}
+            left_out = {node for name in kinds for node in graph.weight_nodes[name]}
+            values: dict[fx.Node, Any] = dict(
+                zip(graph.input_nodes, inputs_of(self.calibration, rows), strict=True)
+            )
+            found: dict[fx.Node, Tensor] = {}
+            with torch.no_grad():
+                for op in graph.operations:
+                    value = graph.execute(op, values.__getitem__, graph.constants)
+                    values[op.node] = value
+                    if op.node in graph.channel_axes and not left_out.intersection(op.sources):
+                        found[op.node] = _channel_mean(value, graph.channel_axes[op.node])
+            self.passes.macs += graph.macs
+            self.passes.calls += 1
+            self._means[chunk] = found
+        return self._means[chunk]
 
     def linear_responses(
         self,
@@ -348,13 +407,17 @@ class GraphRunner:
         def lookup(node: fx.Node) -> Any:  # noqa: ANN401
             return values[node] if node in values else graph.static_values[node]
 
+        means, products = self.means(chunk), dict[fx.Node, Any]()
         with torch.enable_grad():
             for op in graph.operations:
                 if op.node in graph.static_values:
                     continue
-                values[op.node] = graph.execute(op, lookup, constants)
-                if op.node in watched and not values[op.node].requires_grad:
-                    values[op.node].requires_grad_()
+                value = graph.execute(op, lookup, constants)
+                if op.node in watched:
+                    products[op.node] = value if value.requires_grad else value.requires_grad_()
+                if op.node in means:
+                    value = _with_mean(value, graph.channel_axes[op.node], means[op.node])
+                values[op.node] = value
             results = {n: constants[n] if n in constants else lookup(n) for n in graph.output_nodes}
             output = checked_output(graph.restore(results), size)
         directions = seeds(output.detach())
@@ -364,7 +427,7 @@ class GraphRunner:
         gradients = [
             torch.autograd.grad(
                 output,
-                [values[op.node] for op in order],
+                [products[op.node] for op in order],
                 grad_outputs=direction.to(output.dtype),
                 retain_graph=True,
                 allow_unused=True,
@@ -379,7 +442,7 @@ class GraphRunner:
                     for node in graph.weight_nodes[name]:
                         changed[node] = self.weights(candidate)
                     for op in readers[name]:
-                        moved = graph.execute(op, lookup, changed) - values[op.node]
+                        moved = graph.execute(op, lookup, changed) - products[op.node]
                         macs += op.macs
                         for r, gradient in enumerate(gradients):
                             felt = gradient[order.index(op)]
@@ -414,7 +477,7 @@ class GraphRunner:
                     groups.setdefault(group_of[name], []).append(name)
                 wanted = set().union(*(graph.reads(members) for members in groups.values()))
             limit = self.memory_limit_bytes // 2
-            self._keeps[key] = _thin_out(graph, wanted, limit)
+            self._keeps[key] = thin_out(graph, wanted, limit)
         return self._keeps[key]
 
     def _run(
@@ -449,6 +512,7 @@ class GraphRunner:
             schedule = self._plan(graph, len(rows), state is None, changed, stored, keep_for)
             self._schedules[signature] = schedule
         store = {} if state is None else state.store
+        means = self.means(chunk)
         values: dict[fx.Node, Any] = {}
         inputs = inputs_of(self.calibration, rows)
         values.update(zip(graph.input_nodes, inputs, strict=True))
@@ -460,12 +524,10 @@ class GraphRunner:
 
         with torch.no_grad():
             for op, free in zip(schedule.operations, schedule.free, strict=True):
-                if op.node in transforms:
-                    values[op.node] = _with_quantized_input(
-                        op, lookup, constants, transforms[op.node]
-                    )
-                else:
-                    values[op.node] = graph.execute(op, lookup, constants)
+                value = graph.execute(op, lookup, constants, transforms.get(op.node))
+                if op.node in means:
+                    value = _with_mean(value, graph.channel_axes[op.node], means[op.node])
+                values[op.node] = value
                 for node in free:
                     del values[node]
         self.passes.macs += schedule.macs
@@ -526,13 +588,16 @@ class GraphRunner:
         )
 
 
-def _thin_out(graph: Graph, wanted: set[fx.Node], limit: int) -> frozenset[fx.Node]:
+def thin_out(graph: Any, wanted: set[_Key], limit: int) -> frozenset[_Key]:  # noqa: ANN401
     """Return the subset of ``wanted`` to keep within ``limit`` bytes.
+
+    ``graph`` has ``operations`` in order, each with its ``macs``, and ``by_node``: every value's
+    ``index`` among them and its ``n_bytes``.
 
     Values are dropped in the order of what recomputing them from the kept value before costs per
     byte saved; the cheapest go first. Heuristic: costs are taken along the order of operations.
     """
-    kept = sorted(wanted, key=lambda node: graph.by_node[node].index)
+    kept = sorted(wanted, key=lambda node: (graph.by_node[node].index, str(node)))
     total = sum(graph.by_node[node].n_bytes for node in kept)
     running = [0.0]
     for op in graph.operations:
@@ -635,19 +700,15 @@ def _readers(graph: Graph, layer: str) -> list[Operation]:
     return found
 
 
-def _with_quantized_input(
-    op: Operation,
-    lookup: Callable[[fx.Node], Any],
-    constants: dict[fx.Node, Any],
-    quantizer: Callable[[Tensor], Tensor],
-) -> Any:  # noqa: ANN401
-    def value_of(node: fx.Node) -> Any:  # noqa: ANN401
-        return constants[node] if node in constants else lookup(node)
+def _channel_mean(value: Tensor, axis: int) -> Tensor:
+    """Return the mean over everything but ``axis``, in a shape that adds to ``value``."""
+    others = [k for k in range(value.ndim) if k != axis % value.ndim]
+    return value.mean(dim=others, keepdim=True) if others else value
 
-    args: list[Any] = list(fx.node.map_arg(op.node.args, value_of))
-    kwargs = fx.node.map_arg(op.node.kwargs, value_of)
-    args[0] = quantizer(args[0])
-    return op.target(*args, **kwargs)
+
+def _with_mean(value: Tensor, axis: int, wanted: Tensor) -> Tensor:
+    """Return ``value`` with every channel shifted to the mean it should have."""
+    return value + (wanted - _channel_mean(value, axis))
 
 
 def _batch_norm(

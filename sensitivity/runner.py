@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
+from bitquota.candidates import LayerKind
 from bitquota.errors import InvalidCalibration, InvalidInput, InvalidModel, MeasurementFailed
 from bitquota.quantizers.weights import fake_quantize
 from bitquota.sensitivity.losses import primary_output
@@ -38,6 +39,9 @@ BatchNormMode = Literal["eval", "batch"]
 
 ActivationQuantizers = "Callable[[str, int], Callable[[Tensor], Tensor]]"
 """``(layer name, bits) -> fake-quantizer of that layer's input``, ranges calibrated."""
+
+WITHOUT_BIAS = frozenset({LayerKind.EMBEDDING, LayerKind.EXPERTS})
+"""Layers whose outputs no bias can correct."""
 
 DEFAULT_CHUNK = 64
 DEFAULT_MEMORY_BYTES = 2**30
@@ -109,7 +113,9 @@ class Runner(Protocol):
         inventory: The model's layers.
         calibration: The samples.
         batch_norm: Which statistics batch normalisation uses.
+        bias_correction: Whether the means of layers' outputs are put right.
         engine: Name of the implementation; part of ledger keys.
+        origin: Digest of the samples that quantizers were fitted on, or empty.
         chunks: Positions of the samples of each chunk.
         passes: The work done so far.
     """
@@ -117,7 +123,9 @@ class Runner(Protocol):
     inventory: Inventory
     calibration: CalibrationSet
     batch_norm: BatchNormMode
+    bias_correction: bool
     engine: str
+    origin: str
     chunks: tuple[range, ...]
     passes: PassCounter
 
@@ -286,6 +294,8 @@ class EagerRunner:
     calibration: CalibrationSet
     batch_norm: BatchNormMode = "eval"
     activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None
+    bias_correction: bool = False
+    """Whether the mean of every layer's output is put right, as corrected biases will."""
     chunk_size: int = DEFAULT_CHUNK
     engine: str = "eager"
     fallback: str = ""
@@ -295,6 +305,7 @@ class EagerRunner:
     weights: QuantizedWeights = field(init=False)
     origin: str = ""
     _reference: tuple[int, Tensor] | None = None
+    _means: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Cut the samples into chunks."""
@@ -334,19 +345,28 @@ class EagerRunner:
         return 1.0
 
     def describe(self) -> JsonObject:
-        """Return engine, batch-norm mode and what quantizers were fitted on."""
-        return {"engine": self.engine, "batch_norm": self.batch_norm, "origin": self.origin}
+        """Return engine, corrections and what quantizers were fitted on."""
+        return describe_runner(self)
 
     def _run(self, chunk: int, change: Change, batch_norm: BatchNormMode) -> Tensor:
+        from bitquota.sensitivity.corrections import batch_statistics, output_means
+
+        if self.bias_correction and change and chunk not in self._means:
+            with output_means(self.module, self.inventory) as seen:
+                self._run(chunk, {}, batch_norm)
+            self._means[chunk] = seen.means
         inputs = inputs_of(self.calibration, self.chunks[chunk])
         self.passes.macs += len(inputs[0])
         self.passes.calls += 1
-        with replaced_weights(self.module, self.weights, change, self.activations):
+        with contextlib.ExitStack() as within:
+            within.enter_context(
+                replaced_weights(self.module, self.weights, change, self.activations)
+            )
             if batch_norm == "batch":
-                from bitquota.sensitivity.corrections import batch_statistics
-
-                with batch_statistics(self.module):
-                    return run_module(self.module, inputs)
+                within.enter_context(batch_statistics(self.module))
+            if self.bias_correction and change:
+                wanted = self._means[chunk]
+                within.enter_context(output_means(self.module, self.inventory, wanted))
             return run_module(self.module, inputs)
 
 
@@ -388,6 +408,12 @@ class replaced_weights:  # noqa: N801  # used as a context manager
         for hook in self._hooks:
             hook.remove()
         self._saved, self._hooks = [], []
+
+
+def describe_runner(runner: Runner) -> JsonObject:
+    """Return what ledger keys must know of a runner: engine, corrections, what it was fitted on."""
+    described = {"engine": runner.engine, "batch_norm": runner.batch_norm, "origin": runner.origin}
+    return described | ({"bias_correction": True} if runner.bias_correction else {})
 
 
 def input_quantizer(
@@ -432,10 +458,11 @@ def make_runner(
     calibration: CalibrationSet,
     *,
     batch_norm: BatchNormMode = "eval",
+    bias_correction: bool = False,
     activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None,
     weights: QuantizedWeights | None = None,
     origin: str = "",
-    engine: Literal["auto", "graph", "eager"] = "auto",
+    engine: Literal["auto", "graph", "eager", "onnxruntime"] = "auto",
     chunk_size: int | None = None,
     memory_limit_bytes: int = DEFAULT_MEMORY_BYTES,
 ) -> Runner:
@@ -447,37 +474,61 @@ def make_runner(
         calibration: The samples, on the same device.
         batch_norm: ``batch`` lets every batch norm use the statistics of the chunk at hand, so
             that a measurement sees what re-estimated statistics will repair.
+        bias_correction: Let every layer's output have its full-precision mean on the chunk at
+            hand, so that a measurement sees what corrected biases will repair.
         activations: Input quantizers for candidates with activation bits.
         weights: Quantized weights of ``module``, when they need more than the weights themselves.
         origin: Digest of the samples that ``activations`` and ``weights`` were fitted on; part of
             every ledger key.
-        engine: ``graph`` re-executes suffixes of the exported graph, ``eager`` calls the module;
-            ``auto`` tries the graph and falls back.
+        engine: ``graph`` re-executes suffixes of the exported graph, ``onnxruntime`` those of an
+            ONNX file, ``eager`` calls the module; ``auto`` takes the graph that there is and
+            falls back.
         chunk_size: Samples per execution; by default 64, fewer when the memory limit needs it.
         memory_limit_bytes: Limit on kept activations.
 
     Raises:
         InvalidCalibration: The model does not accept the samples.
-        InvalidModel: ``engine='graph'`` and the model cannot be exported.
+        InvalidModel: ``engine='graph'`` and the model cannot be exported, or
+            ``engine='onnxruntime'`` and it is no ONNX file.
+        InvalidInput: A correction that finds nothing to act on in an ONNX file.
     """
     from bitquota.sensitivity.graph import GraphRunner
+    from bitquota.sensitivity.onnx_program import source_of
+    from bitquota.sensitivity.onnx_runner import OnnxRunner
 
     put_in_eval_mode(module)
+    plain = batch_norm == "eval" and not bias_correction
     if chunk_size is None:
-        # Batch statistics need enough samples to stand for the whole set.
-        chunk_size = DEFAULT_CHUNK if batch_norm == "eval" else 4 * DEFAULT_CHUNK
+        # Statistics of a chunk need enough samples to stand for the whole set.
+        chunk_size = DEFAULT_CHUNK if plain else 4 * DEFAULT_CHUNK
     size = min(chunk_size, len(calibration))
     # A clear error about the samples is better than one from deep inside the exporter.
     run_module(module, tuple(t[:size] for t in calibration.inputs))
-    runner: GraphRunner | EagerRunner | None = None
+    runner: GraphRunner | EagerRunner | OnnxRunner | None = None
     fallback = ""
-    if engine != "eager":
+    is_onnx = source_of(module) is not None
+    if engine == "onnxruntime" or (engine == "auto" and is_onnx):
+        runner = OnnxRunner(
+            module=module,
+            inventory=inventory,
+            calibration=calibration,
+            batch_norm=batch_norm,
+            bias_correction=bias_correction,
+            activations=activations,
+            chunk_size=size,
+            memory_limit_bytes=memory_limit_bytes,
+        )
+    elif is_onnx and engine == "eager" and not plain:
+        msg = "corrections of an ONNX file need the engine 'onnxruntime'; got 'eager'"
+        raise InvalidInput(msg, engine=engine)
+    elif engine != "eager":
         try:
             runner = GraphRunner(
                 module=module,
                 inventory=inventory,
                 calibration=calibration,
                 batch_norm=batch_norm,
+                bias_correction=bias_correction,
                 activations=activations,
                 chunk_size=size,
                 memory_limit_bytes=memory_limit_bytes,
@@ -492,6 +543,7 @@ def make_runner(
             inventory=inventory,
             calibration=calibration,
             batch_norm=batch_norm,
+            bias_correction=bias_correction,
             activations=activations,
             chunk_size=size,
             fallback=fallback,

@@ -63,6 +63,86 @@ def token_graph(path: Path, *, opset: int = 21, seed: int = 1) -> Path:
     return save(graph, path, opset)
 
 
+def residual_graph(path: Path, module, *, batch: int | str = "n", opset: int = 21) -> Path:
+    """The network ``sensitivity_networks.Residual`` with its weights, batch norms kept."""
+    state = {k: v.detach().numpy() for k, v in module.state_dict().items() if v.ndim}
+
+    def norm(name: str, given: str, made: str) -> onnx.NodeProto:
+        parts = ("weight", "bias", "running_mean", "running_var")
+        return helper.make_node(
+            "BatchNormalization", [given, *(f"{name}.{p}" for p in parts)], [made], name
+        )
+
+    nodes = [
+        helper.make_node("Conv", ["x", "stem.weight"], ["s"], "stem", pads=[1, 1, 1, 1]),
+        norm("norm", "s", "n"),
+        helper.make_node("Relu", ["n"], ["a"]),
+        helper.make_node(
+            "Conv", ["a", "inner.weight", "inner.bias"], ["i"], "inner", pads=[1, 1, 1, 1]
+        ),
+        norm("inner_norm", "i", "m"),
+        helper.make_node("Relu", ["m"], ["y"]),
+        helper.make_node("Conv", ["a", "side.weight", "side.bias"], ["d"], "side"),
+        helper.make_node("Add", ["y", "d"], ["sum"]),
+        helper.make_node("GlobalAveragePool", ["sum"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["f"]),
+        helper.make_node("Gemm", ["f", "head.weight", "head.bias"], ["out"], "head", transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "residual",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 3, 8, 8])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, [batch, 5])],
+        [numpy_helper.from_array(v, k) for k, v in state.items()],
+    )
+    return save(graph, path, opset)
+
+
+def odd_graph(path: Path, *, seed: int = 2) -> Path:
+    """Operators that nothing here interprets: LSTM, If with outer values, NonZero-free TopK."""
+    rng = np.random.default_rng(seed)
+
+    def constant(name: str, *shape: int) -> onnx.TensorProto:
+        return numpy_helper.from_array(rng.normal(size=shape).astype(np.float32) * 0.3, name)
+
+    value = helper.make_tensor_value_info
+    one, two = (
+        helper.make_graph(
+            [helper.make_node(kind, ["h"], [f"{kind}.out"])],
+            kind,
+            [],
+            [value(f"{kind}.out", TensorProto.FLOAT, None)],
+        )
+        for kind in ("Softsign", "Mish")
+    )
+    nodes = [
+        helper.make_node("MatMul", ["x", "first"], ["e"], "first"),
+        helper.make_node("Add", ["e", "shift"], ["eb"]),
+        helper.make_node("Transpose", ["eb"], ["t"], perm=[1, 0, 2]),
+        helper.make_node("LSTM", ["t", "W", "R"], ["", "hn"], "memory", hidden_size=6),
+        helper.make_node("Squeeze", ["hn", "zero"], ["h"]),
+        helper.make_node("Size", ["h"], ["size"]),
+        helper.make_node("Greater", ["size", "limit"], ["many"]),
+        helper.make_node("If", ["many"], ["b"], "branch", then_branch=one, else_branch=two),
+        helper.make_node("TopK", ["b", "three"], ["top", "where"]),
+        helper.make_node("MatMul", ["top", "last"], ["out"], "last"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "odd",
+        [value("x", TensorProto.FLOAT, ["n", 5, 4])],
+        [value("out", TensorProto.FLOAT, ["n", 7])],
+        [
+            constant("first", 4, 8), constant("shift", 8), constant("W", 1, 24, 8),
+            constant("R", 1, 24, 6), constant("last", 3, 7),
+            numpy_helper.from_array(np.array([0]), "zero"),
+            numpy_helper.from_array(np.array(10**6), "limit"),
+            numpy_helper.from_array(np.array([3]), "three"),
+        ],
+    )  # fmt: skip
+    return save(graph, path, 22)
+
+
 def save(graph: onnx.GraphProto, path: Path, opset: int) -> Path:
     """Write a model of ``graph``."""
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
