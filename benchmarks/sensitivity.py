@@ -14,7 +14,7 @@ import itertools
 import json
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from bitquota.sensitivity.baselines import baseline_choices, size_only, weight_m
 from bitquota.sensitivity.calibration import CalibrationSet
 from bitquota.sensitivity.discovery import discover
 from bitquota.sensitivity.evaluate import measure_choice
-from bitquota.sensitivity.gram import measure_differences
+from bitquota.sensitivity.gram import GramMeasure, measure_differences
 from bitquota.sensitivity.ledger import MemoryLedger, SqliteLedger
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.moves import Limits
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from bitquota.candidates import CandidateTable, Inventory
     from bitquota.matrix import SensitivityMatrix
     from bitquota.sensitivity.ledger import Ledger
+    from bitquota.sensitivity.runner import Runner
 
 KL = loss_by_name("kl")
 EXACT_KL = {2.5: 1.27, 3.0: 0.547, 3.5: 0.301, 4.0: 0.088}
@@ -60,9 +61,9 @@ class Case:
     inventory: Inventory
     table: CandidateTable
     fit: CalibrationSet
+    holdout: CalibrationSet
     test: CalibrationSet
     correcting: CalibrationSet
-    rows: list[dict[str, object]] = field(default_factory=list)
 
     def limits(self, bits: float) -> Limits:
         """Average code bits."""
@@ -96,17 +97,19 @@ def vision_case(depth: int, widths: Sequence[int], n: int, *, start: int, tiny: 
         x, y = torch.randn(96, 3, 8, 8), torch.randint(0, 10, (96,))
         fit = CalibrationSet(inputs=(x[:48],), labels=y[:48])
         test = CalibrationSet(inputs=(x[48:],), labels=y[48:])
-        correcting = fit
+        holdout, correcting = test, fit
     else:
         module = load_resnet(depth)
         x, y = images("calibration")
         whole = CalibrationSet(inputs=(x,), labels=y)
         fit = whole.take(range(start, start + n))
+        holdout = whole.take(range(start + n, start + 2 * n))
         correcting = whole.take(range(start, start + 1024))
         xt, yt = images("test")
         test = CalibrationSet(inputs=(xt,), labels=yt)
     inventory = discover(module, fit.first(2).inputs)
-    return Case(module, inventory, enumerate_candidates(inventory, widths), fit, test, correcting)
+    table = enumerate_candidates(inventory, widths)
+    return Case(module, inventory, table, fit, holdout, test, correcting)
 
 
 class Logits(nn.Module):
@@ -129,15 +132,17 @@ def llama_case(widths: Sequence[int], n: int) -> Case:
     text = np.frombuffer((data_folder() / "tinyshakespeare.txt").read_bytes(), dtype=np.uint8)
     cut = int(0.9 * len(text))
     rng = np.random.default_rng(0)
-    starts = rng.integers(0, cut - 128, size=n)
+    starts = rng.integers(0, cut - 128, size=2 * n)
     train = np.stack([text[s : s + 128] for s in starts]).astype(np.int64)
     rest = text[cut:]
     windows = rest[: len(rest) // 128 * 128].reshape(-1, 128).astype(np.int64)
-    fit = CalibrationSet(inputs=(torch.from_numpy(train),))
+    drawn = CalibrationSet(inputs=(torch.from_numpy(train),))
+    fit, holdout = drawn.take(range(n)), drawn.take(range(n, 2 * n))
     test = CalibrationSet(inputs=(torch.from_numpy(windows),))
     inventory = discover(module, fit.first(2).inputs)
     inventory = inventory.tie([["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]])
-    return Case(module, inventory, enumerate_candidates(inventory, widths), fit, test, fit)
+    table = enumerate_candidates(inventory, widths)
+    return Case(module, inventory, table, fit, holdout, test, fit)
 
 
 def solve_within(matrix: SensitivityMatrix, limits: Limits) -> tuple[int, ...] | None:
@@ -163,36 +168,43 @@ def default_run(
 ) -> Iterator[tuple[float, dict[str, Any]]]:
     """Run the default procedure for each budget and the baselines beside it.
 
-    Passes and seconds of a run that finds measurements in a ledger are smaller; the figures of
-    the log come from runs that began with an empty one.
+    The first linearisation and losses on test images come from ``ledger`` where it holds them;
+    a refinement always begins with nothing, so that its passes are those of one budget alone.
     """
     corrections = [Correction.BATCH_NORM_STATISTICS] if batch_norm == "batch" else []
     ledger = MemoryLedger() if ledger is None else ledger
-    runner = make_runner(case.module, case.inventory, case.fit, batch_norm=batch_norm)  # type: ignore[arg-type]
+
+    def runner_on(samples: CalibrationSet) -> Runner:
+        return make_runner(case.module, case.inventory, samples, batch_norm=batch_norm)  # type: ignore[arg-type]
+
+    runner, holdout = runner_on(case.fit), runner_on(case.holdout)
     cpu = time.process_time()
     first = measure_differences(runner, case.table, KL, ledger=ledger)
-    first_cpu, first_passes = time.process_time() - cpu, runner.passes.passes
+    first_cpu, first_passes = time.process_time() - cpu, GramMeasure().cost(runner, case.table)
     scores = {
         "weight MSE": weight_mse(case.module, case.inventory, case.table),
         "size only": size_only(case.table),
-        "one-layer KL": SensitivityOf.diagonal(first[0]),
+        "one-layer KL": replace(first[0], cross=None, cross_error=None),
         "gram": first[0],
     }
+    share = len(case.holdout) / len(case.fit)
     for bits in budgets:
         limits = case.limits(bits)
-        cpu, before = time.process_time(), runner.passes.passes
+        cpu, before = time.process_time(), (runner.passes.passes, holdout.passes.passes)
         starts = dict(baseline_choices(case.table))
         for name, matrix in scores.items():
             choice = solve_within(matrix, limits)
             if choice is not None:
                 starts[name] = choice
-        # What the bar leaves after the first linearisation; the start's own pass is in it.
-        left = None if allowed is None else allowed - first_passes - 1
+        # What the bar leaves after the first linearisation.
+        left = None if allowed is None else allowed - first_passes
         result = refine(
             runner, case.table, KL, limits=limits, solve=solve_within, starts=starts, first=first,
-            settings=RefineSettings(max_passes=left), ledger=ledger,
+            judge=(holdout, runner), settings=RefineSettings(max_passes=left),
+            ledger=MemoryLedger(),
         )  # fmt: skip
-        spent = first_passes + runner.passes.passes - before
+        spent = first_passes + runner.passes.passes - before[0]
+        spent += share * (holdout.passes.passes - before[1])
         seconds = first_cpu + time.process_time() - cpu
         row: dict[str, Any] = {
             "passes": spent,
@@ -219,24 +231,13 @@ def default_run(
         yield bits, row
 
 
-class SensitivityOf:
-    """Parts of a matrix."""
-
-    @staticmethod
-    def diagonal(matrix: SensitivityMatrix) -> SensitivityMatrix:
-        """Return the matrix without cross terms."""
-        from dataclasses import replace
-
-        return replace(matrix, cross=None, cross_error=None)
-
-
 def report(name: str, bits: float, row: dict[str, Any], naive: float, bar: float) -> None:
     """Print one budget: the plan and what is beside it."""
     share = row["passes"] / naive
     print(
         f"{name} {bits} bits: {row['passes']:.1f} passes = naive / {naive / row['passes']:.1f} "
         f"(bar naive / {bar:g}: {'met' if share <= 1 / bar else 'MISSED'}), "
-        f"{row['cpu_s']:.0f} s CPU, calibration KL {row['calibration']:.4f}"
+        f"{row['cpu_s']:.0f} s CPU, hold-out KL {row['calibration']:.4f}"
     )
     reference = EXACT_KL.get(bits) if name.startswith("r20-b3") else None
     for choice, (mean, error, accuracy) in row["test"].items():

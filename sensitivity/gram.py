@@ -217,13 +217,18 @@ def measure_differences(
     on_progress: OnProgress | None = None,
     cancelled: IsCancelled | None = None,
     stage: str = "gram",
+    only: Sequence[int] | None = None,
 ) -> tuple[SensitivityMatrix, OutputDifferences | None]:
-    """Measure as ``measure_gram`` does, and also return the differences unless they are huge."""
+    """Measure as ``measure_gram`` does, and also return the differences unless they are huge.
+
+    ``only`` names the rows to measure, by default all; the others are left as if they changed
+    nothing, and must not be offered to a solver.
+    """
     offsets = table.offsets
     n, n_samples = len(table.rows), len(runner.calibration)
     changes, base = row_changes(table), base_change(table, base_point)
     fixed = set() if base_point is None else {int(offsets[g] + r) for g, r in enumerate(base_point)}
-    rows = [r for r in range(n) if r not in fixed]
+    rows = [r for r in (range(n) if only is None else sorted(only)) if r not in fixed]
     recorder = make_recorder(
         runner,
         loss,
@@ -232,7 +237,7 @@ def measure_differences(
         ledger=ledger,
         on_progress=on_progress,
         cancelled=cancelled,
-        ahead=(table, one_for_each_chunk(runner, "gram", base_point)),
+        ahead=None if only else (table, one_for_each_chunk(runner, "gram", base_point)),
     )
     start_losses, base_losses = np.empty(n_samples), np.empty(n_samples)
     singles = np.empty((n, n_samples))

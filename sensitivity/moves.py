@@ -65,6 +65,28 @@ class Limits:
             limits=np.append(self.limits, np.int64(radius)),
         )
 
+    def only(self, rows: Sequence[int]) -> Limits:
+        """Return these limits and one more: nothing but ``rows`` of the table may be taken."""
+        others = np.ones((1, self.costs.shape[1]), dtype=np.int64)
+        others[0, np.asarray(rows, dtype=np.int64)] = 0
+        return Limits(
+            costs=np.vstack([self.costs, others]), limits=np.append(self.limits, np.int64(0))
+        )
+
+
+def rows_near(table: CandidateTable, choice: Sequence[int], reach: int) -> list[int]:
+    """Return the rows at most ``reach`` places from ``choice`` within their group, itself included.
+
+    Rows of a group stand in the order of their widths.
+    """
+    offsets = table.offsets
+    return [
+        row
+        for g, k in enumerate(choice)
+        for row in range(offsets[g], offsets[g + 1])
+        if abs(row - offsets[g] - int(k)) <= reach
+    ]
+
 
 def distance(a: Sequence[int], b: Sequence[int]) -> int:
     """Return the number of groups in which two choices differ."""

@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from bitquota.errors import Infeasible, InvalidInput
-from bitquota.sensitivity.choices import measure_choices
 from bitquota.sensitivity.gram import measure_differences
-from bitquota.sensitivity.measure import standard_error
-from bitquota.sensitivity.moves import Choice, Limits, distance, neighbours
-from bitquota.sensitivity.pairs import DiagonalMeasure
+from bitquota.sensitivity.judging import Judge
+from bitquota.sensitivity.moves import Choice, Limits, distance, neighbours, rows_near
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,7 +47,9 @@ class RefineSettings:
     """How much work refinement may do.
 
     Attributes:
-        iterations: Linearisations at most (each costs one run per row).
+        iterations: Linearisations at most (each costs one run per row within reach).
+        reach: Around a plan, the rows of each group that are measured: at most so many places
+            above and below the plan's own. ``None`` measures all.
         radii: Trust regions, as shares of the groups that may change in one step.
         proposals: Choices measured per linearisation.
         swap_rounds: Rounds of measured swaps, at most, each time linearisation is stuck.
@@ -60,7 +60,8 @@ class RefineSettings:
             forward-equivalents (what the ledger holds costs nothing); ``None`` for no limit.
     """
 
-    iterations: int = 3
+    iterations: int = 6
+    reach: int | None = 1
     radii: tuple[float, ...] = (1.0, 0.4, 0.2)
     proposals: int = 6
     swap_rounds: int = 6
@@ -147,7 +148,7 @@ class _Search:
     """The state of one refinement."""
 
     runner: Runner
-    judge: Runner
+    judge: Judge
     table: CandidateTable
     loss: Loss
     limits: Limits
@@ -156,55 +157,49 @@ class _Search:
     ledger: Ledger | None
     on_progress: OnProgress | None
     cancelled: IsCancelled | None
-    losses: dict[Choice, NDArray[np.float64]] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     passes_before: float = 0.0
 
-    def measure(self, choices: Sequence[Choice], centre: Choice | None, stage: str) -> None:
-        """Measure the true loss of those ``choices`` that are new."""
-        new = [c for c in dict.fromkeys(choices) if c not in self.losses]
-        if not new:
-            return
-        values = measure_choices(
-            self.judge,
-            self.table,
-            self.loss,
-            new,
-            centre=centre,
-            ledger=self.ledger,
-            on_progress=self.on_progress,
-            cancelled=self.cancelled,
-            stage=stage,
-        )
-        self.losses.update(zip(new, values, strict=True))
-
     @property
     def passes(self) -> float:
-        """Forward-equivalents spent so far on both sets of samples."""
-        own = self.runner.passes.passes
-        return own if self.judge is self.runner else own + self.judge.passes.passes
+        """Forward-equivalents spent so far, in passes over the samples of ``runner``."""
+        n = len(self.runner.calibration)
+        runners = {id(r): r for r in (self.runner, *self.judge.blocks)}.values()
+        return sum(r.passes.passes * len(r.calibration) / n for r in runners)
 
     def affords(self, passes: float) -> bool:
         """Whether that many more passes stay within the limit."""
         limit = self.settings.max_passes
         return limit is None or self.passes - self.passes_before + passes <= limit
 
-    def mean(self, choice: Choice) -> float:
-        """Return the measured mean loss increase."""
-        return float(self.losses[choice].mean())
-
     def step(self, kind: str, current: Choice, proposals: Mapping[Choice, str]) -> Choice:
-        """Accept the best measured proposal if it is clearly better than ``current``."""
-        best = min(proposals, key=lambda c: (self.mean(c), c))
-        difference = self.losses[current] - self.losses[best]
-        gain, error = float(difference.mean()), float(standard_error(difference))
-        accepted = gain > 0 and gain > self.settings.accept_errors * error
+        """Accept the best measured proposal if it is clearly better than ``current``.
+
+        Where the best ones are neither clearly better nor clearly worse, they are measured on
+        further samples, as long as there are any.
+        """
+        judge, errors = self.judge, self.settings.accept_errors
+        contenders = list(proposals)
+        best = judge.best(contenders)
+        gain, error = judge.gain(best, current)
+        for block in range(1, len(judge.blocks)):
+            contenders = sorted(contenders, key=lambda c: (-judge.gain(c, current)[0], c))
+            contenders = [c for c in contenders if _unclear(judge.gain(c, best), 2 * errors)]
+            contenders = [best, *(c for c in contenders if c != best)][:_CONTENDERS]
+            if not _unclear((gain, error), errors) or not self.affords(len(contenders) + 1.0):
+                break
+            judge.measure(
+                [current, *contenders], current, f"{kind}, more samples", blocks=block + 1
+            )
+            best = judge.best(contenders)
+            gain, error = judge.gain(best, current)
+        accepted = gain > 0 and gain > errors * error
         self.steps.append(
             Step(
                 kind=kind,
                 origin=proposals[best],
                 choice=best,
-                loss=self.mean(best),
+                loss=judge.mean(best),
                 gain=gain,
                 gain_error=error,
                 accepted=accepted,
@@ -226,7 +221,28 @@ class _Search:
             on_progress=self.on_progress,
             cancelled=self.cancelled,
             stage=stage,
+            only=self.within_reach(point),
         )
+
+    def cost_of_linearisation(self, point: Choice) -> float:
+        """Return an upper estimate of the passes that linearising at ``point`` takes."""
+        rows = set(self.within_reach(point)).difference(_rows_of(self.table, point))
+        layers = [[c.layer for c in self.table.rows[row].candidates] for row in rows]
+        return 2.0 + sum(self.runner.share(names) for names in layers)
+
+    def within_reach(self, point: Choice | None) -> list[int]:
+        """Return the rows that a linearisation at ``point`` measures."""
+        if point is None or self.settings.reach is None:
+            return list(range(len(self.table.rows)))
+        return rows_near(self.table, point, self.settings.reach)
+
+
+_CONTENDERS = 3
+"""Proposals at most that are measured on more samples, so that the best of many is not luck."""
+
+
+def _unclear(gain: tuple[float, float], errors: float) -> bool:
+    return abs(gain[0]) <= errors * gain[1]
 
 
 def refine(
@@ -237,7 +253,7 @@ def refine(
     limits: Limits,
     solve: Solve,
     starts: Mapping[str, Choice],
-    judge: Runner | None = None,
+    judge: Sequence[Runner] = (),
     first: tuple[SensitivityMatrix, OutputDifferences | None] | None = None,
     settings: RefineSettings | None = None,
     ledger: Ledger | None = None,
@@ -253,8 +269,8 @@ def refine(
         limits: Budgets.
         solve: The solver.
         starts: Choices to begin with, by name; those beyond the limits are ignored.
-        judge: Executes the model on the samples that decide (a hold-out part); by default those
-            of ``runner``.
+        judge: Execute the model on the samples that decide, block by block: a hold-out part, and
+            further ones for what that leaves open. By default those of ``runner`` decide.
         first: Matrix and differences around full precision, if they are measured already.
         settings: How much work.
         ledger: Where measurements are kept.
@@ -270,7 +286,14 @@ def refine(
     settings = settings or RefineSettings()
     search = _Search(
         runner=runner,
-        judge=judge or runner,
+        judge=Judge(
+            blocks=tuple(judge) or (runner,),
+            table=table,
+            loss=loss,
+            ledger=ledger,
+            on_progress=on_progress,
+            cancelled=cancelled,
+        ),
         table=table,
         loss=loss,
         limits=limits,
@@ -281,7 +304,6 @@ def refine(
         cancelled=cancelled,
     )
     search.passes_before = search.passes
-    cost_of_linearisation = DiagonalMeasure().cost(runner, table)
     matrix, differences = first or search.linearise(None, "linearisation 0")
     proposals = {c: name for name, c in starts.items() if limits.allow(table, c)}
     for name, candidate in (
@@ -296,30 +318,33 @@ def refine(
     if not proposals:
         msg = "refinement needs a start within the limits; none of the given ones is"
         raise Infeasible(msg)
-    search.measure(list(proposals), None, "starts")
-    current = min(proposals, key=lambda c: (search.mean(c), c))
-    search.step("start", current, {current: proposals[current]})
+    judge_ = search.judge
+    judge_.measure(list(proposals), None, "starts")
+    current = judge_.best(list(proposals))
+    current = search.step("start", current, proposals)
     left = settings.iterations
+    point: Choice | None = None
     while True:
         before = current
-        if left and search.affords(cost_of_linearisation):
+        if left and point != current and search.affords(search.cost_of_linearisation(current)):
             left -= 1
             number = settings.iterations - left
+            point = current
             matrix, differences = search.linearise(current, f"linearisation {number}")
             offered = _proposals(search, current, matrix, differences)
             if offered:
-                search.measure(list(offered), current, f"proposals {number}")
+                judge_.measure(list(offered), current, f"proposals {number}")
                 current = search.step("linearised", current, offered)
         if current == before:
-            current = _swap(search, current, matrix, differences)
+            current = _swap(search, current, point, matrix, differences)
         if current == before:
             break
     return Refinement(
         choice=current,
-        per_sample=search.losses[current],
+        per_sample=judge_.per_sample(current),
         matrix=matrix,
         steps=tuple(search.steps),
-        measured={c: float(v.mean()) for c, v in search.losses.items()},
+        measured={c: judge_.mean(c) for c in judge_.losses},
     )
 
 
@@ -331,9 +356,10 @@ def _proposals(
 ) -> dict[Choice, str]:
     """Return what the predictions around ``current`` offer, the best predicted ones."""
     offered: dict[Choice, str] = {}
+    limits = search.limits.only(search.within_reach(current))
     for share in search.settings.radii:
         radius = max(1, round(share * len(current)))
-        inside = search.limits.within(search.table, current, radius)
+        inside = limits.within(search.table, current, radius)
         candidate = search.solve(matrix, inside)
         if candidate is not None:
             offered.setdefault(candidate, f"gram within {radius}")
@@ -348,22 +374,31 @@ def _proposals(
 def _swap(
     search: _Search,
     current: Choice,
+    point: Choice | None,
     matrix: SensitivityMatrix,
     differences: OutputDifferences | None,
 ) -> Choice:
-    """Measure the most promising swaps, a few at a time, and move while that is an improvement."""
+    """Measure the most promising swaps, a few at a time, and move while that is an improvement.
+
+    Predictions are those around ``point``; only rows that were measured there are swapped in.
+    """
     settings, failed = search.settings, 0
+    limits = search.limits.only([*search.within_reach(point), *_rows_of(search.table, current)])
     for round_ in range(settings.swap_rounds):
-        near = neighbours(search.table, search.limits, current)
-        near = [c for c in near if c not in search.losses]
+        near = neighbours(search.table, limits, current)
+        near = [c for c in near if c not in search.judge.losses]
         if not near or failed == settings.patience or not search.affords(settings.swaps + 1.0):
             break
         order = _ranked(near, current, matrix, differences)[: settings.swaps]
-        search.measure(order, current, f"swaps {round_ + 1}")
+        search.judge.measure(order, current, f"swaps {round_ + 1}")
         following = search.step("swap", current, dict.fromkeys(order, "swap"))
         failed = failed + 1 if following == current else 0
         current = following
     return current
+
+
+def _rows_of(table: CandidateTable, choice: Choice) -> list[int]:
+    return [int(a + k) for a, k in zip(table.offsets[:-1], choice, strict=True)]
 
 
 def _diagonal(search: _Search, matrix: SensitivityMatrix) -> Choice | None:

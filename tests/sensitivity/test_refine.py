@@ -76,7 +76,7 @@ class TestRefine:
         )
         found = refine(
             runner, table, KL, limits=limits, solve=brute_force, starts={"s": (0, 0, 0, 0)},
-            judge=judge,
+            judge=[judge],
         )  # fmt: skip
 
         assert len(found.per_sample) == 16

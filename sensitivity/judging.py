@@ -1,0 +1,104 @@
+"""The judge of a refinement: true losses of choices, on more samples where they do not decide.
+
+Samples come in *blocks*. Every choice is measured on the first; two choices whose difference there
+is within its standard error are measured on the next block too, and so on. Comparisons are paired,
+sample by sample, over the blocks that both choices were measured on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitquota.sensitivity.choices import measure_choices
+from bitquota.sensitivity.measure import standard_error
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from bitquota.candidates import CandidateTable
+    from bitquota.progress import IsCancelled, OnProgress
+    from bitquota.sensitivity.ledger import Ledger
+    from bitquota.sensitivity.losses import Loss
+    from bitquota.sensitivity.moves import Choice
+    from bitquota.sensitivity.runner import Runner
+
+
+@dataclass(slots=True, kw_only=True)
+class Judge:
+    """Measured losses of choices on blocks of samples.
+
+    Attributes:
+        blocks: One runner for each block, on disjoint samples.
+        table: What choices speak of.
+        loss: The loss.
+        ledger: Where measurements are kept.
+        on_progress: Called after every chunk.
+        cancelled: Asked between chunks.
+        losses: ``f64[n]`` of every choice on each block it was measured on.
+    """
+
+    blocks: tuple[Runner, ...]
+    table: CandidateTable
+    loss: Loss
+    ledger: Ledger | None = None
+    on_progress: OnProgress | None = None
+    cancelled: IsCancelled | None = None
+    losses: dict[Choice, list[NDArray[np.float64]]] = field(default_factory=dict)
+
+    def measure(
+        self, choices: Sequence[Choice], centre: Choice | None, stage: str, *, blocks: int = 1
+    ) -> None:
+        """Measure those ``choices`` that are new on the first ``blocks`` blocks.
+
+        Cost: as ``measure_choices``, on each block.
+        """
+        for k in range(blocks):
+            new = [c for c in dict.fromkeys(choices) if len(self.losses.get(c, ())) <= k]
+            if not new:
+                continue
+            values = measure_choices(
+                self.blocks[k],
+                self.table,
+                self.loss,
+                new,
+                centre=centre,
+                ledger=self.ledger,
+                on_progress=self.on_progress,
+                cancelled=self.cancelled,
+                stage=stage,
+            )
+            for choice, row in zip(new, values, strict=True):
+                self.losses.setdefault(choice, []).append(row)
+
+    def mean(self, choice: Choice) -> float:
+        """Return the mean loss increase on the first block, where all choices were measured."""
+        return float(self.losses[choice][0].mean())
+
+    def per_sample(self, choice: Choice) -> NDArray[np.float64]:
+        """Return ``f64[N]`` over all blocks that ``choice`` was measured on."""
+        return np.concatenate(self.losses[choice])
+
+    def gain(self, choice: Choice, over: Choice) -> tuple[float, float]:
+        """Return by how much ``choice`` is better than ``over``, and the paired standard error."""
+        a, b = self.losses[over], self.losses[choice]
+        common = min(len(a), len(b))
+        difference = np.concatenate(a[:common]) - np.concatenate(b[:common])
+        return float(difference.mean()), float(standard_error(difference))
+
+    def best(self, choices: Sequence[Choice]) -> Choice:
+        """Return the choice with the least mean over the blocks that all were measured on."""
+        common = min(len(self.losses[c]) for c in choices)
+        return min(
+            choices, key=lambda c: (float(np.concatenate(self.losses[c][:common]).mean()), c)
+        )
+
+    @property
+    def passes(self) -> float:
+        """Work done so far, in passes over the first block."""
+        n = len(self.blocks[0].calibration)
+        return sum(b.passes.passes * len(b.calibration) / n for b in self.blocks)
