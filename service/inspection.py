@@ -19,8 +19,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitquota.errors import InvalidCalibration, InvalidInput, InvalidModel, TooLarge, UnsafeModel
+from bitquota.errors import (
+    InvalidCalibration,
+    InvalidInput,
+    InvalidMatrix,
+    InvalidModel,
+    InvalidPlan,
+    TooLarge,
+    UnsafeModel,
+)
 from bitquota.formats.pt2_vetting import vet_pt2
+from bitquota.plan import Plan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +38,7 @@ SAFE_WAYS = (
     "export it with torch.export.save (.pt2) or to ONNX, or upload a zip of config.json and "
     "safetensors files"
 )
+MAX_PLAN_BYTES = 64 * 2**20
 _MAX_MEMBERS = 100_000
 _MAX_HEADER_BYTES = 100 * 2**20
 _PICKLE_STARTS = tuple(bytes([0x80, protocol]) for protocol in range(1, 6))
@@ -177,6 +187,44 @@ def inspect_dataset(path: Path, *, max_ratio: int, max_bytes: int) -> DatasetFor
     raise InvalidCalibration(msg)
 
 
+def inspect_plan(path: Path) -> None:
+    """Check that a plan lies at ``path``.
+
+    Raises:
+        InvalidPlan: It is none, or its sums do not hold.
+        TooLarge: It is larger than any plan.
+    """
+    _at_most(path, MAX_PLAN_BYTES)
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as err:
+        msg = f"a plan must be a JSON file that 'bitquota plan' wrote; got: {err}"
+        raise InvalidPlan(msg) from err
+    Plan.from_json(data)
+
+
+def inspect_matrix(path: Path, *, max_ratio: int, max_bytes: int) -> None:
+    """Check that an archive of plain arrays lies at ``path``; the rest is seen when it is solved.
+
+    Raises:
+        InvalidMatrix: It is none, torn, or holds Python objects.
+        TooLarge: It unpacks to more than is allowed.
+    """
+    try:
+        _check_arrays(
+            path, max_ratio=max_ratio, max_bytes=max_bytes, what="a matrix", kinds="biufU"
+        )
+    except InvalidCalibration as err:
+        raise InvalidMatrix(err.message, **err.details) from err
+
+
+def _at_most(path: Path, limit: int) -> None:
+    size = path.stat().st_size
+    if size > limit:
+        msg = f"this upload must be at most {limit:,} bytes; it has {size:,}"
+        raise TooLarge(msg, limit=limit)
+
+
 def check_zip(path: Path, *, max_ratio: int, error: type[InvalidInput]) -> list[str]:
     """Return the member names of a zip whose directory holds nothing dangerous.
 
@@ -218,21 +266,33 @@ def check_zip(path: Path, *, max_ratio: int, error: type[InvalidInput]) -> list[
 
 
 def _check_npz(path: Path, *, max_ratio: int, max_bytes: int) -> None:
+    shapes = _check_arrays(path, max_ratio=max_ratio, max_bytes=max_bytes, what="a calibration set")
+    lengths = {name: shape[0] if shape else 0 for name, shape in shapes.items()}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        said = ", ".join(f"{name.removesuffix('.npy')}: {n}" for name, n in lengths.items())
+        msg = f"all arrays of a calibration set must have the same number of samples; got {said}"
+        raise InvalidCalibration(msg)
+
+
+def _check_arrays(
+    path: Path, *, max_ratio: int, max_bytes: int, what: str, kinds: str = "biuf"
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of an ``.npz`` whose headers all hold, without unpacking it."""
     names = check_zip(path, max_ratio=max_ratio, error=InvalidCalibration)
     wrong = [name for name in names if not name.endswith(".npy")]
     if wrong:
         msg = f"an .npz must hold .npy arrays only, as numpy.savez writes; got '{wrong[0]}'"
         raise InvalidCalibration(msg, member=wrong[0])
     total = 0
-    lengths = {}
+    shapes = {}
     with zipfile.ZipFile(path) as archive:
         for name in names:
-            shape, dtype = _npy_header(archive, name)
+            shape, dtype = _npy_header(archive, name, kinds)
             claimed = math.prod(shape) * dtype.itemsize
             total += claimed
             if total > max_bytes:
                 msg = (
-                    f"a calibration set must unpack to at most {max_bytes:,} bytes; "
+                    f"{what} must unpack to at most {max_bytes:,} bytes; "
                     f"'{name}' claims shape {list(shape)} of {dtype}"
                 )
                 raise TooLarge(msg, member=name, bytes=total)
@@ -243,15 +303,12 @@ def _check_npz(path: Path, *, max_ratio: int, max_bytes: int) -> None:
                     f"the archive has {present:,}: it is torn, write it again"
                 )
                 raise InvalidCalibration(msg, member=name)
-            lengths[name] = shape[0] if shape else 0
-    if len(set(lengths.values())) > 1 or 0 in lengths.values():
-        said = ", ".join(f"{name.removesuffix('.npy')}: {n}" for name, n in lengths.items())
-        msg = f"all arrays of a calibration set must have the same number of samples; got {said}"
-        raise InvalidCalibration(msg)
+            shapes[name] = shape
+    return shapes
 
 
 def _npy_header(
-    archive: zipfile.ZipFile, name: str
+    archive: zipfile.ZipFile, name: str, kinds: str
 ) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
     try:
         with archive.open(name) as member:
@@ -271,7 +328,7 @@ def _npy_header(
             "run code when read: convert it to a numeric array"
         )
         raise InvalidCalibration(msg, member=name, dtype=str(dtype))
-    if dtype.kind not in "biuf":
+    if dtype.kind not in kinds:
         msg = f"array '{name}' must hold numbers; it is of type {dtype}"
         raise InvalidCalibration(msg, member=name, dtype=str(dtype))
     if any(n < 0 for n in shape):

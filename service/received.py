@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from typing import TYPE_CHECKING
 
 from bitquota.errors import BitquotaError, MeasurementFailed
 from bitquota.service.jobs import KeptResult
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from bitquota.canonical import JsonObject
     from bitquota.service.blobs import BlobStore, Incoming
     from bitquota.service.kinds import JobKind
+
+UNSOUND = (
+    BitquotaError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+    RecursionError, zipfile.BadZipFile, zlib.error, EOFError,
+)  # fmt: skip
+"""What reading a file may raise that a stranger's model had a hand in."""
 
 
 class Received:
@@ -64,7 +73,7 @@ class Received:
             result.check(incoming.path)
         except MeasurementFailed:
             raise
-        except (BitquotaError, ValueError, KeyError, TypeError, AttributeError) as err:
+        except UNSOUND as err:
             msg = f"a worker must return a whole {name}; what it returned does not hold: {err}"
             raise MeasurementFailed(msg) from err
         size = incoming.size
@@ -77,10 +86,10 @@ class Received:
             MeasurementFailed: Something that must be there is missing.
         """
         given = {
-            name: [self._blobs.read(digest) for digest in self._digests.get(name, ())]
+            name: [self._blobs.path(digest) for digest in self._digests.get(name, ())]
             for name in self._kind.derive_from
         }
-        for name, data in self._kind.derive(given).items():
+        for name, data in self._derived(given).items():
             self._add(name, self._blobs.put(data), len(data))
         results: JsonObject = {}
         kept = []
@@ -101,6 +110,15 @@ class Received:
                 for digest in dict.fromkeys(digests)
             ]
         return results, kept
+
+    def _derived(self, given: Mapping[str, Sequence[Path]]) -> Mapping[str, bytes]:
+        if not all(given.values()):
+            return {}  # what is missing is said, or optional
+        try:
+            return self._kind.derive(given)
+        except UNSOUND as err:
+            msg = f"the results of a worker must agree with each other; they do not: {err}"
+            raise MeasurementFailed(msg) from err
 
     def close(self) -> None:
         """Remove what arrived of a result that was not finished."""

@@ -18,6 +18,7 @@ from bitquota.candidates import Inventory, Layer, LayerKind
 from bitquota.canonical import digest_bytes
 from bitquota.errors import InvalidBudget, InvalidInput
 from bitquota.matrix import SensitivityMatrix
+from bitquota.service.inspection import inspect_matrix
 from bitquota.service.job_routes import results_of
 from bitquota.service.schemas import Problem, SolveAnswer, SolvedBudget, SolveOrder
 from bitquota.service.state import Calling, Service, State  # noqa: TC001  # FastAPI reads them
@@ -176,6 +177,19 @@ def _measured(order: SolveOrder, service: State, tenant: str) -> Measured:
     except (binascii.Error, ValueError) as err:
         msg = "an inline matrix must be base64 of the .npz that a job's /sensitivity returns"
         raise InvalidInput(msg) from err
+    # Before anything is unpacked: a few megabytes may claim to hold gigabytes.
+    incoming = service.blobs.incoming(len(data))
+    try:
+        incoming.write(data)
+        incoming.flush()
+        settings = service.settings
+        inspect_matrix(
+            incoming.path,
+            max_ratio=settings.max_unpacked_ratio,
+            max_bytes=settings.max_calibration_bytes,
+        )
+    finally:
+        incoming.discard()
     return _recent.inline(data)
 
 

@@ -1,4 +1,4 @@
-"""Endpoints for models and calibration sets: streamed in, named by their content."""
+"""Endpoints for models, datasets, plans and matrices: streamed in, named by their content."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from bitquota.errors import InvalidInput, TooLarge, UnsafeModel
-from bitquota.service.inspection import ArtifactKind, ModelFormat, inspect_dataset, inspect_model
+from bitquota.service.inspection import (
+    FORMATS_OF_RESULTS,
+    ArtifactKind,
+    ModelFormat,
+    inspect_dataset,
+    inspect_matrix,
+    inspect_model,
+    inspect_plan,
+)
+from bitquota.service.job_routes import stored_file
+from bitquota.service.kinds.kind import BINARY, JSON
 from bitquota.service.maintenance import remove_upload
 from bitquota.service.sandbox import sandbox_of
 from bitquota.service.schemas import (
@@ -24,6 +34,8 @@ from bitquota.service.schemas import (
 from bitquota.service.state import Calling, RequestId, Service, State  # noqa: TC001  # FastAPI reads them
 
 if TYPE_CHECKING:
+    from pathlib import Path as FilePath
+
     from bitquota.service.artifacts import Artifact
     from bitquota.service.blobs import Incoming
     from bitquota.service.keys import Caller
@@ -35,6 +47,7 @@ _BODY = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
+_MEDIA = dict.fromkeys(ArtifactKind, BINARY) | {ArtifactKind.PLAN: JSON}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem} for status in (401, 403, 404, 409, 413, 422, 429)
 }
@@ -139,6 +152,28 @@ def _add(kind: ArtifactKind, path: str) -> None:
         """Say what is known of one upload."""
         return artifact_view(service.artifacts.get(caller.tenant, kind, digest))
 
+    @router.get(
+        f"/{path}/{{digest}}/content",
+        name=f"content_{kind}",
+        tags=[path],
+        responses=_PROBLEMS
+        | {
+            200: {"content": {_MEDIA[kind]: {}}, "description": "The bytes."},
+            304: {"description": "As in the client's copy."},
+        },
+        response_class=Response,
+    )
+    def content(
+        service: Service,
+        caller: Calling,
+        digest: Annotated[str, Path(pattern=DIGEST)],
+        if_none_match: Annotated[str | None, Header()] = None,
+    ) -> Response:
+        """Return the bytes as they were uploaded, or left by a job."""
+        found = service.artifacts.get(caller.tenant, kind, digest)
+        named = None if kind is ArtifactKind.PLAN else f"{digest[7:19]}.{found.format}"
+        return stored_file(service, digest, _MEDIA[kind], named, if_none_match)
+
     @router.delete(
         f"/{path}/{{digest}}", name=f"delete_{kind}", tags=[path], status_code=204,
         responses=_PROBLEMS ,
@@ -225,20 +260,7 @@ def _keep(
             "send them again"
         )
         raise InvalidInput(msg, announced=f"sha256:{sha256}", got=incoming.digest)
-    ratio = service.settings.max_unpacked_ratio
-    if kind is ArtifactKind.MODEL:
-        model_format = inspect_model(incoming.path, max_ratio=ratio)
-        if model_format is ModelFormat.PT2 and not _may_run_pt2(service):
-            msg = (
-                "a .pt2 holds a program, and this server has no sandbox to run it in; upload a "
-                "zip of config.json and safetensors files, or have its operator install bubblewrap"
-            )
-            raise UnsafeModel(msg, format="pt2")
-        found: str = model_format.value
-    else:
-        found = inspect_dataset(
-            incoming.path, max_ratio=ratio, max_bytes=service.settings.max_calibration_bytes
-        ).value
+    found = _format_of(service, kind, incoming.path)
     size = incoming.size
     service.quotas.check_upload(caller.tenant, size)
     digest = service.blobs.keep(incoming)
@@ -246,6 +268,30 @@ def _keep(
     return service.artifacts.record(
         caller.tenant, kind, digest, format_name=found, name=shown, size=size
     )
+
+
+def _format_of(service: State, kind: ArtifactKind, path: FilePath) -> str:
+    """Return the format of a file that may be taken; raises what is wrong with it."""
+    settings = service.settings
+    ratio, max_bytes = settings.max_unpacked_ratio, settings.max_calibration_bytes
+    match kind:
+        case ArtifactKind.MODEL:
+            found = inspect_model(path, max_ratio=ratio)
+            if found is ModelFormat.PT2 and not _may_run_pt2(service):
+                msg = (
+                    "a .pt2 holds a program, and this server has no sandbox to run it in; upload "
+                    "a zip of config.json and safetensors files, or have its operator install "
+                    "bubblewrap"
+                )
+                raise UnsafeModel(msg, format="pt2")
+            return found.value
+        case ArtifactKind.DATASET:
+            return inspect_dataset(path, max_ratio=ratio, max_bytes=max_bytes).value
+        case ArtifactKind.PLAN:
+            inspect_plan(path)
+        case ArtifactKind.MATRIX:
+            inspect_matrix(path, max_ratio=ratio, max_bytes=max_bytes)
+    return FORMATS_OF_RESULTS[kind]
 
 
 def _may_run_pt2(service: State) -> bool:
@@ -258,3 +304,5 @@ def _may_run_pt2(service: State) -> bool:
 
 _add(ArtifactKind.MODEL, "models")
 _add(ArtifactKind.DATASET, "datasets")
+_add(ArtifactKind.PLAN, "plans")
+_add(ArtifactKind.MATRIX, "matrices")

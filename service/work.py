@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from bitquota.errors import InvalidInput
+from bitquota.errors import Cancelled, InvalidInput
 from bitquota.plan import Plan
 
 if TYPE_CHECKING:
@@ -49,7 +49,10 @@ class Work:
     scratch: Path
 
     def on_progress(self, progress: Progress) -> None:
-        """Tell the client how far the work is."""
+        """Tell the client how far the work is; raises ``Cancelled`` if that is no longer wanted."""
+        if self.cancelled():
+            msg = "the work was cancelled"
+            raise Cancelled(msg)
         self.send({"type": "progress", "progress": progress.to_json()}, ())
 
     def say(self, stage: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bitquota.errors import InvalidInput
-from bitquota.service.kinds import measure, plan
+from bitquota.service.kinds import compare, evaluate, export, frontier, measure, plan, solve
 from bitquota.service.kinds.kind import Input, JobKind, Result
 
 KINDS: dict[str, JobKind] = {
@@ -11,6 +11,11 @@ KINDS: dict[str, JobKind] = {
     for module in (
         plan,
         measure,
+        solve,
+        frontier,
+        evaluate,
+        export,
+        compare,
     )
 }
 """In the order of the documentation."""

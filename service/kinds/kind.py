@@ -90,8 +90,9 @@ class JobKind:
         run: The work; it runs in the sandbox, loads torch only there, and ends by returning.
         accept: Returns the request as it is stored, or raises what is wrong with it as far as
             that can be told without the uploads.
-        derive_from: Results whose bytes ``derive`` wants.
-        derive: Returns further results by name, made from them outside of the sandbox.
+        derive_from: Results whose files ``derive`` wants.
+        derive: Returns further results by name, made from them outside of the sandbox; raises
+            where they do not agree.
     """
 
     name: str
@@ -103,7 +104,7 @@ class JobKind:
     run: Callable[[Work], None]
     accept: Callable[[Any], JsonObject]
     derive_from: tuple[str, ...] = ()
-    derive: Callable[[Mapping[str, Sequence[bytes]]], Mapping[str, bytes]] = lambda _given: {}
+    derive: Callable[[Mapping[str, Sequence[Path]]], Mapping[str, bytes]] = lambda _given: {}
 
     def result(self, name: str) -> Result:
         """Return a result by name; raises ``InvalidInput``."""

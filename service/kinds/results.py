@@ -11,7 +11,7 @@ from bitquota.errors import InvalidInput
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
 from bitquota.report import render_markdown
-from bitquota.service.inspection import ArtifactKind, check_zip
+from bitquota.service.inspection import MAX_PLAN_BYTES, ArtifactKind, check_zip
 from bitquota.service.kinds.kind import BINARY, MARKDOWN, ZIP, Result
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ PLANS = Result(
     path="plan",
     many=True,
     keep_as=ArtifactKind.PLAN,
-    max_bytes=64 * 2**20,
+    max_bytes=MAX_PLAN_BYTES,
 )
 MATRIX = Result(
     name="matrix",
@@ -100,7 +100,7 @@ ARCHIVE = Result(
 )
 
 
-def report_of_plans(given: Mapping[str, Sequence[bytes]]) -> dict[str, bytes]:
+def report_of_plans(given: Mapping[str, Sequence[Path]]) -> dict[str, bytes]:
     """Return the report of the plans that were handed over, if there are any."""
-    plans = [Plan.from_json(json.loads(data)) for data in given.get("plans", ())]
+    plans = [Plan.from_json(read_json(path)) for path in given["plans"]]
     return {"report": render_markdown(plans).encode()} if plans else {}

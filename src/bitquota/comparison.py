@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
+from bitquota.budget import Budget
+from bitquota.errors import InvalidInput
+from bitquota.plan import MeasuredLoss
 from bitquota.report import CLEAR_DIFFERENCE, format_loss, format_size, markdown_table
 
 if TYPE_CHECKING:
-    from bitquota.budget import Budget
     from bitquota.canonical import JsonObject
-    from bitquota.plan import MeasuredLoss
 
 SCHEMA = "bitquota/comparison/1"
 
@@ -60,6 +61,19 @@ class Measured:
             "rank_correlation": self.rank_correlation,
         }
 
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Self:
+        """Rebuild from ``to_json``."""
+        values = {name: value for name, value in data.items() if name != "ties_with_best"}
+        return cls(
+            **values
+            | {
+                "choice": tuple(data["choice"]),
+                "labels": tuple(data["labels"]),
+                "loss": MeasuredLoss.from_json(data["loss"]),
+            }
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
@@ -100,6 +114,12 @@ class Entry:
             "rank_correlation": self.rank_correlation,
             "plans": [None if p is None else p.to_json() for p in self.plans],
         }
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Self:
+        """Rebuild from ``to_json``."""
+        plans = tuple(None if p is None else Measured.from_json(p) for p in data["plans"])
+        return cls(**data | {"flags": tuple(data["flags"]), "plans": plans})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +168,39 @@ class Comparison:
             "n_ranked": list(self.n_ranked),
             "provenance": self.provenance,
         }
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Self:
+        """Rebuild from ``to_json``.
+
+        Raises:
+            InvalidInput: Another schema, or a missing member.
+        """
+        got = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
+        if got != SCHEMA:
+            msg = f"a comparison must be a JSON object of schema '{SCHEMA}'; got {got!r}"
+            raise InvalidInput(msg)
+        try:
+            made = cls(
+                model_digest=data["model_digest"],
+                budgets=tuple(
+                    tuple(Budget.from_json(b) for b in together) for together in data["budgets"]
+                ),
+                full_precision=MeasuredLoss.from_json(data["full_precision"]),
+                loss=data["loss"],
+                entries=tuple(Entry.from_json(entry) for entry in data["entries"]),
+                skipped=dict(data["skipped"]),
+                n_ranked=tuple(data["n_ranked"]),
+                provenance=data["provenance"],
+            )
+            complete = all(len(e.plans) == len(made.budgets) for e in made.entries)
+        except (KeyError, TypeError, ValueError, AttributeError) as err:
+            msg = f"a comparison must have every member of '{SCHEMA}'; got: {err!r}"
+            raise InvalidInput(msg) from err
+        if not complete:
+            msg = "every way to choose must have a plan or none for each budget"
+            raise InvalidInput(msg)
+        return made
 
     def to_text(self) -> str:
         """Return ``to_json`` as indented text with sorted keys, ending in a newline."""

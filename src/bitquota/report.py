@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bitquota.plan import SOLVER
+from bitquota.plan import SOLVER, MeasuredLoss
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from bitquota.plan import Baseline, MeasuredLoss, Plan
+    from bitquota.canonical import JsonObject
+    from bitquota.plan import Baseline, Plan
 
 CLEAR_DIFFERENCE = 2.0
 """Paired standard errors from which on a difference is called one."""
@@ -103,6 +104,36 @@ def comparison_rows(
             key = "plan" if name.startswith("plan") else name
             row["test accuracy"] = f"{100 * accuracies[key]:.2f} %" if key in accuracies else ""
         rows.append(row)
+    return rows
+
+
+def evaluation_rows(
+    evaluations: Sequence[JsonObject], names: Sequence[str]
+) -> list[dict[str, str]]:
+    """Return one row of text for each evaluated choice.
+
+    Args:
+        evaluations: As ``Evaluation.to_json`` gives them.
+        names: What to call each plan, by its index.
+    """
+    rows = []
+    for entry in evaluations:
+        measured = MeasuredLoss.from_json(entry["measured"])
+        index, name = entry["plan_index"], entry["name"]
+        choice = f"  {name}"
+        if index is None:
+            choice = name
+        elif name == "plan":
+            choice = names[index]
+        rows.append(
+            {
+                "choice": choice,
+                "loss increase": format_loss(measured),
+                "top-1 accuracy": (
+                    "" if measured.accuracy is None else f"{100 * measured.accuracy:.2f} %"
+                ),
+            }
+        )
     return rows
 
 
