@@ -22,9 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse, RedirectResponse
 
 import bitquota
-from bitquota.charts import plan_json
 from bitquota.errors import BitquotaError, Forbidden, NotFound, Unauthorized
-from bitquota.plan import Plan
 from bitquota.report import format_size
 from bitquota.request import DEFAULT_WEIGHT_BITS
 from bitquota.service import pages_data
@@ -35,8 +33,6 @@ from bitquota.service.state import Calling, Service, State, caller_of, state_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
-
-    from bitquota.service.jobs import Job
 
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -277,7 +273,7 @@ def home(viewer: Viewing, service: Service) -> Response:
         rows=pages_data.job_rows(service, tenant, found),
         widths=DEFAULT_WEIGHT_BITS,
         all_widths=(1, 2, 3, 4, 5, 6, 7, 8),
-        limit=format_size(8 * service.settings.max_upload_bytes),
+        limit=format_size(8 * service.settings.max_upload_bytes).partition(" (")[0],
     )
 
 
@@ -311,13 +307,7 @@ def model_page(job_id: str, viewer: Viewing, service: Service) -> Response:
         may_write=Scope.WRITE in viewer.caller.scopes,
         job=json.loads(job_view(job).model_dump_json()),
         row=pages_data.job_rows(service, tenant, [job])[0],
-        plans=[plan_json(plan) for plan in plans_of(service, job)],
+        plans=[shown for _, shown in pages_data.plans_of(service, job)],
         links=pages_data.result_links(job),
         exports=pages_data.export_targets(),
     )
-
-
-def plans_of(service: State, job: Job) -> list[Plan]:
-    """Return the plans that a job left, one for each budget."""
-    digests = (job.results or {}).get("plans", ())
-    return [Plan.from_json(json.loads(service.blobs.read(digest))) for digest in digests]

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import anyio
 import sqlalchemy as sa
@@ -14,7 +14,7 @@ from fastapi import APIRouter, Query, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
-from bitquota.charts import LARGEST, cross_map, document
+from bitquota.charts import LARGEST, cross_map, document, plan_json
 from bitquota.errors import BitquotaError, Conflict, NotFound
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
@@ -24,18 +24,20 @@ from bitquota.service.jobs import JobStatus
 from bitquota.service.state import Calling, Service, State  # noqa: TC001  # FastAPI reads them
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from sqlalchemy.engine import Connection
 
     from bitquota.canonical import JsonObject
     from bitquota.service.jobs import Job
 
+T = TypeVar("T")
+
 router = APIRouter(include_in_schema=False)
 _LOOK_S = 0.25
 _KEEP_ALIVE_S = 15.0
 _WATCHED = 50
-_KEPT = 4
+_KEPT = 8
 _KEPT_EVENTS = 200
 _MOST_EVENTS = 100_000
 
@@ -126,7 +128,11 @@ def result_links(job: Job) -> list[JsonObject]:
     if kind is None or job.results is None:
         return []
     return [
-        {"href": f"/v1/jobs/{job.id}/{result.path}", "text": result.text, "name": result.name}
+        {
+            "href": f"/v1/jobs/{job.id}/{result.path}",
+            "text": result.text.replace("`", ""),
+            "name": result.name,
+        }
         for result in kind.results
         if result.path is not None and not result.many and job.results.get(result.name)
     ]
@@ -159,19 +165,20 @@ def require_charts(job: Job) -> None:
 # -------------------------------------------------------------------------------- charts
 
 
-class _Recent:
-    """Matrices that were read lately, by digest: a map of one is asked for again and again."""
+class _Recent(Generic[T]):
+    """Results that were read lately, by digest: one page asks for the same ones again and again."""
 
-    def __init__(self) -> None:
-        self._kept: OrderedDict[str, SensitivityMatrix] = OrderedDict()
+    def __init__(self, make: Callable[[bytes], T]) -> None:
+        self._make = make
+        self._kept: OrderedDict[str, T] = OrderedDict()
         self._lock = threading.Lock()
 
-    def matrix(self, service: State, digest: str) -> SensitivityMatrix:
+    def read(self, service: State, digest: str) -> T:
         with self._lock:
             if digest in self._kept:
                 self._kept.move_to_end(digest)
                 return self._kept[digest]
-        found = SensitivityMatrix.from_bytes(service.blobs.read(digest))
+        found = self._make(service.blobs.read(digest))
         with self._lock:
             self._kept[digest] = found
             while len(self._kept) > _KEPT:
@@ -179,36 +186,46 @@ class _Recent:
         return found
 
 
-_recent = _Recent()
+def _plan(data: bytes) -> tuple[Plan, JsonObject]:
+    """Return a stored plan and what charts show of it; its digest was checked when it came."""
+    text = json.loads(data)
+    digest = str(text.pop("digest"))
+    plan = Plan.from_json(text)
+    return plan, plan_json(plan, digest=digest)
 
 
-def load(service: State, tenant: str, job_id: str) -> tuple[SensitivityMatrix | None, list[Plan]]:
-    """Return the matrix and the plans of a job.
+_matrices = _Recent(SensitivityMatrix.from_bytes)
+_plans = _Recent(_plan)
 
-    Raises:
-        NotFound: No such job, or it left neither.
-        Conflict: It has not succeeded.
-    """
-    job = service.jobs.get(tenant, job_id)
+
+def matrix_of(service: State, job: Job) -> SensitivityMatrix | None:
+    """Return the sensitivity matrix that a job left, if it left one."""
+    digest = (job.results or {}).get("matrix")
+    return None if digest is None else _matrices.read(service, digest)
+
+
+def plans_of(service: State, job: Job) -> list[tuple[Plan, JsonObject]]:
+    """Return the plans that a job left, one for each budget, and what charts show of each."""
+    return [_plans.read(service, digest) for digest in (job.results or {}).get("plans", ())]
+
+
+def document_of(service: State, job: Job) -> JsonObject:
+    """Return what the model page draws of a job; raises as ``require_charts`` does."""
     require_charts(job)
-    results = job.results or {}
-    matrix = None
-    if results.get("matrix"):
-        matrix = _recent.matrix(service, results["matrix"])
-    plans = [
-        Plan.from_json(json.loads(service.blobs.read(digest)))
-        for digest in results.get("plans", ())
-    ]
-    return matrix, plans
+    plans = plans_of(service, job)
+    return document(
+        title=title_of(service, job),
+        plans=[plan for plan, _ in plans],
+        plan_documents=[shown for _, shown in plans],
+        matrix=matrix_of(service, job),
+    )
 
 
 @router.get("/jobs/{job_id}/charts.json")
 def charts(job_id: str, service: Service, caller: Calling) -> Response:
     """Return what the model page draws, without the cross-layer maps."""
-    matrix, plans = load(service, caller.tenant, job_id)
-    title = title_of(service, caller.tenant, job_id)
-    text = json.dumps(document(title=title, plans=plans, matrix=matrix), separators=(",", ":"))
-    return Response(text, media_type="application/json")
+    found = document_of(service, service.jobs.get(caller.tenant, job_id))
+    return Response(json.dumps(found, separators=(",", ":")), media_type="application/json")
 
 
 @router.get("/jobs/{job_id}/cross.json")
@@ -216,21 +233,23 @@ def cross(
     job_id: str, service: Service, caller: Calling, at: Annotated[str, Query()] = LARGEST
 ) -> Response:
     """Return one map of cross-layer terms."""
-    matrix, plans = load(service, caller.tenant, job_id)
+    job = service.jobs.get(caller.tenant, job_id)
+    require_charts(job)
+    matrix = matrix_of(service, job)
     if matrix is None:
         msg = "a map needs a sensitivity matrix; this job left none"
         raise NotFound(msg, job=job_id)
-    found = cross_map(matrix, at, plans[0] if plans else None)
+    plans = plans_of(service, job)
+    found = cross_map(matrix, at, plans[0][0] if plans else None)
     return Response(json.dumps(found, separators=(",", ":")), media_type="application/json")
 
 
-def title_of(service: State, tenant: str, job_id: str) -> str:
+def title_of(service: State, job: Job) -> str:
     """Return what a person calls the model of a job."""
-    job = service.jobs.get(tenant, job_id)
     if job.model is None:
         return f"{job.kind} {job.id}"
     try:
-        name = service.artifacts.get(tenant, ArtifactKind.MODEL, job.model).name
+        name = service.artifacts.get(job.tenant, ArtifactKind.MODEL, job.model).name
     except NotFound:
         name = ""
     return name or _short(job.model)

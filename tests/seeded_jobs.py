@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from bitquota.service.database import Database
 from bitquota.service.jobs import JobStore, NewJob
 from bitquota.solver import build_problem, solve
 from live_server import folder_zip, npz
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 

@@ -35,6 +35,7 @@ def document(
     *,
     title: str,
     plans: Sequence[Plan] = (),
+    plan_documents: Sequence[JsonObject] | None = None,
     matrix: SensitivityMatrix | None = None,
     frontier: Sequence[JsonObject] = (),
     comparison: Comparison | None = None,
@@ -44,6 +45,7 @@ def document(
     Args:
         title: What a person calls the model.
         plans: One for each budget, of the same layers.
+        plan_documents: What ``plan_json`` returns for them, if it is at hand.
         matrix: Sensitivities, if they are at hand.
         frontier: Points as ``frontier_point`` makes them, in rising order of size.
         comparison: What ``bitquota compare`` found.
@@ -62,7 +64,7 @@ def document(
         "unit": unit,
         "layers": _layers(plans, matrix),
         "matrix": None if matrix is None else matrix_json(matrix),
-        "plans": [plan_json(plan) for plan in plans],
+        "plans": [plan_json(p) for p in plans] if plan_documents is None else list(plan_documents),
         "frontier": list(frontier),
         "comparison": None if comparison is None else comparison_json(comparison),
     }
@@ -218,8 +220,13 @@ def _largest(
     return result, result_errors
 
 
-def plan_json(plan: Plan) -> JsonObject:
-    """Return what the charts show of one plan and its baselines."""
+def plan_json(plan: Plan, *, digest: str | None = None) -> JsonObject:
+    """Return what the charts show of one plan and its baselines.
+
+    Args:
+        plan: The plan.
+        digest: Its digest where that is known: computing it takes most of the time.
+    """
     return {
         "budget": " + ".join(b.text or f"{b.limit:,} {b.unit}" for b in plan.budgets),
         "selected": plan.selected,
@@ -247,7 +254,7 @@ def plan_json(plan: Plan) -> JsonObject:
         "headline": headline(plan),
         "verdict": verdict(plan),
         "proof": proof_sentence(plan),
-        "digest": plan.digest(),
+        "digest": plan.digest() if digest is None else digest,
     }
 
 

@@ -13,6 +13,7 @@
 
   const BITS = [1, 2, 3, 4, 5, 6, 7, 8, 16];
   const PAGE_ROWS = 50;
+  const MANY = 600;
   const DEBOUNCE_MS = 20;
   const QUICK_S = 0.05;
   const THOROUGH_S = 2;
@@ -116,7 +117,8 @@
    *
    * columns: {name, value(row), text(row), numeric, paint(cell, row)}; rows are 0 … count-1.
    */
-  function table({ caption, columns, count, filterBy, pageRows = PAGE_ROWS, sortBy = null }) {
+  function table({ caption, columns, count, filterBy, pageRows = PAGE_ROWS, sortBy = null,
+    dense = false }) {
     let order = Uint32Array.from({ length: count }, (_, k) => k);
     let shown = order;
     let page = 0;
@@ -140,7 +142,7 @@
     const scroller = make("div", { class: "scroller", tabindex: 0, role: "region",
       "aria-label": caption }, grid);
     const pager = make("div", { class: "pager" }, back, said, on);
-    const element = make("div", { class: "table" }, filter, scroller, pager);
+    const element = make("div", { class: dense ? "table dense" : "table" }, filter, scroller, pager);
 
     function arrange() {
       const column = columns[sorting.column];
@@ -267,6 +269,31 @@
       splitLine: { lineStyle: { color: style.line } }, ...more };
   }
 
+  /** How many lines a legend takes, so that a drawing can begin below it. */
+  function legendRows(style, width, names) {
+    let rows = 1;
+    let used = 0;
+    for (const name of names) {
+      const wide = name.length * 0.47 * style.root + 52;
+      if (used && used + wide > width) {
+        rows += 1;
+        used = 0;
+      }
+      used += wide;
+    }
+    return rows;
+  }
+
+  /** Names without what they all begin with, up to a dot. */
+  function shortened(names) {
+    let common = names[0] || "";
+    for (const name of names) {
+      while (!name.startsWith(common)) common = common.slice(0, -1);
+    }
+    const cut = common.lastIndexOf(".") + 1;
+    return names.map((name) => name.slice(cut) || name);
+  }
+
   // ------------------------------------------------------------------ the frontier
 
   function frontierChart(doc, state) {
@@ -287,7 +314,8 @@
         .some((p) => kib(p.size_bits) > 4096);
       const unit = large ? 1024 : 1;
       const x = (bits) => kib(bits) / unit;
-      const proved = points.filter((p) => p.bound !== null);
+      // A bound below zero says nothing on a logarithmic axis.
+      const proved = points.filter((p) => p.bound !== null && p.bound > 0);
       const dots = (list, value, shown) => list.map((p) => ({
         value: [x(p.size_bits), up(value(p))], tip: shown(p), average: p.average_bits }));
       const bar = (list) => list.map((p) => [
@@ -300,50 +328,50 @@
           shape: { x1: low[0], y1: low[1], x2: high[0], y2: high[1] } };
       };
       const current = state.current;
+      const named = ["predicted", ...(proved.length > 1 ? ["certificate"] : []),
+        ...(measured.length ? ["plan, measured"] : []),
+        ...(baselines.length ? ["baseline, measured"] : []), ...(current ? ["slider"] : [])];
       return {
-        grid: { left: 8, right: 16, top: width < 520 ? 76 : 44, bottom: 30, containLabel: true },
+        grid: { left: 8, right: 16, top: legendRows(style, width, named) * 1.7 * style.root + 12,
+          bottom: 30, containLabel: true },
         legend: { top: 0, left: 0, itemGap: 14, itemHeight: 10,
-          textStyle: { color: style.ink, fontSize: 0.8 * style.root }, icon: null,
-          data: ["predicted, best possible", "certificate", "plan, measured", "baseline, measured",
-            "slider"] },
+          textStyle: { color: style.ink, fontSize: 0.8 * style.root }, data: named },
         tooltip: { ...tip(style), trigger: "item",
           formatter: (p) => (p.data && p.data.tip) || "" },
-        xAxis: axis(style, { type: "value", scale: true, name: large ? "MiB stored" : "KiB stored",
+        xAxis: axis(style, { type: "value", scale: true, splitNumber: width < 420 ? 3 : 6, name: large ? "MiB stored" : "KiB stored",
           nameLocation: "end", nameGap: 8, nameTextStyle: { align: "right",
             verticalAlign: "top", padding: [22, 0, 0, 0], color: style.soft,
             fontSize: 0.78 * style.root }, splitLine: { show: false } }),
-        yAxis: axis(style, { type: "log", min: floor, name: `loss increase (${doc.unit})`,
-          nameLocation: "end", nameTextStyle: { align: "left", color: style.soft,
-            fontSize: 0.78 * style.root }, nameGap: 8,
-          axisLabel: { color: style.soft, fontSize: 0.78 * style.root,
+        yAxis: axis(style, { type: "log", min: floor,
+          axisLabel: { color: style.soft, fontSize: 0.78 * style.root, showMinLabel: false,
             formatter: (v) => number(v, 2) } }),
         series: [
           { name: "certificate", type: "custom", silent: true, itemStyle: { color: style.accent },
-            data: proved.length > 1 ? [[0, 0]] : [],
+            data: proved.length > 1 ? [[x(proved[0].size_bits), up(proved[0].predicted)]] : [],
             renderItem: (params, api) => ({ type: "polygon", silent: true,
               shape: { points: [
                 ...proved.map((p) => api.coord([x(p.size_bits), up(p.predicted)])),
                 ...proved.slice().reverse().map((p) => api.coord([x(p.size_bits), up(p.bound)])),
               ] }, style: { fill: style.accent, opacity: 0.25 } }) },
-          { name: "predicted, best possible", type: "line", symbolSize: 5,
+          { name: "predicted", type: "line", symbolSize: 5,
             itemStyle: { color: style.accent }, lineStyle: { width: 2, color: style.accent },
             data: dots(points, (p) => p.predicted, (p) => `${number(p.average_bits)} bits per `
               + `weight, ${bytes(p.size_bits)}\npredicted ${number(p.predicted)}`
               + (p.bound === null ? "" : `, never below ${number(p.bound)}`)) },
           { name: "baseline, measured", type: "custom", silent: true, data: bar(baselines),
-            renderItem: whisker(style.soft) },
+            itemStyle: { color: style.soft }, renderItem: whisker(style.soft) },
           { name: "baseline, measured", type: "scatter", symbol: "emptyCircle", symbolSize: 9,
             itemStyle: { color: style.soft },
             data: dots(baselines, (b) => b.measured.mean, (b) => `${b.name}: `
               + `${bytes(b.size_bits)}\nmeasured ${withError(b.measured.mean, b.measured.error)}`) },
           { name: "plan, measured", type: "custom", silent: true, data: bar(measured),
-            renderItem: whisker(style.second) },
+            itemStyle: { color: style.second }, renderItem: whisker(style.second) },
           { name: "plan, measured", type: "scatter", symbol: "diamond", symbolSize: 13,
             itemStyle: { color: style.second },
             data: dots(measured, (p) => p.measured.mean, (p) => `plan for ${p.budget}: `
               + `${bytes(p.size_bits)}\nmeasured ${withError(p.measured.mean, p.measured.error)}`) },
           { name: "slider", type: "scatter", symbol: "circle", symbolSize: 15, z: 5,
-            itemStyle: { color: "transparent", borderColor: style.ink, borderWidth: 2.5 },
+            itemStyle: { color: "rgba(0,0,0,0)", borderColor: style.ink, borderWidth: 2.5 },
             data: current ? dots([current], (p) => p.predicted, (p) => `slider: `
               + `${bytes(p.size_bits)}\npredicted ${number(p.predicted)}`) : [] },
         ],
@@ -394,9 +422,9 @@
   function bitSeries(style, names, bits, extra) {
     const widths = [...new Set(bits)].sort((a, b) => a - b);
     return widths.map((w) => ({ name: `${w} bits`, type: "bar", stack: extra.stack || "a",
-      barCategoryGap: names.length > 150 ? "0%" : "18%", large: false,
-      itemStyle: { color: colorOfBits(style, w) },
-      data: bits.map((b, k) => (b === w ? { value: b, k } : "-")), ...extra }));
+      barCategoryGap: names.length > 150 ? "0%" : "18%", large: names.length > MANY,
+      largeThreshold: MANY, progressive: 0, itemStyle: { color: colorOfBits(style, w) },
+      data: bits.map((b) => (b === w ? b : "-")), ...extra }));
   }
 
   function summary(bits) {
@@ -407,19 +435,20 @@
   }
 
   function nameAxis(style, names, width, more) {
-    const room = names.length * 0.95 * style.root < width;
+    const room = names.length * 1.15 * style.root < width;
+    const brief = shortened(names);
     return axis(style, { type: "category", data: names, splitLine: { show: false },
       axisLabel: { show: true, color: style.soft, fontSize: 0.72 * style.root,
         interval: room ? 0 : "auto", rotate: room ? 60 : 0,
         formatter: (text, k) => {
           if (!room) return String(k + 1);
-          return text.length > 18 ? `…${text.slice(-17)}` : text;
+          return brief[k].length > 18 ? `…${brief[k].slice(-17)}` : brief[k];
         } }, ...more });
   }
 
   function zoomOf(style, names, xAxisIndex) {
     if (names.length <= 120) return [];
-    return [{ type: "slider", xAxisIndex, height: 18, bottom: 4, brushSelect: false,
+    return [{ type: "slider", xAxisIndex, showDataShadow: false, height: 18, bottom: 4, brushSelect: false,
       borderColor: style.line, textStyle: { color: style.soft }, labelFormatter: (k) =>
         String(k + 1), fillerColor: "rgba(128,128,160,0.2)" }];
   }
@@ -440,8 +469,7 @@
         } },
         dataZoom: zoomOf(style, names),
         xAxis: nameAxis(style, names, width, {}),
-        yAxis: axis(style, { type: "value", name: "bits", nameTextStyle: { align: "right",
-          color: style.soft, fontSize: 0.78 * style.root }, minInterval: 1, min: 0 }),
+        yAxis: axis(style, { type: "value", minInterval: 1, min: 0 }),
         series: bitSeries(style, names, bits, {}),
       };
     });
@@ -548,7 +576,8 @@
       if (!all.length) return;
       if (!find("left")) chosen.left = all[0].id;
       if (!find("right")) {
-        const uniform = all.find((o) => o.name.startsWith("uniform"));
+        const uniform = all.filter((o) => o.name.startsWith("uniform") && o.id.startsWith("base-0"))
+          .reduce((best, o) => (best && best.size_bits >= o.size_bits ? best : o), null);
         chosen.right = (uniform || all[all.length - 1]).id;
       }
       for (const side of sides) {
@@ -571,8 +600,8 @@
     }
     const section = figure("Two plans side by side", null,
       make("div", { class: "controls" }, ...labels), facts, drawn.place, rows.element);
-    return { section, show, follows: () => chosen.left === "slider" || chosen.right === "slider"
-      || !chosen.left };
+    return { section, show,
+      follows: () => chosen.left === "slider" || chosen.right === "slider" };
   }
 
   // ------------------------------------------------------------------ heat maps
@@ -626,7 +655,7 @@
       return blend(stops, v < 0 && !spec.signed ? 0.8 : share(v));
     }
     function draw() {
-      if (!canvas.isConnected) return;
+      if (!canvas.isConnected || !spec.rows() || !canvas.clientWidth) return;
       const style = theme();
       const ratio = devicePixelRatio || 1;
       const nr = spec.rows();
@@ -761,7 +790,7 @@
     map.measure();
     const grid = table({
       caption: `Loss increase of each candidate alone (${doc.unit})`, count: groups.length,
-      filterBy: (k) => name(k), pageRows: 25,
+      dense: true, filterBy: (k) => name(k), pageRows: 25,
       columns: [
         { name: "Layer", value: (k) => k, text: (k) => name(k) },
         ...columns.map((label, c) => ({ name: label, numeric: true,
@@ -820,7 +849,7 @@
     });
     let pairs = [];
     const list = folded("Pairs as a table, strongest first", () => table({
-      caption: `Cross-layer terms (${doc.unit})`, count: pairs.length, sortBy: 3,
+      caption: `Cross-layer terms (${doc.unit})`, count: pairs.length, sortBy: 3, pageRows: 20,
       filterBy: (k) => `${named(pairs[k][0])} ${named(pairs[k][1])}`,
       columns: [
         { name: "Layer", value: (k) => pairs[k][0], text: (k) => named(pairs[k][0]) },
@@ -862,6 +891,11 @@
       }
       map.renew();
       list.update(pairs.length);
+      // Beside the map there is room for it.
+      if (!list.element.dataset.seen && matchMedia("(min-width: 95rem)").matches) {
+        list.element.open = true;
+      }
+      list.element.dataset.seen = "true";
     }
     const message = make("p", { class: "hint", role: "status" });
     const names = { largest: "any two candidates, the strongest term", plan: "the first plan" };
@@ -1084,7 +1118,8 @@
         "Each point is the best choice of bits for its size. Measured points ran on the model; "
         + "the line is what the sensitivities predict, the band how far below it anything can be.",
         make("div", { class: "choose" },
-          make("div", {}, curve.place, curve.table),
+          make("div", {}, make("h3", {}, `Loss increase (${doc.unit}) against stored size`),
+            curve.place, curve.table),
           make("div", {}, slider ? slider.element : null, chosen.place, chosen.table))));
       if (doc.plans.length || slides) parts.push(pair.section);
       later.push(() => {
