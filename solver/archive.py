@@ -72,6 +72,7 @@ def certificate_to_bytes(certificate: Certificate) -> bytes:
             arrays[f"convexification{index}_{name}"] = getattr(shape, name)
     # In hexadecimal, so that infinities have a name and every bit survives.
     meta = {"format": _CERTIFICATE, "bound": float(certificate.bound).hex()}
+    meta["recursion"] = certificate.recursion
     return _pack(meta | {"convexifications": len(certificate.convexifications)}, arrays)
 
 
@@ -95,6 +96,7 @@ def certificate_from_bytes(data: bytes) -> Certificate:
         return Certificate(
             bound=float.fromhex(meta["bound"]),
             convexifications=shapes,
+            recursion=bool(meta["recursion"]),
             **{name: arrays[name] for name in _CERTIFICATE_ARRAYS},
         )
     except (KeyError, TypeError, ValueError) as err:

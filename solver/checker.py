@@ -17,6 +17,7 @@ import numpy as np
 
 from bitquota.errors import InvalidInput
 from bitquota.solver.checker_bounds import ExactBounds, Frame, OutwardBounds, Value
+from bitquota.solver.checker_recursion import reason_not_proved
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -281,7 +282,21 @@ class _Checker:
         proved: list[Value] = [-math.inf] * self.N
         for node in reversed(range(self.N)):
             proved[node] = self._node(node, [(k, proved[k]) for k in children[node]])
+        if self.certificate.recursion:
+            return max(proved[0], self._recursion(proved[0]))
         return proved[0]
+
+    def _recursion(self, known: Value) -> Value:
+        """Return the claimed bound if a recursion proves it."""
+        claim = self.certificate.bound
+        if not _finite(claim) or known >= Fraction(claim):
+            return -math.inf
+        if self.N != 1:
+            raise _Broken(f"a certificate by recursion must have one node; got {self.N}")
+        price = float(self.certificate.multipliers.sum())
+        if reason := reason_not_proved(self.problem, self.masks[0], price, claim):
+            raise _Broken(f"node 0: {reason}")
+        return Fraction(claim)
 
     def _node(self, node: int, children: list[tuple[int, Value]]) -> Value:
         mask = self.masks[node]
@@ -298,6 +313,7 @@ class _Checker:
         if (
             not self.first_exact
             and self.may_repeat
+            and not self.certificate.recursion
             and _finite(claim)
             and best < Fraction(claim)
             and self.certificate.convexification[node] >= 0

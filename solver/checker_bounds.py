@@ -299,7 +299,8 @@ class OutwardBounds:
             rows, rows_size = rows + product, rows_size + product_size
             square, square_size = z @ product / 2, z @ product_size / 2
         # Roundings behind every term: Q or l, the quotient z twice, two dot products, the sums.
-        n, m = len(linear), len(limits)
+        # Without Q there are no quotients and no dot products of rows.
+        n, m = len(linear) if Q is not None else 0, len(limits)
         factor = gamma(roundings + 2 * (int(counts.max()) + 2) + 2 * n + 2 * m + len(starts) + 16)
         lower = rows - factor * rows_size - TINY
         infinite = np.longdouble(np.inf)

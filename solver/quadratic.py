@@ -20,7 +20,7 @@ from bitquota.solver.convex import convexify
 from bitquota.solver.core import propagate_steps, reduce
 from bitquota.solver.search import Effort, search
 from bitquota.solver.semidefinite import DualPoint, Lifted, dual_point, interior_point
-from bitquota.solver.solution import Convexification, Limit, Solution, Stats, Status
+from bitquota.solver.solution import Limit, Solution, Stats, Status
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -341,36 +341,6 @@ class Quadratic:
             stats=stats,
             certificate=certificate,
         )
-
-
-def prove_knapsack(
-    problem: Problem, control: Control, *, gap: float, choice: Ints, kept: Bools, price: float
-) -> Solution:
-    """Prove the optimal ``choice`` of a separable problem with one budget by a tree.
-
-    The relaxation's price removes all rows but ``kept``; the tree is grown on these.
-    """
-    run = Quadratic(problem, control, gap=gap, seed=0)
-    rows = problem.rows(choice)
-    run.incumbent.offer(problem.evaluate(choice), rows)
-    record = run.record
-    root = record.node(-1, problem.allowed)
-    none = np.zeros(0, dtype=np.int64)
-    record.convexifications.append(
-        Convexification(
-            support=problem.allowed,
-            shift=np.zeros((problem.n_rows, int(np.diff(problem.offsets).max()))),
-            cut_rows=none,
-            cut_columns=none,
-            cut_values=np.zeros(0),
-            products=np.zeros((1, problem.n_rows)),
-        )
-    )
-    point = np.zeros(problem.n_rows, dtype=np.float32)
-    point[rows] = 1.0
-    record.convexification[root], record.point[root] = 0, point
-    record.multipliers[root] = np.array([price])
-    return run.run_region(Region(node=record.node(root, kept), keep=kept))
 
 
 def solve_quadratic(

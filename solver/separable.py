@@ -22,6 +22,8 @@ from bitquota.errors import InvalidProblem
 from bitquota.solver import separable_kernels as kernels
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from bitquota.solver.problem import Problem
@@ -115,8 +117,6 @@ class Knapsack:
         price: Loss per unit of cost at the budget (the shadow price).
         exact: Whether the recursion was completed (or not needed for the gap).
         states: Largest number of states.
-        kept: bool[n], rows that the relaxation's price leaves to better choices than ``choice``,
-            and the relaxation's own; all others are proved away by it.
     """
 
     choice: Ints
@@ -126,14 +126,15 @@ class Knapsack:
     price: float
     exact: bool
     states: int
-    kept: NDArray[np.bool_]
 
 
-def solve_knapsack(problem: Problem, *, gap: float) -> Knapsack:
+def solve_knapsack(
+    problem: Problem, *, gap: float, stop: Callable[[], bool] | None = None
+) -> Knapsack:
     """Solve a separable problem with at most one budget and no pairs to relative gap ``gap``.
 
     Exact. ``O(n log n)`` for the relaxation; the recursion is pseudo-polynomial, in practice a
-    few thousand states.
+    few thousand states. ``stop`` is asked before every group of the recursion.
 
     Raises:
         InvalidProblem: The problem is not of that kind.
@@ -165,26 +166,21 @@ def solve_knapsack(problem: Problem, *, gap: float) -> Knapsack:
         return Knapsack(
             choice=choice, objective=objective, bound=min(relaxed, objective),
             relaxed_bound=relaxed, price=lam, exact=True, states=0,
-            kept=problem.allowed,
         )  # fmt: skip
     reduced = priced - least[group]
-    result = _core(problem, reduced, lam, budget, choice, objective - relaxed, tolerance)
+    result = _core(problem, reduced, lam, budget, choice, objective - relaxed, tolerance, stop)
     if result is None:
         return Knapsack(
             choice=choice, objective=objective, bound=relaxed, relaxed_bound=relaxed, price=lam,
-            exact=False, states=MOST_STATES, kept=problem.allowed,
+            exact=False, states=MOST_STATES,
         )  # fmt: skip
     better, states = result
     if problem.evaluate(better) < objective:
         choice, objective = better, problem.evaluate(better)
     bound = max(relaxed, objective - tolerance)
-    # What goes must be proved at objective - tolerance by the price alone; half the tolerance is
-    # left to rounding.
-    kept = problem.allowed & (reduced < objective - relaxed - 0.5 * tolerance)
-    kept[problem.rows(choice)] = True
     return Knapsack(
         choice=choice, objective=objective, bound=min(bound, objective), relaxed_bound=relaxed,
-        price=lam, exact=True, states=states, kept=kept,
+        price=lam, exact=True, states=states,
     )  # fmt: skip
 
 
@@ -196,7 +192,7 @@ def _exact(problem: Problem, choice: Ints, value: float) -> Knapsack:
     )
     return Knapsack(
         choice=choice, objective=value, bound=min(bound, value), relaxed_bound=min(bound, value),
-        price=0.0, exact=True, states=0, kept=problem.allowed,
+        price=0.0, exact=True, states=0,
     )  # fmt: skip
 
 
@@ -224,9 +220,9 @@ def _fill(problem: Problem, frontier: Hull, taken: int, choice: Ints, budget: in
 
 def _core(
     problem: Problem, reduced: Floats, lam: float, budget: int, choice: Ints, limit: float,
-    tolerance: float,
+    tolerance: float, stop: Callable[[], bool] | None,
 ) -> tuple[Ints, int] | None:  # fmt: skip
-    """Run the recursion over the core; returns the best choice found, or ``None``.
+    """Run the recursion over the core; returns the best choice, or ``None`` when it was stopped.
 
     ``limit`` is the best choice's distance to the relaxation: better ones are below it.
     """
@@ -255,6 +251,8 @@ def _core(
     if total <= budget and lam * float(budget - total) < best:
         best, best_at = lam * float(budget - total), (0, 0)
     for t, index in enumerate(order.tolist()):
+        if stop is not None and stop():
+            return None
         rows, da, dp = options[index]
         room = min(len(states_cost) * len(rows), MOST_STATES)
         out_cost, out_price = np.empty(room, dtype=np.int64), np.empty(room)

@@ -41,6 +41,11 @@ groups). A node with children proves the larger of its own bound and the least o
 children and its removed rows prove.
 
 ``Certificate.bound`` is never above what node 0 proves.
+
+A separable problem with one budget and no pairs is solved by a recursion over thousands of states
+that no tree follows. Its certificate has one node and says ``recursion``: the bound is then the
+larger of what the node proves, and of what a recursion of the checker's own proves, which keeps
+every partial choice that the node's price ``λ`` does not exclude (``checker_recursion.py``).
 """
 
 from __future__ import annotations
@@ -137,6 +142,7 @@ class Certificate:
         convexification: i64[N], index, or -1 for a node without a formula of its own.
         point: f32[N, n], ``z``.
         multipliers: f64[N, m], ``λ >= 0``.
+        recursion: Whether the bound needs a recursion over states (see the module).
     """
 
     bound: float
@@ -146,6 +152,7 @@ class Certificate:
     convexification: NDArray[np.int64]
     point: NDArray[np.float32]
     multipliers: NDArray[np.float64]
+    recursion: bool = False
 
     @property
     def n_nodes(self) -> int:

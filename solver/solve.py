@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bitquota.errors import InvalidProblem, SolverFailed
 from bitquota.solver.control import Control
-from bitquota.solver.quadratic import prove_knapsack, solve_quadratic
+from bitquota.solver.quadratic import solve_quadratic
 from bitquota.solver.separable import solve_knapsack
 from bitquota.solver.solution import (
     Certificate,
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
     from bitquota.solver.problem import Problem
 
-CORE_ROWS, CORE_NODES = 400, 20_000
-"""Up to these sizes, a tree certifies what the recursion of a knapsack found."""
 GAP = 1e-4
 """Relative gap that counts as solved unless told otherwise."""
 
@@ -104,33 +101,15 @@ def is_knapsack(problem: Problem) -> bool:
 
 
 def _knapsack(problem: Problem, control: Control, gap: float) -> Solution:
-    """Solve by hull and core.
-
-    A certificate cannot follow the recursion: a tree over the core's few rows proves its answer;
-    where that tree would be large, the certificate proves the linear relaxation's bound only.
-    """
-    answer = solve_knapsack(problem, gap=gap)
-    core = int(answer.kept.sum()) - problem.n_groups
-    if answer.states and answer.exact and core <= CORE_ROWS:
-        # The answer is known already: this proof is short, and limits are not for it.
-        own = replace(
-            control,
-            node_limit=CORE_NODES,
-            time_limit_s=None,
-            cancelled=None,
-            on_event=None,
-        )
-        proof = prove_knapsack(
-            problem, own, gap=gap, choice=answer.choice, kept=answer.kept, price=answer.price
-        )
-        if proof.status is Status.OPTIMAL:
-            return proof
+    """Solve by hull and core; the certificate is one node, and a recursion for the checker."""
+    answer = solve_knapsack(problem, gap=gap, stop=control.stopped)
     n, m = problem.n_rows, len(problem.limits)
     z = np.zeros((1, n), dtype=np.float32)
     z[0, problem.rows(answer.choice)] = 1.0
     none = np.zeros(0, dtype=np.int64)
+    recursion = answer.exact and answer.states > 0
     certificate = Certificate(
-        bound=answer.relaxed_bound,
+        bound=answer.bound if recursion else answer.relaxed_bound,
         convexifications=(
             Convexification(
                 support=problem.allowed,
@@ -146,10 +125,11 @@ def _knapsack(problem: Problem, control: Control, gap: float) -> Solution:
         convexification=np.zeros(1, dtype=np.int64),
         point=z,
         multipliers=np.full((1, m), answer.price),
+        recursion=recursion,
     )
     solution = Solution(
         status=Status.OPTIMAL if answer.exact else Status.FEASIBLE,
-        limit=None if answer.exact else Limit.MEMORY,
+        limit=None if answer.exact else (control.limit or Limit.MEMORY),
         choice=answer.choice,
         objective=answer.objective,
         bound=answer.bound,
