@@ -178,7 +178,7 @@ class OnnxModule(nn.Module):
         mine = {name for name, _ in self._inputs}
         observed = [n for _, a, b in self._calls for n in (a, b) if n not in mine]
         self._sessions = _Sessions(proto, tuple(dict.fromkeys(observed)))
-        outputs = {v.name for v in proto.graph.output}
+        returned = {v.name for v in proto.graph.output}
         self.onnx_source = OnnxSource(
             model=proto,
             inputs=tuple(self._inputs),
@@ -188,7 +188,7 @@ class OnnxModule(nn.Module):
             shifts={
                 layer.name: shift
                 for layer in self.layers
-                if (shift := _shift(layer, nodes, used, fed, outputs)) is not None
+                if (shift := _shift(layer, nodes, used, fed, returned)) is not None
             },
         )
 
@@ -356,8 +356,9 @@ def _added(
         if len(layer.nodes) == 1 and (add := _add_behind(nodes[layer.nodes[0]], used)) is not None:
             for name in add.input:
                 tensor = initializers.get(name)
-                plain = tensor is not None and len(tensor.dims) == 1
-                if plain and tensor.data_type in _FLOATS and len(used[name]) == 1:
+                if tensor is None or len(tensor.dims) != 1 or tensor.data_type not in _FLOATS:
+                    continue
+                if len(used[name]) == 1:
                     found.add(name)
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
     from bitquota.canonical import JsonObject
 
+Moved = tuple[tuple["Tensor", ...], "Tensor | None"]
+"""Inputs and labels of some samples."""
+
+RESIDENT_BYTES = 2**30
+"""Samples up to this size live on the device; larger sets are copied chunk by chunk."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CalibrationSet:
@@ -29,6 +35,7 @@ class CalibrationSet:
         digest: Content digest of the **whole** set that this one was cut from.
         indices: Positions of these samples in that set.
         seed: What the indices were drawn with, if they were.
+        device: Where samples go when they are used, if not where they are (see ``placed``).
     """
 
     inputs: tuple[Tensor, ...]
@@ -36,6 +43,8 @@ class CalibrationSet:
     digest: str = ""
     indices: tuple[int, ...] = ()
     seed: int | None = None
+    device: torch.device | None = None
+    _moved: dict[range, Moved] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check counts and finiteness; a set without a digest is the whole set."""
@@ -79,12 +88,17 @@ class CalibrationSet:
         return len(self.indices)
 
     def take(self, positions: Sequence[int], *, seed: int | None = None) -> Self:
-        """Return the samples at ``positions``, in that order."""
+        """Return the samples at ``positions``, in that order, where they are used."""
         rows = torch.as_tensor(list(positions), dtype=torch.int64)
+
+        def taken(tensor: Tensor) -> Tensor:
+            return tensor[rows.to(tensor.device)].to(self.device or tensor.device)
+
         return replace(
             self,
-            inputs=tuple(t[rows.to(t.device)] for t in self.inputs),
-            labels=None if self.labels is None else self.labels[rows.to(self.labels.device)],
+            inputs=tuple(map(taken, self.inputs)),
+            labels=None if self.labels is None else taken(self.labels),
+            device=None,
             indices=tuple(self.indices[p] for p in positions),
             seed=self.seed if seed is None else seed,
         )
@@ -134,6 +148,44 @@ class CalibrationSet:
             inputs=tuple(t.to(device) for t in self.inputs),
             labels=None if self.labels is None else self.labels.to(device),
         )
+
+    def placed(self, device: torch.device | str, resident_bytes: int = RESIDENT_BYTES) -> Self:
+        """Return the samples ready for use on ``device``.
+
+        Small sets are moved at once. Larger ones stay in page-locked memory and each chunk is
+        copied when it is used, without waiting for the copy.
+        """
+        where = torch.device(device)
+        tensors = [*self.inputs, *([] if self.labels is None else [self.labels])]
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        if size <= resident_bytes or where.type == "cpu":
+            return self.to(where)
+
+        def pinned(tensor: Tensor) -> Tensor:
+            return tensor.cpu().pin_memory() if where.type == "cuda" else tensor.cpu()
+
+        return replace(
+            self,
+            inputs=tuple(map(pinned, self.inputs)),
+            labels=None if self.labels is None else pinned(self.labels),
+            device=where,
+        )
+
+    def chunk(self, span: range) -> Moved:
+        """Return inputs and labels of consecutive samples where they are used; views if there."""
+
+        def part(tensor: Tensor) -> Tensor:
+            view = tensor[span.start : span.stop]
+            return view if self.device is None else view.to(self.device, non_blocking=True)
+
+        if self.device is None:
+            return tuple(map(part, self.inputs)), None if self.labels is None else part(self.labels)
+        if span not in self._moved:
+            # One chunk at a time: many variants run on it before the next begins.
+            self._moved.clear()
+            labels = None if self.labels is None else part(self.labels)
+            self._moved[span] = (tuple(map(part, self.inputs)), labels)
+        return self._moved[span]
 
     def to_json(self) -> JsonObject:
         """Return digest, indices and seed: enough to cut the same samples from the same set."""

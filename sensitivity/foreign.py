@@ -25,7 +25,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from bitquota.canonical import digest_array, digest_json
 from bitquota.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from bitquota.candidates import Inventory
     from bitquota.canonical import JsonObject
 
 _LARGEST_FILE = 2**30
@@ -287,6 +290,69 @@ def _imatrix_entries(data: bytes) -> dict[str, NDArray[np.float64]]:
             raise ValueError(msg)
         found[name] = values
     return found
+
+
+_FLOOR = 1e-6
+"""Share of a layer's mean importance that every column has at least."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Importance:
+    """Weights of squared errors in the fit of scales.
+
+    Attributes:
+        columns: f64[columns] by layer name.
+        digest: Of all of it; part of ledger keys and of a plan's provenance.
+        missing: Layers that have none: their columns count alike.
+    """
+
+    columns: dict[str, torch.Tensor]
+    digest: str
+    missing: tuple[str, ...] = ()
+
+
+def importance_of(path: Path, inventory: Inventory) -> Importance:
+    """Read an imatrix as the importance of the columns of ``inventory``'s layers.
+
+    With ``h`` the mean squared input of each column, scales minimise ``Σ h (w - q(w))²``: to first
+    order the squared error of the layer's output for inputs that are not correlated, and what
+    llama.cpp does with the same file. Columns that no input ever reached keep a millionth of the
+    layer's mean, so that a scale never rests on nothing.
+
+    Args:
+        path: ``imatrix`` in its binary layout; names as llama.cpp gives them, or the layers' own.
+        inventory: The layers.
+
+    Raises:
+        InvalidInput: Unreadable, no entry belongs to a layer, or one has another width.
+    """
+    layers = {layer.name: layer for layer in inventory.layers}
+    found: dict[str, torch.Tensor] = {}
+    for tensor, values in sorted(read_imatrix(path).items()):
+        name = tensor.removesuffix(".weight")
+        name = name if name in layers else (layer_name(tensor) or "")
+        if name not in layers:
+            continue
+        if len(values) != layers[name].columns:
+            msg = (
+                f"an imatrix must be of this model; '{tensor}' has {len(values)} columns, layer "
+                f"'{name}' has {layers[name].columns}"
+            )
+            raise InvalidInput(msg, layer=name)
+        floor = _FLOOR * float(values.mean()) or 1.0
+        found[name] = torch.from_numpy(np.maximum(values, floor))
+    if not found:
+        msg = (
+            "an imatrix must name layers of this model, as llama.cpp does (blk.0.attn_q.weight) or "
+            f"as the model does ({inventory.layers[0].name}.weight); '{path.name}' names none"
+        )
+        raise InvalidInput(msg, path=str(path))
+    digests = {name: digest_array(columns.numpy()) for name, columns in found.items()}
+    return Importance(
+        columns=found,
+        digest=digest_json(digests),
+        missing=tuple(name for name in layers if name not in found),
+    )
 
 
 def layer_name(tensor: str) -> str | None:

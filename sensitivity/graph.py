@@ -31,11 +31,13 @@ from bitquota.sensitivity.runner import (
     BatchNormMode,
     Change,
     PassCounter,
+    Precision,
     QuantizedWeights,
     State,
     checked_output,
     cut,
     describe_runner,
+    in_precision,
     input_quantizer,
     inputs_of,
     labels_of,
@@ -271,6 +273,7 @@ class GraphRunner:
     activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None
     bias_correction: bool = False
     """Whether the mean of every layer's output is put right, as corrected biases will."""
+    precision: Precision = "fp32"
     chunk_size: int = DEFAULT_CHUNK
     memory_limit_bytes: int = DEFAULT_MEMORY_BYTES
     engine: str = "graph"
@@ -320,7 +323,8 @@ class GraphRunner:
             self.passes.calls += 1
             rows = self.chunks[chunk]
             self.passes.macs += self._graph(len(rows)).macs
-            output = run_module(self.module, inputs_of(self.calibration, rows))
+            with in_precision(self.precision, self._device):
+                output = run_module(self.module, inputs_of(self.calibration, rows))
             self._reference = (chunk, output)
         return self._reference[1]
 
@@ -338,6 +342,10 @@ class GraphRunner:
         """Return engine, corrections and what quantizers were fitted on."""
         return describe_runner(self)
 
+    @property
+    def _device(self) -> torch.device:
+        return self.calibration.device or self.calibration.inputs[0].device
+
     def means(self, chunk: int) -> dict[fx.Node, Tensor]:
         """Return the mean per channel that each layer's output should have on a chunk.
 
@@ -354,7 +362,7 @@ class GraphRunner:
                 zip(graph.input_nodes, inputs_of(self.calibration, rows), strict=True)
             )
             found: dict[fx.Node, Tensor] = {}
-            with torch.no_grad():
+            with torch.no_grad(), in_precision(self.precision, self._device):
                 for op in graph.operations:
                     value = graph.execute(op, values.__getitem__, graph.constants)
                     values[op.node] = value
@@ -408,7 +416,7 @@ class GraphRunner:
             return values[node] if node in values else graph.static_values[node]
 
         means, products = self.means(chunk), dict[fx.Node, Any]()
-        with torch.enable_grad():
+        with torch.enable_grad(), in_precision(self.precision, self._device):
             for op in graph.operations:
                 if op.node in graph.static_values:
                     continue
@@ -455,7 +463,7 @@ class GraphRunner:
 
     def _graph(self, size: int) -> Graph:
         if size not in self._graphs:
-            inputs = tuple(t[:size] for t in self.calibration.inputs)
+            inputs = inputs_of(self.calibration, range(size))
             self._graphs[size] = Graph(self.module, self.inventory, inputs, self.batch_norm)
         return self._graphs[size]
 
@@ -522,7 +530,7 @@ class GraphRunner:
                 return values[node]
             return store[node] if node in store else graph.static_values[node]
 
-        with torch.no_grad():
+        with torch.no_grad(), in_precision(self.precision, self._device):
             for op, free in zip(schedule.operations, schedule.free, strict=True):
                 value = graph.execute(op, lookup, constants, transforms.get(op.node))
                 if op.node in means:
@@ -608,7 +616,7 @@ def thin_out(graph: Any, wanted: set[_Key], limit: int) -> frozenset[_Key]:  # n
 
         def price(k: int, starts: list[int] = starts, ends: list[int] = ends) -> float:
             redo = running[ends[k]] - running[starts[k]]
-            return (redo + 1.0) / max(1, graph.by_node[kept[k]].n_bytes)
+            return float(redo + 1.0) / max(1, graph.by_node[kept[k]].n_bytes)
 
         dropped = kept.pop(min(range(len(kept)), key=price))
         total -= graph.by_node[dropped].n_bytes

@@ -532,7 +532,7 @@ def macs_of(node: OnnxNode, values: Mapping[str, NDArray[Any]]) -> float:
     if proto.op_type == "ConvTranspose":
         return float(math.prod(sizes[0])) * math.prod(sizes[1][1:])
     if proto.op_type in {"MatMul", "Gemm", "FusedMatMul"}:
-        return n_out * sizes[0][-2 if flags.get("transA") else -1]
+        return n_out * int(sizes[0][-2 if flags.get("transA") else -1])
     if proto.op_type in {"LSTM", "GRU", "RNN"}:
         steps = math.prod(sizes[0][:2])
         return float(steps) * (math.prod(sizes[1]) + math.prod(sizes[2]))

@@ -21,6 +21,7 @@ from bitquota.sensitivity.runner import (
     BatchNormMode,
     Change,
     PassCounter,
+    Precision,
     QuantizedWeights,
     State,
     checked_output,
@@ -97,6 +98,7 @@ class OnnxRunner:
     activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None
     bias_correction: bool = False
     """Whether the mean of every layer's output is put right, as corrected biases will."""
+    precision: Precision = "fp32"
     chunk_size: int = DEFAULT_CHUNK
     memory_limit_bytes: int = DEFAULT_MEMORY_BYTES
     engine: str = "onnxruntime"
@@ -225,7 +227,7 @@ class OnnxRunner:
         """Run the smallest batch once and look at every value."""
         program, source = self._program, self._source
         n = source.fixed_batch or min(2, len(self.calibration))
-        inputs = tuple(t[:n] for t in self.calibration.inputs)
+        inputs = inputs_of(self.calibration, range(n))
         (piece,) = source.pieces(inputs)
         feeds = source.feeds(self.module) | piece
         for layer in self.inventory.layers if self.bias_correction else ():
@@ -319,7 +321,9 @@ class OnnxRunner:
     def _joined(self, pieces: list[Any], n_rows: int) -> Tensor:
         joined = np.concatenate(pieces)[:n_rows] if len(pieces) > 1 else pieces[0][:n_rows]
         tensor = torch.from_numpy(joined.astype(np.float32, copy=False))
-        return checked_output(tensor.to(self.calibration.inputs[0].device), n_rows)
+        return checked_output(
+            tensor.to(self.calibration.device or self.calibration.inputs[0].device), n_rows
+        )
 
 
 def check_batch(source: OnnxSource, wanted: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
@@ -12,7 +12,14 @@ from bitquota.storage import WEIGHT_BITS, Scheme
 if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
 
-MEASURES = ("auto", "gram", "pairs", "diagonal", "tangent")
+MEASURES = (
+    "auto", "gram", "pairs", "diagonal", "tangent",
+    "empirical_fisher", "output_fisher", "kronecker", "relative_mse", "gpfq", "weight_mse",
+    "first_order", "hessian_trace", "class_separability", "orthogonality",
+)  # fmt: skip
+"""What ``bitquota.sensitivity.measure.measures`` offers; metrics in order of preference."""
+
+PRECISIONS = ("fp32", "bf16")
 LOSSES = ("kl", "cross_entropy", "mse", "cosine")
 DEFAULT_WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
 
@@ -35,7 +42,8 @@ class PlanRequest:
         correction_samples: Samples that re-estimate statistics.
         loss: Name of the loss whose increase is minimised.
         measure: How the matrix around full precision is measured: ``gram`` (also ``auto``),
-            ``pairs`` (exact, dear), ``diagonal``, ``tangent``.
+            ``pairs`` (exact, dear), ``diagonal``, ``tangent``, or a metric of ``bitquota
+            compare``, whose plan is then one start of the refinement (or, without it, the plan).
         refine: Whether to go on from there: measure anew around the plan found, solve again, and
             try swaps on the true loss.
         samples: Calibration samples for the measurement.
@@ -46,6 +54,8 @@ class PlanRequest:
         gap: Relative optimality gap at which the solver may stop.
         time_limit_s: Limit on one solve, or ``None``; with a limit the plan may depend on the
             machine's speed.
+        precision: In which arithmetic sensitivities are measured: ``fp32``, or ``bf16`` for speed
+            on a GPU. Plans are compared on the hold-out samples in float32 in any case.
         target: Deployment target, whose formats, legal shapes, ties and exclusions decide what
             may become of each layer.
     """
@@ -68,6 +78,7 @@ class PlanRequest:
     solver: str = "auto"
     gap: float = 1e-4
     time_limit_s: float | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
     target: str | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +93,7 @@ class PlanRequest:
             raise InvalidInput(msg, target=self.target)
         _one_of("measure", self.measure, MEASURES)
         _one_of("loss", self.loss, LOSSES)
+        _one_of("precision", self.precision, PRECISIONS)
         for bits in self.weight_bits:
             _one_of("weight_bits", bits, WEIGHT_BITS)
         if self.activation_bits is not None and not 2 <= self.activation_bits <= 16:

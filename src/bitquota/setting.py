@@ -21,6 +21,7 @@ from bitquota.quantizers.activations import collect_inputs
 from bitquota.sensitivity.corrections import fold_batch_norm
 from bitquota.sensitivity.discovery import discover
 from bitquota.sensitivity.evaluate import ChoiceLoss, measure_choice
+from bitquota.sensitivity.foreign import importance_of
 from bitquota.sensitivity.input_moments import input_grams
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.runner import QuantizedWeights, make_runner
@@ -28,6 +29,7 @@ from bitquota.storage import Rounding
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from bitquota.formats import LoadedModel
     from bitquota.formats.targets import Target
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from bitquota.quantizers.activations import CalibratedInputs
     from bitquota.request import PlanRequest
     from bitquota.sensitivity.calibration import CalibrationSet
+    from bitquota.sensitivity.foreign import Importance
     from bitquota.sensitivity.ledger import Ledger
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runner import Runner
@@ -59,6 +62,7 @@ class Setting:
         weights: Quantized weights, fitted to ``fit`` where the scheme rounds with feedback.
         activations: Calibrated input quantizers, when candidates quantize inputs.
         origin: Digest of what ``weights`` and ``activations`` were fitted on, or empty.
+        importance: What the columns of weights count for in the fit of scales, if not alike.
         ledger: Where measurements are kept.
         target: The deployment target that candidates come from, if the request names one.
         on_progress: Called after each unit of work.
@@ -78,6 +82,7 @@ class Setting:
     origin: str
     ledger: Ledger
     target: Target | None = None
+    importance: Importance | None = None
     on_progress: OnProgress | None = None
     cancelled: IsCancelled | None = None
 
@@ -89,9 +94,11 @@ class Setting:
             self.inventory,
             self.fit if samples is None else samples,
             batch_norm="batch" if repaired else "eval",
+            bias_correction=Correction.BIAS_CORRECTION in self.request.corrections,
             activations=self.activations,
             weights=self.weights,
             origin=self.origin,
+            precision=self.request.precision,
         )
 
     def budgets(self, text: str) -> tuple[Budget, ...]:
@@ -139,10 +146,12 @@ def prepare(
     on_progress: OnProgress | None = None,
     cancelled: IsCancelled | None = None,
     loss: Loss | None = None,
+    imatrix: Path | None = None,
 ) -> Setting:
     """Return the setting of ``request``; draws the samples by its seed.
 
-    ``loss`` takes the place of the one that the request names.
+    ``loss`` takes the place of the one that the request names; ``imatrix`` is a llama.cpp
+    importance matrix that scales are fitted with.
 
     Raises:
         InvalidInput: The request does not fit the model or the calibration set.
@@ -152,25 +161,30 @@ def prepare(
     """
     where = choose_device(device)
     check_calibration(model, calibration)
-    everything = calibration.to(where)
+    few = calibration.first(2).to(where)
     module = sharing_weights(model.module).to(where).eval()
     if Correction.FOLD_BATCH_NORM in request.corrections:
-        module = fold_batch_norm(module, everything.first(2).inputs)
-    inventory = inventory_of(module, model, everything)
+        module = fold_batch_norm(module, few.inputs)
+    inventory = inventory_of(module, model, few)
     target = None if request.target is None else target_by_name(request.target)
     inventory = prepare_inventory(inventory, target, exclude=request.exclude, ties=request.ties)
     table = candidates_of(request, inventory, target)
     wanted = request.samples + request.holdout_samples
-    drawn = everything.subset(min(wanted, len(everything)), request.seed)
-    fit, holdout = drawn.split(request.holdout_samples / wanted, request.seed)
-    n_correcting = min(request.correction_samples, len(everything))
+    drawn = calibration.subset(min(wanted, len(calibration)), request.seed)
+    parts = drawn.split(request.holdout_samples / wanted, request.seed)
+    fit, holdout = (part.placed(where) for part in parts)
+    n_correcting = min(request.correction_samples, len(calibration))
     grams = activations = None
     offered = [candidate for row in table.rows for candidate in row.candidates]
     if any(c.scheme.rounding is Rounding.ERROR_FEEDBACK for c in offered):
         grams = input_grams(module, inventory, (b.inputs for b in fit.batches(BATCH)))
     if any(c.activation_bits is not None for c in offered):
         activations = collect_inputs(module, inventory, (b.inputs for b in fit.batches(BATCH)))
+    importance = None if imatrix is None else importance_of(imatrix, inventory)
     fitted = activations is not None or grams is not None
+    origin = digest_json(fit.to_json()) if fitted else ""
+    if importance is not None:
+        origin = digest_json([origin, importance.digest])
     return Setting(
         request=request,
         module=module,
@@ -179,10 +193,13 @@ def prepare(
         loss=loss or loss_by_name(request.loss),
         fit=fit,
         holdout=holdout,
-        correcting=everything.subset(n_correcting, request.seed),
-        weights=QuantizedWeights(module, inventory, grams),
+        correcting=calibration.subset(n_correcting, request.seed).to(where),
+        weights=QuantizedWeights(
+            module, inventory, grams, None if importance is None else importance.columns
+        ),
         activations=activations,
-        origin=digest_json(fit.to_json()) if fitted else "",
+        origin=origin,
+        importance=importance,
         ledger=ledger,
         target=target,
         on_progress=on_progress,
