@@ -48,7 +48,8 @@ class ModelScores:
     Attributes:
         name: Of the model.
         metrics: Name to estimate: ``kl`` and ``same_top`` against full precision; ``top1`` and
-            ``cross_entropy`` with labels; ``embedding_cosine`` for embeddings; the user's own.
+            ``cross_entropy`` with labels; ``embedding_cosine`` and ``embedding_correlation`` (over
+            the coordinates of one embedding) for embeddings; the user's own.
         kl_tail: The 99.9 % quantile of KL over positions.
         perplexity: ``exp`` of the cross entropy.
         differences: Paired differences of every metric to other models: ``metric - other's``.
@@ -169,8 +170,13 @@ def _metrics(
     n = len(output)
     if kind == "embedding":
         a, b = output.reshape(n, -1), reference.reshape(n, -1)
-        cosine = torch.nn.functional.cosine_similarity(a, b, dim=1)
-        return {"embedding_cosine": cosine, "mse": (a - b).square().mean(1)}, None
+        cosine = torch.nn.functional.cosine_similarity
+        correlation = cosine(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1)
+        return {
+            "embedding_cosine": cosine(a, b, dim=1),
+            "embedding_correlation": correlation,
+            "mse": (a - b).square().mean(1),
+        }, None
     log_q = torch.log_softmax(output, dim=-1)
     log_p = torch.log_softmax(reference, dim=-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # [N] or [N, T]

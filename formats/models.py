@@ -168,6 +168,23 @@ def call_factory(spec: str, what: type[BitquotaError]) -> Any:  # noqa: ANN401  
     Raises:
         BitquotaError: Of type ``what``: no such module or function, or it failed.
     """
+    found = find_function(spec, what)
+    with current_folder_first():
+        try:
+            return found()
+        except BitquotaError:
+            raise
+        except Exception as err:  # the user's own code may raise anything
+            msg = f"the factory '{spec}' must run without arguments; it failed: {err!r}"
+            raise what(msg, source=spec) from err
+
+
+def find_function(spec: str, what: type[BitquotaError]) -> Any:  # noqa: ANN401  # user's code
+    """Import ``package.module:function`` and return the function.
+
+    Raises:
+        BitquotaError: Of type ``what``: no such module or function.
+    """
     module_name, _, function_name = spec.partition(":")
     with current_folder_first():
         try:
@@ -180,13 +197,7 @@ def call_factory(spec: str, what: type[BitquotaError]) -> Any:  # noqa: ANN401  
                 f"folder or the installed packages; '{spec}' is not: {err}"
             )
             raise what(msg, source=spec) from err
-        try:
-            return found()
-        except BitquotaError:
-            raise
-        except Exception as err:  # the user's own code may raise anything
-            msg = f"the factory '{spec}' must run without arguments; it failed: {err!r}"
-            raise what(msg, source=spec) from err
+    return found
 
 
 def _from_factory(spec: str) -> LoadedModel:

@@ -90,6 +90,26 @@ def write_pt2(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], path: P
     return path
 
 
+def write_llama(path: Path) -> Path:
+    """Save a tiny random Llama with a tied head as transformers does."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
 def upsampler() -> nn.Module:
     """Return transposed convolutions, one of them in groups."""
     torch.manual_seed(1)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from bitquota.errors import InvalidInput
+from bitquota.errors import ExportFailed, InvalidInput
 from bitquota.formats.exports.compressed_tensors_folder import CompressedTensorsFolder
 from bitquota.formats.exports.config_files import CONFIG_FILES
 from bitquota.formats.exports.gguf_file import GgufFile
@@ -22,12 +22,12 @@ from bitquota.formats.exports.prepared import PreparedExport, prepare_export
 from bitquota.formats.exports.ref_int import RefInt
 from bitquota.formats.receipt import Difference, FileReceipt, Receipt, TensorReceipt
 from bitquota.formats.targets import target_by_name
+from bitquota.plan import Plan
 
 if TYPE_CHECKING:
     from torch import nn
 
     from bitquota.formats.models import LoadedModel
-    from bitquota.plan import Plan
     from bitquota.sensitivity.calibration import CalibrationSet
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "export_plan",
     "exporter_by_name",
     "load_export",
+    "open_export",
     "prepare_export",
 ]
 
@@ -139,6 +140,9 @@ def export_plan(
         if exporter.runs_here and receipt.difference is None:
             note = "nothing was run: hand in samples to compare with fake-quantization"
             receipt = replace(receipt, notes=(*receipt.notes, note))
+        if any(a.candidate.activation_bits is not None for a in plan.assignments):
+            note = "activations are quantized by the runtime, with ranges of its own calibration"
+            receipt = replace(receipt, notes=(*receipt.notes, note))
         receipt.require()
         plan.save(building / "plan.json")
         receipt.save(building)
@@ -172,3 +176,34 @@ def load_export(
         raise InvalidInput(msg, format=format_name)
     prepared = prepare_export(model, plan, correction_data=correction_data)
     return exporter.load(prepared, folder)
+
+
+def open_export(
+    model: LoadedModel, folder: Path, *, correction_data: CalibrationSet | None = None
+) -> tuple[nn.Module, Plan, Receipt]:
+    """Return what lies in an export's folder: a module that runs it, its plan, its receipt.
+
+    Args:
+        model: The model that was exported.
+        folder: What ``export_plan`` wrote.
+        correction_data: As at the export, for formats that torch puts together.
+
+    Raises:
+        InvalidInput: No such folder, or a format that cannot be run here.
+        StalePlan: The export is of another model.
+        ExportFailed: The files are not those of the receipt, or do not load.
+    """
+    receipt = Receipt.load(folder)
+    for expected in receipt.files:
+        path = folder / expected.name
+        if not path.is_file() or FileReceipt.of(path, folder) != expected:
+            msg = (
+                f"an export's files must be those of its receipt; '{expected.name}' in '{folder}' "
+                "is missing or was changed: export again"
+            )
+            raise ExportFailed(msg, file=expected.name)
+    plan = Plan.load(folder / "plan.json")
+    module = load_export(
+        model, plan, folder, format_name=receipt.exporter, correction_data=correction_data
+    )
+    return module, plan, receipt

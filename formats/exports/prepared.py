@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +39,7 @@ class PreparedExport:
         target: For which target, if for one.
         module: A copy of the model with fake-quantized weights and the plan's corrections.
         layers: The plan's layers by name.
-        candidates: The plan's candidates by layer.
+        candidates: The plan's candidates by layer, without what they say of activations.
         weights: Integer codes and scales of every quantized layer.
         inputs: A few samples, or ``None``: then nothing is run.
         reference: Output of ``module`` on them.
@@ -148,13 +148,12 @@ def prepare_export(
     if target is not None:
         target.require(plan)
     data = correction_data if correction_data is not None else samples
-    module = copy.deepcopy(model.module).eval()
-    if Correction.FOLD_BATCH_NORM in plan.corrections:
-        from bitquota.sensitivity.corrections import fold_batch_norm
-
-        module = fold_batch_norm(module, _example(model, data))
+    module = folded_module(model, plan, data)
     layers = {a.layer.name: a.layer for a in plan.assignments}
-    candidates = {a.layer.name: a.candidate for a in plan.assignments}
+    # What a runtime calibrates for itself is in no file: only weights are written and compared.
+    candidates = {
+        a.layer.name: replace(a.candidate, activation_bits=None) for a in plan.assignments
+    }
     weights = {}
     for name, layer in layers.items():
         candidate = candidates[name]
@@ -171,20 +170,9 @@ def prepare_export(
         )
     from bitquota.sensitivity.evaluate import apply_plan
 
-    inventory = Inventory(
-        model_digest=plan.model_digest,
-        layers=tuple(layers.values()),
-        unquantized=plan.unquantized,
-    )
-    if any(c.activation_bits is not None for c in candidates.values()):
-        msg = (
-            "plans with quantized activations cannot be exported yet; export the weights with a "
-            "plan of full-precision activations"
-        )
-        raise InvalidInput(msg)
     quantized = apply_plan(
         module,
-        inventory,
+        inventory_of(plan),
         tuple(candidates.values()),
         corrections=plan.corrections,
         correction_data=data,
@@ -204,6 +192,25 @@ def prepare_export(
         weights=weights,
         inputs=inputs,
         reference=reference,
+    )
+
+
+def folded_module(model: LoadedModel, plan: Plan, data: CalibrationSet | None) -> nn.Module:
+    """Return a copy of the model in eval mode, its batch norms folded if the plan says so."""
+    module = copy.deepcopy(model.module).eval()
+    if Correction.FOLD_BATCH_NORM in plan.corrections:
+        from bitquota.sensitivity.corrections import fold_batch_norm
+
+        module = fold_batch_norm(module, _example(model, data))
+    return module
+
+
+def inventory_of(plan: Plan) -> Inventory:
+    """Return the tensors that a plan speaks of."""
+    return Inventory(
+        model_digest=plan.model_digest,
+        layers=tuple(a.layer for a in plan.assignments),
+        unquantized=plan.unquantized,
     )
 
 

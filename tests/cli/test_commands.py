@@ -133,8 +133,8 @@ class TestEvaluate:
 
         names = [e["name"] for e in json.loads(out)]
         assert code == 0
-        assert names[:2] == ["full precision", "plan"]
-        assert "uniform W4" in names
+        assert names[:2] == ["full precision", "plan.json"]
+        assert "uniform W4 of plan.json" in names
 
     def test_stale_plan(self, bitquota, tmp_path):
         """A plan of other weights ends with exit code 4."""

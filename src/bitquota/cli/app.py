@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 import bitquota
-from bitquota.cli import comparing, exporting, gating, inspecting, planning, serving, solving
+from bitquota.cli import (
+    comparing,
+    evaluating,
+    exporting,
+    gating,
+    inspecting,
+    planning,
+    serving,
+    solving,
+    training,
+)
 from bitquota.errors import BitquotaError
 from bitquota.service import admin_commands
 
@@ -32,8 +42,10 @@ app.command("targets")(inspecting.targets)
 app.command("plan")(planning.plan)
 app.command("measure")(planning.measure)
 app.command("compare")(comparing.compare)
-app.command("evaluate")(planning.evaluate)
 app.command("export")(exporting.export)
+app.command("finetune")(training.finetune)
+app.command("learn")(training.learn)
+app.command("evaluate")(evaluating.evaluate)
 app.command("show")(planning.show)
 app.command("solve")(solving.solve_file)
 app.command("frontier")(solving.frontier)

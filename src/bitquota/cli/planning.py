@@ -1,4 +1,4 @@
-"""Commands that measure and plan: ``plan``, ``measure``, ``evaluate``, ``show``."""
+"""Commands that measure and plan: ``plan``, ``measure``, ``show``."""
 
 from __future__ import annotations
 
@@ -257,59 +257,6 @@ def measure(
         )
     output.print_rows(rows, title="Each candidate alone")
     output.messages.print(f"wrote {out}", highlight=False)
-
-
-def evaluate(
-    model: opt.Model,
-    data: Annotated[str, typer.Argument(help="Labelled set, read like a calibration set.")],
-    plans: Annotated[
-        list[Path] | None, typer.Option("--plan", help="Plan to evaluate. Repeatable.")
-    ] = None,
-    correction_data: Annotated[
-        str | None,
-        typer.Option("--correction-data", help="Unlabelled set that corrections are fitted on."),
-    ] = None,
-    with_baselines: Annotated[
-        bool, typer.Option("--baselines", help="Also evaluate each plan's baselines.")
-    ] = False,
-    loss: opt.LossName = "kl",
-    device: opt.Device = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Run MODEL under each plan on DATA: loss increase and top-1 accuracy."""
-    from bitquota.allocate import evaluate_plans
-    from bitquota.formats import load_calibration, load_model
-
-    loaded = load_model(model)
-    samples = load_calibration(data)
-    correcting = None if correction_data is None else load_calibration(correction_data)
-    made = [Plan.load(path) for path in plans or []]
-    evaluations = evaluate_plans(
-        loaded,
-        samples,
-        made,
-        correction_data=correcting,
-        with_baselines=with_baselines,
-        loss=loss,
-        device=device,
-    )
-    if as_json:
-        output.print_json([e.to_json() for e in evaluations])
-        return
-    names = ["full precision", *(str(p) for p in plans or [])]
-    rows = []
-    for e in evaluations:
-        source = names[0] if e.plan_index is None else names[e.plan_index + 1]
-        rows.append(
-            {
-                "choice": source if e.name in ("full precision", "plan") else f"  {e.name}",
-                "loss increase": report.format_loss(e.measured),
-                "top-1 accuracy": (
-                    "" if e.measured.accuracy is None else f"{100 * e.measured.accuracy:.2f} %"
-                ),
-            }
-        )
-    output.print_rows(rows, title=f"On {len(samples)} samples of {data}")
 
 
 def show(

@@ -1,0 +1,151 @@
+"""Models, plans and exported files on one set: ``evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bitquota import report
+from bitquota.cli import options as opt
+from bitquota.cli import output
+from bitquota.cli.loading import load_samples
+from bitquota.errors import InvalidInput
+from bitquota.plan import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bitquota.formats.evaluation import Estimate
+    from bitquota.formats.scoring import Score
+
+_TITLES = {
+    "kl": "KL",
+    "same_top": "same top",
+    "top1": "top-1",
+    "cross_entropy": "cross entropy",
+    "embedding_cosine": "cosine",
+    "embedding_correlation": "correlation",
+}
+_SHARES = ("same_top", "top1")
+
+
+def evaluate(
+    model: opt.Model,
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Labelled set or text that no plan was made on; read like CALIBRATION."
+        ),
+    ],
+    plans: Annotated[
+        list[Path] | None,
+        typer.Option("--plan", help="Plan to run fake-quantized. Repeatable."),
+    ] = None,
+    exported: Annotated[
+        list[Path] | None,
+        typer.Option("--exported", help="Folder that 'export' wrote, to run. Repeatable."),
+    ] = None,
+    correction_data: Annotated[
+        str | None,
+        typer.Option("--correction-data", help="Unlabelled set that corrections are fitted on."),
+    ] = None,
+    uniform: Annotated[
+        bool,
+        typer.Option("--uniform/--no-uniform", help="Also run uniform at each plan's bytes."),
+    ] = True,
+    with_baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also run each plan's other baselines.")
+    ] = False,
+    embedding: Annotated[
+        bool, typer.Option("--embedding", help="The output is an embedding, not logits.")
+    ] = False,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            help="Own metric 'package.module:function' of (output, labels), one number for each "
+            "sample. Repeatable.",
+        ),
+    ] = None,
+    tokenizer: opt.Tokenizer = None,
+    length: opt.Length = opt.DEFAULT_LENGTH,
+    device: opt.Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Run MODEL on DATA in full precision, under each plan, and as each exported file.
+
+    Metrics have standard errors; differences are taken sample by sample, to full precision and to
+    the widest uniform plan of no more bytes.
+    """
+    from bitquota.formats import check_calibration, load_model
+    from bitquota.formats.models import find_function
+    from bitquota.formats.scoring import score_plans
+    from bitquota.setting import choose_device
+
+    loaded = load_model(model)
+    samples = load_samples(data, model=model, tokenizer=tokenizer, length=length)
+    check_calibration(loaded, samples)
+    correcting = None
+    if correction_data is not None:
+        correcting = load_samples(correction_data, model=model, tokenizer=tokenizer, length=length)
+    scores = score_plans(
+        loaded,
+        samples,
+        plans={str(path): Plan.load(path) for path in plans or []},
+        exported=tuple(exported or ()),
+        correction_data=correcting,
+        with_uniform=uniform,
+        with_baselines=with_baselines,
+        kind="embedding" if embedding else "logits",
+        custom={
+            spec.partition(":")[2]: find_function(spec, InvalidInput) for spec in metrics or []
+        },
+        device=str(choose_device(device)),
+    )
+    if as_json:
+        output.print_json([score.to_json() for score in scores])
+        return
+    print_scores(scores, title=f"{len(samples)} samples of {data}")
+
+
+def print_scores(scores: Sequence[Score], title: str = "") -> None:
+    """Print one column for each model, one row for each metric, and the paired differences."""
+    columns = {score.name: _column(score) for score in scores}
+    names = dict.fromkeys(key for column in columns.values() for key in column)
+    output.print_rows(
+        [
+            {"": name} | {model: column.get(name, "") for model, column in columns.items()}
+            for name in names
+        ],
+        title=title,
+    )
+    for score in scores:
+        for other in score.beside:
+            parts = [
+                f"{_TITLES.get(name, name)} {_format(name, estimate, signed=True)}"
+                for name, estimate in score.scores.differences[other].items()
+            ]
+            line = f"{score.name} minus {other}: {', '.join(parts)}"
+            output.console.print(line, markup=False, highlight=False)
+
+
+def _column(score: Score) -> dict[str, str]:
+    column = {"run as": "exported file" if score.kind == "exported" else "torch"}
+    if score.size_bits is not None:
+        column["weights"] = report.format_size(score.size_bits)
+    for name, estimate in score.scores.metrics.items():
+        column[_TITLES.get(name, name)] = _format(name, estimate)
+    if score.scores.kl_tail is not None:
+        column["KL, 99.9 %"] = f"{score.scores.kl_tail:.4g}"
+    if score.scores.perplexity is not None:
+        column["perplexity"] = f"{score.scores.perplexity:.4f}"
+    return column
+
+
+def _format(name: str, estimate: Estimate, *, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    if name in _SHARES:
+        return f"{100 * estimate.mean:{sign}.2f} ± {100 * estimate.standard_error:.2f} %"
+    return f"{estimate.mean:{sign}.4g} ± {estimate.standard_error:.2g}"
