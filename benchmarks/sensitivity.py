@@ -12,8 +12,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import signal
+import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +30,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bitquota.candidates import enumerate_candidates
 from bitquota.corrections import Correction
+from bitquota.errors import BudgetTooSmall, Infeasible
 from bitquota.sensitivity.baselines import baseline_choices, size_only, weight_mse
 from bitquota.sensitivity.calibration import CalibrationSet
 from bitquota.sensitivity.discovery import discover
@@ -41,7 +46,9 @@ from bitquota.solver import Problem, solve
 from resnet_cifar import data_folder, images, load_resnet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
     from bitquota.candidates import CandidateTable, Inventory
     from bitquota.matrix import SensitivityMatrix
@@ -154,7 +161,10 @@ def solve_within(matrix: SensitivityMatrix, limits: Limits) -> tuple[int, ...] |
         costs=limits.costs,
         limits=limits.limits,
     )
-    solution = solve(problem, gap=1e-3, node_limit=200)
+    try:
+        solution = solve(problem, gap=1e-3, node_limit=200)
+    except (BudgetTooSmall, Infeasible):
+        return None
     return None if solution.choice is None else tuple(int(c) for c in solution.choice)
 
 
@@ -214,11 +224,13 @@ def default_run(
             "steps": [s.to_json() for s in result.steps],
         }
         judged = {"plan": result.choice}
-        judged |= {k: v for k, v in starts.items() if k in scores}
+        judged |= {k: v for k, v in starts.items() if k in scores and k != "size only"}
         uniform = [
-            k for k, v in starts.items() if k.startswith("uniform") and limits.allow(case.table, v)
+            k
+            for k, v in starts.items()
+            if k.startswith("uniform W") and not k.endswith("W2") and limits.allow(case.table, v)
         ]
-        if uniform:
+        if uniform and starts[uniform[-1]] not in judged.values():
             judged["uniform"] = starts[uniform[-1]]
         measured = {}
         for name, choice in judged.items():
@@ -326,34 +338,53 @@ def run_llama(tiny: bool, ledger: Ledger) -> None:  # noqa: FBT001
         report("llama", bits, row, naive, 8.0)
 
 
-def run_kill(tiny: bool, _: Ledger) -> None:  # noqa: FBT001
-    """Interrupt a measurement at ten moments; the matrix must not change."""
+class LoggedLedger(SqliteLedger):
+    """Notes every entry that it was given, once it is committed."""
+
+    def put_many(self, entries: Mapping[str, NDArray[np.float64]]) -> None:
+        """Store and note."""
+        super().put_many(entries)
+        with self.path.with_suffix(".log").open("a") as log:
+            log.write("".join(f"{key}\n" for key in entries))
+
+
+def measure_for_killing(folder: Path, *, tiny: bool) -> None:
+    """Measure exact pairs into a ledger in ``folder``, until done or killed."""
     case = vision_case(20, (2, 8), 64, start=0, tiny=tiny)
-    whole = measure_pairs(make_runner(case.module, case.inventory, case.fit), case.table, KL)
+    runner = make_runner(case.module, case.inventory, case.fit, chunk_size=32)
+    print("ready", flush=True)
+    with LoggedLedger(folder / "ledger.sqlite") as ledger:
+        matrix = measure_pairs(runner, case.table, KL, ledger=ledger)
+    matrix.save(folder / "matrix.npz")
 
-    class Interrupted(MemoryLedger):
-        left = 0
-        puts = 0
 
-        def put_many(self, entries: Any) -> None:  # noqa: ANN401
-            if not self.left:
-                raise KeyboardInterrupt
-            self.left -= 1
-            self.puts += len(entries)
-            super().put_many(entries)
-
-    ledger, rng = Interrupted(), np.random.default_rng(0)
-    for k in range(11):
-        ledger.left = int(rng.integers(1, 4)) if k < 10 else 10**9
-        try:
-            runner = make_runner(case.module, case.inventory, case.fit)
-            matrix = measure_pairs(runner, case.table, KL, ledger=ledger)
-        except KeyboardInterrupt:
-            continue
-        break
-    same = matrix.to_bytes() == whole.to_bytes()
+def run_kill(tiny: bool, _: Ledger) -> None:  # noqa: FBT001
+    """Kill a measurement with SIGKILL at ten random moments, and compare with a quiet one."""
+    moments, kills, starts = np.random.default_rng(0), 0, 0
+    command = [sys.executable, str(Path(__file__).resolve()), "--child"]
+    command += ["--tiny"] if tiny else []
+    with tempfile.TemporaryDirectory() as name:
+        quiet, noisy = Path(name) / "quiet", Path(name) / "noisy"
+        for folder in (quiet, noisy):
+            folder.mkdir()
+        measure_for_killing(quiet, tiny=tiny)
+        while not (noisy / "matrix.npz").exists():
+            with subprocess.Popen([*command, str(noisy)], stdout=subprocess.PIPE) as child:
+                assert child.stdout is not None
+                child.stdout.readline()
+                if kills < 10:
+                    time.sleep(moments.uniform(0.05, 0.1 if tiny else 1.5))
+                    child.kill()
+                child.wait()
+                kills += child.returncode == -signal.SIGKILL
+                starts += 1
+        same = (quiet / "matrix.npz").read_bytes() == (noisy / "matrix.npz").read_bytes()
+        noted = Counter((noisy / "ledger.log").read_text().split())
+        with SqliteLedger(noisy / "ledger.sqlite") as ledger:
+            entries = len(ledger)
     print(
-        f"kill: {k} interruptions, {ledger.puts} entries written for {len(ledger)} kept, matrix "
+        f"kill: {kills} of {starts} runs killed by SIGKILL; {entries} entries, "
+        f"{sum(n > 1 for n in noted.values())} of them measured twice; matrix "
         f"{'equal to the last bit' if same else 'DIFFERENT'}"
     )
     sys.stdout.flush()
@@ -395,9 +426,13 @@ def main() -> None:
     parser.add_argument("--draws", type=lambda t: tuple(int(b) for b in t.split(",")))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--ledger", type=Path, help="keep measurements here, to go on later")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     ledger = MemoryLedger() if asked.ledger is None else SqliteLedger(asked.ledger)
     torch.set_num_threads(1)
+    if asked.child is not None:
+        measure_for_killing(asked.child, tiny=asked.tiny)
+        return
     six = (2, 3, 4, 5, 6, 8)
     vision = {
         "r20-b3": (20, (2, 4, 8), (2.5, 3.0, 3.5, 4.0), 12.0, "eval", (0,)),

@@ -129,11 +129,13 @@ class Others:
         names: Of the backends.
         time_limit_s: Of each of their runs.
         ratios: Their CPU seconds over ours, where they finished, by backend.
+        only: Proofs whose name does not contain it are left out.
     """
 
     names: tuple[str, ...]
     time_limit_s: float
     ratios: dict[str, list[float]] = field(default_factory=dict)
+    only: str = ""
 
     def time(self, instance: Instance, solution: Solution, spent: float) -> None:
         """Print what each of them takes for ``instance``, which ours solved in ``spent``."""
@@ -170,6 +172,8 @@ class Others:
 
 def proved(table: Table, what: str, instance: Instance | None, bar: float, others: Others) -> None:
     """Time one proof to 1e-4, and other backends on the same problem."""
+    if others.only not in what:
+        return
     if instance is None:
         print(f"{what:44} skipped: no {DATA}")
         return
@@ -306,11 +310,13 @@ def large(table: Table, others: Others) -> None:  # noqa: ARG001
         within(table, "L224B5 3 % noise", noisy(convex, 0.03, 1), [(120, 0.05)], (1.0, 0.001))
 
 
-def huge(table: Table, others: Others) -> None:  # noqa: ARG001
+def huge(table: Table, others: Others) -> None:
     """560 layers with five candidates, weakly and strongly correlated."""
     for correlated in (False, True):
         instance = drawn(560, 5, correlated=correlated, noise=0.0, seed=0)
         kind = "hard" if correlated else "psd"
+        if others.only not in kind:
+            continue
         within(table, f"drawn 560 x 5 {kind}", instance, [(120, 0.05)], (2.0, 0.01))
 
 
@@ -342,13 +348,16 @@ def main() -> None:
     parser.add_argument("--sections", default=",".join(SECTIONS), help="parts of the table")
     parser.add_argument("--others", default="", help="backends to time beside ours")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for each of these")
+    parser.add_argument(
+        "--only", default="", help="of the proofs and of 560 layers, those with this in their name"
+    )
     parser.add_argument("--skip-large", action="store_true", help="leave out 224 and 560 layers")
     options = parser.parse_args()
     sections = ["quick"] if options.quick else options.sections.split(",")
     if options.skip_large:
         sections = [name for name in sections if name not in ("large", "huge")]
     names = tuple(name for name in options.others.split(",") if name)
-    others = Others(names=names, time_limit_s=options.limit)
+    others = Others(names=names, time_limit_s=options.limit, only=options.only)
     warm = drawn(6, 3, correlated=False, noise=0.02, seed=0).problem
     solve(warm)
     frontier(warm, even_limits(warm, 3))

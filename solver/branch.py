@@ -137,7 +137,7 @@ class Tree:
         z = self.point[0].astype(np.float64)
         total = np.add.reduceat(z, core.off[:-1])
         z /= total[core.grp]
-        s = c.l + c.Q @ z
+        s = c.l + c.Q @ z if len(c.Q) else c.l.copy()
         order = np.argsort(z, kind="stable")
         order = order[z[order] < 0.6].astype(np.int64)
         removed = np.zeros(n, dtype=np.int64)

@@ -47,6 +47,9 @@ def convexify(core: Core, point: DualPoint) -> Convex:
     ``O(n³)`` for one least eigenvalue.
     """
     n = core.n
+    if not len(core.C):
+        error = 1e-15 * np.abs(core.d)
+        return Convex(Q=core.C, l=core.d, const=core.constant, error=error, point=point)
     Q = core.C.copy()
     np.subtract.at(Q, (point.cut_rows, point.cut_columns), point.cut_values)
     np.subtract.at(Q, (point.cut_columns, point.cut_rows), point.cut_values)

@@ -25,7 +25,7 @@ class Core:
 
     Attributes:
         d: f64[n] linear terms, pair terms with fixed rows included.
-        C: f64[n, n] pair terms (zeros for a separable problem).
+        C: f64[n, n] pair terms, f64[0, 0] for a separable problem.
         off: i64[G+1] group offsets.
         grp: i64[n] group of each row.
         A: i64[m, n] costs.
@@ -67,14 +67,14 @@ class Core:
 
     def value(self, cur: Ints) -> float:
         """Return the objective of the core's rows ``cur``, the constant included."""
-        pair = float(self.C[np.ix_(cur, cur)].sum()) if len(cur) else 0.0
+        pair = float(self.C[np.ix_(cur, cur)].sum()) if len(self.C) else 0.0
         return self.constant + float(self.d[cur].sum()) + 0.5 * pair
 
 
 def reduce(problem: Problem, keep: Bools) -> Core:
     """Return what is left of ``problem`` when only the rows ``keep`` may be chosen.
 
-    Every group must keep a row. ``O(n²)``.
+    Every group must keep a row. ``O(n²)``, ``O(n)`` for a separable problem.
     """
     group = problem.group_of_row
     counts = np.bincount(group[keep], minlength=problem.n_groups)
@@ -89,7 +89,7 @@ def reduce(problem: Problem, keep: Bools) -> Core:
     d = problem.diagonal[rows].copy()
     constant = problem.constant + float(problem.diagonal[fixed].sum())
     if problem.cross is None:
-        C = np.zeros((len(rows), len(rows)))
+        C = np.zeros((0, 0))
     else:
         C = np.ascontiguousarray(problem.cross[np.ix_(rows, rows)])
         d += problem.cross[np.ix_(rows, fixed)].sum(axis=1)

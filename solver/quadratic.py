@@ -18,7 +18,8 @@ import numpy as np
 from bitquota.solver.branch import Incumbent, Record, Tree
 from bitquota.solver.convex import convexify
 from bitquota.solver.core import propagate_steps, reduce
-from bitquota.solver.search import Effort, search
+from bitquota.solver.linear_relaxation import linear_relaxation
+from bitquota.solver.search import Effort, rounded, search
 from bitquota.solver.semidefinite import DualPoint, Lifted, dual_point, interior_point
 from bitquota.solver.solution import Limit, Solution, Stats, Status
 
@@ -40,6 +41,10 @@ SPARE_MEMORY_BYTES = 2**28
 TREE_NODES = 1200
 """Cheap nodes that take about as long as one semidefinite bound, at every size measured."""
 PROBE_ROUNDS = 12
+PROBE_ROWS = 6000
+"""Rows up to which each is tried alone: of a separable problem with more, prices drop most."""
+PAIR_ROWS = 1500
+"""Separable regions with pairs of up to so many rows get the semidefinite bound."""
 BOUND_TOLERANCE = 1e-2
 """Relative gap of the interior point: any dual iterate is valid, the rest is left to the tree."""
 LARGE_ROWS, LARGE_TOLERANCE = 1500, 4e-2
@@ -61,7 +66,7 @@ class Region:
         bound: No choice of the region is below it.
         strong: Begin with products and cuts.
         cuts: i64[c, 2] in the problem's rows.
-        x: f64[n of the problem], where the parent's relaxation stood.
+        priced: Rows of this separable region that its relaxation excludes are gone.
     """
 
     node: int
@@ -69,7 +74,7 @@ class Region:
     bound: float = -math.inf
     strong: bool = False
     cuts: Ints = field(default_factory=lambda: _NO_CUTS)
-    x: Floats | None = None
+    priced: bool = False
 
 
 class Quadratic:
@@ -146,6 +151,8 @@ class Quadratic:
         if core.n_groups == 0:
             return
         starts = [] if self.incumbent.rows is None else [_inside(core, self.incumbent.rows)]
+        if not len(core.C):
+            starts += rounded(core, linear_relaxation(core)[1])
         cur, value = search(
             core,
             effort=effort,
@@ -168,17 +175,22 @@ class Quadratic:
             if core.n_groups == 0:
                 self._single(region, core)
                 return []
+            if region.priced and len(core.pairs):
+                core.C = np.zeros((core.n, core.n))  # pairs deserve the semidefinite bound
+            separable = not len(core.C)
             point = self._point(core, region, strong=strong)
             if point is None:
                 return [region]
             convex = convexify(core, point)
             index = self.record.convexify(core, convex)
             tree = Tree(core, convex)
-            z = np.clip(np.diag(point.pair_values), 1e-6, None)
+            z = np.clip(point.row_values, 1e-6, None)
             code = tree.root(self.incumbent, z, point.multipliers)
             if self._took(region, tree, index, code):
                 return []
-            dropped = tree.probe(self.incumbent, PROBE_ROUNDS)
+            if separable and self._priced(region, tree):
+                continue
+            dropped = tree.probe(self.incumbent, PROBE_ROUNDS) if core.n <= PROBE_ROWS else []
             if dropped:
                 region.keep = region.keep.copy()
                 region.keep[core.rows[[d.row for d in dropped]]] = False
@@ -188,7 +200,7 @@ class Quadratic:
                 code = tree.root(self.incumbent, tree.point[0].astype(np.float64), tree.lam[0])
                 if self._took(region, tree, index, code):
                     return []
-            self._grow(tree, None if not core.C.any() else TREE_NODES)
+            self._grow(tree, None if separable else TREE_NODES)
             if tree.done(self.incumbent) or self.control.limit is not None:
                 self._attach(region, tree, index)
                 region.bound = max(region.bound, min(tree.open_bound(), self.incumbent.cutoff))
@@ -208,6 +220,22 @@ class Quadratic:
             if again:
                 continue
             return self._split(region, tree, strong=gap < 0.7 * plain_gap)
+
+    def _priced(self, region: Region, tree: Tree) -> bool:
+        """Drop the rows that a separable region's root excludes; returns whether to start anew."""
+        core = tree.core
+        gone = core.rows[tree.kept[0] == 0]
+        if len(gone) > 0.1 * core.n:
+            region.keep = region.keep.copy()
+            region.keep[gone] = False
+            region.node = self.record.node(region.node, region.keep)
+            if self._propagate(region):
+                self._search(region, default_effort(int(region.keep.sum())))
+            return True
+        if region.priced or not len(core.pairs) or core.n > PAIR_ROWS:
+            return False
+        region.priced = True
+        return True
 
     def _took(self, region: Region, tree: Tree, index: int, code: int) -> bool:
         """Enter a tree's root into the record; returns whether the region is closed."""
@@ -251,7 +279,7 @@ class Quadratic:
 
     def _point(self, core: Core, region: Region, *, strong: bool) -> DualPoint | None:
         """Return a dual point of the semidefinite bound, or ``None`` when a limit struck."""
-        if not core.C.any():
+        if not len(core.C):
             return _flat(core)
         lifted = Lifted(core, products=strong)
         if strong and len(region.cuts):
@@ -392,14 +420,16 @@ def _flat(core: Core) -> DualPoint:
     """Return the dual point of a problem without cross terms: no shift is needed."""
     empty = np.zeros(0, dtype=np.int64)
     m = len(core.b)
+    prices, x = linear_relaxation(core)
     return DualPoint(
         shift=np.zeros((core.n, int(np.diff(core.off).max()))),
         cut_rows=empty,
         cut_columns=empty,
         cut_values=np.zeros(0),
         products=np.zeros((m, core.n)),
-        multipliers=np.zeros(m),
+        multipliers=prices,
         bound=-math.inf,
         iterations=0,
-        pair_values=np.diag(1.0 / np.diff(core.off)[core.grp]),
+        row_values=x,
+        pair_values=np.zeros((0, 0)),
     )

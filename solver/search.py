@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bitquota.solver import search_kernels as kernels
 from bitquota.solver.core import propagate_steps, reduce
+from bitquota.solver.ties import collapsed, expanded, partners
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -37,12 +38,21 @@ class Effort:
     bisections: int = 30
 
 
+DENSE_ROWS = 3000
+"""Separable problems of more rows never get a dense matrix of pair terms."""
+SINGLE_ROWS = 4000
+"""Above so many rows, moves of two groups are left out altogether."""
+
+
 def penalised(core: Core) -> Floats:
-    """Return ``C`` with a price on forbidden pairs that no gain can outweigh."""
-    if not len(core.pairs):
+    """Return ``C`` with a price on forbidden pairs that no gain can outweigh.
+
+    Large separable problems keep their empty ``C``.
+    """
+    if not len(core.pairs) or (not len(core.C) and core.n > DENSE_ROWS):
         return core.C
-    C = core.C.copy()
-    span = float(np.ptp(core.d)) * core.n_groups + float(np.abs(core.C).max()) * core.n_groups**2
+    C = core.C.copy() if len(core.C) else np.zeros((core.n, core.n))
+    span = float(np.ptp(core.d)) * core.n_groups + float(np.abs(C).max()) * core.n_groups**2
     price = max(span, 1.0)
     C[core.pairs[:, 0], core.pairs[:, 1]] += price
     C[core.pairs[:, 1], core.pairs[:, 0]] += price
@@ -122,6 +132,20 @@ def lagrangian_start(
     return found
 
 
+def _pass_on(core: Core, cur: Ints, on_better: Callable[[Ints, float], None]) -> None:
+    on_better(cur, core.value(cur))
+
+
+def rounded(core: Core, x: Floats) -> list[Ints]:
+    """Return the heaviest row of every group by weights ``x``, brought within the budgets."""
+    cur = np.lexsort((-x, core.grp))[core.off[:-1]].astype(np.int64)
+    C = penalised(core)
+    h, used = np.empty(core.n), np.empty(len(core.b), dtype=np.int64)
+    kernels.fields(core.d, C, core.A, cur, h, used)
+    weight = 1.0 / np.maximum(core.b, 1).astype(np.float64)
+    return [cur] if kernels.repair(C, core.off, core.A, core.b, cur, h, used, weight) else []
+
+
 def search(
     core: Core,
     *,
@@ -135,7 +159,29 @@ def search(
 
     A heuristic: nothing is proved. Ties between restarts are broken by order.
     """
+    table = partners(core)
+    if table is not None:
+        row_of = np.zeros(core.n, dtype=np.int64)
+        row_of[table[table >= 0]] = np.nonzero(table >= 0)[0]
+        small = collapsed(core, table)
+        first = core.grp[table[small.off[:-1], 0]]
+        inner, _ = search(
+            small,
+            effort=effort,
+            seed=seed,
+            starts=[row_of[s[first]] for s in starts if meets_all(core, s)],
+            on_better=None
+            if on_better is None
+            else lambda cur, _: _pass_on(core, expanded(table, cur, core), on_better),
+            stop=stop,
+        )
+        if inner is None:
+            return None, np.inf
+        cur = expanded(table, inner, core)
+        return cur, core.value(cur)
     C = penalised(core)
+    if len(core.pairs) and not len(C):
+        core = _pairs_as_budgets(core)
     # Moves of two groups cost O(n²): large problems take them in the last polish only.
     large = core.n > 700
     points = [s for s in starts if meets_all(core, s)]
@@ -158,7 +204,10 @@ def search(
             strength = 2 + (index - len(tried)) % 7
             kernels.kick(core.off, core.A, core.b, cur, strength, seed * 7919 + index)
         _run(core, C, cur, 4 * effort.patience, 0, seed + index)
-        value = _run(core, C, cur, 3 if large else effort.patience, 1, seed + index)
+        if core.n > SINGLE_ROWS:
+            value = _value(core, C, cur)
+        else:
+            value = _run(core, C, cur, 3 if large else effort.patience, 1, seed + index)
         if value < best_value - 1e-12 * abs(best_value):
             best, best_value = cur.copy(), value
             if on_better is not None and meets_all(core, best):
@@ -175,8 +224,21 @@ def _run(core: Core, C: Floats, cur: Ints, patience: int, pairs: int, seed: int)
     return value
 
 
+def _pairs_as_budgets(core: Core) -> Core:
+    """Return ``core`` with one more budget per pair, of which one row may be chosen."""
+    together = np.zeros((len(core.pairs), core.n), dtype=np.int64)
+    for column in core.pairs.T:
+        together[np.arange(len(core.pairs)), column] = 1
+    return replace(
+        core,
+        A=np.concatenate([core.A, together]),
+        b=np.concatenate([core.b, np.ones(len(core.pairs), dtype=np.int64)]),
+        pairs=core.pairs[:0],
+    )
+
+
 def _value(core: Core, C: Floats, cur: Ints) -> float:
-    pair = float(C[np.ix_(cur, cur)].sum())
+    pair = float(C[np.ix_(cur, cur)].sum()) if len(C) else 0.0
     return float(core.d[cur].sum()) + 0.5 * pair
 
 

@@ -1,8 +1,8 @@
 """Compiled parts of the local search: swaps of one or two groups, and tabu search over them.
 
-Shared notation: ``d`` f64[n] linear terms, ``C`` f64[n, n] pair terms, ``off`` i64[G+1],
-``grp`` i64[n], ``A`` i64[m, n] costs, ``b`` i64[m] limits, ``cur`` i64[G] chosen rows,
-``h = d + C x`` f64[n], ``used = A x`` i64[m].
+Shared notation: ``d`` f64[n] linear terms, ``C`` f64[n, n] pair terms (f64[0, 0] stands for
+zeros), ``off`` i64[G+1], ``grp`` i64[n], ``A`` i64[m, n] costs, ``b`` i64[m] limits, ``cur`` i64[G]
+chosen rows, ``h = d + C x`` f64[n], ``used = A x`` i64[m].
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ def fields(d: Floats, C: Floats, A: Ints, cur: Ints, h: Floats, used: Ints) -> f
     n = len(d)
     for p in range(n):
         h[p] = d[p]
-    for g in range(len(cur)):
-        row = C[cur[g]]
-        for p in range(n):
-            h[p] += row[p]
+    if len(C):
+        for g in range(len(cur)):
+            row = C[cur[g]]
+            for p in range(n):
+                h[p] += row[p]
     for k in range(A.shape[0]):
         total = 0
         for g in range(len(cur)):
@@ -50,9 +51,10 @@ def move(C: Floats, A: Ints, cur: Ints, h: Floats, used: Ints, g: int, p: int) -
     old = cur[g]
     if old == p:
         return
-    new_row, old_row = C[p], C[old]
-    for q in range(len(h)):
-        h[q] += new_row[q] - old_row[q]
+    if len(C):
+        new_row, old_row = C[p], C[old]
+        for q in range(len(h)):
+            h[q] += new_row[q] - old_row[q]
     for k in range(A.shape[0]):
         used[k] += A[k, p] - A[k, old]
     cur[g] = p
@@ -154,9 +156,10 @@ def best_move(
         for p in range(off[g], start):
             if p == c:
                 continue
-            new_row, old_row = C[p], C[c]
-            for q in range(start, n):
-                diff[q] = new_row[q] - old_row[q]
+            if len(C):
+                new_row, old_row = C[p], C[c]
+                for q in range(start, n):
+                    diff[q] = new_row[q] - old_row[q]
             for i in range(g + 1, G):
                 base = e[p] - diff[cur[i]]
                 ci = cur[i]

@@ -212,6 +212,8 @@ class DualPoint:
     multipliers: Floats
     bound: float
     iterations: int
+    row_values: Floats
+    """f64[n], the primal ``x``."""
     pair_values: Floats
     """f64[n, n], the primal ``X``: where it is negative a cut helps."""
 
@@ -259,6 +261,8 @@ def _most_negative(core: Core, p: Floats) -> float:
         return float(np.linalg.eigvalsh(scaled)[0])
     v = np.cos(1.0 + np.arange(core.n))
     bound = float(np.abs(scaled).sum(axis=1).max())
+    if bound == 0.0:
+        return 0.0
     for _ in range(40):  # power iteration on bound·I - scaled
         v = bound * v - scaled @ v
         v /= np.linalg.norm(v)
@@ -518,5 +522,6 @@ def dual_point(lifted: Lifted, state: State, iterations: int) -> DualPoint:
         multipliers=np.maximum(y[ne : ne + m], 0.0) / lifted.unit,
         bound=float(y[0]) + core.constant,
         iterations=iterations,
+        row_values=np.diag(X).copy(),
         pair_values=X,
     )

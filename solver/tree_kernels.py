@@ -1,8 +1,8 @@
 """Compiled parts of branch and bound: node relaxations by coordinate descent, and the tree.
 
-Shared notation: ``Q`` f64[n, n] and ``l`` f64[n] of the convex function
-``q(x) = const + l·x + ½ xᵀQx``, ``off`` i64[G+1], ``A``/``F`` i64/f64[m, n] costs, ``b``/``f``
-i64/f64[m] limits, ``e`` f64[n] rounding allowance of one entry of ``s = l + Qz``,
+Shared notation: ``Q`` f64[n, n] (f64[0, 0] stands for zeros) and ``l`` f64[n] of the convex
+function ``q(x) = const + l·x + ½ xᵀQx``, ``off`` i64[G+1], ``A``/``F`` i64/f64[m, n] costs,
+``b``/``f`` i64/f64[m] limits, ``e`` f64[n] rounding allowance of one entry of ``s = l + Qz``,
 ``ok`` u8[n] rows of a node's region, ``lam`` f64[m] multipliers.
 
 A bound computed here subtracts an allowance for its own rounding (see ``node_bound``).
@@ -114,6 +114,8 @@ def gradient(Q: Floats, l: Floats, z: Floats, s: Floats) -> None:  # noqa: E741
     n = len(l)
     for p in range(n):
         s[p] = l[p]
+    if not len(Q):
+        return
     for q in range(n):
         if z[q] != 0.0:
             weight, row = z[q], Q[q]
@@ -149,7 +151,9 @@ def descend(
                 slope = high_value - low_value
                 if high < 0 or low == high or slope <= 0.0:
                     break
-                curve = Q[low, low] + Q[high, high] - 2.0 * Q[low, high]
+                curve = 0.0
+                if len(Q):
+                    curve = Q[low, low] + Q[high, high] - 2.0 * Q[low, high]
                 step = z[high]
                 if curve > 0.0 and slope < curve * step:
                     step = slope / curve
@@ -162,9 +166,10 @@ def descend(
                     z[high] = 0.0
                 else:
                     z[high] -= step
-                row_low, row_high = Q[low], Q[high]
-                for p in range(n):
-                    s[p] += step * (row_low[p] - row_high[p])
+                if len(Q):
+                    row_low, row_high = Q[low], Q[high]
+                    for p in range(n):
+                        s[p] += step * (row_low[p] - row_high[p])
                 gain += decrease
     return gain
 
@@ -424,9 +429,10 @@ def choose_branch(
         for p in range(off[g], off[g + 1]):
             if kept[p]:
                 weight += z[p]
-                mixing += 0.5 * Q[p, p] * z[p]
-                for q in range(off[g], off[g + 1]):
-                    mixing -= 0.5 * Q[p, q] * z[p] * z[q]
+                if len(Q):
+                    mixing += 0.5 * Q[p, p] * z[p]
+                    for q in range(off[g], off[g + 1]):
+                        mixing -= 0.5 * Q[p, q] * z[p] * z[q]
         below, below_cost = 0.0, 0.0
         for t in range(first + 1, last + 1):
             if kept[t - 1]:
@@ -518,7 +524,7 @@ def evaluate_node(
         for g in range(len(cur)):
             value += d[cur[g]]
             size += abs(d[cur[g]])
-            for i in range(g):
+            for i in range(g if len(C) else 0):
                 value += C[cur[g], cur[i]]
                 size += abs(C[cur[g], cur[i]])
         # A sum of k terms is off by at most about k roundings of the sum of their sizes; the
@@ -656,7 +662,7 @@ def grow(
                 value = constant
                 for i in range(G):
                     value += d[cur[i]]
-                    for j in range(i):
+                    for j in range(i if len(C) else 0):
                         value += C[cur[i], cur[j]]
                 # Without an incumbent best is infinite, and infinity minus infinity no number.
                 good = not np.isfinite(best[0]) or value < best[0] - 1e-13 * abs(best[0])
