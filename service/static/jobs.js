@@ -133,7 +133,8 @@
 
   function digestOf(file, tell) {
     return new Promise((resolve, reject) => {
-      const worker = new Worker(form.dataset.worker);
+      // Not form.dataset: that is the field of this name.
+      const worker = new Worker(form.getAttribute("data-worker"));
       worker.onmessage = ({ data: said }) => {
         if (said.read) tell(`reading, ${bytes(8 * said.read)} of ${bytes(8 * file.size)}`,
           said.read / file.size);

@@ -14,6 +14,7 @@
   const BITS = [1, 2, 3, 4, 5, 6, 7, 8, 16];
   const PAGE_ROWS = 50;
   const MANY = 600;
+  const FIRST_SHOWN = 300;
   const DEBOUNCE_MS = 20;
   const QUICK_S = 0.05;
   const THOROUGH_S = 2;
@@ -243,9 +244,16 @@
       const style = theme();
       if (!drawing) drawing = echarts.init(place, null, { renderer: "canvas" });
       else drawing.resize();
+      const wanted = option(style, place.clientWidth);
+      const before = drawing.getOption();
+      if (before && before.dataZoom && before.dataZoom[0] && wanted.dataZoom && wanted.dataZoom[0]) {
+        // Whoever has zoomed in stays there while the slider moves.
+        Object.assign(wanted.dataZoom[0],
+          { start: before.dataZoom[0].start, end: before.dataZoom[0].end });
+      }
       drawing.setOption(
         { animation: false, textStyle: { fontFamily: style.font, color: style.ink },
-          backgroundColor: "transparent", ...option(style, place.clientWidth) },
+          backgroundColor: "transparent", ...wanted },
         { notMerge: true });
     }
     whenItMustBeRedrawn(draw);
@@ -448,7 +456,9 @@
 
   function zoomOf(style, names, xAxisIndex) {
     if (names.length <= 120) return [];
-    return [{ type: "slider", xAxisIndex, showDataShadow: false, height: 18, bottom: 4, brushSelect: false,
+    // More bars than pixels would only show the tallest: begin with a part of them.
+    const end = Math.min(100, (100 * FIRST_SHOWN) / names.length);
+    return [{ type: "slider", xAxisIndex, start: 0, end, showDataShadow: false, height: 18, bottom: 4, brushSelect: false,
       borderColor: style.line, textStyle: { color: style.soft }, labelFormatter: (k) =>
         String(k + 1), fillerColor: "rgba(128,128,160,0.2)" }];
   }
@@ -540,7 +550,8 @@
           position: at ? "top" : "bottom", axisLabel: { show: false },
           splitLine: { show: false } })),
         yAxis: [axis(style, { ...value, gridIndex: 0 }),
-          axis(style, { ...value, gridIndex: 1, inverse: true })],
+          axis(style, { ...value, gridIndex: 1, inverse: true, axisLabel: { color: style.soft,
+            fontSize: 0.78 * style.root, formatter: (v) => (v ? String(v) : "") } })],
         series,
       };
     });

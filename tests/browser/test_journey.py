@@ -1,0 +1,174 @@
+"""From a model file to a downloaded plan, in a real browser, by mouse and by keyboard alone."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import pytest
+
+from bitquota.plan import Plan
+from live_server import LiveServer
+
+JOB_MS = 150_000
+"""Loading torch takes half a minute where others keep the processor busy."""
+
+WATCH = """
+window.seen = [];
+addEventListener("DOMContentLoaded", () => {
+  const look = () => {
+    const text = ["state", "stage", "pace"].map((id) => document.getElementById(id)?.textContent);
+    window.seen.push(text.join(" | "));
+  };
+  const job = document.getElementById("job");
+  if (!job) return;
+  look();
+  new MutationObserver(look).observe(job, { subtree: true, childList: true, characterData: true });
+});
+"""
+DROP = """
+async ([files]) => {
+  const list = new DataTransfer();
+  for (const { name, data } of files) {
+    const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+    list.items.add(new File([bytes], name));
+  }
+  const drop = document.getElementById("drop");
+  for (const type of ["dragenter", "dragover", "drop"]) {
+    drop.dispatchEvent(new DragEvent(type, { dataTransfer: list, bubbles: true, cancelable: true }));
+  }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with LiveServer(tmp_path_factory.mktemp("journey") / "data", nice=0) as running:
+        yield running
+
+
+def plan_of(download) -> Plan:
+    with open(download.path()) as file:  # noqa: PTH123  # a path of playwright's
+        return Plan.from_json(json.load(file))
+
+
+class TestJourney:
+    def test_by_mouse(self, server, digits_files, open_window):
+        """Drop both files, watch the job, move the slider, download the plan."""
+        window = open_window(viewport={"width": 1280, "height": 900})
+        page = window.page
+        page.add_init_script(WATCH)
+        page.goto(server.url)
+        files = [
+            {"name": path.name, "data": base64.b64encode(path.read_bytes()).decode()}
+            for path in digits_files
+        ]
+        page.evaluate(DROP, [files])
+        page.fill("#budgets", "3 bits")
+        page.fill("#name", "by mouse")
+        page.click("#go")
+
+        page.wait_for_url("**/jobs/job_*")
+        page.wait_for_selector("#look:visible", timeout=JOB_MS)
+        seen = page.evaluate("window.seen")
+        assert page.inner_text("#state") == "succeeded"
+        assert any(text.startswith("running") and " of " in text for text in seen), seen
+        assert "succeeded" in page.inner_text("#log")
+        assert page.locator("#results a").count() >= 3
+
+        page.click("#look")
+        window.settle()
+        assert page.inner_text(".headline")
+        before = page.input_value("input.budget")
+        told = page.inner_text(".slider output")
+        box = page.locator("input.budget").bounding_box()
+        middle = box["y"] + box["height"] / 2
+        page.mouse.move(box["x"] + box["width"] * 0.3, middle)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.7, middle, steps=8)
+        page.mouse.up()
+        after = page.input_value("input.budget")
+        assert float(after) > float(before)
+        page.wait_for_selector(f"input.budget[data-solved='{after}']")
+        assert page.inner_text(".slider output") != told
+        assert float(after) == pytest.approx(
+            float(page.inner_text(".slider output").split()[0]), abs=0.5
+        )
+        with page.expect_download() as download:
+            page.click("text=Download plan")
+        assert plan_of(download.value).budgets[0].text == "3 bits"
+
+    def test_by_keyboard_alone(self, server, digits_files, open_window):
+        """Every step with Tab, Enter, Space and arrows; no mouse."""
+        window = open_window(viewport={"width": 1280, "height": 900})
+        page = window.page
+        page.goto(server.url)
+        for role, path in zip(("model", "dataset"), digits_files, strict=True):
+            self.tab_to(page, f"#{role}")
+            with page.expect_file_chooser() as chooser:
+                page.keyboard.press("Enter")
+            chooser.value.set_files(path)
+        self.tab_to(page, "#budgets")
+        page.keyboard.press("Control+A")
+        page.keyboard.type("4 bits")
+        self.tab_to(page, "#name")
+        page.keyboard.type("by keyboard")
+        page.keyboard.press("Enter")
+
+        page.wait_for_url("**/jobs/job_*")
+        page.wait_for_selector("#look:visible", timeout=JOB_MS)
+        self.tab_to(page, "#look")
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/model")
+        window.settle()
+
+        self.tab_to(page, "input.budget")
+        before = page.input_value("input.budget")
+        told = page.get_attribute("input.budget", "aria-valuetext")
+        for _ in range(40):
+            page.keyboard.press("ArrowRight")
+        after = page.input_value("input.budget")
+        assert float(after) > float(before)
+        page.wait_for_selector(f"input.budget[data-solved='{after}']")
+        assert page.get_attribute("input.budget", "aria-valuetext") != told
+
+        canvas = "canvas[aria-label='Sensitivity of every layer to every candidate']"
+        self.tab_to(page, canvas)
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("ArrowRight")
+        assert " at W3: " in page.inner_text(".heat .readout >> nth=0")
+
+        page.goto(page.url)
+        window.settle()
+        self.tab_to(page, "text=Download plan")
+        with page.expect_download() as download:
+            page.keyboard.press("Enter")
+        assert plan_of(download.value).budgets[0].text == "4 bits"
+
+    @staticmethod
+    def tab_to(page, selector):
+        """Press Tab until the element has the focus."""
+        target = page.locator(selector).first
+        for _ in range(120):
+            if target.evaluate("(e) => e === document.activeElement"):
+                return
+            page.keyboard.press("Tab")
+        pytest.fail(f"Tab does not reach {selector}")
+
+
+def test_wrong_file_is_explained(server, open_window, tmp_path):
+    """What the server refuses is said beside the form."""
+    window = open_window()
+    wrong = tmp_path / "model.onnx"
+    wrong.write_bytes(b"no model at all")
+    data = tmp_path / "data.npz"
+    data.write_bytes(b"no data either")
+    window.page.goto(server.url)
+    window.page.set_input_files("#model", wrong)
+    window.page.set_input_files("#dataset", data)
+    window.page.click("#go")
+    window.page.wait_for_selector("#order-problem:visible")
+    assert "model" in window.page.inner_text("#order-problem")
+    # The browser itself logs refused requests; nothing else may be there.
+    assert all("422" in text for text in window.complaints), window.complaints
+    window.complaints.clear()

@@ -1,0 +1,134 @@
+"""What people see: no accessibility violation, screenshots at three widths, foreign text as text."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from bitquota.errors import MeasurementFailed
+from bitquota.service.database import Database
+from bitquota.service.keys import KeyStore
+from live_server import LiveServer
+from seeded_jobs import inventory_of, matrix_of, plan_of, seed_job
+
+WIDTHS = (360, 1280, 2560)
+HOSTILE = "<img src=x onerror=window.hurt=1><script>window.hurt=1</script>\"'{{7*7}}"
+
+
+def pages(job):
+    return {"jobs": "/", "job": f"/jobs/{job}", "model": f"/jobs/{job}/model"}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+class TestEveryPage:
+    def test_axe_and_screenshots(self, seeded, open_window, screenshots, scheme):
+        """axe-core finds nothing serious, nothing is wider than the window; looks are kept."""
+        server, job = seeded
+        window = open_window(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+        for name, path in pages(job).items():
+            window.page.set_viewport_size({"width": 1280, "height": 900})
+            window.page.goto(server.url + path)
+            if name == "model":
+                window.settle()
+                for details in window.page.locator("summary").all():
+                    details.click()
+            assert window.violations() == [], name
+            for width in WIDTHS:
+                window.page.set_viewport_size({"width": width, "height": 900})
+                window.page.evaluate(
+                    "new Promise((d) => requestAnimationFrame(() => requestAnimationFrame(d)))"
+                )
+                wide = window.page.evaluate("document.documentElement.scrollWidth")
+                assert wide <= width, name
+                window.page.screenshot(
+                    path=screenshots / f"{name}-{width}-{scheme}.png", full_page=True
+                )
+
+
+def test_sign_in_page(seeded, open_window, screenshots, tmp_path_factory):
+    """A server with keys asks for one; the session then works, and ends."""
+    with LiveServer(tmp_path_factory.mktemp("keys") / "data", slots=0) as server:
+        database = Database(f"sqlite:///{server.data_dir / 'bitquota.db'}")
+        _, key = KeyStore(database, time.time).create("acme")
+        database.close()
+        window = open_window()
+        page = window.page
+        page.wait_for_timeout(2100)  # until the server asks again whether there are keys
+        page.goto(server.url)
+        assert "/sign-in" in page.url
+        assert window.violations() == []
+        page.screenshot(path=screenshots / "sign-in.png")
+        page.fill("#key", "bq_wrong")
+        page.click("main button")
+        assert "not a valid API key" in page.inner_text("[role=alert]")
+        window.complaints.clear()  # the browser logs the 401
+        page.fill("#key", key)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#order")
+        assert page.inner_text(".who span") == "acme"
+        cookies = {c["name"]: c for c in window.context.cookies()}
+        assert cookies["bitquota_session"]["httpOnly"]
+        assert cookies["bitquota_session"]["sameSite"] == "Lax"
+        page.click("text=Sign out")
+        page.wait_for_url("**/sign-in*")
+        page.goto(server.url)
+        assert "/sign-in" in page.url
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A server whose jobs have hostile names in every place that a stranger can write."""
+    data_dir = tmp_path_factory.mktemp("hostile") / "data"
+    inventory = inventory_of(6, prefix=HOSTILE)
+    matrix = matrix_of(inventory)
+    plans = (plan_of(inventory, matrix, "3 bits"),)
+    labels = {"name": HOSTILE, HOSTILE: HOSTILE}
+    good = seed_job(data_dir, matrix, plans, inventory, name=HOSTILE, labels=labels)
+    bad = seed_job(
+        data_dir, matrix, (), inventory, name=HOSTILE, labels=labels,
+        failure=MeasurementFailed(f"the model raised ValueError: {HOSTILE}"),
+    )  # fmt: skip
+    with LiveServer(data_dir, slots=0) as server:
+        yield server, good, bad
+
+
+class TestForeignText:
+    def test_is_shown_as_text(self, hostile, open_window):
+        """Model name, layer names, labels and the log, on every page, and nothing runs."""
+        server, good, bad = hostile
+        window = open_window(viewport={"width": 1280, "height": 900})
+        page = window.page
+        for path in ("/", f"/jobs/{good}", f"/jobs/{bad}"):
+            page.goto(server.url + path)
+            page.wait_for_load_state()
+            assert HOSTILE in page.inner_text("main"), path
+        assert f"failed: the model raised ValueError: {HOSTILE}" in page.inner_text("#log")
+
+        page.goto(f"{server.url}/jobs/{good}/model")
+        window.settle()
+        for details in page.locator("summary").all():
+            details.click()
+        assert HOSTILE in page.inner_text("h1")
+        assert f"{HOSTILE}.0.attn.q" in page.inner_text(".dense tbody")
+        page.locator("canvas").first.hover()
+        for place in page.locator(".chart").all():
+            place.hover()
+        page.locator(".heat canvas").first.hover()
+        assert HOSTILE in page.inner_text(".heat .readout >> nth=0")
+        assert page.evaluate("window.hurt") is None
+        assert page.locator("main img, main script:not([type])").count() == 0
+
+
+def test_policy_forbids_what_is_inline(seeded, open_window):
+    """Even if markup got in, the browser would not run it."""
+    server, job = seeded
+    window = open_window()
+    window.page.goto(f"{server.url}/jobs/{job}")
+    window.page.evaluate(
+        "document.body.append(Object.assign(document.createElement('script'),"
+        "{textContent: 'window.hurt = 1'}))"
+    )
+    assert window.page.evaluate("window.hurt") is None
+    assert any("Content Security Policy" in text for text in window.complaints)
+    window.complaints.clear()
