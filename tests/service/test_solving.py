@@ -92,13 +92,13 @@ class TestSolve:
     )
     def test_what_cannot_be_solved(self, client, changes):
         body = {"budgets": ["3 bits"]} | changes
-        answer = httpx.post(str(client._http.base_url).rstrip("/") + "/v1/solve", json=body)
+        answer = httpx.post(str(client.base_url).rstrip("/") + "/v1/solve", json=body)
         assert answer.status_code == 422, answer.text
         assert answer.headers["content-type"] == "application/problem+json"
 
     def test_budget_below_the_minimum(self, client, matrix):
         answer = httpx.post(
-            str(client._http.base_url).rstrip("/") + "/v1/solve",
+            str(client.base_url).rstrip("/") + "/v1/solve",
             json={
                 "matrix": base64.b64encode(matrix.to_bytes()).decode(),
                 "budgets": ["1 bits"],

@@ -42,7 +42,8 @@ def done(job: Job) -> Job:
     """Show a job's id and progress until it has succeeded, and return it."""
     output.messages.print(f"job {job.id}", highlight=False)
     with output.progress_bars() as on_progress:
-        return job.wait(on_progress=on_progress)
+        job.wait(on_progress=on_progress)
+    return job
 
 
 def solution(file: Path, order: JsonObject, server: str, api_key: str | None) -> JsonObject:
