@@ -13,16 +13,12 @@ References:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bitquota.errors import InvalidInput
-from bitquota.quantizers.packing import pack_bits
-from bitquota.storage import StorageSize
 
 OUTLIER_SHARE = 0.001
 """Share of weights on each side that the start of the levels leaves out."""
@@ -32,11 +28,19 @@ def assign(values: Tensor, levels: Tensor) -> Tensor:
     """Return i64 codes: the index of the nearest level, lower index on a tie.
 
     Args:
-        values: Any shape.
-        levels: ``[K]``, ascending.
+        values: Any shape; ``[lines, n]`` with levels of its own for every line.
+        levels: ``[K]`` or ``[lines, K]``, ascending.
     """
-    middles = (levels[1:] + levels[:-1]) / 2
-    return torch.bucketize(values.detach().contiguous(), middles.detach())
+    flat, known = values.detach().contiguous(), levels.detach()
+    middles = ((known[..., 1:] + known[..., :-1]) / 2).contiguous()
+    if known.ndim == 1:
+        return torch.bucketize(flat, middles)
+    return torch.searchsorted(middles, flat)
+
+
+def look_up(levels: Tensor, codes: Tensor) -> Tensor:
+    """Return the level of each code."""
+    return levels[codes] if levels.ndim == 1 else levels.gather(1, codes)
 
 
 class _Lookup(torch.autograd.Function):
@@ -46,7 +50,7 @@ class _Lookup(torch.autograd.Function):
     def forward(ctx: Any, latents: Tensor, levels: Tensor) -> Tensor:  # noqa: ANN401
         codes = assign(latents, levels)
         ctx.save_for_backward(latents, levels, codes)
-        return levels[codes]
+        return look_up(levels, codes)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
@@ -54,9 +58,13 @@ class _Lookup(torch.autograd.Function):
         gradient = gradients[0]
         # dJ/dL_k is the sum of dJ/dq_i over the weights at level k: exact, no approximation.
         to_levels = torch.zeros_like(levels)
-        to_levels.index_add_(0, codes.flatten(), gradient.flatten())
-        reach = levels[-1] - levels[0]
-        inside = (latents >= levels[0] - reach) & (latents <= levels[-1] + reach)
+        if levels.ndim == 1:
+            to_levels.index_add_(0, codes.flatten(), gradient.flatten())
+        else:
+            to_levels.scatter_add_(1, codes, gradient)
+        lowest, highest = levels[..., :1], levels[..., -1:]
+        reach = highest - lowest
+        inside = (latents >= lowest - reach) & (latents <= highest + reach)
         return gradient * inside, to_levels
 
 
@@ -102,24 +110,44 @@ class CodebookWeight(nn.Module):
     """Levels of one weight, and what keeps them and the latent weights together.
 
     Args:
-        values: The full-precision weights.
+        values: The full-precision weights; ``[rows, n]`` for levels of each row's own.
         bits: 1 to 8.
         symmetric: Keep ``L_k = -L_(K+1-k)``.
+        per_row: Whether every row has levels of its own; by default all share them.
+        stored_as: Floating-point format that levels are stored in; training sees them rounded.
     """
 
-    def __init__(self, values: Tensor, bits: int, *, symmetric: bool = False) -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        bits: int,
+        *,
+        symmetric: bool = False,
+        per_row: bool = False,
+        stored_as: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
-        self.bits, self.symmetric = bits, symmetric
-        self.levels = nn.Parameter(start_levels(values, bits, symmetric=symmetric))
+        self.bits, self.symmetric, self.stored_as = bits, symmetric, stored_as
+        if per_row:
+            start = torch.stack([start_levels(row, bits, symmetric=symmetric) for row in values])
+        else:
+            start = start_levels(values, bits, symmetric=symmetric)
+        self.levels = nn.Parameter(start)
         self.register_buffer("previous", self.levels.detach().clone())
         self.previous: Tensor
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return the quantized weights; the levels' gradient is divided by ``sqrt(n)``."""
-        factor = 1.0 / math.sqrt(latents.numel())
-        scaled = self.levels * factor + (self.levels - self.levels * factor).detach()
+        lines = self.levels.shape[0] if self.levels.ndim > 1 else 1
+        factor = 1.0 / math.sqrt(latents.numel() / lines)
+        scaled = self.levels * factor + (self.stored_levels() - self.levels * factor).detach()
         quantized: Tensor = _Lookup.apply(latents, scaled)  # type: ignore[no-untyped-call]
         return quantized
+
+    def stored_levels(self) -> Tensor:
+        """Return the levels as they are stored, detached."""
+        exact = self.levels.detach()
+        return exact if self.stored_as == torch.float32 else exact.to(self.stored_as).to(exact)
 
     @torch.no_grad()
     def carry(self, latents: Tensor) -> None:
@@ -132,62 +160,19 @@ class CodebookWeight(nn.Module):
         neighbours move by different amounts.) A movement of the latent itself is kept.
         """
         if self.symmetric:
-            self.levels.copy_((self.levels - self.levels.flip(0)) / 2)
-        self.levels.copy_(self.levels.sort().values)
+            self.levels.copy_((self.levels - self.levels.flip(-1)) / 2)
+        self.levels.copy_(self.levels.sort(dim=-1).values)
         # Levels that meet would leave their order to chance.
-        gap = 1e-6 * (self.levels[-1] - self.levels[0]).clamp(min=1e-12)
-        for k in range(1, len(self.levels)):
-            self.levels[k] = max(self.levels[k], self.levels[k - 1] + gap)
+        gap = 1e-6 * (self.levels[..., -1] - self.levels[..., 0]).clamp(min=1e-12)
+        for k in range(1, self.levels.shape[-1]):
+            self.levels[..., k] = torch.maximum(self.levels[..., k], self.levels[..., k - 1] + gap)
         codes = assign(latents, self.previous)
-        residual = latents - self.previous[codes]
-        old, new = self.previous.diff(), self.levels.diff()
+        residual = latents - look_up(self.previous, codes)
+        old, new = self.previous.diff(dim=-1), self.levels.diff(dim=-1)
         ratio = torch.where(old > 0, new / old.clamp(min=1e-30), 1.0)
-        one = ratio.new_ones(1)
-        below, above = torch.cat([one, ratio]), torch.cat([ratio, one])  # beyond the ends: shift
-        stretch = torch.where(residual < 0, below[codes], above[codes])
-        latents.copy_(self.levels[codes] + residual * stretch)
+        one = torch.ones_like(ratio[..., :1])
+        below = torch.cat([one, ratio], dim=-1)  # beyond the ends: shift
+        above = torch.cat([ratio, one], dim=-1)
+        stretch = torch.where(residual < 0, look_up(below, codes), look_up(above, codes))
+        latents.copy_(look_up(self.levels, codes) + residual * stretch)
         self.previous.copy_(self.levels)
-
-    def size(self, n_weights: int) -> StorageSize:
-        """Return the exact storage: dense codes, and one fp32 per level."""
-        codes = n_weights * self.bits
-        return StorageSize(codes=codes, scales=32 * 2**self.bits, padding=-codes % 8)
-
-    def stored(self, latents: Tensor) -> StoredCodebook:
-        """Return codes and levels as they are written to disk."""
-        codes = assign(latents, self.levels).cpu().numpy().astype(np.uint16)
-        return StoredCodebook(
-            codes=pack_bits(codes.reshape(1, -1), self.bits),
-            levels=self.levels.detach().cpu().float(),
-            bits=self.bits,
-            shape=tuple(latents.shape),
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StoredCodebook:
-    """A codebook weight as bytes.
-
-    Attributes:
-        codes: u8[...], dense bit stream of level indices (see ``packing``).
-        levels: f32[2^bits].
-        bits: Bit-width.
-        shape: Shape of the weight.
-    """
-
-    codes: np.ndarray[Any, np.dtype[np.uint8]]
-    levels: Tensor
-    bits: int
-    shape: tuple[int, ...]
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of codes and levels."""
-        return len(self.codes) + 4 * len(self.levels)
-
-    def dequantize(self) -> Tensor:
-        """Return f32 weights in their shape."""
-        from bitquota.quantizers.packing import unpack_bits
-
-        codes = unpack_bits(self.codes, 1, math.prod(self.shape), self.bits).astype(np.int64)
-        return self.levels[torch.from_numpy(codes)].reshape(self.shape)

@@ -68,7 +68,8 @@ def power_codes(values: Tensor, bits: int) -> Tensor:
 def power_values(codes: Tensor, bits: int) -> Tensor:
     """Return f32: ``+-2^-k`` of each code."""
     half = 2 ** (bits - 1)
-    return torch.where(codes >= half, -1.0, 1.0) * 2.0 ** -(codes % half).float()
+    sign = torch.where(codes >= half, -1.0, 1.0)
+    return sign * torch.exp2(-(codes % half).float())
 
 
 def spread(per_scale: Tensor, columns: int, scheme: Scheme) -> Tensor:

@@ -2,6 +2,8 @@
 
 References:
     [LSQ] S. Esser et al., "Learned Step Size Quantization", ICLR 2020, arXiv 1902.08153.
+    [TQT] S. Jain et al., "Trained Quantization Thresholds for Accurate and Efficient Fixed-Point
+    Inference of Deep Neural Networks", MLSys 2020, arXiv 1903.08066.
     [Hoang20] T. Hoang et al., "Direct Quantization for Training Highly Accurate Low Bit-width Deep
     Neural Networks", IJCAI 2020, arXiv 2012.13762 (method ``direct``; a reconstruction).
 """
@@ -9,8 +11,7 @@ References:
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,15 +19,17 @@ from torch import Tensor, nn
 
 from bitquota.errors import InvalidInput
 from bitquota.plan import MeasuredLoss
-from bitquota.quantizers.codebook import StoredCodebook
+from bitquota.quantizers.activations import quantized_inputs
 from bitquota.quantizers.layout import from_matrix
+from bitquota.sensitivity.discovery import model_fingerprint
 from bitquota.sensitivity.losses import loss_by_name, n_correct
 from bitquota.sensitivity.measure import standard_error
 from bitquota.sensitivity.runner import run_module
 from bitquota.storage import FULL_PRECISION_BITS
+from bitquota.training.input_quantizers import LearnedInputSteps, calibrated_inputs
 from bitquota.training.loop import TrainingRecord, train
 from bitquota.training.settings import TrainingSettings
-from bitquota.training.weight_quantizers import trainable_weight
+from bitquota.training.weight_quantizers import trainable_weight, trained_candidate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
     from bitquota.candidates import Candidate, Inventory, Layer
     from bitquota.progress import IsCancelled, OnProgress
+    from bitquota.quantizers.activations import ActivationQuantizer
+    from bitquota.quantizers.channel_fit import ChannelRule
     from bitquota.quantizers.weights import QuantizedWeight
     from bitquota.sensitivity.calibration import CalibrationSet
 
@@ -46,16 +51,27 @@ class TrainedModel:
     Attributes:
         module: A copy of the model with the dequantized weights in place, in eval mode.
         stored: What each quantized layer takes on disk, by layer name.
-        candidates: The quantization of each layer that was trained under.
+        candidates: The quantization of each trained layer as it is stored; ``direct`` changes
+            integers into codebooks.
+        inputs: The trained quantizer of each layer's input, where inputs are quantized.
         size_bits: Exact bits of the quantized layers, scales or levels included.
         record: What the run did.
+        inventory: The layers that were trained.
+        latents: The model with the full-precision weights that training moved.
     """
 
     module: nn.Module
-    stored: dict[str, QuantizedWeight | StoredCodebook]
+    stored: dict[str, QuantizedWeight]
     candidates: tuple[Candidate, ...]
     size_bits: int
     record: TrainingRecord
+    inventory: Inventory
+    latents: nn.Module
+    inputs: dict[str, ActivationQuantizer] = field(default_factory=dict)
+
+    def running(self) -> AbstractContextManager[object]:
+        """Return the context in which ``module`` sees the inputs that it was trained with."""
+        return quantized_inputs(self.module, self.inventory, self.inputs)
 
 
 class FixedPlan(nn.Module):
@@ -65,7 +81,9 @@ class FixedPlan(nn.Module):
         model: The model; it is copied.
         layers: The layers that are quantized.
         candidates: Their quantization, in the same order.
-        method: ``lsq`` or ``direct``.
+        method: ``lsq``, ``tqt`` or ``direct``.
+        inputs: Calibrated quantizers of inputs, by layer.
+        symmetric: Keep the levels of codebooks mirrored.
     """
 
     def __init__(
@@ -74,16 +92,21 @@ class FixedPlan(nn.Module):
         layers: Sequence[Layer],
         candidates: Sequence[Candidate],
         method: str,
+        inputs: dict[str, ActivationQuantizer] | None = None,
+        *,
+        symmetric: bool = False,
     ) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
         self.layers = tuple(layers)
         self.quantizers = nn.ModuleList(
             [
-                trainable_weight(method, self.latent(layer), layer, candidate)
+                trainable_weight(method, self.latent(layer), layer, candidate, symmetric=symmetric)
                 for layer, candidate in zip(layers, candidates, strict=True)
             ]
         )
+        watched = [layer for layer in layers if layer.name in (inputs or {})]
+        self.inputs = LearnedInputSteps(watched, [(inputs or {})[la.name] for la in watched])
 
     def latent(self, layer: Layer) -> Tensor:
         """Return the full-precision weight that training moves."""
@@ -91,7 +114,7 @@ class FixedPlan(nn.Module):
 
     def parameter_groups(self, settings: TrainingSettings) -> list[dict[str, Any]]:
         """Return groups for weights, biases and norms, and quantizers."""
-        return grouped(self.model, self.quantizers, settings)
+        return grouped(self.model, nn.ModuleList([self.quantizers, self.inputs]), settings)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the quantized weights."""
@@ -100,9 +123,9 @@ class FixedPlan(nn.Module):
             for layer, quantizer in zip(self.layers, self.quantizers, strict=True)
         }
 
-    def input_quantizers(self) -> AbstractContextManager[object]:
-        """Leave the layers' inputs as they are."""
-        return nullcontext()
+    def input_quantizers(self, weights: dict[str, Tensor]) -> AbstractContextManager[object]:
+        """Return the context in which inputs are quantized."""
+        return self.inputs.watch(self.model, weights)
 
     def penalty(self, progress: float) -> float:
         """Return nothing: the size is fixed."""
@@ -121,7 +144,7 @@ class FixedPlan(nn.Module):
         """Every state fits the plan."""
         return True
 
-    def stored(self) -> dict[str, QuantizedWeight | StoredCodebook]:
+    def stored(self) -> dict[str, QuantizedWeight]:
         """Return what each layer takes on disk."""
         return {
             layer.name: quantizer.stored(self.latent(layer))  # type: ignore[operator]
@@ -146,7 +169,7 @@ def grouped(
             "weight_decay": 0.0,
         },
         {
-            "params": list(quantizers.parameters()),
+            "params": [p for p in quantizers.parameters() if p.numel()],
             "lr": settings.quantizer_learning_rate,
             "weight_decay": settings.quantizer_weight_decay,
         },
@@ -162,6 +185,8 @@ def finetune(
     settings: TrainingSettings | None = None,
     *,
     method: str = "lsq",
+    symmetric: bool = False,
+    input_rule: ChannelRule | None = None,
     start: nn.Module | None = None,
     checkpoint: Path | None = None,
     on_progress: OnProgress | None = None,
@@ -175,16 +200,20 @@ def finetune(
         candidates: One for each layer that is quantized; full-precision ones are left out.
         data: Labelled samples; never the test set.
         settings: How to train.
-        method: ``lsq`` learns steps and keeps each candidate's format and exact size. ``direct``
-            learns ``2^bits`` levels per tensor (another format, counted as such).
+        method: ``lsq`` learns steps, ``tqt`` learns steps that are powers of two; both keep each
+            candidate's format and exact size. ``direct`` learns the levels themselves: integers of
+            up to ``DIRECT_BITS`` bits become codebooks, counted as such.
+        symmetric: Keep the levels of codebooks mirrored.
+        input_rule: Where the plan quantizes inputs, fit their first grids to the majority of
+            channels by this rule.
         start: Where the weights start, if not at ``module``.
         checkpoint: File for resuming.
         on_progress: Called after every step.
         cancelled: Asked before every step.
 
     Raises:
-        InvalidInput: Nothing to train, an unknown method, activation bits (not trained here), or
-            a checkpoint of another run.
+        InvalidInput: Nothing to train, an unknown method or one that cannot train a candidate's
+            grid, or a checkpoint of another run.
         InvalidCalibration: Labels are missing.
         MeasurementFailed: The loss is not finite.
         Cancelled: ``cancelled`` said so; the checkpoint continues the run.
@@ -192,22 +221,33 @@ def finetune(
     Cost: see ``training.loop.train``. The result is the best epoch on the hold-out.
     """
     settings = TrainingSettings() if settings is None else settings
-    chosen = [c for c in candidates if c.weight_bits != FULL_PRECISION_BITS]
+    chosen = [
+        trained_candidate(method, inventory.layer(c.layer), c)
+        for c in candidates
+        if c.weight_bits != FULL_PRECISION_BITS
+    ]
     if not chosen:
         msg = "fine-tuning needs at least one quantized layer; all are in full precision"
         raise InvalidInput(msg)
-    if any(c.activation_bits is not None for c in chosen):
-        msg = (
-            "fine-tuning trains quantized weights; this plan has quantized activations too: "
-            "train with activations in full precision and calibrate them afterwards"
-        )
-        raise InvalidInput(msg)
     layers = [inventory.layer(c.layer) for c in chosen]
-    plan = FixedPlan(module if start is None else start, layers, chosen, method)
+    widths = {c.layer: c.activation_bits for c in chosen if c.activation_bits is not None}
+    if widths and settings.compiled:
+        msg = "a step with quantized inputs cannot be compiled: train without compiling"
+        raise InvalidInput(msg)
+    inputs = {}
+    if widths:
+        fit, _ = data.split(settings.holdout_fraction, settings.seed)
+        inputs = calibrated_inputs(module, inventory, fit, widths, rule=input_rule)
+    plan = FixedPlan(
+        module if start is None else start, layers, chosen, method, inputs, symmetric=symmetric
+    )
     identity = {
         "model": inventory.model_digest,
         "candidates": [c.to_json() for c in chosen],
         "method": method,
+        "symmetric": symmetric,
+        "start": None if start is None else model_fingerprint(start),
+        "input_rule": None if input_rule is None else str(input_rule),
     }
     record = train(
         plan,
@@ -220,41 +260,40 @@ def finetune(
         on_progress=on_progress,
         cancelled=cancelled,
     )
-    return finished(plan, chosen, record)
+    return finished(plan, inventory, chosen, record)
 
 
 def finished(
-    plan: FixedPlan, candidates: Sequence[Candidate], record: TrainingRecord
+    plan: FixedPlan,
+    inventory: Inventory,
+    candidates: Sequence[Candidate],
+    record: TrainingRecord,
 ) -> TrainedModel:
     """Return the model as it ships: weights read back from what is stored."""
     stored = plan.stored()
-    size_bits = 0
+    latents = copy.deepcopy(plan.model).eval()
     with torch.no_grad():
-        for layer, candidate in zip(plan.layers, candidates, strict=True):
-            weight = stored[layer.name]
-            if isinstance(weight, StoredCodebook):
-                value = weight.dequantize()
-                size_bits += 8 * weight.n_bytes
-            else:
-                value = from_matrix(weight.dequantize(), layer)
-                size_bits += candidate.size_bits
-            plan.latent(layer).copy_(value)
+        for layer in plan.layers:
+            plan.latent(layer).copy_(from_matrix(stored[layer.name].dequantize(), layer))
     return TrainedModel(
         module=plan.model.eval(),
         stored=stored,
         candidates=tuple(candidates),
-        size_bits=size_bits,
+        inputs=plan.inputs.trained(),
+        size_bits=sum(c.size_bits for c in candidates),
         record=record,
+        inventory=inventory,
+        latents=latents,
     )
 
 
 def measure_trained(
-    trained: nn.Module, teacher: nn.Module, data: CalibrationSet, *, batch_size: int = 64
+    trained: TrainedModel, teacher: nn.Module, data: CalibrationSet, *, batch_size: int = 64
 ) -> MeasuredLoss:
     """Return the divergence of a trained model to the full-precision one, and its accuracy.
 
     Args:
-        trained: The trained model in eval mode.
+        trained: The trained model.
         teacher: The full-precision model.
         data: Samples that were not trained on.
         batch_size: Samples per pass.
@@ -265,7 +304,8 @@ def measure_trained(
     values, right = [], 0.0
     with torch.no_grad():
         for batch in data.batches(batch_size):
-            output = run_module(trained, batch.inputs)
+            with trained.running():
+                output = run_module(trained.module, batch.inputs)
             reference = run_module(teacher, batch.inputs)
             values.append(loss.per_sample(output, reference, batch.labels))
             if batch.labels is not None:

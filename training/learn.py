@@ -1,4 +1,4 @@
-"""Learn the bit-width of every layer by gradient, under a limit on size that is met exactly.
+"""Learn the bit-width of every layer by gradient, under limits on size that are met exactly.
 
 Two phases. First a recipe learns relaxed bit-widths together with the weights (``bit_learners``).
 Then they are frozen: rounded down to what is on offer, raised again in the order of what was cut
@@ -10,28 +10,33 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from bitquota.budget import Budget
 from bitquota.candidates import Candidate
 from bitquota.errors import BudgetTooSmall, InvalidInput
 from bitquota.plan import Assignment, Plan
+from bitquota.quantizers.activations import ACTIVATION_BITS
 from bitquota.sensitivity.discovery import model_fingerprint
 from bitquota.storage import FULL_PRECISION_BITS, Granularity, Scheme
 from bitquota.training.bit_learners import (
     BitLearner,
+    BitPruningLearner,
+    BitSparsityLearner,
     EllipsoidLearner,
     PublishedLearner,
     StabilisedLearner,
 )
 from bitquota.training.finetune import TrainedModel, finetune, measure_trained
+from bitquota.training.input_quantizers import START_BITS, LearnedInputBits, calibrated_inputs
 from bitquota.training.loop import TrainingRecord, train
 from bitquota.training.settings import TrainingSettings
+from bitquota.training.weight_quantizers import trained_candidate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from torch import nn
 
-    from bitquota.budget import Budget
     from bitquota.candidates import Inventory, Layer
     from bitquota.progress import IsCancelled, OnProgress
     from bitquota.sensitivity.calibration import CalibrationSet
@@ -39,6 +44,8 @@ if TYPE_CHECKING:
 RECIPES: dict[str, type[BitLearner]] = {
     "stabilised": StabilisedLearner,
     "ellipsoid": EllipsoidLearner,
+    "bitpruning": BitPruningLearner,
+    "bsq": BitSparsityLearner,
     "uhlich2020": PublishedLearner,
 }
 """Recipes by name, in order of preference."""
@@ -47,7 +54,12 @@ PRICES: dict[str, Callable[[Candidate], int]] = {
     "size_bits": lambda candidate: candidate.size_bits,
     "code_bits": lambda candidate: candidate.size.codes,
 }
-"""What a candidate takes of each resource that can be limited here."""
+"""What a candidate takes of each resource of weights that can be limited here."""
+
+INPUT_RESOURCES = ("activation_bits_total", "activation_bits_max")
+"""Limits on inputs: of all layers together, and of the largest."""
+
+INPUT_WIDTHS = (2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,7 +67,7 @@ class LearnedBits:
     """What ``learn`` returns.
 
     Attributes:
-        candidates: One for each layer, within the limit exactly.
+        candidates: One for each layer, within the limits exactly.
         relaxed_bits: What the recipe learned, before rounding.
         plan: The same as a plan: of the *trained* weights (its digest is theirs), measured on the
             hold-out part of the training data, which also selected the epoch.
@@ -73,19 +85,52 @@ class LearnedBits:
 
 
 def default_settings(recipe: str) -> TrainingSettings:
-    """Return how a recipe is trained unless something else is asked for."""
-    return TrainingSettings()
+    """Return how a recipe learns unless something else is asked for.
+
+    ``uhlich2020`` as published: momentum SGD, a tenth of the rate at half and at three quarters,
+    decay of quantizers like of weights, labels only; the rate is one of those that the paper tried
+    for fine-tuning. The others: AdamW, and bit-widths that move four times as fast as steps.
+    """
+    if recipe == "uhlich2020":
+        return TrainingSettings(
+            optimizer="sgd",
+            schedule="steps",
+            learning_rate=0.01,
+            quantizer_learning_rate=0.01,
+            weight_decay=2e-4,
+            quantizer_weight_decay=2e-4,
+            distillation=0.0,
+        )
+    return TrainingSettings(quantizer_learning_rate=2e-2)
+
+
+def following_settings(settings: TrainingSettings) -> TrainingSettings:
+    """Return how to fine-tune after learning with ``settings``: length and data alike."""
+    usual = TrainingSettings()
+    return replace(
+        settings,
+        optimizer=usual.optimizer,
+        schedule=usual.schedule,
+        learning_rate=settings.learning_rate
+        if settings.optimizer == usual.optimizer
+        else usual.learning_rate,
+        quantizer_learning_rate=usual.quantizer_learning_rate,
+        quantizer_weight_decay=0.0,
+    )
 
 
 def learn(
     module: nn.Module,
     inventory: Inventory,
     data: CalibrationSet,
-    budget: Budget,
+    budget: Budget | Sequence[Budget],
     weight_bits: Sequence[int],
     *,
     scheme: Scheme | None = None,
     recipe: str = "stabilised",
+    method: str = "lsq",
+    activation_bits: Sequence[int] = (),
+    start: Sequence[Candidate] | None = None,
     settings: TrainingSettings | None = None,
     finetuning: TrainingSettings | None = None,
     checkpoint_folder: Path | None = None,
@@ -96,14 +141,21 @@ def learn(
 
     Args:
         module: The full-precision model.
-        inventory: Its layers.
+        inventory: Its layers; those of one group get one bit-width.
         data: Labelled training samples; a hold-out of them selects, never the test set.
-        budget: Limit on ``size_bits`` (scales included) or ``code_bits``; it is met exactly.
+        budget: Limit on ``size_bits`` (scales included) or ``code_bits``, and besides it limits on
+            the inputs of layers: ``activation_bits_total``, ``activation_bits_max``. All are met
+            exactly.
         weight_bits: Bit-widths on offer, at least two of 2 to 16.
         scheme: How the final weights are stored; by default per output channel.
-        recipe: ``stabilised``, ``ellipsoid``, or ``uhlich2020`` (as published).
-        settings: The first phase; by default as ``TrainingSettings``.
-        finetuning: The second phase; by default the same settings.
+        recipe: ``stabilised``, ``ellipsoid``, ``bitpruning``, ``bsq``, or ``uhlich2020`` (as
+            published).
+        method: How the second phase trains (``finetune``).
+        activation_bits: Bit-widths on offer to layers' inputs; by default 2, 3, 4, 5, 6 and 8 where
+            a budget limits them, otherwise inputs stay in full precision.
+        start: A plan's candidates to start from, by default the recipe's own bit-widths.
+        settings: The first phase; by default ``default_settings``.
+        finetuning: The second phase; by default ``following_settings`` of the first.
         checkpoint_folder: Folder for the checkpoints of both phases.
         on_progress: Called after every step.
         cancelled: Asked before every step.
@@ -116,48 +168,25 @@ def learn(
         MeasurementFailed: The loss is not finite.
         Cancelled: ``cancelled`` said so; the checkpoints continue the run.
 
-    Cost: the training of both phases. The limit is met exactly; that the bit-widths are good is
+    Cost: the training of both phases. The limits are met exactly; that the bit-widths are good is
     for a measurement to say.
     """
     if recipe not in RECIPES:
         msg = f"a recipe must be one of {', '.join(RECIPES)}; got '{recipe}'"
         raise InvalidInput(msg, recipe=recipe)
-    widths = sorted(set(weight_bits) - {FULL_PRECISION_BITS})
-    if len(widths) < 2 or widths[0] < 2:
-        msg = f"learning needs at least two bit-widths of 2 or more; got {sorted(weight_bits)}"
-        raise InvalidInput(msg, weight_bits=sorted(weight_bits))
-    if budget.resource not in PRICES:
-        known = " or ".join(PRICES)
-        msg = f"bit-widths are learned under a limit on {known}; got '{budget.resource}'"
-        raise InvalidInput(msg, resource=budget.resource)
     scheme = Scheme() if scheme is None else scheme
-    settings = TrainingSettings() if settings is None else settings
-    layers = inventory.layers
-    table = {la.name: {b: Candidate.of(la, b, scheme) for b in widths} for la in layers}
-    price = PRICES[budget.resource]
-    smallest = sum(price(table[la.name][widths[0]]) for la in layers)
-    if smallest > budget.available:
-        msg = (
-            f"a limit of {budget.available:,} bits for the layers is below the smallest plan "
-            f"({smallest:,} bits: every layer at {widths[0]} bits); raise it or offer smaller "
-            "bit-widths"
-        )
-        raise BudgetTooSmall(msg, limit_bits=budget.available, smallest_bits=smallest)
-    overhead = smallest - sum(widths[0] * la.n_weights for la in layers)
-    learner = RECIPES[recipe](
-        module,
-        layers,
-        float(budget.available - overhead),
-        least=float(widths[0]),
-        most=float(widths[-1]),
-        per_channel=scheme.granularity is not Granularity.TENSOR and recipe != "uhlich2020",
-    )
+    settings = default_settings(recipe) if settings is None else settings
+    finetuning = following_settings(settings) if finetuning is None else finetuning
+    offer = _offer(inventory, budget, weight_bits, activation_bits, scheme, method)
+    learner = _learner(module, inventory, offer, recipe, start, data, settings)
     identity = {
         "model": inventory.model_digest,
         "recipe": recipe,
-        "budget": budget.to_json(),
-        "weight_bits": widths,
+        "budgets": [b.to_json() for b in offer.budgets],
+        "weight_bits": offer.widths,
+        "activation_bits": offer.input_widths,
         "scheme": scheme.to_json(),
+        "start": None if start is None else [c.label for c in start],
     }
     # While bits still move, the last state is the one to go on from: an early epoch may look
     # better only because it had not paid for the limit yet. The published recipe selects.
@@ -175,13 +204,16 @@ def learn(
         cancelled=cancelled,
     )
     relaxed = tuple(learner.relaxed_bits().detach().tolist())
-    chosen = repair(layers, relaxed, table, budget)
+    chosen = repair(inventory.layers, relaxed, offer.table, offer.weights)
+    if learner.inputs is not None:
+        chosen = _with_inputs(inventory, chosen, learner.inputs, offer, method)
     trained = finetune(
         module,
         inventory,
         chosen,
         data,
-        settings if finetuning is None else finetuning,
+        finetuning,
+        method=method,
         start=learner.model,
         checkpoint=None
         if checkpoint_folder is None
@@ -189,26 +221,206 @@ def learn(
         on_progress=on_progress,
         cancelled=cancelled,
     )
-    settings = settings if finetuning is None else finetuning
-    _, holdout = data.split(settings.holdout_fraction, settings.seed)
+    _, holdout = data.split(finetuning.holdout_fraction, finetuning.seed)
     plan = Plan(
         model_digest=model_fingerprint(trained.module),
         assignments=tuple(
-            Assignment(layer=la, candidate=c) for la, c in zip(layers, chosen, strict=True)
+            Assignment(layer=la, candidate=c)
+            for la, c in zip(inventory.layers, trained.candidates, strict=True)
         ),
         unquantized=inventory.unquantized,
-        budgets=(budget,),
+        budgets=offer.budgets,
         selected=f"learned:{recipe}",
-        measured=measure_trained(trained.module, module, holdout),
-        provenance={**identity, "data": data.digest, "seed": settings.seed},
+        measured=measure_trained(trained, module, holdout),
+        provenance={
+            **identity,
+            "method": method,
+            "learned_from": inventory.model_digest,
+            "data": data.digest,
+            "seed": settings.seed,
+        },
     )
     return LearnedBits(
-        candidates=chosen,
+        candidates=trained.candidates,
         relaxed_bits=relaxed,
         plan=plan,
         learning=record,
         before=learner.model,
         trained=trained,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Offer:
+    """What may be chosen, and within which limits.
+
+    Attributes:
+        budgets: All of them.
+        weights: The one on weights.
+        total: Limit on the bits of all inputs, or ``None``.
+        largest: Limit on the bits of each input, or ``None``.
+        widths: Bit-widths of weights.
+        input_widths: Bit-widths of inputs; empty for full precision.
+        table: Candidates of each layer by bit-width, as they are stored in the end.
+        scheme: How weights are stored.
+    """
+
+    budgets: tuple[Budget, ...]
+    weights: Budget
+    total: int | None
+    largest: int | None
+    widths: list[int]
+    input_widths: list[int]
+    table: dict[str, dict[int, Candidate]]
+    scheme: Scheme
+
+
+def _offer(
+    inventory: Inventory,
+    budget: Budget | Sequence[Budget],
+    weight_bits: Sequence[int],
+    activation_bits: Sequence[int],
+    scheme: Scheme,
+    method: str,
+) -> _Offer:
+    budgets = (budget,) if isinstance(budget, Budget) else tuple(budget)
+    widths = sorted(set(weight_bits) - {FULL_PRECISION_BITS})
+    if len(widths) < 2 or widths[0] < 2:
+        msg = f"learning needs at least two bit-widths of 2 or more; got {sorted(weight_bits)}"
+        raise InvalidInput(msg, weight_bits=sorted(weight_bits))
+    of_weights = [b for b in budgets if b.resource in PRICES]
+    others = [b.resource for b in budgets if b.resource not in (*PRICES, *INPUT_RESOURCES)]
+    if others or len(of_weights) != 1:
+        got = ", ".join(f"'{b.resource}'" for b in budgets) or "none"
+        msg = (
+            f"bit-widths are learned under one limit on {' or '.join(PRICES)}, and limits on "
+            f"{' or '.join(INPUT_RESOURCES)} besides; got {got}"
+        )
+        raise InvalidInput(msg, resources=[b.resource for b in budgets])
+    limits = {
+        resource: min((b.available for b in budgets if b.resource == resource), default=None)
+        for resource in INPUT_RESOURCES
+    }
+    limited = any(limit is not None for limit in limits.values())
+    offered = sorted(set(activation_bits or (INPUT_WIDTHS if limited else ())))
+    if unknown := [b for b in offered if b not in ACTIVATION_BITS]:
+        allowed = ", ".join(map(str, ACTIVATION_BITS))
+        msg = f"an activation bit-width must be one of {allowed}; got {unknown}"
+        raise InvalidInput(msg, activation_bits=unknown)
+    table = {
+        la.name: {b: trained_candidate(method, la, Candidate.of(la, b, scheme)) for b in widths}
+        for la in inventory.layers
+    }
+    price = PRICES[of_weights[0].resource]
+    smallest = sum(price(table[la.name][widths[0]]) for la in inventory.layers)
+    available = of_weights[0].available
+    if smallest > available:
+        msg = (
+            f"a limit of {available:,} bits for the layers is below the smallest plan "
+            f"({smallest:,} bits: every layer at {widths[0]} bits); raise it or offer smaller "
+            "bit-widths"
+        )
+        raise BudgetTooSmall(msg, limit_bits=available, smallest_bits=smallest)
+    offer = _Offer(
+        budgets=budgets,
+        weights=of_weights[0],
+        total=limits["activation_bits_total"],
+        largest=limits["activation_bits_max"],
+        widths=widths,
+        input_widths=offered,
+        table=table,
+        scheme=scheme,
+    )
+    if offered:
+        counts = [la.n_inputs for la in inventory.layers]
+        for limit, taken, what in (
+            (offer.total, sum(counts) * offered[0], "all inputs together"),
+            (offer.largest, max(counts) * offered[0], "the largest input"),
+        ):
+            if limit is not None and taken > limit:
+                msg = (
+                    f"a limit of {limit:,} bits for {what} is below what {offered[0]} bits take, "
+                    f"{taken:,} bits; raise it or offer smaller activation bit-widths"
+                )
+                raise BudgetTooSmall(msg, limit_bits=limit, smallest_bits=taken)
+    return offer
+
+
+def _learner(
+    module: nn.Module,
+    inventory: Inventory,
+    offer: _Offer,
+    recipe: str,
+    start: Sequence[Candidate] | None,
+    data: CalibrationSet,
+    settings: TrainingSettings,
+) -> BitLearner:
+    layers = inventory.layers
+    least, most = offer.widths[0], offer.widths[-1]
+    price = PRICES[offer.weights.resource]
+    smallest = sum(price(offer.table[la.name][least]) for la in layers)
+    overhead = smallest - least * inventory.n_weights
+    started = None if start is None else {c.layer: float(c.weight_bits) for c in start}
+    if started is not None and (missing := [la.name for la in layers if la.name not in started]):
+        msg = f"the plan to start from must have every layer; it lacks {', '.join(missing)}"
+        raise InvalidInput(msg, layers=missing)
+    inputs = None
+    if offer.input_widths:
+        fit, _ = data.split(settings.holdout_fraction, settings.seed)
+        high = min(offer.input_widths[-1], START_BITS)
+        grids = calibrated_inputs(module, inventory, fit, dict.fromkeys(offer.table, high))
+        watched = [la for la in layers if la.name in grids]
+        inputs = LearnedInputBits(
+            watched,
+            [grids[la.name] for la in watched],
+            least=offer.input_widths[0],
+            most=offer.input_widths[-1],
+        )
+    return RECIPES[recipe](
+        module,
+        layers,
+        float(offer.weights.available - overhead),
+        least=float(least),
+        most=float(most),
+        per_channel=offer.scheme.granularity is not Granularity.TENSOR and recipe != "uhlich2020",
+        start_bits=None if started is None else [started[la.name] for la in layers],
+        inputs=inputs,
+        input_limits=(offer.total, offer.largest),
+    )
+
+
+def _with_inputs(
+    inventory: Inventory,
+    chosen: Sequence[Candidate],
+    inputs: LearnedInputBits,
+    offer: _Offer,
+    method: str,
+) -> tuple[Candidate, ...]:
+    """Return the candidates with whole input bit-widths within the limits exactly.
+
+    An integer input stays as it is and counts at 32 bits, like everywhere.
+    """
+    relaxed = dict(zip(inputs.at, inputs.relaxed_bits().detach().tolist(), strict=True))
+    prices = []
+    for la in inputs.layers:
+        allowed = [
+            b for b in offer.input_widths
+            if offer.largest is None or la.n_inputs * b <= offer.largest
+        ]  # fmt: skip
+        prices.append({b: la.n_inputs * b for b in allowed})
+    untouched = sum(
+        la.n_inputs * FULL_PRECISION_BITS for la in inventory.layers if la.name not in relaxed
+    )
+    limit = None if offer.total is None else offer.total - untouched
+    bits = _whole([relaxed[la.name] for la in inputs.layers], prices, limit)
+    by_layer = dict(zip(relaxed, bits, strict=True))
+    return tuple(
+        trained_candidate(
+            method,
+            la,
+            Candidate.of(la, c.weight_bits, c.scheme, by_layer.get(la.name)),
+        )
+        for la, c in zip(inventory.layers, chosen, strict=True)
     )
 
 
@@ -220,39 +432,69 @@ def repair(
 ) -> tuple[Candidate, ...]:
     """Return whole bit-widths near the relaxed ones, within the limit exactly.
 
-    Every layer starts at the largest bit-width on offer that is not above its relaxed one. Over
-    the limit, the layer with the most to give per bit of accuracy asked is lowered: the one whose
-    width exceeds its relaxed width the most, the largest first. Under it, layers are raised, the
-    one whose relaxed width exceeds its width the most first, as long as one fits. A heuristic;
-    the limit holds exactly, and no single layer could be raised further.
+    Layers of one group get one width; its relaxed width is their mean, weighed by weights. See
+    ``_whole`` for the way. A heuristic; the limit holds exactly, and no single group could be
+    raised further.
     """
-    price, limit = PRICES[budget.resource], budget.available
-    widths = sorted(next(iter(table.values())))
-    bits = [max([w for w in widths if w <= b + 1e-6], default=widths[0]) for b in relaxed]
+    price = PRICES[budget.resource]
+    groups: dict[str, list[int]] = {}
+    for k, layer in enumerate(layers):
+        groups.setdefault(layer.group, []).append(k)
+    means, prices = [], []
+    for members in groups.values():
+        weight = sum(layers[k].n_weights for k in members)
+        means.append(sum(relaxed[k] * layers[k].n_weights for k in members) / weight)
+        widths = sorted(table[layers[members[0]].name])
+        prices.append({b: sum(price(table[layers[k].name][b]) for k in members) for b in widths})
+    bits = _whole(means, prices, budget.available)
+    of_group = dict(zip(groups, bits, strict=True))
+    return tuple(table[la.name][of_group[la.group]] for la in layers)
 
-    def size() -> int:
-        return sum(price(table[la.name][b]) for la, b in zip(layers, bits, strict=True))
 
-    def step(b: int, by: int) -> int | None:
-        at = widths.index(b) + by
-        return widths[at] if 0 <= at < len(widths) else None
+def _whole(
+    relaxed: Sequence[float], prices: Sequence[Mapping[int, int]], limit: int | None
+) -> list[int]:
+    """Return one of the widths of each unit, together within ``limit``.
 
-    while size() > limit:
-        lower = [k for k in range(len(bits)) if step(bits[k], -1) is not None]
-        k = max(lower, key=lambda k: (bits[k] - relaxed[k], layers[k].n_weights, -k))
-        bits[k] = step(bits[k], -1) or bits[k]
+    Every unit starts at the largest width that is not above its relaxed one. Over the limit, the
+    unit whose width exceeds its relaxed width the most is lowered, the dearest first. Under it,
+    units are raised, the one whose relaxed width exceeds its width the most first, as long as one
+    fits. Without a limit each unit takes the nearest width.
+    """
+    offered = [sorted(p) for p in prices]
+    if limit is None:
+        return [
+            min(w, key=lambda b: (abs(b - r), b)) for r, w in zip(relaxed, offered, strict=True)
+        ]
+    bits = [
+        max([w for w in widths if w <= r + 1e-6], default=widths[0])
+        for r, widths in zip(relaxed, offered, strict=True)
+    ]
+
+    def step(k: int, by: int) -> int | None:
+        at = offered[k].index(bits[k]) + by
+        return offered[k][at] if 0 <= at < len(offered[k]) else None
+
+    spent = sum(p[b] for p, b in zip(prices, bits, strict=True))
+    while spent > limit:
+        lower = [k for k in range(len(bits)) if step(k, -1) is not None]
+        k = max(lower, key=lambda k: (bits[k] - relaxed[k], prices[k][bits[k]], -k))
+        down = step(k, -1)
+        assert down is not None  # noqa: S101  # ``lower`` has only such
+        spent += prices[k][down] - prices[k][bits[k]]
+        bits[k] = down
     while True:
-        room = limit - size()
         raisable = []
-        for k, layer in enumerate(layers):
-            up = step(bits[k], 1)
-            if up is None:
-                continue
-            more = price(table[layer.name][up]) - price(table[layer.name][bits[k]])
-            if more <= room:
+        for k in range(len(bits)):
+            up = step(k, 1)
+            if up is not None and prices[k][up] - prices[k][bits[k]] <= limit - spent:
                 raisable.append((relaxed[k] - bits[k], -k, up))
         if not raisable:
-            break
+            return bits
         _, negative, up = max(raisable)
+        spent += prices[-negative][up] - prices[-negative][bits[-negative]]
         bits[-negative] = up
-    return tuple(table[la.name][b] for la, b in zip(layers, bits, strict=True))
+
+
+def _nearest(widths: Sequence[int], relaxed: float) -> int:
+    return min(widths, key=lambda width: (abs(width - relaxed), width))

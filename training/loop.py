@@ -243,12 +243,12 @@ class _Run:
         if not self.settings.compiled:
             output, penalty = self.forward(progress, *inputs)
             return output, penalty
-        import torch._dynamo.exc  # only where something was compiled
+        from torch._dynamo.exc import TorchDynamoException
 
         try:
             # A number would be compiled into the step, anew for each; a tensor is not.
             output, penalty = self.forward(torch.tensor(progress), *inputs)
-        except (torch._dynamo.exc.TorchDynamoException, OSError) as err:
+        except (TorchDynamoException, OSError) as err:
             msg = (
                 "a compiled step needs a model that torch.compile can translate, and a C++ "
                 f"compiler; it failed with {type(err).__name__}: {str(err).splitlines()[0]}; "

@@ -36,8 +36,8 @@ class Trainee(Protocol):
         """Return the quantized weight of each parameter name, differentiable."""
         ...
 
-    def input_quantizers(self) -> AbstractContextManager[object]:
-        """Return a context in which layers see quantized inputs; ``nullcontext`` for none."""
+    def input_quantizers(self, weights: dict[str, Tensor]) -> AbstractContextManager[object]:
+        """Return a context in which the layers of these weights see quantized inputs."""
         ...
 
     def penalty(self, progress: float) -> Tensor | float:
@@ -81,7 +81,7 @@ def reduced_precision(device_type: str, *, wanted: bool) -> AbstractContextManag
 def run_with(subject: Trainee, inputs: Sequence[Tensor]) -> Tensor:
     """Return the primary output of the model with its quantized weights and inputs."""
     weights = subject.weights()
-    with subject.input_quantizers():
+    with subject.input_quantizers(weights):
         return primary_output(functional_call(subject.model, weights, tuple(inputs)))
 
 

@@ -1,23 +1,30 @@
-"""Trainable weights of one layer at a fixed bit-width: learned steps, or a learned codebook."""
+"""Trainable weights of one layer at a fixed bit-width: learned steps, thresholds or levels.
+
+References:
+    [LSQ] S. Esser et al., "Learned Step Size Quantization", ICLR 2020, arXiv 1902.08153.
+    [TQT] S. Jain et al., "Trained Quantization Thresholds for Accurate and Efficient Fixed-Point
+    Inference of Deep Neural Networks", MLSys 2020, arXiv 1903.08066.
+"""
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from bitquota.candidates import Candidate
 from bitquota.errors import InvalidInput
-from bitquota.quantizers.codebook import CodebookWeight, StoredCodebook
-from bitquota.quantizers.differentiable import binary, lsq
-from bitquota.quantizers.grid import levels, nearest_codes, spread
+from bitquota.quantizers.codebook import CodebookWeight, assign
+from bitquota.quantizers.differentiable import binary, lsq, ste_ceil
+from bitquota.quantizers.grid import levels, nearest_codes, power_codes, power_values, spread
 from bitquota.quantizers.layout import from_matrix, to_matrix
 from bitquota.quantizers.weights import SCALE_DTYPES, QuantizedWeight, quantize
-from bitquota.storage import FULL_PRECISION_BITS
+from bitquota.storage import FULL_PRECISION_BITS, Granularity, Grid, Rounding
 
 if TYPE_CHECKING:
-    from bitquota.candidates import Candidate, Layer
+    from bitquota.candidates import Layer
 
 
 class TrainableWeight(Protocol):
@@ -31,7 +38,7 @@ class TrainableWeight(Protocol):
         """Do what must follow an optimizer step; may change ``latent`` in place."""
         ...
 
-    def stored(self, latent: Tensor) -> QuantizedWeight | StoredCodebook:
+    def stored(self, latent: Tensor) -> QuantizedWeight:
         """Return what is written to disk."""
         ...
 
@@ -74,7 +81,11 @@ class LearnedSteps(nn.Module):
         matrix = to_matrix(latent, self.layer)
         columns = matrix.shape[1]
         step = spread(self.steps(), columns, self.scheme)
-        if self.zero_points is not None:
+        if self.scheme.grid is Grid.POWER_OF_TWO:
+            v = torch.clamp(matrix / step, -1.0, 1.0)
+            level = power_values(power_codes(v.detach(), self.bits), self.bits)
+            quantized = (v + (level - v).detach()) * step
+        elif self.zero_points is not None:
             zero = spread(self.zero_points.float(), columns, self.scheme)
             quantized = lsq(matrix, step, -zero, 2**self.bits - 1 - zero)
         elif self.bits == 1:
@@ -101,15 +112,68 @@ class LearnedSteps(nn.Module):
         )
 
 
-class LearnedLevels(nn.Module):
-    """A codebook of one layer whose levels are moved directly (``quantizers.codebook``).
+class LearnedThresholds(nn.Module):
+    """Trained thresholds [TQT]: steps are powers of two, so that scaling is a shift.
 
-    The levels are one per tensor, ``2^bits`` of them; a candidate's scheme has no say.
+    ``s = 2^ceil(log2 t) / 2^(b-1)``, ``log2 t`` learned; it starts in the middle of the octave that
+    is nearest to the candidate's own fit.
 
     Args:
         latent: The full-precision weight.
         layer: What it is.
-        candidate: Its bit-width counts, 1 to 8.
+        candidate: Bit-width of 2 or more, on the symmetric grid.
+    """
+
+    def __init__(self, latent: Tensor, layer: Layer, candidate: Candidate) -> None:
+        super().__init__()
+        self.layer, self.bits, self.scheme = layer, candidate.weight_bits, candidate.scheme
+        if self.scheme.grid is not Grid.SYMMETRIC or self.bits < 2:
+            msg = (
+                "method 'tqt' trains symmetric integer grids of 2 bits or more; layer "
+                f"'{layer.name}' is {candidate.label} on the grid '{self.scheme.grid}': take "
+                "method 'lsq' or 'direct'"
+            )
+            raise InvalidInput(msg, layer=layer.name)
+        start = (
+            quantize(to_matrix(latent.detach(), layer), self.bits, nearest_of(candidate).scheme)
+            .scales.float()
+            .abs()
+        )
+        start = torch.where(start == 0, start.mean().clamp(min=1e-8), start)
+        octave = torch.round(torch.log2(start)) + self.bits - 1
+        self.log2_threshold = nn.Parameter(octave - 0.5)
+
+    def steps(self) -> Tensor:
+        """Return the steps, powers of two, differentiable."""
+        return 2.0 ** (ste_ceil(self.log2_threshold) - (self.bits - 1))
+
+    def fake(self, latent: Tensor) -> Tensor:
+        """Return the quantized weight."""
+        matrix = to_matrix(latent, self.layer)
+        step = spread(self.steps(), matrix.shape[1], self.scheme)
+        return from_matrix(lsq(matrix, step, *levels(self.bits)), self.layer)
+
+    def after_step(self, latent: Tensor) -> None:
+        """Nothing to do."""
+
+    @torch.no_grad()
+    def stored(self, latent: Tensor) -> QuantizedWeight:
+        """Return codes and steps."""
+        matrix = to_matrix(latent.detach(), self.layer)
+        scales = self.steps().to(SCALE_DTYPES[self.scheme.scale_format])
+        codes = nearest_codes(matrix.double(), scales, None, self.bits, self.scheme)
+        return QuantizedWeight(
+            codes=codes, scales=scales, zero_points=None, bits=self.bits, scheme=self.scheme
+        )
+
+
+class LearnedLevels(nn.Module):
+    """A codebook of one layer whose levels are moved directly (``quantizers.codebook``).
+
+    Args:
+        latent: The full-precision weight.
+        layer: What it is.
+        candidate: On the codebook grid, per tensor or per channel.
         symmetric: Keep the levels mirrored.
     """
 
@@ -117,42 +181,59 @@ class LearnedLevels(nn.Module):
         self, latent: Tensor, layer: Layer, candidate: Candidate, *, symmetric: bool = False
     ) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.bits, self.scheme = layer, candidate.weight_bits, candidate.scheme
+        matrix = to_matrix(latent.detach(), layer)
         self.codebook = CodebookWeight(
-            latent.detach().clone(), candidate.weight_bits, symmetric=symmetric
+            matrix.clone(),
+            self.bits,
+            symmetric=symmetric,
+            per_row=self.scheme.granularity is Granularity.CHANNEL,
+            stored_as=SCALE_DTYPES[self.scheme.scale_format],
         )
 
     def fake(self, latent: Tensor) -> Tensor:
         """Return the level of each weight."""
-        quantized: Tensor = self.codebook(latent)
-        return quantized
+        return from_matrix(self.codebook(to_matrix(latent, self.layer)), self.layer)
 
     def after_step(self, latent: Tensor) -> None:
         """Carry the latents along with their levels."""
-        self.codebook.carry(latent)
+        matrix = to_matrix(latent, self.layer).contiguous()
+        self.codebook.carry(matrix)
+        latent.copy_(from_matrix(matrix, self.layer))
 
-    def stored(self, latent: Tensor) -> StoredCodebook:
+    @torch.no_grad()
+    def stored(self, latent: Tensor) -> QuantizedWeight:
         """Return codes and levels."""
-        return self.codebook.stored(latent.detach())
+        matrix = to_matrix(latent.detach(), self.layer)
+        table = self.codebook.stored_levels()
+        codes = assign(matrix, table).int()
+        return QuantizedWeight(
+            codes=codes,
+            scales=table.reshape(-1, table.shape[-1]).to(SCALE_DTYPES[self.scheme.scale_format]),
+            zero_points=None,
+            bits=self.bits,
+            scheme=self.scheme,
+        )
 
 
 def nearest_of(candidate: Candidate) -> Candidate:
     """Return the candidate with rounding to nearest: training moves weights by itself."""
-    from dataclasses import replace
-
-    from bitquota.storage import Rounding
-
     return replace(candidate, scheme=replace(candidate.scheme, rounding=Rounding.NEAREST))
 
 
-METHODS = {"lsq": LearnedSteps, "direct": LearnedLevels}
+METHODS = ("lsq", "tqt", "direct")
 """Ways to train under a plan, by name, in order of preference."""
 
+DIRECT_BITS = 4
+"""Up to so many bits ``direct`` turns integers into a codebook; above it, free levels gain nothing
+over integers and their table grows: such layers keep their integers, with learned steps."""
 
-def trainable_weight(
-    method: str, latent: Tensor, layer: Layer, candidate: Candidate
-) -> LearnedSteps | LearnedLevels:
-    """Return the trainable weight of one layer.
+
+def trained_candidate(method: str, layer: Layer, candidate: Candidate) -> Candidate:
+    """Return what a layer is stored as after training with ``method``, its size counted.
+
+    Only ``direct`` changes the format: integers of up to ``DIRECT_BITS`` bits become one codebook
+    for the tensor, with levels in the format of the scales.
 
     Raises:
         InvalidInput: There is no such method, or the candidate is full precision.
@@ -163,14 +244,44 @@ def trainable_weight(
     if candidate.weight_bits == FULL_PRECISION_BITS:
         msg = f"layer '{layer.name}' stays in full precision; it has no quantizer to train"
         raise InvalidInput(msg, layer=layer.name)
-    trainable: LearnedSteps | LearnedLevels = METHODS[method](latent, layer, candidate)
-    return trainable
+    scheme = candidate.scheme
+    if method != "direct" or not scheme.grid.is_integer or candidate.weight_bits > DIRECT_BITS:
+        return candidate
+    levels_of_tensor = replace(
+        scheme,
+        grid=Grid.CODEBOOK,
+        granularity=Granularity.TENSOR,
+        group_size=None,
+        rounding=Rounding.NEAREST,
+    )
+    return Candidate.of(layer, candidate.weight_bits, levels_of_tensor, candidate.activation_bits)
 
 
-def effective_bits(stored: QuantizedWeight | StoredCodebook, n_weights: int) -> float:
-    """Return stored bits per weight, scales or levels included."""
-    if isinstance(stored, StoredCodebook):
-        return 8 * stored.n_bytes / n_weights
-    from bitquota.quantizers.packing import pack
+def trainable_weight(
+    method: str, latent: Tensor, layer: Layer, candidate: Candidate, *, symmetric: bool = False
+) -> LearnedSteps | LearnedThresholds | LearnedLevels:
+    """Return the trainable weight of one layer.
 
-    return 8 * pack(stored).n_bytes / math.prod(stored.codes.shape)
+    Args:
+        method: One of ``METHODS``.
+        latent: The full-precision weight.
+        layer: What it is.
+        candidate: As ``trained_candidate`` returns it.
+        symmetric: Keep the levels of codebooks mirrored.
+
+    Raises:
+        InvalidInput: There is no such method, it cannot train this grid, or the candidate is full
+            precision.
+    """
+    candidate = trained_candidate(method, layer, candidate)
+    if candidate.scheme.grid is Grid.CODEBOOK:
+        if method != "direct":
+            msg = (
+                f"layer '{layer.name}' has a codebook, whose levels method '{method}' cannot "
+                "train: take method 'direct'"
+            )
+            raise InvalidInput(msg, layer=layer.name, method=method)
+        return LearnedLevels(latent, layer, candidate, symmetric=symmetric)
+    if method == "tqt":
+        return LearnedThresholds(latent, layer, candidate)
+    return LearnedSteps(latent, layer, candidate)

@@ -8,6 +8,7 @@
 ``0.25x``               that share of the model's full-precision size; ``size_bits``
 ``2.5 GBitOps``         bit operations of one sample (also MBitOps, TBitOps, BitOps)
 ``act 96 KiB``          the largest quantized input activation of one sample
+``act total 96 KiB``    the input activations of all layers together
 ======================  =====================================================================
 
 Sizes and shares speak of the whole model unless ``of weights`` follows; averages always speak of
@@ -43,7 +44,7 @@ _AVERAGE_UNITS = {
 }
 _BIT_OPS_UNITS = {"bitops": 1, "mbitops": 10**6, "gbitops": 10**9, "tbitops": 10**12}
 _SYNTAX = re.compile(
-    r"""\s*(?P<act>act(?:ivation)?s?\s+)?
+    r"""\s*(?P<act>act(?:ivation)?s?\s+(?P<total>total\s+)?)?
         (?P<value>(?:\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*)(?:\.\d+)?|\.\d+)\s*
         (?P<unit>[A-Za-z]+(?:/weight)?)
         (?:\s+of\s+(?P<scope>weights|model))?\s*""",
@@ -79,8 +80,8 @@ class Budget:
     """An integer limit on one resource of one model.
 
     Attributes:
-        resource: ``size_bits``, ``code_bits``, ``bit_ops``, ``activation_bits_max`` or
-            ``latency_ns``.
+        resource: ``size_bits``, ``code_bits``, ``bit_ops``, ``activation_bits_max``,
+            ``activation_bits_total`` or ``latency_ns``.
         limit: The largest permitted amount, in the resource's unit, ``constant`` included.
         constant: What the model takes of the resource whatever is chosen (unquantized tensors).
         scope: What is counted.
@@ -129,7 +130,8 @@ class Budget:
             if unit not in _BYTE_UNITS:
                 raise _unreadable(text)
             limit = int(value * _BYTE_UNITS[unit] * 8)
-            return cls(resource="activation_bits_max", limit=limit, text=text)
+            kind = "total" if found["total"] else "max"
+            return cls(resource=f"activation_bits_{kind}", limit=limit, text=text)
         if averaged:
             limit = int(value * inventory.n_weights)
             return cls(resource=_AVERAGE_UNITS[unit], limit=limit, text=text)
@@ -191,6 +193,7 @@ class Budget:
 def _unreadable(text: str) -> InvalidBudget:
     msg = (
         "a budget must read like '3.5 bits', '3.6 bpw', '12 MiB', '1500000 B', '0.25x', "
-        f"'2.5 GBitOps' or 'act 96 KiB', sizes optionally followed by 'of weights'; got '{text}'"
+        "'2.5 GBitOps', 'act 96 KiB' or 'act total 96 KiB', sizes optionally followed by "
+        f"'of weights'; got '{text}'"
     )
     return InvalidBudget(msg, budget=text)

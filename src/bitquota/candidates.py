@@ -427,7 +427,7 @@ class Row:
         return "/".join(dict.fromkeys(c.label for c in self.candidates))
 
 
-RESOURCES = ("size_bits", "code_bits", "bit_ops", "activation_bits_max")
+RESOURCES = ("size_bits", "code_bits", "bit_ops", "activation_bits_max", "activation_bits_total")
 """Resources that a table can price; ``latency_ns`` comes from a table of the user's."""
 
 
@@ -486,6 +486,8 @@ class CandidateTable:
             values = [sum(c.size.codes for c in row.candidates) for row in self.rows]
         elif resource == "bit_ops":
             values = [sum(c.bit_ops for c in row.candidates) for row in self.rows]
+        elif resource == "activation_bits_total":
+            values = [sum(c.activation_size_bits for c in row.candidates) for row in self.rows]
         elif resource == "activation_bits_max":
             values = [max(c.activation_size_bits for c in row.candidates) for row in self.rows]
         else:

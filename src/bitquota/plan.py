@@ -182,6 +182,8 @@ class Plan:
         loss: Name of the loss.
         provenance: Digests, seed, samples, versions, request; no clock, no machine.
         target: The deployment target that it was made for, if for one.
+        evidence: Predicted and measured losses of the plan, of neighbours and of random plans
+            within the budget, with rank correlations (``Evidence.to_json``).
     """
 
     model_digest: str
@@ -197,6 +199,7 @@ class Plan:
     loss: str = "kl"
     provenance: JsonObject = field(default_factory=dict)
     target: PlanTarget | None = None
+    evidence: JsonObject | None = None
 
     def __post_init__(self) -> None:
         """Check names, sizes and budgets from first principles."""
@@ -235,6 +238,7 @@ class Plan:
             "code_bits": (c.size.codes for c in chosen),
             "bit_ops": (c.bit_ops for c in chosen),
             "activation_bits_max": (c.activation_size_bits for c in chosen),
+            "activation_bits_total": (c.activation_size_bits for c in chosen),
         }
         if budget.resource not in amounts:
             return None
@@ -325,6 +329,8 @@ class Plan:
         }
         if self.target is not None:  # plans for no target keep the bytes they always had
             body["target"] = self.target.to_json()
+        if self.evidence is not None:
+            body["evidence"] = self.evidence
         return body | {"digest": digest_json(body)}
 
     def digest(self) -> str:
@@ -361,6 +367,7 @@ class Plan:
                 loss=data["loss"],
                 provenance=data["provenance"],
                 target=data.get("target") and PlanTarget.from_json(data["target"]),
+                evidence=data.get("evidence"),
             )
         except InvalidPlan:
             raise

@@ -107,10 +107,27 @@ class TestCodebookWeight:
         codebook.carry(latents)
         assert torch.allclose(codebook.levels, -codebook.levels.flip(0))
 
-    def test_bytes_are_counted_and_read_back(self):
-        """Dense codes plus one float per level."""
-        latents = weights(77).float().reshape(7, 11)
-        codebook = CodebookWeight(latents, 3)
-        stored = codebook.stored(latents)
-        assert codebook.size(77).total == 8 * stored.n_bytes
-        assert torch.equal(codebook(latents), stored.dequantize())
+    def test_every_row_can_have_levels_of_its_own(self):
+        """Gradients and carry go by row, as for each row alone."""
+        latents = weights(80).reshape(4, 20)
+        latents[1] *= 5
+        together = CodebookWeight(latents, 2, per_row=True)
+        alone = [CodebookWeight(row, 2) for row in latents]
+        assert torch.equal(together.levels, torch.stack([c.levels for c in alone]))
+        together(latents).pow(3).sum().backward()
+        for row, codebook, gradient in zip(latents, alone, together.levels.grad, strict=True):
+            codebook(row).pow(3).sum().backward()
+            assert torch.allclose(codebook.levels.grad, gradient)
+        moved = latents.clone()
+        with torch.no_grad():
+            together.levels += torch.tensor([0.1, -0.02, 0.05, 0.02]).double()
+        before = assign(moved, together.previous)
+        together.carry(moved)
+        assert torch.equal(before, assign(moved, together.levels))
+
+    def test_trains_with_levels_as_they_are_stored(self):
+        """Half precision rounds them in the forward pass."""
+        latents = weights().float()
+        codebook = CodebookWeight(latents, 3, stored_as=torch.float16)
+        used = codebook(latents).unique()
+        assert torch.equal(used.half().float(), used)

@@ -12,12 +12,11 @@ import torch
 
 from bitquota.candidates import Candidate
 from bitquota.errors import Cancelled, InvalidCalibration, InvalidInput
-from bitquota.quantizers.codebook import StoredCodebook
 from bitquota.quantizers.packing import pack
 from bitquota.sensitivity.calibration import CalibrationSet
 from bitquota.sensitivity.discovery import discover
 from bitquota.sensitivity.evaluate import apply_plan
-from bitquota.storage import Scheme
+from bitquota.storage import Grid, Scheme
 from bitquota.training.finetune import finetune
 from bitquota.training.objective import shift_flip
 from bitquota.training.settings import TrainingSettings
@@ -79,14 +78,53 @@ class TestFinetune:
                 assert len(row.unique()) <= 8
 
     def test_direct_counts_its_levels(self, model, data):
-        """Another format than the plan's, counted as such."""
+        """Another format than the plan's, counted as such; above four bits integers stay."""
         inventory, plan = uniform(model, 2)
+        plan[0] = Candidate.of(inventory.layers[0], 6, Scheme())
         trained = finetune(
             model, inventory, plan, data, replace(SETTINGS, epochs=1), method="direct"
         )
-        stored = trained.stored.values()
-        assert all(isinstance(weight, StoredCodebook) for weight in stored)
-        assert sum(8 * weight.n_bytes for weight in stored) == trained.size_bits
+        grids = [c.scheme.grid for c in trained.candidates]
+        assert [Grid.SYMMETRIC, *[Grid.CODEBOOK] * 3] == grids
+        packed = [pack(weight) for weight in trained.stored.values()]
+        assert sum(8 * p.n_bytes for p in packed) == trained.size_bits
+        assert len(trained.module.conv2.weight.unique()) <= 4
+
+    @pytest.mark.parametrize("method", ["tqt", "direct"])
+    def test_what_is_stored_is_what_was_trained(self, model, data, method):
+        """Quantizing the shipped weights as the plan says changes nothing."""
+        inventory, plan = uniform(model, 3)
+        trained = finetune(model, inventory, plan, data, replace(SETTINGS, epochs=1), method=method)
+        again = apply_plan(
+            trained.module, discover(trained.module, (torch.zeros(1, 1, 8, 8),)), trained.candidates
+        )
+        x = digits()[0][N_TRAIN:]
+        assert torch.allclose(trained.module(x), again(x), atol=1e-4)
+
+    def test_thresholds_end_on_powers_of_two(self, model, data):
+        """So that scaling is a shift."""
+        inventory, plan = uniform(model, 4)
+        trained = finetune(model, inventory, plan, data, replace(SETTINGS, epochs=1), method="tqt")
+        for weight in trained.stored.values():
+            exponents = torch.log2(weight.scales)
+            assert torch.equal(exponents, exponents.round())
+
+    def test_trains_quantized_inputs(self, model, data, test_images):
+        """At 2-bit inputs, far above calibration alone."""
+        inventory, _ = uniform(model, 2)
+        plan = [Candidate.of(la, 4, Scheme(), activation_bits=2) for la in inventory.layers]
+        first = finetune(
+            model, inventory, plan, data,
+            replace(SETTINGS, epochs=1, learning_rate=0.0, quantizer_learning_rate=0.0),
+        )  # fmt: skip
+        trained = finetune(model, inventory, plan, data, SETTINGS)
+        assert {2} == {q.bits for q in trained.inputs.values()}
+        scores = []
+        for found in (first, trained):
+            with found.running():
+                scores.append(accuracy(found.module, *test_images))
+        assert scores[1] > scores[0] + 0.01
+        assert scores[1] > 0.9
 
     def test_does_not_touch_the_given_model(self, model, data):
         """It trains a copy."""
@@ -228,13 +266,6 @@ finetune(model, inventory, plan, data, settings, checkpoint=Path({str(path)!r}))
         """Plain training is not our business."""
         inventory, plan = uniform(model, 32)
         with pytest.raises(InvalidInput, match="at least one quantized layer"):
-            finetune(model, inventory, plan, data, SETTINGS)
-
-    def test_refuses_activation_bits(self, model, data):
-        """They are not trained here, and would be silently ignored."""
-        inventory, _ = uniform(model, 2)
-        plan = [Candidate.of(la, 4, Scheme(), activation_bits=8) for la in inventory.layers]
-        with pytest.raises(InvalidInput, match="quantized activations too"):
             finetune(model, inventory, plan, data, SETTINGS)
 
 

@@ -15,7 +15,13 @@ from bitquota.sensitivity.calibration import CalibrationSet
 from bitquota.sensitivity.discovery import discover, model_fingerprint
 from bitquota.sensitivity.evaluate import apply_plan
 from bitquota.storage import Granularity, Scheme
-from bitquota.training.bit_learners import EllipsoidLearner, PublishedLearner, StabilisedLearner
+from bitquota.training.bit_learners import (
+    BitPruningLearner,
+    BitSparsityLearner,
+    EllipsoidLearner,
+    PublishedLearner,
+    StabilisedLearner,
+)
 from bitquota.training.finetune import finetune
 from bitquota.training.learn import RECIPES, learn, repair
 from bitquota.training.settings import TrainingSettings
@@ -77,6 +83,54 @@ class TestLearn:
         assert bits["conv1"] > 2.5
         assert bits["conv1"] >= bits["conv3"]
 
+    def test_limits_inputs_exactly(self, data):
+        """Total and largest, beside the weights; every input gets a width of its own."""
+        model = trained_digits_net()
+        inventory = inventory_of(model)
+        budgets = [
+            average_of(inventory, 3),
+            Budget.parse("act total 700 B", inventory),
+            Budget.parse("act 400 B", inventory),
+        ]
+        learned = learn(
+            model, inventory, data, budgets, WIDTHS,
+            settings=SETTINGS, finetuning=FINETUNING,
+        )  # fmt: skip
+        sizes = [c.activation_size_bits for c in learned.candidates]
+        assert sum(sizes) <= 700 * 8
+        assert max(sizes) <= 400 * 8
+        assert sum(sizes) > 0.8 * 700 * 8
+        bits = [c.activation_bits for c in learned.candidates]
+        assert bits == [learned.trained.inputs[la.name].bits for la in inventory.layers]
+        assert learned.plan.measured.accuracy > 0.85
+
+    def test_starts_from_a_plan(self, data):
+        """With rates of zero its bit-widths come out again."""
+        model = trained_digits_net()
+        inventory = inventory_of(model)
+        start = [
+            Candidate.of(la, b, Scheme())
+            for la, b in zip(inventory.layers, (6, 4, 2, 5), strict=True)
+        ]
+        still = replace(SETTINGS, epochs=1, learning_rate=0.0, quantizer_learning_rate=0.0)
+        size = sum(c.size.codes for c in start)
+        learned = learn(
+            model, inventory, data, Budget(resource="code_bits", limit=size), WIDTHS,
+            start=start, settings=still, finetuning=still,
+        )  # fmt: skip
+        assert [6, 4, 2, 5] == [c.weight_bits for c in learned.candidates]
+
+    def test_layers_of_a_group_share_a_width(self, data):
+        """As in every plan."""
+        model = trained_digits_net()
+        inventory = inventory_of(model).tie([["conv1", "conv2"]])
+        learned = learn(
+            model, inventory, data, average_of(inventory, 3), WIDTHS,
+            settings=replace(SETTINGS, epochs=1), finetuning=replace(FINETUNING, epochs=1),
+        )  # fmt: skip
+        bits = {c.layer: c.weight_bits for c in learned.candidates}
+        assert bits["conv1"] == bits["conv2"]
+
     def test_works_with_one_step_per_tensor(self, data):
         """As published; its scales are counted, too."""
         model = trained_digits_net()
@@ -101,14 +155,14 @@ class TestLearn:
         """The known ones are listed."""
         model = trained_digits_net()
         inventory = inventory_of(model)
-        with pytest.raises(InvalidInput, match="stabilised, ellipsoid, uhlich2020"):
+        with pytest.raises(InvalidInput, match="ellipsoid, bitpruning, bsq, uhlich2020"):
             learn(model, inventory, data, average_of(inventory, 4), WIDTHS, recipe="magic")
 
     def test_refuses_budgets_of_other_resources(self, data):
         """Bit operations are for the solver."""
         model = trained_digits_net()
         inventory = inventory_of(model)
-        with pytest.raises(InvalidInput, match="size_bits or code_bits; got 'bit_ops'"):
+        with pytest.raises(InvalidInput, match="size_bits or code_bits.*got 'bit_ops'"):
             learn(model, inventory, data, Budget.parse("1 GBitOps", inventory), WIDTHS)
 
     def test_the_plan_fits_the_trained_model(self, data):
@@ -222,6 +276,63 @@ class TestPublishedLearner:
             model, [layer], 70.1 * 8 * 1024, least=2, most=8, per_channel=False
         )
         assert 0.1 * (131.0 - 70.1) ** 2 == pytest.approx(learner.penalty(0.0).item(), rel=1e-3)
+
+
+class TestBitPruningLearner:
+    def test_the_gradient_of_a_length_is_the_difference_of_the_two_grids(self):
+        """Contracted with the loss's gradient (METHODS.md D.4)."""
+        model = trained_digits_net()
+        inventory = inventory_of(model)
+        learner = BitPruningLearner(
+            model, inventory.layers, 9e9, least=2, most=8, per_channel=True,
+            start_bits=[3.3] * 4,
+        )  # fmt: skip
+        ahead = torch.randn_like(learner.quantized(1).detach())
+        (learner.quantized(1) * ahead).sum().backward()
+        lengths = learner.parts.get_parameter("lengths")
+        found = float(lengths.grad[1])
+        with torch.no_grad():
+            whole = []
+            for length in (3.0, 4.0):
+                lengths.fill_(length)
+                whole.append(learner.quantized(1))
+        assert float(((whole[1] - whole[0]) * ahead).sum()) == pytest.approx(found, rel=1e-4)
+
+
+class TestBitSparsityLearner:
+    def test_dropping_a_last_bit_that_is_zero_changes_nothing(self):
+        """The weights stay as they are on the coarser grid."""
+        model = trained_digits_net()
+        inventory = inventory_of(model)
+        learner = BitSparsityLearner(
+            model, inventory.layers, 9e9, least=2, most=8, per_channel=False
+        )
+        with torch.no_grad():
+            step = learner._step(1)
+            latent = learner.latent(inventory.layers[1])
+            latent.copy_(2 * step * (latent / (2 * step)).round())
+            assert float(learner.last_bits(1).sum()) < 1e-3
+            before = learner.quantized(1)
+            learner.bits[1] -= 1
+            assert torch.allclose(before, learner.quantized(1), atol=1e-6)
+
+    def test_the_size_comes_down_to_the_limit_by_the_last_event(self):
+        """In steps; afterwards bit-widths stay and nothing is paid."""
+        model = trained_digits_net()
+        inventory = inventory_of(model)
+        limit = 3.0 * inventory.n_weights
+        learner = BitSparsityLearner(
+            model, inventory.layers, limit, least=2, most=8, per_channel=True
+        )
+        sizes = []
+        for progress in (0.0, 0.2, 0.4, 0.6, 0.71, 1.0):
+            penalty = learner.penalty(progress).item()
+            learner.after_step()
+            sizes.append(float((learner.counts * learner.relaxed_bits()).sum()))
+        assert sorted(sizes, reverse=True) == sizes
+        assert sizes[0] == 8 * inventory.n_weights
+        assert sizes[-2] == sizes[-1] <= limit
+        assert 0.0 == penalty
 
 
 class TestStabilisedLearner:

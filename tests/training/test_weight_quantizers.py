@@ -90,12 +90,45 @@ class TestTrainableWeight:
         latent = weight_of(layer)
         trainable = trainable_weight("direct", latent, layer, Candidate.of(layer, 3, Scheme()))
         assert 8 == len(trainable.fake(latent).unique())
-        assert torch.equal(trainable.fake(latent), trainable.stored(latent).dequantize())
+        stored = from_matrix(trainable.stored(latent).dequantize(), layer)
+        assert torch.equal(trainable.fake(latent), stored)
+
+    @pytest.mark.parametrize("kind", [LayerKind.CONV_TRANSPOSE1D, LayerKind.LINEAR_TRANSPOSED])
+    def test_a_codebook_carries_latents_of_any_layout(self, kind):
+        """A level-only step changes no assignment, also where the matrix is not a view."""
+        layer = LAYERS[kind]
+        latent = weight_of(layer)
+        candidate = Candidate.of(layer, 2, Scheme(grid=Grid.CODEBOOK))
+        trainable = trainable_weight("direct", latent, layer, candidate)
+        before = trainable.stored(latent).codes
+        with torch.no_grad():
+            trainable.codebook.levels += 0.05 * weight_like(trainable.codebook.levels)
+        trainable.after_step(latent)
+        assert torch.equal(before, trainable.stored(latent).codes)
+
+    def test_powers_of_two_learn_their_scale(self):
+        """Starts at the candidate itself; both parts have gradients."""
+        layer = LAYERS[LayerKind.LINEAR]
+        latent = weight_of(layer).requires_grad_()
+        scheme = Scheme(grid=Grid.POWER_OF_TWO)
+        trainable = trainable_weight("lsq", latent, layer, Candidate.of(layer, 3, scheme))
+        expected = fake_quantize(latent, layer, 3, scheme)
+        assert torch.allclose(expected, trainable.fake(latent), atol=1e-6)
+        (trainable.fake(latent) * weight_of(layer, seed=3)).sum().backward()
+        assert bool((trainable.log_factor.grad != 0).all())
+        assert float(latent.grad.abs().sum()) > 0
+
+    def test_learned_steps_do_not_train_codebooks(self):
+        """The message names the method that does."""
+        layer = LAYERS[LayerKind.LINEAR]
+        candidate = Candidate.of(layer, 2, Scheme(grid=Grid.CODEBOOK))
+        with pytest.raises(InvalidInput, match="take method 'direct'"):
+            trainable_weight("lsq", weight_of(layer), layer, candidate)
 
     def test_refuses_unknown_methods(self):
         """The known ones are listed."""
         layer = LAYERS[LayerKind.LINEAR]
-        with pytest.raises(InvalidInput, match="must be one of lsq, direct; got 'magic'"):
+        with pytest.raises(InvalidInput, match="must be one of lsq, tqt, direct; got 'magic'"):
             trainable_weight("magic", weight_of(layer), layer, Candidate.of(layer, 3, Scheme()))
 
     def test_refuses_full_precision(self):

@@ -14,7 +14,9 @@ from bitquota.cli import (
     exporting,
     gating,
     inspecting,
+    keeping,
     planning,
+    reporting,
     serving,
     solving,
     training,
@@ -47,6 +49,7 @@ app.command("finetune")(training.finetune)
 app.command("learn")(training.learn)
 app.command("evaluate")(evaluating.evaluate)
 app.command("show")(planning.show)
+app.command("report")(reporting.report)
 app.command("solve")(solving.solve_file)
 app.command("frontier")(solving.frontier)
 app.command("lock")(gating.lock)
@@ -54,6 +57,7 @@ app.command("check")(gating.check)
 app.command("diff")(gating.diff)
 app.command("serve")(serving.serve)
 app.command("demo")(serving.demo)
+app.add_typer(keeping.app, name="ledger")
 app.add_typer(admin_commands.app, name="admin")
 
 

@@ -1,0 +1,404 @@
+"""Commands that train: ``learn`` finds bit-widths by gradient, ``finetune`` trains under a plan."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bitquota import report
+from bitquota.cli import options as opt
+from bitquota.cli import output
+from bitquota.cli.loading import load_samples
+from bitquota.errors import InvalidInput
+from bitquota.plan import Plan
+from bitquota.request import DEFAULT_WEIGHT_BITS
+from bitquota.storage import Granularity, Grid, ScaleFormat, Scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from bitquota.bridge import Trained
+    from bitquota.formats import LoadedModel
+    from bitquota.progress import OnProgress
+    from bitquota.sensitivity.calibration import CalibrationSet
+    from bitquota.training.loop import TrainingRecord
+    from bitquota.training.settings import TrainingSettings
+
+_BITS = ",".join(map(str, DEFAULT_WEIGHT_BITS))
+
+Train = Annotated[
+    str,
+    typer.Argument(
+        help="Labelled training set, read like CALIBRATION; part of it is held out. Never test "
+        "data."
+    ),
+]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", help="Folder for plan.json, trained.safetensors, trained.pt2")
+]
+Epochs = Annotated[int, typer.Option("--epochs", help="Passes over the data, in each phase.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Samples per step.")]
+Rate = Annotated[
+    float | None, typer.Option("--rate", help="Learning rate of weights [the method's own].")
+]
+QuantizerRate = Annotated[
+    float | None,
+    typer.Option("--quantizer-rate", help="Of steps, levels and bit-widths [the method's own]."),
+]
+Distill = Annotated[
+    float | None,
+    typer.Option(
+        "--distill",
+        help="Share of the loss that follows the full-precision model; 1 needs no labels [0.5; 0 "
+        "for uhlich2020].",
+    ),
+]
+HoldoutShare = Annotated[
+    float, typer.Option("--holdout", help="Share of TRAIN that selects and is not trained on.")
+]
+Patience = Annotated[
+    int | None,
+    typer.Option("--patience", help="Stop after so many epochs without a better hold-out loss."),
+]
+Augment = Annotated[
+    str, typer.Option("--augment", help="none, or shift_flip for images that may be mirrored.")
+]
+Mixed = Annotated[bool, typer.Option("--mixed-precision", help="Take steps in bfloat16.")]
+ChannelsLast = Annotated[
+    bool, typer.Option("--channels-last", help="Lay out images with channels last: faster.")
+]
+Compiled = Annotated[bool, typer.Option("--compile", help="Use torch.compile.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        help="lsq (learned steps), tqt (powers of two), direct (learned levels, a codebook).",
+    ),
+]
+Resolve = Annotated[
+    int,
+    typer.Option(
+        "--resolve",
+        help="Afterwards measure around the trained weights, solve and train again, so many times; "
+        "the best on the hold-out is kept.",
+    ),
+]
+Checkpoints = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoints", help="Folder; a run that was stopped continues from it [OUT/checkpoints]."
+    ),
+]
+SettingsSeed = Annotated[int, typer.Option("--seed", help="Of samples, order and augmentation.")]
+
+
+def finetune(
+    model: opt.Model,
+    plan: Annotated[Path, typer.Argument(help="A plan that 'bitquota plan' wrote for MODEL.")],
+    train: Train,
+    method: Method = "lsq",
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="With direct: keep levels mirrored around zero.")
+    ] = False,
+    input_fit: Annotated[
+        str | None,
+        typer.Option(
+            "--input-fit",
+            help="With quantized inputs: fit first grids by joint, chan or irls [each tensor's "
+            "own error].",
+        ),
+    ] = None,
+    epochs: Epochs = 10,
+    batch_size: BatchSize = 128,
+    rate: Rate = None,
+    quantizer_rate: QuantizerRate = None,
+    distill: Distill = None,
+    holdout: HoldoutShare = 0.1,
+    patience: Patience = None,
+    augment: Augment = "none",
+    mixed_precision: Mixed = False,
+    channels_last: ChannelsLast = False,
+    compiled: Compiled = False,
+    resolve: Resolve = 0,
+    seed: SettingsSeed = 0,
+    tokenizer: opt.Tokenizer = None,
+    length: opt.Length = opt.DEFAULT_LENGTH,
+    device: opt.Device = "auto",
+    checkpoints: Checkpoints = None,
+    out: Out = Path("trained"),
+) -> None:
+    """Train MODEL under PLAN on TRAIN and write the trained weights and their plan.
+
+    Started with torchrun, every process takes its share of each batch.
+    """
+    from bitquota.bridge import finetune_plan
+    from bitquota.quantizers.channel_fit import ChannelRule
+    from bitquota.training.settings import TrainingSettings
+
+    if input_fit is not None and input_fit not in list(ChannelRule):
+        msg = f"--input-fit must be one of {', '.join(ChannelRule)}; got '{input_fit}'"
+        raise InvalidInput(msg, input_fit=input_fit)
+    settings = _with_options(
+        TrainingSettings(),
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=rate,
+        quantizer_learning_rate=quantizer_rate,
+        distillation=distill,
+        holdout_fraction=holdout,
+        patience=patience,
+        augmentation=augment,
+        mixed_precision=mixed_precision,
+        channels_last=channels_last,
+        compiled=compiled,
+        seed=seed,
+    )
+    made = Plan.load(plan)
+    loaded, samples = _load(model, train, tokenizer, length)
+    folder = checkpoints or out / "checkpoints"
+    with _run() as (on_progress, is_first):
+        found = finetune_plan(
+            loaded,
+            made,
+            samples,
+            settings,
+            method=method,
+            symmetric=symmetric,
+            input_rule=None if input_fit is None else ChannelRule(input_fit),
+            device=device,
+            checkpoint=folder / "finetune.safetensors",
+            on_progress=on_progress,
+        )
+        found = _resolved(
+            loaded, found, samples, settings, resolve, method, device, folder, on_progress
+        )
+        if is_first:
+            _finish(found, samples, out)
+
+
+def learn(
+    model: opt.Model,
+    train: Train,
+    budgets: opt.Budgets = None,
+    bits: opt.Bits = _BITS,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            "--recipe",
+            help="stabilised, ellipsoid (size by construction), bitpruning, bsq, uhlich2020 (as "
+            "published).",
+        ),
+    ] = "stabilised",
+    from_plan: Annotated[
+        Path | None, typer.Option("--from-plan", help="Start from a solved plan's bit-widths.")
+    ] = None,
+    activation_bits: Annotated[
+        str | None,
+        typer.Option(
+            "--activation-bits",
+            help="Bit-widths on offer to inputs [2,3,4,5,6,8 with a budget 'act …', else none].",
+        ),
+    ] = None,
+    method: Method = "lsq",
+    tie: opt.Tie = None,
+    exclude: opt.Exclude = None,
+    granularity: opt.GranularityName = Granularity.CHANNEL,
+    group_size: opt.GroupSize = None,
+    scale_format: opt.ScaleFormatName = ScaleFormat.FP32,
+    epochs: Epochs = 10,
+    batch_size: BatchSize = 128,
+    rate: Rate = None,
+    quantizer_rate: QuantizerRate = None,
+    distill: Distill = None,
+    holdout: HoldoutShare = 0.1,
+    patience: Patience = None,
+    augment: Augment = "none",
+    mixed_precision: Mixed = False,
+    channels_last: ChannelsLast = False,
+    compiled: Compiled = False,
+    resolve: Resolve = 0,
+    seed: SettingsSeed = 0,
+    tokenizer: opt.Tokenizer = None,
+    length: opt.Length = opt.DEFAULT_LENGTH,
+    device: opt.Device = "auto",
+    checkpoints: Checkpoints = None,
+    out: Out = Path("learned"),
+) -> None:
+    """Learn the bit-widths of MODEL on TRAIN within budgets, and fine-tune under them.
+
+    Two phases of EPOCHS each: bit-widths and weights together, then weights under the bit-widths
+    found, whose size is exact. Budgets hold together: one on weights, and perhaps 'act 8 KiB' (the
+    largest input) or 'act total 92 KiB'.
+    """
+    from bitquota.bridge import learn_plan
+    from bitquota.training.learn import RECIPES, default_settings, following_settings
+
+    if not budgets:
+        msg = "learning needs a budget, such as --budget '2.5 bits'; got none"
+        raise InvalidInput(msg)
+    if recipe not in RECIPES:
+        msg = f"--recipe must be one of {', '.join(RECIPES)}; got '{recipe}'"
+        raise InvalidInput(msg, recipe=recipe)
+    settings = _with_options(
+        default_settings(recipe),
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=rate,
+        quantizer_learning_rate=quantizer_rate,
+        distillation=distill,
+        holdout_fraction=holdout,
+        patience=patience,
+        augmentation=augment,
+        mixed_precision=mixed_precision,
+        channels_last=channels_last,
+        compiled=compiled,
+        seed=seed,
+    )
+    start = None if from_plan is None else Plan.load(from_plan)
+    loaded, samples = _load(model, train, tokenizer, length)
+    folder = checkpoints or out / "checkpoints"
+    with _run() as (on_progress, is_first):
+        found = learn_plan(
+            loaded,
+            samples,
+            budgets,
+            opt.parse_bits(bits),
+            scheme=Scheme(
+                grid=Grid.SYMMETRIC,
+                granularity=granularity,
+                group_size=group_size,
+                scale_format=scale_format,
+            ),
+            recipe=recipe,
+            method=method,
+            activation_bits=() if activation_bits is None else opt.parse_bits(activation_bits),
+            start=start,
+            ties=[[part.strip() for part in item.split(",")] for item in tie or []],
+            exclude=exclude or [],
+            settings=settings,
+            device=device,
+            checkpoint_folder=folder,
+            on_progress=on_progress,
+        )
+        found = _resolved(
+            loaded, found, samples, following_settings(settings), resolve, method, device, folder,
+            on_progress,
+        )  # fmt: skip
+        if is_first:
+            _finish(found, samples, out)
+
+
+def _with_options(settings: TrainingSettings, **options: object) -> TrainingSettings:
+    """Return the settings with every option that was given."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return replace(settings, **given)  # type: ignore[arg-type]
+
+
+def _load(
+    model: str, train: str, tokenizer: str | None, length: int
+) -> tuple[LoadedModel, CalibrationSet]:
+    from bitquota.formats import load_model
+
+    return load_model(model), load_samples(train, model=model, tokenizer=tokenizer, length=length)
+
+
+@contextmanager
+def _run() -> Iterator[tuple[OnProgress, bool]]:
+    """Join the group of processes, if there is one; only the first shows progress."""
+    from bitquota.training.distributed import joined_group
+
+    with joined_group() as group:
+        if not group.is_first:
+            yield (lambda _step: None), False
+            return
+        with output.progress_bars() as on_progress:
+            yield on_progress, True
+
+
+def _resolved(
+    model: LoadedModel,
+    found: Trained,
+    data: CalibrationSet,
+    settings: TrainingSettings,
+    rounds: int,
+    method: str,
+    device: str,
+    folder: Path,
+    on_progress: OnProgress,
+) -> Trained:
+    from bitquota.bridge import solve_around
+
+    for k in range(rounds):
+        again = solve_around(
+            model,
+            found,
+            data,
+            settings,
+            method=method,
+            device=device,
+            checkpoint=folder / f"resolve-{k + 1}.safetensors",
+            on_progress=on_progress,
+        )
+        if again is found:
+            break
+        found = again
+    return found
+
+
+def _finish(found: Trained, data: CalibrationSet, out: Path) -> None:
+    from bitquota.bridge import write_pt2
+
+    found.save(out)
+    written = ["plan.json", "trained.safetensors"]
+    if not found.model.inputs:
+        # The .pt2 is a courtesy: what cannot be exported is still complete without it.
+        try:
+            write_pt2(found, data, out / "trained.pt2")
+            written.append("trained.pt2")
+        except Exception as err:  # noqa: BLE001  # torch.export raises what it likes
+            reason = str(err).splitlines()[0] if str(err) else type(err).__name__
+            output.messages.print(f"no trained.pt2: {reason}", highlight=False, markup=False)
+    if found.learning is not None:
+        output.print_rows(_epoch_rows(found.learning), title="Learning bit-widths")
+    output.print_rows(_epoch_rows(found.model.record), title="Fine-tuning")
+    output.print_rows(
+        [{k: v for k, v in row.items() if k != "kind"} for row in report.layer_rows(found.plan)],
+        title="Plan of the trained weights",
+    )
+    plan = found.plan
+    rows = [(b.name, b.size_bits, b.measured) for b in plan.baselines]
+    assert plan.measured is not None  # noqa: S101  # training measures
+    rows.append(("trained", plan.size_bits, plan.measured))
+    output.print_rows(
+        [
+            {
+                "choice": name,
+                "size": report.format_size(size),
+                "loss increase": report.format_loss(measured),
+                "top-1": "" if measured.accuracy is None else f"{100 * measured.accuracy:.2f} %",
+            }
+            for name, size, measured in rows
+        ],
+        title=f"On {plan.measured.n_samples} held-out samples",
+    )
+    output.messages.print(
+        f"wrote {', '.join(str(out / name) for name in written)}", highlight=False, markup=False
+    )
+
+
+def _epoch_rows(record: TrainingRecord) -> list[dict[str, str]]:
+    return [
+        {
+            "epoch": f"{k + 1}{' *' if k == record.best_epoch else ''}",
+            "training loss": f"{epoch['training_loss']:.4f}",
+            "hold-out loss": f"{epoch['holdout_loss']:.4f}",
+            "hold-out top-1": ""
+            if epoch["holdout_accuracy"] is None
+            else f"{100 * epoch['holdout_accuracy']:.2f} %",
+        }
+        for k, epoch in enumerate(record.epochs)
+    ]

@@ -1,0 +1,214 @@
+"""Trainable quantizers of layers' inputs: learned steps at a bit-width, or learned bit-widths.
+
+Grids start from calibrated ones. A layer's input is what is multiplied with its weight; integer
+inputs (token ids) pass.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from bitquota.quantizers.activations import ActivationQuantizer, InputWatcher, collect_inputs
+from bitquota.quantizers.calls import tensor_key
+from bitquota.quantizers.channel_fit import ChannelRule, calibrate_channels
+from bitquota.quantizers.differentiable import lsq, ste_round
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from bitquota.candidates import Inventory, Layer
+    from bitquota.sensitivity.calibration import CalibrationSet
+
+CALIBRATION_SAMPLES = 512
+"""Training samples that the first grids are fitted on."""
+
+START_BITS = 8
+"""Learned input bit-widths start here: everything is still close to full precision."""
+
+
+class _ByName(InputWatcher):
+    """Within the context, the inputs of named layers go through ``look``.
+
+    Weights are those of the running step, which stand in for the model's own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        weights: Mapping[str, Tensor],
+        look: Callable[[str, Tensor], Tensor],
+    ) -> None:
+        super(InputWatcher, self).__init__()
+        self.look = look
+        self.names = {
+            tensor_key(weights.get(layer.weight_name, model.get_parameter(layer.weight_name))):
+            layer.name
+            for layer in layers
+        }  # fmt: skip
+
+
+class TrainedInputs(nn.Module):
+    """What the two ways share: which layers, and how they are watched."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__()
+        self.layers = tuple(layers)
+        self.at = {layer.name: k for k, layer in enumerate(layers)}
+
+    def quantize(self, k: int, values: Tensor) -> Tensor:
+        """Return the input of layer ``k``, quantized."""
+        raise NotImplementedError
+
+    def watch(
+        self, model: nn.Module, weights: Mapping[str, Tensor]
+    ) -> AbstractContextManager[object]:
+        """Return the context in which the layers see quantized inputs."""
+        if not self.layers:
+            return nullcontext()
+
+        def look(name: str, values: Tensor) -> Tensor:
+            return self.quantize(self.at[name], values) if values.is_floating_point() else values
+
+        return _ByName(model, self.layers, weights, look)
+
+
+class LearnedInputSteps(TrainedInputs):
+    """Learned steps at fixed bit-widths: ``s = s0 exp(t)``; zero points stay as calibrated.
+
+    Args:
+        layers: Layers whose input is quantized.
+        starts: Calibrated grids, in the same order.
+    """
+
+    def __init__(self, layers: Sequence[Layer], starts: Sequence[ActivationQuantizer]) -> None:
+        super().__init__(layers)
+        self.starts = tuple(starts)
+        # An input that is always zero has no step to learn from; any will do.
+        self.register_buffer("start", torch.tensor([s.scale or 1.0 for s in starts]))
+        self.start: Tensor
+        self.log_factor = nn.Parameter(torch.zeros(len(self.starts)))
+
+    def quantize(self, k: int, values: Tensor) -> Tensor:
+        """Return the quantized input."""
+        start = self.starts[k]
+        step = self.start[k] * torch.exp(self.log_factor[k])
+        zero = start.zero_point
+        return lsq(values, step.to(values.dtype), start.lowest - zero, start.highest - zero)
+
+    @torch.no_grad()
+    def trained(self) -> dict[str, ActivationQuantizer]:
+        """Return the quantizer of every layer as it ships."""
+        steps = (self.start * torch.exp(self.log_factor)).tolist()
+        return {
+            layer.name: ActivationQuantizer(
+                bits=s.bits, scale=step, zero_point=s.zero_point, lowest=s.lowest, highest=s.highest
+            )
+            for layer, s, step in zip(self.layers, self.starts, steps, strict=True)
+        }
+
+
+class LearnedInputBits(TrainedInputs):
+    """Learned bit-widths of inputs: U3 in the logarithm, one step and one range per tensor.
+
+    Args:
+        layers: Layers whose input is quantized.
+        starts: Calibrated grids of ``START_BITS`` bits.
+        least: Smallest bit-width.
+        most: Largest bit-width.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        starts: Sequence[ActivationQuantizer],
+        *,
+        least: float,
+        most: float,
+    ) -> None:
+        super().__init__(layers)
+        self.least, self.most = least, most
+        self.signed = [s.lowest - s.zero_point < 0 for s in starts]
+        bits = min(most, START_BITS)
+        ranges = [
+            max(s.scale, 1e-8) * max(s.highest - s.zero_point, s.zero_point - s.lowest)
+            for s in starts
+        ]
+        spans = [2.0 ** (bits - signed) - 1 for signed in self.signed]
+        steps = [r / max(1.0, n) for r, n in zip(ranges, spans, strict=True)]
+        self.log_step = nn.Parameter(torch.tensor([math.log2(s) for s in steps]))
+        self.log_range = nn.Parameter(torch.tensor([math.log2(r) for r in ranges]))
+        self.counts: Tensor
+        self.register_buffer("counts", torch.tensor([float(la.n_inputs) for la in layers]))
+
+    def quantize(self, k: int, values: Tensor) -> Tensor:
+        """Return the quantized input; without sign, negative values become zero."""
+        step, largest = 2.0 ** self.log_step[k], 2.0 ** self.log_range[k]
+        lowest = -largest if self.signed[k] else torch.zeros_like(largest)
+        clipped = torch.minimum(torch.maximum(values.float(), lowest), largest)
+        return (step * ste_round(clipped / step)).to(values.dtype)
+
+    def relaxed_bits(self) -> Tensor:
+        """Return f32[layers]: ``log2(q_max/d + 1)``, plus one for the sign, within the offer."""
+        signs = self.log_step.new_tensor([float(s) for s in self.signed])
+        spans = 2.0 ** (self.log_range - self.log_step)
+        return (torch.log2(spans + 1) + signs).clamp(self.least, self.most)
+
+    def excess(self, total: int | None, largest: int | None) -> Tensor:
+        """Return how far the relaxed sizes are over the limits, as a share of each; summed.
+
+        Args:
+            total: Limit on the bits of all inputs together, or ``None``.
+            largest: Limit on the bits of each.
+        """
+        sizes = self.counts * self.relaxed_bits()
+        over = sizes.new_zeros(())
+        if total is not None:
+            over = over + torch.relu(sizes.sum() / total - 1)
+        if largest is not None:
+            over = over + torch.relu(sizes / largest - 1).sum()
+        return over
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Keep each range at least one step."""
+        self.log_range.copy_(torch.maximum(self.log_range, self.log_step))
+
+
+def calibrated_inputs(
+    model: nn.Module,
+    inventory: Inventory,
+    data: CalibrationSet,
+    bits: Mapping[str, int],
+    *,
+    rule: ChannelRule | None = None,
+) -> dict[str, ActivationQuantizer]:
+    """Return the grid of every named layer whose input is floating-point.
+
+    Args:
+        model: The full-precision model in eval mode.
+        inventory: Its layers.
+        data: Training samples; the first ``CALIBRATION_SAMPLES`` are used.
+        bits: Bit-width by layer.
+        rule: Fit to the majority of channels by this rule; by default each tensor's own error.
+
+    Cost: one or two forward passes over the samples.
+    """
+    batches = [b.inputs for b in data.first(CALIBRATION_SAMPLES).batches(64)]
+    found: dict[str, ActivationQuantizer] = {}
+    if rule is None:
+        inputs = collect_inputs(model, inventory, batches)
+        for name, width in bits.items():
+            if name in inputs.histograms:
+                found[name] = inputs.histograms[name].quantizer(width)
+        return found
+    for width in sorted(set(bits.values())):
+        fitted = calibrate_channels(model, inventory, batches, width, rule)
+        found |= {name: q for name, q in fitted.items() if bits.get(name) == width}
+    return {name: found[name] for name in bits if name in found}

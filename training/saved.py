@@ -1,0 +1,101 @@
+"""Trained models as one safetensors file: the weights to run, and the codes that they come from.
+
+The file holds the state dictionary of the model under its own names (quantized weights as they are
+after reading back), so that any code that loads safetensors can run it. Beside it, under
+``quantized.LAYER.``, stand the packed codes, scales or levels, and zero points of each layer, byte
+for byte as the plan counts them; the metadata say how to read them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from bitquota.errors import InvalidInput
+from bitquota.quantizers.activations import ActivationQuantizer
+from bitquota.quantizers.packing import PackedWeight, pack, unpack
+from bitquota.storage import Scheme
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from bitquota.quantizers.weights import QuantizedWeight
+    from bitquota.training.finetune import TrainedModel
+
+SCHEMA = "bitquota/trained/1"
+_PARTS = ("codes", "scales", "zero_points")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SavedModel:
+    """What ``save_trained`` wrote.
+
+    Attributes:
+        state: State dictionary of the model, quantized weights dequantized.
+        weights: Codes and scales of each quantized layer.
+        inputs: Trained quantizers of inputs, by layer.
+    """
+
+    state: dict[str, Tensor]
+    weights: dict[str, QuantizedWeight]
+    inputs: dict[str, ActivationQuantizer]
+
+
+def save_trained(trained: TrainedModel, path: Path) -> None:
+    """Write ``trained``; an older file is replaced only when the new one is complete."""
+    state = trained.module.state_dict()
+    # Tied tensors share memory, which the format refuses: write each name its own copy.
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}
+    layers = {}
+    for name, weight in trained.stored.items():
+        packed = pack(weight)
+        for part in _PARTS:
+            tensors[f"quantized.{name}.{part}"] = torch.from_numpy(getattr(packed, part))
+        layers[name] = {
+            "rows": packed.rows,
+            "columns": packed.columns,
+            "bits": packed.bits,
+            "scheme": packed.scheme.to_json(),
+        }
+    description = {
+        "schema": SCHEMA,
+        "layers": layers,
+        "inputs": {name: asdict(q) for name, q in trained.inputs.items()},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    save_file(tensors, partial, metadata={"bitquota": json.dumps(description, sort_keys=True)})
+    partial.replace(path)
+
+
+def load_trained(path: Path) -> SavedModel:
+    """Read what ``save_trained`` wrote.
+
+    Raises:
+        InvalidInput: Not such a file, or bytes that are not as many as they must be.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            description = json.loads((file.metadata() or {})["bitquota"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, KeyError, ValueError, SafetensorError) as err:
+        msg = f"'{path}' must be a file that 'bitquota finetune' or 'learn' wrote; got: {err!r}"
+        raise InvalidInput(msg, path=str(path)) from err
+    if description.get("schema") != SCHEMA:
+        msg = f"'{path}' must be of schema '{SCHEMA}'; got {description.get('schema')!r}"
+        raise InvalidInput(msg, path=str(path))
+    weights = {}
+    for name, known in description["layers"].items():
+        parts = {part: tensors.pop(f"quantized.{name}.{part}").numpy() for part in _PARTS}
+        shape = {key: known[key] for key in ("rows", "columns", "bits")}
+        packed = PackedWeight(**parts, **shape, scheme=Scheme.from_json(known["scheme"]))
+        weights[name] = unpack(packed)
+    inputs = {name: ActivationQuantizer(**q) for name, q in description["inputs"].items()}
+    return SavedModel(state=tensors, weights=weights, inputs=inputs)
