@@ -310,4 +310,5 @@ def model_page(job_id: str, viewer: Viewing, service: Service) -> Response:
         plans=[shown for _, shown in pages_data.plans_of(service, job)],
         links=pages_data.result_links(job),
         exports=pages_data.export_targets(),
+        plan_uploads=(job.results or {}).get("plans", ()),
     )

@@ -14,13 +14,16 @@ from fastapi import APIRouter, Query, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
-from bitquota.charts import LARGEST, cross_map, document, plan_json
+from bitquota.charts import LARGEST, cross_map, document, frontier_of, maps_of, plan_json
 from bitquota.errors import BitquotaError, Conflict, NotFound
+from bitquota.formats.targets import TARGETS
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
+from bitquota.report_page import render_html
 from bitquota.service.artifacts import ArtifactKind
 from bitquota.service.database import artifacts, events
 from bitquota.service.jobs import JobStatus
+from bitquota.service.kinds import KINDS
 from bitquota.service.state import Calling, Service, State  # noqa: TC001  # FastAPI reads them
 
 if TYPE_CHECKING:
@@ -40,6 +43,9 @@ _WATCHED = 50
 _KEPT = 8
 _KEPT_EVENTS = 200
 _MOST_EVENTS = 100_000
+_REPORT_S = 5.0
+_solving = threading.BoundedSemaphore(1)
+"""One report solves at a time: the others' requests must not wait for the processor."""
 
 
 # -------------------------------------------------------------------------------- jobs
@@ -122,8 +128,6 @@ def _same_stage(first: JsonObject, second: JsonObject) -> bool:
 
 def result_links(job: Job) -> list[JsonObject]:
     """Return address and description of every result that can be fetched by itself."""
-    from bitquota.service.kinds import KINDS
-
     kind = KINDS.get(job.kind)
     if kind is None or job.results is None:
         return []
@@ -139,10 +143,8 @@ def result_links(job: Job) -> list[JsonObject]:
 
 
 def export_targets() -> list[str]:
-    """Return the formats that an export job can write; empty where there is no such kind."""
-    from bitquota.service.kinds import KINDS
-
-    return [] if "export" not in KINDS else list(getattr(KINDS["export"], "targets", ()))
+    """Return the deployment targets that an export job can write for."""
+    return list(TARGETS)
 
 
 def has_charts(job: Job) -> bool:
@@ -242,6 +244,22 @@ def cross(
     plans = plans_of(service, job)
     found = cross_map(matrix, at, plans[0][0] if plans else None)
     return Response(json.dumps(found, separators=(",", ":")), media_type="application/json")
+
+
+@router.get("/jobs/{job_id}/report.html")
+def report_file(job_id: str, service: Service, caller: Calling) -> Response:
+    """Return the model page as one file that needs no network."""
+    job = service.jobs.get(caller.tenant, job_id)
+    found = document_of(service, job)
+    matrix = matrix_of(service, job)
+    plans = plans_of(service, job)
+    maps = {}
+    if matrix is not None:
+        with _solving:
+            found |= {"frontier": frontier_of(matrix, time_limit_s=_REPORT_S)}
+        maps = maps_of(matrix, plans[0][0] if plans else None)
+    named = {"Content-Disposition": f'attachment; filename="{job_id}.html"'}
+    return Response(render_html(found, maps), headers=named, media_type="text/html; charset=utf-8")
 
 
 def title_of(service: State, job: Job) -> str:

@@ -107,8 +107,8 @@
       event.preventDefault();
       try {
         const made = await call("/v1/jobs", { method: "POST", body: {
-          kind: "export", model: job.model,
-          plans: [document.getElementById("export-plan").value],
+          kind: "export", model: job.model, dataset: job.dataset, labels: job.labels,
+          plan: document.getElementById("export-plan").value,
           request: { target: document.getElementById("export-target").value },
         } });
         location.assign(`/jobs/${made.id}`);

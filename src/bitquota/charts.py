@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bitquota.canonical import JsonObject
-    from bitquota.comparison import Comparison
     from bitquota.matrix import SensitivityMatrix
     from bitquota.plan import MeasuredLoss, Plan
 
@@ -38,7 +37,7 @@ def document(
     plan_documents: Sequence[JsonObject] | None = None,
     matrix: SensitivityMatrix | None = None,
     frontier: Sequence[JsonObject] = (),
-    comparison: Comparison | None = None,
+    comparison: JsonObject | None = None,
 ) -> JsonObject:
     """Return everything that the charts of one model show, without the cross-layer maps.
 
@@ -48,7 +47,7 @@ def document(
         plan_documents: What ``plan_json`` returns for them, if it is at hand.
         matrix: Sensitivities, if they are at hand.
         frontier: Points as ``frontier_point`` makes them, in rising order of size.
-        comparison: What ``bitquota compare`` found.
+        comparison: What ``bitquota compare`` found, as its JSON.
     """
     unit = matrix.unit if matrix is not None else "nats/sample"
     loss = matrix.loss if matrix is not None else "kl"
@@ -57,7 +56,7 @@ def document(
         if plans[0].measured is not None:
             unit = plans[0].measured.unit
     if comparison is not None and not plans and matrix is None:
-        loss, unit = comparison.loss, comparison.full_precision.unit
+        loss, unit = str(comparison["loss"]), str(comparison["full_precision"]["unit"])
     return {
         "title": title,
         "loss": loss,
@@ -315,33 +314,134 @@ def frontier_point(
     }
 
 
-def comparison_json(comparison: Comparison) -> JsonObject:
-    """Return what the charts show of a comparison of metrics."""
-    budgets = [comparison.budget_text(k) for k in range(len(comparison.budgets))]
+def frontier_of(
+    matrix: SensitivityMatrix, *, points: int = 17, time_limit_s: float | None = None, seed: int = 0
+) -> list[JsonObject]:
+    """Return the frontier of average bits: points as ``frontier_point`` makes them.
+
+    Args:
+        matrix: What to solve.
+        points: Budgets, evenly spaced from the cheapest choice to the dearest.
+        time_limit_s: Seconds for all points together; those not proved in it keep the bound that
+            was reached.
+        seed: Of the solver's search.
+    """
+    from bitquota.budget import Budget
+    from bitquota.solver import build_problem, even_limits, frontier
+
+    everything = int(matrix.table.costs("code_bits").sum())
+    problem = build_problem(matrix, [Budget(resource="code_bits", limit=everything)])
+    found = frontier(
+        problem,
+        even_limits(problem, points),
+        gap=1e-3,
+        time_limit_s=time_limit_s,
+        node_limit=2000,
+        seed=seed,
+    )
+    return [
+        frontier_point(
+            matrix, [int(c) for c in p.solution.choice], p.solution.objective, p.solution.bound
+        )
+        for p in found
+        if p.solution.choice is not None
+    ]
+
+
+def frontier_rows(rows: Sequence[JsonObject]) -> JsonObject:
+    """Return a document of what ``bitquota frontier --json`` printed, without its matrix.
+
+    The rows name no layers; groups are numbered.
+    """
+    solved = [row for row in rows if row.get("labels")]
+    n_groups = max((len(row["labels"]) for row in solved), default=0)
+    points = []
+    for row in solved:
+        bits = [
+            int(label.partition("/")[0].lstrip("W").partition("A")[0]) for label in row["labels"]
+        ]
+        points.append(
+            {
+                "bits": bits,
+                "size_bits": int(next(iter(row["spent"].values()))),
+                "average_bits": sum(bits) / len(bits),
+                "predicted": row["objective"],
+                "bound": row["bound"],
+            }
+        )
+    return document(title="frontier", frontier=points) | {
+        "layers": {
+            "names": [f"group {k + 1}" for k in range(n_groups)],
+            "kinds": [],
+            "shapes": [],
+            "weights": [1] * n_groups,
+        }
+    }
+
+
+def comparison_json(comparison: JsonObject) -> JsonObject:
+    """Return what the charts show of a comparison of metrics, from its own JSON."""
+    budgets = [
+        " + ".join(b["text"].strip() or f"{b['limit']} bits" for b in together)
+        for together in comparison["budgets"]
+    ]
+    entries = comparison["entries"]
+    verdicts = []
+    for k in range(len(budgets)):
+        ranked = sorted(
+            (e for e in entries if e["plans"][k] is not None),
+            key=lambda e: float(e["plans"][k]["loss"]["mean"]),
+        )
+        if not ranked:
+            verdicts.append("Nothing fits this budget.")
+            continue
+        ties = [e["name"] for e in ranked[1:] if e["plans"][k]["ties_with_best"]]
+        same = f"; not clearly worse: {', '.join(ties)}" if ties else ""
+        verdicts.append(f"{ranked[0]['name']} measures best{same}.")
     return {
         "budgets": budgets,
-        "verdicts": [comparison.verdict(k) for k in range(len(budgets))],
-        "accuracy": comparison.full_precision.accuracy,
-        "samples": comparison.full_precision.n_samples,
+        "verdicts": verdicts,
+        "accuracy": comparison["full_precision"]["accuracy"],
+        "samples": comparison["full_precision"]["n_samples"],
         "entries": [
             {
-                "name": e.name,
-                "known_as": e.known_as,
-                "kind": e.kind,
-                "cost": e.cost,
-                "rank_correlation": e.rank_correlation,
+                "name": e["name"],
+                "known_as": e["known_as"],
+                "kind": e["kind"],
+                "cost": e["cost"],
+                "rank_correlation": e["rank_correlation"],
                 "plans": [
                     None
                     if p is None
-                    else {"size_bits": p.size_bits, "ties": p.ties_with_best}
-                    | (_measured(p.loss) or {})
-                    for p in e.plans
+                    else {
+                        "size_bits": p["size_bits"],
+                        "ties": p["ties_with_best"],
+                        "mean": p["loss"]["mean"],
+                        "error": p["loss"]["standard_error"],
+                        "samples": p["loss"]["n_samples"],
+                        "accuracy": p["loss"]["accuracy"],
+                    }
+                    for p in e["plans"]
                 ],
             }
-            for e in comparison.entries
+            for e in entries
         ],
-        "skipped": comparison.skipped,
+        "skipped": comparison["skipped"],
     }
+
+
+def maps_of(matrix: SensitivityMatrix, plan: Plan | None = None) -> dict[str, JsonObject]:
+    """Return the maps that a file without a server holds: strongest, fewest bits, of the plan."""
+    if matrix.cross is None:
+        return {}
+    wanted = [LARGEST, _columns(matrix)[0]]
+    found = {at: cross_map(matrix, at) for at in wanted}
+    if plan is not None:
+        try:
+            found["plan"] = cross_map(matrix, "plan", plan)
+        except NotFound:
+            return found  # a plan of other candidates than the matrix has
+    return found
 
 
 def floats(array: NDArray[Any]) -> str:

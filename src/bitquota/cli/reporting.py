@@ -1,0 +1,139 @@
+"""The command that makes a report of files: ``report``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bitquota.cli import output
+from bitquota.errors import InvalidInput
+from bitquota.matrix import SensitivityMatrix
+from bitquota.plan import SCHEMA as PLAN_SCHEMA
+from bitquota.plan import Plan
+
+if TYPE_CHECKING:
+    from bitquota.canonical import JsonObject
+
+_COMPARISON = "bitquota/comparison/1"
+
+
+def report(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Plans (several budgets of one model), a comparison (compare --out), a frontier "
+            "(frontier --json), or a sensitivity matrix (.npz)."
+        ),
+    ],
+    matrix_file: Annotated[
+        Path | None,
+        typer.Option("--matrix", help="Sensitivity matrix, for heat maps and the frontier."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="HTML file, complete in itself.")
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option("--image", help="The main charts as .png, .svg or .pdf.")
+    ] = None,
+    title: Annotated[str | None, typer.Option("--title", help="Heading.")] = None,
+    points: Annotated[int, typer.Option("--points", min=2, help="Points of the frontier.")] = 17,
+    time_limit: Annotated[
+        float, typer.Option("--time-limit", help="Seconds for the whole frontier.")
+    ] = 30.0,
+) -> None:
+    """Make a report of FILES: one HTML file that needs no network, or a picture."""
+    if out is None and image is None:
+        out = Path("report.html")
+    if image is not None:
+        from bitquota.comparison_plot import check_plot
+
+        check_plot(image)
+    document, maps = read_document(
+        files, matrix_file, title=title, points=points, time_limit_s=time_limit
+    )
+    if out is not None:
+        from bitquota.report_page import render_html
+
+        _make_room(out)
+        out.write_text(render_html(document, maps), encoding="utf-8")
+        output.messages.print(f"wrote {out}", markup=False, highlight=False)
+    if image is not None:
+        from bitquota.report_image import draw_report
+
+        _make_room(image)
+        draw_report(document, image)
+        output.messages.print(f"wrote {image}", markup=False, highlight=False)
+
+
+def _make_room(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def read_document(
+    files: list[Path],
+    matrix_file: Path | None,
+    *,
+    title: str | None,
+    points: int,
+    time_limit_s: float,
+) -> tuple[JsonObject, dict[str, JsonObject]]:
+    """Return what the charts show of ``files``, and the maps of cross-layer terms.
+
+    Raises:
+        InvalidInput: A file is none of what ``bitquota`` writes, or they do not belong together.
+    """
+    from bitquota import charts
+
+    plans: list[Plan] = []
+    comparison: JsonObject | None = None
+    rows: list[JsonObject] | None = None
+    for file in files:
+        if file.suffix == ".npz":
+            matrix_file = matrix_file or file
+            continue
+        data = _read(file)
+        if isinstance(data, list):
+            rows = data
+        elif data.get("schema_version") == _COMPARISON:
+            comparison = data
+        else:
+            plans.append(Plan.from_json(data))
+    names = [[a.layer.name for a in plan.assignments] for plan in plans]
+    if any(other != names[0] for other in names[1:]):
+        msg = "the plans of one report must be of the same layers; make one report for each model"
+        raise InvalidInput(msg)
+    matrix = None if matrix_file is None else SensitivityMatrix.load(matrix_file)
+    found = charts.frontier_of(matrix, points=points, time_limit_s=time_limit_s) if matrix else []
+    document = charts.document(
+        title=title or f"Bit allocation of {files[0].stem}",
+        plans=plans,
+        matrix=matrix,
+        frontier=found,
+        comparison=comparison,
+    )
+    if rows is not None and not plans and matrix is None:
+        document |= {k: v for k, v in charts.frontier_rows(rows).items() if k != "title"}
+    maps = {} if matrix is None else charts.maps_of(matrix, plans[0] if plans else None)
+    return document, maps
+
+
+def _read(file: Path) -> Any:  # noqa: ANN401  # any JSON
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        msg = f"a report needs JSON files that bitquota wrote, or a matrix (.npz); '{file}': {err}"
+        raise InvalidInput(msg, path=str(file)) from err
+    rows = isinstance(data, list) and all(isinstance(r, dict) and "objective" in r for r in data)
+    known = isinstance(data, dict) and (
+        data.get("schema") == PLAN_SCHEMA or data.get("schema_version") == _COMPARISON
+    )
+    if not (rows or known):
+        msg = (
+            f"'{file}' must be a plan, a comparison, or what 'bitquota frontier --json' prints; "
+            "it is other JSON"
+        )
+        raise InvalidInput(msg, path=str(file))
+    return data
