@@ -361,17 +361,19 @@ def measure_for_killing(folder: Path, *, tiny: bool) -> None:
 def run_kill(tiny: bool, _: Ledger) -> None:  # noqa: FBT001
     """Kill a measurement with SIGKILL at ten random moments, and compare with a quiet one."""
     moments, kills, starts = np.random.default_rng(0), 0, 0
-    command = [sys.executable, str(Path(__file__).resolve()), "--child"]
-    command += ["--tiny"] if tiny else []
+    command = [sys.executable, str(Path(__file__).resolve()), *(["--tiny"] if tiny else [])]
     with tempfile.TemporaryDirectory() as name:
         quiet, noisy = Path(name) / "quiet", Path(name) / "noisy"
         for folder in (quiet, noisy):
             folder.mkdir()
         measure_for_killing(quiet, tiny=tiny)
         while not (noisy / "matrix.npz").exists():
-            with subprocess.Popen([*command, str(noisy)], stdout=subprocess.PIPE) as child:
+            with subprocess.Popen(
+                [*command, "--child", str(noisy)], stdout=subprocess.PIPE
+            ) as child:
                 assert child.stdout is not None
-                child.stdout.readline()
+                if not child.stdout.readline():
+                    sys.exit("kill: the measurement did not begin")
                 if kills < 10:
                     time.sleep(moments.uniform(0.05, 0.1 if tiny else 1.5))
                     child.kill()

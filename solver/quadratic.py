@@ -18,9 +18,10 @@ import numpy as np
 from bitquota.solver.branch import Incumbent, Record, Tree
 from bitquota.solver.convex import convexify
 from bitquota.solver.core import propagate_steps, reduce
+from bitquota.solver.lifted import Lifted
 from bitquota.solver.linear_relaxation import linear_relaxation
 from bitquota.solver.search import Effort, rounded, search
-from bitquota.solver.semidefinite import DualPoint, Lifted, dual_point, interior_point
+from bitquota.solver.semidefinite import DualPoint, dual_point, interior_point
 from bitquota.solver.solution import Limit, Solution, Stats, Status
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ SPARE_MEMORY_BYTES = 2**28
 TREE_NODES = 1200
 """Cheap nodes that take about as long as one semidefinite bound, at every size measured."""
 PROBE_ROUNDS = 12
-PROBE_ROWS = 6000
+PROBE_ROWS = 3000
 """Rows up to which each is tried alone: of a separable problem with more, prices drop most."""
 PAIR_ROWS = 1500
 """Separable regions with pairs of up to so many rows get the semidefinite bound."""
@@ -92,6 +93,7 @@ class Quadratic:
         self.queue: list[tuple[float, int, Region]] = []
         self.current = -math.inf
         """Bound of the region that is being worked on; ``+inf`` between regions."""
+        self.relaxed: tuple[Ints, Floats, Floats] = (_NO_CUTS[0:0, 0], np.zeros(0), np.zeros(0))
         self.nodes = 0
         self.iterations = 0
         self.memory = 0
@@ -152,7 +154,7 @@ class Quadratic:
             return
         starts = [] if self.incumbent.rows is None else [_inside(core, self.incumbent.rows)]
         if not len(core.C):
-            starts += rounded(core, linear_relaxation(core)[1])
+            starts += rounded(core, self._linear(core)[1])
         cur, value = search(
             core,
             effort=effort,
@@ -277,10 +279,18 @@ class Quadratic:
         self.record.own[region.node] = _rounded_down(self.problem, rows)
         self._offer(core.constant, rows)
 
+    def _linear(self, core: Core) -> tuple[Floats, Floats]:
+        """Return prices and weights of a separable core's relaxation, the last one kept."""
+        rows, prices, x = self.relaxed
+        if not np.array_equal(rows, core.rows):
+            prices, x = linear_relaxation(core)
+            self.relaxed = core.rows, prices, x
+        return prices, x
+
     def _point(self, core: Core, region: Region, *, strong: bool) -> DualPoint | None:
         """Return a dual point of the semidefinite bound, or ``None`` when a limit struck."""
         if not len(core.C):
-            return _flat(core)
+            return _flat(core, *self._linear(core))
         lifted = Lifted(core, products=strong)
         if strong and len(region.cuts):
             at = np.full(self.problem.n_rows, -1, dtype=np.int64)
@@ -416,11 +426,10 @@ def _inside(core: Core, rows: Ints) -> Ints | None:
     return None if bool((cur < 0).any()) else cur
 
 
-def _flat(core: Core) -> DualPoint:
+def _flat(core: Core, prices: Floats, x: Floats) -> DualPoint:
     """Return the dual point of a problem without cross terms: no shift is needed."""
     empty = np.zeros(0, dtype=np.int64)
     m = len(core.b)
-    prices, x = linear_relaxation(core)
     return DualPoint(
         shift=np.zeros((core.n, int(np.diff(core.off).max()))),
         cut_rows=empty,

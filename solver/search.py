@@ -41,7 +41,7 @@ class Effort:
 DENSE_ROWS = 3000
 """Separable problems of more rows never get a dense matrix of pair terms."""
 SINGLE_ROWS = 4000
-"""Above so many rows, moves of two groups are left out altogether."""
+"""Above so many rows there is one descent by moves of one group: the bound is to come soon."""
 
 
 def penalised(core: Core) -> Floats:
@@ -183,7 +183,7 @@ def search(
     if len(core.pairs) and not len(C):
         core = _pairs_as_budgets(core)
     # Moves of two groups cost O(n²): large problems take them in the last polish only.
-    large = core.n > 700
+    large, huge = core.n > 700, core.n > SINGLE_ROWS
     points = [s for s in starts if meets_all(core, s)]
     points += lagrangian_start(core, C, effort)
     if not points:
@@ -191,8 +191,8 @@ def search(
     unique = {point.tobytes(): point for point in points}
     ranked = sorted(unique.values(), key=lambda p: (_value(core, C, p), p.tobytes()))
     best, best_value = ranked[0].copy(), _value(core, C, ranked[0])
-    tried = ranked[: 3 if large else 4]
-    for index in range(len(tried) + effort.restarts):
+    tried = ranked[: 1 if huge else 3 if large else 4]
+    for index in range(len(tried) + (0 if huge else effort.restarts)):
         if stop is not None and stop():
             break
         if index < len(tried):
@@ -204,7 +204,7 @@ def search(
             strength = 2 + (index - len(tried)) % 7
             kernels.kick(core.off, core.A, core.b, cur, strength, seed * 7919 + index)
         _run(core, C, cur, 4 * effort.patience, 0, seed + index)
-        if core.n > SINGLE_ROWS:
+        if huge:
             value = _value(core, C, cur)
         else:
             value = _run(core, C, cur, 3 if large else effort.patience, 1, seed + index)

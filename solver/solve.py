@@ -53,19 +53,21 @@ def solve(
     Args:
         problem: What to solve.
         backend: ``auto`` or ``bitquota`` for this solver, else a name of ``backends.BACKENDS``.
-        time_limit_s: Seconds by ``clock``.
-        node_limit: Branch-and-bound nodes.
+        time_limit_s: Seconds by ``clock``; of wall clock for other backends.
+        node_limit: Branch-and-bound nodes; refused for backends that do not count them.
         gap: Relative gap to prove.
         seed: For the search for good choices.
         on_event: Called with better choices and bounds as they are found.
         cancelled: Asked now and then; ``True`` stops with what is known.
-        start: A choice to begin with; it may be infeasible and is then ignored.
+        start: A choice to begin with; ignored when it is infeasible, and by other backends.
         clock: What ``time_limit_s`` is measured with.
 
     Raises:
         BudgetTooSmall: The cheapest rows exceed one budget.
         Infeasible: A group has no allowed row.
         InvalidProblem: A negative gap or limit.
+        InvalidInput: No such backend, or one that cannot keep the node limit.
+        MissingDependency: The backend's packages are not installed.
         SolverFailed: The answer does not survive the check from first principles.
     """
     for name, value in (("gap", gap), ("time_limit_s", time_limit_s), ("node_limit", node_limit)):
@@ -78,7 +80,16 @@ def solve(
 
         return verified(
             problem,
-            solve_with(backend, problem, time_limit_s=time_limit_s, gap=gap, seed=seed),
+            solve_with(
+                backend,
+                problem,
+                gap=gap,
+                time_limit_s=time_limit_s,
+                node_limit=node_limit,
+                seed=seed,
+                on_event=on_event,
+                cancelled=cancelled,
+            ),
         )
     control = Control(
         time_limit_s=time_limit_s,

@@ -67,7 +67,8 @@ def solve_with(
     """Solve ``problem`` by the backend called ``name``.
 
     Raises:
-        InvalidInput: No such backend, a negative limit, or a problem that it does not take.
+        InvalidInput: No such backend, a negative limit, a node limit that it cannot keep, or a
+            problem that it does not take.
         MissingDependency: The backend's packages are not installed.
         SolverFailed: The backend died, or its answer does not hold.
     """
@@ -76,5 +77,11 @@ def solve_with(
         how = f"install bitquota[{backend.extra}]" if backend.extra else f"install '{package}'"
         msg = f"solver '{name}' needs the package '{package}'; {how}, or use another solver"
         raise MissingDependency(msg, backend=name, package=package)
+    if node_limit is not None and not backend.counts_nodes:
+        msg = (
+            f"solver '{name}' cannot keep a node limit: it does not count nodes; use a time limit, "
+            f"or one of {', '.join(n for n, b in BACKENDS.items() if b.counts_nodes)}"
+        )
+        raise InvalidInput(msg, solver=name, node_limit=node_limit)
     options = Options(gap=gap, time_limit_s=time_limit_s, node_limit=node_limit, seed=seed)
     return backend.solve(problem, options, on_event=on_event, cancelled=cancelled)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bitquota.errors import Infeasible
 from bitquota.solver.brute_force import LARGEST, enumerate_all, n_choices
-from bitquota.solver.solution import Solution, Status
+from bitquota.solver.solution import Event, Limit, Solution, Status
 
 if TYPE_CHECKING:
     from bitquota.solver.backends.protocol import Cancelled, OnEvent, Options
@@ -88,10 +89,31 @@ class BruteForce:
     def solve(
         self,
         problem: Problem,
-        options: Options,  # noqa: ARG002 - the Protocol's; enumeration is exact at once
+        options: Options,
         *,
-        on_event: OnEvent | None = None,  # noqa: ARG002
+        on_event: OnEvent | None = None,
         cancelled: Cancelled | None = None,
     ) -> Solution:
-        """Enumerate; the limits of ``options`` do not apply, cancellation does."""
-        return enumerate_all(problem, cancelled=cancelled)
+        """Enumerate; exact, so that gap and seed do not matter."""
+        begin, late = time.monotonic(), False
+
+        def stopped() -> bool:
+            nonlocal late
+            limit = options.time_limit_s
+            late = limit is not None and time.monotonic() - begin >= limit
+            return late or (cancelled is not None and cancelled())
+
+        solution = enumerate_all(problem, cancelled=stopped)
+        if late and solution.limit is not None:
+            solution = replace(solution, limit=Limit.TIME)
+        if on_event is not None and solution.choice is not None:
+            on_event(
+                Event(
+                    kind="incumbent",
+                    objective=solution.objective,
+                    bound=solution.bound,
+                    cpu_seconds=solution.stats.cpu_seconds,
+                    choice=tuple(solution.choice.tolist()),
+                )
+            )
+        return solution

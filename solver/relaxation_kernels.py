@@ -1,0 +1,298 @@
+"""Compiled relaxation of one node: coordinate descent, prices of budgets, and a safe bound.
+
+Shared notation, here and in ``tree_kernels``: ``Q`` f64[n, n] (f64[0, 0] stands for zeros) and
+``l`` f64[n] of the convex function ``q(x) = const + l·x + ½ xᵀQx``, ``off`` i64[G+1], ``A``/``F``
+i64/f64[m, n] costs, ``b``/``f`` i64/f64[m] limits, ``e`` f64[n] rounding allowance of one entry of
+``s = l + Qz``, ``ok`` u8[n] rows of a node's region, ``lam`` f64[m] multipliers.
+
+A bound computed here subtracts an allowance for its own rounding (see ``node_bound``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitquota.solver.compiled import compiled
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+    Singles = NDArray[np.float32]
+    Ints = NDArray[np.int64]
+    Bytes = NDArray[np.uint8]
+
+EPS = 2.3e-16
+
+
+@compiled
+def lagrangian(
+    s: Floats, ok: Bytes, off: Ints, F: Floats, f: Floats, lam: Floats, k: int
+) -> tuple[float, float]:
+    """Return ``Σ_g min(s + λF) - λ·f`` and its slope in ``lam[k]`` (the least on ties)."""
+    m = len(f)
+    total, use = 0.0, 0.0
+    for g in range(len(off) - 1):
+        best, best_cost = np.inf, 0.0
+        for p in range(off[g], off[g + 1]):
+            if ok[p]:
+                value = s[p]
+                for j in range(m):
+                    value += lam[j] * F[j, p]
+                cost = F[k, p]
+                if value < best or (value == best and cost < best_cost):
+                    best, best_cost = value, cost
+        total += best
+        use += best_cost
+    for j in range(m):
+        total -= lam[j] * f[j]
+    return total, use - f[k]
+
+
+@compiled
+def best_multiplier(
+    s: Floats, ok: Bytes, off: Ints, F: Floats, f: Floats, lam: Floats, k: int
+) -> float:
+    """Maximise ``lagrangian`` over ``lam[k] >= 0`` in place and return the maximum.
+
+    The function is concave and piecewise linear: a bracket's two lines meet above the maximum,
+    and the meeting point is the next trial (finitely many, usually below ten).
+    """
+    start = lam[k]
+    lam[k] = 0.0
+    v0, g0 = lagrangian(s, ok, off, F, f, lam, k)
+    if g0 <= 0.0:
+        return v0
+    low, v_low, g_low = 0.0, v0, g0
+    high = start
+    if high <= 0.0:
+        spread = 0.0
+        for p in range(len(s)):
+            if ok[p]:
+                spread = max(spread, abs(s[p]))
+        high = (spread + 1e-300) / (f[k] + 1.0)
+    v_high, g_high = 0.0, 1.0
+    for _ in range(200):
+        lam[k] = high
+        v_high, g_high = lagrangian(s, ok, off, F, f, lam, k)
+        if g_high <= 0.0:
+            break
+        low, v_low, g_low = high, v_high, g_high
+        high *= 4.0
+    if g_high > 0.0:
+        return v_high
+    best, best_lam = v_high, high
+    if v_low > best:
+        best, best_lam = v_low, low
+    for _ in range(60):
+        if g_low - g_high <= 0.0:
+            break
+        middle = (v_high - v_low + g_low * low - g_high * high) / (g_low - g_high)
+        if not (low < middle < high):
+            break
+        lam[k] = middle
+        value, slope = lagrangian(s, ok, off, F, f, lam, k)
+        if value > best:
+            best, best_lam = value, middle
+        top = v_low + g_low * (middle - low)
+        if value >= top - 1e-12 * (abs(top) + 1e-300):
+            break
+        if slope > 0.0:
+            low, v_low, g_low = middle, value, slope
+        else:
+            high, v_high, g_high = middle, value, slope
+    lam[k] = best_lam
+    return best
+
+
+@compiled
+def gradient(Q: Floats, l: Floats, z: Floats, s: Floats) -> None:  # noqa: E741
+    """Fill ``s = l + Qz``."""
+    n = len(l)
+    for p in range(n):
+        s[p] = l[p]
+    if not len(Q):
+        return
+    for q in range(n):
+        if z[q] != 0.0:
+            weight, row = z[q], Q[q]
+            for p in range(n):
+                s[p] += weight * row[p]
+
+
+@compiled
+def descend(
+    Q: Floats, s: Floats, z: Floats, ok: Bytes, off: Ints, F: Floats, lam: Floats, sweeps: int
+) -> float:
+    """Lower ``q(z) + λ·Fz`` by moving weight between two rows of a group at a time.
+
+    Exact line search for each pair; ``s`` is kept up to date. Returns the decrease of the last
+    sweep.
+    """
+    n, m = len(s), F.shape[0]
+    gain = 0.0
+    for _ in range(sweeps):
+        gain = 0.0
+        for g in range(len(off) - 1):
+            for _inner in range(3):
+                low, low_value, high, high_value = -1, np.inf, -1, -np.inf
+                for p in range(off[g], off[g + 1]):
+                    if ok[p]:
+                        value = s[p]
+                        for j in range(m):
+                            value += lam[j] * F[j, p]
+                        if value < low_value:
+                            low, low_value = p, value
+                        if z[p] > 0.0 and value > high_value:
+                            high, high_value = p, value
+                slope = high_value - low_value
+                if high < 0 or low == high or slope <= 0.0:
+                    break
+                curve = 0.0
+                if len(Q):
+                    curve = Q[low, low] + Q[high, high] - 2.0 * Q[low, high]
+                step = z[high]
+                if curve > 0.0 and slope < curve * step:
+                    step = slope / curve
+                decrease = step * (slope - 0.5 * curve * step)
+                # Steps that change nothing visible cost as much as others: leave them out.
+                if decrease <= 0.02 * gain / (g + 1.0) * 0.1 and step < z[high]:
+                    break
+                z[low] += step
+                if step == z[high]:
+                    z[high] = 0.0
+                else:
+                    z[high] -= step
+                if len(Q):
+                    row_low, row_high = Q[low], Q[high]
+                    for p in range(n):
+                        s[p] += step * (row_low[p] - row_high[p])
+                gain += decrease
+    return gain
+
+
+@compiled
+def node_bound(
+    const: float, l: Floats, e: Floats, z: Floats, s: Floats, ok: Bytes, off: Ints,  # noqa: E741
+    F: Floats, f: Floats, lam: Floats, work: Floats,
+) -> float:  # fmt: skip
+    """Return a bound on the node, best over multipliers (set in ``lam``), rounding allowed for.
+
+    ``const + ½ (l - s)·z + Σ_g min_p (s_p - e_p + λF_p) - λf``, less an allowance for summation.
+    """
+    n, m = len(l), len(f)
+    base, size = const, abs(const)
+    for p in range(n):
+        work[p] = s[p] - e[p]
+        if z[p] != 0.0:
+            term = 0.5 * (l[p] - s[p]) * z[p]
+            base += term
+            size += abs(term) + 0.5 * e[p] * z[p] / EPS / (n + 10.0)
+    total = 0.0
+    if m == 0:
+        for g in range(len(off) - 1):
+            best = np.inf
+            for p in range(off[g], off[g + 1]):
+                if ok[p] and work[p] < best:
+                    best = work[p]
+            total += best
+    elif m == 1:
+        total = best_multiplier(work, ok, off, F, f, lam, 0)
+    else:
+        for _ in range(3):
+            before = total
+            for k in range(m):
+                total = best_multiplier(work, ok, off, F, f, lam, k)
+            if total - before <= 1e-9 * abs(total):
+                break
+    for j in range(m):
+        size += 3.0 * lam[j] * f[j]
+    size += abs(total)
+    # The last term covers numbers so small that rounding is no longer relative to them.
+    return base + total - EPS * (n + 10.0) * size - 1e-300
+
+
+@compiled
+def restrict(z: Floats, s: Floats, ok: Bytes, off: Ints) -> None:
+    """Move the weight of rows that are out onto allowed rows of their group (``s`` unchanged)."""
+    for g in range(len(off) - 1):
+        total, best = 0.0, -1
+        for p in range(off[g], off[g + 1]):
+            if not ok[p]:
+                z[p] = 0.0
+            else:
+                total += z[p]
+                if best < 0 or s[p] < s[best]:
+                    best = p
+        if total <= 1e-9:
+            for p in range(off[g], off[g + 1]):
+                z[p] = 0.0
+            z[best] = 1.0
+        else:
+            for p in range(off[g], off[g + 1]):
+                z[p] /= total
+
+
+@compiled
+def store(z: Floats, ok: Bytes, off: Ints, point: Singles) -> None:
+    """Round ``z`` to float32 into ``point`` and set ``z`` to its exact-quotient reading."""
+    for g in range(len(off) - 1):
+        total = 0.0
+        for p in range(off[g], off[g + 1]):
+            value = np.float32(z[p]) if ok[p] else np.float32(0.0)
+            if value < np.float32(1e-7):
+                value = np.float32(0.0)
+            point[p] = value
+            total += np.float64(value)
+        for p in range(off[g], off[g + 1]):
+            z[p] = np.float64(point[p]) / total
+
+
+@compiled
+def relax(
+    Q: Floats, l: Floats, const: float, e: Floats, off: Ints, F: Floats, f: Floats,  # noqa: E741
+    ok: Bytes, z: Floats, s: Floats, lam: Floats, cutoff: float, rounds: int, point: Singles,
+    work: Floats,
+) -> float:  # fmt: skip
+    """Bound one node: coordinate descent and multiplier steps until it is cut off or stalls.
+
+    ``z`` and ``lam`` are warm starts and hold the certificate's values afterwards; ``s`` is the
+    gradient at ``z``.
+    """
+    n, m = len(l), len(f)
+    restrict(z, s, ok, off)
+    gradient(Q, l, z, s)
+    trial, best_lam, best_z = lam.copy(), lam.copy(), z.copy()
+    best = -np.inf
+    stalled = 0
+    for step in range(rounds):
+        if step > 0:
+            descend(Q, s, z, ok, off, F, trial, 2)
+        for k in range(m):
+            lam[k] = trial[k]
+        bound = node_bound(const, l, e, z, s, ok, off, F, f, lam, work)
+        if bound > best:
+            gained = bound > best + 0.05 * (cutoff - best)
+            best = bound
+            for k in range(m):
+                best_lam[k] = lam[k]
+            for p in range(n):
+                best_z[p] = z[p]
+        else:
+            gained = False
+        if best >= cutoff:
+            break
+        stalled = 0 if gained else stalled + 1
+        if stalled >= 3:
+            break
+        for k in range(m):
+            trial[k] += 0.5 * (lam[k] - trial[k])
+    for k in range(m):
+        lam[k] = best_lam[k]
+    for p in range(n):
+        z[p] = best_z[p]
+    store(z, ok, off, point)
+    gradient(Q, l, z, s)
+    return node_bound(const, l, e, z, s, ok, off, F, f, lam, work)
