@@ -258,13 +258,13 @@ def verify_files(data_dir: DataDir = None) -> None:
 @app.command("doctor")
 def examine(data_dir: DataDir = None) -> None:
     """Say what a server would find here; exit 1 if something it needs is missing."""
-    from bitquota.service.maintenance import doctor
+    from bitquota.service.checkup import doctor
 
     with _opened(data_dir) as (settings, database):
         findings = doctor(settings, database)
     for finding in findings:
         typer.echo(f"{'ok  ' if finding.good else 'LOOK'}  {finding.what}: {finding.detail}")
-    needed = {"database", "data folder"}
+    needed = {"database", "data folder", "blob store", "engine"}
     raise typer.Exit(1 if any(not f.good and f.what in needed for f in findings) else 0)
 
 

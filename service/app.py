@@ -17,7 +17,7 @@ from fastapi import FastAPI
 import bitquota
 from bitquota.service import job_routes, operations, pages, pages_data, problems, solving, uploads
 from bitquota.service.artifacts import ArtifactStore
-from bitquota.service.blobs import BlobStore
+from bitquota.service.blobs import blob_store
 from bitquota.service.database import Database
 from bitquota.service.jobs import JobStore
 from bitquota.service.keys import KeyStore
@@ -28,6 +28,7 @@ from bitquota.service.sessions import Sessions
 from bitquota.service.settings import Settings
 from bitquota.service.state import State
 from bitquota.service.supervisor import Supervisor
+from bitquota.service.telemetry import TracedRequests, Tracing
 from bitquota.service.webhooks import Webhooks
 
 if TYPE_CHECKING:
@@ -38,8 +39,11 @@ _DESCRIPTION = """Certified mixed-precision bit allocation: upload a model and a
 order a job with budgets, get the best bit-width of every layer with proof of how good it is."""
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
-    """Return the application; settings come from ``BITQUOTA_*`` variables when not given."""
+def create_app(settings: Settings | None = None, *, tracing: Tracing | None = None) -> FastAPI:
+    """Return the application; settings come from ``BITQUOTA_*`` variables when not given.
+
+    ``tracing`` is what the standard ``OTEL_…`` variables say, when not given.
+    """
     chosen = Settings.from_environment() if settings is None else settings
     chosen.data_dir.mkdir(parents=True, exist_ok=True)
     database = Database(chosen.url)
@@ -49,7 +53,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     state = State(
         settings=chosen,
         database=database,
-        blobs=BlobStore(chosen.data_dir / "blobs"),
+        blobs=blob_store(chosen),
         artifacts=ArtifactStore(database, time.time),
         jobs=jobs,
         keys=keys,
@@ -58,6 +62,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         audit=AuditLog(database, time.time),
         supervisor=Supervisor(chosen, database, jobs),
         metrics=Metrics(),
+        tracing=Tracing() if tracing is None else tracing,
         webhooks=Webhooks(chosen, database, time.time),
         writers=anyio.CapacityLimiter(_ORDERS_AT_ONCE),
     )
@@ -71,6 +76,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         yield
         await run_in_threadpool(state.webhooks.stop)
         await run_in_threadpool(state.supervisor.stop)
+        await run_in_threadpool(state.tracing.close)
         database.close()
 
     app = FastAPI(
@@ -85,6 +91,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.service = state
     app.state.clock = time.time
     problems.install(app)
+    app.add_middleware(TracedRequests, tracing=state.tracing)
     app.add_middleware(
         Envelope, max_body_bytes=chosen.max_body_bytes, observe=state.metrics.observe
     )

@@ -7,17 +7,22 @@ import fcntl
 import hashlib
 import os
 import secrets
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from bitquota.errors import Conflict, NotFound, TooLarge
+from bitquota.errors import Conflict, NotFound, ServiceError, TooLarge
 
 if TYPE_CHECKING:
     from pathlib import Path
     from typing import BinaryIO
 
+    from bitquota.service.settings import Settings
+    from bitquota.service.storage import Storage
+
 _PREFIX = "sha256:"
 _READ = 2**20
+_IN_USE_S = 3600.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,10 +71,16 @@ class Incoming:
 
 
 class BlobStore:
-    """A folder of files named by their digest."""
+    """Files named by their digest, in a folder; or elsewhere, with copies in the folder.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: The folder.
+        storage: Where files lie for good, if not in the folder.
+    """
+
+    def __init__(self, root: Path, storage: Storage | None = None) -> None:
         self.root = root
+        self.storage = storage
         self._incoming = root / "incoming"
         self._incoming.mkdir(parents=True, exist_ok=True)
 
@@ -134,6 +145,11 @@ class BlobStore:
         """
         incoming.flush()
         digest = incoming.digest
+        if self.storage is not None:
+            self.storage.put(digest.removeprefix(_PREFIX), incoming.path, now=time.time())
+        return self._settle(incoming, digest)
+
+    def _settle(self, incoming: Incoming, digest: str) -> str:
         target = self.place(digest)
         if target.exists():
             # A collection spares young files: this one may be about to be named by a row.
@@ -161,27 +177,83 @@ class BlobStore:
             raise
 
     def path(self, digest: str) -> Path:
-        """Return where the file of ``digest`` lies.
+        """Return where the file of ``digest`` lies here; fetched and verified where it must be.
 
         Raises:
             NotFound: There is no such file.
+            ServiceError: The storage cannot be reached, or holds other bytes.
         """
         place = self.place(digest)
+        if self.storage is not None:
+            return self._copy(self.storage, digest, place)
         if not place.is_file():
             msg = f"the stored file {digest} must exist; it does not: upload it again"
             raise NotFound(msg, digest=digest)
         return place
+
+    def _copy(self, storage: Storage, digest: str, place: Path) -> Path:
+        """Return the copy of a stored file, made if it is not there and verified when made."""
+        try:
+            os.utime(place)  # a copy that was used lately is not removed
+        except FileNotFoundError:
+            fetched = self._incoming / secrets.token_hex(16)
+            try:
+                storage.get(digest.removeprefix(_PREFIX), fetched)
+                incoming = Incoming(path=fetched, limit=2**63, _file=fetched.open("ab"))
+                with fetched.open("rb") as written:
+                    while chunk := written.read(_READ):
+                        incoming._hash.update(chunk)  # noqa: SLF001  # of this module
+                if incoming.digest != digest:
+                    msg = f"the storage must return the bytes of {digest}; it returned others"
+                    raise ServiceError(msg, digest=digest, got=incoming.digest)
+                incoming.flush()
+                self._settle(incoming, digest)
+            finally:
+                fetched.unlink(missing_ok=True)
+        return place
+
+    def trim(self, limit: int, now: float) -> int:
+        """Remove copies, those first that were not used for longest; return their bytes.
+
+        Until at most ``limit`` bytes are left, and none that was used within the hour. Does
+        nothing where the folder is the storage.
+        """
+        if self.storage is None:
+            return 0
+        copies = []
+        for path in self.root.glob("[0-9a-f][0-9a-f]/*"):
+            with contextlib.suppress(FileNotFoundError):
+                copies.append((path.stat().st_mtime, path.stat().st_size, path))
+        left = sum(size for _, size, _ in copies)
+        removed = 0
+        for used, size, path in sorted(copies):
+            if left - removed <= limit or now - used < _IN_USE_S:
+                break
+            path.unlink(missing_ok=True)
+            removed += size
+        return removed
 
     def read(self, digest: str) -> bytes:
         """Return the whole file of ``digest``; raises ``NotFound``."""
         return self.path(digest).read_bytes()
 
     def place(self, digest: str) -> Path:
+        """Return where the file of ``digest`` lies here if it does; raises ``NotFound``."""
         name = digest.removeprefix(_PREFIX)
         if len(name) != 64 or set(name) - set("0123456789abcdef"):
             msg = f"a digest must read 'sha256:' and 64 hexadecimal digits; got {digest!r}"
             raise NotFound(msg, digest=digest)
         return self.root / name[:2] / name
+
+
+def blob_store(settings: Settings) -> BlobStore:
+    """Return the store that the settings name; raises what ``FsspecStorage`` does."""
+    storage = None
+    if settings.blob_url:
+        from bitquota.service.storage import FsspecStorage
+
+        storage = FsspecStorage(settings.blob_url)
+    return BlobStore(settings.data_dir / "blobs", storage)
 
 
 def digest_file(path: Path) -> str:

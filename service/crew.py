@@ -8,7 +8,7 @@ evaluator, whose own end the job's count of fruitless attempts sees.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,11 +54,19 @@ class Crew:
         self._main_waits = False
         self._total = self._done = 0
         self._stopped = False
+        self.shares: Counter[str] = Counter()
+        """Errands done, by place."""
 
     @property
     def helpers(self) -> int:
         """How many helpers there are."""
         return len(self._helpers)
+
+    def recruit(self, wanted: int) -> None:
+        """Start helpers until there are ``wanted``, as far as size and restarts allow."""
+        while len(self._helpers) < min(self._size - 1, wanted) and self._starts_left:
+            self._starts_left -= 1
+            self._helpers.append(self._start())
 
     def begin(self, main: Worker, errands: list[JsonObject]) -> None:
         """Take a list of errands from the evaluator of the job.
@@ -76,8 +84,7 @@ class Crew:
                 _Errand(number=k, what=what) for k, what in enumerate(errands[:_MAX_ERRANDS])
             )
         # The last errand would be done before a helper for it has started.
-        while len(self._helpers) < min(self._size - 1, len(errands) - 1) and self._starts_left:
-            self._add()
+        self.recruit(len(errands) - 1)
         for helper in self._waiting[:]:
             if self._todo:
                 self._waiting.remove(helper)
@@ -92,6 +99,7 @@ class Crew:
         errand = self._doing.pop(worker, None)
         if errand is not None and errand.number == done:
             self._done += 1
+            self.shares[worker.place] += 1
         if worker is self._main:
             self._next_for_main()
         elif self._todo:
@@ -118,8 +126,8 @@ class Crew:
             errand.lost += 1
             if errand.lost < _LOSSES_OF_AN_ERRAND and not self._stopped:
                 self._todo.appendleft(errand)
-        if self._todo and self._starts_left:
-            self._add()
+        if self._todo:
+            self.recruit(len(self._helpers) + 1)
         self._release_main()
 
     def stop(self) -> None:
@@ -129,10 +137,6 @@ class Crew:
         for helper in self._helpers:
             helper.send({"type": "cancel"})
         self._release_main(whatever=True)
-
-    def _add(self) -> None:
-        self._starts_left -= 1
-        self._helpers.append(self._start())
 
     def _give(self, worker: Worker) -> None:
         errand = self._todo.popleft()

@@ -29,7 +29,7 @@ from bitquota.errors import (
 from bitquota.sensitivity.ledger import SqliteLedger
 from bitquota.service import wire
 from bitquota.service.artifacts import ArtifactStore
-from bitquota.service.blobs import BlobStore
+from bitquota.service.blobs import blob_store
 from bitquota.service.crew import Crew
 from bitquota.service.database import Database
 from bitquota.service.engines import Engine, Inbox, Order, Parcel, Worker, engine_of
@@ -40,9 +40,11 @@ from bitquota.service.jobs import JobStore, LeaseLost, digests_by_role
 from bitquota.service.keys import KeyStore
 from bitquota.service.kinds import kind_by_name
 from bitquota.service.kinds.plan_request import PlanRequestBody
+from bitquota.service.logs import configure, logger
 from bitquota.service.problems import TYPE_PREFIX
 from bitquota.service.received import Received
 from bitquota.service.settings import Settings
+from bitquota.service.telemetry import Tracing
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -55,6 +57,7 @@ EXIT_EVALUATOR_DIED = 10
 EXIT_LEASE_LOST = 11
 EXIT_RELEASED = 12
 _TICK_S = 0.1
+_log = logger("driver")
 
 
 class Driver:
@@ -74,7 +77,7 @@ class Driver:
         self._crew = Crew(settings.workers, self._help)
         self._database = Database(settings.url)
         self._store = JobStore(self._database, time.time)
-        self._blobs = BlobStore(settings.data_dir / "blobs")
+        self._blobs = blob_store(settings)
         ledgers = settings.data_dir / "ledgers" / job.tenant
         ledgers.mkdir(parents=True, exist_ok=True)
         self._ledger = SqliteLedger(ledgers / "ledger.sqlite")
@@ -99,6 +102,8 @@ class Driver:
             failure = error
             return self._end(lambda: self._store.fail(job.id, job.epoch, failure))
         finally:
+            if self._crew.shares:
+                _log.info("measured", job=job.id, shares=dict(self._crew.shares))
             self._received.close()
             self._ledger.close()
         return status
@@ -128,6 +133,8 @@ class Driver:
             needs_sandbox=programs and self._strangers(),
         )
         self._evaluator = self._engine.start(self._order, self._inbox)
+        if helped and self._engine.starts_slowly:
+            self._crew.recruit(settings.workers - 1)
 
     def _help(self) -> Worker:
         """Start a helper."""
@@ -330,14 +337,35 @@ def _share(settings: Settings) -> int:
     return max(1, len(os.sched_getaffinity(0)) // max(1, settings.slots * settings.workers))
 
 
+def _traced(driver: Driver, job: Job, store: JobStore, tracing: Tracing) -> int:
+    """Run a job below the request that ordered it, in the same trace."""
+    if not tracing.on:
+        return driver.run()
+    first = json.loads(store.events(job.id, 0, limit=1)[0][2])
+    named: dict[str, str | int] = {
+        "bitquota.job": job.id,
+        "bitquota.kind": job.kind,
+        "bitquota.attempt": job.attempts,
+    }
+    with tracing.span(
+        f"job {job.kind}", first.get("trace"), kind="CONSUMER", attributes=named
+    ) as span:
+        status = driver.run()
+        span.set_attribute("bitquota.exit_status", status)
+        span.set_attribute("bitquota.status", store.get(job.tenant, job.id).status.value)
+    return status
+
+
 def main() -> None:
     """Get an engine ready, wait for one order on standard input, run it."""
     die_with_parent(int(os.environ.get("BITQUOTA_PARENT_PID", "0")))
     # Ctrl-C reaches the whole process group; the server tells its drivers by SIGTERM itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings = Settings.from_environment()
+    configure(settings.log_level)
     os.nice(settings.nice)
     engine = engine_of(settings)
+    tracing = Tracing()
     status = 0
     try:
         engine.open()
@@ -348,9 +376,10 @@ def main() -> None:
             job = store.get(order["tenant"], order["job"])
             driver = Driver(settings, job, engine)
             signal.signal(signal.SIGTERM, driver.stop)
-            status = driver.run()
+            status = _traced(driver, job, store, tracing)
     finally:
         engine.close()
+        tracing.close()
     sys.exit(status)
 
 

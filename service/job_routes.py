@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import anyio
@@ -79,7 +80,7 @@ def _create(
     if order.webhook is not None:
         service.webhooks.check(caller.tenant, order.webhook)
     service.quotas.check_order(caller.tenant)
-    made = service.jobs.create(new, key)
+    made = service.jobs.create(replace(new, trace=service.tracing.carrier()), key)
     service.audit.add(caller, "job.create", made[0].id, request_id)
     service.supervisor.wake()
     return made

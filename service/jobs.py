@@ -67,6 +67,8 @@ class NewJob:
     dataset: str | None = None
     inputs: dict[str, list[str]] = field(default_factory=dict)
     """Digests of all other uploads, by role."""
+    trace: dict[str, str] = field(default_factory=dict)
+    """Headers that name the span of the request, where requests are traced."""
     labels: dict[str, str]
     priority: int = 0
     deadline: float | None = None
@@ -213,7 +215,8 @@ class JobStore:
                         created_at=now,
                     )
                 )
-            self._event(connection, job_id, "status", {"status": JobStatus.QUEUED.value}, now)
+            said = {"status": JobStatus.QUEUED.value} | ({"trace": new.trace} if new.trace else {})
+            self._event(connection, job_id, "status", said, now)
             return self._get(connection, new.tenant, job_id), False
 
         return self._db.write(work)

@@ -40,6 +40,10 @@ class Group:
 
     Raises:
         InvalidInput: ``parent`` is no such group, or not ours.
+
+    Attributes:
+        path: Its folder.
+        limits: What the kernel holds it to; a controller that is not delegated is missing.
     """
 
     def __init__(self, parent: Path, memory_bytes: int) -> None:
@@ -47,20 +51,22 @@ class Group:
             with contextlib.suppress(OSError):  # in use
                 old.rmdir()
         self.path = parent / f"evaluator-{os.getpid()}-{secrets.token_hex(4)}"
+        wanted = {
+            "memory.max": str(memory_bytes),
+            "memory.swap.max": "0",
+            "pids.max": str(MAX_PROCESSES),
+        }
         try:
             self.path.mkdir()
-            (self.path / "memory.max").write_text(str(memory_bytes))
-            (self.path / "pids.max").write_text(str(MAX_PROCESSES))
+            there = {name: value for name, value in wanted.items() if (self.path / name).exists()}
+            for name, value in there.items():
+                (self.path / name).write_text(value)
         except OSError as err:
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
-            msg = (
-                "BITQUOTA_CGROUP must be a delegated control group (version 2) with the "
-                f"controllers memory and pids; '{parent}' is not: {err.strerror}"
-            )
-            raise InvalidInput(msg, path=str(parent)) from err
-        with contextlib.suppress(OSError):  # without swap accounting
-            (self.path / "memory.swap.max").write_text("0")
+            raise _unusable(parent, str(err.strerror)) from err
+        self.limits = tuple(there)
+        if not there:
+            self.remove()
+            raise _unusable(parent, "it has neither controller")
 
     def enter(self, line: Sequence[str]) -> list[str]:
         """Return a command that enters the group and then becomes ``line``."""
@@ -76,6 +82,14 @@ class Group:
             with contextlib.suppress(OSError):
                 self.path.rmdir()
             time.sleep(0.01)
+
+
+def _unusable(parent: Path, why: str) -> InvalidInput:
+    msg = (
+        "BITQUOTA_CGROUP must be a delegated control group with the controllers memory and pids; "
+        f"'{parent}' is not: {why}"
+    )
+    return InvalidInput(msg, path=str(parent))
 
 
 def group_of(settings: Settings) -> Group | None:

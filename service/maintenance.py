@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import sqlite3
+import tempfile
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
 from bitquota.errors import BitquotaError, Conflict, InvalidInput
-from bitquota.service.blobs import digest_file
+from bitquota.service.blobs import BlobStore, blob_store, digest_file
 from bitquota.service.database import artifacts, deliveries, events, idempotency, jobs
 from bitquota.service.jobs import JobStatus
 from bitquota.service.processes import OWNER_FILE, owner_is_gone
-from bitquota.service.sandbox import bubblewrap, kernel_folders
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from sqlalchemy.engine import Connection
 
     from bitquota.canonical import JsonObject
     from bitquota.service.database import Database
     from bitquota.service.settings import Settings
+    from bitquota.service.storage import Storage
 
 GRACE_S = 3600.0
 """How long a file stays that nothing refers to: its row may be on the way."""
@@ -66,6 +66,13 @@ def collect(settings: Settings, database: Database, now: float) -> Collected:
             if f"sha256:{path.name}" not in used and now - known.st_mtime > GRACE_S:
                 path.unlink()
                 files, n_bytes = files + 1, n_bytes + known.st_size
+    store = blob_store(settings)
+    if store.storage is not None:
+        for entry in store.storage.entries():
+            if f"sha256:{entry.name}" not in used and now - entry.modified > GRACE_S:
+                store.storage.remove(entry.name)
+                files, n_bytes = files + 1, n_bytes + entry.size
+        store.trim(settings.blob_cache_bytes, now)
     scratch = remove_abandoned(settings.data_dir / "scratch")
     return Collected(jobs=n_jobs, uploads=n_uploads, files=files, bytes=n_bytes, scratch=scratch)
 
@@ -158,7 +165,8 @@ def backup(settings: Settings, target: Path) -> None:
     """Copy everything into a new folder that a server can be started on; servers may be running.
 
     The database goes first: every file that it names was on the disk before it was named. With
-    PostgreSQL only files are copied; ``pg_dump`` the database *before*.
+    PostgreSQL only files are copied; ``pg_dump`` the database *before*. Files that lie elsewhere
+    (``BITQUOTA_BLOB_URL``) stay there: that storage has its own ways of keeping them.
 
     Raises:
         InvalidInput: The folder is there already.
@@ -175,7 +183,7 @@ def backup(settings: Settings, target: Path) -> None:
         place = target / ledger.relative_to(source)
         place.parent.mkdir(parents=True)
         _copy_sqlite(ledger, place)
-    for blob in _stored_files(source / "blobs"):
+    for blob in _stored_files(source / "blobs") if not settings.blob_url else ():
         if blob.parent.name != "incoming":
             place = target / blob.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -196,6 +204,9 @@ def verify(settings: Settings, database: Database) -> list[str]:
 
     Cost: reads every file once.
     """
+    storage = blob_store(settings).storage
+    if storage is not None:
+        return _verify_storage(storage, database)
     root = settings.data_dir / "blobs"
     present = {f"sha256:{p.name}": p for p in root.glob("[0-9a-f][0-9a-f]/*")}
     missing = sorted({d for d in database.read(_used_digests) if d} - set(present))
@@ -208,50 +219,13 @@ def verify(settings: Settings, database: Database) -> list[str]:
     return wrong
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One line of a check-up."""
-
-    what: str
-    good: bool
-    detail: str
-
-
-def doctor(settings: Settings, database: Database) -> list[Finding]:
-    """Look at everything that a server needs and say what is there."""
-    found = []
-    try:
-        version = database.read(
-            lambda c: c.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
-        )
-        kind = database.engine.dialect.name
-        found.append(Finding(what="database", good=True, detail=f"{kind}, schema {version}"))
-    except BitquotaError as error:
-        found.append(Finding(what="database", good=False, detail=error.message))
-    writable = os.access(settings.data_dir, os.W_OK)
-    free = shutil.disk_usage(settings.data_dir).free
-    found.append(
-        Finding(
-            what="data folder",
-            good=writable and free > 2**30,
-            detail=f"{settings.data_dir}: {'' if writable else 'not '}writable, {free:,} B free",
-        )
-    )
-    program = bubblewrap()
-    found.append(
-        Finding(
-            what="sandbox",
-            good=program is not None,
-            detail=program
-            or "none: install bubblewrap and allow user namespaces; models run as plain processes",
-        )
-    )
-    kernels = kernel_folders()
-    found.append(
-        Finding(
-            what="solver kernels",
-            good=bool(kernels),
-            detail="compiled" if kernels else "not compiled yet: the first job waits for that",
-        )
-    )
-    return found
+def _verify_storage(storage: Storage, database: Database) -> list[str]:
+    wrong = []
+    with tempfile.TemporaryDirectory() as folder:
+        store = BlobStore(Path(folder), storage)  # copies that are there prove nothing
+        for digest in sorted({d for d in database.read(_used_digests) if d}):
+            try:
+                store.path(digest).unlink()
+            except BitquotaError as error:
+                wrong.append(f"{digest}: {error.message}")
+    return wrong

@@ -35,6 +35,12 @@ class Settings:
         "", "SQLAlchemy URL; empty means the SQLite file `bitquota.db` in the data folder."
     )
     slots: int = _setting(1, "Jobs that run at the same time on this host.", below=0)
+    blob_url: str = _setting(
+        "", "Where files lie for good, such as `s3://bucket/prefix`; empty is the data folder."
+    )
+    blob_cache_bytes: int = _setting(
+        20 * 2**30, "Copies of such files that are kept in the data folder.", below=0
+    )
     engine: str = _setting("local", "Where models run: `local`, or `ray` on a Ray cluster.")
     workers: int = _setting(
         1, "Processes (with `ray`, actors) that measure one job at the same time.", below=1

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from bitquota.service.sessions import Sessions
     from bitquota.service.settings import Settings
     from bitquota.service.supervisor import Supervisor
+    from bitquota.service.telemetry import Tracing
     from bitquota.service.webhooks import Webhooks
 
 LOCAL_TENANT = "local"
@@ -54,6 +55,7 @@ class State:
     audit: AuditLog
     supervisor: Supervisor
     metrics: Metrics
+    tracing: Tracing
     webhooks: Webhooks
     writers: anyio.CapacityLimiter
     """Orders at the same time; without it a flood of orders that wait for the database would

@@ -84,9 +84,12 @@ class Engine(Protocol):
 
     Attributes:
         name: As in the settings.
+        starts_slowly: Whether a worker takes seconds to start, so that helpers had better be
+            started with their job and not when there is something for them to do.
     """
 
     name: ClassVar[str]
+    starts_slowly: ClassVar[bool]
 
     def open(self) -> None:
         """Get ready before there is a job: load what takes long.

@@ -137,6 +137,7 @@ class LocalEngine:
     """
 
     name: ClassVar[str] = "local"
+    starts_slowly: ClassVar[bool] = False
 
     def __init__(self, settings: Settings, scratches: Path | None = None) -> None:
         self._settings = settings

@@ -56,8 +56,8 @@ class Host:
         self._worker: Any = None
 
     def begin(self, order: Order, *contents: Any) -> str:  # noqa: ANN401  # arrays of bytes
-        """Start the evaluator with its order and return the name of this host."""
-        import socket
+        """Start the evaluator with its order and return the address of this node."""
+        import ray
 
         from bitquota.service.engines.local import LocalEngine
 
@@ -73,7 +73,7 @@ class Host:
 
             said = {"type": "error", "problem": problem_json(error)}
             self._inbox.put((None, (said, [])))  # type: ignore[arg-type]  # nobody looks at it
-        return socket.gethostname()
+        return str(ray.util.get_node_ip_address())
 
     def _stored(self, parcel: Parcel, content: Any) -> Path:  # noqa: ANN401
         """Return a file with the bytes of a parcel, written once for all actors of the node."""
@@ -178,6 +178,7 @@ class RayEngine:
     """
 
     name: ClassVar[str] = "ray"
+    starts_slowly: ClassVar[bool] = True
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

@@ -14,11 +14,11 @@ from bitquota.service.blobs import BlobStore
 from bitquota.service.database import Database
 from bitquota.service.inspection import ArtifactKind
 from bitquota.service.jobs import JobStore, NewJob
+from bitquota.service.checkup import doctor
 from bitquota.service.maintenance import (
     OWNER_FILE,
     backup,
     collect,
-    doctor,
     remove_upload,
     verify,
 )

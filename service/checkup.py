@@ -1,0 +1,132 @@
+"""``bitquota admin doctor``: everything that a server with these settings needs, looked at."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from bitquota.errors import BitquotaError
+from bitquota.service.blobs import blob_store
+from bitquota.service.engines import ENGINES
+from bitquota.service.limits import group_of
+from bitquota.service.sandbox import bubblewrap, kernel_folders, memory_limit
+from bitquota.service.telemetry import described
+
+if TYPE_CHECKING:
+    from bitquota.service.database import Database
+    from bitquota.service.settings import Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One line of a check-up."""
+
+    what: str
+    good: bool
+    detail: str
+
+
+def doctor(settings: Settings, database: Database) -> list[Finding]:
+    """Look at everything that a server needs and say what is there.
+
+    Cost: with the engine ``ray`` a connection to the cluster, with S3 a listing.
+    """
+    program = bubblewrap()
+    kernels = kernel_folders()
+    return [
+        _database(database),
+        _data_folder(settings),
+        _blobs(settings),
+        _engine(settings),
+        Finding(
+            what="sandbox",
+            good=program is not None,
+            detail=program
+            or "none: install bubblewrap and allow user namespaces; models run as plain processes",
+        ),
+        _limits(settings),
+        Finding(
+            what="solver kernels",
+            good=bool(kernels),
+            detail="compiled" if kernels else "not compiled yet: the first job waits for that",
+        ),
+        Finding(what="telemetry", good=described()[0], detail=described()[1]),
+    ]
+
+
+def _database(database: Database) -> Finding:
+    try:
+        version = database.read(
+            lambda c: c.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+        )
+    except BitquotaError as error:
+        return Finding(what="database", good=False, detail=error.message)
+    kind = database.engine.dialect.name
+    return Finding(what="database", good=True, detail=f"{kind}, schema {version}")
+
+
+def _data_folder(settings: Settings) -> Finding:
+    writable = os.access(settings.data_dir, os.W_OK)
+    free = shutil.disk_usage(settings.data_dir).free
+    return Finding(
+        what="data folder",
+        good=writable and free > 2**30,
+        detail=f"{settings.data_dir}: {'' if writable else 'not '}writable, {free:,} B free",
+    )
+
+
+def _blobs(settings: Settings) -> Finding:
+    try:
+        storage = blob_store(settings).storage
+        if storage is None:
+            return Finding(what="blob store", good=True, detail="in the data folder")
+        sizes = [entry.size for entry in storage.entries()]
+    except BitquotaError as error:
+        return Finding(what="blob store", good=False, detail=error.message)
+    detail = f"{storage.place}: {len(sizes):,} files, {sum(sizes):,} B"
+    return Finding(what="blob store", good=True, detail=detail)
+
+
+def _engine(settings: Settings) -> Finding:
+    workers = f"{settings.slots} x {settings.workers} workers"
+    if settings.engine == "ray":
+        from bitquota.service.engines.ray_cluster import connect
+
+        try:
+            ray = connect(settings)
+        except BitquotaError as error:
+            return Finding(what="engine", good=False, detail=f"ray: {error.message}")
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        total = ray.cluster_resources()
+        ray.shutdown()
+        detail = (
+            f"ray {ray.__version__} at {settings.ray_address}: {len(nodes)} nodes, "
+            f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs; {workers}"
+        )
+        return Finding(what="engine", good=True, detail=detail)
+    known = settings.engine in ENGINES
+    torch = importlib.util.find_spec("torch") is not None
+    detail = f"{settings.engine}: {workers}"
+    if not known:
+        detail = f"{settings.engine}: there is no such engine; choose {', '.join(ENGINES)}"
+    elif settings.slots and not torch:
+        detail += "; torch is missing: pip install 'bitquota[worker]', or BITQUOTA_SLOTS=0"
+    return Finding(what="engine", good=known and (torch or not settings.slots), detail=detail)
+
+
+def _limits(settings: Settings) -> Finding:
+    detail = f"{memory_limit(settings):,} B of private memory for each process"
+    try:
+        group = group_of(settings)
+    except BitquotaError as error:
+        return Finding(what="limits", good=False, detail=error.message)
+    if group is None:
+        return Finding(what="limits", good=True, detail=f"{detail}; no control group")
+    held = ", ".join(group.limits)
+    group.remove()
+    return Finding(what="limits", good=True, detail=f"{detail}; control group holds {held}")
