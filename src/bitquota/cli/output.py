@@ -20,10 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 from bitquota import report
+from bitquota.cli import drawing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from bitquota.canonical import JsonObject
     from bitquota.plan import Plan
     from bitquota.progress import Progress as Step
 
@@ -81,15 +83,24 @@ def print_rows(rows: Sequence[Mapping[str, str]], title: str = "") -> None:
     console.print(table)
 
 
-def print_plan(plan: Plan, accuracies: Mapping[str, float] | None = None) -> None:
-    """Print what a plan is and how it compares."""
-    asked = " + ".join(b.text or f"{b.limit} {b.unit}" for b in plan.budgets)
-    # The kind would push long layer names over two lines on a narrow terminal.
-    rows = [{k: v for k, v in row.items() if k != "kind"} for row in report.layer_rows(plan)]
-    print_rows(rows, title=f"Plan for {asked}")
+def print_plan(
+    plan: Plan,
+    accuracies: Mapping[str, float] | None = None,
+    frontier: Sequence[JsonObject] = (),
+) -> None:
+    """Print what a plan is and how it compares; a terminal gets it drawn."""
+    if console.is_terminal:
+        drawing.draw_plan(console, plan, frontier)
+    else:
+        asked = " + ".join(b.text or f"{b.limit} {b.unit}" for b in plan.budgets)
+        # The kind would push long layer names over two lines on a narrow terminal.
+        rows = [{k: v for k, v in row.items() if k != "kind"} for row in report.layer_rows(plan)]
+        print_rows(rows, title=f"Plan for {asked}")
     print_rows(report.comparison_rows(plan, accuracies), title="Measured beside it")
     console.print(report.verdict(plan))
     console.print(report.proof_sentence(plan))
+    for sentence in report.evidence_sentences(plan):
+        console.print(sentence)
     console.print(
         f"Stored weights {report.format_size(plan.size_bits)}: {plan.average_bits:.3f} bits per "
         f"weight in codes, {plan.effective_bits:.3f} with scales and padding; whole model "

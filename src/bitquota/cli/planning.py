@@ -2,57 +2,26 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from bitquota import report, tracking
+from bitquota.canonical import JsonObject
 from bitquota.cli import options as opt
 from bitquota.cli import output
-from bitquota.cli.loading import load_samples
 from bitquota.errors import InvalidInput
 from bitquota.plan import Plan
-from bitquota.storage import Granularity, Grid, Rounding, ScaleFormat, ScaleRule, Scheme
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from bitquota.request import PlanRequest
-    from bitquota.sensitivity.calibration import CalibrationSet
+from bitquota.request import PlanRequest
 
 
+@opt.with_options()
 def plan(
     model: opt.Model,
     calibration: opt.Calibration,
-    budgets: opt.Budgets = None,
-    target: opt.TargetName = None,
-    bits: opt.Bits = None,
-    activations: opt.Activations = None,
-    fix: opt.Fix = None,
-    tie: opt.Tie = None,
-    exclude: opt.Exclude = None,
-    corrections: opt.Corrections = None,
-    samples: opt.Samples = 512,
-    holdout: opt.Holdout = 512,
-    loss: opt.LossName = "kl",
-    measure_name: opt.MeasureName = "auto",
-    refine: opt.Refine = True,
-    seed: opt.Seed = 0,
-    grid: opt.GridName = Grid.SYMMETRIC,
-    granularity: opt.GranularityName = Granularity.CHANNEL,
-    group_size: opt.GroupSize = None,
-    scale_rule: opt.ScaleRuleName = ScaleRule.LEAST_SQUARES,
-    scale_format: opt.ScaleFormatName = ScaleFormat.FP32,
-    rounding: opt.RoundingName = Rounding.NEAREST,
-    solver: opt.SolverName = "auto",
-    gap: opt.Gap = 1e-4,
-    time_limit: opt.TimeLimit = None,
-    tokenizer: opt.Tokenizer = None,
-    length: opt.Length = opt.DEFAULT_LENGTH,
-    device: opt.Device = "auto",
-    ledger: opt.LedgerPath = None,
+    request: PlanRequest,
+    here: opt.Here,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Plan file; with several budgets, plan-1.json, …")
     ] = Path("plan.json"),
@@ -73,38 +42,10 @@ def plan(
     """Measure MODEL on CALIBRATION and write the best plan for each budget."""
     if log_to is not None:
         tracking.require_tracker(log_to)
-    request = opt.plan_request(
-        budgets=budgets,
-        bits=bits,
-        activations=activations,
-        fix=fix,
-        tie=tie,
-        exclude=exclude,
-        corrections=corrections,
-        samples=samples,
-        holdout=holdout,
-        loss=loss,
-        measure=measure_name,
-        refine=refine,
-        seed=seed,
-        scheme=Scheme(
-            grid=grid,
-            granularity=granularity,
-            group_size=group_size,
-            scale_rule=scale_rule,
-            scale_format=scale_format,
-            rounding=rounding,
-        ),
-        solver=solver,
-        gap=gap,
-        time_limit=time_limit,
-        target=target,
-    )
     if server is not None:
         plans = _plan_remotely(server, model, calibration, request, matrix_file)
     else:
-        read = partial(load_samples, calibration, model=model, tokenizer=tokenizer, length=length)
-        plans = _plan_here(model, read, request, device, ledger, matrix_file)
+        plans = _plan_here(model, calibration, request, here, matrix_file)
     for path, made in zip(_numbered(out, len(plans)), plans, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         made.save(path)
@@ -131,25 +72,16 @@ def _numbered(path: Path, n: int) -> list[Path]:
 
 def _plan_here(
     model: str,
-    read: Callable[[], CalibrationSet],
+    calibration: str,
     request: PlanRequest,
-    device: str,
-    ledger: Path | None,
+    here: opt.Here,
     matrix_file: Path | None,
 ) -> tuple[Plan, ...]:
     from bitquota.allocate import allocate
-    from bitquota.formats import load_model
-    from bitquota.sensitivity.ledger import SqliteLedger
 
-    loaded = load_model(model)
-    samples = read()
-    with (
-        SqliteLedger(ledger or opt.default_ledger()) as kept,
-        output.progress_bars() as on_progress,
-    ):
-        result = allocate(
-            loaded, samples, request, ledger=kept, on_progress=on_progress, device=device
-        )
+    loaded, samples = here.load(model, calibration)
+    with here.measuring() as measuring:
+        result = allocate(loaded, samples, request, **measuring)
     if matrix_file is not None:
         result.matrix.save(matrix_file)
     return result.plans
@@ -176,71 +108,22 @@ def _plan_remotely(
         return tuple(job.plans())
 
 
+@opt.with_options(budgets=None, holdout=1, refine=False, solver="auto", gap=1e-4, time_limit=None)
 def measure(
     model: opt.Model,
     calibration: opt.Calibration,
-    target: opt.TargetName = None,
-    bits: opt.Bits = None,
-    activations: opt.Activations = None,
-    fix: opt.Fix = None,
-    tie: opt.Tie = None,
-    exclude: opt.Exclude = None,
-    corrections: opt.Corrections = None,
-    samples: opt.Samples = 512,
-    loss: opt.LossName = "kl",
-    measure_name: opt.MeasureName = "auto",
-    seed: opt.Seed = 0,
-    grid: opt.GridName = Grid.SYMMETRIC,
-    granularity: opt.GranularityName = Granularity.CHANNEL,
-    group_size: opt.GroupSize = None,
-    scale_rule: opt.ScaleRuleName = ScaleRule.LEAST_SQUARES,
-    scale_format: opt.ScaleFormatName = ScaleFormat.FP32,
-    rounding: opt.RoundingName = Rounding.NEAREST,
-    tokenizer: opt.Tokenizer = None,
-    length: opt.Length = opt.DEFAULT_LENGTH,
-    device: opt.Device = "auto",
-    ledger: opt.LedgerPath = None,
+    request: PlanRequest,
+    here: opt.Here,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Sensitivity matrix to write (.npz).")
     ] = Path("sensitivity.npz"),
 ) -> None:
     """Measure the sensitivity matrix of MODEL on CALIBRATION and write it."""
     from bitquota.allocate import measure_matrix
-    from bitquota.formats import load_model
-    from bitquota.sensitivity.ledger import SqliteLedger
 
-    request = opt.plan_request(
-        budgets=None,
-        bits=bits,
-        activations=activations,
-        fix=fix,
-        tie=tie,
-        exclude=exclude,
-        corrections=corrections,
-        samples=samples,
-        holdout=1,
-        loss=loss,
-        measure=measure_name,
-        seed=seed,
-        scheme=Scheme(
-            grid=grid,
-            granularity=granularity,
-            group_size=group_size,
-            scale_rule=scale_rule,
-            scale_format=scale_format,
-            rounding=rounding,
-        ),
-        target=target,
-    )
-    loaded = load_model(model)
-    data = load_samples(calibration, model=model, tokenizer=tokenizer, length=length)
-    with (
-        SqliteLedger(ledger or opt.default_ledger()) as kept,
-        output.progress_bars() as on_progress,
-    ):
-        matrix = measure_matrix(
-            loaded, data, request, ledger=kept, on_progress=on_progress, device=device
-        )
+    loaded, data = here.load(model, calibration)
+    with here.measuring() as measuring:
+        matrix = measure_matrix(loaded, data, request, **measuring)
     out.parent.mkdir(parents=True, exist_ok=True)
     matrix.save(out)
     rows = []
@@ -262,12 +145,29 @@ def measure(
 def show(
     file: Annotated[Path, typer.Argument(help="A plan that 'bitquota plan' wrote.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    matrix_file: Annotated[
+        Path | None,
+        typer.Option("--matrix", help="Sensitivity matrix: also draws the frontier (terminals)."),
+    ] = None,
+    no_color: Annotated[
+        bool, typer.Option("--no-color", help="Draw without colours (so does NO_COLOR).")
+    ] = False,
 ) -> None:
-    """Show a plan: its layers, its proof, and what was measured beside it."""
+    """Show a plan: its layers, its proof, and what was measured beside it.
+
+    A terminal gets bars and the frontier drawn; a pipe gets plain tables.
+    """
     made = Plan.load(file)
+    output.console.no_color = output.console.no_color or no_color
     if markdown:
         output.console.print(
             report.render_markdown([made], title=file.name), markup=False, highlight=False
         )
         return
-    output.print_plan(made)
+    frontier: list[JsonObject] = []
+    if matrix_file is not None and output.console.is_terminal:
+        from bitquota.charts import frontier_of
+        from bitquota.matrix import SensitivityMatrix
+
+        frontier = frontier_of(SensitivityMatrix.load(matrix_file), points=33, time_limit_s=5.0)
+    output.print_plan(made, frontier=frontier)
