@@ -16,7 +16,7 @@ export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types imports pytest bench serve format constraints docker-check clean
+.PHONY: help demo test lint types imports pytest bench docs serve format constraints docker-check clean
 .DELETE_ON_ERROR:
 
 help: ## List these targets
@@ -68,6 +68,11 @@ BENCHMARKS ?= sensitivity metrics training solver solver_properties service_load
 
 bench: $(INSTALLED) ## Run every benchmark at a small size
 	@set -e; $(foreach name,$(BENCHMARKS),echo "== $(name) $(SMALL_$(name))"; $(BIN)/python benchmarks/$(name).py $(SMALL_$(name));)
+
+docs: $(INSTALLED) ## Build the documentation site into build/site
+	@# Not quiet: a warning that is not logged is not counted either.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict > .docs.log 2>&1 || { cat .docs.log; rm -f .docs.log; exit 1; }
+	@rm -f .docs.log; echo "docs: build/site/index.html"
 
 serve: $(INSTALLED) ## Serve the REST API on HOST:PORT
 	@$(BIN)/bitquota serve --host $(HOST) --port $(PORT)
