@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from resnet_cifar import calibration, data_folder, images, resnet20
 
 from bitquota.allocate import allocate
 from bitquota.formats import load_model
@@ -26,6 +25,7 @@ from bitquota.formats.text import load_text
 from bitquota.request import PlanRequest
 from bitquota.sensitivity.calibration import CalibrationSet
 from bitquota.sensitivity.ledger import MemoryLedger
+from resnet_cifar import calibration, data_folder, images, resnet20
 
 if TYPE_CHECKING:
     from bitquota.formats.exports import Receipt

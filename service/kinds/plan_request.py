@@ -11,6 +11,7 @@ from pydantic_core import core_schema
 from bitquota.budget import Budget
 from bitquota.candidates import Inventory, Layer, LayerKind
 from bitquota.errors import InvalidInput
+from bitquota.formats.targets import target_by_name
 from bitquota.request import PlanRequest
 
 if TYPE_CHECKING:
@@ -58,12 +59,14 @@ PlanRequestBody = Annotated[dict[str, Any], _AsPlanRequest()]
 
 
 def with_budgets(request: JsonObject) -> JsonObject:
-    """Return a plan request after reading every budget, as far as that goes without the model.
+    """Return a plan request after reading what needs no model: target and budgets.
 
     Raises:
         InvalidBudget: One cannot be read.
-        InvalidInput: There is none.
+        InvalidInput: There is none, or no such target.
     """
+    if request["target"] is not None:
+        target_by_name(request["target"])
     if not request["budgets"]:
         msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
         raise InvalidInput(msg)
