@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from bitquota.errors import InvalidInput
-from bitquota.service.kinds import compare, evaluate, export, frontier, measure, plan, solve
+from bitquota.service.kinds import (
+    compare,
+    evaluate,
+    export,
+    finetune,
+    frontier,
+    learn,
+    measure,
+    plan,
+    solve,
+)
 from bitquota.service.kinds.kind import Input, JobKind, Result
 
 KINDS: dict[str, JobKind] = {
@@ -16,6 +26,8 @@ KINDS: dict[str, JobKind] = {
         evaluate,
         export,
         compare,
+        finetune,
+        learn,
     )
 }
 """In the order of the documentation."""

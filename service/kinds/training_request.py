@@ -1,0 +1,126 @@
+"""What orders to train have in common: how to train, and the results."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bitquota.canonical import canonical_json
+from bitquota.errors import InvalidInput
+from bitquota.service.kinds.kind import BINARY, Result
+from bitquota.service.kinds.results import check_object
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bitquota.bridge import Trained
+    from bitquota.canonical import JsonObject
+    from bitquota.service.work import Work
+    from bitquota.training.settings import TrainingSettings
+
+
+class TrainingBody(BaseModel):
+    """How to train; what is left out takes the method's or recipe's own value."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str = Field(default="lsq", description="`lsq`, `tqt` or `direct`.", max_length=20)
+    epochs: int = Field(default=10, ge=1, le=10_000, description="Passes, in each phase.")
+    batch_size: int = Field(default=128, ge=2, le=65_536, description="Samples per step.")
+    learning_rate: float | None = Field(default=None, ge=0, le=10)
+    quantizer_learning_rate: float | None = Field(default=None, ge=0, le=10)
+    distillation: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Share of the loss that follows the full-precision model.",
+    )
+    holdout_fraction: float = Field(
+        default=0.1, gt=0, lt=1, description="Share of the dataset that selects."
+    )
+    patience: int | None = Field(default=None, ge=1)
+    augmentation: str = Field(default="none", max_length=20, description="`none`, `shift_flip`.")
+    mixed_precision: bool = Field(default=False, description="Steps in bfloat16.")
+    seed: int = Field(default=0, ge=0, le=2**31)
+
+
+SETTINGS = (
+    "epochs", "batch_size", "learning_rate", "quantizer_learning_rate", "distillation",
+    "holdout_fraction", "patience", "augmentation", "mixed_precision", "seed",
+)  # fmt: skip
+"""Members of the body that are training settings under the same name."""
+
+METHODS = ("lsq", "tqt", "direct")
+"""As ``bitquota.training.weight_quantizers`` has them; that module loads torch."""
+
+AUGMENTATIONS = ("none", "shift_flip")
+
+
+def check_names(request: JsonObject) -> None:
+    """Raise ``InvalidInput`` for a method or an augmentation that there is not."""
+    for member, known in (("method", METHODS), ("augmentation", AUGMENTATIONS)):
+        if request[member] not in known:
+            msg = f"{member} must be one of {', '.join(known)}; got {request[member]!r}"
+            raise InvalidInput(msg, **{member: request[member]})
+
+
+def settings_from(request: JsonObject, defaults: TrainingSettings) -> TrainingSettings:
+    """Return the defaults with what the order says."""
+    from dataclasses import replace
+
+    given: dict[str, Any] = {k: request[k] for k in SETTINGS if request[k] is not None}
+    return replace(defaults, **given)
+
+
+def hand_over(work: Work, found: Trained) -> None:
+    """Give plan, weights and history."""
+    from dataclasses import asdict
+
+    from bitquota.training.saved import save_trained
+
+    path = work.scratch / "trained.safetensors"
+    save_trained(found.model, path)
+    work.give("plans", found.plan.dumps().encode())
+    work.give("weights", path)
+    history = {
+        "learning": None if found.learning is None else asdict(found.learning),
+        "finetuning": asdict(found.model.record),
+    }
+    work.give("training", canonical_json(history).encode())
+
+
+def check_weights(path: Path) -> None:
+    """Raise unless the file is a whole safetensors file with our description."""
+    import json
+
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            description = json.loads((file.metadata() or {})["bitquota"])
+            names = set(file.keys())
+    except SafetensorError as err:
+        msg = f"the weights must be a safetensors file; got: {err}"
+        raise InvalidInput(msg) from err
+    missing = [n for n in description["layers"] if f"quantized.{n}.codes" not in names]
+    if missing:
+        msg = f"the weights must have the codes of every layer; {missing[0]!r} has none"
+        raise InvalidInput(msg, layers=missing)
+
+
+WEIGHTS = Result(
+    name="weights",
+    text="The trained model as safetensors: weights to run, and the codes that they come from.",
+    check=check_weights,
+    path="weights",
+    media_type=BINARY,
+    suffix=".safetensors",
+    max_bytes=16 * 2**30,
+)
+TRAINING = Result(
+    name="training",
+    text="Losses and accuracies of every epoch.",
+    check=check_object,
+    path="training",
+)

@@ -1,0 +1,171 @@
+"""The commands that train: files, errors, and the same weights after kill -9."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bitquota.formats.models import load_model
+from bitquota.plan import Plan
+from bitquota.quantizers.layout import from_matrix
+from bitquota.training.saved import load_trained
+
+MODEL, DATA = "examples.digits:model", "examples.digits:calibration"
+
+
+@pytest.fixture(autouse=True)
+def examples_importable(monkeypatch, repository):
+    monkeypatch.syspath_prepend(str(repository))
+
+
+@pytest.fixture(scope="module")
+def plan_text(repository):
+    """A plan at 3 bits everywhere, made without measuring."""
+    sys.path.insert(0, str(repository))
+    try:
+        from bitquota.budget import Budget
+        from bitquota.candidates import Candidate
+        from bitquota.plan import Assignment
+        from bitquota.sensitivity.discovery import discover
+        from bitquota.storage import Scheme
+
+        model = load_model(MODEL)
+    finally:
+        sys.path.remove(str(repository))
+    inventory = discover(model.module, (torch.zeros(2, 1, 8, 8),), model_digest=model.digest)
+    return Plan(
+        model_digest=model.digest,
+        assignments=tuple(
+            Assignment(layer=la, candidate=Candidate.of(la, 3, Scheme())) for la in inventory.layers
+        ),
+        unquantized=inventory.unquantized,
+        budgets=(Budget.parse("3 bits", inventory),),
+    ).dumps()
+
+
+class TestFinetune:
+    def test_writes_plan_and_weights_that_agree(self, bitquota, tmp_path, plan_text):
+        """The plan is of the model that the .pt2 holds; codes give its weights."""
+        (tmp_path / "plan.json").write_text(plan_text)
+        code, out, err = bitquota(
+            "finetune", MODEL, "plan.json", DATA, "--epochs", 1, "--method", "direct"
+        )
+        assert code == 0, err
+        assert "before training" in out
+        assert "wrote trained/plan.json, trained/trained.safetensors, trained/trained.pt2" in (
+            err.replace("\n", " ")
+        )
+        made = Plan.load(tmp_path / "trained" / "plan.json")
+        loaded = load_model(str(tmp_path / "trained" / "trained.pt2"))
+        assert loaded.digest == made.model_digest
+        saved = load_trained(tmp_path / "trained" / "trained.safetensors")
+        for a in made.assignments:
+            weight = from_matrix(saved.weights[a.layer.name].dequantize(), a.layer)
+            assert torch.equal(saved.state[a.layer.weight_name], weight)
+        code, out, err = bitquota(
+            "evaluate", "trained/trained.pt2", "examples.digits:test", "--plan",
+            "trained/plan.json",
+        )  # fmt: skip
+        assert code == 0, err
+
+    @pytest.mark.parametrize(
+        ("arguments", "code", "text"),
+        [
+            (["--method", "magic"], 2, "must be one of lsq, tqt, direct; got 'magic'"),
+            (["--epochs", 0], 2, "at least one epoch"),
+            (["--augment", "mixup"], 2, "must be 'none' or 'shift_flip'; got 'mixup'"),
+            (["--input-fit", "magic"], 2, "must be one of joint, chan, irls; got 'magic'"),
+        ],
+    )
+    def test_errors(self, bitquota, tmp_path, plan_text, arguments, code, text):
+        """One sentence that says what is possible."""
+        (tmp_path / "plan.json").write_text(plan_text)
+        got, _, err = bitquota("finetune", MODEL, "plan.json", DATA, *arguments)
+        assert code == got
+        assert text in " ".join(err.split())
+
+    def test_plan_of_another_model(self, bitquota, tmp_path, plan_text, repository):
+        """Exit 4, as everywhere."""
+        (tmp_path / "other.py").write_text(
+            "import torch\n"
+            "from bitquota.cli.demo import DigitsNet\n"
+            "def model():\n"
+            "    torch.manual_seed(5)\n"
+            "    return DigitsNet()\n"
+        )
+        (tmp_path / "plan.json").write_text(plan_text)
+        code, _, err = bitquota("finetune", "other:model", "plan.json", DATA)
+        assert code == 4, err
+
+    def test_killed_and_started_again(self, tmp_path, plan_text, repository):
+        """Kill -9 in the middle of an epoch: the same command ends with the same weights."""
+        (tmp_path / "plan.json").write_text(plan_text)
+        env = os.environ | {
+            "PYTHONPATH": str(repository),
+            "OMP_NUM_THREADS": "1",
+            "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        }
+
+        def command(out):
+            return [
+                sys.executable, "-m", "bitquota", "finetune", MODEL, "plan.json", DATA,
+                "--epochs", "4", "--batch-size", "16", "--out", out,
+            ]  # fmt: skip
+
+        checkpoint = tmp_path / "killed" / "checkpoints" / "finetune.safetensors"
+        process = subprocess.Popen(
+            command("killed"), cwd=tmp_path, env=env, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 240
+        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert process.poll() is None, "it was over before it could be killed"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "killed" / "trained.safetensors").exists()
+        for out in ("killed", "whole"):
+            done = subprocess.run(
+                command(out), cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+        ours, theirs = (
+            load_file(tmp_path / out / "trained.safetensors") for out in ("killed", "whole")
+        )
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+class TestLearn:
+    def test_keeps_its_budget(self, bitquota, tmp_path):
+        """The plan says how it came about."""
+        code, _, err = bitquota(
+            "learn", MODEL, DATA, "--budget", "3 bpw", "--epochs", 1, "--recipe", "ellipsoid"
+        )
+        assert code == 0, err
+        made = Plan.load(tmp_path / "learned" / "plan.json")
+        assert made.effective_bits <= 3
+        assert made.selected == "learned:ellipsoid"
+        assert len(set(made.weight_bits)) > 1
+
+    @pytest.mark.parametrize(
+        ("arguments", "code", "text"),
+        [
+            ([], 2, "learning needs a budget"),
+            (["-b", "2.5 bits", "--recipe", "magic"], 2, "must be one of stabilised, ellipsoid"),
+            (["-b", "1 bits"], 5, "every layer at 2 bits"),
+            (["-b", "2.5 bits", "-b", "1 GBitOps"], 2, "'code_bits', 'bit_ops'"),
+            (["-b", "2.5 bits", "-b", "act 10 B"], 5, "the largest input"),
+        ],
+    )
+    def test_errors(self, bitquota, arguments, code, text):
+        """Before anything is trained."""
+        got, _, err = bitquota("learn", MODEL, DATA, *arguments)
+        assert code == got
+        assert text in " ".join(err.split())

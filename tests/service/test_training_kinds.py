@@ -1,0 +1,101 @@
+"""Jobs of the kinds finetune and learn, over a live server."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bitquota.errors import InvalidInput
+from bitquota.plan import Plan
+from bitquota.request import PlanRequest
+from bitquota.service.kinds import training_request
+from bitquota.service.kinds.learn import RECIPES
+from bitquota.training import learn, settings, weight_quantizers
+from bitquota.training.saved import load_trained
+
+REQUEST = PlanRequest(
+    budgets=("3 bits",), weight_bits=(2, 3, 4, 8), samples=32, holdout_samples=32, refine=False
+)
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with server.client() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def planned(client, digits_files):
+    job = client.submit(model=digits_files[0], calibration=digits_files[1], request=REQUEST)
+    return job.wait(timeout_s=300)
+
+
+class TestFinetune:
+    def test_weights_and_plan_come_back(self, client, planned, digits_files, tmp_path):
+        """The plan of one job is the input of another; what comes back agrees with itself."""
+        job = client.order(
+            "finetune",
+            {"epochs": 1, "method": "direct", "batch_size": 64},
+            model=planned.body["model"],
+            dataset=digits_files[1],
+            plan=planned.results["plans"][0],
+        ).wait(timeout_s=300)
+        plan = job.plan()
+        assert plan.selected == "trained:direct"
+        assert plan.baselines[0].name == "before training"
+        assert plan.measured.accuracy > 0.5
+        saved = load_trained(job.save("weights", tmp_path / "trained.safetensors"))
+        for a in plan.assignments:
+            assert len(saved.state[a.layer.weight_name].unique()) > 1
+            assert saved.weights[a.layer.name].bits == a.candidate.weight_bits
+        assert len(job.result("training")["finetuning"]["epochs"]) == 1
+        assert "before training" in job.report()
+
+    def test_refuses_names_that_are_not_known(self, client, planned, digits_files):
+        """At once, not in the sandbox."""
+        with pytest.raises(InvalidInput, match="method must be one of lsq, tqt, direct"):
+            client.order(
+                "finetune",
+                {"method": "magic"},
+                model=planned.body["model"],
+                dataset=digits_files[1],
+                plan=planned.results["plans"][0],
+            )
+
+
+class TestLearn:
+    def test_keeps_its_budget(self, client, planned, digits_files):
+        """From a solved plan, with a limit on inputs besides."""
+        job = client.order(
+            "learn",
+            {"epochs": 1, "budgets": ["3 bits", "act total 4 KiB"], "batch_size": 64},
+            model=planned.body["model"],
+            dataset=digits_files[1],
+            plan=planned.results["plans"][0],
+        ).wait(timeout_s=300)
+        plan = job.plan()
+        assert isinstance(plan, Plan)
+        assert plan.average_bits <= 3
+        assert sum(a.candidate.activation_size_bits for a in plan.assignments) <= 4 * 1024 * 8
+        assert job.result("training")["learning"]["steps"] > 0
+
+
+class TestNames:
+    def test_are_those_of_the_training_package(self):
+        """They are written twice, because the server must not load torch."""
+        assert tuple(learn.RECIPES) == RECIPES
+        assert weight_quantizers.METHODS == training_request.METHODS
+        assert settings.AUGMENTATIONS == training_request.AUGMENTATIONS
+
+
+class TestCheckWeights:
+    def test_refuses_other_files(self, tmp_path):
+        """A safetensors file without our description, and no safetensors file at all."""
+        from safetensors.torch import save_file
+
+        save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
+        with pytest.raises(KeyError):
+            training_request.check_weights(tmp_path / "other.safetensors")
+        (tmp_path / "text.safetensors").write_text("nothing")
+        with pytest.raises(InvalidInput, match="must be a safetensors file"):
+            training_request.check_weights(tmp_path / "text.safetensors")
