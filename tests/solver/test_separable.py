@@ -1,11 +1,15 @@
 """Hulls and exact knapsacks."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from bitquota.errors import InvalidProblem
-from bitquota.solver import Problem, Status, hull, solve
+from bitquota.solver import Limit, Problem, Status, hull, solve
 from bitquota.solver.brute_force import enumerate_all
+from bitquota.solver.checker import check_solution
+from bitquota.solver.core import reduce
 from bitquota.solver.separable import solve_knapsack
 
 
@@ -74,6 +78,16 @@ class TestSolveKnapsack:
         assert solution.status is Status.OPTIMAL
         assert problem.is_feasible(solution.choice)
         assert solution.absolute_gap <= 1e-9 * solution.objective
+        verdict = check_solution(problem, solution)
+        assert verdict.holds, verdict.reason
+        assert verdict.proved >= solution.objective * (1 - 1e-9)
+
+    def test_stops_when_told(self):
+        """A recursion that is cancelled leaves the relaxation's bound, proved, and says so."""
+        problem = separable(200, 5, seed=4)
+        solution = solve(problem, gap=0.0, cancelled=lambda: True)
+        assert (solution.status, solution.limit) == (Status.FEASIBLE, Limit.CANCELLED)
+        assert check_solution(problem, solution).holds
 
     def test_refuses_cross_terms(self):
         """Problems with cross terms go elsewhere."""
@@ -86,3 +100,74 @@ class TestSolveKnapsack:
         )
         with pytest.raises(InvalidProblem, match="separable"):
             solve_knapsack(problem, gap=0.0)
+
+
+class TestSeveralBudgets:
+    def two_budgets(self, groups, seed):
+        """Return a separable problem whose second budget binds as well."""
+        first = separable(groups, 4, seed=seed)
+        second = separable(groups, 4, seed=seed + 100)
+        return Problem(
+            diagonal=first.diagonal,
+            offsets=first.offsets,
+            costs=np.concatenate([first.costs, second.costs]),
+            limits=np.concatenate([first.limits, second.limits]),
+        )
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_equals_enumeration(self, seed):
+        """Two budgets without cross terms: the optimum, proved."""
+        problem = self.two_budgets(7, seed)
+        solution = solve(problem, gap=0.0)
+        assert solution.objective == pytest.approx(enumerate_all(problem).objective, rel=1e-11)
+        assert check_solution(problem, solution).holds
+
+    def test_thousands_of_layers_without_a_square_matrix(self):
+        """3,000 x 4 rows would be a gigabyte as a matrix; the gap is closed and checked."""
+        problem = self.two_budgets(3000, seed=1)
+        assert reduce(problem, problem.allowed).C.shape == (0, 0)
+        tracemalloc.start()
+        solution = solve(problem)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 8 * problem.n_rows**2 / 3
+        assert solution.status is Status.OPTIMAL
+        assert all(problem.spent(solution.choice) <= problem.limits)
+        assert check_solution(problem, solution).holds
+        for k in (0, 1):
+            one = Problem(
+                diagonal=problem.diagonal,
+                offsets=problem.offsets,
+                costs=problem.costs[k : k + 1],
+                limits=problem.limits[k : k + 1],
+            )
+            assert solve(one).objective < solution.bound  # both budgets bind
+
+    def test_many_ties_by_pairs(self):
+        """Twenty groups tied in fives by pairs: the same as four groups with summed rows."""
+        problem = separable(20, 3, seed=6)
+        pairs = [
+            (3 * (g - 1) + a, 3 * g + b)
+            for g in range(20)
+            if g % 5
+            for a in range(3)
+            for b in range(3)
+            if a != b
+        ]
+        tied = Problem(
+            diagonal=problem.diagonal,
+            offsets=problem.offsets,
+            costs=problem.costs,
+            limits=problem.limits,
+            forbidden_pairs=np.array(pairs),
+        )
+        merged = Problem(
+            diagonal=problem.diagonal.reshape(4, 5, 3).sum(axis=1).ravel(),
+            offsets=np.arange(5) * 3,
+            costs=problem.costs.reshape(4, 5, 3).sum(axis=1).reshape(1, -1),
+            limits=problem.limits,
+        )
+        solution = solve(tied)
+        assert solution.status is Status.OPTIMAL
+        assert check_solution(tied, solution).holds
+        assert solution.objective == pytest.approx(enumerate_all(merged).objective, rel=1e-4)
