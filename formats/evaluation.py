@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from bitquota.errors import InvalidInput, MeasurementFailed
+from bitquota.formats.scores import Estimate, ModelScores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -17,62 +17,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from bitquota.canonical import JsonObject
     from bitquota.sensitivity.calibration import CalibrationSet
 
 BATCH = 64
 TAIL = 0.999
 """Quantile of the per-position KL that is reported beside the mean."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """A mean over samples and its standard error."""
-
-    mean: float
-    standard_error: float
-    n_samples: int
-
-    @classmethod
-    def of(cls, values: NDArray[np.float64]) -> Estimate:
-        """Return mean and standard error of per-sample values."""
-        n = len(values)
-        error = float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
-        return cls(mean=float(values.mean()), standard_error=error, n_samples=n)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelScores:
-    """What one model scores on one set.
-
-    Attributes:
-        name: Of the model.
-        metrics: Name to estimate: ``kl`` and ``same_top`` against full precision; ``top1`` and
-            ``cross_entropy`` with labels; ``embedding_cosine`` and ``embedding_correlation`` (over
-            the coordinates of one embedding) for embeddings; the user's own.
-        kl_tail: The 99.9 % quantile of KL over positions.
-        perplexity: ``exp`` of the cross entropy.
-        differences: Paired differences of every metric to other models: ``metric - other's``.
-    """
-
-    name: str
-    metrics: Mapping[str, Estimate]
-    kl_tail: float | None = None
-    perplexity: float | None = None
-    differences: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
-
-    def to_json(self) -> JsonObject:
-        """Return everything as plain JSON."""
-        return {
-            "name": self.name,
-            "metrics": {k: asdict(v) for k, v in self.metrics.items()},
-            "kl_tail": self.kl_tail,
-            "perplexity": self.perplexity,
-            "differences": {
-                other: {k: asdict(v) for k, v in values.items()}
-                for other, values in self.differences.items()
-            },
-        }
 
 
 def compare_models(

@@ -43,6 +43,9 @@ class LoadedModel:
         architecture: Class or model type, for a person.
         example_inputs: A batch of two samples, where the source tells what it looks like.
         weight_format_bits: Bits per weight as the checkpoint stores most of them (32 or 16).
+        imatrix: llama.cpp's importance matrix of this model (see ``sensitivity.foreign``); with
+            ``dataclasses.replace(model, imatrix=path)`` scales are fitted with it everywhere, and
+            plans say so.
     """
 
     module: nn.Module
@@ -51,6 +54,7 @@ class LoadedModel:
     architecture: str
     example_inputs: tuple[Tensor, ...] | None = None
     weight_format_bits: int = 32
+    imatrix: Path | None = None
 
 
 def load_model(spec: str, *, allow_pt2: bool = True, allow_factory: bool = True) -> LoadedModel:

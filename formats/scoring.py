@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bitquota.errors import InvalidInput, StalePlan
-from bitquota.formats.evaluation import ModelScores, compare_models
+from bitquota.formats.evaluation import compare_models
 from bitquota.formats.exports.prepared import folded_module, inventory_of
+from bitquota.formats.scores import FULL_PRECISION, Score
 from bitquota.formats.targets import candidates_at, target_by_name
 from bitquota.quantizers.activations import collect_inputs
 from bitquota.sensitivity.evaluate import apply_plan
+from bitquota.sensitivity.foreign import check_importance
 from bitquota.sensitivity.input_moments import input_grams
 from bitquota.sensitivity.runner import QuantizedWeights
 from bitquota.storage import FULL_PRECISION_BITS, Rounding
@@ -23,49 +25,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bitquota.candidates import Candidate
-    from bitquota.canonical import JsonObject
-    from bitquota.formats.evaluation import Estimate
     from bitquota.formats.models import LoadedModel
     from bitquota.plan import Plan
     from bitquota.sensitivity.calibration import CalibrationSet
 
-FULL_PRECISION = "full precision"
 _UNIFORM_WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 _BATCH = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """One way to run the model, scored.
-
-    Attributes:
-        name: File or folder that it came from, or what it is.
-        kind: ``full precision``, ``plan``, ``baseline``, ``uniform`` or ``exported``.
-        size_bits: Stored size of the quantizable weights.
-        scores: Metrics with standard errors, and paired differences to those in ``beside``.
-        beside: Names of what it is compared with: full precision, the uniform plan at no more
-            bytes, and of an export its plan.
-    """
-
-    name: str
-    kind: str
-    size_bits: int | None
-    scores: ModelScores
-    beside: tuple[str, ...] = ()
-
-    def to_json(self) -> JsonObject:
-        """Return everything as plain JSON; differences to ``beside`` only."""
-        found = self.scores.to_json()
-        kept = {other: found["differences"][other] for other in self.beside}
-        return found | {
-            "kind": self.kind,
-            "size_bits": self.size_bits,
-            "differences": kept,
-        }
-
-    def difference(self, other: str, metric: str) -> Estimate:
-        """Return the paired difference of ``metric`` to one of ``beside``."""
-        return self.scores.differences[other][metric]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,13 +204,13 @@ def quantized_module(
         what = "ranges of activations are" if needs_ranges else "error feedback is"
         msg = f"{what} fitted on samples; hand in correction data, such as the calibration set"
         raise InvalidInput(msg)
-    activations = weights = None
+    columns = check_importance(plan, model.imatrix, inventory)
+    activations, grams = None, None
     if correction_data is not None and needs_ranges:
         batches = (b.inputs for b in correction_data.batches(_BATCH))
         activations = collect_inputs(module, inventory, batches)
     if correction_data is not None and needs_grams:
         grams = input_grams(module, inventory, (b.inputs for b in correction_data.batches(_BATCH)))
-        weights = QuantizedWeights(module, inventory, grams)
     return apply_plan(
         module,
         inventory,
@@ -253,7 +218,7 @@ def quantized_module(
         corrections=plan.corrections,
         correction_data=correction_data,
         activations=activations,
-        weights=weights,
+        weights=QuantizedWeights(module, inventory, grams, columns),
     )
 
 

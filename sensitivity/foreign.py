@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from bitquota.canonical import digest_array, digest_json
-from bitquota.errors import InvalidInput
+from bitquota.errors import InvalidInput, StalePlan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from bitquota.candidates import Inventory
     from bitquota.canonical import JsonObject
+    from bitquota.plan import Plan
 
 _LARGEST_FILE = 2**30
 _LONGEST_NAME = 2**12
@@ -59,7 +60,7 @@ class Option:
         group: The group that it is an option of.
         label: Short name.
         score: Predicted loss in ``ImportedMeasurement.unit``, additive over groups.
-        cost_bits: Storage in bits (exllamav3: bits beyond the base; ModelOpt: its own cost).
+        cost_bits: Cost in ``ImportedMeasurement.cost_unit``.
         detail: What the tool wrote about it.
     """
 
@@ -77,11 +78,13 @@ class ImportedMeasurement:
     Attributes:
         source: Which tool.
         unit: Unit of the scores.
+        cost_unit: Unit of the costs: ``bits``, or what the tool counts instead.
         options: Groups contiguous, in the tool's order.
     """
 
     source: str
     unit: str
+    cost_unit: str
     options: tuple[Option, ...]
 
     @property
@@ -171,11 +174,15 @@ def _number(value: Any, what: str) -> float:  # noqa: ANN401  # from JSON
     return number
 
 
-def _measurement(source: str, unit: str, options: list[Option]) -> ImportedMeasurement:
+def _measurement(
+    source: str, unit: str, cost_unit: str, options: list[Option]
+) -> ImportedMeasurement:
     if not options:
         msg = f"a measurement of {source} must hold at least one option; got none"
         raise InvalidInput(msg)
-    return ImportedMeasurement(source=source, unit=unit, options=tuple(options))
+    return ImportedMeasurement(
+        source=source, unit=unit, cost_unit=cost_unit, options=tuple(options)
+    )
 
 
 def _exllamav2(data: JsonObject) -> ImportedMeasurement:
@@ -197,7 +204,7 @@ def _exllamav2(data: JsonObject) -> ImportedMeasurement:
                     detail=detail,
                 )
             )
-    return _measurement("exllamav2", "-log accuracy", options)
+    return _measurement("exllamav2", "-log accuracy", "bits", options)
 
 
 def _exllamav3(groups: list[JsonObject]) -> ImportedMeasurement:
@@ -215,7 +222,7 @@ def _exllamav3(groups: list[JsonObject]) -> ImportedMeasurement:
                     detail=dict(entry),
                 )
             )
-    return _measurement("exllamav3", "nats/token", options)
+    return _measurement("exllamav3", "nats/token", "bits beyond the base", options)
 
 
 def _modelopt(stats: JsonObject) -> ImportedMeasurement:
@@ -232,7 +239,7 @@ def _modelopt(stats: JsonObject) -> ImportedMeasurement:
                     detail={"module_names": list(entry.get("module_names", []))},
                 )
             )
-    return _measurement("ModelOpt", "score", options)
+    return _measurement("ModelOpt", "score", "ModelOpt's cost", options)
 
 
 def read_imatrix(path: Path) -> dict[str, NDArray[np.float64]]:
@@ -353,6 +360,26 @@ def importance_of(path: Path, inventory: Inventory) -> Importance:
         digest=digest_json(digests),
         missing=tuple(name for name in layers if name not in found),
     )
+
+
+def check_importance(
+    plan: Plan, imatrix: Path | None, inventory: Inventory
+) -> dict[str, torch.Tensor] | None:
+    """Return the importance that a plan's scales are fitted with, ``None`` for none.
+
+    Raises:
+        StalePlan: The plan was made with another importance matrix, or with one and got none.
+    """
+    made_with = plan.provenance.get("importance")
+    given = None if imatrix is None or made_with is None else importance_of(imatrix, inventory)
+    if made_with is not None and (given is None or given.digest != made_with):
+        got = "none" if imatrix is None else f"'{imatrix}'"
+        msg = (
+            "a plan must be used with the importance matrix it was made with, "
+            f"{made_with}; got {got}: give that file with --imatrix"
+        )
+        raise StalePlan(msg, plan=made_with)
+    return None if given is None else given.columns
 
 
 def layer_name(tensor: str) -> str | None:

@@ -16,7 +16,7 @@ The sums ``z_b + Σ d_i`` themselves predict more than the quadratic: see ``Outp
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Unpack
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from bitquota.progress import IsCancelled, OnProgress
     from bitquota.sensitivity.ledger import Ledger
     from bitquota.sensitivity.losses import Loss
-    from bitquota.sensitivity.measure import Recorder
+    from bitquota.sensitivity.measure import MeasureOptions, Recorder
     from bitquota.sensitivity.runner import Change, Runner
 
 _PREDICTION_ELEMENTS = 2**22
@@ -162,48 +162,24 @@ class GramMeasure:
         runner: Runner,
         table: CandidateTable,
         loss: Loss,
-        *,
-        base_point: Sequence[int] | None = None,
-        ledger: Ledger | None = None,
-        on_progress: OnProgress | None = None,
-        cancelled: IsCancelled | None = None,
+        **options: Unpack[MeasureOptions],
     ) -> SensitivityMatrix:
         """Measure; see ``measure_gram``."""
-        return measure_gram(
-            runner,
-            table,
-            loss,
-            base_point=base_point,
-            ledger=ledger,
-            on_progress=on_progress,
-            cancelled=cancelled,
-        )
+        return measure_gram(runner, table, loss, **options)
 
 
 def measure_gram(
     runner: Runner,
     table: CandidateTable,
     loss: Loss,
-    *,
-    base_point: Sequence[int] | None = None,
-    ledger: Ledger | None = None,
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
+    **options: Unpack[MeasureOptions],
 ) -> SensitivityMatrix:
     """Measure exact singles and Gram cross terms around a base point; heuristic cross terms.
 
     Cost: ``1 + n`` runs, each behind one group: on a chain of equal layers half a pass. See
     ``Measure.measure`` for arguments and errors, the module for the formulas.
     """
-    matrix, _ = measure_differences(
-        runner,
-        table,
-        loss,
-        base_point=base_point,
-        ledger=ledger,
-        on_progress=on_progress,
-        cancelled=cancelled,
-    )
+    matrix, _ = measure_differences(runner, table, loss, **options)
     return matrix
 
 
@@ -218,14 +194,18 @@ def measure_differences(
     cancelled: IsCancelled | None = None,
     stage: str = "gram",
     only: Sequence[int] | None = None,
+    chunks: Sequence[int] | None = None,
 ) -> tuple[SensitivityMatrix, OutputDifferences | None]:
     """Measure as ``measure_gram`` does, and also return the differences unless they are huge.
 
     ``only`` names the rows to measure, by default all; the others are left as if they changed
-    nothing, and must not be offered to a solver.
+    nothing, and must not be offered to a solver. ``chunks`` names the chunks to measure on, by
+    default all.
     """
     offsets = table.offsets
-    n, n_samples = len(table.rows), len(runner.calibration)
+    parts = range(len(runner.chunks)) if chunks is None else sorted(set(chunks))
+    positions = [p for c in parts for p in runner.chunks[c]]
+    n, n_samples = len(table.rows), len(positions)
     changes, base = row_changes(table), base_change(table, base_point)
     fixed = set() if base_point is None else {int(offsets[g] + r) for g, r in enumerate(base_point)}
     rows = [r for r in (range(n) if only is None else sorted(only)) if r not in fixed]
@@ -233,19 +213,23 @@ def measure_differences(
         runner,
         loss,
         stage,
-        len(runner.chunks),
+        len(parts),
         ledger=ledger,
         on_progress=on_progress,
         cancelled=cancelled,
-        ahead=None if only else (table, one_for_each_chunk(runner, "gram", base_point)),
+        ahead=None if only or chunks else (table, one_for_each_chunk(runner, "gram", base_point)),
     )
     start_losses, base_losses = np.empty(n_samples), np.empty(n_samples)
     singles = np.empty((n, n_samples))
     sums, squares = np.zeros((n, n)), np.zeros((n, n))
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     output_shape: tuple[int, ...] = ()
+    end = 0
     for chunk, span in recorder.spans():
-        where = slice(span.start, span.stop)
+        if chunk not in parts:
+            continue
+        where = slice(end, end + len(span))
+        end = where.stop
         part = _Chunk(recorder, chunk, table, base, rows)
         found = part.measure(changes)
         start_losses[where], base_losses[where] = found.reference_losses, found.base_losses
@@ -277,9 +261,11 @@ def measure_differences(
         unit=loss.unit,
         provenance=provenance(runner, "gram", loss),
     )
-    if len(kept) < len(runner.chunks):
+    if len(kept) < len(parts):
         return matrix, None
     labels = runner.calibration.labels
+    if labels is not None and chunks is not None:
+        labels = labels[torch.as_tensor(positions, device=labels.device)]
     differences = OutputDifferences(
         table=table,
         base_point=point,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 
 CODE_VERSION = 1
 """Part of every ledger key; raised whenever the same call would give other numbers."""
+
+
+class MeasureOptions(TypedDict, total=False):
+    """What every measure takes besides runner, table and loss; see ``Measure.measure``."""
+
+    base_point: Sequence[int] | None
+    ledger: Ledger | None
+    on_progress: OnProgress | None
+    cancelled: IsCancelled | None
 
 
 class Measure(Protocol):

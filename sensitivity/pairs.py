@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Unpack
 
 import numpy as np
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from bitquota.progress import IsCancelled, OnProgress
     from bitquota.sensitivity.ledger import Ledger
     from bitquota.sensitivity.losses import Loss
-    from bitquota.sensitivity.measure import Recorder
+    from bitquota.sensitivity.measure import MeasureOptions, Recorder
     from bitquota.sensitivity.runner import Change, Runner, State
 
 
@@ -45,11 +45,7 @@ def measure_pairs(
     runner: Runner,
     table: CandidateTable,
     loss: Loss,
-    *,
-    base_point: Sequence[int] | None = None,
-    ledger: Ledger | None = None,
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
+    **options: Unpack[MeasureOptions],
 ) -> SensitivityMatrix:
     """Measure all singles and pairs around a base point: exact up to float32 forward passes.
 
@@ -63,28 +59,20 @@ def measure_pairs(
     Cost: ``1 + n + (number of pairs)`` runs; a pair runs the suffix behind its later group, on
     a chain of equal layers a third of a pass. See ``Measure.measure`` for arguments and errors.
     """
-    return _measure(
-        runner, table, loss, "pairs", base_point, ledger, on_progress, cancelled, pairs=True
-    )
+    return _measure(runner, table, loss, "pairs", pairs=True, **options)
 
 
 def measure_singles(
     runner: Runner,
     table: CandidateTable,
     loss: Loss,
-    *,
-    base_point: Sequence[int] | None = None,
-    ledger: Ledger | None = None,
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
+    **options: Unpack[MeasureOptions],
 ) -> SensitivityMatrix:
     """Measure the diagonal only: ``diagonal_i = L(i) - L()``; see ``measure_pairs``.
 
     Cost: ``1 + n`` runs, each behind one group: on a chain of equal layers half a pass.
     """
-    return _measure(
-        runner, table, loss, "diagonal", base_point, ledger, on_progress, cancelled, pairs=False
-    )
+    return _measure(runner, table, loss, "diagonal", pairs=False, **options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,22 +92,10 @@ class PairsMeasure:
         runner: Runner,
         table: CandidateTable,
         loss: Loss,
-        *,
-        base_point: Sequence[int] | None = None,
-        ledger: Ledger | None = None,
-        on_progress: OnProgress | None = None,
-        cancelled: IsCancelled | None = None,
+        **options: Unpack[MeasureOptions],
     ) -> SensitivityMatrix:
         """Measure; see ``measure_pairs``."""
-        return measure_pairs(
-            runner,
-            table,
-            loss,
-            base_point=base_point,
-            ledger=ledger,
-            on_progress=on_progress,
-            cancelled=cancelled,
-        )
+        return measure_pairs(runner, table, loss, **options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,22 +115,10 @@ class DiagonalMeasure:
         runner: Runner,
         table: CandidateTable,
         loss: Loss,
-        *,
-        base_point: Sequence[int] | None = None,
-        ledger: Ledger | None = None,
-        on_progress: OnProgress | None = None,
-        cancelled: IsCancelled | None = None,
+        **options: Unpack[MeasureOptions],
     ) -> SensitivityMatrix:
         """Measure; see ``measure_singles``."""
-        return measure_singles(
-            runner,
-            table,
-            loss,
-            base_point=base_point,
-            ledger=ledger,
-            on_progress=on_progress,
-            cancelled=cancelled,
-        )
+        return measure_singles(runner, table, loss, **options)
 
 
 def _order(runner: Runner, table: CandidateTable) -> list[int]:
@@ -180,12 +144,12 @@ def _measure(
     table: CandidateTable,
     loss: Loss,
     name: str,
-    base_point: Sequence[int] | None,
-    ledger: Ledger | None,
-    on_progress: OnProgress | None,
-    cancelled: IsCancelled | None,
     *,
     pairs: bool,
+    base_point: Sequence[int] | None = None,
+    ledger: Ledger | None = None,
+    on_progress: OnProgress | None = None,
+    cancelled: IsCancelled | None = None,
 ) -> SensitivityMatrix:
     offsets = table.offsets
     n, n_samples = len(table.rows), len(runner.calibration)

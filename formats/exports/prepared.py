@@ -154,6 +154,12 @@ def prepare_export(
     candidates = {
         a.layer.name: replace(a.candidate, activation_bits=None) for a in plan.assignments
     }
+    from bitquota.sensitivity.evaluate import apply_plan
+    from bitquota.sensitivity.foreign import check_importance
+    from bitquota.sensitivity.runner import QuantizedWeights
+
+    inventory = inventory_of(plan)
+    columns = check_importance(plan, model.imatrix, inventory) or {}
     weights = {}
     for name, layer in layers.items():
         candidate = candidates[name]
@@ -166,16 +172,18 @@ def prepare_export(
             )
             raise InvalidInput(msg, layer=name)
         weights[name] = quantize(
-            to_matrix(_weight(module, layer), layer), candidate.weight_bits, candidate.scheme
+            to_matrix(_weight(module, layer), layer),
+            candidate.weight_bits,
+            candidate.scheme,
+            importance=columns.get(name),
         )
-    from bitquota.sensitivity.evaluate import apply_plan
-
     quantized = apply_plan(
         module,
-        inventory_of(plan),
+        inventory,
         tuple(candidates.values()),
         corrections=plan.corrections,
         correction_data=data,
+        weights=QuantizedWeights(module, inventory, importance=columns),
     )
     inputs = verifying_inputs(model, samples)
     reference = None

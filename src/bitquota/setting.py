@@ -29,7 +29,6 @@ from bitquota.storage import Rounding
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from bitquota.formats import LoadedModel
     from bitquota.formats.targets import Target
@@ -146,12 +145,10 @@ def prepare(
     on_progress: OnProgress | None = None,
     cancelled: IsCancelled | None = None,
     loss: Loss | None = None,
-    imatrix: Path | None = None,
 ) -> Setting:
     """Return the setting of ``request``; draws the samples by its seed.
 
-    ``loss`` takes the place of the one that the request names; ``imatrix`` is a llama.cpp
-    importance matrix that scales are fitted with.
+    ``loss`` takes the place of the one that the request names.
 
     Raises:
         InvalidInput: The request does not fit the model or the calibration set.
@@ -180,7 +177,7 @@ def prepare(
         grams = input_grams(module, inventory, (b.inputs for b in fit.batches(BATCH)))
     if any(c.activation_bits is not None for c in offered):
         activations = collect_inputs(module, inventory, (b.inputs for b in fit.batches(BATCH)))
-    importance = None if imatrix is None else importance_of(imatrix, inventory)
+    importance = None if model.imatrix is None else importance_of(model.imatrix, inventory)
     fitted = activations is not None or grams is not None
     origin = digest_json(fit.to_json()) if fitted else ""
     if importance is not None:

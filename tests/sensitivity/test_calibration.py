@@ -98,3 +98,33 @@ class TestBatches:
 
         assert [len(p) for p in parts] == [4, 4, 2]
         assert torch.equal(torch.cat([p.inputs[0] for p in parts]), make().inputs[0])
+
+
+class TestPlaced:
+    def test_small_sets_are_moved_at_once(self):
+        """As ``to`` does; on the CPU that is no copy at all."""
+        x = torch.arange(12.0).reshape(6, 2)
+        data = CalibrationSet(inputs=(x,), labels=torch.arange(6))
+        moved = data.placed("cpu")
+
+        assert moved.device is None
+        assert moved.inputs[0] is x
+        (part,), labels = moved.chunk(range(2, 4))
+        assert part.data_ptr() == x[2:].data_ptr()
+        assert labels.tolist() == [2, 3]
+
+    def test_large_sets_arrive_chunk_by_chunk(self):
+        """The samples stay where they are; each chunk is copied once, however often it is used."""
+        x = torch.arange(12.0).reshape(6, 2)
+        data = CalibrationSet(inputs=(x,), labels=torch.arange(6))
+        streamed = data.placed("meta", resident_bytes=0)
+
+        assert streamed.inputs[0].device.type == "cpu"
+        assert streamed.digest == data.digest
+        first = streamed.chunk(range(3))
+        assert first[0][0].device.type == first[1].device.type == "meta"
+        assert streamed.chunk(range(3)) is first
+        assert streamed.chunk(range(3, 6))[0][0].shape == (3, 2)
+        assert streamed.take([1]).inputs[0].device.type == "meta"
+        assert streamed.take([1]).device is None
+        assert streamed.to_json() == data.to_json()

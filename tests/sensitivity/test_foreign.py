@@ -3,10 +3,19 @@ import struct
 
 import numpy as np
 import pytest
+import torch
 
+from bitquota.candidates import Candidate, Inventory, Layer, LayerKind
 from bitquota.errors import InvalidInput
-from bitquota.sensitivity.foreign import layer_name, read_imatrix, read_measurement
+from bitquota.sensitivity.foreign import (
+    importance_of,
+    layer_name,
+    read_imatrix,
+    read_measurement,
+)
+from bitquota.sensitivity.runner import QuantizedWeights
 from bitquota.solver import Problem, solve
+from bitquota.storage import Scheme
 
 
 def solved(measurement, limit):
@@ -146,3 +155,99 @@ class TestLayerName:
         assert layer_name("blk.12.ffn_down.weight") == "model.layers.12.mlp.down_proj"
         assert layer_name("output.weight") == "lm_head"
         assert layer_name("blk.0.attn_norm.weight") is None
+
+
+def linear(name, columns, rows=3):
+    return Layer(
+        name=name,
+        kind=LayerKind.LINEAR,
+        weight_name=f"{name}.weight",
+        weight_shape=(rows, columns),
+        rows=rows,
+        columns=columns,
+        n_weights=rows * columns,
+    )
+
+
+def inventory(*layers):
+    return Inventory(model_digest="test", layers=layers)
+
+
+class TestImportanceOf:
+    def test_names_of_llama_cpp_and_of_the_model(self, tmp_path):
+        """Both find their layers; what is missing is said, and norms are ignored."""
+        path = tmp_path / "imatrix.dat"
+        path.write_bytes(
+            imatrix(
+                [
+                    ("blk.0.attn_q.weight", 2, [2.0, 4.0]),
+                    ("head.weight", 1, [1.0, 3.0, 8.0]),
+                    ("blk.0.attn_norm.weight", 1, [1.0]),
+                ]
+            )
+        )
+        q = "model.layers.0.self_attn.q_proj"
+        found = importance_of(path, inventory(linear(q, 2), linear("head", 3), linear("other", 2)))
+
+        assert {k: v.tolist() for k, v in found.columns.items()} == {
+            q: [1.0, 2.0],
+            "head": [1.0, 3.0, 8.0],
+        }
+        assert found.missing == ("other",)
+
+    def test_digest_is_that_of_the_values(self, tmp_path):
+        """Equal importances have equal digests, whatever the order; others differ."""
+        digests = []
+        for entries in ([("a.weight", 1, [1, 2]), ("b.weight", 1, [3])],
+                        [("b.weight", 2, [6]), ("a.weight", 1, [1, 2])],
+                        [("b.weight", 1, [3]), ("a.weight", 1, [1, 3])]):  # fmt: skip
+            path = tmp_path / "i.dat"
+            path.write_bytes(imatrix(entries))
+            digests.append(importance_of(path, inventory(linear("a", 2), linear("b", 1))).digest)
+        assert digests[0] == digests[1] != digests[2]
+
+    def test_another_model(self, tmp_path):
+        """No known name, or another width."""
+        path = tmp_path / "imatrix.dat"
+        path.write_bytes(imatrix([("a.weight", 1, [1.0, 2.0])]))
+        with pytest.raises(InvalidInput, match="names none"):
+            importance_of(path, inventory(linear("b", 2)))
+        with pytest.raises(InvalidInput, match="has 2 columns, layer 'a' has 3"):
+            importance_of(path, inventory(linear("a", 3)))
+
+    def test_scales_are_the_weighted_least_squares_ones(self, tmp_path):
+        """No scale on a fine grid has a smaller weighted error; the unweighted one has a larger."""
+        torch.manual_seed(0)
+        module = torch.nn.Module()
+        module.a = torch.nn.Linear(16, 4, bias=False)
+        layer = linear("a", 16, rows=4)
+        h = torch.logspace(-2, 2, 16, dtype=torch.float64)
+        path = tmp_path / "imatrix.dat"
+        path.write_bytes(imatrix([("a.weight", 1, h.tolist())]))
+        columns = importance_of(path, inventory(layer)).columns
+        candidate = Candidate.of(layer, 3, Scheme())
+
+        def error(weights):
+            difference = weights - module.a.weight.detach()
+            return (h * difference.double().square()).sum(dim=1)
+
+        weighted, plain = (
+            QuantizedWeights(module, inventory(layer), importance=given)(candidate)
+            for given in (columns, None)
+        )
+
+        w = module.a.weight.detach().double()
+        scales = torch.linspace(-0.4, 0.4, 4001, dtype=torch.float64).reshape(-1, 1, 1)
+        codes = (w / scales.where(scales != 0, 1.0)).round().clamp(-4, 3)
+        best = (h * (codes * scales - w).square()).sum(dim=2).amin(dim=0)
+        assert (error(weighted) <= best * (1 + 1e-4)).all()
+        assert (error(weighted) < error(plain)).all()
+
+    def test_columns_without_inputs_still_count_a_little(self, tmp_path):
+        """Where nothing ever arrived, weights are not thrown away."""
+        path = tmp_path / "imatrix.dat"
+        path.write_bytes(imatrix([("a.weight", 1, [0.0, 2.0]), ("b.weight", 1, [0.0, 0.0])]))
+        found = importance_of(path, inventory(linear("a", 2), linear("b", 2))).columns
+
+        assert found["a"].tolist() == [1e-6, 2.0]
+        assert found["b"].tolist() == [1.0, 1.0]

@@ -206,6 +206,54 @@ class TestMakeRunner:
         assert not torch.equal(graph.start(0, one).output, graph.start(0, {}).output)
 
 
+class TestPrecision:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_bf16_is_close_and_equal_between_engines(self, kind):
+        """Both engines round in the same places; outputs are float32 and near full precision."""
+        plain, _ = runners(kind)
+        graph, eager = runners(kind, precision="bf16")
+        exact, rough = plain.start(0, {}).output, graph.start(0, {}).output
+
+        assert rough.dtype == torch.float32
+        assert torch.equal(rough, eager.start(0, {}).output)
+        assert not torch.equal(rough, exact)
+        torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.05 * float(exact.abs().max()))
+        state = graph.start(0, {})
+        for change in changes(graph.inventory):
+            torch.testing.assert_close(
+                graph.output(state, change), eager.start(0, change).output, rtol=0.02, atol=0.02
+            )
+
+    def test_is_part_of_what_a_ledger_knows(self):
+        """Numbers of one precision never stand for those of another; old keys stay valid."""
+        plain, rough = runners(Residual)[0], runners(Residual, precision="bf16")[0]
+        assert "precision" not in plain.describe()
+        assert rough.describe() == plain.describe() | {"precision": "bf16"}
+
+    def test_full_precision_loses_nothing_against_itself(self):
+        """The reference is run in the same arithmetic, so the loss at full precision is zero."""
+        for runner in runners(Residual, precision="bf16"):
+            assert torch.equal(runner.reference(0), runner.start(0, {}).output)
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_nothing_waits_for_the_gpu(self, precision):
+        """Once weights are quantized, variants run without a host synchronisation."""
+        module = build(Residual).cuda()
+        data = samples(Residual).placed("cuda", resident_bytes=0)
+        runner = make_runner(module, inventory_of(module), data, chunk_size=5, precision=precision)
+        assert data.inputs[0].is_pinned()
+        state = runner.start(0, {})
+        for change in changes(runner.inventory):
+            runner.output(state, change)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for change in changes(runner.inventory):
+                runner.output(runner.extend(state, change, keep_for=("head",)), change)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 class TestCut:
     def test_covers_all_samples(self):
         """Chunks are consecutive; the last is the rest."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bitquota.cli import options as opt
-from bitquota.cli import output
-from bitquota.cli.loading import load_samples
-from bitquota.storage import Granularity, Grid, Rounding, ScaleFormat, ScaleRule, Scheme
+from bitquota.cli import output, remote
+from bitquota.request import PlanRequest
 
 if TYPE_CHECKING:
     from bitquota.comparison import Comparison
@@ -18,10 +17,12 @@ if TYPE_CHECKING:
 _PLANS, _AFFORDABLE = 12, 500.0
 
 
+@opt.with_options(measure_name="auto", refine=True)
 def compare(
     model: opt.Model,
     calibration: opt.Calibration,
-    budgets: opt.Budgets = None,
+    request: PlanRequest,
+    here: opt.Here,
     metrics: Annotated[
         list[str] | None,
         typer.Option(
@@ -41,30 +42,6 @@ def compare(
             "--max-passes", help="Leave out measures that cost more passes, unless named."
         ),
     ] = _AFFORDABLE,
-    target: opt.TargetName = None,
-    bits: opt.Bits = None,
-    activations: opt.Activations = None,
-    fix: opt.Fix = None,
-    tie: opt.Tie = None,
-    exclude: opt.Exclude = None,
-    corrections: opt.Corrections = None,
-    samples: opt.Samples = 512,
-    holdout: opt.Holdout = 512,
-    loss: opt.LossName = "kl",
-    seed: opt.Seed = 0,
-    grid: opt.GridName = Grid.SYMMETRIC,
-    granularity: opt.GranularityName = Granularity.CHANNEL,
-    group_size: opt.GroupSize = None,
-    scale_rule: opt.ScaleRuleName = ScaleRule.LEAST_SQUARES,
-    scale_format: opt.ScaleFormatName = ScaleFormat.FP32,
-    rounding: opt.RoundingName = Rounding.NEAREST,
-    solver: opt.SolverName = "auto",
-    gap: opt.Gap = 1e-4,
-    time_limit: opt.TimeLimit = None,
-    tokenizer: opt.Tokenizer = None,
-    length: opt.Length = opt.DEFAULT_LENGTH,
-    device: opt.Device = "auto",
-    ledger: opt.LedgerPath = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="JSON file to write everything to.")
     ] = None,
@@ -77,57 +54,16 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Measure MODEL with every metric, solve every budget with each, and measure all the plans."""
-    from bitquota.compare import compare as run
-    from bitquota.formats import load_model
-    from bitquota.sensitivity.ledger import SqliteLedger
-
     if plot_file is not None:
         from bitquota.comparison_plot import check_plot
 
         check_plot(plot_file)  # before the work, not after it
-    request = opt.plan_request(
-        budgets=budgets,
-        bits=bits,
-        activations=activations,
-        fix=fix,
-        tie=tie,
-        exclude=exclude,
-        corrections=corrections,
-        samples=samples,
-        holdout=holdout,
-        loss=loss,
-        measure="auto",
-        seed=seed,
-        scheme=Scheme(
-            grid=grid,
-            granularity=granularity,
-            group_size=group_size,
-            scale_rule=scale_rule,
-            scale_format=scale_format,
-            rounding=rounding,
-        ),
-        solver=solver,
-        gap=gap,
-        time_limit=time_limit,
-        target=target,
-    )
-    loaded = load_model(model)
-    data = load_samples(calibration, model=model, tokenizer=tokenizer, length=length)
-    with (
-        SqliteLedger(ledger or opt.default_ledger()) as kept,
-        output.progress_bars() as on_progress,
-    ):
-        found = run(
-            loaded,
-            data,
-            request,
-            metrics,
-            ledger=kept,
-            plans=plans,
-            affordable_passes=affordable,
-            on_progress=on_progress,
-            device=device,
-        )
+    options = {"metrics": metrics, "plans": plans, "max_passes": affordable}
+    if here.server is not None:
+        order = options | {"plan": request.to_json()}
+        found = remote.comparison(here.server, here.api_key, order, model, calibration)
+    else:
+        found = _compare_here(model, calibration, request, here, options)
     _write(found, f"Comparison on {model}", out, report_file, plot_file)
     if as_json:
         output.print_json(found.to_json())
@@ -138,6 +74,24 @@ def compare(
     for k in range(len(found.budgets)):
         output.print_rows(found.budget_rows(k), title=f"Budget {found.budget_text(k)}")
         output.console.print(found.verdict(k), markup=False, highlight=False)
+
+
+def _compare_here(
+    model: str, calibration: str, request: PlanRequest, here: opt.Here, options: dict[str, Any]
+) -> Comparison:
+    from bitquota.compare import compare as run
+
+    loaded, data = here.load(model, calibration)
+    with here.measuring() as measuring:
+        return run(
+            loaded,
+            data,
+            request,
+            options["metrics"],
+            plans=options["plans"],
+            affordable_passes=options["max_passes"],
+            **measuring,
+        )
 
 
 def _write(

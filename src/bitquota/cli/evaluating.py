@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,18 +18,7 @@ from bitquota.plan import Plan
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from bitquota.formats.evaluation import Estimate
-    from bitquota.formats.scoring import Score
-
-_TITLES = {
-    "kl": "KL",
-    "same_top": "same top",
-    "top1": "top-1",
-    "cross_entropy": "cross entropy",
-    "embedding_cosine": "cosine",
-    "embedding_correlation": "correlation",
-}
-_SHARES = ("same_top", "top1")
+    from bitquota.formats.scores import Score
 
 
 def evaluate(
@@ -69,6 +59,7 @@ def evaluate(
             "sample. Repeatable.",
         ),
     ] = None,
+    imatrix: opt.Imatrix = None,
     tokenizer: opt.Tokenizer = None,
     length: opt.Length = opt.DEFAULT_LENGTH,
     device: opt.Device = "auto",
@@ -84,7 +75,7 @@ def evaluate(
     from bitquota.formats.scoring import score_plans
     from bitquota.setting import choose_device
 
-    loaded = load_model(model)
+    loaded = replace(load_model(model), imatrix=imatrix)
     samples = load_samples(data, model=model, tokenizer=tokenizer, length=length)
     check_calibration(loaded, samples)
     correcting = None
@@ -112,40 +103,6 @@ def evaluate(
 
 def print_scores(scores: Sequence[Score], title: str = "") -> None:
     """Print one column for each model, one row for each metric, and the paired differences."""
-    columns = {score.name: _column(score) for score in scores}
-    names = dict.fromkeys(key for column in columns.values() for key in column)
-    output.print_rows(
-        [
-            {"": name} | {model: column.get(name, "") for model, column in columns.items()}
-            for name in names
-        ],
-        title=title,
-    )
-    for score in scores:
-        for other in score.beside:
-            parts = [
-                f"{_TITLES.get(name, name)} {_format(name, estimate, signed=True)}"
-                for name, estimate in score.scores.differences[other].items()
-            ]
-            line = f"{score.name} minus {other}: {', '.join(parts)}"
-            output.console.print(line, markup=False, highlight=False)
-
-
-def _column(score: Score) -> dict[str, str]:
-    column = {"run as": "exported file" if score.kind == "exported" else "torch"}
-    if score.size_bits is not None:
-        column["weights"] = report.format_size(score.size_bits)
-    for name, estimate in score.scores.metrics.items():
-        column[_TITLES.get(name, name)] = _format(name, estimate)
-    if score.scores.kl_tail is not None:
-        column["KL, 99.9 %"] = f"{score.scores.kl_tail:.4g}"
-    if score.scores.perplexity is not None:
-        column["perplexity"] = f"{score.scores.perplexity:.4f}"
-    return column
-
-
-def _format(name: str, estimate: Estimate, *, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    if name in _SHARES:
-        return f"{100 * estimate.mean:{sign}.2f} ± {100 * estimate.standard_error:.2f} %"
-    return f"{estimate.mean:{sign}.4g} ± {estimate.standard_error:.2g}"
+    output.print_rows(report.score_rows(scores), title=title)
+    for line in report.score_sentences(scores):
+        output.console.print(line, markup=False, highlight=False)

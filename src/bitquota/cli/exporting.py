@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,6 +50,7 @@ def export(
             "--correction-data", help="Unlabelled set for the plan's corrections [--samples]."
         ),
     ] = None,
+    imatrix: opt.Imatrix = None,
     tokenizer: opt.Tokenizer = None,
     length: opt.Length = opt.DEFAULT_LENGTH,
     as_json: Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")] = False,
@@ -64,7 +66,7 @@ def export(
     plan = Plan.load(plan_file)
     if target is None and format_name is None and plan.target is not None:
         target = plan.target.name
-    loaded = load_model(model)
+    loaded = replace(load_model(model), imatrix=imatrix)
     data = correcting = None
     if samples is not None:
         data = load_samples(samples, model=model, tokenizer=tokenizer, length=length)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitquota.cli import output
+from bitquota.cli.loading import load_samples
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
-from bitquota.request import DEFAULT_WEIGHT_BITS, PlanRequest
+from bitquota.request import DEFAULT_WEIGHT_BITS, LOSSES, MEASURES, PRECISIONS, PlanRequest
 from bitquota.storage import Granularity, Grid, Rounding, ScaleFormat, ScaleRule, Scheme
+
+if TYPE_CHECKING:
+    from bitquota.formats import LoadedModel
+    from bitquota.sensitivity.calibration import CalibrationSet
 
 Model = Annotated[
     str,
@@ -71,9 +82,20 @@ Samples = Annotated[int, typer.Option("--samples", help="Calibration samples to 
 Holdout = Annotated[
     int, typer.Option("--holdout", help="Further samples to compare plan and baselines on.")
 ]
-LossName = Annotated[str, typer.Option("--loss", help="kl, cross_entropy, mse or cosine.")]
+LossName = Annotated[str, typer.Option("--loss", help=f"One of {', '.join(LOSSES)}.")]
 MeasureName = Annotated[
-    str, typer.Option("--measure", help="auto, gram, pairs, diagonal or tangent.")
+    str,
+    typer.Option("--measure", help=f"One of {', '.join(MEASURES)}; see 'bitquota compare'."),
+]
+Precision = Annotated[
+    str,
+    typer.Option("--precision", help=f"Of measured passes: {' or '.join(PRECISIONS)} (GPU)."),
+]
+Imatrix = Annotated[
+    Path | None,
+    typer.Option(
+        "--imatrix", help="llama.cpp importance matrix (.dat) that scales are fitted with."
+    ),
 ]
 Refine = Annotated[
     bool,
@@ -164,45 +186,163 @@ def parse_ties(items: list[str] | None) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(part.strip() for part in item.split(",")) for item in items or [])
 
 
-def plan_request(
-    *,
-    budgets: list[str] | None,
-    bits: str | None,
-    activations: int | None,
-    fix: list[str] | None,
-    tie: list[str] | None,
-    exclude: list[str] | None,
-    corrections: list[Correction] | None,
-    samples: int,
-    holdout: int,
-    loss: str,
-    measure: str,
-    seed: int,
-    scheme: Scheme,
-    refine: bool = True,
-    solver: str = "auto",
-    gap: float = 1e-4,
-    time_limit: float | None = None,
-    target: str | None = None,
-) -> PlanRequest:
-    """Return the request that the options describe; raises ``InvalidInput``."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Here:
+    """How and where a command measures on this machine.
+
+    Attributes:
+        tokenizer: For texts.
+        length: For texts: tokens per sample.
+        device: Where the model runs.
+        ledger: Where measurements are kept, or ``None`` for the cache folder.
+        imatrix: Importance matrix, or ``None``.
+        server: Where to run instead, or ``None``: then all of the above is the server's.
+        api_key: For the server.
+    """
+
+    tokenizer: str | None
+    length: int
+    device: str
+    ledger: Path | None
+    imatrix: Path | None
+    server: str | None
+    api_key: str | None
+
+    def load(self, model: str, calibration: str) -> tuple[LoadedModel, CalibrationSet]:
+        """Load a model and its samples."""
+        from bitquota.formats import load_model
+
+        loaded = replace(load_model(model), imatrix=self.imatrix)
+        samples = load_samples(
+            calibration, model=model, tokenizer=self.tokenizer, length=self.length
+        )
+        return loaded, samples
+
+    @contextmanager
+    def measuring(self) -> Iterator[dict[str, Any]]:
+        """Open the ledger and show progress; yields the keyword arguments of a measurement."""
+        from bitquota.sensitivity.ledger import SqliteLedger
+
+        with (
+            SqliteLedger(self.ledger or default_ledger()) as kept,
+            output.progress_bars() as on_progress,
+        ):
+            yield {
+                "ledger": kept,
+                "on_progress": on_progress,
+                "device": self.device,
+            }
+
+
+_REQUEST: dict[str, tuple[Any, Any]] = {
+    "budgets": (Budgets, None),
+    "target": (TargetName, None),
+    "bits": (Bits, None),
+    "activations": (Activations, None),
+    "fix": (Fix, None),
+    "tie": (Tie, None),
+    "exclude": (Exclude, None),
+    "corrections": (Corrections, None),
+    "samples": (Samples, 512),
+    "holdout": (Holdout, 512),
+    "loss": (LossName, "kl"),
+    "measure_name": (MeasureName, "auto"),
+    "refine": (Refine, True),
+    "seed": (Seed, 0),
+    "grid": (GridName, Grid.SYMMETRIC),
+    "granularity": (GranularityName, Granularity.CHANNEL),
+    "group_size": (GroupSize, None),
+    "scale_rule": (ScaleRuleName, ScaleRule.LEAST_SQUARES),
+    "scale_format": (ScaleFormatName, ScaleFormat.FP32),
+    "rounding": (RoundingName, Rounding.NEAREST),
+    "precision": (Precision, "fp32"),
+    "solver": (SolverName, "auto"),
+    "gap": (Gap, 1e-4),
+    "time_limit": (TimeLimit, None),
+}
+_HERE: dict[str, tuple[Any, Any]] = {
+    "tokenizer": (Tokenizer, None),
+    "length": (Length, DEFAULT_LENGTH),
+    "device": (Device, "auto"),
+    "ledger": (LedgerPath, None),
+    "imatrix": (Imatrix, None),
+    "server": (Server, None),
+    "api_key": (ApiKey, None),
+}
+
+
+def with_options(**without: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options that make its ``request`` and ``here``.
+
+    Each of the two parameters becomes its options, in one order and with one set of defaults for
+    all commands; the command is called with the ``PlanRequest`` and the ``Here`` that they make.
+
+    Args:
+        **without: Options of a request that the command does not offer, and their values.
+    """
+    request = {name: option for name, option in _REQUEST.items() if name not in without}
+    bundles = {"request": request, "here": _HERE}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters
+        given: list[inspect.Parameter] = []
+        for name, parameter in own.items():
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            given += [
+                inspect.Parameter(option, keyword, default=default, annotation=annotation)
+                for option, (annotation, default) in bundles.get(name, {}).items()
+            ]
+            if name not in bundles:
+                given.append(parameter.replace(kind=keyword))
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:  # noqa: ANN401  # whatever the options hold
+            if "request" in own:
+                chosen = {name: values.pop(name) for name in request}
+                values["request"] = plan_request(without | chosen)
+            if "here" in own:
+                values["here"] = Here(**{name: values.pop(name) for name in _HERE})
+            command(**values)
+
+        # Typer reads the signature; ``inspect`` takes it from here.
+        run.__signature__ = inspect.Signature(given)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in given}
+        return run
+
+    return decorate
+
+
+def plan_request(options: Mapping[str, Any]) -> PlanRequest:
+    """Return the request that the options of ``with_options`` describe.
+
+    Raises:
+        InvalidInput: Values that do not hold.
+    """
     return PlanRequest(
-        budgets=tuple(budgets or ()),
-        weight_bits=parse_bits(bits),
-        activation_bits=activations,
-        scheme=scheme,
-        fixed=parse_fixed(fix),
-        ties=parse_ties(tie),
-        exclude=tuple(exclude or ()),
-        corrections=tuple(corrections or ()),
-        loss=loss,
-        measure=measure,
-        refine=refine,
-        samples=samples,
-        holdout_samples=holdout,
-        seed=seed,
-        solver=solver,
-        gap=gap,
-        time_limit_s=time_limit,
-        target=target,
+        budgets=tuple(options["budgets"] or ()),
+        weight_bits=parse_bits(options["bits"]),
+        activation_bits=options["activations"],
+        scheme=Scheme(
+            grid=options["grid"],
+            granularity=options["granularity"],
+            group_size=options["group_size"],
+            scale_rule=options["scale_rule"],
+            scale_format=options["scale_format"],
+            rounding=options["rounding"],
+        ),
+        fixed=parse_fixed(options["fix"]),
+        ties=parse_ties(options["tie"]),
+        exclude=tuple(options["exclude"] or ()),
+        corrections=tuple(options["corrections"] or ()),
+        loss=options["loss"],
+        measure=options["measure_name"],
+        refine=options["refine"],
+        samples=options["samples"],
+        holdout_samples=options["holdout"],
+        seed=options["seed"],
+        precision=options["precision"],
+        solver=options["solver"],
+        gap=options["gap"],
+        time_limit_s=options["time_limit"],
+        target=options["target"],
     )

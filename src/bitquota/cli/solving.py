@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bitquota.cli import importing, output, remote
 from bitquota.cli import options as opt
-from bitquota.cli import output, remote
 from bitquota.errors import GateFailed, Infeasible
 
 if TYPE_CHECKING:
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 File = Annotated[
     Path,
-    typer.Argument(help="Matrix of 'bitquota measure', or a plain .npz with G, sizes and budgets."),
+    typer.Argument(
+        help="Matrix of 'bitquota measure', a plain .npz with G, sizes and budgets, or a "
+        "measurement .json of exllamav2, exllamav3 or ModelOpt."
+    ),
 ]
 BudgetText = Annotated[
     str | None,
@@ -96,14 +99,15 @@ def solve_file(
 
 
 def _solve_here(file: Path, order: JsonObject) -> JsonObject:
-    from bitquota.solver import read_problem
     from bitquota.solver.document import smallest_document, solve_document
 
     options = dict(order)
-    problem = read_problem(
+    problem = importing.read_any_problem(
         file, budget_index=options.pop("budget_index"), budget=options.pop("budget")
     )
-    return (smallest_document if "tolerance" in options else solve_document)(problem, **options)
+    document = (smallest_document if "tolerance" in options else solve_document)(problem, **options)
+    imported = importing.chosen_options(file, document)
+    return document if imported is None else document | {"imported": imported}
 
 
 def frontier(
@@ -129,7 +133,7 @@ def frontier(
     Which resource varies is that of --budget (by default average bits).
     """
     if budget is None and budget_index is None:
-        budget = "32 bits"
+        budget = "1x" if file.suffix == ".json" else "32 bits"
     order: JsonObject = {
         "points": points, "budget": budget, "budget_index": budget_index, "certify": certify,
         "gap": gap, "time_limit_s": time_limit, "node_limit": node_limit, "seed": seed,
@@ -142,11 +146,10 @@ def frontier(
 
 
 def _frontier_here(file: Path, order: JsonObject) -> list[JsonObject]:
-    from bitquota.solver import read_problem
     from bitquota.solver.document import frontier_document
 
     options = dict(order)
-    problem = read_problem(
+    problem = importing.read_any_problem(
         file, budget_index=options.pop("budget_index"), budget=options.pop("budget")
     )
     return frontier_document(problem, **options)

@@ -1,0 +1,72 @@
+"""Commands on the ledger of measurements: ``ledger show``, ``ledger export``, ``ledger import``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitquota.cli import options as opt
+from bitquota.cli import output
+from bitquota.errors import InvalidInput
+
+app = typer.Typer(
+    help="Measurements that are kept: move them between machines, so that nothing is run twice.",
+    no_args_is_help=True,
+)
+Archive = Annotated[Path, typer.Argument(help="Archive of measurements.")]
+
+
+def _existing(path: Path | None) -> Path:
+    found = path or opt.default_ledger()
+    if not found.is_file():
+        msg = f"a ledger must exist to be read; '{found}' does not: measure something first"
+        raise InvalidInput(msg, path=str(found))
+    return found
+
+
+@app.command("show")
+def show(
+    ledger: opt.LedgerPath = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say where the ledger is and how much it holds."""
+    from bitquota.sensitivity.ledger import SqliteLedger
+
+    path = _existing(ledger)
+    with SqliteLedger(path) as kept:
+        found = {"path": str(path), "entries": len(kept), "bytes": path.stat().st_size}
+    if as_json:
+        output.print_json(found)
+        return
+    size = f"{int(found['bytes']) / 2**20:,.1f} MiB"
+    output.console.print(
+        f"{path}: {found['entries']:,} entries, {size}", markup=False, highlight=False
+    )
+
+
+@app.command("export")
+def export(archive: Archive, ledger: opt.LedgerPath = None) -> None:
+    """Write every measurement to ARCHIVE; equal ledgers give equal bytes."""
+    from bitquota.sensitivity.ledger import SqliteLedger, export_entries
+
+    with SqliteLedger(_existing(ledger)) as kept:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        n = export_entries(kept, archive)
+    output.messages.print(f"wrote {n:,} entries to {archive}", markup=False, highlight=False)
+
+
+@app.command("import")
+def import_(archive: Archive, ledger: opt.LedgerPath = None) -> None:
+    """Add the measurements of ARCHIVE; what is there already stays as it is."""
+    from bitquota.sensitivity.ledger import SqliteLedger, import_entries
+
+    path = ledger or opt.default_ledger()
+    with SqliteLedger(path) as kept:
+        before = len(kept)
+        n = import_entries(kept, archive)
+        new = len(kept) - before
+    output.messages.print(
+        f"read {n:,} entries, {new:,} of them new to {path}", markup=False, highlight=False
+    )
