@@ -9,7 +9,7 @@ standard error of the paired difference. The predictions propose; only measureme
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -50,6 +50,8 @@ class RefineSettings:
         iterations: Linearisations at most (each costs one run per row within reach).
         reach: Around a plan, the rows of each group that are measured: at most so many places
             above and below the plan's own. ``None`` measures all.
+        share: Part of the samples that each linearisation around a plan is measured on, in whole
+            chunks; the next takes others.
         radii: Trust regions, as shares of the groups that may change in one step.
         proposals: Choices measured per linearisation.
         swap_rounds: Rounds of measured swaps, at most, each time linearisation is stuck.
@@ -60,8 +62,9 @@ class RefineSettings:
             forward-equivalents (what the ledger holds costs nothing); ``None`` for no limit.
     """
 
-    iterations: int = 6
+    iterations: int = 12
     reach: int | None = 1
+    share: float = 0.25
     radii: tuple[float, ...] = (1.0, 0.4, 0.2)
     proposals: int = 6
     swap_rounds: int = 6
@@ -76,6 +79,9 @@ class RefineSettings:
         if min(*counts, self.patience - 1) < 0:
             msg = f"refinement settings must be positive; got {self}"
             raise InvalidInput(msg)
+        if not 0 < self.share <= 1:
+            msg = f"the share of samples must be above 0 and at most 1; got {self.share}"
+            raise InvalidInput(msg, share=self.share)
         if not self.radii or not all(0 < r <= 1 for r in self.radii):
             msg = f"trust radii must be shares between 0 and 1; got {self.radii}"
             raise InvalidInput(msg)
@@ -120,20 +126,37 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Linearisation:
+    """What was measured around one point.
+
+    Attributes:
+        point: The base point, or ``None`` for full precision.
+        matrix: Around that point; entries of rows beyond ``rows`` mean nothing.
+        differences: Output differences, unless they are huge.
+        rows: Rows of the table that were measured.
+    """
+
+    point: Choice | None
+    matrix: SensitivityMatrix
+    differences: OutputDifferences | None
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Refinement:
     """The result of ``refine``.
 
     Attributes:
         choice: The best measured choice.
         per_sample: f64[N], its loss increase on the deciding samples.
-        matrix: The last matrix, around ``matrix.base_point``.
+        last: The last linearisation, for predictions near ``choice``.
         steps: What happened.
         measured: Mean loss increase of every choice that was measured, in order.
     """
 
     choice: Choice
     per_sample: NDArray[np.float64]
-    matrix: SensitivityMatrix
+    last: Linearisation
     steps: tuple[Step, ...]
     measured: dict[Choice, float] = field(default_factory=dict)
 
@@ -208,11 +231,13 @@ class _Search:
         )
         return best if accepted else current
 
-    def linearise(
-        self, point: Choice | None, stage: str
-    ) -> tuple[SensitivityMatrix, OutputDifferences | None]:
-        """Measure singles and Gram terms around ``point``."""
-        return measure_differences(
+    def linearise(self, point: Choice | None, number: int) -> Linearisation:
+        """Measure singles and Gram terms around ``point``, the ``number``-th of the refinement."""
+        rows = self.within_reach(point)
+        n = len(self.runner.chunks)
+        taken = self.chunks_of_one
+        chunks = [(k + (number - 1) * taken) % n for k in range(taken)]
+        matrix, differences = measure_differences(
             self.runner,
             self.table,
             self.loss,
@@ -220,15 +245,24 @@ class _Search:
             ledger=self.ledger,
             on_progress=self.on_progress,
             cancelled=self.cancelled,
-            stage=stage,
-            only=self.within_reach(point),
+            stage=f"linearisation {number}",
+            only=rows,
+            chunks=None if point is None else chunks,
         )
+        return Linearisation(point=point, matrix=matrix, differences=differences, rows=tuple(rows))
+
+    @property
+    def chunks_of_one(self) -> int:
+        """Chunks that a linearisation around a plan takes."""
+        n = len(self.runner.chunks)
+        return min(n, max(1, round(self.settings.share * n)))
 
     def cost_of_linearisation(self, point: Choice) -> float:
         """Return an upper estimate of the passes that linearising at ``point`` takes."""
         rows = set(self.within_reach(point)).difference(_rows_of(self.table, point))
         layers = [[c.layer for c in self.table.rows[row].candidates] for row in rows]
-        return 2.0 + sum(self.runner.share(names) for names in layers)
+        whole = 2.0 + sum(self.runner.share(names) for names in layers)
+        return whole * self.chunks_of_one / len(self.runner.chunks)
 
     def within_reach(self, point: Choice | None) -> list[int]:
         """Return the rows that a linearisation at ``point`` measures."""
@@ -255,6 +289,7 @@ def refine(
     starts: Mapping[str, Choice],
     judge: Sequence[Runner] = (),
     first: tuple[SensitivityMatrix, OutputDifferences | None] | None = None,
+    warm: Linearisation | None = None,
     settings: RefineSettings | None = None,
     ledger: Ledger | None = None,
     on_progress: OnProgress | None = None,
@@ -272,6 +307,7 @@ def refine(
         judge: Execute the model on the samples that decide, block by block: a hold-out part, and
             further ones for what that leaves open. By default those of ``runner`` decide.
         first: Matrix and differences around full precision, if they are measured already.
+        warm: The last linearisation of a larger budget; its predictions propose a start.
         settings: How much work.
         ledger: Where measurements are kept.
         on_progress: Called after each unit of work.
@@ -304,17 +340,25 @@ def refine(
         cancelled=cancelled,
     )
     search.passes_before = search.passes
-    matrix, differences = first or search.linearise(None, "linearisation 0")
+    if first is None:
+        at = search.linearise(None, 0)
+    else:
+        everything = tuple(range(len(table.rows)))
+        at = Linearisation(point=None, matrix=first[0], differences=first[1], rows=everything)
     proposals = {c: name for name, c in starts.items() if limits.allow(table, c)}
-    for name, candidate in (
-        ("gram", solve(matrix, limits)),
-        ("diagonal", _diagonal(search, matrix)),
-    ):
-        if candidate is not None:
-            proposals.setdefault(candidate, name)
-    if differences is not None and proposals:
-        found = predicted_descent(differences, limits, _best_predicted(differences, proposals))
-        proposals.setdefault(found[0], "sum of differences")
+    if (diagonal := solve(replace(at.matrix, cross=None, cross_error=None), limits)) is not None:
+        proposals.setdefault(diagonal, "diagonal")
+    for known, prefix in ((at, ""), (warm, "larger budget, ")):
+        if known is None:
+            continue
+        inside = limits.only(known.rows)
+        if (solved := solve(known.matrix, inside)) is not None:
+            proposals.setdefault(solved, f"{prefix}gram")
+        offered = [c for c in proposals if inside.allow(table, c)]
+        if known.differences is not None and offered:
+            start = _best_predicted(known.differences, offered)
+            (end,) = predicted_descent(known.differences, inside, start)
+            proposals.setdefault(end, f"{prefix}sum of differences")
     if not proposals:
         msg = "refinement needs a start within the limits; none of the given ones is"
         raise Infeasible(msg)
@@ -323,73 +367,60 @@ def refine(
     current = judge_.best(list(proposals))
     current = search.step("start", current, proposals)
     left = settings.iterations
-    point: Choice | None = None
     while True:
         before = current
-        if left and point != current and search.affords(search.cost_of_linearisation(current)):
+        if left and at.point != current and search.affords(search.cost_of_linearisation(current)):
             left -= 1
             number = settings.iterations - left
-            point = current
-            matrix, differences = search.linearise(current, f"linearisation {number}")
-            offered = _proposals(search, current, matrix, differences)
-            if offered:
-                judge_.measure(list(offered), current, f"proposals {number}")
-                current = search.step("linearised", current, offered)
+            at = search.linearise(current, number)
+            around = _proposals(search, current, at)
+            if around:
+                judge_.measure(list(around), current, f"proposals {number}")
+                current = search.step("linearised", current, around)
         if current == before:
-            current = _swap(search, current, point, matrix, differences)
+            current = _swap(search, current, at)
         if current == before:
             break
     return Refinement(
         choice=current,
         per_sample=judge_.per_sample(current),
-        matrix=matrix,
+        last=at,
         steps=tuple(search.steps),
         measured={c: judge_.mean(c) for c in judge_.losses},
     )
 
 
-def _proposals(
-    search: _Search,
-    current: Choice,
-    matrix: SensitivityMatrix,
-    differences: OutputDifferences | None,
-) -> dict[Choice, str]:
+def _proposals(search: _Search, current: Choice, at: Linearisation) -> dict[Choice, str]:
     """Return what the predictions around ``current`` offer, the best predicted ones."""
     offered: dict[Choice, str] = {}
-    limits = search.limits.only(search.within_reach(current))
+    limits = search.limits.only(at.rows)
     for share in search.settings.radii:
         radius = max(1, round(share * len(current)))
         inside = limits.within(search.table, current, radius)
-        candidate = search.solve(matrix, inside)
+        candidate = search.solve(at.matrix, inside)
         if candidate is not None:
             offered.setdefault(candidate, f"gram within {radius}")
-        if differences is not None:
-            (end,) = predicted_descent(differences, inside, current)
+        if at.differences is not None:
+            (end,) = predicted_descent(at.differences, inside, current)
             offered.setdefault(end, f"sum of differences within {radius}")
     offered = {choice: origin for choice, origin in offered.items() if choice != current}
-    order = _ranked(list(offered), current, matrix, differences)
+    order = _ranked(list(offered), current, at)
     return {choice: offered[choice] for choice in order[: search.settings.proposals]}
 
 
-def _swap(
-    search: _Search,
-    current: Choice,
-    point: Choice | None,
-    matrix: SensitivityMatrix,
-    differences: OutputDifferences | None,
-) -> Choice:
+def _swap(search: _Search, current: Choice, at: Linearisation) -> Choice:
     """Measure the most promising swaps, a few at a time, and move while that is an improvement.
 
-    Predictions are those around ``point``; only rows that were measured there are swapped in.
+    Only rows that were measured in the linearisation are swapped in.
     """
     settings, failed = search.settings, 0
-    limits = search.limits.only([*search.within_reach(point), *_rows_of(search.table, current)])
+    limits = search.limits.only([*at.rows, *_rows_of(search.table, current)])
     for round_ in range(settings.swap_rounds):
         near = neighbours(search.table, limits, current)
         near = [c for c in near if c not in search.judge.losses]
         if not near or failed == settings.patience or not search.affords(settings.swaps + 1.0):
             break
-        order = _ranked(near, current, matrix, differences)[: settings.swaps]
+        order = _ranked(near, current, at)[: settings.swaps]
         search.judge.measure(order, current, f"swaps {round_ + 1}")
         following = search.step("swap", current, dict.fromkeys(order, "swap"))
         failed = failed + 1 if following == current else 0
@@ -401,29 +432,17 @@ def _rows_of(table: CandidateTable, choice: Choice) -> list[int]:
     return [int(a + k) for a, k in zip(table.offsets[:-1], choice, strict=True)]
 
 
-def _diagonal(search: _Search, matrix: SensitivityMatrix) -> Choice | None:
-    from dataclasses import replace
-
-    return search.solve(replace(matrix, cross=None, cross_error=None), search.limits)
-
-
-def _ranked(
-    choices: Sequence[Choice],
-    current: Choice,
-    matrix: SensitivityMatrix,
-    differences: OutputDifferences | None,
-) -> list[Choice]:
+def _ranked(choices: Sequence[Choice], current: Choice, at: Linearisation) -> list[Choice]:
     """Return ``choices`` by predicted loss, best first."""
-    if differences is None:
-        predicted = np.array([matrix.predict(c) for c in choices])
+    if at.differences is None:
+        predicted = np.array([at.matrix.predict(c) for c in choices])
     else:
-        predicted = differences.predict_near(current, choices)
+        predicted = at.differences.predict_near(current, choices)
     return [choices[k] for k in np.argsort(predicted, kind="stable")]
 
 
-def _best_predicted(differences: OutputDifferences, choices: Mapping[Choice, str]) -> Choice:
-    listed = list(choices)
-    return listed[int(differences.predict(listed).argmin())]
+def _best_predicted(differences: OutputDifferences, choices: Sequence[Choice]) -> Choice:
+    return choices[int(differences.predict(choices).argmin())]
 
 
 def predicted_descent(
@@ -453,6 +472,7 @@ def predicted_descent(
 __all__ = [
     "Choice",
     "Limits",
+    "Linearisation",
     "RefineSettings",
     "Refinement",
     "Solve",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bitquota.plan import SOLVER, MeasuredLoss
+from bitquota.formats.scores import SHARES
+from bitquota.plan import SOLVER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from bitquota.canonical import JsonObject
-    from bitquota.plan import Baseline, Plan
+    from bitquota.formats.scores import Estimate, Score
+    from bitquota.plan import Baseline, MeasuredLoss, Plan
 
 CLEAR_DIFFERENCE = 2.0
 """Paired standard errors from which on a difference is called one."""
@@ -64,16 +65,62 @@ def verdict(plan: Plan) -> str:
 
 
 def proof_sentence(plan: Plan) -> str:
-    """Return one sentence on how far the choice can be from the best one."""
+    """Return one or two sentences on how far the choice can be from the best *predicted* one.
+
+    A proof speaks of the matrix around full precision; the choice was found by measurements.
+    """
     proof = plan.proof
     if proof is None or proof.bound is None:
         return "The solver gave no bound."
     how = "certified" if proof.certified else "reported by the solver, not certified"
     gap = f"{proof.absolute_gap:.3g} absolute, {100 * (proof.relative_gap or 0.0):.3g} %"
-    return (
-        f"Predicted loss increase {proof.objective:.4g}; no choice within the budget is predicted "
-        f"below {proof.bound:.4g} ({how}; gap {gap}; {proof.solver}, {proof.status})."
+    # A metric scores in its own unit.
+    what = "gives a score" if plan.predicted is None else "predicts a loss increase"
+    found = (
+        f"The matrix around full precision {what} of {proof.objective:.4g}, and "
+        f"below {proof.bound:.4g} for no choice within the budget ({how}; gap {gap}; "
+        f"{proof.solver}, {proof.status})."
     )
+    if proof.status == "optimal":
+        return found
+    return (
+        f"{found} The plan was chosen by measured losses, which that proof does not speak of: no "
+        "proof says that no other choice measures better."
+    )
+
+
+def evidence_sentences(plan: Plan) -> list[str]:
+    """Return what the plans measured as evidence say about predictions and about the plan."""
+    evidence = plan.evidence
+    if not evidence:
+        return []
+    points = evidence["points"]
+    kinds = [point["kind"] for point in points]
+    found = []
+    own = points[0]
+    correlations = [
+        f"{value:.2f} over {name}"
+        for name, value in (
+            ("all of them", evidence["rank_correlation"]),
+            ("the plan and its neighbours", evidence["near_correlation"]),
+        )
+        if value is not None
+    ]
+    found.append(
+        f"Predicted {own['predicted']:.4g}, measured {own['measured']:.4g} ± {own['error']:.2g}. "
+        f"Rank correlation of prediction and measurement ({kinds.count('near')} neighbours and "
+        f"{kinds.count('random')} random plans of the same budget): "
+        + (", ".join(correlations) or "none, nothing varies")
+        + "."
+    )
+    if "random" in kinds:
+        low, middle, high = evidence["random_band"]
+        worse = round(evidence["better_than_random"] * kinds.count("random"))
+        found.append(
+            f"Random plans of the same budget lose {low:.4g} to {high:.4g} (median {middle:.4g}); "
+            f"{worse} of {kinds.count('random')} measured worse than the plan."
+        )
+    return found
 
 
 def comparison_rows(
@@ -107,34 +154,57 @@ def comparison_rows(
     return rows
 
 
-def evaluation_rows(
-    evaluations: Sequence[JsonObject], names: Sequence[str]
-) -> list[dict[str, str]]:
-    """Return one row of text for each evaluated choice.
+def score_rows(scores: Sequence[Score]) -> list[dict[str, str]]:
+    """Return one row of text for each metric, with one column for each model."""
+    columns = {score.name: _score_column(score) for score in scores}
+    names = dict.fromkeys(key for column in columns.values() for key in column)
+    return [
+        {"": name} | {model: column.get(name, "") for model, column in columns.items()}
+        for name in names
+    ]
 
-    Args:
-        evaluations: As ``Evaluation.to_json`` gives them.
-        names: What to call each plan, by its index.
-    """
-    rows = []
-    for entry in evaluations:
-        measured = MeasuredLoss.from_json(entry["measured"])
-        index, name = entry["plan_index"], entry["name"]
-        choice = f"  {name}"
-        if index is None:
-            choice = name
-        elif name == "plan":
-            choice = names[index]
-        rows.append(
-            {
-                "choice": choice,
-                "loss increase": format_loss(measured),
-                "top-1 accuracy": (
-                    "" if measured.accuracy is None else f"{100 * measured.accuracy:.2f} %"
-                ),
-            }
+
+def score_sentences(scores: Sequence[Score]) -> list[str]:
+    """Return one line for each paired difference."""
+    return [
+        f"{score.name} minus {other}: "
+        + ", ".join(
+            f"{_TITLES.get(name, name)} {_format_estimate(name, estimate, signed=True)}"
+            for name, estimate in score.scores.differences[other].items()
         )
-    return rows
+        for score in scores
+        for other in score.beside
+    ]
+
+
+_TITLES = {
+    "kl": "KL",
+    "same_top": "same top",
+    "top1": "top-1",
+    "cross_entropy": "cross entropy",
+    "embedding_cosine": "cosine",
+    "embedding_correlation": "correlation",
+}
+
+
+def _score_column(score: Score) -> dict[str, str]:
+    column = {"run as": "exported file" if score.kind == "exported" else "torch"}
+    if score.size_bits is not None:
+        column["weights"] = format_size(score.size_bits)
+    for name, estimate in score.scores.metrics.items():
+        column[_TITLES.get(name, name)] = _format_estimate(name, estimate)
+    if score.scores.kl_tail is not None:
+        column["KL, 99.9 %"] = f"{score.scores.kl_tail:.4g}"
+    if score.scores.perplexity is not None:
+        column["perplexity"] = f"{score.scores.perplexity:.4f}"
+    return column
+
+
+def _format_estimate(name: str, estimate: Estimate, *, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    if name in SHARES:
+        return f"{100 * estimate.mean:{sign}.2f} ± {100 * estimate.standard_error:.2f} %"
+    return f"{estimate.mean:{sign}.4g} ± {estimate.standard_error:.2g}"
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -193,6 +263,7 @@ def render_markdown(
                 f"whole model {format_size(plan.model_bits)}."
             ),
             proof_sentence(plan),
+            *evidence_sentences(plan),
         ]
         if plan.measured is not None:
             facts.append(

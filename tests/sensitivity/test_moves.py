@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitquota.sensitivity.moves import Limits, distance, neighbours
+from bitquota.sensitivity.moves import Limits, distance, neighbours, rows_near
 from sensitivity_networks import Residual, build, inventory_of, table_of
 
 TABLE = table_of(inventory_of(build(Residual)), (2, 3, 8))
@@ -59,3 +59,26 @@ class TestWithin:
         for choice in ALL:
             expected = limits.allow(TABLE, choice) and distance(choice, inside) <= radius
             assert region.allow(TABLE, choice) == expected
+
+
+class TestOnly:
+    @settings(deadline=None, max_examples=30)
+    @given(budgets(), st.sets(st.integers(0, 11)))
+    def test_leaves_nothing_but_the_rows(self, drawn, rows):
+        """Exactly the choices made of these rows remain."""
+        limits, inside = drawn
+        region = limits.only([*rows, *(TABLE.offsets[:-1] + np.array(inside)).tolist()])
+        offered = rows | set((TABLE.offsets[:-1] + np.array(inside)).tolist())
+
+        for choice in ALL:
+            made = {int(a + k) for a, k in zip(TABLE.offsets[:-1], choice, strict=True)}
+            expected = limits.allow(TABLE, choice) and made <= offered
+            assert region.allow(TABLE, choice) == expected
+
+
+class TestRowsNear:
+    def test_stops_at_the_ends(self):
+        """One place up and down, within each group."""
+        assert rows_near(TABLE, (0, 1, 2, 0), 1) == [0, 1, 3, 4, 5, 7, 8, 9, 10]
+        assert rows_near(TABLE, (0, 1, 2, 0), 0) == [0, 4, 8, 9]
+        assert rows_near(TABLE, (0, 1, 2, 0), 2) == list(range(12))

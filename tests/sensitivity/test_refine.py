@@ -83,6 +83,65 @@ class TestRefine:
         expected = measure_choices(judge, table, KL, [found.choice])[0]
         np.testing.assert_array_equal(found.per_sample, expected)
 
+    def test_more_samples_where_the_first_do_not_decide(self):
+        """A second block is run only for choices that are close, and it counts."""
+        runner, table, limits = setting()
+        blocks = [
+            make_runner(build(Residual), runner.inventory, samples(Residual, 16, seed=s),
+                        engine="eager")
+            for s in (8, 9)
+        ]  # fmt: skip
+        found = refine(
+            runner, table, KL, limits=limits, solve=brute_force, starts={"s": (0, 0, 0, 0)},
+            judge=blocks, settings=RefineSettings(accept_errors=3.0),
+        )  # fmt: skip
+        calls = [block.passes.calls for block in blocks]
+
+        assert 0 < calls[1] < calls[0]
+        assert len(found.per_sample) in (16, 32)
+        expected = [measure_choices(b, table, KL, [found.choice])[0] for b in blocks]
+        np.testing.assert_array_equal(
+            found.per_sample, np.concatenate(expected)[: len(found.per_sample)]
+        )
+
+    def test_measures_only_rows_within_reach(self):
+        """Around a plan a linearisation costs its neighbours; all rows on request."""
+        costs = {}
+        for reach in (1, None):
+            runner, table, limits = setting()
+            found = refine(
+                runner, table, KL, limits=limits, solve=brute_force, starts={"s": (0, 0, 0, 0)},
+                settings=RefineSettings(iterations=1, swap_rounds=0, reach=reach),
+            )  # fmt: skip
+            costs[reach] = runner.passes.passes
+            rows = set(found.last.rows)
+            assert found.last.point is not None
+            for g, k in enumerate(found.last.point):
+                near = {
+                    row - table.offsets[g]
+                    for row in rows
+                    if table.offsets[g] <= row < table.offsets[g + 1]
+                }
+                assert near == {r for r in range(4) if reach is None or abs(r - k) <= reach}
+        assert costs[1] < costs[None]
+
+    def test_a_larger_budget_gives_a_start(self):
+        """Its last linearisation proposes a choice within the smaller budget."""
+        runner, table, limits = setting(bits=4.0)
+        large = refine(
+            runner, table, KL, limits=limits, solve=brute_force, starts={"s": (0, 0, 0, 0)}
+        )
+        _, _, smaller = setting(bits=3.0)
+        found = refine(
+            runner, table, KL, limits=smaller, solve=brute_force, starts={"s": (0, 0, 0, 0)},
+            warm=large.last, settings=RefineSettings(iterations=0, swap_rounds=0),
+        )  # fmt: skip
+        inside = brute_force(large.last.matrix, smaller.only(large.last.rows))
+
+        assert large.last.point is not None
+        assert inside in found.measured
+        assert smaller.allow(table, found.choice)
+
     def test_is_reproduced_from_the_ledger(self):
         """The second run gives the same steps without a pass apart from reference outputs."""
         ledger, results = MemoryLedger(), []
