@@ -1,5 +1,6 @@
-# Two images from one file: "api" (REST API, no torch) and "worker" (the same server with torch,
-# which also runs jobs). Both take their versions from constraints.txt.
+# Three images from one file: "api" (REST API, no torch), "worker" (the same server with torch,
+# which also runs jobs) and "ray" (a worker that is a node of a Ray cluster). All take their
+# versions from constraints.txt.
 ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS wheel
@@ -24,13 +25,19 @@ COPY --from=wheel /dist /dist
 RUN python3 -m venv /opt/bitquota \
     && wheel="$(echo /dist/bitquota-*.whl)" \
     && /opt/bitquota/bin/pip install --no-cache-dir --extra-index-url "${EXTRA_INDEX_URL}" \
-        --constraint /src/constraints.txt "${wheel}[service]"
+        --constraint /src/constraints.txt "${wheel}[service,postgres,s3,otel]"
 
 FROM api-packages AS worker-packages
 ARG EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 RUN wheel="$(echo /dist/bitquota-*.whl)" \
     && /opt/bitquota/bin/pip install --no-cache-dir --extra-index-url "${EXTRA_INDEX_URL}" \
-        --constraint /src/constraints.txt "${wheel}[service,worker,hf]"
+        --constraint /src/constraints.txt "${wheel}[service,postgres,s3,otel,worker,hf,onnx]"
+
+FROM worker-packages AS ray-packages
+ARG EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+RUN wheel="$(echo /dist/bitquota-*.whl)" \
+    && /opt/bitquota/bin/pip install --no-cache-dir --extra-index-url "${EXTRA_INDEX_URL}" \
+        --constraint /src/constraints.txt "${wheel}[service,postgres,s3,otel,worker,hf,onnx,ray]"
 
 FROM ${PYTHON_IMAGE} AS runtime
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /data bitquota \
@@ -55,4 +62,9 @@ CMD ["bitquota", "serve"]
 
 FROM runtime AS worker
 COPY --from=worker-packages /opt/bitquota /opt/bitquota
+CMD ["bitquota", "serve"]
+
+FROM runtime AS ray
+COPY --from=ray-packages /opt/bitquota /opt/bitquota
+ENV BITQUOTA_ENGINE=ray
 CMD ["bitquota", "serve"]

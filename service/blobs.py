@@ -147,18 +147,18 @@ class BlobStore:
         digest = incoming.digest
         if self.storage is not None:
             self.storage.put(digest.removeprefix(_PREFIX), incoming.path, now=time.time())
-        return self._settle(incoming, digest)
+        return self._settle(incoming.path, digest)
 
-    def _settle(self, incoming: Incoming, digest: str) -> str:
+    def _settle(self, path: Path, digest: str) -> str:
         target = self.place(digest)
         if target.exists():
             # A collection spares young files: this one may be about to be named by a row.
             os.utime(target)
-            incoming.path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             return digest
         target.parent.mkdir(parents=True, exist_ok=True)
-        incoming.path.chmod(0o440)
-        incoming.path.replace(target)
+        path.chmod(0o440)
+        path.replace(target)
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -199,15 +199,10 @@ class BlobStore:
             fetched = self._incoming / secrets.token_hex(16)
             try:
                 storage.get(digest.removeprefix(_PREFIX), fetched)
-                incoming = Incoming(path=fetched, limit=2**63, _file=fetched.open("ab"))
-                with fetched.open("rb") as written:
-                    while chunk := written.read(_READ):
-                        incoming._hash.update(chunk)  # noqa: SLF001  # of this module
-                if incoming.digest != digest:
+                if (got := digest_file(fetched)) != digest:
                     msg = f"the storage must return the bytes of {digest}; it returned others"
-                    raise ServiceError(msg, digest=digest, got=incoming.digest)
-                incoming.flush()
-                self._settle(incoming, digest)
+                    raise ServiceError(msg, digest=digest, got=got)
+                self._settle(fetched, digest)
             finally:
                 fetched.unlink(missing_ok=True)
         return place

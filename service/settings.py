@@ -35,6 +35,9 @@ class Settings:
         "", "SQLAlchemy URL; empty means the SQLite file `bitquota.db` in the data folder."
     )
     slots: int = _setting(1, "Jobs that run at the same time on this host.", below=0)
+    database_password_file: str = _setting(
+        "", "File with the password of `BITQUOTA_DATABASE_URL`, so that the URL need not hold it."
+    )
     blob_url: str = _setting(
         "", "Where files lie for good, such as `s3://bucket/prefix`; empty is the data folder."
     )
@@ -165,7 +168,23 @@ class Settings:
     @property
     def url(self) -> str:
         """The database URL in force."""
-        return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'bitquota.db'}"
+        if not self.database_url:
+            return f"sqlite:///{self.data_dir.absolute() / 'bitquota.db'}"
+        if not self.database_password_file:
+            return self.database_url
+        from sqlalchemy import make_url
+
+        try:
+            password = Path(self.database_password_file).read_text(encoding="utf-8").strip()
+        except OSError as err:
+            msg = (
+                "BITQUOTA_DATABASE_PASSWORD_FILE must be a file that can be read; "
+                f"'{self.database_password_file}': {err.strerror}"
+            )
+            raise InvalidInput(msg) from err
+        return (
+            make_url(self.database_url).set(password=password).render_as_string(hide_password=False)
+        )
 
     @property
     def loopback(self) -> bool:

@@ -45,8 +45,7 @@ class LiveCluster:
     def start_head(self) -> None:
         self._start(
             "--head", "--node-ip-address=127.0.0.1", f"--port={self.port}",
-            f"--ray-client-server-port={free_port()}", "--include-dashboard=false",
-            f"--temp-dir={self.folder / 'ray'}",
+            "--include-dashboard=false", f"--temp-dir={self.folder / 'ray'}",
         )  # fmt: skip
 
     def add_node(self) -> subprocess.Popen[bytes]:

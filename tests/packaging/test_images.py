@@ -11,6 +11,8 @@ import subprocess
 import pytest
 import yaml
 
+from bitquota.service.settings import Settings
+
 from .conftest import run, tool
 
 
@@ -29,8 +31,8 @@ class TestDockerfile:
         done = run(tool("hadolint"), "Dockerfile", cwd=repository)
         assert (0, "") == (done.returncode, done.stdout)
 
-    @pytest.mark.parametrize("target", ["api", "worker"])
-    def test_has_both_targets_without_root(self, dockerfile, target):
+    @pytest.mark.parametrize("target", ["api", "worker", "ray"])
+    def test_has_all_targets_without_root(self, dockerfile, target):
         """Each is built from the stage that sets the user, the health check and the volume."""
         assert f"FROM runtime AS {target}\n" in dockerfile
         runtime = dockerfile[dockerfile.index(" AS runtime") : dockerfile.index(" AS api\n")]
@@ -55,7 +57,7 @@ class TestDockerfile:
 
     def test_installs_with_the_pins(self, dockerfile):
         installs = dockerfile.replace("\\\n", " ").split("pip install")[1:]
-        assert len(installs) == 3
+        assert len(installs) == 4
         assert all("--constraint" in text.split("\n")[0] for text in installs)
 
 
@@ -76,24 +78,73 @@ class TestCompose:
         path.write_text(yaml.safe_dump(wrong))
         assert self.check(path, repository).returncode == 1
 
-    @pytest.mark.parametrize("service", ["api", "worker"])
-    def test_services_are_hardened(self, compose, service):
-        found = compose["services"][service]
-        assert found["build"]["target"] == service
-        assert (True, ["ALL"], "10001:10001") == (
-            found["read_only"],
-            found["cap_drop"],
-            found["user"],
-        )
-        assert "no-new-privileges:true" in found["security_opt"]
+    def test_every_service_is_hardened(self, compose):
+        for name, found in compose["services"].items():
+            assert (True, ["ALL"]) == (found["read_only"], found["cap_drop"]), name
+            assert "no-new-privileges:true" in found["security_opt"], name
+            user = "999:999" if name == "postgres" else "10001:10001"
+            assert found["user"] == user
 
-    def test_services_share_the_data(self, compose):
-        assert all(s["volumes"] == ["data:/data"] for s in compose["services"].values())
+    @pytest.mark.parametrize(
+        ("service", "target"),
+        [("api", "api"), ("worker", "worker"), ("ray-head", "ray"), ("ray-worker", "ray")],
+    )
+    def test_services_are_built_from_their_targets(self, compose, service, target):
+        assert compose["services"][service]["build"]["target"] == target
+
+    def test_the_api_alone_by_default(self, compose):
+        """And it needs no file that is not there: no secret of another profile."""
+        profiles = {name: s.get("profiles") for name, s in compose["services"].items()}
+        assert profiles == {
+            "api": None,
+            "worker": ["worker"],
+            "postgres": ["postgres"],
+            "ray-head": ["ray"],
+            "ray-worker": ["ray"],
+        }
+        assert "secrets" not in compose["services"]["api"]
+
+    @pytest.mark.parametrize("service", ["api", "worker", "ray-head"])
+    def test_servers_share_the_data(self, compose, service):
+        assert "data:/data" in compose["services"][service]["volumes"]
+
+    def test_every_service_is_looked_after(self, compose):
+        """By a health check of its own, or by that of its image."""
+        for name, found in compose["services"].items():
+            if name in {"postgres", "ray-worker"}:
+                assert "test" in found["healthcheck"]
+            else:
+                assert "healthcheck" not in found, "the image's asks the right port"
+            assert found["restart"] == "unless-stopped"
+
+    def test_secrets_are_files(self, compose):
+        """No password and no token stands in a variable."""
+        assert all(set(s) == {"file"} for s in compose["secrets"].values())
+        for found in compose["services"].values():
+            for name, value in found.get("environment", {}).items():
+                secret = any(word in name for word in ("PASSWORD", "TOKEN", "SECRET", "KEY"))
+                assert not secret or name.endswith(("_FILE", "_PATH")), name
+                assert "${POSTGRES_PASSWORD" not in str(value)
+
+    @pytest.mark.parametrize("service", ["ray-head", "ray-worker"])
+    def test_nodes_of_ray_use_the_token(self, compose, service):
+        """Whoever reaches a node without one would run anything there."""
+        environment = compose["services"][service]["environment"]
+        assert environment["RAY_AUTH_MODE"] == "token"
+        assert environment["RAY_AUTH_TOKEN_PATH"] == "/run/secrets/ray_token"  # noqa: S105  # a path
+        assert "ray_token" in compose["services"][service]["secrets"]
+
+    def test_variables_are_settings(self, compose):
+        """A mistyped one would be ignored."""
+        known = Settings().to_environment()
+        for name, found in compose["services"].items():
+            for variable in found.get("environment", {}):
+                assert not variable.startswith("BITQUOTA_") or variable in known, (name, variable)
 
 
 @pytest.mark.docker
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("target", ["api", "worker"])
+@pytest.mark.parametrize("target", ["api", "worker", "ray"])
 class TestBuild:
     """A real build with buildah: ``make docker-check``.
 
@@ -131,7 +182,7 @@ class TestBuild:
             )
             inside = ["buildah", "run", "--isolation", "chroot", container, "--"]
             done = run(*inside, "python3", "-c", code, cwd=tmp_path)
-            assert done.stdout.split() == ["10001", str(target == "worker")], done.stderr
+            assert done.stdout.split() == ["10001", str(target != "api")], done.stderr
             done = run(*inside, "bitquota", "--version", cwd=tmp_path)
             assert done.stdout.startswith("bitquota "), done.stderr
         finally:
