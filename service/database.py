@@ -158,7 +158,8 @@ _BACKOFF_S = 0.1
 def open_engine(url: str) -> Engine:
     """Return an engine for ``url``: SQLite in WAL mode with full syncs, or PostgreSQL."""
     if not url.startswith("sqlite"):
-        return sa.create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=30)
+        # No ping before use: what fails on a dead connection is run again on a new one.
+        return sa.create_engine(url, pool_size=10, max_overflow=30)
     engine = sa.create_engine(
         url,
         connect_args={"timeout": 30.0, "check_same_thread": False, "isolation_level": None},
@@ -188,6 +189,13 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.engine = open_engine(url)
+        # PostgreSQL shows each statement of a transaction the newest committed rows anyway, so
+        # that a reading one is worth nothing and costs two more round trips.
+        self._reading = (
+            self.engine.execution_options(isolation_level="AUTOCOMMIT")
+            if self.postgres
+            else self.engine
+        )
         # SQLite lets waiting writers poll for its lock, unfairly and asleep up to .1 s at a time;
         # those of one process queue up here instead.
         self._one_writer = contextlib.nullcontext() if self.postgres else threading.Lock()
@@ -218,7 +226,7 @@ class Database:
     def _run(self, work: Callable[[Connection], T], *, writing: bool) -> T:
         for attempt in range(_RETRIES):
             try:
-                with self.engine.connect() as connection:
+                with (self.engine if writing else self._reading).connect() as connection:
                     if writing:
                         connection = connection.execution_options(**{_WRITE: True})  # noqa: PLW2901
                     with connection.begin():

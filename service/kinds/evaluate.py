@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitquota.canonical import canonical_json
 from bitquota.errors import InvalidInput
-from bitquota.report import evaluation_rows, markdown_table
-from bitquota.request import LOSSES
+from bitquota.formats.scores import Score
+from bitquota.report import markdown_table, score_rows, score_sentences
 from bitquota.service.inspection import ArtifactKind
 from bitquota.service.kinds.kind import CORRECTION_DATA, DATASET, MODEL, Input, JobKind, Result
 from bitquota.service.kinds.results import REPORT, read_json
@@ -28,51 +27,63 @@ class EvaluateRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    baselines: bool = Field(default=False, description="Also evaluate each plan's baselines.")
-    loss: str = Field(default="kl", description=f"One of {', '.join(LOSSES)}.")
+    uniform: bool = Field(
+        default=True, description="Also run the widest uniform plan of no more bytes."
+    )
+    baselines: bool = Field(default=False, description="Also run each plan's other baselines.")
+    embedding: bool = Field(
+        default=False, description="The output is an embedding rather than logits."
+    )
+    names: list[Annotated[str, Field(max_length=255)]] | None = Field(
+        default=None, max_length=64, description="What to call each plan; by default `plan 1`, …"
+    )
 
 
 def run(work: Work) -> None:
     """Hand over what ``bitquota evaluate --json`` prints, and on how many samples."""
-    from bitquota.allocate import evaluate_plans
+    from bitquota.formats import check_calibration
+    from bitquota.formats.scoring import score_plans
+    from bitquota.setting import choose_device
 
-    samples = work.samples()
-    found = evaluate_plans(
-        work.model(),
+    request = work.request
+    model, samples, plans = work.model(), work.samples(), work.plans()
+    check_calibration(model, samples)
+    names = request["names"] or [f"plan {k + 1}" for k in range(len(plans))]
+    if len(set(names)) != len(plans):
+        msg = f"every plan needs a name of its own; got {len(plans)} plans and the names {names}"
+        raise InvalidInput(msg, names=names)
+    work.say("evaluate")
+    scores = score_plans(
+        model,
         samples,
-        work.plans(),
+        plans=dict(zip(names, plans, strict=True)),
         correction_data=work.samples_if_any("correction_data"),
-        with_baselines=work.request["baselines"],
-        loss=work.request["loss"],
-        device=work.device,
-        on_progress=work.on_progress,
+        with_uniform=request["uniform"],
+        with_baselines=request["baselines"],
+        kind="embedding" if request["embedding"] else "logits",
+        device=str(choose_device(work.device)),
     )
-    document = {"n_samples": len(samples), "evaluations": [e.to_json() for e in found]}
+    document = {"n_samples": len(samples), "scores": [score.to_json() for score in scores]}
     work.give("evaluation", canonical_json(document).encode())
 
 
 def accept(request: JsonObject) -> JsonObject:
-    """Return the request; raises ``InvalidInput`` for a loss that is not known."""
-    if request["loss"] not in LOSSES:
-        msg = f"loss must be one of {', '.join(LOSSES)}; got {request['loss']!r}"
-        raise InvalidInput(msg, loss=request["loss"])
+    """Return the request."""
     return request
 
 
-def check(path: Path) -> None:
-    """Raise unless the file is such a document."""
+def read(path: Path) -> tuple[int, list[Score]]:
+    """Return the number of samples and the scores in a file; raises where it holds none."""
     document = read_json(path)
-    evaluation_rows(document["evaluations"], ["plan"] * len(document["evaluations"]))
-    int(document["n_samples"])
+    return int(document["n_samples"]), [Score.from_json(score) for score in document["scores"]]
 
 
 def derive(given: Mapping[str, Sequence[Path]]) -> dict[str, bytes]:
     """Return the report."""
-    document = json.loads(given["evaluation"][0].read_bytes())
-    evaluations = document["evaluations"]
-    names = [f"plan {k + 1}" for k in range(len(evaluations))]
-    table = markdown_table(evaluation_rows(evaluations, names))
-    return {"report": f"# On {document['n_samples']:,} samples\n\n{table}".encode()}
+    n_samples, scores = read(given["evaluation"][0])
+    lines = "\n".join(f"- {line}" for line in score_sentences(scores))
+    text = f"# On {n_samples:,} samples\n\n{markdown_table(score_rows(scores))}\n{lines}\n"
+    return {"report": text.encode()}
 
 
 KIND = JobKind(
@@ -101,7 +112,7 @@ KIND = JobKind(
         Result(
             name="evaluation",
             text="Loss increase and accuracy of every choice.",
-            check=check,
+            check=read,
             path="evaluation",
         ),
         REPORT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import TypeAdapter
@@ -43,14 +44,20 @@ class _AsPlanRequest:
         self, _schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
         """Return the schema of the dataclass, which knows no further members."""
-        made = handler(TypeAdapter(PlanRequest).core_schema)
+        made = handler(_adapter().core_schema)
         handler.resolve_ref_schema(made)["additionalProperties"] = False
         return made
 
 
+@cache
+def _adapter() -> TypeAdapter[PlanRequest]:
+    # Making one takes longer than everything else that an order costs.
+    return TypeAdapter(PlanRequest)
+
+
 def _checked(value: Any) -> JsonObject:  # noqa: ANN401  # whatever a client sent
     # As JSON, because only there a list may stand for a tuple while "3" is no number.
-    TypeAdapter(PlanRequest).validate_json(json.dumps(value), strict=True)
+    _adapter().validate_json(json.dumps(value), strict=True)
     return PlanRequest.from_json(value).to_json()
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bitquota.errors import InvalidInput, MeasurementFailed
-from bitquota.formats.evaluation import Estimate, compare_models, scores_to_markdown
+from bitquota.formats.evaluation import compare_models, scores_to_markdown
+from bitquota.formats.scores import Estimate
 from bitquota.sensitivity.calibration import CalibrationSet
 
 LOGITS = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 1.0]])

@@ -10,7 +10,7 @@ import typer
 
 from bitquota import report
 from bitquota.cli import options as opt
-from bitquota.cli import output
+from bitquota.cli import output, remote
 from bitquota.cli.loading import load_samples
 from bitquota.errors import InvalidInput
 from bitquota.plan import Plan
@@ -63,6 +63,8 @@ def evaluate(
     tokenizer: opt.Tokenizer = None,
     length: opt.Length = opt.DEFAULT_LENGTH,
     device: opt.Device = "auto",
+    server: opt.Server = None,
+    api_key: opt.ApiKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run MODEL on DATA in full precision, under each plan, and as each exported file.
@@ -70,35 +72,55 @@ def evaluate(
     Metrics have standard errors; differences are taken sample by sample, to full precision and to
     the widest uniform plan of no more bytes.
     """
-    from bitquota.formats import check_calibration, load_model
-    from bitquota.formats.models import find_function
-    from bitquota.formats.scoring import score_plans
-    from bitquota.setting import choose_device
+    if server is not None:
+        if exported or metrics or imatrix:
+            msg = (
+                "exported files, own metrics and importance matrices are read where they lie: "
+                "leave --exported, --metric and --imatrix out, or --server"
+            )
+            raise InvalidInput(msg)
+        n_samples, scores = remote.scores(
+            server,
+            api_key,
+            {"uniform": uniform, "baselines": with_baselines, "embedding": embedding},
+            model,
+            data,
+            plan_files=plans or [],
+            correction_data=correction_data,
+        )
+    else:
+        from bitquota.formats import check_calibration, load_model
+        from bitquota.formats.models import find_function
+        from bitquota.formats.scoring import score_plans
+        from bitquota.setting import choose_device
 
-    loaded = replace(load_model(model), imatrix=imatrix)
-    samples = load_samples(data, model=model, tokenizer=tokenizer, length=length)
-    check_calibration(loaded, samples)
-    correcting = None
-    if correction_data is not None:
-        correcting = load_samples(correction_data, model=model, tokenizer=tokenizer, length=length)
-    scores = score_plans(
-        loaded,
-        samples,
-        plans={str(path): Plan.load(path) for path in plans or []},
-        exported=tuple(exported or ()),
-        correction_data=correcting,
-        with_uniform=uniform,
-        with_baselines=with_baselines,
-        kind="embedding" if embedding else "logits",
-        custom={
-            spec.partition(":")[2]: find_function(spec, InvalidInput) for spec in metrics or []
-        },
-        device=str(choose_device(device)),
-    )
+        loaded = replace(load_model(model), imatrix=imatrix)
+        samples = load_samples(data, model=model, tokenizer=tokenizer, length=length)
+        check_calibration(loaded, samples)
+        correcting = None
+        if correction_data is not None:
+            correcting = load_samples(
+                correction_data, model=model, tokenizer=tokenizer, length=length
+            )
+        scores = score_plans(
+            loaded,
+            samples,
+            plans={str(path): Plan.load(path) for path in plans or []},
+            exported=tuple(exported or ()),
+            correction_data=correcting,
+            with_uniform=uniform,
+            with_baselines=with_baselines,
+            kind="embedding" if embedding else "logits",
+            custom={
+                spec.partition(":")[2]: find_function(spec, InvalidInput) for spec in metrics or []
+            },
+            device=str(choose_device(device)),
+        )
+        n_samples = len(samples)
     if as_json:
         output.print_json([score.to_json() for score in scores])
         return
-    print_scores(scores, title=f"{len(samples)} samples of {data}")
+    print_scores(scores, title=f"{n_samples} samples of {data}")
 
 
 def print_scores(scores: Sequence[Score], title: str = "") -> None:

@@ -11,7 +11,7 @@ import typer
 
 from bitquota import report
 from bitquota.cli import options as opt
-from bitquota.cli import output
+from bitquota.cli import output, remote
 from bitquota.cli.loading import load_samples
 from bitquota.plan import Plan
 
@@ -53,6 +53,8 @@ def export(
     imatrix: opt.Imatrix = None,
     tokenizer: opt.Tokenizer = None,
     length: opt.Length = opt.DEFAULT_LENGTH,
+    server: opt.Server = None,
+    api_key: opt.ApiKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")] = False,
 ) -> None:
     """Write PLAN as files that a runtime loads, read them back, run them, and print the receipt.
@@ -60,27 +62,41 @@ def export(
     The folder appears whole, with plan.json and receipt.json, or not at all: a byte more than
     planned, or an output that differs from fake-quantization, is an error.
     """
-    from bitquota.formats import load_model
-    from bitquota.formats.exports import export_plan
-
     plan = Plan.load(plan_file)
     if target is None and format_name is None and plan.target is not None:
         target = plan.target.name
-    loaded = replace(load_model(model), imatrix=imatrix)
-    data = correcting = None
-    if samples is not None:
-        data = load_samples(samples, model=model, tokenizer=tokenizer, length=length)
-    if correction_data is not None:
-        correcting = load_samples(correction_data, model=model, tokenizer=tokenizer, length=length)
-    receipt = export_plan(
-        loaded,
-        plan,
-        out,
-        format_name=format_name,
-        target=target,
-        samples=data,
-        correction_data=correcting,
-    )
+    if server is not None:
+        receipt = remote.export(
+            server,
+            api_key,
+            {"format": format_name, "target": target},
+            model,
+            plan_file,
+            out,
+            samples=samples,
+            correction_data=correction_data,
+        )
+    else:
+        from bitquota.formats import load_model
+        from bitquota.formats.exports import export_plan
+
+        loaded = replace(load_model(model), imatrix=imatrix)
+        data = correcting = None
+        if samples is not None:
+            data = load_samples(samples, model=model, tokenizer=tokenizer, length=length)
+        if correction_data is not None:
+            correcting = load_samples(
+                correction_data, model=model, tokenizer=tokenizer, length=length
+            )
+        receipt = export_plan(
+            loaded,
+            plan,
+            out,
+            format_name=format_name,
+            target=target,
+            samples=data,
+            correction_data=correcting,
+        )
     output.messages.print(f"wrote {out}", highlight=False)
     if as_json:
         output.print_json(receipt.to_json())

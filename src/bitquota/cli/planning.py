@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bitquota import report, tracking
 from bitquota.canonical import JsonObject
 from bitquota.cli import options as opt
-from bitquota.cli import output
-from bitquota.errors import InvalidInput
+from bitquota.cli import output, remote
 from bitquota.plan import Plan
 from bitquota.request import PlanRequest
+
+if TYPE_CHECKING:
+    from bitquota.matrix import SensitivityMatrix
 
 
 @opt.with_options()
@@ -31,9 +33,6 @@ def plan(
     matrix_file: Annotated[
         Path | None, typer.Option("--matrix", help="Also write the sensitivity matrix (.npz).")
     ] = None,
-    server: Annotated[
-        str | None, typer.Option("--server", help="Run on this server instead of here.")
-    ] = None,
     log_to: opt.LogTo = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plans as JSON instead of tables.")
@@ -42,8 +41,8 @@ def plan(
     """Measure MODEL on CALIBRATION and write the best plan for each budget."""
     if log_to is not None:
         tracking.require_tracker(log_to)
-    if server is not None:
-        plans = _plan_remotely(server, model, calibration, request, matrix_file)
+    if here.server is not None:
+        plans = remote.plans(here.server, here.api_key, request, model, calibration, matrix_file)
     else:
         plans = _plan_here(model, calibration, request, here, matrix_file)
     for path, made in zip(_numbered(out, len(plans)), plans, strict=True):
@@ -87,27 +86,6 @@ def _plan_here(
     return result.plans
 
 
-def _plan_remotely(
-    server: str, model: str, calibration: str, request: PlanRequest, matrix_file: Path | None
-) -> tuple[Plan, ...]:
-    from bitquota.client import Client
-
-    for path in (model, calibration):
-        if not Path(path).is_file():
-            msg = (
-                "a server takes files: a .pt2 model and a .npz or .safetensors calibration set; "
-                f"'{path}' is not a file; leave --server out for factories and folders"
-            )
-            raise InvalidInput(msg, path=path)
-    with Client(server) as client, output.progress_bars() as on_progress:
-        job = client.submit(model=Path(model), calibration=Path(calibration), request=request)
-        output.messages.print(f"job {job.id}", highlight=False)
-        job.wait(on_progress=on_progress)
-        if matrix_file is not None:
-            matrix_file.write_bytes(job.sensitivity())
-        return tuple(job.plans())
-
-
 @opt.with_options(budgets=None, holdout=1, refine=False, solver="auto", gap=1e-4, time_limit=None)
 def measure(
     model: opt.Model,
@@ -119,11 +97,10 @@ def measure(
     ] = Path("sensitivity.npz"),
 ) -> None:
     """Measure the sensitivity matrix of MODEL on CALIBRATION and write it."""
-    from bitquota.allocate import measure_matrix
-
-    loaded, data = here.load(model, calibration)
-    with here.measuring() as measuring:
-        matrix = measure_matrix(loaded, data, request, **measuring)
+    if here.server is not None:
+        matrix = remote.matrix(here.server, here.api_key, request, model, calibration)
+    else:
+        matrix = _measure_here(model, calibration, request, here)
     out.parent.mkdir(parents=True, exist_ok=True)
     matrix.save(out)
     rows = []
@@ -140,6 +117,16 @@ def measure(
         )
     output.print_rows(rows, title="Each candidate alone")
     output.messages.print(f"wrote {out}", highlight=False)
+
+
+def _measure_here(
+    model: str, calibration: str, request: PlanRequest, here: opt.Here
+) -> SensitivityMatrix:
+    from bitquota.allocate import measure_matrix
+
+    loaded, data = here.load(model, calibration)
+    with here.measuring() as measuring:
+        return measure_matrix(loaded, data, request, **measuring)
 
 
 def show(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +12,21 @@ from bitquota.cli import output
 from bitquota.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from bitquota.canonical import JsonObject
     from bitquota.client import Client, Job
+    from bitquota.comparison import Comparison
+    from bitquota.formats.receipt import Receipt
+    from bitquota.formats.scores import Score
+    from bitquota.matrix import SensitivityMatrix
+    from bitquota.plan import Plan
+    from bitquota.request import PlanRequest
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+"""Time of every member: the same folder is the same upload."""
+
+_SHIPPED = ("*.json", "*.safetensors")
 
 
 @contextmanager
@@ -30,12 +43,30 @@ def file_of(text: str) -> Path:
     path = Path(text)
     if not path.is_file():
         msg = (
-            "a server takes files: a .pt2 or .onnx model, a zip of a Hugging Face folder, a .npz "
-            f"or .safetensors set; '{text}' is not a file; leave --server out for factories and "
-            "folders"
+            "a server takes files: a .pt2 or .onnx model, a Hugging Face folder, a .npz or "
+            f".safetensors set; '{text}' is none; leave --server out for factories"
         )
         raise InvalidInput(msg, path=text)
     return path
+
+
+@contextmanager
+def model_of(text: str) -> Iterator[Path]:
+    """Yield a model to upload; a Hugging Face folder is zipped, without files that hold code."""
+    folder = Path(text)
+    if not (folder / "config.json").is_file():
+        yield file_of(text)
+        return
+    with tempfile.TemporaryDirectory(prefix="bitquota-") as scratch:
+        target = Path(scratch) / f"{folder.name}.zip"
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+            for path in sorted(p for pattern in _SHIPPED for p in folder.glob(pattern)):
+                member = zipfile.ZipInfo(path.name, _EPOCH)
+                member.file_size = path.stat().st_size
+                with path.open("rb") as file, archive.open(member, "w") as packed:
+                    while piece := file.read(2**20):
+                        packed.write(piece)
+        yield target
 
 
 def done(job: Job) -> Job:
@@ -44,6 +75,116 @@ def done(job: Job) -> Job:
     with output.progress_bars() as on_progress:
         job.wait(on_progress=on_progress)
     return job
+
+
+@contextmanager
+def measured(
+    server: str,
+    api_key: str | None,
+    kind: str,
+    request: JsonObject | PlanRequest,
+    model: str,
+    data: str,
+) -> Iterator[Job]:
+    """Yield a job of ``kind`` on a model and a set, when it has succeeded."""
+    with opened(server, api_key) as client, model_of(model) as path:
+        yield done(client.order(kind, request, model=path, dataset=file_of(data)))
+
+
+def plans(
+    server: str,
+    api_key: str | None,
+    request: PlanRequest,
+    model: str,
+    data: str,
+    matrix_file: Path | None,
+) -> tuple[Plan, ...]:
+    """Run ``bitquota plan`` there."""
+    with measured(server, api_key, "plan", request, model, data) as job:
+        if matrix_file is not None:
+            matrix_file.write_bytes(job.sensitivity())
+        return job.plans()
+
+
+def matrix(
+    server: str, api_key: str | None, request: PlanRequest, model: str, data: str
+) -> SensitivityMatrix:
+    """Run ``bitquota measure`` there."""
+    from bitquota.matrix import SensitivityMatrix
+
+    with measured(server, api_key, "measure", request, model, data) as job:
+        return SensitivityMatrix.from_bytes(job.sensitivity())
+
+
+def comparison(
+    server: str, api_key: str | None, request: JsonObject, model: str, data: str
+) -> Comparison:
+    """Run ``bitquota compare`` there."""
+    with measured(server, api_key, "compare", request, model, data) as job:
+        return job.comparison()
+
+
+def scores(
+    server: str,
+    api_key: str | None,
+    request: JsonObject,
+    model: str,
+    data: str,
+    *,
+    plan_files: Sequence[Path],
+    correction_data: str | None,
+) -> tuple[int, list[Score]]:
+    """Run ``bitquota evaluate`` there; returns the number of samples too."""
+    from bitquota.formats.scores import Score
+
+    with opened(server, api_key) as client, model_of(model) as path:
+        job = client.order(
+            "evaluate",
+            request | {"names": [str(file) for file in plan_files]},
+            model=path,
+            dataset=file_of(data),
+            plans=[file_of(str(file)) for file in plan_files],
+            correction_data=None if correction_data is None else file_of(correction_data),
+        )
+        found = done(job).result("evaluation")
+    return int(found["n_samples"]), [Score.from_json(score) for score in found["scores"]]
+
+
+def export(
+    server: str,
+    api_key: str | None,
+    request: JsonObject,
+    model: str,
+    plan_file: Path,
+    folder: Path,
+    *,
+    samples: str | None,
+    correction_data: str | None,
+) -> Receipt:
+    """Run ``bitquota export`` there; the files come into ``folder``, which must be new or empty."""
+    from bitquota.formats.receipt import Receipt
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        msg = f"an export needs a folder that is new or empty; '{folder}' is not"
+        raise InvalidInput(msg, folder=str(folder))
+    with (
+        opened(server, api_key) as client,
+        model_of(model) as path,
+        tempfile.TemporaryDirectory(prefix="bitquota-") as scratch,
+    ):
+        job = client.order(
+            "export",
+            request,
+            model=path,
+            plan=file_of(str(plan_file)),
+            dataset=None if samples is None else file_of(samples),
+            correction_data=None if correction_data is None else file_of(correction_data),
+        )
+        archive = done(job).save("archive", Path(scratch) / "export.zip")
+        folder.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(archive) as packed:
+            packed.extractall(folder)
+    return Receipt.load(folder)
 
 
 def solution(file: Path, order: JsonObject, server: str, api_key: str | None) -> JsonObject:

@@ -1,0 +1,162 @@
+"""Every command gives the same on a server as it does here."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from bitquota.cli.app import app
+from bitquota.service.database import Database
+from bitquota.service.keys import KeyStore
+from bitquota.service.settings import Settings
+from live_server import LiveServer
+
+FEW = ["--samples", "32", "--bits", "2,4,8"]
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory):
+    """A server with one key."""
+    data_dir = tmp_path_factory.mktemp("remote") / "data"
+    data_dir.mkdir()
+    database = Database(Settings(data_dir=data_dir).url)
+    database.create()
+    _, key = KeyStore(database, time.time).create("ann")
+    database.close()
+    with LiveServer(data_dir) as running:
+        yield running, key
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
+    from onnx_graphs import image_graph
+
+    made = tmp_path_factory.mktemp("files")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 3, 8, 8)).astype(np.float32)
+    np.savez(made / "samples.npz", x=x, y=rng.integers(0, 10, size=64))
+    image_graph(made / "net.onnx")
+    return made
+
+
+@pytest.fixture(scope="module")
+def both(keyed, folder, tmp_path_factory):
+    """Run a command here and there; returns both outputs and both folders of files."""
+    server, key = keyed
+    ledger = tmp_path_factory.mktemp("ledger") / "ledger.sqlite"
+
+    def run(name, *arguments, takes_ledger=True):
+        outputs, places = [], []
+        for there in (False, True):
+            place = tmp_path_factory.mktemp(f"{name}-{'there' if there else 'here'}")
+            line = [name, *(a.replace("OUT", str(place)) for a in arguments)]
+            if there:
+                line += ["--server", server.url, "--api-key", key]
+            elif takes_ledger:
+                line += ["--ledger", str(ledger)]
+            done = CliRunner().invoke(app, line, catch_exceptions=False)
+            assert done.exit_code == 0, done.output
+            outputs.append(done.stdout)
+            places.append(place)
+        return outputs, places
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def planned(both, folder):
+    """Outputs and folders of one plan, made here and there."""
+    return both(
+        "plan", str(folder / "net.onnx"), str(folder / "samples.npz"), "-b", "4 bits", *FEW,
+        "--holdout", "32", "--no-refine", "-o", "OUT/plan.json", "--matrix", "OUT/matrix.npz",
+        "--json",
+    )  # fmt: skip
+
+
+class TestPlan:
+    def test_same_output_plan_and_matrix(self, planned):
+        outputs, (here, there) = planned
+        assert outputs[0] == outputs[1]
+        assert (here / "plan.json").read_bytes() == (there / "plan.json").read_bytes()
+        assert (here / "matrix.npz").read_bytes() == (there / "matrix.npz").read_bytes()
+
+    def test_without_the_key(self, keyed, folder):
+        line = ["plan", str(folder / "net.onnx"), str(folder / "samples.npz"), "-b", "4 bits"]
+        done = CliRunner().invoke(app, [*line, "--server", keyed[0].url])
+        assert type(done.exception).__name__ == "Unauthorized"
+
+    def test_factory_stays_here(self, keyed, folder):
+        line = ["plan", "package.module:function", str(folder / "samples.npz"), "-b", "4 bits"]
+        done = CliRunner().invoke(app, [*line, "--server", keyed[0].url, "--api-key", keyed[1]])
+        assert "leave --server out" in str(done.exception)
+
+
+class TestMeasure:
+    def test_same_matrix(self, both, folder):
+        outputs, (here, there) = both(
+            "measure", str(folder / "net.onnx"), str(folder / "samples.npz"), *FEW,
+            "-o", "OUT/m.npz",
+        )  # fmt: skip
+        assert outputs[0] == outputs[1]
+        assert (here / "m.npz").read_bytes() == (there / "m.npz").read_bytes()
+
+
+class TestSolve:
+    def test_same_answer(self, both, planned):
+        matrix = planned[1][0] / "matrix.npz"
+        outputs, _ = both(
+            "solve", str(matrix), "-b", "4 bits", "--explain", "--json", takes_ledger=False
+        )
+        here, there = (json.loads(text) for text in outputs)
+        del here["cpu_seconds"], there["cpu_seconds"]
+        assert here == there
+
+
+class TestFrontier:
+    def test_same_table(self, both, planned):
+        matrix = planned[1][0] / "matrix.npz"
+        outputs, _ = both("frontier", str(matrix), "--points", "5", takes_ledger=False)
+        assert outputs[0] == outputs[1]
+
+
+class TestEvaluate:
+    def test_same_scores(self, both, planned, folder):
+        plan = planned[1][0] / "plan.json"
+        outputs, _ = both(
+            "evaluate", str(folder / "net.onnx"), str(folder / "samples.npz"),
+            "--plan", str(plan), "--json", takes_ledger=False,
+        )  # fmt: skip
+        assert outputs[0] == outputs[1]
+
+
+class TestExport:
+    def test_same_files(self, both, planned, folder):
+        plan = planned[1][0] / "plan.json"
+        _, (here, there) = both(
+            "export", str(folder / "net.onnx"), str(plan), "--format", "onnx-qdq",
+            "--samples", str(folder / "samples.npz"), "--out", "OUT/files", takes_ledger=False,
+        )  # fmt: skip
+        names = sorted(p.name for p in (here / "files").iterdir())
+        assert "model.onnx" in names
+        assert names == sorted(p.name for p in (there / "files").iterdir())
+        for name in names:
+            ours, theirs = (here / "files" / name), (there / "files" / name)
+            assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+class TestCompare:
+    def test_same_plans(self, both, folder):
+        outputs, _ = both(
+            "compare", str(folder / "net.onnx"), str(folder / "samples.npz"), "-b", "4 bits",
+            *FEW, "--holdout", "32", "--metric", "gram", "--plans", "0", "--json",
+        )  # fmt: skip
+        here, there = (json.loads(text) for text in outputs)
+        for found in (here, there):
+            for entry in found["entries"]:
+                del entry["cpu_seconds"], entry["passes"]
+        assert here == there
