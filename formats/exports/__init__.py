@@ -12,17 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from bitquota.errors import ExportFailed, InvalidInput
+from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
 from bitquota.formats.exports.compressed_tensors_folder import CompressedTensorsFolder
 from bitquota.formats.exports.config_files import CONFIG_FILES
 from bitquota.formats.exports.gguf_file import GgufFile
-from bitquota.formats.exports.onnx_qdq import OnnxQdq
+from bitquota.formats.exports.onnx_qdq import OnnxMatMulNBits, OnnxQdq
 from bitquota.formats.exports.openvino_ir import OpenvinoIr
 from bitquota.formats.exports.prepared import PreparedExport, prepare_export
 from bitquota.formats.exports.ref_int import RefInt
 from bitquota.formats.receipt import Difference, FileReceipt, Receipt, TensorReceipt
 from bitquota.formats.targets import target_by_name
 from bitquota.plan import Plan
+from bitquota.storage import FULL_PRECISION_BITS, Grid
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,12 +76,40 @@ EXPORTERS: dict[str, Exporter] = {
         RefInt(),
         CompressedTensorsFolder(),
         OnnxQdq(),
+        OnnxMatMulNBits(),
         OpenvinoIr(),
         GgufFile(),
         *CONFIG_FILES,
     )
 }
 """In order of preference."""
+
+
+GRIDS: dict[str, frozenset[Grid]] = {
+    RefInt.name: frozenset(Grid),
+    OnnxQdq.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.CODEBOOK}),
+}
+"""Which grids a format can hold; the others hold integers alone. ONNX looks levels up (Gather);
+powers of two would need a table that the plan does not count."""
+
+
+def check_grids(plan: Plan, format_name: str) -> None:
+    """Raise ``InvalidPlan`` where the format cannot hold what the plan's codes stand for."""
+    integers = frozenset(grid for grid in Grid if grid.is_integer)
+    held = GRIDS.get(format_name, integers)
+    wrong = {
+        a.layer.name: a.candidate.scheme.grid
+        for a in plan.assignments
+        if a.candidate.weight_bits != FULL_PRECISION_BITS and a.candidate.scheme.grid not in held
+    }
+    if wrong:
+        grids = ", ".join(sorted(set(wrong.values())))
+        able = ", ".join(name for name in GRIDS if set(wrong.values()) <= GRIDS[name])
+        msg = (
+            f"format '{format_name}' has no way to read weights on the grid '{grids}', as layer "
+            f"'{next(iter(wrong))}' and {len(wrong) - 1} more have them; these formats have: {able}"
+        )
+        raise InvalidPlan(msg, layers=sorted(wrong), format=format_name)
 
 
 def exporter_by_name(name: str) -> Exporter:
@@ -130,6 +159,7 @@ def export_plan(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         msg = f"an export needs a folder that is new or empty; '{folder}' is not"
         raise InvalidInput(msg, folder=str(folder))
+    check_grids(plan, exporter.name)
     prepared = prepare_export(
         model, plan, target=chosen, samples=samples, correction_data=correction_data
     )

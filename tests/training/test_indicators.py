@@ -27,12 +27,13 @@ def prepare(model=None, *, labelled=True, n=256):
     return make_runner(model, inventory, data), enumerate_candidates(inventory, WIDTHS)
 
 
-class TestLearnedIndicators:
-    @pytest.fixture(scope="class")
-    def matrix(self):
-        runner, table = prepare()
-        return LearnedIndicators().measure(runner, table, KL)
+@pytest.fixture(scope="module")
+def matrix():
+    """Measured once, with every default."""
+    return LearnedIndicators().measure(*prepare(), KL)
 
+
+class TestLearnedIndicators:
     def test_fall_with_the_bit_width(self, matrix):
         """In at least 90 % of neighbouring widths (METHODS.md D.4); zero in full precision."""
         scores = matrix.diagonal.reshape(4, 5)
