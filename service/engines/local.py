@@ -7,6 +7,7 @@ one copy of torch and of the model. A fork server serves one job and never sees 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -53,6 +54,11 @@ class LocalWorker:
             self._inbox.put((self, err))
         else:
             self._inbox.put((self, None))
+        finally:
+            with contextlib.suppress(OSError):
+                self._sink.close()
+            self._source.close()
+            self._socket.close()
 
     def send(self, head: JsonObject, parts: Sequence[bytes] = ()) -> None:
         """Send one message; a dead evaluator is noticed by its silence."""
@@ -63,10 +69,8 @@ class LocalWorker:
 
     def end(self) -> None:
         """Hang up: an evaluator that nobody listens to ends."""
-        try:
+        with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return
 
 
 class ForkServer:

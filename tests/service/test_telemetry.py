@@ -106,8 +106,9 @@ class TestOff:
             "tracing = Tracing()\n"
             "with tracing.span('x'): assert tracing.carrier() == {}\n"
             "tracing.close()\n"
-            "loaded = {m.split('.')[0] for m in sys.modules}\n"
-            "loaded &= {'opentelemetry', 'ray', 'fsspec', 'torch'}\n"
+            "loaded = {m for m in sys.modules if m.count('.') < 2}\n"
+            # FastAPI imports the interface by itself where it is installed.
+            "loaded &= {'opentelemetry.sdk', 'opentelemetry.exporter', 'ray', 'fsspec', 'torch'}\n"
             "assert not loaded, loaded\n"
         )
         done = subprocess.run(
