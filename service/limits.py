@@ -75,8 +75,10 @@ class Group:
 
     def remove(self) -> None:
         """Kill what is left inside and remove the group."""
-        with contextlib.suppress(OSError):
-            (self.path / "cgroup.kill").write_text("1")
+        kill = self.path / "cgroup.kill"
+        if kill.exists():
+            with contextlib.suppress(OSError):
+                kill.write_text("1")
         until = time.monotonic() + _REMOVAL_S
         while self.path.exists() and time.monotonic() < until:
             with contextlib.suppress(OSError):

@@ -207,13 +207,13 @@ class TestCrew:
 
     def finish(self, crew, *workers):
         """Let workers do what they have been told until nobody has anything to do."""
-        busy = True
-        while busy:
-            busy = False
+        seen = dict.fromkeys(workers, 0)
+        while any(len(worker.told) > seen[worker] for worker in workers):
             for worker in workers:
-                if worker.last == "errand":
-                    busy = True
-                    crew.idle(worker, worker.told[-1]["number"])
+                for head in worker.told[seen[worker] :]:
+                    seen[worker] += 1
+                    if head["type"] == "errand":
+                        crew.idle(worker, head["number"])
 
     def errands(self, n):
         return [{"measure": "pairs", "chunk": k} for k in range(n)]
