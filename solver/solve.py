@@ -9,6 +9,7 @@ import numpy as np
 
 from bitquota.errors import InvalidProblem, SolverFailed
 from bitquota.solver.control import Control
+from bitquota.solver.one_thread import one_thread
 from bitquota.solver.quadratic import solve_quadratic
 from bitquota.solver.separable import solve_knapsack
 from bitquota.solver.solution import (
@@ -102,7 +103,9 @@ def solve(
     starts = () if start is None else (np.asarray(start, dtype=np.int64),)
     if is_knapsack(problem):
         return verified(problem, _knapsack(problem, control, gap))
-    return verified(problem, solve_quadratic(problem, control, gap=gap, seed=seed, starts=starts))
+    with one_thread():
+        found = solve_quadratic(problem, control, gap=gap, seed=seed, starts=starts)
+    return verified(problem, found)
 
 
 def is_knapsack(problem: Problem) -> bool:

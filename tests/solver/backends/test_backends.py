@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bitquota.errors import InvalidInput, InvalidProblem, MissingDependency
-from bitquota.solver import Problem, Status
+from bitquota.solver import Limit, Problem, Status, solve
 from bitquota.solver.backends import (
     BACKENDS,
     Options,
@@ -115,6 +115,30 @@ class TestSolveWith:
         """The message names the limit."""
         with pytest.raises(InvalidProblem, match="time_limit_s"):
             solve_with("brute_force", small(), time_limit_s=-1)
+
+    def test_node_limit_is_refused_where_nodes_are_not_counted(self):
+        """The message names the solvers that keep one; the others obey it or end before."""
+        for name, backend in BACKENDS.items():
+            if backend.missing() is None and not backend.counts_nodes:
+                with pytest.raises(InvalidInput, match="does not count nodes; .* bitquota"):
+                    solve_with(name, small(), node_limit=3)
+        assert solve_with("bitquota", small(), node_limit=0).limit in {None, Limit.NODE}
+
+    @pytest.mark.parametrize("name", ["brute_force", "cp_sat", "highs_rlt"])
+    def test_solve_passes_everything_on(self, name):
+        """Through the front door: cancellation, a time limit of nothing, and events."""
+        if BACKENDS[name].missing() is not None:
+            pytest.skip(f"'{name}' is not installed")
+        stopped = solve(small(), backend=name, cancelled=lambda: True)
+        assert stopped.limit is Limit.CANCELLED
+        late = solve(small(), backend=name, time_limit_s=0.0)
+        assert late.status is Status.OPTIMAL or late.limit is Limit.TIME
+        events = []
+        solution = solve(small(), backend=name, on_event=events.append)
+        assert solution.status is Status.OPTIMAL
+        assert all(event.objective >= solution.objective for event in events)
+        if name == "brute_force":
+            assert events[-1].choice == tuple(solution.choice.tolist())
 
     def test_missing_package_names_the_extra(self, monkeypatch):
         """The error says what to install."""
