@@ -97,7 +97,10 @@ class Bench:
         ]
 
     def plan(self) -> tuple[Plan, float]:
-        """Return the solved plan and its CPU minutes; made once, on 1,024 calibration images."""
+        """Return the solved plan and its CPU minutes; made once, on 1,024 calibration images.
+
+        A plan that lies there already, with its minutes beside it, is taken.
+        """
         path = self.folder / f"plan-{self.average}.json"
         timing = path.with_suffix(".minutes")
         if not path.exists():

@@ -13,7 +13,7 @@ from bitquota.allocate import allocate, check_model
 from bitquota.budget import Budget
 from bitquota.candidates import Candidate, Inventory
 from bitquota.corrections import Correction
-from bitquota.errors import BudgetTooSmall, InvalidPlan
+from bitquota.errors import BudgetTooSmall, InvalidInput, InvalidPlan
 from bitquota.formats import LoadedModel, check_calibration
 from bitquota.plan import Assignment, Baseline, Plan
 from bitquota.quantizers.activations import collect_inputs
@@ -22,7 +22,7 @@ from bitquota.sensitivity.corrections import fold_batch_norm
 from bitquota.sensitivity.discovery import model_fingerprint
 from bitquota.sensitivity.evaluate import measure_choice
 from bitquota.sensitivity.ledger import MemoryLedger
-from bitquota.sensitivity.losses import loss_by_name
+from bitquota.sensitivity.losses import loss_by_name, primary_output
 from bitquota.setting import choose_device, inventory_of
 from bitquota.storage import FULL_PRECISION_BITS, Scheme
 from bitquota.training.finetune import TrainedModel, finetune, measure_trained
@@ -358,7 +358,17 @@ def _ready(
 ) -> tuple[nn.Module, CalibrationSet]:
     where = choose_device(device)
     check_calibration(model, data)
-    return copy.deepcopy(model.module).to(where).eval(), data.to(where)
+    module, samples = copy.deepcopy(model.module).to(where).eval(), data.to(where)
+    with torch.enable_grad():
+        output = primary_output(module(*samples.first(2).inputs))
+    if not output.requires_grad:
+        msg = (
+            f"training needs a model that torch can differentiate; '{model.source}' "
+            f"({model.architecture}) can only be run: hand in a .pt2, a Hugging Face folder or a "
+            "factory"
+        )
+        raise InvalidInput(msg, source=model.source)
+    return module, samples
 
 
 def _stored_assignment(assignment: Assignment, method: str) -> Assignment:

@@ -222,3 +222,27 @@ class TestTqt:
         """Threshold 0.9 covers up to 1: steps of 1/8 at 4 bits."""
         out = tqt(torch.tensor([0.3, 5.0, -5.0]), torch.tensor(0.9).log2(), 4)
         assert [0.25, 0.875, -1.0] == out.tolist()
+
+
+class TestSizesOfResnet20:
+    """The size constants of METHODS.md A.5, counted on the network of the paper."""
+
+    @staticmethod
+    def network():
+        widths = [(3, 16)] + [(16, 16)] * 6 + [(16, 32)] + [(32, 32)] * 5
+        widths += [(32, 64)] + [(64, 64)] * 5
+        return [9 * a * b for a, b in widths] + [64 * 10]
+
+    def test_weights(self):
+        """268,346 quantized numbers with the linear bias; 65.51 kB at two bits."""
+        weights = sum(self.network()) + 10
+        assert 268_346 == weights
+        assert 65.514 == pytest.approx(weights * 2 / 8 / 1024, abs=5e-4)
+        assert 131.028 == pytest.approx(weights * 4 / 8 / 1024, abs=5e-4)
+
+    def test_activations(self):
+        """19 rectified feature maps: 92.0 kB together, 8.0 kB the largest, at four bits."""
+        maps = [16 * 32 * 32] * 7 + [32 * 16 * 16] * 6 + [64 * 8 * 8] * 6
+        assert 188_416 == sum(maps)
+        assert 92.0 == sum(maps) * 4 / 8 / 1024
+        assert 8.0 == max(maps) * 4 / 8 / 1024
