@@ -12,7 +12,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bitquota.errors import ServiceError
+from bitquota.errors import BitquotaError, ServiceError
 from bitquota.service.logs import logger
 
 if TYPE_CHECKING:
@@ -66,7 +66,11 @@ class Crew:
         """Start helpers until there are ``wanted``, as far as size and restarts allow."""
         while len(self._helpers) < min(self._size - 1, wanted) and self._starts_left:
             self._starts_left -= 1
-            self._helpers.append(self._start())
+            try:
+                self._helpers.append(self._start())
+            except BitquotaError as error:  # the job goes on with those there are
+                _log.warning("no helper", why=error.message)
+                self._starts_left = 0
 
     def begin(self, main: Worker, errands: list[JsonObject]) -> None:
         """Take a list of errands from the evaluator of the job.

@@ -36,7 +36,8 @@ from bitquota.service.engines import Engine, Inbox, Order, Parcel, Worker, engin
 from bitquota.service.engines.local import LocalEngine
 from bitquota.service.evaluator import die_with_parent
 from bitquota.service.inspection import ModelFormat
-from bitquota.service.jobs import JobStore, LeaseLost, digests_by_role
+from bitquota.service.job import LeaseLost, digests_by_role
+from bitquota.service.jobs import JobStore
 from bitquota.service.keys import KeyStore
 from bitquota.service.kinds import kind_by_name
 from bitquota.service.kinds.plan_request import PlanRequestBody
@@ -51,12 +52,13 @@ if TYPE_CHECKING:
 
     from bitquota.canonical import JsonObject
     from bitquota.service.artifacts import Artifact
-    from bitquota.service.jobs import Job
+    from bitquota.service.job import Job
 
 EXIT_EVALUATOR_DIED = 10
 EXIT_LEASE_LOST = 11
 EXIT_RELEASED = 12
 _TICK_S = 0.1
+_PATIENCE_S = 5.0
 _log = logger("driver")
 
 
@@ -94,7 +96,12 @@ class Driver:
         """Run to the end of the job and return the exit status."""
         job = self._job
         try:
-            self._start()
+            try:
+                self._start()
+            except ServiceError as error:
+                if type(error) is not ServiceError:
+                    raise
+                return self._unreachable(error)
             status = self._loop()
         except LeaseLost:
             return EXIT_LEASE_LOST
@@ -135,6 +142,14 @@ class Driver:
         self._evaluator = self._engine.start(self._order, self._inbox)
         if helped and self._engine.starts_slowly:
             self._crew.recruit(settings.workers - 1)
+
+    def _unreachable(self, error: BitquotaError) -> int:
+        """Queue the job again after a while: the engine may come back."""
+        _log.warning("engine unreachable", job=self._job.id, error=error.message)
+        self._stopping.wait(min(_PATIENCE_S, self._settings.lease_s / 2))
+        job = self._job
+        self._store.requeue(job.id, job.epoch, self._settings.max_attempts, error.message)
+        return EXIT_EVALUATOR_DIED
 
     def _help(self) -> Worker:
         """Start a helper."""
@@ -368,7 +383,10 @@ def main() -> None:
     tracing = Tracing()
     status = 0
     try:
-        engine.open()
+        try:
+            engine.open()
+        except BitquotaError as error:  # told to the job, if it is still so then
+            _log.warning("engine not ready", engine=engine.name, error=error.message)
         line = sys.stdin.readline()
         if line:
             order = json.loads(line)

@@ -20,7 +20,8 @@ from bitquota.service.sandbox import kernel_folders, sandbox_of
 
 if TYPE_CHECKING:
     from bitquota.service.database import Database
-    from bitquota.service.jobs import Job, JobStore
+    from bitquota.service.job import Job
+    from bitquota.service.jobs import JobStore
     from bitquota.service.settings import Settings
 
 _log = logger("supervisor")
@@ -107,7 +108,8 @@ class Supervisor:
 
     def _compile(self) -> None:
         """Compile the solver's kernels once, outside of any sandbox: inside nothing is kept."""
-        if not self._settings.slots or sandbox_of(self._settings) is None or kernel_folders():
+        here = self._settings.slots and self._settings.engine == "local"
+        if not here or sandbox_of(self._settings) is None or kernel_folders():
             return
         warm_up = [sys.executable, "-m", "bitquota.service.evaluator", "--warm-up"]
         subprocess.run(warm_up, check=False)  # noqa: S603  # our own module

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _BATCH_S = 5.0
 _BATCH = 64
-_CONNECT_S = 60.0
+_JOIN_S = 2.0
 _CALLS = 4
 """Calls of one actor at the same time: one waits for messages, others deliver them."""
 
@@ -50,10 +50,15 @@ class Host:
         given = Settings.from_environment(settings)
         self._folder = node_folder(given)
         remove_abandoned(self._folder / "scratch")
-        self._settings = replace(given, data_dir=self._folder, engine="local", workers=1, slots=1)
+        # Slots and workers stay as they are: all of them may be on this node, and share its memory.
+        self._settings = replace(given, data_dir=self._folder, engine="local")
+        os.nice(given.nice)
         self._inbox: Inbox = queue.SimpleQueue()
         self._engine: Any = None
         self._worker: Any = None
+        self._held: dict[int, tuple[JsonObject, Sequence[bytes]]] = {}
+        self._passed_on = 0
+        self._passing = threading.Lock()
 
     def begin(self, order: Order, *contents: Any) -> str:  # noqa: ANN401  # arrays of bytes
         """Start the evaluator with its order and return the address of this node."""
@@ -73,6 +78,7 @@ class Host:
 
             said = {"type": "error", "problem": problem_json(error)}
             self._inbox.put((None, (said, [])))  # type: ignore[arg-type]  # nobody looks at it
+        self._pass_on()
         return str(ray.util.get_node_ip_address())
 
     def _stored(self, parcel: Parcel, content: Any) -> Path:  # noqa: ANN401
@@ -97,10 +103,20 @@ class Host:
             raise ServiceError(msg)
         return place
 
-    def send(self, head: JsonObject, parts: Sequence[bytes]) -> None:
-        """Pass one message on to the evaluator."""
-        if self._worker is not None:
-            self._worker.send(head, parts)
+    def send(self, number: int, head: JsonObject, parts: Sequence[bytes]) -> None:
+        """Pass message ``number`` on to the evaluator, after all before it.
+
+        Calls of an actor with several threads may overtake each other.
+        """
+        with self._passing:
+            self._held[number] = head, parts
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        with self._passing:
+            while self._worker is not None and self._passed_on in self._held:
+                self._worker.send(*self._held.pop(self._passed_on))
+                self._passed_on += 1
 
     def receive(self) -> list[tuple[JsonObject, list[bytes]] | None]:
         """Return what the evaluator has said since; ``None`` once it is gone."""
@@ -136,11 +152,13 @@ class RayWorker:
         self._ray, self._actor, self._inbox = ray, actor, inbox
         self._order, self._contents = order, contents
         self._ended = threading.Event()
+        self._sent = 0
+        self._thread = threading.Thread(target=self._run, name="actor", daemon=True)
         self.place = "a node of the cluster"
 
     def listen(self) -> None:
         """Begin; the actor may have to wait for a free node first."""
-        threading.Thread(target=self._run, name="actor", daemon=True).start()
+        self._thread.start()
 
     def _run(self) -> None:
         try:
@@ -157,7 +175,8 @@ class RayWorker:
     def send(self, head: JsonObject, parts: Sequence[bytes] = ()) -> None:
         """Send one message; a dead actor is noticed by its silence."""
         with contextlib.suppress(Exception):
-            self._actor.send.remote(head, list(parts))
+            self._actor.send.remote(self._sent, head, list(parts))
+            self._sent += 1
 
     def end(self) -> None:
         """End evaluator and actor."""
@@ -168,6 +187,7 @@ class RayWorker:
             self._ray.get(self._actor.end.remote(), timeout=2.0)
         with contextlib.suppress(Exception):
             self._ray.kill(self._actor)
+        self._thread.join(_JOIN_S)
 
 
 class RayEngine:
@@ -210,7 +230,7 @@ class RayEngine:
             f"BITQUOTA_{name}": known[f"BITQUOTA_{name}"]
             for name in (
                 "SANDBOX", "MAX_MEMORY_BYTES", "MAX_UPLOAD_BYTES", "THREADS", "NICE",
-                "ALLOW_UNSANDBOXED_PT2", "RAY_SCRATCH",
+                "ALLOW_UNSANDBOXED_PT2", "RAY_SCRATCH", "SLOTS", "WORKERS",
             )
         }  # fmt: skip
         contents = [self._put(parcel) for parcel in order.parcels]
