@@ -153,9 +153,8 @@ class TestCompare:
         bare = CalibrationSet(inputs=samples(Residual, n=44).inputs)
         found = run(data=bare, plans=0)
 
-        assert {"empirical_fisher", "output_fisher", "kronecker", "class_separability"} == set(
-            found.skipped
-        )
+        labelled = {"empirical_fisher", "output_fisher", "kronecker", "class_separability", "limpq"}
+        assert labelled == set(found.skipped)
         assert "labels" in found.skipped["kronecker"]
         assert found.full_precision.accuracy is None
         assert "accuracy" not in found.render_markdown()

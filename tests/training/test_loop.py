@@ -40,6 +40,7 @@ class TestTrain:
         assert theirs > ours - 0.02
 
     @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own
     def test_a_compiled_step_computes_the_same(self):
         """Up to the order of sums."""
         plain, compiled = run(SETTINGS), run(replace(SETTINGS, compiled=True))
