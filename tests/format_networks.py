@@ -90,6 +90,29 @@ def write_pt2(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], path: P
     return path
 
 
+class TiedTokens(nn.Module):
+    """Embedding, linear layers with and without a bias, a head tied to the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 64)
+        self.mix = nn.Linear(64, 96)
+        self.back = nn.Linear(96, 64, bias=False)
+        self.head = nn.Linear(64, 32, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return logits of every position."""
+        x = self.embed(ids)
+        return self.head(x + self.back(torch.relu(self.mix(x))))
+
+
+def tied_tokens() -> nn.Module:
+    """Return a small model of tokens with a tied head."""
+    torch.manual_seed(2)
+    return TiedTokens().eval()
+
+
 def write_llama(path: Path) -> Path:
     """Save a tiny random Llama with a tied head as transformers does."""
     import transformers

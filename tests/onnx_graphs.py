@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def image_graph(path: Path, *, batch: int | str = "n", opset: int = 21, seed: int = 0) -> Path:
+def image_graph(
+    path: Path, *, batch: int | str = "n", opset: int = 21, seed: int = 0, channels: int = 8
+) -> Path:
     """Conv, depthwise Conv, pooling, Gemm without transB: 8x8 images to 10 logits."""
     rng = np.random.default_rng(seed)
 
@@ -22,7 +24,7 @@ def image_graph(path: Path, *, batch: int | str = "n", opset: int = 21, seed: in
     nodes = [
         helper.make_node("Conv", ["x", "w0", "b0"], ["h0"], "stem", pads=[1, 1, 1, 1]),
         helper.make_node("Relu", ["h0"], ["r0"]),
-        helper.make_node("Conv", ["r0", "w1"], ["h1"], "stage/depthwise", group=8),
+        helper.make_node("Conv", ["r0", "w1"], ["h1"], "stage/depthwise", group=channels),
         helper.make_node("Relu", ["h1"], ["r1"]),
         helper.make_node("GlobalAveragePool", ["r1"], ["p"]),
         helper.make_node("Flatten", ["p"], ["f"]),
@@ -34,8 +36,8 @@ def image_graph(path: Path, *, batch: int | str = "n", opset: int = 21, seed: in
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 3, 8, 8])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, 10])],
         [
-            constant("w0", 8, 3, 3, 3), constant("b0", 8), constant("w1", 8, 1, 3, 3),
-            constant("w2", 8, 10), constant("b2", 10),
+            constant("w0", channels, 3, 3, 3), constant("b0", channels),
+            constant("w1", channels, 1, 3, 3), constant("w2", channels, 10), constant("b2", 10),
         ],
     )  # fmt: skip
     return save(graph, path, opset)

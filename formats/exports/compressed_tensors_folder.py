@@ -113,6 +113,10 @@ class CompressedTensorsFolder:
                     trust_remote_code=False,
                     dtype=torch.float32,
                 )
+                if prepared.model.example_inputs is not None:
+                    # Weights are unpacked at the first pass, with a progress bar of its own.
+                    with torch.no_grad():
+                        model(prepared.model.example_inputs[0][:1])
         except Exception as err:  # whatever transformers raises, the folder did not load
             msg = f"transformers must load the exported folder; it says: {err}"
             raise ExportFailed(msg) from err

@@ -55,9 +55,15 @@ def onnx_tokens(tmp_path_factory):
     return load_model(str(token_graph(tmp_path_factory.mktemp("onnx") / "m.onnx")))
 
 
-def target_plan(model, samples, target: str, seed: int) -> Plan:
+@pytest.fixture(scope="module")
+def tied():
+    """A torch model with a tied head whose products have and have not a bias."""
+    return load_model("format_networks:tied_tokens")
+
+
+def target_plan(model, samples, target: str, seed: int, bits=None) -> Plan:
     """A plan of random legal formats."""
-    return plan_with(model, samples.inputs, target=target, seed=seed)
+    return plan_with(model, samples.inputs, target=target, seed=seed, bits=bits)
 
 
 CASES = [
@@ -233,6 +239,37 @@ class TestOnnxQdq:
         plan = plan_with(net, IMAGES.inputs, bits=(4,))
         with pytest.raises(InvalidInput, match="hand in samples"):
             export_plan(net, plan, tmp_path / "o", format_name="onnx-qdq")
+
+
+class TestMatMulNBits:
+    @pytest.mark.parametrize("bits", [2, 4, 8])
+    @pytest.mark.parametrize("source", ["onnx_tokens", "tied"])
+    def test_blocks_are_written_out(self, request, tmp_path, source, bits):
+        """Products with blocks are nodes of their own, at the plan's bytes; the rest is QDQ."""
+        model = request.getfixturevalue(source)
+        plan = target_plan(model, TOKENS, "ort-cpu", seed=1, bits=(bits,))
+        receipt = export_plan(
+            model, plan, tmp_path / "o", format_name="onnx-matmulnbits", samples=TOKENS
+        )
+        blocked = [a for a in plan.assignments if a.candidate.scheme.group_size]
+        nodes = onnx.load(tmp_path / "o" / "model.onnx").graph.node
+        written = [n for n in nodes if n.op_type == "MatMulNBits"]
+        assert len(blocked) == len(written)
+        assert len(blocked) < len(plan.assignments)
+        assert {bits} == {a.i for n in written for a in n.attribute if a.name == "bits"}
+        assert plan.size_bits == receipt.payload_bits
+        assert receipt.difference.relative < 2e-6
+
+    def test_gemm_with_a_bias(self, tmp_path):
+        """A Gemm becomes a product and an Add."""
+        model = load_model(str(image_graph(tmp_path / "m.onnx", channels=32)))
+        plan = target_plan(model, IMAGES, "ort-cpu", seed=1, bits=(4,))
+        receipt = export_plan(
+            model, plan, tmp_path / "o", format_name="onnx-matmulnbits", samples=IMAGES
+        )
+        nodes = [n.op_type for n in onnx.load(tmp_path / "o" / "model.onnx").graph.node]
+        assert nodes[-2:] == ["MatMulNBits", "Add"]
+        assert receipt.difference.relative < 2e-6
 
 
 class TestCompressedTensors:
