@@ -25,7 +25,7 @@ def optimise(task: Task) -> Answer:
 
     model = task.model
     shift = convex_shift(model.cross, model.diagonal)
-    Q = model.cross + np.diag(shift)
+    Q = model.cross + np.diag(shift) if len(model.cross) else model.cross
     mo = mathopt.Model()
     x = [mo.add_binary_variable(name=f"x{p}") for p in range(model.n_rows)]
     rows = RowList.of(task, None)

@@ -32,7 +32,7 @@ class Model:
 
     Attributes:
         diagonal: f64[n], scaled.
-        cross: f64[n, n], scaled; zeros for a separable problem.
+        cross: f64[n, n], scaled; f64[0, 0] for a separable problem.
         offsets: i64[G+1].
         costs: i64[m, n], divided by their common divisor; budgets that cannot bind are left out.
         limits: i64[m].
@@ -61,7 +61,7 @@ class Model:
         if not counts.all():
             return None
         diagonal = problem.diagonal[kept]
-        cross = np.zeros((len(kept), len(kept)))
+        cross = np.zeros((0, 0))
         if problem.cross is not None:
             cross = problem.cross[np.ix_(kept, kept)]
         offsets = np.concatenate([[0], np.cumsum(counts)])
@@ -108,7 +108,7 @@ class Model:
 
     def value(self, chosen: Ints) -> float:
         """Return the scaled objective of the chosen rows."""
-        pair = float(self.cross[np.ix_(chosen, chosen)].sum())
+        pair = float(self.cross[np.ix_(chosen, chosen)].sum()) if len(self.cross) else 0.0
         return self.constant + float(self.diagonal[chosen].sum()) + 0.5 * pair
 
     def cover(self, chosen: Ints) -> Ints | None:
@@ -154,7 +154,7 @@ class Model:
 
 
 def _scale(diagonal: Floats, cross: Floats, offsets: Ints) -> float:
-    largest = max(float(np.abs(diagonal).max()), float(np.abs(cross).max()))
+    largest = max(float(np.abs(diagonal).max()), float(np.abs(cross).max(initial=0.0)))
     if largest == 0.0:
         return 1.0
     spans = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
@@ -205,6 +205,16 @@ class Products:
         """Return the linear form of ``model``'s objective."""
         group, C = model.group, model.cross
         reference = model.offsets[1:] - 1
+        if not len(C):
+            none = np.zeros(0, dtype=np.int64)
+            return cls(
+                linear=model.diagonal,
+                constant=model.constant,
+                left=none,
+                right=none,
+                weight=np.zeros(0),
+                reference=reference,
+            )
         r = reference[group]
         reduced = C - C[r, :] - C[:, r] + C[np.ix_(r, r)]
         # x_p alone meets the references of all other groups; C is zero inside a group, but a

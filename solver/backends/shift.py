@@ -25,7 +25,7 @@ def convex_shift(cross: NDArray[np.float64], diagonal: NDArray[np.float64]) -> N
     span decades the others are far smaller.
 
     Args:
-        cross: f64[n, n], symmetric.
+        cross: f64[n, n], symmetric, or f64[0, 0] for zeros.
         diagonal: f64[n].
 
     Returns:
@@ -33,7 +33,7 @@ def convex_shift(cross: NDArray[np.float64], diagonal: NDArray[np.float64]) -> N
 
     Cost: ``O(n³)``.
     """
-    n = len(cross)
+    n = len(diagonal)
     if not cross.any():
         return np.zeros(n)
     size = np.abs(cross)

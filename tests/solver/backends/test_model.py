@@ -34,7 +34,7 @@ class TestModel:
     def test_values_and_constraints_are_the_problems(self, problem):
         """Objective up to the scale, budgets and pairs exactly, for every choice."""
         model = Model.of(problem)
-        size = 1 + np.abs(model.diagonal).max() + np.abs(model.cross).max()
+        size = 1 + np.abs(model.diagonal).max() + np.abs(model.cross).max(initial=0.0)
         for rows in all_choices(model):
             choice = model.choice(rows)
             assert abs(model.value(rows) / model.scale - problem.evaluate(choice)) <= (
@@ -82,7 +82,7 @@ class TestProducts:
         """Linear terms and products without reference rows give every choice its value."""
         model = Model.of(problem)
         products = Products.of(model)
-        size = 1 + np.abs(model.diagonal).max() + np.abs(model.cross).max()
+        size = 1 + np.abs(model.diagonal).max() + np.abs(model.cross).max(initial=0.0)
         for rows in all_choices(model):
             x = one_hot(model, rows)
             value = products.constant + products.linear @ x
@@ -128,7 +128,7 @@ class TestConvexShift:
         model = Model.of(problem)
         shift = convex_shift(model.cross, model.diagonal)
         assert (shift >= 0).all()
-        Q = model.cross + np.diag(shift)
+        Q = (model.cross if len(model.cross) else 0.0) + np.diag(shift)
         scale = np.sqrt(np.maximum(shift, 1e-300))
         if model.cross.any():
             assert np.linalg.eigvalsh(Q / np.outer(scale, scale)).min() >= -1e-9
