@@ -7,8 +7,10 @@ throwaway PostgreSQL and crash that too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import sys
@@ -34,10 +36,38 @@ def orders(count: int, variants: int) -> list[PlanRequest]:
     ]  # fmt: skip
 
 
-def ledger_rows(data_dir: Path) -> int:
-    """Return how many measurements are kept."""
-    with sqlite3.connect(data_dir / "ledgers" / "local" / "ledger.sqlite") as connection:
-        return int(connection.execute("SELECT count(*) FROM entries").fetchone()[0])
+_COUNT_REPEATS = """
+CREATE TABLE IF NOT EXISTS repeats (key);
+CREATE TRIGGER IF NOT EXISTS repeated BEFORE INSERT ON entries
+WHEN EXISTS (SELECT 1 FROM entries WHERE key = NEW.key)
+BEGIN INSERT INTO repeats VALUES (NEW.key); END;
+"""
+"""Every measurement that is handed in although it was kept already leaves a row."""
+
+
+def ledger(data_dir: Path) -> sqlite3.Connection:
+    """Open the measurements of the one tenant."""
+    return sqlite3.connect(data_dir / "ledgers" / "local" / "ledger.sqlite", timeout=60)
+
+
+def count(data_dir: Path, table: str) -> int:
+    """Return the rows of a table of the ledger."""
+    with contextlib.closing(ledger(data_dir)) as connection:
+        return int(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])  # noqa: S608  # ours
+
+
+def count_repeats(data_dir: Path) -> None:
+    """Have the ledger count what is measured twice, from its making on."""
+    while not (data_dir / "ledgers" / "local" / "ledger.sqlite").exists():
+        time.sleep(0.05)
+    for _ in range(100):
+        try:
+            with contextlib.closing(ledger(data_dir)) as connection:
+                connection.executescript(_COUNT_REPEATS)
+        except sqlite3.OperationalError:  # its maker has not come to the table yet
+            time.sleep(0.05)
+        else:
+            return
 
 
 def run(server: LiveServer, files: tuple[Path, Path], requests: list[PlanRequest]) -> list[str]:
@@ -68,7 +98,7 @@ def main() -> None:
     with LiveServer(folder / "calm", slots=options.slots) as calm, calm.client() as client:
         ids = run(calm, files, requests[: options.variants])
         twins = [client.job(i).wait(timeout_s=3600).plan_text() for i in ids]
-    print(f"{len(twins)} undisturbed plans, {ledger_rows(folder / 'calm')} measurements")
+    print(f"{len(twins)} undisturbed plans, {count(folder / 'calm', 'entries')} measurements")
 
     settings: dict[str, object] = {
         "slots": options.slots, "heartbeat_s": 0.2, "lease_s": 5, "max_attempts": 100,
@@ -81,6 +111,7 @@ def main() -> None:
         settings["database_url"] = cluster.new_database()
     server = LiveServer(folder / "storm", **settings).start()
     ids = run(server, files, requests)
+    count_repeats(folder / "storm")
     victims = ["server", "driver", "evaluator"] + (["database"] if cluster else [])
     killed = dict.fromkeys(victims, 0)
     while sum(killed.values()) < options.kills:
@@ -116,12 +147,16 @@ def main() -> None:
     if cluster is not None:
         cluster.stop()
     same = sum(plan == twins[k % options.variants] for k, plan in enumerate(plans))
-    kept = ledger_rows(folder / "storm")
+    kept = count(folder / "storm", "entries")
     print(f"kills: {killed}; jobs ordered {options.jobs}, stored {stored}, attempts {attempts}")
     print(f"jobs that succeeded exactly once: {sum(end == 1 for end in ends)} of {len(ends)}")
     print(f"plans equal to their undisturbed twin, byte for byte: {same} of {len(plans)}")
+    repeats, bound = count(folder / "storm", "repeats"), options.kills * options.slots
+    print(f"measurements handed in twice: {repeats}, at most {bound} (kills times slots) may be")
     print(f"measurements kept {kept}, counted as written {written} (a kill loses the last count)")
-    sys.exit(0 if same == len(plans) == stored and all(end == 1 for end in ends) else 1)
+    shutil.rmtree(folder, ignore_errors=True)
+    good = same == len(plans) == stored and all(end == 1 for end in ends) and repeats <= bound
+    sys.exit(0 if good else 1)
 
 
 if __name__ == "__main__":

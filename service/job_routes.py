@@ -14,8 +14,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, StreamingResponse
 
 from bitquota.canonical import digest_json
-from bitquota.errors import Conflict, NotFound
-from bitquota.service.jobs import Job, JobStatus
+from bitquota.errors import Conflict, InvalidInput, NotFound
+from bitquota.service.job import Job, JobStatus
 from bitquota.service.kinds import KINDS, Result
 from bitquota.service.orders import JobOrder, new_job
 from bitquota.service.schemas import JobPage, JobView, PlanList, Problem, job_view
@@ -107,15 +107,38 @@ def list_jobs(
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: Annotated[str | None, Query(max_length=64)] = None,
     status: Annotated[JobStatus | None, Query()] = None,
+    kind: Annotated[str | None, Query(max_length=16)] = None,
+    label: Annotated[
+        list[Annotated[str, Query(max_length=512)]] | None,
+        Query(max_length=32, description="`name=value` that a job must have. Repeatable."),
+    ] = None,
 ) -> JobPage:
     """List jobs, newest first."""
-    found = service.jobs.page(caller.tenant, limit=limit + 1, before=cursor, status=status)
+    found = service.jobs.page(
+        caller.tenant,
+        limit=limit + 1,
+        before=cursor,
+        status=status,
+        kind=kind,
+        labels=_labels(label or []),
+    )
     more = len(found) > limit
     return JobPage(
         data=[job_view(job) for job in found[:limit]],
         has_more=more,
         next_cursor=found[limit - 1].id if more else None,
     )
+
+
+def _labels(texts: list[str]) -> dict[str, str]:
+    found = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name:
+            msg = f"a label must read name=value, such as team=vision; got '{text}'"
+            raise InvalidInput(msg, label=text)
+        found[name] = value
+    return found
 
 
 @router.get(

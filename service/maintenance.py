@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from bitquota.errors import BitquotaError, Conflict, InvalidInput
 from bitquota.service.blobs import BlobStore, blob_store, digest_file
 from bitquota.service.database import artifacts, deliveries, events, idempotency, jobs
-from bitquota.service.jobs import JobStatus
+from bitquota.service.job import JobStatus
 from bitquota.service.processes import OWNER_FILE, owner_is_gone
 
 if TYPE_CHECKING:

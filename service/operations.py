@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 import bitquota
 from bitquota.errors import BitquotaError, ServiceError
 from bitquota.service.database import jobs
-from bitquota.service.jobs import JobStatus
+from bitquota.service.job import JobStatus
 from bitquota.service.problems import problem_response
 from bitquota.service.schemas import Problem
 from bitquota.service.state import Service, caller_of

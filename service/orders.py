@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from fastapi import Body
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from bitquota.service.jobs import NewJob
+from bitquota.service.job import NewJob
 from bitquota.service.kinds import KINDS, kind_by_name
 from bitquota.service.schemas import Digest
 

@@ -22,7 +22,7 @@ from bitquota.plan import Plan
 from bitquota.report_page import render_html
 from bitquota.service.artifacts import ArtifactKind
 from bitquota.service.database import artifacts, events
-from bitquota.service.jobs import JobStatus
+from bitquota.service.job import JobStatus
 from bitquota.service.kinds import KINDS
 from bitquota.service.state import Calling, Service, State  # noqa: TC001  # FastAPI reads them
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
     from bitquota.canonical import JsonObject
-    from bitquota.service.jobs import Job
+    from bitquota.service.job import Job
 
 T = TypeVar("T")
 

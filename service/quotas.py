@@ -181,7 +181,7 @@ class AuditLog:
 
     def add(self, caller: Caller, action: str, subject: str = "", request: str = "") -> None:
         """Write one line."""
-        from bitquota.service.jobs import new_id
+        from bitquota.service.job import new_id
 
         now = self._clock()
         values = {

@@ -7,7 +7,7 @@ import zlib
 from typing import TYPE_CHECKING
 
 from bitquota.errors import BitquotaError, MeasurementFailed
-from bitquota.service.jobs import KeptResult
+from bitquota.service.job import KeptResult
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from bitquota.service.artifacts import Artifact
-    from bitquota.service.jobs import Job
+    from bitquota.service.job import Job
 
 DIGEST = r"^sha256:[0-9a-f]{64}$"
 
@@ -99,7 +99,9 @@ class SolveOrder(BaseModel):
     job: str | None = Field(
         default=None, pattern=r"^job_[0-9a-f]{32}$", description="A job that left a matrix."
     )
-    matrix: str | None = Field(default=None, description="Or base64 of such a matrix.")
+    matrix: str | None = Field(
+        default=None, description="Or the digest of an uploaded matrix, or base64 of one."
+    )
     budgets: list[str] = Field(min_length=1, max_length=64)
     gap: float = Field(default=1e-4, ge=0, lt=1, description="Relative gap to stop at.")
     time_limit_s: float = Field(default=0.1, gt=0, le=30, description="For each budget.")

@@ -18,7 +18,7 @@ from bitquota.candidates import Inventory, Layer, LayerKind
 from bitquota.canonical import digest_bytes
 from bitquota.errors import InvalidBudget, InvalidInput
 from bitquota.matrix import SensitivityMatrix
-from bitquota.service.inspection import inspect_matrix
+from bitquota.service.inspection import ArtifactKind, inspect_matrix
 from bitquota.service.job_routes import results_of
 from bitquota.service.schemas import Problem, SolveAnswer, SolvedBudget, SolveOrder
 from bitquota.service.state import Calling, Service, State  # noqa: TC001  # FastAPI reads them
@@ -172,10 +172,16 @@ def _measured(order: SolveOrder, service: State, tenant: str) -> Measured:
     if order.job is not None:
         return _recent.stored(service, results_of(service, tenant, order.job))
     assert order.matrix is not None  # noqa: S101  # checked above
+    if order.matrix.startswith("sha256:"):
+        stored = service.artifacts.get(tenant, ArtifactKind.MATRIX, order.matrix)
+        return _recent.stored(service, {"matrix": stored.digest})
     try:
         data = base64.b64decode(order.matrix, validate=True)
     except (binascii.Error, ValueError) as err:
-        msg = "an inline matrix must be base64 of the .npz that a job's /sensitivity returns"
+        msg = (
+            "a matrix must be the digest of an upload, or base64 of the .npz that a job's "
+            "/sensitivity returns"
+        )
         raise InvalidInput(msg) from err
     # Before anything is unpacked: a few megabytes may claim to hold gigabytes.
     incoming = service.blobs.incoming(len(data))

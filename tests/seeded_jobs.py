@@ -20,7 +20,8 @@ from bitquota.plan import Assignment, Baseline, MeasuredLoss, Plan, Proof
 from bitquota.service.artifacts import ArtifactKind, ArtifactStore
 from bitquota.service.blobs import BlobStore
 from bitquota.service.database import Database
-from bitquota.service.jobs import JobStore, NewJob
+from bitquota.service.job import NewJob
+from bitquota.service.jobs import JobStore
 from bitquota.solver import build_problem, solve
 from live_server import folder_zip, npz
 

@@ -203,6 +203,30 @@ class TestOrders:
         other = http.post("/v1/jobs", json=order(uploads, priority=1), headers=headers)
         assert_problem(other, 422, "invalid-input")
 
+    def test_wait_that_is_too_short_says_so(self, http, uploads):
+        answer = http.post("/v1/jobs", json=order(uploads), headers={"Prefer": "wait=1"})
+        assert answer.status_code == 202
+        assert answer.headers["preference-applied"] == "wait=1"
+        assert answer.json()["status"] == "queued"
+
+    def test_wait_ends_with_the_job(self, quiet, http, uploads):
+        def end():
+            with quiet.client() as other:
+                next(other.jobs(labels={"wait": "for me"})).cancel()
+
+        cancel = threading.Timer(0.3, end)
+        cancel.start()
+        body = order(uploads, labels={"wait": "for me"})
+        answer = http.post("/v1/jobs", json=body, headers={"Prefer": "respond-async, wait=60"})
+        cancel.join()
+        assert answer.json()["status"] == "cancelled"
+
+    @pytest.mark.parametrize("name", ["plan", "measure", "solve", "frontier", "evaluate", "export"])
+    def test_every_kind_must_name_its_inputs(self, http, name):
+        assert_problem(
+            http.post("/v1/jobs", json={"kind": name, "request": {}}), 422, "invalid-input"
+        )
+
     def test_not_json(self, http):
         answer = http.post("/v1/jobs", content=b"{", headers={"Content-Type": "application/json"})
         assert_problem(answer, 422, "invalid-input")
@@ -237,6 +261,33 @@ class TestJobs:
         found = http.get("/v1/jobs", params={"status": "cancelled", "limit": 200}).json()["data"]
         assert made in [job["id"] for job in found]
         assert {job["status"] for job in found} == {"cancelled"}
+
+    def test_list_by_label_and_kind(self, http, uploads):
+        labels = {"team": 'vi"sion', "100%": "_"}
+        made = http.post("/v1/jobs", json=order(uploads, labels=labels)).json()["id"]
+        http.post("/v1/jobs", json=order(uploads, labels={"team": "vision", "100%": "x"}))
+        for label in ('team=vi"sion', "100%=_"):
+            found = http.get("/v1/jobs", params={"label": label}).json()["data"]
+            assert [job["id"] for job in found] == [made]
+        both = http.get("/v1/jobs", params={"label": ["100%=_", "team=other"]}).json()
+        assert both["data"] == []
+        assert http.get("/v1/jobs", params={"kind": "export"}).json()["data"] == []
+        assert_problem(http.get("/v1/jobs", params={"label": "team"}), 422, "invalid-input")
+
+    def test_pages_of_jobs_lead_through_all_of_them(self, http, uploads):
+        labels = {"walk": "this"}
+        made = [
+            http.post("/v1/jobs", json=order(uploads, labels=labels)).json()["id"] for _ in range(5)
+        ]
+        seen, cursor = [], {}
+        while True:
+            params = {"limit": 2, "label": "walk=this"} | cursor
+            page = http.get("/v1/jobs", params=params).json()
+            seen += [job["id"] for job in page["data"]]
+            if not page["has_more"]:
+                break
+            cursor = {"cursor": page["next_cursor"]}
+        assert seen == made[::-1]
 
     def test_events_of_an_ended_job_resume_and_end(self, http, uploads):
         made = http.post("/v1/jobs", json=order(uploads)).headers["location"]

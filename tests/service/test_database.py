@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
@@ -11,6 +12,8 @@ from bitquota.errors import ServiceError
 from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.database import Database, artifacts, metadata
 from bitquota.service.inspection import ArtifactKind
+from bitquota.service.jobs import JobStore
+from bitquota.service.migrate import configuration
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -33,6 +36,23 @@ class TestCreate:
         with database.engine.connect() as connection:
             context = MigrationContext.configure(connection)
             assert compare_metadata(context, metadata) == []
+
+    def test_rows_of_the_first_form_are_kept(self, database):
+        """Jobs that were ordered before the second migration have no further inputs."""
+
+        def first_form(connection):
+            command.upgrade(configuration(connection), "0001")
+            connection.execute(
+                sa.text(
+                    "INSERT INTO jobs (id, tenant, kind, status, request, created_at) "
+                    "VALUES ('job_1', 'ann', 'plan', 'queued', '{}', 0)"
+                )
+            )
+
+        database.write(first_form)
+        database.create()
+        job = JobStore(database, lambda: 0.0).get("ann", "job_1")
+        assert (job.inputs, job.result_bytes) == ({}, 0)
 
     def test_again_changes_nothing(self, database):
         database.create()

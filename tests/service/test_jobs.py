@@ -9,7 +9,10 @@ from bitquota.errors import Conflict, InvalidInput, MeasurementFailed, NotFound
 from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.database import Database, metadata
 from bitquota.service.inspection import ArtifactKind
-from bitquota.service.jobs import JobStatus, JobStore, LeaseLost, NewJob
+from bitquota.service.job import JobStatus, KeptResult, LeaseLost, NewJob
+from bitquota.service.jobs import JobStore
+from bitquota.service.quotas import Quotas
+from bitquota.service.settings import Settings
 
 MODEL, DATASET = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 
@@ -292,6 +295,28 @@ class TestEvents:
         job, _ = store.create(order())
         store.claim("me", 15)
         assert [2] == [number for number, _, _ in store.events(job.id, 1)]
+
+
+class TestResults:
+    def finish(self, store, artifact):
+        store.create(order())
+        job = store.claim("me", 15)
+        kept = KeptResult(digest="sha256:" + "c" * 64, size=7, name="plans", artifact=artifact)
+        store.succeed(job.id, job.epoch, {"plans": [kept.digest]}, [kept])
+        return kept.digest
+
+    def test_plan_becomes_an_upload_once(self, store, database, clock):
+        """In the transaction that ends the job, so that neither is ever without the other."""
+        for _ in range(2):
+            digest = self.finish(store, ArtifactKind.PLAN)
+        found = ArtifactStore(database, clock).page("ann", ArtifactKind.PLAN, limit=9, after=None)
+        assert [(one.digest, one.size, one.format) for one in found] == [(digest, 7, "json")]
+
+    def test_what_becomes_none_counts_as_stored(self, store, database, clock):
+        quotas = Quotas(database, Settings(), clock)
+        before = quotas.usage("ann").stored_bytes
+        self.finish(store, None)
+        assert quotas.usage("ann").stored_bytes == before + 7
 
 
 class TestPage:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -11,10 +12,11 @@ from bitquota.errors import Conflict, InvalidInput
 from bitquota.service import admin_commands
 from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.blobs import BlobStore
+from bitquota.service.checkup import doctor
 from bitquota.service.database import Database
 from bitquota.service.inspection import ArtifactKind
-from bitquota.service.jobs import JobStore, NewJob
-from bitquota.service.checkup import doctor
+from bitquota.service.job import KeptResult, NewJob
+from bitquota.service.jobs import JobStore
 from bitquota.service.maintenance import (
     OWNER_FILE,
     backup,
@@ -110,6 +112,29 @@ class TestCollect:
         world.now += 400 * DAY
         assert world.collect().uploads == 0
         assert world.blobs.read(world.model) == b"model"
+
+    def test_plans_and_matrices_of_a_job_that_waits_stay(self, world):
+        digest = world.upload(ArtifactKind.MATRIX, b"matrix")
+        new = NewJob(tenant="ann", kind="solve", request={}, labels={}, inputs={"matrix": [digest]})
+        world.jobs.create(new)
+        world.now += 365 * DAY
+        world.collect()
+        assert world.blobs.read(digest) == b"matrix"
+        assert world.artifacts.get("ann", ArtifactKind.MATRIX, digest).digest == digest
+
+    def test_results_that_became_uploads_outlive_their_job(self, world):
+        world.order()
+        job = world.jobs.claim("me", 15)
+        plan = world.blobs.put(b"plan")
+        world.age(plan)
+        kept = KeptResult(digest=plan, size=4, name="plans", artifact=ArtifactKind.PLAN)
+        world.jobs.succeed(job.id, job.epoch, {"plans": [plan]}, [kept])
+        world.now += 91 * DAY
+        new = NewJob(tenant="ann", kind="export", request={}, labels={}, inputs={"plan": [plan]})
+        world.upload(ArtifactKind.MODEL, b"model")
+        world.jobs.create(replace(new, model=world.model))
+        world.collect()
+        assert world.blobs.read(plan) == b"plan"
 
     def test_file_without_a_row_gets_an_hour(self, world):
         """An upload is on the disk before the database names it."""

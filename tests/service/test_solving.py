@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import base64
+import io
+import zipfile
 
 import httpx
 import numpy as np
 import pytest
 
 from bitquota.candidates import Inventory, Layer, LayerKind, enumerate_candidates
-from bitquota.errors import InvalidBudget
+from bitquota.errors import InvalidBudget, TooLarge
 from bitquota.matrix import SensitivityMatrix
 from bitquota.service.solving import inventory_of
 from live_server import LiveServer
@@ -69,6 +71,20 @@ class TestSolve:
         assert answer["predicted"] == pytest.approx(best_by_hand(matrix, average * n_weights))
         assert answer["bound"] <= answer["predicted"] + 1e-9
         assert set(answer["assignments"]) == {"l0", "l1", "l2"}
+
+    def test_uploaded_matrix_is_the_inline_one(self, client, matrix):
+        digest = client.upload("matrix", matrix.to_bytes())
+        assert client.solve(matrix=digest, budgets=["3 bits"]) == client.solve(
+            matrix=matrix.to_bytes(), budgets=["3 bits"]
+        )
+
+    def test_matrix_that_claims_more_than_it_may(self, client):
+        """A few kilobytes that unpack to a gigabyte are refused before they are unpacked."""
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("meta.npy", bytes(2**28))
+        with pytest.raises(TooLarge, match="unpack"):
+            client.solve(matrix=buffer.getvalue(), budgets=["3 bits"])
 
     def test_budgets_are_answered_in_their_order(self, client, matrix):
         answers = client.solve(matrix=matrix.to_bytes(), budgets=["8 bits", "2 bits"])

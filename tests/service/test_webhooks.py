@@ -10,7 +10,8 @@ from standardwebhooks import Webhook
 
 from bitquota.errors import InvalidInput
 from bitquota.service.database import Database, deliveries
-from bitquota.service.jobs import JobStore, NewJob
+from bitquota.service.job import NewJob
+from bitquota.service.jobs import JobStore
 from bitquota.service.settings import Settings
 from bitquota.service.webhooks import Webhooks, check_url, public_address
 

@@ -17,7 +17,7 @@ from bitquota.client.sources import Upload
 from bitquota.client.transports import AwaitedTransport, BlockingTransport, checked_url, options
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Iterator, Mapping
     from types import TracebackType
 
     from bitquota.canonical import JsonObject
@@ -76,9 +76,15 @@ class Client(ServerCalls[Job], BlockingTransport):
         """Return the job that a body describes."""
         return Job(self, body)
 
-    def jobs(self, *, status: str | None = None) -> Iterator[Job]:
-        """Yield all jobs, newest first."""
-        yield from self.iterate(self.job_steps(status))
+    def jobs(
+        self,
+        *,
+        status: str | None = None,
+        kind: str | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> Iterator[Job]:
+        """Yield all jobs, or those of a status, a kind and labels, newest first."""
+        yield from self.iterate(self.job_steps(status, kind, labels))
 
     def __enter__(self) -> Self:
         """Return the client."""
@@ -145,10 +151,16 @@ class AsyncClient(ServerCalls[AsyncJob], AwaitedTransport):
         """Return the job that a body describes."""
         return AsyncJob(self, body)
 
-    async def jobs(self, *, status: str | None = None) -> AsyncIterator[AsyncJob]:
-        """Yield all jobs, newest first."""
+    async def jobs(
+        self,
+        *,
+        status: str | None = None,
+        kind: str | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> AsyncIterator[AsyncJob]:
+        """Yield all jobs, or those of a status, a kind and labels, newest first."""
         ends: list[Any] = []
-        async for job in self.iterate(self.job_steps(status), ends):
+        async for job in self.iterate(self.job_steps(status, kind, labels), ends):
             yield job
 
     async def __aenter__(self) -> Self:

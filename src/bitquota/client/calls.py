@@ -9,6 +9,7 @@ import time
 import uuid
 from abc import abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from bitquota.client.effects import (
@@ -33,7 +34,6 @@ from bitquota.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from bitquota.canonical import JsonObject
     from bitquota.client.sources import Source, Upload
@@ -109,7 +109,7 @@ class Requests:
             return ServiceTimeout(f"the server must answer; it did not in time: {err}")
         return ServiceError(f"the server must be reachable; {self.base_url} is not: {err}")
 
-    def got(self, path: str, **params: str | int) -> Steps[Answer]:
+    def got(self, path: str, **params: Any) -> Steps[Answer]:  # noqa: ANN401  # of a query
         """Return the answer to a GET."""
         return (yield from self.sent(Send(method="GET", path=path, params=params)))
 
@@ -212,7 +212,7 @@ class ServerCalls(Requests, Generic[J]):
         *,
         budgets: Sequence[str],
         job: str | None = None,
-        matrix: bytes | None = None,
+        matrix: bytes | str | None = None,
         gap: float = 1e-4,
         time_limit_s: float = 0.1,
         seed: int = 0,
@@ -222,7 +222,8 @@ class ServerCalls(Requests, Generic[J]):
         Args:
             budgets: What to solve for.
             job: A job that left a matrix.
-            matrix: Or a matrix itself, as ``Job.sensitivity`` returns it.
+            matrix: Or ``sha256:…`` of an uploaded matrix, or the matrix itself, as
+                ``Job.sensitivity`` returns it.
             gap: Relative gap to stop at.
             time_limit_s: For each budget.
             seed: Of the search.
@@ -233,7 +234,8 @@ class ServerCalls(Requests, Generic[J]):
         if job is not None:
             body["job"] = job
         if matrix is not None:
-            body["matrix"] = base64.b64encode(matrix).decode()
+            text = matrix if isinstance(matrix, str) else base64.b64encode(matrix).decode()
+            body["matrix"] = text
         send = Send(method="POST", path="/v1/solve", json=body)
         answer = yield from self.sent(send)
         return [dict(entry) for entry in json.loads(answer.content)["data"]]
@@ -263,9 +265,13 @@ class ServerCalls(Requests, Generic[J]):
         answer = yield from self.got(f"/v1/jobs/{job_id}")
         return self.make_job(json.loads(answer.content))
 
-    def job_steps(self, status: str | None) -> Steps[None]:
+    def job_steps(
+        self, status: str | None, kind: str | None, labels: Mapping[str, str] | None
+    ) -> Steps[None]:
         """Give all jobs, newest first."""
-        parameters: dict[str, str | int] = {} if status is None else {"status": status}
+        given = {"status": status, "kind": kind}
+        parameters: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        parameters["label"] = [f"{name}={value}" for name, value in (labels or {}).items()]
         while True:
             page = json.loads((yield from self.got("/v1/jobs", **parameters)).content)
             for body in page["data"]:
@@ -547,11 +553,12 @@ class JobCalls:
         return Comparison.from_json(json.loads((yield from self._below("comparison")).content))
 
     @Call
-    def save(self, path: str, target: Path) -> Steps[Path]:
+    def save(self, path: str, target: Path | str) -> Steps[Path]:
         """Write a result of any size to a file, such as the ``archive`` of an export."""
-        send = Send(method="GET", path=f"/v1/jobs/{self.id}/{path}", save_to=target)
+        place = Path(target)
+        send = Send(method="GET", path=f"/v1/jobs/{self.id}/{path}", save_to=place)
         yield from self.requests.sent(send)
-        return target
+        return place
 
 
 def _progress(body: Mapping[str, Any]) -> Progress:

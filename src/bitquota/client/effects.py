@@ -53,7 +53,7 @@ class Send:
 
     method: str
     path: str
-    params: Mapping[str, str | int] = field(default_factory=dict)
+    params: Mapping[str, str | int | list[str]] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     json: JsonObject | None = None
     pieces: Callable[[], Iterator[bytes]] | None = None

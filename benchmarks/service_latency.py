@@ -1,0 +1,122 @@
+"""What a job costs beyond its measurement, and how quickly a stored matrix is solved.
+
+``python benchmarks/service_latency.py``. The same order is run again and again, on a server and
+in this process, with every measurement in the ledger: the difference is the service.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+import numpy as np
+
+from bitquota.candidates import Inventory, Layer, LayerKind, enumerate_candidates
+from bitquota.matrix import SensitivityMatrix
+from bitquota.request import PlanRequest
+from live_server import LiveServer, train_and_export
+
+REQUEST = PlanRequest(budgets=("3 bits",), weight_bits=(2, 4, 8), samples=64, holdout_samples=64)
+
+
+def matrix_of(layers: int, bits: tuple[int, ...], seed: int = 0) -> SensitivityMatrix:
+    """Return a positive semidefinite matrix over ``layers`` layers."""
+    rng = np.random.default_rng(seed)
+    inventory = Inventory(
+        model_digest="sha256:x",
+        layers=tuple(
+            Layer(
+                name=f"l{k}", kind=LayerKind.LINEAR, weight_name=f"l{k}.weight",
+                weight_shape=(16, n := int(rng.integers(8, 64))), rows=16, columns=n,
+                n_weights=16 * n,
+            )
+            for k in range(layers)
+        ),
+    )  # fmt: skip
+    table = enumerate_candidates(inventory, bits)
+    widths = np.array([row.candidates[0].weight_bits for row in table.rows])
+    factors = rng.normal(size=(len(widths), 40)) * (4.0**-widths)[:, None]
+    gram = factors @ factors.T
+    cross = gram.copy()
+    for begin, end in zip(table.offsets, table.offsets[1:], strict=False):
+        cross[begin:end, begin:end] = 0.0
+    return SensitivityMatrix(table=table, diagonal=np.diag(gram) / 2, cross=cross)
+
+
+def served(server: LiveServer, files: tuple[Path, Path], repeats: int) -> list[float]:
+    """Return seconds from order to end of jobs that measure nothing."""
+    seconds = []
+    with server.client() as client:
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            job = client.submit(model=files[0], calibration=files[1], request=REQUEST)
+            job.wait(poll_s=0.02)
+            seconds.append(time.perf_counter() - began)
+            time.sleep(1.0)  # the next driver in reserve gets ready
+    return seconds[1:]
+
+
+def embedded(files: tuple[Path, Path], folder: Path, repeats: int) -> list[float]:
+    """Return seconds of the same work in this process."""
+    from bitquota.allocate import allocate
+    from bitquota.formats import load_calibration, load_model
+    from bitquota.sensitivity.ledger import SqliteLedger
+
+    seconds = []
+    with SqliteLedger(folder / "ledger.sqlite") as ledger:
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            model, samples = load_model(str(files[0])), load_calibration(str(files[1]))
+            allocate(model, samples, REQUEST, ledger=ledger)
+            seconds.append(time.perf_counter() - began)
+    return seconds[1:]
+
+
+def main() -> None:
+    """Measure both, and the solver's endpoint."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--solves", type=int, default=60)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bq-latency-") as name:
+        folder = Path(name)
+        files = train_and_export(folder)
+        with LiveServer(folder / "data") as server:
+            jobs = served(server, files, options.repeats)
+            data = matrix_of(53, (2, 3, 4, 5, 6, 8)).to_bytes()
+            with server.client() as client:
+                digest = client.upload("matrix", data)
+                times: dict[str, list[float]] = {"stored": [], "inline": []}
+                for k in range(options.solves + 1):
+                    for how, matrix in (("stored", digest), ("inline", data)):
+                        budget = f"{2.5 + 4 * k / options.solves:.3f} bits"
+                        began = time.perf_counter()
+                        client.solve(matrix=matrix, budgets=[budget])
+                        times[how].append(time.perf_counter() - began)
+        here = embedded(files, folder, options.repeats)
+    job_s, here_s = statistics.median(jobs), statistics.median(here)
+    overhead_s = job_s - here_s
+    print(
+        f"job whose measurements are all in the ledger: {job_s:.2f} s (slowest {max(jobs):.2f}); "
+        f"the same work in one process: {here_s:.2f} s; overhead {overhead_s:.2f} s"
+    )
+    good = overhead_s < 1.0
+    for how, found in times.items():
+        ordered = sorted(found[1:])
+        p50 = ordered[len(ordered) // 2]
+        print(
+            f"POST /v1/solve, 53 layers, 318 rows, {how}: p50 {1000 * p50:.0f} ms, "
+            f"p95 {1000 * ordered[int(0.95 * len(ordered))]:.0f} ms"
+        )
+        good &= p50 < 0.15
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
