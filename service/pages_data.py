@@ -14,7 +14,15 @@ from fastapi import APIRouter, Query, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
-from bitquota.charts import LARGEST, cross_map, document, frontier_of, maps_of, plan_json
+from bitquota.charts import (
+    LARGEST,
+    cross_map,
+    document,
+    frontier_of,
+    frontier_rows,
+    maps_of,
+    plan_json,
+)
 from bitquota.errors import BitquotaError, Conflict, NotFound
 from bitquota.formats.targets import TARGETS
 from bitquota.matrix import SensitivityMatrix
@@ -150,7 +158,7 @@ def export_targets() -> list[str]:
 def has_charts(job: Job) -> bool:
     """Return whether the job left something that the model page can draw."""
     results = job.results or {}
-    return bool(results.get("matrix") or results.get("plans"))
+    return any(results.get(name) for name in ("matrix", "plans", "comparison", "frontier"))
 
 
 def require_charts(job: Job) -> None:
@@ -160,7 +168,9 @@ def require_charts(job: Job) -> None:
         msg = f"a job must have succeeded before its model can be shown; this one {said}"
         raise Conflict(msg, job=job.id)
     if not has_charts(job):
-        msg = f"the model page needs a sensitivity matrix or plans; this {job.kind} job left none"
+        msg = (
+            f"there must be something to draw; this {job.kind} job left no measurement and no plan"
+        )
         raise NotFound(msg, job=job.id)
 
 
@@ -215,12 +225,19 @@ def document_of(service: State, job: Job) -> JsonObject:
     """Return what the model page draws of a job; raises as ``require_charts`` does."""
     require_charts(job)
     plans = plans_of(service, job)
-    return document(
+    results = job.results or {}
+    comparison = results.get("comparison")
+    found = document(
         title=title_of(service, job),
         plans=[plan for plan, _ in plans],
         plan_documents=[shown for _, shown in plans],
         matrix=matrix_of(service, job),
+        comparison=None if comparison is None else json.loads(service.blobs.read(comparison)),
     )
+    if not plans and results.get("frontier"):
+        rows = frontier_rows(json.loads(service.blobs.read(results["frontier"])))
+        found |= {name: rows[name] for name in ("layers", "frontier")}
+    return found
 
 
 @router.get("/jobs/{job_id}/charts.json")
