@@ -251,6 +251,12 @@ def table(results: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def read(path: Path) -> list[dict[str, object]]:
+    """Return the results in a file; none if it is not there."""
+    found: list[dict[str, object]] = json.loads(path.read_text()) if path.exists() else []
+    return found
+
+
 def main() -> None:
     """Run rows, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -268,11 +274,8 @@ def main() -> None:
     parser.add_argument("--full-precision-steps", action="store_true", help="no bfloat16")
     parser.add_argument("--holdout", action="store_true", help="leave the test images alone")
     args = parser.parse_args()
-    known: list[dict[str, object]] = (
-        json.loads(args.results.read_text()) if args.results.exists() else []
-    )
     if args.what == "table":
-        print(table(known))
+        print(table(read(args.results)))
         return
     model = load_resnet(20)
     x, y = images("train_part", args.images)
@@ -298,10 +301,12 @@ def main() -> None:
     for row in args.rows.split(","):
         for seed in (int(s) for s in args.seeds.split(",")):
             for found in bench.run(row, seed):
+                # Another run may have written meanwhile.
+                known = read(args.results)
                 known = [r for r in known if (r["row"], r["seed"]) != (found["row"], found["seed"])]
                 known.append(found)
                 print(json.dumps(found), flush=True)
-            args.results.write_text(json.dumps(known, indent=1) + "\n")
+                args.results.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":
