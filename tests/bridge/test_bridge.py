@@ -12,6 +12,7 @@ from bitquota.budget import Budget
 from bitquota.candidates import Candidate
 from bitquota.corrections import Correction
 from bitquota.errors import BudgetTooSmall, InvalidInput, InvalidPlan, StalePlan
+from bitquota.formats.exports import export_plan
 from bitquota.formats.models import LoadedModel, load_model
 from bitquota.plan import Assignment, Plan
 from bitquota.request import PlanRequest
@@ -19,7 +20,7 @@ from bitquota.sensitivity.calibration import CalibrationSet
 from bitquota.sensitivity.discovery import discover, model_fingerprint
 from bitquota.storage import Scheme
 from bitquota.training.finetune import measure_trained
-from bitquota.training.learn import default_settings
+from bitquota.training.learn import RECIPES, default_settings
 from bitquota.training.saved import load_trained
 from bitquota.training.settings import TrainingSettings
 from digits_network import N_TRAIN, digits, trained_digits_net
@@ -143,6 +144,25 @@ class TestLearnPlan:
         assert max(sizes) <= 300 * 8
         assert found.plan.average_bits <= 3
         assert 3 == len(found.plan.budgets)
+
+    @pytest.mark.parametrize("recipe", RECIPES)
+    def test_the_exported_model_keeps_the_budget(self, model, data, tmp_path, recipe):
+        """Bytes of the file, counted by the receipt, scales included; outputs those of training."""
+        found = learn_plan(
+            model, data, ["2.9 bpw"], (2, 3, 4, 6, 8), recipe=recipe,
+            settings=replace(default_settings(recipe), epochs=1),
+        )  # fmt: skip
+        module = found.model.module
+        trained = LoadedModel(
+            module=module, digest=model_fingerprint(module), source="trained", architecture="Net"
+        )
+        receipt = export_plan(
+            trained, found.plan, tmp_path / "out", format_name="ref-int",
+            samples=CalibrationSet(inputs=(digits()[0][N_TRAIN:],)),
+        )  # fmt: skip
+        (budget,) = found.plan.budgets
+        assert receipt.payload_bits == found.plan.size_bits <= budget.limit
+        assert receipt.difference.relative < 1e-5
 
     def test_excluded_layers_stay(self, model, data):
         """And count as unquantized."""

@@ -24,6 +24,7 @@ from bitquota.training.bit_learners import (
 )
 from bitquota.training.finetune import finetune
 from bitquota.training.learn import RECIPES, learn, repair
+from bitquota.training.objective import run_with
 from bitquota.training.settings import TrainingSettings
 from digits_network import N_TRAIN, accuracy, digits, trained_digits_net
 from layer_shapes import layer_of
@@ -247,6 +248,27 @@ class TestEllipsoidLearner:
             direction.data.copy_(torch.randn(direction.shape, generator=generator))
             size = float((learner.counts * learner.relaxed_bits().detach()).sum())
             assert limit == pytest.approx(size, rel=1e-6)
+
+    def test_the_size_is_constant_along_training(self):
+        """To 1e-6 after every step, whatever the loss asks for."""
+        model = trained_digits_net()
+        inventory = inventory_of(model)
+        limit = 2.7 * inventory.n_weights
+        learner = EllipsoidLearner(
+            model, inventory.layers, limit, least=2, most=8, per_channel=True
+        )
+        optimizer = torch.optim.AdamW(learner.parameters(), lr=0.05)
+        x, y = digits()
+        first = learner.relaxed_bits().detach().clone()
+        for k in range(15):
+            batch = slice(60 * k, 60 * k + 60)
+            output = run_with(learner, (x[batch],))
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(output, y[batch]).backward()
+            optimizer.step()
+            size = float((learner.counts * learner.relaxed_bits().detach()).sum())
+            assert limit == pytest.approx(size, rel=1e-6)
+        assert not torch.allclose(first, learner.relaxed_bits(), atol=0.05)
 
 
 class TestPublishedLearner:
