@@ -121,6 +121,14 @@ class Bench:
             timing.write_text(str((time.process_time() - start) / 60))
         return Plan.load(path), float(timing.read_text())
 
+    def checkpoints(self, row: str, seed: int) -> Path:
+        """Return the folder in which a run that was stopped left its state.
+
+        The minutes of a row that was continued are those of its last part.
+        """
+        of = f"{self.settings.epochs}x{len(self.data)}"
+        return self.folder / "checkpoints" / f"{row}-{seed}-{self.average}-{of}"
+
     def corrected(self, model: nn.Module, candidates: list[Candidate]) -> nn.Module:
         """Return the model quantized without training."""
         return apply_plan(
@@ -185,6 +193,7 @@ class Bench:
         learned = learn(
             self.model, self.inventory, self.data, limit, WIDTHS, recipe=recipe,
             settings=learning, finetuning=replace(half, epochs=settings.epochs - half.epochs),
+            checkpoint_folder=self.checkpoints(row, seed),
             **options,
         )  # fmt: skip
         candidates = list(learned.candidates)

@@ -11,7 +11,7 @@ from bitquota.formats.evaluation import compare_models
 from bitquota.formats.exports.prepared import folded_module, inventory_of
 from bitquota.formats.scores import FULL_PRECISION, Score
 from bitquota.formats.targets import candidates_at, target_by_name
-from bitquota.quantizers.activations import collect_inputs
+from bitquota.quantizers.channel_fit import collect_by
 from bitquota.sensitivity.evaluate import apply_plan
 from bitquota.sensitivity.foreign import check_importance
 from bitquota.sensitivity.input_moments import input_grams
@@ -208,7 +208,9 @@ def quantized_module(
     activations, grams = None, None
     if correction_data is not None and needs_ranges:
         batches = (b.inputs for b in correction_data.batches(_BATCH))
-        activations = collect_inputs(module, inventory, batches)
+        request = plan.provenance.get("request") or {}
+        fit = request.get("activation_fit", "mse")
+        activations = collect_by(fit, module, inventory, batches)
     if correction_data is not None and needs_grams:
         grams = input_grams(module, inventory, (b.inputs for b in correction_data.batches(_BATCH)))
     return apply_plan(

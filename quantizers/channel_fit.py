@@ -11,17 +11,24 @@ References:
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import torch
 
 from bitquota.errors import InvalidInput
-from bitquota.quantizers.activations import ACTIVATION_BITS, ActivationQuantizer, InputWatcher
+from bitquota.quantizers.activations import (
+    ACTIVATION_BITS,
+    ActivationQuantizer,
+    CalibratedInputs,
+    InputWatcher,
+    collect_inputs,
+)
 from bitquota.quantizers.scales import least_squares_scale
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor, nn
 
@@ -102,25 +109,49 @@ def relative_errors(values: Tensor, quantizer: ActivationQuantizer) -> Tensor:
     return torch.where(energy > 0, error / energy.clamp(min=1e-300), 0.0)
 
 
-def calibrate_channels(
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ChannelInputs(CalibratedInputs):
+    """Calibrated inputs whose grids are fitted to channels; used like any others.
+
+    Attributes:
+        values: Some values of every layer's input, ``[channels, n]``.
+        weighing: How channels are weighed.
+    """
+
+    values: Mapping[str, Tensor]
+    weighing: ChannelRule
+    _fitted: dict[tuple[str, int], ActivationQuantizer] = field(default_factory=dict)
+
+    def __call__(self, layer: str, bits: int) -> Callable[[Tensor], Tensor]:
+        """Return the fake-quantizer of ``layer``'s input; raises as ``CalibratedInputs``."""
+        if layer not in self.values:
+            # Integer inputs pass, unseen ones are refused, as everywhere.
+            return CalibratedInputs.__call__(self, layer, bits)
+        key = (layer, bits)
+        if key not in self._fitted:
+            self._fitted[key] = fit_channels(self.values[layer], bits, self.weighing)
+        return self._fitted[key]
+
+
+def collect_channels(
     module: nn.Module,
     inventory: Inventory,
     batches: Iterable[tuple[Tensor, ...]],
-    bits: int,
     rule: ChannelRule = ChannelRule.CHAN,
-) -> dict[str, ActivationQuantizer]:
-    """Return the input quantizer of every layer with a floating-point input.
+) -> ChannelInputs:
+    """Return some values of every layer's floating-point input, to fit grids of any width to.
 
     Args:
         module: The full-precision model in eval mode.
         inventory: Its layers.
         batches: Positional arguments of forward passes.
-        bits: One of ``ACTIVATION_BITS``.
         rule: How channels are weighed.
 
     Cost: one forward pass over the batches; ``VALUES_PER_CHANNEL`` values per channel are kept of
     each batch, evenly spaced.
     """
+    from bitquota.candidates import LayerKind
+
     kept: dict[str, list[Tensor]] = {}
     axis_of = {la.name: 1 if la.kind.name.startswith("CONV") else -1 for la in inventory.layers}
 
@@ -134,4 +165,37 @@ def calibrate_channels(
     with torch.no_grad(), InputWatcher(module, inventory, look):
         for inputs in batches:
             module(*inputs)
-    return {name: fit_channels(torch.cat(parts, dim=1), bits, rule) for name, parts in kept.items()}
+    passing = {la.name for la in inventory.layers if la.kind is LayerKind.EMBEDDING}
+    return ChannelInputs(
+        histograms={},
+        passing=frozenset(passing - set(kept)),
+        values={name: torch.cat(parts, dim=1) for name, parts in kept.items()},
+        weighing=rule,
+    )
+
+
+def collect_by(
+    fit: str,
+    module: nn.Module,
+    inventory: Inventory,
+    batches: Iterable[tuple[Tensor, ...]],
+) -> CalibratedInputs:
+    """Return calibrated inputs: ``mse`` fits each tensor, a ``ChannelRule`` weighs its channels."""
+    if fit in list(ChannelRule):
+        return collect_channels(module, inventory, batches, ChannelRule(fit))
+    return collect_inputs(module, inventory, batches)
+
+
+def calibrate_channels(
+    module: nn.Module,
+    inventory: Inventory,
+    batches: Iterable[tuple[Tensor, ...]],
+    bits: int,
+    rule: ChannelRule = ChannelRule.CHAN,
+) -> dict[str, ActivationQuantizer]:
+    """Return the input quantizer of every layer with a floating-point input.
+
+    Arguments and cost as ``collect_channels``; ``bits`` is one of ``ACTIVATION_BITS``.
+    """
+    found = collect_channels(module, inventory, batches, rule)
+    return {name: fit_channels(values, bits, rule) for name, values in found.values.items()}

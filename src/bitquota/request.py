@@ -21,6 +21,7 @@ MEASURES = (
 
 PRECISIONS = ("fp32", "bf16")
 LOSSES = ("kl", "cross_entropy", "mse", "cosine")
+ACTIVATION_FITS = ("mse", "joint", "chan", "irls")
 DEFAULT_WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
 
 
@@ -34,6 +35,8 @@ class PlanRequest:
         weight_bits: Bit-widths on offer to every layer; if empty, all that the target stores, or
             2, 3, 4, 5, 6 and 8 without a target.
         activation_bits: Bit-width of every layer's input, or ``None`` for full precision.
+        activation_fit: How grids of inputs are fitted: ``mse`` each tensor's own error; ``joint``,
+            ``chan`` and ``irls`` weigh its channels (``quantizers.channel_fit``).
         scheme: How weights are quantized; a target brings its own.
         fixed: Layer pattern to bit-width.
         ties: Lists of layer patterns that must share a candidate.
@@ -63,6 +66,7 @@ class PlanRequest:
     budgets: tuple[str, ...] = ()
     weight_bits: tuple[int, ...] = ()
     activation_bits: int | None = None
+    activation_fit: str = "mse"
     scheme: Scheme = field(default_factory=Scheme)
     fixed: dict[str, int] = field(default_factory=dict)
     ties: tuple[tuple[str, ...], ...] = ()
@@ -99,6 +103,7 @@ class PlanRequest:
         if self.activation_bits is not None and not 2 <= self.activation_bits <= 16:
             msg = f"activation_bits must be between 2 and 16; got {self.activation_bits}"
             raise InvalidInput(msg, activation_bits=self.activation_bits)
+        _one_of("activation_fit", self.activation_fit, ACTIVATION_FITS)
         for name in ("samples", "holdout_samples", "correction_samples"):
             if getattr(self, name) < 1:
                 msg = f"{name} must be at least 1; got {getattr(self, name)}"

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from bitquota.budget import Budget
@@ -17,7 +18,7 @@ from bitquota.errors import InvalidInput
 from bitquota.formats import check_calibration
 from bitquota.formats.architectures import prepare_inventory
 from bitquota.formats.targets import target_by_name
-from bitquota.quantizers.activations import collect_inputs
+from bitquota.quantizers.channel_fit import collect_by
 from bitquota.sensitivity.corrections import fold_batch_norm
 from bitquota.sensitivity.discovery import discover
 from bitquota.sensitivity.evaluate import ChoiceLoss, measure_choice
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runner import Runner
 
+SPARE_BLOCKS = 6
+"""Blocks of further samples at most, beyond those that a request asks for."""
+
 BATCH = 64
 """Samples of one forward pass where nothing is cached."""
 
@@ -57,6 +61,7 @@ class Setting:
         loss: What is minimised.
         fit: Samples that sensitivities are measured on.
         holdout: Disjoint samples that choices are compared on.
+        spare: Further samples, in blocks like ``holdout``, for choices that it cannot tell apart.
         correcting: Samples that corrections see (without labels).
         weights: Quantized weights, fitted to ``fit`` where the scheme rounds with feedback.
         activations: Calibrated input quantizers, when candidates quantize inputs.
@@ -82,6 +87,7 @@ class Setting:
     ledger: Ledger
     target: Target | None = None
     importance: Importance | None = None
+    spare: tuple[CalibrationSet, ...] = ()
     on_progress: OnProgress | None = None
     cancelled: IsCancelled | None = None
 
@@ -170,16 +176,20 @@ def prepare(
     drawn = calibration.subset(min(wanted, len(calibration)), request.seed)
     parts = drawn.split(request.holdout_samples / wanted, request.seed)
     fit, holdout = (part.placed(where) for part in parts)
+    spare = tuple(part.placed(where) for part in _blocks(calibration, drawn, len(holdout), request))
     n_correcting = min(request.correction_samples, len(calibration))
     grams = activations = None
     offered = [candidate for row in table.rows for candidate in row.candidates]
     if any(c.scheme.rounding is Rounding.ERROR_FEEDBACK for c in offered):
         grams = input_grams(module, inventory, (b.inputs for b in fit.batches(BATCH)))
     if any(c.activation_bits is not None for c in offered):
-        activations = collect_inputs(module, inventory, (b.inputs for b in fit.batches(BATCH)))
+        batches = (b.inputs for b in fit.batches(BATCH))
+        activations = collect_by(request.activation_fit, module, inventory, batches)
     importance = None if model.imatrix is None else importance_of(model.imatrix, inventory)
     fitted = activations is not None or grams is not None
     origin = digest_json(fit.to_json()) if fitted else ""
+    if activations is not None and request.activation_fit != "mse":
+        origin = digest_json([origin, request.activation_fit])
     if importance is not None:
         origin = digest_json([origin, importance.digest])
     return Setting(
@@ -190,6 +200,7 @@ def prepare(
         loss=loss or loss_by_name(request.loss),
         fit=fit,
         holdout=holdout,
+        spare=spare,
         correcting=calibration.subset(n_correcting, request.seed).to(where),
         weights=QuantizedWeights(
             module, inventory, grams, None if importance is None else importance.columns
@@ -202,6 +213,20 @@ def prepare(
         on_progress=on_progress,
         cancelled=cancelled,
     )
+
+
+def _blocks(
+    calibration: CalibrationSet, drawn: CalibrationSet, size: int, request: PlanRequest
+) -> list[CalibrationSet]:
+    """Cut what was not drawn into blocks of ``size`` samples, ``SPARE_BLOCKS`` at most."""
+    taken = set(drawn.indices)
+    rest = [k for k, index in enumerate(calibration.indices) if index not in taken]
+    order = np.random.default_rng(request.seed).permutation(len(rest)).tolist()
+    n = min(SPARE_BLOCKS, len(rest) // size)
+    return [
+        calibration.take(sorted(rest[k] for k in order[b * size : (b + 1) * size]))
+        for b in range(n)
+    ]
 
 
 def candidates_of(

@@ -7,6 +7,7 @@ from bitquota.errors import InvalidInput
 from bitquota.quantizers.channel_fit import (
     ChannelRule,
     calibrate_channels,
+    collect_by,
     fit_channels,
     relative_errors,
 )
@@ -90,3 +91,26 @@ class TestCalibrateChannels:
         assert {"stem", "inner", "side", "head"} == set(found)
         rows = data.inputs[0].movedim(1, 0).flatten(1)[:, ::1][:, :512]
         assert fit_channels(rows, 4, ChannelRule.CHAN) == found["stem"]
+
+
+class TestCollectBy:
+    def test_gives_the_grids_of_the_rule(self):
+        """At any width, from one collection; the plain fit is another."""
+        module = build(Residual)
+        inventory, data = inventory_of(module), samples(Residual)
+        batches = [b.inputs for b in data.batches(8)]
+        name = inventory.layers[1].name
+        found = {fit: collect_by(fit, module, inventory, batches) for fit in ("mse", *ChannelRule)}
+        for rule in ChannelRule:
+            for bits in (3, 4):
+                expected = calibrate_channels(module, inventory, batches, bits, rule)[name]
+                assert expected == found[rule](name, bits)
+        assert found["mse"](name, 3) != found[ChannelRule.CHAN](name, 3)
+
+    def test_refuses_layers_that_were_not_seen(self):
+        """As plain calibration does."""
+        module = build(Residual)
+        batches = [samples(Residual).inputs]
+        found = collect_by("chan", module, inventory_of(module), batches)
+        with pytest.raises(InvalidInput, match="was not seen"):
+            found("nowhere", 4)

@@ -62,6 +62,13 @@ TargetName = Annotated[
 Activations = Annotated[
     int | None, typer.Option("--activations", help="Bit-width of every layer's input.")
 ]
+ActivationFit = Annotated[
+    str,
+    typer.Option(
+        "--activation-fit",
+        help="Grids of inputs: mse (each tensor), or joint, chan, irls (weigh channels).",
+    ),
+]
 Fix = Annotated[
     list[str] | None,
     typer.Option("--fix", help="LAYER=BITS; the pattern may match several layers. Repeatable."),
@@ -208,6 +215,12 @@ class Here:
     server: str | None
     api_key: str | None
 
+    def __post_init__(self) -> None:
+        """Refuse what would be ignored."""
+        if self.server is not None and self.imatrix is not None:
+            msg = "--imatrix is used on this machine only; leave --server out, or --imatrix"
+            raise InvalidInput(msg)
+
     def load(self, model: str, calibration: str) -> tuple[LoadedModel, CalibrationSet]:
         """Load a model and its samples."""
         from bitquota.formats import load_model
@@ -239,6 +252,7 @@ _REQUEST: dict[str, tuple[Any, Any]] = {
     "target": (TargetName, None),
     "bits": (Bits, None),
     "activations": (Activations, None),
+    "activation_fit": (ActivationFit, "mse"),
     "fix": (Fix, None),
     "tie": (Tie, None),
     "exclude": (Exclude, None),
@@ -322,6 +336,7 @@ def plan_request(options: Mapping[str, Any]) -> PlanRequest:
         budgets=tuple(options["budgets"] or ()),
         weight_bits=parse_bits(options["bits"]),
         activation_bits=options["activations"],
+        activation_fit=options["activation_fit"],
         scheme=Scheme(
             grid=options["grid"],
             granularity=options["granularity"],
