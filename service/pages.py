@@ -21,9 +21,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse, RedirectResponse
 
-import bitquota
 from bitquota.errors import BitquotaError, Forbidden, NotFound, Unauthorized
 from bitquota.report import format_size
+from bitquota.report_page import SCRIPTS
 from bitquota.request import DEFAULT_WEIGHT_BITS
 from bitquota.service import pages_data
 from bitquota.service.keys import Caller, Scope  # FastAPI reads them
@@ -152,7 +152,7 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(asset=asset_url, version=bitquota.__version__)
+    environment.globals.update(asset=asset_url, drawing_scripts=SCRIPTS)
     environment.filters["size"] = format_size
     return environment
 

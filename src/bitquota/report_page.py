@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
     from bitquota.canonical import JsonObject
 
+SCRIPTS = (
+    "echarts.min.js", "elements.js", "tables.js", "drawings.js", "frontier.js", "plans.js",
+    "heat.js", "matrix.js", "comparison.js", "charts.js",
+)  # fmt: skip
+"""Files of ``assets`` that draw a document, in the order in which they must be loaded."""
+
 _START = """(() => {
   "use strict";
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
@@ -37,7 +43,7 @@ def render_html(document: JsonObject, maps: Mapping[str, JsonObject] | None = No
         maps: Maps of cross-layer terms by name, from ``charts.maps_of``.
     """
     style = _asset("style.css")
-    scripts = [_asset("echarts.min.js"), _asset("charts.js"), _START]
+    scripts = [*(_asset(name) for name in SCRIPTS), _START]
     policy = (
         f"default-src 'none'; script-src {' '.join(_hash(s) for s in scripts)}; "
         f"style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
