@@ -35,6 +35,7 @@ from bitquota.service.database import Database
 from bitquota.service.engines import Engine, Inbox, Order, Parcel, Worker, engine_of
 from bitquota.service.engines.local import LocalEngine
 from bitquota.service.evaluator import die_with_parent
+from bitquota.service.heartbeats import Heartbeats
 from bitquota.service.inspection import ModelFormat
 from bitquota.service.job import LeaseLost, digests_by_role
 from bitquota.service.jobs import JobStore
@@ -97,7 +98,8 @@ class Driver:
         job = self._job
         try:
             try:
-                self._start()
+                with Heartbeats(self._store, job, self._settings, "prepare"):
+                    self._start()
             except ServiceError as error:
                 if type(error) is not ServiceError:
                     raise
@@ -371,6 +373,33 @@ def _traced(driver: Driver, job: Job, store: JobStore, tracing: Tracing) -> int:
     return status
 
 
+def _order(engine: Engine, settings: Settings, store: JobStore) -> Job | None:
+    """Get the engine ready and return the job that arrives meanwhile or afterwards, if any."""
+    arrived: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+    ready = threading.Event()
+
+    def read() -> None:
+        job = None
+        try:
+            line = sys.stdin.readline()
+            if line:
+                order = json.loads(line)
+                job = store.get(order["tenant"], order["job"])
+                with Heartbeats(store, job, settings, "connect"):
+                    ready.wait()
+        finally:
+            arrived.put(job)
+
+    threading.Thread(target=read, name="order", daemon=True).start()
+    try:
+        engine.open()
+    except BitquotaError as error:  # told to the job, if it is still so then
+        _log.warning("engine not ready", engine=engine.name, error=error.message)
+    finally:
+        ready.set()
+    return arrived.get()
+
+
 def main() -> None:
     """Get an engine ready, wait for one order on standard input, run it."""
     die_with_parent(int(os.environ.get("BITQUOTA_PARENT_PID", "0")))
@@ -381,17 +410,11 @@ def main() -> None:
     os.nice(settings.nice)
     engine = engine_of(settings)
     tracing = Tracing()
+    store = JobStore(Database(settings.url), time.time)
     status = 0
     try:
-        try:
-            engine.open()
-        except BitquotaError as error:  # told to the job, if it is still so then
-            _log.warning("engine not ready", engine=engine.name, error=error.message)
-        line = sys.stdin.readline()
-        if line:
-            order = json.loads(line)
-            store = JobStore(Database(settings.url), time.time)
-            job = store.get(order["tenant"], order["job"])
+        job = _order(engine, settings, store)
+        if job is not None:
             driver = Driver(settings, job, engine)
             signal.signal(signal.SIGTERM, driver.stop)
             status = _traced(driver, job, store, tracing)

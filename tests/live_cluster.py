@@ -35,6 +35,7 @@ class LiveCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # on a busy machine nice workers never start
             # Death of a node is noticed within a second or two rather than a quarter of a minute.
             "RAY_health_check_initial_delay_ms": "0",
             "RAY_health_check_period_ms": "500",

@@ -63,6 +63,14 @@ def engine(tmp_path):
     made.close()
 
 
+def running(pid):
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}
+
+
 def private_bytes(pid):
     """Memory that this process shares with nobody."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
@@ -106,7 +114,7 @@ class TestLocalEngine:
         workers[0].end()
         wait_for(lambda: inbox.get(timeout=60) == (workers[0], None), "the end of one")
         engine.close()
-        assert not any(Path(f"/proc/{fork}").exists() for fork in forks)
+        wait_for(lambda: not any(running(fork) for fork in forks), "the end of all")
 
     def test_stranger_without_a_sandbox_is_refused(self, tmp_path, digits_files):
         made = LocalEngine(Settings(data_dir=tmp_path / "data", sandbox="off"))
