@@ -5,6 +5,11 @@
   const { make, fresh, whenItMustBeRedrawn } = globalThis.Bitquota;
   const PAGE_ROWS = 50;
 
+  /** Pieces of a name that may go on the next line after a dot, and nowhere else if there is room. */
+  function breakable(text) {
+    return text.split(/(?<=[./])/).flatMap((piece, k) => (k ? [make("wbr"), piece] : [piece]));
+  }
+
   /** A table that can be sorted and filtered; only one page of rows is in the document.
    *
    * columns: {name, value(row), text(row), numeric, paint(cell, row)}; rows are 0 … count-1.
@@ -81,7 +86,7 @@
         columns.forEach((column, c) => {
           const cell = make(c === 0 ? "th" : "td",
             { class: column.numeric ? "number" : null, scope: c === 0 ? "row" : null },
-            column.text(k));
+            ...(column.numeric ? [column.text(k)] : breakable(column.text(k))));
           if (column.paint) column.paint(cell, k);
           row.append(cell);
         });
