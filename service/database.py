@@ -74,6 +74,15 @@ jobs = sa.Table(
     sa.Index("jobs_by_tenant", "tenant", "id"),
     sa.Index("jobs_to_claim", "status", "priority", "id"),
     sa.Index("jobs_of_tenant_by_status", "tenant", "status"),
+    # What quotas ask before every order must not read every job that is kept.
+    sa.Index("jobs_of_tenant_by_end", "tenant", "finished_at"),
+    sa.Index(
+        "jobs_of_tenant_with_results",
+        "tenant",
+        "result_bytes",
+        sqlite_where=sa.text("result_bytes > 0"),
+        postgresql_where=sa.text("result_bytes > 0"),
+    ),
 )
 
 events = sa.Table(

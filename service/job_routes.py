@@ -80,8 +80,13 @@ def _create(
     if order.webhook is not None:
         service.webhooks.check(caller.tenant, order.webhook)
     service.quotas.check_order(caller.tenant)
-    made = service.jobs.create(replace(new, trace=service.tracing.carrier()), key)
-    service.audit.add(caller, "job.create", made[0].id, request_id)
+    made = service.jobs.create(
+        replace(new, trace=service.tracing.carrier()),
+        key,
+        also=lambda connection, job_id: service.audit.write(
+            connection, caller, "job.create", job_id, request_id
+        ),
+    )
     service.supervisor.wake()
     return made
 

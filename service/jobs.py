@@ -16,12 +16,36 @@ from bitquota.service.job import Job, JobStatus, job_of, new_id
 from bitquota.service.leases import CANCELLED, Leases, add_event, finish
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from sqlalchemy.engine import Connection
 
     from bitquota.service.inspection import ArtifactKind
     from bitquota.service.job import NewJob
+
+
+# Built once: building a statement takes longer than running it.
+_ADD_JOB = jobs.insert().returning(jobs)
+_ADD_KEY = idempotency.insert()
+_FIND_KEY = sa.select(idempotency).where(
+    idempotency.c.tenant == sa.bindparam("of_tenant"), idempotency.c.key == sa.bindparam("of_key")
+)
+_FIND_JOB = sa.select(jobs).where(
+    jobs.c.id == sa.bindparam("of_id"), jobs.c.tenant == sa.bindparam("of_tenant")
+)
+_TOUCH = (
+    artifacts.update()
+    .where(
+        artifacts.c.tenant == sa.bindparam("of_tenant"),
+        artifacts.c.kind == sa.bindparam("of_kind"),
+        artifacts.c.digest == sa.bindparam("of_digest"),
+    )
+    .values(used_at=sa.bindparam("now"))
+)
+
+
+def _nothing(_connection: Connection, _job_id: str) -> None:
+    """Do nothing."""
 
 
 class JobStore(Leases):
@@ -32,8 +56,19 @@ class JobStore(Leases):
         clock: Seconds since 1970; leases and deadlines are judged by it.
     """
 
-    def create(self, new: NewJob, key: str | None = None) -> tuple[Job, bool]:
+    def create(
+        self,
+        new: NewJob,
+        key: str | None = None,
+        *,
+        also: Callable[[Connection, str], object] = _nothing,
+    ) -> tuple[Job, bool]:
         """Store a job and return it, with whether it had been stored before under ``key``.
+
+        Args:
+            new: What is asked for.
+            key: Orders under one key are one job.
+            also: Called with the connection and the job's id, in the same transaction.
 
         Raises:
             InvalidInput: ``key`` was used for another order.
@@ -49,36 +84,39 @@ class JobStore(Leases):
                     return known, known.id != job_id
             for kind, digest in new.uploads():
                 self._touch(connection, new.tenant, kind, digest, now)
-            connection.execute(
-                jobs.insert().values(
-                    id=job_id,
-                    tenant=new.tenant,
-                    kind=new.kind,
-                    status=JobStatus.QUEUED.value,
-                    model=new.model,
-                    dataset=new.dataset,
-                    inputs=canonical_json(new.inputs),
-                    request=canonical_json(new.request),
-                    labels=canonical_json(new.labels),
-                    priority=new.priority,
-                    deadline=new.deadline,
-                    webhook=new.webhook,
-                    created_at=now,
-                )
-            )
+            row = connection.execute(
+                _ADD_JOB,
+                {
+                    "id": job_id,
+                    "tenant": new.tenant,
+                    "kind": new.kind,
+                    "status": JobStatus.QUEUED.value,
+                    "model": new.model,
+                    "dataset": new.dataset,
+                    "inputs": canonical_json(new.inputs),
+                    "request": canonical_json(new.request),
+                    "labels": canonical_json(new.labels),
+                    "priority": new.priority,
+                    "deadline": new.deadline,
+                    "webhook": new.webhook,
+                    "created_at": now,
+                },
+            ).one()
             if key is not None:
                 connection.execute(
-                    idempotency.insert().values(
-                        tenant=new.tenant,
-                        key=key,
-                        fingerprint=new.fingerprint(),
-                        job=job_id,
-                        created_at=now,
-                    )
+                    _ADD_KEY,
+                    {
+                        "tenant": new.tenant,
+                        "key": key,
+                        "fingerprint": new.fingerprint(),
+                        "job": job_id,
+                        "created_at": now,
+                    },
                 )
             said = {"status": JobStatus.QUEUED.value} | ({"trace": new.trace} if new.trace else {})
             add_event(connection, job_id, "status", said, now)
-            return self._get(connection, new.tenant, job_id), False
+            also(connection, job_id)
+            return job_of(row), False
 
         return self._db.write(work)
 
@@ -91,11 +129,8 @@ class JobStore(Leases):
         return self._db.read(lambda connection: self._replay(connection, new, key))
 
     def _replay(self, connection: Connection, new: NewJob, key: str) -> Job | None:
-        known = connection.execute(
-            sa.select(idempotency).where(
-                idempotency.c.tenant == new.tenant, idempotency.c.key == key
-            )
-        ).first()
+        named = {"of_tenant": new.tenant, "of_key": key}
+        known = connection.execute(_FIND_KEY, named).first()
         if known is None:
             return None
         if known.fingerprint != new.fingerprint():
@@ -110,15 +145,8 @@ class JobStore(Leases):
     def _touch(
         connection: Connection, tenant: str, kind: ArtifactKind, digest: str, now: float
     ) -> None:
-        touched = connection.execute(
-            artifacts.update()
-            .where(
-                artifacts.c.tenant == tenant,
-                artifacts.c.kind == kind.value,
-                artifacts.c.digest == digest,
-            )
-            .values(used_at=now)
-        )
+        named = {"of_tenant": tenant, "of_kind": kind.value, "of_digest": digest, "now": now}
+        touched = connection.execute(_TOUCH, named)
         if touched.rowcount != 1:
             msg = f"the {kind} of a job must be uploaded first; {digest} is not there: PUT it"
             raise NotFound(msg, kind=kind.value, digest=digest)
@@ -129,8 +157,8 @@ class JobStore(Leases):
 
     @staticmethod
     def _get(connection: Connection, tenant: str, job_id: str, *, lock: bool = False) -> Job:
-        query = sa.select(jobs).where(jobs.c.id == job_id, jobs.c.tenant == tenant)
-        row = connection.execute(query.with_for_update() if lock else query).first()
+        query = _FIND_JOB.with_for_update() if lock else _FIND_JOB
+        row = connection.execute(query, {"of_tenant": tenant, "of_id": job_id}).first()
         if row is None:
             msg = f"the job must exist; there is no job '{job_id}'"
             raise NotFound(msg, job=job_id)

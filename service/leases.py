@@ -348,18 +348,23 @@ def finish(
     add_event(connection, job.id, "status", said | ({"error": problem} if problem else {}), now)
 
 
+_ADD_EVENT = events.insert().values(
+    job=sa.bindparam("of_job"),
+    seq=sa.select(sa.func.coalesce(sa.func.max(events.c.seq), 0))
+    .where(events.c.job == sa.bindparam("of_job"))
+    .scalar_subquery()
+    + 1,
+    type=sa.bindparam("of_type"),
+    data=sa.bindparam("of_data"),
+    at=sa.bindparam("of_time"),
+)
+"""Statements that every order needs are built once: building one takes longer than running it."""
+
+
 def add_event(connection: Connection, job_id: str, kind: str, data: JsonObject, now: float) -> None:
     """Add what happened to a job, under its next number."""
-    last = sa.select(sa.func.coalesce(sa.func.max(events.c.seq), 0)).where(events.c.job == job_id)
-    connection.execute(
-        events.insert().values(
-            job=job_id,
-            seq=last.scalar_subquery() + 1,
-            type=kind,
-            data=canonical_json(data),
-            at=now,
-        )
-    )
+    values = {"of_job": job_id, "of_type": kind, "of_data": canonical_json(data), "of_time": now}
+    connection.execute(_ADD_EVENT, values)
 
 
 def _adopt(connection: Connection, job: Job, one: KeptResult, now: float) -> None:

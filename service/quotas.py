@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from bitquota.errors import InvalidInput, QuotaExceeded
 from bitquota.service.database import artifacts, audit, jobs, tenants
+from bitquota.service.job import new_id
 from bitquota.service.keys import check_tenant
 
 if TYPE_CHECKING:
@@ -25,6 +27,35 @@ WINDOW_S = 86400.0
 
 _QUEUE_RETRY_S = 30
 _STORED_RETRY_S = 3600
+
+
+_FIND_TENANT = sa.select(tenants).where(tenants.c.tenant == sa.bindparam("of_tenant"))
+
+
+@cache
+def _usage_query() -> sa.Select[Any]:
+    """Return one statement for all that is asked before every order, built once."""
+    own = jobs.c.tenant == sa.bindparam("of_tenant")
+
+    def count(status: str) -> sa.ScalarSelect[Any]:
+        return sa.select(sa.func.count()).where(own, jobs.c.status == status).scalar_subquery()
+
+    def total(column: sa.Column[Any], *conditions: sa.ColumnElement[bool]) -> sa.ScalarSelect[Any]:
+        summed = sa.func.coalesce(sa.func.sum(column), 0)
+        return sa.select(summed).where(*conditions).scalar_subquery()
+
+    stored = total(artifacts.c.size, artifacts.c.tenant == sa.bindparam("of_tenant"))
+    left = total(jobs.c.result_bytes, own, jobs.c.result_bytes > 0)
+    ended = total(jobs.c.worker_s, own, jobs.c.finished_at > sa.bindparam("since"))
+    going = total(
+        jobs.c.worker_s, own, jobs.c.status.in_(("running", "queued")), jobs.c.attempts > 0
+    )
+    return sa.select(
+        count("running").label("running"),
+        count("queued").label("queued"),
+        (stored + left).label("stored"),
+        (ended + going).label("worked"),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +103,7 @@ class Quotas:
         return self._db.read(lambda connection: self._of(connection, tenant))
 
     def _of(self, connection: Connection, tenant: str) -> Quota:
-        row = connection.execute(sa.select(tenants).where(tenants.c.tenant == tenant)).first()
+        row = connection.execute(_FIND_TENANT, {"of_tenant": tenant}).first()
         values = asdict(self._defaults)
         if row is not None:
             values |= {k: v for k in values if (v := getattr(row, k)) is not None}
@@ -106,29 +137,13 @@ class Quotas:
         return self._db.read(lambda connection: self._usage(connection, tenant))
 
     def _usage(self, connection: Connection, tenant: str) -> Usage:
-        def count(status: str) -> int:
-            query = sa.select(sa.func.count()).where(
-                jobs.c.tenant == tenant, jobs.c.status == status
-            )
-            return int(connection.execute(query).scalar_one())
-
-        stored = sa.select(sa.func.coalesce(sa.func.sum(artifacts.c.size), 0)).where(
-            artifacts.c.tenant == tenant
-        )
-        left = sa.select(sa.func.coalesce(sa.func.sum(jobs.c.result_bytes), 0)).where(
-            jobs.c.tenant == tenant
-        )
-        worked = sa.select(sa.func.coalesce(sa.func.sum(jobs.c.worker_s), 0.0)).where(
-            jobs.c.tenant == tenant,
-            jobs.c.started_at.is_not(None),
-            sa.func.coalesce(jobs.c.finished_at, self._clock()) > self._clock() - WINDOW_S,
-        )
+        values = {"of_tenant": tenant, "since": self._clock() - WINDOW_S}
+        row = connection.execute(_usage_query(), values).one()
         return Usage(
-            running=count("running"),
-            queued=count("queued"),
-            stored_bytes=int(connection.execute(stored).scalar_one())
-            + int(connection.execute(left).scalar_one()),
-            worker_s=float(connection.execute(worked).scalar_one()),
+            running=int(row.running),
+            queued=int(row.queued),
+            stored_bytes=int(row.stored),
+            worker_s=float(row.worked),
         )
 
     def check_order(self, tenant: str) -> None:
@@ -181,8 +196,12 @@ class AuditLog:
 
     def add(self, caller: Caller, action: str, subject: str = "", request: str = "") -> None:
         """Write one line."""
-        from bitquota.service.job import new_id
+        self._db.write(lambda connection: self.write(connection, caller, action, subject, request))
 
+    def write(
+        self, connection: Connection, caller: Caller, action: str, subject: str, request: str
+    ) -> None:
+        """Write one line in a transaction that does the thing itself."""
         now = self._clock()
         values = {
             "id": new_id("audit", now),
@@ -193,7 +212,7 @@ class AuditLog:
             "subject": subject[:128],
             "request": request[:64],
         }
-        self._db.write(lambda connection: connection.execute(audit.insert().values(values)))
+        connection.execute(audit.insert().values(values))
 
     def list(self, tenant: str | None = None, limit: int = 100) -> Sequence[RowMapping]:
         """Return the latest lines, newest first."""

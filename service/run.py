@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,6 +15,9 @@ from bitquota.service.settings import Settings
 if TYPE_CHECKING:
     from pathlib import Path
     from types import FrameType
+
+SWITCH_S = 0.0005
+"""Seconds for which a thread may keep the interpreter while others wait."""
 
 
 def serve(
@@ -73,6 +77,9 @@ def serve(
     print(f"bitquota serves http://{shown}:{port} (data in {chosen.data_dir})", flush=True)  # noqa: T201
     if not has_keys:
         print("no API keys: every program of this machine may use it", flush=True)  # noqa: T201
+    # Threads that write orders would otherwise keep the event loop from the interpreter for 5 ms
+    # each time it comes back from the network, and polls would queue up behind that.
+    sys.setswitchinterval(SWITCH_S)
     # uvicorn raises the signal that ended it once more; the work is done by then, so exit with 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _ignore)
