@@ -363,7 +363,7 @@ def frontier_rows(rows: Sequence[JsonObject]) -> JsonObject:
         points.append(
             {
                 "bits": bits,
-                "size_bits": int(next(iter(row["spent"].values()))),
+                "size_bits": int(row["spent"].get("size_bits", next(iter(row["spent"].values())))),
                 "average_bits": sum(bits) / len(bits),
                 "predicted": row["objective"],
                 "bound": row["bound"],

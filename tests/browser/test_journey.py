@@ -35,7 +35,8 @@ async ([files]) => {
   }
   const drop = document.getElementById("drop");
   for (const type of ["dragenter", "dragover", "drop"]) {
-    drop.dispatchEvent(new DragEvent(type, { dataTransfer: list, bubbles: true, cancelable: true }));
+    const options = { dataTransfer: list, bubbles: true, cancelable: true };
+    drop.dispatchEvent(new DragEvent(type, options));
   }
 }
 """

@@ -1,4 +1,4 @@
-"""What people see: no accessibility violation, screenshots at three widths, foreign text as text."""
+"""What people see: nothing inaccessible, three widths, light and dark, foreign text as text."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@
     }
     const parts = [];
     const later = [];
-    if (doc.plans.length || doc.matrix) {
+    if (doc.plans.length || doc.matrix || doc.frontier.length) {
       const curve = frontierChart(doc, state);
       const chosen = bars(doc, state);
       const pair = sideBySide(doc, state);
