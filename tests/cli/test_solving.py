@@ -89,6 +89,14 @@ class TestSolve:
         assert found["cost"] <= next(iter(best["spent"].values()))
         assert found["bound"] <= found["cost"]
 
+    def test_tolerance_ignores_nothing(self, bitquota, file):
+        """Options that the smallest size has no use for are refused, not dropped."""
+        code, _, err = bitquota(
+            "solve", file, "--budget-index", 2, "--tolerance", 0.2, "--solver", "cp_sat", "--top", 3
+        )
+        assert code != 0
+        assert "--solver, --top" in " ".join(err.split())
+
     def test_infeasible(self, bitquota, file):
         """A budget that nothing meets ends with exit code 5 and what to raise."""
         code, _, err = bitquota("solve", file, "--budget-index", 0)

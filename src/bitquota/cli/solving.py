@@ -9,7 +9,7 @@ import typer
 
 from bitquota.cli import importing, output, remote
 from bitquota.cli import options as opt
-from bitquota.errors import GateFailed, Infeasible
+from bitquota.errors import GateFailed, Infeasible, InvalidInput
 
 if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
@@ -74,6 +74,17 @@ def solve_file(
         "seed": seed,
     }  # fmt: skip
     if tolerance is not None:
+        ignored = {
+            "--solver": solver not in {"auto", "bitquota"}, "--node-limit": node_limit is not None,
+            "--top": top > 1, "--explain": explain, "--cross-check": cross_check,
+        }  # fmt: skip
+        if any(ignored.values()):
+            names = ", ".join(name for name, given in ignored.items() if given)
+            msg = (
+                f"--tolerance must go without {names}: our own solver looks for the smallest size "
+                "by several proofs; solve again at the size found for these"
+            )
+            raise InvalidInput(msg, options=names)
         order["tolerance"] = tolerance
     else:
         order |= {
