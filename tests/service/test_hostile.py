@@ -242,7 +242,8 @@ def test_pickled_sample_inputs_are_never_opened(http, digits_files, tmp_path):
     assert model.status_code == 201, model.text
     dataset = http.put("/v1/datasets", content=digits_files[1].read_bytes()).json()["id"]
     request = {"budgets": ["3 bits"], "weight_bits": [2, 4], "samples": 16, "holdout_samples": 16}
-    order = {"model": model.json()["id"], "dataset": dataset, "request": request}
+    order = {"kind": "plan", "model": model.json()["id"], "dataset": dataset}
+    order["request"] = request
     job = http.post("/v1/jobs", json=order).json()["id"]
     while (found := http.get(f"/v1/jobs/{job}").json())["status"] in {"queued", "running"}:
         time.sleep(0.1)

@@ -154,7 +154,8 @@ class TestServerWithKeys:
     def ordered(self, call):
         model = call["ann"].put("/v1/models", content=folder_zip()).json()["id"]
         dataset = call["ann"].put("/v1/datasets", content=npz()).json()["id"]
-        body = {"model": model, "dataset": dataset, "request": {"budgets": ["3 bits"]}}
+        body = {"kind": "plan", "model": model, "dataset": dataset}
+        body["request"] = {"budgets": ["3 bits"]}
         headers = {"Idempotency-Key": "fixture"}
         job = call["ann"].post("/v1/jobs", json=body, headers=headers)
         return body, job.json()["id"]
