@@ -20,7 +20,7 @@ from bitquota.solver.convex import convexify
 from bitquota.solver.core import propagate_steps, reduce
 from bitquota.solver.lifted import Lifted
 from bitquota.solver.linear_relaxation import linear_relaxation
-from bitquota.solver.search import Effort, rounded, search
+from bitquota.solver.search import DENSE_ROWS, Effort, rounded, search
 from bitquota.solver.semidefinite import DualPoint, dual_point, interior_point
 from bitquota.solver.solution import Limit, Solution, Stats, Status
 
@@ -45,7 +45,8 @@ PROBE_ROUNDS = 12
 PROBE_ROWS = 3000
 """Rows up to which each is tried alone: of a separable problem with more, prices drop most."""
 PAIR_ROWS = 1500
-"""Separable regions with pairs of up to so many rows get the semidefinite bound."""
+"""Separable regions with pairs of up to so many rows get the semidefinite bound (of problems of
+up to ``DENSE_ROWS`` rows: a checker has to hold the shift as a matrix)."""
 BOUND_TOLERANCE = 1e-2
 """Relative gap of the interior point: any dual iterate is valid, the rest is left to the tree."""
 LARGE_ROWS, LARGE_TOLERANCE = 1500, 4e-2
@@ -234,7 +235,8 @@ class Quadratic:
             if self._propagate(region):
                 self._search(region, default_effort(int(region.keep.sum())))
             return True
-        if region.priced or not len(core.pairs) or core.n > PAIR_ROWS:
+        large = core.n > PAIR_ROWS or self.problem.n_rows > DENSE_ROWS
+        if region.priced or not len(core.pairs) or large:
             return False
         region.priced = True
         return True
