@@ -70,10 +70,15 @@ def model_of(text: str) -> Iterator[Path]:
 
 
 def done(job: Job) -> Job:
-    """Show a job's id and progress until it has succeeded, and return it."""
+    """Show a job's id and progress until it has succeeded, and return it; Ctrl-C cancels it."""
     output.messages.print(f"job {job.id}", highlight=False)
-    with output.progress_bars() as on_progress:
-        job.wait(on_progress=on_progress)
+    try:
+        with output.progress_bars() as on_progress:
+            job.wait(on_progress=on_progress)
+    except KeyboardInterrupt:
+        job.cancel()
+        output.messages.print(f"cancelled {job.id}", highlight=False)
+        raise
     return job
 
 
