@@ -21,7 +21,7 @@ from bitquota.quantizers.differentiable import binary, lsq, ste_ceil
 from bitquota.quantizers.grid import levels, nearest_codes, power_codes, power_values, spread
 from bitquota.quantizers.layout import from_matrix, to_matrix
 from bitquota.quantizers.weights import SCALE_DTYPES, QuantizedWeight, quantize
-from bitquota.storage import FULL_PRECISION_BITS, Granularity, Grid, Rounding
+from bitquota.storage import FULL_PRECISION_BITS, Granularity, Grid, Rounding, ScaleRule
 
 if TYPE_CHECKING:
     from bitquota.candidates import Layer
@@ -53,14 +53,14 @@ class LearnedSteps(nn.Module):
     Args:
         latent: The full-precision weight.
         layer: What it is.
-        candidate: Bit-width (not 32) and scheme.
+        candidate: Bit-width (not 32) and scheme, as ``trained_candidate`` returns it.
     """
 
     def __init__(self, latent: Tensor, layer: Layer, candidate: Candidate) -> None:
         super().__init__()
         self.layer, self.bits, self.scheme = layer, candidate.weight_bits, candidate.scheme
         matrix = to_matrix(latent.detach(), layer)
-        start = quantize(matrix, self.bits, nearest_of(candidate).scheme)
+        start = quantize(matrix, self.bits, self.scheme)
         scales = start.scales.float()
         # A line of zeros has no step to learn from; any small one will do.
         scales = torch.where(scales == 0, scales.abs().mean().clamp(min=1e-8), scales)
@@ -134,11 +134,8 @@ class LearnedThresholds(nn.Module):
                 "method 'lsq' or 'direct'"
             )
             raise InvalidInput(msg, layer=layer.name)
-        start = (
-            quantize(to_matrix(latent.detach(), layer), self.bits, nearest_of(candidate).scheme)
-            .scales.float()
-            .abs()
-        )
+        matrix = to_matrix(latent.detach(), layer)
+        start = quantize(matrix, self.bits, self.scheme).scales.float().abs()
         start = torch.where(start == 0, start.mean().clamp(min=1e-8), start)
         octave = torch.round(torch.log2(start)) + self.bits - 1
         self.log2_threshold = nn.Parameter(octave - 0.5)
@@ -216,11 +213,6 @@ class LearnedLevels(nn.Module):
         )
 
 
-def nearest_of(candidate: Candidate) -> Candidate:
-    """Return the candidate with rounding to nearest: training moves weights by itself."""
-    return replace(candidate, scheme=replace(candidate.scheme, rounding=Rounding.NEAREST))
-
-
 METHODS = ("lsq", "tqt", "direct")
 """Ways to train under a plan, by name, in order of preference."""
 
@@ -233,7 +225,10 @@ def trained_candidate(method: str, layer: Layer, candidate: Candidate) -> Candid
     """Return what a layer is stored as after training with ``method``, its size counted.
 
     Only ``direct`` changes the format: integers of up to ``DIRECT_BITS`` bits become one codebook
-    for the tensor, with levels in the format of the scales.
+    for the tensor, with levels in the format of the scales. How scales were fitted and weights
+    rounded is over once they are trained: the rule on record becomes least squares, which finds
+    the grid of weights that lie on one, so that quantizing trained weights again changes nothing
+    (the range of the weights does not tell their grid), and rounding is to nearest.
 
     Raises:
         InvalidInput: There is no such method, or the candidate is full precision.
@@ -244,15 +239,19 @@ def trained_candidate(method: str, layer: Layer, candidate: Candidate) -> Candid
     if candidate.weight_bits == FULL_PRECISION_BITS:
         msg = f"layer '{layer.name}' stays in full precision; it has no quantizer to train"
         raise InvalidInput(msg, layer=layer.name)
-    scheme = candidate.scheme
+    ranged = candidate.scheme.scale_rule in (ScaleRule.ABSMAX, ScaleRule.PERCENTILE)
+    scheme = replace(
+        candidate.scheme,
+        rounding=Rounding.NEAREST,
+        scale_rule=ScaleRule.LEAST_SQUARES_POSITIVE if ranged else candidate.scheme.scale_rule,
+    )
     if method != "direct" or not scheme.grid.is_integer or candidate.weight_bits > DIRECT_BITS:
-        return candidate
+        return replace(candidate, scheme=scheme)
     levels_of_tensor = replace(
         scheme,
         grid=Grid.CODEBOOK,
         granularity=Granularity.TENSOR,
         group_size=None,
-        rounding=Rounding.NEAREST,
     )
     return Candidate.of(layer, candidate.weight_bits, levels_of_tensor, candidate.activation_bits)
 

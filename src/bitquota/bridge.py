@@ -146,6 +146,7 @@ def finetune_plan(
         selected=f"trained:{method}",
         measured=measure_trained(trained, module, holdout),
         baselines=(_before(module, inventory, plan, fit, holdout),),
+        target=plan.target if _same_grids(plan.assignments, stored) else None,
         provenance={
             "plan": plan.digest(),
             "trained_from": plan.model_digest,
@@ -304,6 +305,9 @@ def solve_around(
             raise InvalidPlan(msg)
         request = PlanRequest.from_json(recorded)
     budgets = "+".join(b.text for b in trained.plan.budgets if b.text)
+    if not budgets:
+        msg = "solving again needs the plan's budgets as they were asked for; this plan has none"
+        raise InvalidPlan(msg)
     request = replace(request, budgets=(budgets,))
     latents = trained.model.latents
     around = replace(model, module=copy.deepcopy(latents).cpu(), digest=model_fingerprint(latents))
@@ -376,6 +380,12 @@ def _stored_assignment(assignment: Assignment, method: str) -> Assignment:
         return assignment
     candidate = trained_candidate(method, assignment.layer, assignment.candidate)
     return replace(assignment, candidate=candidate)
+
+
+def _same_grids(planned: Sequence[Assignment], stored: Sequence[Assignment]) -> bool:
+    """Whether training keeps what a target was asked for: it stores no codebooks."""
+    pairs = zip(planned, stored, strict=True)
+    return all(a.candidate.scheme.grid is b.candidate.scheme.grid for a, b in pairs)
 
 
 def _check_budgets(plan: Plan, stored: Sequence[Assignment], method: str) -> None:

@@ -23,8 +23,9 @@ from bitquota.training.bit_learners import (
     StabilisedLearner,
 )
 from bitquota.training.finetune import finetune
-from bitquota.training.learn import RECIPES, learn, repair
+from bitquota.training.learn import RECIPES, learn
 from bitquota.training.objective import run_with
+from bitquota.training.repair import repair
 from bitquota.training.settings import TrainingSettings
 from digits_network import N_TRAIN, accuracy, digits, trained_digits_net
 from layer_shapes import layer_of

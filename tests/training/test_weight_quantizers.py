@@ -8,8 +8,8 @@ from bitquota.errors import InvalidInput
 from bitquota.quantizers.layout import from_matrix
 from bitquota.quantizers.packing import pack, unpack
 from bitquota.quantizers.weights import fake_quantize
-from bitquota.storage import Granularity, Grid, Rounding, ScaleFormat, Scheme
-from bitquota.training.weight_quantizers import trainable_weight
+from bitquota.storage import Granularity, Grid, Rounding, ScaleFormat, ScaleRule, Scheme
+from bitquota.training.weight_quantizers import trainable_weight, trained_candidate
 from layer_shapes import LAYERS
 
 SCHEMES = {
@@ -71,12 +71,27 @@ class TestLearnedSteps:
         assert bool(torch.isfinite(trainable.fake(latent)).all())
         assert bool((trainable.steps() != 0).all())
 
+    @pytest.mark.parametrize("rule", ScaleRule)
+    @pytest.mark.parametrize("grid", [Grid.SYMMETRIC, Grid.ASYMMETRIC])
+    def test_quantizing_again_changes_nothing(self, grid, rule):
+        """Whatever the plan fitted scales with: exporters quantize the trained weights."""
+        layer = LAYERS[LayerKind.CONV2D]
+        latent = weight_of(layer)
+        candidate = Candidate.of(layer, 3, Scheme(grid=grid, scale_rule=rule))
+        candidate = trained_candidate("lsq", layer, candidate)
+        trainable = trainable_weight("lsq", latent, layer, candidate)
+        with torch.no_grad():
+            trainable.log_factor += 0.12
+        shipped = from_matrix(trainable.stored(latent).dequantize(), layer)
+        again = fake_quantize(shipped, layer, 3, candidate.scheme)
+        assert torch.allclose(shipped, again, atol=1e-6)
+
     def test_needs_no_gram_for_error_feedback(self):
-        """Training moves the weights itself; the scheme on record stays."""
+        """Training moves the weights itself, and rounds to nearest."""
         layer = LAYERS[LayerKind.LINEAR]
         candidate = Candidate.of(layer, 3, Scheme(rounding=Rounding.ERROR_FEEDBACK))
         trainable = trainable_weight("lsq", weight_of(layer), layer, candidate)
-        assert Rounding.ERROR_FEEDBACK is trainable.stored(weight_of(layer)).scheme.rounding
+        assert Rounding.NEAREST is trainable.stored(weight_of(layer)).scheme.rounding
 
 
 def weight_like(tensor):

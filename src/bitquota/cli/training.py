@@ -363,8 +363,10 @@ def _finish(found: Trained, data: CalibrationSet, out: Path) -> None:
             reason = str(err).splitlines()[0] if str(err) else type(err).__name__
             output.messages.print(f"no trained.pt2: {reason}", highlight=False, markup=False)
     if found.learning is not None:
-        output.print_rows(_epoch_rows(found.learning), title="Learning bit-widths")
-    output.print_rows(_epoch_rows(found.model.record), title="Fine-tuning")
+        output.print_rows(
+            _epoch_rows(found.learning), title="Learning bit-widths (* kept, else the last)"
+        )
+    output.print_rows(_epoch_rows(found.model.record), title="Fine-tuning (* kept)")
     output.print_rows(
         [{k: v for k, v in row.items() if k != "kind"} for row in report.layer_rows(found.plan)],
         title="Plan of the trained weights",
