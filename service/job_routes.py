@@ -228,7 +228,10 @@ def get_plan(
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """Return the plans of a job, or the plan of one budget in its canonical bytes."""
-    digests = results_of(service, caller.tenant, job_id)["plans"]
+    digests = results_of(service, caller.tenant, job_id).get("plans", [])
+    if not digests:
+        msg = "a job must make plans to have any; this one left none"
+        raise NotFound(msg, job=job_id)
     if budget is not None and budget >= len(digests):
         msg = f"the job must have a plan at position {budget}; it has {len(digests)}, from 0"
         raise NotFound(msg, plans=len(digests))
@@ -283,7 +286,7 @@ def _add_result(path: str, sources: list[tuple[str, Result]]) -> None:
             msg = f"a job must be of kind {' or '.join(known)} to have this; it is a {job.kind} job"
             raise NotFound(msg, job=job_id, kind=job.kind)
         result = known[job.kind]
-        digest = results_of(service, caller.tenant, job_id).get(result.name)
+        digest = results_in(job).get(result.name)
         if digest is None:
             msg = f"the job must have left its {result.name}; it left none"
             raise NotFound(msg, job=job_id)
@@ -297,11 +300,15 @@ for _path, _sources in _results_by_path().items():
 
 def results_of(service: State, tenant: str, job_id: str) -> dict[str, Any]:
     """Return what a job left; raises ``NotFound``, or ``Conflict`` if it has left nothing."""
-    job: Job = service.jobs.get(tenant, job_id)
+    return results_in(service.jobs.get(tenant, job_id))
+
+
+def results_in(job: Job) -> dict[str, Any]:
+    """Return what a job left; raises ``Conflict`` if it has left nothing."""
     if job.results is None:
         said = "has not ended yet: wait for it" if not job.status.final else f"has {job.status}"
         msg = f"a job must have succeeded to have results; this one {said}"
-        raise Conflict(msg, job=job_id, status=job.status.value)
+        raise Conflict(msg, job=job.id, status=job.status.value)
     return job.results
 
 

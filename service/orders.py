@@ -51,22 +51,14 @@ def order_model(kind: JobKind) -> type[Order]:
 
 
 def _field(entry: Input) -> tuple[Any, Any]:
+    described: dict[str, Any] = {"description": entry.text}
     if entry.many:
-        least = 0 if entry.optional else 1
-        described = (
-            Field(
-                default_factory=list,
-                min_length=least,
-                max_length=MOST_PLANS,
-                description=entry.text,
-            )
-            if entry.optional
-            else Field(min_length=least, max_length=MOST_PLANS, description=entry.text)
-        )
-        return list[Digest], described
+        described |= {"min_length": 0 if entry.optional else 1, "max_length": MOST_PLANS}
+        described |= {"default_factory": list} if entry.optional else {}
+        return list[Digest], Field(**described)
     if entry.optional:
-        return Digest | None, Field(default=None, description=entry.text)
-    return Digest, Field(description=entry.text)
+        return Digest | None, Field(default=None, **described)
+    return Digest, Field(**described)
 
 
 _MODELS = tuple(order_model(kind) for kind in KINDS.values())

@@ -16,7 +16,7 @@ from fastapi import APIRouter
 from bitquota.budget import Budget, Scope
 from bitquota.candidates import Inventory, Layer, LayerKind
 from bitquota.canonical import digest_bytes
-from bitquota.errors import InvalidBudget, InvalidInput
+from bitquota.errors import InvalidBudget, InvalidInput, NotFound
 from bitquota.matrix import SensitivityMatrix
 from bitquota.service.inspection import ArtifactKind, inspect_matrix
 from bitquota.service.job_routes import results_of
@@ -170,7 +170,11 @@ def _measured(order: SolveOrder, service: State, tenant: str) -> Measured:
         msg = "either 'job' or 'matrix' must be given, and not both"
         raise InvalidInput(msg)
     if order.job is not None:
-        return _recent.stored(service, results_of(service, tenant, order.job))
+        results = results_of(service, tenant, order.job)
+        if "matrix" not in results:
+            msg = "the job must have left a matrix; it left none"
+            raise NotFound(msg, job=order.job)
+        return _recent.stored(service, results)
     assert order.matrix is not None  # noqa: S101  # checked above
     if order.matrix.startswith("sha256:"):
         stored = service.artifacts.get(tenant, ArtifactKind.MATRIX, order.matrix)

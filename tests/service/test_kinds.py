@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from bitquota.errors import Conflict, InvalidBudget, InvalidInput, MeasurementFailed, NotFound
+from bitquota.errors import InvalidBudget, InvalidInput, MeasurementFailed, NotFound
 from bitquota.formats.receipt import Receipt
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
@@ -95,6 +95,8 @@ class TestMeasure:
         assert job.body["measured"] == 0
         with pytest.raises(NotFound, match="plan"):
             job.report()
+        with pytest.raises(NotFound, match="make plans"):
+            job.plans()
 
 
 class TestUploadsOfResults:
@@ -127,6 +129,8 @@ class TestSolve:
         assert found["objective"] == pytest.approx(matrix.predict(found["choice"]))
         assert found["bound"] <= found["objective"] + 1e-12
         assert found["explanation"]["groups"]
+        with pytest.raises(NotFound, match="left a matrix"):
+            client.solve(job=job.id, budgets=["4 bits"])
         assert found["top"][0]["objective"] == pytest.approx(found["objective"])
 
     def test_smallest_for_a_tolerance(self, client, planned):
@@ -286,11 +290,3 @@ class TestReceived:
         received.piece([b"half"])
         received.close()
         assert list((blobs.root / "incoming").iterdir()) == []
-
-
-class TestPlanOfAJobThatHasNotEnded:
-    def test_is_a_conflict(self, client, files):
-        job = client.submit(model=files[0], calibration=files[1], request=REQUEST, priority=-100)
-        with pytest.raises(Conflict):
-            job.result("evaluation") if job.body["kind"] == "evaluate" else job.plan()
-        job.cancel()
