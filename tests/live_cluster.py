@@ -107,11 +107,13 @@ def descendants(pid: int) -> list[int]:
 
 
 def evaluators(pid: int) -> list[int]:
-    """Return the evaluators below a process."""
+    """Return the fork servers of evaluators and their forks below a process."""
     found = []
     for child in descendants(pid):
         with contextlib.suppress(OSError):
-            if b"bitquota.service.evaluator" in Path(f"/proc/{child}/cmdline").read_bytes():
+            line = Path(f"/proc/{child}/cmdline").read_bytes()
+            python = "python" in Path(f"/proc/{child}/exe").readlink().name
+            if python and b"bitquota.service.evaluator" in line:
                 found.append(child)
     return found
 
