@@ -6,7 +6,6 @@ are what our own solver makes of them.
 
 from __future__ import annotations
 
-import itertools
 import time
 from typing import TYPE_CHECKING
 
@@ -193,13 +192,3 @@ def seed_model(data_dir: Path, n_layers: int, *, cross: bool = True, **options: 
     matrix = matrix_of(inventory, cross=cross)
     plans = tuple(plan_of(inventory, matrix, budget) for budget in ("3 bits", "4 bits"))
     return seed_job(data_dir, matrix, plans, inventory, **options)
-
-
-def uniform_sizes(inventory: Inventory) -> list[int]:
-    """Return the stored sizes of the uniform plans, smallest first."""
-    table = enumerate_candidates(inventory, WIDTHS)
-    offsets = table.offsets
-    sizes = table.costs("size_bits")
-    return [
-        int(sum(sizes[a + k] for a, _ in itertools.pairwise(offsets))) for k in range(len(WIDTHS))
-    ]

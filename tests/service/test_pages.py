@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -132,14 +133,15 @@ def locked(tmp_path_factory):
         yield server, key, reading, job
 
 
+@contextmanager
 def signed_in(server, key):
-    """Return a client that went through the form like a browser."""
-    http = httpx.Client(base_url=server.url, timeout=30)
-    form = http.get("/sign-in")
-    token = re.search(r'name="token" value="(\w+)"', form.text)[1]
-    answer = http.post("/sign-in", data={"key": key, "token": token, "next": "/"})
-    assert answer.status_code == 303, answer.text
-    return http
+    """Give a client that went through the form like a browser."""
+    with httpx.Client(base_url=server.url, timeout=30) as http:
+        form = http.get("/sign-in")
+        token = re.search(r'name="token" value="(\w+)"', form.text)[1]
+        answer = http.post("/sign-in", data={"key": key, "token": token, "next": "/"})
+        assert answer.status_code == 303, answer.text
+        yield http
 
 
 def token_of(http):
