@@ -191,6 +191,8 @@ def search(
     unique = {point.tobytes(): point for point in points}
     ranked = sorted(unique.values(), key=lambda p: (_value(core, C, p), p.tobytes()))
     best, best_value = ranked[0].copy(), _value(core, C, ranked[0])
+    if on_better is not None and meets_all(core, best):
+        on_better(best, core.value(best))
     tried = ranked[: 1 if huge else 3 if large else 4]
     for index in range(len(tried) + (0 if huge else effort.restarts)):
         if stop is not None and stop():
