@@ -133,7 +133,11 @@ class OnnxRunner:
         self._program = source.program(self.batch_norm, right_means=self.bias_correction)
         self.weights = QuantizedWeights(self.module, self.inventory)
         names = {fed.path: fed.name for fed in source.fed}
-        self._names = {la.name: names[la.weight_name] for la in self.inventory.layers}
+        for la in self.inventory.layers:
+            if la.weight_name not in names:
+                msg = f"the graph must have the weight '{la.weight_name}' of its inventory"
+                raise InvalidModel(msg, weight=la.weight_name)
+            self._names[la.name] = names[la.weight_name]
         for layer, name in self._names.items():
             self._behind[layer] = self._program.behind([name])
         n = len(self.calibration)
@@ -145,8 +149,9 @@ class OnnxRunner:
         size = min(self.chunk_size, n)
         fixed = source.fixed_batch
         per_sample = sum(self._costs.by_node[v].n_bytes for v in self._all_reads())
-        # A base state and one state on top of it are alive together.
-        if self.batch_norm == "eval" and 2 * per_sample * size > self.memory_limit_bytes:
+        # A base state and one state on top of it are alive together. Statistics of a chunk fix it.
+        free = self.batch_norm == "eval" and not self.bias_correction
+        if free and 2 * per_sample * size > self.memory_limit_bytes:
             size = max(1, self.memory_limit_bytes // (2 * per_sample))
             if fixed is not None:
                 size = max(fixed, size - size % fixed)

@@ -206,46 +206,66 @@ class Comparison:
         """Return ``to_json`` as indented text with sorted keys, ending in a newline."""
         return json.dumps(self.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
+    def distinct(self, k: int) -> list[tuple[tuple[Entry, ...], Measured]]:
+        """Return each distinct plan of budget ``k`` with everybody who chose it, best first."""
+        groups: dict[tuple[int, ...], list[tuple[Entry, Measured]]] = {}
+        for entry, plan in self.ranked(k):
+            groups.setdefault(plan.choice, []).append((entry, plan))
+        return [(tuple(e for e, _ in group), group[0][1]) for group in groups.values()]
+
     def verdict(self, k: int) -> str:
         """Return one sentence on budget ``k``: who is best, and who cannot be told from it."""
-        (best, plan), *others = self.ranked(k)
-        ties = [e.name for e, p in others if p.ties_with_best]
-        same = [e.name for e, p in others if p.choice == plan.choice]
-        text = f"{best.name} measures best ({format_loss(plan.loss)})"
+        (best, plan), *others = self.distinct(k)
+        verb = "measure" if len(best) > 1 else "measures"
+        ties = [_names(entries) for entries, p in others if p.ties_with_best]
+        text = f"{_names(best)} {verb} best ({format_loss(plan.loss)})"
+        if len(best) > 1:
+            text += ", with one plan"
         if ties:
-            text += f"; not clearly worse: {', '.join(ties)}"
-            if same:
-                text += f" ({', '.join(same)} chose the same plan)"
+            text += f"; not clearly worse: {'; '.join(ties)}"
         return text + "."
 
-    def overview_rows(self) -> list[dict[str, str]]:
-        """Return one row of text for each entry: what it costs and how well it ranks."""
-        return [
-            {
-                "method": e.name,
-                "known as": e.known_as,
+    def overview_rows(self, *, wide: bool = True) -> list[dict[str, str]]:
+        """Return one row of text for each entry: what it costs and how well it ranks.
+
+        Args:
+            wide: Whether there is room to say under which name users may know it.
+        """
+        rows = []
+        for e in self.entries:
+            if e.kind == "baseline":
+                continue
+            row = {"method": e.name} | ({"known as": e.known_as} if wide else {})
+            row |= {
                 "declared passes": "" if e.cost is None else f"{e.cost:.1f}",
                 "passes run": f"{e.passes:.1f}",
                 "CPU s": f"{e.cpu_seconds:.1f}",
-                "rank correlation": _correlation(e.rank_correlation),
-                "oddities": str(len(e.flags)) if e.flags else "",
+                "ranks": _correlation(e.rank_correlation),
             }
-            for e in self.entries
-            if e.kind != "baseline"
-        ]
+            for k in range(len(self.budgets)) if len(self.budgets) > 1 else ():
+                plan = e.plans[k]
+                value = None if plan is None else plan.rank_correlation
+                row[f"ranks at {self.budget_text(k)}"] = _correlation(value)
+            rows.append(row | {"oddities": str(len(e.flags)) if e.flags else ""})
+        return rows
 
-    def budget_rows(self, k: int) -> list[dict[str, str]]:
-        """Return one row of text for each plan of budget ``k``, best first."""
+    def budget_rows(self, k: int, *, wide: bool = True) -> list[dict[str, str]]:
+        """Return one row of text for each distinct plan of budget ``k``, best first.
+
+        Args:
+            k: Which budget.
+            wide: Whether there is room for exact bytes.
+        """
         labelled = self.full_precision.accuracy is not None
         rows = []
-        for entry, plan in self.ranked(k):
+        for entries, plan in self.distinct(k):
             behind = "" if plan.worse_by == 0 else f"+{plan.worse_by:.3g} ± {plan.worse_error:.2g}"
+            size = format_size(plan.size_bits)
             row = {
-                "method": entry.name,
-                "stored weights": format_size(plan.size_bits),
+                "chosen by": _names(entries),
+                "stored weights": size if wide else size.partition(" (")[0],
                 f"loss increase ({self.loss})": format_loss(plan.loss),
                 "worse than the best by": behind.replace("+-", "-"),
-                "rank correlation": _correlation(plan.rank_correlation),
             }
             if labelled:
                 accuracy = plan.loss.accuracy
@@ -253,11 +273,12 @@ class Comparison:
             rows.append(row)
         return rows
 
-    def render_markdown(self, title: str = "Comparison of metrics") -> str:
-        """Return everything for a person, as Markdown."""
+    def explanations(self) -> list[str]:
+        """Return what a reader of the tables must know, one sentence or two for each point."""
         accuracy = self.full_precision.accuracy
-        parts = [f"# {title}\n"]
-        facts = [
+        facts = [] if accuracy is None else [f"Full precision scores {100 * accuracy:.2f} %."]
+        return [
+            *facts,
             (
                 "Losses are increases over full precision on "
                 f"{self.full_precision.n_samples} hold-out samples that no metric saw, in "
@@ -269,17 +290,19 @@ class Comparison:
                 "leaves out what the ledger held. CPU seconds are those of this run."
             ),
             (
-                "Rank correlation is Spearman's, predicted against measured, over random and "
-                f"near-good plans ({', '.join(map(str, self.n_ranked))} for each budget)."
+                "'Ranks' is Spearman's correlation of predicted with measured losses, over random "
+                f"and near-good plans ({', '.join(map(str, self.n_ranked))} for each budget)."
             ),
             (
                 "'Oddities' counts candidates with a negative score, or a larger one than a "
                 "candidate with fewer bits; nothing was clamped."
             ),
         ]
-        if accuracy is not None:
-            facts.insert(0, f"Full precision scores {100 * accuracy:.2f} % on them.")
-        parts.append("\n".join(f"- {fact}" for fact in facts) + "\n")
+
+    def render_markdown(self, title: str = "Comparison of metrics") -> str:
+        """Return everything for a person, as Markdown."""
+        parts = [f"# {title}\n"]
+        parts.append("\n".join(f"- {fact}" for fact in self.explanations()) + "\n")
         parts.append("## What each costs\n")
         parts.append(markdown_table(self.overview_rows()))
         for name, reason in self.skipped.items():
@@ -295,3 +318,7 @@ class Comparison:
 
 def _correlation(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+def _names(entries: tuple[Entry, ...]) -> str:
+    return ", ".join(entry.name for entry in entries)

@@ -154,6 +154,9 @@ class TestImatrix:
     def test_decides_the_weights_that_are_measured_and_shipped(self, bitquota, tmp_path, imatrix):
         """The plan names it, its losses differ, and only with it can the plan be used."""
         order = ["plan", *FACTORIES, "-b", "3 bits", *FAST]
+        remote = ["--imatrix", imatrix, "--server", "http://localhost:1"]
+        code, _, err = bitquota(*order, *remote)
+        assert (code, "on this machine only" in err) == (2, True)
         assert bitquota(*order, "--imatrix", imatrix)[0] == 0
         plan = Plan.load(tmp_path / "plan.json")
         assert bitquota(*order, "-o", "plain.json")[0] == 0

@@ -41,10 +41,12 @@ class TestWithOptions:
     def test_same_defaults_everywhere(self, command):
         """What two commands both offer has one default and one help text."""
         own = inspect.signature(command).parameters
-        for name, parameter in inspect.signature(planning.plan).parameters.items():
-            if name in own and name != "out":
-                assert own[name].default == parameter.default
-                assert own[name].annotation == parameter.annotation or name == "as_json"
+        shared = [n for n in own if n in {**opt._REQUEST, **opt._HERE}]
+        assert len(shared) > 15
+        for name in shared:
+            annotation, default = {**opt._REQUEST, **opt._HERE}[name]
+            assert own[name].default == default
+            assert own[name].annotation is annotation
 
     def test_options_become_the_request(self):
         """Texts are parsed, the scheme is put together, what is left out has its given value."""

@@ -289,7 +289,7 @@ class TestCommand:
 
         assert 0 == code, err
         assert "Budget 3 bits" in out
-        assert "measures best" in out
+        assert " best (" in out
         stored = json.loads((tmp_path / "deep" / "c.json").read_text())
         assert "bitquota/comparison/1" == stored["schema_version"]
         assert ["3 bits", "4 bits"] == [b[0]["text"] for b in stored["budgets"]]

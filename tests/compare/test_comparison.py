@@ -18,7 +18,7 @@ def plan(mean, choice, worse_by=0.0, worse_error=0.0):
     return Measured(
         choice=choice,
         labels=("W2", "W4"),
-        size_bits=1000,
+        size_bits=100_000,
         predicted=1.0,
         loss=loss(mean),
         worse_by=worse_by,
@@ -63,8 +63,15 @@ class TestComparison:
     def test_verdict_names_ties_and_equal_plans(self, comparison):
         """Within two paired standard errors nobody is called worse."""
         assert comparison.verdict(0) == "two measures best (1 ± 0.1); not clearly worse: three."
-        expected = "one measures best (1 ± 0.1); not clearly worse: two (two chose the same plan)."
-        assert expected == comparison.verdict(1)
+        assert comparison.verdict(1) == "one, two measure best (1 ± 0.1), with one plan."
+
+    def test_equal_plans_are_one_row(self, comparison):
+        """Everybody who chose a plan stands beside it, best plan first."""
+        rows = comparison.budget_rows(0)
+        assert ["two", "three", "one", "uniform W2"] == [row["chosen by"] for row in rows]
+        (row,) = comparison.budget_rows(1)
+        assert row["chosen by"] == "one, two"
+        assert row["stored weights"] != comparison.budget_rows(1, wide=False)[0]["stored weights"]
 
     def test_budget_text(self, comparison):
         """What was written, or the limit in its unit."""
@@ -89,6 +96,9 @@ class TestComparison:
 
         assert ["one", "two", "three"] == [row["method"] for row in rows]
         assert ["", "", "1"] == [row["oddities"] for row in rows]
+        assert ["0.50", "0.50", ""] == [row["ranks at 400 bits"] for row in rows]
+        narrow = comparison.overview_rows(wide=False)
+        assert rows == [{"method": r["method"], "known as": "x | y"} | r for r in narrow]
 
     def test_json_is_stable(self, comparison):
         """Sorted keys, everything in it, readable."""

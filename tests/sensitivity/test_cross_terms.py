@@ -142,7 +142,7 @@ class TestJointCandidates:
 
         with torch.no_grad():
             for r in range(len(table.rows)):
-                assert matrix.diagonal[r] == pytest.approx(by_hand(r), rel=1e-5)
+                assert matrix.diagonal[r] == pytest.approx(by_hand(r), rel=1e-3)
             if matrix.cross is not None:
                 for i, j in itertools.product(range(4), range(4, 8)):
                     expected = by_hand(i, j) - by_hand(i) - by_hand(j)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from bitquota.comparison import Comparison
 
 _PLANS, _AFFORDABLE = 12, 500.0
+_WIDE = 140
+"""Columns from which tables say everything."""
 
 
 @opt.with_options(measure_name="auto", refine=True)
@@ -68,12 +70,21 @@ def compare(
     if as_json:
         output.print_json(found.to_json())
         return
-    output.print_rows(found.overview_rows(), title="What each costs")
+    print_comparison(found)
+
+
+def print_comparison(found: Comparison) -> None:
+    """Print what each method costs and what its plans are worth."""
+    wide = output.console.width >= _WIDE
+    output.print_rows(found.overview_rows(wide=wide), title="What each costs, how well it ranks")
     for name, reason in found.skipped.items():
         output.messages.print(f"{name} is missing: {reason}", markup=False, highlight=False)
     for k in range(len(found.budgets)):
-        output.print_rows(found.budget_rows(k), title=f"Budget {found.budget_text(k)}")
+        rows = found.budget_rows(k, wide=wide)
+        output.print_rows(rows, title=f"Budget {found.budget_text(k)}")
         output.console.print(found.verdict(k), markup=False, highlight=False)
+    for sentence in found.explanations():
+        output.messages.print(f"* {sentence}", markup=False, highlight=False, style="dim")
 
 
 def _compare_here(

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from bitquota.plan import Plan
     from bitquota.progress import Progress as Step
 
+_WHOLE = 20
+"""Words up to this length are not broken while there is room elsewhere."""
+
 console = Console()
 messages = Console(stderr=True)
 
@@ -75,8 +78,10 @@ def print_rows(rows: Sequence[Mapping[str, str]], title: str = "") -> None:
         return
     table = Table(title=title or None, title_justify="left")
     for key in rows[0]:
-        # Names fold rather than vanish: a cut layer name is no layer name.
-        table.add_column(key, overflow="fold")
+        # Names fold rather than vanish: a cut layer name is no layer name. Short ones stay whole.
+        words = [word for text in (key, *(row[key] for row in rows)) for word in text.split()]
+        longest = max(map(len, words))
+        table.add_column(key, overflow="fold", min_width=min(longest, _WHOLE))
     for row in rows:
         # Text, not markup: a layer may be called "[red]".
         table.add_row(*(Text(value) for value in row.values()))
