@@ -30,6 +30,7 @@ from bitquota.service.keys import Caller, Scope  # FastAPI reads them
 from bitquota.service.schemas import job_view
 from bitquota.service.sessions import COOKIE, FORM_COOKIE, LIFETIME_S
 from bitquota.service.state import Calling, Service, State, caller_of, state_of
+from bitquota.storage import WEIGHT_BITS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -138,8 +139,6 @@ def static(version: str, name: str) -> Response:
         msg = f"the file must be one of this version; there is no '{name}' of version '{version}'"
         raise NotFound(msg)
     headers = {"Cache-Control": "public, max-age=31536000, immutable"}
-    if name == "sha256-worker.js":
-        headers["Content-Security-Policy"] = "default-src 'none'"
     return Response(asset.data, media_type=asset.media_type, headers=headers)
 
 
@@ -272,7 +271,7 @@ def home(viewer: Viewing, service: Service) -> Response:
         may_write=Scope.WRITE in viewer.caller.scopes,
         rows=pages_data.job_rows(service, tenant, found),
         widths=DEFAULT_WEIGHT_BITS,
-        all_widths=(1, 2, 3, 4, 5, 6, 7, 8),
+        all_widths=WEIGHT_BITS,
         limit=format_size(8 * service.settings.max_upload_bytes).partition(" (")[0],
     )
 

@@ -102,17 +102,18 @@
   }
 
   let inside = 0;
-  form.addEventListener("dragenter", (event) => {
+  // Anywhere on the page: a file that misses the frame must not replace the page.
+  document.addEventListener("dragenter", (event) => {
     inside += 1;
     drop.classList.add("over");
     event.preventDefault();
   });
-  form.addEventListener("dragleave", () => {
+  document.addEventListener("dragleave", () => {
     inside -= 1;
     if (inside <= 0) drop.classList.remove("over");
   });
-  form.addEventListener("dragover", (event) => event.preventDefault());
-  form.addEventListener("drop", (event) => {
+  document.addEventListener("dragover", (event) => event.preventDefault());
+  document.addEventListener("drop", (event) => {
     event.preventDefault();
     inside = 0;
     drop.classList.remove("over");

@@ -91,7 +91,8 @@ def matrix_json(matrix: SensitivityMatrix) -> JsonObject:
 
     ``values`` and ``errors`` have one row per group and one column per candidate.
     """
-    columns = _columns(matrix)
+    bits = _columns(matrix)
+    columns = list(bits)
     index = {label: k for k, label in enumerate(columns)}
     groups = {name: g for g, name in enumerate(matrix.table.groups)}
     values = np.full((len(groups), len(columns)), np.nan)
@@ -108,6 +109,7 @@ def matrix_json(matrix: SensitivityMatrix) -> JsonObject:
         "groups": list(groups),
         "members": list(members.values()) if tied else None,
         "columns": columns,
+        "bits": list(bits.values()),
         "values": floats(values),
         "errors": None if matrix.diagonal_error is None else floats(errors),
         "constant": matrix.constant,
@@ -116,13 +118,13 @@ def matrix_json(matrix: SensitivityMatrix) -> JsonObject:
     }
 
 
-def _columns(matrix: SensitivityMatrix) -> list[str]:
-    """Return the labels of all candidates, fewest bits first."""
-    bits: dict[str, tuple[float, str]] = {}
+def _columns(matrix: SensitivityMatrix) -> dict[str, float]:
+    """Return the labels of all candidates and their mean bits, fewest bits first."""
+    bits: dict[str, float] = {}
     for row in matrix.table.rows:
         mean = sum(c.weight_bits for c in row.candidates) / len(row.candidates)
-        bits.setdefault(row.label, (mean, row.label))
-    return sorted(bits, key=lambda label: bits[label])
+        bits.setdefault(row.label, mean)
+    return {label: bits[label] for label in sorted(bits, key=lambda name: (bits[name], name))}
 
 
 def cross_map(matrix: SensitivityMatrix, at: str = LARGEST, plan: Plan | None = None) -> JsonObject:
@@ -434,7 +436,7 @@ def maps_of(matrix: SensitivityMatrix, plan: Plan | None = None) -> dict[str, Js
     """Return the maps that a file without a server holds: strongest, fewest bits, of the plan."""
     if matrix.cross is None:
         return {}
-    wanted = [LARGEST, _columns(matrix)[0]]
+    wanted = [LARGEST, next(iter(_columns(matrix)))]
     found = {at: cross_map(matrix, at) for at in wanted}
     if plan is not None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import zipfile
 
 import pytest
 
@@ -98,6 +99,15 @@ class TestJourney:
         with page.expect_download() as download:
             page.click("text=Download plan")
         assert plan_of(download.value).budgets[0].text == "3 bits"
+
+        page.select_option("#export-target", "ref-int")
+        page.click("#export button")
+        page.wait_for_url("**/jobs/job_*")
+        with page.expect_download(timeout=JOB_MS) as exported:
+            page.click("#results a[href$='/archive']", timeout=JOB_MS)
+        with zipfile.ZipFile(exported.value.path()) as archive:
+            assert archive.testzip() is None
+            assert archive.namelist()
 
     def test_by_keyboard_alone(self, server, digits_files, open_window):
         """Every step with Tab, Enter, Space and arrows; no mouse."""

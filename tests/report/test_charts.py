@@ -42,6 +42,7 @@ class TestMatrixJson:
     def test_one_row_per_group_and_one_column_per_candidate(self, matrix):
         found = charts.matrix_json(matrix)
         assert ["W2", "W4", "W8"] == found["columns"]
+        assert [2, 4, 8] == found["bits"]
         expected = matrix.diagonal.reshape(5, 3).astype(np.float32)
         assert np.array_equal(expected, numbers(found["values"]).reshape(5, 3))
         assert matrix.diagonal_error.astype(np.float32).tolist() == list(numbers(found["errors"]))

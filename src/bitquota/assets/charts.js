@@ -96,28 +96,21 @@
     let low = 2;
     let high = 8;
     if (doc.matrix) {
-      const widths = doc.matrix.columns.map((label) => parseInt(label.slice(1), 10))
-        .filter((b) => b > 0);
-      low = Math.min(...widths);
-      high = Math.max(...widths);
       // Pinned layers move both ends; the values say which candidates each group has.
+      const { bits, groups, members } = doc.matrix;
       const values = decode(doc.matrix.values);
-      const nc = doc.matrix.columns.length;
       const sums = [0, 0];
       const index = new Map(doc.layers.names.map((n, k) => [n, k]));
-      doc.matrix.groups.forEach((group, g) => {
-        const own = doc.matrix.columns.map((label, c) => [parseInt(label.slice(1), 10), c])
-          .filter(([, c]) => !Number.isNaN(values[g * nc + c])).map(([b]) => b);
-        for (const name of doc.matrix.members ? doc.matrix.members[g] : [group]) {
+      groups.forEach((group, g) => {
+        const own = bits.filter((_, c) => !Number.isNaN(values[g * bits.length + c]));
+        for (const name of members ? members[g] : [group]) {
           const n = weights[index.get(name)] || 0;
           sums[0] += n * Math.min(...own);
           sums[1] += n * Math.max(...own);
         }
       });
-      if (total && sums[0]) {
-        low = Math.ceil((sums[0] / total) * 100) / 100;
-        high = Math.ceil((sums[1] / total) * 100) / 100;
-      }
+      low = Math.ceil((sums[0] / total) * 100) / 100;
+      high = Math.ceil((sums[1] / total) * 100) / 100;
     }
     const start = doc.plans.length ? doc.plans[0].average_bits : (low + high) / 2;
     return [low, high, Math.min(high, Math.max(low, Math.round(start * 100) / 100))];
