@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
-from bitquota.errors import ServiceError
+from bitquota.errors import Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -162,6 +162,7 @@ audit = sa.Table(
 _WRITE = "bitquota_write"
 _RETRIES = 6
 _BACKOFF_S = 0.1
+_RETRY_AFTER_S = 2
 
 
 def open_engine(url: str) -> Engine:
@@ -250,7 +251,8 @@ class Database:
                     raise
                 if attempt == _RETRIES - 1:
                     msg = "the database must be reachable; it is not at the moment, try again"
-                    raise ServiceError(msg, cause=type(err.orig).__name__) from err
+                    cause = type(err.orig).__name__
+                    raise Unavailable(msg, cause=cause, retry_after_s=_RETRY_AFTER_S) from err
                 time.sleep(_BACKOFF_S * 2**attempt)
         raise AssertionError
 

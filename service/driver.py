@@ -25,6 +25,7 @@ from bitquota.errors import (
     MeasurementFailed,
     ServiceError,
     ServiceTimeout,
+    Unavailable,
 )
 from bitquota.sensitivity.ledger import SqliteLedger
 from bitquota.service import wire
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 EXIT_EVALUATOR_DIED = 10
 EXIT_LEASE_LOST = 11
 EXIT_RELEASED = 12
+EXIT_UNAVAILABLE = 13
 _TICK_S = 0.1
 _PATIENCE_S = 5.0
 _log = logger("driver")
@@ -98,7 +100,7 @@ class Driver:
         job = self._job
         try:
             try:
-                with Heartbeats(self._store, job, self._settings, "prepare"):
+                with self._beating("prepare"):
                     self._start()
             except ServiceError as error:
                 if type(error) is not ServiceError:
@@ -107,6 +109,10 @@ class Driver:
             status = self._loop()
         except LeaseLost:
             return EXIT_LEASE_LOST
+        except Unavailable as error:
+            # The job is not at fault; the supervisor queues it again once the database is back.
+            _log.warning("database lost", job=job.id, error=error.message)
+            return EXIT_UNAVAILABLE
         except BitquotaError as error:
             failure = error
             return self._end(lambda: self._store.fail(job.id, job.epoch, failure))
@@ -144,6 +150,9 @@ class Driver:
         self._evaluator = self._engine.start(self._order, self._inbox)
         if helped and self._engine.starts_slowly:
             self._crew.recruit(settings.workers - 1)
+
+    def _beating(self, stage: str) -> Heartbeats:
+        return Heartbeats(self._store, self._job, self._settings, stage)
 
     def _unreachable(self, error: BitquotaError) -> int:
         """Queue the job again after a while: the engine may come back."""
@@ -235,7 +244,8 @@ class Driver:
             case "piece":
                 self._received.piece(parts)
             case "result":
-                self._received.result(str(head["name"]))
+                with self._beating("keep"):  # it may have to travel to a bucket
+                    self._received.result(str(head["name"]))
             case "error":
                 return self._failed(head["problem"])
             case "end":
@@ -309,7 +319,8 @@ class Driver:
 
     def _succeed(self) -> int:
         job = self._job
-        results, kept = self._received.complete()
+        with self._beating("keep"):
+            results, kept = self._received.complete()
         self._progress = {"stage": "done", "done": 1, "total": 1}
 
         def finish() -> None:

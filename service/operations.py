@@ -11,7 +11,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse
 
 import bitquota
-from bitquota.errors import BitquotaError, ServiceError
+from bitquota.errors import BitquotaError, Unavailable
 from bitquota.service.database import jobs
 from bitquota.service.job import JobStatus
 from bitquota.service.problems import problem_response
@@ -97,7 +97,7 @@ def readyz(service: Service, request: Request) -> Response:
     if all(checks.values()):
         return JSONResponse({"status": "ready", "checks": checks})
     failed = ", ".join(name for name, good in checks.items() if not good)
-    wrong = ServiceError(f"the server must be able to take jobs; it cannot: {failed}", **checks)
+    wrong = Unavailable(f"the server must be able to take jobs; it cannot: {failed}", **checks)
     return problem_response(wrong, status=503, request=request)
 
 

@@ -24,6 +24,7 @@ from bitquota.errors import (
     ServiceError,
     TooLarge,
     Unauthorized,
+    Unavailable,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ _BY_STATUS: dict[int, type[BitquotaError]] = {
     409: Conflict,
     413: TooLarge,
     422: InvalidInput,
+    503: Unavailable,
 }
 
 

@@ -26,6 +26,7 @@ BitquotaError
     ├── Conflict                      HTTP 409
     ├── TooLarge                      HTTP 413
     ├── QuotaExceeded                 HTTP 429
+    ├── Unavailable                   HTTP 503
     └── ServiceTimeout(TimeoutError)  HTTP 504
 
 A message says what must hold, what was got, and what to do. The values of the message sit on
@@ -228,6 +229,13 @@ class QuotaExceeded(ServiceError):
 
     slug = "quota-exceeded"
     http_status = 429
+
+
+class Unavailable(ServiceError):
+    """The server cannot answer at the moment; the same request later may succeed."""
+
+    slug = "unavailable"
+    http_status = 503
 
 
 class ServiceTimeout(ServiceError, TimeoutError):
