@@ -281,6 +281,12 @@ def trainable_weight(
             )
             raise InvalidInput(msg, layer=layer.name, method=method)
         return LearnedLevels(latent, layer, candidate, symmetric=symmetric)
+    if candidate.scheme.grid not in (Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.POWER_OF_TWO):
+        msg = (
+            f"layer '{layer.name}' is on the grid '{candidate.scheme.grid}', which cannot be "
+            "trained: plan on an integer grid, a codebook or powers of two"
+        )
+        raise InvalidInput(msg, layer=layer.name, grid=str(candidate.scheme.grid))
     if method == "tqt":
         return LearnedThresholds(latent, layer, candidate)
     return LearnedSteps(latent, layer, candidate)
