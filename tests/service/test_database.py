@@ -8,12 +8,13 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from bitquota.errors import ServiceError
+from bitquota.errors import ServiceError, Unavailable
 from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.database import Database, artifacts, metadata
 from bitquota.service.inspection import ArtifactKind
 from bitquota.service.jobs import JobStore
 from bitquota.service.migrate import configuration
+from bitquota.service.problems import problem_response
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -130,3 +131,15 @@ class TestWrite:
         back.join()
         opened.close()
         assert found.size == 1
+
+
+class TestUnavailable:
+    def test_database_that_stays_away_is_a_503_with_a_wait(self, tmp_path, monkeypatch):
+        """The folder of an SQLite file vanishes; pauses are cut short."""
+        monkeypatch.setattr("bitquota.service.database._BACKOFF_S", 0.0)
+        opened = Database(f"sqlite:///{tmp_path}/gone/service.db")
+        with pytest.raises(Unavailable, match="reachable") as caught:
+            opened.read(lambda connection: connection.execute(sa.text("SELECT 1")))
+        opened.close()
+        answer = problem_response(caught.value)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
