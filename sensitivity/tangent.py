@@ -93,8 +93,8 @@ class TangentMeasure:
         """
         if not isinstance(runner, GraphRunner):
             msg = (
-                "reverse-mode sensitivities need the graph runner; this model runs eagerly: use "
-                "the measure 'gram' or 'pairs'"
+                "reverse-mode sensitivities need a graph of torch; this model is run by the engine "
+                f"'{runner.engine}': use the measure 'gram' or 'pairs'"
             )
             raise InvalidInput(msg)
         offsets, n = table.offsets, len(table.rows)

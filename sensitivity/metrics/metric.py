@@ -20,6 +20,7 @@ import numpy as np
 from bitquota.errors import InvalidInput, InvalidModel
 from bitquota.matrix import SensitivityMatrix
 from bitquota.sensitivity.measure import make_recorder, provenance
+from bitquota.sensitivity.onnx_program import source_of
 from bitquota.sensitivity.runner import Runner, describe_change
 from bitquota.storage import FULL_PRECISION_BITS
 
@@ -177,6 +178,8 @@ class Metric(ABC):
                 "leave it out, or measure 'gram', 'pairs' or 'diagonal' there"
             )
             raise InvalidInput(msg, measure=self.name)
+        if self.needs_data:
+            must_run_in_torch(runner, self.name)
         judged = self.judged_by(loss)
         recorder = make_recorder(
             runner,
@@ -206,6 +209,17 @@ class Metric(ABC):
                 "metric": {"version": METRIC_VERSION, **self.settings, **found.details},
             },
         )
+
+
+def must_run_in_torch(runner: Runner, metric: str) -> None:
+    """Raise ``InvalidModel`` if the model's work happens where torch does not see it."""
+    module = getattr(runner, "module", None)
+    if module is not None and source_of(module) is not None:
+        msg = (
+            "metrics that look inside a model need it in torch, and an ONNX file runs outside: use "
+            "'gram', 'pairs', 'diagonal', 'relative_mse' or 'weight_mse', or hand in a .pt2"
+        )
+        raise InvalidModel(msg, measure=metric, engine=runner.engine)
 
 
 def as_torch(runner: Runner, metric: str) -> TorchRunner:

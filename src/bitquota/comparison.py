@@ -273,6 +273,16 @@ class Comparison:
             rows.append(row)
         return rows
 
+    def missing(self) -> list[str]:
+        """Return who is missing and why, one sentence for each reason."""
+        names: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            names.setdefault(reason, []).append(name)
+        return [
+            f"{', '.join(who)} {'is' if len(who) == 1 else 'are'} missing: {reason}"
+            for reason, who in names.items()
+        ]
+
     def explanations(self) -> list[str]:
         """Return what a reader of the tables must know, one sentence or two for each point."""
         accuracy = self.full_precision.accuracy
@@ -305,8 +315,7 @@ class Comparison:
         parts.append("\n".join(f"- {fact}" for fact in self.explanations()) + "\n")
         parts.append("## What each costs\n")
         parts.append(markdown_table(self.overview_rows()))
-        for name, reason in self.skipped.items():
-            parts.append(f"- {name} is missing: {reason}")
+        parts += [f"- {sentence}" for sentence in self.missing()]
         if self.skipped:
             parts.append("")
         for k in range(len(self.budgets)):

@@ -1,5 +1,6 @@
 import builtins
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -90,6 +91,11 @@ class TestComparison:
         assert "## Budget 3 bits" in text
         assert "## Budget 400 bits" in text
 
+    def test_equal_reasons_are_one_sentence(self, comparison):
+        """Who is missing for the same reason is listed together."""
+        many = replace(comparison, skipped={"a": "no torch", "b": "labels", "c": "no torch"})
+        assert many.missing() == ["a, c are missing: no torch", "b is missing: labels"]
+
     def test_overview_leaves_baselines_out(self, comparison):
         """They cost nothing and predict nothing."""
         rows = comparison.overview_rows()
@@ -134,8 +140,6 @@ class TestPlotComparison:
 
     def test_negative_losses_do_not_break_the_axis(self, comparison, tmp_path):
         """A logarithm of nothing is clipped."""
-        from dataclasses import replace
-
         odd = replace(comparison, entries=(entry("odd", plan(-0.1, (0, 0)), None),))
         plot_comparison(odd, tmp_path / "c.png")
 

@@ -17,6 +17,7 @@ from bitquota.sensitivity.evaluate import apply_plan
 from bitquota.sensitivity.gram import measure_gram
 from bitquota.sensitivity.ledger import MemoryLedger
 from bitquota.sensitivity.losses import loss_by_name
+from bitquota.sensitivity.measure import measure_by_name, measures
 from bitquota.sensitivity.onnx_runner import OnnxRunner
 from bitquota.sensitivity.pairs import measure_pairs, measure_singles
 from bitquota.sensitivity.refine import refine
@@ -239,6 +240,19 @@ class TestMeasuresOnOnnx:
         if found[0].cross is not None:
             scale = np.abs(found[0].cross).max()
             np.testing.assert_allclose(found[1].cross, found[0].cross, atol=1e-4 * scale)
+
+    @pytest.mark.parametrize("name", list(measures()))
+    def test_every_other_measure_runs_or_says_why_not(self, residual, name):
+        """No measure fails in its own way on a model that torch does not run."""
+        runner = prepared(residual[1], samples(Residual))
+        table = enumerate_candidates(runner.inventory, (2, 4))
+        measure = measure_by_name(name)
+        if name in {"gram", "pairs", "diagonal", "relative_mse", "weight_mse"}:
+            diagonal = measure.measure(runner, table, KL).diagonal
+            assert (diagonal > 0).all()
+        else:
+            with pytest.raises(InvalidInput, match="'gram'"):
+                measure.measure(runner, table, KL)
 
     def test_resumes_from_the_ledger(self, residual):
         """Nothing but reference outputs is run again, and not a bit differs."""

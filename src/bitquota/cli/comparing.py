@@ -77,8 +77,8 @@ def print_comparison(found: Comparison) -> None:
     """Print what each method costs and what its plans are worth."""
     wide = output.console.width >= _WIDE
     output.print_rows(found.overview_rows(wide=wide), title="What each costs, how well it ranks")
-    for name, reason in found.skipped.items():
-        output.messages.print(f"{name} is missing: {reason}", markup=False, highlight=False)
+    for sentence in found.missing():
+        output.messages.print(sentence, markup=False, highlight=False)
     for k in range(len(found.budgets)):
         rows = found.budget_rows(k, wide=wide)
         output.print_rows(rows, title=f"Budget {found.budget_text(k)}")
