@@ -126,11 +126,14 @@ class Cutting:
                 ours, _ = self.listening.accept()
             except OSError:
                 return
-            theirs = socket.create_connection(("127.0.0.1", self.target))
-            for pair in ((ours, theirs), (theirs, ours)):
-                threading.Thread(
-                    target=self.copy, args=(*pair, pair[0] is ours), daemon=True
-                ).start()
+            threading.Thread(target=self.join, args=(ours,), daemon=True).start()
+
+    def join(self, ours):
+        with ours, socket.create_connection(("127.0.0.1", self.target)) as theirs:
+            up = threading.Thread(target=self.copy, args=(ours, theirs, True))
+            up.start()
+            self.copy(theirs, ours, upwards=False)
+            up.join()
 
     def copy(self, source, target, upwards):
         seen = 0
