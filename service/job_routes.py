@@ -33,6 +33,8 @@ LONGEST_WAIT_S = 60
 """Longest ``Prefer: wait`` that is honoured."""
 
 _LOOK_S = 0.2
+_LOOK_GROWS = 1.2
+_LONGEST_LOOK_S = 1.0
 _KEEP_ALIVE_S = 15.0
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
@@ -135,6 +137,10 @@ def list_jobs(
     )
 
 
+def _ended(service: State, tenant: str, job_id: str) -> bool:
+    return service.jobs.get(tenant, job_id).status.final
+
+
 def _labels(texts: list[str]) -> dict[str, str]:
     found = {}
     for text in texts:
@@ -163,22 +169,28 @@ async def stream_events(
 
     async def stream() -> AsyncIterator[str]:
         last, spoken = last_event_id, time.monotonic()
+        look_s, looked = _LOOK_S, False
         while True:
             found = await run_in_threadpool(service.jobs.events, job_id, last)
             for number, kind, data in found:
                 yield f"id: {number}\nevent: {kind}\ndata: {data}\n\n"
-                last, spoken = number, time.monotonic()
+                last, spoken, look_s = number, time.monotonic(), _LOOK_S
                 if kind == "status" and JobStatus(json.loads(data)["status"]).final:
                     return
             if not found:
                 if service.supervisor.stopping:
                     return  # the client comes back to the next server with its Last-Event-ID
-                if (await run_in_threadpool(service.jobs.get, caller.tenant, job_id)).status.final:
-                    return  # every event was seen before this stream began
-                if time.monotonic() - spoken > _KEEP_ALIVE_S:
+                silent = time.monotonic() - spoken > _KEEP_ALIVE_S
+                # The last event ends a stream; it is not seen by one that began after it.
+                if not looked or silent:
+                    if await run_in_threadpool(_ended, service, caller.tenant, job_id):
+                        return
+                    looked = True
+                if silent:
                     yield ": still here\n\n"
                     spoken = time.monotonic()
-                await anyio.sleep(_LOOK_S)
+                await anyio.sleep(look_s)
+                look_s = min(_LOOK_GROWS * look_s, _LONGEST_LOOK_S)
 
     return StreamingResponse(stream(), media_type="text/event-stream")
 
