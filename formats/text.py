@@ -10,7 +10,7 @@ import torch
 from bitquota.errors import InvalidCalibration, MissingDependency
 from bitquota.sensitivity.calibration import CalibrationSet
 
-TEXT_SUFFIXES = (".txt", ".jsonl")
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 DEFAULT_LENGTH = 128
 MAX_BYTES = 2**31
 BYTES = "bytes"
@@ -31,7 +31,8 @@ def load_text(
 
     Args:
         path: ``.txt``, read as one text, or ``.jsonl`` with one object per line whose ``text``
-            is a document; documents are joined by an empty line.
+            is a document, or ``.parquet`` with a column ``text`` of them; documents are joined by
+            an empty line.
         tokenizer: A folder with ``tokenizer.json`` (the model's own), or ``bytes``.
         length: Tokens per sample.
         n: Draw this many windows, in their original order; all if left out.
@@ -39,7 +40,7 @@ def load_text(
 
     Raises:
         InvalidCalibration: Unreadable text, no tokenizer, or less than one window.
-        MissingDependency: ``tokenizers`` is not installed.
+        MissingDependency: ``tokenizers`` is not installed, or for parquet ``pyarrow``.
     """
     if length < 2:
         msg = f"a window must have at least 2 tokens; got {length}"
@@ -65,6 +66,8 @@ def _read(path: Path) -> str:
     if path.stat().st_size > MAX_BYTES:
         msg = f"a text must be at most {MAX_BYTES:,} bytes; '{path.name}' is larger"
         raise InvalidCalibration(msg, source=str(path))
+    if path.suffix == ".parquet":
+        return "\n\n".join(_parquet_documents(path))
     try:
         raw = path.read_text(encoding="utf-8")
         if path.suffix != ".jsonl":
@@ -77,6 +80,40 @@ def _read(path: Path) -> str:
             f"'{path.name}' is not: {err!r}"
         )
         raise InvalidCalibration(msg, source=str(path)) from err
+
+
+def _parquet_documents(path: Path) -> list[str]:
+    try:
+        from pyarrow import ArrowException, parquet, types
+    except ImportError as err:
+        msg = "texts in .parquet need pyarrow; install it with: pip install bitquota[parquet]"
+        raise MissingDependency(msg) from err
+    try:
+        with parquet.ParquetFile(path) as file:
+            rows = file.metadata.num_rows
+            columns = {field.name: field.type for field in file.schema_arrow}
+            kind = columns.get("text")
+            if kind is None or not (types.is_string(kind) or types.is_large_string(kind)):
+                msg = (
+                    f"a .parquet must have a column 'text' of strings; '{path.name}' has "
+                    f"{', '.join(f'{n} ({k})' for n, k in columns.items())} in {rows} rows"
+                )
+                raise InvalidCalibration(msg, source=str(path))
+            documents: list[str] = []
+            total = 0
+            # In pieces: a small file may unpack to a large one.
+            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+                total += batch.nbytes
+                if total > MAX_BYTES:
+                    msg = (
+                        f"a text must be at most {MAX_BYTES:,} bytes; '{path.name}' unpacks to more"
+                    )
+                    raise InvalidCalibration(msg, source=str(path))
+                documents += [text for text in batch.column(0).to_pylist() if text]
+    except (OSError, ArrowException) as err:
+        msg = f"a .parquet must be a whole file; '{path.name}' cannot be read: {err}"
+        raise InvalidCalibration(msg, source=str(path)) from err
+    return documents
 
 
 def _tokenize(text: str, tokenizer: str) -> list[int]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from bitquota.errors import InvalidCalibration
 from bitquota.formats import load_calibration, load_model
@@ -47,6 +49,25 @@ class TestLoadText:
         (tmp_path / "t.jsonl").write_text("\n".join(lines))
         data = load_calibration(str(tmp_path / "t.jsonl"), tokenizer="bytes", length=7)
         assert data.inputs[0][0].tolist() == list(b"abc\n\nde")
+
+    def test_parquet(self, tmp_path):
+        """Documents of a column; missing ones are passed over."""
+        table = pa.table({"id": [1, 2, 3], "text": ["abc", None, "de"]})
+        parquet.write_table(table, tmp_path / "t.parquet")
+        data = load_calibration(str(tmp_path / "t.parquet"), tokenizer="bytes", length=7)
+        assert data.inputs[0][0].tolist() == list(b"abc\n\nde")
+
+    def test_parquet_without_texts(self, tmp_path):
+        """Columns are named with their types."""
+        parquet.write_table(pa.table({"text": [1]}), tmp_path / "t.parquet")
+        with pytest.raises(InvalidCalibration, match=r"column 'text' of strings.*text \(int64\)"):
+            load_calibration(str(tmp_path / "t.parquet"), tokenizer="bytes")
+
+    def test_torn_parquet(self, tmp_path):
+        """A file that was cut short is named."""
+        (tmp_path / "t.parquet").write_bytes(b"PAR1 and no more")
+        with pytest.raises(InvalidCalibration, match="must be a whole file"):
+            load_calibration(str(tmp_path / "t.parquet"), tokenizer="bytes")
 
     def test_draw(self, tmp_path):
         """Windows are drawn as samples are."""
