@@ -10,12 +10,14 @@ import torch
 from bitquota.errors import InvalidInput, InvalidModel
 from bitquota.quantizers.error_feedback import error_feedback_codes
 from bitquota.quantizers.grid import nearest_codes, power_values, spread
+from bitquota.quantizers.k_blocks import fit_k_blocks, read_k_blocks
 from bitquota.quantizers.layout import from_matrix, to_matrix
 from bitquota.quantizers.levels import fit_levels, fit_power_scale
 from bitquota.quantizers.scales import asymmetric_scale, symmetric_scale
 from bitquota.storage import (
     FULL_PRECISION_BITS,
     GRID_BITS,
+    K_BLOCK,
     WEIGHT_BITS,
     Granularity,
     Grid,
@@ -45,6 +47,7 @@ class QuantizedWeight:
             asymmetric, codebook and power of two (see ``grid``): 0..2^b-1.
         scales: ``[rows, n]`` in the scale format: one column per group, or ``[rows, 1]`` per
             channel, or ``[1, 1]`` per tensor. Of a codebook the levels, ascending: 2^b columns.
+            Of K blocks their parameters (see ``k_blocks``).
         zero_points: i32 in 0..2^b-1, shaped like ``scales``; ``None`` on a symmetric grid.
         bits: Bit-width.
         scheme: Everything else.
@@ -64,6 +67,8 @@ class QuantizedWeight:
         if self.scheme.grid is Grid.POWER_OF_TWO:
             scale = spread(self.scales.float(), columns, self.scheme)
             return scale * power_values(self.codes, self.bits)
+        if self.scheme.grid is Grid.K_BLOCKS:
+            return read_k_blocks(self.codes, self.scales, self.bits)
         levels = self.codes.float()
         if self.zero_points is not None:
             levels = levels - spread(self.zero_points.float(), columns, self.scheme)
@@ -99,12 +104,20 @@ def quantize(
     _check(matrix, bits, importance)
     values = matrix.detach().double()
     weight = None if importance is None else importance.detach().double().expand_as(values)
-    lines, line_weight = _lines(values, weight, scheme)
     zero: Tensor | None = None
     least, most = GRID_BITS.get(scheme.grid, (1, FULL_PRECISION_BITS))
     if not least <= bits <= most:
         msg = f"the grid '{scheme.grid}' takes {least} to {most} bits; got {bits}"
         raise InvalidInput(msg, weight_bits=bits, grid=str(scheme.grid))
+    if scheme.grid is Grid.K_BLOCKS:
+        if values.shape[1] % K_BLOCK:
+            msg = f"the grid '{scheme.grid}' needs {K_BLOCK} to divide the row; got {values.shape}"
+            raise InvalidInput(msg, columns=values.shape[1])
+        codes, parameters = fit_k_blocks(values, bits, weight)
+        return QuantizedWeight(
+            codes=codes, scales=parameters, zero_points=None, bits=bits, scheme=scheme
+        )
+    lines, line_weight = _lines(values, weight, scheme)
     if scheme.grid is Grid.CODEBOOK:
         scale = fit_levels(lines, bits, line_weight)
     elif scheme.grid is Grid.POWER_OF_TWO:

@@ -113,15 +113,15 @@ def tied_tokens() -> nn.Module:
     return TiedTokens().eval()
 
 
-def write_llama(path: Path) -> Path:
+def write_llama(path: Path, *, width: int = 64, inner: int = 96) -> Path:
     """Save a tiny random Llama with a tied head as transformers does."""
     import transformers
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
+        hidden_size=width,
+        intermediate_size=inner,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -86,8 +86,10 @@ EXPORTERS: dict[str, Exporter] = {
 
 
 GRIDS: dict[str, frozenset[Grid]] = {
-    RefInt.name: frozenset(Grid),
+    RefInt.name: frozenset(Grid) - {Grid.K_BLOCKS},
     OnnxQdq.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.CODEBOOK}),
+    OnnxMatMulNBits.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.CODEBOOK}),
+    GgufFile.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.K_BLOCKS}),
 }
 """Which grids a format can hold; the others hold integers alone. ONNX looks levels up (Gather);
 powers of two would need a table that the plan does not count."""

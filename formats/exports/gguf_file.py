@@ -1,4 +1,4 @@
-"""GGUF: Q4_0, Q5_0 and Q8_0 blocks written in Python, and a recipe for llama.cpp's own tool."""
+"""GGUF: plain and K blocks written in Python, and a recipe for llama.cpp's own tool."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 
 from bitquota.candidates import LayerKind
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan, MissingDependency
+from bitquota.formats.exports.gguf_blocks import BLOCK, K_TYPES, TYPES, blocks_of, type_name
 from bitquota.formats.exports.prepared import widths_must_be
 from bitquota.formats.receipt import Receipt, describe_files
-from bitquota.storage import Granularity, ScaleFormat
+from bitquota.storage import Granularity, Grid, ScaleFormat
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 FILE = "model.gguf"
 RECIPE = "tensor-types.txt"
-BLOCK = 32
-_TYPES = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _INTERLEAVED = frozenset({"llama", "mistral"})
 """Model types whose q and k rows GGUF stores in another order (pairs of rotated rows adjacent)."""
@@ -37,12 +36,12 @@ _INTERLEAVED = frozenset({"llama", "mistral"})
 class GgufFile:
     """Writes ``model.gguf`` and the recipe ``tensor-types.txt``.
 
-    Blocks are symmetric groups of 32 with fp16 scales, which is what these types are, so the
-    file holds the plan's own codes and scales.
+    Blocks are symmetric groups of 32 with fp16 scales, or super-blocks of 256, which is what these
+    types are, so the file holds the plan's own codes and scales.
     """
 
     name = "gguf"
-    summary = "GGUF with Q4_0, Q5_0 and Q8_0 tensors, and a --tensor-type-file for llama.cpp."
+    summary = "GGUF with Q2_K to Q6_K, Q4_0, Q5_0, Q8_0, and a --tensor-type-file for llama.cpp."
     runs_here = True
 
     def export(self, prepared: PreparedExport, folder: Path) -> Receipt:
@@ -58,10 +57,10 @@ class GgufFile:
         for name, weight in prepared.weights.items():
             layer = prepared.layers[name]
             order = _row_order(layer.weight_name, config)
-            kind = _TYPES[weight.bits]
+            kind = type_name(weight)
             target = names[layer.weight_name]
             writer.add_tensor(
-                target, _blocks(weight, order), raw_dtype=gguf.GGMLQuantizationType[kind]
+                target, blocks_of(weight, order), raw_dtype=gguf.GGMLQuantizationType[kind]
             )
             recipe.append(f"^{re.escape(target)}$={kind.lower()}")
         tied = bool(config.get("tie_word_embeddings"))
@@ -88,9 +87,9 @@ class GgufFile:
         for name, weight in prepared.weights.items():
             target = names[prepared.layers[name].weight_name]
             found = tensors.get(target)
-            if found is None or found.tensor_type.name != _TYPES[weight.bits]:
+            if found is None or found.tensor_type.name != type_name(weight):
                 got = "nothing" if found is None else found.tensor_type.name
-                msg = f"'{target}' must be stored as {_TYPES[weight.bits]}; the file has {got}"
+                msg = f"'{target}' must be stored as {type_name(weight)}; the file has {got}"
                 raise ExportFailed(msg, layer=name)
             receipts.append(
                 prepared.tensor_receipt(
@@ -139,22 +138,18 @@ class GgufFile:
 
     @staticmethod
     def _check(prepared: PreparedExport) -> None:
-        widths_must_be(prepared, tuple(_TYPES), "GGUF written in Python")
+        widths_must_be(prepared, tuple(sorted({*TYPES, *K_TYPES})), "GGUF written in Python")
         wrong = [
             name
             for name, w in prepared.weights.items()
-            if w.scheme.granularity is not Granularity.GROUP
-            or w.scheme.group_size != BLOCK
-            or w.scheme.scale_format is not ScaleFormat.FP16
-            or w.zero_points is not None
-            or prepared.layers[name].columns % BLOCK
-            or prepared.layers[name].kind not in (LayerKind.LINEAR, LayerKind.EMBEDDING)
+            if prepared.layers[name].kind not in (LayerKind.LINEAR, LayerKind.EMBEDDING)
+            or not (w.scheme.grid is Grid.K_BLOCKS or _is_plain(w, prepared.layers[name].columns))
         ]
         if wrong:
             msg = (
-                "GGUF blocks are symmetric groups of 32 with fp16 scales in linear layers and "
-                f"embeddings; {', '.join(wrong[:8])} are planned otherwise: plan with "
-                "--target gguf-py"
+                "GGUF blocks are symmetric groups of 32 with fp16 scales, or K blocks, in linear "
+                f"layers and embeddings; {', '.join(wrong[:8])} are planned otherwise: plan with "
+                "--target gguf-py or gguf-k"
             )
             raise InvalidPlan(msg, layers=wrong)
 
@@ -234,23 +229,14 @@ def _row_order(name: str, config: JsonObject) -> NDArray[np.int64] | None:
     return rows.reshape(heads, 2, size // 2).swapaxes(1, 2).reshape(-1)
 
 
-def _blocks(weight: QuantizedWeight, order: NDArray[np.int64] | None) -> NDArray[np.uint8]:
-    """Return ``u8[rows, bytes]`` of blocks of 32 codes, each behind its fp16 scale."""
-    codes = weight.codes.cpu().numpy()
-    scales = weight.scales.cpu().numpy()
-    if order is not None:
-        codes, scales = codes[order], scales[order]
-    rows = len(codes)
-    grouped = codes.reshape(rows, -1, BLOCK)
-    head = scales.astype("<f2").reshape(rows, -1, 1).view(np.uint8)
-    if weight.bits == 8:
-        body = grouped.astype(np.int8).view(np.uint8)
-        return np.concatenate([head, body], axis=2).reshape(rows, -1)
-    unsigned = (grouped + 2 ** (weight.bits - 1)).astype(np.uint8)
-    # Byte j holds the low four bits of values j and j + 16.
-    low = unsigned & 15
-    nibbles = low[:, :, :16] | (low[:, :, 16:] << 4)
-    if weight.bits == 4:
-        return np.concatenate([head, nibbles], axis=2).reshape(rows, -1)
-    fifth = np.packbits(unsigned >> 4, axis=2, bitorder="little")
-    return np.concatenate([head, fifth, nibbles], axis=2).reshape(rows, -1)
+def _is_plain(weight: QuantizedWeight, columns: int) -> bool:
+    """Whether blocks of 32 can hold the weight: 4, 5 or 8 bits, symmetric, fp16 scales."""
+    scheme = weight.scheme
+    return (
+        weight.bits in TYPES
+        and scheme.grid is Grid.SYMMETRIC
+        and scheme.granularity is Granularity.GROUP
+        and scheme.group_size == BLOCK
+        and scheme.scale_format is ScaleFormat.FP16
+        and columns % BLOCK == 0
+    )

@@ -33,6 +33,8 @@ class Grid(StrEnum):
     """``2^b`` levels, stored as they are in the format of scales."""
     POWER_OF_TWO = "power_of_two"
     """``+-2^-k`` with ``k = 0..2^(b-1)-1``, times a scale: a product is a shift."""
+    K_BLOCKS = "k_blocks"
+    """llama.cpp's super-blocks of 256 weights, whose own scales are integers."""
 
     @property
     def is_integer(self) -> bool:
@@ -40,9 +42,46 @@ class Grid(StrEnum):
         return self in (Grid.SYMMETRIC, Grid.ASYMMETRIC)
 
 
-GRID_BITS = {Grid.CODEBOOK: (1, 8), Grid.POWER_OF_TWO: (2, 5)}
+GRID_BITS = {Grid.CODEBOOK: (1, 8), Grid.POWER_OF_TWO: (2, 5), Grid.K_BLOCKS: (2, 6)}
 """Least and most bits of the grids that are not integers. More than 16 powers of two reach further
 down than any weight that matters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KBlock:
+    """How a super-block of ``K_BLOCK`` weights is built.
+
+    Attributes:
+        sub_block: Weights that share an integer scale.
+        scale_bits: Bits of that integer.
+        affine: Whether sub-blocks have an integer minimum too, and the block a second fp16 unit.
+    """
+
+    sub_block: int
+    scale_bits: int
+    affine: bool
+
+    @property
+    def largest(self) -> int:
+        """The largest integer scale; of symmetric blocks it has a sign."""
+        return 2**self.scale_bits - 1 if self.affine else 2 ** (self.scale_bits - 1) - 1
+
+    @property
+    def overhead_bits(self) -> int:
+        """Bits of a super-block beside its codes."""
+        parts = 2 if self.affine else 1
+        return parts * (16 + K_BLOCK // self.sub_block * self.scale_bits)
+
+
+K_BLOCK = 256
+K_BLOCKS = {
+    2: KBlock(sub_block=16, scale_bits=4, affine=True),
+    3: KBlock(sub_block=16, scale_bits=6, affine=False),
+    4: KBlock(sub_block=32, scale_bits=6, affine=True),
+    5: KBlock(sub_block=32, scale_bits=6, affine=True),
+    6: KBlock(sub_block=16, scale_bits=8, affine=False),
+}
+"""Q2_K to Q6_K by bit-width: 2.625, 3.4375, 4.5, 5.5 and 6.5625 bits per weight."""
 
 
 class Granularity(StrEnum):
@@ -128,6 +167,16 @@ class Scheme:
                 "would take more than the codes: choose granularity 'tensor' or 'channel'"
             )
             raise InvalidInput(msg, granularity=str(self.granularity))
+        if self.grid is Grid.K_BLOCKS and (
+            self.group_size != K_BLOCK
+            or self.scale_format is not ScaleFormat.FP16
+            or self.row_alignment_bits
+        ):
+            msg = (
+                f"the grid '{self.grid}' has groups of {K_BLOCK}, fp16 scales, no alignment; got "
+                f"{self.group_size}, {self.scale_format} and {self.row_alignment_bits}"
+            )
+            raise InvalidInput(msg, grid=str(self.grid))
         if self.row_alignment_bits not in (0, 8, 16, 32, 64):
             msg = f"row_alignment_bits must be 0, 8, 16, 32 or 64; got {self.row_alignment_bits}"
             raise InvalidInput(msg, row_alignment_bits=self.row_alignment_bits)
@@ -139,6 +188,9 @@ class Scheme:
     @classmethod
     def from_json(cls, data: JsonObject) -> Self:
         """Rebuild from ``to_json``; raises ``ValueError`` on an unknown member."""
+        if unknown := sorted(set(data) - set(cls.__dataclass_fields__)):
+            msg = f"a scheme has the members {', '.join(cls.__dataclass_fields__)}; got {unknown}"
+            raise ValueError(msg)
         return cls(
             grid=Grid(data["grid"]),
             granularity=Granularity(data["granularity"]),
@@ -242,6 +294,12 @@ def storage_size(
         msg = f"the grid '{scheme.grid}' takes {least} to {most} bits; got {weight_bits}"
         raise InvalidInput(msg, weight_bits=weight_bits, grid=str(scheme.grid))
     codes = n_weights * weight_bits
+    if scheme.grid is Grid.K_BLOCKS:
+        if columns % K_BLOCK:
+            msg = f"the grid '{scheme.grid}' needs {K_BLOCK} to divide the row; got {columns}"
+            raise InvalidInput(msg, columns=columns)
+        blocks = n_weights // K_BLOCK
+        return StorageSize(codes=codes, scales=blocks * K_BLOCKS[weight_bits].overhead_bits)
     scale_count = n_scales(rows, columns, scheme)
     zero_point_bits = scale_count * weight_bits if scheme.grid is Grid.ASYMMETRIC else 0
     if scheme.row_alignment_bits:

@@ -21,7 +21,7 @@ from bitquota.plan import Assignment, Plan
 from bitquota.sensitivity.calibration import CalibrationSet
 from bitquota.sensitivity.discovery import discover
 from bitquota.storage import Granularity, Grid, Rounding, ScaleFormat, Scheme
-from format_networks import plan_with, tiny_net
+from format_networks import plan_with, tiny_net, write_llama
 from onnx_graphs import image_graph, token_graph
 
 RANDOM = torch.Generator().manual_seed(3)
@@ -362,6 +362,39 @@ class TestGguf:
         # Head size 16: row 1 of the file is row 8 of the first head.
         assert torch.allclose(values[1], weight[8], atol=2e-3)
         assert torch.allclose(values[2], weight[1], atol=2e-3)
+
+
+class TestGgufK:
+    def test_super_blocks_where_256_divides(self, tmp_path):
+        """Every K type is found by the reader; rows of 320 take blocks of 32."""
+        import gguf
+
+        model = load_model(str(write_llama(tmp_path / "m", width=256, inner=320)))
+        plan = target_plan(model, TOKENS, "gguf-k", seed=2)
+        receipt = export_plan(model, plan, tmp_path / "o", target="gguf-k", samples=TOKENS)
+        assert plan.size_bits - receipt.payload_bits == sum(
+            a.candidate.size_bits for a in plan.assignments if a.candidate.weight_bits == 32
+        )
+        assert receipt.difference.maximum == 0.0
+        types = {
+            t.name: t.tensor_type.name
+            for t in gguf.GGUFReader(str(tmp_path / "o" / "model.gguf")).tensors
+        }
+        planned = {a.layer.name: a.candidate for a in plan.assignments}
+        stored = {t.layer: types[t.tensor] for t in receipt.tensors}
+        for name, kind in stored.items():
+            wide = planned[name].scheme.group_size == 256
+            suffix = "_K" if wide else "_0"
+            assert f"Q{planned[name].weight_bits}{suffix}" == kind
+        assert len({k for k in stored.values() if k.endswith("_K")}) >= 3
+        assert not any(k.endswith("_K") for n, k in stored.items() if "down_proj" in n)
+
+    def test_other_formats_refuse(self, tmp_path):
+        """Nothing but GGUF has super-blocks."""
+        model = load_model(str(write_llama(tmp_path / "m", width=256, inner=320)))
+        plan = target_plan(model, TOKENS, "gguf-k", seed=2, bits=(4, 5))
+        with pytest.raises(InvalidPlan, match="k_blocks"):
+            export_plan(model, plan, tmp_path / "o", format_name="ref-int", samples=TOKENS)
 
 
 class TestConfigFiles:

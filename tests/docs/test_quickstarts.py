@@ -1,0 +1,78 @@
+"""The quickstarts for a CNN and a language model: every command and every block of Python runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+
+import pytest
+
+from bitquota.cli import main
+from bitquota.formats.receipt import Receipt
+from bitquota.plan import Plan
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def run(repository, tmp_path, monkeypatch, capsys):
+    """Return a function that runs a page in an empty folder and returns what Python printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.syspath_prepend(str(repository))
+
+    def run_page(name: str) -> str:
+        page = (repository / "docs" / name).read_text()
+        for command in "".join(blocks(page, "sh")).splitlines():
+            words = shlex.split(command)
+            if words[:3] == ["python", "-m", "examples.tiny_llama"]:
+                from examples import tiny_llama
+
+                tiny_llama.main(["--steps", "60"])
+                continue
+            monkeypatch.setattr(sys, "argv", words)
+            code = 0
+            try:
+                main()
+            except SystemExit as stop:
+                code = stop.code
+            assert not code, f"{command}: {capsys.readouterr()}"
+        capsys.readouterr()
+        for block in blocks(page, "python"):
+            exec(compile(block, name, "exec"), {})  # noqa: S102  # our own documentation
+        return capsys.readouterr().out
+
+    return run_page
+
+
+class TestQuickstartCnn:
+    def test_page(self, run, tmp_path):
+        """The file runs in ONNX Runtime alone and takes the plan's bytes."""
+        printed = run("quickstart-cnn.md")
+        plan = Plan.load(tmp_path / "plan.json")
+        receipt = Receipt.load(tmp_path / "exported")
+        assert "(1, 10)" in printed
+        assert plan.average_bits <= 3.5
+        assert plan.size_bits == receipt.payload_bits
+
+
+class TestQuickstartLlm:
+    def test_page(self, run, tmp_path):
+        """Both files hold what was planned; the recipe names every layer."""
+        printed = run("quickstart-llm.md")
+        assert "pack-quantized" in printed
+        for name, folder in (
+            ("plan.json", "tiny-llama-gguf"),
+            ("packed.json", "tiny-llama-packed"),
+        ):
+            plan, receipt = Plan.load(tmp_path / name), Receipt.load(tmp_path / folder)
+            quantized = [a for a in plan.assignments if a.candidate.weight_bits < 32]
+            assert sum(a.candidate.size_bits for a in quantized) == receipt.payload_bits
+            assert receipt.difference.maximum < 1e-5
+            if name == "packed.json":
+                recipe = (tmp_path / "recipe" / "recipe.yaml").read_text()
+                assert all(a.layer.name in recipe for a in quantized)
