@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,7 @@ class Case:
     inventory: Inventory
     table: CandidateTable
     fit: CalibrationSet
-    holdout: CalibrationSet
+    holdout: tuple[CalibrationSet, ...]
     test: CalibrationSet
     correcting: CalibrationSet
 
@@ -104,13 +105,14 @@ def vision_case(depth: int, widths: Sequence[int], n: int, *, start: int, tiny: 
         x, y = torch.randn(96, 3, 8, 8), torch.randint(0, 10, (96,))
         fit = CalibrationSet(inputs=(x[:48],), labels=y[:48])
         test = CalibrationSet(inputs=(x[48:],), labels=y[48:])
-        holdout, correcting = test, fit
+        holdout, correcting = (test,), fit
     else:
         module = load_resnet(depth)
         x, y = images("calibration")
         whole = CalibrationSet(inputs=(x,), labels=y)
         fit = whole.take(range(start, start + n))
-        holdout = whole.take(range(start + n, start + 2 * n))
+        behind = [(start + n + k) % len(whole) for k in range(len(whole) - n)]
+        holdout = tuple(whole.take(behind[k : k + n]) for k in range(0, len(behind), n))
         correcting = whole.take(range(start, start + 1024))
         xt, yt = images("test")
         test = CalibrationSet(inputs=(xt,), labels=yt)
@@ -139,12 +141,15 @@ def llama_case(widths: Sequence[int], n: int) -> Case:
     text = np.frombuffer((data_folder() / "tinyshakespeare.txt").read_bytes(), dtype=np.uint8)
     cut = int(0.9 * len(text))
     rng = np.random.default_rng(0)
-    starts = rng.integers(0, cut - 128, size=2 * n)
+    starts = rng.integers(0, cut - 128, size=4 * n)
     train = np.stack([text[s : s + 128] for s in starts]).astype(np.int64)
     rest = text[cut:]
     windows = rest[: len(rest) // 128 * 128].reshape(-1, 128).astype(np.int64)
     drawn = CalibrationSet(inputs=(torch.from_numpy(train),))
-    fit, holdout = drawn.take(range(n)), drawn.take(range(n, 2 * n))
+    fit, holdout = (
+        drawn.take(range(n)),
+        tuple(drawn.take(range(k, k + n)) for k in range(n, len(drawn), n)),
+    )
     test = CalibrationSet(inputs=(torch.from_numpy(windows),))
     inventory = discover(module, fit.first(2).inputs)
     inventory = inventory.tie([["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]])
@@ -184,10 +189,18 @@ def default_run(
     corrections = [Correction.BATCH_NORM_STATISTICS] if batch_norm == "batch" else []
     ledger = MemoryLedger() if ledger is None else ledger
 
-    def runner_on(samples: CalibrationSet) -> Runner:
-        return make_runner(case.module, case.inventory, samples, batch_norm=batch_norm)  # type: ignore[arg-type]
+    made: list[Runner] = []
 
-    runner, holdout = runner_on(case.fit), runner_on(case.holdout)
+    def runner_on(samples: CalibrationSet) -> Runner:
+        made.append(make_runner(case.module, case.inventory, samples, batch_norm=batch_norm))  # type: ignore[arg-type]
+        return made[-1]
+
+    def work() -> float:
+        return sum(r.passes.passes * len(r.calibration) for r in made) / len(case.fit)
+
+    runner = runner_on(case.fit)
+    # Samples that decide, as in ``allocate``: a hold-out part, further ones, those of the fit.
+    judge = (*(cache(partial(runner_on, s)) for s in case.holdout), runner)
     cpu = time.process_time()
     first = measure_differences(runner, case.table, KL, ledger=ledger)
     first_cpu, first_passes = time.process_time() - cpu, GramMeasure().cost(runner, case.table)
@@ -197,10 +210,9 @@ def default_run(
         "one-layer KL": replace(first[0], cross=None, cross_error=None),
         "gram": first[0],
     }
-    share = len(case.holdout) / len(case.fit)
     for bits in budgets:
         limits = case.limits(bits)
-        cpu, before = time.process_time(), (runner.passes.passes, holdout.passes.passes)
+        cpu, before = time.process_time(), work()
         starts = dict(baseline_choices(case.table))
         for name, matrix in scores.items():
             choice = solve_within(matrix, limits)
@@ -210,11 +222,10 @@ def default_run(
         left = None if allowed is None else allowed - first_passes
         result = refine(
             runner, case.table, KL, limits=limits, solve=solve_within, starts=starts, first=first,
-            judge=(holdout, runner), settings=RefineSettings(max_passes=left),
+            judge=judge, settings=RefineSettings(max_passes=left),
             ledger=MemoryLedger(),
         )  # fmt: skip
-        spent = first_passes + runner.passes.passes - before[0]
-        spent += share * (holdout.passes.passes - before[1])
+        spent = first_passes + work() - before
         seconds = first_cpu + time.process_time() - cpu
         row: dict[str, Any] = {
             "passes": spent,

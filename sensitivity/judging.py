@@ -16,7 +16,7 @@ from bitquota.sensitivity.choices import measure_choices
 from bitquota.sensitivity.measure import standard_error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -33,7 +33,7 @@ class Judge:
     """Measured losses of choices on blocks of samples.
 
     Attributes:
-        blocks: One runner for each block, on disjoint samples.
+        blocks: One runner for each block, on disjoint samples, or what makes it when it is needed.
         table: What choices speak of.
         loss: The loss.
         ledger: Where measurements are kept.
@@ -42,13 +42,26 @@ class Judge:
         losses: ``f64[n]`` of every choice on each block it was measured on.
     """
 
-    blocks: tuple[Runner, ...]
+    blocks: tuple[Runner | Callable[[], Runner], ...]
     table: CandidateTable
     loss: Loss
     ledger: Ledger | None = None
     on_progress: OnProgress | None = None
     cancelled: IsCancelled | None = None
     losses: dict[Choice, list[NDArray[np.float64]]] = field(default_factory=dict)
+    _runners: dict[int, Runner] = field(default_factory=dict)
+
+    def runner(self, block: int) -> Runner:
+        """Return the runner of a block."""
+        if block not in self._runners:
+            made = self.blocks[block]
+            self._runners[block] = made() if callable(made) else made
+        return self._runners[block]
+
+    @property
+    def runners(self) -> tuple[Runner, ...]:
+        """The runners that were needed so far."""
+        return tuple(self._runners.values())
 
     def measure(
         self, choices: Sequence[Choice], centre: Choice | None, stage: str, *, blocks: int = 1
@@ -62,7 +75,7 @@ class Judge:
             if not new:
                 continue
             values = measure_choices(
-                self.blocks[k],
+                self.runner(k),
                 self.table,
                 self.loss,
                 new,
@@ -96,9 +109,3 @@ class Judge:
         return min(
             choices, key=lambda c: (float(np.concatenate(self.losses[c][:common]).mean()), c)
         )
-
-    @property
-    def passes(self) -> float:
-        """Work done so far, in passes over the first block."""
-        n = len(self.blocks[0].calibration)
-        return sum(b.passes.passes * len(b.calibration) / n for b in self.blocks)

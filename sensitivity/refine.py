@@ -10,160 +10,32 @@ standard error of the paired difference. The predictions propose; only measureme
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitquota.errors import Infeasible, InvalidInput
+from bitquota.errors import Infeasible
 from bitquota.sensitivity.gram import measure_differences
 from bitquota.sensitivity.judging import Judge
-from bitquota.sensitivity.moves import Choice, Limits, distance, neighbours, rows_near
+from bitquota.sensitivity.moves import Choice, Limits, neighbours, rows_near
+from bitquota.sensitivity.refinement import (
+    Linearisation,
+    Refinement,
+    RefineSettings,
+    Solve,
+    Step,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from numpy.typing import NDArray
+    from collections.abc import Callable, Mapping, Sequence
 
     from bitquota.candidates import CandidateTable
-    from bitquota.canonical import JsonObject
     from bitquota.matrix import SensitivityMatrix
     from bitquota.progress import IsCancelled, OnProgress
     from bitquota.sensitivity.gram import OutputDifferences
     from bitquota.sensitivity.ledger import Ledger
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runner import Runner
-
-
-class Solve(Protocol):
-    """What refinement needs of a solver."""
-
-    def __call__(self, matrix: SensitivityMatrix, limits: Limits) -> Choice | None:
-        """Return the best choice for ``matrix`` within ``limits``, or ``None`` if there is none."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RefineSettings:
-    """How much work refinement may do.
-
-    Attributes:
-        iterations: Linearisations at most (each costs one run per row within reach).
-        reach: Around a plan, the rows of each group that are measured: at most so many places
-            above and below the plan's own. ``None`` measures all.
-        share: Part of the samples that each linearisation around a plan is measured on, in whole
-            chunks; the next takes others.
-        radii: Trust regions, as shares of the groups that may change in one step.
-        proposals: Choices measured per linearisation.
-        swap_rounds: Rounds of measured swaps, at most, each time linearisation is stuck.
-        patience: Rounds of swaps in a row that may fail before the search ends.
-        swaps: Swaps measured in each round.
-        accept_errors: A step must improve by this many paired standard errors.
-        max_passes: No linearisation or round of swaps is begun that would lead beyond this many
-            forward-equivalents (what the ledger holds costs nothing); ``None`` for no limit.
-    """
-
-    iterations: int = 12
-    reach: int | None = 1
-    share: float = 0.25
-    radii: tuple[float, ...] = (1.0, 0.4, 0.2)
-    proposals: int = 6
-    swap_rounds: int = 6
-    patience: int = 2
-    swaps: int = 8
-    accept_errors: float = 1.0
-    max_passes: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        counts = self.iterations, self.swap_rounds, self.proposals - 1, self.swaps - 1
-        if min(*counts, self.patience - 1) < 0:
-            msg = f"refinement settings must be positive; got {self}"
-            raise InvalidInput(msg)
-        if not 0 < self.share <= 1:
-            msg = f"the share of samples must be above 0 and at most 1; got {self.share}"
-            raise InvalidInput(msg, share=self.share)
-        if not self.radii or not all(0 < r <= 1 for r in self.radii):
-            msg = f"trust radii must be shares between 0 and 1; got {self.radii}"
-            raise InvalidInput(msg)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One accepted or rejected step.
-
-    Attributes:
-        kind: ``start``, ``linearised`` or ``swap``.
-        origin: Where the best proposal came from.
-        choice: The best proposal.
-        loss: Its measured mean loss increase on the deciding samples.
-        gain: By how much it is better than the choice before it (paired mean).
-        gain_error: Standard error of ``gain``.
-        accepted: Whether it became the new choice.
-        passes: Forward-equivalents since the refinement began.
-    """
-
-    kind: str
-    origin: str
-    choice: Choice
-    loss: float
-    gain: float
-    gain_error: float
-    accepted: bool
-    passes: float
-
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return {
-            "kind": self.kind,
-            "origin": self.origin,
-            "choice": list(self.choice),
-            "loss": self.loss,
-            "gain": self.gain,
-            "gain_error": self.gain_error,
-            "accepted": self.accepted,
-            "passes": self.passes,
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Linearisation:
-    """What was measured around one point.
-
-    Attributes:
-        point: The base point, or ``None`` for full precision.
-        matrix: Around that point; entries of rows beyond ``rows`` mean nothing.
-        differences: Output differences, unless they are huge.
-        rows: Rows of the table that were measured.
-    """
-
-    point: Choice | None
-    matrix: SensitivityMatrix
-    differences: OutputDifferences | None
-    rows: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Refinement:
-    """The result of ``refine``.
-
-    Attributes:
-        choice: The best measured choice.
-        per_sample: f64[N], its loss increase on the deciding samples.
-        last: The last linearisation, for predictions near ``choice``.
-        steps: What happened.
-        measured: Mean loss increase of every choice that was measured, in order.
-    """
-
-    choice: Choice
-    per_sample: NDArray[np.float64]
-    last: Linearisation
-    steps: tuple[Step, ...]
-    measured: dict[Choice, float] = field(default_factory=dict)
-
-    @property
-    def loss(self) -> float:
-        """Mean measured loss increase."""
-        return float(self.per_sample.mean())
 
 
 @dataclass(slots=True, kw_only=True)
@@ -187,7 +59,7 @@ class _Search:
     def passes(self) -> float:
         """Forward-equivalents spent so far, in passes over the samples of ``runner``."""
         n = len(self.runner.calibration)
-        runners = {id(r): r for r in (self.runner, *self.judge.blocks)}.values()
+        runners = {id(r): r for r in (self.runner, *self.judge.runners)}.values()
         return sum(r.passes.passes * len(r.calibration) / n for r in runners)
 
     def affords(self, passes: float) -> bool:
@@ -207,13 +79,14 @@ class _Search:
         gain, error = judge.gain(best, current)
         for block in range(1, len(judge.blocks)):
             contenders = sorted(contenders, key=lambda c: (-judge.gain(c, current)[0], c))
-            contenders = [c for c in contenders if _unclear(judge.gain(c, best), 2 * errors)]
+            contenders = [c for c in contenders if _open(judge.gain(c, best), 2 * errors)]
             contenders = [best, *(c for c in contenders if c != best)][:_CONTENDERS]
-            if not _unclear((gain, error), errors) or not self.affords(len(contenders) + 1.0):
+            again = list(dict.fromkeys([current, *contenders]))
+            if not _open((gain, error), errors) or len(again) == 1:
                 break
-            judge.measure(
-                [current, *contenders], current, f"{kind}, more samples", blocks=block + 1
-            )
+            if not self.affords(len(again) + 1.0):
+                break
+            judge.measure(again, current, f"{kind}, more samples", blocks=block + 1)
             best = judge.best(contenders)
             gain, error = judge.gain(best, current)
         accepted = gain > 0 and gain > errors * error
@@ -233,10 +106,9 @@ class _Search:
 
     def linearise(self, point: Choice | None, number: int) -> Linearisation:
         """Measure singles and Gram terms around ``point``, the ``number``-th of the refinement."""
-        rows = self.within_reach(point)
+        rows, taken = self.extent(point, number)
         n = len(self.runner.chunks)
-        taken = self.chunks_of_one
-        chunks = [(k + (number - 1) * taken) % n for k in range(taken)]
+        chunks = [(k + number * taken) % n for k in range(taken)]
         matrix, differences = measure_differences(
             self.runner,
             self.table,
@@ -251,32 +123,34 @@ class _Search:
         )
         return Linearisation(point=point, matrix=matrix, differences=differences, rows=tuple(rows))
 
-    @property
-    def chunks_of_one(self) -> int:
-        """Chunks that a linearisation around a plan takes."""
-        n = len(self.runner.chunks)
-        return min(n, max(1, round(self.settings.share * n)))
+    def extent(self, point: Choice | None, number: int) -> tuple[list[int], int]:
+        """Return the rows that a linearisation measures, and the number of chunks."""
+        settings, n = self.settings, len(self.runner.chunks)
+        everything = list(range(len(self.table.rows)))
+        if point is None:
+            return everything, n
+        share = settings.far_share if number == 1 else settings.near_share
+        chunks = min(n, max(1, round(share * n)))
+        if number == 1 or settings.reach is None:
+            return everything, chunks
+        return rows_near(self.table, point, settings.reach), chunks
 
-    def cost_of_linearisation(self, point: Choice) -> float:
+    def cost_of_linearisation(self, point: Choice, number: int) -> float:
         """Return an upper estimate of the passes that linearising at ``point`` takes."""
-        rows = set(self.within_reach(point)).difference(_rows_of(self.table, point))
-        layers = [[c.layer for c in self.table.rows[row].candidates] for row in rows]
+        rows, chunks = self.extent(point, number)
+        others = set(rows).difference(_rows_of(self.table, point))
+        layers = [[c.layer for c in self.table.rows[row].candidates] for row in others]
         whole = 2.0 + sum(self.runner.share(names) for names in layers)
-        return whole * self.chunks_of_one / len(self.runner.chunks)
-
-    def within_reach(self, point: Choice | None) -> list[int]:
-        """Return the rows that a linearisation at ``point`` measures."""
-        if point is None or self.settings.reach is None:
-            return list(range(len(self.table.rows)))
-        return rows_near(self.table, point, self.settings.reach)
+        return whole * chunks / len(self.runner.chunks)
 
 
 _CONTENDERS = 3
 """Proposals at most that are measured on more samples, so that the best of many is not luck."""
 
 
-def _unclear(gain: tuple[float, float], errors: float) -> bool:
-    return abs(gain[0]) <= errors * gain[1]
+def _open(gain: tuple[float, float], errors: float) -> bool:
+    """Whether more samples may decide otherwise; the best of many must be twice as clear."""
+    return -errors * gain[1] <= gain[0] <= 2 * errors * gain[1]
 
 
 def refine(
@@ -287,7 +161,7 @@ def refine(
     limits: Limits,
     solve: Solve,
     starts: Mapping[str, Choice],
-    judge: Sequence[Runner] = (),
+    judge: Sequence[Runner | Callable[[], Runner]] = (),
     first: tuple[SensitivityMatrix, OutputDifferences | None] | None = None,
     warm: Linearisation | None = None,
     settings: RefineSettings | None = None,
@@ -305,7 +179,8 @@ def refine(
         solve: The solver.
         starts: Choices to begin with, by name; those beyond the limits are ignored.
         judge: Execute the model on the samples that decide, block by block: a hold-out part, and
-            further ones for what that leaves open. By default those of ``runner`` decide.
+            further ones for what that leaves open; or make such a runner when it is needed. By
+            default those of ``runner`` decide.
         first: Matrix and differences around full precision, if they are measured already.
         warm: The last linearisation of a larger budget; its predictions propose a start.
         settings: How much work.
@@ -357,7 +232,7 @@ def refine(
         offered = [c for c in proposals if inside.allow(table, c)]
         if known.differences is not None and offered:
             start = _best_predicted(known.differences, offered)
-            (end,) = predicted_descent(known.differences, inside, start)
+            end = predicted_descent(known.differences, inside, start)
             proposals.setdefault(end, f"{prefix}sum of differences")
     if not proposals:
         msg = "refinement needs a start within the limits; none of the given ones is"
@@ -369,9 +244,13 @@ def refine(
     left = settings.iterations
     while True:
         before = current
-        if left and at.point != current and search.affords(search.cost_of_linearisation(current)):
+        number = settings.iterations - left + 1
+        if (
+            left
+            and at.point != current
+            and search.affords(search.cost_of_linearisation(current, number))
+        ):
             left -= 1
-            number = settings.iterations - left
             at = search.linearise(current, number)
             around = _proposals(search, current, at)
             if around:
@@ -401,7 +280,7 @@ def _proposals(search: _Search, current: Choice, at: Linearisation) -> dict[Choi
         if candidate is not None:
             offered.setdefault(candidate, f"gram within {radius}")
         if at.differences is not None:
-            (end,) = predicted_descent(at.differences, inside, current)
+            end = predicted_descent(at.differences, inside, current)
             offered.setdefault(end, f"sum of differences within {radius}")
     offered = {choice: origin for choice, origin in offered.items() if choice != current}
     order = _ranked(list(offered), current, at)
@@ -422,10 +301,33 @@ def _swap(search: _Search, current: Choice, at: Linearisation) -> Choice:
             break
         order = _ranked(near, current, at)[: settings.swaps]
         search.judge.measure(order, current, f"swaps {round_ + 1}")
-        following = search.step("swap", current, dict.fromkeys(order, "swap"))
+        offered = dict.fromkeys(order, "swap")
+        if together := _together(search, current, order):
+            search.judge.measure(together, current, f"swaps {round_ + 1} together")
+            offered |= dict.fromkeys(together, "swaps together")
+        following = search.step("swap", current, offered)
         failed = failed + 1 if following == current else 0
         current = following
     return current
+
+
+def _together(search: _Search, current: Choice, swaps: Sequence[Choice]) -> list[Choice]:
+    """Return unions of those swaps that measured better, the best first: of two, and of all."""
+    gains = {c: search.judge.gain(c, current)[0] for c in swaps}
+    better = sorted((c for c in swaps if gains[c] > 0), key=lambda c: (-gains[c], c))
+    unions: list[Choice] = []
+    union = current
+    for choice in better:
+        moved = {g for g, (a, b) in enumerate(zip(current, choice, strict=True)) if a != b}
+        if any(union[g] != current[g] for g in moved):
+            continue
+        both = tuple(
+            c if g in moved else u for g, (u, c) in enumerate(zip(union, choice, strict=True))
+        )
+        if search.limits.allow(search.table, both):
+            union = both
+            unions.append(union)
+    return list(dict.fromkeys([*unions[1:2], *unions[2:][-1:]]))
 
 
 def _rows_of(table: CandidateTable, choice: Choice) -> list[int]:
@@ -447,7 +349,7 @@ def _best_predicted(differences: OutputDifferences, choices: Sequence[Choice]) -
 
 def predicted_descent(
     differences: OutputDifferences, limits: Limits, start: Choice, *, max_steps: int = 64
-) -> list[Choice]:
+) -> Choice:
     """Walk downhill on the sum-of-differences prediction by one- and two-group moves.
 
     Returns:
@@ -466,18 +368,15 @@ def predicted_descent(
         if not predicted[best] < value - 1e-12:
             break
         current, value = near[best], float(predicted[best])
-    return [current]
+    return current
 
 
 __all__ = [
-    "Choice",
-    "Limits",
     "Linearisation",
     "RefineSettings",
     "Refinement",
     "Solve",
     "Step",
-    "distance",
     "predicted_descent",
     "refine",
 ]

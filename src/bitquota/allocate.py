@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,7 +32,7 @@ from bitquota.setting import Setting, choose_device, inventory_of, prepare
 from bitquota.solver import Problem, Status, build_problem, solve
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from bitquota.budget import Budget
     from bitquota.candidates import Inventory
@@ -160,20 +160,26 @@ def allocate(
     budgets = [setting.budgets(text) for text in request.budgets]
     runner = setting.runner()
     source = _measure(setting, runner)
-    # Samples that decide: the hold-out part, and those of the measurement for what that leaves
-    # open.
-    judge = setting.runner(setting.holdout), runner
+    made = [runner]
+
+    def runner_on(samples: CalibrationSet) -> Runner:
+        made.append(setting.runner(samples))
+        return made[-1]
+
+    # Samples that decide: the hold-out part, then further ones, then those of the measurement.
+    holdout = runner_on(setting.holdout)
+    judge = (holdout, *(cache(partial(runner_on, s)) for s in setting.spare), runner)
     problems = [build_problem(source.matrix, together) for together in budgets]
     outcomes: dict[int, _Outcome] = {}
     warm: Linearisation | None = None
     # Downwards: what was measured around the plan of a larger budget proposes one for the next.
     for k in sorted(range(len(budgets)), key=lambda k: -_room(problems[k])):
         known = [outcome.choice for outcome in outcomes.values()]
-        outcomes[k] = _search(setting, judge, source, budgets[k], problems[k], known, warm)
+        outcomes[k] = _search(setting, runner, judge, source, budgets[k], problems[k], known, warm)
         warm = outcomes[k].last
     choices = [outcomes[k].choice for k in range(len(budgets))]
     plans = tuple(
-        _plan(setting, judge[0], source, together, problems[k], outcomes[k], choices,
+        _plan(setting, holdout, source, together, problems[k], outcomes[k], choices,
               f"budget {k + 1} of {len(budgets)}")
         for k, together in enumerate(budgets)
     )  # fmt: skip
@@ -181,8 +187,7 @@ def allocate(
         plans=plans,
         matrix=source.matrix,
         inventory=setting.inventory,
-        passes=runner.passes.passes
-        + judge[0].passes.passes * len(setting.holdout) / len(setting.fit),
+        passes=sum(r.passes.passes * len(r.calibration) for r in made) / len(setting.fit),
     )
 
 
@@ -392,7 +397,8 @@ def _limits(problem: Problem) -> Limits:
 
 def _search(
     setting: Setting,
-    judge: tuple[Runner, Runner],
+    runner: Runner,
+    judge: Sequence[Runner | Callable[[], Runner]],
     source: _Source,
     budgets: tuple[Budget, ...],
     problem: Problem,
@@ -428,7 +434,7 @@ def _search(
         return None if solution.choice is None else _choice(solution)
 
     found = refine(
-        judge[-1],
+        runner,
         setting.table,
         setting.loss,
         limits=_limits(problem),
@@ -461,7 +467,7 @@ def _with_matrix(problem: Problem, matrix: SensitivityMatrix, limits: Limits) ->
 
 def _plan(
     setting: Setting,
-    judge: Runner,
+    holdout: Runner,
     source: _Source,
     budgets: tuple[Budget, ...],
     problem: Problem,
@@ -486,7 +492,7 @@ def _plan(
         within = objective - solution.bound <= setting.request.gap * abs(objective)
         status = Status.OPTIMAL if within else Status.FEASIBLE
     evidence = gather_evidence(
-        judge,
+        holdout,
         setting.table,
         setting.loss,
         limits=_limits(problem),

@@ -107,3 +107,31 @@ class TestOutputDifferences:
         near = differences.predict_near((0, 1, 1, 1), choices)
 
         np.testing.assert_allclose(near, differences.predict(choices), rtol=1e-4, atol=1e-6)
+
+
+class TestParts:
+    def test_chunks_and_rows_of_choice(self):
+        """A part of the samples gives what a runner on that part gives; other rows nothing."""
+        module, data = build(Residual), samples(Residual)
+        inventory = inventory_of(module)
+        table = table_of(inventory, (2, 3, 8))
+        whole = make_runner(module, inventory, data, chunk_size=4)
+        part = make_runner(module, inventory, data.take(range(4, 8)), chunk_size=4)
+        point, only = (0, 1, 2, 1), [0, 1, 4, 8, 10]
+
+        matrix, differences = measure_differences(
+            whole, table, KL, base_point=point, only=only, chunks=[1]
+        )
+        expected, theirs = measure_differences(part, table, KL, base_point=point)
+
+        np.testing.assert_allclose(matrix.diagonal[only], expected.diagonal[only], atol=1e-12)
+        among = np.ix_(only, only)
+        np.testing.assert_allclose(matrix.cross[among], expected.cross[among], atol=1e-12)
+        others = [r for r in range(len(table.rows)) if r not in only]
+        assert not matrix.diagonal[others].any()
+        assert not matrix.cross[others].any()
+        choices = [(0, 1, 2, 1), (1, 1, 2, 1), (1, 1, 2, 1)]
+        np.testing.assert_allclose(
+            differences.predict(choices), theirs.predict(choices), atol=1e-12
+        )
+        assert whole.passes.passes < part.passes.passes

@@ -9,6 +9,7 @@ from bitquota.sensitivity.gram import measure_differences
 from bitquota.sensitivity.ledger import MemoryLedger
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.moves import Limits
+from bitquota.sensitivity.pairs import measure_singles
 from bitquota.sensitivity.refine import RefineSettings, predicted_descent, refine
 from bitquota.sensitivity.runner import make_runner
 from sensitivity_networks import Residual, build, inventory_of, samples, table_of
@@ -104,26 +105,36 @@ class TestRefine:
             found.per_sample, np.concatenate(expected)[: len(found.per_sample)]
         )
 
-    def test_measures_only_rows_within_reach(self):
-        """Around a plan a linearisation costs its neighbours; all rows on request."""
-        costs = {}
-        for reach in (1, None):
-            runner, table, limits = setting()
-            found = refine(
-                runner, table, KL, limits=limits, solve=brute_force, starts={"s": (0, 0, 0, 0)},
-                settings=RefineSettings(iterations=1, swap_rounds=0, reach=reach),
+    def test_far_first_then_near(self):
+        """The first linearisation measures all rows on few samples, later ones the rows near by."""
+        module = build(Residual)
+        inventory = inventory_of(module)
+        table = table_of(inventory, WIDTHS)
+        runner = make_runner(module, inventory, samples(Residual, 24), chunk_size=6, engine="eager")
+        limits = Limits(
+            costs=table.costs("code_bits")[None], limits=[int(3.0 * inventory.n_weights)]
+        )
+        blind = measure_singles(runner, table, KL), None
+
+        def only_near_plans(matrix, limits):
+            return None if matrix.base_point is None else brute_force(matrix, limits)
+
+        found = {}
+        for iterations in (1, 8):
+            found[iterations] = refine(
+                runner, table, KL, limits=limits, solve=only_near_plans, first=blind,
+                starts={"s": (0, 0, 0, 0)},
+                settings=RefineSettings(iterations=iterations, swap_rounds=0, accept_errors=0.0),
             )  # fmt: skip
-            costs[reach] = runner.passes.passes
-            rows = set(found.last.rows)
-            assert found.last.point is not None
-            for g, k in enumerate(found.last.point):
-                near = {
-                    row - table.offsets[g]
-                    for row in rows
-                    if table.offsets[g] <= row < table.offsets[g + 1]
-                }
-                assert near == {r for r in range(4) if reach is None or abs(r - k) <= reach}
-        assert costs[1] < costs[None]
+        far, near = found[1].last, found[8].last
+
+        assert far.rows == tuple(range(16))
+        assert far.point == (0, 0, 0, 0)
+        assert [s.kind for s in found[1].steps] == ["start", "linearised"]
+        assert near.point not in (None, far.point)
+        for g, k in enumerate(near.point):
+            rows = {int(r - table.offsets[g]) for r in near.rows if table.group_of_row[r] == g}
+            assert rows == {r for r in range(4) if abs(r - k) <= 1}
 
     def test_a_larger_budget_gives_a_start(self):
         """Its last linearisation proposes a choice within the smaller budget."""
@@ -141,6 +152,23 @@ class TestRefine:
         assert large.last.point is not None
         assert inside in found.measured
         assert smaller.allow(table, found.choice)
+
+    def test_swaps_that_help_are_tried_together(self):
+        """Two measured improvements in different groups are also measured as one step."""
+        runner, table, limits = setting(bits=8.0)
+        found = refine(
+            runner, table, KL, limits=limits, solve=lambda *_: None, starts={"s": (0, 0, 0, 0)},
+            first=(measure_singles(runner, table, KL), None),
+            settings=RefineSettings(iterations=0, swap_rounds=1, swaps=66, accept_errors=1e9),
+        )  # fmt: skip
+        (step,) = [s for s in found.steps if s.kind == "swap"]
+
+        together = [c for c in found.measured if sum(k > 0 for k in c) > 2]
+
+        assert not step.accepted
+        assert 1 <= len(together) <= 2
+        alone = [c for c in found.measured if 0 < sum(k > 0 for k in c) <= 2]
+        assert min(found.measured[c] for c in together) < min(found.measured[c] for c in alone)
 
     def test_is_reproduced_from_the_ledger(self):
         """The second run gives the same steps without a pass apart from reference outputs."""
@@ -171,7 +199,7 @@ class TestPredictedDescent:
         """A local optimum of the prediction, within the limits."""
         runner, table, limits = setting()
         _, differences = measure_differences(runner, table, KL)
-        (end,) = predicted_descent(differences, limits, (0, 0, 0, 0))
+        end = predicted_descent(differences, limits, (0, 0, 0, 0))
         value = differences.predict([end])[0]
 
         assert limits.allow(table, end)
