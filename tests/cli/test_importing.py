@@ -82,6 +82,7 @@ class TestSolveMeasurements:
         assert code == 0
         assert "a.self_attn" in out
         assert "bits: 300 of 300 spent" in out
+        assert "As exllamav2 measured: 300 bits, score 0.12" in out
         code, out, _ = bitquota("frontier", path, "--points", 3)
         assert code == 0
         assert "400" in out

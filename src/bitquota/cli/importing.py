@@ -94,6 +94,14 @@ def _limit(measurement: ImportedMeasurement, budget: str | None, largest: int) -
     return int(number * _UNITS.get(found[2], 1))
 
 
+def summary(imported: JsonObject) -> str:
+    """Return one sentence on what ``chosen_options`` found."""
+    return (
+        f"As {imported['source']} measured: {imported['cost']:,} {imported['cost_unit']}, score "
+        f"{imported['score']:.6g} ({imported['unit']}); --json lists its own options."
+    )
+
+
 def chosen_options(path: Path, document: JsonObject) -> JsonObject | None:
     """Return what an answer chose in the other tool's own terms; ``None`` for files of ours."""
     if path.suffix != ".json" or document["choice"] is None:

@@ -101,6 +101,8 @@ def solve_file(
             _print_smallest(document, tolerance)
         else:
             _print_solution(document)
+        if (imported := document.get("imported")) is not None:
+            output.console.print(importing.summary(imported), markup=False, highlight=False)
     if cross_check and not document["cross_check"]["holds"]:
         msg = (
             "a certificate must hold and no other solver may contradict it; see the comparison: "
