@@ -96,6 +96,16 @@ class TestPlan:
         assert "leave --server out" in str(done.exception)
 
 
+class TestOptions:
+    @pytest.mark.parametrize(
+        "option", [("--ledger", "l.sqlite"), ("--device", "cpu"), ("--tokenizer", "bytes")]
+    )
+    def test_what_a_server_would_ignore_is_refused(self, folder, option):
+        line = ["measure", str(folder / "net.onnx"), str(folder / "samples.npz"), *option]
+        done = CliRunner().invoke(app, [*line, "--server", "http://127.0.0.1:9"])
+        assert "this machine only" in str(done.exception)
+
+
 class TestMeasure:
     def test_same_matrix(self, both, folder):
         outputs, (here, there) = both(

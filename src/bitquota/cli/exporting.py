@@ -13,6 +13,7 @@ from bitquota import report
 from bitquota.cli import options as opt
 from bitquota.cli import output, remote
 from bitquota.cli.loading import load_samples
+from bitquota.errors import InvalidInput
 from bitquota.plan import Plan
 
 if TYPE_CHECKING:
@@ -66,6 +67,12 @@ def export(
     if target is None and format_name is None and plan.target is not None:
         target = plan.target.name
     if server is not None:
+        if imatrix is not None or tokenizer is not None:
+            msg = (
+                "--imatrix and --tokenizer are used on this machine only; leave --server out, or "
+                "them"
+            )
+            raise InvalidInput(msg)
         receipt = remote.export(
             server,
             api_key,

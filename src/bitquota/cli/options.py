@@ -217,8 +217,16 @@ class Here:
 
     def __post_init__(self) -> None:
         """Refuse what would be ignored."""
-        if self.server is not None and self.imatrix is not None:
-            msg = "--imatrix is used on this machine only; leave --server out, or --imatrix"
+        local = {
+            "--imatrix": self.imatrix,
+            "--tokenizer": self.tokenizer,
+            "--ledger": self.ledger,
+            "--device": None if self.device == "auto" else self.device,
+        }
+        given = [name for name, value in local.items() if value is not None]
+        if self.server is not None and given:
+            named = " and ".join(given)
+            msg = f"{named} is used on this machine only; leave --server out, or {named}"
             raise InvalidInput(msg)
 
     def load(self, model: str, calibration: str) -> tuple[LoadedModel, CalibrationSet]:
