@@ -161,6 +161,8 @@ def make_lock(
         InvalidInput: A receipt is of another plan, or the target is unknown.
         InvalidPlan: The plan breaks the target's rules.
     """
+    if target is None and plan.target is not None:
+        target = plan.target.name
     if target is not None:
         from bitquota.formats.targets import target_by_name
 

@@ -90,6 +90,12 @@ def _text(assignment: Assignment | None) -> str | None:
     return None if assignment is None else describe_candidate(assignment.candidate)
 
 
+def _target(plan: Plan) -> str:
+    if plan.target is None:
+        return "none"
+    return f"{plan.target.name}, rules {plan.target.version.removeprefix('sha256:')[:12]}"
+
+
 def _facts(plan: Plan) -> list[tuple[str, str]]:
     measured = plan.measured
     loss = accuracy = "not measured"
@@ -104,6 +110,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         gap = proof.status + ("" if relative is None else f", gap {relative:.2%}")
     return [
         ("model", plan.model_digest[:23]),
+        ("target", _target(plan)),
         ("size of the model", f"{plan.model_bits / 8:,.0f} bytes"),
         ("average bits", f"{plan.average_bits:.4f}"),
         ("stored bits per weight", f"{plan.effective_bits:.4f}"),

@@ -270,6 +270,11 @@ def render_markdown(
                 f"Measured on {plan.measured.n_samples} hold-out samples; unit "
                 f"{plan.measured.unit}; ± is one standard error."
             )
+        if plan.target is not None:
+            facts.append(
+                f"Made for the deployment target {plan.target.name}: its formats, sizes, ties and "
+                "exclusions."
+            )
         if plan.corrections:
             facts.append(
                 "Everything here was measured with these corrections, which must ship with the "

@@ -73,13 +73,15 @@ CASES = [
     ("llama", "ct-vllm-marlin", TOKENS),
     ("llama", "gguf-py", TOKENS),
     ("net", "ort-cpu", IMAGES),
-    ("llama", "ort-cpu", TOKENS),
+    ("tied", "ort-cpu", TOKENS),
     ("onnx_images", "ort-cpu", IMAGES),
     ("onnx_tokens", "ort-cpu", TOKENS),
     ("net", "openvino-cpu", IMAGES),
     ("onnx_images", "openvino-cpu", IMAGES),
     ("onnx_tokens", "openvino-cpu", TOKENS),
     ("onnx_images", "ref-int", IMAGES),
+    ("net", "mcu", IMAGES),
+    ("onnx_images", "tensorrt", IMAGES),
 ]
 
 

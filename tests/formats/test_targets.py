@@ -11,6 +11,8 @@ import pytest
 from bitquota.candidates import Inventory, Layer, LayerKind, UnquantizedTensor
 from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.formats.exports import EXPORTERS
+from bitquota.formats.lock import make_lock
+from bitquota.formats.plan_diff import diff_plans
 from bitquota.formats.targets import TARGETS, candidates_at, target_by_name
 from bitquota.plan import Assignment, Plan
 
@@ -252,6 +254,23 @@ class TestVersion:
         assert target.record().to_json() == {
             "name": "ort-cpu", "version": target.version, "packages": dict(target.versions),
         }  # fmt: skip
+
+
+class TestRecordedTarget:
+    def test_lock_and_diff_know_it(self, inventory):
+        """A lock takes the plan's own target; a diff names targets and their rules."""
+        target = TARGETS["ort-cpu"]
+        prepared = target.prepare(inventory)
+        rows = pick(target.candidates(prepared), lambda r: r.candidates[0].size_bits)
+        plan = plan_of(prepared, rows)
+        made = replace(plan, target=target.record())
+        assert made == Plan.from_json(made.to_json())
+        assert "target" not in plan.to_json()
+        assert "ort-cpu" == make_lock(made).target
+        assert make_lock(plan).target is None
+        ((name, old, new),) = diff_plans(plan, made).facts
+        assert ("target", "none") == (name, old)
+        assert new.startswith("ort-cpu, rules ")
 
 
 class TestCandidatesAt:
