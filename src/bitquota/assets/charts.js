@@ -74,13 +74,17 @@
     const measure = hooks.measure
       ? make("button", { type: "button", onclick: () => hooks.measure(Number(input.value)) },
         "Measure this plan") : null;
+    const nearest = (wanted) => state.points.reduce((best, p, k) => (
+      Math.abs(p.average_bits - wanted) < Math.abs(state.points[best].average_bits - wanted)
+        ? k : best), 0);
     return { element: make("div", { class: "slider" }, label, input, shown, measure),
+      set: (average) => {
+        input.value = discrete ? nearest(average) : average;
+        input.dispatchEvent(new Event("input"));
+      },
       start: () => {
         if (!discrete) return solve(THOROUGH_S);
-        const wanted = ends[2];
-        const near = state.points.reduce((best, p, k) => (
-          Math.abs(p.average_bits - wanted) < Math.abs(state.points[best].average_bits - wanted)
-            ? k : best), 0);
+        const near = nearest(ends[2]);
         input.value = near;
         state.current = state.points[near] || null;
         say(state.current, true);
@@ -158,7 +162,10 @@
       later.push(() => {
         changed();
         pair.show();
-        if (slider) slider.start();
+        if (slider) {
+          slider.start();
+          curve.pick(slider.set);
+        }
         if (hooks.points) {
           hooks.points((points) => {
             state.points = state.points.concat(points).sort((a, b) => a.size_bits - b.size_bits);

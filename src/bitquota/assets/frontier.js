@@ -115,7 +115,9 @@
             : `${(100 * listed[k].accuracy).toFixed(2)} %` },
       ],
     }));
-    return { place: drawn.place, table: points.element, draw: () => {
+    const pick = (act) => drawn.on("click", (p) => p.data && p.data.average
+      && act(p.data.average));
+    return { place: drawn.place, table: points.element, pick, draw: () => {
       listed = rows();
       drawn.draw();
       const first = state.points[0];
