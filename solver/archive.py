@@ -71,8 +71,8 @@ def certificate_to_bytes(certificate: Certificate) -> bytes:
         for name in Convexification.__slots__:
             arrays[f"convexification{index}_{name}"] = getattr(shape, name)
     # In hexadecimal, so that infinities have a name and every bit survives.
-    meta = {"format": _CERTIFICATE, "bound": float(certificate.bound).hex()}
-    meta["recursion"] = certificate.recursion
+    meta: JsonObject = {"format": _CERTIFICATE, "bound": float(certificate.bound).hex()}
+    meta |= {"recursion": certificate.recursion}
     return _pack(meta | {"convexifications": len(certificate.convexifications)}, arrays)
 
 

@@ -55,8 +55,8 @@ def partners(core: Core) -> Ints | None:
         return None
     listed = [sorted(members.values()) for g in sorted(match) for members in match[g].values()]
     out = np.full((len(listed), max(map(len, listed))), -1, dtype=np.int64)
-    for i, members in enumerate(listed):
-        out[i, : len(members)] = members
+    for i, together in enumerate(listed):
+        out[i, : len(together)] = together
     return out
 
 
