@@ -40,11 +40,15 @@ class Crew:
         size: Workers that measure at the same time, the evaluator of the job included.
         start: Starts one helper; it asks for its first errand by itself.
         restarts: Helpers that may be replaced in the course of the job.
+        job: Its id, for logs.
     """
 
-    def __init__(self, size: int, start: Callable[[], Worker], *, restarts: int = 3) -> None:
+    def __init__(
+        self, size: int, start: Callable[[], Worker], *, restarts: int = 3, job: str = ""
+    ) -> None:
         self._size = size
         self._start = start
+        self._log = _log.bind(job=job)
         self._starts_left = size - 1 + restarts
         self._main: Worker | None = None
         self._helpers: list[Worker] = []
@@ -69,7 +73,7 @@ class Crew:
             try:
                 self._helpers.append(self._start())
             except BitquotaError as error:  # the job goes on with those there are
-                _log.warning("no helper", why=error.message)
+                self._log.warning("no helper", why=error.message)
                 self._starts_left = 0
 
     def begin(self, main: Worker, errands: list[JsonObject]) -> None:
@@ -104,6 +108,7 @@ class Crew:
         if errand is not None and errand.number == done:
             self._done += 1
             self.shares[worker.place] += 1
+            self._log.debug("errand done", place=worker.place, number=errand.number)
         if worker is self._main:
             self._next_for_main()
         elif self._todo:
@@ -125,7 +130,7 @@ class Crew:
         if worker in self._waiting:
             self._waiting.remove(worker)
         errand = self._doing.pop(worker, None)
-        _log.warning("helper lost", place=worker.place, why=why, busy=errand is not None)
+        self._log.warning("helper lost", place=worker.place, why=why, busy=errand is not None)
         if errand is not None:
             errand.lost += 1
             if errand.lost < _LOSSES_OF_AN_ERRAND and not self._stopped:

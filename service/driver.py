@@ -79,7 +79,7 @@ class Driver:
         self._job = job
         self._engine = engine
         self._inbox: Inbox = queue.SimpleQueue()
-        self._crew = Crew(settings.workers, self._help)
+        self._crew = Crew(settings.workers, self._help, job=job.id)
         self._database = Database(settings.url)
         self._store = JobStore(self._database, time.time)
         self._blobs = blob_store(settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -34,17 +35,14 @@ def cluster():
 
 def events(log, name):
     """What a server and its drivers logged under a name."""
-    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    whole = log.read_text().rpartition("\n")[0]
+    lines = [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
     return [line for line in lines if line["event"] == name]
 
 
-def plan_of(server, digits_files, during=lambda _job: None):
+def submit(client, digits_files, seed):
     model, calibration = digits_files
-    with server.client() as client:
-        job = client.submit(model=model, calibration=calibration, request=REQUEST)
-        during(job)
-        job.wait(timeout_s=200)
-        return job, job.plan_text()
+    return client.submit(model=model, calibration=calibration, request=replace(REQUEST, seed=seed))
 
 
 def wait_for(condition, what, seconds=120):
@@ -54,35 +52,40 @@ def wait_for(condition, what, seconds=120):
         time.sleep(0.05)
 
 
+def ended(job):
+    return job.refresh().status not in {"queued", "running"}
+
+
 class TestRayEngine:
     def test_node_dies_in_the_middle(self, tmp_path, cluster, digits_files):
-        """The plan equals the local engine's, byte for byte; both nodes had measured."""
-        with LiveServer(tmp_path / "local", nice=0) as server:
-            _, expected = plan_of(server, digits_files)
+        """Both nodes have measured; the plan is that of the local engine, byte for byte."""
         node = cluster.add_node()
         settings = {
             "engine": "ray", "workers": 2, "ray_address": cluster.address, "nice": 0,
             "ray_token_file": cluster.token, "ray_scratch": cluster.folder / "nodes",
-            "heartbeat_s": 0.1, "lease_s": 5,
+            "heartbeat_s": 0.1, "lease_s": 5, "log_level": "DEBUG",
         }  # fmt: skip
-        data = tmp_path / "ray"
+        with LiveServer(tmp_path / "ray", **settings) as server, server.client() as client:
 
-        def kill_when_both_work(job):
-            def both_measured():
-                return len(evaluators(node.pid)) > 1 and job.refresh().body["measured"] > 3
+            def places(job):
+                lines = events(server.log, "errand done")
+                return {line["place"] for line in lines if line["job"] == job.id}
 
-            wait_for(both_measured, "measurements on both nodes")
-            cluster.kill(node)
-
-        with LiveServer(data, **settings) as server:
-            job, found = plan_of(server, digits_files, kill_when_both_work)
-            log = server.log
-        assert expected == found
-        assert job.status == "succeeded"
-        lost = events(log, "helper lost") + events(log, "job started")[1:]
-        assert lost, "nobody noticed the death of a node"
-        places = {place for line in events(log, "measured") for place in line["shares"]}
-        assert places
+            for seed in range(3):  # on a busy machine one node may be through before the other
+                job = submit(client, digits_files, seed)
+                wait_for(lambda job=job: len(places(job)) > 1 or ended(job), "both nodes")
+                if not ended(job):
+                    assert len(evaluators(node.pid)) == 2, "a fork server and its fork"
+                    cluster.kill(node)
+                    break
+            else:
+                pytest.fail("one node did everything three times")
+            found = job.wait(timeout_s=200).plan_text()
+            noticed = events(server.log, "helper lost") + events(server.log, "driver ended")
+        assert noticed, "nobody noticed the death of a node"
+        with LiveServer(tmp_path / "local", nice=0) as server, server.client() as client:
+            job = submit(client, digits_files, seed)
+            assert job.wait(timeout_s=200).plan_text() == found
 
 
 class TestConnect:
