@@ -41,7 +41,7 @@ from bitquota.sensitivity.ledger import MemoryLedger, SqliteLedger
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.moves import Limits
 from bitquota.sensitivity.pairs import measure_pairs
-from bitquota.sensitivity.refine import RefineSettings, refine
+from bitquota.sensitivity.refine import refine
 from bitquota.sensitivity.runner import EagerRunner, as_change, make_runner
 from bitquota.solver import Problem, solve
 from resnet_cifar import data_folder, images, load_resnet
@@ -178,7 +178,6 @@ def default_run(
     budgets: Sequence[float],
     *,
     batch_norm: str = "eval",
-    allowed: float | None = None,
     ledger: Ledger | None = None,
 ) -> Iterator[tuple[float, dict[str, Any]]]:
     """Run the default procedure for each budget and the baselines beside it.
@@ -218,12 +217,9 @@ def default_run(
             choice = solve_within(matrix, limits)
             if choice is not None:
                 starts[name] = choice
-        # What the bar leaves after the first linearisation.
-        left = None if allowed is None else allowed - first_passes
         result = refine(
             runner, case.table, KL, limits=limits, solve=solve_within, starts=starts, first=first,
-            judge=judge, settings=RefineSettings(max_passes=left),
-            ledger=MemoryLedger(),
+            judge=judge, ledger=MemoryLedger(),
         )  # fmt: skip
         spent = first_passes + work() - before
         seconds = first_cpu + time.process_time() - cpu
@@ -331,7 +327,7 @@ def run_vision(
         case = vision_case(depth, widths, 512, start=start, tiny=tiny)
         naive = naive_passes(case.table)
         label = name if len(draws) == 1 else f"{name} draw at {start}"
-        run = default_run(case, budgets, batch_norm=batch_norm, allowed=naive / bar, ledger=ledger)
+        run = default_run(case, budgets, batch_norm=batch_norm, ledger=ledger)
         for bits, row in run:
             report(label, bits, row, naive, bar)
             if out is not None:
@@ -345,7 +341,7 @@ def run_llama(tiny: bool, ledger: Ledger) -> None:  # noqa: FBT001
         return
     case = llama_case((2, 3, 4, 5, 6, 8), 64)
     naive = naive_passes(case.table)
-    for bits, row in default_run(case, (3.0, 4.0), allowed=naive / 8, ledger=ledger):
+    for bits, row in default_run(case, (3.0, 4.0), ledger=ledger):
         report("llama", bits, row, naive, 8.0)
 
 

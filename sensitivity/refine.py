@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.errors import Infeasible
-from bitquota.sensitivity.gram import measure_differences
+from bitquota.sensitivity.gram import GramMeasure, measure_differences
 from bitquota.sensitivity.judging import Judge
 from bitquota.sensitivity.moves import Choice, Limits, neighbours, rows_near
 from bitquota.sensitivity.refinement import (
+    LEAST_PASSES,
     Linearisation,
     Refinement,
     RefineSettings,
@@ -54,6 +55,7 @@ class _Search:
     cancelled: IsCancelled | None
     steps: list[Step] = field(default_factory=list)
     passes_before: float = 0.0
+    limit: float = np.inf
 
     @property
     def passes(self) -> float:
@@ -64,8 +66,7 @@ class _Search:
 
     def affords(self, passes: float) -> bool:
         """Whether that many more passes stay within the limit."""
-        limit = self.settings.max_passes
-        return limit is None or self.passes - self.passes_before + passes <= limit
+        return self.passes - self.passes_before + passes <= self.limit
 
     def step(self, kind: str, current: Choice, proposals: Mapping[Choice, str]) -> Choice:
         """Accept the best measured proposal if it is clearly better than ``current``.
@@ -215,6 +216,8 @@ def refine(
         cancelled=cancelled,
     )
     search.passes_before = search.passes
+    if settings.effort is not None:
+        search.limit = max(LEAST_PASSES, settings.effort * GramMeasure().cost(runner, table))
     if first is None:
         at = search.linearise(None, 0)
     else:

@@ -25,6 +25,10 @@ class Solve(Protocol):
         ...
 
 
+LEAST_PASSES = 64.0
+"""What a refinement may always spend: of a small model everything is cheap."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefineSettings:
     """How much work refinement may do.
@@ -42,8 +46,10 @@ class RefineSettings:
         patience: Rounds of swaps in a row that may fail before the search ends.
         swaps: Swaps measured in each round.
         accept_errors: A step must improve by this many paired standard errors.
-        max_passes: No linearisation or round of swaps is begun that would lead beyond this many
-            forward-equivalents (what the ledger holds costs nothing); ``None`` for no limit.
+        effort: No linearisation or round of swaps is begun that would lead beyond this many times
+            the forward-equivalents of a linearisation around full precision, or beyond
+            ``LEAST_PASSES`` where that is more (what the ledger holds costs nothing); ``None``
+            for no limit.
     """
 
     iterations: int = 12
@@ -56,7 +62,7 @@ class RefineSettings:
     patience: int = 2
     swaps: int = 8
     accept_errors: float = 1.0
-    max_passes: float | None = None
+    effort: float | None = 2.0
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -159,7 +159,9 @@ class TestRefine:
         found = refine(
             runner, table, KL, limits=limits, solve=lambda *_: None, starts={"s": (0, 0, 0, 0)},
             first=(measure_singles(runner, table, KL), None),
-            settings=RefineSettings(iterations=0, swap_rounds=1, swaps=66, accept_errors=1e9),
+            settings=RefineSettings(
+                iterations=0, swap_rounds=1, swaps=66, accept_errors=1e9, effort=None
+            ),
         )  # fmt: skip
         (step,) = [s for s in found.steps if s.kind == "swap"]
 
@@ -169,6 +171,27 @@ class TestRefine:
         assert 1 <= len(together) <= 2
         alone = [c for c in found.measured if 0 < sum(k > 0 for k in c) <= 2]
         assert min(found.measured[c] for c in together) < min(found.measured[c] for c in alone)
+
+    def test_effort_bounds_the_passes(self, monkeypatch):
+        """No linearisation or round of swaps begins beyond the limit; without one all are done."""
+        module = build(Residual)
+        inventory = inventory_of(module)
+        table = table_of(inventory, WIDTHS)
+        limits = Limits(
+            costs=table.costs("code_bits")[None], limits=[int(3.0 * inventory.n_weights)]
+        )
+        monkeypatch.setattr("bitquota.sensitivity.refine.LEAST_PASSES", 0.0)
+        kinds = {}
+        for effort in (1e-3, None):
+            runner = make_runner(module, inventory, samples(Residual, 24), engine="eager")
+            first = measure_differences(runner, table, KL)
+            found = refine(
+                runner, table, KL, limits=limits, solve=brute_force, starts={"s": (0, 0, 0, 0)},
+                first=first, settings=RefineSettings(effort=effort),
+            )  # fmt: skip
+            kinds[effort] = {step.kind for step in found.steps}
+
+        assert kinds == {1e-3: {"start"}, None: {"start", "swap"}}
 
     def test_is_reproduced_from_the_ledger(self):
         """The second run gives the same steps without a pass apart from reference outputs."""
