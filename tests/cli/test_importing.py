@@ -6,12 +6,14 @@ import json
 import struct
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from bitquota.formats import load_model
 from bitquota.plan import Plan
-from onnx_graphs import image_graph
+from onnx_graphs import image_graph, residual_graph
+from sensitivity_networks import Residual, build
 from trained_digits import trained
 
 FAST = ["--bits", "2,4,8", "--samples", "64", "--holdout", "64", "--no-refine"]
@@ -197,6 +199,30 @@ class TestOnnx:
         assert "stage/depthwise" in out
         with torch.no_grad():
             assert load_model(str(path)).module(torch.from_numpy(x)).shape == (48, 10)
+
+    def test_corrected_files_go_out_as_they_were_measured(self, bitquota, tmp_path):
+        """Statistics and shifts are in the exported file, which runs like fake-quantization."""
+        residual_graph(tmp_path / "m.onnx", build(Residual))
+        x = np.random.default_rng(3).normal(size=(96, 3, 8, 8)).astype(np.float32)
+        np.savez(tmp_path / "c.npz", x=x)
+        code, _, err = bitquota(
+            "plan", "m.onnx", "c.npz", "-b", "4.5 bits", "--bits", "2,4,8", "--no-refine",
+            "--samples", 48, "--holdout", 48, "--correction", "bias_correction",
+            "--correction", "batch_norm_statistics",
+        )  # fmt: skip
+        assert code == 0, err
+        code, out, err = bitquota(
+            "export", "m.onnx", "plan.json", "-o", "e", "--format", "onnx-qdq",
+            "--samples", "c.npz", "--json",
+        )  # fmt: skip
+        assert code == 0, err
+        assert json.loads(out)["difference"]["relative"] < 1e-4
+        before, after = (
+            {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+            for path in (tmp_path / "m.onnx", tmp_path / "e" / "model.onnx")
+        )
+        assert not np.allclose(before["norm.running_mean"], after["norm.running_mean"])
+        assert not np.allclose(before["side.bias"], after["side.bias"])
 
     def test_corrections_that_would_do_nothing(self, bitquota, tmp_path):
         """One sentence instead of silence."""
