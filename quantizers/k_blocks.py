@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from bitquota.quantizers.affine_fit import fit_affine
 from bitquota.quantizers.scales import symmetric_scale
 from bitquota.storage import K_BLOCK, K_BLOCKS, ScaleRule
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
-"""Shares of the full range that least squares starts from: outliers may be clipped."""
 
 
 def fit_k_blocks(
@@ -46,7 +44,7 @@ def fit_k_blocks(
     weight = None if importance is None else importance.reshape(lines.shape)
     n_sub = K_BLOCK // kind.sub_block
     if kind.affine:
-        scale, low = _affine(lines, bits, weight)
+        scale, low = fit_affine(lines, bits, weight, through_zero=True)
         unit, whole = _integers(scale.reshape(-1, n_sub), 0, kind.largest)
         unit_low, minima = _integers(-low.reshape(-1, n_sub), 0, kind.largest)
         parts = [unit, unit_low, whole, minima]
@@ -108,50 +106,3 @@ def _integers(values: Tensor, least: int, most: int) -> tuple[Tensor, Tensor]:
     safe = torch.where(unit == 0, torch.ones_like(unit), unit)
     whole = (values / safe).round().clamp(least, most)
     return unit, torch.where(unit == 0, torch.zeros_like(whole), whole)
-
-
-def _affine(lines: Tensor, bits: int, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return scale > 0 and offset <= 0 of each line, f64[n]: ``x ~ scale q + offset``."""
-    weight = torch.ones_like(lines) if weight is None else weight
-    most = 2**bits - 1
-    lowest = lines.amin(1).clamp(max=0)
-    spread = lines.amax(1).clamp(min=0) - lowest
-    best_scale, best_low = spread / most, lowest.clone()
-    best_error = _error(lines, weight, best_scale, best_low, most)
-    for share in _SHRINK:
-        scale, low = spread * (share / most), lowest * share
-        for _ in range(2):
-            scale, low = _least_squares(lines, weight, _codes(lines, scale, low, most))
-            error = _error(lines, weight, scale, low, most)
-            better = (error < best_error) & (scale > 0)
-            best_error = torch.where(better, error, best_error)
-            best_scale = torch.where(better, scale, best_scale)
-            best_low = torch.where(better, low, best_low)
-    return best_scale, best_low
-
-
-def _codes(lines: Tensor, scale: Tensor, low: Tensor, most: int) -> Tensor:
-    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
-    codes = ((lines - low[:, None]) / safe[:, None]).round().clamp(0, most)
-    return torch.where(scale[:, None] > 0, codes, torch.zeros_like(codes))
-
-
-def _error(lines: Tensor, weight: Tensor, scale: Tensor, low: Tensor, most: int) -> Tensor:
-    codes = _codes(lines, scale, low, most)
-    gap = scale[:, None] * codes + low[:, None] - lines
-    return (weight * gap.square()).sum(1)
-
-
-def _least_squares(lines: Tensor, weight: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the best scale and offset for given codes; an offset above 0 becomes 0."""
-    total = weight.sum(1)
-    q, x = (weight * codes).sum(1), (weight * lines).sum(1)
-    qq, qx = (weight * codes.square()).sum(1), (weight * codes * lines).sum(1)
-    spread = total * qq - q.square()
-    safe = torch.where(spread > 0, spread, torch.ones_like(spread))
-    scale = torch.where(spread > 0, (total * qx - q * x) / safe, torch.zeros_like(spread))
-    heavy = torch.where(total > 0, total, torch.ones_like(total))
-    low = (x - scale * q) / heavy
-    above = low > 0
-    through = torch.where(qq > 0, qx / torch.where(qq > 0, qq, torch.ones_like(qq)), scale)
-    return torch.where(above, through, scale), low.clamp(max=0)

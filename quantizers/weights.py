@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitquota.errors import InvalidInput, InvalidModel
+from bitquota.quantizers.affine_fit import fit_affine
 from bitquota.quantizers.error_feedback import error_feedback_codes
 from bitquota.quantizers.grid import nearest_codes, power_values, spread
 from bitquota.quantizers.k_blocks import fit_k_blocks, read_k_blocks
@@ -47,7 +48,8 @@ class QuantizedWeight:
             asymmetric, codebook and power of two (see ``grid``): 0..2^b-1.
         scales: ``[rows, n]`` in the scale format: one column per group, or ``[rows, 1]`` per
             channel, or ``[1, 1]`` per tensor. Of a codebook the levels, ascending: 2^b columns.
-            Of K blocks their parameters (see ``k_blocks``).
+            Of the grid with offsets scale and offset in turn; of K blocks their parameters (see
+            ``k_blocks``).
         zero_points: i32 in 0..2^b-1, shaped like ``scales``; ``None`` on a symmetric grid.
         bits: Bit-width.
         scheme: Everything else.
@@ -67,6 +69,10 @@ class QuantizedWeight:
         if self.scheme.grid is Grid.POWER_OF_TWO:
             scale = spread(self.scales.float(), columns, self.scheme)
             return scale * power_values(self.codes, self.bits)
+        if self.scheme.grid is Grid.OFFSET:
+            pairs = self.scales.float().reshape(len(self.scales), -1, 2)
+            steps, offsets = (spread(part, columns, self.scheme) for part in pairs.unbind(2))
+            return steps * self.codes.float() + offsets
         if self.scheme.grid is Grid.K_BLOCKS:
             return read_k_blocks(self.codes, self.scales, self.bits)
         levels = self.codes.float()
@@ -118,6 +124,23 @@ def quantize(
             codes=codes, scales=parameters, zero_points=None, bits=bits, scheme=scheme
         )
     lines, line_weight = _lines(values, weight, scheme)
+    if scheme.grid is Grid.OFFSET:
+        pairs = torch.stack(fit_affine(lines, bits, line_weight), dim=1)
+        pairs = _store_scale(pairs, scheme.scale_format)
+        shape = (1, -1, 2) if scheme.granularity is Granularity.TENSOR else (len(values), -1, 2)
+        steps, offsets = (
+            spread(part.double(), values.shape[1], scheme)
+            for part in pairs.reshape(shape).unbind(2)
+        )
+        safe = torch.where(steps == 0, torch.ones_like(steps), steps)
+        codes = ((values - offsets) / safe).round().clamp(0, 2**bits - 1)
+        return QuantizedWeight(
+            codes=torch.where(steps == 0, torch.zeros_like(codes), codes).int(),
+            scales=pairs.reshape(*shape[:1], -1),
+            zero_points=None,
+            bits=bits,
+            scheme=scheme,
+        )
     if scheme.grid is Grid.CODEBOOK:
         scale = fit_levels(lines, bits, line_weight)
     elif scheme.grid is Grid.POWER_OF_TWO:

@@ -12,7 +12,7 @@ from bitquota.formats.targets.target import (
 from bitquota.storage import Granularity, Grid, ScaleFormat, Scheme
 
 _AFFINE = Scheme(
-    grid=Grid.ASYMMETRIC,
+    grid=Grid.OFFSET,
     granularity=Granularity.GROUP,
     group_size=64,
     scale_format=ScaleFormat.FP16,
@@ -31,7 +31,7 @@ TARGET = Target(
                 scheme=_AFFINE,
                 kinds=LINEAR | EMBEDDINGS,
                 column_multiple=64,
-                note="MLX stores a 16-bit bias per group where the plan counts a zero point",
+                note="MLX fits its own scales and biases from the plan's widths",
             )
             for bits in (2, 3, 4, 5, 6, 8)
         ),

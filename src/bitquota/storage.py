@@ -33,6 +33,8 @@ class Grid(StrEnum):
     """``2^b`` levels, stored as they are in the format of scales."""
     POWER_OF_TWO = "power_of_two"
     """``+-2^-k`` with ``k = 0..2^(b-1)-1``, times a scale: a product is a shift."""
+    OFFSET = "offset"
+    """Integers from 0 on, times a scale, plus an offset in the format of scales, as MLX has it."""
     K_BLOCKS = "k_blocks"
     """llama.cpp's super-blocks of 256 weights, whose own scales are integers."""
 
@@ -42,7 +44,12 @@ class Grid(StrEnum):
         return self in (Grid.SYMMETRIC, Grid.ASYMMETRIC)
 
 
-GRID_BITS = {Grid.CODEBOOK: (1, 8), Grid.POWER_OF_TWO: (2, 5), Grid.K_BLOCKS: (2, 6)}
+GRID_BITS = {
+    Grid.CODEBOOK: (1, 8),
+    Grid.POWER_OF_TWO: (2, 5),
+    Grid.OFFSET: (1, 8),
+    Grid.K_BLOCKS: (2, 6),
+}
 """Least and most bits of the grids that are not integers. More than 16 powers of two reach further
 down than any weight that matters."""
 
@@ -247,7 +254,12 @@ class StorageSize:
 
 
 def scales_per_line(weight_bits: int, scheme: Scheme) -> int:
-    """Return how many stored values the weights that share a scale have: levels of a codebook."""
+    """Return how many stored values the weights that share a scale have.
+
+    The levels of a codebook; two where an offset stands beside the scale.
+    """
+    if scheme.grid is Grid.OFFSET:
+        return 2
     return 2**weight_bits if scheme.grid is Grid.CODEBOOK else 1
 
 

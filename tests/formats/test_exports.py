@@ -427,6 +427,22 @@ class TestConfigFiles:
         assert receipt.difference is None
         assert receipt.notes
 
+    @pytest.mark.parametrize(
+        ("target", "file"),
+        [
+            ("mlx", "mlx_quantization.json"),
+            ("torchao", "torchao_config.json"),
+            ("coreml", "coreml_config.json"),
+        ],
+    )
+    def test_targets_of_other_tools(self, llama, tmp_path, target, file):
+        """The target's own plan, with its own grid, becomes its configuration."""
+        plan = plan_with(llama, TOKENS.inputs, target=target, bits=(4, 8), seed=3)
+        receipt = export_plan(llama, plan, tmp_path / "o", target=target)
+        text = (tmp_path / "o" / file).read_text()
+        assert TARGETS[target].exporter == receipt.exporter
+        assert all(f'"{a.layer.name}"' in text for a in plan.assignments)
+
     def test_gptq_rules_are_anchored(self, llama, tmp_path):
         """Rules name whole modules; what is left out has a negative rule."""
         import re
