@@ -47,6 +47,42 @@ class TestAllocate:
         assert all(plan.measured.mean <= b.measured.mean for b in plan.baselines)
         assert plan.size.codes <= plan.budgets[0].limit == int(2.5 * plan.n_weights)
 
+    @pytest.mark.parametrize("name", ["empirical_fisher", "relative_mse", "tangent"])
+    @pytest.mark.parametrize("refine", [False, True])
+    def test_any_metric_may_be_the_measure(self, name, refine):
+        """Its own plan is measured beside the others, under its name and in its own unit."""
+        result = run(replace(SMALL, measure=name, refine=refine))
+        (plan,) = result.plans
+
+        assert result.matrix.provenance["measure"] == name
+        assert name in {b.name for b in plan.baselines}
+        assert "one-layer kl" not in {b.name for b in plan.baselines}
+        assert all(plan.measured.mean <= b.measured.mean for b in plan.baselines)
+        assert (plan.predicted is None) == (result.matrix.loss != "kl")
+
+    def test_labels_that_a_metric_needs(self):
+        """Without them one sentence, before anything is measured."""
+        known = trained()
+        unlabelled = replace(known.fit, labels=None)
+        with pytest.raises(InvalidInput, match="labels"):
+            allocate(
+                known.model, unlabelled, replace(SMALL, measure="empirical_fisher"),
+                ledger=MemoryLedger(),
+            )  # fmt: skip
+
+    def test_bf16_measures_near_and_judges_in_float32(self):
+        """Sensitivities differ a little, hold-out figures of one choice not at all."""
+        exact, rough = (
+            run(replace(SMALL, refine=False, precision=precision)) for precision in ("fp32", "bf16")
+        )
+        a, b = exact.matrix.diagonal, rough.matrix.diagonal
+        assert not np.array_equal(a, b)
+        assert np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1] > 0.9
+        losses = [
+            {x.name: x.measured for x in result.plans[0].baselines} for result in (exact, rough)
+        ]
+        assert losses[0]["uniform W2"] == losses[1]["uniform W2"]
+
     def test_proof_is_of_the_returned_choice(self):
         """The bound is certified and below the objective."""
         (plan,) = run().plans
