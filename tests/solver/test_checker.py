@@ -328,7 +328,7 @@ class TestCheckCertificate:
     def test_shares_no_code_with_the_solver(self):
         """The checker imports nothing of the solver at run time but its own arithmetic."""
         folder = Path(bitquota.solver.__file__).parent
-        own = {"checker", "checker_bounds", "exact", "outward"}
+        own = {"checker", "checker_bounds", "checker_recursion", "exact", "outward"}
         for name in own:
             tree = ast.parse((folder / f"{name}.py").read_text())
             typing_only = {
@@ -454,7 +454,7 @@ def _split(problem: Problem):
 def _tampered(certificate, data):
     """Return the certificate with one thing changed at random."""
     rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
-    kind = data.draw(st.integers(0, 9))
+    kind = data.draw(st.integers(0, 10))
     nodes = certificate.n_nodes
     shape = certificate.convexifications[0] if certificate.convexifications else None
     factor = data.draw(st.sampled_from([-1.0, 0.0, 0.5, 2.0, 100.0]))
@@ -478,6 +478,8 @@ def _tampered(certificate, data):
     if kind == 4:
         point = certificate.point * rng.random(certificate.point.shape).astype(np.float32)
         return with_fields(certificate, point=point)
+    if kind == 10:
+        return with_fields(certificate, recursion=True)
     if kind == 5:
         return with_fields(certificate, convexification=certificate.convexification - 1)
     if shape is None:
