@@ -37,7 +37,7 @@ def has_choice(problem: Problem) -> bool:
 
 
 class TestExplainInfeasible:
-    @settings(max_examples=250)
+    @settings(max_examples=120)
     @given(any_problems(max_groups=4, max_rows=3))
     def test_set_conflicts_and_each_member_is_needed(self, problem):
         """By enumeration: together impossible, without any one of them possible."""
@@ -53,7 +53,7 @@ class TestExplainInfeasible:
             rest = tuple(c for c in conflict.constraints if c is not left_out)
             assert has_choice(keeping(problem, rest)), left_out
 
-    @settings(max_examples=250)
+    @settings(max_examples=120)
     @given(any_problems(max_groups=4, max_rows=3))
     def test_raised_budgets_are_the_least(self, problem):
         """A raised limit admits a choice, one less admits none, all else unchanged."""
