@@ -12,9 +12,9 @@
       const drawn = chart(`Measured loss increase of every method at ${budget}`, "methods",
         (style) => {
           const positive = entries.map((e) => e.plans[k].mean).filter((v) => v > 0);
-          const floor = Math.min(...positive, 1) / 2;
+          const floor = (positive.length ? Math.min(...positive) : 1) / 2;
           return {
-            grid: { left: 8, right: 60, top: 8, bottom: 28, containLabel: true },
+            grid: { left: 14, right: 60, top: 8, bottom: 28, containLabel: true },
             tooltip: { ...tip(style), trigger: "item", formatter: (p) => {
               const plan = entries[p.dataIndex].plans[k];
               return `${entries[p.dataIndex].name}: ${bytes(plan.size_bits)}\nmeasured `
@@ -24,18 +24,30 @@
               axisLabel: { color: style.soft, fontSize: 0.78 * style.root,
                 formatter: (v) => number(v, 2) } }),
             yAxis: axis(style, { type: "category", inverse: true, data: entries.map((e) => e.name),
-              axisLabel: { color: style.ink, fontSize: 0.8 * style.root },
-              splitLine: { show: false } }),
-            series: [{ type: "bar", barCategoryGap: "25%", data: entries.map((e) => ({
-              value: Math.max(e.plans[k].mean, floor), itemStyle: {
-                color: e.plans[k].ties || e === entries[0] ? style.second : style.accent,
-                opacity: e.kind === "baseline" ? 0.55 : 1 } })),
-            label: { show: true, position: "right", color: style.ink,
-              fontSize: 0.75 * style.root, formatter: (p) =>
-                number(entries[p.dataIndex].plans[k].mean) } }],
+              axisLabel: { color: style.ink, fontSize: 0.8 * style.root, width: 11 * style.root,
+                overflow: "truncate" } }),
+            // Points, not bars: a logarithmic axis has no zero for a bar to begin at.
+            series: [
+              { type: "custom", silent: true, encode: { x: [0, 1], y: 2 },
+                data: entries.map((e, at) => [Math.max(e.plans[k].mean - e.plans[k].error, floor),
+                  Math.max(e.plans[k].mean + e.plans[k].error, floor), at]),
+                renderItem: (params, api) => {
+                  const from = api.coord([api.value(0), api.value(2)]);
+                  const to = api.coord([api.value(1), api.value(2)]);
+                  return { type: "line", silent: true,
+                    style: { stroke: style.soft, lineWidth: 2 },
+                    shape: { x1: from[0], y1: from[1], x2: to[0], y2: to[1] } };
+                } },
+              { type: "scatter", symbolSize: 11, data: entries.map((e) => ({
+                value: [Math.max(e.plans[k].mean, floor), e.name], symbol: e.kind === "baseline"
+                  ? "emptyCircle" : "circle", itemStyle: { opacity: 1,
+                  color: e.plans[k].ties || e === entries[0] ? style.second : style.accent } })),
+              label: { show: true, position: "top", distance: 1, color: style.ink,
+                fontSize: 0.75 * style.root, formatter: (p) =>
+                  number(entries[p.dataIndex].plans[k].mean) } }],
           };
         });
-      drawn.place.style.height = `${2.2 * entries.length + 3}rem`;
+      drawn.place.style.height = `${2.3 * entries.length + 3}rem`;
       const rows = folded("All methods as a table", () => table({
         caption: `Methods at ${budget}`, count: entries.length, filterBy: (j) => entries[j].name,
         columns: [
