@@ -58,7 +58,7 @@ pytest: $(INSTALLED)
 # Sizes that only show that each one runs; the files say how to run them in full.
 SMALL_sensitivity := --tiny
 SMALL_metrics := --small
-SMALL_training := --images 256 --epochs 1 --test 256
+SMALL_training := run --rows full,uniform-2,uniform-2-direct,stabilised --images 512 --epochs 2 --test 256 --results build/training-small.json
 SMALL_solver := --quick
 SMALL_solver_properties := --examples 50
 SMALL_service_load := --seconds 5 --pollers 20 --submitters 5

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -286,6 +287,7 @@ def main() -> None:
     if args.what == "table":
         print(table(read(args.results)))
         return
+    args.results.parent.mkdir(parents=True, exist_ok=True)
     model = load_resnet(20)
     x, y = images("train_part", args.images)
     bench = Bench(
@@ -316,6 +318,7 @@ def main() -> None:
                 known.append(found)
                 print(json.dumps(found), flush=True)
                 args.results.write_text(json.dumps(known, indent=1) + "\n")
+            shutil.rmtree(bench.checkpoints(row, seed), ignore_errors=True)
 
 
 if __name__ == "__main__":
