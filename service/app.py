@@ -95,8 +95,8 @@ def create_app(settings: Settings | None = None, *, tracing: Tracing | None = No
     app.add_middleware(
         Envelope, max_body_bytes=chosen.max_body_bytes, observe=state.metrics.observe
     )
+    app.include_router(job_routes.router)  # first: polls are most of all requests
     app.include_router(uploads.router)
-    app.include_router(job_routes.router)
     app.include_router(solving.router)
     app.include_router(operations.router)
     app.include_router(pages_data.router)

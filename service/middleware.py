@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 import time
@@ -93,6 +94,8 @@ class Envelope:
         self.observe(scope["method"], route, status, seconds)
         caller = scope.get("caller")
         quiet = status < 400 and scope["method"] == "GET"  # polls would drown the rest
+        if quiet and not _log.isEnabledFor(logging.DEBUG):
+            return
         say = _log.warning if status >= 500 else _log.debug if quiet else _log.info
         say(
             "request",
