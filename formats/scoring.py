@@ -161,8 +161,9 @@ def uniform_candidates(plan: Plan) -> tuple[int, tuple[Candidate, ...]] | None:
     """
     best = None
     for bits in _UNIFORM_WIDTHS:
-        chosen = candidates_at(plan, _nearest_widths(plan, bits))
-        if {c.weight_bits for c in chosen} != {bits} and plan.target is None:
+        try:
+            chosen = candidates_at(plan, _nearest_widths(plan, bits))
+        except InvalidInput:  # a grid that has not this width
             continue
         size = sum(c.size_bits for c in chosen)
         if size <= plan.size_bits and bits in {c.weight_bits for c in chosen}:

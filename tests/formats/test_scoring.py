@@ -17,7 +17,7 @@ from bitquota.formats.targets import TARGETS
 from bitquota.plan import Baseline, MeasuredLoss
 from bitquota.sensitivity.calibration import CalibrationSet
 from bitquota.sensitivity.evaluate import apply_plan
-from bitquota.storage import Granularity, Rounding, Scheme
+from bitquota.storage import Granularity, Grid, Rounding, Scheme
 from format_networks import plan_with
 
 IMAGES = CalibrationSet(
@@ -120,6 +120,12 @@ class TestUniformCandidates:
         width, chosen = uniform_candidates(plan)
         assert 8 == width
         assert {8} == {c.weight_bits for c in chosen}
+
+    def test_grid_without_wide_widths(self, net):
+        """Powers of two end at five bits: wider ones are no choice."""
+        scheme = Scheme(grid=Grid.POWER_OF_TWO)
+        plan = plan_with(net, IMAGES.inputs, bits=(5,), scheme=scheme)
+        assert 5 == uniform_candidates(plan)[0]
 
     def test_nothing_fits(self, net):
         """A plan at the narrowest width is its own uniform plan; below there is none."""
