@@ -151,7 +151,7 @@ def _draw_legend(comparison: Comparison, figure: Any) -> None:  # noqa: ANN401  
         for kind, label in _KINDS.items()
         if kind in kinds
     ]
-    hollow = {"marker": "o", "linestyle": "", "color": "0.2", "markerfacecolor": "white"}
+    hollow: dict[str, Any] = {"marker": "o", "linestyle": "", "color": "0.2", "markerfacecolor": "white"}
     handles.append(Line2D([], [], **hollow, label="clearly worse than the best"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
 
