@@ -92,6 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--moves", type=int, default=30)
+    parser.add_argument("--only", choices=("visits", "slider"), help="leave the other part out")
     parser.add_argument("--small", action="store_true", help="small models, one visit")
     given = parser.parse_args()
     sizes = (12, 8, 40) if given.small else (224, 53, 5000)
@@ -102,12 +103,14 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         data_dir = Path(folder) / "data"
-        jobs = {n: seed(data_dir, n, cross=n != sizes[2]) for n in sizes}
+        parts = {None: sizes, "slider": sizes[1:2], "visits": sizes[::2]}
+        jobs = {n: seed(data_dir, n, cross=n != sizes[2]) for n in parts[given.only]}
         browser = playwright.chromium.launch(executable_path=program, args=OPTIONS)
-        print("| page | cold: first paint / drawn | warm: first paint / drawn | bar |")
-        print("| --- | --- | --- | --- |")
         bars = {sizes[0]: "first paint < 1,000 ms", sizes[2]: "drawn < 3,000 ms"}
-        for n, bar in bars.items():
+        if given.only != "slider":
+            print("| page | cold: first paint / drawn | warm: first paint / drawn | bar |")
+            print("| --- | --- | --- | --- |")
+        for n, bar in bars.items() if given.only != "slider" else ():
             with LiveServer(data_dir, slots=0) as server:
                 url = f"{server.url}/jobs/{jobs[n]}/model"
                 cold = visit(browser, url)
@@ -117,8 +120,9 @@ def main() -> None:
                     f"| {n:,} layers | {cold[0]:,.0f} / {cold[1]:,.0f} ms "
                     f"| {middle[0]:,.0f} / {middle[1]:,.0f} ms | {bar} |"
                 )
-        with LiveServer(data_dir, slots=0) as server:
-            taken = sorted(slide(browser, f"{server.url}/jobs/{jobs[sizes[1]]}/model", moves))
+        if given.only != "visits":
+            with LiveServer(data_dir, slots=0) as server:
+                taken = sorted(slide(browser, f"{server.url}/jobs/{jobs[sizes[1]]}/model", moves))
             p90 = taken[min(len(taken) - 1, int(0.9 * len(taken)))]
             print(
                 f"\nslider at {sizes[1]} layers, {moves} moves: median "

@@ -14,7 +14,8 @@
     crossTerms, comparison,
   } = globalThis.Bitquota;
   const DEBOUNCE_MS = 20;
-  const QUICK_S = 0.05;
+  const CALM_MS = 120;
+  const QUICK_S = 0.03;
   const THOROUGH_S = 2;
   const IDLE_MS = 500;
 
@@ -30,6 +31,7 @@
         class: "budget" });
     let timer = 0;
     let idle = 0;
+    let moved = -Infinity;
     let running = null;
 
     function say(point, thorough) {
@@ -67,7 +69,11 @@
         changed();
         return;
       }
-      timer = setTimeout(() => solve(QUICK_S), DEBOUNCE_MS);
+      // The first move is answered at once; of many in a row only the last of each moment.
+      const calm = performance.now() - moved > CALM_MS;
+      moved = performance.now();
+      if (calm) solve(QUICK_S);
+      else timer = setTimeout(() => solve(QUICK_S), DEBOUNCE_MS);
       idle = setTimeout(() => solve(THOROUGH_S), IDLE_MS);
     });
     const label = make("label", { for: id }, "Bits per weight");
@@ -141,10 +147,15 @@
       const curve = frontierChart(doc, state);
       const chosen = bars(doc, state);
       const pair = sideBySide(doc, state);
+      let rest = 0;
       const changed = () => {
-        curve.draw();
         chosen.draw();
-        if (pair.follows()) pair.show();
+        // The bars are what the eye follows; the rest comes a frame later.
+        cancelAnimationFrame(rest);
+        rest = requestAnimationFrame(() => {
+          curve.draw();
+          if (pair.follows()) pair.show();
+        });
       };
       if (!doc.matrix || (!hooks.solve && !state.points.length)) {
         state.current = doc.plans[0] || null;
