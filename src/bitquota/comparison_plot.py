@@ -119,11 +119,10 @@ def _draw_ranks(comparison: Comparison, axes: Any) -> None:  # noqa: ANN401  # m
     colours = [_COLOURS.get(entry.kind, "C0") for entry in ranking]
     axes.barh(range(len(ranking)), values, color=colours, height=0.6)
     for place, (entry, value) in enumerate(zip(ranking, values, strict=True)):
-        cost = entry.passes if entry.cost is None else entry.cost
         axes.text(
             max(value, 0.0) + 0.02,
             place,
-            _passes(cost),
+            _passes(entry),
             va="center",
             fontsize=7,
         )
@@ -136,10 +135,12 @@ def _draw_ranks(comparison: Comparison, axes: Any) -> None:  # noqa: ANN401  # m
     axes.grid(visible=True, axis="x", alpha=0.3)
 
 
-def _passes(cost: float) -> str:
+def _passes(entry: Entry) -> str:
+    """Return the declared passes, or those that were run by what declares none."""
+    cost, run = (entry.passes, " run") if entry.cost is None else (entry.cost, "")
     if cost == 0:
         return "no passes"
-    return f"{cost:,.0f} pass{'' if round(cost) == 1 else 'es'}"
+    return f"{cost:,.0f} pass{'' if round(cost) == 1 else 'es'}{run}"
 
 
 def _draw_legend(comparison: Comparison, figure: Any) -> None:  # noqa: ANN401  # matplotlib
@@ -151,8 +152,12 @@ def _draw_legend(comparison: Comparison, figure: Any) -> None:  # noqa: ANN401  
         for kind, label in _KINDS.items()
         if kind in kinds
     ]
-    hollow: dict[str, Any] = {"marker": "o", "linestyle": "", "color": "0.2", "markerfacecolor": "white"}
-    handles.append(Line2D([], [], **hollow, label="clearly worse than the best"))
+    handles.append(
+        Line2D(
+            [], [], marker="o", linestyle="", color="0.2", markerfacecolor="white",
+            label="clearly worse than the best",
+        )
+    )  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
 
 
