@@ -364,16 +364,20 @@ class BitSparsityLearner(BitLearner):
         self.events.fill_(due)
         share = due / self.EVENTS
         allowed = float(self.first_size) + share * min(0.0, self.limit - float(self.first_size))
-        # Share of weights whose last bit is set, by rounding: the layer that loses least.
-        used = [
-            (float((self.last_bits(k) > 0.5).float().mean()), -float(self.counts[k]), k)
-            for k in range(len(self.layers))
-            if self._can_drop(k)
-        ]
-        for _, _, k in sorted(used):
-            if float((self.counts * self.bits).sum()) <= allowed:
+        while float((self.counts * self.bits).sum()) > allowed:
+            # Share of weights whose last bit is set, by rounding: the layer that loses least, and
+            # of several the largest. Each loses one bit before any loses the next.
+            used = [
+                (float((self.last_bits(k) > 0.5).float().mean()), -float(self.counts[k]), k)
+                for k in range(len(self.layers))
+                if self._can_drop(k)
+            ]
+            if not used:
                 break
-            self.bits[k] -= 1
+            for _, _, k in sorted(used):
+                if float((self.counts * self.bits).sum()) <= allowed:
+                    break
+                self.bits[k] -= 1
 
 
 class PublishedLearner(BitLearner):
