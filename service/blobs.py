@@ -213,20 +213,7 @@ class BlobStore:
         Until at most ``limit`` bytes are left, and none that was used within the hour. Does
         nothing where the folder is the storage.
         """
-        if self.storage is None:
-            return 0
-        copies = []
-        for path in self.root.glob("[0-9a-f][0-9a-f]/*"):
-            with contextlib.suppress(FileNotFoundError):
-                copies.append((path.stat().st_mtime, path.stat().st_size, path))
-        left = sum(size for _, size, _ in copies)
-        removed = 0
-        for used, size, path in sorted(copies):
-            if left - removed <= limit or now - used < _IN_USE_S:
-                break
-            path.unlink(missing_ok=True)
-            removed += size
-        return removed
+        return 0 if self.storage is None else trim_copies(self.root, limit, now)
 
     def read(self, digest: str) -> bytes:
         """Return the whole file of ``digest``; raises ``NotFound``."""
@@ -239,6 +226,22 @@ class BlobStore:
             msg = f"a digest must read 'sha256:' and 64 hexadecimal digits; got {digest!r}"
             raise NotFound(msg, digest=digest)
         return self.root / name[:2] / name
+
+
+def trim_copies(root: Path, limit: int, now: float) -> int:
+    """Remove files of a folder of copies; see ``BlobStore.trim``."""
+    copies = []
+    for path in root.glob("[0-9a-f][0-9a-f]/*"):
+        with contextlib.suppress(FileNotFoundError):
+            copies.append((path.stat().st_mtime, path.stat().st_size, path))
+    left = sum(size for _, size, _ in copies)
+    removed = 0
+    for used, size, path in sorted(copies):
+        if left - removed <= limit or now - used < _IN_USE_S:
+            break
+        path.unlink(missing_ok=True)
+        removed += size
+    return removed
 
 
 def blob_store(settings: Settings) -> BlobStore:

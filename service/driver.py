@@ -79,6 +79,7 @@ class Driver:
         self._job = job
         self._engine = engine
         self._inbox: Inbox = queue.SimpleQueue()
+        self._ranks = 0
         self._crew = Crew(settings.workers, self._help, job=job.id)
         self._database = Database(settings.url)
         self._store = JobStore(self._database, time.time)
@@ -164,7 +165,8 @@ class Driver:
 
     def _help(self) -> Worker:
         """Start a helper."""
-        order = replace(self._order, head=self._order.head | {"helper": True})
+        self._ranks += 1
+        order = replace(self._order, head=self._order.head | {"helper": True, "rank": self._ranks})
         return self._engine.start(order, self._inbox)
 
     def _strangers(self) -> bool:

@@ -226,7 +226,7 @@ def help_out(order: JsonObject, channel: Channel, loaded: Loaded) -> None:
         work.samples(),
         PlanRequest.from_json(order["request"]),
         ledger=ledger,
-        device=order["device"],
+        device=work.device,
     )
     runner = setting.runner()
     head, _ = channel.ask({"type": "idle"})
@@ -247,9 +247,19 @@ def _work(order: JsonObject, channel: Channel, loaded: Loaded, ledger: RemoteLed
         ledger=ledger,
         send=channel.send,
         cancelled=channel.cancelled.is_set,
-        device=order["device"],
+        device=_device(order),
         scratch=Path.cwd(),
     )
+
+
+def _device(order: JsonObject) -> str:
+    """Return the device of this evaluator; helpers on one host take its GPUs in turn."""
+    import torch
+
+    rank = int(order.get("rank", 0))
+    if order["device"] != "auto" or not rank or not torch.cuda.is_available():
+        return str(order["device"])
+    return f"cuda:{rank % torch.cuda.device_count()}"
 
 
 def die_with_parent(parent: int) -> None:

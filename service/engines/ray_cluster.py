@@ -14,6 +14,7 @@ import importlib
 import os
 import tempfile
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -64,12 +65,14 @@ class Host:
         """Start the evaluator with its order and return the address of this node."""
         import ray
 
+        from bitquota.service.blobs import trim_copies
         from bitquota.service.engines.local import LocalEngine
 
         parcels = [
             replace(parcel, path=self._stored(parcel, content))
             for parcel, content in zip(order.parcels, contents, strict=True)
         ]
+        trim_copies(self._folder / "blobs", self._settings.blob_cache_bytes, time.time())
         self._engine = LocalEngine(self._settings, self._folder / "scratch")
         try:
             self._worker = self._engine.start(replace(order, parcels=tuple(parcels)), self._inbox)
@@ -231,6 +234,7 @@ class RayEngine:
             for name in (
                 "SANDBOX", "MAX_MEMORY_BYTES", "MAX_UPLOAD_BYTES", "THREADS", "NICE",
                 "ALLOW_UNSANDBOXED_PT2", "RAY_SCRATCH", "SLOTS", "WORKERS",
+                "BLOB_CACHE_BYTES",
             )
         }  # fmt: skip
         contents = [self._put(parcel) for parcel in order.parcels]
