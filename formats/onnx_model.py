@@ -18,7 +18,8 @@ from bitquota.candidates import LayerKind
 from bitquota.errors import InvalidModel, MeasurementFailed, MissingDependency, UnsafeModel
 from bitquota.formats.layer_calls import Conv1D
 from bitquota.formats.models import LoadedModel, finish
-from bitquota.sensitivity.onnx_program import FedTensor, OnnxSource, Shift, as_array, first_line
+from bitquota.formats.onnx_shifts import FLOATS, added_of, shift_of, statistics_of
+from bitquota.sensitivity.onnx_program import FedTensor, OnnxSource, as_array, first_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +32,6 @@ _QUANTIZED = frozenset(
     {"DequantizeLinear", "QuantizeLinear", "MatMulNBits", "QLinearConv", "QLinearMatMul",
      "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "QGemm", "GatherBlockQuantized"}
 )  # fmt: skip
-_FLOATS: dict[int, Any] = {1: np.float32, 10: np.float16, 11: np.float64}
 _CONVOLUTIONS: dict[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 _TRANSPOSED: dict[int, type[nn.Module]] = {
     3: nn.ConvTranspose1d,
@@ -154,14 +154,16 @@ class OnnxModule(nn.Module):
         for node in proto.graph.node:
             for name in node.input:
                 used.setdefault(name, []).append(node)
-        movable = _statistics(proto, initializers) | _added(self.layers, nodes, used, initializers)
+        movable = statistics_of(proto, initializers) | added_of(
+            self.layers, nodes, used, initializers
+        )
         for name, tensor in initializers.items():
             if name not in fed:
                 value = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
                 where = _register(self, name, value)
                 if name in movable:
                     fed[name] = where
-        self._weights = [(k, v, _FLOATS[initializers[k].data_type]) for k, v in fed.items()]
+        self._weights = [(k, v, FLOATS[initializers[k].data_type]) for k, v in fed.items()]
         declared = {v.name for v in proto.graph.input}
         for name in fed:
             tensor = initializers[name]
@@ -188,7 +190,7 @@ class OnnxModule(nn.Module):
             shifts={
                 layer.name: shift
                 for layer in self.layers
-                if (shift := _shift(layer, nodes, used, fed, returned)) is not None
+                if (shift := shift_of(layer, nodes, used, fed, returned)) is not None
             },
         )
 
@@ -329,87 +331,8 @@ def _bias(node: Any, initializers: dict[str, Any]) -> str | None:  # noqa: ANN40
     if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or len(node.input) < 3:
         return None
     tensor = initializers.get(node.input[2])
-    plain = tensor is not None and len(tensor.dims) == 1 and tensor.data_type in _FLOATS
+    plain = tensor is not None and len(tensor.dims) == 1 and tensor.data_type in FLOATS
     return node.input[2] if plain else None
-
-
-def _statistics(proto: Any, initializers: dict[str, Any]) -> set[str]:  # noqa: ANN401  # ModelProto
-    """Return the initializers that hold means and variances of batch norms."""
-    found: set[str] = set()
-    for node in proto.graph.node:
-        if node.op_type == "BatchNormalization":
-            names = node.input[3:5]
-            if all(n in initializers and initializers[n].data_type in _FLOATS for n in names):
-                found.update(names)
-    return found
-
-
-def _added(
-    layers: tuple[OnnxLayer, ...],
-    nodes: dict[str, Any],
-    used: dict[str, list[Any]],
-    initializers: dict[str, Any],
-) -> set[str]:
-    """Return the one-dimensional constants that are added right behind a layer, and only there."""
-    found: set[str] = set()
-    for layer in layers:
-        if len(layer.nodes) == 1 and (add := _add_behind(nodes[layer.nodes[0]], used)) is not None:
-            for name in add.input:
-                tensor = initializers.get(name)
-                if tensor is None or len(tensor.dims) != 1 or tensor.data_type not in _FLOATS:
-                    continue
-                if len(used[name]) == 1:
-                    found.add(name)
-    return found
-
-
-def _add_behind(node: Any, used: dict[str, list[Any]]) -> Any:  # noqa: ANN401  # onnx.NodeProto
-    users = used.get(node.output[0], [])
-    wanted = node.op_type == "MatMul" and len(users) == 1 and users[0].op_type == "Add"
-    return users[0] if wanted else None
-
-
-def _shift(
-    layer: OnnxLayer,
-    nodes: dict[str, Any],
-    used: dict[str, list[Any]],
-    fed: dict[str, str],
-    outputs: set[str],
-) -> Shift | None:
-    """Return where the mean output of a layer can be moved, if there is a place.
-
-    The layer's own bias; what is added right behind a MatMul; or the mean of a batch norm that
-    alone reads the layer's output.
-    """
-    if len(layer.nodes) != 1 or layer.kind is LayerKind.EMBEDDING:
-        return None
-    node = nodes[layer.nodes[0]]
-    axis = 1 if node.op_type in ("Conv", "ConvTranspose") else -1
-
-    def at(name: str, factor: float, *, at_once: bool) -> Shift:
-        return Shift(
-            node=layer.nodes[0],
-            path=fed[name],
-            factor=factor,
-            channel_axis=axis,
-            applies_at_once=at_once,
-        )
-
-    if node.op_type in ("Conv", "ConvTranspose", "Gemm"):
-        bias = node.input[2] if len(node.input) > 2 else ""
-        beta = next((a.f for a in node.attribute if a.name == "beta"), 1.0)
-        if bias in fed and len(used[bias]) == 1 and beta:
-            return at(bias, 1.0 / beta, at_once=True)
-    add = _add_behind(node, used)
-    for name in () if add is None or node.output[0] in outputs else add.input:
-        if name in fed:
-            return at(name, 1.0, at_once=False)
-    users = used.get(node.output[0], [])
-    if len(users) == 1 and users[0].op_type == "BatchNormalization" and axis == 1:
-        mean = users[0].input[3]
-        if mean in fed and len(used[mean]) == 1:
-            return at(mean, -1.0, at_once=False)
-    return None
 
 
 def _data_input(node: Any, initializer: str) -> str:  # noqa: ANN401  # onnx.NodeProto
@@ -493,7 +416,7 @@ def find_layers(model: Any) -> tuple[OnnxLayer, ...]:  # noqa: ANN401  # onnx.Mo
             "hand in the model from before quantization"
         )
         raise InvalidModel(msg, operators=quantized)
-    floats = {t.name: t for t in graph.initializer if t.data_type in _FLOATS}
+    floats = {t.name: t for t in graph.initializer if t.data_type in FLOATS}
     transposed: dict[str, str] = {}
     found: dict[str, tuple[LayerKind, list[str], int]] = {}
     for node in graph.node:

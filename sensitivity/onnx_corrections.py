@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from bitquota.errors import InvalidInput
-from bitquota.sensitivity.onnx_program import OnnxSource, no_shifts, source_of
+from bitquota.sensitivity.onnx_program import OnnxSource, source_of
+from bitquota.sensitivity.onnx_rewrites import no_shifts
 from bitquota.sensitivity.onnx_runner import check_batch
 from bitquota.sensitivity.runner import tensor_of
 

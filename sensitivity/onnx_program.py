@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from bitquota.errors import InvalidCalibration, InvalidInput, InvalidModel, MissingDependency
+from bitquota.errors import InvalidCalibration, InvalidModel, MissingDependency
+from bitquota.sensitivity.onnx_rewrites import (
+    BatchNormValues,
+    import_onnx,
+    with_batch_statistics,
+    with_right_means,
+)
 from bitquota.sensitivity.runner import tensor_of
 
 if TYPE_CHECKING:
@@ -328,191 +334,6 @@ class OnnxProgram:
         return model
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchNormValues:
-    """One batch norm: where its stored statistics are, and those of the batch."""
-
-    inputs: str
-    stored_mean: str
-    stored_variance: str
-    mean: str
-    variance: str
-
-
-def with_batch_statistics(source: OnnxSource) -> tuple[Any, list[BatchNormValues]]:
-    """Return a copy of the graph whose batch norms use the statistics of the batch.
-
-    ``BatchNormalization`` in training mode is not something that ONNX Runtime runs, so each is
-    written out: mean and variance over all axes but the channels', then scale and shift. A batch
-    with a single value per channel has no variance; it keeps the stored statistics.
-
-    Raises:
-        InvalidInput: No batch norm with stored statistics, or operators before opset 9.
-    """
-    onnx = import_onnx()
-    model = onnx.ModelProto()
-    model.CopyFrom(source.model)
-    version = next((o.version for o in model.opset_import if o.domain in {"", "ai.onnx"}), 0)
-    fed = {tensor.name for tensor in source.fed}
-    found: list[BatchNormValues] = []
-    nodes = []
-    for node in source.model.graph.node:
-        if node.op_type != "BatchNormalization" or not fed.issuperset(node.input[3:5]):
-            nodes.append(node)
-            continue
-        values = BatchNormValues(
-            inputs=node.input[0],
-            stored_mean=node.input[3],
-            stored_variance=node.input[4],
-            mean=f"{node.output[0]}/batch mean",
-            variance=f"{node.output[0]}/batch variance",
-        )
-        found.append(values)
-        nodes.extend(_batch_norm_nodes(node, values, version))
-    if not found or version < 9:
-        msg = (
-            "the correction 'batch_norm_statistics' needs BatchNormalization nodes with stored "
-            f"statistics at opset 9 or above; the graph has {len(found)} of them at opset "
-            f"{version} (most exporters fold them into the convolutions): leave the correction "
-            "out, or export with batch norms kept"
-        )
-        raise InvalidInput(msg, batch_norms=len(found), opset=version)
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    numbers = {"columns": np.array([0, 0, -1]), "channels": np.array([1, -1, 1])}
-    for name, array in numbers.items():
-        constant = onnx.numpy_helper.from_array(array.astype(np.int64), f"batch norm/{name}")
-        model.graph.initializer.append(constant)
-    if version >= 18:
-        axes = onnx.numpy_helper.from_array(np.array([0, 2], np.int64), "batch norm/axes")
-        model.graph.initializer.append(axes)
-    return model, found
-
-
-def _batch_norm_nodes(node: Any, values: BatchNormValues, version: int) -> list[Any]:  # noqa: ANN401
-    onnx = import_onnx()
-    make = onnx.helper.make_node
-    x, scale, bias, mean, variance = node.input[:5]
-    y = node.output[0]
-    epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
-
-    def named(name: str) -> str:
-        return f"{y}/{name}"
-
-    def average(of: str, to: str) -> Any:  # noqa: ANN401  # onnx.NodeProto
-        if version >= 18:
-            return make("ReduceMean", [of, "batch norm/axes"], [to], keepdims=1)
-        return make("ReduceMean", [of], [to], axes=[0, 2], keepdims=1)
-
-    def per_channel(of: str, to: str) -> Any:  # noqa: ANN401  # onnx.NodeProto
-        return make("Reshape", [of, "batch norm/channels"], [to])
-
-    tensor = onnx.helper.make_tensor(named("epsilon value"), 1, [1], [epsilon])
-    return [
-        make("Reshape", [x, "batch norm/columns"], [named("x")]),
-        average(named("x"), values.mean),
-        make("Sub", [named("x"), values.mean], [named("centred")]),
-        make("Mul", [named("centred"), named("centred")], [named("squares")]),
-        average(named("squares"), values.variance),
-        make("Size", [x], [named("n")]),
-        make("Size", [mean], [named("n channels")]),
-        make("Greater", [named("n"), named("n channels")], [named("enough")]),
-        per_channel(mean, named("stored mean")),
-        per_channel(variance, named("stored variance")),
-        make("Where", [named("enough"), values.mean, named("stored mean")], [named("m")]),
-        make("Where", [named("enough"), values.variance, named("stored variance")], [named("v")]),
-        make("Sub", [named("x"), named("m")], [named("shifted")]),
-        make("Constant", [], [named("epsilon")], value=tensor),
-        make("CastLike", [named("epsilon"), x], [named("eps")])
-        if version >= 15
-        else make("Identity", [named("epsilon")], [named("eps")]),
-        make("Add", [named("v"), named("eps")], [named("v+eps")]),
-        make("Sqrt", [named("v+eps")], [named("deviation")]),
-        make("Div", [named("shifted"), named("deviation")], [named("normal")]),
-        per_channel(scale, named("scale")),
-        make("Mul", [named("normal"), named("scale")], [named("scaled")]),
-        per_channel(bias, named("bias")),
-        make("Add", [named("scaled"), named("bias")], [named("y")]),
-        make("Shape", [x], [named("shape")]),
-        make("Reshape", [named("y"), named("shape")], [y]),
-    ]
-
-
-def mean_input(layer: str) -> str:
-    """Return the name of the input that says which mean a layer's output should have."""
-    return f"mean of {layer}"
-
-
-def with_right_means(source: OnnxSource, model: Any) -> Any:  # noqa: ANN401  # onnx.ModelProto
-    """Return a copy of ``model`` in which each layer's output is shifted to a given mean.
-
-    For every layer with a shift there is one more input, ``mean_input(layer)``, f32 ``[1, C, 1]``
-    or, where channels come last, ``[1, C]``.
-
-    Raises:
-        InvalidInput: No layer has a place for a shift.
-    """
-    if not source.shifts:
-        raise InvalidInput(no_shifts("has none"))
-    onnx = import_onnx()
-    make = onnx.helper.make_node
-    version = next((o.version for o in model.opset_import if o.domain in {"", "ai.onnx"}), 0)
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
-    layer_of = {shift.node: layer for layer, shift in source.shifts.items()}
-    nodes = []
-    for node in model.graph.node:
-        layer = layer_of.get(node.name or (node.output[0] if node.output else ""))
-        if layer is None:
-            nodes.append(node)
-            continue
-        first = source.shifts[layer].channel_axis == 1
-        y, target = node.output[0], mean_input(layer)
-        raw = onnx.NodeProto()
-        raw.CopyFrom(node)
-        raw.output[0] = f"{y}/raw"
-        if first:
-            columns, axes = [0, 0, -1], [0, 2]
-            nodes.append(raw)
-        else:
-            # The rank is not known: the number of channels comes from the wanted mean, [1, C].
-            columns, axes = [-1, 1], [0]
-            nodes += [
-                raw,
-                make("Shape", [target], [f"{y}/wanted"]),
-                make("Mul", [f"{y}/wanted", f"{y}/lines"], [f"{y}/columns"]),
-            ]
-        constant = onnx.numpy_helper.from_array(
-            np.array(columns, np.int64), f"{y}/columns" if first else f"{y}/lines"
-        )
-        changed.graph.initializer.append(constant)
-        nodes.append(make("Reshape", [f"{y}/raw", f"{y}/columns"], [f"{y}/flat"]))
-        if version >= 18:
-            over = onnx.numpy_helper.from_array(np.array(axes, np.int64), f"{y}/axes")
-            changed.graph.initializer.append(over)
-            nodes.append(make("ReduceMean", [f"{y}/flat", f"{y}/axes"], [f"{y}/mean"], keepdims=1))
-        else:
-            nodes.append(make("ReduceMean", [f"{y}/flat"], [f"{y}/mean"], axes=axes, keepdims=1))
-        nodes += [
-            make("Sub", [target, f"{y}/mean"], [f"{y}/shift"]),
-            make("Add", [f"{y}/flat", f"{y}/shift"], [f"{y}/shifted"]),
-            make("Shape", [f"{y}/raw"], [f"{y}/shape"]),
-            make("Reshape", [f"{y}/shifted", f"{y}/shape"], [y]),
-        ]
-        changed.graph.input.append(onnx.helper.make_tensor_value_info(target, 1, None))
-    del changed.graph.node[:]
-    changed.graph.node.extend(nodes)
-    return changed
-
-
-def no_shifts(got: str) -> str:
-    """Return what to say where biases cannot be corrected."""
-    return (
-        "the correction 'bias_correction' needs layers with a bias, or an Add or batch norm "
-        f"behind them, and a dynamic batch; this ONNX graph {got}: leave the correction out"
-    )
-
-
 def macs_of(node: OnnxNode, values: Mapping[str, NDArray[Any]]) -> float:
     """Return the multiply-accumulates of one node, given its inputs and outputs.
 
@@ -580,20 +401,6 @@ def _session(model: Any) -> Any:  # noqa: ANN401  # onnx.ModelProto to Inference
             f"ONNX Runtime must be able to run every part of the model; it says: {first_line(err)}"
         )
         raise InvalidModel(msg) from err
-
-
-def import_onnx() -> Any:  # noqa: ANN401  # a module
-    """Return the onnx module.
-
-    Raises:
-        MissingDependency: It is not installed.
-    """
-    try:
-        import onnx
-    except ImportError as err:
-        msg = "an ONNX model needs onnx; install it with: pip install bitquota[onnx]"
-        raise MissingDependency(msg) from err
-    return onnx
 
 
 def first_line(err: BaseException) -> str:

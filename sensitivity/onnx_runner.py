@@ -14,7 +14,8 @@ import torch
 
 from bitquota.errors import InvalidInput, InvalidModel, MeasurementFailed
 from bitquota.sensitivity.graph import thin_out
-from bitquota.sensitivity.onnx_program import macs_of, mean_input, no_shifts, source_of
+from bitquota.sensitivity.onnx_program import macs_of, source_of
+from bitquota.sensitivity.onnx_rewrites import mean_input, no_shifts
 from bitquota.sensitivity.runner import (
     DEFAULT_CHUNK,
     DEFAULT_MEMORY_BYTES,
