@@ -28,8 +28,8 @@ from bitquota.formats.targets import TARGETS
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
 from bitquota.report_page import render_html
-from bitquota.service.artifacts import ArtifactKind
 from bitquota.service.database import artifacts, events
+from bitquota.service.inspection import ArtifactKind
 from bitquota.service.job import JobStatus
 from bitquota.service.kinds import KINDS
 from bitquota.service.state import Calling, Service, State  # noqa: TC001  # FastAPI reads them
