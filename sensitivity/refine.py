@@ -78,7 +78,7 @@ class _Search:
         contenders = list(proposals)
         best = judge.best(contenders)
         gain, error = judge.gain(best, current)
-        for block in range(1, len(judge.blocks)):
+        for block in range(1, min(len(judge.blocks), 1 + _MORE_BLOCKS)):
             contenders = sorted(contenders, key=lambda c: (-judge.gain(c, current)[0], c))
             contenders = [c for c in contenders if _open(judge.gain(c, best), 2 * errors)]
             contenders = [best, *(c for c in contenders if c != best)][:_CONTENDERS]
@@ -145,8 +145,11 @@ class _Search:
         return whole * chunks / len(self.runner.chunks)
 
 
-_CONTENDERS = 3
+_CONTENDERS = 2
 """Proposals at most that are measured on more samples, so that the best of many is not luck."""
+
+_MORE_BLOCKS = 2
+"""Further blocks at most for one decision: what they leave open matters less than another step."""
 
 
 def _open(gain: tuple[float, float], errors: float) -> bool:

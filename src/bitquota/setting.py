@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runner import Runner
 
-SPARE_BLOCKS = 6
+SPARE_BLOCKS = 2
 """Blocks of further samples at most, beyond those that a request asks for."""
 
 BATCH = 64
