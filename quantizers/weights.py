@@ -127,16 +127,16 @@ def quantize(
     if scheme.grid is Grid.OFFSET:
         pairs = torch.stack(fit_affine(lines, bits, line_weight), dim=1)
         pairs = _store_scale(pairs, scheme.scale_format)
-        shape = (1, -1, 2) if scheme.granularity is Granularity.TENSOR else (len(values), -1, 2)
+        n = 1 if scheme.granularity is Granularity.TENSOR else len(values)
         steps, offsets = (
             spread(part.double(), values.shape[1], scheme)
-            for part in pairs.reshape(shape).unbind(2)
+            for part in pairs.reshape(n, -1, 2).unbind(2)
         )
         safe = torch.where(steps == 0, torch.ones_like(steps), steps)
         codes = ((values - offsets) / safe).round().clamp(0, 2**bits - 1)
         return QuantizedWeight(
             codes=torch.where(steps == 0, torch.zeros_like(codes), codes).int(),
-            scales=pairs.reshape(*shape[:1], -1),
+            scales=pairs.reshape(n, -1),
             zero_points=None,
             bits=bits,
             scheme=scheme,

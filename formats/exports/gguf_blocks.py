@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -75,20 +75,20 @@ def _k_blocks(weight: QuantizedWeight) -> NDArray[np.uint8]:
     return np.concatenate(parts, axis=1).reshape(rows, -1)
 
 
-def _crumbs(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _crumbs(codes: NDArray[Any]) -> NDArray[np.uint8]:
     """Two bits each: byte i of a half holds values i, i + 32, i + 64 and i + 96 of it."""
     split = codes.reshape(len(codes), 2, 4, 32)
     byte = split[:, :, 0] | split[:, :, 1] << 2 | split[:, :, 2] << 4 | split[:, :, 3] << 6
-    return byte.reshape(len(codes), 64)
+    return byte.reshape(len(codes), 64).astype(np.uint8)
 
 
-def _nibbles(codes: NDArray[np.uint8], run: int) -> NDArray[np.uint8]:
+def _nibbles(codes: NDArray[Any], run: int) -> NDArray[np.uint8]:
     """Four bits each: a byte holds values that lie ``run`` apart."""
     split = codes.reshape(len(codes), -1, 2, run)
-    return (split[:, :, 0] | split[:, :, 1] << 4).reshape(len(codes), 128)
+    return (split[:, :, 0] | split[:, :, 1] << 4).reshape(len(codes), 128).astype(np.uint8)
 
 
-def _planes(bit: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _planes(bit: NDArray[Any]) -> NDArray[np.uint8]:
     """One bit each: bit k of byte i is that of value 32 k + i."""
     return np.packbits(bit.reshape(len(bit), 8, 32), axis=1, bitorder="little").reshape(
         len(bit), 32

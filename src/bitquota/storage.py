@@ -71,7 +71,7 @@ class KBlock:
     @property
     def largest(self) -> int:
         """The largest integer scale; of symmetric blocks it has a sign."""
-        return 2**self.scale_bits - 1 if self.affine else 2 ** (self.scale_bits - 1) - 1
+        return (1 << (self.scale_bits if self.affine else self.scale_bits - 1)) - 1
 
     @property
     def overhead_bits(self) -> int:
