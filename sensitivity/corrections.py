@@ -435,15 +435,17 @@ class output_means(contextlib.AbstractContextManager["output_means"]):  # noqa: 
             _weights_by_key(module, _with_bias(inventory)),
             None if wanted is None else partial(_shift_to, wanted),
         )
+        self._within = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         """Watch what runs."""
-        self._watch.__enter__()
+        self._within.enter_context(self._watch)
         return self
 
     def __exit__(self, *error: object) -> None:
         """Watch no longer."""
-        self._watch.__exit__(*error)
+        del error
+        self._within.close()
 
     @property
     def means(self) -> dict[str, Tensor]:

@@ -445,7 +445,8 @@ def thin_out(graph: Any, wanted: set[_Key], limit: int) -> frozenset[_Key]:  # n
 
         def price(k: int, starts: list[int] = starts, ends: list[int] = ends) -> float:
             redo = running[ends[k]] - running[starts[k]]
-            return float(redo + 1.0) / max(1, graph.by_node[kept[k]].n_bytes)
+            saved: int = graph.by_node[kept[k]].n_bytes
+            return float(redo + 1.0) / max(1, saved)
 
         dropped = kept.pop(min(range(len(kept)), key=price))
         total -= graph.by_node[dropped].n_bytes

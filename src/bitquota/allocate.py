@@ -168,7 +168,8 @@ def allocate(
 
     # Samples that decide: the hold-out part, then further ones, then those of the measurement.
     holdout = runner_on(setting.holdout)
-    judge = (holdout, *(cache(partial(runner_on, s)) for s in setting.spare), runner)
+    further: list[Callable[[], Runner]] = [cache(partial(runner_on, s)) for s in setting.spare]
+    judge = (holdout, *further, runner)
     problems = [build_problem(source.matrix, together) for together in budgets]
     outcomes: dict[int, _Outcome] = {}
     warm: Linearisation | None = None
