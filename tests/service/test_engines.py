@@ -137,6 +137,8 @@ class TestLocalEngine:
     def test_dead_fork_server_is_noticed(self, engine, digits_files):
         inbox = queue.SimpleQueue()
         worker = engine.start(helper_order(digits_files, needs_sandbox=False), inbox)
+        # Bubblewrap asks for death with its parent early in its start, not at once.
+        assert inbox.get(timeout=120)[1] is not None
         os.kill(engine._server.process.pid, signal.SIGKILL)
         while (said := inbox.get(timeout=60))[1] is not None and not isinstance(said[1], Exception):
             pass
