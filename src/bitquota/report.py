@@ -106,8 +106,10 @@ def evidence_sentences(plan: Plan) -> list[str]:
         )
         if value is not None
     ]
+    # A matrix of another metric orders plans, in units of its own.
+    predicted = "" if plan.predicted is None else f"Predicted {own['predicted']:.4g}, measured "
     found.append(
-        f"Predicted {own['predicted']:.4g}, measured {own['measured']:.4g} ± {own['error']:.2g}. "
+        f"{predicted or 'Measured '}{own['measured']:.4g} ± {own['error']:.2g}. "
         f"Rank correlation of prediction and measurement ({kinds.count('near')} neighbours and "
         f"{kinds.count('random')} random plans of the same budget): "
         + (", ".join(correlations) or "none, nothing varies")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from bitquota.errors import (
     UnknownLayer,
 )
 from bitquota.plan import SOLVER, Plan
+from bitquota.report import evidence_sentences, render_markdown
 from bitquota.request import PlanRequest
 from bitquota.sensitivity.ledger import MemoryLedger, SqliteLedger
 from bitquota.sensitivity.losses import CustomLoss
@@ -85,10 +87,42 @@ class TestAllocate:
 
     def test_proof_is_of_the_returned_choice(self):
         """The bound is certified and below the objective."""
-        (plan,) = run().plans
+        result = run()
+        (plan,) = result.plans
 
         assert plan.proof.certified
         assert plan.proof.bound <= plan.proof.objective
+        assert plan.proof.matrix_digest == result.matrix.digest()
+        table = result.matrix.table
+        rows = [
+            next(
+                k
+                for k, row in enumerate(table.rows[table.offsets[g] : table.offsets[g + 1]])
+                if row.candidates[0] == assignment.candidate
+            )
+            for g, assignment in enumerate(plan.assignments)
+        ]
+        assert result.matrix.predict(rows) == pytest.approx(plan.proof.objective)
+        assert plan.predicted == pytest.approx(plan.proof.objective)
+
+    def test_evidence_is_in_the_plan_and_in_the_report(self):
+        """The plan, neighbours and random plans, predicted and measured; it survives the file."""
+        (plan,) = run().plans
+        kinds = [point["kind"] for point in plan.evidence["points"]]
+
+        assert kinds[0] == "plan"
+        assert kinds.count("random") == 8
+        assert 0 < kinds.count("near") <= 8
+        assert Plan.from_json(json.loads(plan.dumps())) == plan
+        first, second = evidence_sentences(plan)
+        assert f"Predicted {plan.predicted:.4g}" in first
+        assert f"of {kinds.count('random')} measured worse than the plan" in second
+        report = render_markdown([plan])
+        assert first in report
+        assert second in report
+        assert evidence_sentences(replace(plan, evidence=None)) == []
+        unpriced = replace(plan, predicted=None)
+        assert evidence_sentences(unpriced)[0].startswith("Measured")
 
     def test_kill_and_resume_gives_the_same_bytes(self, tmp_path):
         """A run cancelled half-way and repeated ends with the plan of an undisturbed run."""
