@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from bitquota.canonical import digest_json
+from bitquota.canonical import digest_json, read_json, schema_of
 from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.plan import Plan
 
@@ -115,7 +115,7 @@ class Lock:
         """
         got = data.get("schema") if isinstance(data, dict) else type(data).__name__
         if got != SCHEMA:
-            msg = f"a lock file must be a JSON object of schema '{SCHEMA}'; got {got!r}"
+            msg = f"a lock file must be a JSON object of schema '{SCHEMA}'; got {schema_of(data)}"
             raise InvalidPlan(msg)
         try:
             lock = cls(
@@ -139,12 +139,8 @@ class Lock:
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read a lock file; raises ``InvalidPlan``."""
-        try:
-            data = json.loads(path.read_text())
-        except (OSError, ValueError) as err:
-            msg = f"a lock file must be readable JSON; '{path}': {err}"
-            raise InvalidPlan(msg, path=str(path)) from err
-        return cls.from_json(data)
+        advice = "'bitquota lock PLAN' writes one"
+        return cls.from_json(read_json(path, "a lock file", advice, InvalidPlan))
 
 
 def make_lock(

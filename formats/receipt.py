@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from bitquota.canonical import canonical_json
+from bitquota.canonical import canonical_json, schema_of, why_unreadable
 from bitquota.errors import ExportFailed, InvalidInput
 from bitquota.storage import FULL_PRECISION_BITS
 
@@ -179,7 +179,7 @@ class Receipt:
         """
         got = data.get("schema") if isinstance(data, dict) else type(data).__name__
         if got != SCHEMA:
-            msg = f"a receipt must be a JSON object of schema '{SCHEMA}'; got {got!r}"
+            msg = f"a receipt must be a JSON object of schema '{SCHEMA}'; got {schema_of(data)}"
             raise InvalidInput(msg)
         gap = data.get("difference")
         try:
@@ -208,7 +208,10 @@ class Receipt:
         try:
             data = json.loads(path.read_text())
         except (OSError, ValueError) as err:
-            msg = f"an export's folder must hold {RECEIPT_FILE}; '{folder}': {err}"
+            msg = (
+                f"an export's folder must hold a readable {RECEIPT_FILE}; '{path}' "
+                f"{why_unreadable(err)}: name a folder that 'bitquota export' wrote"
+            )
             raise InvalidInput(msg, folder=str(folder)) from err
         return cls.from_json(data)
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bitquota.canonical import digest_array, digest_json
+from bitquota.canonical import digest_array, digest_json, why_unreadable
 from bitquota.errors import InvalidInput, StalePlan
 
 if TYPE_CHECKING:
@@ -139,11 +139,11 @@ def read_measurement(path: Path) -> ImportedMeasurement:
         if path.stat().st_size > _LARGEST_FILE:
             msg = f"a measurement must be smaller than 1 GiB; '{path}' is larger"
             raise InvalidInput(msg, path=str(path))
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
         if isinstance(err, InvalidInput):
             raise
-        msg = f"a measurement must be readable JSON; '{path}': {err}"
+        msg = f"a measurement must be readable JSON; '{path}' {why_unreadable(err)}"
         raise InvalidInput(msg, path=str(path)) from err
     try:
         if isinstance(data, dict) and isinstance(data.get("measurement"), dict):

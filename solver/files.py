@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitquota.budget import Budget
+from bitquota.canonical import why_unreadable
 from bitquota.errors import InvalidBudget, InvalidMatrix
 from bitquota.matrix import SensitivityMatrix
 from bitquota.solver.build import build_problem
@@ -49,7 +50,10 @@ def read_problem(
                 wanted = names & {"G", "sizes", "bits", "params", "budgets", "budget_names"}
                 plain = {name: archive[name] for name in wanted}
     except (ValueError, KeyError, OSError, zipfile.BadZipFile, EOFError) as err:
-        msg = f"a problem file must be a readable .npz archive without pickled parts; got: {err}"
+        msg = (
+            "a problem file must be a readable .npz archive without pickled parts; "
+            f"'{path}' {why_unreadable(err)}"
+        )
         raise InvalidMatrix(msg, path=str(path)) from err
     if plain:
         return _plain(plain, budget_index, budget)

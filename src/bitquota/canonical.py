@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     import numpy as np
+
+    from bitquota.errors import BitquotaError
 
 JsonObject = dict[str, Any]
 
@@ -28,6 +31,43 @@ def canonical_json(value: object) -> str:
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False
     )
+
+
+def read_json(path: Path, what: str, advice: str, error: type[BitquotaError]) -> Any:  # noqa: ANN401  # any JSON
+    """Return the JSON of a file that a person named; ``what`` and ``advice`` complete the message.
+
+    Raises:
+        error: The file is missing, may not be read, or holds no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as err:
+        msg = f"{what} must be readable JSON; '{path}' {why_unreadable(err)}: {advice}"
+        raise error(msg, path=str(path)) from err
+
+
+def schema_of(data: object) -> str:
+    """Return what stands where a document of ours names its schema, for a person."""
+    if not isinstance(data, dict):
+        return f"a {type(data).__name__}"
+    return f"{data['schema']!r}" if "schema" in data else "an object without a schema"
+
+
+def why_unreadable(err: Exception) -> str:
+    """Return what is wrong with a file that could not be read, as a predicate of its name."""
+    match err:
+        case FileNotFoundError():
+            return "does not exist"
+        case IsADirectoryError():
+            return "is a folder"
+        case OSError():
+            return f"cannot be read ({err.strerror or err})"
+        case UnicodeDecodeError():
+            return "is not UTF-8 text"
+        case json.JSONDecodeError():
+            return f"is no JSON from line {err.lineno}, column {err.colno} on ({err.msg})"
+        case _:
+            return f"cannot be read ({err})"
 
 
 def digest_json(value: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from operator import add
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from bitquota.budget import Budget
 from bitquota.candidates import Candidate, Layer, UnquantizedTensor
-from bitquota.canonical import canonical_json, digest_json
+from bitquota.canonical import canonical_json, digest_json, read_json, schema_of
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidPlan
 
@@ -349,8 +348,10 @@ class Plan:
             InvalidPlan: Another schema, a missing member, or a sum that does not hold.
         """
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-            got = data.get("schema") if isinstance(data, dict) else type(data).__name__
-            msg = f"a plan must be a JSON object of schema '{SCHEMA}'; got {got!r}"
+            msg = (
+                f"a plan must be a JSON object of schema '{SCHEMA}'; got {schema_of(data)}: name "
+                "a file that 'bitquota plan' wrote"
+            )
             raise InvalidPlan(msg)
         try:
             plan = cls(
@@ -391,9 +392,5 @@ class Plan:
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read a plan file; raises ``InvalidPlan``."""
-        try:
-            data = json.loads(path.read_text())
-        except (OSError, ValueError) as err:
-            msg = f"a plan file must be readable JSON; '{path}': {err}"
-            raise InvalidPlan(msg, path=str(path)) from err
-        return cls.from_json(data)
+        advice = "name a file that 'bitquota plan' wrote"
+        return cls.from_json(read_json(path, "a plan file", advice, InvalidPlan))

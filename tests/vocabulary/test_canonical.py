@@ -5,13 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitquota.canonical import canonical_json, digest_array, digest_bytes, digest_json
+from bitquota.canonical import (
+    canonical_json,
+    digest_array,
+    digest_bytes,
+    digest_json,
+    read_json,
+    schema_of,
+)
+from bitquota.errors import InvalidPlan
 
 SCALARS = (
     st.none()
@@ -101,3 +110,49 @@ class TestDigestArray:
         """The bytes of an object array are addresses, which differ from run to run."""
         with pytest.raises(TypeError, match="must hold numbers"):
             digest_array(np.array(["a", None], dtype=object))
+
+
+class TestReadJson:
+    def test_a_file_is_its_json(self, tmp_path: Path) -> None:
+        """What was written comes back."""
+        file = tmp_path / "a.json"
+        file.write_text('{"ä": [1, null]}', encoding="utf-8")
+        assert {"ä": [1, None]} == read_json(file, "a plan", "write one", InvalidPlan)
+
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [
+            (None, "does not exist"),
+            (b"", "is no JSON from line 1, column 1 on"),
+            (b"{\n]", "is no JSON from line 2, column 1 on"),
+            (b"\xff\xfe", "is not UTF-8 text"),
+            (b"[" * 100_000, "cannot be read"),
+        ],
+    )
+    def test_the_error_says_what_is_wrong_and_what_to_do(
+        self, tmp_path: Path, content: bytes | None, reason: str
+    ) -> None:
+        """One sentence: what must hold, the file and its fault, the advice; no errno."""
+        file = tmp_path / "a.json"
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(InvalidPlan) as caught:
+            read_json(file, "a plan", "write one", InvalidPlan)
+        assert f"a plan must be readable JSON; '{file}' {reason}" in str(caught.value)
+        assert str(caught.value).endswith(": write one")
+        assert "Errno" not in str(caught.value)
+
+    def test_a_folder_is_refused(self, tmp_path: Path) -> None:
+        """A folder in place of a file is named as one."""
+        with pytest.raises(InvalidPlan, match="is a folder: write one"):
+            read_json(tmp_path, "a plan", "write one", InvalidPlan)
+
+
+class TestSchemaOf:
+    @pytest.mark.parametrize(
+        ("data", "said"),
+        [({}, "an object without a schema"), ([], "a list"), ({"schema": "x/1"}, "'x/1'")],
+    )
+    def test_it_names_what_was_found(self, data: object, said: str) -> None:
+        """The kind of JSON, or the other schema."""
+        assert said == schema_of(data)

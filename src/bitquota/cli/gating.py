@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ from rich.text import Text
 import bitquota
 from bitquota import tracking
 from bitquota.budget import parse_bytes
+from bitquota.canonical import read_json
 from bitquota.cli import options as opt
 from bitquota.cli import output
 from bitquota.errors import InvalidInput, InvalidPlan
@@ -289,11 +289,8 @@ def _plan_of(path: Path) -> Plan:
     """Return the plan that a plan file or a lock file holds."""
     from bitquota.formats.lock import SCHEMA, Lock
 
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as err:
-        msg = f"a plan or lock file must be readable JSON; '{path}': {err}"
-        raise InvalidPlan(msg, path=str(path)) from err
+    advice = "name a file that 'bitquota plan' or 'bitquota lock' wrote"
+    data = read_json(path, "a plan or lock file", advice, InvalidPlan)
     if isinstance(data, dict) and data.get("schema") == SCHEMA:
         return Lock.from_json(data).plan
     return Plan.from_json(data)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitquota.canonical import read_json
 from bitquota.cli import output
 from bitquota.errors import InvalidInput
 from bitquota.matrix import SensitivityMatrix
@@ -121,11 +121,8 @@ def read_document(
 
 
 def _read(file: Path) -> Any:  # noqa: ANN401  # any JSON
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        msg = f"a report needs JSON files that bitquota wrote, or a matrix (.npz); '{file}': {err}"
-        raise InvalidInput(msg, path=str(file)) from err
+    advice = "name plans, comparisons, frontiers, or a matrix (.npz)"
+    data = read_json(file, "a file of a report", advice, InvalidInput)
     rows = isinstance(data, list) and all(isinstance(r, dict) and "objective" in r for r in data)
     known = isinstance(data, dict) and (
         data.get("schema") == PLAN_SCHEMA or data.get("schema_version") == _COMPARISON
