@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -21,6 +21,9 @@ from bitquota.canonical import (
     schema_of,
 )
 from bitquota.errors import InvalidPlan
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SCALARS = (
     st.none()
