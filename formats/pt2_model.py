@@ -144,7 +144,10 @@ class _Builder:
             if kind in ("parameter", "buffer", "tensor_constant"):
                 target = body[f"{kind}_name"]
                 if not PARAMETER_NAME.fullmatch(target):
-                    msg = f"a tensor's name must be a dotted path of identifiers; got {target!r}"
+                    msg = (
+                        "a tensor's name must be a dotted path of identifiers; got "
+                        f"{target!r}: rename the submodule and export again"
+                    )
                     raise UnsafeModel(msg)
                 self.parameter_of_value[_value_name(body["arg"]["name"])] = target
             elif kind == "user_input" and "as_tensor" in body["arg"]:

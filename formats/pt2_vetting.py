@@ -254,7 +254,10 @@ def _vet_payloads(config: object, kind: str, members: dict[str, int], path: Path
     file_name = re.compile(r"weight_\d+" if kind == "weights" else r"tensor_\d+")
     for name, payload in config.items():
         if not PARAMETER_NAME.fullmatch(name):
-            msg = f"a tensor's name must be a dotted path of identifiers; got {name!r}"
+            msg = (
+                f"a tensor's name must be a dotted path of identifiers; got {name!r}: rename the "
+                "submodule and export again"
+            )
             raise UnsafeModel(msg, tensor=name)
         if not isinstance(payload, dict) or not isinstance(payload.get("path_name"), str):
             raise _foreign(path, f"tensor '{name}' has no payload")

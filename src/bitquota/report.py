@@ -52,6 +52,11 @@ def verdict(plan: Plan) -> str:
     gain, error = uniform.paired_difference, uniform.paired_error
     ratio = uniform.measured.mean / plan.measured.mean if plan.measured else 0.0
     fewer = f"{uniform.name} ({format_size(uniform.size_bits)})"
+    if gain == error == 0:
+        return (
+            f"Mixed precision does not help here: the plan measures the same as {fewer} on every "
+            "sample."
+        )
     if gain <= CLEAR_DIFFERENCE * error:
         return (
             f"Mixed precision is not clearly better than {fewer} here: the loss is lower by "

@@ -153,6 +153,13 @@ class TestVerdict:
 
         assert "not clearly better" in report.verdict(made)
 
+    def test_equal_on_every_sample(self):
+        """A plan that is uniform itself is not called better by nothing."""
+        made = plan(measured=measured(0.2), baselines=(baseline("uniform 3", 0.2, 0.0, 0.0),))
+
+        assert "measures the same as uniform 3" in report.verdict(made)
+        assert "lower by" not in report.verdict(made)
+
     def test_uniform_was_best(self):
         """When uniform is returned, the report says that mixing does not help."""
         made = plan(

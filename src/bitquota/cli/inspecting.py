@@ -103,7 +103,7 @@ def _row(found: ModelSummary, entry: LayerSummary, numbers: dict[str, str]) -> d
         row["bits"] = "as it is" if entry.kept else widths
     if found.target is not None:
         smallest = min((f.size_bits for f in entry.formats), default=0) / layer.n_weights
-        row["stored"] = "" if entry.kept else f"{smallest:.3g}"
+        row["least bpw"] = "" if entry.kept else f"{smallest:.3g}"
     return row
 
 
