@@ -129,7 +129,7 @@ class CalibrationSet:
         if not 1 <= n_holdout < len(self):
             msg = (
                 f"a split must leave at least one sample on each side; a hold-out share of "
-                f"{holdout_fraction} of {len(self)} samples does not"
+                f"{holdout_fraction} of {len(self)} does not: give more samples"
             )
             raise InvalidCalibration(msg, holdout_fraction=holdout_fraction, available=len(self))
         order = np.random.default_rng(seed).permutation(len(self)).tolist()
