@@ -50,18 +50,26 @@ class Judge:
     cancelled: IsCancelled | None = None
     losses: dict[Choice, list[NDArray[np.float64]]] = field(default_factory=dict)
     _runners: dict[int, Runner] = field(default_factory=dict)
+    _before: dict[int, float] = field(default_factory=dict)
 
     def runner(self, block: int) -> Runner:
         """Return the runner of a block."""
         if block not in self._runners:
             made = self.blocks[block]
             self._runners[block] = made() if callable(made) else made
+            self._before[block] = self._runners[block].passes.passes
         return self._runners[block]
 
-    @property
-    def runners(self) -> tuple[Runner, ...]:
-        """The runners that were needed so far."""
-        return tuple(self._runners.values())
+    def samples_run(self, besides: Runner) -> float:
+        """Return how many samples were run for this judge, in forward-equivalents.
+
+        Work of ``besides`` is left out; so is what a runner did before this judge needed it.
+        """
+        return sum(
+            (runner.passes.passes - self._before[block]) * len(runner.calibration)
+            for block, runner in self._runners.items()
+            if runner is not besides
+        )
 
     def measure(
         self, choices: Sequence[Choice], centre: Choice | None, stage: str, *, blocks: int = 1

@@ -60,13 +60,13 @@ class _Search:
     @property
     def passes(self) -> float:
         """Forward-equivalents spent so far, in passes over the samples of ``runner``."""
+        own = self.runner.passes.passes - self.passes_before
         n = len(self.runner.calibration)
-        runners = {id(r): r for r in (self.runner, *self.judge.runners)}.values()
-        return sum(r.passes.passes * len(r.calibration) / n for r in runners)
+        return own + self.judge.samples_run(besides=self.runner) / n
 
     def affords(self, passes: float) -> bool:
         """Whether that many more passes stay within the limit."""
-        return self.passes - self.passes_before + passes <= self.limit
+        return self.passes + passes <= self.limit
 
     def step(self, kind: str, current: Choice, proposals: Mapping[Choice, str]) -> Choice:
         """Accept the best measured proposal if it is clearly better than ``current``.
@@ -100,7 +100,7 @@ class _Search:
                 gain=gain,
                 gain_error=error,
                 accepted=accepted,
-                passes=self.passes - self.passes_before,
+                passes=self.passes,
             )
         )
         return best if accepted else current
@@ -218,7 +218,7 @@ def refine(
         on_progress=on_progress,
         cancelled=cancelled,
     )
-    search.passes_before = search.passes
+    search.passes_before = runner.passes.passes
     if settings.effort is not None:
         search.limit = max(LEAST_PASSES, settings.effort * GramMeasure().cost(runner, table))
     if first is None:

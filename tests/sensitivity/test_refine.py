@@ -193,6 +193,28 @@ class TestRefine:
 
         assert kinds == {1e-3: {"start"}, None: {"start", "swap"}}
 
+    def test_counts_its_own_work_alone(self):
+        """Runners that worked for another budget before have spent nothing of this one."""
+        found = []
+        for worked in (False, True):
+            runner, table, limits = setting()
+            judge = make_runner(
+                build(Residual), runner.inventory, samples(Residual, 12, seed=9), engine="eager"
+            )
+            first = measure_differences(runner, table, KL)
+            if worked:
+                measure_choices(judge, table, KL, [(0, 0, 0, 0)] * 3)
+                measure_choices(runner, table, KL, [(0, 0, 0, 0)] * 3)
+            before = runner.passes.passes + judge.passes.passes / 2
+            result = refine(
+                runner, table, KL, limits=limits, solve=brute_force, starts={"s": (0, 0, 0, 0)},
+                first=first, judge=[judge, runner],
+            )  # fmt: skip
+            spent = runner.passes.passes + judge.passes.passes / 2 - before
+            found.append([step.passes for step in result.steps])
+            assert found[-1][-1] == pytest.approx(spent)
+        assert found[0] == pytest.approx(found[1], abs=2.0)
+
     def test_is_reproduced_from_the_ledger(self):
         """The second run gives the same steps without a pass apart from reference outputs."""
         ledger, results = MemoryLedger(), []
