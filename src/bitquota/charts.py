@@ -282,6 +282,8 @@ def headline(plan: Plan) -> str:
     if uniform is None or plan.measured is None:
         return f"Nothing uniform fits this budget; the plan takes {format_size(plan.size_bits)}."
     name = uniform.name
+    if uniform.measured.n_samples == 1:
+        return "One hold-out sample cannot say whether mixed precision helps here."
     if uniform.paired_difference <= CLEAR_DIFFERENCE * uniform.paired_error:
         return f"Mixed precision does not clearly help here: {name} does as well."
     ours, theirs = plan.measured.accuracy, uniform.measured.accuracy

@@ -166,7 +166,8 @@ class SensitivityMatrix:
             NotImplementedError, RuntimeError,
         ) as err:  # fmt: skip
             # What zipfile and numpy raise on a damaged archive, whichever byte it was.
-            msg = f"a matrix file must be the .npz that 'bitquota measure' writes; got: {err}"
+            found = f"an archive without {err}" if isinstance(err, KeyError) else f"{err}"
+            msg = f"a matrix file must be the .npz that 'bitquota measure' writes; got {found}"
             raise InvalidMatrix(msg) from err
         if meta.get("format") != _FORMAT:
             msg = f"a matrix file must say format '{_FORMAT}'; got '{meta.get('format')}'"

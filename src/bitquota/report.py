@@ -29,7 +29,9 @@ def format_size(bits: int) -> str:
 
 
 def format_loss(measured: MeasuredLoss) -> str:
-    """Return mean and standard error with digits that fit the error."""
+    """Return mean and standard error with digits that fit the error; one sample has no error."""
+    if measured.n_samples == 1:
+        return f"{measured.mean:.4g} (1 sample)"
     return f"{measured.mean:.4g} ± {measured.standard_error:.2g}"
 
 
@@ -52,6 +54,10 @@ def verdict(plan: Plan) -> str:
     gain, error = uniform.paired_difference, uniform.paired_error
     ratio = uniform.measured.mean / plan.measured.mean if plan.measured else 0.0
     fewer = f"{uniform.name} ({format_size(uniform.size_bits)})"
+    if uniform.measured.n_samples == 1:
+        return (
+            "One hold-out sample cannot say whether mixed precision helps here; give more samples."
+        )
     if gain == error == 0:
         return (
             f"Mixed precision does not help here: the plan measures the same as {fewer} on every "
@@ -113,8 +119,10 @@ def evidence_sentences(plan: Plan) -> list[str]:
     ]
     # A matrix of another metric orders plans, in units of its own.
     predicted = "" if plan.predicted is None else f"Predicted {own['predicted']:.4g}, measured "
+    single = plan.measured is not None and plan.measured.n_samples == 1
+    error = "" if single else f" ± {own['error']:.2g}"
     found.append(
-        f"{predicted or 'Measured '}{own['measured']:.4g} ± {own['error']:.2g}. "
+        f"{predicted or 'Measured '}{own['measured']:.4g}{error}. "
         f"Rank correlation of prediction and measurement ({kinds.count('near')} neighbours and "
         f"{kinds.count('random')} random plans of the same budget): "
         + (", ".join(correlations) or "none, nothing varies")
@@ -144,7 +152,9 @@ def comparison_rows(
          plan.measured, "")
     ]  # fmt: skip
     for b in sorted(plan.baselines, key=lambda b: b.measured.mean):
-        difference = f"+{b.paired_difference:.3g} ± {b.paired_error:.2g}"
+        difference = f"+{b.paired_difference:.3g}"
+        if b.measured.n_samples > 1:
+            difference += f" ± {b.paired_error:.2g}"
         entries.append((b.name, b.size_bits, b.measured, difference))
     rows = []
     for name, size_bits, measured, difference in entries:

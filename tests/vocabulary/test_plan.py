@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from bitquota import report
+from bitquota import charts, report
 from bitquota.budget import Budget
 from bitquota.candidates import Candidate, Inventory, Layer, LayerKind, UnquantizedTensor
 from bitquota.errors import InvalidInput, InvalidPlan
@@ -159,6 +159,19 @@ class TestVerdict:
 
         assert "measures the same as uniform 3" in report.verdict(made)
         assert "lower by" not in report.verdict(made)
+
+    def test_one_sample_tells_nothing(self):
+        """A single hold-out sample has no standard error, so nothing is claimed or called exact."""
+        one = replace(measured(0.2), standard_error=0.0, n_samples=1)
+        other = replace(
+            baseline("uniform 3", 0.6, 0.4, 0.0), measured=replace(one, mean=0.6, n_samples=1)
+        )
+        made = plan(measured=one, baselines=(other,))
+
+        assert report.verdict(made).startswith("One hold-out sample cannot say")
+        assert charts.headline(made).startswith("One hold-out sample cannot say")
+        assert "0.2 (1 sample)" == report.format_loss(one)
+        assert not any("±" in cell for row in report.comparison_rows(made) for cell in row.values())
 
     def test_uniform_was_best(self):
         """When uniform is returned, the report says that mixing does not help."""

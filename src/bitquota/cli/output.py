@@ -102,14 +102,16 @@ def print_plan(
         rows = [{k: v for k, v in row.items() if k != "kind"} for row in report.layer_rows(plan)]
         print_rows(rows, title=f"Plan for {asked}")
     print_rows(report.comparison_rows(plan, accuracies), title="Measured beside it")
-    console.print(report.verdict(plan))
-    console.print(report.proof_sentence(plan))
+    # As Text: Rich would colour the numbers of a sentence piece by piece.
+    console.print(Text(report.verdict(plan)))
+    console.print(Text(report.proof_sentence(plan)))
     for sentence in report.evidence_sentences(plan):
-        console.print(sentence)
+        console.print(Text(sentence))
     console.print(
         f"Stored weights {report.format_size(plan.size_bits)}: {plan.average_bits:.3f} bits per "
         f"weight in codes, {plan.effective_bits:.3f} with scales and padding; whole model "
-        f"{report.format_size(plan.model_bits)}."
+        f"{report.format_size(plan.model_bits)}.",
+        highlight=False,
     )
 
 
