@@ -40,6 +40,8 @@ class TestDoctor:
 
     def test_default_is_well(self, settings, database):
         found = {f.what: f for f in doctor(settings, database)}
+        assert found["database"].good
+        assert "sqlite, schema 0" in found["database"].detail
         assert found["blob store"].detail == "in the data folder"
         assert found["engine"].good
         assert "1 x 1 workers" in found["engine"].detail

@@ -12,7 +12,6 @@ from bitquota.errors import Conflict, InvalidInput
 from bitquota.service import admin_commands
 from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.blobs import BlobStore
-from bitquota.service.checkup import doctor
 from bitquota.service.database import Database
 from bitquota.service.inspection import ArtifactKind
 from bitquota.service.job import KeptResult, NewJob
@@ -199,14 +198,6 @@ class TestVerify:
         missing, damaged = verify(world.settings, world.database)
         assert world.dataset in missing
         assert world.model in damaged
-
-
-class TestDoctor:
-    def test_looks_at_everything(self, world):
-        found = {f.what: f for f in doctor(world.settings, world.database)}
-        assert set(found) == {"database", "data folder", "sandbox", "solver kernels"}
-        assert found["database"].good
-        assert "schema 0002" in found["database"].detail
 
 
 class TestAdminCommands:
