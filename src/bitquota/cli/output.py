@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _WHOLE = 20
 """Words up to this length are not broken while there is room elsewhere."""
+_FRAME = 3
+"""Characters that a column of a table takes beside its text."""
 
 console = Console()
 messages = Console(stderr=True)
@@ -73,19 +75,40 @@ def progress_bars() -> Iterator[Callable[[Step], None]]:
 
 
 def print_rows(rows: Sequence[Mapping[str, str]], title: str = "") -> None:
-    """Print rows with equal keys as a table."""
+    """Print rows with equal keys as a table, or as several when the columns need more room."""
     if not rows:
         return
-    table = Table(title=title or None, title_justify="left")
-    for key in rows[0]:
-        # Names fold rather than vanish: a cut layer name is no layer name. Short ones stay whole.
-        words = [word for text in (key, *(row[key] for row in rows)) for word in text.split()]
-        longest = max(map(len, words))
-        table.add_column(key, overflow="fold", min_width=min(longest, _WHOLE))
-    for row in rows:
-        # Text, not markup: a layer may be called "[red]".
-        table.add_row(*(Text(value) for value in row.values()))
-    console.print(table)
+    # Names fold rather than vanish: a cut layer name is no layer name. Short ones stay whole.
+    widths = {key: min(_longest_word(key, rows), _WHOLE) for key in rows[0]}
+    for part, keys in enumerate(_that_fit(widths, console.width)):
+        table = Table(title=(title or None) if part == 0 else None, title_justify="left")
+        for key in keys:
+            table.add_column(key, overflow="fold", min_width=widths[key])
+        for row in rows:
+            # Text, not markup: a layer may be called "[red]".
+            table.add_row(*(Text(row[key]) for key in keys))
+        console.print(table)
+
+
+def _longest_word(key: str, rows: Sequence[Mapping[str, str]]) -> int:
+    words = [word for text in (key, *(row[key] for row in rows)) for word in text.split()]
+    return max(map(len, words), default=0)
+
+
+def _that_fit(widths: Mapping[str, int], room: int) -> list[list[str]]:
+    """Split columns into tables no wider than ``room``; each begins with the first column."""
+    first, *others = widths
+    # A border and two blanks for each column, and the last border.
+    start = widths[first] + _FRAME + 1
+    parts, used = [[first]], start
+    for key in others:
+        needed = widths[key] + _FRAME
+        if used + needed > room and len(parts[-1]) > 1:
+            parts.append([first])
+            used = start
+        parts[-1].append(key)
+        used += needed
+    return parts
 
 
 def print_plan(
