@@ -160,7 +160,7 @@ def export_plan(
         raise InvalidInput(msg)
     exporter = exporter_by_name(format_name or (chosen.exporter if chosen else ""))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        msg = f"an export needs a folder that is new or empty; '{folder}' is not"
+        msg = f"an export needs a folder that is new or empty; '{folder}' is not: name another"
         raise InvalidInput(msg, folder=str(folder))
     check_grids(plan, exporter.name)
     prepared = prepare_export(

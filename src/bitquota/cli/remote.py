@@ -170,7 +170,7 @@ def export(
     from bitquota.formats.receipt import Receipt
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        msg = f"an export needs a folder that is new or empty; '{folder}' is not"
+        msg = f"an export needs a folder that is new or empty; '{folder}' is not: name another"
         raise InvalidInput(msg, folder=str(folder))
     with (
         opened(server, api_key) as client,
