@@ -79,13 +79,16 @@ def _crumbs(codes: NDArray[Any]) -> NDArray[np.uint8]:
     """Two bits each: byte i of a half holds values i, i + 32, i + 64 and i + 96 of it."""
     split = codes.reshape(len(codes), 2, 4, 32)
     byte = split[:, :, 0] | split[:, :, 1] << 2 | split[:, :, 2] << 4 | split[:, :, 3] << 6
-    return byte.reshape(len(codes), 64).astype(np.uint8)
+    packed: NDArray[np.uint8] = byte.reshape(len(codes), 64).astype(np.uint8)
+    return packed
 
 
 def _nibbles(codes: NDArray[Any], run: int) -> NDArray[np.uint8]:
     """Four bits each: a byte holds values that lie ``run`` apart."""
     split = codes.reshape(len(codes), -1, 2, run)
-    return (split[:, :, 0] | split[:, :, 1] << 4).reshape(len(codes), 128).astype(np.uint8)
+    byte = split[:, :, 0] | split[:, :, 1] << 4
+    packed: NDArray[np.uint8] = byte.reshape(len(codes), 128).astype(np.uint8)
+    return packed
 
 
 def _planes(bit: NDArray[Any]) -> NDArray[np.uint8]:
