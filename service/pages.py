@@ -300,14 +300,15 @@ def model_page(job_id: str, viewer: Viewing, service: Service) -> Response:
     tenant = viewer.caller.tenant
     job = service.jobs.get(tenant, job_id)
     pages_data.require_charts(job)
+    plans = pages_data.plans_of(service, job)
     return _render(
         "model.html",
         viewer=viewer,
         may_write=Scope.WRITE in viewer.caller.scopes,
         job=json.loads(job_view(job).model_dump_json()),
         row=pages_data.job_rows(service, tenant, [job])[0],
-        plans=[shown for _, shown in pages_data.plans_of(service, job)],
+        plans=[shown for _, shown in plans],
         links=pages_data.result_links(job),
-        exports=pages_data.export_targets(),
+        exports=pages_data.export_choices([plan for plan, _ in plans]),
         plan_uploads=(job.results or {}).get("plans", ()),
     )

@@ -150,9 +150,18 @@ def result_links(job: Job) -> list[JsonObject]:
     ]
 
 
-def export_targets() -> list[str]:
-    """Return the deployment targets that an export job can write for."""
-    return list(TARGETS)
+def export_choices(plans: Sequence[Plan]) -> list[JsonObject]:
+    """Return what an export job can make: targets whose rules a plan keeps, then plain formats.
+
+    A format writes the plan as it is; no rules of a runtime are checked for it.
+    """
+    kept = [
+        {"name": f"{name} (target)", "request": {"target": name}}
+        for name, target in TARGETS.items()
+        if any(not target.check(plan) for plan in plans)
+    ]
+    formats = dict.fromkeys(target.exporter for target in TARGETS.values())
+    return kept + [{"name": name, "request": {"format": name}} for name in formats]
 
 
 def has_charts(job: Job) -> bool:

@@ -109,7 +109,7 @@
         const made = await call("/v1/jobs", { method: "POST", body: {
           kind: "export", model: job.model, dataset: job.dataset, labels: job.labels,
           plan: document.getElementById("export-plan").value,
-          request: { target: document.getElementById("export-target").value },
+          request: JSON.parse(document.getElementById("export-target").value),
         } });
         location.assign(`/jobs/${made.id}`);
       } catch (reason) {

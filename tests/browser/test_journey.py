@@ -100,7 +100,7 @@ class TestJourney:
             page.click("text=Download plan")
         assert plan_of(download.value).budgets[0].text == "3 bits"
 
-        page.select_option("#export-target", "ref-int")
+        page.select_option("#export-target", label="ref-int")
         page.click("#export button")
         page.wait_for_url("**/jobs/job_*")
         with page.expect_download(timeout=JOB_MS) as exported:
