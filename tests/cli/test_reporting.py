@@ -103,6 +103,25 @@ class TestDrawPlan:
         assert not drawing.scatter([mark], 80, "nats")
 
 
+class TestPlacesThatCannotBeWritten:
+    @pytest.mark.parametrize("option", ["--out", "--image"])
+    def test_a_file_in_the_way_of_a_folder(self, bitquota, files, option):
+        """One sentence with the path, exit 2, and no traceback."""
+        (files / "taken.png").write_text("")
+        code, _, said = bitquota("report", files / "plan.json", option, "taken.png/r.png")
+        assert code == 2
+        assert "'taken.png" in said
+        assert said.count("\n") == 1
+
+    def test_a_folder_in_place_of_a_file(self, bitquota, files):
+        """Nothing is written into a folder's name."""
+        (files / "folder").mkdir()
+        code, _, said = bitquota("report", files / "plan.json", "--out", "folder")
+        assert code == 2
+        assert "'folder': is a directory: name another path" in said
+        assert not list((files / "folder").iterdir())
+
+
 class TestShow:
     def test_is_plain_where_nobody_looks(self, bitquota, files):
         """A pipe gets tables without bars and without colours."""

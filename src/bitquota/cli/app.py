@@ -21,7 +21,7 @@ from bitquota.cli import (
     solving,
     training,
 )
-from bitquota.errors import BitquotaError
+from bitquota.errors import BitquotaError, InvalidInput
 from bitquota.service import admin_commands
 
 INTERRUPTED = 130
@@ -79,6 +79,14 @@ def _options(
     pass
 
 
+def _sentence(err: OSError) -> str:
+    reason = (err.strerror or type(err).__name__).lower()
+    return (
+        "files and folders of a command must be there, and writable where it writes; "
+        f"'{err.filename}': {reason}: name another path, or mend its permissions"
+    )
+
+
 def main() -> None:
     """Run the command line; an expected error becomes one sentence and its exit code."""
     try:
@@ -86,6 +94,12 @@ def main() -> None:
     except BitquotaError as err:
         typer.secho(f"error: {err}", err=True, fg=typer.colors.RED)
         sys.exit(err.exit_code)
+    except OSError as err:
+        # Only what concerns a file that somebody named; anything else is a fault of ours.
+        if err.filename is None:
+            raise
+        typer.secho(f"error: {_sentence(err)}", err=True, fg=typer.colors.RED)
+        sys.exit(InvalidInput.exit_code)
     except KeyboardInterrupt:
         typer.secho("interrupted; what was measured is kept in the ledger", err=True)
         sys.exit(INTERRUPTED)

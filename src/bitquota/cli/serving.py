@@ -13,7 +13,10 @@ def serve(
         str, typer.Option("--host", envvar="BITQUOTA_HOST", help="Address to listen on.")
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option("--port", envvar="BITQUOTA_PORT", help="Port; 0 takes a free one.")
+        int,
+        typer.Option(
+            "--port", envvar="BITQUOTA_PORT", min=0, max=65535, help="Port; 0 takes a free one."
+        ),
     ] = 8000,
     data_dir: Annotated[
         Path,
