@@ -19,7 +19,7 @@ from bitquota.service.engines.local import LocalEngine
 from bitquota.service.limits import Group, group_of
 from bitquota.service.settings import Settings
 from live_cluster import descendants
-from live_server import LiveServer
+from live_server import LiveServer, started
 
 REQUEST = PlanRequest(
     budgets=("3 bits",), weight_bits=(2, 3, 4, 8), samples=512, holdout_samples=128,
@@ -151,7 +151,7 @@ class TestHelpers:
         model, calibration = digits_files
         plans = []
         for workers in (1, 3):
-            settings = {"workers": workers, "nice": 0, "heartbeat_s": 0.1, "lease_s": 5}
+            settings = {"workers": workers, "nice": 0, "heartbeat_s": 0.1}
             with LiveServer(tmp_path / f"data{workers}", **settings) as server:
                 with server.client() as client:
                     job = client.submit(model=model, calibration=calibration, request=REQUEST)
@@ -171,7 +171,7 @@ def forks_of(server):
     """Processes whose parent is an evaluator too: those that work."""
     evaluators = {pid for pid, name in server.children() if name == "evaluator"}
     found = []
-    for pid in sorted(evaluators):
+    for pid in sorted(evaluators, key=started):  # pids begin again from the front
         try:
             stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             parent = Path(f"/proc/{int(stat[1])}/cmdline").read_bytes().split(b"\0")[0]
