@@ -38,6 +38,22 @@ class TestPrintRows:
         assert printed.count("┏") == 1
         assert printed.count("x") == 90
 
+    def test_a_column_of_long_words_takes_no_room_from_the_edge(self, page):
+        """The widest columns give way, down to their longest word; the last one is not cut."""
+        row = {
+            "chosen by": "diagonal, gram, mixquant_threshold, orthogonality, limpq",
+            "stored weights": "3.0 KiB",
+            "worse than the best by": "+0.0242 ± 0.012",
+            "accuracy": "100.00 %",
+        }
+        output.print_rows([row])
+
+        printed = page.getvalue()
+        assert max(map(len, printed.splitlines())) <= 60
+        assert printed.count("┏") == 1
+        assert "mixquant_threshold," in printed
+        assert "accuracy" in printed
+
     def test_nothing_prints_nothing(self, page):
         """No rows, no table."""
         output.print_rows([])

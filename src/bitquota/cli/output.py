@@ -7,6 +7,7 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -82,8 +83,8 @@ def print_rows(rows: Sequence[Mapping[str, str]], title: str = "") -> None:
     widths = {key: min(_longest_word(key, rows), _WHOLE) for key in rows[0]}
     for part, keys in enumerate(_that_fit(widths, console.width)):
         table = Table(title=(title or None) if part == 0 else None, title_justify="left")
-        for key in keys:
-            table.add_column(key, overflow="fold", min_width=widths[key])
+        for key, width in _squeezed(keys, rows, widths, console.width).items():
+            table.add_column(key, overflow="fold", width=width)
         for row in rows:
             # Text, not markup: a layer may be called "[red]".
             table.add_row(*(Text(row[key]) for key in keys))
@@ -93,6 +94,22 @@ def print_rows(rows: Sequence[Mapping[str, str]], title: str = "") -> None:
 def _longest_word(key: str, rows: Sequence[Mapping[str, str]]) -> int:
     words = [word for text in (key, *(row[key] for row in rows)) for word in text.split()]
     return max(map(len, words), default=0)
+
+
+def _squeezed(
+    keys: Sequence[str], rows: Sequence[Mapping[str, str]], least: Mapping[str, int], room: int
+) -> dict[str, int]:
+    """Return widths of columns that fit ``room``: the widest give first, none below ``least``.
+
+    Rich alone would shrink columns below their least width and then cut the table at the edge.
+    """
+    widths = {key: max(cell_len(text) for text in (key, *(r[key] for r in rows))) for key in keys}
+    while sum(widths.values()) + _FRAME * len(keys) + 1 > room:
+        loose = [key for key in keys if widths[key] > max(least[key], 1)]
+        if not loose:
+            break
+        widths[max(loose, key=lambda key: widths[key])] -= 1
+    return widths
 
 
 def _that_fit(widths: Mapping[str, int], room: int) -> list[list[str]]:
