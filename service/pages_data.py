@@ -129,9 +129,9 @@ def log_of(service: State, job_id: str) -> list[JsonObject]:
 
 
 def _same_stage(first: JsonObject, second: JsonObject) -> bool:
-    return first["type"] == second["type"] == "progress" and first["data"].get("stage") == second[
-        "data"
-    ].get("stage")
+    if not first["type"] == second["type"] == "progress":
+        return False
+    return bool(first["data"].get("stage") == second["data"].get("stage"))
 
 
 def result_links(job: Job) -> list[JsonObject]:

@@ -169,7 +169,7 @@ def allocate(
     # Samples that decide: the hold-out part, then further ones, then those of the measurement.
     holdout = runner_on(setting.holdout)
     further: list[Callable[[], Runner]] = [cache(partial(runner_on, s)) for s in setting.spare]
-    judge = (holdout, *further, runner)
+    judge: tuple[Runner | Callable[[], Runner], ...] = (holdout, *further, runner)
     problems = [build_problem(source.matrix, together) for together in budgets]
     outcomes: dict[int, _Outcome] = {}
     warm: Linearisation | None = None

@@ -36,13 +36,12 @@ def show(
 
     path = _existing(ledger)
     with SqliteLedger(path) as kept:
-        found = {"path": str(path), "entries": len(kept), "bytes": path.stat().st_size}
+        entries, size = len(kept), path.stat().st_size
     if as_json:
-        output.print_json(found)
+        output.print_json({"path": str(path), "entries": entries, "bytes": size})
         return
-    size = f"{int(found['bytes']) / 2**20:,.1f} MiB"
     output.console.print(
-        f"{path}: {found['entries']:,} entries, {size}", markup=False, highlight=False
+        f"{path}: {entries:,} entries, {size / 2**20:,.1f} MiB", markup=False, highlight=False
     )
 
 
