@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,16 @@ class Step:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any]
     free: tuple[int, ...] = ()
+
+
+def dynamic_axes(module: nn.Module, n_inputs: int, axes: Mapping[int, Any]) -> tuple[Any, ...]:
+    """Return ``dynamic_shapes`` of torch's exporters: the same ``axes`` for each input.
+
+    A module rebuilt from a graph takes ``*inputs``, which torch counts as one nested argument.
+    """
+    each = tuple(dict(axes) for _ in range(n_inputs))
+    kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
+    return (each,) if kinds[:1] == [inspect.Parameter.VAR_POSITIONAL] else each
 
 
 class ExportedModel(nn.Module):

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from bitquota.errors import ExportFailed, InvalidInput, MissingDependency
+from bitquota.formats.exported_graph import dynamic_axes
 from bitquota.formats.exports.onnx_editor import (
     BLOCKS,
     GraphEditor,
@@ -253,7 +254,7 @@ def _trace(prepared: PreparedExport) -> Any:  # noqa: ANN401  # onnx.ModelProto
                 example,
                 dynamo=True,
                 optimize=False,
-                dynamic_shapes=tuple(dict(axes) for _ in example),
+                dynamic_shapes=dynamic_axes(prepared.module, len(example), axes),
                 opset_version=OPSET,
                 verbose=False,
                 output_names=["logits"],

@@ -15,6 +15,7 @@ from bitquota.candidates import Candidate, Inventory
 from bitquota.corrections import Correction
 from bitquota.errors import BudgetTooSmall, InvalidInput, InvalidPlan
 from bitquota.formats import LoadedModel, check_calibration
+from bitquota.formats.exported_graph import dynamic_axes
 from bitquota.plan import Assignment, Baseline, Plan
 from bitquota.quantizers.activations import collect_inputs
 from bitquota.request import PlanRequest
@@ -351,8 +352,8 @@ def write_pt2(trained: Trained, data: CalibrationSet, path: Path) -> None:
         msg = "a .pt2 of a model with quantized inputs would run it without them"
         raise InvalidPlan(msg)
     inputs = tuple(t.cpu() for t in data.first(2).inputs)
-    batch = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
     module = copy.deepcopy(trained.model.module).cpu().eval()
+    batch = dynamic_axes(module, len(inputs), {0: torch.export.Dim.DYNAMIC})
     program = torch.export.export(module, inputs, dynamic_shapes=batch)
     torch.export.save(program, path)
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.export import export, save
 
 from bitquota.errors import InvalidModel, UnsafeModel
+from bitquota.formats.exported_graph import dynamic_axes
 from bitquota.formats.pt2_model import build_pt2
 from bitquota.formats.pt2_vetting import vet_expression, vet_operator, vet_pt2
 from format_networks import tiny_net, write_pt2
@@ -429,3 +430,24 @@ def test_archive_reads_are_bounded(tiny_pt2):
     """Every payload file is read once, although two tensors may share it."""
     names = [name for name, _ in vet_pt2(tiny_pt2).read_payloads()]
     assert len(names) == len(set(names))
+
+
+class TestDynamicAxes:
+    def test_a_rebuilt_graph_is_exported_with_any_batch_again(self, tmp_path):
+        """The module of a .pt2 takes ``*inputs``: it can be exported once more, and runs alike."""
+        net, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval(), torch.randn(2, 4)
+        built = build_pt2(vet_pt2(write_pt2(net, (x,), tmp_path / "m.pt2"))).module
+        axes = dynamic_axes(built, 1, {0: torch.export.Dim.DYNAMIC})
+        program = torch.export.export(built, (x,), dynamic_shapes=axes)
+        torch.export.save(program, tmp_path / "again.pt2")
+
+        again = build_pt2(vet_pt2(tmp_path / "again.pt2")).module
+        wider = torch.randn(7, 4)
+        with torch.no_grad():
+            assert torch.equal(net(wider), again(wider))
+
+    def test_a_module_with_named_inputs_is_not_nested(self):
+        """One dictionary for each input."""
+        axes = dynamic_axes(nn.Bilinear(2, 2, 2), 2, {0: torch.export.Dim.DYNAMIC})
+        assert len(axes) == 2
+        assert all(isinstance(one, dict) for one in axes)
