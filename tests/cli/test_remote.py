@@ -96,6 +96,15 @@ class TestPlan:
         assert "leave --server out" in str(done.exception)
 
 
+class TestWrongAddress:
+    def test_is_said_without_the_patience_of_a_running_job(self, folder):
+        """Nobody listens there: the way out is named, long before a client gives up."""
+        line = ["plan", str(folder / "net.onnx"), str(folder / "samples.npz"), "-b", "4 bits"]
+        done = CliRunner().invoke(app, [*line, "--server", "http://127.0.0.1:9"])
+        assert done.exception.exit_code == 3
+        assert "start one with 'bitquota serve'" in str(done.exception)
+
+
 class TestOptions:
     @pytest.mark.parametrize(
         "option", [("--ledger", "l.sqlite"), ("--device", "cpu"), ("--tokenizer", "bytes")]

@@ -26,15 +26,21 @@ if TYPE_CHECKING:
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """Time of every member: the same folder is the same upload."""
 
+_FIRST_CONTACT_S = 3.0
+"""How long a server that was never reached is tried: a wrong address should be said at once."""
+
 _SHIPPED = ("*.json", "*.safetensors")
 
 
 @contextmanager
 def opened(server: str, api_key: str | None) -> Iterator[Client]:
-    """Yield a client of ``server``."""
+    """Yield a client of ``server``, which must answer soon the first time."""
     from bitquota.client import Client
 
     with Client(server, api_key) as client:
+        patience, client.retry_s = client.retry_s, _FIRST_CONTACT_S
+        client.reach()
+        client.retry_s = patience
         yield client
 
 

@@ -107,7 +107,10 @@ class Requests:
         """Return the error that a missing answer is for the user."""
         if err.timed_out:
             return ServiceTimeout(f"the server must answer; it did not in time: {err}")
-        return ServiceError(f"the server must be reachable; {self.base_url} is not: {err}")
+        return ServiceError(
+            f"the server must be reachable; {self.base_url} is not: {err}; check the address, or "
+            "start one with 'bitquota serve'"
+        )
 
     def got(self, path: str, **params: Any) -> Steps[Answer]:  # noqa: ANN401  # of a query
         """Return the answer to a GET."""
@@ -120,6 +123,11 @@ class ServerCalls(Requests, Generic[J]):
     @abstractmethod
     def make_job(self, body: JsonObject) -> J:
         """Return the job that a body describes."""
+
+    @Call
+    def reach(self) -> Steps[None]:
+        """Return once the server answers; raises ``ServiceError`` when it does not."""
+        yield from self.got("/healthz")
 
     @Call
     def order(
