@@ -112,7 +112,7 @@ class TestReportFile:
         window = show(render_html(charts.frontier_rows(rows)), color_scheme="dark")
         assert min(drawn(window.page)) > 3
         window.page.click("text=All points as a table")
-        assert window.page.locator("tbody tr").count() >= 3
+        window.page.locator("tbody tr").nth(2).wait_for()
 
 
 def plan_budget():

@@ -74,8 +74,8 @@ class TestExportPlan:
     @pytest.mark.parametrize(
         ("scheme", "format_name", "able"),
         [
-            (SCHEMES["tensor"], "openvino", "ref-int, onnx-qdq"),
-            (SCHEMES["tensor"], "gguf", "ref-int, onnx-qdq"),
+            (SCHEMES["tensor"], "openvino", "ref-int, onnx-qdq, onnx-matmulnbits"),
+            (SCHEMES["tensor"], "gguf", "ref-int, onnx-qdq, onnx-matmulnbits"),
             (POWERS, "onnx-qdq", "ref-int"),
         ],
     )
