@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bitquota.errors import BitquotaError, InvalidInput, InvalidModel, UnsafeModel
+from bitquota.errors import BitquotaError, InvalidInput, InvalidModel, StalePlan, UnsafeModel
 from bitquota.formats.pt2_vetting import vet_pt2
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from bitquota.plan import Plan
 
 FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 """``package.module:function``."""
@@ -253,3 +255,13 @@ def _most_common_bits(module: nn.Module) -> int:
         if parameter.is_floating_point():
             bits[16 if parameter.element_size() <= 2 else 32] += parameter.numel()
     return 16 if bits[16] > bits[32] else 32
+
+
+def check_model(plan: Plan, model: LoadedModel) -> None:
+    """Raise ``StalePlan`` unless ``plan`` was made for exactly this model."""
+    if plan.model_digest != model.digest:
+        msg = (
+            f"a plan must be used with the model it was made for, {plan.model_digest}; "
+            f"'{model.source}' is {model.digest}: make a new plan for it"
+        )
+        raise StalePlan(msg, plan=plan.model_digest, model=model.digest)

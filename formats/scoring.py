@@ -6,9 +6,10 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bitquota.errors import InvalidInput, StalePlan
+from bitquota.errors import InvalidInput
 from bitquota.formats.evaluation import compare_models
 from bitquota.formats.exports.prepared import folded_module, inventory_of
+from bitquota.formats.models import check_model
 from bitquota.formats.scores import FULL_PRECISION, Score
 from bitquota.formats.targets import candidates_at, target_by_name
 from bitquota.quantizers.channel_fit import collect_by
@@ -112,7 +113,7 @@ def score_plans(
 
     known: dict[str, str] = {}
     for name, plan in (plans or {}).items():
-        _check_model(plan, model)
+        check_model(plan, model)
         beside = beside_of(plan, name)
         known[plan.digest()] = add(
             name, "plan", plan, [a.candidate for a in plan.assignments], beside
@@ -235,12 +236,3 @@ def _running(module: nn.Module, device: str) -> Callable[..., Tensor]:
         return output.cpu()
 
     return run
-
-
-def _check_model(plan: Plan, model: LoadedModel) -> None:
-    if plan.model_digest != model.digest:
-        msg = (
-            f"a plan must be used with the model it was made for, {plan.model_digest}; "
-            f"'{model.source}' is {model.digest}: make a new plan for it"
-        )
-        raise StalePlan(msg, plan=plan.model_digest, model=model.digest)

@@ -20,7 +20,6 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
 
 from bitquota.allocate import allocate, measure_matrix  # noqa: E402  # benchmarks first
-from bitquota.candidates import Candidate  # noqa: E402
 from bitquota.formats import load_calibration, load_model  # noqa: E402
 from bitquota.request import PlanRequest  # noqa: E402
 from bitquota.sensitivity.evaluate import measure_choice  # noqa: E402
@@ -114,20 +113,11 @@ def trust(model: LoadedModel, samples: CalibrationSet, matrix: SensitivityMatrix
     for choices, colour in (((2, 3), ORANGE), ((3, 4), BLUE), ((4, 5, 6), GREEN)):
         found = []
         for _ in range(12):
-            bits = rng.choice(choices, len(inventory.layers))
+            choice = [BITS.index(int(b)) for b in rng.choice(choices, len(inventory.layers))]
             picked = [
-                Candidate.of(layer, int(b), row.scheme)
-                for layer, b, row in zip(
-                    inventory.layers,
-                    bits,
-                    (c[0] for c in _first_rows(matrix)),
-                    strict=True,
-                )
+                matrix.table.rows[k * len(BITS) + row].candidates[0] for k, row in enumerate(choice)
             ]
-            x = np.zeros(len(matrix.table.rows))
-            x[[k * len(BITS) + BITS.index(int(b)) for k, b in enumerate(bits)]] = 1
-            assert matrix.cross is not None
-            predicted = matrix.constant + matrix.diagonal @ x + 0.5 * x @ matrix.cross @ x
+            predicted = matrix.predict(choice)
             measured = measure_choice(model.module, inventory, picked, samples, loss).measured.mean
             found.append((predicted, measured))
         predicted, measured = np.array(found).T
@@ -139,10 +129,6 @@ def trust(model: LoadedModel, samples: CalibrationSet, matrix: SensitivityMatrix
     axis.legend()
     axis.set_title("Good enough at many bits, far off at few")
     save("predicted-measured")
-
-
-def _first_rows(matrix: SensitivityMatrix) -> list[tuple[Candidate, ...]]:
-    return [matrix.table.rows[k].candidates for k in range(0, len(matrix.table.rows), len(BITS))]
 
 
 def frontier(plans: list) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 
 import bitquota
 from bitquota.corrections import Correction
-from bitquota.errors import BudgetTooSmall, Infeasible, InvalidInput, StalePlan
+from bitquota.errors import BudgetTooSmall, Infeasible, InvalidInput
 from bitquota.formats import check_calibration
+from bitquota.formats.models import check_model
 from bitquota.formats.targets import candidates_at
 from bitquota.plan import SOLVER, Assignment, Baseline, MeasuredLoss, Plan, Proof
 from bitquota.progress import Progress
@@ -276,16 +277,6 @@ def evaluate_plans(
             measured = measure(candidates=candidates_at(plan, baseline.weight_bits)).measured
             found.append(Evaluation(plan_index=k, name=baseline.name, measured=measured))
     return found
-
-
-def check_model(plan: Plan, model: LoadedModel) -> None:
-    """Raise ``StalePlan`` unless ``plan`` was made for exactly this model."""
-    if plan.model_digest != model.digest:
-        msg = (
-            f"a plan must be used with the model it was made for, {plan.model_digest}; "
-            f"'{model.source}' is {model.digest}: make a new plan for it"
-        )
-        raise StalePlan(msg, plan=plan.model_digest, model=model.digest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 
 import bitquota
-from bitquota.allocate import allocate, check_model
+from bitquota.allocate import allocate
 from bitquota.budget import Budget
 from bitquota.candidates import Candidate, Inventory
 from bitquota.corrections import Correction
 from bitquota.errors import BudgetTooSmall, InvalidInput, InvalidPlan
 from bitquota.formats import LoadedModel, check_calibration
 from bitquota.formats.exported_graph import dynamic_axes
+from bitquota.formats.models import check_model
 from bitquota.plan import Assignment, Baseline, Plan
 from bitquota.quantizers.activations import collect_inputs
 from bitquota.request import PlanRequest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 
 from bitquota.cli import main
 from bitquota.formats.lock import Lock
+from markdown_pages import blocks
 
 
 @pytest.fixture(scope="module")
@@ -20,28 +20,15 @@ def page(repository):
     return (repository / "docs" / "quickstart-ci.md").read_text()
 
 
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-
-
 class TestQuickstartCi:
-    def test_commands(self, page, repository, tmp_path, monkeypatch, capsys):
+    def test_commands(self, page, run_command, tmp_path, monkeypatch):
         """Every command runs in order and passes; the lock file and the JUnit file are there."""
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
-        monkeypatch.syspath_prepend(str(repository))
         commands = "".join(blocks(page, "sh")).splitlines()
 
         assert len(commands) >= 5
         for command in commands:
-            monkeypatch.setattr(sys, "argv", shlex.split(command))
-            code = 0
-            try:
-                main()
-            except SystemExit as stop:
-                code = stop.code
-            assert not code, f"{command}: {capsys.readouterr()}"
+            run_command(command)
         assert Lock.load(tmp_path / "bitquota.lock.json").limits.not_worse_than == "uniform"
         assert (tmp_path / "bitquota-junit.xml").exists()
 

@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-import re
-import shlex
-import sys
-
 import pytest
 
-from bitquota.cli import main
 from bitquota.formats.receipt import Receipt
 from bitquota.plan import Plan
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+from markdown_pages import blocks
 
 
 @pytest.fixture
-def run(repository, tmp_path, monkeypatch, capsys):
+def run(repository, run_command, monkeypatch, capsys):
     """Return a function that runs a page in an empty folder and returns what Python printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.syspath_prepend(str(repository))
 
     def run_page(name: str) -> str:
         page = (repository / "docs" / name).read_text()
         for command in "".join(blocks(page, "sh")).splitlines():
-            words = shlex.split(command)
-            if words[:3] == ["python", "-m", "examples.tiny_llama"]:
+            if command.startswith("python -m examples.tiny_llama"):
                 from examples import tiny_llama
 
                 tiny_llama.main(["--steps", "60"])
                 continue
-            monkeypatch.setattr(sys, "argv", words)
-            code = 0
-            try:
-                main()
-            except SystemExit as stop:
-                code = stop.code
-            assert not code, f"{command}: {capsys.readouterr()}"
+            run_command(command)
         capsys.readouterr()
         for block in blocks(page, "python"):
             exec(compile(block, name, "exec"), {})  # noqa: S102  # our own documentation

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import shlex
-import sys
 
 import pytest
 
-from bitquota.cli import main
+from markdown_pages import blocks
 
 
 @pytest.fixture(scope="module")
@@ -16,27 +14,14 @@ def readme(repository):
     return (repository / "README.md").read_text()
 
 
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-
-
 class TestReadme:
-    def test_commands(self, readme, repository, tmp_path, monkeypatch, capsys):
+    def test_commands(self, readme, run_command, tmp_path):
         """The commands of the first shell block run one after another and leave their files."""
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        monkeypatch.syspath_prepend(str(repository))
         commands = blocks(readme, "sh")[0].splitlines()
 
         assert len(commands) >= 5
         for command in commands:
-            monkeypatch.setattr(sys, "argv", shlex.split(command))
-            code = 0
-            try:
-                main()
-            except SystemExit as stop:
-                code = stop.code
-            assert not code, f"{command}: {capsys.readouterr().err}"
+            run_command(command)
         written = {path.name for path in tmp_path.iterdir()}
         assert {"plan.json", "report.md", "sensitivity.npz"} <= written
 

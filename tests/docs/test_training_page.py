@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import shlex
-import sys
 
 import pytest
 
-from bitquota.cli import main
 from bitquota.plan import Plan
 from bitquota.training.learn import RECIPES
 from bitquota.training.weight_quantizers import METHODS
+from markdown_pages import blocks
 
 
 @pytest.fixture(scope="module")
@@ -20,23 +18,12 @@ def page(repository):
 
 
 class TestTrainingPage:
-    def test_commands(self, page, repository, tmp_path, monkeypatch, capsys):
+    def test_commands(self, page, run_command, tmp_path):
         """Every command runs and passes, with one epoch each; plans keep their budgets."""
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        monkeypatch.syspath_prepend(str(repository))
-        blocks = re.findall(r"^```sh\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-        commands = "".join(blocks).splitlines()
+        commands = "".join(blocks(page, "sh")).splitlines()
         assert len(commands) >= 6
         for command in commands:
-            short = re.sub(r"--epochs \d", "--epochs 1", command)
-            monkeypatch.setattr(sys, "argv", shlex.split(short))
-            code = 0
-            try:
-                main()
-            except SystemExit as stop:
-                code = stop.code
-            assert not code, f"{command}: {capsys.readouterr()}"
+            run_command(re.sub(r"--epochs \d", "--epochs 1", command))
         for name in ("trained", "learned", "onward", "both", "resolved"):
             plan = Plan.load(tmp_path / name / "plan.json")
             assert plan.average_bits <= 2.5

@@ -37,10 +37,9 @@ def opened(server: str, api_key: str | None) -> Iterator[Client]:
     """Yield a client of ``server``, which must answer soon the first time."""
     from bitquota.client import Client
 
+    with Client(server, api_key, retry_s=_FIRST_CONTACT_S) as first:
+        first.reach()
     with Client(server, api_key) as client:
-        patience, client.retry_s = client.retry_s, _FIRST_CONTACT_S
-        client.reach()
-        client.retry_s = patience
         yield client
 
 
