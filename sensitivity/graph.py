@@ -20,6 +20,7 @@ from torch import fx
 
 from bitquota.errors import InvalidInput, InvalidModel, MeasurementFailed
 from bitquota.sensitivity.program import Graph, Operation
+from bitquota.sensitivity.references import References
 from bitquota.sensitivity.runner import (
     DEFAULT_CHUNK,
     DEFAULT_MEMORY_BYTES,
@@ -101,7 +102,7 @@ class GraphRunner:
     _graphs: dict[int, Graph] = field(default_factory=dict)
     _schedules: dict[Any, Schedule] = field(default_factory=dict)
     _keeps: dict[Any, frozenset[fx.Node]] = field(default_factory=dict)
-    _reference: tuple[int, Tensor] | None = None
+    _references: References = field(default_factory=References)
     _means: dict[int, dict[fx.Node, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -136,14 +137,14 @@ class GraphRunner:
 
     def reference(self, chunk: int) -> Tensor:
         """Return the full-precision output with stored batch-norm statistics."""
-        if self._reference is None or self._reference[0] != chunk:
-            self.passes.calls += 1
-            rows = self.chunks[chunk]
-            self.passes.macs += self._graph(len(rows)).macs
-            with in_precision(self.precision, self._device):
-                output = run_module(self.module, inputs_of(self.calibration, rows))
-            self._reference = (chunk, output)
-        return self._reference[1]
+        return self._references.get(chunk, lambda: self._full_precision(chunk))
+
+    def _full_precision(self, chunk: int) -> Tensor:
+        rows = self.chunks[chunk]
+        self.passes.calls += 1
+        self.passes.macs += self._graph(len(rows)).macs
+        with in_precision(self.precision, self._device):
+            return run_module(self.module, inputs_of(self.calibration, rows))
 
     def labels(self, chunk: int) -> Tensor | None:
         """Return the labels of a chunk."""

@@ -16,6 +16,7 @@ from bitquota.errors import InvalidInput, InvalidModel, MeasurementFailed
 from bitquota.sensitivity.graph import thin_out
 from bitquota.sensitivity.onnx_program import macs_of, source_of
 from bitquota.sensitivity.onnx_rewrites import mean_input, no_shifts
+from bitquota.sensitivity.references import References
 from bitquota.sensitivity.runner import (
     DEFAULT_CHUNK,
     DEFAULT_MEMORY_BYTES,
@@ -116,7 +117,7 @@ class OnnxRunner:
     _schedules: dict[Any, frozenset[int]] = field(default_factory=dict)
     _keeps: dict[Any, frozenset[str]] = field(default_factory=dict)
     _means: dict[int, Arrays] = field(default_factory=dict)
-    _reference: tuple[int, Tensor] | None = None
+    _references: References = field(default_factory=References)
 
     def __post_init__(self) -> None:
         """Read the graph, count what it costs, and choose the chunk size.
@@ -174,19 +175,20 @@ class OnnxRunner:
 
     def reference(self, chunk: int) -> Tensor:
         """Return the full-precision output with stored batch-norm statistics."""
-        if self._reference is None or self._reference[0] != chunk:
-            program, source = self._source.program("eval"), self._source
-            everything = program.needed([source.output], ())
-            feeds = source.feeds(self.module)
-            rows = self.chunks[chunk]
-            pieces = [
-                program.run(everything, [source.output], {}, feeds | piece)[source.output]
-                for piece in source.pieces(inputs_of(self.calibration, rows))
-            ]
-            self.passes.calls += 1
-            self.passes.macs += self._costs.macs * len(rows)
-            self._reference = (chunk, self._joined(pieces, len(rows)))
-        return self._reference[1]
+        return self._references.get(chunk, lambda: self._full_precision(chunk))
+
+    def _full_precision(self, chunk: int) -> Tensor:
+        program, source = self._source.program("eval"), self._source
+        everything = program.needed([source.output], ())
+        feeds = source.feeds(self.module)
+        rows = self.chunks[chunk]
+        pieces = [
+            program.run(everything, [source.output], {}, feeds | piece)[source.output]
+            for piece in source.pieces(inputs_of(self.calibration, rows))
+        ]
+        self.passes.calls += 1
+        self.passes.macs += self._costs.macs * len(rows)
+        return self._joined(pieces, len(rows))
 
     def labels(self, chunk: int) -> Tensor | None:
         """Return the labels of a chunk."""

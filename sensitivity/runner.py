@@ -20,6 +20,7 @@ from bitquota.candidates import LayerKind
 from bitquota.errors import InvalidCalibration, InvalidInput, InvalidModel, MeasurementFailed
 from bitquota.quantizers.weights import fake_quantize
 from bitquota.sensitivity.losses import primary_output
+from bitquota.sensitivity.references import References
 from bitquota.storage import FULL_PRECISION_BITS
 
 if TYPE_CHECKING:
@@ -315,7 +316,7 @@ class EagerRunner:
     passes: PassCounter = field(default_factory=PassCounter)
     weights: QuantizedWeights = field(init=False)
     origin: str = ""
-    _reference: tuple[int, Tensor] | None = None
+    _references: References = field(default_factory=References)
     _means: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -342,9 +343,7 @@ class EagerRunner:
 
     def reference(self, chunk: int) -> Tensor:
         """Return the full-precision output."""
-        if self._reference is None or self._reference[0] != chunk:
-            self._reference = (chunk, self._run(chunk, {}, "eval"))
-        return self._reference[1]
+        return self._references.get(chunk, lambda: self._run(chunk, {}, "eval"))
 
     def labels(self, chunk: int) -> Tensor | None:
         """Return the labels of a chunk."""

@@ -1,0 +1,32 @@
+"""Full-precision outputs, kept so that they are computed once for each chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+REFERENCE_BYTES = 2**28
+"""How much of the full-precision outputs a runner keeps, so that they are computed once."""
+
+
+@dataclass(slots=True)
+class References:
+    """Full-precision outputs by chunk: all of them while they are small, else the last one."""
+
+    limit_bytes: int = REFERENCE_BYTES
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    def get(self, chunk: int, compute: Callable[[], Tensor]) -> Tensor:
+        """Return the output of a chunk, computed if it is not kept."""
+        if chunk not in self.kept:
+            output = compute()
+            others = sum(v.numel() * v.element_size() for v in self.kept.values())
+            if others + output.numel() * output.element_size() > self.limit_bytes:
+                self.kept.clear()
+            self.kept[chunk] = output
+        return self.kept[chunk]
