@@ -12,6 +12,7 @@ from bitquota.sensitivity.metrics.flags import Flag, FlagKind, find_flags
 from bitquota.sensitivity.metrics.gpfq import GpfqError
 from bitquota.sensitivity.metrics.hessian_trace import HessianTrace
 from bitquota.sensitivity.metrics.kronecker import KroneckerFisher
+from bitquota.sensitivity.metrics.learned_steps import LearnedIndicators
 from bitquota.sensitivity.metrics.metric import Metric
 from bitquota.sensitivity.metrics.orthogonality import Orthogonality
 from bitquota.sensitivity.metrics.threshold import threshold_choice, threshold_within
@@ -28,6 +29,7 @@ METRICS: dict[str, Metric] = {
     "hessian_trace": HessianTrace(),
     "class_separability": ClassSeparability(),
     "orthogonality": Orthogonality(),
+    "limpq": LearnedIndicators(),
 }
 """Metrics by name, in order of preference (``docs/decisions/0070``)."""
 
@@ -41,6 +43,7 @@ __all__ = [
     "GpfqError",
     "HessianTrace",
     "KroneckerFisher",
+    "LearnedIndicators",
     "Metric",
     "Orthogonality",
     "OutputFisher",

@@ -21,7 +21,6 @@ from bitquota.sensitivity.moves import Limits
 from bitquota.sensitivity.refine import refine
 from bitquota.setting import prepare
 from bitquota.solver import Problem, build_problem, solve
-from bitquota.training.indicators import LearnedIndicators
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from bitquota.sensitivity.calibration import CalibrationSet
     from bitquota.sensitivity.evaluate import ChoiceLoss
     from bitquota.sensitivity.ledger import Ledger
-    from bitquota.sensitivity.measure import Measure
     from bitquota.sensitivity.moves import Choice
     from bitquota.setting import Setting
 
@@ -52,7 +50,6 @@ _KNOWN_AS = {
     "pairs": "exact pairs (CLADO)",
     "diagonal": "one-layer loss (ZeroQ)",
     "tangent": "reverse-mode tangents",
-    LearnedIndicators.name: LearnedIndicators.known_as,
     REFINE: "refinement on measured loss (Bitquota)",
     THRESHOLD: "error threshold (MixQuant)",
     SIZE_ONLY: "fill the smallest layers first",
@@ -182,7 +179,7 @@ class _Comparing:
 
     def measure_all(self, names: Sequence[str]) -> tuple[list[_Draft], dict[str, str]]:
         """Measure every metric; what cannot be measured here is skipped with its reason."""
-        setting, offered = self.setting, _offered()
+        setting, offered = self.setting, measures()
         runner = setting.runner()
         skipped: dict[str, str] = {}
         drafts: list[_Draft] = []
@@ -381,11 +378,6 @@ _CHEAP_STARTS = frozenset({"gram", "diagonal", "weight_mse", "relative_mse", "em
 """Measures whose plans refinement starts from, besides baselines."""
 
 
-def _offered() -> dict[str, Measure]:
-    """Return every measure, and the one that trains, which the layers below do not know."""
-    return measures() | {LearnedIndicators.name: LearnedIndicators()}
-
-
 def _checked_names(metrics: Sequence[str] | None) -> list[str]:
     """Return names in the order in which they are measured.
 
@@ -396,7 +388,6 @@ def _checked_names(metrics: Sequence[str] | None) -> list[str]:
     first = [REFINE, "diagonal"]
     known = [*first, *(n for n in measures() if n not in {*METRICS, *first}), *METRICS]
     known.insert(known.index("relative_mse") + 1, THRESHOLD)
-    known.append(LearnedIndicators.name)
     if metrics is None:
         return known
     unknown = [name for name in metrics if name not in known]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 MEASURES = (
     "auto", "gram", "pairs", "diagonal", "tangent",
     "empirical_fisher", "output_fisher", "kronecker", "relative_mse", "gpfq", "weight_mse",
-    "first_order", "hessian_trace", "class_separability", "orthogonality",
+    "first_order", "hessian_trace", "class_separability", "orthogonality", "limpq",
 )  # fmt: skip
 """What ``bitquota.sensitivity.measure.measures`` offers; metrics in order of preference."""
 

@@ -49,7 +49,7 @@ class TestAllocate:
         assert all(plan.measured.mean <= b.measured.mean for b in plan.baselines)
         assert plan.size.codes <= plan.budgets[0].limit == int(2.5 * plan.n_weights)
 
-    @pytest.mark.parametrize("name", ["empirical_fisher", "relative_mse", "tangent"])
+    @pytest.mark.parametrize("name", ["empirical_fisher", "relative_mse", "tangent", "limpq"])
     @pytest.mark.parametrize("refine", [False, True])
     def test_any_metric_may_be_the_measure(self, name, refine):
         """Its own plan is measured beside the others, under its name and in its own unit."""

@@ -92,5 +92,5 @@ class TestEveryMetric:
 class TestMeasureByName:
     def test_unknown_name(self):
         """The error lists what there is."""
-        with pytest.raises(InvalidInput, match="gram, pairs, .*orthogonality; got 'magic'"):
+        with pytest.raises(InvalidInput, match="gram, pairs, .*limpq; got 'magic'"):
             measure_by_name("magic")

@@ -10,8 +10,8 @@ from bitquota.sensitivity.calibration import CalibrationSet
 from bitquota.sensitivity.discovery import discover
 from bitquota.sensitivity.ledger import MemoryLedger
 from bitquota.sensitivity.losses import loss_by_name
+from bitquota.sensitivity.metrics.learned_steps import LearnedIndicators
 from bitquota.sensitivity.runner import make_runner
-from bitquota.training.indicators import LearnedIndicators
 from digits_network import digits, trained_digits_net
 
 KL = loss_by_name("kl")
