@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from bitquota.errors import InvalidCalibration
-from bitquota.formats.models import FACTORY, PICKLES, call_factory
-from bitquota.formats.text import DEFAULT_LENGTH, TEXT_SUFFIXES, load_text
+from bitquota.formats.models import call_factory
+from bitquota.formats.sources import HOW_TO_SAVE, SampleSource, sample_source
+from bitquota.formats.text import DEFAULT_LENGTH, load_text
 from bitquota.sensitivity.calibration import CalibrationSet
 
 if TYPE_CHECKING:
@@ -36,11 +37,6 @@ MAX_BYTES = 32 * 2**30
 
 MAX_RATIO = 200
 """Largest accepted compression of an ``.npz`` member; deflated images reach about 20."""
-
-_HOW = (
-    "save it with numpy.savez('calibration.npz', x=inputs, y=labels), x being what the model "
-    "takes: float32 activations, normalised as in training, or integer tokens"
-)
 
 
 def load_calibration(
@@ -72,24 +68,15 @@ def load_calibration(
             ``n`` samples.
     """
     path = Path(spec)
-    if FACTORY.fullmatch(spec) and not path.exists():
-        whole = _from_factory(spec)
-    elif not path.is_file():
-        msg = f"a calibration set must be an .npz or .safetensors file; '{spec}' is not a file"
-        raise InvalidCalibration(msg, source=spec)
-    elif path.suffix in TEXT_SUFFIXES:
-        return load_text(path, tokenizer=tokenizer, length=length, n=n, seed=seed)
-    elif path.suffix == ".npz":
-        whole = _from_members(read_npz(path), spec)
-    elif path.suffix == ".safetensors":
-        whole = _from_members(_read_safetensors(path), spec)
-    else:
-        why = "a pickle, which runs code when it is read" if path.suffix in PICKLES else "neither"
-        msg = (
-            f"a calibration set must be an .npz or .safetensors file; '{path.name}' is {why}: "
-            f"{_HOW}"
-        )
-        raise InvalidCalibration(msg, source=spec)
+    match sample_source(spec):
+        case SampleSource.TEXT:
+            return load_text(path, tokenizer=tokenizer, length=length, n=n, seed=seed)
+        case SampleSource.FACTORY:
+            whole = _from_factory(spec)
+        case SampleSource.NPZ:
+            whole = _from_members(read_npz(path), spec)
+        case SampleSource.SAFETENSORS:
+            whole = _from_members(_read_safetensors(path), spec)
     return whole if n is None or n == len(whole) else whole.subset(n, seed)
 
 
@@ -150,7 +137,7 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
     except InvalidCalibration:
         raise
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError) as err:
-        msg = f"'{path.name}' must be a whole .npz archive; reading it failed: {err}: {_HOW}"
+        msg = f"'{path.name}' must be a whole .npz archive; reading it failed: {err}: {HOW_TO_SAVE}"
         raise InvalidCalibration(msg, source=str(path)) from err
 
 
@@ -238,7 +225,7 @@ def _from_members(
         held = ", ".join(sorted(members)) or "nothing"
         msg = (
             f"a calibration set must hold one of {', '.join(INPUT_NAMES)}, and may hold "
-            f"attention_mask, y or labels; '{source}' holds {held}: {_HOW}"
+            f"attention_mask, y or labels; '{source}' holds {held}: {HOW_TO_SAVE}"
         )
         raise InvalidCalibration(msg, members=sorted(members))
     inputs = [_input(names[0], members[names[0]])]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,22 +14,12 @@ from torch import Tensor, nn
 
 from bitquota.errors import BitquotaError, InvalidInput, InvalidModel, StalePlan, UnsafeModel
 from bitquota.formats.pt2_vetting import vet_pt2
+from bitquota.formats.sources import MODEL_WAYS, ModelSource, model_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from bitquota.plan import Plan
-
-FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-"""``package.module:function``."""
-
-PICKLES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle", ".joblib", ".ckpt", ".model"})
-"""Suffixes of files that run code when they are read."""
-
-_WAYS = (
-    "a Hugging Face folder (config.json and .safetensors), a .pt2 written by torch.export.save, "
-    "an .onnx file, or, on this machine, a factory 'package.module:function'"
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -79,41 +68,28 @@ def load_model(spec: str, *, allow_pt2: bool = True, allow_factory: bool = True)
     Cost: reads every weight once or twice; no forward pass.
     """
     path = Path(spec)
-    if FACTORY.fullmatch(spec) and not path.exists():
-        if not allow_factory:
+    match model_source(spec):
+        case ModelSource.FACTORY if not allow_factory:
             msg = f"a factory runs code and is for local use only; got '{spec}': hand in a file"
             raise InvalidInput(msg, source=spec)
-        loaded = _from_factory(spec)
-    elif path.is_dir():
-        from bitquota.formats.huggingface import load_folder
+        case ModelSource.FACTORY:
+            return _from_factory(spec)
+        case ModelSource.FOLDER:
+            from bitquota.formats.huggingface import load_folder
 
-        loaded = load_folder(path)
-    elif not path.exists():
-        msg = f"a model must exist and be {_WAYS}; '{spec}' does not exist"
-        raise InvalidModel(msg, source=spec)
-    elif path.suffix == ".pt2":
-        if not allow_pt2:
+            return load_folder(path)
+        case ModelSource.PT2 if not allow_pt2:
             msg = (
                 f"a .pt2 is not accepted here, because it cannot be run without a sandbox; got "
                 f"'{path.name}': hand in a Hugging Face folder with safetensors, or an .onnx file"
             )
             raise InvalidInput(msg, source=spec)
-        loaded = _from_pt2(path)
-    elif path.suffix == ".onnx":
-        from bitquota.formats.onnx_model import load_onnx
+        case ModelSource.PT2:
+            return _from_pt2(path)
+        case ModelSource.ONNX:
+            from bitquota.formats.onnx_model import load_onnx
 
-        loaded = load_onnx(path)
-    elif path.suffix in PICKLES:
-        msg = (
-            f"a model must not be a pickle, which runs code when it is read; got '{path.name}': "
-            f"hand in {_WAYS}"
-        )
-        raise UnsafeModel(msg, source=spec)
-    else:
-        hint = "the folder that holds it" if path.suffix == ".safetensors" else _WAYS
-        msg = f"a model must be {_WAYS}; got the file '{path.name}': hand in {hint}"
-        raise InvalidModel(msg, source=spec)
-    return loaded
+            return load_onnx(path)
 
 
 def finish(
@@ -244,7 +220,7 @@ def _refuse_torchscript(path: Path) -> None:
     if any(name.endswith(("/constants.pkl", "/data.pkl")) for name in names):
         msg = (
             f"'{path.name}' is TorchScript or a pickled checkpoint, which run code when they are "
-            f"read; hand in {_WAYS}"
+            f"read; hand in {MODEL_WAYS}"
         )
         raise UnsafeModel(msg, source=str(path))
 

@@ -8,13 +8,11 @@ from pathlib import Path
 import torch
 
 from bitquota.errors import InvalidCalibration, MissingDependency
+from bitquota.formats.sources import BYTES, require_tokenizer
 from bitquota.sensitivity.calibration import CalibrationSet
 
-TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 DEFAULT_LENGTH = 128
 MAX_BYTES = 2**31
-BYTES = "bytes"
-"""Tokenizer of byte-level models: every byte of the UTF-8 text is a token."""
 
 
 def load_text(
@@ -45,14 +43,8 @@ def load_text(
     if length < 2:
         msg = f"a window must have at least 2 tokens; got {length}"
         raise InvalidCalibration(msg, length=length)
-    text = _read(path)
-    if tokenizer is None:
-        msg = (
-            f"a text needs a tokenizer to become tokens; '{path.name}' has none: name the folder "
-            "of the model (with its tokenizer.json), or 'bytes' for a byte-level model"
-        )
-        raise InvalidCalibration(msg, source=str(path))
-    ids = _tokenize(text, tokenizer)
+    tokenizer = require_tokenizer(path, tokenizer)
+    ids = _tokenize(_read(path), tokenizer)
     windows = len(ids) // length
     if windows == 0:
         msg = f"'{path.name}' must have at least {length} tokens; it has {len(ids)}"
@@ -120,9 +112,6 @@ def _tokenize(text: str, tokenizer: str) -> list[int]:
     if tokenizer == BYTES:
         return list(text.encode())
     file = Path(tokenizer) / "tokenizer.json"
-    if not file.is_file():
-        msg = f"a tokenizer must be 'bytes' or a folder with tokenizer.json; got '{tokenizer}'"
-        raise InvalidCalibration(msg, tokenizer=tokenizer)
     try:
         from tokenizers import Tokenizer
     except ImportError as err:

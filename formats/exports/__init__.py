@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
+from bitquota.formats.export_order import check_folder, check_format, format_for
 from bitquota.formats.exports.compressed_tensors_folder import CompressedTensorsFolder
 from bitquota.formats.exports.config_files import CONFIG_FILES
 from bitquota.formats.exports.gguf_file import GgufFile
@@ -117,9 +118,7 @@ def check_grids(plan: Plan, format_name: str) -> None:
 
 def exporter_by_name(name: str) -> Exporter:
     """Return the exporter called ``name``; raises ``InvalidInput`` that lists them."""
-    if name not in EXPORTERS:
-        msg = f"an export format must be one of {', '.join(EXPORTERS)}; got '{name}'"
-        raise InvalidInput(msg, format=name)
+    check_format(name)
     return EXPORTERS[name]
 
 
@@ -154,14 +153,9 @@ def export_plan(
         InvalidInput: The folder is not empty, or neither a format nor a target is named.
         MissingDependency: A package for this format is not installed.
     """
+    exporter = exporter_by_name(format_for(format_name, target))
     chosen = None if target is None else target_by_name(target)
-    if format_name is None and chosen is None:
-        msg = "an export needs a format or a target; got neither"
-        raise InvalidInput(msg)
-    exporter = exporter_by_name(format_name or (chosen.exporter if chosen else ""))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        msg = f"an export needs a folder that is new or empty; '{folder}' is not: name another"
-        raise InvalidInput(msg, folder=str(folder))
+    check_folder(folder)
     check_grids(plan, exporter.name)
     prepared = prepare_export(
         model, plan, target=chosen, samples=samples, correction_data=correction_data

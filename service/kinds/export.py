@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bitquota.canonical import canonical_json
 from bitquota.errors import InvalidInput
+from bitquota.formats.export_order import format_for
 from bitquota.formats.receipt import Receipt
-from bitquota.formats.targets import target_by_name
 from bitquota.service.inspection import ArtifactKind
 from bitquota.service.kinds.kind import CORRECTION_DATA, MODEL, Input, JobKind, Result
 from bitquota.service.kinds.results import ARCHIVE, read_json
@@ -77,11 +77,7 @@ def pack(folder: Path, target: Path) -> None:
 
 def accept(request: JsonObject) -> JsonObject:
     """Return the request; raises ``InvalidInput`` unless it says where the plan goes."""
-    if request["format"] is None and request["target"] is None:
-        msg = "an export needs a format or a target; got neither"
-        raise InvalidInput(msg)
-    if request["target"] is not None:
-        target_by_name(request["target"])
+    format_for(request["format"], request["target"])
     return request
 
 

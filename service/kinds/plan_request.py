@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import TypeAdapter
 from pydantic_core import core_schema
 
-from bitquota.budget import Budget
-from bitquota.candidates import Inventory, Layer, LayerKind
-from bitquota.errors import InvalidInput
+from bitquota.budget import check_budgets
 from bitquota.formats.targets import target_by_name
 from bitquota.request import PlanRequest
 
@@ -21,16 +19,6 @@ if TYPE_CHECKING:
     from pydantic_core import CoreSchema
 
     from bitquota.canonical import JsonObject
-
-_ANY_MODEL = Inventory(
-    model_digest="",
-    layers=(
-        Layer(
-            name="any", kind=LayerKind.LINEAR, weight_name="any.weight", weight_shape=(1, 1),
-            rows=1, columns=1, n_weights=1,
-        ),
-    ),
-)  # fmt: skip
 
 
 class _AsPlanRequest:
@@ -74,10 +62,5 @@ def with_budgets(request: JsonObject) -> JsonObject:
     """
     if request["target"] is not None:
         target_by_name(request["target"])
-    if not request["budgets"]:
-        msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
-        raise InvalidInput(msg)
-    for text in request["budgets"]:
-        for part in text.split("+"):
-            Budget.parse(part, _ANY_MODEL)
+    check_budgets(request["budgets"])
     return request

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from bitquota.canonical import canonical_json
 from bitquota.errors import InvalidBudget
+from bitquota.request import check_solver
 from bitquota.service.kinds.kind import MATRIX, JobKind, Result
 from bitquota.service.kinds.results import check_object
 from bitquota.service.kinds.solving import SolvingRequest, problem_of
@@ -50,10 +51,16 @@ def run(work: Work) -> None:
 
 
 def accept(request: JsonObject) -> JsonObject:
-    """Return the request; raises ``InvalidBudget`` unless it names one budget."""
+    """Return the request.
+
+    Raises:
+        InvalidBudget: It does not name exactly one budget.
+        InvalidInput: There is no such solver.
+    """
     if (request["budget"] is None) == (request["budget_index"] is None):
         msg = "a solve job needs either a budget or a budget index, and not both"
         raise InvalidBudget(msg)
+    check_solver(request["solver"])
     return request
 
 

@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from bitquota.solver.problem import Problem
     from bitquota.solver.solution import Solution
 
-__all__ = ["BACKENDS", "Backend", "Options", "backend_by_name", "solve_with", "usable"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Options",
+    "backend_by_name",
+    "installed_backend",
+    "solve_with",
+    "usable",
+]
 
 BACKENDS: dict[str, Backend] = {
     "bitquota": Own(),
@@ -48,6 +56,21 @@ def backend_by_name(name: str) -> Backend:
     return BACKENDS[name]
 
 
+def installed_backend(name: str) -> Backend:
+    """Return the backend called ``name``.
+
+    Raises:
+        InvalidInput: No such backend.
+        MissingDependency: Its packages are not installed.
+    """
+    backend = backend_by_name(name)
+    if package := backend.missing():
+        how = f"install bitquota[{backend.extra}]" if backend.extra else f"install '{package}'"
+        msg = f"solver '{name}' needs the package '{package}'; {how}, or use another solver"
+        raise MissingDependency(msg, backend=name, package=package)
+    return backend
+
+
 def usable(problem: Problem) -> tuple[Backend, ...]:
     """Return the installed backends that take ``problem``, in order of preference."""
     return tuple(b for b in BACKENDS.values() if b.missing() is None and b.refuses(problem) is None)
@@ -72,11 +95,7 @@ def solve_with(
         MissingDependency: The backend's packages are not installed.
         SolverFailed: The backend died, or its answer does not hold.
     """
-    backend = backend_by_name(name)
-    if package := backend.missing():
-        how = f"install bitquota[{backend.extra}]" if backend.extra else f"install '{package}'"
-        msg = f"solver '{name}' needs the package '{package}'; {how}, or use another solver"
-        raise MissingDependency(msg, backend=name, package=package)
+    backend = installed_backend(name)
     if node_limit is not None and not backend.counts_nodes:
         msg = (
             f"solver '{name}' cannot keep a node limit: it does not count nodes; use a time limit, "

@@ -25,10 +25,13 @@ from enum import StrEnum
 from fractions import Fraction
 from typing import TYPE_CHECKING, Self
 
-from bitquota.errors import BudgetTooSmall, InvalidBudget
+from bitquota.candidates import Inventory, Layer, LayerKind
+from bitquota.errors import BudgetTooSmall, InvalidBudget, InvalidInput
 
 if TYPE_CHECKING:
-    from bitquota.candidates import CandidateTable, Inventory
+    from collections.abc import Sequence
+
+    from bitquota.candidates import CandidateTable
     from bitquota.canonical import JsonObject
 
 _BYTE_UNITS = {
@@ -188,6 +191,32 @@ class Budget:
     def from_json(cls, data: JsonObject) -> Self:
         """Rebuild from ``to_json``."""
         return cls(**data | {"scope": Scope(data["scope"])})
+
+
+_ANY_MODEL = Inventory(
+    model_digest="",
+    layers=(
+        Layer(
+            name="any", kind=LayerKind.LINEAR, weight_name="any.weight", weight_shape=(1, 1),
+            rows=1, columns=1, n_weights=1,
+        ),
+    ),
+)  # fmt: skip
+
+
+def check_budgets(texts: Sequence[str]) -> None:
+    """Read budgets, of which several may be joined by ``+``, without a model to hold them to.
+
+    Raises:
+        InvalidInput: There is none.
+        InvalidBudget: One cannot be read.
+    """
+    if not texts:
+        msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
+        raise InvalidInput(msg)
+    for text in texts:
+        for part in text.split("+"):
+            Budget.parse(part, _ANY_MODEL)
 
 
 def _unreadable(text: str) -> InvalidBudget:

@@ -19,6 +19,11 @@ MEASURES = (
 )  # fmt: skip
 """What ``bitquota.sensitivity.measure.measures`` offers; metrics in order of preference."""
 
+SOLVERS = (
+    "auto", "bitquota", "gurobi", "cvxpy_scip", "mathopt", "highs_rlt", "cp_sat", "brute_force",
+)  # fmt: skip
+"""What ``bitquota.solver.backends`` offers; that package compiles kernels when it is imported."""
+
 PRECISIONS = ("fp32", "bf16")
 LOSSES = ("kl", "cross_entropy", "mse", "cosine")
 ACTIVATION_FITS = ("mse", "joint", "chan", "irls")
@@ -97,6 +102,7 @@ class PlanRequest:
             raise InvalidInput(msg, target=self.target)
         _one_of("measure", self.measure, MEASURES)
         _one_of("loss", self.loss, LOSSES)
+        check_solver(self.solver)
         _one_of("precision", self.precision, PRECISIONS)
         for bits in self.weight_bits:
             _one_of("weight_bits", bits, WEIGHT_BITS)
@@ -157,6 +163,11 @@ class PlanRequest:
         except (TypeError, ValueError, KeyError, AttributeError) as err:
             msg = f"a request must have the members and types of PlanRequest; got: {err}"
             raise InvalidInput(msg) from err
+
+
+def check_solver(name: str) -> None:
+    """Raise ``InvalidInput`` unless there is a solver backend called ``name``."""
+    _one_of("solver", name, SOLVERS)
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

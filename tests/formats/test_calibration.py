@@ -161,9 +161,15 @@ class TestLoadCalibration:
             load_calibration(str(tmp_path / name))
 
     def test_missing(self):
-        """A path that is no file."""
-        with pytest.raises(InvalidCalibration, match="is not a file"):
+        """That it is not there is said, with everything that is accepted."""
+        with pytest.raises(InvalidCalibration, match=r"'nowhere\.npz' does not exist") as caught:
             load_calibration("nowhere.npz")
+        assert all(s in str(caught.value) for s in (".npz", ".txt", ".parquet", "factory"))
+
+    def test_folder(self, tmp_path):
+        """A folder is called one."""
+        with pytest.raises(InvalidCalibration, match="is a folder"):
+            load_calibration(str(tmp_path))
 
     def test_factory_that_returns_something_else(self):
         """Named with what it returned."""

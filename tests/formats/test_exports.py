@@ -14,6 +14,7 @@ from bitquota.candidates import Candidate, enumerate_candidates
 from bitquota.corrections import Correction
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan, StalePlan
 from bitquota.formats import load_model
+from bitquota.formats.export_order import EXPORT_FORMATS
 from bitquota.formats.exports import EXPORTERS, export_plan, load_export, prepare_export
 from bitquota.formats.receipt import Difference
 from bitquota.formats.targets import TARGETS
@@ -463,6 +464,12 @@ class TestConfigFiles:
         plan = plan_with(llama, TOKENS.inputs, bits=(4,))
         with pytest.raises(InvalidInput, match="cannot be run"):
             load_export(llama, plan, tmp_path, format_name="mlx-config")
+
+
+class TestExportFormats:
+    def test_are_the_exporters(self):
+        """The list that needs no torch names them all, in their order."""
+        assert tuple(EXPORTERS) == EXPORT_FORMATS
 
 
 class TestExportPlan:

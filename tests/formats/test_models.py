@@ -260,6 +260,13 @@ class TestFile:
         with pytest.raises(InvalidModel, match="the folder that holds it"):
             load_model(str(file))
 
+    def test_other_file(self, tmp_path):
+        """What is accepted is listed once."""
+        (tmp_path / "model.h5").write_bytes(b"x")
+        with pytest.raises(InvalidModel, match=r"got the file 'model\.h5'$") as caught:
+            load_model(str(tmp_path / "model.h5"))
+        assert str(caught.value).count("Hugging Face folder") == 1
+
     def test_missing(self, tmp_path):
         """A path that does not exist."""
         with pytest.raises(InvalidModel, match="does not exist"):

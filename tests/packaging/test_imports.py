@@ -35,6 +35,8 @@ def loaded(module: str, cwd) -> set[str]:
         "bitquota.plan",
         "bitquota.report",
         "bitquota.request",
+        "bitquota.formats.sources",
+        "bitquota.formats.export_order",
     ],
 )
 def test_loads_no_torch(module, tmp_path):

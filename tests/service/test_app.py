@@ -221,6 +221,27 @@ class TestOrders:
         cancel.join()
         assert answer.json()["status"] == "cancelled"
 
+    @pytest.mark.parametrize(
+        ("kind", "named", "request_", "text"),
+        [
+            ("export", "plan", {"format": "onnx-qqq"}, "onnx-qdq, onnx-matmulnbits"),
+            ("export", "plan", {"target": "gpu"}, "ort-cpu"),
+            ("export", "plan", {}, "a format or a target"),
+            ("solve", "matrix", {"budget": "3 bits", "solver": "cplex"}, "cp_sat, brute_force"),
+        ],
+    )
+    def test_names_are_told_before_anything_runs(self, http, kind, named, request_, text):
+        """The order is refused for its request, though no upload that it names is there."""
+        body = {"kind": kind, named: SHA + "0" * 64, "request": request_}
+        if kind == "export":
+            body["model"] = SHA + "1" * 64
+        found = assert_problem(http.post("/v1/jobs", json=body), 422, "invalid-input")
+        assert text in found["detail"]
+
+    def test_solver_of_a_plan(self, http, uploads):
+        wrong = order(uploads, request={"budgets": ["3 bits"], "solver": "cplex"})
+        assert_problem(http.post("/v1/jobs", json=wrong), 422, "invalid-input")
+
     @pytest.mark.parametrize("name", ["plan", "measure", "solve", "frontier", "evaluate", "export"])
     def test_every_kind_must_name_its_inputs(self, http, name):
         assert_problem(

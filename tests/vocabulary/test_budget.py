@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitquota.budget import Budget, Scope
+from bitquota.budget import Budget, Scope, check_budgets
 from bitquota.candidates import (
     Inventory,
     Layer,
@@ -18,7 +18,7 @@ from bitquota.candidates import (
     enumerate_candidates,
 )
 from bitquota.canonical import canonical_json
-from bitquota.errors import BudgetTooSmall, InvalidBudget
+from bitquota.errors import BudgetTooSmall, InvalidBudget, InvalidInput
 from vocabulary_strategies import choices, inventories, schemes
 
 # 1,001 weights in fp32 and a bias of 10 fp32 values.
@@ -242,3 +242,20 @@ class TestScope:
         assert Budget.parse("2 KiB", MODEL).scope is Scope.MODEL
         assert Budget.parse("2 KiB of weights", MODEL).scope is Scope.WEIGHTS
         assert Budget.parse("3 bits", MODEL).scope is Scope.WEIGHTS
+
+
+class TestCheckBudgets:
+    def test_readable(self):
+        """Nothing is said of what can be read, joined budgets included."""
+        check_budgets(["3 bits", "0.25x + 2 GBitOps"])
+
+    def test_none(self):
+        """An example is given."""
+        with pytest.raises(InvalidInput, match="at least one budget .* '3 bits'"):
+            check_budgets([])
+
+    @pytest.mark.parametrize("text", ["lots", "3 bits + ", "3 bits + lots", "0 bits"])
+    def test_unreadable(self, text):
+        """Each part must be a budget."""
+        with pytest.raises(InvalidBudget, match="a budget must"):
+            check_budgets([text])

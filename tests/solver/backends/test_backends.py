@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bitquota.errors import InvalidInput, InvalidProblem, MissingDependency
+from bitquota.request import SOLVERS
 from bitquota.solver import Limit, Problem, Status, solve
 from bitquota.solver.backends import (
     BACKENDS,
@@ -104,6 +105,10 @@ class TestBackendByName:
     def test_each_name_is_its_key(self):
         """The map's keys are the backends' own names."""
         assert {name: name for name in BACKENDS} == {n: b.name for n, b in BACKENDS.items()}
+
+    def test_requests_name_them_all(self):
+        """The list that a request is held to without loading a solver is this one."""
+        assert SOLVERS == ("auto", *BACKENDS)
 
 
 class TestSolveWith:
