@@ -11,10 +11,9 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from bitquota.errors import InvalidInput, MeasurementFailed
-from bitquota.quantizers.calls import layer_call, operator_name, tensor_key
+from bitquota.quantizers.calls import LayerWatcher, tensor_key, with_input
 from bitquota.storage import Grid
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bitquota.candidates import Inventory
+    from bitquota.quantizers.calls import LayerCall
 
 ACTIVATION_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 N_BINS = 2048
@@ -200,43 +200,37 @@ def _unchanged(values: Tensor) -> Tensor:
     return values
 
 
-class InputWatcher(TorchFunctionMode):
-    """Hands each named layer's input to ``look``, and passes on what that returns."""
+class InputWatcher(LayerWatcher[str]):
+    """Hands each named layer's input to ``look``, and passes on what that returns.
+
+    Args:
+        names: Layer by ``tensor_key`` of its weight; see ``weights_of``.
+        look: Takes a layer's name and its input.
+    """
 
     def __init__(
-        self,
-        module: nn.Module,
-        inventory: Inventory,
-        look: Callable[[str, Tensor], Tensor],
+        self, names: Mapping[tuple[Any, ...], str], look: Callable[[str, Tensor], Tensor]
     ) -> None:
-        super().__init__()
+        super().__init__(names)
         self.look = look
-        self.names = {
-            tensor_key(module.get_parameter(layer.weight_name)): layer.name
-            for layer in inventory.layers
-        }
 
-    def __torch_function__(
+    def around(
         self,
+        known: str,
+        call: LayerCall,
         func: Callable[..., Any],
-        types: Any,  # noqa: ANN401
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:  # noqa: ANN401
-        del types
-        named = kwargs or {}
-        name = operator_name(func)
-        call = layer_call(name, args, named, 0)
-        layer = None if call is None else self.names.get(tensor_key(call.weight))
-        if call is None or layer is None:
-            return func(*args, **named)
-        replaced = self.look(layer, call.inputs)
-        at = 1 if name == "addmm" else 0
-        if len(args) > at:
-            args = (*args[:at], replaced, *args[at + 1 :])
-        else:
-            named = {**named, "input": replaced}
-        return func(*args, **named)
+        """Run the call on what ``look`` makes of its input."""
+        replaced = self.look(known, call.inputs)
+        args, kwargs = with_input(call.operator, args, kwargs, replaced)
+        return func(*args, **kwargs)
+
+
+def weights_of(module: nn.Module, inventory: Inventory) -> dict[tuple[Any, ...], str]:
+    """Return the name of each layer by ``tensor_key`` of its weight."""
+    return {tensor_key(module.get_parameter(la.weight_name)): la.name for la in inventory.layers}
 
 
 def collect_inputs(
@@ -287,7 +281,7 @@ def collect_inputs(
 
     with torch.no_grad():
         for look in (ranges, counts):
-            with InputWatcher(module, inventory, look):
+            with InputWatcher(weights_of(module, inventory), look):
                 for inputs in kept:
                     module(*inputs)
     from bitquota.candidates import LayerKind
@@ -333,4 +327,4 @@ class quantized_inputs(InputWatcher):  # noqa: N801  # used as a context manager
         def look(layer: str, values: Tensor) -> Tensor:
             return quantizers[layer](values) if layer in quantizers else values
 
-        super().__init__(module, inventory, look)
+        super().__init__(weights_of(module, inventory), look)

@@ -7,14 +7,14 @@ graphs that ``torch.export`` made.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -24,6 +24,9 @@ _WEIGHT_AT = {
     "linear": 1, "addmm": 2,
 }  # fmt: skip
 """Position of the weight among the arguments of each operator that a layer calls."""
+
+_INPUT_AT = {"addmm": 1}
+"""Position of the input where it is not the first."""
 
 _METADATA = frozenset(
     {
@@ -62,7 +65,7 @@ class LayerCall:
         weight: The weight.
         bias: The bias, if there is one.
         inputs: The activation that is multiplied.
-        channel_axis: Axis of the output that counts output channels.
+        channel_axis: Axis of the output that counts output channels, from its end.
     """
 
     operator: str
@@ -72,9 +75,7 @@ class LayerCall:
     channel_axis: int
 
 
-def layer_call(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output_dims: int
-) -> LayerCall | None:
+def layer_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall | None:
     """Return the call if it is one of a layer, else ``None``."""
     if name not in _WEIGHT_AT:
         return None
@@ -88,10 +89,61 @@ def layer_call(
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
     if not isinstance(weight, torch.Tensor) or not isinstance(inputs, torch.Tensor):
         return None
-    axis = -1
-    if name.startswith("conv"):
-        axis = output_dims - (int(name.rstrip("d")[-1]) + 1)  # an unbatched input has no axis 0
+    # From the end, because an unbatched input has no axis of samples.
+    axis = -1 - int(name.rstrip("d")[-1]) if name.startswith("conv") else -1
     return LayerCall(operator=name, weight=weight, bias=bias, inputs=inputs, channel_axis=axis)
+
+
+def with_input(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], replaced: object
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a layer's call with another input."""
+    at = _INPUT_AT.get(name, 0)
+    if len(args) > at:
+        return (*args[:at], replaced, *args[at + 1 :]), kwargs
+    return args, {**kwargs, "input": replaced}
+
+
+Known = TypeVar("Known")
+
+
+class LayerWatcher(TorchFunctionMode, Generic[Known]):
+    """Within the context, ``around`` runs each multiplication with a weight that is known.
+
+    Args:
+        known: What each weight stands for, by ``tensor_key``.
+    """
+
+    def __init__(self, known: Mapping[tuple[Any, ...], Known]) -> None:
+        super().__init__()
+        self.known = known
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Hand a layer's call to ``around``, and pass on everything else."""
+        del types
+        named = kwargs or {}
+        call = layer_call(operator_name(func), args, named)
+        known = None if call is None else self.known.get(tensor_key(call.weight))
+        if call is None or known is None:
+            return func(*args, **named)
+        return self.around(known, call, func, args, named)
+
+    def around(
+        self,
+        known: Known,
+        call: LayerCall,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:  # noqa: ANN401
+        """Return what the call gives: a subclass looks at it, or changes it on the way."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -180,7 +232,7 @@ class Trace(TorchFunctionMode):
             self.events.append(
                 Event(
                     name=name,
-                    layer=layer_call(name, args, named, output.ndim),
+                    layer=layer_call(name, args, named),
                     batch_norm=batch_norm_call(name, args, named),
                     output=output,
                 )

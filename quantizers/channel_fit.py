@@ -24,6 +24,7 @@ from bitquota.quantizers.activations import (
     CalibratedInputs,
     InputWatcher,
     collect_inputs,
+    weights_of,
 )
 from bitquota.quantizers.scales import least_squares_scale
 
@@ -162,7 +163,7 @@ def collect_channels(
             kept.setdefault(layer, []).append(rows[:, ::stride][:, :VALUES_PER_CHANNEL].cpu())
         return values
 
-    with torch.no_grad(), InputWatcher(module, inventory, look):
+    with torch.no_grad(), InputWatcher(weights_of(module, inventory), look):
         for inputs in batches:
             module(*inputs)
     passing = {la.name for la in inventory.layers if la.kind is LayerKind.EMBEDDING}

@@ -26,9 +26,9 @@ from bitquota.quantizers.calls import (
     BatchNormCall,
     Event,
     LayerCall,
+    LayerWatcher,
     Trace,
     batch_norm_call,
-    layer_call,
     operator_name,
     parameter_owners,
     tensor_key,
@@ -374,7 +374,7 @@ def _batches(data: Batches, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
         yield from data
 
 
-class _OutputMeans(TorchFunctionMode):
+class _OutputMeans(LayerWatcher[str]):
     """Sums the outputs of named layers per channel, and may shift them on the way."""
 
     def __init__(
@@ -382,36 +382,30 @@ class _OutputMeans(TorchFunctionMode):
         names: dict[tuple[Any, ...], str],
         shift: Callable[[str, Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        super().__init__()
-        self.names, self.shift = names, shift
+        super().__init__(names)
+        self.shift = shift
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.calls: dict[str, int] = {}
 
-    def __torch_function__(
+    def around(
         self,
+        known: str,
+        call: LayerCall,
         func: Callable[..., Any],
-        types: Any,  # noqa: ANN401
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        del types
-        output = func(*args, **(kwargs or {}))
-        if not isinstance(output, torch.Tensor):
-            return output
-        call = layer_call(operator_name(func), args, kwargs or {}, output.ndim)
-        name = None if call is None else self.names.get(tensor_key(call.weight))
-        if call is None or name is None:
-            return output
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        output: Tensor = func(*args, **kwargs)
         axis = call.channel_axis % output.ndim
         per_channel = output.double().movedim(axis, 0).flatten(1)
-        self.calls[name] = self.calls.get(name, 0) + 1
-        self.counts[name] = self.counts.get(name, 0) + per_channel.shape[1]
-        self.sums[name] = self.sums.get(name, 0) + per_channel.sum(dim=1)
+        self.calls[known] = self.calls.get(known, 0) + 1
+        self.counts[known] = self.counts.get(known, 0) + per_channel.shape[1]
+        self.sums[known] = self.sums.get(known, 0) + per_channel.sum(dim=1)
         if self.shift is None:
             return output
-        mean = self.sums[name] / self.counts[name]
-        change = self.shift(name, mean, output)
+        mean = self.sums[known] / self.counts[known]
+        change = self.shift(known, mean, output)
         shape = [1] * output.ndim
         shape[axis] = -1
         return output + change.to(output.dtype).reshape(shape)

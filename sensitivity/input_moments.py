@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from bitquota.candidates import LayerKind
-from bitquota.quantizers.calls import layer_call, operator_name, tensor_key
+from bitquota.quantizers.calls import LayerWatcher, tensor_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bitquota.candidates import Inventory, Layer
+    from bitquota.quantizers.calls import LayerCall
 
 
 def input_grams(
@@ -57,31 +57,26 @@ def input_grams(
     return watcher.grams
 
 
-class _GramWatcher(TorchFunctionMode):
+class _GramWatcher(LayerWatcher["Layer"]):
     def __init__(self, wanted: dict[tuple[Any, ...], Layer]) -> None:
-        super().__init__()
-        self.wanted = wanted
+        super().__init__(wanted)
         self.grams: dict[str, Tensor] = {}
 
-    def __torch_function__(
+    def around(
         self,
+        known: Layer,
+        call: LayerCall,
         func: Callable[..., Any],
-        types: Any,  # noqa: ANN401
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:  # noqa: ANN401
-        del types
-        named = kwargs or {}
-        name = operator_name(func)
-        call = layer_call(name, args, named, 0)
-        layer = None if call is None else self.wanted.get(tensor_key(call.weight))
-        if call is not None and layer is not None:
-            settings = _settings(name, args, named) if name.startswith("conv") else {}
-            rows = patches(call.inputs, layer, settings)  # [groups, positions, columns]
-            gram = (rows.transpose(1, 2) @ rows).double()
-            known = self.grams.get(layer.name)
-            self.grams[layer.name] = gram if known is None else known + gram
-        return func(*args, **named)
+        name = call.operator
+        settings = _settings(name, args, kwargs) if name.startswith("conv") else {}
+        rows = patches(call.inputs, known, settings)  # [groups, positions, columns]
+        gram = (rows.transpose(1, 2) @ rows).double()
+        before = self.grams.get(known.name)
+        self.grams[known.name] = gram if before is None else before + gram
+        return func(*args, **kwargs)
 
 
 def _settings(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

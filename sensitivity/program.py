@@ -137,7 +137,7 @@ class Graph:
                     value = self.execute(op, values.__getitem__, self.constants)
                 if isinstance(value, torch.Tensor):
                     args, kwargs = self.arguments(op, values.__getitem__, self.constants)
-                    call = layer_call(operator_name(op.node.target), args, kwargs, value.ndim)
+                    call = layer_call(operator_name(op.node.target), args, kwargs)
                     used = [weights[source] for source in op.sources if source in weights]
                     if call is not None and used:
                         multiplied.setdefault(used[0], []).append((op.node, call.channel_axis))

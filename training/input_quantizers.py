@@ -19,7 +19,7 @@ from bitquota.quantizers.channel_fit import ChannelRule, calibrate_channels
 from bitquota.quantizers.differentiable import lsq, ste_round
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from bitquota.candidates import Inventory, Layer
@@ -30,28 +30,6 @@ CALIBRATION_SAMPLES = 512
 
 START_BITS = 8
 """Learned input bit-widths start here: everything is still close to full precision."""
-
-
-class _ByName(InputWatcher):
-    """Within the context, the inputs of named layers go through ``look``.
-
-    Weights are those of the running step, which stand in for the model's own.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[Layer],
-        weights: Mapping[str, Tensor],
-        look: Callable[[str, Tensor], Tensor],
-    ) -> None:
-        super(InputWatcher, self).__init__()
-        self.look = look
-        self.names = {
-            tensor_key(weights.get(layer.weight_name, model.get_parameter(layer.weight_name))):
-            layer.name
-            for layer in layers
-        }  # fmt: skip
 
 
 class TrainedInputs(nn.Module):
@@ -76,7 +54,12 @@ class TrainedInputs(nn.Module):
         def look(name: str, values: Tensor) -> Tensor:
             return self.quantize(self.at[name], values) if values.is_floating_point() else values
 
-        return _ByName(model, self.layers, weights, look)
+        # The weights of the running step stand in for the model's own.
+        names = {
+            tensor_key(weights.get(la.weight_name, model.get_parameter(la.weight_name))): la.name
+            for la in self.layers
+        }
+        return InputWatcher(names, look)
 
 
 class LearnedInputSteps(TrainedInputs):

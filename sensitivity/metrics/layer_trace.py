@@ -144,7 +144,7 @@ class _Recorder(TorchFunctionMode):
         weight: Tensor,
         result: Tensor,
     ) -> Tensor:
-        known = layer_call(name, args, kwargs, result.ndim)
+        known = layer_call(name, args, kwargs)
         others = [t for t in tensors_in((args, kwargs)) if t is not weight]
         inputs = others[0] if known is None else known.inputs
         layer = self._layer_of(weight)
