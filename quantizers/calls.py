@@ -18,15 +18,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_WEIGHT_AT = {
-    "conv1d": 1, "conv2d": 1, "conv3d": 1,
-    "conv_transpose1d": 1, "conv_transpose2d": 1, "conv_transpose3d": 1,
-    "linear": 1, "addmm": 2,
+LAYER_OPERATORS = {
+    "conv1d": (0, 1), "conv2d": (0, 1), "conv3d": (0, 1),
+    "conv_transpose1d": (0, 1), "conv_transpose2d": (0, 1), "conv_transpose3d": (0, 1),
+    "linear": (0, 1), "addmm": (1, 2),
 }  # fmt: skip
-"""Position of the weight among the arguments of each operator that a layer calls."""
-
-_INPUT_AT = {"addmm": 1}
-"""Position of the input where it is not the first."""
+"""Positions of input and weight among the arguments of each operator that a layer calls."""
 
 _METADATA = frozenset(
     {
@@ -77,7 +74,7 @@ class LayerCall:
 
 def layer_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall | None:
     """Return the call if it is one of a layer, else ``None``."""
-    if name not in _WEIGHT_AT:
+    if name not in LAYER_OPERATORS:
         return None
     if name == "addmm":
         if len(args) < 3:
@@ -98,7 +95,7 @@ def with_input(
     name: str, args: tuple[Any, ...], kwargs: dict[str, Any], replaced: object
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a layer's call with another input."""
-    at = _INPUT_AT.get(name, 0)
+    at, _ = LAYER_OPERATORS[name]
     if len(args) > at:
         return (*args[:at], replaced, *args[at + 1 :]), kwargs
     return args, {**kwargs, "input": replaced}

@@ -27,6 +27,7 @@ from bitquota.sensitivity.ledger import MemoryLedger
 from bitquota.sensitivity.losses import loss_by_name, primary_output
 from bitquota.setting import choose_device, inventory_of
 from bitquota.storage import FULL_PRECISION_BITS, Scheme
+from bitquota.training.exported_inputs import hold_input_quantizers
 from bitquota.training.finetune import TrainedModel, finetune, measure_trained
 from bitquota.training.learn import default_settings, learn
 from bitquota.training.saved import save_trained
@@ -346,16 +347,17 @@ def solve_around(
 def write_pt2(trained: Trained, data: CalibrationSet, path: Path) -> None:
     """Write the trained model as a ``.pt2`` that takes any batch size, for every other command.
 
+    Where inputs are quantized, their trained quantizers are part of the program.
+
     Raises:
-        InvalidPlan: Inputs are quantized: the file would not hold their quantizers.
+        InvalidPlan: See ``training.exported_inputs.hold_input_quantizers``.
     """
-    if trained.model.inputs:
-        msg = "a .pt2 of a model with quantized inputs would run it without them"
-        raise InvalidPlan(msg)
     inputs = tuple(t.cpu() for t in data.first(2).inputs)
     module = copy.deepcopy(trained.model.module).cpu().eval()
     batch = dynamic_axes(module, len(inputs), {0: torch.export.Dim.DYNAMIC})
     program = torch.export.export(module, inputs, dynamic_shapes=batch)
+    layers = {la.name: la.weight_name for la in trained.model.inventory.layers}
+    hold_input_quantizers(program, {layers[k]: q for k, q in trained.model.inputs.items()})
     torch.export.save(program, path)
 
 

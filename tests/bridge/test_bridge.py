@@ -89,14 +89,26 @@ class TestFinetunePlan:
         assert found.plan.measured.accuracy > 0.9
 
     def test_quantized_inputs_are_trained_and_saved(self, model, data, tmp_path):
-        """The file holds their grids; a .pt2 would not, and is refused."""
+        """Both files hold their grids; what the .pt2 computes is what was trained."""
         found = finetune_plan(model, plan_of(model, 4, activation_bits=3), data, SETTINGS)
         found.save(tmp_path)
         saved = load_trained(tmp_path / "trained.safetensors")
         assert saved.inputs == found.model.inputs
         assert {3} == {q.bits for q in saved.inputs.values()}
-        with pytest.raises(InvalidPlan, match="quantized inputs"):
-            write_pt2(found, data, tmp_path / "trained.pt2")
+        write_pt2(found, data, tmp_path / "trained.pt2")
+        loaded = load_model(str(tmp_path / "trained.pt2"))
+        assert loaded.digest == found.plan.model_digest
+        x = digits()[0][N_TRAIN:]
+        with torch.no_grad():
+            plain, ours = found.model.module(x), loaded.module(x)
+            with found.model.running():
+                trained = found.model.module(x)
+        # To the last bit but where a value lies in the middle between two codes.
+        same = (ours - trained).abs().amax(dim=1) < 1e-4
+        assert same.double().mean() > 0.99
+        assert (plain - trained).abs().amax(dim=1).median() > 0.1
+        again = finetune_plan(loaded, replace(found.plan, baselines=()), data, SETTINGS)
+        assert again.plan.measured.accuracy > found.plan.measured.accuracy - 0.05
 
     def test_a_pt2_can_be_trained(self, model, data, tmp_path):
         """What comes back from training is such a file, too."""

@@ -6,11 +6,14 @@ import inspect
 
 import pytest
 
-from bitquota.cli import comparing, planning
+from bitquota.cli import comparing, planning, training
 from bitquota.cli import options as opt
+from bitquota.cli.bundles import Bundle, with_bundles
+from bitquota.cli.training_options import SETTINGS_OPTIONS, TRAINING_OPTIONS, Training
 from bitquota.errors import InvalidInput
 from bitquota.request import PlanRequest
 from bitquota.storage import Granularity
+from bitquota.training.settings import TrainingSettings
 
 COMMANDS = [planning.plan, planning.measure, comparing.compare]
 
@@ -74,3 +77,39 @@ class TestWithOptions:
         assert not request.refine
         with pytest.raises(InvalidInput, match="separated by commas"):
             command(**values | {"bits": "2;4"})
+
+
+class TestWithBundles:
+    def test_options_stand_in_the_parameters_place(self):
+        """The command is called with what they make; a bundle that it does not name is ignored."""
+        seen = []
+        pair = Bundle(options={"a": (int, 1), "b": (int, 2)}, make=lambda v: (v["a"], v["b"]))
+
+        @with_bundles(pair=pair, other=pair)
+        def command(first: str, *, pair: tuple[int, int], last: str = "z") -> None:
+            seen.append((first, pair, last))
+
+        assert ["first", "a", "b", "last"] == list(inspect.signature(command).parameters)
+        command(first="x", a=5, b=2, last="z")
+        assert [("x", (5, 2), "z")] == seen
+
+
+class TestWithTraining:
+    @pytest.mark.parametrize("command", [training.finetune, training.learn])
+    def test_commands_that_train_share_their_options(self, command):
+        """One default and one help text for both."""
+        own = inspect.signature(command).parameters
+        for name, (annotation, default) in TRAINING_OPTIONS.items():
+            assert own[name].annotation is annotation
+            assert own[name].default == default
+
+    def test_what_is_given_holds_and_the_rest_is_the_methods_own(self):
+        """Options are members of ``TrainingSettings``; without one, a recipe's value stays."""
+        values = {name: default for name, (_, default) in TRAINING_OPTIONS.items()}
+        own = TrainingSettings(learning_rate=0.5, quantizer_learning_rate=0.25, seed=0)
+        assert own == Training.of(values).settings(own)
+        found = Training.of(values | {"learning_rate": 0.125, "epochs": 3}).settings(own)
+        assert (0.125, 0.25, 3) == (
+            found.learning_rate, found.quantizer_learning_rate, found.epochs,
+        )  # fmt: skip
+        assert set(SETTINGS_OPTIONS) <= set(TrainingSettings.__dataclass_fields__)

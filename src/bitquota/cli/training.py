@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +11,7 @@ import typer
 from bitquota import report
 from bitquota.cli import options as opt
 from bitquota.cli import output
-from bitquota.cli.loading import load_samples
+from bitquota.cli.training_options import Training, with_training
 from bitquota.errors import InvalidInput
 from bitquota.plan import Plan
 from bitquota.request import DEFAULT_WEIGHT_BITS
@@ -40,67 +39,14 @@ Train = Annotated[
 Out = Annotated[
     Path, typer.Option("--out", "-o", help="Folder for plan.json, trained.safetensors, trained.pt2")
 ]
-Epochs = Annotated[int, typer.Option("--epochs", help="Passes over the data, in each phase.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Samples per step.")]
-Rate = Annotated[
-    float | None, typer.Option("--rate", help="Learning rate of weights [the method's own].")
-]
-QuantizerRate = Annotated[
-    float | None,
-    typer.Option("--quantizer-rate", help="Of steps, levels and bit-widths [the method's own]."),
-]
-Distill = Annotated[
-    float | None,
-    typer.Option(
-        "--distill",
-        help="Share of the loss that follows the full-precision model; 1 needs no labels [0.5; 0 "
-        "for uhlich2020].",
-    ),
-]
-HoldoutShare = Annotated[
-    float, typer.Option("--holdout", help="Share of TRAIN that selects and is not trained on.")
-]
-Patience = Annotated[
-    int | None,
-    typer.Option("--patience", help="Stop after so many epochs without a better hold-out loss."),
-]
-Augment = Annotated[
-    str, typer.Option("--augment", help="none, or shift_flip for images that may be mirrored.")
-]
-Mixed = Annotated[bool, typer.Option("--mixed-precision", help="Take steps in bfloat16.")]
-ChannelsLast = Annotated[
-    bool, typer.Option("--channels-last", help="Lay out images with channels last: faster.")
-]
-Compiled = Annotated[bool, typer.Option("--compile", help="Use torch.compile.")]
-Method = Annotated[
-    str,
-    typer.Option(
-        "--method",
-        help="lsq (learned steps), tqt (powers of two), direct (learned levels, a codebook).",
-    ),
-]
-Resolve = Annotated[
-    int,
-    typer.Option(
-        "--resolve",
-        help="Afterwards measure around the trained weights, solve and train again, so many times; "
-        "the best on the hold-out is kept.",
-    ),
-]
-Checkpoints = Annotated[
-    Path | None,
-    typer.Option(
-        "--checkpoints", help="Folder; a run that was stopped continues from it [OUT/checkpoints]."
-    ),
-]
-SettingsSeed = Annotated[int, typer.Option("--seed", help="Of samples, order and augmentation.")]
 
 
+@with_training
 def finetune(
     model: opt.Model,
     plan: Annotated[Path, typer.Argument(help="A plan that 'bitquota plan' wrote for MODEL.")],
     train: Train,
-    method: Method = "lsq",
+    *,
     symmetric: Annotated[
         bool, typer.Option("--symmetric", help="With direct: keep levels mirrored around zero.")
     ] = False,
@@ -108,27 +54,11 @@ def finetune(
         str | None,
         typer.Option(
             "--input-fit",
-            help="With quantized inputs: fit first grids by joint, chan or irls [each tensor's "
-            "own error].",
+            help="With quantized inputs: fit first grids by joint, chan or irls (each tensor's "
+            "own error).",
         ),
     ] = None,
-    epochs: Epochs = 10,
-    batch_size: BatchSize = 128,
-    rate: Rate = None,
-    quantizer_rate: QuantizerRate = None,
-    distill: Distill = None,
-    holdout: HoldoutShare = 0.1,
-    patience: Patience = None,
-    augment: Augment = "none",
-    mixed_precision: Mixed = False,
-    channels_last: ChannelsLast = False,
-    compiled: Compiled = False,
-    resolve: Resolve = 0,
-    seed: SettingsSeed = 0,
-    tokenizer: opt.Tokenizer = None,
-    length: opt.Length = opt.DEFAULT_LENGTH,
-    device: opt.Device = "auto",
-    checkpoints: Checkpoints = None,
+    training: Training,
     out: Out = Path("trained"),
 ) -> None:
     """Train MODEL under PLAN on TRAIN and write the trained weights and their plan.
@@ -142,47 +72,33 @@ def finetune(
     if input_fit is not None and input_fit not in list(ChannelRule):
         msg = f"--input-fit must be one of {', '.join(ChannelRule)}; got '{input_fit}'"
         raise InvalidInput(msg, input_fit=input_fit)
-    settings = _with_options(
-        TrainingSettings(),
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=rate,
-        quantizer_learning_rate=quantizer_rate,
-        distillation=distill,
-        holdout_fraction=holdout,
-        patience=patience,
-        augmentation=augment,
-        mixed_precision=mixed_precision,
-        channels_last=channels_last,
-        compiled=compiled,
-        seed=seed,
-    )
+    settings = training.settings(TrainingSettings())
     made = Plan.load(plan)
-    loaded, samples = _load(model, train, tokenizer, length)
-    folder = checkpoints or out / "checkpoints"
+    loaded, samples = training.load(model, train)
+    folder = training.checkpoints or out / "checkpoints"
     with _run() as (on_progress, is_first):
         found = finetune_plan(
             loaded,
             made,
             samples,
             settings,
-            method=method,
+            method=training.method,
             symmetric=symmetric,
             input_rule=None if input_fit is None else ChannelRule(input_fit),
-            device=device,
+            device=training.device,
             checkpoint=folder / "finetune.safetensors",
             on_progress=on_progress,
         )
-        found = _resolved(
-            loaded, found, samples, settings, resolve, method, device, folder, on_progress
-        )
+        found = _resolved(loaded, found, samples, training, settings, folder, on_progress)
         if is_first:
             _finish(found, samples, out)
 
 
+@with_training
 def learn(
     model: opt.Model,
     train: Train,
+    *,
     budgets: opt.Budgets = None,
     bits: opt.Bits = _BITS,
     recipe: Annotated[
@@ -200,32 +116,15 @@ def learn(
         str | None,
         typer.Option(
             "--activation-bits",
-            help="Bit-widths on offer to inputs [2,3,4,5,6,8 with a budget 'act …', else none].",
+            help="Bit-widths on offer to inputs (2,3,4,5,6,8 with a budget 'act …', else none).",
         ),
     ] = None,
-    method: Method = "lsq",
     tie: opt.Tie = None,
     exclude: opt.Exclude = None,
     granularity: opt.GranularityName = Granularity.CHANNEL,
     group_size: opt.GroupSize = None,
     scale_format: opt.ScaleFormatName = ScaleFormat.FP32,
-    epochs: Epochs = 10,
-    batch_size: BatchSize = 128,
-    rate: Rate = None,
-    quantizer_rate: QuantizerRate = None,
-    distill: Distill = None,
-    holdout: HoldoutShare = 0.1,
-    patience: Patience = None,
-    augment: Augment = "none",
-    mixed_precision: Mixed = False,
-    channels_last: ChannelsLast = False,
-    compiled: Compiled = False,
-    resolve: Resolve = 0,
-    seed: SettingsSeed = 0,
-    tokenizer: opt.Tokenizer = None,
-    length: opt.Length = opt.DEFAULT_LENGTH,
-    device: opt.Device = "auto",
-    checkpoints: Checkpoints = None,
+    training: Training,
     out: Out = Path("learned"),
 ) -> None:
     """Learn the bit-widths of MODEL on TRAIN within budgets, and fine-tune under them.
@@ -243,24 +142,10 @@ def learn(
     if recipe not in RECIPES:
         msg = f"--recipe must be one of {', '.join(RECIPES)}; got '{recipe}'"
         raise InvalidInput(msg, recipe=recipe)
-    settings = _with_options(
-        default_settings(recipe),
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=rate,
-        quantizer_learning_rate=quantizer_rate,
-        distillation=distill,
-        holdout_fraction=holdout,
-        patience=patience,
-        augmentation=augment,
-        mixed_precision=mixed_precision,
-        channels_last=channels_last,
-        compiled=compiled,
-        seed=seed,
-    )
+    settings = training.settings(default_settings(recipe))
     start = None if from_plan is None else Plan.load(from_plan)
-    loaded, samples = _load(model, train, tokenizer, length)
-    folder = checkpoints or out / "checkpoints"
+    loaded, samples = training.load(model, train)
+    folder = training.checkpoints or out / "checkpoints"
     with _run() as (on_progress, is_first):
         found = learn_plan(
             loaded,
@@ -274,36 +159,20 @@ def learn(
                 scale_format=scale_format,
             ),
             recipe=recipe,
-            method=method,
+            method=training.method,
             activation_bits=() if activation_bits is None else opt.parse_bits(activation_bits),
             start=start,
-            ties=[[part.strip() for part in item.split(",")] for item in tie or []],
+            ties=opt.parse_ties(tie),
             exclude=exclude or [],
             settings=settings,
-            device=device,
+            device=training.device,
             checkpoint_folder=folder,
             on_progress=on_progress,
         )
-        found = _resolved(
-            loaded, found, samples, following_settings(settings), resolve, method, device, folder,
-            on_progress,
-        )  # fmt: skip
+        following = following_settings(settings)
+        found = _resolved(loaded, found, samples, training, following, folder, on_progress)
         if is_first:
             _finish(found, samples, out)
-
-
-def _with_options(settings: TrainingSettings, **options: object) -> TrainingSettings:
-    """Return the settings with every option that was given."""
-    given = {name: value for name, value in options.items() if value is not None}
-    return replace(settings, **given)  # type: ignore[arg-type]
-
-
-def _load(
-    model: str, train: str, tokenizer: str | None, length: int
-) -> tuple[LoadedModel, CalibrationSet]:
-    from bitquota.formats import load_model
-
-    return load_model(model), load_samples(train, model=model, tokenizer=tokenizer, length=length)
 
 
 @contextmanager
@@ -323,23 +192,21 @@ def _resolved(
     model: LoadedModel,
     found: Trained,
     data: CalibrationSet,
+    training: Training,
     settings: TrainingSettings,
-    rounds: int,
-    method: str,
-    device: str,
     folder: Path,
     on_progress: OnProgress,
 ) -> Trained:
     from bitquota.bridge import solve_around
 
-    for k in range(rounds):
+    for k in range(training.resolve):
         again = solve_around(
             model,
             found,
             data,
             settings,
-            method=method,
-            device=device,
+            method=training.method,
+            device=training.device,
             checkpoint=folder / f"resolve-{k + 1}.safetensors",
             on_progress=on_progress,
         )
@@ -354,14 +221,13 @@ def _finish(found: Trained, data: CalibrationSet, out: Path) -> None:
 
     found.save(out)
     written = ["plan.json", "trained.safetensors"]
-    if not found.model.inputs:
-        # The .pt2 is a courtesy: what cannot be exported is still complete without it.
-        try:
-            write_pt2(found, data, out / "trained.pt2")
-            written.append("trained.pt2")
-        except Exception as err:  # noqa: BLE001  # torch.export raises what it likes
-            reason = str(err).splitlines()[0] if str(err) else type(err).__name__
-            output.messages.print(f"no trained.pt2: {reason}", highlight=False, markup=False)
+    # The .pt2 is a courtesy: what cannot be exported is still complete without it.
+    try:
+        write_pt2(found, data, out / "trained.pt2")
+        written.append("trained.pt2")
+    except Exception as err:  # noqa: BLE001  # torch.export raises what it likes
+        reason = str(err).splitlines()[0] if str(err) else type(err).__name__
+        output.messages.print(f"no trained.pt2: {reason}", highlight=False, markup=False)
     if found.learning is not None:
         output.print_rows(
             _epoch_rows(found.learning), title="Learning bit-widths (* kept, else the last)"

@@ -1,0 +1,176 @@
+"""How to train, as options: what ``finetune`` and ``learn`` have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import typer
+
+from bitquota.cli import options as opt
+from bitquota.cli.bundles import Bundle, with_bundles
+from bitquota.cli.loading import load_samples
+
+if TYPE_CHECKING:
+    from bitquota.formats import LoadedModel
+    from bitquota.sensitivity.calibration import CalibrationSet
+    from bitquota.training.settings import TrainingSettings
+
+SETTINGS_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "epochs": (
+        Annotated[int, typer.Option("--epochs", help="Passes over the data, in each phase.")],
+        10,
+    ),
+    "batch_size": (Annotated[int, typer.Option("--batch-size", help="Samples per step.")], 128),
+    "learning_rate": (
+        Annotated[
+            float | None,
+            typer.Option("--rate", help="Learning rate of weights (the method's own)."),
+        ],
+        None,
+    ),
+    "quantizer_learning_rate": (
+        Annotated[
+            float | None,
+            typer.Option(
+                "--quantizer-rate", help="Of steps, levels and bit-widths (the method's own)."
+            ),
+        ],
+        None,
+    ),
+    "distillation": (
+        Annotated[
+            float | None,
+            typer.Option(
+                "--distill",
+                help="Share of the loss that follows the full-precision model; 1 needs no labels "
+                "(0.5; 0 for uhlich2020).",
+            ),
+        ],
+        None,
+    ),
+    "holdout_fraction": (
+        Annotated[
+            float,
+            typer.Option("--holdout", help="Share of TRAIN that selects and is not trained on."),
+        ],
+        0.1,
+    ),
+    "patience": (
+        Annotated[
+            int | None,
+            typer.Option(
+                "--patience", help="Stop after so many epochs without a better hold-out loss."
+            ),
+        ],
+        None,
+    ),
+    "augmentation": (
+        Annotated[
+            str,
+            typer.Option("--augment", help="none, or shift_flip for images that may be mirrored."),
+        ],
+        "none",
+    ),
+    "mixed_precision": (
+        Annotated[bool, typer.Option("--mixed-precision", help="Take steps in bfloat16.")],
+        False,
+    ),
+    "channels_last": (
+        Annotated[
+            bool, typer.Option("--channels-last", help="Lay out images with channels last: faster.")
+        ],
+        False,
+    ),
+    "compiled": (Annotated[bool, typer.Option("--compile", help="Use torch.compile.")], False),
+    "seed": (
+        Annotated[int, typer.Option("--seed", help="Of samples, order and augmentation.")],
+        0,
+    ),
+}
+"""Options that are members of ``TrainingSettings``; without a value, those of the method hold."""
+
+TRAINING_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "method": (
+        Annotated[
+            str,
+            typer.Option(
+                "--method",
+                help="lsq (learned steps), tqt (powers of two), direct (learned levels, a "
+                "codebook).",
+            ),
+        ],
+        "lsq",
+    ),
+    **SETTINGS_OPTIONS,
+    "resolve": (
+        Annotated[
+            int,
+            typer.Option(
+                "--resolve",
+                help="Afterwards measure around the trained weights, solve and train again, so "
+                "many times; the best on the hold-out is kept.",
+            ),
+        ],
+        0,
+    ),
+    "tokenizer": (opt.Tokenizer, None),
+    "length": (opt.Length, opt.DEFAULT_LENGTH),
+    "device": (opt.Device, "auto"),
+    "checkpoints": (
+        Annotated[
+            Path | None,
+            typer.Option(
+                "--checkpoints",
+                help="Folder; a run that was stopped continues from it (OUT/checkpoints).",
+            ),
+        ],
+        None,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """How a command trains: what ``finetune`` and ``learn`` have in common.
+
+    Attributes:
+        method: How weights are trained under bit-widths.
+        given: Members of ``TrainingSettings`` that hold whatever the method says.
+        resolve: How often to solve and train again afterwards.
+        tokenizer: For texts.
+        length: For texts: tokens per sample.
+        device: Where the model runs.
+        checkpoints: Folder, or ``None`` for one below the output.
+    """
+
+    method: str
+    given: dict[str, Any]
+    resolve: int
+    tokenizer: str | None
+    length: int
+    device: str
+    checkpoints: Path | None
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> Self:
+        """Return what the options of ``TRAINING_OPTIONS`` say."""
+        values = dict(options)
+        settings = {name: values.pop(name) for name in SETTINGS_OPTIONS}
+        return cls(given={k: v for k, v in settings.items() if v is not None}, **values)
+
+    def settings(self, own: TrainingSettings) -> TrainingSettings:
+        """Return a method's or recipe's own settings with every option that was given."""
+        return replace(own, **self.given)
+
+    def load(self, model: str, train: str) -> tuple[LoadedModel, CalibrationSet]:
+        """Load a model and its training set."""
+        from bitquota.formats import load_model
+
+        samples = load_samples(train, model=model, tokenizer=self.tokenizer, length=self.length)
+        return load_model(model), samples
+
+
+with_training = with_bundles(training=Bundle(options=TRAINING_OPTIONS, make=Training.of))
+"""Give a command the options that make its ``training``, a ``Training``."""

@@ -1,0 +1,81 @@
+"""Input quantizers as part of an exported program, so that a ``.pt2`` runs as it was trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from bitquota.errors import InvalidPlan
+from bitquota.quantizers.calls import LAYER_OPERATORS, operator_name, tensor_key
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch.export import ExportedProgram
+
+    from bitquota.quantizers.activations import ActivationQuantizer
+
+
+def hold_input_quantizers(
+    program: ExportedProgram, quantizers: Mapping[str, ActivationQuantizer]
+) -> None:
+    """Quantize the inputs of layers inside of ``program``, which is changed in place.
+
+    Each multiplication with one of the weights gets its input through
+    ``aten.fake_quantize_per_tensor_affine``: ``(clamp(round(x / s) + z) - z) s`` with the trained
+    step, zero point and codes. Its gradient is straight-through, so that what is read back can be
+    trained. ``torch`` multiplies with ``1/s`` where the quantizer divides by ``s``: a value in the
+    middle between two codes, to the last bit of float32, may take the other one.
+
+    Args:
+        program: Weights are its parameters.
+        quantizers: By name of the weight, as the state dictionary has it.
+
+    Raises:
+        InvalidPlan: The program does not multiply with a weight that has a quantizer.
+    """
+    wanted = {tensor_key(program.state_dict[name]): name for name in quantizers}
+    held: dict[str, Any] = program.graph_signature.inputs_to_parameters
+    weights = {
+        placeholder: wanted[key]
+        for placeholder, name in held.items()
+        if (key := tensor_key(program.state_dict[name])) in wanted
+    }
+    found = set()
+    for node in list(program.graph.nodes):
+        places = LAYER_OPERATORS.get(operator_name(node.target)) if _is_call(node) else None
+        if places is None:
+            continue
+        source, weight = (node.args[at] for at in places)
+        name = weights.get(weight.name) if isinstance(weight, fx.Node) else None
+        if name is not None:
+            found.add(name)
+            node.update_arg(places[0], _quantized(program.graph, node, source, quantizers[name]))
+    if missing := sorted(set(quantizers) - found):
+        msg = (
+            "a .pt2 must hold the quantizer of every input; the exported program does not multiply "
+            f"with {', '.join(missing[:3])} as a layer does: take trained.safetensors, which has "
+            "them all"
+        )
+        raise InvalidPlan(msg, weights=missing)
+    program.graph_module.recompile()
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.op == "call_function"
+
+
+def _quantized(
+    graph: fx.Graph, user: fx.Node, source: fx.Node, quantizer: ActivationQuantizer
+) -> fx.Node:
+    arguments = (quantizer.scale, quantizer.zero_point, quantizer.lowest, quantizer.highest)
+    if quantizer.scale <= 0:
+        arguments = (1.0, 0, 0, 0)  # an input that was always zero
+    with graph.inserting_before(user):
+        made = graph.call_function(
+            torch.ops.aten.fake_quantize_per_tensor_affine.default, (source, *arguments)
+        )
+    made.meta = {k: v for k, v in source.meta.items() if k in ("val", "tensor_meta")}
+    return made
