@@ -31,6 +31,7 @@ from bitquota.sensitivity.ledger import SqliteLedger
 from bitquota.service import wire
 from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.blobs import blob_store
+from bitquota.service.checkpoints import FOLDER, KeptCheckpoints
 from bitquota.service.crew import Crew
 from bitquota.service.database import Database
 from bitquota.service.engines import Engine, Inbox, Order, Parcel, Worker, engine_of
@@ -89,7 +90,14 @@ class Driver:
         self._ledger = SqliteLedger(ledgers / "ledger.sqlite")
         self._measured = 0
         self._progress: JsonObject | None = None
-        self._received = Received(kind_by_name(job.kind), self._blobs)
+        kind = kind_by_name(job.kind)
+        self._received = Received(kind, self._blobs)
+        self._checkpoints = KeptCheckpoints(
+            settings.data_dir / FOLDER / job.id,
+            kind.checkpoints,
+            self._blobs,
+            settings.max_upload_bytes,
+        )
         self._stopping = threading.Event()
 
     def stop(self, _number: int, _frame: FrameType | None) -> None:
@@ -121,6 +129,7 @@ class Driver:
             if self._crew.shares:
                 _log.info("measured", job=job.id, shares=dict(self._crew.shares))
             self._received.close()
+            self._checkpoints.close()
             self._ledger.close()
         return status
 
@@ -135,6 +144,7 @@ class Driver:
                 artifact = known.get(job.tenant, entry.artifact, digest)
                 parcels.append(self._parcel(artifact, entry.role, f"{entry.role}-{k}"))
                 programs |= artifact.format == ModelFormat.PT2
+        parcels += self._checkpoints.parcels()
         settings = self._settings
         helped = settings.workers > 1 and kind_by_name(job.kind).request is PlanRequestBody
         self._order = Order(
@@ -248,6 +258,12 @@ class Driver:
             case "result":
                 with self._beating("keep"):  # it may have to travel to a bucket
                     self._received.result(str(head["name"]))
+            case "checkpoint_piece":
+                self._checkpoints.piece(parts)
+            case "checkpoint":
+                with self._beating("keep"):
+                    self._checkpoints.keep(str(head["name"]))
+                self._measured += 1
             case "error":
                 return self._failed(head["problem"])
             case "end":
@@ -331,12 +347,12 @@ class Driver:
 
         return self._end(finish)
 
-    @staticmethod
-    def _end(write: Any) -> int:  # noqa: ANN401  # a closure without arguments
+    def _end(self, write: Any) -> int:  # noqa: ANN401  # a closure without arguments
         try:
             write()
         except LeaseLost:
             return EXIT_LEASE_LOST
+        self._checkpoints.remove()
         return 0
 
 

@@ -66,7 +66,11 @@ class ArtifactKind(StrEnum):
     MATRIX = "matrix"
 
 
-FORMATS_OF_RESULTS = {ArtifactKind.PLAN: "json", ArtifactKind.MATRIX: "npz"}
+FORMATS_OF_RESULTS = {
+    ArtifactKind.PLAN: "json",
+    ArtifactKind.MATRIX: "npz",
+    ArtifactKind.MODEL: "pt2",
+}
 """What jobs leave, by the upload that it becomes."""
 
 

@@ -205,7 +205,7 @@ class Leases:
             epoch: The driver's.
             lease_s: Seconds until the lease runs out.
             progress: Where the work is, or ``None`` if that did not change.
-            measured: Ledger entries written since the last heartbeat.
+            measured: Ledger entries and checkpoints written since the last heartbeat.
             worker_s: Seconds of work since the last heartbeat.
 
         Raises:

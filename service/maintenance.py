@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from bitquota.errors import BitquotaError, Conflict, InvalidInput
 from bitquota.service.blobs import BlobStore, blob_store, digest_file
+from bitquota.service.checkpoints import FOLDER
 from bitquota.service.database import artifacts, deliveries, events, idempotency, jobs
 from bitquota.service.job import JobStatus
 from bitquota.service.processes import OWNER_FILE, owner_is_gone
@@ -73,6 +74,7 @@ def collect(settings: Settings, database: Database, now: float) -> Collected:
                 store.storage.remove(entry.name)
                 files, n_bytes = files + 1, n_bytes + entry.size
         store.trim(settings.blob_cache_bytes, now)
+    remove_checkpoints(settings.data_dir / FOLDER, database)
     scratch = remove_abandoned(settings.data_dir / "scratch")
     return Collected(jobs=n_jobs, uploads=n_uploads, files=files, bytes=n_bytes, scratch=scratch)
 
@@ -89,6 +91,16 @@ def remove_abandoned(scratches: Path) -> int:
             shutil.rmtree(folder, ignore_errors=True)
             removed += 1
     return removed
+
+
+def remove_checkpoints(folders: Path, database: Database) -> None:
+    """Remove the checkpoints of jobs that have ended, where their driver could not."""
+    found = sorted(folders.glob("*"))  # before the rows: a job is there before its folder is
+    query = sa.select(jobs.c.id).where(jobs.c.status.not_in(_ENDED))
+    going_on = set(database.read(lambda connection: connection.execute(query).scalars().all()))
+    for folder in found:
+        if folder.name not in going_on:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_rows(connection: Connection, settings: Settings, now: float) -> tuple[int, int]:

@@ -44,7 +44,7 @@ class JobView(BaseModel):
     finished_at: datetime | None
     cancel_requested: bool
     attempts: int
-    measured: int = Field(description="Ledger entries that this job wrote.")
+    measured: int = Field(description="Ledger entries and checkpoints that this job wrote.")
     progress: ProgressView | None
     plans: int = Field(description="How many plans are ready.")
     results: dict[str, str | list[str]] = Field(

@@ -5,23 +5,37 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from bitquota.errors import Cancelled, InvalidInput
 from bitquota.plan import Plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from bitquota.canonical import JsonObject
     from bitquota.formats import LoadedModel
-    from bitquota.progress import IsCancelled, Progress
+    from bitquota.progress import IsCancelled, OnProgress, Progress
     from bitquota.sensitivity.calibration import CalibrationSet
     from bitquota.sensitivity.ledger import Ledger
     from bitquota.service.forkserver import Loaded
 
 PIECE_BYTES = 4 * 2**20
 """Results travel in pieces of this size, so that neither side holds a large one in memory."""
+
+
+class Running(TypedDict):
+    """How everything long runs here."""
+
+    device: str
+    on_progress: OnProgress
+    cancelled: IsCancelled
+
+
+class Measuring(Running):
+    """How measurements run here."""
+
+    ledger: Ledger
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +61,20 @@ class Work:
     cancelled: IsCancelled
     device: str
     scratch: Path
+
+    @property
+    def running(self) -> Running:
+        """The keyword arguments that say where long work runs and whom it tells."""
+        return {
+            "device": self.device,
+            "on_progress": self.on_progress,
+            "cancelled": self.cancelled,
+        }
+
+    @property
+    def measuring(self) -> Measuring:
+        """The same, and where measurements are kept."""
+        return {**self.running, "ledger": self.ledger}
 
     def on_progress(self, progress: Progress) -> None:
         """Tell the client how far the work is; raises ``Cancelled`` if that is no longer wanted."""
@@ -91,10 +119,18 @@ class Work:
 
     def give(self, name: str, data: bytes | Path) -> None:
         """Hand over a result, or the next of several, in pieces."""
-        pieces = _of_file(data) if isinstance(data, Path) else _of_bytes(data)
-        for piece in pieces:
-            self.send({"type": "piece"}, [piece])
+        if isinstance(data, Path):
+            self.send_file(data, "piece")
+        else:
+            for start in range(0, len(data), PIECE_BYTES):
+                self.send({"type": "piece"}, [data[start : start + PIECE_BYTES]])
         self.send({"type": "result", "name": name}, ())
+
+    def send_file(self, path: Path, kind: str) -> None:
+        """Send the bytes of a file in messages of type ``kind``."""
+        with path.open("rb") as file:
+            while piece := file.read(PIECE_BYTES):
+                self.send({"type": kind}, [piece])
 
     def _one(self, role: str) -> Path:
         paths = self.paths(role)
@@ -102,14 +138,3 @@ class Work:
             msg = f"the job must have one '{role}'; it has {len(paths)}"
             raise InvalidInput(msg, role=role)
         return paths[0]
-
-
-def _of_bytes(data: bytes) -> Iterator[bytes]:
-    for start in range(0, len(data), PIECE_BYTES):
-        yield data[start : start + PIECE_BYTES]
-
-
-def _of_file(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while piece := file.read(PIECE_BYTES):
-            yield piece

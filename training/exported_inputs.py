@@ -11,7 +11,7 @@ from bitquota.errors import InvalidPlan
 from bitquota.quantizers.calls import LAYER_OPERATORS, operator_name, tensor_key
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch.export import ExportedProgram
 
@@ -23,11 +23,11 @@ def hold_input_quantizers(
 ) -> None:
     """Quantize the inputs of layers inside of ``program``, which is changed in place.
 
-    Each multiplication with one of the weights gets its input through
-    ``aten.fake_quantize_per_tensor_affine``: ``(clamp(round(x / s) + z) - z) s`` with the trained
-    step, zero point and codes. Its gradient is straight-through, so that what is read back can be
-    trained. ``torch`` multiplies with ``1/s`` where the quantizer divides by ``s``: a value in the
-    middle between two codes, to the last bit of float32, may take the other one.
+    Each multiplication with one of the weights gets ``s round(clamp(x / s, low - z, high - z))`` of
+    its input, with the trained step, zero point and codes: the bits of training. The gradient is
+    straight-through within the range, as there, so that what is read back can be trained. It is
+    written in plain arithmetic, because torch can neither export nor convert to ONNX what it calls
+    ``fake_quantize``.
 
     Args:
         program: Weights are its parameters.
@@ -70,12 +70,22 @@ def _is_call(node: fx.Node) -> bool:
 def _quantized(
     graph: fx.Graph, user: fx.Node, source: fx.Node, quantizer: ActivationQuantizer
 ) -> fx.Node:
-    arguments = (quantizer.scale, quantizer.zero_point, quantizer.lowest, quantizer.highest)
-    if quantizer.scale <= 0:
-        arguments = (1.0, 0, 0, 0)  # an input that was always zero
+    known = {k: v for k, v in source.meta.items() if k in ("val", "tensor_meta")}
+
+    def call(operator: Callable[..., object], *args: object) -> fx.Node:
+        made = graph.call_function(operator, args)  # type: ignore[arg-type]
+        made.meta = dict(known)  # every value has the shape of the input
+        return made
+
+    step, zero = quantizer.scale, quantizer.zero_point
+    aten = torch.ops.aten
     with graph.inserting_before(user):
-        made = graph.call_function(
-            torch.ops.aten.fake_quantize_per_tensor_affine.default, (source, *arguments)
-        )
-    made.meta = {k: v for k, v in source.meta.items() if k in ("val", "tensor_meta")}
-    return made
+        if step <= 0:  # an input that was always zero
+            return call(aten.mul.Scalar, source, 0.0)
+        ratio = call(aten.div.Scalar, source, step)
+        low, high = float(quantizer.lowest - zero), float(quantizer.highest - zero)
+        clipped = call(aten.clamp.default, ratio, low, high)
+        rounded = call(aten.round.default, clipped)
+        # Straight-through: the sum is the rounded value to the last bit, the gradient the other's.
+        cut = call(aten.detach.default, call(aten.sub.Tensor, rounded, clipped))
+        return call(aten.mul.Scalar, call(aten.add.Tensor, clipped, cut), step)

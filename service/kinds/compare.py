@@ -49,12 +49,9 @@ def run(work: Work) -> None:
         work.samples(),
         PlanRequest.from_json(request["plan"]),
         request["metrics"],
-        ledger=work.ledger,
         plans=request["plans"],
         affordable_passes=request["max_passes"],
-        on_progress=work.on_progress,
-        cancelled=work.cancelled,
-        device=work.device,
+        **work.measuring,
     )
     work.give("comparison", canonical_json(found.to_json()).encode())
 

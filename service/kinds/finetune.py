@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bitquota.service.checkpoints import sent_checkpoints
 from bitquota.service.inspection import ArtifactKind
 from bitquota.service.kinds.kind import DATASET, MODEL, Input, JobKind
 from bitquota.service.kinds.results import PLANS, REPORT, report_of_plans
 from bitquota.service.kinds.training_request import (
+    TRAINED_MODEL,
     TRAINING,
     WEIGHTS,
     TrainingBody,
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
     from bitquota.service.work import Work
 
+CHECKPOINTS = ("finetune.safetensors",)
+
 
 def run(work: Work) -> None:
     """Hand over the plan of the trained weights, the weights, and the history."""
@@ -27,16 +31,17 @@ def run(work: Work) -> None:
     from bitquota.training.settings import TrainingSettings
 
     (plan,) = work.plans("plan")
-    found = finetune_plan(
-        work.model(),
-        plan,
-        work.samples(),
-        settings_from(work.request, TrainingSettings()),
-        method=work.request["method"],
-        device=work.device,
-        on_progress=work.on_progress,
-        cancelled=work.cancelled,
-    )
+    model = work.model()
+    with sent_checkpoints(work, model.module) as kept:
+        found = finetune_plan(
+            model,
+            plan,
+            work.samples(),
+            settings_from(work.request, TrainingSettings()),
+            method=work.request["method"],
+            checkpoint=kept.path(CHECKPOINTS[0]),
+            **kept.running,
+        )
     hand_over(work, found)
 
 
@@ -65,7 +70,8 @@ KIND = JobKind(
         "plan": "sha256:" + "3" * 64,
         "request": {"method": "lsq", "epochs": 5},
     },
-    results=(PLANS, WEIGHTS, TRAINING, REPORT),
+    results=(PLANS, WEIGHTS, TRAINED_MODEL, TRAINING, REPORT),
+    checkpoints=CHECKPOINTS,
     run=run,
     accept=accept,
     derive_from=("plans",),

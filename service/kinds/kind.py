@@ -93,6 +93,8 @@ class JobKind:
         derive_from: Results whose files ``derive`` wants.
         derive: Returns further results by name, made from them outside of the sandbox; raises
             where they do not agree.
+        checkpoints: Names of the files from which another attempt goes on; see
+            ``bitquota.service.checkpoints``.
     """
 
     name: str
@@ -105,6 +107,7 @@ class JobKind:
     accept: Callable[[Any], JsonObject]
     derive_from: tuple[str, ...] = ()
     derive: Callable[[Mapping[str, Sequence[Path]]], Mapping[str, bytes]] = lambda _given: {}
+    checkpoints: tuple[str, ...] = ()
 
     def result(self, name: str) -> Result:
         """Return a result by name; raises ``InvalidInput``."""

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from bitquota.errors import InvalidInput
-from bitquota.request import DEFAULT_WEIGHT_BITS
+from bitquota.request import DEFAULT_WEIGHT_BITS, RECIPES
+from bitquota.service.checkpoints import sent_checkpoints
 from bitquota.service.inspection import ArtifactKind
 from bitquota.service.kinds.kind import DATASET, MODEL, Input, JobKind
 from bitquota.service.kinds.results import PLANS, REPORT, report_of_plans
 from bitquota.service.kinds.training_request import (
+    TRAINED_MODEL,
     TRAINING,
     WEIGHTS,
     TrainingBody,
@@ -23,9 +25,6 @@ from bitquota.service.kinds.training_request import (
 if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
     from bitquota.service.work import Work
-
-RECIPES = ("stabilised", "ellipsoid", "bitpruning", "bsq", "uhlich2020")
-"""As ``bitquota.training.learn`` has them; that module loads torch."""
 
 
 class LearnBody(TrainingBody):
@@ -55,22 +54,23 @@ def run(work: Work) -> None:
 
     request = work.request
     plans = work.plans("plan")
-    found = learn_plan(
-        work.model(),
-        work.samples(),
-        request["budgets"],
-        request["weight_bits"],
-        recipe=request["recipe"],
-        method=request["method"],
-        activation_bits=request["activation_bits"],
-        start=plans[0] if plans else None,
-        ties=request["ties"],
-        exclude=request["exclude"],
-        settings=settings_from(request, default_settings(request["recipe"])),
-        device=work.device,
-        on_progress=work.on_progress,
-        cancelled=work.cancelled,
-    )
+    model = work.model()
+    with sent_checkpoints(work, model.module) as kept:
+        found = learn_plan(
+            model,
+            work.samples(),
+            request["budgets"],
+            request["weight_bits"],
+            recipe=request["recipe"],
+            method=request["method"],
+            activation_bits=request["activation_bits"],
+            start=plans[0] if plans else None,
+            ties=request["ties"],
+            exclude=request["exclude"],
+            settings=settings_from(request, default_settings(request["recipe"])),
+            checkpoint_folder=kept.folder,
+            **kept.running,
+        )
     hand_over(work, found)
 
 
@@ -102,7 +102,8 @@ KIND = JobKind(
         "dataset": "sha256:" + "1" * 64,
         "request": {"budgets": ["2.5 bits"], "recipe": "stabilised", "epochs": 5},
     },
-    results=(PLANS, WEIGHTS, TRAINING, REPORT),
+    results=(PLANS, WEIGHTS, TRAINED_MODEL, TRAINING, REPORT),
+    checkpoints=("learn.safetensors", "finetune.safetensors"),
     run=run,
     accept=accept,
     derive_from=("plans",),

@@ -22,10 +22,7 @@ def run(work: Work) -> None:
         work.model(),
         work.samples(),
         PlanRequest.from_json(work.request),
-        ledger=work.ledger,
-        on_progress=work.on_progress,
-        cancelled=work.cancelled,
-        device=work.device,
+        **work.measuring,
     )
     work.give("matrix", found.to_bytes())
 

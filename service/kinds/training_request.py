@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitquota.canonical import canonical_json
 from bitquota.errors import InvalidInput
+from bitquota.formats.pt2_vetting import vet_pt2
+from bitquota.request import TRAINING_METHODS
+from bitquota.service.inspection import ArtifactKind
 from bitquota.service.kinds.kind import BINARY, Result
 from bitquota.service.kinds.results import check_object
+from bitquota.training.settings import AUGMENTATIONS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,15 +56,10 @@ SETTINGS = (
 )  # fmt: skip
 """Members of the body that are training settings under the same name."""
 
-METHODS = ("lsq", "tqt", "direct")
-"""As ``bitquota.training.weight_quantizers`` has them; that module loads torch."""
-
-AUGMENTATIONS = ("none", "shift_flip")
-
 
 def check_names(request: JsonObject) -> None:
     """Raise ``InvalidInput`` for a method or an augmentation that there is not."""
-    for member, known in (("method", METHODS), ("augmentation", AUGMENTATIONS)):
+    for member, known in (("method", TRAINING_METHODS), ("augmentation", AUGMENTATIONS)):
         if request[member] not in known:
             msg = f"{member} must be one of {', '.join(known)}; got {request[member]!r}"
             raise InvalidInput(msg, **{member: request[member]})
@@ -74,9 +74,10 @@ def settings_from(request: JsonObject, defaults: TrainingSettings) -> TrainingSe
 
 
 def hand_over(work: Work, found: Trained) -> None:
-    """Give plan, weights and history."""
+    """Give plan, weights and history, and the model where ``torch.export`` can write it."""
     from dataclasses import asdict
 
+    from bitquota.bridge import write_pt2
     from bitquota.training.saved import save_trained
 
     path = work.scratch / "trained.safetensors"
@@ -88,6 +89,12 @@ def hand_over(work: Work, found: Trained) -> None:
         "finetuning": asdict(found.model.record),
     }
     work.give("training", canonical_json(history).encode())
+    program = work.scratch / "trained.pt2"
+    # A courtesy, as on the command line: without it the weights are still complete.
+    with contextlib.suppress(Exception):
+        write_pt2(found, work.samples(), program)
+    if program.exists():
+        work.give("trained_model", program)
 
 
 def check_weights(path: Path) -> None:
@@ -117,6 +124,17 @@ WEIGHTS = Result(
     media_type=BINARY,
     suffix=".safetensors",
     max_bytes=16 * 2**30,
+)
+TRAINED_MODEL = Result(
+    name="trained_model",
+    text="The trained model as a `.pt2`, for other orders to name, where one can be made of it.",
+    check=vet_pt2,
+    path="trained-model",
+    media_type=BINARY,
+    suffix=".pt2",
+    optional=True,
+    max_bytes=16 * 2**30,
+    keep_as=ArtifactKind.MODEL,
 )
 TRAINING = Result(
     name="training",

@@ -24,6 +24,12 @@ SOLVERS = (
 )  # fmt: skip
 """What ``bitquota.solver.backends`` offers; that package compiles kernels when it is imported."""
 
+TRAINING_METHODS = ("lsq", "tqt", "direct")
+"""As ``bitquota.training.weight_quantizers`` has them; that module loads torch."""
+
+RECIPES = ("stabilised", "ellipsoid", "bitpruning", "bsq", "uhlich2020")
+"""As ``bitquota.training.learn`` has them; that module loads torch."""
+
 PRECISIONS = ("fp32", "bf16")
 LOSSES = ("kl", "cross_entropy", "mse", "cosine")
 ACTIVATION_FITS = ("mse", "joint", "chan", "irls")
@@ -168,6 +174,13 @@ class PlanRequest:
 def check_solver(name: str) -> None:
     """Raise ``InvalidInput`` unless there is a solver backend called ``name``."""
     _one_of("solver", name, SOLVERS)
+
+
+def check_training(*, method: str, recipe: str | None = None) -> None:
+    """Raise ``InvalidInput`` unless there are a training method and a recipe of these names."""
+    _one_of("method", method, TRAINING_METHODS)
+    if recipe is not None:
+        _one_of("recipe", recipe, RECIPES)
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

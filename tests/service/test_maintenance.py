@@ -94,6 +94,19 @@ class TestCollect:
         assert world.jobs.events(job.id, 0) == []
         assert not world.blobs.place(plan).exists()
 
+    def test_checkpoints_of_ended_jobs_go(self, world):
+        """Those of a job that waits for its next attempt stay."""
+        ended = world.order()
+        world.finish()
+        waiting = world.order()
+        for job in (ended, waiting):
+            folder = world.settings.data_dir / "checkpoints" / job.id
+            folder.mkdir(parents=True)
+            (folder / "learn.safetensors").write_bytes(b"state")
+        world.collect()
+        left = (world.settings.data_dir / "checkpoints").iterdir()
+        assert [waiting.id] == [folder.name for folder in left]
+
     def test_uploads_not_used_for_long_go(self, world):
         world.now += 31 * DAY
         assert world.collect().uploads == 2

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 
 from bitquota.errors import InvalidInput
 from bitquota.plan import Plan
-from bitquota.request import PlanRequest
+from bitquota.request import RECIPES, TRAINING_METHODS, PlanRequest
 from bitquota.service.kinds import training_request
-from bitquota.service.kinds.learn import RECIPES
-from bitquota.training import learn, settings, weight_quantizers
+from bitquota.training import learn, weight_quantizers
 from bitquota.training.saved import load_trained
+from live_server import LiveServer
 
 REQUEST = PlanRequest(
     budgets=("3 bits",), weight_bits=(2, 3, 4, 8), samples=32, holdout_samples=32, refine=False
@@ -50,6 +54,14 @@ class TestFinetune:
             assert saved.weights[a.layer.name].bits == a.candidate.weight_bits
         assert len(job.result("training")["finetuning"]["epochs"]) == 1
         assert "before training" in job.report()
+        scored = client.order(
+            "evaluate", {}, model=job.results["trained_model"], dataset=digits_files[1],
+            plans=[job.results["plans"][0]],
+        ).wait(timeout_s=300)  # fmt: skip
+        full, under_plan = (
+            score["metrics"]["top1"]["mean"] for score in scored.result("evaluation")["scores"][:2]
+        )
+        assert full == pytest.approx(under_plan, abs=0.01)
 
     def test_refuses_names_that_are_not_known(self, client, planned, digits_files):
         """At once, not in the sandbox."""
@@ -80,12 +92,62 @@ class TestLearn:
         assert job.result("training")["learning"]["steps"] > 0
 
 
+@pytest.mark.slow
+class TestKill:
+    def test_goes_on_from_the_last_checkpoint(self, tmp_path, digits_files):
+        """The driver is killed while bits are learned, the evaluator while weights are trained.
+
+        Nothing but the steps since a checkpoint is done again, and the bytes are those of a job
+        that nobody disturbed.
+        """
+        order = {"budgets": ["3 bits"], "epochs": 3, "batch_size": 16, "patience": 3}
+        per_epoch = int(0.9 * 1500) // 16
+        with (
+            LiveServer(tmp_path / "data", heartbeat_s=0.05, lease_s=5) as server,
+            server.client() as client,
+        ):
+            job = client.order("learn", order, model=digits_files[0], dataset=digits_files[1])
+            folder = server.data_dir / "checkpoints" / job.id
+            for victim, name in (("driver", "learn"), ("evaluator", "finetune")):
+                wait_for(folder / f"{name}.safetensors")
+                os.kill(server.working(victim), signal.SIGKILL)
+                wait_for_attempt(job, 2 if victim == "driver" else 3)
+            job.wait(timeout_s=300)
+            assert job.body["attempts"] == 3
+            assert not folder.exists()
+            story = [e.data for e in job.events()]
+            twin = client.order(
+                "learn", order, model=digits_files[0], dataset=digits_files[1]
+            ).wait(timeout_s=300)
+        assert job.results["weights"] == twin.results["weights"]
+        assert job.results["plans"] == twin.results["plans"]
+        starts = [k for k, event in enumerate(story) if event.get("status") == "running"]
+        assert len(starts) == 3
+        for begin, stage in ((starts[1], "learn"), (starts[2], "finetune")):
+            later = [e["done"] for e in story[begin:] if e.get("stage") == stage]
+            assert min(later) > per_epoch
+
+
+def wait_for(path, seconds=240):
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until, f"waited in vain for {path}"
+        time.sleep(0.01)
+
+
+def wait_for_attempt(job, number, seconds=240):
+    until = time.monotonic() + seconds
+    while job.refresh().body["attempts"] < number:
+        assert not job.ended, job.body
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 class TestNames:
     def test_are_those_of_the_training_package(self):
-        """They are written twice, because the server must not load torch."""
+        """They are written twice, because who only checks an order must not load torch."""
         assert tuple(learn.RECIPES) == RECIPES
-        assert weight_quantizers.METHODS == training_request.METHODS
-        assert settings.AUGMENTATIONS == training_request.AUGMENTATIONS
+        assert weight_quantizers.METHODS == TRAINING_METHODS
 
 
 class TestCheckWeights:
