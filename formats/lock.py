@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from bitquota.canonical import digest_json, read_json, schema_of
+from bitquota.canonical import digest_json, read_json, schema_of, write_whole
 from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.plan import Plan
 
@@ -101,9 +101,7 @@ class Lock:
 
     def save(self, path: Path) -> None:
         """Write the file whole or not at all."""
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(self.dumps())
-        temporary.replace(path)
+        write_whole(path, self.dumps().encode())
 
     @classmethod
     def from_json(cls, data: Any) -> Self:  # noqa: ANN401  # whatever a file held

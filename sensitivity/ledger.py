@@ -12,11 +12,12 @@ import io
 import sqlite3
 import threading
 import zipfile
+import zlib
 from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 
-from bitquota.canonical import digest_json
+from bitquota.canonical import digest_json, replacing, why_unreadable
 from bitquota.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -213,8 +214,7 @@ def export_entries(ledger: SqliteLedger, path: Path) -> int:
         The number of entries.
     """
     keys = ledger.keys()
-    temporary = path.with_name(path.name + ".part")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with replacing(path) as place, zipfile.ZipFile(place, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(zipfile.ZipInfo(_EXPORT_HEAD), _EXPORT_FORMAT)
         for start in range(0, len(keys), _KEYS_PER_QUERY):
             found = ledger.get_many(keys[start : start + _KEYS_PER_QUERY])
@@ -222,7 +222,6 @@ def export_entries(ledger: SqliteLedger, path: Path) -> int:
                 member = io.BytesIO()
                 np.lib.format.write_array(member, found[key], allow_pickle=False)
                 archive.writestr(zipfile.ZipInfo(f"{key}.npy"), member.getvalue())
-    temporary.replace(path)
     return len(keys)
 
 
@@ -238,18 +237,27 @@ def import_entries(ledger: Ledger, path: Path) -> int:
     entries: dict[str, NDArray[np.float64]] = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.read(_EXPORT_HEAD) != _EXPORT_FORMAT:
-                msg = f"a ledger archive must have format {_EXPORT_FORMAT!r}; '{path}' has another"
-                raise InvalidInput(msg, path=str(path))
-            for name in archive.namelist():
+            names = archive.namelist()
+            if _EXPORT_HEAD not in names or archive.read(_EXPORT_HEAD) != _EXPORT_FORMAT:
+                raise _no_export(path, "is another archive")
+            for name in names:
                 if name == _EXPORT_HEAD:
                     continue
                 array = np.lib.format.read_array(io.BytesIO(archive.read(name)), allow_pickle=False)
                 entries[name.removesuffix(".npy")] = array
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as err:
-        if isinstance(err, InvalidInput):
-            raise
-        msg = f"a ledger archive must be what 'export_entries' writes; '{path}': {err}"
-        raise InvalidInput(msg, path=str(path)) from err
+    except zipfile.BadZipFile as err:
+        # What is no archive at all, or one that was cut short.
+        raise _no_export(path, "is none, or is damaged") from err
+    except InvalidInput:
+        raise
+    except (OSError, ValueError, EOFError, zlib.error, NotImplementedError, RuntimeError) as err:
+        raise _no_export(path, why_unreadable(err)) from err
     ledger.put_many(entries)
     return len(entries)
+
+
+def _no_export(path: Path, what: str) -> InvalidInput:
+    msg = (
+        f"an archive of measurements must be what 'bitquota ledger export' writes; '{path}' {what}"
+    )
+    return InvalidInput(msg, path=str(path))

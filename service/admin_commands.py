@@ -35,15 +35,33 @@ DataDir = Annotated[
 ]
 
 
-@contextlib.contextmanager
-def _opened(data_dir: Path | None) -> Iterator[tuple[Settings, Database]]:
-    from bitquota.service.database import Database
+def _settings(data_dir: Path | None) -> Settings:
     from bitquota.service.settings import Settings
 
     settings = Settings.from_environment()
-    if data_dir is not None:
-        settings = replace(settings, data_dir=data_dir)
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    return settings if data_dir is None else replace(settings, data_dir=data_dir)
+
+
+@contextlib.contextmanager
+def _opened(data_dir: Path | None, *, make: bool = False) -> Iterator[tuple[Settings, Database]]:
+    """Yield settings and database of a server that has run, or with ``make`` will run, here.
+
+    Raises:
+        InvalidInput: There is no database, and none should be made: a folder that was mistyped
+            must not become an empty server.
+    """
+    from bitquota.errors import InvalidInput
+    from bitquota.service.database import Database
+
+    settings = _settings(data_dir)
+    if make:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+    elif not settings.has_database:
+        msg = (
+            f"a server's data must be there to be looked after; '{settings.data_dir}' holds none: "
+            "name its folder with --data-dir or BITQUOTA_DATA_DIR"
+        )
+        raise InvalidInput(msg, path=str(settings.data_dir))
     database = Database(settings.url)
     try:
         database.create()
@@ -75,7 +93,7 @@ def create_key(
     except ValueError as err:
         msg = f"a scope must be one of {', '.join(Scope)}; got {scope}"
         raise InvalidInput(msg) from err
-    with _opened(data_dir) as (_, database):
+    with _opened(data_dir, make=True) as (_, database):
         lifetime_s = None if days is None else days * _DAY_S
         key, text = KeyStore(database, time.time).create(
             tenant, name=name, scopes=scopes, lifetime_s=lifetime_s
@@ -93,9 +111,17 @@ def list_keys(
 
     from bitquota.service.keys import KeyStore
 
+    whose = "" if tenant is None else f" of tenant '{tenant}'"
+    settings = _settings(data_dir)
+    if not settings.has_database:
+        typer.echo(f"no keys{whose}: there is no server's data in {settings.data_dir}", err=True)
+        return
     with _opened(data_dir) as (_, database):
-        for key in KeyStore(database, time.time).list(tenant):
-            _say(asdict(key))
+        found = KeyStore(database, time.time).list(tenant)
+    for key in found:
+        _say(asdict(key))
+    if not found:
+        typer.echo(f"no keys{whose}: 'bitquota admin keys create TENANT' makes one", err=True)
 
 
 @keys.command("revoke")
@@ -140,7 +166,7 @@ def set_quota(
 
     from bitquota.service.quotas import Quotas
 
-    with _opened(data_dir) as (settings, database):
+    with _opened(data_dir, make=True) as (settings, database):
         quota = Quotas(database, settings, time.time).set(
             tenant,
             max_running=max_running,
@@ -202,7 +228,7 @@ def make_webhook_secret(
     """Make a new secret that signs a tenant's webhooks and print it; the old one ends."""
     from bitquota.service.webhooks import Webhooks
 
-    with _opened(data_dir) as (settings, database):
+    with _opened(data_dir, make=True) as (settings, database):
         _say(
             {"tenant": tenant, "secret": Webhooks(settings, database, time.time).new_secret(tenant)}
         )
@@ -236,11 +262,30 @@ def make_backup(
     target: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
     data_dir: DataDir = None,
 ) -> None:
-    """Copy everything into a folder that ``bitquota serve --data-dir`` can be started on."""
+    """Copy everything into a folder that ``bitquota serve --data-dir`` can be started on.
+
+    A PostgreSQL database and files at BITQUOTA_BLOB_URL are not in it; it says so.
+    """
     from bitquota.service.maintenance import backup
 
     with _opened(data_dir) as (settings, _):
         backup(settings, target)
+        typer.echo(f"wrote {target}", err=True)
+        for sentence in _left_out(settings):
+            typer.echo(f"NOT in the backup: {sentence}", err=True)
+
+
+def _left_out(settings: Settings) -> list[str]:
+    """Return what a backup of the data folder does not hold, and what does."""
+    found = []
+    if settings.database_url:
+        found.append("the database at BITQUOTA_DATABASE_URL: back it up first, with pg_dump")
+    if settings.blob_url:
+        found.append(
+            f"uploads and results at {settings.blob_url}: keep them with that storage's own means, "
+            "versions or replication; the jobs of this backup name them"
+        )
+    return found
 
 
 @app.command("verify")
@@ -257,11 +302,10 @@ def verify_files(data_dir: DataDir = None) -> None:
 
 @app.command("doctor")
 def examine(data_dir: DataDir = None) -> None:
-    """Say what a server would find here; exit 1 if something it needs is missing."""
+    """Say what a server would find here, and change nothing; exit 1 if something is missing."""
     from bitquota.service.checkup import doctor
 
-    with _opened(data_dir) as (settings, database):
-        findings = doctor(settings, database)
+    findings = doctor(_settings(data_dir))
     for finding in findings:
         typer.echo(f"{'ok  ' if finding.good else 'LOOK'}  {finding.what}: {finding.detail}")
     needed = {"database", "data folder", "blob store", "engine"}

@@ -57,7 +57,7 @@ def create_app(settings: Settings | None = None, *, tracing: Tracing | None = No
         artifacts=ArtifactStore(database, time.time),
         jobs=jobs,
         keys=keys,
-        sessions=Sessions(chosen.data_dir / "session-secret", keys, time.time),
+        sessions=Sessions(chosen.data_dir / "session-secret", keys, database, time.time),
         quotas=Quotas(database, chosen, time.time),
         audit=AuditLog(database, time.time),
         supervisor=Supervisor(chosen, database, jobs),

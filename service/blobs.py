@@ -246,12 +246,16 @@ def trim_copies(root: Path, limit: int, now: float) -> int:
 
 def blob_store(settings: Settings) -> BlobStore:
     """Return the store that the settings name; raises what ``FsspecStorage`` does."""
-    storage = None
-    if settings.blob_url:
-        from bitquota.service.storage import FsspecStorage
+    return BlobStore(settings.data_dir / "blobs", storage_of(settings))
 
-        storage = FsspecStorage(settings.blob_url)
-    return BlobStore(settings.data_dir / "blobs", storage)
+
+def storage_of(settings: Settings) -> Storage | None:
+    """Return where files lie if not in the data folder; raises what ``FsspecStorage`` does."""
+    if not settings.blob_url:
+        return None
+    from bitquota.service.storage import FsspecStorage
+
+    return FsspecStorage(settings.blob_url)
 
 
 def digest_file(path: Path) -> str:

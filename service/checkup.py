@@ -11,15 +11,20 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from bitquota.errors import BitquotaError
-from bitquota.service.blobs import blob_store
+from bitquota.service.blobs import storage_of
+from bitquota.service.database import Database
 from bitquota.service.engines import ENGINES
 from bitquota.service.limits import group_of
 from bitquota.service.sandbox import bubblewrap, kernel_folders, memory_limit
 from bitquota.service.telemetry import described
 
 if TYPE_CHECKING:
-    from bitquota.service.database import Database
+    from sqlalchemy.engine import Connection
+
     from bitquota.service.settings import Settings
+
+
+_TO_COME = "none yet: the first start makes it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,15 +36,15 @@ class Finding:
     detail: str
 
 
-def doctor(settings: Settings, database: Database) -> list[Finding]:
-    """Look at everything that a server needs and say what is there.
+def doctor(settings: Settings) -> list[Finding]:
+    """Look at everything that a server needs and say what is there; nothing is made or changed.
 
     Cost: with the engine ``ray`` a connection to the cluster, with S3 a listing.
     """
     program = bubblewrap()
     kernels = kernel_folders()
     return [
-        _database(database),
+        _database(settings),
         _data_folder(settings),
         _blobs(settings),
         _engine(settings),
@@ -59,30 +64,48 @@ def doctor(settings: Settings, database: Database) -> list[Finding]:
     ]
 
 
-def _database(database: Database) -> Finding:
+def _database(settings: Settings) -> Finding:
+    if not settings.has_database:
+        return Finding(what="database", good=True, detail=f"sqlite, {_TO_COME}")
+    database = None
     try:
-        version = database.read(
-            lambda c: c.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
-        )
+        database = Database(settings.url)
+        version = database.read(_schema)
     except BitquotaError as error:
         return Finding(what="database", good=False, detail=error.message)
+    finally:
+        if database is not None:
+            database.close()
     kind = database.engine.dialect.name
-    return Finding(what="database", good=True, detail=f"{kind}, schema {version}")
+    detail = f"{kind}, {_TO_COME}" if version is None else f"{kind}, schema {version}"
+    return Finding(what="database", good=True, detail=detail)
+
+
+def _schema(connection: Connection) -> str | None:
+    """Return the schema's number, or nothing of a database that no server has seen."""
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
 
 
 def _data_folder(settings: Settings) -> Finding:
-    writable = os.access(settings.data_dir, os.W_OK)
-    free = shutil.disk_usage(settings.data_dir).free
+    # Of a folder that a server will make, the nearest that is there.
+    nearest = settings.data_dir.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    free = shutil.disk_usage(nearest).free
+    made = "" if settings.data_dir.exists() else f", {_TO_COME}"
     return Finding(
         what="data folder",
         good=writable and free > 2**30,
-        detail=f"{settings.data_dir}: {'' if writable else 'not '}writable, {free:,} B free",
+        detail=f"{settings.data_dir}: {'' if writable else 'not '}writable, {free:,} B free{made}",
     )
 
 
 def _blobs(settings: Settings) -> Finding:
     try:
-        storage = blob_store(settings).storage
+        storage = storage_of(settings)
         if storage is None:
             return Finding(what="blob store", good=True, detail="in the data folder")
         sizes = [entry.size for entry in storage.entries()]

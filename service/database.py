@@ -130,6 +130,13 @@ tenants = sa.Table(
     sa.Column("webhook_secret", sa.String(128)),
 )
 
+ended_sessions = sa.Table(
+    "ended_sessions",
+    metadata,
+    sa.Column("nonce", sa.String(32), primary_key=True),
+    sa.Column("until", sa.Float, nullable=False),
+)
+
 deliveries = sa.Table(
     "deliveries",
     metadata,

@@ -6,6 +6,7 @@ nothing comes from elsewhere, so the content security policy allows only our own
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import secrets
@@ -230,12 +231,15 @@ async def sign_in(request: Request, service: Service) -> Response:
 
 @router.post("/sign-out")
 async def sign_out(request: Request, service: Service) -> Response:
-    """End the session of this browser."""
+    """End the session of this browser: its cookie is worth nothing any more."""
     form = await _form(request)
     cookie = request.cookies.get(COOKIE)
-    if cookie is not None:
-        session = await run_in_threadpool(service.sessions.read, cookie)
-        service.sessions.check_csrf(session, form.get("token"))
+    # One that is over already is only forgotten.
+    with contextlib.suppress(Unauthorized):
+        if cookie is not None:
+            session = await run_in_threadpool(service.sessions.read, cookie)
+            service.sessions.check_csrf(session, form.get("token"))
+            await run_in_threadpool(service.sessions.end, cookie)
     answer = RedirectResponse("/sign-in", status_code=303)
     answer.delete_cookie(COOKIE)
     return answer

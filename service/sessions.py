@@ -2,7 +2,8 @@
 
 The cookie names the key, the time and a nonce, and is signed (HMAC-SHA256) with a secret that lies
 in the data folder, so every server over that folder accepts it and a restart ends no session. The
-key is looked up on every request: revoking it ends its sessions.
+key is looked up on every request: revoking it ends its sessions. One that was signed out is noted
+in the database until it would have ended by itself.
 """
 
 from __future__ import annotations
@@ -17,12 +18,19 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import sqlalchemy as sa
+
 from bitquota.errors import Forbidden, NotFound, Unauthorized
+from bitquota.service.database import ended_sessions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from sqlalchemy.engine import Connection
+
+    from bitquota.canonical import JsonObject
+    from bitquota.service.database import Database
     from bitquota.service.keys import Caller, KeyStore
 
 COOKIE = "bitquota_session"
@@ -48,12 +56,16 @@ class Sessions:
     Args:
         secret_file: Where the signing secret is, or will be put.
         keys: Who may sign in.
+        database: Where sessions that were signed out are noted.
         clock: Seconds since 1970.
     """
 
-    def __init__(self, secret_file: Path, keys: KeyStore, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, secret_file: Path, keys: KeyStore, database: Database, clock: Callable[[], float]
+    ) -> None:
         self._secret = _secret(secret_file)
         self._keys = keys
+        self._db = database
         self._clock = clock
 
     def open(self, key_text: str) -> str:
@@ -71,24 +83,47 @@ class Sessions:
         """Return the session of a cookie.
 
         Raises:
-            Unauthorized: It is not one of ours, it is over, or its key is no longer valid.
+            Unauthorized: It is not one of ours, it is over, it was signed out, or its key is no
+                longer valid.
         """
+        payload = self._payload(cookie)
+        query = sa.select(ended_sessions.c.nonce).where(ended_sessions.c.nonce == payload["nonce"])
+        if self._db.read(lambda connection: connection.execute(query).first()) is not None:
+            raise _over()
+        try:
+            caller = self._keys.caller_of_key(payload["key"])
+        except NotFound as err:
+            raise _over() from err
+        body = cookie.partition(".")[0]
+        return Session(caller=caller, csrf_token=self._sign("csrf", body))
+
+    def end(self, cookie: str) -> None:
+        """End a session now, wherever its cookie is kept; raises ``Unauthorized`` like ``read``."""
+        payload, now = self._payload(cookie), self._clock()
+        row = {"nonce": payload["nonce"], "until": payload["until"]}
+
+        def work(connection: Connection) -> None:
+            connection.execute(ended_sessions.delete().where(ended_sessions.c.until <= now))
+            same = ended_sessions.c.nonce == row["nonce"]
+            if connection.execute(sa.select(ended_sessions.c.nonce).where(same)).first() is None:
+                connection.execute(ended_sessions.insert().values(row))
+
+        self._db.write(work)
+
+    def _payload(self, cookie: str) -> JsonObject:
+        """Return what a cookie says; raises ``Unauthorized`` unless it is ours and not over."""
         body, _, signature = cookie.partition(".")
         if not hmac.compare_digest(
             signature.encode("utf-8", "replace"), self._sign("session", body).encode()
         ):
             raise _over()
         try:
-            payload = json.loads(base64.urlsafe_b64decode(body))
+            payload: JsonObject = json.loads(base64.urlsafe_b64decode(body))
         except (ValueError, binascii.Error) as err:
             raise _over() from err
         if payload["until"] <= self._clock():
             raise _over()
-        try:
-            caller = self._keys.caller_of_key(payload["key"])
-        except NotFound as err:
-            raise _over() from err
-        return Session(caller=caller, csrf_token=self._sign("csrf", body))
+        return payload
 
     def check_csrf(self, session: Session, sent: str | None) -> None:
         """Raise ``Forbidden`` unless ``sent`` is the session's token."""

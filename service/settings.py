@@ -187,6 +187,11 @@ class Settings:
         )
 
     @property
+    def has_database(self) -> bool:
+        """Whether there is a database: PostgreSQL, or the file of one that was made."""
+        return bool(self.database_url) or (self.data_dir / "bitquota.db").is_file()
+
+    @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
         if self.host == "localhost":

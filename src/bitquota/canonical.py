@@ -6,12 +6,14 @@ reads back to the same float64), and NaN and infinity are refused.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     import numpy as np
@@ -44,6 +46,36 @@ def read_json(path: Path, what: str, advice: str, error: type[BitquotaError]) ->
     except (OSError, ValueError, RecursionError) as err:
         msg = f"{what} must be readable JSON; '{path}' {why_unreadable(err)}: {advice}"
         raise error(msg, path=str(path)) from err
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield where to write so that ``path`` appears whole or stays as it was.
+
+    What is no regular file, such as ``/dev/stdout`` or a pipe, is written to as it is.
+
+    Raises:
+        OSError: It cannot be written; the error names ``path``.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    temporary = path.with_name(f"{path.name}.part")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException as err:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(err, OSError) and err.filename == str(temporary):
+            raise OSError(err.errno, err.strerror, str(path)) from err
+        raise
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``, whole or not at all; raises ``OSError`` that names ``path``."""
+    with replacing(path) as place:
+        place.write_bytes(data)
 
 
 def schema_of(data: object) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from bitquota.candidates import CandidateTable
-from bitquota.canonical import canonical_json, digest_bytes
+from bitquota.canonical import canonical_json, digest_bytes, write_whole
 from bitquota.errors import BitquotaError, InvalidMatrix
 
 if TYPE_CHECKING:
@@ -144,8 +144,8 @@ class SensitivityMatrix:
         return buffer.getvalue()
 
     def save(self, path: Path) -> None:
-        """Write ``to_bytes`` to ``path``."""
-        path.write_bytes(self.to_bytes())
+        """Write ``to_bytes`` to ``path`` (whole or not at all)."""
+        write_whole(path, self.to_bytes())
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from bitquota.budget import Budget
 from bitquota.candidates import Candidate, Layer, UnquantizedTensor
-from bitquota.canonical import canonical_json, digest_json, read_json, schema_of
+from bitquota.canonical import canonical_json, digest_json, read_json, schema_of, write_whole
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidPlan
 
@@ -385,9 +385,7 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write the canonical JSON to ``path`` (whole or not at all)."""
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(self.dumps())
-        temporary.replace(path)
+        write_whole(path, self.dumps().encode())
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -151,7 +151,7 @@ class TestExportEntries:
 
         assert own.get("k").tolist() == [2.0]
 
-    @pytest.mark.parametrize("damage", ["cut", "text", "missing"])
+    @pytest.mark.parametrize("damage", ["cut", "text", "other", "missing"])
     def test_a_damaged_archive_adds_nothing(self, tmp_path, damage):
         """All entries or none."""
         path = tmp_path / "out"
@@ -162,9 +162,13 @@ class TestExportEntries:
             path.write_bytes(path.read_bytes()[:900])
         elif damage == "text":
             path.write_text("nothing")
+        elif damage == "other":
+            np.savez(path.with_suffix(".npz"), x=np.zeros(3))
+            path.with_suffix(".npz").replace(path)
         else:
             path.unlink()
         own = MemoryLedger()
-        with pytest.raises(InvalidInput, match="ledger archive"):
+        with pytest.raises(InvalidInput, match="'bitquota ledger export' writes") as caught:
             import_entries(own, path)
+        assert not any(word in str(caught.value) for word in ("entries", "b'", "Error"))
         assert len(own) == 0

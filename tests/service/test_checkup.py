@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 from dataclasses import replace
 
 import pytest
+import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from bitquota.errors import InvalidInput
@@ -27,19 +29,19 @@ def database(settings):
     made.close()
 
 
-def finding(what, settings, database):
-    return {f.what: f for f in doctor(settings, database)}[what]
+def finding(what, settings):
+    return {f.what: f for f in doctor(settings)}[what]
 
 
 class TestDoctor:
     def test_looks_at_everything(self, settings, database):
-        assert [f.what for f in doctor(settings, database)] == [
+        assert [f.what for f in doctor(settings)] == [
             "database", "data folder", "blob store", "engine", "sandbox", "limits",
             "solver kernels", "telemetry",
         ]  # fmt: skip
 
     def test_default_is_well(self, settings, database):
-        found = {f.what: f for f in doctor(settings, database)}
+        found = {f.what: f for f in doctor(settings)}
         assert found["database"].good
         assert "sqlite, schema 0" in found["database"].detail
         assert found["blob store"].detail == "in the data folder"
@@ -48,7 +50,7 @@ class TestDoctor:
         assert "no control group" in found["limits"].detail
 
     def test_engine_that_is_none(self, settings, database):
-        found = finding("engine", replace(settings, engine="dask"), database)
+        found = finding("engine", replace(settings, engine="dask"))
         assert not found.good
         assert "local, ray" in found.detail
 
@@ -56,30 +58,30 @@ class TestDoctor:
         for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("RAY_AUTH_MODE", "token")  # what connect() sets is put back
-        found = finding("engine", replace(settings, engine="ray"), database)
+        found = finding("engine", replace(settings, engine="ray"))
         assert not found.good
         assert "BITQUOTA_RAY_TOKEN_FILE" in found.detail
 
     def test_files_in_another_folder(self, settings, database, tmp_path):
         pytest.importorskip("fsspec")
         url = f"file://{tmp_path / 'elsewhere'}"
-        found = finding("blob store", replace(settings, blob_url=url), database)
+        found = finding("blob store", replace(settings, blob_url=url))
         assert found.good
         assert "0 files, 0 B" in found.detail
 
     def test_storage_that_is_none(self, settings, database):
-        found = finding("blob store", replace(settings, blob_url="nonsense://x"), database)
+        found = finding("blob store", replace(settings, blob_url="nonsense://x"))
         assert not found.good
 
     def test_control_group_that_is_none(self, settings, database, tmp_path):
-        found = finding("limits", replace(settings, cgroup=str(tmp_path / "none")), database)
+        found = finding("limits", replace(settings, cgroup=str(tmp_path / "none")))
         assert not found.good
         assert "BITQUOTA_CGROUP" in found.detail
 
     def test_traces_are_told_of(self, settings, database, monkeypatch):
         pytest.importorskip("opentelemetry.sdk")
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://user:secret@collector:4318")
-        found = finding("telemetry", settings, database)
+        found = finding("telemetry", settings)
         assert found.good
         assert found.detail == "traces go to collector:4318"
 
@@ -88,6 +90,27 @@ class TestDoctor:
         done = CliRunner().invoke(admin_commands.app, ["doctor", "--data-dir", str(tmp_path)])
         assert done.exit_code == 1
         assert "LOOK  engine: dask" in done.output
+
+    def test_makes_nothing(self, tmp_path):
+        """Looking at a place where no server has run leaves it as it was."""
+        place = tmp_path / "data"
+        found = {f.what: f for f in doctor(Settings(data_dir=place))}
+        assert found["database"].good
+        assert found["data folder"].good
+        assert "the first start makes it" in found["data folder"].detail
+        assert not place.exists()
+
+    def test_leaves_an_older_schema_as_it_is(self, settings, database):
+        """A server that is running on it may not know a newer one."""
+        database.write(
+            lambda c: c.execute(sa.text("UPDATE alembic_version SET version_num='0001'"))
+        )
+        assert finding("database", settings).detail == "sqlite, schema 0001"
+
+    def test_empty_database(self, tmp_path):
+        """One that was made beforehand, as PostgreSQL's is."""
+        sqlite3.connect(tmp_path / "bitquota.db").close()
+        assert "none yet" in finding("database", Settings(data_dir=tmp_path)).detail
 
 
 class TestPasswordFile:

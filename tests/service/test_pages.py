@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+import sqlalchemy as sa
 
 from bitquota.errors import Forbidden, Unauthorized
-from bitquota.service.database import Database
+from bitquota.service.database import Database, ended_sessions
 from bitquota.service.keys import MEMORY_S, KeyStore, Scope
 from bitquota.service.pages import _inside
 from bitquota.service.sessions import LIFETIME_S, Sessions
@@ -34,17 +35,22 @@ def clock():
 
 
 @pytest.fixture
-def keys(migrated, tmp_path, clock):
+def database(migrated, tmp_path):
     path = tmp_path / "keys.db"
     path.write_bytes(migrated.read_bytes())
-    database = Database(f"sqlite:///{path}")
-    yield KeyStore(database, clock)
-    database.close()
+    made = Database(f"sqlite:///{path}")
+    yield made
+    made.close()
 
 
 @pytest.fixture
-def sessions(keys, tmp_path, clock):
-    return Sessions(tmp_path / "secret", keys, clock)
+def keys(database, clock):
+    return KeyStore(database, clock)
+
+
+@pytest.fixture
+def sessions(keys, database, tmp_path, clock):
+    return Sessions(tmp_path / "secret", keys, database, clock)
 
 
 class TestSessions:
@@ -87,16 +93,39 @@ class TestSessions:
         with pytest.raises(Unauthorized):
             sessions.read(cookie)
 
-    def test_another_server_over_the_folder_accepts_it(self, keys, sessions, tmp_path, clock):
+    def test_another_server_over_the_folder_accepts_it(
+        self, keys, database, sessions, tmp_path, clock
+    ):
         cookie = sessions.open(keys.create("acme")[1])
-        again = Sessions(tmp_path / "secret", keys, clock)
+        again = Sessions(tmp_path / "secret", keys, database, clock)
         assert sessions.read(cookie) == again.read(cookie)
         assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
 
-    def test_another_folder_does_not(self, keys, sessions, tmp_path, clock):
+    def test_signed_out_is_over_on_every_server(self, keys, database, sessions, tmp_path, clock):
+        """At once, and no other session of the key ends with it."""
+        text = keys.create("acme")[1]
+        cookie, other = sessions.open(text), sessions.open(text)
+        again = Sessions(tmp_path / "secret", keys, database, clock)
+        again.read(cookie)
+        sessions.end(cookie)
+        for server in (sessions, again):
+            with pytest.raises(Unauthorized):
+                server.read(cookie)
+            server.read(other)
+
+    def test_notes_of_ended_sessions_are_dropped(self, keys, database, sessions, clock):
+        """A note is needed as long as the cookie would have been valid, and no longer."""
+        text = keys.create("acme")[1]
+        sessions.end(sessions.open(text))
+        clock.now += LIFETIME_S
+        sessions.end(sessions.open(text))
+        query = sa.select(sa.func.count()).select_from(ended_sessions)
+        assert database.read(lambda connection: connection.execute(query).scalar()) == 1
+
+    def test_another_folder_does_not(self, keys, database, sessions, tmp_path, clock):
         cookie = sessions.open(keys.create("acme")[1])
         with pytest.raises(Unauthorized):
-            Sessions(tmp_path / "other", keys, clock).read(cookie)
+            Sessions(tmp_path / "other", keys, database, clock).read(cookie)
 
     def test_token_belongs_to_one_session(self, keys, sessions):
         text = keys.create("acme")[1]
@@ -185,6 +214,20 @@ class TestSignIn:
             assert http.get("/").status_code == 200
             assert http.post("/sign-out", data={"token": token_of(http)}).status_code == 303
             assert http.get("/").status_code == 303
+
+    def test_a_copy_of_the_cookie_is_worth_nothing_after_signing_out(self, locked):
+        server, key, _, job = locked
+        with signed_in(server, key) as http, signed_in(server, key) as elsewhere:
+            stolen = dict(http.cookies)
+            token = token_of(http)
+            http.post("/sign-out", data={"token": token})
+            copy = httpx.Client(base_url=server.url, cookies=stolen)
+            with copy:
+                assert copy.get(f"/v1/jobs/{job}").status_code == 401
+                assert copy.get("/").status_code == 303
+                # Signing out once more leads to the sign-in page, too.
+                assert copy.post("/sign-out", data={"token": token}).status_code == 303
+            assert elsewhere.get("/").status_code == 200
 
 
 class TestCookieOnTheApi:

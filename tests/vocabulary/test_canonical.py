@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,9 @@ from bitquota.canonical import (
     digest_bytes,
     digest_json,
     read_json,
+    replacing,
     schema_of,
+    write_whole,
 )
 from bitquota.errors import InvalidPlan
 
@@ -159,3 +162,41 @@ class TestSchemaOf:
     def test_it_names_what_was_found(self, data: object, said: str) -> None:
         """The kind of JSON, or the other schema."""
         assert said == schema_of(data)
+
+
+class TestWriteWhole:
+    def test_replaces(self, tmp_path):
+        """The new content is there, and nothing beside it."""
+        (tmp_path / "f").write_bytes(b"old")
+        write_whole(tmp_path / "f", b"new")
+        assert (tmp_path / "f").read_bytes() == b"new"
+        assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+    def test_error_names_the_file(self, tmp_path):
+        """No name that the user never gave."""
+        with pytest.raises(FileNotFoundError) as caught:
+            write_whole(tmp_path / "nowhere" / "f", b"")
+        assert caught.value.filename == str(tmp_path / "nowhere" / "f")
+
+
+class TestReplacing:
+    def test_stays_as_it_was(self, tmp_path):
+        """What fails half-way leaves the old file and no other."""
+        (tmp_path / "f").write_bytes(b"old")
+
+        def fail() -> None:
+            with replacing(tmp_path / "f") as place:
+                place.write_bytes(b"half")
+                raise RuntimeError
+
+        with pytest.raises(RuntimeError):
+            fail()
+        assert (tmp_path / "f").read_bytes() == b"old"
+        assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+    def test_no_regular_file(self, tmp_path):
+        """A device or a pipe is written to, never replaced."""
+        os.mkfifo(tmp_path / "pipe")
+        with replacing(tmp_path / "pipe") as place:
+            assert place == tmp_path / "pipe"
+        assert (tmp_path / "pipe").is_fifo()

@@ -9,6 +9,7 @@ import typer
 
 from bitquota.cli import options as opt
 from bitquota.cli import output, remote
+from bitquota.cli.written import Written
 from bitquota.request import PlanRequest
 
 if TYPE_CHECKING:
@@ -60,13 +61,17 @@ def compare(
         from bitquota.comparison_plot import check_plot
 
         check_plot(plot_file)  # before the work, not after it
+    files = [
+        None if path is None else Written.at(path, option)
+        for path, option in ((out, "--out"), (report_file, "--report"), (plot_file, "--plot"))
+    ]
     options = {"metrics": metrics, "plans": plans, "max_passes": affordable}
     if here.server is not None:
         order = options | {"plan": request.to_json()}
         found = remote.comparison(here.server, here.api_key, order, model, calibration)
     else:
         found = _compare_here(model, calibration, request, here, options)
-    _write(found, f"Comparison on {model}", out, report_file, plot_file)
+    _write(found, f"Comparison on {model}", *files)
     if as_json:
         output.print_json(found.to_json())
         return
@@ -90,10 +95,10 @@ def print_comparison(found: Comparison) -> None:
 def _compare_here(
     model: str, calibration: str, request: PlanRequest, here: opt.Here, options: dict[str, Any]
 ) -> Comparison:
-    from bitquota.compare import compare as run
-
-    loaded, data = here.load(model, calibration)
     with here.measuring() as measuring:
+        from bitquota.compare import compare as run
+
+        loaded, data = here.load(model, calibration)
         return run(
             loaded,
             data,
@@ -108,21 +113,15 @@ def _compare_here(
 def _write(
     found: Comparison,
     title: str,
-    out: Path | None,
-    report_file: Path | None,
-    plot_file: Path | None,
+    out: Written | None,
+    report_file: Written | None,
+    plot_file: Written | None,
 ) -> None:
-    for path in (out, report_file, plot_file):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
     if out is not None:
-        out.write_text(found.to_text())
+        out.save(lambda path: path.write_text(found.to_text()))
     if report_file is not None:
-        report_file.write_text(found.render_markdown(title))
+        report_file.save(lambda path: path.write_text(found.render_markdown(title)))
     if plot_file is not None:
         from bitquota.comparison_plot import plot_comparison
 
-        plot_comparison(found, plot_file)
-    for path in (out, report_file, plot_file):
-        if path is not None:
-            output.messages.print(f"wrote {path}", highlight=False)
+        plot_file.save(lambda path: plot_comparison(found, path))

@@ -11,8 +11,9 @@ import typer
 from bitquota import report
 from bitquota.cli import options as opt
 from bitquota.cli import output, remote
-from bitquota.cli.loading import load_samples
+from bitquota.cli.loading import check_sources, load_samples
 from bitquota.errors import InvalidInput
+from bitquota.formats.receipt import Receipt
 from bitquota.plan import Plan
 
 if TYPE_CHECKING:
@@ -72,6 +73,10 @@ def evaluate(
     Metrics have standard errors; differences are taken sample by sample, to full precision and to
     the widest uniform plan of no more bytes.
     """
+    check_sources(model, data, correction_data, tokenizer=tokenizer, imatrix=imatrix, server=server)
+    loaded_plans = {str(path): Plan.load(path) for path in plans or []}
+    for folder in exported or []:
+        Receipt.load(folder)  # raises where nothing was exported
     if server is not None:
         if exported or metrics or imatrix:
             msg = (
@@ -94,6 +99,10 @@ def evaluate(
         from bitquota.formats.scoring import score_plans
         from bitquota.setting import choose_device
 
+        where = choose_device(device)
+        custom = {
+            spec.partition(":")[2]: find_function(spec, InvalidInput) for spec in metrics or []
+        }
         loaded = replace(load_model(model), imatrix=imatrix)
         samples = load_samples(data, model=model, tokenizer=tokenizer, length=length)
         check_calibration(loaded, samples)
@@ -105,16 +114,14 @@ def evaluate(
         scores = score_plans(
             loaded,
             samples,
-            plans={str(path): Plan.load(path) for path in plans or []},
+            plans=loaded_plans,
             exported=tuple(exported or ()),
             correction_data=correcting,
             with_uniform=uniform,
             with_baselines=with_baselines,
             kind="embedding" if embedding else "logits",
-            custom={
-                spec.partition(":")[2]: find_function(spec, InvalidInput) for spec in metrics or []
-            },
-            device=str(choose_device(device)),
+            custom=custom,
+            device=str(where),
         )
         n_samples = len(samples)
     if as_json:

@@ -12,8 +12,10 @@ import typer
 from bitquota import report
 from bitquota.cli import options as opt
 from bitquota.cli import output, remote
-from bitquota.cli.loading import load_samples
+from bitquota.cli.loading import check_sources, load_samples
+from bitquota.cli.written import require_folder
 from bitquota.errors import InvalidInput
+from bitquota.formats.export_order import check_folder, format_for
 from bitquota.plan import Plan
 
 if TYPE_CHECKING:
@@ -66,6 +68,12 @@ def export(
     plan = Plan.load(plan_file)
     if target is None and format_name is None and plan.target is not None:
         target = plan.target.name
+    format_for(format_name, target)
+    check_folder(out)
+    require_folder(out.parent, "--out")
+    check_sources(
+        model, samples, correction_data, tokenizer=tokenizer, imatrix=imatrix, server=server
+    )
     if server is not None:
         if imatrix is not None or tokenizer is not None:
             msg = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,8 @@ from bitquota.budget import parse_bytes
 from bitquota.canonical import read_json
 from bitquota.cli import options as opt
 from bitquota.cli import output
+from bitquota.cli.loading import check_sources
+from bitquota.cli.written import Written
 from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.plan import Plan
 
@@ -75,8 +78,9 @@ def lock(
     from bitquota.formats.receipt import Receipt
 
     limits = _limits(max_kl, max_drop, max_size, max_file_size, not_worse_than)
-    if out.exists():
-        former = Lock.load(out)
+    Written.at(out, "--out")
+    former = Lock.load(out) if out.exists() else None
+    if former is not None:
         limits = former.limits.override(limits)
         target = former.target if target is None else target
     made = make_lock(
@@ -91,7 +95,16 @@ def lock(
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     made.save(out)
-    output.messages.print(f"wrote {out} ({made.digest()[:19]}…)", highlight=False)
+    note = _short(made)
+    if former is not None and former.digest() == made.digest():
+        note += ", as it was"
+    elif former is not None:
+        note += f"; replaced {_short(former)}, whose target and limits hold unless given anew"
+    output.say(f"wrote {out} ({note})")
+
+
+def _short(lock: Lock) -> str:
+    return f"{lock.digest()[:19]}…"
 
 
 def check(
@@ -153,16 +166,21 @@ def check(
     if log_to is not None:
         tracking.require_tracker(log_to)
     limits = _limits(max_kl, max_drop, max_size, max_file_size, not_worse_than)
+    plan = None if plan_file is None else Plan.load(plan_file)
+    base_lock = None if base is None else Lock.load(base)
+    locks = {path: Lock.load(path) for path in files}
+    written = [
+        None if path is None else Written.at(path, option)
+        for path, option in ((junit, "--junit"), (summary, "--summary"))
+    ]
     loaded = None
     if model is not None:
+        check_sources(model, data, correction_data)
         from bitquota.formats import load_model
 
         loaded = load_model(model)
-    plan = None if plan_file is None else Plan.load(plan_file)
-    base_lock = None if base is None else Lock.load(base)
     reports: dict[str, CheckReport] = {}
-    for path in files:
-        held = Lock.load(path)
+    for path, held in locks.items():
         quality = None
         if loaded is not None and data is not None and loaded.digest == held.plan.model_digest:
             wanted = held.limits.override(limits)
@@ -186,11 +204,9 @@ def check(
                 summary=reports[str(path)].to_markdown(str(path)),
             )
     markdown = "\n".join(report.to_markdown(name) for name, report in reports.items())
-    for target, text in ((junit, to_junit(reports)), (summary, markdown)):
-        if target is not None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text, encoding="utf-8")
-            output.messages.print(f"wrote {target}", highlight=False)
+    for file, text in zip(written, (to_junit(reports), markdown), strict=True):
+        if file is not None:
+            file.save(partial(_write_text, text=text))
     append_step_summary(markdown, os.environ)
     if as_json:
         output.print_json({name: report.to_json() for name, report in reports.items()})
@@ -220,6 +236,10 @@ def diff(
         typer.echo(found.to_markdown(), nl=False)
     if exit_code and not found.empty:
         raise typer.Exit(1)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _limits(

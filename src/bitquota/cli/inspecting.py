@@ -10,7 +10,7 @@ import typer
 from bitquota import report
 from bitquota.cli import options as opt
 from bitquota.cli import output
-from bitquota.cli.loading import load_samples
+from bitquota.cli.loading import check_sources, load_samples
 
 if TYPE_CHECKING:
     from bitquota.formats.inspection import LayerSummary, ModelSummary
@@ -30,11 +30,13 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the layers of MODEL and what may become of each, before anything is measured."""
-    from bitquota.formats import load_model
-    from bitquota.formats.inspection import inspect_model
     from bitquota.formats.targets import target_by_name
 
     chosen = None if target is None else target_by_name(target)
+    check_sources(model, samples, tokenizer=tokenizer)
+    from bitquota.formats import load_model
+    from bitquota.formats.inspection import inspect_model
+
     loaded = load_model(model)
     data = None
     if samples is not None:

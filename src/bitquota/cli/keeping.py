@@ -9,7 +9,9 @@ import typer
 
 from bitquota.cli import options as opt
 from bitquota.cli import output
+from bitquota.cli.written import Written
 from bitquota.errors import InvalidInput
+from bitquota.formats.sources import require_existing
 
 app = typer.Typer(
     help="Measurements that are kept: move them between machines, so that nothing is run twice.",
@@ -50,10 +52,12 @@ def export(archive: Archive, ledger: opt.LedgerPath = None) -> None:
     """Write every measurement to ARCHIVE; equal ledgers give equal bytes."""
     from bitquota.sensitivity.ledger import SqliteLedger, export_entries
 
-    with SqliteLedger(_existing(ledger)) as kept:
-        archive.parent.mkdir(parents=True, exist_ok=True)
-        n = export_entries(kept, archive)
-    output.messages.print(f"wrote {n:,} entries to {archive}", markup=False, highlight=False)
+    source = _existing(ledger)
+    file = Written.at(archive, "ARCHIVE")
+    with SqliteLedger(source) as kept:
+        n = len(kept)
+        file.save(lambda path: export_entries(kept, path))
+    output.messages.print(f"{n:,} entries", markup=False, highlight=False)
 
 
 @app.command("import")
@@ -61,6 +65,7 @@ def import_(archive: Archive, ledger: opt.LedgerPath = None) -> None:
     """Add the measurements of ARCHIVE; what is there already stays as it is."""
     from bitquota.sensitivity.ledger import SqliteLedger, import_entries
 
+    require_existing(archive, "what 'bitquota ledger export' wrote", "ARCHIVE")
     path = ledger or opt.default_ledger()
     with SqliteLedger(path) as kept:
         before = len(kept)

@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitquota.formats.sources import model_source, require_existing, tokenizer_of
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from bitquota.sensitivity.calibration import CalibrationSet
+
+
+def check_sources(
+    model: str,
+    *samples: str | None,
+    tokenizer: str | None = None,
+    imatrix: Path | None = None,
+    server: str | None = None,
+) -> None:
+    """Raise what is wrong with the names of a model and of sets, before anything is loaded.
+
+    Raises:
+        InvalidInput: No such file, or of a kind that cannot be loaded, here or on a server.
+    """
+    named = [spec for spec in samples if spec is not None]
+    if server is not None:
+        from bitquota.cli.remote import check_files
+
+        check_files(model, *named)
+        return
+    model_source(model)
+    for spec in named:
+        tokenizer_of(spec, model=model, tokenizer=tokenizer)
+    if imatrix is not None:
+        require_existing(imatrix, "an importance matrix (.dat)", "--imatrix")
 
 
 def load_samples(
@@ -20,6 +48,5 @@ def load_samples(
     from bitquota.formats import load_calibration
     from bitquota.formats.text import DEFAULT_LENGTH
 
-    if tokenizer is None and (Path(model) / "tokenizer.json").is_file():
-        tokenizer = model
+    tokenizer = tokenizer_of(spec, model=model, tokenizer=tokenizer)
     return load_calibration(spec, tokenizer=tokenizer, length=length or DEFAULT_LENGTH)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitquota.budget import check_budgets
 from bitquota.cli import output
-from bitquota.cli.loading import load_samples
+from bitquota.cli.loading import check_sources, load_samples
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
 from bitquota.request import DEFAULT_WEIGHT_BITS, LOSSES, MEASURES, PRECISIONS, PlanRequest
@@ -229,10 +230,22 @@ class Here:
             msg = f"{named} is used on this machine only; leave --server out, or {named}"
             raise InvalidInput(msg)
 
-    def load(self, model: str, calibration: str) -> tuple[LoadedModel, CalibrationSet]:
-        """Load a model and its samples."""
-        from bitquota.formats import load_model
+    def check(self, model: str, calibration: str) -> None:
+        """Raise what can be told of a model and its samples before anything is loaded."""
+        check_sources(
+            model,
+            calibration,
+            tokenizer=self.tokenizer,
+            imatrix=self.imatrix,
+            server=self.server,
+        )
 
+    def load(self, model: str, calibration: str) -> tuple[LoadedModel, CalibrationSet]:
+        """Load a model and its samples; a device that is not there is told before."""
+        from bitquota.formats import load_model
+        from bitquota.setting import choose_device
+
+        choose_device(self.device)
         loaded = replace(load_model(model), imatrix=self.imatrix)
         samples = load_samples(
             calibration, model=model, tokenizer=self.tokenizer, length=self.length
@@ -244,8 +257,10 @@ class Here:
         """Open the ledger and show progress; yields the keyword arguments of a measurement."""
         from bitquota.sensitivity.ledger import SqliteLedger
 
+        place = self.ledger or default_ledger()
+        place.parent.mkdir(parents=True, exist_ok=True)
         with (
-            SqliteLedger(self.ledger or default_ledger()) as kept,
+            SqliteLedger(place) as kept,
             output.progress_bars() as on_progress,
         ):
             yield {
@@ -322,8 +337,14 @@ def with_options(**without: object) -> Callable[[Callable[..., None]], Callable[
             if "request" in own:
                 chosen = {name: values.pop(name) for name in request}
                 values["request"] = plan_request(without | chosen)
+                _check(
+                    values["request"],
+                    budgets="budgets" in request,
+                    here=values.get("server") is None,
+                )
             if "here" in own:
                 values["here"] = Here(**{name: values.pop(name) for name in _HERE})
+                values["here"].check(values["model"], values["calibration"])
             command(**values)
 
         # Typer reads the signature; ``inspect`` takes it from here.
@@ -332,6 +353,20 @@ def with_options(**without: object) -> Callable[[Callable[..., None]], Callable[
         return run
 
     return decorate
+
+
+def _check(request: PlanRequest, *, budgets: bool, here: bool) -> None:
+    """Raise what would be told only after the model was loaded, or after the measurement."""
+    from bitquota.formats.targets import target_by_name
+
+    if budgets:
+        check_budgets(request.budgets)
+    if request.target is not None:
+        target_by_name(request.target)
+    if here and request.solver not in {"auto", "bitquota"}:
+        from bitquota.solver.backends import installed_backend
+
+        installed_backend(request.solver)
 
 
 def plan_request(options: Mapping[str, Any]) -> PlanRequest:

@@ -155,6 +155,11 @@ def print_plan(
     )
 
 
+def say(line: str) -> None:
+    """Print one line on standard error as it is: a path is neither coloured nor broken."""
+    messages.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def print_json(value: object) -> None:
     """Print JSON for a program to read."""
     sys.stdout.write(json.dumps(value, indent=2, sort_keys=True) + "\n")

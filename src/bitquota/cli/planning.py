@@ -11,6 +11,7 @@ from bitquota import report, tracking
 from bitquota.canonical import JsonObject
 from bitquota.cli import options as opt
 from bitquota.cli import output, remote
+from bitquota.cli.written import Written, former_matrix, former_plan
 from bitquota.plan import Plan
 from bitquota.request import PlanRequest
 
@@ -39,20 +40,25 @@ def plan(
     ] = False,
 ) -> None:
     """Measure MODEL on CALIBRATION and write the best plan for each budget."""
+    files = [
+        Written.at(path, "--out", former=former_plan)
+        for path in _numbered(out, len(request.budgets))
+    ]
+    reported = None if report_file is None else Written.at(report_file, "--report")
+    matrix_out = None
+    if matrix_file is not None:
+        matrix_out = Written.at(matrix_file, "--matrix", former=former_matrix)
     if log_to is not None:
         tracking.require_tracker(log_to)
     if here.server is not None:
-        plans = remote.plans(here.server, here.api_key, request, model, calibration, matrix_file)
+        plans = remote.plans(here.server, here.api_key, request, model, calibration, matrix_out)
     else:
-        plans = _plan_here(model, calibration, request, here, matrix_file)
-    for path, made in zip(_numbered(out, len(plans)), plans, strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made.save(path)
-        output.messages.print(f"wrote {path}", highlight=False)
-    if report_file is not None:
-        report_file.parent.mkdir(parents=True, exist_ok=True)
-        report_file.write_text(report.render_markdown(plans, title=f"Bit allocation of {model}"))
-        output.messages.print(f"wrote {report_file}", highlight=False)
+        plans = _plan_here(model, calibration, request, here, matrix_out)
+    for file, made in zip(files, plans, strict=True):
+        file.save(made.save)
+    if reported is not None:
+        text = report.render_markdown(plans, title=f"Bit allocation of {model}")
+        reported.save(lambda path: path.write_text(text, encoding="utf-8"))
     if log_to is not None:
         runs = tracking.log_plans(plans, tracker=log_to, source=model)
         output.messages.print(f"logged to {log_to}: {', '.join(runs)}", highlight=False)
@@ -74,15 +80,15 @@ def _plan_here(
     calibration: str,
     request: PlanRequest,
     here: opt.Here,
-    matrix_file: Path | None,
+    matrix_out: Written | None,
 ) -> tuple[Plan, ...]:
-    from bitquota.allocate import allocate
-
-    loaded, samples = here.load(model, calibration)
     with here.measuring() as measuring:
+        from bitquota.allocate import allocate
+
+        loaded, samples = here.load(model, calibration)
         result = allocate(loaded, samples, request, **measuring)
-    if matrix_file is not None:
-        result.matrix.save(matrix_file)
+    if matrix_out is not None:
+        matrix_out.save(result.matrix.save)
     return result.plans
 
 
@@ -97,12 +103,12 @@ def measure(
     ] = Path("sensitivity.npz"),
 ) -> None:
     """Measure the sensitivity matrix of MODEL on CALIBRATION and write it."""
+    file = Written.at(out, "--out", former=former_matrix)
     if here.server is not None:
         matrix = remote.matrix(here.server, here.api_key, request, model, calibration)
     else:
         matrix = _measure_here(model, calibration, request, here)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    matrix.save(out)
+    file.save(matrix.save)
     rows = []
     errors = matrix.diagonal_error
     for k, row in enumerate(matrix.table.rows):
@@ -116,16 +122,15 @@ def measure(
             }
         )
     output.print_rows(rows, title="Each candidate alone")
-    output.messages.print(f"wrote {out}", highlight=False)
 
 
 def _measure_here(
     model: str, calibration: str, request: PlanRequest, here: opt.Here
 ) -> SensitivityMatrix:
-    from bitquota.allocate import measure_matrix
-
-    loaded, data = here.load(model, calibration)
     with here.measuring() as measuring:
+        from bitquota.allocate import measure_matrix
+
+        loaded, data = here.load(model, calibration)
         return measure_matrix(loaded, data, request, **measuring)
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitquota.canonical import write_whole
 from bitquota.cli import output
 from bitquota.errors import InvalidInput
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from bitquota.canonical import JsonObject
+    from bitquota.cli.written import Written
     from bitquota.client import Client, Job
     from bitquota.comparison import Comparison
     from bitquota.formats.receipt import Receipt
@@ -55,13 +57,26 @@ def file_of(text: str) -> Path:
     return path
 
 
+def check_files(model: str, *samples: str) -> None:
+    """Raise ``InvalidInput`` unless a server can be handed the model and the sets."""
+    if not _is_folder(model):
+        file_of(model)
+    for spec in samples:
+        file_of(spec)
+
+
+def _is_folder(model: str) -> bool:
+    """Whether a model is a Hugging Face folder, which is zipped to be uploaded."""
+    return (Path(model) / "config.json").is_file()
+
+
 @contextmanager
 def model_of(text: str) -> Iterator[Path]:
     """Yield a model to upload; a Hugging Face folder is zipped, without files that hold code."""
-    folder = Path(text)
-    if not (folder / "config.json").is_file():
+    if not _is_folder(text):
         yield file_of(text)
         return
+    folder = Path(text)
     with tempfile.TemporaryDirectory(prefix="bitquota-") as scratch:
         target = Path(scratch) / f"{folder.name}.zip"
         with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
@@ -107,12 +122,12 @@ def plans(
     request: PlanRequest,
     model: str,
     data: str,
-    matrix_file: Path | None,
+    matrix_file: Written | None,
 ) -> tuple[Plan, ...]:
     """Run ``bitquota plan`` there."""
     with measured(server, api_key, "plan", request, model, data) as job:
         if matrix_file is not None:
-            matrix_file.write_bytes(job.sensitivity())
+            matrix_file.save(lambda path: write_whole(path, job.sensitivity()))
         return job.plans()
 
 
@@ -171,12 +186,9 @@ def export(
     samples: str | None,
     correction_data: str | None,
 ) -> Receipt:
-    """Run ``bitquota export`` there; the files come into ``folder``, which must be new or empty."""
+    """Run ``bitquota export`` there; the files come into ``folder``, which is new or empty."""
     from bitquota.formats.receipt import Receipt
 
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        msg = f"an export needs a folder that is new or empty; '{folder}' is not: name another"
-        raise InvalidInput(msg, folder=str(folder))
     with (
         opened(server, api_key) as client,
         model_of(model) as path,

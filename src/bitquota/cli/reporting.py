@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bitquota.canonical import read_json
-from bitquota.cli import output
+from bitquota.cli.written import Written
 from bitquota.errors import InvalidInput
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import SCHEMA as PLAN_SCHEMA
@@ -51,25 +51,20 @@ def report(
         from bitquota.comparison_plot import check_plot
 
         check_plot(image)
+    page = None if out is None else Written.at(out, "--out")
+    picture = None if image is None else Written.at(image, "--image")
     document, maps = read_document(
         files, matrix_file, title=title, points=points, time_limit_s=time_limit
     )
-    if out is not None:
+    if page is not None:
         from bitquota.report_page import render_html
 
-        _make_room(out)
-        out.write_text(render_html(document, maps), encoding="utf-8")
-        output.messages.print(f"wrote {out}", markup=False, highlight=False)
-    if image is not None:
+        text = render_html(document, maps)
+        page.save(lambda path: path.write_text(text, encoding="utf-8"))
+    if picture is not None:
         from bitquota.report_image import draw_report
 
-        _make_room(image)
-        draw_report(document, image)
-        output.messages.print(f"wrote {image}", markup=False, highlight=False)
-
-
-def _make_room(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(lambda path: draw_report(document, path))
 
 
 def read_document(

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitquota import report
+from bitquota.budget import check_budgets
 from bitquota.cli import options as opt
 from bitquota.cli import output
+from bitquota.cli.loading import check_sources
 from bitquota.cli.training_options import Training, with_training
+from bitquota.cli.written import Written, former_plan, require_folder
 from bitquota.errors import InvalidInput
 from bitquota.plan import Plan
-from bitquota.request import DEFAULT_WEIGHT_BITS
+from bitquota.request import ACTIVATION_FITS, DEFAULT_WEIGHT_BITS, check_training
 from bitquota.storage import Granularity, Grid, ScaleFormat, Scheme
 
 if TYPE_CHECKING:
@@ -65,15 +68,20 @@ def finetune(
 
     Started with torchrun, every process takes its share of each batch.
     """
-    from bitquota.bridge import finetune_plan
-    from bitquota.quantizers.channel_fit import ChannelRule
     from bitquota.training.settings import TrainingSettings
 
-    if input_fit is not None and input_fit not in list(ChannelRule):
-        msg = f"--input-fit must be one of {', '.join(ChannelRule)}; got '{input_fit}'"
+    rules = ACTIVATION_FITS[1:]
+    if input_fit is not None and input_fit not in rules:
+        msg = f"--input-fit must be one of {', '.join(rules)}; got '{input_fit}'"
         raise InvalidInput(msg, input_fit=input_fit)
+    check_training(method=training.method)
     settings = training.settings(TrainingSettings())
     made = Plan.load(plan)
+    file = _plan_file(out, plan)
+    check_sources(model, train, tokenizer=training.tokenizer)
+    from bitquota.bridge import finetune_plan
+    from bitquota.quantizers.channel_fit import ChannelRule
+
     loaded, samples = training.load(model, train)
     folder = training.checkpoints or out / "checkpoints"
     with _run() as (on_progress, is_first):
@@ -91,7 +99,7 @@ def finetune(
         )
         found = _resolved(loaded, found, samples, training, settings, folder, on_progress)
         if is_first:
-            _finish(found, samples, out)
+            _finish(found, samples, file)
 
 
 @with_training
@@ -133,17 +141,18 @@ def learn(
     found, whose size is exact. Budgets hold together: one on weights, and perhaps 'act 8 KiB' (the
     largest input) or 'act total 92 KiB'.
     """
-    from bitquota.bridge import learn_plan
-    from bitquota.training.learn import RECIPES, default_settings, following_settings
-
     if not budgets:
         msg = "learning needs a budget, such as --budget '2.5 bits'; got none"
         raise InvalidInput(msg)
-    if recipe not in RECIPES:
-        msg = f"--recipe must be one of {', '.join(RECIPES)}; got '{recipe}'"
-        raise InvalidInput(msg, recipe=recipe)
-    settings = training.settings(default_settings(recipe))
+    check_budgets(budgets)
+    check_training(method=training.method, recipe=recipe)
     start = None if from_plan is None else Plan.load(from_plan)
+    file = _plan_file(out, from_plan)
+    check_sources(model, train, tokenizer=training.tokenizer)
+    from bitquota.bridge import learn_plan
+    from bitquota.training.learn import default_settings, following_settings
+
+    settings = training.settings(default_settings(recipe))
     loaded, samples = training.load(model, train)
     folder = training.checkpoints or out / "checkpoints"
     with _run() as (on_progress, is_first):
@@ -172,7 +181,17 @@ def learn(
         following = following_settings(settings)
         found = _resolved(loaded, found, samples, training, following, folder, on_progress)
         if is_first:
-            _finish(found, samples, out)
+            _finish(found, samples, file)
+
+
+def _plan_file(out: Path, source: Path | None) -> Written:
+    """Return the plan that will be written into ``out``; never the one that is trained under."""
+    path = out / "plan.json"
+    if source is not None and path.resolve() == source.resolve():
+        msg = f"--out must be another folder than that of the plan to train under, '{source}'"
+        raise InvalidInput(msg, path=str(out))
+    require_folder(out, "--out")
+    return Written.at(path, "--out", former=former_plan)
 
 
 @contextmanager
@@ -216,11 +235,12 @@ def _resolved(
     return found
 
 
-def _finish(found: Trained, data: CalibrationSet, out: Path) -> None:
+def _finish(found: Trained, data: CalibrationSet, file: Written) -> None:
     from bitquota.bridge import write_pt2
 
-    found.save(out)
-    written = ["plan.json", "trained.safetensors"]
+    out = file.path.parent
+    file.save(lambda path: found.save(path.parent))
+    written = ["trained.safetensors"]
     # The .pt2 is a courtesy: what cannot be exported is still complete without it.
     try:
         write_pt2(found, data, out / "trained.pt2")
@@ -253,9 +273,7 @@ def _finish(found: Trained, data: CalibrationSet, out: Path) -> None:
         ],
         title=f"On {plan.measured.n_samples} held-out samples",
     )
-    output.messages.print(
-        f"wrote {', '.join(str(out / name) for name in written)}", highlight=False, markup=False
-    )
+    output.say(f"wrote {', '.join(str(out / name) for name in written)}")
 
 
 def _epoch_rows(record: TrainingRecord) -> list[dict[str, str]]:
