@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitquota.errors import NotFound
-from bitquota.report import CLEAR_DIFFERENCE, best_uniform, format_size, proof_sentence, verdict
+from bitquota.report import (
+    CLEAR_DIFFERENCE,
+    best_uniform,
+    caution_sentences,
+    format_size,
+    proof_sentence,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -253,7 +260,7 @@ def plan_json(plan: Plan, *, digest: str | None = None) -> JsonObject:
             for b in plan.baselines
         ],
         "headline": headline(plan),
-        "verdict": verdict(plan),
+        "verdict": " ".join([verdict(plan), *caution_sentences(plan)]),
         "proof": proof_sentence(plan),
         "digest": plan.digest() if digest is None else digest,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from bitquota.formats.scores import SHARES
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 CLEAR_DIFFERENCE = 2.0
 """Paired standard errors from which on a difference is called one."""
+
+
+FEW_SAMPLES = 30
+"""Hold-out samples below which a standard error is too uncertain to be read as one."""
 
 
 def format_size(bits: int) -> str:
@@ -136,6 +141,24 @@ def evidence_sentences(plan: Plan) -> list[str]:
             f"{worse} of {kinds.count('random')} measured worse than the plan."
         )
     return found
+
+
+def caution_sentences(plan: Plan) -> list[str]:
+    """Return what a reader must know where few hold-out samples stand behind the figures.
+
+    The standard error of ``n`` samples of a normal distribution is itself uncertain by about
+    ``1 / sqrt(2 (n - 1))`` of its value.
+    """
+    n = 0 if plan.measured is None else plan.measured.n_samples
+    if not 1 < n < FEW_SAMPLES:
+        return []
+    share = round(100 / math.sqrt(2 * (n - 1)))
+    sentence = (
+        f"Caution: only {n} hold-out samples stand behind these figures. Their standard errors are "
+        f"themselves uncertain by about {share} %: read nothing into small differences, or give "
+        f"more samples ({FEW_SAMPLES} to hold out at least)."
+    )
+    return [sentence]
 
 
 def comparison_rows(
@@ -279,6 +302,7 @@ def render_markdown(
                 f"weight in codes, {plan.effective_bits:.3f} with scales, zero points and padding; "
                 f"whole model {format_size(plan.model_bits)}."
             ),
+            *caution_sentences(plan),
             proof_sentence(plan),
             *evidence_sentences(plan),
         ]

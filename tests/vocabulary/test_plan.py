@@ -10,6 +10,7 @@ import pytest
 from bitquota import charts, report
 from bitquota.budget import Budget
 from bitquota.candidates import Candidate, Inventory, Layer, LayerKind, UnquantizedTensor
+from bitquota.cli import output
 from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.plan import Assignment, Baseline, MeasuredLoss, Plan, Proof
 from bitquota.request import PlanRequest
@@ -182,6 +183,30 @@ class TestVerdict:
         )
 
         assert report.verdict(made).startswith("Mixed precision does not help here")
+
+
+class TestCautionSentences:
+    @pytest.mark.parametrize(("n", "percent"), [(2, 71), (9, 25), (29, 13)])
+    def test_few_samples(self, n, percent):
+        """How uncertain a standard error of so few is, wherever the figures are shown."""
+        made = plan(measured=replace(measured(0.2), n_samples=n))
+        (sentence,) = report.caution_sentences(made)
+
+        assert f"only {n} hold-out samples" in sentence
+        assert f"about {percent} %" in sentence
+        assert sentence in report.render_markdown([made])
+        assert sentence in charts.plan_json(made)["verdict"]
+
+    def test_enough_samples(self):
+        """From 30 on there is nothing to say; one sample is spoken of by the verdict."""
+        for n in (1, 30, 512):
+            made = plan(measured=replace(measured(0.2), n_samples=n))
+            assert report.caution_sentences(made) == []
+
+    def test_printed(self, capsys):
+        """The command line says it too, below its verdict."""
+        output.print_plan(plan(measured=replace(measured(0.2), n_samples=12)))
+        assert "only 12 hold-out samples" in " ".join(capsys.readouterr().out.split())
 
 
 class TestRenderMarkdown:
