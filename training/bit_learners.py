@@ -389,6 +389,10 @@ class PublishedLearner(BitLearner):
     *feasible* state, as this does; unlike theirs the selection runs on a hold-out of the training
     data. Momentum SGD, its steps and its decay come with the recipe's settings
     (``learn.default_settings``). Limits on inputs use the other recipes' term.
+
+    Steps are real-valued. The authors also round them to powers of two, for hardware that shifts
+    (``UniformQuantizer`` can); a bit-width then changes only where a step doubles or halves, which
+    small rates of learning never reach.
     """
 
     strength = 0.1

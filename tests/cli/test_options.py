@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import typer
+from rich.text import Text
 
-from bitquota.cli import comparing, planning, training
+from bitquota.cli import app, comparing, planning, training
 from bitquota.cli import options as opt
 from bitquota.cli.bundles import Bundle, with_bundles
 from bitquota.cli.training_options import SETTINGS_OPTIONS, TRAINING_OPTIONS, Training
@@ -20,23 +22,25 @@ COMMANDS = [planning.plan, planning.measure, comparing.compare]
 
 class TestWithOptions:
     def test_defaults_are_those_of_a_request(self):
-        """A command without options orders exactly ``PlanRequest()``."""
+        """A command without options orders exactly ``PlanRequest()``, but for the budgets."""
         seen = []
 
         @opt.with_options()
-        def command(model: str, request: PlanRequest, here: opt.Here, extra: int = 3) -> None:
-            seen.append((model, request, here, extra))
+        def command(
+            model: str, calibration: str, request: PlanRequest, here: opt.Here, extra: int = 3
+        ) -> None:
+            seen.append((model, calibration, request, here, extra))
 
         values = {
             name: parameter.default
             for name, parameter in inspect.signature(command).parameters.items()
-            if name != "model"
         }
-        command(model="m", **values)
-        (model, request, here, extra) = seen[0]
+        named = {"model": "m:model", "calibration": "m:samples", "budgets": ["3 bits"]}
+        command(**values | named)
+        (model, calibration, request, here, extra) = seen[0]
 
-        assert (model, extra) == ("m", 3)
-        assert request == PlanRequest()
+        assert (model, calibration, extra) == ("m:model", "m:samples", 3)
+        assert request == PlanRequest(budgets=("3 bits",))
         assert here.device == "auto"
         assert here.imatrix is None
 
@@ -113,3 +117,18 @@ class TestWithTraining:
             found.learning_rate, found.quantizer_learning_rate, found.epochs,
         )  # fmt: skip
         assert set(SETTINGS_OPTIONS) <= set(TrainingSettings.__dataclass_fields__)
+
+
+class TestHelp:
+    def test_nothing_is_swallowed_as_markup(self):
+        """Typer prints help through rich, to which words in square brackets are styles."""
+        commands = [(app.info.name or "bitquota", typer.main.get_command(app))]
+        seen = 0
+        while commands:
+            name, command = commands.pop()
+            commands += [(f"{name} {k}", v) for k, v in getattr(command, "commands", {}).items()]
+            texts = [command.help, *(getattr(p, "help", None) for p in command.params)]
+            for text in filter(None, texts):
+                seen += 1
+                assert text == Text.from_markup(text).plain, name
+        assert seen > 100

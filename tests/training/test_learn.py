@@ -221,6 +221,8 @@ class TestLearnedAgainstHomogeneous:
                 settings=one, finetuning=replace(one, quantizer_learning_rate=5e-3),
             )  # fmt: skip
             assert learned.plan.average_bits <= 2.5
+            stored = learned.trained.stored.values()
+            assert sum(8 * pack(w).n_bytes for w in stored) == learned.plan.size_bits
             modules = {
                 "full": model,
                 "two": trained(2),
@@ -291,6 +293,39 @@ class TestPublishedLearner:
             learner.after_step()
         assert learner.is_eligible()
 
+    def test_steps_are_real_valued(self):
+        """They leave the powers of two that they start at, and weights lie on their multiples.
+
+        With the penalty and the data together the limit is met, and the loss stays finite.
+        """
+        model = trained_digits_net()
+        inventory = inventory_of(model)
+        limit = 3.5 * inventory.n_weights
+        learner = PublishedLearner(
+            model, inventory.layers, limit, least=2, most=8, per_channel=False
+        )
+        assert all(_is_power_of_two(learner.parts[k].quantizer.grid()[0]) for k in range(4))
+        optimizer = torch.optim.SGD(learner.parameters(), lr=0.03, momentum=0.9)
+        x, y = digits()
+        fitting = []
+        for k in range(60):
+            batch = slice(25 * k % 1000, 25 * k % 1000 + 25)
+            loss = torch.nn.functional.cross_entropy(run_with(learner, (x[batch],)), y[batch])
+            assert bool(torch.isfinite(loss))
+            optimizer.zero_grad()
+            (loss + learner.penalty(0.0)).backward()
+            learner.before_step()
+            optimizer.step()
+            learner.after_step()
+            fitting.append(learner.is_eligible())
+        assert any(fitting)
+        for k in range(4):
+            step, largest = learner.parts[k].quantizer.grid()
+            assert not _is_power_of_two(step)
+            inside = learner.quantized(k).detach()
+            inside = inside[inside.abs() < largest] / step.detach()
+            assert torch.allclose(inside, inside.round(), atol=1e-3)
+
     def test_penalty_is_that_of_resnet20(self):
         """METHODS.md A.9.1: 131.0 kB at 4 bits against 70.1 kB cost 0.1 (131.0 - 70.1)^2 = 371."""
         model = torch.nn.Sequential(torch.nn.Linear(1024, 262))
@@ -299,6 +334,11 @@ class TestPublishedLearner:
             model, [layer], 70.1 * 8 * 1024, least=2, most=8, per_channel=False
         )
         assert 0.1 * (131.0 - 70.1) ** 2 == pytest.approx(learner.penalty(0.0).item(), rel=1e-3)
+
+
+def _is_power_of_two(step):
+    exponent = float(torch.log2(step.detach()))
+    return abs(exponent - round(exponent)) < 1e-6
 
 
 class TestBitPruningLearner:

@@ -30,14 +30,14 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; new or empty.")],
     target: Annotated[
         str | None,
-        typer.Option("--target", "-t", help="Keep this target's rules [the plan's own]."),
+        typer.Option("--target", "-t", help="Keep this target's rules (the plan's own)."),
     ] = None,
     format_name: Annotated[
         str | None,
         typer.Option(
             "--format",
             help="onnx-qdq, onnx-matmulnbits, openvino, compressed-tensors, gguf, ref-int, or a "
-            "configuration for another tool [the target's].",
+            "configuration for another tool (the target's).",
         ),
     ] = None,
     samples: Annotated[
@@ -50,7 +50,7 @@ def export(
     correction_data: Annotated[
         str | None,
         typer.Option(
-            "--correction-data", help="Unlabelled set for the plan's corrections [--samples]."
+            "--correction-data", help="Unlabelled set for the plan's corrections (--samples)."
         ),
     ] = None,
     imatrix: opt.Imatrix = None,

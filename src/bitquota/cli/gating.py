@@ -110,7 +110,7 @@ def _short(lock: Lock) -> str:
 def check(
     lock_files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[LOCK]...", help=f"Lock files in git. [default: {_LOCK_FILE}]"),
+        typer.Argument(metavar="[LOCK]...", help=f"Lock files in git ({_LOCK_FILE})."),
     ] = None,
     model: Annotated[
         str | None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import typer
 
 from bitquota.budget import check_budgets
 from bitquota.cli import output
+from bitquota.cli.bundles import Bundle, with_bundles
 from bitquota.cli.loading import check_sources, load_samples
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
@@ -48,8 +48,8 @@ Bits = Annotated[
     str | None,
     typer.Option(
         "--bits",
-        help=f"Bit-widths on offer, comma-separated [{','.join(map(str, DEFAULT_WEIGHT_BITS))}; "
-        "with --target all that it stores].",
+        help=f"Bit-widths on offer, comma-separated ({','.join(map(str, DEFAULT_WEIGHT_BITS))}; "
+        "with --target all that it stores).",
     ),
 ]
 TargetName = Annotated[
@@ -129,12 +129,12 @@ TimeLimit = Annotated[
 ]
 LogTo = Annotated[
     str | None,
-    typer.Option("--log-to", help="Experiment tracker to log to: mlflow (bitquota[mlflow])."),
+    typer.Option("--log-to", help="Experiment tracker to log to: mlflow (its extra must be installed)."),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, …")]
 LedgerPath = Annotated[
     Path | None,
-    typer.Option("--ledger", help="Where measurements are kept and reused [the cache folder]."),
+    typer.Option("--ledger", help="Where measurements are kept and reused (the cache folder)."),
 ]
 
 
@@ -142,7 +142,7 @@ Tokenizer = Annotated[
     str | None,
     typer.Option(
         "--tokenizer",
-        help="For texts: folder with tokenizer.json [the model's], or 'bytes'.",
+        help="For texts: folder with tokenizer.json (the model's), or 'bytes'.",
     ),
 ]
 Length = Annotated[int, typer.Option("--length", help="For texts: tokens per sample.")]
@@ -318,39 +318,23 @@ def with_options(**without: object) -> Callable[[Callable[..., None]], Callable[
         **without: Options of a request that the command does not offer, and their values.
     """
     request = {name: option for name, option in _REQUEST.items() if name not in without}
-    bundles = {"request": request, "here": _HERE}
+    bundled = with_bundles(
+        request=Bundle(options=request, make=lambda chosen: plan_request(without | chosen)),
+        here=Bundle(options=_HERE, make=lambda chosen: Here(**chosen)),
+    )
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True).parameters
-        given: list[inspect.Parameter] = []
-        for name, parameter in own.items():
-            keyword = inspect.Parameter.KEYWORD_ONLY
-            given += [
-                inspect.Parameter(option, keyword, default=default, annotation=annotation)
-                for option, (annotation, default) in bundles.get(name, {}).items()
-            ]
-            if name not in bundles:
-                given.append(parameter.replace(kind=keyword))
-
         @functools.wraps(command)
-        def run(**values: Any) -> None:  # noqa: ANN401  # whatever the options hold
-            if "request" in own:
-                chosen = {name: values.pop(name) for name in request}
-                values["request"] = plan_request(without | chosen)
-                _check(
-                    values["request"],
-                    budgets="budgets" in request,
-                    here=values.get("server") is None,
-                )
-            if "here" in own:
-                values["here"] = Here(**{name: values.pop(name) for name in _HERE})
-                values["here"].check(values["model"], values["calibration"])
+        def checked(**values: Any) -> None:  # noqa: ANN401  # whatever the options hold
+            here: Here | None = values.get("here")
+            if "request" in values:
+                is_here = here is None or here.server is None
+                _check(values["request"], budgets="budgets" in request, here=is_here)
+            if here is not None:
+                here.check(values["model"], values["calibration"])
             command(**values)
 
-        # Typer reads the signature; ``inspect`` takes it from here.
-        run.__signature__ = inspect.Signature(given)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in given}
-        return run
+        return bundled(checked)
 
     return decorate
 
