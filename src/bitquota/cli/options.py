@@ -129,7 +129,7 @@ TimeLimit = Annotated[
 ]
 LogTo = Annotated[
     str | None,
-    typer.Option("--log-to", help="Experiment tracker to log to: mlflow (its extra must be installed)."),
+    typer.Option("--log-to", help="Experiment tracker to log to: mlflow (extra of that name)."),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, …")]
 LedgerPath = Annotated[
