@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from bitquota.candidates import CandidateTable
+    from bitquota.candidates import Candidate, CandidateTable
     from bitquota.progress import IsCancelled, OnProgress
     from bitquota.sensitivity.ledger import Ledger
     from bitquota.sensitivity.losses import Loss
-    from bitquota.sensitivity.runner import Runner, State
+    from bitquota.sensitivity.runner import Change, Runner, State
 
 
 def measure_choices(
@@ -76,7 +76,7 @@ def measure_choices(
                     continue
                 if state is None:
                     state = runner.start(chunk, base)
-                different = {k: v for k, v in change.items() if base.get(k) != v}
+                different = _moved(base, change)
                 outputs.append(runner.output(state, different) if different else state.output)
             return recorder.losses(chunk, outputs)
 
@@ -84,3 +84,22 @@ def measure_choices(
         for k, key in enumerate(keys):
             values[k, span.start : span.stop] = found[key] - found[reference_key]
     return values
+
+
+def passes_of(
+    runner: Runner,
+    table: CandidateTable,
+    choices: Sequence[Sequence[int]],
+    centre: Sequence[int] | None,
+) -> float:
+    """Return the forward-equivalents of ``measure_choices`` where the ledger holds nothing."""
+    if centre is None:
+        return float(len(choices))
+    base = base_change(table, centre)
+    moved = [_moved(base, base_change(table, choice)) for choice in choices]
+    return 1.0 + sum(runner.share(list(change)) for change in moved if change)
+
+
+def _moved(base: Change, change: Change) -> dict[str, Candidate]:
+    """Return the part of ``change`` that differs from ``base``."""
+    return {name: candidate for name, candidate in change.items() if base.get(name) != candidate}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitquota.sensitivity.choices import measure_choices
+from bitquota.sensitivity.choices import measure_choices, passes_of
 from bitquota.sensitivity.measure import standard_error
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Judge:
         on_progress: Called after every chunk.
         cancelled: Asked between chunks.
         losses: ``f64[n]`` of every choice on each block it was measured on.
+        asked: What the questions so far cost where nothing is known yet, in samples run in full.
     """
 
     blocks: tuple[Runner | Callable[[], Runner], ...]
@@ -49,6 +50,7 @@ class Judge:
     on_progress: OnProgress | None = None
     cancelled: IsCancelled | None = None
     losses: dict[Choice, list[NDArray[np.float64]]] = field(default_factory=dict)
+    asked: float = 0.0
     _runners: dict[int, Runner] = field(default_factory=dict)
     _before: dict[int, float] = field(default_factory=dict)
 
@@ -82,8 +84,10 @@ class Judge:
             new = [c for c in dict.fromkeys(choices) if len(self.losses.get(c, ())) <= k]
             if not new:
                 continue
+            runner = self.runner(k)
+            self.asked += passes_of(runner, self.table, new, centre) * len(runner.calibration)
             values = measure_choices(
-                self.runner(k),
+                runner,
                 self.table,
                 self.loss,
                 new,

@@ -54,6 +54,8 @@ class _Search:
     on_progress: OnProgress | None
     cancelled: IsCancelled | None
     steps: list[Step] = field(default_factory=list)
+    n_linearised: int = 0
+    linearised: float = 0.0
     passes_before: float = 0.0
     limit: float = np.inf
 
@@ -65,8 +67,13 @@ class _Search:
         return own + self.judge.samples_run(besides=self.runner) / n
 
     def affords(self, passes: float) -> bool:
-        """Whether that many more passes stay within the limit."""
-        return self.passes + passes <= self.limit
+        """Whether that many more passes stay within the limit.
+
+        What was asked counts, not what had to be run: a plan must not depend on what the ledger
+        held.
+        """
+        asked = self.linearised + self.judge.asked / len(self.runner.calibration)
+        return asked + passes <= self.limit
 
     def step(self, kind: str, current: Choice, proposals: Mapping[Choice, str]) -> Choice:
         """Accept the best measured proposal if it is clearly better than ``current``.
@@ -105,9 +112,9 @@ class _Search:
         )
         return best if accepted else current
 
-    def linearise(self, point: Choice | None, number: int) -> Linearisation:
+    def linearise(self, point: Choice | None, number: int, *, far: bool = True) -> Linearisation:
         """Measure singles and Gram terms around ``point``, the ``number``-th of the refinement."""
-        rows, taken = self.extent(point, number)
+        rows, taken = self.extent(point, far=far)
         n = len(self.runner.chunks)
         chunks = [(k + number * taken) % n for k in range(taken)]
         matrix, differences = measure_differences(
@@ -124,21 +131,21 @@ class _Search:
         )
         return Linearisation(point=point, matrix=matrix, differences=differences, rows=tuple(rows))
 
-    def extent(self, point: Choice | None, number: int) -> tuple[list[int], int]:
+    def extent(self, point: Choice | None, *, far: bool) -> tuple[list[int], int]:
         """Return the rows that a linearisation measures, and the number of chunks."""
         settings, n = self.settings, len(self.runner.chunks)
         everything = list(range(len(self.table.rows)))
         if point is None:
             return everything, n
-        share = settings.far_share if number == 1 else settings.near_share
+        share = settings.far_share if far else settings.near_share
         chunks = min(n, max(1, round(share * n)))
-        if number == 1 or settings.reach is None:
+        if far or settings.reach is None:
             return everything, chunks
         return rows_near(self.table, point, settings.reach), chunks
 
-    def cost_of_linearisation(self, point: Choice, number: int) -> float:
+    def cost_of_linearisation(self, point: Choice, *, far: bool) -> float:
         """Return an upper estimate of the passes that linearising at ``point`` takes."""
-        rows, chunks = self.extent(point, number)
+        rows, chunks = self.extent(point, far=far)
         others = set(rows).difference(_rows_of(self.table, point))
         layers = [[c.layer for c in self.table.rows[row].candidates] for row in others]
         whole = 2.0 + sum(self.runner.share(names) for names in layers)
@@ -150,6 +157,10 @@ _CONTENDERS = 2
 
 _MORE_BLOCKS = 2
 """Further blocks at most for one decision: what they leave open matters less than another step."""
+
+
+_NOT_MUCH_WORSE = 2.0
+"""A start with more than so many times the loss of the best is not worth a linearisation."""
 
 
 def _open(gain: tuple[float, float], errors: float) -> bool:
@@ -247,21 +258,13 @@ def refine(
     judge_.measure(list(proposals), None, "starts")
     current = judge_.best(list(proposals))
     current = search.step("start", current, proposals)
-    left = settings.iterations
+    # The best start need not lead to the best end: far from several, then near to the best.
+    for point in _promising(search, list(proposals)):
+        at, current = _move(search, point, current, at, far=True)
     while True:
         before = current
-        number = settings.iterations - left + 1
-        if (
-            left
-            and at.point != current
-            and search.affords(search.cost_of_linearisation(current, number))
-        ):
-            left -= 1
-            at = search.linearise(current, number)
-            around = _proposals(search, current, at)
-            if around:
-                judge_.measure(list(around), current, f"proposals {number}")
-                current = search.step("linearised", current, around)
+        if at.point != current:
+            at, current = _move(search, current, current, at, far=False)
         if current == before:
             current = _swap(search, current, at)
         if current == before:
@@ -273,6 +276,31 @@ def refine(
         steps=tuple(search.steps),
         measured={c: judge_.mean(c) for c in judge_.losses},
     )
+
+
+def _promising(search: _Search, starts: Sequence[Choice]) -> list[Choice]:
+    """Return the starts to linearise around: the best, and others that are not much worse."""
+    mean = search.judge.mean
+    order = sorted(starts, key=lambda c: (mean(c), c))
+    near = [c for c in order if mean(c) <= _NOT_MUCH_WORSE * mean(order[0])]
+    return (near or order)[: search.settings.starts]
+
+
+def _move(
+    search: _Search, point: Choice, current: Choice, at: Linearisation, *, far: bool
+) -> tuple[Linearisation, Choice]:
+    """Linearise around ``point`` if that may still be afforded, and step to what it proposes."""
+    number, cost = search.n_linearised + 1, search.cost_of_linearisation(point, far=far)
+    if number > search.settings.iterations or not search.affords(cost):
+        return at, current
+    search.n_linearised = number
+    search.linearised += cost
+    at = search.linearise(point, number, far=far)
+    around = _proposals(search, point, at)
+    if around:
+        search.judge.measure(list(around), point, f"proposals {number}")
+        current = search.step("linearised", current, around)
+    return at, current
 
 
 def _proposals(search: _Search, current: Choice, at: Linearisation) -> dict[Choice, str]:

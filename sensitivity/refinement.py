@@ -35,8 +35,9 @@ class RefineSettings:
 
     Attributes:
         iterations: Linearisations at most (each costs one run per row that it measures).
-        far_share: Part of the samples that the first linearisation around a plan is measured on,
-            with all rows: the start can be far from good, and that shows on few samples.
+        starts: How many starts are linearised around, the best measured ones.
+        far_share: Part of the samples that a linearisation around a start is measured on, with all
+            rows: a start can be far from good, and that shows on few samples.
         near_share: Part of the samples of later ones, in whole chunks; the next takes others.
         reach: Rows of each group that later ones measure: at most so many places above and below
             the plan's own. ``None`` measures all.
@@ -48,11 +49,12 @@ class RefineSettings:
         accept_errors: A step must improve by this many paired standard errors.
         effort: No linearisation or round of swaps is begun that would lead beyond this many times
             the forward-equivalents of a linearisation around full precision, or beyond
-            ``LEAST_PASSES`` where that is more (what the ledger holds costs nothing); ``None``
-            for no limit.
+            ``LEAST_PASSES`` where that is more. What the ledger holds counts as if it were run,
+            so that a run that was interrupted ends with the same plan. ``None`` for no limit.
     """
 
     iterations: int = 12
+    starts: int = 3
     far_share: float = 0.25
     near_share: float = 0.5
     reach: int | None = 1
@@ -67,7 +69,7 @@ class RefineSettings:
     def __post_init__(self) -> None:
         """Check ranges."""
         counts = self.iterations, self.swap_rounds, self.proposals - 1, self.swaps - 1
-        if min(*counts, self.patience - 1) < 0:
+        if min(*counts, self.patience - 1, self.starts - 1) < 0:
             msg = f"refinement settings must be positive; got {self}"
             raise InvalidInput(msg)
         shares = self.far_share, self.near_share

@@ -136,6 +136,33 @@ class TestRefine:
             rows = {int(r - table.offsets[g]) for r in near.rows if table.group_of_row[r] == g}
             assert rows == {r for r in range(4) if abs(r - k) <= 1}
 
+    def test_begins_around_several_starts(self, monkeypatch):
+        """All rows are measured around the best starts in turn, none around much worse ones."""
+        runner, table, limits = setting(bits=4.0)
+        around = []
+
+        def watched(*args, **options):
+            around.append((options["base_point"], tuple(options["only"])))
+            return measure_differences(*args, **options)
+
+        monkeypatch.setattr("bitquota.sensitivity.refine.measure_differences", watched)
+        blind = measure_singles(runner, table, KL), None
+        starts = {str(k): c for k, c in enumerate(itertools.product(range(2), repeat=4))}
+        for wanted in (1, 3):
+            around.clear()
+            found = refine(
+                runner, table, KL, limits=limits, solve=lambda *_: None, starts=starts, first=blind,
+                settings=RefineSettings(iterations=3, starts=wanted, swap_rounds=0),
+            )  # fmt: skip
+            order = sorted(
+                (c for c in starts.values() if c in found.measured), key=found.measured.get
+            )
+            promising = [c for c in order if found.measured[c] <= 2 * found.measured[order[0]]]
+            assert len(promising) < len(order)
+            everything = tuple(range(len(table.rows)))
+            assert around[:wanted] == [(c, everything) for c in promising[:wanted]]
+            assert all(point not in order[wanted:] for point, _ in around)
+
     def test_a_larger_budget_gives_a_start(self):
         """Its last linearisation proposes a choice within the smaller budget."""
         runner, table, limits = setting(bits=4.0)
@@ -191,7 +218,7 @@ class TestRefine:
             )  # fmt: skip
             kinds[effort] = {step.kind for step in found.steps}
 
-        assert kinds == {1e-3: {"start"}, None: {"start", "swap"}}
+        assert kinds == {1e-3: {"start"}, None: {"start", "linearised", "swap"}}
 
     def test_counts_its_own_work_alone(self):
         """Runners that worked for another budget before have spent nothing of this one."""
