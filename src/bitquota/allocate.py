@@ -148,8 +148,8 @@ def allocate(
 
     Cost: that of the measure around full precision once; for each budget about ten passes of
     measured proposals, thirteen of evidence and ten over the hold-out samples; with
-    ``request.refine`` up to six more linearisations (one run behind one group for each row within
-    reach) and some thirty measured swaps.
+    ``request.refine`` at most ``RefineSettings.effort`` times the measure around full precision
+    more, for linearisations around plans and measured swaps.
     """
     if not request.budgets:
         msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
