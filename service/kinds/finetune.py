@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
+from bitquota.errors import InvalidInput
+from bitquota.request import ACTIVATION_FITS
 from bitquota.service.checkpoints import sent_checkpoints
 from bitquota.service.inspection import ArtifactKind
 from bitquota.service.kinds.kind import DATASET, MODEL, Input, JobKind
@@ -25,11 +29,27 @@ if TYPE_CHECKING:
 CHECKPOINTS = ("finetune.safetensors",)
 
 
+class FinetuneBody(TrainingBody):
+    """How to train under a plan."""
+
+    symmetric: bool = Field(
+        default=False, description="With `direct`: keep levels mirrored around zero."
+    )
+    activation_fit: str = Field(
+        default="mse",
+        max_length=20,
+        description="First grids of quantized inputs: `mse` (each tensor's own error), or "
+        "`joint`, `chan`, `irls`, which weigh channels.",
+    )
+
+
 def run(work: Work) -> None:
     """Hand over the plan of the trained weights, the weights, and the history."""
     from bitquota.bridge import finetune_plan
+    from bitquota.quantizers.channel_fit import ChannelRule
     from bitquota.training.settings import TrainingSettings
 
+    fit = work.request["activation_fit"]
     (plan,) = work.plans("plan")
     model = work.model()
     with sent_checkpoints(work, model.module) as kept:
@@ -39,6 +59,8 @@ def run(work: Work) -> None:
             work.samples(),
             settings_from(work.request, TrainingSettings()),
             method=work.request["method"],
+            symmetric=work.request["symmetric"],
+            input_rule=None if fit == "mse" else ChannelRule(fit),
             checkpoint=kept.path(CHECKPOINTS[0]),
             **kept.running,
         )
@@ -48,6 +70,10 @@ def run(work: Work) -> None:
 def accept(request: JsonObject) -> JsonObject:
     """Return the request; raises ``InvalidInput`` for names that are not known."""
     check_names(request)
+    if request["activation_fit"] not in ACTIVATION_FITS:
+        known, got = ", ".join(ACTIVATION_FITS), request["activation_fit"]
+        msg = f"activation_fit must be one of {known}; got {got!r}"
+        raise InvalidInput(msg, activation_fit=got)
     return request
 
 
@@ -63,7 +89,7 @@ KIND = JobKind(
             text="Digest of a plan of this model: uploaded, or left by a job.",
         ),
     ),
-    request=TrainingBody,
+    request=FinetuneBody,
     example={
         "model": "sha256:" + "0" * 64,
         "dataset": "sha256:" + "1" * 64,

@@ -81,6 +81,7 @@ class TestFinetune:
             (["--method", "magic"], 2, "must be one of lsq, tqt, direct; got 'magic'"),
             (["--epochs", 0], 2, "at least one epoch"),
             (["--augment", "mixup"], 2, "must be 'none' or 'shift_flip'; got 'mixup'"),
+            (["--device", "magic"], 2, "a device must be 'auto', 'cpu'"),
             (["--input-fit", "magic"], 2, "must be one of joint, chan, irls; got 'magic'"),
         ],
     )

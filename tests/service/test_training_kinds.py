@@ -13,6 +13,7 @@ from bitquota.errors import InvalidInput
 from bitquota.plan import Plan
 from bitquota.request import RECIPES, TRAINING_METHODS, PlanRequest
 from bitquota.service.kinds import training_request
+from bitquota.storage import Grid
 from bitquota.training import learn, weight_quantizers
 from bitquota.training.saved import load_trained
 from live_server import LiveServer
@@ -39,7 +40,7 @@ class TestFinetune:
         """The plan of one job is the input of another; what comes back agrees with itself."""
         job = client.order(
             "finetune",
-            {"epochs": 1, "method": "direct", "batch_size": 64},
+            {"epochs": 1, "method": "direct", "batch_size": 64, "symmetric": True},
             model=planned.body["model"],
             dataset=digits_files[1],
             plan=planned.results["plans"][0],
@@ -51,7 +52,11 @@ class TestFinetune:
         saved = load_trained(job.save("weights", tmp_path / "trained.safetensors"))
         for a in plan.assignments:
             assert len(saved.state[a.layer.weight_name].unique()) > 1
-            assert saved.weights[a.layer.name].bits == a.candidate.weight_bits
+            stored = saved.weights[a.layer.name]
+            assert stored.bits == a.candidate.weight_bits
+            if a.candidate.scheme.grid is Grid.CODEBOOK:
+                levels = stored.scales.flatten().float()
+                assert torch.allclose(levels, -levels.flip(0), atol=1e-4)
         assert len(job.result("training")["finetuning"]["epochs"]) == 1
         assert "before training" in job.report()
         scored = client.order(
@@ -63,12 +68,19 @@ class TestFinetune:
         )
         assert full == pytest.approx(under_plan, abs=0.01)
 
-    def test_refuses_names_that_are_not_known(self, client, planned, digits_files):
+    @pytest.mark.parametrize(
+        ("request_", "text"),
+        [
+            ({"method": "magic"}, "method must be one of lsq, tqt, direct"),
+            ({"activation_fit": "magic"}, "activation_fit must be one of mse, joint, chan, irls"),
+        ],
+    )
+    def test_refuses_names_that_are_not_known(self, client, planned, digits_files, request_, text):
         """At once, not in the sandbox."""
-        with pytest.raises(InvalidInput, match="method must be one of lsq, tqt, direct"):
+        with pytest.raises(InvalidInput, match=text):
             client.order(
                 "finetune",
-                {"method": "magic"},
+                request_,
                 model=planned.body["model"],
                 dataset=digits_files[1],
                 plan=planned.results["plans"][0],

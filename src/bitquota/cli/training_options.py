@@ -165,9 +165,11 @@ class Training:
         return replace(own, **self.given)
 
     def load(self, model: str, train: str) -> tuple[LoadedModel, CalibrationSet]:
-        """Load a model and its training set."""
+        """Load a model and its training set; a device that is not there is told before."""
         from bitquota.formats import load_model
+        from bitquota.setting import choose_device
 
+        choose_device(self.device)
         samples = load_samples(train, model=model, tokenizer=self.tokenizer, length=self.length)
         return load_model(model), samples
 
