@@ -4,6 +4,9 @@ One pass of the full-precision model, batch norm in eval mode, watched operator 
 that ordinary modules and exported graphs look alike. A layer is linear in its weight, so what a
 changed weight does to the layer's own output is the same operator on the same input with the
 change in the weight's place.
+
+It sees more than a ``quantizers.calls.LayerWatcher``, products and embeddings without a bias and
+what becomes of outputs, and so is not one.
 """
 
 from __future__ import annotations
