@@ -66,6 +66,30 @@ class TestPlan:
         assert err.count("\n") == 1
         assert not (tmp_path / "plan.json").exists()
 
+    def test_interrupted(self, bitquota, tmp_path, monkeypatch):
+        """Ctrl-C says what is kept, where, and how to go on; 130, as shells expect."""
+
+        def stop(_spec):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("bitquota.formats.load_model", stop, raising=False)
+        code, _, err = bitquota("plan", *FACTORIES, "-b", "3 bits", "--ledger", "my/l.sqlite")
+
+        assert code == 130
+        assert "what was measured is in my/l.sqlite: the same command goes on" in err
+        assert err.endswith("interrupted\n")
+
+    def test_former_plan_is_named(self, bitquota, tmp_path):
+        """A rerun changes nothing; another budget replaces the plan and says which it was."""
+        rerun = ["plan", *FACTORIES, *FAST]
+        said = [bitquota(*rerun, "-b", budget)[2] for budget in ("3 bits", "3 bits", "4 bits")]
+
+        assert [line.splitlines()[-1] for line in said] == [
+            "wrote plan.json",
+            "wrote plan.json (as it was)",
+            "wrote plan.json (replaced a plan for 3 bits)",
+        ]
+
     def test_pickle_is_refused(self, bitquota, tmp_path):
         """A pickle is never opened; the safe alternatives are named."""
         torch.save({"w": torch.ones(2)}, tmp_path / "model.pth")

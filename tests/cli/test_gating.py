@@ -97,9 +97,12 @@ class TestLock:
 
     def test_renewed(self, gate, tmp_path):
         """Target and limits of the file that is replaced are kept, unless given anew."""
-        code, _, _ = gate("lock", "plan.json", "--max-kl", 0.3)
+        former = Lock.load(tmp_path / "bitquota.lock.json").digest()
+        code, _, err = gate("lock", "plan.json", "--max-kl", 0.3)
         held = Lock.load(tmp_path / "bitquota.lock.json")
         assert code == 0
+        assert f"({held.digest()[:19]}…; replaced {former[:19]}…, whose target" in err
+        assert ", as it was)" in gate("lock", "plan.json", "--max-kl", 0.3)[2]
         assert held.target == "ref-int"
         assert (held.limits.max_kl, held.limits.not_worse_than) == (0.3, "uniform")
         assert held.exports == ()

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from bitquota import errors
-from bitquota.client import AsyncClient, Client, error_of
+from bitquota.client import AsyncClient, Client, Job, error_of
 from bitquota.request import PlanRequest
 from live_server import LiveServer, folder_zip, npz
 
@@ -58,6 +58,14 @@ class TestErrorOf:
     @pytest.mark.parametrize("body", [None, [], "x", {}, {"type": "urn:other"}, {"details": 3}])
     def test_anything_else_is_a_service_error(self, body):
         assert type(error_of(body, status=502)) is errors.ServiceError
+
+
+class TestPage:
+    def test_is_below_the_address_of_the_server(self):
+        """No server is asked."""
+        with Client("http://127.0.0.1:9/") as client:
+            job = Job(client, {"id": "job_1", "status": "queued"})
+        assert job.page == "http://127.0.0.1:9/jobs/job_1"
 
 
 class TestSubmit:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,14 @@ class TestServicePage:
         for path in create_app(Settings(data_dir=tmp_path)).openapi()["paths"]:
             last = "/" + path.rpartition("/")[2]
             assert path in text or last.replace("{job_id}", "{id}") in text, path
+
+    def test_addresses_in_the_readme_are_served(self, tmp_path):
+        """What a new user is told to open is there."""
+        app = create_app(Settings(data_dir=tmp_path))
+        text = (PAGE.parents[1] / "README.md").read_text()
+        named = re.findall(r"`(/[a-z0-9/._-]+)`", text.partition("## Service")[2])
+        assert "/v1/openapi.json" in named
+        assert set(named) <= {getattr(route, "path", "") for route in app.routes}
 
     @pytest.mark.parametrize("name", sorted(commands(get_command(admin_commands.app))))
     def test_every_admin_command_is_named(self, name):

@@ -100,6 +100,11 @@ def main() -> None:
             raise
         typer.secho(f"error: {_sentence(err)}", err=True, fg=typer.colors.RED)
         sys.exit(InvalidInput.exit_code)
-    except KeyboardInterrupt:
-        typer.secho("interrupted; what was measured is kept in the ledger", err=True)
+    except SystemExit as stop:
+        # Typer turns Ctrl-C into this exit code and says nothing.
+        if stop.code == INTERRUPTED:
+            typer.echo("interrupted", err=True)
+        raise
+    except KeyboardInterrupt:  # outside of any command
+        typer.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)

@@ -263,11 +263,15 @@ class Here:
             SqliteLedger(place) as kept,
             output.progress_bars() as on_progress,
         ):
-            yield {
-                "ledger": kept,
-                "on_progress": on_progress,
-                "device": self.device,
-            }
+            try:
+                yield {
+                    "ledger": kept,
+                    "on_progress": on_progress,
+                    "device": self.device,
+                }
+            except KeyboardInterrupt:
+                output.say(f"what was measured is in {place}: the same command goes on from there")
+                raise
 
 
 _REQUEST: dict[str, tuple[Any, Any]] = {

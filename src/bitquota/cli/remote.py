@@ -90,14 +90,14 @@ def model_of(text: str) -> Iterator[Path]:
 
 
 def done(job: Job) -> Job:
-    """Show a job's id and progress until it has succeeded, and return it; Ctrl-C cancels it."""
-    output.messages.print(f"job {job.id}", highlight=False)
+    """Show a job's page and progress until it has succeeded, and return it; Ctrl-C cancels it."""
+    output.say(f"job {job.id}: {job.page}")
     try:
         with output.progress_bars() as on_progress:
             job.wait(on_progress=on_progress)
     except KeyboardInterrupt:
         job.cancel()
-        output.messages.print(f"cancelled {job.id}", highlight=False)
+        output.say(f"cancelled {job.id}")
         raise
     return job
 

@@ -84,7 +84,7 @@ def finetune(
 
     loaded, samples = training.load(model, train)
     folder = training.checkpoints or out / "checkpoints"
-    with _run() as (on_progress, is_first):
+    with _run(folder) as (on_progress, is_first):
         found = finetune_plan(
             loaded,
             made,
@@ -155,7 +155,7 @@ def learn(
     settings = training.settings(default_settings(recipe))
     loaded, samples = training.load(model, train)
     folder = training.checkpoints or out / "checkpoints"
-    with _run() as (on_progress, is_first):
+    with _run(folder) as (on_progress, is_first):
         found = learn_plan(
             loaded,
             samples,
@@ -195,7 +195,7 @@ def _plan_file(out: Path, source: Path | None) -> Written:
 
 
 @contextmanager
-def _run() -> Iterator[tuple[OnProgress, bool]]:
+def _run(checkpoints: Path) -> Iterator[tuple[OnProgress, bool]]:
     """Join the group of processes, if there is one; only the first shows progress."""
     from bitquota.training.distributed import joined_group
 
@@ -204,7 +204,12 @@ def _run() -> Iterator[tuple[OnProgress, bool]]:
             yield (lambda _step: None), False
             return
         with output.progress_bars() as on_progress:
-            yield on_progress, True
+            try:
+                yield on_progress, True
+            except KeyboardInterrupt:
+                if any(checkpoints.glob("*.safetensors")):
+                    output.say(f"the same command goes on from the last epoch in {checkpoints}")
+                raise
 
 
 def _resolved(

@@ -354,6 +354,11 @@ class JobCalls:
         return f"<{type(self).__name__} {self.id} {self.status}>"
 
     @property
+    def page(self) -> str:
+        """Address of the page that shows it to a person."""
+        return f"{self.requests.base_url.rstrip('/')}/jobs/{self.id}"
+
+    @property
     def status(self) -> str:
         """Status as last seen: queued, running, succeeded, failed, cancelled or expired."""
         return str(self.body["status"])
