@@ -13,9 +13,10 @@ from bitquota.service import admin_commands
 from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.blobs import BlobStore
 from bitquota.service.database import Database
-from bitquota.service.inspection import ArtifactKind
+from bitquota.service.inspection import ArtifactKind, ModelFormat
 from bitquota.service.job import KeptResult, NewJob
 from bitquota.service.jobs import JobStore
+from bitquota.service.kinds.training_request import TRAINED_MODEL
 from bitquota.service.maintenance import (
     OWNER_FILE,
     backup,
@@ -147,6 +148,17 @@ class TestCollect:
         world.jobs.create(replace(new, model=world.model))
         world.collect()
         assert world.blobs.read(plan) == b"plan"
+
+    def test_a_trained_model_is_an_upload(self, world):
+        """What training leaves can be named by the next order, as what it is."""
+        world.order()
+        job = world.jobs.claim("me", 15)
+        made = world.blobs.put(b"trained")
+        name = TRAINED_MODEL.name + TRAINED_MODEL.suffix
+        kept = KeptResult(digest=made, size=7, name=name, artifact=TRAINED_MODEL.keep_as)
+        world.jobs.succeed(job.id, job.epoch, {TRAINED_MODEL.name: made}, [kept])
+        found = world.artifacts.get("ann", ArtifactKind.MODEL, made)
+        assert ModelFormat.PT2 == found.format
 
     def test_file_without_a_row_gets_an_hour(self, world):
         """An upload is on the disk before the database names it."""
