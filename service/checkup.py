@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -67,16 +68,12 @@ def doctor(settings: Settings) -> list[Finding]:
 def _database(settings: Settings) -> Finding:
     if not settings.has_database:
         return Finding(what="database", good=True, detail=f"sqlite, {_TO_COME}")
-    database = None
     try:
-        database = Database(settings.url)
-        version = database.read(_schema)
+        with contextlib.closing(Database(settings.url)) as database:
+            version = database.read(_schema)
+            kind = database.engine.dialect.name
     except BitquotaError as error:
         return Finding(what="database", good=False, detail=error.message)
-    finally:
-        if database is not None:
-            database.close()
-    kind = database.engine.dialect.name
     detail = f"{kind}, {_TO_COME}" if version is None else f"{kind}, schema {version}"
     return Finding(what="database", good=True, detail=detail)
 
@@ -85,7 +82,10 @@ def _schema(connection: Connection) -> str | None:
     """Return the schema's number, or nothing of a database that no server has seen."""
     if not sa.inspect(connection).has_table("alembic_version"):
         return None
-    return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+    version: str | None = connection.execute(
+        sa.text("SELECT version_num FROM alembic_version")
+    ).scalar()
+    return version
 
 
 def _data_folder(settings: Settings) -> Finding:

@@ -32,7 +32,11 @@ class Written:
 
     @classmethod
     def at(
-        cls, path: Path, option: str, *, former: Callable[[Path], str] = lambda _path: "another"
+        cls,
+        path: Path,
+        option: str,
+        *,
+        former: Callable[[Path], str] = lambda _path: "the former one",
     ) -> Self:
         """Return the file that ``option`` names, after looking at what is there.
 
