@@ -41,6 +41,7 @@ from bitquota.sensitivity.ledger import MemoryLedger, SqliteLedger
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.moves import Limits
 from bitquota.sensitivity.pairs import measure_pairs
+from bitquota.sensitivity.references import References
 from bitquota.sensitivity.refine import refine
 from bitquota.sensitivity.runner import EagerRunner, as_change, make_runner
 from bitquota.solver import Problem, solve
@@ -197,7 +198,7 @@ def default_run(
     def work() -> float:
         return sum(r.passes.passes * len(r.calibration) for r in made) / len(case.fit)
 
-    runner = runner_on(case.fit)
+    runner, outputs = runner_on(case.fit), References()
     # Samples that decide, as in ``allocate``: a hold-out part, further ones, those of the fit.
     judge = (*(cache(partial(runner_on, s)) for s in case.holdout), runner)
     cpu = time.process_time()
@@ -244,6 +245,7 @@ def default_run(
             measured[name] = measure_choice(
                 case.module, case.inventory, case.table.decode(choice), case.test, KL,
                 corrections=corrections, correction_data=case.correcting, ledger=ledger,
+                references=outputs,
             )  # fmt: skip
         row["test"] = {name: (m.mean, m.standard_error, m.accuracy) for name, m in measured.items()}
         row["paired"] = {name: m.paired(measured["plan"]) for name, m in measured.items()}

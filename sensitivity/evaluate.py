@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ from bitquota.progress import Progress, check_cancelled
 from bitquota.sensitivity.ledger import MemoryLedger, ledger_key
 from bitquota.sensitivity.losses import n_correct
 from bitquota.sensitivity.measure import CODE_VERSION, checked_losses, standard_error
+from bitquota.sensitivity.references import References
 from bitquota.sensitivity.runner import (
     DEFAULT_CHUNK,
     QuantizedWeights,
@@ -156,13 +158,15 @@ def measure_choice(
     cancelled: IsCancelled | None = None,
     stage: str = "choice",
     batch_size: int = DEFAULT_CHUNK,
+    references: References | None = None,
 ) -> ChoiceLoss:
     """Measure the loss increase of a choice on ``calibration``, corrections included.
 
     Cost: two passes (full precision and quantized) and the passes of the corrections; what the
-    ledger holds is not run again. Exact up to the model's own arithmetic. Arguments as in
-    ``apply_plan``; ``candidates`` may be empty for the full-precision model. ``origin`` is the
-    digest of the samples behind ``activations`` and ``weights``.
+    ledger holds is not run again, nor the full precision that ``references`` keep: one value for
+    all choices on the same module, samples and batch size. Exact up to the model's own arithmetic.
+    Arguments as in ``apply_plan``; ``candidates`` may be empty for the full-precision model.
+    ``origin`` is the digest of the samples behind ``activations`` and ``weights``.
 
     Raises:
         InvalidCalibration: The model does not accept the samples, or labels are missing.
@@ -171,6 +175,7 @@ def measure_choice(
     """
     put_in_eval_mode(module)
     book = MemoryLedger() if ledger is None else ledger
+    references = References() if references is None else references
     chunks = cut(len(calibration), batch_size)
     context = {
         "kind": "choice",
@@ -209,7 +214,7 @@ def measure_choice(
                     activations=activations,
                     weights=weights,
                 )
-            reference = run_module(module, inputs)
+            reference = references.get(done, partial(run_module, module, inputs))
             for name, output in ((keys[0], reference), (keys[1], run_module(quantized, inputs))):
                 rows = [loss.per_sample(output, reference, labels)]
                 if labels is not None and labels.shape == output.shape[:-1]:

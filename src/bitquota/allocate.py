@@ -26,6 +26,7 @@ from bitquota.sensitivity.gram import measure_differences
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.measure import measure_by_name
 from bitquota.sensitivity.moves import Limits
+from bitquota.sensitivity.references import References
 from bitquota.sensitivity.refine import RefineSettings, refine
 from bitquota.sensitivity.robust import project
 from bitquota.sensitivity.runner import QuantizedWeights
@@ -249,13 +250,16 @@ def evaluate_plans(
     correcting = None if correction_data is None else correction_data.to(where)
     plain = copy.deepcopy(model.module).to(where).eval()
     inventory = inventory_of(plain, model, samples)
-    reference = measure_choice(plain, inventory, (), samples, function, on_progress=on_progress)
+    outputs = References()
+    reference = measure_choice(
+        plain, inventory, (), samples, function, on_progress=on_progress, references=outputs
+    )
     found = [Evaluation(plan_index=None, name="full precision", measured=reference.measured)]
     for k, plan in enumerate(plans):
         check_model(plan, model)
-        module, described = plain, inventory
+        module, described, kept = plain, inventory, outputs
         if Correction.FOLD_BATCH_NORM in plan.corrections:
-            module = fold_batch_norm(plain, samples.first(2).inputs)
+            module, kept = fold_batch_norm(plain, samples.first(2).inputs), References()
             described = inventory_of(module, model, samples)
         columns = check_importance(plan, model.imatrix, described)
         measure = partial(
@@ -268,6 +272,7 @@ def evaluate_plans(
             correction_data=correcting,
             on_progress=on_progress,
             weights=QuantizedWeights(module, described, importance=columns),
+            references=kept,
         )
         chosen = [a.candidate for a in plan.assignments]
         found.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +25,7 @@ from bitquota.sensitivity.evaluate import ChoiceLoss, measure_choice
 from bitquota.sensitivity.foreign import importance_of
 from bitquota.sensitivity.input_moments import input_grams
 from bitquota.sensitivity.losses import loss_by_name
+from bitquota.sensitivity.references import References
 from bitquota.sensitivity.runner import QuantizedWeights, make_runner
 from bitquota.storage import Rounding
 
@@ -71,6 +72,7 @@ class Setting:
         target: The deployment target that candidates come from, if the request names one.
         on_progress: Called after each unit of work.
         cancelled: Asked between units of work.
+        references: Full-precision outputs on ``holdout``, computed once for all choices.
     """
 
     request: PlanRequest
@@ -90,6 +92,7 @@ class Setting:
     spare: tuple[CalibrationSet, ...] = ()
     on_progress: OnProgress | None = None
     cancelled: IsCancelled | None = None
+    references: References = field(default_factory=References)
 
     def runner(self, samples: CalibrationSet | None = None) -> Runner:
         """Return a runner on ``samples`` (by default ``fit``) that sees what corrections repair."""
@@ -138,6 +141,7 @@ class Setting:
             on_progress=self.on_progress,
             cancelled=self.cancelled,
             stage=stage,
+            references=self.references,
         )
 
 

@@ -10,6 +10,7 @@ from bitquota.sensitivity.corrections import reestimate_batch_norm
 from bitquota.sensitivity.evaluate import apply_plan, measure_choice
 from bitquota.sensitivity.ledger import MemoryLedger
 from bitquota.sensitivity.losses import loss_by_name
+from bitquota.sensitivity.references import References
 from bitquota.sensitivity.runner import make_runner
 from bitquota.storage import Scheme
 from sensitivity_networks import (
@@ -151,6 +152,25 @@ class TestMeasureChoice:
 
         assert mean == pytest.approx(low.mean - high.mean)
         assert error == pytest.approx(difference.std(ddof=1) / np.sqrt(len(difference)))
+
+    def test_full_precision_is_run_once_for_several_choices(self):
+        """With shared references the module itself runs once, and every value stays the same."""
+        module, inventory, _ = chosen(Residual, (0, 0, 0, 0))
+        table, data = table_of(inventory), samples(Residual, 12)
+        choices = [table.decode(c) for c in ((0, 1, 0, 1), (1, 1, 0, 0), (0, 0, 0, 0))]
+        alone = [measure_choice(module, inventory, c, data, KL).per_sample for c in choices]
+        runs = []
+        module.register_forward_hook(lambda model, *_: runs.append(model))
+
+        outputs = References()
+        together = [
+            measure_choice(module, inventory, c, data, KL, batch_size=6, references=outputs)
+            for c in choices
+        ]
+
+        assert sum(model is module for model in runs) == 2
+        for one, other in zip(alone, together, strict=True):
+            np.testing.assert_allclose(one, other.per_sample, rtol=1e-5, atol=1e-9)
 
 
 class TestMeasureChoices:
