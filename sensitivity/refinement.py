@@ -25,7 +25,7 @@ class Solve(Protocol):
         ...
 
 
-LEAST_PASSES = 64.0
+LEAST_PASSES = 96.0
 """What a refinement may always spend: of a small model everything is cheap."""
 
 

@@ -110,7 +110,8 @@ class TestPlacesThatCannotBeWritten:
         (files / "taken.png").write_text("")
         code, _, said = bitquota("report", files / "plan.json", option, "taken.png/r.png")
         assert code == 2
-        assert "'taken.png" in said
+        assert f"{option} must lie in a folder that may be written to" in said
+        assert "taken.png' is no folder" in said
         assert said.count("\n") == 1
 
     def test_a_folder_in_place_of_a_file(self, bitquota, files):
@@ -118,7 +119,7 @@ class TestPlacesThatCannotBeWritten:
         (files / "folder").mkdir()
         code, _, said = bitquota("report", files / "plan.json", "--out", "folder")
         assert code == 2
-        assert "'folder': is a directory: name another path" in said
+        assert "--out must name a file; 'folder' is a folder: name a file in it" in said
         assert not list((files / "folder").iterdir())
 
 

@@ -59,9 +59,9 @@ class TestFinetune:
         )
         assert code == 0, err
         assert "before training" in out
-        assert "wrote trained/plan.json, trained/trained.safetensors, trained/trained.pt2" in (
-            err.replace("\n", " ")
-        )
+        lines = err.splitlines()
+        assert "wrote trained/plan.json" in lines
+        assert "wrote trained/trained.safetensors, trained/trained.pt2" in lines
         made = Plan.load(tmp_path / "trained" / "plan.json")
         loaded = load_model(str(tmp_path / "trained" / "trained.pt2"))
         assert loaded.digest == made.model_digest

@@ -304,10 +304,12 @@ class TestCommand:
         assert "gram" == json.loads(out)["entries"][0]["name"]
 
     def test_a_wrong_plot_is_refused_before_the_work(self, bitquota):
-        """No such model, but the ending is seen first."""
-        code, _, err = bitquota("nowhere", "data.npz", "-b", "3 bits", "--plot", "c.bmp")
+        """The ending is seen before a model is loaded: nothing is said of any work."""
+        code, out, err = bitquota(*self.FAST, "-b", "3 bits", "--plot", "c.bmp")
 
         assert 2 == code
+        assert out == ""
+        assert err.count("\n") == 1
         assert "must end in one of .png, .svg, .pdf; got 'c.bmp'" in err
 
     def test_an_unknown_metric_is_one_sentence(self, bitquota):
