@@ -76,6 +76,34 @@ def test_sign_in_page(seeded, open_window, screenshots, tmp_path_factory):
         assert "/sign-in" in page.url
 
 
+def test_late_answer_counts_for_what_was_asked(seeded, open_window):
+    """The slider moves on while its answer is under way: the answer is for the place before."""
+    server, job = seeded
+    window = open_window()
+    page = window.page
+    page.goto(f"{server.url}/jobs/{job}/model")
+    window.settle()
+    solved = page.evaluate(
+        """
+        ([asked, on]) => new Promise((resolve) => {
+          const input = document.querySelector("input.budget");
+          const before = document.querySelector(".slider output").textContent;
+          new MutationObserver((_, observer) => {
+            const text = document.querySelector(".slider output").textContent;
+            if (text === before) return;
+            observer.disconnect();
+            resolve([input.dataset.solved, parseFloat(text)]);
+          }).observe(input, { attributes: true });
+          input.value = asked;
+          input.dispatchEvent(new Event("input", { bubbles: true }));
+          input.value = on;
+        })
+        """,
+        ["3.5", "6"],
+    )
+    assert solved == ["3.5", pytest.approx(3.5, abs=0.25)]
+
+
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
     """A server whose jobs have hostile names in every place that a stranger can write."""

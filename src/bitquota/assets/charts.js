@@ -34,7 +34,8 @@
     let moved = -Infinity;
     let running = null;
 
-    function say(point, thorough) {
+    /** Shows the plan for the slider at `asked`: it may have moved on before the answer came. */
+    function say(point, thorough, asked) {
       if (!point) return;
       const gap = point.bound === null || point.bound === undefined ? ""
         : point.predicted - point.bound <= 1e-4 * Math.abs(point.predicted)
@@ -43,18 +44,18 @@
         + `predicted loss ${number(point.predicted)}${gap}${thorough ? "" : " …"}`;
       shown.textContent = text;
       input.setAttribute("aria-valuetext", text);
-      input.dataset.solved = input.value;
+      input.dataset.solved = asked;
     }
     async function solve(seconds) {
       if (running) running.abort();
       running = new AbortController();
       const { signal } = running;
-      const average = Number(input.value);
+      const asked = input.value;
       try {
-        const point = await hooks.solve(average, seconds, signal);
+        const point = await hooks.solve(Number(asked), seconds, signal);
         if (signal.aborted) return;
         state.current = point;
-        say(point, seconds === THOROUGH_S);
+        say(point, seconds === THOROUGH_S, asked);
         changed();
       } catch (reason) {
         if (reason.name !== "AbortError") shown.textContent = reason.message;
@@ -65,7 +66,7 @@
       clearTimeout(idle);
       if (discrete) {
         state.current = state.points[Number(input.value)] || null;
-        say(state.current, true);
+        say(state.current, true, input.value);
         changed();
         return;
       }
@@ -93,7 +94,7 @@
         const near = nearest(ends[2]);
         input.value = near;
         state.current = state.points[near] || null;
-        say(state.current, true);
+        say(state.current, true, input.value);
         changed();
         return null;
       } };
