@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from bitquota.canonical import nearest_existing
 from bitquota.errors import BitquotaError
 from bitquota.service.blobs import storage_of
 from bitquota.service.database import Database
@@ -90,9 +91,7 @@ def _schema(connection: Connection) -> str | None:
 
 def _data_folder(settings: Settings) -> Finding:
     # Of a folder that a server will make, the nearest that is there.
-    nearest = settings.data_dir.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
+    nearest = nearest_existing(settings.data_dir)
     writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
     free = shutil.disk_usage(nearest).free
     made = "" if settings.data_dir.exists() else f", {_TO_COME}"

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from bitquota.errors import InvalidInput
 from bitquota.request import ACTIVATION_FITS
 from bitquota.service.checkpoints import sent_checkpoints
 from bitquota.service.inspection import ArtifactKind
@@ -69,11 +68,7 @@ def run(work: Work) -> None:
 
 def accept(request: JsonObject) -> JsonObject:
     """Return the request; raises ``InvalidInput`` for names that are not known."""
-    check_names(request)
-    if request["activation_fit"] not in ACTIVATION_FITS:
-        known, got = ", ".join(ACTIVATION_FITS), request["activation_fit"]
-        msg = f"activation_fit must be one of {known}; got {got!r}"
-        raise InvalidInput(msg, activation_fit=got)
+    check_names(request, activation_fit=ACTIVATION_FITS)
     return request
 
 

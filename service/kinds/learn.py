@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from bitquota.errors import InvalidInput
 from bitquota.request import DEFAULT_WEIGHT_BITS, RECIPES
 from bitquota.service.checkpoints import sent_checkpoints
 from bitquota.service.inspection import ArtifactKind
@@ -76,10 +75,7 @@ def run(work: Work) -> None:
 
 def accept(request: JsonObject) -> JsonObject:
     """Return the request; raises ``InvalidInput`` for names that are not known."""
-    check_names(request)
-    if request["recipe"] not in RECIPES:
-        msg = f"recipe must be one of {', '.join(RECIPES)}; got {request['recipe']!r}"
-        raise InvalidInput(msg, recipe=request["recipe"])
+    check_names(request, recipe=RECIPES)
     return request
 
 

@@ -17,6 +17,7 @@ from bitquota.service.kinds.results import check_object
 from bitquota.training.settings import AUGMENTATIONS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from bitquota.bridge import Trained
@@ -57,9 +58,13 @@ SETTINGS = (
 """Members of the body that are training settings under the same name."""
 
 
-def check_names(request: JsonObject) -> None:
-    """Raise ``InvalidInput`` for a method or an augmentation that there is not."""
-    for member, known in (("method", TRAINING_METHODS), ("augmentation", AUGMENTATIONS)):
+def check_names(request: JsonObject, **own: Sequence[str]) -> None:
+    """Raise ``InvalidInput`` for a method, an augmentation or an ``own`` name that there is not.
+
+    ``own`` lists what a kind of job has besides: the known names by member of its order.
+    """
+    named: dict[str, Sequence[str]] = {"method": TRAINING_METHODS, "augmentation": AUGMENTATIONS}
+    for member, known in (named | own).items():
         if request[member] not in known:
             msg = f"{member} must be one of {', '.join(known)}; got {request[member]!r}"
             raise InvalidInput(msg, **{member: request[member]})

@@ -72,6 +72,14 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def nearest_existing(path: Path) -> Path:
+    """Return ``path`` as an absolute path, or the nearest above it that is there."""
+    nearest = path.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    return nearest
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path``, whole or not at all; raises ``OSError`` that names ``path``."""
     with replacing(path) as place:

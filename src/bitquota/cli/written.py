@@ -8,7 +8,7 @@ import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from bitquota.canonical import digest_bytes
+from bitquota.canonical import digest_bytes, nearest_existing
 from bitquota.cli import output
 from bitquota.errors import InvalidInput
 from bitquota.plan import SCHEMA as PLAN_SCHEMA
@@ -75,9 +75,7 @@ class Written:
 
 def require_folder(folder: Path, option: str) -> None:
     """Raise ``InvalidInput`` unless ``folder`` is one to write to, or can be made."""
-    nearest = folder.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
+    nearest = nearest_existing(folder)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         why = "may not be written to" if nearest.is_dir() else "is no folder"
         msg = f"{option} must lie in a folder that may be written to; '{nearest}' {why}"
