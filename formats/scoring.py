@@ -48,6 +48,7 @@ def score_plans(
     *,
     plans: Mapping[str, Plan] | None = None,
     exported: Sequence[Path] = (),
+    original: LoadedModel | None = None,
     correction_data: CalibrationSet | None = None,
     with_uniform: bool = True,
     with_baselines: bool = False,
@@ -62,6 +63,8 @@ def score_plans(
         data: Labelled samples, or windows of text (labels are the next tokens).
         plans: Name to plan: run fake-quantized.
         exported: Folders of ``export_plan``, run by their runtimes.
+        original: Where ``model`` was trained under its plans, what it was trained from: then
+            full precision, uniform and baselines are quantizations of this model.
         correction_data: Unlabelled samples for corrections, activation ranges and error
             feedback; ``data`` itself is never used for them.
         with_uniform: Also run, for each plan, the widest uniform plan of no more bytes.
@@ -72,7 +75,8 @@ def score_plans(
 
     Raises:
         StalePlan: A plan or export is of another model.
-        InvalidInput: Corrections without ``correction_data``, or an export that cannot run here.
+        InvalidInput: Corrections without ``correction_data``, an export that cannot run here, or
+            an original that has other layers than a plan.
         ExportFailed: Exported files that were changed.
         MeasurementFailed: Outputs that are not finite.
 
@@ -80,16 +84,18 @@ def score_plans(
     """
     from bitquota.formats.exports import open_export
 
+    untrained = model if original is None else original
     entries = {
         FULL_PRECISION: _Entry(
-            kind=FULL_PRECISION, module=_running(model.module.eval(), device), size_bits=None
+            kind=FULL_PRECISION, module=_running(untrained.module.eval(), device), size_bits=None
         )
     }
 
     def add(
         name: str, what: str, plan: Plan, chosen: Sequence[Candidate], beside: tuple[str, ...]
     ) -> str:
-        module = quantized_module(model, plan, chosen, correction_data=correction_data)
+        source = model if what == "plan" else untrained
+        module = quantized_module(source, plan, chosen, correction_data=correction_data)
         size = sum(c.size_bits for c in chosen)
         entries[name] = _Entry(
             kind=what, module=_running(module, device), size_bits=size, beside=beside
@@ -102,6 +108,7 @@ def score_plans(
     def beside_of(plan: Plan, label: str) -> tuple[str, ...]:
         key = plan.digest()
         if key not in references:
+            _check_layers(plan, untrained)
             found = [FULL_PRECISION]
             uniform = uniform_candidates(plan) if with_uniform else None
             if uniform is not None:
@@ -152,6 +159,19 @@ def score_plans(
         )
         for (name, entry), found in zip(entries.items(), scores, strict=True)
     ]
+
+
+def _check_layers(plan: Plan, original: LoadedModel) -> None:
+    shapes = {name: tuple(p.shape) for name, p in original.module.named_parameters()}
+    for assignment in plan.assignments:
+        layer = assignment.layer
+        if shapes.get(layer.weight_name) != layer.weight_shape:
+            msg = (
+                f"the original must have the plan's layers; '{original.source}' has no weight "
+                f"'{layer.weight_name}' of shape {list(layer.weight_shape)}: name the model that "
+                f"the plan's was trained from"
+            )
+            raise InvalidInput(msg, layer=layer.name)
 
 
 def uniform_candidates(plan: Plan) -> tuple[int, tuple[Candidate, ...]] | None:

@@ -91,15 +91,15 @@ class Work:
         """Return the files of an input; none where it was left out."""
         return tuple(Path(text) for text in self.inputs.get(role, ()))
 
-    def model(self) -> LoadedModel:
-        """Load the input ``model``."""
+    def model(self, role: str = "model") -> LoadedModel:
+        """Load a model that must be there."""
         from bitquota.formats import load_model
 
         self.say("load")
         return cast(
             "LoadedModel",
             self.loaded.load(
-                str(self._one("model")), lambda path: load_model(path, allow_factory=False)
+                str(self._one(role)), lambda path: load_model(path, allow_factory=False)
             ),
         )
 

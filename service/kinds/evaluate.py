@@ -57,6 +57,7 @@ def run(work: Work) -> None:
         model,
         samples,
         plans=dict(zip(names, plans, strict=True)),
+        original=work.model("original") if work.paths("original") else None,
         correction_data=work.samples_if_any("correction_data"),
         with_uniform=request["uniform"],
         with_baselines=request["baselines"],
@@ -97,6 +98,13 @@ KIND = JobKind(
             artifact=ArtifactKind.PLAN,
             text="Digests of plans: uploaded, or left by jobs.",
             many=True,
+            optional=True,
+        ),
+        Input(
+            role="original",
+            artifact=ArtifactKind.MODEL,
+            text="Of a trained model, what it was trained from: full precision and uniform are "
+            "this model's.",
             optional=True,
         ),
         CORRECTION_DATA,

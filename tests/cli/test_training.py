@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -71,9 +72,17 @@ class TestFinetune:
             assert torch.equal(saved.state[a.layer.weight_name], weight)
         code, out, err = bitquota(
             "evaluate", "trained/trained.pt2", "examples.digits:test", "--plan",
-            "trained/plan.json",
+            "trained/plan.json", "--original", MODEL, "--json",
         )  # fmt: skip
         assert code == 0, err
+        full, trained, uniform = json.loads(out)
+        names = ("full precision", "trained/plan.json")
+        assert (full["name"], trained["name"]) == names
+        assert trained["metrics"]["kl"]["mean"] > 0
+        assert trained["metrics"]["kl"]["mean"] < uniform["metrics"]["kl"]["mean"]
+        code, out, err = bitquota("evaluate", MODEL, "examples.digits:test", "--json")
+        assert code == 0, err
+        assert json.loads(out)[0]["metrics"] == full["metrics"]
 
     @pytest.mark.parametrize(
         ("arguments", "code", "text"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -84,6 +85,28 @@ class TestScorePlans:
         found = score_plans(net, IMAGES, plans={"p": plan}, with_uniform=False, with_baselines=True)
         assert ["full precision", "p", "uniform W8 of p"] == [s.name for s in found]
         assert ("full precision", "p") == found[-1].beside
+
+    def test_original(self, net, plan):
+        """Full precision and uniform are the original's, the plan is the trained model's."""
+        trained = replace(net, module=copy.deepcopy(net.module))
+        with torch.no_grad():
+            for parameter in trained.module.parameters():
+                parameter.mul_(1.05)
+        apart = score_plans(trained, IMAGES, plans={"p": plan})
+        full, mixed, uniform = score_plans(trained, IMAGES, plans={"p": plan}, original=net)
+        (alone,) = score_plans(net, IMAGES)
+        own = score_plans(net, IMAGES, plans={"p": plan})
+        assert full.scores.metrics == alone.scores.metrics
+        assert uniform.scores.metrics == own[2].scores.metrics
+        assert mixed.scores.metrics["top1"] == apart[1].scores.metrics["top1"]
+        assert mixed.scores.metrics["cross_entropy"] == apart[1].scores.metrics["cross_entropy"]
+        assert mixed.scores.metrics["kl"] != apart[1].scores.metrics["kl"]
+
+    def test_original_with_other_layers(self, net, plan):
+        """Says which weight is missing."""
+        other = replace(net, module=torch.nn.Sequential(torch.nn.Linear(3, 2)))
+        with pytest.raises(InvalidInput, match="the original must have the plan's layers"):
+            score_plans(net, IMAGES, plans={"p": plan}, original=other)
 
     def test_stale_plan(self, net, plan):
         """A plan of another model is refused."""

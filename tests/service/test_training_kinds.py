@@ -67,6 +67,15 @@ class TestFinetune:
             score["metrics"]["top1"]["mean"] for score in scored.result("evaluation")["scores"][:2]
         )
         assert full == pytest.approx(under_plan, abs=0.01)
+        beside = client.order(
+            "evaluate", {"uniform": False}, model=job.results["trained_model"],
+            original=planned.body["model"], dataset=digits_files[1],
+            plans=[job.results["plans"][0]],
+        ).wait(timeout_s=300)  # fmt: skip
+        original, trained = beside.result("evaluation")["scores"]
+        assert original["metrics"]["kl"]["mean"] == pytest.approx(0, abs=1e-9)
+        assert trained["metrics"]["kl"]["mean"] > 1e-4
+        assert trained["metrics"]["top1"]["mean"] == pytest.approx(under_plan)
 
     @pytest.mark.parametrize(
         ("request_", "text"),

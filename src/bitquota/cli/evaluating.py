@@ -38,6 +38,13 @@ def evaluate(
         list[Path] | None,
         typer.Option("--exported", help="Folder that 'export' wrote, to run. Repeatable."),
     ] = None,
+    original: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a trained MODEL, what it was trained from: full precision and uniform are "
+            "this model's."
+        ),
+    ] = None,
     correction_data: Annotated[
         str | None,
         typer.Option("--correction-data", help="Unlabelled set that corrections are fitted on."),
@@ -74,6 +81,8 @@ def evaluate(
     the widest uniform plan of no more bytes.
     """
     check_sources(model, data, correction_data, tokenizer=tokenizer, imatrix=imatrix, server=server)
+    if original is not None:
+        check_sources(original, server=server)
     loaded_plans = {str(path): Plan.load(path) for path in plans or []}
     for folder in exported or []:
         Receipt.load(folder)  # raises where nothing was exported
@@ -91,6 +100,7 @@ def evaluate(
             model,
             data,
             plan_files=plans or [],
+            original=original,
             correction_data=correction_data,
         )
     else:
@@ -116,6 +126,7 @@ def evaluate(
             samples,
             plans=loaded_plans,
             exported=tuple(exported or ()),
+            original=None if original is None else load_model(original),
             correction_data=correcting,
             with_uniform=uniform,
             with_baselines=with_baselines,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,18 +157,24 @@ def scores(
     data: str,
     *,
     plan_files: Sequence[Path],
+    original: str | None,
     correction_data: str | None,
 ) -> tuple[int, list[Score]]:
     """Run ``bitquota evaluate`` there; returns the number of samples too."""
     from bitquota.formats.scores import Score
 
-    with opened(server, api_key) as client, model_of(model) as path:
+    with (
+        opened(server, api_key) as client,
+        model_of(model) as path,
+        nullcontext() if original is None else model_of(original) as untrained,
+    ):
         job = client.order(
             "evaluate",
             request | {"names": [str(file) for file in plan_files]},
             model=path,
             dataset=file_of(data),
             plans=[file_of(str(file)) for file in plan_files],
+            original=untrained,
             correction_data=None if correction_data is None else file_of(correction_data),
         )
         found = done(job).result("evaluation")

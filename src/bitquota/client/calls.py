@@ -48,6 +48,7 @@ _DEFAULT_POLL_S = 0.5
 _BUSY = frozenset({429, 503})
 _PLACES = {
     "model": "models",
+    "original": "models",
     "dataset": "datasets",
     "correction_data": "datasets",
     "plan": "plans",
@@ -153,8 +154,9 @@ class ServerCalls(Requests, Generic[J]):
             deadline_s: Seconds until the job must have ended.
             webhook: URL that is told when the job has ended.
             idempotency_key: Orders under one key are one job; the default is a new key.
-            **inputs: Uploads by role: ``model``, ``dataset``, ``correction_data``, ``plan``,
-                ``plans``, ``matrix``; each a file, ``sha256:…``, bytes or a plan.
+            **inputs: Uploads by role: ``model``, ``original``, ``dataset``,
+                ``correction_data``, ``plan``, ``plans``, ``matrix``; each a file, ``sha256:…``,
+                bytes or a plan.
 
         Raises:
             InvalidInput: The server cannot use what was handed in (the subclass says what).
