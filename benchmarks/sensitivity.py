@@ -186,7 +186,7 @@ def default_run(
     The first linearisation and losses on test images come from ``ledger`` where it holds them;
     a refinement always begins with nothing, so that its passes are those of one budget alone.
     """
-    corrections = [Correction.BATCH_NORM_STATISTICS] if batch_norm == "batch" else []
+    corrections = [Correction.BATCH_NORM_STATISTICS] if batch_norm == "moved" else []
     ledger = MemoryLedger() if ledger is None else ledger
 
     made: list[Runner] = []
@@ -402,12 +402,12 @@ def run_kill(tiny: bool, _: Ledger) -> None:  # noqa: FBT001
 
 
 def run_memory(tiny: bool, _: Ledger) -> None:  # noqa: FBT001
-    """Prefix caching of ResNet-56 at N = 512 in batch-statistics mode under 1 GiB."""
+    """Prefix caching of ResNet-56 at N = 512 with moved batch-norm statistics under 1 GiB."""
     import resource
 
     case = vision_case(56, (2, 4), 512, start=0, tiny=tiny)
     runner = make_runner(
-        case.module, case.inventory, case.fit, batch_norm="batch", chunk_size=len(case.fit),
+        case.module, case.inventory, case.fit, batch_norm="moved", chunk_size=len(case.fit),
         memory_limit_bytes=2**30,
     )  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -448,7 +448,7 @@ def main() -> None:
     vision = {
         "r20-b3": (20, (2, 4, 8), (2.5, 3.0, 3.5, 4.0), 12.0, "eval", (0,)),
         "r20-b6": (20, six, (2.5, 3.0, 4.0), 35.0, "eval", (0,)),
-        "r20-b6-bn": (20, six, (2.25, 2.5, 3.0, 4.0), 35.0, "batch", (0, 1024, 2048)),
+        "r20-b6-bn": (20, six, (2.25, 2.5, 3.0, 4.0), 35.0, "moved", (0, 1024, 2048)),
         "r56": (56, (2, 4, 8), (3.0, 4.0), 50.0, "eval", (0,)),
     }
     others = {"pairs": run_pairs, "llama": run_llama, "kill": run_kill, "memory": run_memory}

@@ -6,14 +6,14 @@
 Each row can be run alone; results are kept in the file, so that the table can be assembled from
 runs of some minutes each. A row gives bytes of the quantized layers, accuracy on the 10,000 test
 images (reported only, never used to choose) and CPU minutes, the plan's own included where there is
-one. Statistics of batch norms are re-estimated for every row, so the rows without training have the
-same correction. ``--holdout`` shows hold-out accuracy instead and leaves the test images alone: for
-choosing settings.
+one. Statistics of batch norms follow quantization in every row, trained or not. ``--holdout`` shows
+hold-out accuracy instead and leaves the test images alone: for choosing settings.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 import statistics
@@ -32,6 +32,7 @@ from bitquota.formats import load_model
 from bitquota.plan import Plan
 from bitquota.request import PlanRequest
 from bitquota.sensitivity.calibration import CalibrationSet
+from bitquota.sensitivity.corrections import reestimate_batch_norm
 from bitquota.sensitivity.discovery import discover
 from bitquota.sensitivity.evaluate import apply_plan
 from bitquota.sensitivity.ledger import SqliteLedger
@@ -140,6 +141,12 @@ class Bench:
             correction_data=self.correcting,
         )
 
+    def own_statistics(self, learned: nn.Module) -> nn.Module:
+        """Return a copy with batch-norm statistics of its weights, not of the quantized ones."""
+        model = copy.deepcopy(learned).eval()
+        reestimate_batch_norm(model, self.correcting)
+        return model
+
     def run(self, row: str, seed: int) -> list[dict[str, object]]:
         """Return the result of one row, and of what it went through on the way."""
         start, before = time.process_time(), 0.0
@@ -205,7 +212,8 @@ class Bench:
             ),
             self._result(
                 f"{row}, before fine-tuning", seed, learned.plan.size_bits,
-                self.corrected(learned.before, candidates), start, before, candidates,
+                self.corrected(self.own_statistics(learned.before), candidates), start, before,
+                candidates,
             ) | {"minutes": None},
         ]  # fmt: skip
 

@@ -3,8 +3,6 @@
 References:
     [Nagel19] M. Nagel, M. van Baalen, T. Blankevoort, M. Welling, "Data-Free Quantization Through
     Weight Equalization and Bias Correction", 2019, arXiv 1906.04721 (bias correction).
-    [Chan79] T. Chan, G. Golub, R. LeVeque, "Updating Formulae and a Pairwise Algorithm for
-    Computing Sample Variances", 1979 (merging means and variances).
 """
 
 from __future__ import annotations
@@ -13,13 +11,11 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import fx, nn
-from torch.overrides import TorchFunctionMode
 
 from bitquota.errors import InvalidInput
 from bitquota.quantizers.calls import (
@@ -28,11 +24,16 @@ from bitquota.quantizers.calls import (
     LayerCall,
     LayerWatcher,
     Trace,
-    batch_norm_call,
     operator_name,
     parameter_owners,
     tensor_key,
     tensors_in,
+)
+from bitquota.sensitivity.batch_norm import (
+    Followed,
+    batch_statistics,
+    moved_batch_norms,
+    observed_statistics,
 )
 from bitquota.sensitivity.calibration import CalibrationSet
 from bitquota.sensitivity.onnx_corrections import bias_correct_onnx, reestimate_onnx, refuse_folding
@@ -41,6 +42,7 @@ from bitquota.sensitivity.runner import WITHOUT_BIAS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -247,110 +249,48 @@ def _ensure_bias_of_call(
     return bias
 
 
-class batch_statistics(TorchFunctionMode):  # noqa: N801  # used as a context manager
-    """Within the context every batch norm uses the statistics of the batch at hand.
-
-    Stored statistics are neither used nor changed. A batch with one value per channel has no
-    variance; it keeps the stored statistics.
-    """
-
-    def __init__(self, module: nn.Module | None = None) -> None:
-        super().__init__()
-        del module  # every batch norm that runs in the context is meant
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,  # noqa: ANN401
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        """Replace calls of batch norm, pass on everything else."""
-        del types
-        name = operator_name(func)
-        call = batch_norm_call(name, args, kwargs or {})
-        if call is None or call.inputs.numel() <= call.inputs.shape[1]:
-            return func(*args, **(kwargs or {}))
-        self.seen(call)
-        output = torch.nn.functional.batch_norm(
-            call.inputs, None, None, call.weight, call.bias, training=True, eps=call.eps
-        )
-        return (
-            output if name == "batch_norm" else (output, output.new_empty(0), output.new_empty(0))
-        )
-
-    def seen(self, call: BatchNormCall) -> None:
-        """Do nothing; a subclass may look at the inputs."""
-
-
-@dataclass(slots=True)
-class _Moments:
-    """Count, mean and sum of squared deviations per channel, merged exactly [Chan79]."""
-
-    running_mean: Tensor
-    running_var: Tensor
-    count: int = 0
-    mean: Tensor | None = None
-    squares: Tensor | None = None
-
-    def add(self, inputs: Tensor) -> None:
-        """Merge the values of one batch."""
-        values = inputs.detach().double().transpose(0, 1).flatten(1)  # [channels, values]
-        n, mean = values.shape[1], values.mean(dim=1)
-        squares = (values - mean[:, None]).square().sum(dim=1)
-        if self.mean is None or self.squares is None:
-            self.count, self.mean, self.squares = n, mean, squares
-            return
-        total, delta = self.count + n, mean - self.mean
-        self.squares = self.squares + squares + delta.square() * (self.count * n / total)
-        self.mean = self.mean + delta * (n / total)
-        self.count = total
-
-
-class _Collect(batch_statistics):
-    def __init__(self) -> None:
-        super().__init__()
-        self.moments: dict[tuple[Any, ...], _Moments] = {}
-
-    def seen(self, call: BatchNormCall) -> None:
-        if call.running_mean is None or call.running_var is None:
-            return
-        key = tensor_key(call.running_mean)
-        if key not in self.moments:
-            self.moments[key] = _Moments(call.running_mean, call.running_var)
-        self.moments[key].add(call.inputs)
-
-
 def reestimate_batch_norm(
-    module: nn.Module, data: Batches, *, batch_size: int = DEFAULT_BATCH
+    module: nn.Module,
+    data: Batches,
+    *,
+    reference: nn.Module | None = None,
+    batch_size: int = DEFAULT_BATCH,
 ) -> None:
-    """Set running mean and variance of every batch norm to those of ``data``, in place.
+    """Set running mean and variance of every batch norm after quantization, in place.
 
-    Each batch norm normalises with the statistics of the batch, as in training, and what is
-    stored is the exact mean and unbiased variance over all batches together (float64), not a
-    moving average. With a single batch this equals re-estimating the batch norms one after the
-    other; with several it differs by how much the batches differ.
+    With a ``reference`` the stored statistics are moved by what quantization did to each batch
+    norm's input on ``data`` (see ``batch_norm``); every batch runs with statistics moved to fit
+    itself. Without one they are replaced by exact mean and unbiased variance over all batches,
+    while each batch is normalised with its own, as in training. With a single batch either equals
+    one batch norm after the other; with several they differ by how much the batches differ.
 
     Args:
         module: The model, already quantized; run in eval mode. Unlabelled samples are enough.
         data: Samples, or batches of positional arguments.
+        reference: The same model in full precision, whose stored statistics are those of training.
         batch_size: Samples per pass when ``data`` is a calibration set.
 
-    Cost: one forward pass over ``data``. Does nothing to a model without batch norm.
+    Cost: one forward pass over ``data``, and one of the reference. Does nothing to a model without
+    batch norm.
     """
     if source_of(module) is not None:
-        reestimate_onnx(module, _batches(data, batch_size))
+        if reference is None:
+            msg = "statistics of an ONNX graph are moved from those in full precision; hand that in"
+            raise InvalidInput(msg)
+        reestimate_onnx(module, _batches(data, batch_size), reference)
         return
-    collected = _Collect()
-    with torch.no_grad(), _eval_mode(module), collected:
+    followed: dict[tuple[Any, ...], Followed] = {}
+    with torch.no_grad(), _eval_mode(module):
         for inputs in _batches(data, batch_size):
-            module(*inputs)
-    for moments in collected.moments.values():
-        if moments.mean is None or moments.squares is None:
-            continue
-        variance = moments.squares / max(1, moments.count - 1)
-        moments.running_mean.copy_(moments.mean.to(moments.running_mean.dtype))
-        moments.running_var.copy_(variance.to(moments.running_var.dtype))
+            within: AbstractContextManager[object] = batch_statistics(followed)
+            if reference is not None:
+                with _eval_mode(reference), observed_statistics() as observed:
+                    reference(*inputs)
+                within = moved_batch_norms(observed.calls, followed)
+            with within:
+                module(*inputs)
+        for statistics in followed.values():
+            statistics.store()
 
 
 class _eval_mode:  # noqa: N801  # used as a context manager

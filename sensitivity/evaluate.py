@@ -137,7 +137,7 @@ def apply_plan(
         if Correction.BIAS_CORRECTION in wanted:
             bias_correction(module, quantized, inventory, correction_data)
         if Correction.BATCH_NORM_STATISTICS in wanted:
-            reestimate_batch_norm(quantized, correction_data)
+            reestimate_batch_norm(quantized, correction_data, reference=module)
     return quantized
 
 

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from bitquota.candidates import Candidate, Inventory
     from bitquota.canonical import JsonObject
+    from bitquota.sensitivity.batch_norm import Moments
     from bitquota.sensitivity.calibration import CalibrationSet
 
 _Key = TypeVar("_Key")
@@ -68,6 +69,23 @@ class GraphState:
     output: Tensor
     store: dict[fx.Node, Any]
     signature: tuple[Any, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Observed:
+    """What corrections compare with on one chunk in full precision, and the output there.
+
+    Attributes:
+        means: Mean per channel of each layer's output that a bias could put right.
+        moments: Of the input of each batch norm.
+    """
+
+    means: dict[fx.Node, Tensor] = field(default_factory=dict)
+    moments: dict[fx.Node, Moments] = field(default_factory=dict)
+    output: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+_NOTHING = Observed()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,7 +121,7 @@ class GraphRunner:
     _schedules: dict[Any, Schedule] = field(default_factory=dict)
     _keeps: dict[Any, frozenset[fx.Node]] = field(default_factory=dict)
     _references: References = field(default_factory=References)
-    _means: dict[int, dict[fx.Node, Tensor]] = field(default_factory=dict)
+    _observed: dict[int, Observed] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Export the model and choose the chunk size."""
@@ -115,7 +133,7 @@ class GraphRunner:
             graph = self._graph(size)
             kept = sum(graph.by_node[k].n_bytes for k in self._all_reads(graph))
             # A base state and one state on top of it are alive together.
-            if 2 * kept <= self.memory_limit_bytes or size == 1 or self.batch_norm == "batch":
+            if 2 * kept <= self.memory_limit_bytes or size == 1 or self.batch_norm == "moved":
                 break
             self._graphs.pop(size)
             size = max(1, min(size // 2, int(size * self.memory_limit_bytes / (2 * kept))))
@@ -140,6 +158,8 @@ class GraphRunner:
         return self._references.get(chunk, lambda: self._full_precision(chunk))
 
     def _full_precision(self, chunk: int) -> Tensor:
+        if self.batch_norm == "moved" or self.bias_correction:
+            return self.observed(chunk).output
         rows = self.chunks[chunk]
         self.passes.calls += 1
         self.passes.macs += self._graph(len(rows)).macs
@@ -164,32 +184,49 @@ class GraphRunner:
     def _device(self) -> torch.device:
         return self.calibration.device or self.calibration.inputs[0].device
 
-    def means(self, chunk: int) -> dict[fx.Node, Tensor]:
-        """Return the mean per channel that each layer's output should have on a chunk.
+    def observed(self, chunk: int) -> Observed:
+        """Return what corrections compare with on a chunk; nothing where there are none.
 
-        Empty without bias correction. Cost: a pass over the chunk, once.
+        Cost: with corrections a pass over the chunk in full precision, once.
         """
-        if not self.bias_correction:
-            return {}
-        if chunk not in self._means:
+        moved = self.batch_norm == "moved"
+        if not moved and not self.bias_correction:
+            return _NOTHING
+        if chunk not in self._observed:
             rows = self.chunks[chunk]
             graph = self._graph(len(rows))
-            kinds = {la.name for la in self.inventory.layers if la.kind in WITHOUT_BIAS}
-            left_out = {node for name in kinds for node in graph.weight_nodes[name]}
+            left_out = {
+                node
+                for la in self.inventory.layers
+                if la.kind in WITHOUT_BIAS or not self.bias_correction
+                for node in graph.weight_nodes[la.name]
+            }
             values: dict[fx.Node, Any] = dict(
                 zip(graph.input_nodes, inputs_of(self.calibration, rows), strict=True)
             )
-            found: dict[fx.Node, Tensor] = {}
+            last = {s: op.index for op in graph.operations for s in op.sources}
+            found = Observed()
             with torch.no_grad(), in_precision(self.precision, self._device):
                 for op in graph.operations:
+                    if moved:
+                        moments = graph.moments(op, values.__getitem__, graph.constants)
+                        if moments is not None:
+                            found.moments[op.node] = moments
                     value = graph.execute(op, values.__getitem__, graph.constants)
                     values[op.node] = value
-                    if op.node in graph.channel_axes and not left_out.intersection(op.sources):
-                        found[op.node] = _channel_mean(value, graph.channel_axes[op.node])
+                    axis = graph.channel_axes.get(op.node)
+                    if axis is not None and not left_out.intersection(op.sources):
+                        found.means[op.node] = _channel_mean(value, axis)
+                    for source in op.sources:
+                        if last[source] == op.index and source not in graph.output_nodes:
+                            values.pop(source, None)
+            everything = values | graph.constants
+            results = {node: everything[node] for node in graph.output_nodes}
+            found.output = checked_output(graph.restore(results), len(rows))
             self.passes.macs += graph.macs
             self.passes.calls += 1
-            self._means[chunk] = found
-        return self._means[chunk]
+            self._observed[chunk] = found
+        return self._observed[chunk]
 
     def linear_responses(
         self,
@@ -240,16 +277,16 @@ class GraphRunner:
         def lookup(node: fx.Node) -> Any:  # noqa: ANN401
             return values[node] if node in values else graph.static_values[node]
 
-        means, products = self.means(chunk), dict[fx.Node, Any]()
+        seen, products = self.observed(chunk), dict[fx.Node, Any]()
         with torch.enable_grad(), in_precision(self.precision, self._device):
             for op in graph.operations:
                 if op.node in graph.static_values:
                     continue
-                value = graph.execute(op, lookup, constants)
+                value = graph.execute(op, lookup, constants, moments=seen.moments.get(op.node))
                 if op.node in watched:
                     products[op.node] = value if value.requires_grad else value.requires_grad_()
-                if op.node in means:
-                    value = _with_mean(value, graph.channel_axes[op.node], means[op.node])
+                if op.node in seen.means:
+                    value = _with_mean(value, graph.channel_axes[op.node], seen.means[op.node])
                 values[op.node] = value
             results = {n: constants[n] if n in constants else lookup(n) for n in graph.output_nodes}
             output = checked_output(graph.restore(results), size)
@@ -294,7 +331,7 @@ class GraphRunner:
     def _graph(self, size: int) -> Graph:
         if size not in self._graphs:
             inputs = inputs_of(self.calibration, range(size))
-            self._graphs[size] = Graph(self.module, self.inventory, inputs, self.batch_norm)
+            self._graphs[size] = Graph(self.module, self.inventory, inputs)
         return self._graphs[size]
 
     def _all_reads(self, graph: Graph) -> set[fx.Node]:
@@ -350,7 +387,7 @@ class GraphRunner:
             schedule = self._plan(graph, len(rows), state is None, changed, stored, keep_for)
             self._schedules[signature] = schedule
         store = {} if state is None else state.store
-        means = self.means(chunk)
+        seen = self.observed(chunk)
         values: dict[fx.Node, Any] = {}
         inputs = inputs_of(self.calibration, rows)
         values.update(zip(graph.input_nodes, inputs, strict=True))
@@ -362,9 +399,11 @@ class GraphRunner:
 
         with torch.no_grad(), in_precision(self.precision, self._device):
             for op, free in zip(schedule.operations, schedule.free, strict=True):
-                value = graph.execute(op, lookup, constants, transforms.get(op.node))
-                if op.node in means:
-                    value = _with_mean(value, graph.channel_axes[op.node], means[op.node])
+                value = graph.execute(
+                    op, lookup, constants, transforms.get(op.node), seen.moments.get(op.node)
+                )
+                if op.node in seen.means:
+                    value = _with_mean(value, graph.channel_axes[op.node], seen.means[op.node])
                 values[op.node] = value
                 for node in free:
                     del values[node]

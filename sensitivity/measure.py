@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runner import Change, Runner
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Part of every ledger key; raised whenever the same call would give other numbers."""
 
 

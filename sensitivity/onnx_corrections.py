@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from bitquota.errors import InvalidInput
+from bitquota.sensitivity.batch_norm import Followed, Moments
 from bitquota.sensitivity.onnx_program import OnnxSource, source_of
 from bitquota.sensitivity.onnx_rewrites import no_shifts
 from bitquota.sensitivity.onnx_runner import check_batch
@@ -23,50 +24,52 @@ if TYPE_CHECKING:
     from bitquota.sensitivity.onnx_program import Arrays, OnnxProgram, Shift
 
 
-def reestimate_onnx(module: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> None:
-    """Replace the stored batch-norm statistics by those of the samples; changes ``module``.
+def reestimate_onnx(
+    module: nn.Module, batches: Iterable[tuple[Tensor, ...]], reference: nn.Module
+) -> None:
+    """Move the stored batch-norm statistics as quantization moved the inputs; changes ``module``.
 
-    As ``reestimate_batch_norm``: each batch is normalised with its own statistics, and what is
-    stored is mean and unbiased variance over all batches. Within a batch sums are float32.
+    As ``reestimate_batch_norm``: each batch runs with statistics moved to fit itself. Within a
+    batch sums are float32.
 
     Raises:
         InvalidInput: No batch norm with stored statistics, or a small fixed batch.
 
-    Cost: one forward pass over the batches.
+    Cost: one forward pass of ``module`` over the batches, and one of ``reference``.
     """
     source = _source(module)
-    program = source.program("batch")
+    program = source.program("moved")
     feeds = source.feeds(module)
     targets = [v for norm in program.statistics for v in (norm.mean, norm.variance)]
-    targets += [norm.inputs for norm in program.statistics if norm.inputs in program.maker]
     nodes = program.needed(targets, ())
-    totals: dict[str, tuple[int, NDArray[np.float64], NDArray[np.float64]]] = {}
+    paths = {fed.name: fed.path for fed in source.fed}
+    followed: dict[str, Followed] = {}
     for inputs in batches:
         check_batch(source, len(inputs[0]))
         for piece in source.pieces(inputs):
-            seen = program.run(nodes, targets, {}, feeds | piece)
+            moments = source.moments(reference, piece)
+            seen = program.run(nodes, targets, {}, feeds | piece | moments)
+            n = len(next(iter(piece.values())))
             for norm in program.statistics:
-                mean = seen[norm.mean].astype(np.float64).reshape(-1)
-                n = (seen[norm.inputs] if norm.inputs in seen else piece[norm.inputs]).size
-                n //= len(mean)
-                squares = seen[norm.variance].astype(np.float64).reshape(-1) * n
-                known = totals.get(norm.stored_mean)
-                if known is not None:
-                    before, old, spread = known
-                    delta, total = mean - old, before + n
-                    squares = spread + squares + delta**2 * (before * n / total)
-                    mean, n = old + delta * (n / total), total
-                totals[norm.stored_mean] = (n, mean, squares)
-    paths = {fed.name: fed.path for fed in source.fed}
-    for norm in program.statistics:
-        n, mean, squares = totals[norm.stored_mean]
-        for name, value in (
-            (norm.stored_mean, mean),
-            (norm.stored_variance, squares / max(1, n - 1)),
-        ):
-            tensor = tensor_of(module, paths[name])
-            with torch.no_grad():
-                tensor.copy_(torch.from_numpy(value))
+                new = Followed(
+                    tensor_of(module, paths[norm.stored_mean]),
+                    tensor_of(module, paths[norm.stored_variance]),
+                    norm.epsilon,
+                    after=_moments(seen[norm.mean], seen[norm.variance], n),
+                    before=_moments(moments[norm.before_mean], moments[norm.before_variance], n),
+                )
+                known = followed.setdefault(norm.stored_mean, new)
+                if known is not new:
+                    known.merge(new)
+    with torch.no_grad():
+        for statistics in followed.values():
+            statistics.store()
+
+
+def _moments(mean: NDArray[Any], variance: NDArray[Any], n_samples: int) -> Moments:
+    # Positions per sample are the same for all batches: samples are weight enough.
+    first, second = (torch.from_numpy(a.astype(np.float64).reshape(-1)) for a in (mean, variance))
+    return Moments(first, second, n_samples)
 
 
 def bias_correct_onnx(module: nn.Module, quantized: nn.Module, data: CalibrationSet) -> None:

@@ -20,7 +20,7 @@ from bitquota.errors import InvalidCalibration, InvalidModel, MissingDependency
 from bitquota.sensitivity.onnx_rewrites import (
     BatchNormValues,
     import_onnx,
-    with_batch_statistics,
+    with_moved_statistics,
     with_right_means,
 )
 from bitquota.sensitivity.runner import tensor_of
@@ -107,12 +107,13 @@ class OnnxSource:
         return self
 
     def program(
-        self, batch_norm: Literal["eval", "batch"], *, right_means: bool = False
+        self, batch_norm: Literal["eval", "moved"], *, right_means: bool = False
     ) -> OnnxProgram:
         """Return the graph ready to be run in parts; made once.
 
         Args:
-            batch_norm: Whether batch norms use stored statistics or those of the batch.
+            batch_norm: Whether batch norms use stored statistics as they are, or moved to fit the
+                batch; then ``moments`` are handed in.
             right_means: Whether each layer with a shift takes the mean that is handed in as
                 ``mean_input(layer)``.
 
@@ -128,6 +129,24 @@ class OnnxSource:
         """Return, for each layer with a shift, the name of its output in ``program``."""
         made = {node.proto.name or node.results[0]: node for node in program.nodes if node.results}
         return {layer: made[shift.node].results[0] for layer, shift in self.shifts.items()}
+
+    def moments(self, module: nn.Module, piece: Arrays) -> Arrays:
+        """Return the moments of every batch norm's input on ``piece``, as they are handed in.
+
+        ``piece`` is one of ``pieces``, ``module`` the model in full precision. Cost: one pass.
+        """
+        norms, plain = self.program("moved").statistics, self.program("eval")
+        targets = sorted({norm.inputs for norm in norms}.intersection(plain.maker))
+        seen = plain.run(plain.needed(targets, ()), targets, {}, self.feeds(module) | piece) | piece
+        found = {}
+        for norm in norms:
+            x = seen[norm.inputs]
+            values = x.reshape(len(x), x.shape[1], -1)
+            mean = values.mean(axis=(0, 2), dtype=np.float64, keepdims=True)
+            variance = np.square(values - mean).mean(axis=(0, 2), keepdims=True)
+            found[norm.before_mean] = mean.astype(x.dtype)
+            found[norm.before_variance] = variance.astype(x.dtype)
+        return found
 
     def feeds(self, module: nn.Module) -> Arrays:
         """Return the fed tensors as they are in ``module`` now."""
@@ -192,22 +211,22 @@ class OnnxProgram:
         maker: Value name to the node that makes it.
         static: Values that depend on constants only.
         kept_types: Values that can be kept in a state, with their ONNX element type.
-        statistics: For batch statistics: for each replaced batch norm the values that hold mean
-            and biased variance of the batch, and the names of the stored ones.
+        statistics: For moved statistics: for each replaced batch norm the values that hold mean
+            and biased variance of the batch, and the names of those that are stored and handed in.
     """
 
     def __init__(
         self,
         source: OnnxSource,
-        batch_norm: Literal["eval", "batch"],
+        batch_norm: Literal["eval", "moved"],
         *,
         right_means: bool = False,
     ) -> None:
         self.source = source
         self.statistics: list[BatchNormValues] = []
         self._model = source.model
-        if batch_norm == "batch":
-            self._model, self.statistics = with_batch_statistics(source)
+        if batch_norm == "moved":
+            self._model, self.statistics = with_moved_statistics(source)
         if right_means:
             self._model = with_right_means(source, self._model)
         graph = self._model.graph

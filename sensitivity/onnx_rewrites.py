@@ -1,7 +1,8 @@
 """ONNX graphs rewritten so that measured passes see what corrections will repair.
 
-Batch norms use the statistics of the batch at hand; layers take a mean that is handed in. Both are
-written out in standard operators, because ONNX Runtime does not run batch norms in training mode.
+Batch norms move their statistics by what happened to their inputs since full precision, whose
+moments are handed in; layers take a mean that is handed in. Both are written out in standard
+operators.
 """
 
 from __future__ import annotations
@@ -19,21 +20,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchNormValues:
-    """One batch norm: where its stored statistics are, and those of the batch."""
+    """One batch norm: its stored statistics, and moments of its input in the batch at hand.
+
+    ``before_mean`` and ``before_variance`` are inputs of the graph, ``[1, C, 1]``: what the moments
+    were in full precision.
+    """
 
     inputs: str
     stored_mean: str
     stored_variance: str
     mean: str
     variance: str
+    before_mean: str
+    before_variance: str
+    epsilon: float
 
 
-def with_batch_statistics(source: OnnxSource) -> tuple[Any, list[BatchNormValues]]:
-    """Return a copy of the graph whose batch norms use the statistics of the batch.
+def with_moved_statistics(source: OnnxSource) -> tuple[Any, list[BatchNormValues]]:
+    """Return a copy of the graph whose batch norms move their statistics (see ``batch_norm``).
 
-    ``BatchNormalization`` in training mode is not something that ONNX Runtime runs, so each is
-    written out: mean and variance over all axes but the channels', then scale and shift. A batch
-    with a single value per channel has no variance; it keeps the stored statistics.
+    Each is written out: mean and variance over all axes but the channels', statistics moved from
+    the handed-in moments to these, then scale and shift. A batch with a single value per channel
+    has no variance; it keeps the stored statistics.
 
     Raises:
         InvalidInput: No batch norm with stored statistics, or operators before opset 9.
@@ -42,11 +50,11 @@ def with_batch_statistics(source: OnnxSource) -> tuple[Any, list[BatchNormValues
     model = onnx.ModelProto()
     model.CopyFrom(source.model)
     version = next((o.version for o in model.opset_import if o.domain in {"", "ai.onnx"}), 0)
-    fed = {tensor.name for tensor in source.fed}
+    fed = {tensor.name: tensor for tensor in source.fed}
     found: list[BatchNormValues] = []
     nodes = []
     for node in source.model.graph.node:
-        if node.op_type != "BatchNormalization" or not fed.issuperset(node.input[3:5]):
+        if node.op_type != "BatchNormalization" or not fed.keys() >= set(node.input[3:5]):
             nodes.append(node)
             continue
         values = BatchNormValues(
@@ -55,7 +63,13 @@ def with_batch_statistics(source: OnnxSource) -> tuple[Any, list[BatchNormValues
             stored_variance=node.input[4],
             mean=f"{node.output[0]}/batch mean",
             variance=f"{node.output[0]}/batch variance",
+            before_mean=f"{node.output[0]}/full-precision mean",
+            before_variance=f"{node.output[0]}/full-precision variance",
+            epsilon=next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5),
         )
+        kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(fed[node.input[3]].dtype))
+        for name in (values.before_mean, values.before_variance):
+            model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, None))
         found.append(values)
         nodes.extend(_batch_norm_nodes(node, values, version))
     if not found or version < 9:
@@ -83,7 +97,6 @@ def _batch_norm_nodes(node: Any, values: BatchNormValues, version: int) -> list[
     make = onnx.helper.make_node
     x, scale, bias, mean, variance = node.input[:5]
     y = node.output[0]
-    epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
 
     def named(name: str) -> str:
         return f"{y}/{name}"
@@ -96,7 +109,7 @@ def _batch_norm_nodes(node: Any, values: BatchNormValues, version: int) -> list[
     def per_channel(of: str, to: str) -> Any:  # noqa: ANN401  # onnx.NodeProto
         return make("Reshape", [of, "batch norm/channels"], [to])
 
-    tensor = onnx.helper.make_tensor(named("epsilon value"), 1, [1], [epsilon])
+    tensor = onnx.helper.make_tensor(named("epsilon value"), 1, [1], [values.epsilon])
     return [
         make("Reshape", [x, "batch norm/columns"], [named("x")]),
         average(named("x"), values.mean),
@@ -108,15 +121,24 @@ def _batch_norm_nodes(node: Any, values: BatchNormValues, version: int) -> list[
         make("Greater", [named("n"), named("n channels")], [named("enough")]),
         per_channel(mean, named("stored mean")),
         per_channel(variance, named("stored variance")),
-        make("Where", [named("enough"), values.mean, named("stored mean")], [named("m")]),
-        make("Where", [named("enough"), values.variance, named("stored variance")], [named("v")]),
-        make("Sub", [named("x"), named("m")], [named("shifted")]),
         make("Constant", [], [named("epsilon")], value=tensor),
         make("CastLike", [named("epsilon"), x], [named("eps")])
         if version >= 15
         else make("Identity", [named("epsilon")], [named("eps")]),
-        make("Add", [named("v"), named("eps")], [named("v+eps")]),
-        make("Sqrt", [named("v+eps")], [named("deviation")]),
+        make("Add", [values.variance, named("eps")], [named("v'+eps")]),
+        make("Add", [values.before_variance, named("eps")], [named("v+eps")]),
+        make("Div", [named("v'+eps"), named("v+eps")], [named("a²")]),
+        make("Sqrt", [named("a²")], [named("a")]),
+        make("Sub", [named("stored mean"), values.before_mean], [named("M-m")]),
+        make("Mul", [named("a"), named("M-m")], [named("a(M-m)")]),
+        make("Add", [values.mean, named("a(M-m)")], [named("moved mean")]),
+        make("Add", [named("stored variance"), named("eps")], [named("V+eps")]),
+        make("Mul", [named("a²"), named("V+eps")], [named("a²(V+eps)")]),
+        make("Max", [named("a²(V+eps)"), named("eps")], [named("moved variance")]),
+        make("Where", [named("enough"), named("moved mean"), named("stored mean")], [named("m")]),
+        make("Where", [named("enough"), named("moved variance"), named("V+eps")], [named("s²")]),
+        make("Sub", [named("x"), named("m")], [named("shifted")]),
+        make("Sqrt", [named("s²")], [named("deviation")]),
         make("Div", [named("shifted"), named("deviation")], [named("normal")]),
         per_channel(scale, named("scale")),
         make("Mul", [named("normal"), named("scale")], [named("scaled")]),

@@ -117,6 +117,7 @@ class OnnxRunner:
     _schedules: dict[Any, frozenset[int]] = field(default_factory=dict)
     _keeps: dict[Any, frozenset[str]] = field(default_factory=dict)
     _means: dict[int, Arrays] = field(default_factory=dict)
+    _moments: dict[int, list[Arrays]] = field(default_factory=dict)
     _references: References = field(default_factory=References)
 
     def __post_init__(self) -> None:
@@ -143,7 +144,7 @@ class OnnxRunner:
         for layer, name in self._names.items():
             self._behind[layer] = self._program.behind([name])
         n = len(self.calibration)
-        if self.batch_norm == "batch":
+        if self.batch_norm == "moved":
             check_batch(source, min(n, self.chunk_size))
         if self.bias_correction and source.fixed_batch is not None:
             raise InvalidInput(no_shifts(f"has a fixed batch of {source.fixed_batch}"))
@@ -211,7 +212,7 @@ class OnnxRunner:
         """
         if self.bias_correction and chunk not in self._means:
             source, rows = self._source, self.chunks[chunk]
-            program = source.program(self.batch_norm)
+            program = source.program("eval")
             outputs = source.layer_outputs(program)
             (piece,) = source.pieces(inputs_of(self.calibration, rows))
             feeds, targets = source.feeds(self.module) | piece, sorted(set(outputs.values()))
@@ -228,6 +229,22 @@ class OnnxRunner:
             self._means[chunk] = found
         return self._means.get(chunk, {})
 
+    def moments(self, chunk: int) -> list[Arrays]:
+        """Return what moves the statistics of batch norms on each piece of a chunk.
+
+        Nothing where they are not moved. Cost: a pass over the chunk, once.
+        """
+        if chunk not in self._moments:
+            source, rows = self._source, self.chunks[chunk]
+            pieces = source.pieces(inputs_of(self.calibration, rows))
+            if self.batch_norm == "moved":
+                self._moments[chunk] = [source.moments(self.module, piece) for piece in pieces]
+                self.passes.macs += self._costs.macs * len(rows)
+                self.passes.calls += 1
+            else:
+                self._moments[chunk] = [{} for _ in pieces]
+        return self._moments[chunk]
+
     def _behind_all(self, layers: Collection[str]) -> frozenset[str]:
         return frozenset().union(*(self._behind[name] for name in layers))
 
@@ -238,6 +255,10 @@ class OnnxRunner:
         inputs = inputs_of(self.calibration, range(n))
         (piece,) = source.pieces(inputs)
         feeds = source.feeds(self.module) | piece
+        for norm in program.statistics:
+            channels = (1, feeds[norm.stored_mean].size, 1)
+            feeds[norm.before_mean] = np.zeros(channels, feeds[norm.stored_mean].dtype)
+            feeds[norm.before_variance] = np.ones(channels, feeds[norm.stored_mean].dtype)
         for layer in self.inventory.layers if self.bias_correction else ():
             if (shift := source.shifts.get(layer.name)) is not None:
                 shape = (1, layer.rows, 1) if shift.channel_axis == 1 else (1, layer.rows)
@@ -309,7 +330,7 @@ class OnnxRunner:
             before = {} if state is None else state.store[k]
             known = {name: value for name, value in before.items() if name not in behind}
             nodes = self._schedule(frozenset(known), targets)
-            made = program.run(nodes, targets, known, feeds | piece)
+            made = program.run(nodes, targets, known, feeds | piece | self.moments(chunk)[k])
             outputs.append(made[source.output] if source.output in made else known[source.output])
             store.append(
                 {name: made[name] if name in made else known[name] for name in targets[1:]}

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitquota.errors import InvalidModel
-from bitquota.quantizers.calls import layer_call, operator_name
+from bitquota.quantizers.calls import batch_norm_call, layer_call, operator_name
+from bitquota.sensitivity.batch_norm import Moments, as_returned, observed, run_moved
 from bitquota.sensitivity.runner import tensor_of
 
 if TYPE_CHECKING:
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from bitquota.candidates import Inventory
-    from bitquota.sensitivity.runner import BatchNormMode
-
-_aten = torch.ops.aten
 
 
 @dataclass(slots=True, eq=False)
@@ -52,11 +49,9 @@ class Graph:
         module: nn.Module,
         inventory: Inventory,
         inputs: tuple[Tensor, ...],
-        batch_norm: BatchNormMode,
     ) -> None:
         program = _export(module, inputs)
         signature = program.graph_signature
-        self.batch_norm = batch_norm
         self.constants: dict[fx.Node, Any] = {}
         self.input_nodes: list[fx.Node] = []
         self.weight_nodes: dict[str, list[fx.Node]] = {la.name: [] for la in inventory.layers}
@@ -82,7 +77,7 @@ class Graph:
                     Operation(
                         index=len(self.operations),
                         node=node,
-                        target=self._function(node),
+                        target=node.target,
                         sources=tuple(node.all_input_nodes),
                     )
                 )
@@ -94,12 +89,6 @@ class Graph:
         self.channel_axes: dict[fx.Node, int] = {}
         self._find_what_is_behind_each_layer()
         self._measure(inputs)
-
-    def _function(self, node: fx.Node) -> Callable[..., Any]:
-        target = node.target
-        if self.batch_norm == "batch" and target in _BATCH_NORMS:
-            return _BATCH_NORMS[target]
-        return target  # type: ignore[return-value]
 
     def _find_what_is_behind_each_layer(self) -> None:
         self.behind: dict[str, frozenset[fx.Node]] = {}
@@ -180,12 +169,30 @@ class Graph:
         lookup: Callable[[fx.Node], Any],
         constants: dict[fx.Node, Any],
         quantizer: Callable[[Tensor], Tensor] | None = None,
+        moments: Moments | None = None,
     ) -> Any:  # noqa: ANN401  # an operation may return anything
-        """Run one operation, its first argument through ``quantizer`` if there is one."""
+        """Run one operation.
+
+        Its first argument goes through ``quantizer`` if there is one; a batch norm whose input had
+        ``moments`` in full precision moves its statistics.
+        """
         args, kwargs = cls.arguments(op, lookup, constants)
         if quantizer is not None:
             args = (quantizer(args[0]), *args[1:])
+        if moments is not None:
+            name = operator_name(op.node.target)
+            call = batch_norm_call(name, args, kwargs)
+            assert call is not None  # noqa: S101  # it had moments
+            return as_returned(name, run_moved(call, moments)[0])
         return op.target(*args, **kwargs)
+
+    def moments(
+        self, op: Operation, lookup: Callable[[fx.Node], Any], constants: dict[fx.Node, Any]
+    ) -> Moments | None:
+        """Return the moments of a batch norm's input; ``None`` for every other operation."""
+        args, kwargs = self.arguments(op, lookup, constants)
+        call = batch_norm_call(operator_name(op.node.target), args, kwargs)
+        return None if call is None else observed(call)
 
     def reads(self, layers: Iterable[str]) -> set[fx.Node]:
         """Return the values that re-running behind ``layers`` takes from a state."""
@@ -253,37 +260,3 @@ def _n_bytes(value: Any) -> int:  # noqa: ANN401
     if isinstance(value, (tuple, list)):
         return sum(_n_bytes(item) for item in value)
     return 0
-
-
-def _batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,  # noqa: FBT001
-    momentum: float,
-    eps: float,
-    cudnn: bool = False,  # noqa: FBT001, FBT002
-) -> Tensor:
-    del running_mean, running_var, training, momentum, cudnn
-    return functional.batch_norm(x, None, None, weight, bias, training=True, momentum=0.0, eps=eps)
-
-
-def _native_batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, None, None]:
-    args = (weight, bias, running_mean, running_var, False, momentum, eps)
-    return _batch_norm(x, *args), None, None
-
-
-_BATCH_NORMS: dict[Any, Callable[..., Any]] = {
-    _aten.batch_norm.default: _batch_norm,
-    _aten._native_batch_norm_legit_no_training.default: _native_batch_norm,  # noqa: SLF001
-}

@@ -19,6 +19,7 @@ import torch
 from bitquota.candidates import LayerKind
 from bitquota.errors import InvalidCalibration, InvalidInput, InvalidModel, MeasurementFailed
 from bitquota.quantizers.weights import fake_quantize
+from bitquota.sensitivity.batch_norm import Moments, moved_batch_norms, observed_statistics
 from bitquota.sensitivity.losses import primary_output
 from bitquota.sensitivity.references import References
 from bitquota.storage import FULL_PRECISION_BITS
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 Change = Mapping[str, "Candidate"]
 """Layer name to the candidate that it takes; layers left out stay as they are."""
 
-BatchNormMode = Literal["eval", "batch"]
-"""``eval`` uses the stored statistics, ``batch`` those of each chunk (as re-estimation would)."""
+BatchNormMode = Literal["eval", "moved"]
+"""``eval`` uses the stored statistics, ``moved`` moves them to fit each chunk."""
 
 Precision = Literal["fp32", "bf16"]
 """In which arithmetic layers are run; weights are always quantized in float32."""
@@ -317,7 +318,7 @@ class EagerRunner:
     weights: QuantizedWeights = field(init=False)
     origin: str = ""
     _references: References = field(default_factory=References)
-    _means: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    _seen: dict[int, tuple[dict[str, Tensor], list[Moments | None]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Cut the samples into chunks."""
@@ -329,21 +330,21 @@ class EagerRunner:
 
     def start(self, chunk: int, change: Change) -> EagerState:
         """Run the whole model."""
-        return EagerState(chunk, dict(change), self._run(chunk, change, self.batch_norm))
+        return EagerState(chunk, dict(change), self._run(chunk, change))
 
     def extend(self, state: State, change: Change, *, keep_for: Collection[str] = ()) -> EagerState:
         """Run the whole model with both changes."""
         del keep_for
         both = {**state.change, **change}
-        return EagerState(state.chunk, both, self._run(state.chunk, both, self.batch_norm))
+        return EagerState(state.chunk, both, self._run(state.chunk, both))
 
     def output(self, state: State, change: Change) -> Tensor:
         """Run the whole model with both changes."""
-        return self._run(state.chunk, {**state.change, **change}, self.batch_norm)
+        return self._run(state.chunk, {**state.change, **change})
 
     def reference(self, chunk: int) -> Tensor:
         """Return the full-precision output."""
-        return self._references.get(chunk, lambda: self._run(chunk, {}, "eval"))
+        return self._references.get(chunk, lambda: self._run(chunk, {}))
 
     def labels(self, chunk: int) -> Tensor | None:
         """Return the labels of a chunk."""
@@ -358,13 +359,29 @@ class EagerRunner:
         """Return engine, corrections and what quantizers were fitted on."""
         return describe_runner(self)
 
-    def _run(self, chunk: int, change: Change, batch_norm: BatchNormMode) -> Tensor:
-        from bitquota.sensitivity.corrections import batch_statistics, output_means
+    def _observed(self, chunk: int) -> tuple[dict[str, Tensor], list[Moments | None]]:
+        """Return what corrections compare with: means of layers, moments of batch norms' inputs.
 
-        if self.bias_correction and change and chunk not in self._means:
-            with output_means(self.module, self.inventory) as seen:
-                self._run(chunk, {}, batch_norm)
-            self._means[chunk] = seen.means
+        Cost: a pass over the chunk in full precision, once.
+        """
+        from bitquota.sensitivity.corrections import output_means
+
+        if chunk not in self._seen:
+            with (
+                output_means(self.module, self.inventory) as means,
+                observed_statistics() as statistics,
+            ):
+                self._run(chunk, {})
+            self._seen[chunk] = means.means, statistics.calls
+        return self._seen[chunk]
+
+    def _run(self, chunk: int, change: Change) -> Tensor:
+        from bitquota.sensitivity.corrections import output_means
+
+        moved = self.batch_norm == "moved"
+        # Without a change there is nothing to correct.
+        corrected = bool(change) and (moved or self.bias_correction)
+        means, statistics = self._observed(chunk) if corrected else ({}, [])
         inputs = inputs_of(self.calibration, self.chunks[chunk])
         self.passes.macs += len(inputs[0])
         self.passes.calls += 1
@@ -372,11 +389,10 @@ class EagerRunner:
             within.enter_context(
                 replaced_weights(self.module, self.weights, change, self.activations)
             )
-            if batch_norm == "batch":
-                within.enter_context(batch_statistics(self.module))
-            if self.bias_correction and change:
-                wanted = self._means[chunk]
-                within.enter_context(output_means(self.module, self.inventory, wanted))
+            if corrected and moved:
+                within.enter_context(moved_batch_norms(statistics))
+            if corrected and self.bias_correction:
+                within.enter_context(output_means(self.module, self.inventory, means))
             within.enter_context(in_precision(self.precision, inputs[0].device))
             return run_module(self.module, inputs)
 
@@ -497,8 +513,8 @@ def make_runner(
         module: The model; it is put into eval mode. Its device is where everything runs.
         inventory: Its layers.
         calibration: The samples, on the same device.
-        batch_norm: ``batch`` lets every batch norm use the statistics of the chunk at hand, so
-            that a measurement sees what re-estimated statistics will repair.
+        batch_norm: ``moved`` moves every batch norm's statistics by what a change did to its
+            input on the chunk at hand, so that a measurement sees what that correction repairs.
         bias_correction: Let every layer's output have its full-precision mean on the chunk at
             hand, so that a measurement sees what corrected biases will repair.
         precision: ``bf16`` runs layers in bfloat16 where that is accurate enough (twice as fast

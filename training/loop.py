@@ -12,7 +12,7 @@ import torch
 from bitquota.canonical import digest_json
 from bitquota.errors import InvalidCalibration, InvalidInput, MeasurementFailed
 from bitquota.progress import Progress, check_cancelled
-from bitquota.sensitivity.corrections import reestimate_batch_norm
+from bitquota.sensitivity.corrections import DEFAULT_BATCH, reestimate_batch_norm
 from bitquota.sensitivity.losses import primary_output
 from bitquota.training.checkpoint import load_checkpoint, save_checkpoint
 from bitquota.training.distributed import present_group
@@ -195,17 +195,20 @@ class _Run:
         where = self.data.inputs[0].device
         return float(self.group.mean(torch.tensor(float(asked), device=where))) > 0
 
+    def _augmented(self, inputs: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
+        if self.settings.augmentation == "none":
+            return inputs
+        generator = torch.Generator().manual_seed(seed)
+        return shift_flip(inputs[0], generator), *inputs[1:]
+
     def step(
         self, optimizer: torch.optim.Optimizer, step: int, epoch: int, within: int, total: int
     ) -> float:
         """Take one optimizer step; return the loss without the penalty."""
         settings = self.settings
         batch = self.fit.take(_rows(len(self.fit), epoch, within, settings))
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-        first = batch.inputs[0]
-        if settings.augmentation == "shift_flip":
-            first = shift_flip(first, generator)
-        inputs = tuple(self._laid_out(self.group.share(x)) for x in (first, *batch.inputs[1:]))
+        seen = self._augmented(batch.inputs, settings.seed * 1_000_003 + step)
+        inputs = tuple(self._laid_out(self.group.share(x)) for x in seen)
         labels = None if batch.labels is None else self.group.share(batch.labels)
         teacher_output = None
         if settings.distillation > 0:
@@ -262,7 +265,10 @@ class _Run:
         self.subject.model.eval()
         with torch.no_grad():
             if self.settings.final_statistics:
-                reestimate_batch_norm(_Bound(self.subject), self.fit.first(STATISTICS_SAMPLES))
+                parts = self.fit.first(STATISTICS_SAMPLES).batches(DEFAULT_BATCH)
+                # Of what was trained on: plain images have other statistics, and cost accuracy.
+                seen = [self._augmented(b.inputs, self.settings.seed) for b in parts]
+                reestimate_batch_norm(_Bound(self.subject), seen)
             losses, right, counted = 0.0, 0.0, 0
             batches = list(self.holdout.batches(256))
             if self._taught is None:

@@ -29,8 +29,8 @@ class TrainingSettings:
         holdout_fraction: Share of the data that selects the best epoch and is not trained on.
         patience: Stop after this many epochs without a better hold-out loss; ``None`` never.
         augmentation: ``none``, or ``shift_flip`` for images (shift by up to an eighth, mirror).
-        final_statistics: Re-estimate batch-norm statistics on the training part before every
-            look at the hold-out, so that what is selected is what ships.
+        final_statistics: Re-estimate batch-norm statistics on the training part, augmented as it
+            is, before every look at the hold-out, so that what is selected is what ships.
         mixed_precision: Run the steps in bfloat16 where torch deems it safe; parameters and every
             look at the hold-out stay in float32. About twice as fast where the processor has
             bfloat16 products.

@@ -20,7 +20,7 @@ from bitquota.formats.models import check_model
 from bitquota.plan import Assignment, Baseline, Plan
 from bitquota.quantizers.activations import collect_inputs
 from bitquota.request import PlanRequest
-from bitquota.sensitivity.corrections import fold_batch_norm
+from bitquota.sensitivity.corrections import fold_batch_norm, reestimate_batch_norm
 from bitquota.sensitivity.discovery import model_fingerprint
 from bitquota.sensitivity.evaluate import measure_choice
 from bitquota.sensitivity.ledger import MemoryLedger
@@ -89,7 +89,7 @@ def finetune_plan(
     """Train ``model`` under ``plan``; the result's plan is of the trained weights.
 
     A plan with folded batch norms is trained folded. Statistics of batch norms that the plan would
-    re-estimate are trained, and ship with the weights. The new plan has the old one without
+    move are trained, and ship with the weights. The new plan has the old one without
     training as its baseline ``before training``, on the same hold-out samples.
 
     Args:
@@ -313,12 +313,16 @@ def solve_around(
         raise InvalidPlan(msg)
     request = replace(request, budgets=(budgets,))
     latents = trained.model.latents
-    around = replace(model, module=copy.deepcopy(latents).cpu(), digest=model_fingerprint(latents))
     fit, holdout = data.split(settings.holdout_fraction, settings.seed)
     wanted = request.samples + request.holdout_samples
+    measured = fit.first(max(wanted, request.correction_samples))
+    module = copy.deepcopy(latents).cpu()
+    # What is stored are the statistics of the quantized model; sensitivities start without error.
+    reestimate_batch_norm(module, measured.to(torch.device("cpu")))
+    around = replace(model, module=module, digest=model_fingerprint(module))
     found = allocate(
         around,
-        fit.first(max(wanted, request.correction_samples)),
+        measured,
         request,
         ledger=MemoryLedger() if ledger is None else ledger,
         on_progress=on_progress,

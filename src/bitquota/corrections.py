@@ -15,6 +15,6 @@ class Correction(StrEnum):
     FOLD_BATCH_NORM = "fold_batch_norm"
     """Multiply each batch norm into the layer before it, before quantizing."""
     BATCH_NORM_STATISTICS = "batch_norm_statistics"
-    """Re-estimate running mean and variance on unlabelled data after quantizing."""
+    """Move running mean and variance by what quantizing did to them on unlabelled data."""
     BIAS_CORRECTION = "bias_correction"
     """Shift each layer's bias by the mean output error per channel after quantizing."""

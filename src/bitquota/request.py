@@ -53,7 +53,7 @@ class PlanRequest:
         ties: Lists of layer patterns that must share a candidate.
         exclude: Layer patterns that stay in full precision (and count at that size).
         corrections: What ships with the plan, measured with it.
-        correction_samples: Samples that re-estimate statistics.
+        correction_samples: Samples that corrections are fitted on.
         loss: Name of the loss whose increase is minimised.
         measure: How the matrix around full precision is measured: ``gram`` (also ``auto``),
             ``pairs`` (exact, dear), ``diagonal``, ``tangent``, or a metric of ``bitquota

@@ -101,7 +101,7 @@ class Setting:
             self.module,
             self.inventory,
             self.fit if samples is None else samples,
-            batch_norm="batch" if repaired else "eval",
+            batch_norm="moved" if repaired else "eval",
             bias_correction=Correction.BIAS_CORRECTION in self.request.corrections,
             activations=self.activations,
             weights=self.weights,

@@ -174,7 +174,7 @@ class TestCompare:
         assert "pairs" == named.entries[0].name
 
     def test_with_corrections_and_quantized_inputs(self):
-        """Plans are measured with what ships: statistics re-estimated, inputs at 8 bits."""
+        """Plans are measured with what ships: statistics moved, inputs at 8 bits."""
         found = run(
             ["gram", "empirical_fisher", "weight_mse", REFINE],
             corrections=(Correction.BATCH_NORM_STATISTICS,),

@@ -48,7 +48,7 @@ def prepared(module, data, **kwargs):
 
 class TestOnnxRunner:
     @pytest.mark.parametrize("corrected", [False, True])
-    @pytest.mark.parametrize("batch_norm", ["eval", "batch"])
+    @pytest.mark.parametrize("batch_norm", ["eval", "moved"])
     def test_equals_torch(self, residual, batch_norm, corrected):
         """Full precision, every layer, every ordered pair, on every chunk; corrections too."""
         data, kwargs = samples(Residual), {"batch_norm": batch_norm, "bias_correction": corrected}
@@ -68,7 +68,7 @@ class TestOnnxRunner:
                     if two.keys() != one.keys():
                         torch.testing.assert_close(ort.output(kept, two), eager.output(plain, two))
 
-    @pytest.mark.parametrize("kwargs", [{}, {"batch_norm": "batch"}, {"bias_correction": True}])
+    @pytest.mark.parametrize("kwargs", [{}, {"batch_norm": "moved"}, {"bias_correction": True}])
     def test_a_suffix_equals_the_whole_bit_for_bit(self, residual, kwargs):
         """Where the graph is cut changes no bit."""
         runner = prepared(residual[1], samples(Residual), **kwargs)
@@ -96,7 +96,7 @@ class TestOnnxRunner:
         """With a tiny limit fewer values are kept, more is run, and nothing changes."""
         data = samples(Residual)
         inventory = discover(residual[1], (data.inputs[0][:2],))
-        kwargs = {"chunk_size": 12, "batch_norm": "batch"}
+        kwargs = {"chunk_size": 12, "batch_norm": "moved"}
         small = make_runner(residual[1], inventory, data, memory_limit_bytes=limit, **kwargs)
         large = make_runner(residual[1], inventory, data, **kwargs)
         outputs, later = [], tuple(la.name for la in inventory.layers)
@@ -140,7 +140,7 @@ class TestOnnxRunner:
         """Statistics of one sample stand for nothing."""
         path = residual_graph(tmp_path / "m.onnx", build(Residual), batch=1)
         with pytest.raises(InvalidInput, match="dynamic first dimension"):
-            prepared(load_model(str(path)).module, samples(Residual), batch_norm="batch")
+            prepared(load_model(str(path)).module, samples(Residual), batch_norm="moved")
 
     def test_means_behind_products(self, tmp_path):
         """Channels last, of whatever rank: the first layer's mean is that of full precision."""
@@ -174,7 +174,7 @@ class TestOnnxRunner:
         """A graph whose exporter folded them says so, rather than ignore the correction."""
         module = load_model(str(image_graph(tmp_path / "m.onnx"))).module
         with pytest.raises(InvalidInput, match="fold them into the convolutions"):
-            prepared(module, samples(Residual), batch_norm="batch")
+            prepared(module, samples(Residual), batch_norm="moved")
 
     def test_operators_that_torch_does_not_know(self, tmp_path):
         """LSTM, a branch that reads outer values, TopK: equal to the file with edited weights."""
@@ -216,7 +216,7 @@ class TestOnnxRunner:
         with pytest.raises(InvalidModel, match=r"runs ONNX files"):
             prepared(residual[0], samples(Residual), engine="onnxruntime")
         with pytest.raises(InvalidInput, match="engine 'onnxruntime'"):
-            prepared(residual[1], samples(Residual), engine="eager", batch_norm="batch")
+            prepared(residual[1], samples(Residual), engine="eager", batch_norm="moved")
 
     def test_wrong_samples(self, residual):
         """One sentence, with the shape."""

@@ -187,7 +187,7 @@ class TestMeasurePairs:
         "other",
         [
             {"loss": loss_by_name("mse")},
-            {"kind": Residual, "batch_norm": "batch"},
+            {"kind": Residual, "batch_norm": "moved"},
             {"base_point": (1, 1, 1, 1)},
         ],
     )

@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from bitquota.candidates import Candidate
+from bitquota.corrections import Correction
 from bitquota.errors import InvalidCalibration, InvalidInput, InvalidModel
 from bitquota.sensitivity.calibration import CalibrationSet
+from bitquota.sensitivity.evaluate import apply_plan
 from bitquota.sensitivity.graph import GraphRunner
 from bitquota.sensitivity.runner import EagerRunner, as_change, cut, make_runner
 from bitquota.storage import Scheme
@@ -35,7 +37,7 @@ def changes(inventory, bits=2):
 
 class TestGraphRunner:
     @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("batch_norm", ["eval", "batch"])
+    @pytest.mark.parametrize("batch_norm", ["eval", "moved"])
     def test_equals_the_module_bit_for_bit(self, kind, batch_norm):
         """Full precision, every single layer, and every ordered pair, against full passes."""
         graph, eager = runners(kind, batch_norm=batch_norm)
@@ -60,7 +62,7 @@ class TestGraphRunner:
         module = build(Residual)
         inventory, data = inventory_of(module), samples(Residual)
         # Batch statistics fix the chunk, so that only recomputation can save memory.
-        kwargs = {"engine": "graph", "chunk_size": 12, "batch_norm": "batch"}
+        kwargs = {"engine": "graph", "chunk_size": 12, "batch_norm": "moved"}
         small = make_runner(module, inventory, data, memory_limit_bytes=limit, **kwargs)
         large = make_runner(module, inventory, data, **kwargs)
         outputs, later = [], tuple(la.name for la in inventory.layers)
@@ -119,22 +121,30 @@ class TestGraphRunner:
         before = {k: v.clone() for k, v in module.state_dict().items()}
         for engine in ("graph", "eager"):
             runner = make_runner(
-                module, inventory_of(module), samples(Residual), engine=engine, batch_norm="batch"
+                module, inventory_of(module), samples(Residual), engine=engine, batch_norm="moved"
             )
             runner.start(0, changes(runner.inventory)[1])
 
         assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
 
-    def test_batch_mode_is_training_mode(self):
-        """Batch statistics are those of the chunk, as in a training-mode forward pass."""
+    @pytest.mark.parametrize("engine", ["graph", "eager"])
+    def test_moved_statistics_are_those_that_the_correction_stores(self, engine):
+        """On one chunk a measured pass sees the corrected model; without a change, the model."""
         module = build(Residual)
         data = samples(Residual)
-        runner = make_runner(module, inventory_of(module), data, batch_norm="batch")
-        output = runner.start(0, {}).output
-        with torch.no_grad():
-            expected = build(Residual).train()(data.inputs[0])
-
-        torch.testing.assert_close(output, expected)
+        runner = make_runner(module, inventory_of(module), data, batch_norm="moved", engine=engine)
+        state = runner.start(0, {})
+        torch.testing.assert_close(state.output, runner.reference(0))
+        for change in changes(runner.inventory)[:4]:
+            fixed = apply_plan(
+                module, runner.inventory, list(change.values()),
+                corrections=[Correction.BATCH_NORM_STATISTICS], correction_data=data,
+            )  # fmt: skip
+            plain = apply_plan(module, runner.inventory, list(change.values()))
+            output = runner.output(state, change)
+            torch.testing.assert_close(output, fixed(data.inputs[0]), rtol=1e-4, atol=1e-5)
+            if change.keys() & {"stem", "inner"}:  # a batch norm follows
+                assert not torch.allclose(output, plain(data.inputs[0]), atol=1e-3)
 
     @pytest.mark.parametrize("engine", ["graph", "eager"])
     def test_quantizes_activations(self, engine):
