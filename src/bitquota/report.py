@@ -161,6 +161,18 @@ def caution_sentences(plan: Plan) -> list[str]:
     return [sentence]
 
 
+def hint_sentences(plan: Plan) -> list[str]:
+    """Return what would lose less at the same size, where the plan itself shows it."""
+    trained = str(plan.selected).startswith(("trained:", "learned:"))
+    has_statistics = any(t.name.endswith("running_var") for t in plan.unquantized)
+    if plan.corrections or trained or not has_statistics:
+        return []
+    return [
+        "The model has batch norms, whose statistics do not fit quantized weights: the correction "
+        "'batch_norm_statistics' moves them, at no byte, and the plan is then made for that."
+    ]
+
+
 def comparison_rows(
     plan: Plan, accuracies: Mapping[str, float] | None = None
 ) -> list[dict[str, str]]:
@@ -303,6 +315,7 @@ def render_markdown(
                 f"whole model {format_size(plan.model_bits)}."
             ),
             *caution_sentences(plan),
+            *hint_sentences(plan),
             proof_sentence(plan),
             *evidence_sentences(plan),
         ]

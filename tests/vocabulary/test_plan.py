@@ -11,6 +11,7 @@ from bitquota import charts, report
 from bitquota.budget import Budget
 from bitquota.candidates import Candidate, Inventory, Layer, LayerKind, UnquantizedTensor
 from bitquota.cli import output
+from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.plan import Assignment, Baseline, MeasuredLoss, Plan, Proof
 from bitquota.request import PlanRequest
@@ -183,6 +184,21 @@ class TestVerdict:
         )
 
         assert report.verdict(made).startswith("Mixed precision does not help here")
+
+
+class TestHintSentences:
+    def test_batch_norms_without_their_correction(self, capsys):
+        """Said in the report and by the command; not where the correction or training is in."""
+        variance = replace(BIAS, name="norm.running_var")
+        made = replace(plan(measured=measured(0.2)), unquantized=(BIAS, variance))
+        (sentence,) = report.hint_sentences(made)
+        assert "'batch_norm_statistics'" in sentence
+        assert sentence in report.render_markdown([made])
+        output.print_plan(made)
+        assert sentence in " ".join(capsys.readouterr().out.split())
+        corrected = replace(made, corrections=(Correction.BATCH_NORM_STATISTICS,))
+        for other in (corrected, replace(made, selected="trained:lsq"), plan()):
+            assert report.hint_sentences(other) == []
 
 
 class TestCautionSentences:
