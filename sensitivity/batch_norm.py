@@ -42,14 +42,13 @@ class Moments:
     count: int
 
     @classmethod
-    def of(cls, inputs: Tensor, around: Tensor | None = None) -> Moments:
+    def of(cls, inputs: Tensor, around: Tensor) -> Moments:
         """Return those of ``inputs``, ``[N, C, ...]``, in float32.
 
         ``around`` is something near the means: sums of squares around it lose no digits.
         """
-        values = inputs.float().reshape(len(inputs), inputs.shape[1], -1)
-        near = values.mean(dim=(0, 2)) if around is None else around.float()
-        values = values - near[:, None]
+        near = around.float()
+        values = inputs.float().reshape(len(inputs), inputs.shape[1], -1) - near[:, None]
         mean = values.mean(dim=(0, 2))
         variance = ((values * values).mean(dim=(0, 2)) - mean * mean).clamp_min(0)
         return cls(mean + near, variance, values.shape[0] * values.shape[2])
@@ -92,11 +91,10 @@ def run_moved(call: BatchNormCall, before: Moments) -> tuple[Tensor, Moments]:
     assert call.running_mean is not None  # noqa: S101
     assert call.running_var is not None  # noqa: S101
     mean, variance = moved_statistics(call.running_mean, call.running_var, before, after, call.eps)
-    x = call.inputs
+    kind = call.running_mean.dtype
     output = functional.batch_norm(
-        x, mean.to(x.dtype), variance.to(x.dtype), call.weight, call.bias, training=False,
-        eps=call.eps,
-    )  # fmt: skip
+        call.inputs, mean.to(kind), variance.to(kind), call.weight, call.bias, eps=call.eps
+    )
     return output, after
 
 
@@ -176,7 +174,7 @@ class Followed:
 
 
 class _following(_watching):  # noqa: N801  # used as a context manager
-    def __init__(self, followed: dict[tuple[Any, ...], Followed] | None) -> None:
+    def __init__(self, followed: dict[tuple[Any, ...], Followed] | None = None) -> None:
         super().__init__()
         self._followed = followed
 
@@ -224,9 +222,6 @@ class batch_statistics(_following):  # noqa: N801  # used as a context manager
     Args:
         followed: Gets what was seen, by batch norm.
     """
-
-    def __init__(self, followed: dict[tuple[Any, ...], Followed] | None = None) -> None:
-        super().__init__(followed)
 
     def around(self, call: BatchNormCall) -> Tensor | None:
         """Run as in training."""

@@ -73,7 +73,7 @@ class GraphState:
 
 @dataclass(slots=True, eq=False)
 class Observed:
-    """What corrections compare with on one chunk in full precision, and the output there.
+    """What corrections compare with on one chunk in full precision.
 
     Attributes:
         means: Mean per channel of each layer's output that a bias could put right.
@@ -82,7 +82,6 @@ class Observed:
 
     means: dict[fx.Node, Tensor] = field(default_factory=dict)
     moments: dict[fx.Node, Moments] = field(default_factory=dict)
-    output: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 _NOTHING = Observed()
@@ -158,8 +157,8 @@ class GraphRunner:
         return self._references.get(chunk, lambda: self._full_precision(chunk))
 
     def _full_precision(self, chunk: int) -> Tensor:
-        if self.batch_norm == "moved" or self.bias_correction:
-            return self.observed(chunk).output
+        if self._compares and chunk not in self._observed:
+            return self._observe(chunk)
         rows = self.chunks[chunk]
         self.passes.calls += 1
         self.passes.macs += self._graph(len(rows)).macs
@@ -189,44 +188,52 @@ class GraphRunner:
 
         Cost: with corrections a pass over the chunk in full precision, once.
         """
-        moved = self.batch_norm == "moved"
-        if not moved and not self.bias_correction:
+        if not self._compares:
             return _NOTHING
         if chunk not in self._observed:
-            rows = self.chunks[chunk]
-            graph = self._graph(len(rows))
-            left_out = {
-                node
-                for la in self.inventory.layers
-                if la.kind in WITHOUT_BIAS or not self.bias_correction
-                for node in graph.weight_nodes[la.name]
-            }
-            values: dict[fx.Node, Any] = dict(
-                zip(graph.input_nodes, inputs_of(self.calibration, rows), strict=True)
-            )
-            last = {s: op.index for op in graph.operations for s in op.sources}
-            found = Observed()
-            with torch.no_grad(), in_precision(self.precision, self._device):
-                for op in graph.operations:
-                    if moved:
-                        moments = graph.moments(op, values.__getitem__, graph.constants)
-                        if moments is not None:
-                            found.moments[op.node] = moments
-                    value = graph.execute(op, values.__getitem__, graph.constants)
-                    values[op.node] = value
-                    axis = graph.channel_axes.get(op.node)
-                    if axis is not None and not left_out.intersection(op.sources):
-                        found.means[op.node] = _channel_mean(value, axis)
-                    for source in op.sources:
-                        if last[source] == op.index and source not in graph.output_nodes:
-                            values.pop(source, None)
-            everything = values | graph.constants
-            results = {node: everything[node] for node in graph.output_nodes}
-            found.output = checked_output(graph.restore(results), len(rows))
-            self.passes.macs += graph.macs
-            self.passes.calls += 1
-            self._observed[chunk] = found
+            output = self._observe(chunk)
+            self._references.get(chunk, lambda: output)
         return self._observed[chunk]
+
+    @property
+    def _compares(self) -> bool:
+        return self.batch_norm == "moved" or self.bias_correction
+
+    def _observe(self, chunk: int) -> Tensor:
+        """Run in full precision, note what corrections compare with, return the output."""
+        rows = self.chunks[chunk]
+        graph = self._graph(len(rows))
+        left_out = {
+            node
+            for la in self.inventory.layers
+            if la.kind in WITHOUT_BIAS or not self.bias_correction
+            for node in graph.weight_nodes[la.name]
+        }
+        values: dict[fx.Node, Any] = dict(
+            zip(graph.input_nodes, inputs_of(self.calibration, rows), strict=True)
+        )
+        last = {s: op.index for op in graph.operations for s in op.sources}
+        found = Observed()
+        with torch.no_grad(), in_precision(self.precision, self._device):
+            for op in graph.operations:
+                if self.batch_norm == "moved":
+                    moments = graph.moments(op, values.__getitem__, graph.constants)
+                    if moments is not None:
+                        found.moments[op.node] = moments
+                value = graph.execute(op, values.__getitem__, graph.constants)
+                values[op.node] = value
+                axis = graph.channel_axes.get(op.node)
+                if axis is not None and not left_out.intersection(op.sources):
+                    found.means[op.node] = _channel_mean(value, axis)
+                for source in op.sources:
+                    if last[source] == op.index and source not in graph.output_nodes:
+                        values.pop(source, None)
+        everything = values | graph.constants
+        results = {node: everything[node] for node in graph.output_nodes}
+        self.passes.macs += graph.macs
+        self.passes.calls += 1
+        self._observed[chunk] = found
+        return checked_output(graph.restore(results), len(rows))
 
     def linear_responses(
         self,

@@ -167,10 +167,11 @@ def hint_sentences(plan: Plan) -> list[str]:
     has_statistics = any(t.name.endswith("running_var") for t in plan.unquantized)
     if plan.corrections or trained or not has_statistics:
         return []
-    return [
+    sentence = (
         "The model has batch norms, whose statistics do not fit quantized weights: the correction "
         "'batch_norm_statistics' moves them, at no byte, and the plan is then made for that."
-    ]
+    )
+    return [sentence]
 
 
 def comparison_rows(
