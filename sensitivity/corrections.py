@@ -254,6 +254,7 @@ def reestimate_batch_norm(
     data: Batches,
     *,
     reference: nn.Module | None = None,
+    known: dict[int, Any] | None = None,
     batch_size: int = DEFAULT_BATCH,
 ) -> None:
     """Set running mean and variance of every batch norm after quantization, in place.
@@ -268,6 +269,8 @@ def reestimate_batch_norm(
         module: The model, already quantized; run in eval mode. Unlabelled samples are enough.
         data: Samples, or batches of positional arguments.
         reference: The same model in full precision, whose stored statistics are those of training.
+        known: What was seen of the reference, by batch of the same ``data``; filled by the first
+            call, so that others need not run it again.
         batch_size: Samples per pass when ``data`` is a calibration set.
 
     Cost: one forward pass over ``data``, and one of the reference. Does nothing to a model without
@@ -277,16 +280,19 @@ def reestimate_batch_norm(
         if reference is None:
             msg = "statistics of an ONNX graph are moved from those in full precision; hand that in"
             raise InvalidInput(msg)
-        reestimate_onnx(module, _batches(data, batch_size), reference)
+        reestimate_onnx(module, _batches(data, batch_size), reference, known)
         return
+    known = {} if known is None else known
     followed: dict[tuple[Any, ...], Followed] = {}
     with torch.no_grad(), _eval_mode(module):
-        for inputs in _batches(data, batch_size):
+        for k, inputs in enumerate(_batches(data, batch_size)):
             within: AbstractContextManager[object] = batch_statistics(followed)
             if reference is not None:
-                with _eval_mode(reference), observed_statistics() as observed:
-                    reference(*inputs)
-                within = moved_batch_norms(observed.calls, followed)
+                if k not in known:
+                    with _eval_mode(reference), observed_statistics() as observed:
+                        reference(*inputs)
+                    known[k] = observed.calls
+                within = moved_batch_norms(known[k], followed)
             with within:
                 module(*inputs)
         for statistics in followed.values():

@@ -99,6 +99,7 @@ def apply_plan(
     correction_data: CalibrationSet | None = None,
     activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None,
     weights: QuantizedWeights | None = None,
+    references: References | None = None,
 ) -> nn.Module:
     """Return a copy of ``module`` with fake-quantized weights and the corrections applied.
 
@@ -111,6 +112,7 @@ def apply_plan(
         correction_data: Unlabelled samples for the corrections.
         activations: Input quantizers, when candidates have activation bits.
         weights: Quantized weights of ``module``, when they need more than the weights themselves.
+        references: Keeps what corrections see of ``module`` on ``correction_data``.
 
     Raises:
         InvalidInput: A correction needs samples and got none.
@@ -137,7 +139,8 @@ def apply_plan(
         if Correction.BIAS_CORRECTION in wanted:
             bias_correction(module, quantized, inventory, correction_data)
         if Correction.BATCH_NORM_STATISTICS in wanted:
-            reestimate_batch_norm(quantized, correction_data, reference=module)
+            known = None if references is None else references.statistics
+            reestimate_batch_norm(quantized, correction_data, reference=module, known=known)
     return quantized
 
 
@@ -164,9 +167,10 @@ def measure_choice(
 
     Cost: two passes (full precision and quantized) and the passes of the corrections; what the
     ledger holds is not run again, nor the full precision that ``references`` keep: one value for
-    all choices on the same module, samples and batch size. Exact up to the model's own arithmetic.
-    Arguments as in ``apply_plan``; ``candidates`` may be empty for the full-precision model.
-    ``origin`` is the digest of the samples behind ``activations`` and ``weights``.
+    all choices on the same module, samples, correction data and batch size. Exact up to the
+    model's own arithmetic. Arguments as in ``apply_plan``; ``candidates`` may be empty for the
+    full-precision model. ``origin`` is the digest of the samples behind ``activations`` and
+    ``weights``.
 
     Raises:
         InvalidCalibration: The model does not accept the samples, or labels are missing.
@@ -213,6 +217,7 @@ def measure_choice(
                     correction_data=correction_data,
                     activations=activations,
                     weights=weights,
+                    references=references,
                 )
             reference = references.get(done, partial(run_module, module, inputs))
             for name, output in ((keys[0], reference), (keys[1], run_module(quantized, inputs))):

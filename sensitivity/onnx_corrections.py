@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 def reestimate_onnx(
-    module: nn.Module, batches: Iterable[tuple[Tensor, ...]], reference: nn.Module
+    module: nn.Module,
+    batches: Iterable[tuple[Tensor, ...]],
+    reference: nn.Module,
+    known: dict[int, Any] | None = None,
 ) -> None:
     """Move the stored batch-norm statistics as quantization moved the inputs; changes ``module``.
 
@@ -44,10 +47,13 @@ def reestimate_onnx(
     nodes = program.needed(targets, ())
     paths = {fed.name: fed.path for fed in source.fed}
     followed: dict[str, Followed] = {}
-    for inputs in batches:
+    known = {} if known is None else known
+    for k, inputs in enumerate(batches):
         check_batch(source, len(inputs[0]))
-        for piece in source.pieces(inputs):
-            moments = source.moments(reference, piece)
+        pieces = source.pieces(inputs)
+        if k not in known:
+            known[k] = [source.moments(reference, piece) for piece in pieces]
+        for piece, moments in zip(pieces, known[k], strict=True):
             seen = program.run(nodes, targets, {}, feeds | piece | moments)
             n = len(next(iter(piece.values())))
             for norm in program.statistics:
@@ -58,9 +64,9 @@ def reestimate_onnx(
                     after=_moments(seen[norm.mean], seen[norm.variance], n),
                     before=_moments(moments[norm.before_mean], moments[norm.before_variance], n),
                 )
-                known = followed.setdefault(norm.stored_mean, new)
-                if known is not new:
-                    known.merge(new)
+                first = followed.setdefault(norm.stored_mean, new)
+                if first is not new:
+                    first.merge(new)
     with torch.no_grad():
         for statistics in followed.values():
             statistics.store()

@@ -274,6 +274,23 @@ class TestMovedStatistics:
         with torch.no_grad():
             assert divergence(model) < 0.7 * divergence(None)
 
+    def test_the_reference_runs_once_for_many(self):
+        """What was seen of it is kept, and gives the same statistics."""
+        model = build(Residual)
+        runs = []
+        model.head.register_forward_hook(lambda *_: runs.append(1))
+        known = {}
+        made = []
+        for kept in (known, known, None):
+            damaged, _ = quantized(build(Residual), 2, samples(Residual).inputs)
+            reestimate_batch_norm(
+                damaged, samples(Residual), reference=model, known=kept, batch_size=5
+            )
+            made.append(damaged.state_dict())
+        assert len(runs) == 3 + 0 + 3
+        for other in made[1:]:
+            assert all(torch.equal(made[0][name], tensor) for name, tensor in other.items())
+
     def test_ignores_what_has_no_statistics(self):
         """Batch norms without stored statistics, and one value per channel, run as they are."""
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False))
