@@ -131,7 +131,10 @@ def apply_plan(
             )
     wanted = [c for c in corrections if c is not Correction.FOLD_BATCH_NORM]
     if wanted and correction_data is None:
-        msg = f"the corrections {', '.join(wanted)} need samples; got no correction data"
+        msg = (
+            f"the corrections {', '.join(wanted)} need samples and got none; hand in correction "
+            "data, such as the calibration set"
+        )
         raise InvalidInput(msg, corrections=[str(c) for c in wanted])
     if wanted and correction_data is not None:
         from bitquota.sensitivity.corrections import bias_correction, reestimate_batch_norm
