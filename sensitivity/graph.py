@@ -244,6 +244,8 @@ class GraphRunner:
     ) -> tuple[Tensor, Tensor]:
         """Differentiate the output with respect to every row's change of weights, in reverse.
 
+        Without corrections, which make samples depend on each other.
+
         The output of every operation that reads a changed weight moves, to first order, by
         ``op(a; W + ΔW) - op(a; W)``. One backward pass per seed ``v`` gives ``v·J`` at all these
         operations at once, whatever their number.
@@ -284,16 +286,14 @@ class GraphRunner:
         def lookup(node: fx.Node) -> Any:  # noqa: ANN401
             return values[node] if node in values else graph.static_values[node]
 
-        seen, products = self.observed(chunk), dict[fx.Node, Any]()
+        products = dict[fx.Node, Any]()
         with torch.enable_grad(), in_precision(self.precision, self._device):
             for op in graph.operations:
                 if op.node in graph.static_values:
                     continue
-                value = graph.execute(op, lookup, constants, moments=seen.moments.get(op.node))
+                value = graph.execute(op, lookup, constants)
                 if op.node in watched:
                     products[op.node] = value if value.requires_grad else value.requires_grad_()
-                if op.node in seen.means:
-                    value = _with_mean(value, graph.channel_axes[op.node], seen.means[op.node])
                 values[op.node] = value
             results = {n: constants[n] if n in constants else lookup(n) for n in graph.output_nodes}
             output = checked_output(graph.restore(results), size)

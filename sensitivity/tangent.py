@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from bitquota.corrections import SAMPLES_DEPEND
 from bitquota.errors import InvalidInput
 from bitquota.matrix import SensitivityMatrix
 from bitquota.sensitivity.curvature import SOFTMAX_LOSSES, curvature_products
@@ -88,8 +89,9 @@ class TangentMeasure:
         """Measure; see the module. Arguments and errors as in ``Measure.measure``.
 
         Raises:
-            InvalidInput: The runner has no graph to differentiate, or a large output comes with
-                a loss whose Hessian has no known factor.
+            InvalidInput: The runner has no graph to differentiate, its corrections make the
+                samples of a chunk depend on each other, or a large output comes with a loss whose
+                Hessian has no known factor.
         """
         if not isinstance(runner, GraphRunner):
             msg = (
@@ -97,6 +99,8 @@ class TangentMeasure:
                 f"'{runner.engine}': use the measure 'gram' or 'pairs'"
             )
             raise InvalidInput(msg)
+        if runner.batch_norm != "eval" or runner.bias_correction:
+            raise InvalidInput(SAMPLES_DEPEND)
         offsets, n = table.offsets, len(table.rows)
         changes, base = row_changes(table), base_change(table, base_point)
         fixed = (

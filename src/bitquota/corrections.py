@@ -18,3 +18,11 @@ class Correction(StrEnum):
     """Move running mean and variance by what quantizing did to them on unlabelled data."""
     BIAS_CORRECTION = "bias_correction"
     """Shift each layer's bias by the mean output error per channel after quantizing."""
+
+
+SAMPLES_DEPEND = (
+    "reverse-mode sensitivities (the measure 'tangent') need samples that do not depend on each "
+    "other; batch_norm_statistics and bias_correction take means over them: use the measure "
+    "'gram', or leave the correction out"
+)
+"""A backward pass sums what all samples do to one; what one does by itself would be lost."""

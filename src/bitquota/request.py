@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal, Self
 
-from bitquota.corrections import Correction
+from bitquota.corrections import SAMPLES_DEPEND, Correction
 from bitquota.errors import InvalidInput
 from bitquota.storage import WEIGHT_BITS, Scheme
 
@@ -107,6 +107,8 @@ class PlanRequest:
             )
             raise InvalidInput(msg, target=self.target)
         _one_of("measure", self.measure, MEASURES)
+        if self.measure == "tangent" and set(self.corrections) - {Correction.FOLD_BATCH_NORM}:
+            raise InvalidInput(SAMPLES_DEPEND, measure=self.measure)
         _one_of("loss", self.loss, LOSSES)
         check_solver(self.solver)
         _one_of("precision", self.precision, PRECISIONS)

@@ -281,6 +281,7 @@ class TestPlanRequest:
             {"budgets": ["3 bits"], "scheme": {"grid": "round"}},
             {"budgets": 3},
             {"budgets": ["3 bits"], "corrections": ["prayer"]},
+            {"budgets": ["3 bits"], "measure": "tangent", "corrections": ["bias_correction"]},
         ],
     )
     def test_bad_members_are_refused(self, data):
