@@ -20,7 +20,7 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,10 +80,14 @@ def observed(call: BatchNormCall) -> Moments | None:
 
     ``None`` where there is nothing to follow: no stored statistics, or one value per channel.
     """
-    x = call.inputs
-    if call.running_mean is None or call.running_var is None or x.numel() <= x.shape[1]:
+    if call.running_mean is None or call.running_var is None or not _varies(call.inputs):
         return None
-    return Moments.of(x, call.running_mean)
+    return Moments.of(call.inputs, call.running_mean)
+
+
+def _varies(x: Tensor) -> bool:
+    """Whether there is more than one value per channel."""
+    return x.numel() > x.shape[1]
 
 
 def run_moved(call: BatchNormCall, before: Moments) -> tuple[Tensor, Moments]:
@@ -154,6 +160,12 @@ class Followed:
     after: Moments
     before: Moments | None = None
 
+    def join(self, followed: dict[Key, Followed], key: Key) -> None:
+        """Put this under ``key``, or into what is there of other batches."""
+        known = followed.setdefault(key, self)
+        if known is not self:
+            known.merge(self)
+
     def merge(self, other: Followed) -> None:
         """Take in what was seen of another batch."""
         self.after = self.after.merged(other.after)
@@ -182,9 +194,7 @@ class _following(_watching):  # noqa: N801  # used as a context manager
         if self._followed is None or call.running_mean is None or call.running_var is None:
             return
         new = Followed(call.running_mean, call.running_var, call.eps, after, before)
-        known = self._followed.setdefault(tensor_key(call.running_mean), new)
-        if known is not new:
-            known.merge(new)
+        new.join(self._followed, tensor_key(call.running_mean))
 
 
 class moved_batch_norms(_following):  # noqa: N801  # used as a context manager
@@ -225,11 +235,10 @@ class batch_statistics(_following):  # noqa: N801  # used as a context manager
 
     def around(self, call: BatchNormCall) -> Tensor | None:
         """Run as in training."""
-        x = call.inputs
-        if x.numel() <= x.shape[1]:
+        if not _varies(call.inputs):
             return None
         if (after := observed(call)) is not None:
             self.follow(call, after)
         return functional.batch_norm(
-            x, None, None, call.weight, call.bias, training=True, eps=call.eps
+            call.inputs, None, None, call.weight, call.bias, training=True, eps=call.eps
         )

@@ -276,13 +276,13 @@ def reestimate_batch_norm(
     Cost: one forward pass over ``data``, and one of the reference. Does nothing to a model without
     batch norm.
     """
+    known = {} if known is None else known
     if source_of(module) is not None:
         if reference is None:
             msg = "statistics of an ONNX graph are moved from those in full precision; hand that in"
             raise InvalidInput(msg)
         reestimate_onnx(module, _batches(data, batch_size), reference, known)
         return
-    known = {} if known is None else known
     followed: dict[tuple[Any, ...], Followed] = {}
     with torch.no_grad(), _eval_mode(module):
         for k, inputs in enumerate(_batches(data, batch_size)):

@@ -28,7 +28,7 @@ def reestimate_onnx(
     module: nn.Module,
     batches: Iterable[tuple[Tensor, ...]],
     reference: nn.Module,
-    known: dict[int, Any] | None = None,
+    known: dict[int, Any],
 ) -> None:
     """Move the stored batch-norm statistics as quantization moved the inputs; changes ``module``.
 
@@ -47,7 +47,6 @@ def reestimate_onnx(
     nodes = program.needed(targets, ())
     paths = {fed.name: fed.path for fed in source.fed}
     followed: dict[str, Followed] = {}
-    known = {} if known is None else known
     for k, inputs in enumerate(batches):
         check_batch(source, len(inputs[0]))
         pieces = source.pieces(inputs)
@@ -64,9 +63,7 @@ def reestimate_onnx(
                     after=_moments(seen[norm.mean], seen[norm.variance], n),
                     before=_moments(moments[norm.before_mean], moments[norm.before_variance], n),
                 )
-                first = followed.setdefault(norm.stored_mean, new)
-                if first is not new:
-                    first.merge(new)
+                new.join(followed, norm.stored_mean)
     with torch.no_grad():
         for statistics in followed.values():
             statistics.store()
