@@ -1,7 +1,7 @@
 """Every metric on ResNet-20: how well it ranks random plans, and what its own plans are worth.
 
-The setting of METHODS.md D.4: weights only, per-channel least-squares scales, all layers; scores
-from 256 calibration images, rank correlation over 30 random assignments whose loss increase is
+The setting of ``research/prior-measurements.md``: weights only, per-channel least-squares scales,
+all layers; scores from 256 calibration images, rank correlation over 30 random assignments whose loss increase is
 measured on 512 other images, accuracy of the exact solution on test images. Prints a Markdown
 table; nothing is fine-tuned.
 

@@ -9,7 +9,7 @@ A backward pass with the output direction ``v`` gives ``v·t_i`` for all rows at
 are differentiated element by element, which gives ``t_i`` itself; for large ones ``H = B Bᵀ`` and
 random directions ``v = B ξ`` estimate the products without bias. Around full precision with the
 KL loss this is the Gauss-Newton matrix, and KL is never measured: there is no measured single in
-it. A heuristic: at 2 bits first order is far off, see ``docs/log.md``.
+it. A heuristic: at 2 bits first order is far off, see ``research/log.md``.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from sensitivity_networks import Residual, build, inventory_of, samples
 
 
 def loud_channels(n=400):
-    """METHODS.md B.4: 64 half-normal channels, 4 of them six times larger."""
+    """64 half-normal channels, 4 of them six times larger."""
     values = torch.randn(64, n, generator=torch.Generator().manual_seed(0)).abs()
     values[:4] *= 6
     return values
@@ -26,7 +26,7 @@ class TestFitChannels:
         ("bits", "before", "after"), [(2, 0.381, 0.047), (3, 0.169, 0.016), (4, 0.062, 0.010)]
     )
     def test_serves_the_majority(self, bits, before, after):
-        """At least 90 % of the channels improve; medians as measured in METHODS.md B.4."""
+        """At least 90 % of the channels improve; medians as in research/prior-measurements.md."""
         values = loud_channels()
         joint, chan = (
             relative_errors(values, fit_channels(values, bits, rule))

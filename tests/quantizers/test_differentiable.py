@@ -56,7 +56,7 @@ class TestUniformQuantizer:
         assert torch.allclose(expected, quantizer(x))
 
     def test_u3_gradients(self):
-        """METHODS.md A.3: bounded and decoupled."""
+        """Bounded and decoupled (Uhlich et al. 2020, arXiv 1905.11452)."""
         quantizer = UniformQuantizer(STEP, BITS)
         error = (quantizer(torch.tensor(INSIDE)) - INSIDE).item()
         inside, outside = gradients(quantizer, INSIDE), gradients(quantizer, OUTSIDE)
@@ -101,7 +101,7 @@ class TestUniformQuantizer:
 
     @pytest.mark.parametrize(("ratio", "bits"), [(1, 2), (3, 3), (7, 4), (127, 8)])
     def test_bits_follow_from_range_and_step(self, ratio, bits):
-        """METHODS.md A.11: q_max / d of 1, 3, 7, 127 is 2, 3, 4, 8 bits, signed."""
+        """Signed widths of Uhlich et al. 2020: q_max / d of 1, 3, 7, 127 is 2, 3, 4, 8 bits."""
         quantizer = UniformQuantizer(0.1, 4)
         quantizer.second.data.fill_(0.1 * ratio)
         assert bits == quantizer.bits().item()
@@ -225,7 +225,7 @@ class TestTqt:
 
 
 class TestSizesOfResnet20:
-    """The size constants of METHODS.md A.5, counted on the network of the paper."""
+    """Sizes of the ResNet-20 of Uhlich et al. 2020 (arXiv 1905.11452), counted by hand."""
 
     @staticmethod
     def network():

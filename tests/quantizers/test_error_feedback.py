@@ -38,7 +38,7 @@ class TestErrorFeedbackCodes:
         assert fed < output_error(inputs, matrix, bits, Scheme(grid=grid))
 
     def test_saves_a_third_at_four_bits(self):
-        """As METHODS.md found for this family of rounders on such data (0.125 to 0.084)."""
+        """As such rounders did before on such data (research/prior-measurements.md)."""
         inputs = correlated()
         matrix = torch.randn(16, 48, generator=torch.Generator().manual_seed(1))
         nearest = output_error(inputs, matrix, 4, Scheme())

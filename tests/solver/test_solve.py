@@ -223,7 +223,7 @@ class TestPublishedInstances:
         assert check_solution(problem, solution).holds
 
     def test_best_known(self, shared_data):
-        """The objectives equal those that other solvers found (SOLVER.md, best_known.json)."""
+        """The objectives equal those that other solvers found."""
         known = {"L20B3_psd": 0.17970996944705325, "L53B3_hard": 0.057589576526647646}
         for name, objective in known.items():
             problem = read_problem(shared_data / "iqp" / f"{name}.npz", budget_index=1)

@@ -276,7 +276,7 @@ class TestEllipsoidLearner:
 
 class TestPublishedLearner:
     def test_the_penalty_alone_reaches_the_limit(self):
-        """METHODS.md A.9.1: without data every layer falls to the floor within dozens of steps."""
+        """Without data every layer falls to the floor within dozens of steps."""
         model = trained_digits_net()
         inventory = inventory_of(model)
         limit = 2.5 * inventory.n_weights
@@ -327,7 +327,7 @@ class TestPublishedLearner:
             assert torch.allclose(inside, inside.round(), atol=1e-3)
 
     def test_penalty_is_that_of_resnet20(self):
-        """METHODS.md A.9.1: 131.0 kB at 4 bits against 70.1 kB cost 0.1 (131.0 - 70.1)^2 = 371."""
+        """131.0 kB at 4 bits against 70.1 kB cost 0.1 (131.0 - 70.1)^2 = 371."""
         model = torch.nn.Sequential(torch.nn.Linear(1024, 262))
         layer = layer_of(LayerKind.LINEAR, (262, 1024), name="0")
         learner = PublishedLearner(
@@ -343,7 +343,7 @@ def _is_power_of_two(step):
 
 class TestBitPruningLearner:
     def test_the_gradient_of_a_length_is_the_difference_of_the_two_grids(self):
-        """Contracted with the loss's gradient (METHODS.md D.4)."""
+        """Contracted with the loss's gradient."""
         model = trained_digits_net()
         inventory = inventory_of(model)
         learner = BitPruningLearner(

@@ -35,7 +35,7 @@ def matrix():
 
 class TestLearnedIndicators:
     def test_fall_with_the_bit_width(self, matrix):
-        """In at least 90 % of neighbouring widths (METHODS.md D.4); zero in full precision."""
+        """In at least 90 % of neighbouring widths; zero in full precision."""
         scores = matrix.diagonal.reshape(4, 5)
         assert (np.diff(scores[:, :4], axis=1) < 0).mean() >= 0.9
         assert (scores[:, :4] > 0).all()
