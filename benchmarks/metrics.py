@@ -1,9 +1,9 @@
 """Every metric on ResNet-20: how well it ranks random plans, and what its own plans are worth.
 
 The setting of ``research/prior-measurements.md``: weights only, per-channel least-squares scales,
-all layers; scores from 256 calibration images, rank correlation over 30 random assignments whose loss increase is
-measured on 512 other images, accuracy of the exact solution on test images. Prints a Markdown
-table; nothing is fine-tuned.
+all layers; scores from 256 calibration images, rank correlation over 30 random assignments whose
+loss increase is measured on 512 other images, accuracy of the exact solution on test images. Prints
+a Markdown table; nothing is fine-tuned.
 
     python benchmarks/metrics.py [--small] [--setting 0|1] [--score-images N] [--rank-images N]
         [--test-images N]
