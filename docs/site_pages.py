@@ -1,4 +1,4 @@
-"""Pages that mkdocs makes from the code itself: the command line, the REST API, the decisions."""
+"""Pages that mkdocs makes from the code itself: the command line and the REST API."""
 
 from __future__ import annotations
 
@@ -17,16 +17,12 @@ if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
 
-DECISIONS = "decisions"
-
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages to those in the folder."""
-    docs = Path(config.docs_dir)
     for path, text in (
         ("reference/command-line.md", command_line()),
         ("reference/rest.md", rest_api()),
-        (f"{DECISIONS}/index.md", decisions(docs / DECISIONS)),
     ):
         files.append(File.generated(config, path, content=text))
     return files
@@ -113,12 +109,3 @@ def _examples(body: dict[str, Any]) -> list[Any]:
     if "example" in body:
         return [body["example"]]
     return [e["value"] for e in body.get("examples", {}).values() if "value" in e]
-
-
-def decisions(folder: Path) -> str:
-    """Return the list of decisions, each by its own title."""
-    lines = ["# Decisions", "", "One page for each choice that is hard to take back.", ""]
-    for path in sorted(folder.glob("[0-9]*.md")):
-        title = path.read_text().splitlines()[0].lstrip("# ")
-        lines.append(f"* [{title}]({path.name})")
-    return "\n".join(lines) + "\n"

@@ -31,7 +31,7 @@ METRICS: dict[str, Metric] = {
     "orthogonality": Orthogonality(),
     "limpq": LearnedIndicators(),
 }
-"""Metrics by name, in order of preference (``docs/decisions/0070``)."""
+"""Metrics by name, in order of preference (docs/design/measures.md)."""
 
 __all__ = [
     "METRICS",
