@@ -19,9 +19,20 @@ from torch import fx, nn
 from bitquota.errors import BitquotaError, InvalidModel, UnsafeModel
 from bitquota.formats.exported_graph import ExportedModel
 from bitquota.formats.layer_calls import module_for_call
-from bitquota.formats.pt2_vetting import PARAMETER_NAME, VALUE_NAME, vet_operator
+from bitquota.formats.pt2_operators import (
+    FLOAT_WORDS,
+    SIZE_OPERATORS,
+    VALUE_NAME,
+    schema_of,
+    split_arguments,
+    vet_call,
+)
+from bitquota.formats.pt2_vetting import vet_parameter_name
+from bitquota.formats.size_arithmetic import size_function
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from bitquota.canonical import JsonObject
     from bitquota.formats.pt2_vetting import Pt2Archive
 
@@ -43,7 +54,9 @@ _MEMORY_FORMATS = {
     3: torch.channels_last_3d,
     4: torch.preserve_format,
 }
-_PYTHON_MODULES = {"_operator": operator, "math": math, "torch": torch}
+MAX_COPIES = 4
+"""Bytes of tensors per byte of the file: views of one payload are copied, but not without end."""
+
 _NO_VALUE = frozenset({"torch.ops.aten._assert_tensor_metadata.default"})
 """Checks that the exporter inserts; their result is not used."""
 
@@ -80,10 +93,10 @@ def build_pt2(archive: Pt2Archive) -> Pt2Model:
         return _Builder(archive).build()
     except BitquotaError:
         raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as err:
+    except Exception as err:  # whatever the readers of a stranger's bytes raise
         msg = (
             f"the graph of '{archive.path.name}' must be consistent; reading it failed: "
-            f"{type(err).__name__}: {err}"
+            f"{type(err).__name__}: {err!s:.300}"
         )
         raise InvalidModel(msg, path=str(archive.path)) from err
 
@@ -115,6 +128,8 @@ class _Builder:
             files[name] = bytearray(data)  # a writable buffer of its own for torch.frombuffer
         shared: dict[tuple[object, ...], torch.Tensor] = {}
         formats = {}
+        # Views of one payload become tensors of their own: many of them would fill the memory.
+        room = MAX_COPIES * sum(map(len, files.values()))
         for config in (self.archive.weights, self.archive.constants):
             for name, payload in config.items():
                 meta = payload["tensor_meta"]
@@ -123,6 +138,10 @@ class _Builder:
                 key = (payload["path_name"], *layout)
                 if key not in shared:
                     tensor = _tensor(name, meta, files[payload["path_name"]])
+                    room -= tensor.nbytes
+                    if room < 0:
+                        msg = "the tensors of a .pt2 must not share their bytes over and over"
+                        raise UnsafeModel(msg, tensor=name)
                     if tensor.is_floating_point():
                         formats[name] = str(tensor.dtype).removeprefix("torch.")
                         tensor = tensor.float()
@@ -143,12 +162,10 @@ class _Builder:
             (kind, body), *_ = [(k, v) for k, v in spec.items() if v is not None]
             if kind in ("parameter", "buffer", "tensor_constant"):
                 target = body[f"{kind}_name"]
-                if not PARAMETER_NAME.fullmatch(target):
-                    msg = (
-                        "a tensor's name must be a dotted path of identifiers; got "
-                        f"{target!r}: rename the submodule and export again"
-                    )
-                    raise UnsafeModel(msg)
+                vet_parameter_name(target)
+                if target not in self.archive.weights and target not in self.archive.constants:
+                    msg = f"a graph must use tensors that the file holds; it lacks '{target}'"
+                    raise InvalidModel(msg, tensor=target)
                 self.parameter_of_value[_value_name(body["arg"]["name"])] = target
             elif kind == "user_input" and "as_tensor" in body["arg"]:
                 name = _value_name(body["arg"]["as_tensor"]["name"])
@@ -167,7 +184,7 @@ class _Builder:
             self.ranks[name] = len(meta["sizes"])
         for node in graph["nodes"]:
             target = node["target"]
-            vet_operator(target)
+            vet_call(node)
             if target in _NO_VALUE:
                 continue
             if any(i["name"] in _TRAINING and i["arg"].get("as_bool") for i in node["inputs"]):
@@ -177,15 +194,18 @@ class _Builder:
                 continue
             result = self._layer_call(node)
             if result is None:
-                function = _resolve(target)
-                args = [self._value(i["arg"]) for i in node["inputs"] if i.get("kind") != 2]
-                keywords = {
-                    _value_name(i["name"]): self._value(i["arg"])
-                    for i in node["inputs"]
-                    if i.get("kind") == 2
-                }
-                result = self.graph.call_function(function, tuple(args), keywords)
+                result = self._call(node)
             self._bind(node["outputs"], result)
+
+    def _call(self, node: JsonObject) -> fx.Node:
+        target, inputs = node["target"], node["inputs"]
+        if target in SIZE_OPERATORS:
+            operands = tuple(self._value(i["arg"]) for i in inputs)
+            return self.graph.call_function(size_function(target), operands)
+        values = {i["name"]: self._value(i["arg"]) for i in inputs}
+        positional, named = split_arguments(target, list(values))
+        args = tuple(values[name] for name in positional)
+        return self.graph.call_function(_operator(target), args, {n: values[n] for n in named})
 
     def _layer_call(self, node: JsonObject) -> fx.Node | None:
         """Call a module instead of an operator where a layer's weight is a parameter."""
@@ -267,8 +287,6 @@ class _Builder:
         ):  # fmt: skip
             wrap = kind == "as_tensors"
             return [self._value({"as_tensor": v} if wrap else v) for v in value]
-        if kind == "as_nested_tensors":
-            return [[self._value({"as_tensor": v}) for v in inner] for inner in value]
         if kind == "as_scalar_type":
             # Half precision was turned into float32 with the weights.
             dtype = _DTYPES[value]
@@ -279,9 +297,6 @@ class _Builder:
             return torch.strided
         if kind == "as_device":
             return self._device()
-        if kind == "as_string" and len(value) > 200:
-            msg = "a text argument must be at most 200 characters"
-            raise UnsafeModel(msg)
         return _literal(kind, value)
 
     def _device(self) -> fx.Node:
@@ -289,7 +304,7 @@ class _Builder:
         if self.device is None:
             first = next(n for n in self.graph.nodes if n.op == "placeholder")
             with self.graph.inserting_after(list(self.graph.find_nodes(op="placeholder"))[-1]):
-                self.device = self.graph.call_function(getattr, (first, "device"))
+                self.device = self.graph.call_function(_device_of, (first,))
         return self.device
 
     def _output(self, specs: list[JsonObject]) -> fx.Node:
@@ -356,16 +371,21 @@ def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module, attribute
 
 
-def _resolve(target: str) -> Any:  # noqa: ANN401  # an operator
-    head, _, rest = target.partition(".")
-    if target.startswith("torch.ops.aten."):
-        _, _, _, name, overload = target.split(".")
-        try:
-            return getattr(getattr(torch.ops.aten, name), overload)
-        except AttributeError as err:
-            msg = f"this torch ({torch.__version__}) has no operator '{target}'"
-            raise InvalidModel(msg, operator=target) from err
-    return getattr(_PYTHON_MODULES[head], rest)
+def _operator(target: str) -> Callable[..., Any]:
+    """Return the listed operator ``target`` from torch's dispatcher, which looks it up by name."""
+    schema = schema_of(target)
+    assert schema is not None  # noqa: S101  # vetted
+    name, _, overload = schema[: schema.index("(")].partition(".")
+    # No public function looks an operator up; the stubs do not say that this one may find none.
+    found: Any = torch._C._get_operation_overload(name, overload)  # noqa: SLF001
+    if found is None:
+        msg = f"this torch ({torch.__version__}) has no operator '{target}'"
+        raise InvalidModel(msg, operator=target)
+    return found[0]  # type: ignore[no-any-return]
+
+
+def _device_of(tensor: torch.Tensor) -> torch.device:
+    return tensor.device
 
 
 def _single(arg: JsonObject) -> tuple[str, Any]:
@@ -376,19 +396,13 @@ def _single(arg: JsonObject) -> tuple[str, Any]:
     return present[0]
 
 
-def _literal(kind: str, value: object) -> object:
-    expected: dict[str, type | tuple[type, ...]] = {
-        "as_int": int, "as_float": (int, float), "as_bool": bool, "as_string": str,
-    }  # fmt: skip
-    if kind in expected and isinstance(value, expected[kind]):
+def _literal(kind: str, value: Any) -> Any:  # noqa: ANN401  # vetted constants of any kind
+    if kind in ("as_int", "as_bool", "as_string"):
         return value
-    element = expected.get(kind.removesuffix("s"))
-    if element and isinstance(value, list) and all(isinstance(v, element) for v in value):
-        return list(value)
-    if kind in ("as_int_lists", "as_float_lists") and isinstance(value, list):
-        number = expected[kind.removesuffix("_lists")]
-        if all(isinstance(v, list) and all(isinstance(e, number) for e in v) for v in value):
-            return [list(v) for v in value]
+    if kind == "as_float":
+        return FLOAT_WORDS[value] if isinstance(value, str) else value
+    if kind in ("as_ints", "as_bools", "as_floats"):
+        return [_literal(kind.removesuffix("s"), member) for member in value]
     msg = f"an operator's argument must be a tensor, number, flag or text; got '{kind}'"
     raise InvalidModel(msg, kind=kind)
 

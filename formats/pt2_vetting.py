@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from bitquota.errors import InvalidModel, UnsafeModel
+from bitquota.errors import BitquotaError, InvalidModel, UnsafeModel
+from bitquota.formats.pt2_operators import HIGHER_ORDER, vet_call
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,44 +58,14 @@ _ALLOWED_MEMBERS = tuple(
 _IGNORED_MEMBERS = (re.compile(r"data/sample_inputs/[A-Za-z0-9_]+\.pt"),)
 """Pickles that torch always writes. They are never opened."""
 
-PARAMETER_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-"""Names become attribute paths of modules, and nothing else may stand in them."""
+PARAMETER_NAME = re.compile(r"(?!__)[A-Za-z0-9_]+(\.(?!__)[A-Za-z0-9_]+)*")
+"""Names become paths of modules: plain words without dunders, and nothing else."""
 
-VALUE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+MAX_NODES = 100_000
+"""Calls of a graph with its subgraphs; a transformer of a hundred layers has about 5,000."""
 
-_ATEN = re.compile(r"torch\.ops\.aten\.([a-z_0-9A-Z]+)\.([A-Za-z_0-9]+)")
-_PRIVATE_ATEN = frozenset(
-    {
-        "__and__", "__or__", "__xor__", "__lshift__", "__rshift__",
-        "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "_assert_scalar",
-        "_assert_tensor_metadata", "_conv_depthwise2d", "_convolution", "_log_softmax",
-        "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
-        "_scaled_dot_product_flash_attention_for_cpu", "_softmax", "_to_copy",
-        "_unsafe_index", "_unsafe_view", "_weight_norm_interface",
-        "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "_upsample_nearest_exact2d",
-        "_local_scalar_dense",
-    }
-)  # fmt: skip
-_REFUSED_ATEN = frozenset({"from_file", "save", "load", "warn", "set_", "set", "resize_"})
-HIGHER_ORDER = frozenset(
-    {
-        "torch.ops.higher_order.wrap_with_set_grad_enabled",
-        "torch.ops.higher_order.wrap_with_autocast",
-    }
-)
-"""Wrappers around a subgraph, which is vetted like the graph itself and inlined."""
-
-PYTHON_OPERATORS = frozenset(
-    {"_operator." + name for name in (
-        "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "getitem",
-        "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_", "pos",
-    )}
-    | {"math." + name for name in ("ceil", "floor", "trunc", "sqrt")}
-    | {"torch." + name for name in (
-        "sym_float", "sym_int", "sym_max", "sym_min", "sym_not", "sym_sum", "sym_ite",
-    )}
-)  # fmt: skip
-"""Scalar arithmetic on sizes."""
+MAX_NAME = 500
+"""Characters of a tensor's name."""
 
 _EXPRESSION_FUNCTIONS = frozenset(
     {"Add", "Mul", "Integer", "Float", "Rational", "Equality", "Unequality", "GreaterThan",
@@ -152,17 +123,19 @@ def vet_pt2(path: Path) -> Pt2Archive:
             models = [m for m in members if m.startswith("models/")]
             if len(models) != 1:
                 msg = f"'{path.name}' must hold exactly one model; it holds {len(models)}"
-                raise InvalidModel(msg, models=models)
+                raise InvalidModel(msg, models=models)  # noqa: TRY301
             name = PurePosixPath(models[0]).stem
             program = _read_json(archive, root + models[0], path)
             configs: dict[str, JsonObject] = {}
             for kind in ("weights", "constants"):
                 member = f"data/{kind}/{name}_{kind}_config.json"
                 if member not in members:
-                    raise _foreign(path, f"the member {member} is missing")
+                    raise _foreign(path, f"the member {member} is missing")  # noqa: TRY301
                 config = _read_json(archive, root + member, path).get("config")
                 configs[kind] = _vet_payloads(config, kind, members, path)
-    except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, NotImplementedError) as err:
+    except BitquotaError:
+        raise
+    except Exception as err:  # zipfile has no error of its own for many a broken directory
         msg = (
             f"a .pt2 model must be the whole archive that torch.export.save writes; "
             f"'{path.name}' cannot be read: {err}"
@@ -178,26 +151,6 @@ def vet_pt2(path: Path) -> Pt2Archive:
     )
 
 
-def vet_operator(target: object) -> None:
-    """Raise ``UnsafeModel`` unless ``target`` is an operator that a graph may call."""
-    if not isinstance(target, str):
-        msg = f"an operator must be named by a text; got {target!r}"
-        raise UnsafeModel(msg)
-    if target in PYTHON_OPERATORS or target in HIGHER_ORDER:
-        return
-    found = _ATEN.fullmatch(target)
-    if found:
-        name = found[1]
-        private = name.startswith("_") and name not in _PRIVATE_ATEN
-        if not private and name not in _REFUSED_ATEN:
-            return
-    msg = (
-        f"a .pt2 may only call aten operators and arithmetic on sizes; got '{target}': export "
-        "the model without custom operators, or hand in a Hugging Face folder"
-    )
-    raise UnsafeModel(msg, operator=target)
-
-
 def _vet_directory(archive: zipfile.ZipFile, path: Path) -> tuple[str, dict[str, int]]:
     members: dict[str, int] = {}
     roots = set()
@@ -207,17 +160,17 @@ def _vet_directory(archive: zipfile.ZipFile, path: Path) -> tuple[str, dict[str,
         roots.add(root)
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             msg = (
-                f"members of a .pt2 must be stored as they are; '{info.filename}' in "
+                f"members of a .pt2 must be stored as they are; '{info.filename:.120}' in "
                 f"'{path.name}' is compressed or encrypted: write it with torch.export.save"
             )
             raise UnsafeModel(msg, member=info.filename)
         if inner in members:
-            msg = f"members of a .pt2 must be unique; '{info.filename}' appears twice"
+            msg = f"members of a .pt2 must be unique; '{info.filename:.120}' appears twice"
             raise UnsafeModel(msg, member=info.filename)
         if not any(p.fullmatch(inner) for p in _ALLOWED_MEMBERS + _IGNORED_MEMBERS):
             msg = (
                 f"a .pt2 must hold a graph and raw tensors only; '{path.name}' also holds "
-                f"'{info.filename}', which could run code" + _SAFE_WAY
+                f"'{info.filename:.120}', which could run code" + _SAFE_WAY
             )
             raise UnsafeModel(msg, member=info.filename)
         members[inner] = info.file_size
@@ -253,12 +206,7 @@ def _vet_payloads(config: object, kind: str, members: dict[str, int], path: Path
         raise _foreign(path, f"its {kind} config is not an object")
     file_name = re.compile(r"weight_\d+" if kind == "weights" else r"tensor_\d+")
     for name, payload in config.items():
-        if not PARAMETER_NAME.fullmatch(name):
-            msg = (
-                f"a tensor's name must be a dotted path of identifiers; got {name!r}: rename the "
-                "submodule and export again"
-            )
-            raise UnsafeModel(msg, tensor=name)
+        vet_parameter_name(name)
         if not isinstance(payload, dict) or not isinstance(payload.get("path_name"), str):
             raise _foreign(path, f"tensor '{name}' has no payload")
         file = payload["path_name"]
@@ -283,6 +231,31 @@ def _vet_program(program: JsonObject, path: Path) -> None:
         )
         raise InvalidModel(msg, schema=got)
     _walk(program, 0, path)
+    module = program.get("graph_module")
+    graph = module.get("graph") if isinstance(module, dict) else None
+    if not isinstance(graph, dict):
+        raise _foreign(path, "there is no graph")
+    if _vet_graph(graph, path) > MAX_NODES:
+        msg = f"the graph of '{path.name}' must have at most {MAX_NODES:,} calls"
+        raise UnsafeModel(msg, limit=MAX_NODES)
+
+
+def _vet_graph(graph: JsonObject, path: Path) -> int:
+    """Vet every call of ``graph`` and of its subgraphs; return their number."""
+    nodes = graph.get("nodes")
+    if not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):
+        raise _foreign(path, "a graph has no list of calls")
+    count = len(nodes)
+    for node in nodes:
+        vet_call(node)
+        if node["target"] not in HIGHER_ORDER:
+            continue
+        bodies = [g for i in node["inputs"] if (g := i["arg"].get("as_graph")) is not None]
+        body = bodies[0].get("graph") if len(bodies) == 1 and isinstance(bodies[0], dict) else None
+        if not isinstance(body, dict):
+            raise _foreign(path, f"a call of '{node['target']}' needs exactly one subgraph")
+        count += _vet_graph(body, path)
+    return count
 
 
 def _walk(value: object, depth: int, path: Path) -> None:
@@ -296,9 +269,6 @@ def _walk(value: object, depth: int, path: Path) -> None:
             elif key in ("as_custom_obj", "custom_obj", "as_operator") and member is not None:
                 msg = f"a .pt2 must not hold custom objects or operators as values; got '{key}'"
                 raise UnsafeModel(msg, member=key)
-            elif key == "nodes" and isinstance(member, list):
-                for node in member:
-                    vet_operator(node.get("target") if isinstance(node, dict) else node)
             _walk(member, depth + 1, path)
     elif isinstance(value, list):
         for member in value:
@@ -317,10 +287,10 @@ def vet_expression(text: object) -> None:
     if not isinstance(text, str) or len(text) > 1000:
         raise refusal
     try:
-        tree = ast.parse(text, mode="eval")
+        holds = _is_size_arithmetic(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as err:
         raise refusal from err
-    if not _is_size_arithmetic(tree.body):
+    if not holds:
         raise refusal
 
 
@@ -349,6 +319,16 @@ def _is_size_arithmetic(node: ast.AST) -> bool:
     return isinstance(node, _ARITHMETIC) and all(
         _is_size_arithmetic(child) for child in ast.iter_child_nodes(node)
     )
+
+
+def vet_parameter_name(name: object) -> None:
+    """Raise ``UnsafeModel`` unless ``name`` is the dotted path of a tensor."""
+    if not isinstance(name, str) or len(name) > MAX_NAME or not PARAMETER_NAME.fullmatch(name):
+        msg = (
+            f"a tensor's name must be a dotted path of identifiers; got {name!r:.80}: rename the "
+            "submodule and export again"
+        )
+        raise UnsafeModel(msg, tensor=str(name)[:MAX_NAME])
 
 
 def _foreign(path: Path, what: str) -> InvalidModel:

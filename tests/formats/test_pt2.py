@@ -17,7 +17,7 @@ from torch.export import export, save
 from bitquota.errors import InvalidModel, UnsafeModel
 from bitquota.formats.exported_graph import dynamic_axes
 from bitquota.formats.pt2_model import build_pt2
-from bitquota.formats.pt2_vetting import vet_expression, vet_operator, vet_pt2
+from bitquota.formats.pt2_vetting import vet_expression, vet_pt2
 from format_networks import tiny_net, write_pt2
 
 if TYPE_CHECKING:
@@ -373,29 +373,6 @@ class TestVetPt2:
             f"vet_pt2(Path({str(tiny_pt2)!r})); assert 'torch' not in sys.modules"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
-
-
-class TestVetOperator:
-    def test_every_operator_with_a_file_name_is_refused(self):
-        """No aten operator that takes a text other than a mode is allowed."""
-        modes = {
-            "approximate", "equation", "indexing", "interpolation", "mode", "norm", "ord", "p",
-            "pad_mode", "padding", "padding_side", "reduce", "rounding_mode", "side", "UPLO",
-            "driver", "assert_msg", "algorithm", "activation",
-        }  # fmt: skip
-        suspicious = []
-        for schema in torch._C._jit_get_all_schemas():
-            namespace, _, name = schema.name.partition("::")
-            texts = {a.name for a in schema.arguments if str(a.type) in ("str", "Optional[str]")}
-            tensors = any("Tensor" in str(a.type) for a in [*schema.arguments, *schema.returns])
-            if namespace == "aten" and tensors and texts - modes:
-                overload = schema.overload_name or "default"
-                try:
-                    vet_operator(f"torch.ops.aten.{name}.{overload}")
-                except UnsafeModel:
-                    continue
-                suspicious.append(schema.name)
-        assert suspicious == []
 
 
 class TestVetExpression:
