@@ -82,6 +82,9 @@ def create_key(
         list[str] | None, typer.Option("--scope", help="read, write; all without it.")
     ] = None,
     days: Annotated[float | None, typer.Option("--days", help="Days until it expires.")] = None,
+    max_priority: Annotated[
+        int, typer.Option("--max-priority", help="Highest priority of the jobs it orders.")
+    ] = 0,
     data_dir: DataDir = None,
 ) -> None:
     """Make a key and print it; it is shown this once and stored only as a hash."""
@@ -96,9 +99,17 @@ def create_key(
     with _opened(data_dir, make=True) as (_, database):
         lifetime_s = None if days is None else days * _DAY_S
         key, text = KeyStore(database, time.time).create(
-            tenant, name=name, scopes=scopes, lifetime_s=lifetime_s
+            tenant, name=name, scopes=scopes, lifetime_s=lifetime_s, max_priority=max_priority
         )
-    _say({"id": key.id, "tenant": tenant, "scopes": key.scopes, "key": text})
+    _say(
+        {
+            "id": key.id,
+            "tenant": tenant,
+            "scopes": key.scopes,
+            "max_priority": key.max_priority,
+            "key": text,
+        }
+    )
 
 
 @keys.command("list")

@@ -72,8 +72,9 @@ jobs = sa.Table(
     sa.Column("worker_s", sa.Float, nullable=False, server_default="0"),
     sa.Column("webhook", sa.Text),
     sa.Index("jobs_by_tenant", "tenant", "id"),
-    sa.Index("jobs_to_claim", "status", "priority", "id"),
-    sa.Index("jobs_of_tenant_by_status", "tenant", "status"),
+    # Whose turn it is, and how many jobs of a tenant wait and run.
+    sa.Index("jobs_by_turn", "status", "tenant", "priority", "id"),
+    sa.Index("jobs_by_deadline", "status", "deadline"),
     # What quotas ask before every order must not read every job that is kept.
     sa.Index("jobs_of_tenant_by_end", "tenant", "finished_at"),
     sa.Index(
@@ -116,6 +117,7 @@ api_keys = sa.Table(
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("expires_at", sa.Float),
     sa.Column("revoked_at", sa.Float),
+    sa.Column("max_priority", sa.Integer, nullable=False, server_default="0"),
     sa.Index("api_keys_by_tenant", "tenant"),
 )
 
@@ -128,6 +130,7 @@ tenants = sa.Table(
     sa.Column("max_stored_bytes", sa.BigInteger),
     sa.Column("max_worker_s", sa.Float),
     sa.Column("webhook_secret", sa.String(128)),
+    sa.Column("served_at", sa.Float),
 )
 
 ended_sessions = sa.Table(
@@ -144,13 +147,20 @@ deliveries = sa.Table(
     sa.Column("tenant", sa.String(64), nullable=False),
     sa.Column("job", sa.String(40), nullable=False),
     sa.Column("url", sa.Text, nullable=False),
+    sa.Column("host", sa.String(255), nullable=False, server_default=""),
     sa.Column("body", sa.Text, nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("next_at", sa.Float),
     sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
     sa.Column("delivered_at", sa.Float),
     sa.Column("error", sa.Text),
-    sa.Index("deliveries_due", "next_at"),
+    sa.Index(
+        "deliveries_by_turn",
+        "tenant",
+        "next_at",
+        sqlite_where=sa.text("next_at IS NOT NULL"),
+        postgresql_where=sa.text("next_at IS NOT NULL"),
+    ),
 )
 
 audit = sa.Table(

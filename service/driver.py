@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import signal
@@ -49,6 +50,7 @@ from bitquota.service.problems import TYPE_PREFIX
 from bitquota.service.received import Received
 from bitquota.service.settings import Settings
 from bitquota.service.telemetry import Tracing
+from bitquota.service.time_limits import TimeLimits
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -63,6 +65,8 @@ EXIT_RELEASED = 12
 EXIT_UNAVAILABLE = 13
 _TICK_S = 0.1
 _PATIENCE_S = 5.0
+_CANCEL_GRACE_S = 0.5
+"""Seconds an evaluator gets to stop by itself where nothing that it still measures is wanted."""
 _log = logger("driver")
 
 
@@ -90,6 +94,7 @@ class Driver:
         self._ledger = SqliteLedger(ledgers / "ledger.sqlite")
         self._measured = 0
         self._progress: JsonObject | None = None
+        self._told: JsonObject | None = None
         kind = kind_by_name(job.kind)
         self._received = Received(kind, self._blobs)
         self._checkpoints = KeptCheckpoints(
@@ -99,6 +104,7 @@ class Driver:
             settings.max_upload_bytes,
         )
         self._stopping = threading.Event()
+        self._limits = TimeLimits(settings, job)
 
     def stop(self, _number: int, _frame: FrameType | None) -> None:
         """Hand the job back at the next unit of work (a signal handler)."""
@@ -195,9 +201,9 @@ class Driver:
         )
 
     def _loop(self) -> int:
-        job, settings = self._job, self._settings
-        beat = told = time.monotonic()
-        deadline_s = None if job.deadline is None else job.deadline - time.time()
+        settings = self._settings
+        beat = time.monotonic()
+        limits = self._limits
         cancel: BitquotaError | None = None
         give_up = float("inf")
         while True:
@@ -216,18 +222,19 @@ class Driver:
             if now - beat >= settings.heartbeat_s:
                 state = self._heartbeat(now - beat)
                 beat = now
+                limits.worked(state.worker_s)
                 if cancel is None and state.cancel_requested:
                     msg = "the job was cancelled on request; what was measured is kept"
                     cancel = Cancelled(msg)
-            if cancel is None and deadline_s is not None and now - told > deadline_s:
-                cancel = ServiceTimeout("a job must end before its deadline; this one did not")
+            cancel = cancel or limits.passed()
             if cancel is None and self._stopping.is_set():
                 cancel = ServiceError("released")
             if cancel is not None and give_up == float("inf"):
                 self._evaluator.send({"type": "cancel"})
                 self._crew.stop()
                 self._cancel_with = cancel
-                give_up = now + settings.grace_s
+                unwanted = isinstance(cancel, Cancelled | ServiceTimeout)
+                give_up = now + min(settings.grace_s, _CANCEL_GRACE_S if unwanted else math.inf)
             if now > give_up:
                 return self._died(cancel)
 
@@ -252,13 +259,18 @@ class Driver:
             case "ahead":
                 self._crew.begin(self._evaluator, head["errands"])
             case "progress":
-                self._progress = _checked_progress(head["progress"])
+                progress = _checked_progress(head["progress"])
+                if progress != self._told:
+                    self._limits.progressed(progress["stage"])
+                self._progress = self._told = progress
             case "piece":
+                self._limits.progressed()
                 self._received.piece(parts)
             case "result":
                 with self._beating("keep"):  # it may have to travel to a bucket
                     self._received.result(str(head["name"]))
             case "checkpoint_piece":
+                self._limits.progressed()
                 self._checkpoints.piece(parts)
             case "checkpoint":
                 with self._beating("keep"):
@@ -297,6 +309,7 @@ class Driver:
                 entries = wire.unpack(head, parts)
                 self._ledger.put_many(entries)
                 self._measured += len(entries)
+                self._limits.progressed()
                 worker.send({"type": "kept"})
             case "ledger_size":
                 worker.send({"size": len(self._ledger)})
@@ -304,6 +317,7 @@ class Driver:
                 progress = self._crew.idle(worker, head.get("done"))
                 if progress is not None:
                     self._progress = _checked_progress(progress)
+                    self._limits.progressed(self._progress["stage"])
             case _:
                 return False
         return True

@@ -79,6 +79,7 @@ def _create(
     known = None if key is None else service.jobs.replay(new, key)
     if known is not None:
         return known, True
+    caller.check_priority(order.priority)
     if order.webhook is not None:
         service.webhooks.check(caller.tenant, order.webhook)
     service.quotas.check_order(caller.tenant)

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 _TENANT = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _KEY = re.compile(r"bq_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 _SECRET_BYTES = 32
+LOWEST_PRIORITY, HIGHEST_PRIORITY = -100, 100
+"""Of jobs.  A key orders up to a priority of its own, 0 unless its maker says otherwise."""
+
 _REMEMBERED = 4096
 MEMORY_S = 2.0
 """How long a server trusts what it last read of a key, so that polls need not read it again: a
@@ -56,6 +59,7 @@ class ApiKey:
     created_at: float
     expires_at: float | None
     revoked_at: float | None
+    max_priority: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +69,17 @@ class Caller:
     tenant: str
     actor: str
     scopes: frozenset[Scope]
+    max_priority: int = 0
+
+    def check_priority(self, priority: int) -> None:
+        """Raise ``Forbidden`` if the caller's key may not order jobs of ``priority``."""
+        if priority > self.max_priority:
+            msg = (
+                f"a job of this key must have a priority of at most {self.max_priority}; got "
+                f"{priority}: lower it, or have the operator make a key with a higher "
+                "--max-priority"
+            )
+            raise Forbidden(msg, max_priority=self.max_priority)
 
     def require(self, scope: Scope) -> None:
         """Raise ``Forbidden`` unless the caller's key has ``scope``."""
@@ -92,15 +107,22 @@ class KeyStore:
         name: str = "",
         scopes: Iterable[Scope] = tuple(Scope),
         lifetime_s: float | None = None,
+        max_priority: int = 0,
     ) -> tuple[ApiKey, str]:
         """Return a new key and its text, which is not kept and cannot be shown again.
 
         Raises:
-            InvalidInput: The tenant's name or the lifetime cannot be used.
+            InvalidInput: The tenant's name, the lifetime or the priority cannot be used.
         """
         check_tenant(tenant)
         if lifetime_s is not None and lifetime_s <= 0:
             msg = f"the lifetime of a key must be positive; got {lifetime_s} s"
+            raise InvalidInput(msg)
+        if not LOWEST_PRIORITY <= max_priority <= HIGHEST_PRIORITY:
+            msg = (
+                f"the highest priority of a key must be from {LOWEST_PRIORITY} to "
+                f"{HIGHEST_PRIORITY}; got {max_priority}"
+            )
             raise InvalidInput(msg)
         now = self._clock()
         key_id, secret = secrets.token_hex(8), secrets.token_urlsafe(_SECRET_BYTES)
@@ -112,6 +134,7 @@ class KeyStore:
             "scopes": ",".join(sorted(scopes)),
             "created_at": now,
             "expires_at": None if lifetime_s is None else now + lifetime_s,
+            "max_priority": max_priority,
         }
 
         def work(connection: Connection) -> ApiKey:
@@ -124,7 +147,7 @@ class KeyStore:
         return self._db.write(work), f"bq_{key_id}_{secret}"
 
     def rotate(self, key_id: str, *, overlap_s: float = 0.0) -> tuple[ApiKey, str]:
-        """Replace a key by one with the same tenant, name and scopes; returns the new one.
+        """Replace a key by one with the same tenant, name and rights; returns the new one.
 
         Args:
             key_id: The key to replace.
@@ -138,7 +161,13 @@ class KeyStore:
             msg = f"a key must be valid to be rotated; '{key_id}' was revoked: create a new one"
             raise NotFound(msg, key=key_id)
         lifetime_s = None if old.expires_at is None else old.expires_at - old.created_at
-        made = self.create(old.tenant, name=old.name, scopes=old.scopes, lifetime_s=lifetime_s)
+        made = self.create(
+            old.tenant,
+            name=old.name,
+            scopes=old.scopes,
+            lifetime_s=lifetime_s,
+            max_priority=old.max_priority,
+        )
         until = self._clock() + overlap_s
         self._set(
             key_id, expires_at=until if old.expires_at is None else min(until, old.expires_at)
@@ -238,7 +267,12 @@ class KeyStore:
         return self._remember(f"id:{key_id}", key, now)
 
     def _remember(self, name: str, key: ApiKey, now: float) -> Caller:
-        caller = Caller(tenant=key.tenant, actor=f"key:{key.id}", scopes=key.scopes)
+        caller = Caller(
+            tenant=key.tenant,
+            actor=f"key:{key.id}",
+            scopes=key.scopes,
+            max_priority=key.max_priority,
+        )
         if len(self._verified) >= _REMEMBERED:
             self._verified.clear()
         self._verified[name] = (caller, now)
@@ -273,6 +307,7 @@ def _key(row: RowMapping) -> ApiKey:
         created_at=row["created_at"],
         expires_at=row["expires_at"],
         revoked_at=row["revoked_at"],
+        max_priority=row["max_priority"],
     )
 
 

@@ -7,15 +7,18 @@ only while that epoch holds the job, so a driver that was given up on can change
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 
 from bitquota.canonical import canonical_json
 from bitquota.errors import BitquotaError, Cancelled, MeasurementFailed, ServiceTimeout
-from bitquota.service.database import artifacts, deliveries, events, jobs, tenants
+from bitquota.service.database import artifacts, deliveries, events, jobs
 from bitquota.service.inspection import FORMATS_OF_RESULTS
 from bitquota.service.job import Job, JobStatus, LeaseLost, ended_body, job_of, new_id
 from bitquota.service.problems import problem_json
+from bitquota.service.public_addresses import host_of
+from bitquota.service.turns import next_job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from bitquota.service.job import KeptResult
 
 CANCELLED = "the job was cancelled on request; what was measured is kept for the next one"
+_ANY_QUEUED = sa.select(jobs.c.id).where(jobs.c.status == JobStatus.QUEUED.value).limit(1)
 EXPIRED = "a job must end before its deadline; this one did not: give it more time"
 
 
@@ -43,7 +47,9 @@ class Leases:
         self._clock = clock
 
     def claim(self, owner: str, lease_s: float, max_running: int = 2**31 - 1) -> Job | None:
-        """Give the next queued job to ``owner`` and return it with its new epoch.
+        """Give the next job to ``owner`` and return it with its new epoch.
+
+        Whose job that is ``bitquota.service.turns`` says.
 
         Args:
             owner: Who takes it.
@@ -52,37 +58,17 @@ class Leases:
         """
         now = self._clock()
 
+        def find(connection: Connection) -> bool:
+            return connection.execute(_ANY_QUEUED).first() is not None
+
         def work(connection: Connection) -> Job | None:
             self._expire(connection, now)
-            others = jobs.alias("others")
-            running = (
-                sa.select(sa.func.count())
-                .where(
-                    others.c.tenant == jobs.c.tenant,
-                    others.c.status == JobStatus.RUNNING.value,
-                )
-                .scalar_subquery()
-            )
-            own_limit = (
-                sa.select(tenants.c.max_running)
-                .where(tenants.c.tenant == jobs.c.tenant)
-                .scalar_subquery()
-            )
-            row = connection.execute(
-                sa.select(jobs.c.id)
-                .where(
-                    jobs.c.status == JobStatus.QUEUED.value,
-                    running < sa.func.coalesce(own_limit, max_running),
-                )
-                .order_by(jobs.c.priority.desc(), jobs.c.id)
-                .limit(1)
-                .with_for_update(skip_locked=True, of=jobs)
-            ).first()
-            if row is None:
+            job_id = next_job(connection, now, max_running)
+            if job_id is None:
                 return None
             connection.execute(
                 jobs.update()
-                .where(jobs.c.id == row.id)
+                .where(jobs.c.id == job_id)
                 .values(
                     status=JobStatus.RUNNING.value,
                     started_at=sa.func.coalesce(jobs.c.started_at, now),
@@ -94,10 +80,11 @@ class Leases:
                     version=jobs.c.version + 1,
                 )
             )
-            add_event(connection, row.id, "status", {"status": JobStatus.RUNNING.value}, now)
-            return job_of(connection.execute(sa.select(jobs).where(jobs.c.id == row.id)).one())
+            add_event(connection, job_id, "status", {"status": JobStatus.RUNNING.value}, now)
+            return job_of(connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).one())
 
-        return self._db.write(work)
+        # Looking first keeps idle servers, which ask five times a second, off the write lock.
+        return self._db.write(work) if self._db.read(find) else None
 
     def _expire(self, connection: Connection, now: float) -> None:
         late = connection.execute(
@@ -150,6 +137,17 @@ class Leases:
                 self._requeue(connection, job_of(row), max_attempts, now, reason)
 
         self._db.write(work)
+
+    def wanted(self, job_ids: Sequence[str]) -> dict[str, tuple[int, bool]]:
+        """Return the epoch, and whether an end was asked for, of those jobs that are running."""
+        query = sa.select(jobs.c.id, jobs.c.epoch, jobs.c.cancel_requested).where(
+            jobs.c.id.in_(job_ids), jobs.c.status == JobStatus.RUNNING.value
+        )
+        return self._db.read(
+            lambda connection: {
+                r.id: (r.epoch, r.cancel_requested) for r in connection.execute(query)
+            }
+        )
 
     def running_owners(self) -> list[tuple[str, int, str]]:
         """Return ``(job, epoch, owner)`` of all running jobs."""
@@ -339,6 +337,7 @@ def finish(
                 tenant=job.tenant,
                 job=job.id,
                 url=job.webhook,
+                host=host_of(urlsplit(job.webhook)),
                 body=ended_body(job.id, job.kind, status.value, now),
                 created_at=now,
                 next_at=now,

@@ -9,6 +9,7 @@ from fastapi import Body
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from bitquota.service.job import NewJob
+from bitquota.service.keys import HIGHEST_PRIORITY, LOWEST_PRIORITY
 from bitquota.service.kinds import KINDS, kind_by_name
 from bitquota.service.schemas import Digest
 
@@ -28,7 +29,12 @@ class Order(BaseModel):
     labels: dict[str, str] = Field(
         default_factory=dict, max_length=32, description="Free names and values, for finding it."
     )
-    priority: int = Field(default=0, ge=-100, le=100, description="Higher runs earlier.")
+    priority: int = Field(
+        default=0,
+        ge=LOWEST_PRIORITY,
+        le=HIGHEST_PRIORITY,
+        description="Higher runs earlier; a key has a highest one, by default 0.",
+    )
     deadline_s: float | None = Field(
         default=None, gt=0, le=30 * 86400, description="Seconds from now until it must have ended."
     )

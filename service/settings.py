@@ -82,8 +82,14 @@ class Settings:
         15.0, "Seconds without a heartbeat after which a job is given to another driver.", below=1
     )
     heartbeat_s: float = _setting(0.5, "Seconds between two heartbeats of a driver.", below=0.05)
-    grace_s: float = _setting(
-        10.0, "Seconds a driver gets to stop by itself on cancel and on shutdown.", below=0
+    grace_s: float = _setting(10.0, "Seconds a driver gets to stop by itself on shutdown.", below=0)
+    max_job_s: float = _setting(
+        86400.0, "Worker seconds after which a job is ended; 0 sets no limit.", below=0
+    )
+    max_stage_s: float = _setting(
+        3600.0,
+        "Seconds that one stage of a job may take without any progress; 0 sets no limit.",
+        below=0,
     )
     max_attempts: int = _setting(
         5, "Attempts in a row without a new measurement before a job fails.", below=1
@@ -107,6 +113,17 @@ class Settings:
     webhook_attempts: int = _setting(8, "Attempts to deliver one webhook.", below=1)
     webhook_retry_s: float = _setting(
         5.0, "Seconds until the second attempt; each further one waits twice as long.", below=0
+    )
+    webhook_deadline_s: float = _setting(
+        10.0,
+        "Seconds for one delivery, from looking up the name to the head of the answer.",
+        below=0.1,
+    )
+    webhook_in_flight: int = _setting(
+        4,
+        "Deliveries of one tenant at the same time; twice as many go to one host, and 16 times as "
+        "many in all.",
+        below=1,
     )
     job_retention_s: float = _setting(
         90 * 86400.0, "Seconds after its end that a job is kept.", below=0

@@ -10,7 +10,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 
 from bitquota.errors import Unauthorized
-from bitquota.service.keys import Caller, Scope
+from bitquota.service.keys import HIGHEST_PRIORITY, Caller, Scope
 from bitquota.service.sessions import COOKIE, CSRF_HEADER
 
 if TYPE_CHECKING:
@@ -32,7 +32,12 @@ if TYPE_CHECKING:
 LOCAL_TENANT = "local"
 """Who uses a server on loopback that has no keys."""
 
-_LOCAL = Caller(tenant=LOCAL_TENANT, actor="local", scopes=frozenset(Scope))
+_LOCAL = Caller(
+    tenant=LOCAL_TENANT,
+    actor="local",
+    scopes=frozenset(Scope),
+    max_priority=HIGHEST_PRIORITY,
+)
 _SAFE = frozenset({"GET", "HEAD"})
 _LOCAL_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 _FOREIGN = frozenset({"cross-site", "same-site"})

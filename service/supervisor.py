@@ -27,12 +27,16 @@ if TYPE_CHECKING:
 _log = logger("supervisor")
 _TICK_S = 0.2
 _LOST_CHECK_S = 1.0
+_CANCEL_S = 1.2
+"""Seconds that a driver gets to end a job that was cancelled, its evaluator's included; with the
+ticks before and after, a cancelled job has ended within two seconds, whatever they are doing."""
 
 
 @dataclass(slots=True, kw_only=True)
 class _Running:
     job: Job
     process: subprocess.Popen[str]
+    unwanted_since: float | None = None
 
 
 class Supervisor:
@@ -46,7 +50,7 @@ class Supervisor:
         self._settings = settings
         self._database = database
         self._store = store
-        self._running: dict[str, _Running] = {}
+        self._running: list[_Running] = []
         self._spare: subprocess.Popen[str] | None = None
         self._wake = threading.Event()
         self._stop = threading.Event()
@@ -90,6 +94,7 @@ class Supervisor:
                     self._recover()
                     recovered = True
                 self._reap()
+                self._kill_unwanted()
                 if time.monotonic() - checked > _LOST_CHECK_S:
                     self._store.requeue_lost(self._settings.max_attempts)
                     checked = time.monotonic()
@@ -145,7 +150,7 @@ class Supervisor:
             if job is None:
                 return
             process, self._spare = self._spare, None
-            self._running[job.id] = _Running(job=job, process=process)
+            self._running.append(_Running(job=job, process=process))
             _log.info("job started", job=job.id, epoch=job.epoch, driver=process.pid)
             try:
                 assert process.stdin is not None  # noqa: S101  # PIPE
@@ -156,16 +161,37 @@ class Supervisor:
             self._spare = self._start_driver()
 
     def _reap(self) -> None:
-        for job_id, running in list(self._running.items()):
-            status = running.process.poll()
+        for running in self._running[:]:
+            job, status = running.job, running.process.poll()
             if status is None:
                 continue
-            del self._running[job_id]
+            self._running.remove(running)
             _close(running.process)
             if status != 0:
-                _log.warning("driver ended", job=job_id, status=status)
+                _log.warning("driver ended", job=job.id, status=status)
             reason = f"its driver ended with status {status}"
-            self._store.requeue(job_id, running.job.epoch, self._settings.max_attempts, reason)
+            self._store.requeue(job.id, job.epoch, self._settings.max_attempts, reason)
+
+    def _kill_unwanted(self) -> None:
+        """Kill drivers that go on although their job was cancelled, or is no longer theirs.
+
+        A driver sees both by itself unless it is stuck, and its evaluators die with it.
+        """
+        if not self._running:
+            return
+        wanted = self._store.wanted([running.job.id for running in self._running])
+        now = time.monotonic()
+        for running in self._running:
+            epoch, cancelled = wanted.get(running.job.id, (None, False))
+            ours = epoch == running.job.epoch
+            if ours and not cancelled:
+                continue
+            if running.unwanted_since is None:
+                running.unwanted_since = now
+            if now - running.unwanted_since > (_CANCEL_S if ours else self._settings.grace_s):
+                running.process.kill()
+                running.process.wait()
+        self._reap()
 
     def _start_driver(self) -> subprocess.Popen[str]:
         environment = (
@@ -182,10 +208,11 @@ class Supervisor:
     def _drain(self) -> None:
         if self._spare is not None:
             _close(self._spare)  # it waits for an order; the end of its input ends it
-        for running in self._running.values():
+        for running in self._running:
             running.process.send_signal(signal.SIGTERM)
         until = time.monotonic() + self._settings.grace_s + 2.0
-        for job_id, running in self._running.items():
+        for running in self._running:
+            job_id = running.job.id
             try:
                 running.process.wait(max(0.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:

@@ -1,5 +1,9 @@
 """Webhooks: tell a tenant's server that a job has ended; signed, retried, never to ourselves.
 
+Deliveries wait in the database.  One thread with an event loop of its own sends many at once, each
+under one deadline for all of it, a few of one tenant and to one host: who answers slowly, or not
+at all, delays only himself.
+
 References:
     Standard Webhooks specification 1.0: headers ``webhook-id``, ``webhook-timestamp`` and
     ``webhook-signature`` (HMAC-SHA256).
@@ -7,14 +11,16 @@ References:
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import ipaddress
 import secrets
-import socket
+import ssl
 import threading
+from collections import Counter
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+from urllib.parse import SplitResult, urlsplit
 
 import httpx
 import sqlalchemy as sa
@@ -24,9 +30,11 @@ from bitquota.errors import BitquotaError, InvalidInput
 from bitquota.service.database import deliveries, tenants
 from bitquota.service.keys import check_tenant
 from bitquota.service.logs import logger
+from bitquota.service.public_addresses import check_url, host_of, resolve
+from bitquota.service.turns import tenants_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from sqlalchemy.engine import Connection, RowMapping
 
@@ -35,70 +43,11 @@ if TYPE_CHECKING:
 
 _log = logger("webhooks")
 _LEASE_S = 60.0
-_ANSWER_S = 10.0
-_TICK_S = 1.0
+_TICK_S = 0.5
 _LONGEST_WAIT_S = 6 * 3600.0
-
-
-def check_url(url: str, *, allow_private: bool) -> None:
-    """Check what can be said of a webhook's address without asking the network.
-
-    Raises:
-        InvalidInput: Not https, or it names a user, or it is an address that is not public.
-    """
-    parts = urlsplit(url)
-    schemes = {"https", "http"} if allow_private else {"https"}
-    if parts.scheme not in schemes or not parts.hostname or parts.username or parts.password:
-        msg = (
-            f"a webhook must be an {' or '.join(sorted(schemes))} URL with a host and without a "
-            f"user; got '{url}'"
-        )
-        raise InvalidInput(msg, url=url)
-    try:
-        address = ipaddress.ip_address(parts.hostname)
-    except ValueError:
-        return  # a name: it is resolved, and judged, for every delivery
-    if not allow_private and not _is_public(address):
-        raise _not_public(parts.hostname)
-
-
-def public_address(host: str, port: int, *, allow_private: bool) -> str:
-    """Return the address to connect to; the caller must use this very one.
-
-    Resolving again later would let a name point to the public for the check and to this machine
-    for the call.
-
-    Raises:
-        InvalidInput: The name cannot be resolved, or one of its addresses is not public.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as err:
-        msg = f"the host of a webhook must be found; '{host}' is not: {err}"
-        raise InvalidInput(msg, host=host) from err
-    addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
-    if not allow_private and not all(_is_public(address) for address in addresses):
-        raise _not_public(host)
-    return str(addresses[0])
-
-
-def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    if isinstance(address, ipaddress.IPv6Address):
-        # Forms of IPv6 that carry an IPv4 address to somewhere.
-        inner = address.ipv4_mapped or address.sixtofour
-        if address in ipaddress.ip_network("64:ff9b::/96"):
-            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if inner is not None:
-            return _is_public(inner)
-    return address.is_global and not address.is_multicast
-
-
-def _not_public(host: str) -> InvalidInput:
-    msg = (
-        f"a webhook must go to a public address; '{host}' is not one: use another, or have the "
-        "operator set BITQUOTA_WEBHOOK_ALLOW_PRIVATE"
-    )
-    return InvalidInput(msg, host=host)
+_STOP_S = 3.0
+_OF_ALL, _OF_HOST = 16, 2
+"""Deliveries at the same time, in all and to one host, in multiples of those of one tenant."""
 
 
 class Webhooks:
@@ -116,6 +65,11 @@ class Webhooks:
         self._clock = clock
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+
+    @cached_property
+    def _trusted(self) -> ssl.SSLContext:
+        """What signs the certificates of receivers; reading it takes some 20 ms."""
+        return httpx.create_ssl_context(trust_env=False)
 
     def new_secret(self, tenant: str) -> str:
         """Give a tenant a new signing secret and return it; the old one ends."""
@@ -147,63 +101,115 @@ class Webhooks:
 
     def start(self) -> None:
         """Begin to deliver in a thread of its own."""
-        self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._run()), name="webhooks", daemon=True
+        )
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop after the delivery that is under way."""
+        """Stop soon; what is still under way then is sent again, by whoever runs."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join(_ANSWER_S + _TICK_S)
+            self._thread.join(_STOP_S + 2 * _TICK_S)
 
-    def _run(self) -> None:
-        while not self._stop.wait(_TICK_S):
+    async def _run(self) -> None:
+        """Deliver until the end, many at once."""
+        under_way: dict[asyncio.Task[None], RowMapping] = {}
+        while not self._stop.is_set():
+            due = None
+            going = tuple(under_way.values())
             try:
-                while (due := self.claim()) is not None and not self._stop.is_set():
-                    self.deliver(due)
+                due = await _in_thread(partial(self.claim, going))
             except BitquotaError as error:
                 _log.warning("deliveries wait", error=str(error))
+            if due is None:
+                await asyncio.sleep(_TICK_S)
+                continue
+            task = asyncio.create_task(self.deliver(due))
+            under_way[task] = due
+            task.add_done_callback(under_way.pop)
+        if under_way:
+            await asyncio.wait(under_way, timeout=_STOP_S)
 
-    def claim(self) -> RowMapping | None:
-        """Return a delivery that is due and put it off for others; ``None`` if none is."""
+    def claim(self, under_way: Sequence[RowMapping] = ()) -> RowMapping | None:
+        """Return a delivery that is due and put it off for others; ``None`` if none may go now.
+
+        It is of a tenant with the fewest under way here, to a host that has not too many.
+
+        Args:
+            under_way: Deliveries of this server that have not ended.
+        """
         now = self._clock()
+        most = self._settings.webhook_in_flight
+        if len(under_way) >= _OF_ALL * most:
+            return None
+        of_tenant = Counter(row["tenant"] for row in under_way)
+        of_host = Counter(row["host"] for row in under_way)
+        busy = [tenant for tenant, count in of_tenant.items() if count >= most]
+        busy_hosts = [host for host, count in of_host.items() if count >= _OF_HOST * most]
+        may_go = sa.and_(deliveries.c.next_at <= now, deliveries.c.host.not_in(busy_hosts))
 
-        def find(connection: Connection) -> bool:
-            query = sa.select(deliveries.c.id).where(deliveries.c.next_at <= now).limit(1)
-            return connection.execute(query).first() is not None
+        def find(connection: Connection) -> list[str]:
+            waiting = tenants_of(deliveries, lambda table: table.c.next_at.is_not(None))
+            first = (
+                sa.select(sa.func.min(deliveries.c.next_at))
+                .where(deliveries.c.tenant == waiting.c.tenant, may_go)
+                .scalar_subquery()
+            )
+            query = sa.select(waiting.c.tenant).where(
+                waiting.c.tenant.not_in(busy), first.is_not(None)
+            )
+            return list(connection.execute(query.order_by(first)).scalars())
 
         def work(connection: Connection) -> RowMapping | None:
-            row = (
-                connection.execute(
-                    sa.select(deliveries)
-                    .where(deliveries.c.next_at <= now)
-                    .order_by(deliveries.c.next_at)
-                    .limit(1)
-                    .with_for_update(skip_locked=True)
-                )
-                .mappings()
-                .first()
+            query = (
+                sa.select(deliveries)
+                .where(deliveries.c.tenant == tenant, may_go)
+                .order_by(deliveries.c.next_at)
+                .limit(1)
+                .with_for_update(skip_locked=True)
             )
+            row = connection.execute(query).mappings().first()
             if row is not None:
                 connection.execute(
                     deliveries.update()
                     .where(deliveries.c.id == row["id"])
-                    .values(next_at=now + _LEASE_S, attempts=deliveries.c.attempts + 1)
+                    .values(
+                        next_at=now + _LEASE_S + self._settings.webhook_deadline_s,
+                        attempts=deliveries.c.attempts + 1,
+                    )
                 )
             return row
 
-        return self._db.write(work) if self._db.read(find) else None
+        found = self._db.read(find)
+        if not found:
+            return None
+        tenant = min(found, key=lambda name: of_tenant[name])
+        return self._db.write(work)
 
-    def deliver(self, row: RowMapping) -> None:
-        """Send one delivery and note how that went."""
+    async def deliver(self, row: RowMapping) -> None:
+        """Send one delivery and note how that went; returns when nothing of it goes on."""
         now = self._clock()
         error: str | None = None
+        resolving = _in_thread(partial(self._resolve, row["url"]))
         try:
-            status = self._send(row, now)
+            async with asyncio.timeout(self._settings.webhook_deadline_s):
+                status = await self._send(row, now, await asyncio.shield(resolving))
             if not 200 <= status < 300:
                 error = f"answered {status}"
-        except (BitquotaError, httpx.HTTPError, ValueError) as err:
+        except TimeoutError:
+            error = f"did not answer within {self._settings.webhook_deadline_s:g} s"
+        except (BitquotaError, httpx.HTTPError, ssl.SSLError, OSError, ValueError) as err:
             error = f"{type(err).__name__}: {err}"[:500]
+        try:
+            await _in_thread(partial(self._note, row, now, error))
+        except BitquotaError as err:
+            _log.warning("delivery will be repeated", job=row["job"], error=str(err))
+        # The system's resolver cannot be stopped: as long as it looks, this is under way.
+        await asyncio.wait([resolving])
+
+    def _note(self, row: RowMapping, now: float, error: str | None) -> None:
+        """Write down how an attempt went, and when the next one is."""
         attempts = row["attempts"] + 1
         again = error is not None and attempts < self._settings.webhook_attempts
         wait = min(self._settings.webhook_retry_s * 2.0 ** row["attempts"], _LONGEST_WAIT_S)
@@ -220,13 +226,19 @@ class Webhooks:
         say = _log.info if error is None else _log.warning
         say("webhook", job=row["job"], attempt=attempts, error=error)
 
-    def _send(self, row: RowMapping, now: float) -> int:
-        parts = urlsplit(row["url"])
-        assert parts.hostname is not None  # noqa: S101  # checked when it was ordered
-        port = parts.port or (443 if parts.scheme == "https" else 80)
+    def _resolve(self, url: str) -> str:
+        """Return the address to connect to."""
+        parts = urlsplit(url)
         allow_private = self._settings.webhook_allow_private
-        address = public_address(parts.hostname, port, allow_private=allow_private)
-        secret = self._secret(row["tenant"])
+        return resolve(host_of(parts), _port_of(parts), allow_private=allow_private)
+
+    async def _send(self, row: RowMapping, now: float, address: str) -> int:
+        """Return the status of the answer; its body is not read: it could be endless.
+
+        httpx refuses headers of more than 100 KiB together.
+        """
+        parts = urlsplit(row["url"])
+        secret = await _in_thread(partial(self._secret, row["tenant"]))
         if secret is None:
             msg = "the tenant's signing secret is gone"
             raise InvalidInput(msg)
@@ -241,15 +253,48 @@ class Webhooks:
         }
         shown = f"[{address}]" if ":" in address else address
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        # The certificate is still that of the name; redirects could lead anywhere.
-        with (
-            httpx.Client(timeout=_ANSWER_S, follow_redirects=False, trust_env=False) as http,
+        # The certificate is still that of the name; redirects could lead anywhere, and are not
+        # followed.  There is one time limit for all of this, further up.
+        async with (
+            httpx.AsyncClient(verify=self._trusted, timeout=None, trust_env=False) as http,  # noqa: S113
             http.stream(
                 "POST",
-                f"{parts.scheme}://{shown}:{port}{path}",
+                f"{parts.scheme}://{shown}:{_port_of(parts)}{path}",
                 content=row["body"],
                 headers=headers,
-                extensions={"sni_hostname": parts.hostname},
+                extensions={"sni_hostname": host_of(parts)},
             ) as answer,
         ):
-            return answer.status_code  # the body is not read: it could be endless
+            return answer.status_code
+
+
+def _port_of(parts: SplitResult) -> int:
+    return parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _in_thread(work: Callable[[], Any]) -> asyncio.Future[Any]:
+    """Run ``work`` in a daemon thread: one that never returns must not hold up the end."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def finish(result: Any, error: BaseException | None) -> None:  # noqa: ANN401
+        if future.done():
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as err:  # noqa: BLE001  # handed to who waits
+            error = err
+        try:
+            loop.call_soon_threadsafe(finish, result, error)
+        except RuntimeError:
+            return  # the loop has ended
+
+    threading.Thread(target=run, name="webhook", daemon=True).start()
+    return future

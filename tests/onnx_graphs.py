@@ -145,6 +145,41 @@ def odd_graph(path: Path, *, seed: int = 2) -> Path:
     return save(graph, path, 22)
 
 
+def endless_graph(path: Path) -> Path:
+    """A Gemm and a Loop of 2**62 rounds: inputs of 4 numbers to 4 numbers, never."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["still"]),
+            helper.make_node("Neg", ["v"], ["next"]),
+        ],
+        "round",
+        [
+            helper.make_tensor_value_info("k", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("v", TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("still", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, None),
+        ],
+    )
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gemm", ["x", "w"], ["h"], "classify"),
+            helper.make_node("Loop", ["rounds", "true", "h"], ["out"], body=body),
+        ],
+        "endless",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["n", 4])],
+        [
+            numpy_helper.from_array(np.eye(4, dtype=np.float32), "w"),
+            numpy_helper.from_array(np.array(2**62), "rounds"),
+            numpy_helper.from_array(np.array(True), "true"),
+        ],
+    )
+    return save(graph, path, 21)
+
+
 def save(graph: onnx.GraphProto, path: Path, opset: int) -> Path:
     """Write a model of ``graph``."""
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 
 import pytest
+import sqlalchemy as sa
 
 from bitquota.errors import Conflict, InvalidInput, MeasurementFailed, NotFound
 from bitquota.service.artifacts import ArtifactStore
@@ -76,6 +78,14 @@ def order(tenant="ann", **changes):
 def beat(store, job, **changes):
     values = {"lease_s": 15, "progress": None, "measured": 0, "worker_s": 0.5}
     return store.heartbeat(job.id, job.epoch, **values | changes)
+
+
+def claim_and_end(store, clock):
+    """Return the job that was next and has ended."""
+    clock.now += 1
+    job = store.claim("me", 15)
+    store.fail(job.id, job.epoch, MeasurementFailed("it ends"))
+    return job
 
 
 class TestCreate:
@@ -151,6 +161,75 @@ class TestClaim:
         for thread in threads:
             thread.join()
         assert sorted(ids) == sorted(claimed)
+
+    def test_tenants_take_turns(self, store, clock):
+        """However many jobs the first one has ordered."""
+        for _ in range(20):
+            store.create(order("ann"))
+        for _ in range(2):
+            store.create(order("bob"))
+        turns = [claim_and_end(store, clock).tenant for _ in range(5)]
+        assert turns == ["ann", "bob", "ann", "bob", "ann"]
+
+    def test_the_one_with_fewer_running_jobs_comes_first(self, store):
+        for tenant in ("ann", "ann", "ann", "bob", "bob"):
+            store.create(order(tenant))
+        first = [store.claim("me", 15) for _ in range(3)]
+        assert [job.tenant for job in first] == ["ann", "bob", "ann"]
+        store.fail(first[1].id, first[1].epoch, MeasurementFailed("it ends"))
+        assert [store.claim("me", 15).tenant for _ in range(2)] == ["bob", "ann"]
+
+    def test_priority_goes_before_turns(self, store, clock):
+        claimed = {store.create(order("ann", priority=5))[0].id for _ in range(3)}
+        store.create(order("bob"))
+        assert {claim_and_end(store, clock).id for _ in range(3)} == claimed
+
+    def test_tenant_at_its_limit_holds_nobody_up(self, store):
+        for _ in range(3):
+            store.create(order("ann", priority=5))
+        store.create(order("bob"))
+        turns = [store.claim("me", 15, max_running=1) for _ in range(3)]
+        assert [job and job.tenant for job in turns] == ["ann", "bob", None]
+
+    def test_servers_that_claim_at_once_keep_to_the_limit(self, store, database, clock):
+        for _ in range(12):
+            store.create(order())
+        url = database.engine.url.render_as_string(hide_password=False)
+        servers = [JobStore(Database(url), clock) for _ in range(6)]
+        claimed = []
+
+        def work(server):
+            while (job := server.claim("me", 15, max_running=3)) is not None:
+                claimed.append(job.id)
+            server._db.close()
+
+        threads = [threading.Thread(target=work, args=(server,)) for server in servers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(claimed) == 3
+
+    def test_looks_at_no_job_twice(self, store, database):
+        """The plan of the query has searches in an index only: a scan would read every job."""
+        store.create(order())
+        if database.postgres:
+            pytest.skip("its planner scans a table of one row, rightly")
+        seen = []
+
+        def note(_connection, _cursor, statement, parameters, _context, _many):
+            seen.append((statement, parameters))
+
+        sa.event.listen(database.engine, "before_cursor_execute", note)
+        store.claim("me", 15)
+        sa.event.remove(database.engine, "before_cursor_execute", note)
+        selects = [one for one in seen if re.match("SELECT|WITH", one[0])]
+        assert len(selects) >= 4
+        with database.engine.connect() as connection:
+            for statement, parameters in selects:
+                rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+                steps = [row[-1] for row in rows]
+                assert not any(step.startswith("SCAN jobs") for step in steps), steps
 
     def test_deadline_that_passed_expires_the_job(self, store, clock):
         job, _ = store.create(order(deadline=clock.now + 10))

@@ -56,6 +56,28 @@ class TestCreate:
             keys.create(tenant)
 
 
+class TestCheckPriority:
+    def test_a_key_orders_up_to_its_own(self, keys):
+        _, text = keys.create("ann", max_priority=5)
+        caller = keys.verify(text)
+        caller.check_priority(5)
+        with pytest.raises(Forbidden, match="at most 5; got 6"):
+            caller.check_priority(6)
+
+    def test_zero_unless_it_is_said(self, keys):
+        _, text = keys.create("ann")
+        with pytest.raises(Forbidden, match="at most 0"):
+            keys.verify(text).check_priority(1)
+
+    def test_outlives_a_rotation(self, keys):
+        key, _ = keys.create("ann", max_priority=7)
+        assert keys.rotate(key.id)[0].max_priority == 7
+
+    def test_must_be_a_priority(self, keys):
+        with pytest.raises(InvalidInput, match="from -100 to 100"):
+            keys.create("ann", max_priority=101)
+
+
 class TestVerify:
     @pytest.mark.parametrize(
         "change",

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import http.server
 import json
 import shutil
+import socket
 import threading
+import time
 
 import pytest
 from standardwebhooks import Webhook
@@ -13,37 +17,9 @@ from bitquota.service.database import Database, deliveries
 from bitquota.service.job import NewJob
 from bitquota.service.jobs import JobStore
 from bitquota.service.settings import Settings
-from bitquota.service.webhooks import Webhooks, check_url, public_address
+from bitquota.service.webhooks import Webhooks
 
 NOW = 1_800_000_000.0
-
-
-class TestCheckUrl:
-    @pytest.mark.parametrize(
-        "url",
-        ["http://example.org/", "ftp://example.org/", "https://", "example.org", "https://u:p@e.org/",
-         "https://127.0.0.1/", "https://10.0.0.1/", "https://169.254.169.254/latest", "https://[::1]/",
-         "https://[::ffff:127.0.0.1]/", "https://[fe80::1]/", "https://0.0.0.0/", "https://224.0.0.1/",
-         "https://[64:ff9b::7f00:1]/", "https://[2002:7f00:1::]/", "https://100.64.0.1/"],
-    )  # fmt: skip
-    def test_refused(self, url):
-        with pytest.raises(InvalidInput, match="webhook"):
-            check_url(url, allow_private=False)
-
-    @pytest.mark.parametrize("url", ["https://example.org/x?y=1", "https://93.184.215.14:8443/"])
-    def test_taken(self, url):
-        check_url(url, allow_private=False)
-
-
-class TestPublicAddress:
-    @pytest.mark.parametrize("host", ["localhost", "127.1", "2130706433", "0x7f000001"])
-    def test_every_way_to_write_this_machine(self, host):
-        with pytest.raises(InvalidInput, match="public address|must be found"):
-            public_address(host, 443, allow_private=False)
-
-    def test_unknown_name(self):
-        with pytest.raises(InvalidInput, match="must be found"):
-            public_address("no-such-host.invalid", 443, allow_private=False)
 
 
 @pytest.fixture
@@ -81,34 +57,78 @@ def database(tmp_path, migrated):
     opened.close()
 
 
+class Stalling:
+    """A receiver that says something again and again, and never enough; it counts who came."""
+
+    def __init__(self, said: bytes, pause_s: float) -> None:
+        self._said, self._pause_s = said, pause_s
+        self._over = threading.Event()
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.server_port = self._listening.getsockname()[1]
+        self.came = 0
+        self._thread = threading.Thread(target=self._accept)
+        self._threads = []
+
+    def _accept(self):
+        while not self._over.is_set():
+            connection, _ = self._listening.accept()
+            self.came += 1
+            self._threads.append(threading.Thread(target=self._answer, args=(connection,)))
+            self._threads[-1].start()
+
+    def _answer(self, connection):
+        with connection, contextlib.suppress(OSError):
+            connection.recv(4096)
+            connection.sendall(b"HTTP/1.1 200 OK\r\n")
+            while not self._over.wait(self._pause_s):
+                connection.sendall(self._said)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        socket.create_connection(("127.0.0.1", self.server_port)).close()
+        for thread in (self._thread, *self._threads):
+            thread.join()
+        self._listening.close()
+
+
 class World:
     """A tenant with a secret and a job that has ended."""
 
-    def __init__(self, database, receiver):
+    def __init__(self, database, receiver, **settings):
         self.now = NOW
         self.database = database
-        settings = Settings(webhook_allow_private=True, webhook_attempts=3, webhook_retry_s=5)
-        self.hooks = Webhooks(settings, database, lambda: self.now)
+        values = {"webhook_allow_private": True, "webhook_attempts": 3, "webhook_retry_s": 5}
+        self.hooks = Webhooks(Settings(**values | settings), database, lambda: self.now)
         self.secret = self.hooks.new_secret("ann")
+        self.hooks.new_secret("bob")
         self.jobs = JobStore(database, lambda: self.now)
         self.url = f"http://127.0.0.1:{receiver.server_port}/hook"
 
-    def end_a_job(self):
-        new = NewJob(tenant="ann", kind="plan", request={}, labels={}, webhook=self.url)
+    def end_a_job(self, tenant="ann", url=None):
+        new = NewJob(tenant=tenant, kind="plan", request={}, labels={}, webhook=url or self.url)
         job, _ = self.jobs.create(new)
-        self.jobs.cancel("ann", job.id)
+        self.jobs.cancel(tenant, job.id)
         return job
 
     def deliver_due(self):
         count = 0
         while (row := self.hooks.claim()) is not None:
-            self.hooks.deliver(row)
+            asyncio.run(self.hooks.deliver(row))
             count += 1
         return count
 
     def row(self):
         with self.database.engine.connect() as connection:
             return connection.execute(deliveries.select()).one()
+
+    def rows(self, tenant):
+        with self.database.engine.connect() as connection:
+            query = deliveries.select().where(deliveries.c.tenant == tenant)
+            return connection.execute(query).all()
 
 
 @pytest.fixture
@@ -161,7 +181,7 @@ class TestDeliver:
         world.end_a_job()
         assert world.hooks.claim() is not None
         assert world.hooks.claim() is None
-        world.now += 60
+        world.now += 75
         assert world.hooks.claim() is not None
 
     def test_private_address_is_refused_at_delivery_too(self, database, receiver):
@@ -169,9 +189,96 @@ class TestDeliver:
         world = World(database, receiver)
         world.end_a_job()
         strict = Webhooks(Settings(), database, lambda: NOW)
-        strict.deliver(strict.claim())
+        asyncio.run(strict.deliver(strict.claim()))
         assert receiver.got == []
         assert "public address" in world.row().error
+
+
+class TestDeadline:
+    @pytest.mark.parametrize("said", [b"", b"x-more: y\r\n"], ids=["silent", "dripping"])
+    def test_is_for_all_of_a_delivery(self, database, said):
+        """However often the receiver says a little."""
+        with Stalling(said, 0.05) as receiver:
+            world = World(database, receiver, webhook_deadline_s=0.5)
+            world.end_a_job()
+            assert world.deliver_due() == 1
+        assert world.row().error == "did not answer within 0.5 s"
+
+    def test_headers_without_end_are_cut_off(self, database):
+        with Stalling(b"x: " + b"y" * 2**16 + b"\r\n", 0.001) as receiver:
+            world = World(database, receiver, webhook_deadline_s=60)
+            world.end_a_job()
+            assert world.deliver_due() == 1
+        assert "ProtocolError" in world.row().error
+
+    def test_covers_the_search_for_the_name(self, database, receiver, monkeypatch):
+        """A name server that does not answer cannot be had here; the search waits instead."""
+        answered = threading.Event()
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answered.wait() and [])
+        world = World(database, receiver, webhook_deadline_s=0.1)
+        world.end_a_job(url="https://example.org/")
+        thread = threading.Thread(target=world.deliver_due)
+        thread.start()
+        wait_for(lambda: world.row().error == "did not answer within 0.1 s")
+        assert thread.is_alive()  # it counts as under way until the search has ended
+        answered.set()
+        thread.join()
+
+
+class TestTurns:
+    def test_of_tenants_with_the_fewest_under_way(self, world):
+        for tenant in ("ann", "ann", "ann", "bob", "bob"):
+            world.end_a_job(tenant)
+            world.now += 1
+        assert [row["tenant"] for row in claim_all(world.hooks)] == [
+            "ann", "bob", "ann", "bob", "ann",
+        ]  # fmt: skip
+
+    def test_one_tenant_has_only_so_many(self, database, receiver):
+        world = World(database, receiver, webhook_in_flight=2)
+        for _ in range(5):
+            world.end_a_job("ann")
+        world.end_a_job("bob")
+        under_way = claim_all(world.hooks)
+        assert sorted(row["tenant"] for row in under_way) == ["ann", "ann", "bob"]
+
+    def test_one_host_has_only_so_many(self, database, receiver):
+        world = World(database, receiver, webhook_in_flight=1)
+        for tenant in ("ann", "bob", "eve"):
+            world.end_a_job(tenant, "https://slow.example/")
+        world.end_a_job("eve", "https://other.example/")
+        hosts = sorted(row["host"] for row in claim_all(world.hooks))
+        assert hosts == ["other.example", "slow.example", "slow.example"]
+
+    def test_who_never_answers_delays_nobody_else(self, database, receiver):
+        """The other tenant's arrives although none of the first one's has ended."""
+        with Stalling(b"x: y\r\n", 0.05) as stalling:
+            world = World(database, receiver, webhook_deadline_s=600)
+            for _ in range(50):
+                world.end_a_job("ann", f"http://127.0.0.1:{stalling.server_port}/")
+            # At the same address only the port differs: the limit of a host is not reached.
+            world.hooks.start()
+            wait_for(lambda: stalling.came == 4)
+            world.end_a_job("bob")
+            wait_for(lambda: len(receiver.got) == 1)
+            assert stalling.came == 4
+            assert all(row.error is None for row in world.rows("ann"))
+        world.hooks.stop()
+
+
+def claim_all(hooks):
+    """Return all that may be under way at once."""
+    under_way = []
+    while (row := hooks.claim(under_way)) is not None:
+        under_way.append(row)
+    return under_way
+
+
+def wait_for(condition):
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 class TestCheck:
