@@ -19,6 +19,7 @@ from bitquota.service import job_routes, operations, pages, pages_data, problems
 from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.blobs import blob_store
 from bitquota.service.database import Database
+from bitquota.service.event_streams import EventStreams
 from bitquota.service.jobs import JobStore
 from bitquota.service.keys import KeyStore
 from bitquota.service.middleware import Envelope
@@ -64,6 +65,7 @@ def create_app(settings: Settings | None = None, *, tracing: Tracing | None = No
         metrics=Metrics(),
         tracing=Tracing() if tracing is None else tracing,
         webhooks=Webhooks(chosen, database, time.time),
+        event_streams=EventStreams(chosen.max_event_streams),
         writers=anyio.CapacityLimiter(_ORDERS_AT_ONCE),
     )
 

@@ -167,6 +167,12 @@ async def stream_events(
 ) -> StreamingResponse:
     """Stream what happens to a job from its beginning, or after `Last-Event-ID`, to its end."""
     await run_in_threadpool(service.jobs.get, caller.tenant, job_id)
+    service.event_streams.check(caller)
+
+    async def counted() -> AsyncIterator[str]:
+        with service.event_streams.one_more(caller):
+            async for text in stream():
+                yield text
 
     async def stream() -> AsyncIterator[str]:
         last, spoken = last_event_id, time.monotonic()
@@ -193,7 +199,7 @@ async def stream_events(
                 await anyio.sleep(look_s)
                 look_s = min(_LOOK_GROWS * look_s, _LONGEST_LOOK_S)
 
-    return StreamingResponse(stream(), media_type="text/event-stream")
+    return StreamingResponse(counted(), media_type="text/event-stream")
 
 
 @router.get(

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from bitquota.errors import InvalidInput, MissingDependency
@@ -45,6 +46,7 @@ def serve(
         import uvicorn
 
         from bitquota.service.app import create_app
+        from bitquota.service.connections import Connection, Connections
         from bitquota.service.logs import configure
     except ImportError as err:
         msg = f"the server needs {err.name}; install it with: pip install 'bitquota[service]'"
@@ -72,6 +74,8 @@ def serve(
         timeout_graceful_shutdown=5,
         server_header=False,
         timeout_keep_alive=75,
+        http=partial(Connection, Connections(chosen)),  # type: ignore[arg-type]  # called like a class
+        ws="none",
     )
     shown = f"[{chosen.host}]" if ":" in chosen.host else chosen.host
     print(f"bitquota serves http://{shown}:{port} (data in {chosen.data_dir})", flush=True)  # noqa: T201

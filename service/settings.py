@@ -134,6 +134,23 @@ class Settings:
     collect_every_s: float = _setting(
         3600.0, "Seconds between two removals of what is no longer needed.", below=1
     )
+    header_timeout_s: float = _setting(
+        10.0, "Seconds within which the head of a request must have arrived.", below=0.1
+    )
+    min_body_rate: float = _setting(
+        1024.0, "Bytes a second at which a body must arrive, over each 30 s.", below=0
+    )
+    max_connections: int = _setting(
+        8192, "Connections at the same time, fewer where the system grants fewer files.", below=1
+    )
+    max_connections_per_address: int = _setting(
+        512,
+        "Of these, from one address (from one /64 of IPv6); 0, as behind a proxy, sets no limit.",
+        below=0,
+    )
+    max_event_streams: int = _setting(
+        64, "Event streams that one key may have open on one server.", below=1
+    )
     max_upload_bytes: int = _setting(8 * 2**30, "Largest model or dataset.", below=1)
     max_body_bytes: int = _setting(4 * 2**20, "Largest JSON body.", below=1)
     max_unpacked_ratio: int = _setting(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bitquota.service.artifacts import ArtifactStore
     from bitquota.service.blobs import BlobStore
     from bitquota.service.database import Database
+    from bitquota.service.event_streams import EventStreams
     from bitquota.service.jobs import JobStore
     from bitquota.service.keys import KeyStore
     from bitquota.service.operations import Metrics
@@ -62,6 +63,7 @@ class State:
     metrics: Metrics
     tracing: Tracing
     webhooks: Webhooks
+    event_streams: EventStreams
     writers: anyio.CapacityLimiter
     """Orders at the same time; without it a flood of orders that wait for the database would
     take every thread, and polls would wait behind them."""
