@@ -21,8 +21,8 @@ class TestEventStreams:
             streams = [
                 opened.enter_context(http.stream("GET", f"/v1/jobs/{job}/events")) for _ in range(2)
             ]
-            for stream in streams:
-                next(stream.iter_lines())
+            lines = [stream.iter_lines() for stream in streams]  # one that is dropped closes it
+            assert [next(one) for one in lines] == ["id: 1", "id: 1"]
             refused = http.get(f"/v1/jobs/{job}/events")
             assert refused.status_code == 429
             assert "at most 2 event streams" in refused.json()["detail"]
