@@ -16,8 +16,8 @@ from bitquota.errors import BitquotaError
 from bitquota.service.blobs import storage_of
 from bitquota.service.database import Database
 from bitquota.service.engines import ENGINES
-from bitquota.service.limits import group_of
-from bitquota.service.sandbox import bubblewrap, kernel_folders, memory_limit
+from bitquota.service.limits import group_of, limits_of
+from bitquota.service.sandbox import bubblewrap, kernel_folders
 from bitquota.service.telemetry import described
 
 if TYPE_CHECKING:
@@ -142,13 +142,14 @@ def _engine(settings: Settings) -> Finding:
 
 
 def _limits(settings: Settings) -> Finding:
-    detail = f"{memory_limit(settings):,} B of private memory for each process"
+    limits = limits_of(settings)
+    detail = f"{limits.memory_bytes:,} B of memory and {limits.processes:,} processes for each job"
     try:
         group = group_of(settings)
     except BitquotaError as error:
         return Finding(what="limits", good=False, detail=error.message)
     if group is None:
         return Finding(what="limits", good=True, detail=f"{detail}; no control group")
-    held = ", ".join(group.limits)
+    held = ", ".join(group.holds)
     group.remove()
     return Finding(what="limits", good=True, detail=f"{detail}; control group holds {held}")

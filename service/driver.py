@@ -23,6 +23,7 @@ from bitquota.canonical import canonical_json
 from bitquota.errors import (
     BitquotaError,
     Cancelled,
+    LimitExceeded,
     MeasurementFailed,
     ServiceError,
     ServiceTimeout,
@@ -213,7 +214,7 @@ class Driver:
                 if worker is not self._evaluator:
                     self._handle_helper(worker, message)
                 elif message is None or isinstance(message, BaseException):
-                    return self._died(cancel)
+                    return self._died(cancel, message)
                 else:
                     ended = self._handle(*message)
             now = time.monotonic()
@@ -333,9 +334,13 @@ class Driver:
             error = self._cancel_with
         return self._end(lambda: self._store.fail(job.id, job.epoch, error))
 
-    def _died(self, cancel: BitquotaError | None) -> int:
+    def _died(self, cancel: BitquotaError | None, why: BaseException | None = None) -> int:
         job = self._job
         self._engine.close()
+        if isinstance(why, LimitExceeded):
+            verdict = why
+            _log.warning("limit exceeded", job=job.id, **verdict.details)
+            return self._end(lambda: self._store.fail(job.id, job.epoch, verdict))
         if isinstance(cancel, Cancelled | ServiceTimeout):
             return self._end(lambda: self._store.fail(job.id, job.epoch, cancel))
         if self._stopping.is_set():

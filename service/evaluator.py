@@ -119,16 +119,15 @@ class HelpedRemoteLedger(RemoteLedger):
 def main() -> None:
     """Import everything heavy and serve forks to the driver.
 
-    Arguments: bytes of private memory, bytes of one file, number of the control socket; or
-    ``--warm-up``, which compiles the solver's kernels into ``NUMBA_CACHE_DIR`` and ends.
+    Arguments: bytes of private memory, bytes of one file, number of processes (0: not limited),
+    number of the control socket; or ``--warm-up``, which compiles the solver's kernels into
+    ``NUMBA_CACHE_DIR`` and ends.
     """
     if sys.argv[1:] == ["--warm-up"]:
         warm_up()
         return
     die_with_parent(int(os.environ.get("BITQUOTA_PARENT_PID", "0")))
-    limit_resources(int(sys.argv[1]), int(sys.argv[2]))
-    # A model or a library that prints must not speak into the protocol.
-    os.dup2(2, 1)
+    limit_resources(*map(int, sys.argv[1:4]))
 
     import torch
 
@@ -142,7 +141,7 @@ def main() -> None:
         die_with_parent(parent)
         answer(order, Channel(source, sink), loaded)
 
-    with socket.socket(fileno=int(sys.argv[3])) as control:
+    with socket.socket(fileno=int(sys.argv[4])) as control:
         serve(control, work)
 
 

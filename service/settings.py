@@ -72,7 +72,21 @@ class Settings:
         text="Take `.pt2` uploads from others although there is no sandbox to run them in.",
     )
     max_memory_bytes: int = _setting(
-        0, "Private memory of one evaluator; 0 shares 80 % of the machine's among slots.", below=0
+        0,
+        "Memory of one job, all its processes together; 0 shares 80 % of the machine among slots.",
+        below=0,
+    )
+    max_processes: int = _setting(1024, "Processes and threads of one job.", below=16)
+    max_tmp_bytes: int = _setting(
+        2**30,
+        "Bytes in `/tmp` and `/dev/shm` of one job's sandbox, each; part of its memory.",
+        below=2**20,
+    )
+    max_scratch_bytes: int = _setting(
+        32 * 2**30, "Bytes on disk that one job may write to its work folder.", below=2**20
+    )
+    max_scratch_files: int = _setting(
+        100_000, "Files and folders in the work folder of one job.", below=1000
     )
     cgroup: str = _setting(
         "", "Folder of a delegated control group (v2); each job gets one below, with limits."

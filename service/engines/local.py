@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -20,23 +19,38 @@ from typing import TYPE_CHECKING, ClassVar
 from bitquota.errors import UnsafeModel
 from bitquota.service import wire
 from bitquota.service.engines.engine import Inbox, Order, furnish
-from bitquota.service.limits import Group, group_of
+from bitquota.service.limits import Group, group_of, limits_of
+from bitquota.service.output import log_output
 from bitquota.service.processes import OWNER_FILE, owner_name
-from bitquota.service.sandbox import Cell, command, memory_limit, sandbox_of
+from bitquota.service.sandbox import Cell, counts_processes, launch, sandbox_of
+from bitquota.service.watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from bitquota.canonical import JsonObject
+    from bitquota.errors import LimitExceeded
     from bitquota.service.settings import Settings
+
+EVALUATOR = ("-m", "bitquota.service.evaluator")
+"""What Python runs in the sandbox."""
 
 
 class LocalWorker:
-    """One forked evaluator at the other end of a socket, and the thread that reads it."""
+    """One forked evaluator at the other end of a socket, and the thread that reads it.
+
+    Args:
+        stream: Our end.
+        inbox: Where its messages go.
+        verdict: Tells, once it is gone, which limit its job was ended for, if it was.
+    """
 
     place = "local"
 
-    def __init__(self, stream: socket.socket, inbox: Inbox) -> None:
+    def __init__(
+        self, stream: socket.socket, inbox: Inbox, verdict: Callable[[], LimitExceeded | None]
+    ) -> None:
+        self._verdict = verdict
         self._socket = stream
         self._source = stream.makefile("rb")
         self._sink = stream.makefile("wb")
@@ -51,9 +65,9 @@ class LocalWorker:
             while (message := wire.receive(self._source)) is not None:
                 self._inbox.put((self, message))
         except BaseException as err:  # noqa: BLE001  # handed to the thread that waits
-            self._inbox.put((self, err))
+            self._inbox.put((self, self._verdict() or err))
         else:
-            self._inbox.put((self, None))
+            self._inbox.put((self, self._verdict()))
         finally:
             with contextlib.suppress(OSError):
                 self._sink.close()
@@ -90,32 +104,44 @@ class ForkServer:
         program = sandbox_of(settings)
         self.sandboxed = program is not None
         self._group: Group | None = group_of(settings)
-        limits = [str(memory_limit(settings)), str(settings.max_upload_bytes)]
+        limits = limits_of(settings)
+        processes = limits.processes if self.sandboxed and counts_processes() else 0
         ours, theirs = socket.socketpair()
         with theirs:
-            line, environment = command(
-                program,
-                self.cell,
-                settings.data_dir,
-                ["-m", "bitquota.service.evaluator", *limits, str(theirs.fileno())],
-            )
-            if self._group is not None:
-                line = self._group.enter(line)
+            numbers = (limits.memory_bytes, limits.file_bytes, processes, theirs.fileno())
             self._control = ours
-            self.process = subprocess.Popen(  # noqa: S603  # our own module
-                line,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env=environment,
-                cwd=self.cell.work,
+            self.process = launch(
+                program,
+                self.cell.view(settings.data_dir, limits.tmp_bytes),
+                [*EVALUATOR, *map(str, numbers)],
+                enter=() if self._group is None else self._group.enter,
                 pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
+        log_output(self.process)
+        self._watch = Watch(
+            self.process.pid,
+            self.cell.work,
+            limits,
+            sandboxed=self.sandboxed,
+            verdict=self._group_verdict,
+        )
+        self._watch.start()
+
+    def _group_verdict(self) -> LimitExceeded | None:
+        return None if self._group is None else self._group.verdict()
+
+    def verdict(self) -> LimitExceeded | None:
+        """Return which limit the job was ended for, if it was."""
+        return self._watch.verdict or self._group_verdict()
 
     def fork(self, inbox: Inbox) -> LocalWorker:
         """Return a worker that waits for its order."""
         ours, theirs = socket.socketpair()
         with theirs:
-            worker = LocalWorker(ours, inbox)
+            worker = LocalWorker(ours, inbox, self.verdict)
             try:
                 socket.send_fds(self._control, [b"w"], [theirs.fileno()])
             except OSError:  # it has died; the worker's silence says so
@@ -124,12 +150,13 @@ class ForkServer:
 
     def close(self) -> None:
         """Kill it and all that it forked, and remove the cell."""
+        self._watch.stop()
         self._control.close()
-        self.process.kill()
+        self._watch.end()
         self.process.wait()
         if self._group is not None:
             self._group.remove()
-        shutil.rmtree(self.cell.scratch, ignore_errors=True)
+        self.cell.remove()
 
 
 class LocalEngine:

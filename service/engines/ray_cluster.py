@@ -51,8 +51,14 @@ class Host:
         given = Settings.from_environment(settings)
         self._folder = node_folder(given)
         remove_abandoned(self._folder / "scratch")
-        # Slots and workers stay as they are: all of them may be on this node, and share its memory.
-        self._settings = replace(given, data_dir=self._folder, engine="local")
+        # Actors of all slots and workers may be on this node, and share its memory.
+        self._settings = replace(
+            given,
+            data_dir=self._folder,
+            engine="local",
+            slots=max(1, given.slots) * given.workers,
+            workers=1,
+        )
         os.nice(given.nice)
         self._inbox: Inbox = queue.SimpleQueue()
         self._engine: Any = None
@@ -232,7 +238,8 @@ class RayEngine:
         passed = {
             f"BITQUOTA_{name}": known[f"BITQUOTA_{name}"]
             for name in (
-                "SANDBOX", "MAX_MEMORY_BYTES", "MAX_UPLOAD_BYTES", "THREADS", "NICE",
+                "SANDBOX", "MAX_MEMORY_BYTES", "MAX_PROCESSES", "MAX_TMP_BYTES",
+                "MAX_SCRATCH_BYTES", "MAX_SCRATCH_FILES", "MAX_UPLOAD_BYTES", "THREADS", "NICE",
                 "ALLOW_UNSANDBOXED_PT2", "RAY_SCRATCH", "SLOTS", "WORKERS",
                 "BLOB_CACHE_BYTES",
             )

@@ -13,6 +13,7 @@ BitquotaError
 ├── Infeasible(ValueError)            exit 5, HTTP 422
 │   └── BudgetTooSmall                no plan fits the budget
 ├── MeasurementFailed(RuntimeError)   exit 1, HTTP 500
+│   └── LimitExceeded                 a job used more memory, disk or processes than it may
 ├── SolverFailed(RuntimeError)        exit 1, HTTP 500
 ├── ExportFailed(RuntimeError)        exit 1, HTTP 500
 ├── MissingDependency(ImportError)    exit 2, HTTP 501
@@ -137,6 +138,12 @@ class MeasurementFailed(BitquotaError, RuntimeError):
     """A forward pass failed or gave a value that is not finite."""
 
     slug = "measurement-failed"
+
+
+class LimitExceeded(MeasurementFailed):
+    """A job used more memory, disk, processes or time than it may and was ended."""
+
+    slug = "limit-exceeded"
 
 
 class SolverFailed(BitquotaError, RuntimeError):
