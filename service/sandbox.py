@@ -247,12 +247,12 @@ def _options(program: str, view: View, filters: Sequence[int]) -> list[str]:
         line += ["--ro-bind", place, place]
     for place in map(str, (view.work, *view.write)):
         line += ["--bind", place, place]
-    for number, folder in enumerate(kernel_folders()):
+    for number, kernels in enumerate(kernel_folders()):
         # numba uses compiled kernels only from a folder that it may write to. What is written
         # there is thrown away with the folder: a kernel is code, and nobody else may run it.
         own = view.work / f"kernels-{number}"
-        shutil.copytree(folder, own, dirs_exist_ok=True)
-        line += ["--bind", str(own), str(folder)]
+        shutil.copytree(kernels, own, dirs_exist_ok=True)
+        line += ["--bind", str(own), str(kernels)]
     # These lie in memory, too, and nothing has to be written there.
     for place in (*map(str, hidden), "/dev", "/"):
         line += ["--remount-ro", place]
