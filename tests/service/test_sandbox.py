@@ -192,7 +192,7 @@ def offered():
 
 
 def namespaces():
-    return {n: os.readlink(f"/proc/self/ns/{n}") for n in escape_attempts.NAMESPACES}
+    return {n: str(Path(f"/proc/self/ns/{n}").readlink()) for n in escape_attempts.NAMESPACES}
 
 
 def aims(cell, offered):
