@@ -105,10 +105,11 @@ class ForkServer:
         self.sandboxed = program is not None
         self._group: Group | None = group_of(settings)
         limits = limits_of(settings)
-        processes = limits.processes if self.sandboxed and counts_processes() else 0
+        # More than the limit: at the limit itself forks would fail, and nobody would tell why.
+        most = limits.processes * 5 // 4 if self.sandboxed and counts_processes() else 0
         ours, theirs = socket.socketpair()
         with theirs:
-            numbers = (limits.memory_bytes, limits.file_bytes, processes, theirs.fileno())
+            numbers = (limits.memory_bytes, limits.file_bytes, most, theirs.fileno())
             self._control = ours
             self.process = launch(
                 program,
