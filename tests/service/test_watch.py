@@ -9,7 +9,7 @@ import pytest
 
 from bitquota.errors import LimitExceeded
 from bitquota.service.limits import Limits, Resource, exceeded
-from bitquota.service.sandbox import View, bubblewrap, launch
+from bitquota.service.sandbox import TMP_FOLDERS, View, bubblewrap, launch
 from bitquota.service.watch import Watch, descendants
 
 pytestmark = pytest.mark.skipif(
@@ -55,6 +55,7 @@ with open({path!r}, 'wb') as file:
         pass
     time.sleep(600)
 """
+FILL_TMP = FILL.format(path=TMP_FOLDERS[0] + "/x")
 FILL_REMOVED = """
 import os, time
 file = open('kept', 'wb')
@@ -88,6 +89,9 @@ for k in range(400):
 os.chmod('locked', 0)
 time.sleep(600)
 """
+
+
+IDS = ["forks", "threads", "memory", "tmp", "shm", "disk", "removed", "mapped", "files", "locked"]
 
 
 class Started:
@@ -129,15 +133,15 @@ class TestWatch:
             (FORKS, Resource.PROCESSES),
             (THREADS, Resource.PROCESSES),
             (MANY_SMALL_EATERS, Resource.MEMORY),
-            (FILL.format(path="/tmp/x"), Resource.TMP),
-            (FILL.format(path="/dev/shm/x"), Resource.TMP),
+            (FILL_TMP, Resource.TMP),
+            (FILL.format(path=TMP_FOLDERS[1] + "/x"), Resource.TMP),
             (FILL.format(path="x"), Resource.DISK),
             (FILL_REMOVED, Resource.DISK),
             (MAP_REMOVED, Resource.DISK),
             (MANY_FILES, Resource.FILES),
             (HIDDEN_FILES, Resource.FILES),
         ],
-        ids="forks threads memory tmp shm disk removed mapped files locked".split(),
+        ids=IDS,
     )
     def test_job_over_a_limit_is_ended_and_others_are_not(self, start, program, resource):
         other = start("other", IN_PEACE)
@@ -155,7 +159,7 @@ class TestWatch:
 
     def test_files_in_memory_are_part_of_the_memory(self, start):
         small = replace(LIMITS, memory_bytes=2**26, tmp_bytes=2**30)
-        program = "kept = bytearray(2**25)\n" + FILL.format(path="/tmp/x")
+        program = "kept = bytearray(2**25)\n" + FILL_TMP
         job = start("job", program, small)
         job.process.communicate(timeout=120)
         assert job.watch.verdict.details["resource"] == Resource.MEMORY.value
