@@ -6,6 +6,7 @@ import os
 import queue
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from bitquota.request import PlanRequest
 from bitquota.service.crew import Crew
 from bitquota.service.engines import ENGINES, Order, Parcel, engine_of
 from bitquota.service.engines.local import LocalEngine
-from bitquota.service.limits import Group, group_of
+from bitquota.service.limits import Group, group_of, limits_of
 from bitquota.service.settings import Settings
 from live_cluster import descendants
 from live_server import LiveServer, started
@@ -320,12 +321,16 @@ class TestGroup:
         """With the controller that this machine lends; version 1 has files of the same names."""
         import subprocess
 
-        group = Group(PIDS, 2**30)
+        group = Group(PIDS, replace(limits_of(Settings()), processes=8))
         try:
-            assert "pids.max" in group.limits
-            line = group.enter(["sh", "-c", "sh -c 'cat /proc/self/cgroup'"])
+            assert "pids.max" in group.holds
+            line = [*group.enter, "sh", "-c", "sh -c 'cat /proc/self/cgroup'"]
             told = subprocess.run(line, capture_output=True, text=True, check=True).stdout
             assert group.path.name in told
+            assert group.verdict() is None
+            many = "for k in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 0.5 & done; wait"
+            subprocess.run([*group.enter, "sh", "-c", many], check=False, capture_output=True)
+            assert group.verdict().details["resource"] == "processes"
         finally:
             group.remove()
         assert not group.path.exists()
