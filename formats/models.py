@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bitquota.errors import BitquotaError, InvalidInput, InvalidModel, StalePlan, UnsafeModel
 from bitquota.formats.pt2_vetting import vet_pt2
-from bitquota.formats.sources import MODEL_WAYS, ModelSource, model_source
+from bitquota.formats.sources import ModelSource, model_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -201,28 +201,12 @@ def _from_factory(spec: str) -> LoadedModel:
 def _from_pt2(path: Path) -> LoadedModel:
     from bitquota.formats.pt2_model import build_pt2
 
-    _refuse_torchscript(path)
     built = build_pt2(vet_pt2(path))
     halves = [name for name in built.parameter_formats.values() if name in ("float16", "bfloat16")]
     bits = 16 if 2 * len(halves) > len(built.parameter_formats) else 32
     return finish(
         built.module, source=str(path), architecture="exported graph", weight_format_bits=bits
     )
-
-
-def _refuse_torchscript(path: Path) -> None:
-    import zipfile
-
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    if any(name.endswith(("/constants.pkl", "/data.pkl")) for name in names):
-        msg = (
-            f"'{path.name}' is TorchScript or a pickled checkpoint, which run code when they are "
-            f"read; hand in {MODEL_WAYS}"
-        )
-        raise UnsafeModel(msg, source=str(path))
 
 
 def _most_common_bits(module: nn.Module) -> int:

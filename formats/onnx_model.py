@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from bitquota.candidates import LayerKind
-from bitquota.errors import InvalidModel, MeasurementFailed, MissingDependency, UnsafeModel
+from bitquota.errors import (
+    BitquotaError,
+    InvalidModel,
+    MeasurementFailed,
+    MissingDependency,
+    UnsafeModel,
+)
 from bitquota.formats.layer_calls import Conv1D
 from bitquota.formats.models import LoadedModel, finish
 from bitquota.formats.onnx_shifts import FLOATS, added_of, shift_of, statistics_of
@@ -103,7 +109,10 @@ def _session(model: Any) -> Any:  # noqa: ANN401  # onnx.ModelProto to Inference
         msg = f"an ONNX model must be below 2 GiB without its layers' weights; it is not: {err}"
         raise InvalidModel(msg) from err
     try:
-        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        # Its fallback would print to standard output and try the same again.
+        return ort.InferenceSession(
+            data, options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
     except Exception as err:  # onnxruntime raises its own kinds
         msg = f"ONNX Runtime must be able to run the model; it says: {first_line(err)}"
         raise InvalidModel(msg) from err
@@ -346,12 +355,25 @@ def load_onnx(path: Path) -> LoadedModel:
     """Load an ONNX file to be measured in ONNX Runtime.
 
     Raises:
-        InvalidModel: Unreadable, above opset 25, already quantized, without quantizable weights,
-            or ONNX Runtime cannot run it.
-        UnsafeModel: Operators of unknown domains.
+        InvalidModel: Unreadable or inconsistent, above opset 25, already quantized, without
+            quantizable weights, or ONNX Runtime cannot run it.
+        UnsafeModel: Operators of unknown domains, or data in other files of other folders.
         MissingDependency: onnx or onnxruntime is not installed.
     """
     import_onnxruntime()
+    try:
+        return _load(path)
+    except BitquotaError:
+        raise
+    except Exception as err:  # whatever the readers of a stranger's bytes raise
+        msg = (
+            f"the graph of an ONNX model must be consistent; reading '{path.name}' failed: "
+            f"{type(err).__name__}: {first_line(err):.300}"
+        )
+        raise InvalidModel(msg, source=str(path)) from err
+
+
+def _load(path: Path) -> LoadedModel:
     module = OnnxModule(path)
     halves = [d for _, _, d in module._weights if d is np.float16]  # noqa: SLF001  # our own
     return finish(
@@ -373,7 +395,6 @@ def read_onnx(path: Path) -> Any:  # noqa: ANN401  # onnx.ModelProto
     """
     try:
         import onnx
-        from google.protobuf.message import DecodeError
     except ImportError as err:
         msg = "an ONNX model needs onnx; install it with: pip install bitquota[onnx]"
         raise MissingDependency(msg) from err
@@ -382,9 +403,15 @@ def read_onnx(path: Path) -> Any:  # noqa: ANN401  # onnx.ModelProto
     except onnx.checker.ValidationError as err:
         msg = f"external data of '{path.name}' must lie in its own folder: {first_line(err)}"
         raise UnsafeModel(msg) from err
-    except (DecodeError, OSError, ValueError, RuntimeError) as err:
+    except Exception as err:  # protobuf and onnx raise kinds of their own
         msg = f"an ONNX model must be a whole file; '{path.name}' cannot be read: {first_line(err)}"
         raise InvalidModel(msg, source=str(path)) from err
+    if _names_a_file(model):
+        msg = (
+            f"all tensors of an ONNX model must be in the file or be initializers beside it; "
+            f"'{path.name}' names a file elsewhere in its graph: save it with its weights inside"
+        )
+        raise UnsafeModel(msg, source=str(path))
     opsets = {o.domain: o.version for o in model.opset_import}
     opset = opsets.get("", opsets.get("ai.onnx", 0))
     if not model.graph.node or not 1 <= opset <= MAX_OPSET:
@@ -399,6 +426,25 @@ def read_onnx(path: Path) -> Any:  # noqa: ANN401  # onnx.ModelProto
         msg = f"an ONNX model must use standard operators; '{path.name}' uses domain '{foreign[0]}'"
         raise UnsafeModel(msg, domains=foreign)
     return model
+
+
+def _names_a_file(message: Any) -> bool:  # noqa: ANN401  # a protobuf message
+    """Whether a tensor is still to be read from a file, or from an address of the process.
+
+    ``onnx.load`` has read those of initializers and attributes, under its checks; ONNX Runtime
+    would read the others, in function bodies or sparse tensors, with fewer.
+    """
+    if getattr(message, "data_location", 0) == 1:  # TensorProto.EXTERNAL
+        return True
+    for field in message.DESCRIPTOR.fields:
+        if field.message_type is not None and field.name != "metadata_props":
+            value = getattr(message, field.name)
+            if field.is_repeated:
+                if any(_names_a_file(member) for member in value):
+                    return True
+            elif message.HasField(field.name) and _names_a_file(value):
+                return True
+    return False
 
 
 def find_layers(model: Any) -> tuple[OnnxLayer, ...]:  # noqa: ANN401  # onnx.ModelProto

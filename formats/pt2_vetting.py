@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from bitquota.errors import BitquotaError, InvalidModel, UnsafeModel
 from bitquota.formats.pt2_operators import HIGHER_ORDER, vet_call
+from bitquota.formats.sources import MODEL_WAYS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -155,6 +156,12 @@ def _vet_directory(archive: zipfile.ZipFile, path: Path) -> tuple[str, dict[str,
     members: dict[str, int] = {}
     roots = set()
     total = 0
+    if any(name.endswith(("/constants.pkl", "/data.pkl")) for name in archive.namelist()):
+        msg = (
+            f"'{path.name}' is TorchScript or a pickled checkpoint, which run code when they are "
+            f"read; hand in {MODEL_WAYS}"
+        )
+        raise UnsafeModel(msg, source=str(path))
     for info in archive.infolist():
         root, _, inner = info.filename.partition("/")
         roots.add(root)
