@@ -28,7 +28,9 @@ from bitquota.service.quotas import AuditLog, Quotas
 from bitquota.service.sessions import Sessions
 from bitquota.service.settings import Settings
 from bitquota.service.state import State
+from bitquota.service.storage_errors import require_writable
 from bitquota.service.supervisor import Supervisor
+from bitquota.service.task_pool import TaskPool
 from bitquota.service.telemetry import TracedRequests, Tracing
 from bitquota.service.webhooks import Webhooks
 
@@ -46,7 +48,7 @@ def create_app(settings: Settings | None = None, *, tracing: Tracing | None = No
     ``tracing`` is what the standard ``OTEL_…`` variables say, when not given.
     """
     chosen = Settings.from_environment() if settings is None else settings
-    chosen.data_dir.mkdir(parents=True, exist_ok=True)
+    require_writable(chosen.data_dir)
     database = Database(chosen.url)
     database.create()
     jobs = JobStore(database, time.time)
@@ -66,6 +68,18 @@ def create_app(settings: Settings | None = None, *, tracing: Tracing | None = No
         tracing=Tracing() if tracing is None else tracing,
         webhooks=Webhooks(chosen, database, time.time),
         event_streams=EventStreams(chosen.max_event_streams),
+        readers=TaskPool(
+            chosen.readers,
+            memory_bytes=chosen.reader_memory_bytes,
+            time_limit_s=chosen.reader_limit_s,
+            nice=chosen.nice,
+        ),
+        solvers=TaskPool(
+            chosen.solvers,
+            memory_bytes=chosen.reader_memory_bytes,
+            time_limit_s=chosen.solver_limit_s,
+            nice=0,
+        ),
         writers=anyio.CapacityLimiter(_ORDERS_AT_ONCE),
     )
 
@@ -76,6 +90,8 @@ def create_app(settings: Settings | None = None, *, tracing: Tracing | None = No
         state.supervisor.start()
         state.webhooks.start()
         yield
+        state.readers.close()
+        state.solvers.close()
         await run_in_threadpool(state.webhooks.stop)
         await run_in_threadpool(state.supervisor.stop)
         await run_in_threadpool(state.tracing.close)
@@ -95,7 +111,10 @@ def create_app(settings: Settings | None = None, *, tracing: Tracing | None = No
     problems.install(app)
     app.add_middleware(TracedRequests, tracing=state.tracing)
     app.add_middleware(
-        Envelope, max_body_bytes=chosen.max_body_bytes, observe=state.metrics.observe
+        Envelope,
+        max_body_bytes=chosen.max_body_bytes,
+        streamed=frozenset({solving.PATH}),
+        observe=state.metrics.observe,
     )
     app.include_router(job_routes.router)  # first: polls are most of all requests
     app.include_router(uploads.router)

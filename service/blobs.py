@@ -7,11 +7,13 @@ import fcntl
 import hashlib
 import os
 import secrets
+import shutil
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from bitquota.errors import Conflict, NotFound, ServiceError, TooLarge
+from bitquota.errors import Conflict, NotFound, ServiceError, StorageFull, TooLarge
+from bitquota.service.storage_errors import FULL, storage_told
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +50,8 @@ class Incoming:
     def write(self, chunk: bytes | memoryview) -> None:
         """Append ``chunk``; raises ``TooLarge`` as ``expect`` does."""
         self.expect(len(chunk))
-        self._file.write(chunk)
+        with storage_told():
+            self._file.write(chunk)
         self._hash.update(chunk)
         self.size += len(chunk)
 
@@ -60,13 +63,20 @@ class Incoming:
     def flush(self) -> None:
         """Bring everything to the disk and close the file."""
         if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with storage_told():
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+
+    def close(self) -> None:
+        """Close the file, readable for others."""
+        with storage_told():
             self._file.close()
 
     def discard(self) -> None:
         """Remove what was written; does nothing once the file was kept."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk: what is left to write is not wanted
+            self._file.close()
         self.path.unlink(missing_ok=True)
 
 
@@ -87,7 +97,17 @@ class BlobStore:
     def incoming(self, limit: int) -> Incoming:
         """Return a new file to write to, of at most ``limit`` bytes."""
         path = self._incoming / secrets.token_hex(16)
-        return Incoming(path=path, limit=limit, _file=path.open("xb"))
+        with storage_told():
+            return Incoming(path=path, limit=limit, _file=path.open("xb"))
+
+    def check_room(self, size: int, spare: int) -> None:
+        """Raise ``StorageFull`` unless ``size`` bytes can come and leave ``spare`` free."""
+        if self.free() < size + spare:
+            raise StorageFull(FULL, bytes=size)
+
+    def free(self) -> int:
+        """Return the bytes that are free on the folder's disk."""
+        return shutil.disk_usage(self._incoming).free
 
     def resume(self, owner: str, name: str, offset: int, limit: int) -> Incoming:
         """Return ``owner``'s partial file ``name``, to go on after its first ``offset`` bytes.
@@ -98,7 +118,8 @@ class BlobStore:
         Cost: reads what is there once, for the digest.
         """
         path = self._partial(owner, name)
-        file = path.open("ab")
+        with storage_told():
+            file = path.open("ab")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as err:
@@ -156,14 +177,15 @@ class BlobStore:
             os.utime(target)
             path.unlink(missing_ok=True)
             return digest
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.chmod(0o440)
-        path.replace(target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with storage_told():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o440)
+            path.replace(target)
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
         return digest
 
     def put(self, data: bytes) -> str:

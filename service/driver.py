@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bitquota.canonical import canonical_json
+from bitquota.client.problems import TYPE_PREFIX
 from bitquota.errors import (
     BitquotaError,
     Cancelled,
@@ -47,7 +48,6 @@ from bitquota.service.keys import KeyStore
 from bitquota.service.kinds import kind_by_name
 from bitquota.service.kinds.plan_request import PlanRequestBody
 from bitquota.service.logs import configure, logger
-from bitquota.service.problems import TYPE_PREFIX
 from bitquota.service.received import Received
 from bitquota.service.settings import Settings
 from bitquota.service.telemetry import Tracing

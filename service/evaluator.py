@@ -199,7 +199,7 @@ def warm_up() -> None:
 
 
 def _failed(error: BitquotaError) -> JsonObject:
-    from bitquota.service.problems import problem_json
+    from bitquota.service.problem_json import problem_json
 
     return {"type": "error", "problem": problem_json(error)}
 

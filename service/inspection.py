@@ -6,18 +6,12 @@ is allowed. Reading it for real happens in the evaluator.
 
 from __future__ import annotations
 
-import io
-import json
 import math
 import struct
-import tokenize
 import zipfile
-import zlib
 from enum import StrEnum
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
-
-import numpy as np
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 from bitquota.errors import (
     InvalidCalibration,
@@ -30,17 +24,21 @@ from bitquota.errors import (
 )
 from bitquota.formats.pt2_vetting import vet_pt2
 from bitquota.plan import Plan
+from bitquota.service.archives import check_arrays, check_npz, check_zip
+from bitquota.service.json_limits import DOCUMENT, check_json, parse_json
+from bitquota.service.onnx_fields import check_onnx
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
+
+    from bitquota.canonical import JsonObject
 
 SAFE_WAYS = (
     "export it with torch.export.save (.pt2) or to ONNX, or upload a zip of config.json and "
     "safetensors files"
 )
 MAX_PLAN_BYTES = 64 * 2**20
-_MAX_MEMBERS = 100_000
-_MAX_HEADER_BYTES = 100 * 2**20
+_MAX_HEADER_BYTES = DOCUMENT.size
 _PICKLE_STARTS = tuple(bytes([0x80, protocol]) for protocol in range(1, 6))
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _DTYPE_BITS = {
@@ -48,13 +46,6 @@ _DTYPE_BITS = {
     "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64,
     "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
-
-
-# numpy reads a header with Python's own parser, which has errors of its own.
-_UNREADABLE = (
-    ValueError, KeyError, TypeError, OSError, EOFError, SyntaxError, tokenize.TokenError,
-    RecursionError, MemoryError, zipfile.BadZipFile, zlib.error, NotImplementedError,
-)  # fmt: skip
 
 
 class ArtifactKind(StrEnum):
@@ -89,6 +80,21 @@ class DatasetFormat(StrEnum):
     SAFETENSORS = "safetensors"
 
 
+def inspect_task(order: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
+    """Return the format of the upload at ``path`` that is to be of ``kind``, or raise."""
+    path = Path(order["path"])
+    limits = {"max_ratio": order["max_ratio"], "max_bytes": order["max_bytes"]}
+    kind = ArtifactKind(order["kind"])
+    inspect: dict[ArtifactKind, Callable[[], Any]] = {
+        ArtifactKind.MODEL: lambda: inspect_model(path, max_ratio=order["max_ratio"]),
+        ArtifactKind.DATASET: lambda: inspect_dataset(path, **limits),
+        ArtifactKind.PLAN: lambda: inspect_plan(path),
+        ArtifactKind.MATRIX: lambda: inspect_matrix(path, **limits),
+    }
+    found = inspect[kind]()
+    return {"format": FORMATS_OF_RESULTS[kind] if found is None else str(found)}, b""
+
+
 def inspect_model(path: Path, *, max_ratio: int) -> ModelFormat:
     """Return what kind of model lies at ``path``.
 
@@ -115,6 +121,7 @@ def inspect_model(path: Path, *, max_ratio: int) -> ModelFormat:
         )
         raise InvalidModel(msg, format="safetensors")
     if _looks_like_onnx(start):
+        check_onnx(path)
         return ModelFormat.ONNX
     msg = f"a model must be a .pt2, an ONNX file or a zip of a Hugging Face folder: {SAFE_WAYS}"
     raise InvalidModel(msg)
@@ -128,6 +135,7 @@ def _inspect_model_zip(path: Path, max_ratio: int) -> ModelFormat:
         msg = f"a model must be data, never code; this file is TorchScript: {SAFE_WAYS}"
         raise UnsafeModel(msg, format="torchscript")
     if "archive_format" in leaves or "serialized_exported_program.json" in leaves:
+        _check_json_members(path)
         vet_pt2(path)
         return ModelFormat.PT2
     if "data.pkl" in leaves:
@@ -160,6 +168,29 @@ def _inspect_model_zip(path: Path, max_ratio: int) -> ModelFormat:
     raise InvalidModel(msg)
 
 
+def _check_json_members(path: Path) -> None:
+    """Raise unless the graph and the configs of a ``.pt2`` are JSON that may be parsed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.filename.endswith(".json") and "/extra/" not in member.filename:
+                    _check_member(archive, member)
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as err:
+        msg = f"a .pt2 must be whole and readable; this one is not: {err}"
+        raise InvalidModel(msg) from err
+
+
+def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    _within(member.file_size, DOCUMENT.size, f"'{member.filename}'")
+    if member.compress_type != zipfile.ZIP_STORED:
+        msg = f"members of a .pt2 must be stored as they are; '{member.filename}' is compressed"
+        raise UnsafeModel(msg, member=member.filename)
+    try:
+        check_json(archive.read(member), DOCUMENT, "the JSON of a .pt2")
+    except InvalidInput as err:
+        raise InvalidModel(err.message, member=member.filename) from err
+
+
 def _looks_like_onnx(start: bytes) -> bool:
     """Return whether a file begins as a ModelProto: its version, then another of its fields."""
     known_fields = {0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42}
@@ -176,7 +207,7 @@ def inspect_dataset(path: Path, *, max_ratio: int, max_bytes: int) -> DatasetFor
     with path.open("rb") as file:
         start = file.read(32)
     if start.startswith(b"PK"):
-        _check_npz(path, max_ratio=max_ratio, max_bytes=max_bytes)
+        check_npz(path, max_ratio=max_ratio, max_bytes=max_bytes)
         return DatasetFormat.NPZ
     if start.startswith(_PICKLE_STARTS):
         msg = (
@@ -200,9 +231,9 @@ def inspect_plan(path: Path) -> None:
     """
     _at_most(path, MAX_PLAN_BYTES)
     try:
-        data = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as err:
-        msg = f"a plan must be a JSON file that 'bitquota plan' wrote; got: {err}"
+        data = parse_json(path.read_bytes(), DOCUMENT, "a plan")
+    except InvalidInput as err:
+        msg = f"a plan must be a JSON file that 'bitquota plan' wrote; {err.message}"
         raise InvalidPlan(msg) from err
     Plan.from_json(data)
 
@@ -215,130 +246,19 @@ def inspect_matrix(path: Path, *, max_ratio: int, max_bytes: int) -> None:
         TooLarge: It unpacks to more than is allowed.
     """
     try:
-        _check_arrays(
-            path, max_ratio=max_ratio, max_bytes=max_bytes, what="a matrix", kinds="biufU"
-        )
+        check_arrays(path, max_ratio=max_ratio, max_bytes=max_bytes, what="a matrix", kinds="biufU")
     except InvalidCalibration as err:
         raise InvalidMatrix(err.message, **err.details) from err
 
 
 def _at_most(path: Path, limit: int) -> None:
-    size = path.stat().st_size
+    _within(path.stat().st_size, limit, "this upload")
+
+
+def _within(size: int, limit: int, what: str) -> None:
     if size > limit:
-        msg = f"this upload must be at most {limit:,} bytes; it has {size:,}"
+        msg = f"{what} must be at most {limit:,} bytes; it has {size:,}"
         raise TooLarge(msg, limit=limit)
-
-
-def check_zip(path: Path, *, max_ratio: int, error: type[InvalidInput]) -> list[str]:
-    """Return the member names of a zip whose directory holds nothing dangerous.
-
-    Raises:
-        InvalidInput: As ``error``: torn, a name that leaves its folder, a link, encrypted.
-        TooLarge: It unpacks to more than ``max_ratio`` times its size.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as err:
-        msg = f"a zip file must be whole and readable; this one is not: {err}"
-        raise error(msg) from err
-    if not 1 <= len(members) <= _MAX_MEMBERS:
-        msg = f"a zip file must have between 1 and {_MAX_MEMBERS:,} members; got {len(members):,}"
-        raise error(msg)
-    names = [member.filename for member in members]
-    if len(set(names)) != len(names):
-        msg = "the members of a zip file must have different names; one appears twice"
-        raise error(msg)
-    for member in members:
-        parts = PurePosixPath(member.filename).parts
-        unix_type = member.external_attr >> 28
-        if ".." in parts or member.filename.startswith(("/", "\\")) or "\\" in member.filename:
-            msg = f"a zip member must stay inside its folder; got '{member.filename}'"
-            raise error(msg, member=member.filename)
-        if unix_type == 0o12 or member.flag_bits & 0x1:
-            msg = f"a zip member must be a plain file; '{member.filename}' is a link or encrypted"
-            raise error(msg, member=member.filename)
-    stored = max(path.stat().st_size, 1)
-    unpacked = sum(member.file_size for member in members)
-    if unpacked > max_ratio * stored:
-        msg = (
-            f"an archive must unpack to at most {max_ratio} times its {stored:,} bytes; this one "
-            f"says {unpacked:,}"
-        )
-        raise TooLarge(msg, stored=stored, unpacked=unpacked)
-    return names
-
-
-def _check_npz(path: Path, *, max_ratio: int, max_bytes: int) -> None:
-    shapes = _check_arrays(path, max_ratio=max_ratio, max_bytes=max_bytes, what="a calibration set")
-    lengths = {name: shape[0] if shape else 0 for name, shape in shapes.items()}
-    if len(set(lengths.values())) > 1 or 0 in lengths.values():
-        said = ", ".join(f"{name.removesuffix('.npy')}: {n}" for name, n in lengths.items())
-        msg = f"all arrays of a calibration set must have the same number of samples; got {said}"
-        raise InvalidCalibration(msg)
-
-
-def _check_arrays(
-    path: Path, *, max_ratio: int, max_bytes: int, what: str, kinds: str = "biuf"
-) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of an ``.npz`` whose headers all hold, without unpacking it."""
-    names = check_zip(path, max_ratio=max_ratio, error=InvalidCalibration)
-    wrong = [name for name in names if not name.endswith(".npy")]
-    if wrong:
-        msg = f"an .npz must hold .npy arrays only, as numpy.savez writes; got '{wrong[0]}'"
-        raise InvalidCalibration(msg, member=wrong[0])
-    total = 0
-    shapes = {}
-    with zipfile.ZipFile(path) as archive:
-        for name in names:
-            shape, dtype = _npy_header(archive, name, kinds)
-            claimed = math.prod(shape) * dtype.itemsize
-            total += claimed
-            if total > max_bytes:
-                msg = (
-                    f"{what} must unpack to at most {max_bytes:,} bytes; "
-                    f"'{name}' claims shape {list(shape)} of {dtype}"
-                )
-                raise TooLarge(msg, member=name, bytes=total)
-            present = archive.getinfo(name).file_size
-            if claimed > present:
-                msg = (
-                    f"array '{name}' must hold the {claimed:,} bytes of its shape {list(shape)}; "
-                    f"the archive has {present:,}: it is torn, write it again"
-                )
-                raise InvalidCalibration(msg, member=name)
-            shapes[name] = shape
-    return shapes
-
-
-def _npy_header(
-    archive: zipfile.ZipFile, name: str, kinds: str
-) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
-    try:
-        with archive.open(name) as member:
-            head = io.BytesIO(member.read(2**16))
-        version = np.lib.format.read_magic(head)
-        reader = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, _, dtype = reader(head)
-    except _UNREADABLE as err:
-        msg = f"'{name}' must be a .npy array with a readable header; got: {err}"
-        raise InvalidCalibration(msg, member=name) from err
-    if dtype.hasobject:
-        msg = (
-            f"array '{name}' must hold numbers; it holds Python objects, which are pickled and "
-            "run code when read: convert it to a numeric array"
-        )
-        raise InvalidCalibration(msg, member=name, dtype=str(dtype))
-    if dtype.kind not in kinds:
-        msg = f"array '{name}' must hold numbers; it is of type {dtype}"
-        raise InvalidCalibration(msg, member=name, dtype=str(dtype))
-    if any(n < 0 for n in shape):
-        msg = f"array '{name}' must have a shape without negative sizes; got {list(shape)}"
-        raise InvalidCalibration(msg, member=name)
-    return shape, dtype
 
 
 def _looks_like_safetensors(start: bytes, path: Path) -> bool:
@@ -361,7 +281,7 @@ def check_safetensors(path: Path, error: type[InvalidInput]) -> None:
             raise error(msg, size=size)
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = parse_json(text, DOCUMENT, "the header of a safetensors file")
         header.pop("__metadata__", None)
         end = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -371,10 +291,10 @@ def check_safetensors(path: Path, error: type[InvalidInput]) -> None:
                 msg = f"tensor '{name}' of a safetensors file must fit its shape; it does not"
                 raise error(msg, tensor=name)
             end = stop
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
-        if isinstance(err, InvalidInput):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as err:
+        if isinstance(err, error):
             raise
-        msg = f"a safetensors file must have a valid header; got: {err!r}"
+        msg = f"a safetensors file must have a valid header; got: {err!r:.200}"
         raise error(msg) from err
     if size != 8 + length + end:
         msg = (

@@ -17,7 +17,7 @@ from bitquota.canonical import digest_json
 from bitquota.errors import Conflict, InvalidInput, NotFound
 from bitquota.service.job import Job, JobStatus
 from bitquota.service.kinds import KINDS, Result
-from bitquota.service.orders import JobOrder, new_job
+from bitquota.service.orders import MOST_PLANS, JobOrder, new_job
 from bitquota.service.schemas import JobPage, JobView, PlanList, Problem, job_view
 from bitquota.service.state import Calling, RequestId, Service, State  # noqa: TC001  # FastAPI reads them
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from bitquota.service.keys import Caller
+
+MOST_EVENTS = 2**31 - 1
+"""Numbers of events are 32-bit integers in the database."""
 
 POLL_S = 1
 """Seconds that a client is asked to wait between two looks at a job."""
@@ -42,7 +45,8 @@ router = APIRouter(prefix="/v1", tags=["jobs"])
 Prefer = Annotated[
     str | None, Header(description="`wait=N`: answer when the job has ended, or after N seconds.")
 ]
-JobId = Annotated[str, Path(pattern=r"^job_[0-9a-f]{32}$", description="Id of a job.")]
+JOB_ID = r"^job_[0-9a-f]{32}$"
+JobId = Annotated[str, Path(pattern=JOB_ID, description="Id of a job.")]
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem} for status in (401, 403, 404, 409, 422, 429)
 }
@@ -113,7 +117,7 @@ def list_jobs(
     service: Service,
     caller: Calling,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    cursor: Annotated[str | None, Query(max_length=64)] = None,
+    cursor: Annotated[str | None, Query(pattern=JOB_ID)] = None,
     status: Annotated[JobStatus | None, Query()] = None,
     kind: Annotated[str | None, Query(max_length=16)] = None,
     label: Annotated[
@@ -163,7 +167,9 @@ async def stream_events(
     job_id: JobId,
     service: Service,
     caller: Calling,
-    last_event_id: Annotated[int, Header(ge=0, description="Resume after this event.")] = 0,
+    last_event_id: Annotated[
+        int, Header(ge=0, le=MOST_EVENTS, description="Resume after this event.")
+    ] = 0,
 ) -> StreamingResponse:
     """Stream what happens to a job from its beginning, or after `Last-Event-ID`, to its end."""
     await run_in_threadpool(service.jobs.get, caller.tenant, job_id)
@@ -242,7 +248,8 @@ def get_plan(
     service: Service,
     caller: Calling,
     budget: Annotated[
-        int | None, Query(ge=0, description="Position of the budget; all plans without it.")
+        int | None,
+        Query(ge=0, lt=MOST_PLANS, description="Position of the budget; all plans without it."),
     ] = None,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:

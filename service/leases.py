@@ -16,7 +16,7 @@ from bitquota.errors import BitquotaError, Cancelled, MeasurementFailed, Service
 from bitquota.service.database import artifacts, deliveries, events, jobs
 from bitquota.service.inspection import FORMATS_OF_RESULTS
 from bitquota.service.job import Job, JobStatus, LeaseLost, ended_body, job_of, new_id
-from bitquota.service.problems import problem_json
+from bitquota.service.problem_json import problem_json
 from bitquota.service.public_addresses import host_of
 from bitquota.service.turns import next_job
 

@@ -6,9 +6,11 @@ import logging
 import re
 import secrets
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from bitquota.errors import TooLarge
+from bitquota.errors import BitquotaError, InvalidInput, TooLarge
+from bitquota.service.json_limits import REQUEST, check_json, check_texts
 from bitquota.service.logs import logger
 from bitquota.service.problems import problem_response
 
@@ -39,10 +41,13 @@ class Envelope:
         app: ASGIApp,
         *,
         max_body_bytes: int,
+        streamed: frozenset[str],
         observe: Callable[[str, str, int, float], None],
     ) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.limits = replace(REQUEST, size=max_body_bytes)
+        self.streamed = streamed
         self.observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,17 +70,24 @@ class Envelope:
                 self._tell(scope, message["status"], time.perf_counter() - began)
             await send(message)
 
-        # Uploads are streamed and have a limit of their own.
-        if scope["method"] == "PUT":
+        if b"%00" in scope["raw_path"] or b"%00" in scope["query_string"]:
+            wrong = InvalidInput("an address must be text without NUL characters; got one")
+            await problem_response(wrong)(scope, receive, send_with_headers)
+            return
+        # Uploads and solves are streamed and have limits of their own.
+        if scope["method"] == "PUT" or scope["path"] in self.streamed:
             await self.app(scope, receive, send_with_headers)
             return
         body = await self._body(receive)
-        if body is None:
-            wrong = TooLarge(
-                f"a request body must be at most {self.max_body_bytes:,} bytes; got more",
-                limit=self.max_body_bytes,
-            )
-            await problem_response(wrong)(scope, receive, send_with_headers)
+        try:
+            if body is None:
+                msg = f"a request body must be at most {self.max_body_bytes:,} bytes; got more"
+                raise TooLarge(msg, limit=self.max_body_bytes)
+            if body and scope["path"].startswith("/v1/"):
+                check_json(body, self.limits, "a request body")
+                check_texts(body, "a request body")
+        except BitquotaError as error:
+            await problem_response(error)(scope, receive, send_with_headers)
             return
         delivered = False
 

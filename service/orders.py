@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from bitquota.service.job import NewJob
 from bitquota.service.keys import HIGHEST_PRIORITY, LOWEST_PRIORITY
 from bitquota.service.kinds import KINDS, kind_by_name
+from bitquota.service.request_limits import MOST_LABELS, check_labels, check_request
 from bitquota.service.schemas import Digest
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ class Order(BaseModel):
     kind: str
     request: Any
     labels: dict[str, str] = Field(
-        default_factory=dict, max_length=32, description="Free names and values, for finding it."
+        default_factory=dict,
+        max_length=MOST_LABELS,
+        description="Free names and values, for finding it.",
     )
     priority: int = Field(
         default=0,
@@ -97,6 +100,8 @@ def new_job(order: Order, tenant: str) -> NewJob:
     request = order.request
     if isinstance(request, BaseModel):
         request = request.model_dump(mode="json")
+    check_request(request)
+    check_labels(order.labels)
     return NewJob(
         tenant=tenant,
         kind=order.kind,

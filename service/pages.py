@@ -36,6 +36,8 @@ from bitquota.storage import WEIGHT_BITS
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from bitquota.canonical import JsonObject
+
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; worker-src 'self'; form-action 'self'; base-uri 'none'; "
@@ -299,20 +301,24 @@ def job_page(job_id: str, viewer: Viewing, service: Service) -> Response:
 
 
 @router.get("/jobs/{job_id}/model")
-def model_page(job_id: str, viewer: Viewing, service: Service) -> Response:
+async def model_page(job_id: str, viewer: Viewing, service: Service) -> Response:
     """Show what a job measured and planned."""
     tenant = viewer.caller.tenant
+    found, _ = await pages_data.draw(service, tenant, job_id, "model_page")
+    return await run_in_threadpool(_model_page, job_id, viewer, service, found)
+
+
+def _model_page(job_id: str, viewer: Viewer, service: State, found: JsonObject) -> Response:
+    tenant = viewer.caller.tenant
     job = service.jobs.get(tenant, job_id)
-    pages_data.require_charts(job)
-    plans = pages_data.plans_of(service, job)
     return _render(
         "model.html",
         viewer=viewer,
         may_write=Scope.WRITE in viewer.caller.scopes,
         job=json.loads(job_view(job).model_dump_json()),
         row=pages_data.job_rows(service, tenant, [job])[0],
-        plans=[shown for _, shown in plans],
+        plans=found["plans"],
         links=pages_data.result_links(job),
-        exports=pages_data.export_choices([plan for plan, _ in plans]),
+        exports=found["exports"],
         plan_uploads=(job.results or {}).get("plans", ()),
     )

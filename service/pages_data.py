@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
-from collections import OrderedDict
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import anyio
 import sqlalchemy as sa
@@ -14,46 +12,29 @@ from fastapi import APIRouter, Query, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
-from bitquota.charts import (
-    LARGEST,
-    cross_map,
-    document,
-    frontier_of,
-    frontier_rows,
-    maps_of,
-    plan_json,
-)
+from bitquota.charts import LARGEST
 from bitquota.errors import BitquotaError, Conflict, NotFound
-from bitquota.formats.targets import TARGETS
-from bitquota.matrix import SensitivityMatrix
-from bitquota.plan import Plan
-from bitquota.report_page import render_html
 from bitquota.service.database import artifacts, events
 from bitquota.service.inspection import ArtifactKind
 from bitquota.service.job import JobStatus
+from bitquota.service.job_routes import MOST_EVENTS
 from bitquota.service.kinds import KINDS
 from bitquota.service.state import Calling, Service, State  # noqa: TC001  # FastAPI reads them
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Sequence
 
     from sqlalchemy.engine import Connection
 
     from bitquota.canonical import JsonObject
     from bitquota.service.job import Job
 
-T = TypeVar("T")
-
 router = APIRouter(include_in_schema=False)
 _LOOK_S = 0.25
 _KEEP_ALIVE_S = 15.0
 _WATCHED = 50
-_KEPT = 8
 _KEPT_EVENTS = 200
 _MOST_EVENTS = 100_000
-_REPORT_S = 5.0
-_solving = threading.BoundedSemaphore(1)
-"""One report solves at a time: the others' requests must not wait for the processor."""
 
 
 # -------------------------------------------------------------------------------- jobs
@@ -150,20 +131,6 @@ def result_links(job: Job) -> list[JsonObject]:
     ]
 
 
-def export_choices(plans: Sequence[Plan]) -> list[JsonObject]:
-    """Return what an export job can make: targets whose rules a plan keeps, then plain formats.
-
-    A format writes the plan as it is; no rules of a runtime are checked for it.
-    """
-    kept = [
-        {"name": f"{name} (target)", "request": {"target": name}}
-        for name, target in TARGETS.items()
-        if any(not target.check(plan) for plan in plans)
-    ]
-    formats = dict.fromkeys(target.exporter for target in TARGETS.values())
-    return kept + [{"name": name, "request": {"format": name}} for name in formats]
-
-
 def has_charts(job: Job) -> bool:
     """Return whether the job left something that the model page can draw."""
     results = job.results or {}
@@ -186,106 +153,60 @@ def require_charts(job: Job) -> None:
 # -------------------------------------------------------------------------------- charts
 
 
-class _Recent(Generic[T]):
-    """Results that were read lately, by digest: one page asks for the same ones again and again."""
+def chart_order(service: State, job: Job) -> JsonObject:
+    """Return where the files of a job lie, for a task of ``chart_tasks``.
 
-    def __init__(self, make: Callable[[bytes], T]) -> None:
-        self._make = make
-        self._kept: OrderedDict[str, T] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(self, service: State, digest: str) -> T:
-        with self._lock:
-            if digest in self._kept:
-                self._kept.move_to_end(digest)
-                return self._kept[digest]
-        found = self._make(service.blobs.read(digest))
-        with self._lock:
-            self._kept[digest] = found
-            while len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-        return found
-
-
-def _plan(data: bytes) -> tuple[Plan, JsonObject]:
-    """Return a stored plan and what charts show of it; its digest was checked when it came."""
-    text = json.loads(data)
-    digest = str(text.pop("digest"))
-    plan = Plan.from_json(text)
-    return plan, plan_json(plan, digest=digest)
-
-
-_matrices = _Recent(SensitivityMatrix.from_bytes)
-_plans = _Recent(_plan)
-
-
-def matrix_of(service: State, job: Job) -> SensitivityMatrix | None:
-    """Return the sensitivity matrix that a job left, if it left one."""
-    digest = (job.results or {}).get("matrix")
-    return None if digest is None else _matrices.read(service, digest)
-
-
-def plans_of(service: State, job: Job) -> list[tuple[Plan, JsonObject]]:
-    """Return the plans that a job left, one for each budget, and what charts show of each."""
-    return [_plans.read(service, digest) for digest in (job.results or {}).get("plans", ())]
-
-
-def document_of(service: State, job: Job) -> JsonObject:
-    """Return what the model page draws of a job; raises as ``require_charts`` does."""
+    Raises:
+        Conflict, NotFound: As ``require_charts``.
+    """
     require_charts(job)
-    plans = plans_of(service, job)
     results = job.results or {}
-    comparison = results.get("comparison")
-    found = document(
-        title=title_of(service, job),
-        plans=[plan for plan, _ in plans],
-        plan_documents=[shown for _, shown in plans],
-        matrix=matrix_of(service, job),
-        comparison=None if comparison is None else json.loads(service.blobs.read(comparison)),
-    )
-    if not plans and results.get("frontier"):
-        rows = frontier_rows(json.loads(service.blobs.read(results["frontier"])))
-        found |= {name: rows[name] for name in ("layers", "frontier")}
-    return found
+
+    def path(name: str) -> str | None:
+        return str(service.blobs.path(results[name])) if results.get(name) else None
+
+    return {
+        "job": job.id,
+        "title": title_of(service, job),
+        "plans": [str(service.blobs.path(digest)) for digest in results.get("plans", ())],
+        **{name: path(name) for name in ("matrix", "comparison", "frontier")},
+    }
+
+
+async def draw(
+    service: State, tenant: str, job_id: str, task: str, **more: str
+) -> tuple[JsonObject, bytes]:
+    """Return what a task of ``chart_tasks`` makes of a job's files."""
+    order = await run_in_threadpool(lambda: chart_order(service, service.jobs.get(tenant, job_id)))
+    pool = service.solvers if task == "report" else service.readers  # a report solves
+    return await pool.run(tenant, task, order | more, what="what the job left")
 
 
 @router.get("/jobs/{job_id}/charts.json")
-def charts(job_id: str, service: Service, caller: Calling) -> Response:
+async def charts(job_id: str, service: Service, caller: Calling) -> Response:
     """Return what the model page draws, without the cross-layer maps."""
-    found = document_of(service, service.jobs.get(caller.tenant, job_id))
-    return Response(json.dumps(found, separators=(",", ":")), media_type="application/json")
+    _, found = await draw(service, caller.tenant, job_id, "charts")
+    return Response(found, media_type="application/json")
 
 
 @router.get("/jobs/{job_id}/cross.json")
-def cross(
-    job_id: str, service: Service, caller: Calling, at: Annotated[str, Query()] = LARGEST
+async def cross(
+    job_id: str,
+    service: Service,
+    caller: Calling,
+    at: Annotated[str, Query(max_length=100)] = LARGEST,
 ) -> Response:
     """Return one map of cross-layer terms."""
-    job = service.jobs.get(caller.tenant, job_id)
-    require_charts(job)
-    matrix = matrix_of(service, job)
-    if matrix is None:
-        msg = "a map needs a sensitivity matrix; this job left none"
-        raise NotFound(msg, job=job_id)
-    plans = plans_of(service, job)
-    found = cross_map(matrix, at, plans[0][0] if plans else None)
-    return Response(json.dumps(found, separators=(",", ":")), media_type="application/json")
+    _, found = await draw(service, caller.tenant, job_id, "cross", at=at)
+    return Response(found, media_type="application/json")
 
 
 @router.get("/jobs/{job_id}/report.html")
-def report_file(job_id: str, service: Service, caller: Calling) -> Response:
+async def report_file(job_id: str, service: Service, caller: Calling) -> Response:
     """Return the model page as one file that needs no network."""
-    job = service.jobs.get(caller.tenant, job_id)
-    found = document_of(service, job)
-    matrix = matrix_of(service, job)
-    plans = plans_of(service, job)
-    maps = {}
-    if matrix is not None:
-        with _solving:
-            found |= {"frontier": frontier_of(matrix, time_limit_s=_REPORT_S)}
-        maps = maps_of(matrix, plans[0][0] if plans else None)
+    _, found = await draw(service, caller.tenant, job_id, "report")
     named = {"Content-Disposition": f'attachment; filename="{job_id}.html"'}
-    return Response(render_html(found, maps), headers=named, media_type="text/html; charset=utf-8")
+    return Response(found, headers=named, media_type="text/html; charset=utf-8")
 
 
 def title_of(service: State, job: Job) -> str:
@@ -307,7 +228,7 @@ async def live_job(
     job_id: str,
     service: Service,
     caller: Calling,
-    after: Annotated[int, Query(ge=0)] = 0,
+    after: Annotated[int, Query(ge=0, le=MOST_EVENTS)] = 0,
 ) -> StreamingResponse:
     """Stream what happens to a job after event ``after``: each change of its row, each event."""
     tenant = caller.tenant

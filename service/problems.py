@@ -6,7 +6,6 @@ References:
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING
 
@@ -26,16 +25,15 @@ from bitquota.errors import (
     Unauthorized,
     Unavailable,
 )
+from bitquota.service.problem_json import problem_json
+from bitquota.service.schemas import invalid_request
+from bitquota.service.storage_errors import storage_error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fastapi import FastAPI
     from starlette.requests import Request
-
-    from bitquota.canonical import JsonObject
-
-TYPE_PREFIX = "urn:bitquota:problem:"
 MEDIA_TYPE = "application/problem+json"
 _BY_STATUS: dict[int, type[BitquotaError]] = {
     401: Unauthorized,
@@ -46,22 +44,6 @@ _BY_STATUS: dict[int, type[BitquotaError]] = {
     422: InvalidInput,
     503: Unavailable,
 }
-
-
-def problem_json(error: BitquotaError, *, status: int | None = None) -> JsonObject:
-    """Return the body that stands for ``error``."""
-    title = (type(error).__doc__ or "").strip().splitlines()[0]
-    try:
-        details = json.loads(canonical_json(error.details))
-    except (TypeError, ValueError):
-        details = {name: str(value) for name, value in error.details.items()}
-    return {
-        "type": TYPE_PREFIX + error.slug,
-        "title": title,
-        "status": error.http_status if status is None else status,
-        "detail": error.message,
-        "details": details,
-    }
 
 
 def problem_response(
@@ -106,11 +88,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     def _invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)  # noqa: S101  # registered for it
-        found = [{"where": ".".join(map(str, e["loc"])), "what": e["msg"]} for e in error.errors()]
-        said = "; ".join(f"{f['where']}: {f['what']}" for f in found[:3])
-        wrong = InvalidInput(
-            f"a request must follow the documented schema; got {said}", errors=found[:50]
-        )
+        wrong = invalid_request(error.errors())
         return problem_response(wrong, request=request)
 
     @app.exception_handler(HTTPException)
@@ -126,6 +104,14 @@ def install(app: FastAPI) -> None:
         # A body that is not even UTF-8 is as invalid as one that is not JSON.
         status = 422 if error.status_code == 400 else error.status_code
         return problem_response(wrong, status=status, headers=headers, request=request)
+
+    @app.exception_handler(OSError)
+    def _disk(request: Request, error: Exception) -> Response:
+        assert isinstance(error, OSError)  # noqa: S101  # registered for it
+        told = storage_error(error)
+        if told is None:
+            raise error
+        return problem_response(told, request=request)
 
     @app.exception_handler(Exception)
     def _unknown(request: Request, _error: Exception) -> Response:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from bitquota.errors import InvalidInput, MissingDependency
 from bitquota.service.settings import Settings
+from bitquota.service.storage_errors import require_writable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -94,7 +95,7 @@ def _has_keys(settings: Settings) -> bool:
     from bitquota.service.database import Database
     from bitquota.service.keys import KeyStore
 
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    require_writable(settings.data_dir)
     database = Database(settings.url)
     try:
         database.create()

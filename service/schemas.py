@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from bitquota.errors import InvalidInput
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from bitquota.service.artifacts import Artifact
     from bitquota.service.job import Job
 
 DIGEST = r"^sha256:[0-9a-f]{64}$"
 
+BudgetText = Annotated[str, Field(max_length=200)]
 Digest = Annotated[str, Field(pattern=DIGEST)]
 
 
@@ -102,10 +107,14 @@ class SolveOrder(BaseModel):
     matrix: str | None = Field(
         default=None, description="Or the digest of an uploaded matrix, or base64 of one."
     )
-    budgets: list[str] = Field(min_length=1, max_length=64)
+    budgets: list[BudgetText] = Field(min_length=1, max_length=64)
     gap: float = Field(default=1e-4, ge=0, lt=1, description="Relative gap to stop at.")
     time_limit_s: float = Field(default=0.1, gt=0, le=30, description="For each budget.")
     seed: int = Field(default=0, ge=0, lt=2**31)
+
+
+LONGEST_SOLVE_S = 120.0
+"""Seconds that all budgets of one ``POST /v1/solve`` may take together."""
 
 
 class SolvedBudget(BaseModel):
@@ -159,6 +168,16 @@ class Problem(BaseModel):
     detail: str
     details: dict[str, Any]
     instance: str | None = None
+
+
+def invalid_request(errors: Sequence[Mapping[str, Any]]) -> InvalidInput:
+    """Return one error for what pydantic found wrong with a request."""
+    found = [
+        {"where": ".".join(map(str, e["loc"]))[:200], "what": str(e["msg"])[:500]}
+        for e in errors[:50]
+    ]
+    said = "; ".join(f"{f['where']}: {f['what']}" for f in found[:3])
+    return InvalidInput(f"a request must follow the documented schema; got {said}", errors=found)
 
 
 def job_view(job: Job) -> JobView:

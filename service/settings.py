@@ -166,11 +166,30 @@ class Settings:
         64, "Event streams that one key may have open on one server.", below=1
     )
     max_upload_bytes: int = _setting(8 * 2**30, "Largest model or dataset.", below=1)
-    max_body_bytes: int = _setting(4 * 2**20, "Largest JSON body.", below=1)
+    max_body_bytes: int = _setting(
+        2**20, "Largest request body, except uploads and `POST /v1/solve`.", below=1
+    )
+    max_solve_bytes: int = _setting(
+        32 * 2**20, "Largest body of `POST /v1/solve`, which may hold a matrix.", below=1
+    )
     max_unpacked_ratio: int = _setting(
         100, "Largest ratio of unpacked to stored size of an uploaded archive.", below=1
     )
     max_calibration_bytes: int = _setting(8 * 2**30, "Largest unpacked calibration set.", below=1)
+    readers: int = _setting(
+        2, "Processes that read uploads and draw charts, apart from the API's own.", below=1
+    )
+    solvers: int = _setting(2, "Processes that answer `POST /v1/solve`.", below=1)
+    reader_memory_bytes: int = _setting(
+        2 * 2**30, "Private memory of each of these processes.", below=256 * 2**20
+    )
+    reader_limit_s: float = _setting(60.0, "Seconds in which an upload must be read.", below=1)
+    solver_limit_s: float = _setting(
+        300.0, "Seconds in which one `POST /v1/solve` must be answered.", below=1
+    )
+    min_free_bytes: int = _setting(
+        64 * 2**20, "Bytes of the data folder's disk that uploads must leave free.", below=0
+    )
 
     def __post_init__(self) -> None:
         """Check every lower bound."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bitquota.service.sessions import Sessions
     from bitquota.service.settings import Settings
     from bitquota.service.supervisor import Supervisor
+    from bitquota.service.task_pool import TaskPool
     from bitquota.service.telemetry import Tracing
     from bitquota.service.webhooks import Webhooks
 
@@ -64,6 +65,8 @@ class State:
     tracing: Tracing
     webhooks: Webhooks
     event_streams: EventStreams
+    readers: TaskPool
+    solvers: TaskPool
     writers: anyio.CapacityLimiter
     """Orders at the same time; without it a flood of orders that wait for the database would
     take every thread, and polls would wait behind them."""

@@ -7,18 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
 
 from bitquota.errors import InvalidInput, TooLarge, UnsafeModel
-from bitquota.service.inspection import (
-    FORMATS_OF_RESULTS,
-    ArtifactKind,
-    ModelFormat,
-    inspect_dataset,
-    inspect_matrix,
-    inspect_model,
-    inspect_plan,
-)
+from bitquota.service.inspection import ArtifactKind, ModelFormat
 from bitquota.service.job_routes import stored_file
 from bitquota.service.kinds.kind import BINARY, JSON
 from bitquota.service.maintenance import remove_upload
@@ -32,6 +23,7 @@ from bitquota.service.schemas import (
     artifact_view,
 )
 from bitquota.service.state import Calling, RequestId, Service, State  # noqa: TC001  # FastAPI reads them
+from bitquota.service.streaming import write_body
 
 if TYPE_CHECKING:
     from pathlib import Path as FilePath
@@ -40,7 +32,7 @@ if TYPE_CHECKING:
     from bitquota.service.blobs import Incoming
     from bitquota.service.keys import Caller
 
-_PIECE = 4 * 2**20
+MOST_BYTES = 2**62
 _BODY = {
     "requestBody": {
         "required": True,
@@ -49,7 +41,7 @@ _BODY = {
 }
 _MEDIA = dict.fromkeys(ArtifactKind, BINARY) | {ArtifactKind.PLAN: JSON}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem} for status in (401, 403, 404, 409, 413, 422, 429)
+    status: {"model": Problem} for status in (401, 403, 404, 409, 413, 422, 429, 503, 507)
 }
 
 router = APIRouter(prefix="/v1")
@@ -77,11 +69,15 @@ def _add(kind: ArtifactKind, path: str) -> None:
             str | None, Query(pattern=r"^[0-9a-f]{64}$", description="What must arrive.")
         ] = None,
         offset: Annotated[
-            int, Query(ge=0, description="Where this piece begins; needs `total`.")
+            int, Query(ge=0, le=MOST_BYTES, description="Where this piece begins; needs `total`.")
         ] = 0,
         total: Annotated[
             int | None,
-            Query(ge=1, description="Bytes of the whole; what arrives is kept for a next piece."),
+            Query(
+                ge=1,
+                le=MOST_BYTES,
+                description="Bytes of the whole; what arrives is kept for a next piece.",
+            ),
         ] = None,
         content_length: Annotated[int | None, Header(ge=0, include_in_schema=False)] = None,
     ) -> ArtifactView:
@@ -97,13 +93,16 @@ def _add(kind: ArtifactKind, path: str) -> None:
                 await run_in_threadpool(
                     service.quotas.check_upload, caller.tenant, incoming.size + content_length
                 )
-            await _stream(request, incoming)
+            service.blobs.check_room(content_length or 0, service.settings.min_free_bytes)
+            await write_body(request, incoming)
             if total is not None and incoming.size < total:
                 raise _unfinished(incoming.size, total)
             incoming.kept_when_broken = False
             size = incoming.size
+            await run_in_threadpool(_check_digest, incoming, sha256)
+            found = await _format_of(service, caller, kind, incoming.path)
             artifact, new = await run_in_threadpool(
-                _keep, service, caller, kind, incoming, name, sha256
+                _keep, service, caller, kind, incoming, name, found
             )
             service.metrics.uploaded.inc(size)
             if new:
@@ -132,7 +131,7 @@ def _add(kind: ArtifactKind, path: str) -> None:
         service: Service,
         caller: Calling,
         limit: Annotated[int, Query(ge=1, le=200)] = 50,
-        cursor: Annotated[str | None, Query(max_length=100)] = None,
+        cursor: Annotated[str | None, Query(pattern=DIGEST)] = None,
     ) -> ArtifactPage:
         """List uploads in order of digest."""
         found = service.artifacts.page(caller.tenant, kind, limit=limit + 1, after=cursor)
@@ -222,27 +221,36 @@ def _unfinished(size: int, total: int) -> InvalidInput:
     return InvalidInput(msg, received=size, total=total)
 
 
-async def _stream(request: Request, incoming: Incoming) -> None:
-    """Write the body in pieces, hashed and written off the event loop."""
-    held: list[bytes] = []
-    size = 0
-    try:
-        async for chunk in request.stream():
-            held.append(chunk)
-            size += len(chunk)
-            if size >= _PIECE:
-                await run_in_threadpool(_write, incoming, held)
-                held, size = [], 0
-    except ClientDisconnect as err:
-        await run_in_threadpool(_write, incoming, held)  # a later piece can go on from here
-        msg = "an upload must arrive whole; the connection ended before it did: send it again"
-        raise InvalidInput(msg) from err
-    await run_in_threadpool(_write, incoming, held)
+def _check_digest(incoming: Incoming, sha256: str | None) -> None:
+    """Bring a whole upload to the disk; raises unless it has the digest that was announced."""
+    incoming.flush()
+    if sha256 is not None and incoming.digest != f"sha256:{sha256}":
+        msg = (
+            f"the bytes that arrive must have the announced digest; got {incoming.digest}: "
+            "send them again"
+        )
+        raise InvalidInput(msg, announced=f"sha256:{sha256}", got=incoming.digest)
 
 
-def _write(incoming: Incoming, chunks: list[bytes]) -> None:
-    for chunk in chunks:
-        incoming.write(chunk)
+async def _format_of(service: State, caller: Caller, kind: ArtifactKind, path: FilePath) -> str:
+    """Return the format of a file that may be taken; raises what is wrong with it."""
+    settings = service.settings
+    order = {
+        "kind": kind.value,
+        "path": str(path),
+        "max_ratio": settings.max_unpacked_ratio,
+        "max_bytes": settings.max_calibration_bytes,
+    }
+    verdict, _ = await service.readers.run(caller.tenant, "inspect", order, what="an upload")
+    found: str = verdict["format"]
+    if found == ModelFormat.PT2 and not await run_in_threadpool(_may_run_pt2, service):
+        msg = (
+            "a .pt2 holds a program, and this server has no sandbox to run it in; upload "
+            "a zip of config.json and safetensors files, or have its operator install "
+            "bubblewrap"
+        )
+        raise UnsafeModel(msg, format="pt2")
+    return found
 
 
 def _keep(
@@ -251,16 +259,8 @@ def _keep(
     kind: ArtifactKind,
     incoming: Incoming,
     name: str,
-    sha256: str | None,
+    found: str,
 ) -> tuple[Artifact, bool]:
-    incoming.flush()
-    if sha256 is not None and incoming.digest != f"sha256:{sha256}":
-        msg = (
-            f"the bytes that arrive must have the announced digest; got {incoming.digest}: "
-            "send them again"
-        )
-        raise InvalidInput(msg, announced=f"sha256:{sha256}", got=incoming.digest)
-    found = _format_of(service, kind, incoming.path)
     size = incoming.size
     service.quotas.check_upload(caller.tenant, size)
     digest = service.blobs.keep(incoming)
@@ -268,30 +268,6 @@ def _keep(
     return service.artifacts.record(
         caller.tenant, kind, digest, format_name=found, name=shown, size=size
     )
-
-
-def _format_of(service: State, kind: ArtifactKind, path: FilePath) -> str:
-    """Return the format of a file that may be taken; raises what is wrong with it."""
-    settings = service.settings
-    ratio, max_bytes = settings.max_unpacked_ratio, settings.max_calibration_bytes
-    match kind:
-        case ArtifactKind.MODEL:
-            found = inspect_model(path, max_ratio=ratio)
-            if found is ModelFormat.PT2 and not _may_run_pt2(service):
-                msg = (
-                    "a .pt2 holds a program, and this server has no sandbox to run it in; upload "
-                    "a zip of config.json and safetensors files, or have its operator install "
-                    "bubblewrap"
-                )
-                raise UnsafeModel(msg, format="pt2")
-            return found.value
-        case ArtifactKind.DATASET:
-            return inspect_dataset(path, max_ratio=ratio, max_bytes=max_bytes).value
-        case ArtifactKind.PLAN:
-            inspect_plan(path)
-        case ArtifactKind.MATRIX:
-            inspect_matrix(path, max_ratio=ratio, max_bytes=max_bytes)
-    return FORMATS_OF_RESULTS[kind]
 
 
 def _may_run_pt2(service: State) -> bool:

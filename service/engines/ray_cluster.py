@@ -83,7 +83,7 @@ class Host:
         try:
             self._worker = self._engine.start(replace(order, parcels=tuple(parcels)), self._inbox)
         except BitquotaError as error:
-            from bitquota.service.problems import problem_json
+            from bitquota.service.problem_json import problem_json
 
             said = {"type": "error", "problem": problem_json(error)}
             self._inbox.put((None, (said, [])))  # type: ignore[arg-type]  # nobody looks at it

@@ -11,7 +11,8 @@ from bitquota.errors import InvalidInput
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
 from bitquota.report import render_markdown
-from bitquota.service.inspection import MAX_PLAN_BYTES, ArtifactKind, check_zip
+from bitquota.service.archives import check_zip
+from bitquota.service.inspection import MAX_PLAN_BYTES, ArtifactKind
 from bitquota.service.kinds.kind import BINARY, MARKDOWN, ZIP, Result
 
 if TYPE_CHECKING:

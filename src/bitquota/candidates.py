@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+import re2
 
 from bitquota.canonical import digest_json
 from bitquota.errors import InvalidInput, InvalidModel, UnknownLayer
@@ -277,17 +277,38 @@ def match_layers(pattern: str, layers: Sequence[Layer]) -> list[str]:
     """
     names = [layer.name for layer in layers]
     if pattern.startswith("re:"):
-        try:
-            compiled = re.compile(pattern[3:])
-        except re.error as err:
-            msg = f"'{pattern}' must be a valid regular expression after 're:'; got: {err}"
-            raise InvalidInput(msg, pattern=pattern) from err
+        compiled = _compiled(pattern)
         found = [name for name in names if compiled.fullmatch(name)]
     else:
         found = [n for n in names if fnmatchcase(n, pattern) or n.rsplit(".", 1)[-1] == pattern]
     if not found:
         raise unknown_layer(pattern, names)
     return found
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise ``InvalidInput`` if a layer pattern is a regular expression that cannot be read."""
+    if pattern.startswith("re:"):
+        _compiled(pattern)
+
+
+def _compiled(pattern: str) -> re2._Regexp[str]:
+    """Return the expression after ``re:``, in RE2, whose time is linear in the name.
+
+    The patterns of a request may be a stranger's, and ``(a*)*b`` would take Python's own engine
+    for ever.
+    """
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        return re2.compile(pattern[3:], options)
+    except re2.error as err:
+        why = err.args[0].decode() if err.args and isinstance(err.args[0], bytes) else str(err)
+        msg = (
+            f"'{pattern}' must be a regular expression of RE2 after 're:', which has no "
+            f"look-around and no back-references; got: {why}"
+        )
+        raise InvalidInput(msg, pattern=pattern) from err
 
 
 def _tie_groups(patterns: Sequence[str], layers: Sequence[Layer]) -> list[list[str]]:

@@ -27,6 +27,7 @@ BitquotaError
     ├── Conflict                      HTTP 409
     ├── TooLarge                      HTTP 413
     ├── QuotaExceeded                 HTTP 429
+    ├── StorageFull                   HTTP 507
     ├── Unavailable                   HTTP 503
     └── ServiceTimeout(TimeoutError)  HTTP 504
 
@@ -236,6 +237,13 @@ class QuotaExceeded(ServiceError):
 
     slug = "quota-exceeded"
     http_status = 429
+
+
+class StorageFull(ServiceError):
+    """The server's disk is full; nothing was stored."""
+
+    slug = "storage-full"
+    http_status = 507
 
 
 class Unavailable(ServiceError):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from bitquota.errors import InvalidCalibration, InvalidModel, TooLarge, UnsafeModel
+from bitquota.service.archives import check_zip
 from bitquota.service.inspection import (
     DatasetFormat,
     ModelFormat,
-    check_zip,
     inspect_dataset,
     inspect_model,
 )

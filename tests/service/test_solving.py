@@ -11,7 +11,7 @@ import pytest
 from bitquota.candidates import Inventory, Layer, LayerKind, enumerate_candidates
 from bitquota.errors import InvalidBudget, TooLarge
 from bitquota.matrix import SensitivityMatrix
-from bitquota.service.solving import inventory_of
+from bitquota.service.solve_task import inventory_of
 from live_server import LiveServer
 
 BITS = (2, 4, 8)

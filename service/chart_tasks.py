@@ -1,0 +1,123 @@
+"""The tasks behind charts, maps and the model page: they read the files that a job left.
+
+Files are named by their content, so one that was read stays good. Answers are JSON or HTML as the
+browser gets it; the API process passes the bytes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitquota.charts import cross_map, document, frontier_of, frontier_rows, maps_of, plan_json
+from bitquota.errors import NotFound
+from bitquota.formats.targets import TARGETS
+from bitquota.matrix import SensitivityMatrix
+from bitquota.plan import Plan
+from bitquota.report_page import render_html
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from bitquota.canonical import JsonObject
+
+_KEPT = 8
+_REPORT_S = 5.0
+_recent: OrderedDict[str, Any] = OrderedDict()
+
+
+def charts_task(order: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
+    """Return what the model page draws, without the cross-layer maps."""
+    return {}, _json(_document(order))
+
+
+def cross_task(order: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
+    """Return one map of cross-layer terms; raises ``NotFound``."""
+    matrix = _matrix(order)
+    if matrix is None:
+        msg = "a map needs a sensitivity matrix; this job left none"
+        raise NotFound(msg, job=order["job"])
+    plans = _plans(order)
+    return {}, _json(cross_map(matrix, order["at"], plans[0][0] if plans else None))
+
+
+def report_task(order: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
+    """Return the model page as one file that needs no network."""
+    found = _document(order)
+    matrix = _matrix(order)
+    maps = {}
+    if matrix is not None:
+        found |= {"frontier": frontier_of(matrix, time_limit_s=_REPORT_S)}
+        plans = _plans(order)
+        maps = maps_of(matrix, plans[0][0] if plans else None)
+    return {}, render_html(found, maps).encode()
+
+
+def model_page_task(order: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
+    """Return what the model page says of its plans, and what can be exported."""
+    plans = _plans(order)
+    exports = export_choices([plan for plan, _ in plans])
+    return {"plans": [shown for _, shown in plans], "exports": exports}, b""
+
+
+def export_choices(plans: Sequence[Plan]) -> list[JsonObject]:
+    """Return what an export job can make: targets whose rules a plan keeps, then plain formats.
+
+    A format writes the plan as it is; no rules of a runtime are checked for it.
+    """
+    kept = [
+        {"name": f"{name} (target)", "request": {"target": name}}
+        for name, target in TARGETS.items()
+        if any(not target.check(plan) for plan in plans)
+    ]
+    formats = dict.fromkeys(target.exporter for target in TARGETS.values())
+    return kept + [{"name": name, "request": {"format": name}} for name in formats]
+
+
+def _document(order: JsonObject) -> JsonObject:
+    plans = _plans(order)
+    comparison = order["comparison"]
+    found = document(
+        title=order["title"],
+        plans=[plan for plan, _ in plans],
+        plan_documents=[shown for _, shown in plans],
+        matrix=_matrix(order),
+        comparison=None if comparison is None else json.loads(Path(comparison).read_bytes()),
+    )
+    if not plans and order["frontier"] is not None:
+        rows = frontier_rows(json.loads(Path(order["frontier"]).read_bytes()))
+        found |= {name: rows[name] for name in ("layers", "frontier")}
+    return found
+
+
+def _matrix(order: JsonObject) -> SensitivityMatrix | None:
+    path = order["matrix"]
+    return None if path is None else _read(path, SensitivityMatrix.from_bytes)
+
+
+def _plans(order: JsonObject) -> list[tuple[Plan, JsonObject]]:
+    """Return the plans, one for each budget, and what charts show of each."""
+    return [_read(path, _plan) for path in order["plans"]]
+
+
+def _plan(data: bytes) -> tuple[Plan, JsonObject]:
+    """Return a stored plan and what charts show of it; its digest was checked when it came."""
+    text = json.loads(data)
+    digest = str(text.pop("digest"))
+    plan = Plan.from_json(text)
+    return plan, plan_json(plan, digest=digest)
+
+
+def _read(path: str, make: Callable[[bytes], Any]) -> Any:  # noqa: ANN401  # what ``make`` makes
+    if path not in _recent:
+        _recent[path] = make(Path(path).read_bytes())
+    _recent.move_to_end(path)
+    while len(_recent) > _KEPT:
+        _recent.popitem(last=False)
+    return _recent[path]
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
