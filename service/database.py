@@ -8,6 +8,7 @@ the connection breaks: every such function must be safe to run twice.
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import threading
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +17,8 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
-from bitquota.errors import Unavailable
+from bitquota.errors import BitquotaError, StorageFull, Unavailable
+from bitquota.service.storage_errors import FULL, READ_ONLY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -180,6 +182,10 @@ _WRITE = "bitquota_write"
 _RETRIES = 6
 _BACKOFF_S = 0.1
 _RETRY_AFTER_S = 2
+_LONGEST_S = 45.0
+"""Seconds after which nothing is tried again: who waits for the answer has given up by then."""
+
+_LOOK_S = 3.0
 
 
 def open_engine(url: str) -> Engine:
@@ -209,6 +215,27 @@ def open_engine(url: str) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
 
     return engine
+
+
+def _why(error: BaseException | None) -> str | None:
+    """Return what keeps SQLite from writing, as far as it is known what that is."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return {
+        sqlite3.SQLITE_BUSY: "it is locked by another program",
+        sqlite3.SQLITE_LOCKED: "it is locked by another program",
+        sqlite3.SQLITE_FULL: "the disk is full",
+        sqlite3.SQLITE_READONLY: "it is read-only",
+        sqlite3.SQLITE_CANTOPEN: "its file cannot be opened",
+    }.get(code)
+
+
+def _raise_lasting(error: BaseException | None) -> None:
+    """Raise what does not pass by trying again: a disk that is full or read-only."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        raise StorageFull(FULL) from error
+    if code == sqlite3.SQLITE_READONLY:
+        raise Unavailable(READ_ONLY) from error
 
 
 class Database:
@@ -250,7 +277,31 @@ class Database:
         with self._one_writer:
             return self._run(work, writing=True)
 
+    def unready(self) -> str | None:
+        """Return why no job can be stored at the moment, or ``None`` if one can."""
+        try:
+            if self.postgres:
+                recovering = sa.text("SELECT pg_is_in_recovery()")
+                if self.read(lambda connection: connection.execute(recovering).scalar()):
+                    return "it only answers reads"
+                return None
+            # A connection of its own, which does not wait as long for the lock as orders do.
+            with contextlib.closing(
+                sqlite3.connect(
+                    str(self.engine.url.database), timeout=_LOOK_S, isolation_level=None
+                )
+            ) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("UPDATE jobs SET version = version WHERE 0")
+                connection.execute("ROLLBACK")
+        except sqlite3.Error as err:
+            return _why(err) or str(err)
+        except BitquotaError as err:
+            return err.message
+        return None
+
     def _run(self, work: Callable[[Connection], T], *, writing: bool) -> T:
+        until = time.monotonic() + _LONGEST_S
         for attempt in range(_RETRIES):
             try:
                 with (self.engine if writing else self._reading).connect() as connection:
@@ -266,7 +317,8 @@ class Database:
                 )
                 if not passing:
                     raise
-                if attempt == _RETRIES - 1:
+                _raise_lasting(err.orig)
+                if attempt == _RETRIES - 1 or time.monotonic() > until:
                     msg = "the database must be reachable; it is not at the moment, try again"
                     cause = type(err.orig).__name__
                     raise Unavailable(msg, cause=cause, retry_after_s=_RETRY_AFTER_S) from err

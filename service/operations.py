@@ -11,7 +11,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse
 
 import bitquota
-from bitquota.errors import BitquotaError, Unavailable
+from bitquota.errors import StorageFull, Unavailable
 from bitquota.service.database import jobs
 from bitquota.service.job import JobStatus
 from bitquota.service.problems import problem_response
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bitquota.service.state import State
 
 router = APIRouter(tags=["operations"])
+_PROBE_BYTES = 4096
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 
 
@@ -89,16 +90,17 @@ def healthz() -> dict[str, str]:
 )
 def readyz(service: Service, request: Request) -> Response:
     """Say whether jobs can be taken: database, data folder and supervisor; 503 if not."""
-    checks = {
-        "database": _reaches_database(service),
-        "data_dir": _writes(service),
-        "supervisor": service.supervisor.alive and not service.supervisor.stopping,
+    wrong = {
+        "database": service.database.unready(),
+        "data_dir": _why_not_written(service),
+        "supervisor": None if _supervised(service) else "the supervisor has ended",
     }
+    checks = {name: why is None for name, why in wrong.items()}
     if all(checks.values()):
         return JSONResponse({"status": "ready", "checks": checks})
-    failed = ", ".join(name for name, good in checks.items() if not good)
-    wrong = Unavailable(f"the server must be able to take jobs; it cannot: {failed}", **checks)
-    return problem_response(wrong, status=503, request=request)
+    said = "; ".join(f"{name}: {why}" for name, why in wrong.items() if why is not None)
+    error = Unavailable(f"the server must be able to take jobs; it cannot: {said}", **checks)
+    return problem_response(error, status=503, request=request)
 
 
 @router.get(
@@ -116,19 +118,24 @@ def metrics(request: Request, service: Service) -> Response:
     return Response(body, media_type=CONTENT_TYPE_LATEST)
 
 
-def _reaches_database(service: State) -> bool:
-    try:
-        service.database.read(lambda connection: connection.execute(sa.text("SELECT 1")).scalar())
-    except BitquotaError:
-        return False
-    return True
+def _supervised(service: State) -> bool:
+    return service.supervisor.alive and not service.supervisor.stopping
 
 
-def _writes(service: State) -> bool:
+def _why_not_written(service: State) -> str | None:
+    """Return why nothing can be written to the data folder, or ``None`` if it can."""
     try:
-        incoming = service.blobs.incoming(1)
-        incoming.write(b"x")
-        incoming.discard()
-    except OSError:
-        return False
-    return True
+        service.blobs.check_room(0, service.settings.min_free_bytes)
+        incoming = service.blobs.incoming(_PROBE_BYTES)
+        try:
+            incoming.write(bytes(_PROBE_BYTES))
+            incoming.flush()
+        finally:
+            incoming.discard()
+    except StorageFull:
+        return f"the disk is full; {service.blobs.free():,} bytes are free"
+    except Unavailable:
+        return "it is read-only"
+    except OSError as err:
+        return err.strerror or str(err)
+    return None
