@@ -27,8 +27,8 @@ BitquotaError
     ├── Conflict                      HTTP 409
     ├── TooLarge                      HTTP 413
     ├── QuotaExceeded                 HTTP 429
-    ├── StorageFull                   HTTP 507
     ├── Unavailable                   HTTP 503
+    │   └── StorageFull               HTTP 507
     └── ServiceTimeout(TimeoutError)  HTTP 504
 
 A message says what must hold, what was got, and what to do. The values of the message sit on
@@ -239,18 +239,18 @@ class QuotaExceeded(ServiceError):
     http_status = 429
 
 
-class StorageFull(ServiceError):
-    """The server's disk is full; nothing was stored."""
-
-    slug = "storage-full"
-    http_status = 507
-
-
 class Unavailable(ServiceError):
     """The server cannot answer at the moment; the same request later may succeed."""
 
     slug = "unavailable"
     http_status = 503
+
+
+class StorageFull(Unavailable):
+    """The server's disk is full; nothing was stored."""
+
+    slug = "storage-full"
+    http_status = 507
 
 
 class ServiceTimeout(ServiceError, TimeoutError):
