@@ -33,6 +33,12 @@ _DEFAULTS = (
 )
 
 
+def _says_json(scope: Scope) -> bool:
+    """Return whether FastAPI would parse the body, which it also does where nothing is said."""
+    said = dict(scope["headers"]).get(b"content-type", b"application/json")
+    return b"json" in said.partition(b";")[0].lower()
+
+
 class Envelope:
     """Pure ASGI, so that streamed bodies pass in both directions as they come."""
 
@@ -83,7 +89,7 @@ class Envelope:
             if body is None:
                 msg = f"a request body must be at most {self.max_body_bytes:,} bytes; got more"
                 raise TooLarge(msg, limit=self.max_body_bytes)
-            if body and scope["path"].startswith("/v1/"):
+            if body and scope["method"] == "POST" and _says_json(scope):
                 check_json(body, self.limits, "a request body")
                 check_texts(body, "a request body")
         except BitquotaError as error:

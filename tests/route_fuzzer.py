@@ -254,5 +254,5 @@ def send(
             media_type = answer.headers.get_content_type()
             body = b"" if media_type == "text/event-stream" else answer.read(MOST_READ)
             return Reply(status=answer.status, media_type=media_type, body=body)
-        except (ConnectionError, http.client.HTTPException):
+        except (OSError, http.client.HTTPException):
             return Reply(status=0, media_type="", body=b"")

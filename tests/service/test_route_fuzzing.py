@@ -10,9 +10,9 @@ import pytest
 from bitquota.service.database import Database
 from bitquota.service.keys import KeyStore
 from bitquota.service.settings import Settings
-from live_server import LiveServer, npz
+from live_server import LiveServer, folder_zip, npz
 from route_fuzzer import DIGEST, HostileRequest, RouteFuzzer, send
-from seeded_jobs import seed_model
+from seeded_jobs import inventory_of, matrix_of, seed_model
 
 CASES = 60
 SEEDS = range(8)
@@ -34,8 +34,11 @@ def fuzzed(tmp_path_factory):
         )
         with http:
             dataset = http.put("/v1/datasets", content=npz()).json()["id"]
+            model = http.put("/v1/models", content=folder_zip()).json()["id"]
+            matrix = http.put("/v1/matrices", content=matrix_of(inventory_of(6)).to_bytes())
             document = http.get("/v1/openapi.json").json()
-        known = {"job_id": [job], "digest": [dataset, DIGEST], "dataset": [dataset]}
+        known = {"job_id": [job], "dataset": [dataset], "model": [model]}
+        known |= {"matrix": [matrix.json()["id"]], "digest": [dataset, model, DIGEST]}
         yield server, key, document, known
 
 

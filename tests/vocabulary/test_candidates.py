@@ -216,7 +216,7 @@ class TestMatchLayers:
             match_layers("FC", inventory("a.fc").layers)
 
     def test_a_broken_regular_expression_is_refused(self):
-        with pytest.raises(InvalidInput, match="valid regular expression after 're:'"):
+        with pytest.raises(InvalidInput, match="regular expression of RE2 after 're:'"):
             match_layers("re:(", inventory("a").layers)
 
 
