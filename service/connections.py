@@ -19,7 +19,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from bitquota.canonical import canonical_json
 from bitquota.errors import BitquotaError, InvalidInput, QuotaExceeded, ServiceTimeout, Unavailable
 from bitquota.service.logs import logger
-from bitquota.service.problems import MEDIA_TYPE, problem_json
+from bitquota.service.problem_json import problem_json
+from bitquota.service.problems import MEDIA_TYPE
 
 if TYPE_CHECKING:
     import asyncio
