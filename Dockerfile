@@ -12,7 +12,8 @@ COPY src src
 COPY solver solver
 COPY sensitivity sensitivity
 COPY quantizers quantizers
-COPY formats formats
+COPY models models
+COPY exports exports
 COPY training training
 COPY service service
 RUN /opt/build/bin/python -m build --no-isolation --wheel --outdir /dist .

@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bitquota.allocate import allocate
-from bitquota.formats import load_model
-from bitquota.formats.exports import export_plan, open_export
-from bitquota.formats.models import finish
-from bitquota.formats.scoring import score_plans
-from bitquota.formats.text import load_text
+from bitquota.evaluate.scoring import score_plans
+from bitquota.exports.export import export_plan, open_export
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.load import load_model
+from bitquota.models.loaded import finish
+from bitquota.models.text import load_text
 from bitquota.request import PlanRequest
-from bitquota.sensitivity.calibration import CalibrationSet
-from bitquota.sensitivity.ledger import MemoryLedger
+from bitquota.search.allocate import allocate
+from bitquota.sensitivity.cache import MemoryLedger
 from resnet_cifar import calibration, data_folder, images, resnet20
 
 if TYPE_CHECKING:
-    from bitquota.formats.exports import Receipt
-    from bitquota.formats.models import LoadedModel
+    from bitquota.exports.export import Receipt
+    from bitquota.models.loaded import LoadedModel
     from bitquota.plan import Plan
 
 LARGEST_POINT = 0.1

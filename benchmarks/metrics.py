@@ -20,22 +20,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitquota.budget import Budget
-from bitquota.candidates import enumerate_candidates
-from bitquota.report import markdown_table
-from bitquota.sensitivity.baselines import baseline_choices, size_only
-from bitquota.sensitivity.calibration import CalibrationSet
-from bitquota.sensitivity.choices import measure_choices
-from bitquota.sensitivity.discovery import discover
-from bitquota.sensitivity.evaluate import measure_choice
-from bitquota.sensitivity.gram import measure_gram
-from bitquota.sensitivity.ledger import MemoryLedger
+from bitquota.candidates.budget import Budget
+from bitquota.candidates.table import enumerate_candidates
+from bitquota.evaluate.choice import measure_choice
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.discovery import discover
+from bitquota.report.text import markdown_table
+from bitquota.search.agreement import spearman
+from bitquota.search.baselines import baseline_choices, size_only
+from bitquota.search.neighborhood import Limits
+from bitquota.search.threshold import threshold_within
+from bitquota.sensitivity.cache import MemoryLedger
 from bitquota.sensitivity.losses import loss_by_name
-from bitquota.sensitivity.metrics import METRICS, Orthogonality, find_flags, threshold_within
-from bitquota.sensitivity.metrics.agreement import spearman
-from bitquota.sensitivity.moves import Limits
-from bitquota.sensitivity.pairs import measure_singles
-from bitquota.sensitivity.runner import make_runner
+from bitquota.sensitivity.measures.choices import measure_choices
+from bitquota.sensitivity.measures.gram import measure_gram
+from bitquota.sensitivity.measures.pairs import measure_singles
+from bitquota.sensitivity.metrics import METRICS, Orthogonality, find_flags
+from bitquota.sensitivity.runners.make import make_runner
 from bitquota.solver import build_problem, solve
 from resnet_cifar import images, load_resnet
 
@@ -44,9 +45,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from bitquota.candidates import CandidateTable, Inventory
+    from bitquota.candidates.layers import Inventory
+    from bitquota.candidates.table import CandidateTable
     from bitquota.matrix import SensitivityMatrix
-    from bitquota.sensitivity.runner import Runner
+    from bitquota.sensitivity.runners.base import Runner
 
 KL, CE = loss_by_name("kl"), loss_by_name("cross_entropy")
 EMPTY = dict.fromkeys(("metric", "rho KL", "rho CE", "passes", "CPU s", "flags"), "")

@@ -29,21 +29,23 @@ from torch import nn
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from bitquota.candidates import enumerate_candidates
+from bitquota.candidates.table import enumerate_candidates
 from bitquota.corrections import Correction
 from bitquota.errors import BudgetTooSmall, Infeasible
-from bitquota.sensitivity.baselines import baseline_choices, size_only, weight_mse
-from bitquota.sensitivity.calibration import CalibrationSet
-from bitquota.sensitivity.discovery import discover
-from bitquota.sensitivity.evaluate import measure_choice
-from bitquota.sensitivity.gram import GramMeasure, measure_differences
-from bitquota.sensitivity.ledger import MemoryLedger, SqliteLedger
+from bitquota.evaluate.choice import measure_choice
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.discovery import discover
+from bitquota.models.references import References
+from bitquota.quantizers.apply import as_change
+from bitquota.search.baselines import baseline_choices, size_only, weight_mse
+from bitquota.search.neighborhood import Limits
+from bitquota.search.refine import refine
+from bitquota.sensitivity.cache import MemoryLedger, SqliteLedger
 from bitquota.sensitivity.losses import loss_by_name
-from bitquota.sensitivity.moves import Limits
-from bitquota.sensitivity.pairs import measure_pairs
-from bitquota.sensitivity.references import References
-from bitquota.sensitivity.refine import refine
-from bitquota.sensitivity.runner import EagerRunner, as_change, make_runner
+from bitquota.sensitivity.measures.gram import GramMeasure, measure_differences
+from bitquota.sensitivity.measures.pairs import measure_pairs
+from bitquota.sensitivity.runners.eager import EagerRunner
+from bitquota.sensitivity.runners.make import make_runner
 from bitquota.solver import Problem, solve
 from resnet_cifar import data_folder, images, load_resnet
 
@@ -52,10 +54,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from bitquota.candidates import CandidateTable, Inventory
+    from bitquota.candidates.layers import Inventory
+    from bitquota.candidates.table import CandidateTable
     from bitquota.matrix import SensitivityMatrix
-    from bitquota.sensitivity.ledger import Ledger
-    from bitquota.sensitivity.runner import Runner
+    from bitquota.sensitivity.cache import Ledger
+    from bitquota.sensitivity.runners.base import Runner
 
 KL = loss_by_name("kl")
 EXACT_KL = {2.5: 1.27, 3.0: 0.547, 3.5: 0.301, 4.0: 0.088}

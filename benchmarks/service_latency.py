@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import numpy as np
 
-from bitquota.candidates import Inventory, Layer, LayerKind, enumerate_candidates
+from bitquota.candidates.layers import Inventory, Layer, LayerKind
+from bitquota.candidates.table import enumerate_candidates
 from bitquota.matrix import SensitivityMatrix
 from bitquota.request import PlanRequest
 from live_server import LiveServer, train_and_export
@@ -103,9 +104,10 @@ def solves(server: LiveServer, bits: tuple[int, ...], repeats: int) -> dict[str,
 
 def embedded(files: tuple[Path, Path], folder: Path, repeats: int) -> list[float]:
     """Return seconds of the same work in this process."""
-    from bitquota.allocate import allocate
-    from bitquota.formats import load_calibration, load_model
-    from bitquota.sensitivity.ledger import SqliteLedger
+    from bitquota.models.load import load_model
+    from bitquota.models.samples import load_calibration
+    from bitquota.search.allocate import allocate
+    from bitquota.sensitivity.cache import SqliteLedger
 
     seconds = []
     with SqliteLedger(folder / "ledger.sqlite") as ledger:

@@ -20,27 +20,31 @@ import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from bitquota.allocate import allocate
-from bitquota.budget import Budget
-from bitquota.candidates import Candidate, Inventory
+from bitquota.candidates.budget import Budget
+from bitquota.candidates.storage import Scheme
+from bitquota.candidates.table import Candidate
 from bitquota.corrections import Correction
-from bitquota.formats import load_model
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.discovery import discover
+from bitquota.models.load import load_model
 from bitquota.plan import Plan
+from bitquota.quantizers.apply import apply_plan
+from bitquota.quantizers.corrections import reestimate_batch_norm
 from bitquota.request import PlanRequest
-from bitquota.sensitivity.calibration import CalibrationSet
-from bitquota.sensitivity.corrections import reestimate_batch_norm
-from bitquota.sensitivity.discovery import discover
-from bitquota.sensitivity.evaluate import apply_plan
-from bitquota.sensitivity.ledger import SqliteLedger
-from bitquota.storage import Scheme
+from bitquota.search.allocate import allocate
+from bitquota.sensitivity.cache import SqliteLedger
 from bitquota.training.finetune import finetune
 from bitquota.training.learn import default_settings, learn
 from bitquota.training.settings import TrainingSettings
 from resnet_cifar import images, load_resnet
+
+if TYPE_CHECKING:
+    from bitquota.candidates.layers import Inventory
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 ROWS = {

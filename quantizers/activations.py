@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitquota.candidates.storage import Grid
 from bitquota.errors import InvalidInput, MeasurementFailed
-from bitquota.quantizers.calls import LayerWatcher, tensor_key, with_input
-from bitquota.storage import Grid
+from bitquota.models.calls import LayerWatcher, tensor_key, with_input
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor, nn
 
-    from bitquota.candidates import Inventory
-    from bitquota.quantizers.calls import LayerCall
+    from bitquota.candidates.layers import Inventory
+    from bitquota.models.calls import LayerCall
 
 ACTIVATION_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 N_BINS = 2048
@@ -284,7 +284,7 @@ def collect_inputs(
             with InputWatcher(weights_of(module, inventory), look):
                 for inputs in kept:
                     module(*inputs)
-    from bitquota.candidates import LayerKind
+    from bitquota.candidates.layers import LayerKind
 
     passing = {layer.name for layer in inventory.layers if layer.kind is LayerKind.EMBEDDING}
     return CalibratedInputs(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from bitquota.candidates import Inventory
+    from bitquota.candidates.layers import Inventory
 
 IRLS_STEPS = 10
 VALUES_PER_CHANNEL = 512
@@ -151,7 +151,7 @@ def collect_channels(
     Cost: one forward pass over the batches; ``VALUES_PER_CHANNEL`` values per channel are kept of
     each batch, evenly spaced.
     """
-    from bitquota.candidates import LayerKind
+    from bitquota.candidates.layers import LayerKind
 
     kept: dict[str, list[Tensor]] = {}
     axis_of = {la.name: 1 if la.kind.name.startswith("CONV") else -1 for la in inventory.layers}

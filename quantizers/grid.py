@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bitquota.storage import Granularity, Grid
+from bitquota.candidates.storage import Granularity, Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bitquota.storage import Scheme
+    from bitquota.candidates.storage import Scheme
 
 
 def levels(bits: int) -> tuple[int, int]:

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from bitquota.candidates.storage import Granularity, Grid, StorageSize, n_scales, scales_per_line
 from bitquota.errors import InvalidInput
 from bitquota.quantizers.grid import levels
 from bitquota.quantizers.weights import SCALE_DTYPES, QuantizedWeight
-from bitquota.storage import Granularity, Grid, StorageSize, n_scales, scales_per_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from bitquota.storage import Scheme
+    from bitquota.candidates.storage import Scheme
 
 CODES_AT_ONCE = 1 << 20
 """Codes expanded to single bits at a time (a multiple of 8): bounds memory to 16 MiB."""

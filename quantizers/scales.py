@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from bitquota.storage import ScaleRule
+from bitquota.candidates.storage import ScaleRule
 
 PERCENTILE = 0.995
 """Share of weights that the percentile rule keeps inside the grid."""

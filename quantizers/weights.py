@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bitquota.errors import InvalidInput, InvalidModel
-from bitquota.quantizers.affine_fit import fit_affine
-from bitquota.quantizers.error_feedback import error_feedback_codes
-from bitquota.quantizers.grid import nearest_codes, power_values, spread
-from bitquota.quantizers.k_blocks import fit_k_blocks, read_k_blocks
-from bitquota.quantizers.layout import from_matrix, to_matrix
-from bitquota.quantizers.levels import fit_levels, fit_power_scale
-from bitquota.quantizers.scales import asymmetric_scale, symmetric_scale
-from bitquota.storage import (
+from bitquota.candidates.storage import (
     FULL_PRECISION_BITS,
     GRID_BITS,
     K_BLOCK,
@@ -26,11 +18,19 @@ from bitquota.storage import (
     ScaleFormat,
     Scheme,
 )
+from bitquota.errors import InvalidInput, InvalidModel
+from bitquota.models.layout import from_matrix, to_matrix
+from bitquota.quantizers.affine_fit import fit_affine
+from bitquota.quantizers.gptq import error_feedback_codes
+from bitquota.quantizers.grid import nearest_codes, power_values, spread
+from bitquota.quantizers.kquants import fit_k_blocks, read_k_blocks
+from bitquota.quantizers.levels import fit_levels, fit_power_scale
+from bitquota.quantizers.scales import asymmetric_scale, symmetric_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bitquota.candidates import Layer
+    from bitquota.candidates.layers import Layer
 
 SCALE_DTYPES = {
     ScaleFormat.FP32: torch.float32,

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from bitquota.candidates import CandidateTable
+    from bitquota.candidates.table import CandidateTable
     from bitquota.canonical import JsonObject
     from bitquota.progress import IsCancelled
-    from bitquota.sensitivity.ledger import Ledger
+    from bitquota.sensitivity.cache import Ledger
     from bitquota.sensitivity.losses import Loss
-    from bitquota.sensitivity.runner import Runner
+    from bitquota.sensitivity.runners.base import Runner
 
 CHOICES = "choices"
 """The errand of ``measure_choices``; the others are named after their measure."""
@@ -144,9 +144,9 @@ def carry_out(
 
     Cost: that of the measure, times the chunk's share of the samples.
     """
-    from bitquota.sensitivity.choices import measure_choices
-    from bitquota.sensitivity.gram import measure_gram
-    from bitquota.sensitivity.pairs import measure_pairs, measure_singles
+    from bitquota.sensitivity.measures.choices import measure_choices
+    from bitquota.sensitivity.measures.gram import measure_gram
+    from bitquota.sensitivity.measures.pairs import measure_pairs, measure_singles
 
     counts = [int(b - a) for a, b in itertools.pairwise(table.offsets)]
     points = [p for p in (errand.point, *errand.choices) if p is not None]

@@ -6,9 +6,8 @@ that differences of nearly equal losses survive.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch.nn import functional
@@ -16,6 +15,8 @@ from torch.nn import functional
 from bitquota.errors import InvalidCalibration, InvalidInput, MeasurementFailed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 
@@ -44,35 +45,6 @@ class Loss(Protocol):
             labels: ``[N, ...]``, or ``None`` when the loss needs none.
         """
         ...
-
-
-def primary_output(value: Any) -> Tensor:  # noqa: ANN401  # whatever a model returns
-    """Return the tensor of a model's output that losses look at.
-
-    A tensor is itself; otherwise ``logits``, then ``last_hidden_state``, then the first tensor.
-
-    Raises:
-        MeasurementFailed: There is no tensor.
-    """
-    if isinstance(value, torch.Tensor):
-        return value
-    if isinstance(value, Mapping):
-        for key in ("logits", "last_hidden_state"):
-            if isinstance(value.get(key), torch.Tensor):
-                return primary_output(value[key])
-        value = list(value.values())
-    for attribute in ("logits", "last_hidden_state"):
-        if isinstance(getattr(value, attribute, None), torch.Tensor):
-            return primary_output(getattr(value, attribute))
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            if isinstance(item, (torch.Tensor, list, tuple, Mapping)):
-                return primary_output(item)
-    msg = (
-        f"a model must return a tensor, or something that holds one; got {type(value).__name__}: "
-        "wrap the model so that it returns the tensor the loss is about"
-    )
-    raise MeasurementFailed(msg)
 
 
 def _mean_over_positions(values: Tensor) -> Tensor:

@@ -11,12 +11,19 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitquota.charts import cross_map, document, frontier_of, frontier_rows, maps_of, plan_json
+from bitquota.candidates.targets import TARGETS
 from bitquota.errors import NotFound
-from bitquota.formats.targets import TARGETS
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
-from bitquota.report_page import render_html
+from bitquota.report.charts import (
+    cross_map,
+    document,
+    frontier_of,
+    frontier_rows,
+    maps_of,
+    plan_json,
+)
+from bitquota.report.page import render_html
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -30,7 +30,7 @@ from bitquota.errors import (
     ServiceTimeout,
     Unavailable,
 )
-from bitquota.sensitivity.ledger import SqliteLedger
+from bitquota.sensitivity.cache import SqliteLedger
 from bitquota.service import wire
 from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.blobs import blob_store

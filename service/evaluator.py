@@ -180,11 +180,11 @@ def warm_up() -> None:
     """
     import torch
 
-    from bitquota.allocate import allocate
-    from bitquota.formats.models import finish
+    from bitquota.models.calibration import CalibrationSet
+    from bitquota.models.loaded import finish
     from bitquota.request import PlanRequest
-    from bitquota.sensitivity.calibration import CalibrationSet
-    from bitquota.sensitivity.ledger import MemoryLedger
+    from bitquota.search.allocate import allocate
+    from bitquota.sensitivity.cache import MemoryLedger
 
     tiny = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
     for parameter in tiny.parameters():

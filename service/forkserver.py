@@ -46,7 +46,8 @@ class Loaded:
 
 def preload(order: JsonObject, loaded: Loaded) -> None:
     """Load the one model and the one calibration set of an order, if it has them."""
-    from bitquota.formats import load_calibration, load_model
+    from bitquota.models.load import load_model
+    from bitquota.models.samples import load_calibration
 
     ways: dict[str, Callable[[str], Any]] = {
         "model": lambda path: load_model(path, allow_factory=False),

@@ -22,7 +22,7 @@ from bitquota.errors import (
     TooLarge,
     UnsafeModel,
 )
-from bitquota.formats.pt2_vetting import vet_pt2
+from bitquota.models.pt2.vetting import vet_pt2
 from bitquota.plan import Plan
 from bitquota.service.archives import check_arrays, check_npz, check_zip
 from bitquota.service.json_limits import DOCUMENT, check_json, parse_json

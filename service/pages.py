@@ -22,16 +22,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse, RedirectResponse
 
+from bitquota.candidates.storage import WEIGHT_BITS
 from bitquota.errors import BitquotaError, Forbidden, NotFound, Unauthorized
-from bitquota.report import format_size
-from bitquota.report_page import SCRIPTS
+from bitquota.report.page import SCRIPTS
+from bitquota.report.text import format_size
 from bitquota.request import DEFAULT_WEIGHT_BITS
 from bitquota.service import pages_data
 from bitquota.service.keys import Caller, Scope  # FastAPI reads them
 from bitquota.service.schemas import job_view
 from bitquota.service.sessions import COOKIE, FORM_COOKIE, LIFETIME_S
 from bitquota.service.state import Calling, Service, State, caller_of, state_of
-from bitquota.storage import WEIGHT_BITS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

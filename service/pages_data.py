@@ -12,8 +12,8 @@ from fastapi import APIRouter, Query, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
-from bitquota.charts import LARGEST
 from bitquota.errors import BitquotaError, Conflict, NotFound
+from bitquota.report.charts import LARGEST
 from bitquota.service.database import artifacts, events
 from bitquota.service.inspection import ArtifactKind
 from bitquota.service.job import JobStatus

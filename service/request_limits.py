@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bitquota.candidates import check_pattern
+from bitquota.candidates.layers import check_pattern
 from bitquota.errors import InvalidInput
 
 if TYPE_CHECKING:

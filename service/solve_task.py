@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from bitquota.budget import Budget, Scope
-from bitquota.candidates import Inventory, Layer, LayerKind
+from bitquota.candidates.budget import Budget, Scope
+from bitquota.candidates.layers import Inventory, Layer, LayerKind
 from bitquota.canonical import digest_bytes
 from bitquota.errors import InvalidBudget, InvalidInput
 from bitquota.matrix import SensitivityMatrix

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from bitquota.canonical import JsonObject
-    from bitquota.formats import LoadedModel
+    from bitquota.models.calibration import CalibrationSet
+    from bitquota.models.loaded import LoadedModel
     from bitquota.progress import IsCancelled, OnProgress, Progress
-    from bitquota.sensitivity.calibration import CalibrationSet
-    from bitquota.sensitivity.ledger import Ledger
+    from bitquota.sensitivity.cache import Ledger
     from bitquota.service.forkserver import Loaded
 
 PIECE_BYTES = 4 * 2**20
@@ -93,7 +93,7 @@ class Work:
 
     def model(self, role: str = "model") -> LoadedModel:
         """Load a model that must be there."""
-        from bitquota.formats import load_model
+        from bitquota.models.load import load_model
 
         self.say("load")
         return cast(
@@ -105,7 +105,7 @@ class Work:
 
     def samples(self, role: str = "dataset") -> CalibrationSet:
         """Load a dataset that must be there."""
-        from bitquota.formats import load_calibration
+        from bitquota.models.samples import load_calibration
 
         return cast("CalibrationSet", self.loaded.load(str(self._one(role)), load_calibration))
 

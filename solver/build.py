@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from bitquota.budget import Budget
-    from bitquota.candidates import CandidateTable
+    from bitquota.candidates.budget import Budget
+    from bitquota.candidates.table import CandidateTable
     from bitquota.matrix import SensitivityMatrix
 
 Rule = tuple[str, str]

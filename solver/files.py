@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitquota.budget import Budget
+from bitquota.candidates.budget import Budget
 from bitquota.canonical import why_unreadable
 from bitquota.errors import InvalidBudget, InvalidMatrix
 from bitquota.matrix import SensitivityMatrix

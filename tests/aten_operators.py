@@ -1,7 +1,7 @@
 """Writes ``formats/aten_operators.txt``: the ATen operators that the graph of a ``.pt2`` may call.
 
 Run ``python tests/aten_operators.py`` with a new torch, read the difference, commit it.
-``tests/formats/test_pt2_operators.py`` fails until that is done.
+``tests/models/test_pt2_operators.py`` fails until that is done.
 """
 
 from __future__ import annotations

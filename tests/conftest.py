@@ -8,6 +8,7 @@ from pathlib import Path
 # Before anything loads a library with threads of its own; the suite runs several processes.
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis  # noqa: E402  # see above
 import pytest  # noqa: E402
@@ -40,3 +41,22 @@ def shared_data() -> Path:
 def repository() -> Path:
     """Return the root of the working tree."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_pt2(tmp_path_factory) -> Path:
+    """The tiny network as ``.pt2``."""
+    import torch
+
+    from format_networks import tiny_net, write_pt2
+
+    path = tmp_path_factory.mktemp("pt2") / "tiny.pt2"
+    return write_pt2(tiny_net(), (torch.randn(2, 3, 8, 8),), path)
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory) -> Path:
+    """A tiny random Llama with a tied head, as transformers saves it."""
+    from format_networks import write_llama
+
+    return write_llama(tmp_path_factory.mktemp("llama"))

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, export, save
 
-from bitquota.candidates import CandidateTable, Inventory, enumerate_candidates
-from bitquota.formats.targets import TARGETS
+from bitquota.candidates.table import CandidateTable, enumerate_candidates
+from bitquota.candidates.targets import TARGETS
+from bitquota.models.discovery import discover
 from bitquota.plan import Assignment, Plan
-from bitquota.sensitivity.discovery import discover
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from bitquota.formats.models import LoadedModel
-    from bitquota.storage import Scheme
+    from bitquota.candidates.layers import Inventory
+    from bitquota.candidates.storage import Scheme
+    from bitquota.models.loaded import LoadedModel
 
 
 class TinyNet(nn.Module):

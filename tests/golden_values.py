@@ -17,39 +17,40 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from bitquota.allocate import Allocation, allocate
-from bitquota.budget import Budget
-from bitquota.candidates import CandidateTable, Inventory, enumerate_candidates
+from bitquota.candidates.budget import Budget
+from bitquota.candidates.storage import Granularity, Grid, Rounding, ScaleFormat, ScaleRule, Scheme
+from bitquota.candidates.table import CandidateTable, enumerate_candidates
+from bitquota.candidates.targets import TARGETS
 from bitquota.canonical import canonical_json
-from bitquota.compare import compare
+from bitquota.ci.diff import diff_plans
+from bitquota.ci.lock import Limits, Lock, make_lock
 from bitquota.corrections import Correction
-from bitquota.formats.inspection import inspect_model
-from bitquota.formats.lock import Limits, Lock, make_lock
-from bitquota.formats.models import LoadedModel
-from bitquota.formats.plan_diff import diff_plans
-from bitquota.formats.receipt import Difference, FileReceipt, Receipt, TensorReceipt
-from bitquota.formats.scores import Estimate, ModelScores, Score
-from bitquota.formats.targets import TARGETS
+from bitquota.evaluate.scores import Estimate, ModelScores, Score
+from bitquota.exports.receipt import Difference, FileReceipt, Receipt, TensorReceipt
 from bitquota.matrix import SensitivityMatrix
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.discovery import discover, model_fingerprint
+from bitquota.models.inspection import inspect_model
+from bitquota.models.loaded import LoadedModel
 from bitquota.plan import Assignment, Baseline, MeasuredLoss, Plan, Proof
 from bitquota.request import PlanRequest
-from bitquota.sensitivity.calibration import CalibrationSet
-from bitquota.sensitivity.discovery import discover, model_fingerprint
+from bitquota.search.allocate import Allocation, allocate
+from bitquota.search.compare import compare
+from bitquota.sensitivity.cache import SqliteLedger, export_entries
 from bitquota.sensitivity.errands import Errand
-from bitquota.sensitivity.ledger import SqliteLedger, export_entries
 from bitquota.service.kinds import KINDS
 from bitquota.service.orders import JobOrder, new_job
 from bitquota.solver.archive import certificate_to_bytes, problem_to_bytes
 from bitquota.solver.backends.answer import Answer
 from bitquota.solver.document import frontier_document, smallest_document, solve_document
 from bitquota.solver.solve import solve
-from bitquota.storage import Granularity, Grid, Rounding, ScaleFormat, ScaleRule, Scheme
 from contracts.solver_backend import small, tight
 from format_networks import tiny_net
 from seeded_jobs import inventory_of, matrix_of
 
 if TYPE_CHECKING:
-    from bitquota.comparison import Comparison
+    from bitquota.candidates.layers import Inventory
+    from bitquota.report.comparison import Comparison
 
 GOLDEN = Path(__file__).parent / "golden"
 

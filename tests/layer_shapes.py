@@ -2,8 +2,8 @@
 
 import math
 
-from bitquota.candidates import Layer, LayerKind
-from bitquota.quantizers.layout import matrix_shape
+from bitquota.candidates.layers import Layer, LayerKind
+from bitquota.models.layout import matrix_shape
 
 
 def layer_of(kind, shape, *, groups=1, transposed=False, name="layer"):

@@ -73,7 +73,7 @@ def write_valid_files(folder: Path) -> None:
     from format_networks import tiny_net, write_llama, write_pt2
     from onnx_graphs import image_graph, token_graph
 
-    from bitquota.formats.huggingface import load_folder_module  # isort: skip
+    from bitquota.models.huggingface import load_folder_module  # isort: skip
 
     rng = np.random.default_rng(0)
     image = rng.normal(size=(4, 3, 8, 8)).astype(np.float32)
@@ -153,8 +153,8 @@ def _outcome(target: Path, samples: dict[str, Any]) -> str:
 def _read(file: Path, samples: dict[str, Any]) -> Any:  # a calibration set or a model
     """Inspect as the service does, load as a job does, and run a model on two samples."""
     from bitquota.errors import BitquotaError
-    from bitquota.formats.calibration import check_calibration, load_calibration
-    from bitquota.formats.models import load_model
+    from bitquota.models.load import load_model
+    from bitquota.models.samples import check_calibration, load_calibration
     from bitquota.service.inspection import inspect_dataset, inspect_model
 
     refusal = None

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitquota.budget import Budget
-from bitquota.candidates import Inventory, Layer, LayerKind, enumerate_candidates
+from bitquota.candidates.budget import Budget
+from bitquota.candidates.layers import Inventory, Layer, LayerKind
+from bitquota.candidates.table import enumerate_candidates
 from bitquota.canonical import canonical_json
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Assignment, Baseline, MeasuredLoss, Plan, Proof

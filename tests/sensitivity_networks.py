@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bitquota.candidates import Inventory, Layer, LayerKind, enumerate_candidates
-from bitquota.sensitivity.calibration import CalibrationSet
+from bitquota.candidates.layers import Inventory, Layer, LayerKind
+from bitquota.candidates.table import enumerate_candidates
+from bitquota.models.calibration import CalibrationSet
 
 _KINDS = {
     nn.Linear: LayerKind.LINEAR,

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from bitquota.cli.demo import digits, export, train_digits
-from bitquota.formats.models import LoadedModel
-from bitquota.sensitivity.calibration import CalibrationSet
-from bitquota.sensitivity.discovery import model_fingerprint
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.discovery import model_fingerprint
+from bitquota.models.loaded import LoadedModel
 
 if TYPE_CHECKING:
     from pathlib import Path

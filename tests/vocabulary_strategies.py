@@ -5,15 +5,8 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from bitquota.candidates import (
-    Inventory,
-    Layer,
-    LayerKind,
-    UnquantizedTensor,
-    enumerate_candidates,
-)
-from bitquota.matrix import SensitivityMatrix
-from bitquota.storage import (
+from bitquota.candidates.layers import Inventory, Layer, LayerKind, UnquantizedTensor
+from bitquota.candidates.storage import (
     WEIGHT_BITS,
     Granularity,
     Grid,
@@ -23,6 +16,8 @@ from bitquota.storage import (
     Scheme,
     StorageSize,
 )
+from bitquota.candidates.table import enumerate_candidates
+from bitquota.matrix import SensitivityMatrix
 
 BITS = st.integers(0, 2**40)
 WIDTHS = st.sampled_from(WEIGHT_BITS)

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.quantizers.differentiable import UniformQuantizer, ste_round
-from bitquota.quantizers.layout import from_matrix, to_matrix
 from bitquota.quantizers.scales import least_squares_scale
 from bitquota.training.finetune import grouped
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
-    from bitquota.candidates import Layer
+    from bitquota.candidates.layers import Layer
     from bitquota.training.input_quantizers import LearnedInputBits
     from bitquota.training.settings import TrainingSettings
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from bitquota.errors import InvalidPlan
-from bitquota.quantizers.calls import LAYER_OPERATORS, operator_name, tensor_key
+from bitquota.models.calls import LAYER_OPERATORS, operator_name, tensor_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

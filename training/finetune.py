@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.errors import InvalidInput
+from bitquota.models.discovery import model_fingerprint
+from bitquota.models.layout import from_matrix
+from bitquota.models.running import run_module
 from bitquota.plan import MeasuredLoss
 from bitquota.quantizers.activations import quantized_inputs
-from bitquota.quantizers.layout import from_matrix
-from bitquota.sensitivity.discovery import model_fingerprint
 from bitquota.sensitivity.losses import loss_by_name, n_correct
-from bitquota.sensitivity.measure import standard_error
-from bitquota.sensitivity.runner import run_module
-from bitquota.storage import FULL_PRECISION_BITS
+from bitquota.sensitivity.recorder import standard_error
 from bitquota.training.input_quantizers import LearnedInputSteps, calibrated_inputs
 from bitquota.training.loop import TrainingRecord, train
 from bitquota.training.settings import TrainingSettings
@@ -36,12 +36,13 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from bitquota.candidates import Candidate, Inventory, Layer
+    from bitquota.candidates.layers import Inventory, Layer
+    from bitquota.candidates.table import Candidate
+    from bitquota.models.calibration import CalibrationSet
     from bitquota.progress import IsCancelled, OnProgress
     from bitquota.quantizers.activations import ActivationQuantizer
     from bitquota.quantizers.channel_fit import ChannelRule
     from bitquota.quantizers.weights import QuantizedWeight
-    from bitquota.sensitivity.calibration import CalibrationSet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from bitquota.models.calls import tensor_key
 from bitquota.quantizers.activations import ActivationQuantizer, InputWatcher, collect_inputs
-from bitquota.quantizers.calls import tensor_key
 from bitquota.quantizers.channel_fit import ChannelRule, calibrate_channels
 from bitquota.quantizers.differentiable import lsq, ste_round
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from bitquota.candidates import Inventory, Layer
-    from bitquota.sensitivity.calibration import CalibrationSet
+    from bitquota.candidates.layers import Inventory, Layer
+    from bitquota.models.calibration import CalibrationSet
 
 CALIBRATION_SAMPLES = 512
 """Training samples that the first grids are fitted on."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from bitquota.budget import Budget
-from bitquota.candidates import Candidate
+from bitquota.candidates.budget import Budget
+from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Scheme
+from bitquota.candidates.table import Candidate
 from bitquota.errors import BudgetTooSmall, InvalidInput
+from bitquota.models.discovery import model_fingerprint
 from bitquota.plan import Assignment, Plan
 from bitquota.quantizers.activations import ACTIVATION_BITS
-from bitquota.sensitivity.discovery import model_fingerprint
-from bitquota.storage import FULL_PRECISION_BITS, Granularity, Scheme
 from bitquota.training.bit_learners import (
     BitLearner,
     BitPruningLearner,
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from bitquota.candidates import Inventory
+    from bitquota.candidates.layers import Inventory
+    from bitquota.models.calibration import CalibrationSet
     from bitquota.progress import IsCancelled, OnProgress
-    from bitquota.sensitivity.calibration import CalibrationSet
 
 RECIPES: dict[str, type[BitLearner]] = {
     "stabilised": StabilisedLearner,

@@ -11,9 +11,9 @@ import torch
 
 from bitquota.canonical import digest_json
 from bitquota.errors import InvalidCalibration, InvalidInput, MeasurementFailed
+from bitquota.models.running import primary_output
 from bitquota.progress import Progress, check_cancelled
-from bitquota.sensitivity.corrections import DEFAULT_BATCH, reestimate_batch_norm
-from bitquota.sensitivity.losses import primary_output
+from bitquota.quantizers.corrections import DEFAULT_BATCH, reestimate_batch_norm
 from bitquota.training.checkpoint import load_checkpoint, save_checkpoint
 from bitquota.training.distributed import present_group
 from bitquota.training.objective import Pass, objective, reduced_precision, run_with, shift_flip
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from bitquota.models.calibration import CalibrationSet
     from bitquota.progress import IsCancelled, OnProgress
-    from bitquota.sensitivity.calibration import CalibrationSet
     from bitquota.training.distributed import Group
     from bitquota.training.objective import Trainee
     from bitquota.training.settings import TrainingSettings

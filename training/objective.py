@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from bitquota.sensitivity.losses import primary_output
+from bitquota.models.running import primary_output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

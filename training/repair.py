@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from bitquota.budget import Budget
-    from bitquota.candidates import Candidate, Layer
+    from bitquota.candidates.budget import Budget
+    from bitquota.candidates.layers import Layer
+    from bitquota.candidates.table import Candidate
 
 PRICES: dict[str, Callable[[Candidate], int]] = {
     "size_bits": lambda candidate: candidate.size_bits,

@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from bitquota.candidates.storage import Scheme
 from bitquota.errors import InvalidInput
 from bitquota.quantizers.activations import ActivationQuantizer
 from bitquota.quantizers.packing import PackedWeight, pack, unpack
-from bitquota.storage import Scheme
 
 if TYPE_CHECKING:
     from pathlib import Path

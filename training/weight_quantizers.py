@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from bitquota.candidates import Candidate
+from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Grid, Rounding, ScaleRule
+from bitquota.candidates.table import Candidate
 from bitquota.errors import InvalidInput
+from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.quantizers.codebook import CodebookWeight, assign
 from bitquota.quantizers.differentiable import binary, lsq, ste_ceil
 from bitquota.quantizers.grid import levels, nearest_codes, power_codes, power_values, spread
-from bitquota.quantizers.layout import from_matrix, to_matrix
 from bitquota.quantizers.weights import SCALE_DTYPES, QuantizedWeight, quantize
-from bitquota.storage import FULL_PRECISION_BITS, Granularity, Grid, Rounding, ScaleRule
 
 if TYPE_CHECKING:
-    from bitquota.candidates import Layer
+    from bitquota.candidates.layers import Layer
 
 
 class TrainableWeight(Protocol):

@@ -19,11 +19,12 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
 
-from bitquota.allocate import allocate, measure_matrix  # noqa: E402  # benchmarks first
-from bitquota.formats import load_calibration, load_model  # noqa: E402
+from bitquota.evaluate.choice import measure_choice  # noqa: E402
+from bitquota.models.load import load_model  # noqa: E402
+from bitquota.models.samples import load_calibration  # noqa: E402
 from bitquota.request import PlanRequest  # noqa: E402
-from bitquota.sensitivity.evaluate import measure_choice  # noqa: E402
-from bitquota.sensitivity.ledger import SqliteLedger  # noqa: E402
+from bitquota.search.allocate import allocate, measure_matrix  # noqa: E402  # benchmarks first
+from bitquota.sensitivity.cache import SqliteLedger  # noqa: E402
 from bitquota.sensitivity.losses import loss_by_name  # noqa: E402
 from bitquota.setting import inventory_of  # noqa: E402
 
@@ -31,9 +32,9 @@ mpl.use("svg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 if TYPE_CHECKING:
-    from bitquota.formats.models import LoadedModel
     from bitquota.matrix import SensitivityMatrix
-    from bitquota.sensitivity.calibration import CalibrationSet
+    from bitquota.models.calibration import CalibrationSet
+    from bitquota.models.loaded import LoadedModel
 
 BITS = (2, 3, 4, 5, 6, 8)
 MODEL, DATA = "resnet_cifar:resnet20", "resnet_cifar:calibration"

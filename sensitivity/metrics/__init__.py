@@ -2,7 +2,7 @@
 
 All score single candidates around full precision (no cross-layer terms) on the same runner, so
 that they can be compared on the user's own model: ``bitquota compare``. One-layer loss (ZeroQ) is
-``bitquota.sensitivity.pairs.DiagonalMeasure``.
+``bitquota.sensitivity.measures.pairs.DiagonalMeasure``.
 """
 
 from bitquota.sensitivity.metrics.class_separability import ClassSeparability
@@ -15,7 +15,6 @@ from bitquota.sensitivity.metrics.kronecker import KroneckerFisher
 from bitquota.sensitivity.metrics.learned_steps import LearnedIndicators
 from bitquota.sensitivity.metrics.metric import Metric
 from bitquota.sensitivity.metrics.orthogonality import Orthogonality
-from bitquota.sensitivity.metrics.threshold import threshold_choice, threshold_within
 from bitquota.sensitivity.metrics.weight_error import RelativeWeightMse, WeightMse
 
 METRICS: dict[str, Metric] = {
@@ -50,6 +49,4 @@ __all__ = [
     "RelativeWeightMse",
     "WeightMse",
     "find_flags",
-    "threshold_choice",
-    "threshold_within",
 ]

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.errors import InvalidCalibration
 from bitquota.sensitivity.losses import CrossEntropy
 from bitquota.sensitivity.metrics.layer_trace import trace_layers
 from bitquota.sensitivity.metrics.metric import FORWARD, Metric, Scores, Work, row_sums
-from bitquota.storage import FULL_PRECISION_BITS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from bitquota.candidates import Candidate, CandidateTable
+    from bitquota.candidates.table import Candidate, CandidateTable
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.metrics.layer_trace import TracedCall
-    from bitquota.sensitivity.runner import Runner
+    from bitquota.sensitivity.runners.base import Runner
 
 
 def separability(means: NDArray[np.float64]) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from bitquota.errors import InvalidModel
-from bitquota.sensitivity.measure import checked_losses
+from bitquota.models.running import checked_output, inputs_of
 from bitquota.sensitivity.metrics.hessian_trace import trainable
 from bitquota.sensitivity.metrics.metric import (
     BACKWARD,
@@ -28,13 +28,14 @@ from bitquota.sensitivity.metrics.metric import (
     chunk_weights,
     over_chunks,
 )
-from bitquota.sensitivity.runner import checked_output, inputs_of, replaced_weights
+from bitquota.sensitivity.recorder import checked_losses
+from bitquota.sensitivity.runners.eager import replaced_weights
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from bitquota.candidates import Candidate, CandidateTable, Row
-    from bitquota.sensitivity.runner import Runner
+    from bitquota.candidates.table import Candidate, CandidateTable, Row
+    from bitquota.sensitivity.runners.base import Runner
 
 
 @dataclass(frozen=True, slots=True)

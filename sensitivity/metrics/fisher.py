@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from bitquota.sensitivity.losses import CrossEntropy
-from bitquota.sensitivity.measure import standard_error
 from bitquota.sensitivity.metrics.local_response import (
     cost_with_gradients,
     measure_rows,
@@ -26,14 +25,15 @@ from bitquota.sensitivity.metrics.local_response import (
     response_to,
 )
 from bitquota.sensitivity.metrics.metric import Metric, Scores, Work, changes_anything
+from bitquota.sensitivity.recorder import standard_error
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bitquota.candidates import CandidateTable, Row
+    from bitquota.candidates.table import CandidateTable, Row
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.metrics.local_response import Calls, RowScore
-    from bitquota.sensitivity.runner import Runner
+    from bitquota.sensitivity.runners.base import Runner
 
 
 def _mean_and_error(work: Work, score: RowScore) -> Scores:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 
+from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Rounding, Scheme
 from bitquota.errors import InvalidInput
+from bitquota.models.layout import from_matrix, to_matrix
+from bitquota.models.running import inputs_of
 from bitquota.progress import check_cancelled
 from bitquota.quantizers.grid import nearest_codes, spread
-from bitquota.quantizers.layout import from_matrix, to_matrix
+from bitquota.quantizers.input_moments import input_grams
 from bitquota.quantizers.weights import quantize
-from bitquota.sensitivity.input_moments import input_grams
-from bitquota.sensitivity.measure import checked_losses
 from bitquota.sensitivity.metrics.layer_trace import trace_layers
 from bitquota.sensitivity.metrics.metric import (
     FORWARD,
@@ -29,8 +30,7 @@ from bitquota.sensitivity.metrics.metric import (
     layer_shares,
     local_cost,
 )
-from bitquota.sensitivity.runner import inputs_of
-from bitquota.storage import FULL_PRECISION_BITS, Granularity, Rounding, Scheme
+from bitquota.sensitivity.recorder import checked_losses
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from bitquota.candidates import Candidate, CandidateTable
-    from bitquota.sensitivity.runner import Runner
+    from bitquota.candidates.table import Candidate, CandidateTable
+    from bitquota.sensitivity.runners.base import Runner
 
 GRAM_BYTES = 2**30
 """Input Grams kept at a time; more layers take another pass."""

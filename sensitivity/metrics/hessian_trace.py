@@ -20,7 +20,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitquota.errors import InvalidInput, InvalidModel
-from bitquota.sensitivity.measure import checked_losses
+from bitquota.models.running import checked_output, inputs_of
 from bitquota.sensitivity.metrics.metric import (
     BACKWARD,
     FORWARD,
@@ -33,7 +33,7 @@ from bitquota.sensitivity.metrics.metric import (
     row_sums,
 )
 from bitquota.sensitivity.metrics.weight_error import squared_error
-from bitquota.sensitivity.runner import checked_output, inputs_of
+from bitquota.sensitivity.recorder import checked_losses
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from bitquota.candidates import Candidate, CandidateTable
-    from bitquota.sensitivity.runner import Runner
+    from bitquota.candidates.table import Candidate, CandidateTable
+    from bitquota.sensitivity.runners.base import Runner
 
 HESSIAN_PASS = 2 * (FORWARD + BACKWARD)
 """Forward-equivalents of one Hessian-vector product: backwards through both passes."""

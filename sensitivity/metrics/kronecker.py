@@ -29,10 +29,10 @@ from bitquota.sensitivity.metrics.metric import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bitquota.candidates import CandidateTable, Row
+    from bitquota.candidates.table import CandidateTable, Row
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.metrics.local_response import Calls
-    from bitquota.sensitivity.runner import Runner
+    from bitquota.sensitivity.runners.base import Runner
 
 
 @dataclass(frozen=True, slots=True)

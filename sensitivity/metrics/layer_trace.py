@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from bitquota.errors import InvalidModel
-from bitquota.quantizers.calls import layer_call, operator_name, tensor_key, tensors_in
-from bitquota.sensitivity.runner import checked_output, inputs_of, labels_of
+from bitquota.models.calls import layer_call, operator_name, tensor_key, tensors_in
+from bitquota.models.running import checked_output, inputs_of, labels_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

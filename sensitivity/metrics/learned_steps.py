@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.errors import MeasurementFailed
+from bitquota.models.running import primary_output
 from bitquota.progress import Progress, check_cancelled
 from bitquota.quantizers.differentiable import binary, lsq
 from bitquota.quantizers.grid import levels
-from bitquota.sensitivity.losses import CrossEntropy, primary_output
+from bitquota.sensitivity.losses import CrossEntropy
 from bitquota.sensitivity.metrics.metric import (
     BACKWARD,
     FORWARD,
@@ -31,14 +33,14 @@ from bitquota.sensitivity.metrics.metric import (
     changes_anything,
     row_sums,
 )
-from bitquota.storage import FULL_PRECISION_BITS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from bitquota.candidates import Candidate, CandidateTable, Layer
+    from bitquota.candidates.layers import Layer
+    from bitquota.candidates.table import Candidate, CandidateTable
     from bitquota.sensitivity.losses import Loss
-    from bitquota.sensitivity.runner import Runner
+    from bitquota.sensitivity.runners.base import Runner
 
 GRADIENT_LIMIT = 1.0
 """Largest absolute gradient of anything, as in the authors' code."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from bitquota.sensitivity.measure import checked_losses
+from bitquota.quantizers.apply import input_quantizer
 from bitquota.sensitivity.metrics.layer_trace import trace_layers
 from bitquota.sensitivity.metrics.metric import (
     BACKWARD,
@@ -21,7 +21,7 @@ from bitquota.sensitivity.metrics.metric import (
     layer_shares,
     local_cost,
 )
-from bitquota.sensitivity.runner import input_quantizer
+from bitquota.sensitivity.recorder import checked_losses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from bitquota.candidates import Candidate, CandidateTable, Row
+    from bitquota.candidates.table import Candidate, CandidateTable, Row
     from bitquota.sensitivity.metrics.layer_trace import TracedCall
     from bitquota.sensitivity.metrics.metric import Work
-    from bitquota.sensitivity.runner import Runner
+    from bitquota.sensitivity.runners.base import Runner
 
     Calls = Mapping[str, Sequence[TracedCall]]
     RowScore = Callable[[Work, Calls, Row], Tensor]

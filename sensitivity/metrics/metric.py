@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
+from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.errors import InvalidInput, InvalidModel
 from bitquota.matrix import SensitivityMatrix
-from bitquota.sensitivity.measure import make_recorder, provenance
-from bitquota.sensitivity.onnx_program import source_of
-from bitquota.sensitivity.runner import Runner, describe_change
-from bitquota.storage import FULL_PRECISION_BITS
+from bitquota.models.onnx.program import source_of
+from bitquota.sensitivity.recorder import make_recorder, provenance
+from bitquota.sensitivity.runners.base import Runner, describe_change
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from bitquota.candidates import Candidate, CandidateTable
+    from bitquota.candidates.table import Candidate, CandidateTable
     from bitquota.canonical import JsonObject
     from bitquota.progress import IsCancelled, OnProgress
-    from bitquota.sensitivity.ledger import Ledger
+    from bitquota.quantizers.apply import QuantizedWeights
+    from bitquota.sensitivity.cache import Ledger
     from bitquota.sensitivity.losses import Loss
-    from bitquota.sensitivity.measure import Recorder
-    from bitquota.sensitivity.runner import QuantizedWeights
+    from bitquota.sensitivity.recorder import Recorder
 
 METRIC_VERSION = 1
 """Part of every ledger key of a metric; raised whenever the same call gives other numbers."""
@@ -163,7 +163,7 @@ class Metric(ABC):
         on_progress: OnProgress | None = None,
         cancelled: IsCancelled | None = None,
     ) -> SensitivityMatrix:
-        """Measure; arguments as in ``bitquota.sensitivity.measure.Measure``.
+        """Measure; arguments as in ``bitquota.sensitivity.base.Measure``.
 
         Raises:
             InvalidInput: A base point was given: metrics are defined around full precision.

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 
+from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.errors import InvalidInput
-from bitquota.sensitivity.measure import checked_losses
 from bitquota.sensitivity.metrics.layer_trace import trace_layers
 from bitquota.sensitivity.metrics.metric import (
     FORWARD,
@@ -26,7 +26,7 @@ from bitquota.sensitivity.metrics.metric import (
     over_chunks,
     row_sums,
 )
-from bitquota.storage import FULL_PRECISION_BITS
+from bitquota.sensitivity.recorder import checked_losses
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from bitquota.candidates import Candidate, CandidateTable
-    from bitquota.sensitivity.runner import Runner
+    from bitquota.candidates.table import Candidate, CandidateTable
+    from bitquota.sensitivity.runners.base import Runner
 
 
 def orthogonality(features: Sequence[Tensor]) -> Tensor:

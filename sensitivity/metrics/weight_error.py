@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, ClassVar
 from bitquota.sensitivity.metrics.metric import Metric, Scores, Work, changes_anything, row_sums
 
 if TYPE_CHECKING:
-    from bitquota.candidates import Candidate, CandidateTable
-    from bitquota.sensitivity.runner import Runner
+    from bitquota.candidates.table import Candidate, CandidateTable
+    from bitquota.sensitivity.runners.base import Runner
 
 
 def squared_error(work: Work, candidate: Candidate) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitquota.canonical import canonical_json
-from bitquota.comparison import Comparison
+from bitquota.report.comparison import Comparison
 from bitquota.service.kinds.kind import DATASET, MODEL, JobKind, Result
 from bitquota.service.kinds.plan_request import PlanRequestBody, with_budgets
 from bitquota.service.kinds.results import REPORT, read_json
@@ -40,8 +40,8 @@ class CompareRequest(BaseModel):
 
 def run(work: Work) -> None:
     """Hand over the comparison."""
-    from bitquota.compare import compare
     from bitquota.request import PlanRequest
+    from bitquota.search.compare import compare
 
     request = work.request
     found = compare(

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bitquota.canonical import canonical_json
 from bitquota.errors import InvalidInput
-from bitquota.formats.scores import Score
-from bitquota.report import markdown_table, score_rows, score_sentences
+from bitquota.evaluate.scores import Score
+from bitquota.report.text import markdown_table, score_rows, score_sentences
 from bitquota.service.inspection import ArtifactKind
 from bitquota.service.kinds.kind import CORRECTION_DATA, DATASET, MODEL, Input, JobKind, Result
 from bitquota.service.kinds.results import REPORT, read_json
@@ -41,8 +41,8 @@ class EvaluateRequest(BaseModel):
 
 def run(work: Work) -> None:
     """Hand over what ``bitquota evaluate --json`` prints, and on how many samples."""
-    from bitquota.formats import check_calibration
-    from bitquota.formats.scoring import score_plans
+    from bitquota.evaluate.scoring import score_plans
+    from bitquota.models.samples import check_calibration
     from bitquota.setting import choose_device
 
     request = work.request

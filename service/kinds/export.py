@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bitquota.canonical import canonical_json
 from bitquota.errors import InvalidInput
-from bitquota.formats.export_order import format_for
-from bitquota.formats.receipt import Receipt
+from bitquota.exports.names import format_for
+from bitquota.exports.receipt import Receipt
 from bitquota.service.inspection import ArtifactKind
 from bitquota.service.kinds.kind import CORRECTION_DATA, MODEL, Input, JobKind, Result
 from bitquota.service.kinds.results import ARCHIVE, read_json
@@ -42,7 +42,7 @@ class ExportRequest(BaseModel):
 
 def run(work: Work) -> None:
     """Hand over a zip of the exported folder, and its receipt."""
-    from bitquota.formats.exports import export_plan
+    from bitquota.exports.export import export_plan
 
     (plan,) = work.plans("plan")
     model = work.model()

@@ -44,8 +44,8 @@ class FinetuneBody(TrainingBody):
 
 def run(work: Work) -> None:
     """Hand over the plan of the trained weights, the weights, and the history."""
-    from bitquota.bridge import finetune_plan
     from bitquota.quantizers.channel_fit import ChannelRule
+    from bitquota.training.qat import finetune_plan
     from bitquota.training.settings import TrainingSettings
 
     fit = work.request["activation_fit"]

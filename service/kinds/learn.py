@@ -48,8 +48,8 @@ class LearnBody(TrainingBody):
 
 def run(work: Work) -> None:
     """Hand over the plan that was learned, the weights, and the history."""
-    from bitquota.bridge import learn_plan
     from bitquota.training.learn import default_settings
+    from bitquota.training.qat import learn_plan
 
     request = work.request
     plans = work.plans("plan")

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 def run(work: Work) -> None:
     """Hand over the matrix."""
-    from bitquota.allocate import measure_matrix
     from bitquota.request import PlanRequest
+    from bitquota.search.allocate import measure_matrix
 
     found = measure_matrix(
         work.model(),

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 def run(work: Work) -> None:
     """Hand over the matrix, the inventory, and a plan for each budget."""
-    from bitquota.allocate import allocate
     from bitquota.request import PlanRequest
+    from bitquota.search.allocate import allocate
 
     found = allocate(
         work.model(),

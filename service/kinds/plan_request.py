@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import TypeAdapter
 from pydantic_core import core_schema
 
-from bitquota.budget import check_budgets
-from bitquota.formats.targets import target_by_name
+from bitquota.candidates.budget import check_budgets
+from bitquota.candidates.targets import target_by_name
 from bitquota.request import PlanRequest
 
 if TYPE_CHECKING:

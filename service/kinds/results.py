@@ -6,11 +6,11 @@ import json
 import zipfile
 from typing import TYPE_CHECKING, Any
 
-from bitquota.candidates import Inventory
+from bitquota.candidates.layers import Inventory
 from bitquota.errors import InvalidInput
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
-from bitquota.report import render_markdown
+from bitquota.report.text import render_markdown
 from bitquota.service.archives import check_zip
 from bitquota.service.inspection import MAX_PLAN_BYTES, ArtifactKind
 from bitquota.service.kinds.kind import BINARY, MARKDOWN, ZIP, Result

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bitquota.canonical import canonical_json
 from bitquota.errors import InvalidInput
-from bitquota.formats.pt2_vetting import vet_pt2
+from bitquota.models.pt2.vetting import vet_pt2
 from bitquota.request import TRAINING_METHODS
 from bitquota.service.inspection import ArtifactKind
 from bitquota.service.kinds.kind import BINARY, Result
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from bitquota.bridge import Trained
     from bitquota.canonical import JsonObject
     from bitquota.service.work import Work
+    from bitquota.training.qat import Trained
     from bitquota.training.settings import TrainingSettings
 
 
@@ -82,7 +82,7 @@ def hand_over(work: Work, found: Trained) -> None:
     """Give plan, weights and history, and the model where ``torch.export`` can write it."""
     from dataclasses import asdict
 
-    from bitquota.bridge import write_pt2
+    from bitquota.training.qat import write_pt2
     from bitquota.training.saved import save_trained
 
     path = work.scratch / "trained.safetensors"

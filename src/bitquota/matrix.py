@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from bitquota.candidates import CandidateTable
+from bitquota.candidates.table import CandidateTable
 from bitquota.canonical import canonical_json, digest_bytes, write_whole
 from bitquota.errors import BitquotaError, InvalidMatrix
 

@@ -7,8 +7,9 @@ from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, Self
 
-from bitquota.budget import Budget
-from bitquota.candidates import Candidate, Layer, UnquantizedTensor
+from bitquota.candidates.budget import Budget
+from bitquota.candidates.layers import Layer, UnquantizedTensor
+from bitquota.candidates.table import Candidate
 from bitquota.canonical import canonical_json, digest_json, read_json, schema_of, write_whole
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidPlan
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from bitquota.candidates.storage import StorageSize
     from bitquota.canonical import JsonObject
-    from bitquota.storage import StorageSize
 
 SCHEMA = "bitquota/plan/1"
 SOLVER = "solver"

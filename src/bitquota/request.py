@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal, Self
 
+from bitquota.candidates.storage import WEIGHT_BITS, Scheme
 from bitquota.corrections import SAMPLES_DEPEND, Correction
 from bitquota.errors import InvalidInput
-from bitquota.storage import WEIGHT_BITS, Scheme
 
 if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
@@ -17,7 +17,7 @@ MEASURES = (
     "empirical_fisher", "output_fisher", "kronecker", "relative_mse", "gpfq", "weight_mse",
     "first_order", "hessian_trace", "class_separability", "orthogonality", "limpq",
 )  # fmt: skip
-"""What ``bitquota.sensitivity.measure.measures`` offers; metrics in order of preference."""
+"""What ``bitquota.sensitivity.registry.measures`` offers; metrics in order of preference."""
 
 SOLVERS = (
     "auto", "bitquota", "gurobi", "cvxpy_scip", "mathopt", "highs_rlt", "cp_sat", "brute_force",

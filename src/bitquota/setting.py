@@ -10,38 +10,40 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from bitquota.budget import Budget
-from bitquota.candidates import CandidateTable, Inventory, enumerate_candidates
+from bitquota.candidates.architectures import prepare_inventory
+from bitquota.candidates.budget import Budget
+from bitquota.candidates.storage import Rounding
+from bitquota.candidates.table import CandidateTable, enumerate_candidates
+from bitquota.candidates.targets import target_by_name
 from bitquota.canonical import digest_json
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
-from bitquota.formats import check_calibration
-from bitquota.formats.architectures import prepare_inventory
-from bitquota.formats.targets import target_by_name
+from bitquota.evaluate.choice import ChoiceLoss, measure_choice
+from bitquota.models.discovery import discover
+from bitquota.models.references import References
+from bitquota.models.samples import check_calibration
+from bitquota.quantizers.apply import QuantizedWeights
 from bitquota.quantizers.channel_fit import collect_by
-from bitquota.sensitivity.corrections import fold_batch_norm
-from bitquota.sensitivity.discovery import discover
-from bitquota.sensitivity.evaluate import ChoiceLoss, measure_choice
-from bitquota.sensitivity.foreign import importance_of
-from bitquota.sensitivity.input_moments import input_grams
+from bitquota.quantizers.corrections import fold_batch_norm
+from bitquota.quantizers.input_moments import input_grams
+from bitquota.sensitivity.importers import importance_of
 from bitquota.sensitivity.losses import loss_by_name
-from bitquota.sensitivity.references import References
-from bitquota.sensitivity.runner import QuantizedWeights, make_runner
-from bitquota.storage import Rounding
+from bitquota.sensitivity.runners.make import make_runner
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from bitquota.formats import LoadedModel
-    from bitquota.formats.targets import Target
+    from bitquota.candidates.layers import Inventory
+    from bitquota.candidates.targets import Target
+    from bitquota.models.calibration import CalibrationSet
+    from bitquota.models.loaded import LoadedModel
     from bitquota.progress import IsCancelled, OnProgress
     from bitquota.quantizers.activations import CalibratedInputs
     from bitquota.request import PlanRequest
-    from bitquota.sensitivity.calibration import CalibrationSet
-    from bitquota.sensitivity.foreign import Importance
-    from bitquota.sensitivity.ledger import Ledger
+    from bitquota.sensitivity.cache import Ledger
+    from bitquota.sensitivity.importers import Importance
     from bitquota.sensitivity.losses import Loss
-    from bitquota.sensitivity.runner import Runner
+    from bitquota.sensitivity.runners.base import Runner
 
 SPARE_BLOCKS = 2
 """Blocks of further samples at most, beyond those that a request asks for."""

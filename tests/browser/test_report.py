@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from bitquota import charts
-from bitquota.comparison import Comparison, Entry, Measured
 from bitquota.plan import MeasuredLoss
-from bitquota.report_page import render_html
+from bitquota.report import charts
+from bitquota.report.comparison import Comparison, Entry, Measured
+from bitquota.report.page import render_html
 from seeded_jobs import inventory_of, matrix_of, plan_of
 
 MOST_BYTES = 3_000_000
@@ -117,6 +117,6 @@ class TestReportFile:
 
 def plan_budget():
     """Return a budget of three bits."""
-    from bitquota.budget import Budget
+    from bitquota.candidates.budget import Budget
 
     return Budget(resource="code_bits", limit=24, text="3 bits")

@@ -72,7 +72,7 @@ class TestPlan:
         def stop(_spec):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("bitquota.formats.load_model", stop, raising=False)
+        monkeypatch.setattr("bitquota.models.load.load_model", stop, raising=False)
         code, _, err = bitquota("plan", *FACTORIES, "-b", "3 bits", "--ledger", "my/l.sqlite")
 
         assert code == 130

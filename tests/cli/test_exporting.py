@@ -9,8 +9,8 @@ import onnx
 import onnxruntime
 import pytest
 
-from bitquota.candidates import Candidate
-from bitquota.formats.targets import TARGETS
+from bitquota.candidates.table import Candidate
+from bitquota.candidates.targets import TARGETS
 from bitquota.plan import Plan
 from onnx_graphs import image_graph
 
@@ -168,7 +168,7 @@ class TestOnnxInOnnxOut:
 class TestExport:
     def test_broken_tie(self, bitquota, tmp_path, llama_folder):
         """A plan whose q differs from k and v by hand is refused with all three named."""
-        from bitquota.formats import load_model
+        from bitquota.models.load import load_model
         from format_networks import plan_with
 
         model = load_model(str(llama_folder))

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from bitquota.candidates import Candidate
-from bitquota.formats import load_model
-from bitquota.formats.exports import export_plan
-from bitquota.formats.lock import Lock, make_lock
+from bitquota.candidates.table import Candidate
+from bitquota.ci.lock import Lock, make_lock
+from bitquota.exports.export import export_plan
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.load import load_model
 from bitquota.plan import Baseline, MeasuredLoss, Plan
-from bitquota.sensitivity.calibration import CalibrationSet
 from format_networks import plan_with, samples
 
 MODEL = "format_networks:tiny_net"
@@ -273,7 +273,7 @@ class TestCheck:
             cwd=tmp_path, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert "bitquota.lock.json: passed" in done.stdout
-        assert "bitquota.formats.gate" in done.stderr
+        assert "bitquota.ci.check" in done.stderr
         assert "torch" not in {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
 
 

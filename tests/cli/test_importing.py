@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from bitquota.formats import load_model
+from bitquota.models.load import load_model
 from bitquota.plan import Plan
 from onnx_graphs import image_graph, residual_graph
 from sensitivity_networks import Residual, build

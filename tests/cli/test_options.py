@@ -8,13 +8,13 @@ import pytest
 import typer
 from rich.text import Text
 
+from bitquota.candidates.storage import Granularity
 from bitquota.cli import app, comparing, planning, training
 from bitquota.cli import options as opt
 from bitquota.cli.bundles import Bundle, with_bundles
 from bitquota.cli.training_options import SETTINGS_OPTIONS, TRAINING_OPTIONS, Training
 from bitquota.errors import InvalidInput
 from bitquota.request import PlanRequest
-from bitquota.storage import Granularity
 from bitquota.training.settings import TrainingSettings
 
 COMMANDS = [planning.plan, planning.measure, comparing.compare]

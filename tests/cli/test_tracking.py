@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bitquota.formats.lock import Limits, make_lock
+from bitquota.ci.lock import Limits, make_lock
 from bitquota.plan import Plan
 
 FAST = ["--bits", "2,4,8", "--samples", "64", "--holdout", "64", "--no-refine"]

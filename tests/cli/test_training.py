@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bitquota.formats.models import load_model
+from bitquota.models.layout import from_matrix
+from bitquota.models.load import load_model
 from bitquota.plan import Plan
-from bitquota.quantizers.layout import from_matrix
 from bitquota.training.saved import load_trained
 
 MODEL, DATA = "examples.digits:model", "examples.digits:calibration"
@@ -31,11 +31,11 @@ def plan_text(repository):
     """A plan at 3 bits everywhere, made without measuring."""
     sys.path.insert(0, str(repository))
     try:
-        from bitquota.budget import Budget
-        from bitquota.candidates import Candidate
+        from bitquota.candidates.budget import Budget
+        from bitquota.candidates.storage import Scheme
+        from bitquota.candidates.table import Candidate
+        from bitquota.models.discovery import discover
         from bitquota.plan import Assignment
-        from bitquota.sensitivity.discovery import discover
-        from bitquota.storage import Scheme
 
         model = load_model(MODEL)
     finally:

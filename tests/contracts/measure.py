@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from bitquota.candidates import Inventory, enumerate_candidates
+from bitquota.candidates.layers import Inventory
+from bitquota.candidates.storage import FULL_PRECISION_BITS
+from bitquota.candidates.table import enumerate_candidates
 from bitquota.errors import Cancelled, InvalidCalibration
-from bitquota.sensitivity.calibration import CalibrationSet
-from bitquota.sensitivity.ledger import MemoryLedger
+from bitquota.models.calibration import CalibrationSet
+from bitquota.sensitivity.cache import MemoryLedger
 from bitquota.sensitivity.losses import loss_by_name
-from bitquota.sensitivity.measure import measure_by_name
 from bitquota.sensitivity.metrics import FlagKind, find_flags
-from bitquota.sensitivity.runner import make_runner
-from bitquota.storage import FULL_PRECISION_BITS
+from bitquota.sensitivity.registry import measure_by_name
+from bitquota.sensitivity.runners.make import make_runner
 from sensitivity_networks import Residual, build, inventory_of, samples
 
 KL = loss_by_name("kl")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bitquota.ci.lock import Lock
 from bitquota.cli import main
-from bitquota.formats.lock import Lock
 from markdown_pages import blocks
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bitquota.formats.receipt import Receipt
+from bitquota.exports.receipt import Receipt
 from bitquota.plan import Plan
 from markdown_pages import blocks
 

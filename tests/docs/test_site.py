@@ -64,7 +64,11 @@ class TestSite:
     def test_python(self, site):
         """Names and docstrings of the public modules."""
         text = (site / "reference" / "python" / "index.html").read_text()
-        for name in ("bitquota.allocate.allocate", "bitquota.plan.Plan", "bitquota.client.Client"):
+        for name in (
+            "bitquota.search.allocate.allocate",
+            "bitquota.plan.Plan",
+            "bitquota.client.Client",
+        ):
             assert f'id="{name}"' in text, name
 
     def test_no_other_host(self, site):

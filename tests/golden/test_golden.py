@@ -12,18 +12,19 @@ import numpy as np
 import pytest
 
 import golden_values
-from bitquota.budget import Budget
-from bitquota.candidates import CandidateTable, Inventory
+from bitquota.candidates.budget import Budget
+from bitquota.candidates.layers import Inventory
+from bitquota.candidates.table import CandidateTable
 from bitquota.canonical import canonical_json
-from bitquota.comparison import Comparison
-from bitquota.formats.lock import Lock
-from bitquota.formats.receipt import Receipt
-from bitquota.formats.scores import Score
+from bitquota.ci.lock import Lock
+from bitquota.evaluate.scores import Score
+from bitquota.exports.receipt import Receipt
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
+from bitquota.report.comparison import Comparison
 from bitquota.request import PlanRequest
+from bitquota.sensitivity.cache import SqliteLedger, export_entries, import_entries
 from bitquota.sensitivity.errands import Errand
-from bitquota.sensitivity.ledger import SqliteLedger, export_entries, import_entries
 from bitquota.solver.archive import (
     certificate_from_bytes,
     certificate_to_bytes,

@@ -15,9 +15,9 @@ import pytest
 import torch
 import yaml
 
-from bitquota.candidates import Candidate
-from bitquota.formats import load_model
-from bitquota.formats.lock import Limits, make_lock
+from bitquota.candidates.table import Candidate
+from bitquota.ci.lock import Limits, make_lock
+from bitquota.models.load import load_model
 from bitquota.plan import MeasuredLoss, Plan
 from format_networks import plan_with, samples
 

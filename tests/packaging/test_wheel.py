@@ -17,7 +17,7 @@ from bitquota.canonical import digest_bytes
 
 from .conftest import build, run
 
-FOLDERS = ("solver", "sensitivity", "quantizers", "formats", "training", "service")
+FOLDERS = ("solver", "sensitivity", "quantizers", "models", "exports", "training", "service")
 
 
 def members(wheel) -> dict[str, bytes]:

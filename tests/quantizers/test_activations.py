@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from bitquota.candidates.storage import Grid
 from bitquota.errors import InvalidInput, MeasurementFailed
 from bitquota.quantizers.activations import (
     ActivationQuantizer,
@@ -13,7 +14,6 @@ from bitquota.quantizers.activations import (
     collect_inputs,
     quantized_inputs,
 )
-from bitquota.storage import Grid
 from sensitivity_networks import Attention, Residual, build, inventory_of, samples
 
 
@@ -161,7 +161,7 @@ class TestCollectInputs:
 
     def test_works_on_an_exported_graph(self):
         """The same ranges without any modules."""
-        from bitquota.sensitivity.discovery import discover
+        from bitquota.models.discovery import discover
 
         module = build(Residual)
         data = samples(Residual)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, Scheme, storage_size
 from bitquota.quantizers.affine_fit import fit_affine
 from bitquota.quantizers.packing import pack, unpack
 from bitquota.quantizers.weights import quantize
-from bitquota.storage import Granularity, Grid, ScaleFormat, Scheme, storage_size
 
 GROUPS = Scheme(
     grid=Grid.OFFSET,

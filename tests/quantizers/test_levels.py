@@ -7,12 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitquota.errors import InvalidInput
-from bitquota.quantizers.codebook import start_levels
-from bitquota.quantizers.levels import fit_levels, fit_power_scale
-from bitquota.quantizers.packing import pack, unpack
-from bitquota.quantizers.weights import quantize
-from bitquota.storage import (
+from bitquota.candidates.storage import (
     Granularity,
     Grid,
     Rounding,
@@ -21,6 +16,11 @@ from bitquota.storage import (
     n_scales,
     storage_size,
 )
+from bitquota.errors import InvalidInput
+from bitquota.quantizers.codebook import start_levels
+from bitquota.quantizers.levels import fit_levels, fit_power_scale
+from bitquota.quantizers.packing import pack, unpack
+from bitquota.quantizers.weights import quantize
 
 
 @st.composite

@@ -6,11 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitquota.errors import InvalidInput
-from bitquota.quantizers import packing
-from bitquota.quantizers.packing import pack, pack_bits, unpack, unpack_bits
-from bitquota.quantizers.weights import quantize
-from bitquota.storage import (
+from bitquota.candidates.storage import (
     Granularity,
     Grid,
     ScaleFormat,
@@ -18,6 +14,10 @@ from bitquota.storage import (
     Scheme,
     storage_size,
 )
+from bitquota.errors import InvalidInput
+from bitquota.quantizers import packing
+from bitquota.quantizers.packing import pack, pack_bits, unpack, unpack_bits
+from bitquota.quantizers.weights import quantize
 
 
 @st.composite

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from bitquota.candidates.storage import ScaleRule
 from bitquota.quantizers import scales
 from bitquota.quantizers.scales import (
     asymmetric_scale,
@@ -13,7 +14,6 @@ from bitquota.quantizers.scales import (
     least_squares_scale,
     symmetric_scale,
 )
-from bitquota.storage import ScaleRule
 
 
 def random_lines(seed, lines=5, n=40, heavy=False):

@@ -5,10 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitquota.candidates import LayerKind
-from bitquota.errors import InvalidInput, InvalidModel
-from bitquota.quantizers.weights import SCALE_DTYPES, fake_quantize, quantize
-from bitquota.storage import (
+from bitquota.candidates.layers import LayerKind
+from bitquota.candidates.storage import (
     Granularity,
     Grid,
     Rounding,
@@ -17,6 +15,8 @@ from bitquota.storage import (
     Scheme,
     n_scales,
 )
+from bitquota.errors import InvalidInput, InvalidModel
+from bitquota.quantizers.weights import SCALE_DTYPES, fake_quantize, quantize
 from layer_shapes import LAYERS, layer_of
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)

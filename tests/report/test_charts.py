@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bitquota import charts
 from bitquota.errors import NotFound
+from bitquota.report import charts
 from seeded_jobs import inventory_of, matrix_of, plan_of
 
 
@@ -48,7 +48,7 @@ class TestMatrixJson:
         assert matrix.diagonal_error.astype(np.float32).tolist() == list(numbers(found["errors"]))
 
     def test_a_candidate_that_a_group_lacks_has_no_value(self, inventory):
-        from bitquota.candidates import enumerate_candidates
+        from bitquota.candidates.table import enumerate_candidates
         from bitquota.matrix import SensitivityMatrix
 
         first = inventory.layers[0].name

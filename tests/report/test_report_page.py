@@ -7,11 +7,11 @@ import re
 
 import pytest
 
-from bitquota import charts
-from bitquota.comparison_plot import check_plot
 from bitquota.errors import InvalidInput, MissingDependency
-from bitquota.report_image import draw_report
-from bitquota.report_page import SCRIPTS, render_html
+from bitquota.report import charts
+from bitquota.report.comparison_plot import check_plot
+from bitquota.report.image import draw_report
+from bitquota.report.page import SCRIPTS, render_html
 from seeded_jobs import inventory_of, matrix_of, plan_of
 
 HOSTILE = "</script><script>window.hurt=1</script><!--"

@@ -5,11 +5,12 @@ import torch
 
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
-from bitquota.sensitivity.evaluate import apply_plan
+from bitquota.models.running import run_module
+from bitquota.quantizers.apply import apply_plan, as_change
 from bitquota.sensitivity.losses import loss_by_name
-from bitquota.sensitivity.pairs import measure_pairs
-from bitquota.sensitivity.runner import as_change, make_runner, run_module
-from bitquota.sensitivity.tangent import TangentMeasure
+from bitquota.sensitivity.measures.pairs import measure_pairs
+from bitquota.sensitivity.measures.tangent import TangentMeasure
+from bitquota.sensitivity.runners.make import make_runner
 from sensitivity_networks import Attention, Residual, build, inventory_of, samples, table_of
 
 KL = loss_by_name("kl")

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from bitquota.candidates import Candidate, CandidateTable, Row
+from bitquota.candidates.storage import Scheme
+from bitquota.candidates.table import Candidate, CandidateTable, Row
 from bitquota.errors import InvalidInput
-from bitquota.sensitivity.gram import measure_gram
 from bitquota.sensitivity.losses import loss_by_name
-from bitquota.sensitivity.pairs import measure_pairs, measure_singles
-from bitquota.sensitivity.runner import make_runner
-from bitquota.sensitivity.tangent import TangentMeasure
-from bitquota.storage import Scheme
+from bitquota.sensitivity.measures.gram import measure_gram
+from bitquota.sensitivity.measures.pairs import measure_pairs, measure_singles
+from bitquota.sensitivity.measures.tangent import TangentMeasure
+from bitquota.sensitivity.runners.make import make_runner
 from sensitivity_networks import (
     Attention,
     Branches,

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from bitquota.sensitivity.losses import loss_by_name
-from bitquota.sensitivity.pairs import measure_pairs
-from bitquota.sensitivity.runner import make_runner
+from bitquota.sensitivity.measures.pairs import measure_pairs
+from bitquota.sensitivity.runners.make import make_runner
 from sensitivity_networks import Residual, build, inventory_of, samples, table_of
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -22,10 +22,10 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from sensitivity_networks import *
-from bitquota.sensitivity.ledger import SqliteLedger
+from bitquota.sensitivity.cache import SqliteLedger
 from bitquota.sensitivity.losses import loss_by_name
-from bitquota.sensitivity.pairs import measure_pairs
-from bitquota.sensitivity.runner import make_runner
+from bitquota.sensitivity.measures.pairs import measure_pairs
+from bitquota.sensitivity.runners.make import make_runner
 
 log = open({log!r}, "a", buffering=1)
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from bitquota.errors import InvalidInput
-from bitquota.sensitivity.choices import measure_choices
+from bitquota.sensitivity.cache import MemoryLedger
 from bitquota.sensitivity.errands import MEASURES, Errand, carry_out
-from bitquota.sensitivity.gram import measure_differences
-from bitquota.sensitivity.ledger import MemoryLedger
 from bitquota.sensitivity.losses import loss_by_name
-from bitquota.sensitivity.pairs import measure_pairs, measure_singles
-from bitquota.sensitivity.runner import make_runner
+from bitquota.sensitivity.measures.choices import measure_choices
+from bitquota.sensitivity.measures.gram import measure_differences
+from bitquota.sensitivity.measures.pairs import measure_pairs, measure_singles
+from bitquota.sensitivity.runners.make import make_runner
 from sensitivity_networks import Residual, build, inventory_of, samples, table_of
 
 KL = loss_by_name("kl")

@@ -6,14 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitquota.errors import InvalidCalibration, InvalidInput, MeasurementFailed
+from bitquota.models.running import primary_output
 from bitquota.sensitivity.curvature import curvature_products
-from bitquota.sensitivity.losses import (
-    LOSSES,
-    CustomLoss,
-    loss_by_name,
-    n_correct,
-    primary_output,
-)
+from bitquota.sensitivity.losses import LOSSES, CustomLoss, loss_by_name, n_correct
 
 
 def pair(seed=0, shape=(4, 3, 7)):

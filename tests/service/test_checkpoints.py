@@ -9,7 +9,7 @@ import torch
 
 from bitquota.errors import MeasurementFailed, TooLarge
 from bitquota.progress import Progress
-from bitquota.sensitivity.ledger import MemoryLedger
+from bitquota.sensitivity.cache import MemoryLedger
 from bitquota.service.blobs import BlobStore
 from bitquota.service.checkpoints import KeptCheckpoints, SentCheckpoints, sent_checkpoints
 from bitquota.service.forkserver import Loaded

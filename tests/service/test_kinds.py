@@ -11,7 +11,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from bitquota.errors import InvalidBudget, InvalidInput, MeasurementFailed, NotFound
-from bitquota.formats.receipt import Receipt
+from bitquota.exports.receipt import Receipt
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
 from bitquota.request import PlanRequest

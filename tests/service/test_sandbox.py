@@ -64,7 +64,7 @@ def fails_inside(cell, program):
 @needs_bubblewrap
 class TestCommandInside:
     def test_python_and_bitquota_are_there(self, cell):
-        done = run(cell, "import numpy, torch, bitquota.allocate; print('fine')")
+        done = run(cell, "import numpy, torch, bitquota.search.allocate; print('fine')")
         assert done.stdout == "fine\n", done.stderr
 
     def test_inbox_can_be_read_and_not_changed(self, cell):

@@ -8,7 +8,8 @@ import httpx
 import numpy as np
 import pytest
 
-from bitquota.candidates import Inventory, Layer, LayerKind, enumerate_candidates
+from bitquota.candidates.layers import Inventory, Layer, LayerKind
+from bitquota.candidates.table import enumerate_candidates
 from bitquota.errors import InvalidBudget, TooLarge
 from bitquota.matrix import SensitivityMatrix
 from bitquota.service.solve_task import inventory_of

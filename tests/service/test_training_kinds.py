@@ -9,11 +9,11 @@ import time
 import pytest
 import torch
 
+from bitquota.candidates.storage import Grid
 from bitquota.errors import InvalidInput
 from bitquota.plan import Plan
 from bitquota.request import RECIPES, TRAINING_METHODS, PlanRequest
 from bitquota.service.kinds import training_request
-from bitquota.storage import Grid
 from bitquota.training import learn, weight_quantizers
 from bitquota.training.saved import load_trained
 from live_server import LiveServer

@@ -5,14 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bitquota.budget import Budget
-from bitquota.candidates import (
-    CandidateTable,
-    Inventory,
-    Layer,
-    LayerKind,
-    enumerate_candidates,
-)
+from bitquota.candidates.budget import Budget
+from bitquota.candidates.layers import Inventory, Layer, LayerKind
+from bitquota.candidates.table import CandidateTable, enumerate_candidates
 from bitquota.errors import BudgetTooSmall, InvalidProblem, UnknownLayer
 from bitquota.matrix import SensitivityMatrix
 from bitquota.solver import Status, build_problem, solve

@@ -10,13 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bitquota.candidates import Candidate
+from bitquota.candidates.storage import Grid, Scheme
+from bitquota.candidates.table import Candidate
 from bitquota.errors import Cancelled, InvalidCalibration, InvalidInput
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.discovery import discover
+from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.packing import pack
-from bitquota.sensitivity.calibration import CalibrationSet
-from bitquota.sensitivity.discovery import discover
-from bitquota.sensitivity.evaluate import apply_plan
-from bitquota.storage import Grid, Scheme
 from bitquota.training.finetune import finetune
 from bitquota.training.objective import shift_flip
 from bitquota.training.settings import TrainingSettings
@@ -195,10 +195,10 @@ sys.path.insert(0, {str(repository / "tests")!r})
 torch.set_num_threads(1)
 from pathlib import Path
 from digits_network import N_TRAIN, digits, trained_digits_net
-from bitquota.candidates import Candidate
-from bitquota.sensitivity.calibration import CalibrationSet
-from bitquota.sensitivity.discovery import discover
-from bitquota.storage import Scheme
+from bitquota.candidates.table import Candidate
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.discovery import discover
+from bitquota.candidates.storage import Scheme
 from bitquota.training.finetune import finetune
 from bitquota.training.settings import TrainingSettings
 x, y = digits()

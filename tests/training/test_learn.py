@@ -7,14 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitquota.budget import Budget
-from bitquota.candidates import Candidate, LayerKind
+from bitquota.candidates.budget import Budget
+from bitquota.candidates.layers import LayerKind
+from bitquota.candidates.storage import Granularity, Scheme
+from bitquota.candidates.table import Candidate
 from bitquota.errors import BudgetTooSmall, InvalidInput
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.discovery import discover, model_fingerprint
+from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.packing import pack
-from bitquota.sensitivity.calibration import CalibrationSet
-from bitquota.sensitivity.discovery import discover, model_fingerprint
-from bitquota.sensitivity.evaluate import apply_plan
-from bitquota.storage import Granularity, Scheme
 from bitquota.training.bit_learners import (
     BitPruningLearner,
     BitSparsityLearner,

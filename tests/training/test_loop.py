@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bitquota.candidates import Candidate
+from bitquota.candidates.storage import Scheme
+from bitquota.candidates.table import Candidate
 from bitquota.errors import InvalidInput
-from bitquota.sensitivity.calibration import CalibrationSet
-from bitquota.sensitivity.discovery import discover
-from bitquota.storage import Scheme
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.discovery import discover
 from bitquota.training.finetune import finetune
 from bitquota.training.loop import optimizer_of, rate_factor
 from bitquota.training.settings import TrainingSettings
@@ -67,10 +67,10 @@ class TestTrain:
 import sys
 from pathlib import Path
 import torch
-from bitquota.candidates import Candidate
-from bitquota.sensitivity.calibration import CalibrationSet
-from bitquota.sensitivity.discovery import discover
-from bitquota.storage import Scheme
+from bitquota.candidates.table import Candidate
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.discovery import discover
+from bitquota.candidates.storage import Scheme
 from bitquota.training.distributed import joined_group
 from bitquota.training.finetune import finetune
 from bitquota.training.settings import TrainingSettings

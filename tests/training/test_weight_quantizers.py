@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from bitquota.candidates import Candidate, LayerKind
+from bitquota.candidates.layers import LayerKind
+from bitquota.candidates.storage import Granularity, Grid, Rounding, ScaleFormat, ScaleRule, Scheme
+from bitquota.candidates.table import Candidate
 from bitquota.errors import InvalidInput
-from bitquota.quantizers.layout import from_matrix
+from bitquota.models.layout import from_matrix
 from bitquota.quantizers.packing import pack, unpack
 from bitquota.quantizers.weights import fake_quantize
-from bitquota.storage import Granularity, Grid, Rounding, ScaleFormat, ScaleRule, Scheme
 from bitquota.training.weight_quantizers import trainable_weight, trained_candidate
 from layer_shapes import LAYERS
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitquota.candidates import Inventory, Layer, LayerKind, enumerate_candidates
+from bitquota.candidates.layers import Inventory, Layer, LayerKind
+from bitquota.candidates.table import enumerate_candidates
 from bitquota.errors import InvalidInput, InvalidMatrix
 from bitquota.matrix import SensitivityMatrix
 from vocabulary_strategies import choices, matrices

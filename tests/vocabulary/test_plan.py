@@ -7,15 +7,17 @@ from dataclasses import replace
 
 import pytest
 
-from bitquota import charts, report
-from bitquota.budget import Budget
-from bitquota.candidates import Candidate, Inventory, Layer, LayerKind, UnquantizedTensor
+from bitquota.candidates.budget import Budget
+from bitquota.candidates.layers import Inventory, Layer, LayerKind, UnquantizedTensor
+from bitquota.candidates.storage import Granularity, Scheme
+from bitquota.candidates.table import Candidate
 from bitquota.cli import output
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.plan import Assignment, Baseline, MeasuredLoss, Plan, Proof
+from bitquota.report import charts
+from bitquota.report import text as report
 from bitquota.request import PlanRequest
-from bitquota.storage import Granularity, Scheme
 
 
 def layer(name: str, rows: int, columns: int) -> Layer:

@@ -13,7 +13,7 @@ from bitquota.cli.written import Written
 from bitquota.request import PlanRequest
 
 if TYPE_CHECKING:
-    from bitquota.comparison import Comparison
+    from bitquota.report.comparison import Comparison
 
 _PLANS, _AFFORDABLE = 12, 500.0
 _WIDE = 140
@@ -58,7 +58,7 @@ def compare(
 ) -> None:
     """Measure MODEL with every metric, solve every budget with each, and measure all the plans."""
     if plot_file is not None:
-        from bitquota.comparison_plot import check_plot
+        from bitquota.report.comparison_plot import check_plot
 
         check_plot(plot_file)  # before the work, not after it
     files = [
@@ -96,7 +96,7 @@ def _compare_here(
     model: str, calibration: str, request: PlanRequest, here: opt.Here, options: dict[str, Any]
 ) -> Comparison:
     with here.measuring() as measuring:
-        from bitquota.compare import compare as run
+        from bitquota.search.compare import compare as run
 
         loaded, data = here.load(model, calibration)
         return run(
@@ -122,6 +122,6 @@ def _write(
     if report_file is not None:
         report_file.save(lambda path: path.write_text(found.render_markdown(title)))
     if plot_file is not None:
-        from bitquota.comparison_plot import plot_comparison
+        from bitquota.report.comparison_plot import plot_comparison
 
         plot_file.save(lambda path: plot_comparison(found, path))

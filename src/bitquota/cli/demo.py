@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from bitquota import report
-from bitquota.allocate import evaluate_plans
 from bitquota.cli import output
 from bitquota.client import Client
 from bitquota.corrections import Correction
 from bitquota.errors import MissingDependency, ServiceError
-from bitquota.formats import load_calibration, load_model
+from bitquota.models.load import load_model
+from bitquota.models.samples import load_calibration
+from bitquota.report import text as report
 from bitquota.request import PlanRequest
+from bitquota.search.allocate import evaluate_plans
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

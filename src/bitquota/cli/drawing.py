@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from bitquota import report
+from bitquota.report import text as report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitquota import report
 from bitquota.cli import options as opt
 from bitquota.cli import output, remote
 from bitquota.cli.loading import check_sources, load_samples
 from bitquota.errors import InvalidInput
-from bitquota.formats.receipt import Receipt
+from bitquota.exports.receipt import Receipt
 from bitquota.plan import Plan
+from bitquota.report import text as report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from bitquota.formats.scores import Score
+    from bitquota.evaluate.scores import Score
 
 
 def evaluate(
@@ -104,9 +104,10 @@ def evaluate(
             correction_data=correction_data,
         )
     else:
-        from bitquota.formats import check_calibration, load_model
-        from bitquota.formats.models import find_function
-        from bitquota.formats.scoring import score_plans
+        from bitquota.evaluate.scoring import score_plans
+        from bitquota.models.factory import find_function
+        from bitquota.models.load import load_model
+        from bitquota.models.samples import check_calibration
         from bitquota.setting import choose_device
 
         where = choose_device(device)

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitquota import report
 from bitquota.cli import options as opt
 from bitquota.cli import output, remote
 from bitquota.cli.loading import check_sources, load_samples
 from bitquota.cli.written import require_folder
 from bitquota.errors import InvalidInput
-from bitquota.formats.export_order import check_folder, format_for
+from bitquota.exports.names import check_folder, format_for
 from bitquota.plan import Plan
+from bitquota.report import text as report
 
 if TYPE_CHECKING:
-    from bitquota.formats.exports import Receipt
+    from bitquota.exports.export import Receipt
 
 
 def export(
@@ -92,8 +92,8 @@ def export(
             correction_data=correction_data,
         )
     else:
-        from bitquota.formats import load_model
-        from bitquota.formats.exports import export_plan
+        from bitquota.exports.export import export_plan
+        from bitquota.models.load import load_model
 
         loaded = replace(load_model(model), imatrix=imatrix)
         data = correcting = None

@@ -13,8 +13,7 @@ import typer
 from rich.text import Text
 
 import bitquota
-from bitquota import tracking
-from bitquota.budget import parse_bytes
+from bitquota.candidates.budget import parse_bytes
 from bitquota.canonical import read_json
 from bitquota.cli import options as opt
 from bitquota.cli import output
@@ -22,11 +21,12 @@ from bitquota.cli.loading import check_sources
 from bitquota.cli.written import Written
 from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.plan import Plan
+from bitquota.report import tracking
 
 if TYPE_CHECKING:
-    from bitquota.formats.gate import CheckReport, Quality
-    from bitquota.formats.lock import Limits, Lock
-    from bitquota.formats.models import LoadedModel
+    from bitquota.ci.check import CheckReport, Quality
+    from bitquota.ci.lock import Limits, Lock
+    from bitquota.models.loaded import LoadedModel
 
 _LOCK_FILE = Path("bitquota.lock.json")
 _STYLES = {"passed": "green", "failed": "bold red", "stale": "yellow", "skipped": "dim"}
@@ -74,8 +74,8 @@ def lock(
     out: Annotated[Path, typer.Option("--out", "-o", help="Lock file to write.")] = _LOCK_FILE,
 ) -> None:
     """Write the lock file of PLAN for git; target and limits of the file it replaces are kept."""
-    from bitquota.formats.lock import Lock, make_lock
-    from bitquota.formats.receipt import Receipt
+    from bitquota.ci.lock import Lock, make_lock
+    from bitquota.exports.receipt import Receipt
 
     limits = _limits(max_kl, max_drop, max_size, max_file_size, not_worse_than)
     Written.at(out, "--out")
@@ -153,8 +153,8 @@ def check(
     --data the losses that the plan recorded are held to them. The table is also appended to the
     file that GITHUB_STEP_SUMMARY names.
     """
-    from bitquota.formats.gate import append_step_summary, check_lock, to_junit, worst_exit_code
-    from bitquota.formats.lock import Lock
+    from bitquota.ci.check import append_step_summary, check_lock, to_junit, worst_exit_code
+    from bitquota.ci.lock import Lock
 
     files = lock_files or [_LOCK_FILE]
     if data is not None and model is None:
@@ -176,7 +176,7 @@ def check(
     loaded = None
     if model is not None:
         check_sources(model, data, correction_data)
-        from bitquota.formats import load_model
+        from bitquota.models.load import load_model
 
         loaded = load_model(model)
     reports: dict[str, CheckReport] = {}
@@ -227,7 +227,7 @@ def diff(
     ] = False,
 ) -> None:
     """Print what changed from OLD to NEW as Markdown; nothing if nothing did."""
-    from bitquota.formats.plan_diff import diff_plans
+    from bitquota.ci.diff import diff_plans
 
     found = diff_plans(_plan_of(old), _plan_of(new))
     if as_json:
@@ -249,7 +249,7 @@ def _limits(
     max_file_size: str | None,
     not_worse_than: str | None,
 ) -> Limits:
-    from bitquota.formats.lock import Limits
+    from bitquota.ci.lock import Limits
 
     return Limits(
         max_kl=max_kl,
@@ -269,9 +269,9 @@ def _measure(
     device: str,
 ) -> Quality:
     """Run the locked plan, and the baselines it must not lose to, on ``data``."""
-    from bitquota.allocate import evaluate_plans
-    from bitquota.formats import load_calibration
-    from bitquota.formats.gate import Quality
+    from bitquota.ci.check import Quality
+    from bitquota.models.samples import load_calibration
+    from bitquota.search.allocate import evaluate_plans
 
     prefix = limits.not_worse_than
     named = tuple(
@@ -307,7 +307,7 @@ def _print_report(report: CheckReport, name: str) -> None:
 
 def _plan_of(path: Path) -> Plan:
     """Return the plan that a plan file or a lock file holds."""
-    from bitquota.formats.lock import SCHEMA, Lock
+    from bitquota.ci.lock import SCHEMA, Lock
 
     advice = "name a file that 'bitquota plan' or 'bitquota lock' wrote"
     data = read_json(path, "a plan or lock file", advice, InvalidPlan)

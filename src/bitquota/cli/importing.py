@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bitquota.canonical import JsonObject
-    from bitquota.sensitivity.foreign import ImportedMeasurement
+    from bitquota.sensitivity.importers import ImportedMeasurement
     from bitquota.solver import Problem
 
 _UNITS = {"B": 8, "KiB": 8 * 2**10, "MiB": 8 * 2**20, "GiB": 8 * 2**30}
@@ -38,7 +38,7 @@ def read_any_problem(path: Path, *, budget_index: int | None, budget: str | None
 
     if path.suffix != ".json":
         return read_problem(path, budget_index=budget_index, budget=budget)
-    from bitquota.sensitivity.foreign import read_measurement
+    from bitquota.sensitivity.importers import read_measurement
 
     if budget_index is not None:
         msg = (
@@ -106,7 +106,7 @@ def chosen_options(path: Path, document: JsonObject) -> JsonObject | None:
     """Return what an answer chose in the other tool's own terms; ``None`` for files of ours."""
     if path.suffix != ".json" or document["choice"] is None:
         return None
-    from bitquota.sensitivity.foreign import read_measurement
+    from bitquota.sensitivity.importers import read_measurement
 
     measurement = read_measurement(path)
     options = measurement.chosen(tuple(document["choice"]))

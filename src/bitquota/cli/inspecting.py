@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitquota import report
 from bitquota.cli import options as opt
 from bitquota.cli import output
 from bitquota.cli.loading import check_sources, load_samples
+from bitquota.report import text as report
 
 if TYPE_CHECKING:
-    from bitquota.formats.inspection import LayerSummary, ModelSummary
+    from bitquota.models.inspection import LayerSummary, ModelSummary
 
 
 def inspect(
@@ -30,12 +30,12 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the layers of MODEL and what may become of each, before anything is measured."""
-    from bitquota.formats.targets import target_by_name
+    from bitquota.candidates.targets import target_by_name
 
     chosen = None if target is None else target_by_name(target)
     check_sources(model, samples, tokenizer=tokenizer)
-    from bitquota.formats import load_model
-    from bitquota.formats.inspection import inspect_model
+    from bitquota.models.inspection import inspect_model
+    from bitquota.models.load import load_model
 
     loaded = load_model(model)
     data = None
@@ -69,7 +69,7 @@ def targets(
 
     --json has every format with its real bits per weight, shapes, ties and runtime options.
     """
-    from bitquota.formats.targets import TARGETS
+    from bitquota.candidates.targets import TARGETS
 
     if as_json:
         output.print_json([target.describe() for target in TARGETS.values()])

@@ -11,7 +11,7 @@ from bitquota.cli import options as opt
 from bitquota.cli import output
 from bitquota.cli.written import Written
 from bitquota.errors import InvalidInput
-from bitquota.formats.sources import require_existing
+from bitquota.models.sources import require_existing
 
 app = typer.Typer(
     help="Measurements that are kept: move them between machines, so that nothing is run twice.",
@@ -34,7 +34,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say where the ledger is and how much it holds."""
-    from bitquota.sensitivity.ledger import SqliteLedger
+    from bitquota.sensitivity.cache import SqliteLedger
 
     path = _existing(ledger)
     with SqliteLedger(path) as kept:
@@ -50,7 +50,7 @@ def show(
 @app.command("export")
 def export(archive: Archive, ledger: opt.LedgerPath = None) -> None:
     """Write every measurement to ARCHIVE; equal ledgers give equal bytes."""
-    from bitquota.sensitivity.ledger import SqliteLedger, export_entries
+    from bitquota.sensitivity.cache import SqliteLedger, export_entries
 
     source = _existing(ledger)
     file = Written.at(archive, "ARCHIVE")
@@ -63,7 +63,7 @@ def export(archive: Archive, ledger: opt.LedgerPath = None) -> None:
 @app.command("import")
 def import_(archive: Archive, ledger: opt.LedgerPath = None) -> None:
     """Add the measurements of ARCHIVE; what is there already stays as it is."""
-    from bitquota.sensitivity.ledger import SqliteLedger, import_entries
+    from bitquota.sensitivity.cache import SqliteLedger, import_entries
 
     require_existing(archive, "what 'bitquota ledger export' wrote", "ARCHIVE")
     path = ledger or opt.default_ledger()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bitquota.formats.sources import model_source, require_existing, tokenizer_of
+from bitquota.models.sources import model_source, require_existing, tokenizer_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from bitquota.sensitivity.calibration import CalibrationSet
+    from bitquota.models.calibration import CalibrationSet
 
 
 def check_sources(
@@ -43,10 +43,10 @@ def load_samples(
     """Load a calibration set; a text takes the tokenizer of the model's folder if it has one.
 
     Raises:
-        InvalidCalibration: See ``bitquota.formats.load_calibration``.
+        InvalidCalibration: See ``bitquota.models.load_calibration``.
     """
-    from bitquota.formats import load_calibration
-    from bitquota.formats.text import DEFAULT_LENGTH
+    from bitquota.models.samples import load_calibration
+    from bitquota.models.text import DEFAULT_LENGTH
 
     tokenizer = tokenizer_of(spec, model=model, tokenizer=tokenizer)
     return load_calibration(spec, tokenizer=tokenizer, length=length or DEFAULT_LENGTH)

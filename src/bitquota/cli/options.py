@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitquota.budget import check_budgets
+from bitquota.candidates.budget import check_budgets
+from bitquota.candidates.storage import Granularity, Grid, Rounding, ScaleFormat, ScaleRule, Scheme
 from bitquota.cli import output
 from bitquota.cli.bundles import Bundle, with_bundles
 from bitquota.cli.loading import check_sources, load_samples
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
 from bitquota.request import DEFAULT_WEIGHT_BITS, LOSSES, MEASURES, PRECISIONS, PlanRequest
-from bitquota.storage import Granularity, Grid, Rounding, ScaleFormat, ScaleRule, Scheme
 
 if TYPE_CHECKING:
-    from bitquota.formats import LoadedModel
-    from bitquota.sensitivity.calibration import CalibrationSet
+    from bitquota.models.calibration import CalibrationSet
+    from bitquota.models.loaded import LoadedModel
 
 Model = Annotated[
     str,
@@ -242,7 +242,7 @@ class Here:
 
     def load(self, model: str, calibration: str) -> tuple[LoadedModel, CalibrationSet]:
         """Load a model and its samples; a device that is not there is told before."""
-        from bitquota.formats import load_model
+        from bitquota.models.load import load_model
         from bitquota.setting import choose_device
 
         choose_device(self.device)
@@ -255,7 +255,7 @@ class Here:
     @contextmanager
     def measuring(self) -> Iterator[dict[str, Any]]:
         """Open the ledger and show progress; yields the keyword arguments of a measurement."""
-        from bitquota.sensitivity.ledger import SqliteLedger
+        from bitquota.sensitivity.cache import SqliteLedger
 
         place = self.ledger or default_ledger()
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -345,7 +345,7 @@ def with_options(**without: object) -> Callable[[Callable[..., None]], Callable[
 
 def _check(request: PlanRequest, *, budgets: bool, here: bool) -> None:
     """Raise what would be told only after the model was loaded, or after the measurement."""
-    from bitquota.formats.targets import target_by_name
+    from bitquota.candidates.targets import target_by_name
 
     if budgets:
         check_budgets(request.budgets)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitquota import report, tracking
 from bitquota.canonical import JsonObject
 from bitquota.cli import options as opt
 from bitquota.cli import output, remote
 from bitquota.cli.written import Written, former_matrix, former_plan
 from bitquota.plan import Plan
+from bitquota.report import text as report
+from bitquota.report import tracking
 from bitquota.request import PlanRequest
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _plan_here(
     matrix_out: Written | None,
 ) -> tuple[Plan, ...]:
     with here.measuring() as measuring:
-        from bitquota.allocate import allocate
+        from bitquota.search.allocate import allocate
 
         loaded, samples = here.load(model, calibration)
         result = allocate(loaded, samples, request, **measuring)
@@ -128,7 +129,7 @@ def _measure_here(
     model: str, calibration: str, request: PlanRequest, here: opt.Here
 ) -> SensitivityMatrix:
     with here.measuring() as measuring:
-        from bitquota.allocate import measure_matrix
+        from bitquota.search.allocate import measure_matrix
 
         loaded, data = here.load(model, calibration)
         return measure_matrix(loaded, data, request, **measuring)
@@ -158,8 +159,8 @@ def show(
         return
     frontier: list[JsonObject] = []
     if matrix_file is not None and output.console.is_terminal:
-        from bitquota.charts import frontier_of
         from bitquota.matrix import SensitivityMatrix
+        from bitquota.report.charts import frontier_of
 
         frontier = frontier_of(SensitivityMatrix.load(matrix_file), points=33, time_limit_s=5.0)
     output.print_plan(made, frontier=frontier)

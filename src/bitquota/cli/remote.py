@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
     from bitquota.cli.written import Written
     from bitquota.client import Client, Job
-    from bitquota.comparison import Comparison
-    from bitquota.formats.receipt import Receipt
-    from bitquota.formats.scores import Score
+    from bitquota.evaluate.scores import Score
+    from bitquota.exports.receipt import Receipt
     from bitquota.matrix import SensitivityMatrix
     from bitquota.plan import Plan
+    from bitquota.report.comparison import Comparison
     from bitquota.request import PlanRequest
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -161,7 +161,7 @@ def scores(
     correction_data: str | None,
 ) -> tuple[int, list[Score]]:
     """Run ``bitquota evaluate`` there; returns the number of samples too."""
-    from bitquota.formats.scores import Score
+    from bitquota.evaluate.scores import Score
 
     with (
         opened(server, api_key) as client,
@@ -193,7 +193,7 @@ def export(
     correction_data: str | None,
 ) -> Receipt:
     """Run ``bitquota export`` there; the files come into ``folder``, which is new or empty."""
-    from bitquota.formats.receipt import Receipt
+    from bitquota.exports.receipt import Receipt
 
     with (
         opened(server, api_key) as client,

@@ -48,7 +48,7 @@ def report(
     if out is None and image is None:
         out = Path("report.html")
     if image is not None:
-        from bitquota.comparison_plot import check_plot
+        from bitquota.report.comparison_plot import check_plot
 
         check_plot(image)
     page = None if out is None else Written.at(out, "--out")
@@ -57,12 +57,12 @@ def report(
         files, matrix_file, title=title, points=points, time_limit_s=time_limit
     )
     if page is not None:
-        from bitquota.report_page import render_html
+        from bitquota.report.page import render_html
 
         text = render_html(document, maps)
         page.save(lambda path: path.write_text(text, encoding="utf-8"))
     if picture is not None:
-        from bitquota.report_image import draw_report
+        from bitquota.report.image import draw_report
 
         picture.save(lambda path: draw_report(document, path))
 
@@ -80,7 +80,7 @@ def read_document(
     Raises:
         InvalidInput: A file is none of what ``bitquota`` writes, or they do not belong together.
     """
-    from bitquota import charts
+    from bitquota.report import charts
 
     plans: list[Plan] = []
     comparison: JsonObject | None = None

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitquota import report
-from bitquota.budget import check_budgets
+from bitquota.candidates.budget import check_budgets
+from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, Scheme
 from bitquota.cli import options as opt
 from bitquota.cli import output
 from bitquota.cli.loading import check_sources
@@ -17,17 +17,17 @@ from bitquota.cli.training_options import Training, with_training
 from bitquota.cli.written import Written, former_plan, require_folder
 from bitquota.errors import InvalidInput
 from bitquota.plan import Plan
+from bitquota.report import text as report
 from bitquota.request import ACTIVATION_FITS, DEFAULT_WEIGHT_BITS, check_training
-from bitquota.storage import Granularity, Grid, ScaleFormat, Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from bitquota.bridge import Trained
-    from bitquota.formats import LoadedModel
+    from bitquota.models.calibration import CalibrationSet
+    from bitquota.models.loaded import LoadedModel
     from bitquota.progress import OnProgress
-    from bitquota.sensitivity.calibration import CalibrationSet
     from bitquota.training.loop import TrainingRecord
+    from bitquota.training.qat import Trained
     from bitquota.training.settings import TrainingSettings
 
 _BITS = ",".join(map(str, DEFAULT_WEIGHT_BITS))
@@ -79,8 +79,8 @@ def finetune(
     made = Plan.load(plan)
     file = _plan_file(out, plan)
     check_sources(model, train, tokenizer=training.tokenizer)
-    from bitquota.bridge import finetune_plan
     from bitquota.quantizers.channel_fit import ChannelRule
+    from bitquota.training.qat import finetune_plan
 
     loaded, samples = training.load(model, train)
     folder = training.checkpoints or out / "checkpoints"
@@ -149,8 +149,8 @@ def learn(
     start = None if from_plan is None else Plan.load(from_plan)
     file = _plan_file(out, from_plan)
     check_sources(model, train, tokenizer=training.tokenizer)
-    from bitquota.bridge import learn_plan
     from bitquota.training.learn import default_settings, following_settings
+    from bitquota.training.qat import learn_plan
 
     settings = training.settings(default_settings(recipe))
     loaded, samples = training.load(model, train)
@@ -221,7 +221,7 @@ def _resolved(
     folder: Path,
     on_progress: OnProgress,
 ) -> Trained:
-    from bitquota.bridge import solve_around
+    from bitquota.training.qat import solve_around
 
     for k in range(training.resolve):
         again = solve_around(
@@ -241,7 +241,7 @@ def _resolved(
 
 
 def _finish(found: Trained, data: CalibrationSet, file: Written) -> None:
-    from bitquota.bridge import write_pt2
+    from bitquota.training.qat import write_pt2
 
     out = file.path.parent
     file.save(lambda path: found.save(path.parent))

@@ -13,8 +13,8 @@ from bitquota.cli.bundles import Bundle, with_bundles
 from bitquota.cli.loading import load_samples
 
 if TYPE_CHECKING:
-    from bitquota.formats import LoadedModel
-    from bitquota.sensitivity.calibration import CalibrationSet
+    from bitquota.models.calibration import CalibrationSet
+    from bitquota.models.loaded import LoadedModel
     from bitquota.training.settings import TrainingSettings
 
 SETTINGS_OPTIONS: dict[str, tuple[Any, Any]] = {
@@ -166,7 +166,7 @@ class Training:
 
     def load(self, model: str, train: str) -> tuple[LoadedModel, CalibrationSet]:
         """Load a model and its training set; a device that is not there is told before."""
-        from bitquota.formats import load_model
+        from bitquota.models.load import load_model
         from bitquota.setting import choose_device
 
         choose_device(self.device)

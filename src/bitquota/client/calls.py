@@ -27,10 +27,10 @@ from bitquota.client.effects import (
 )
 from bitquota.client.problems import error_in, error_of
 from bitquota.client.sources import source_of
-from bitquota.comparison import Comparison
 from bitquota.errors import Cancelled, InvalidInput, MeasurementFailed, ServiceError, ServiceTimeout
 from bitquota.plan import Plan
 from bitquota.progress import Progress
+from bitquota.report.comparison import Comparison
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -4,11 +4,11 @@ import torch
 from torch import nn
 
 from bitquota.errors import InvalidCalibration
-from bitquota.sensitivity.calibration import CalibrationSet
+from bitquota.models.calibration import CalibrationSet
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.metrics import ClassSeparability
 from bitquota.sensitivity.metrics.class_separability import separability
-from bitquota.sensitivity.runner import make_runner
+from bitquota.sensitivity.runners.make import make_runner
 from sensitivity_networks import Attention, build, inventory_of, samples, table_of
 
 KL = loss_by_name("kl")

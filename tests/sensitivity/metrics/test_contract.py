@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from bitquota.errors import InvalidInput, InvalidModel
-from bitquota.sensitivity.calibration import CalibrationSet
-from bitquota.sensitivity.discovery import discover
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.discovery import discover
 from bitquota.sensitivity.losses import loss_by_name
-from bitquota.sensitivity.measure import measure_by_name, measures
 from bitquota.sensitivity.metrics import METRICS
-from bitquota.sensitivity.runner import make_runner
+from bitquota.sensitivity.registry import measure_by_name, measures
+from bitquota.sensitivity.runners.make import make_runner
 from contracts.measure import MeasureContract
 from sensitivity_networks import Residual, build, inventory_of, samples, table_of
 
@@ -73,7 +73,7 @@ class TestEveryMetric:
     def test_a_model_outside_torch_is_refused_or_right(self, metric, tmp_path):
         """ONNX Runtime: what looks at weights alone works, everything else says what to use."""
         pytest.importorskip("onnxruntime")
-        from bitquota.formats import load_model
+        from bitquota.models.load import load_model
         from onnx_graphs import image_graph
 
         model = load_model(str(image_graph(tmp_path / "m.onnx")))

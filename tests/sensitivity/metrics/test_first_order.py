@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from bitquota.candidates import CandidateTable, enumerate_candidates
+from bitquota.candidates.table import CandidateTable, enumerate_candidates
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.metrics import FirstOrder
-from bitquota.sensitivity.runner import make_runner
+from bitquota.sensitivity.runners.make import make_runner
 from sensitivity_networks import build, inventory_of, samples
 
 KL = loss_by_name("kl")
@@ -88,7 +88,7 @@ class TestFirstOrder:
 
     def test_only_asks_the_ledger_for_the_same_point(self):
         """A row's score depends on what the other groups are at, and so does its key."""
-        from bitquota.sensitivity.ledger import MemoryLedger
+        from bitquota.sensitivity.cache import MemoryLedger
 
         ledger = MemoryLedger()
         runner, table = prepare()

@@ -4,11 +4,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bitquota.candidates import enumerate_candidates
-from bitquota.sensitivity.calibration import CalibrationSet
+from bitquota.candidates.table import enumerate_candidates
+from bitquota.models.calibration import CalibrationSet
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.metrics import EmpiricalFisher, OutputFisher
-from bitquota.sensitivity.runner import make_runner
+from bitquota.sensitivity.runners.make import make_runner
 from sensitivity_networks import Attention, Residual, build, inventory_of, samples, table_of
 
 KL = loss_by_name("kl")

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from bitquota.candidates import enumerate_candidates
+from bitquota.candidates.table import enumerate_candidates
 from bitquota.matrix import SensitivityMatrix
 from bitquota.sensitivity.metrics import FlagKind, find_flags
 from sensitivity_networks import Branches, build, inventory_of

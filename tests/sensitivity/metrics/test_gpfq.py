@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 import torch
 
+from bitquota.candidates.storage import Granularity, Grid, Scheme
 from bitquota.errors import InvalidInput
 from bitquota.quantizers.grid import nearest_codes
 from bitquota.quantizers.weights import quantize
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.metrics import GpfqError
 from bitquota.sensitivity.metrics.gpfq import follow_path
-from bitquota.sensitivity.runner import make_runner
-from bitquota.storage import Granularity, Grid, Scheme
+from bitquota.sensitivity.runners.make import make_runner
 from sensitivity_networks import Residual, build, inventory_of, samples, table_of
 
 KL = loss_by_name("kl")

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 
 from bitquota.errors import InvalidInput, InvalidModel
-from bitquota.sensitivity.calibration import CalibrationSet
+from bitquota.models.calibration import CalibrationSet
 from bitquota.sensitivity.losses import CustomLoss, loss_by_name
 from bitquota.sensitivity.metrics import HessianTrace
-from bitquota.sensitivity.runner import make_runner
+from bitquota.sensitivity.runners.make import make_runner
 from sensitivity_networks import Attention, build, inventory_of, samples, table_of
 
 KL, MSE = loss_by_name("kl"), loss_by_name("mse")

@@ -5,7 +5,7 @@ from torch.nn import functional
 
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.metrics import KroneckerFisher
-from bitquota.sensitivity.runner import make_runner
+from bitquota.sensitivity.runners.make import make_runner
 from sensitivity_networks import Residual, build, inventory_of, samples, table_of
 
 KL = loss_by_name("kl")

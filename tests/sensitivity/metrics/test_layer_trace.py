@@ -6,7 +6,7 @@ from torch.nn import functional
 from bitquota.errors import InvalidModel
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.metrics.layer_trace import trace_layers
-from bitquota.sensitivity.runner import make_runner
+from bitquota.sensitivity.runners.make import make_runner
 from sensitivity_networks import Attention, Residual, build, inventory_of, samples
 
 CE = loss_by_name("cross_entropy")

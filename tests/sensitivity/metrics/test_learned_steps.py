@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from bitquota.candidates import enumerate_candidates
+from bitquota.candidates.table import enumerate_candidates
 from bitquota.errors import Cancelled, InvalidCalibration
-from bitquota.sensitivity.calibration import CalibrationSet
-from bitquota.sensitivity.discovery import discover
-from bitquota.sensitivity.ledger import MemoryLedger
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.discovery import discover
+from bitquota.sensitivity.cache import MemoryLedger
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.metrics.learned_steps import LearnedIndicators
-from bitquota.sensitivity.runner import make_runner
+from bitquota.sensitivity.runners.make import make_runner
 from digits_network import digits, trained_digits_net
 
 KL = loss_by_name("kl")

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from bitquota.budget import Budget
-from bitquota.candidates import enumerate_candidates
+from bitquota.candidates.budget import Budget
+from bitquota.candidates.table import enumerate_candidates
 from bitquota.errors import InvalidInput
-from bitquota.sensitivity.baselines import size_only
+from bitquota.search.baselines import size_only
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.metrics import Orthogonality
 from bitquota.sensitivity.metrics.orthogonality import orthogonality
-from bitquota.sensitivity.runner import make_runner
+from bitquota.sensitivity.runners.make import make_runner
 from bitquota.solver import build_problem, solve
 from sensitivity_networks import Residual, build, inventory_of, samples
 

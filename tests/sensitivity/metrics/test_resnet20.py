@@ -5,15 +5,15 @@ import sys
 import numpy as np
 import pytest
 
-from bitquota.candidates import enumerate_candidates
-from bitquota.sensitivity.calibration import CalibrationSet
-from bitquota.sensitivity.choices import measure_choices
-from bitquota.sensitivity.discovery import discover
+from bitquota.candidates.table import enumerate_candidates
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.discovery import discover
+from bitquota.search.agreement import spearman
 from bitquota.sensitivity.losses import loss_by_name
+from bitquota.sensitivity.measures.choices import measure_choices
+from bitquota.sensitivity.measures.pairs import measure_singles
 from bitquota.sensitivity.metrics import METRICS, HessianTrace, find_flags
-from bitquota.sensitivity.metrics.agreement import spearman
-from bitquota.sensitivity.pairs import measure_singles
-from bitquota.sensitivity.runner import make_runner
+from bitquota.sensitivity.runners.make import make_runner
 
 pytestmark = [pytest.mark.shared_data, pytest.mark.slow]
 KL = loss_by_name("kl")

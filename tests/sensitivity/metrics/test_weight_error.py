@@ -3,7 +3,7 @@ import torch
 
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.metrics import RelativeWeightMse, WeightMse
-from bitquota.sensitivity.runner import make_runner
+from bitquota.sensitivity.runners.make import make_runner
 from sensitivity_networks import Branches, Residual, build, inventory_of, samples, table_of
 
 KL = loss_by_name("kl")

@@ -1,0 +1,1 @@
+"""Plans out: one file for each runtime, each with a receipt."""

@@ -1,0 +1,236 @@
+"""Plans out: exporters by name, each with a receipt.
+
+``export_plan`` writes files, reads every quantized tensor back, compares sizes with the plan, and
+runs what can be run here against the fake-quantized model.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from bitquota.candidates.storage import FULL_PRECISION_BITS, Grid
+from bitquota.candidates.targets import target_by_name
+from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
+from bitquota.exports.compressed_tensors_folder import CompressedTensorsFolder
+from bitquota.exports.config_files import CONFIG_FILES
+from bitquota.exports.gguf_file import GgufFile
+from bitquota.exports.names import check_folder, check_format, format_for
+from bitquota.exports.onnx_qdq import OnnxMatMulNBits, OnnxQdq
+from bitquota.exports.openvino_ir import OpenvinoIr
+from bitquota.exports.prepared import PreparedExport, prepare_export
+from bitquota.exports.receipt import Difference, FileReceipt, Receipt, TensorReceipt
+from bitquota.exports.ref_int import RefInt
+from bitquota.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bitquota.models.calibration import CalibrationSet
+    from bitquota.models.loaded import LoadedModel
+
+__all__ = [
+    "EXPORTERS",
+    "Difference",
+    "Exporter",
+    "FileReceipt",
+    "PreparedExport",
+    "Receipt",
+    "TensorReceipt",
+    "export_plan",
+    "exporter_by_name",
+    "load_export",
+    "open_export",
+    "prepare_export",
+]
+
+
+class Exporter(Protocol):
+    """Writes a prepared plan in one format.
+
+    Attributes:
+        name: What ``--format`` takes.
+        summary: One sentence.
+        runs_here: Whether its files can be run by a package that installs from a wheel; then
+            ``load`` returns them as a module, and the receipt holds the difference.
+    """
+
+    name: str
+    summary: str
+    runs_here: bool
+
+    def export(self, prepared: PreparedExport, folder: Path) -> Receipt:
+        """Write the files into the empty ``folder``, read them back, and say what they hold."""
+        ...
+
+    def load(self, prepared: PreparedExport, folder: Path) -> nn.Module:
+        """Return the written files as a module that takes what the model takes."""
+        ...
+
+
+EXPORTERS: dict[str, Exporter] = {
+    exporter.name: exporter
+    for exporter in (
+        RefInt(),
+        CompressedTensorsFolder(),
+        OnnxQdq(),
+        OnnxMatMulNBits(),
+        OpenvinoIr(),
+        GgufFile(),
+        *CONFIG_FILES,
+    )
+}
+"""In order of preference."""
+
+
+GRIDS: dict[str, frozenset[Grid]] = {
+    RefInt.name: frozenset(Grid) - {Grid.K_BLOCKS},
+    OnnxQdq.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.CODEBOOK}),
+    OnnxMatMulNBits.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.CODEBOOK}),
+    GgufFile.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.K_BLOCKS}),
+    "mlx-config": frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.OFFSET}),
+}
+"""Which grids a format can hold; the others hold integers alone. ONNX looks levels up (Gather);
+powers of two would need a table that the plan does not count."""
+
+
+def check_grids(plan: Plan, format_name: str) -> None:
+    """Raise ``InvalidPlan`` where the format cannot hold what the plan's codes stand for."""
+    integers = frozenset(grid for grid in Grid if grid.is_integer)
+    held = GRIDS.get(format_name, integers)
+    wrong = {
+        a.layer.name: a.candidate.scheme.grid
+        for a in plan.assignments
+        if a.candidate.weight_bits != FULL_PRECISION_BITS and a.candidate.scheme.grid not in held
+    }
+    if wrong:
+        grids = ", ".join(sorted(set(wrong.values())))
+        able = ", ".join(name for name in GRIDS if set(wrong.values()) <= GRIDS[name])
+        msg = (
+            f"format '{format_name}' has no way to read weights on the grid '{grids}', as layer "
+            f"'{next(iter(wrong))}' and {len(wrong) - 1} more have them; these formats have: {able}"
+        )
+        raise InvalidPlan(msg, layers=sorted(wrong), format=format_name)
+
+
+def exporter_by_name(name: str) -> Exporter:
+    """Return the exporter called ``name``; raises ``InvalidInput`` that lists them."""
+    check_format(name)
+    return EXPORTERS[name]
+
+
+def export_plan(
+    model: LoadedModel,
+    plan: Plan,
+    folder: Path,
+    *,
+    format_name: str | None = None,
+    target: str | None = None,
+    samples: CalibrationSet | None = None,
+    correction_data: CalibrationSet | None = None,
+) -> Receipt:
+    """Write ``plan`` as files that a runtime loads, prove it, and return the receipt.
+
+    The folder appears whole or not at all: files are written beside it and moved at the end.
+
+    Args:
+        model: The model that the plan was made for.
+        plan: What to export.
+        folder: Where to; must not exist, or be empty.
+        format_name: Name of an exporter; by default the target's.
+        target: Name of a target, whose rules the plan must keep.
+        samples: A few are run to compare the files with fake-quantization; by default the
+            model's own example, if its source has one.
+        correction_data: Unlabelled samples for the plan's corrections, if it has any.
+
+    Raises:
+        StalePlan: The plan is of another model.
+        InvalidPlan: The plan breaks the rules of the target or the format; layers are named.
+        ExportFailed: A tensor does not read back as planned, or a runtime refuses the files.
+        InvalidInput: The folder is not empty, or neither a format nor a target is named.
+        MissingDependency: A package for this format is not installed.
+    """
+    exporter = exporter_by_name(format_for(format_name, target))
+    chosen = None if target is None else target_by_name(target)
+    check_folder(folder)
+    check_grids(plan, exporter.name)
+    prepared = prepare_export(
+        model, plan, target=chosen, samples=samples, correction_data=correction_data
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        receipt = exporter.export(prepared, building)
+        if exporter.runs_here and receipt.difference is None:
+            note = "nothing was run: hand in samples to compare with fake-quantization"
+            receipt = replace(receipt, notes=(*receipt.notes, note))
+        if any(a.candidate.activation_bits is not None for a in plan.assignments):
+            note = "activations are quantized by the runtime, with ranges of its own calibration"
+            receipt = replace(receipt, notes=(*receipt.notes, note))
+        receipt.require()
+        plan.save(building / "plan.json")
+        receipt.save(building)
+        building.chmod(0o755)
+        if folder.exists():
+            folder.rmdir()
+        building.rename(folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return receipt
+
+
+def load_export(
+    model: LoadedModel,
+    plan: Plan,
+    folder: Path,
+    *,
+    format_name: str,
+    correction_data: CalibrationSet | None = None,
+) -> nn.Module:
+    """Return exported files as a module that takes what the model takes.
+
+    Raises:
+        InvalidInput: The format cannot be run here.
+        ExportFailed: The files do not load.
+    """
+    exporter = exporter_by_name(format_name)
+    if not exporter.runs_here:
+        msg = f"files of format '{format_name}' cannot be run on this machine"
+        raise InvalidInput(msg, format=format_name)
+    prepared = prepare_export(model, plan, correction_data=correction_data)
+    return exporter.load(prepared, folder)
+
+
+def open_export(
+    model: LoadedModel, folder: Path, *, correction_data: CalibrationSet | None = None
+) -> tuple[nn.Module, Plan, Receipt]:
+    """Return what lies in an export's folder: a module that runs it, its plan, its receipt.
+
+    Args:
+        model: The model that was exported.
+        folder: What ``export_plan`` wrote.
+        correction_data: As at the export, for formats that torch puts together.
+
+    Raises:
+        InvalidInput: No such folder, or a format that cannot be run here.
+        StalePlan: The export is of another model.
+        ExportFailed: The files are not those of the receipt, or do not load.
+    """
+    receipt = Receipt.load(folder)
+    for expected in receipt.files:
+        path = folder / expected.name
+        if not path.is_file() or FileReceipt.of(path, folder) != expected:
+            msg = (
+                f"an export's files must be those of its receipt; '{expected.name}' in '{folder}' "
+                "is missing or was changed: export again"
+            )
+            raise ExportFailed(msg, file=expected.name)
+    plan = Plan.load(folder / "plan.json")
+    module = load_export(
+        model, plan, folder, format_name=receipt.exporter, correction_data=correction_data
+    )
+    return module, plan, receipt

@@ -1,0 +1,242 @@
+"""GGUF: plain and K blocks written in Python, and a recipe for llama.cpp's own tool."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from bitquota.candidates.layers import LayerKind
+from bitquota.candidates.storage import Granularity, Grid, ScaleFormat
+from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan, MissingDependency
+from bitquota.exports.gguf_blocks import BLOCK, K_TYPES, TYPES, blocks_of, type_name
+from bitquota.exports.prepared import widths_must_be
+from bitquota.exports.receipt import Receipt, describe_files
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from bitquota.canonical import JsonObject
+    from bitquota.exports.prepared import PreparedExport
+    from bitquota.quantizers.weights import QuantizedWeight
+
+FILE = "model.gguf"
+RECIPE = "tensor-types.txt"
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_INTERLEAVED = frozenset({"llama", "mistral"})
+"""Model types whose q and k rows GGUF stores in another order (pairs of rotated rows adjacent)."""
+
+
+class GgufFile:
+    """Writes ``model.gguf`` and the recipe ``tensor-types.txt``.
+
+    Blocks are symmetric groups of 32 with fp16 scales, or super-blocks of 256, which is what these
+    types are, so the file holds the plan's own codes and scales.
+    """
+
+    name = "gguf"
+    summary = "GGUF with Q2_K to Q6_K, Q4_0, Q5_0, Q8_0, and a --tensor-type-file for llama.cpp."
+    runs_here = True
+
+    def export(self, prepared: PreparedExport, folder: Path) -> Receipt:
+        """Write the file, read every type and value back, run the dequantized model in torch."""
+        gguf = _gguf()
+        config = _config(prepared)
+        self._check(prepared)
+        names = _tensor_names(prepared, config)
+        path = folder / FILE
+        writer = gguf.GGUFWriter(str(path), _ARCHITECTURES[config["model_type"]])
+        _write_metadata(writer, config)
+        recipe = []
+        for name, weight in prepared.weights.items():
+            layer = prepared.layers[name]
+            order = _row_order(layer.weight_name, config)
+            kind = type_name(weight)
+            target = names[layer.weight_name]
+            writer.add_tensor(
+                target, blocks_of(weight, order), raw_dtype=gguf.GGMLQuantizationType[kind]
+            )
+            recipe.append(f"^{re.escape(target)}$={kind.lower()}")
+        tied = bool(config.get("tie_word_embeddings"))
+        held_names = {names[prepared.layers[n].weight_name] for n in prepared.weights}
+        for name, tensor in prepared.unquantized_tensors().items():
+            if name.endswith("inv_freq") or (tied and name == "lm_head.weight"):
+                continue
+            values = tensor.detach().float().cpu().numpy()
+            order = _row_order(name, config)
+            if order is not None:
+                values = values[order]
+            writer.add_tensor(names[name], np.ascontiguousarray(values))
+            if values.ndim > 1:
+                recipe.append(f"^{re.escape(names[name])}$=f32")
+            held_names.add(names[name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        (folder / RECIPE).write_text("\n".join(recipe) + "\n")
+        reader = gguf.GGUFReader(str(path))
+        tensors = {t.name: t for t in reader.tensors}
+        receipts = []
+        for name, weight in prepared.weights.items():
+            target = names[prepared.layers[name].weight_name]
+            found = tensors.get(target)
+            if found is None or found.tensor_type.name != type_name(weight):
+                got = "nothing" if found is None else found.tensor_type.name
+                msg = f"'{target}' must be stored as {type_name(weight)}; the file has {got}"
+                raise ExportFailed(msg, layer=name)
+            receipts.append(
+                prepared.tensor_receipt(
+                    name,
+                    tensor=target,
+                    stored=found.tensor_type.name,
+                    actual_bits=int(found.n_bytes) * 8,
+                )
+            )
+        held = sum(int(t.n_bytes) for t in reader.tensors)
+        return Receipt(
+            exporter=self.name,
+            target=prepared.target_name,
+            plan_digest=prepared.plan.digest(),
+            model_digest=prepared.plan.model_digest,
+            files=describe_files(folder, [path, folder / RECIPE]),
+            tensors=tuple(receipts),
+            unquantized_bits=held * 8 - sum(r.actual_bits for r in receipts),
+            planned_unquantized_bits=prepared.planned_rest_bits,
+            container_bytes=path.stat().st_size - held,
+            difference=prepared.difference(self.load(prepared, folder)),
+            runtime={"name": "torch on dequantized tensors", "version": torch.__version__},
+            notes=(
+                "the file has no tokenizer: llama.cpp needs one added",
+                "llama.cpp also quantizes activations to 8 bits",
+            ),
+        )
+
+    def load(self, prepared: PreparedExport, folder: Path) -> nn.Module:
+        """Return a copy of the model with every tensor dequantized from the file."""
+        gguf = _gguf()
+        config = _config(prepared)
+        back = {v: k for k, v in _tensor_names(prepared, config).items()}
+        module = copy.deepcopy(prepared.module)
+        state = module.state_dict()
+        with torch.no_grad():
+            for found in gguf.GGUFReader(str(folder / FILE)).tensors:
+                name = back[found.name]
+                values = gguf.quants.dequantize(found.data, found.tensor_type)
+                order = _row_order(name, config)
+                if order is not None:
+                    values = values[np.argsort(order)]
+                tensor = torch.from_numpy(np.array(values, dtype=np.float32))
+                state[name].copy_(tensor.reshape(state[name].shape))
+        return module
+
+    @staticmethod
+    def _check(prepared: PreparedExport) -> None:
+        widths_must_be(prepared, tuple(sorted({*TYPES, *K_TYPES})), "GGUF written in Python")
+        wrong = [
+            name
+            for name, w in prepared.weights.items()
+            if prepared.layers[name].kind not in (LayerKind.LINEAR, LayerKind.EMBEDDING)
+            or not (w.scheme.grid is Grid.K_BLOCKS or _is_plain(w, prepared.layers[name].columns))
+        ]
+        if wrong:
+            msg = (
+                "GGUF blocks are symmetric groups of 32 with fp16 scales, or K blocks, in linear "
+                f"layers and embeddings; {', '.join(wrong[:8])} are planned otherwise: plan with "
+                "--target gguf-py or gguf-k"
+            )
+            raise InvalidPlan(msg, layers=wrong)
+
+
+def _gguf() -> Any:  # noqa: ANN401  # a module
+    try:
+        import gguf
+    except ImportError as err:
+        msg = "a GGUF export needs gguf; install it with: pip install bitquota[exports]"
+        raise MissingDependency(msg) from err
+    return gguf
+
+
+def _config(prepared: PreparedExport) -> JsonObject:
+    file = Path(prepared.model.source) / "config.json"
+    if not file.is_file():
+        msg = f"GGUF needs a Hugging Face folder as the model; got '{prepared.model.source}'"
+        raise InvalidInput(msg, source=prepared.model.source)
+    config: JsonObject = json.loads(file.read_text())
+    if config.get("model_type") not in _ARCHITECTURES:
+        msg = (
+            f"GGUF is written here for {', '.join(_ARCHITECTURES)}; got "
+            f"'{config.get('model_type')}': use llama.cpp's converter and the plan's bit-widths"
+        )
+        raise InvalidInput(msg, model_type=config.get("model_type"))
+    return config
+
+
+def _tensor_names(prepared: PreparedExport, config: JsonObject) -> dict[str, str]:
+    """Return the GGUF name of every tensor of the model."""
+    gguf = _gguf()
+    kind = getattr(gguf.MODEL_ARCH, _ARCHITECTURES[config["model_type"]].upper())
+    known = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
+    names = {}
+    for name in prepared.module.state_dict():
+        if name.endswith("inv_freq"):
+            continue
+        found = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            msg = f"GGUF has no name for '{name}' of a {config['model_type']} model"
+            raise ExportFailed(msg, tensor=name)
+        names[name] = found
+    return names
+
+
+def _write_metadata(writer: Any, config: JsonObject) -> None:  # noqa: ANN401
+    heads = config["num_attention_heads"]
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(config.get("head_dim") or config["hidden_size"] // heads)
+    rope = config.get("rope_parameters") or {}
+    writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0))
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+
+
+def _row_order(name: str, config: JsonObject) -> NDArray[np.int64] | None:
+    """Return which row of the checkpoint each row of the file is, or ``None`` for the same.
+
+    Transformers rotates row ``i`` of a head with row ``i + d/2``; GGUF keeps them adjacent.
+    """
+    if config["model_type"] not in _INTERLEAVED:
+        return None
+    found = re.search(r"\.([qk])_proj\.(weight|bias)$", name)
+    if found is None:
+        return None
+    heads = config["num_attention_heads"]
+    if found[1] == "k":
+        heads = config.get("num_key_value_heads") or heads
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    rows = np.arange(heads * size, dtype=np.int64)
+    return rows.reshape(heads, 2, size // 2).swapaxes(1, 2).reshape(-1)
+
+
+def _is_plain(weight: QuantizedWeight, columns: int) -> bool:
+    """Whether blocks of 32 can hold the weight: 4, 5 or 8 bits, symmetric, fp16 scales."""
+    scheme = weight.scheme
+    return (
+        weight.bits in TYPES
+        and scheme.grid is Grid.SYMMETRIC
+        and scheme.granularity is Granularity.GROUP
+        and scheme.group_size == BLOCK
+        and scheme.scale_format is ScaleFormat.FP16
+        and columns % BLOCK == 0
+    )

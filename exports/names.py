@@ -1,0 +1,47 @@
+"""What an export must say, told before anything is loaded: format, target, and a free folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bitquota.candidates.targets import target_by_name
+from bitquota.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+EXPORT_FORMATS = (
+    "ref-int", "compressed-tensors", "onnx-qdq", "onnx-matmulnbits", "openvino", "gguf",
+    "gptqmodel-config", "autoround-config", "llm-compressor-recipe", "torchao-config", "mlx-config",
+    "coreml-config",
+)  # fmt: skip
+"""Names of ``bitquota.exports.export.EXPORTERS``, in its order; that module loads torch."""
+
+
+def check_format(name: str) -> None:
+    """Raise ``InvalidInput`` that lists them unless there is an export format called ``name``."""
+    if name not in EXPORT_FORMATS:
+        msg = f"an export format must be one of {', '.join(EXPORT_FORMATS)}; got '{name}'"
+        raise InvalidInput(msg, format=name)
+
+
+def format_for(format_name: str | None, target: str | None) -> str:
+    """Return the format of an export: as named, or the target's own.
+
+    Raises:
+        InvalidInput: Neither is named, or there is no such format or target.
+    """
+    chosen = None if target is None else target_by_name(target)
+    found = format_name or (chosen.exporter if chosen else None)
+    if found is None:
+        msg = "an export needs a format or a target; got neither"
+        raise InvalidInput(msg)
+    check_format(found)
+    return found
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ``InvalidInput`` unless ``folder`` does not exist yet, or is empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        msg = f"an export needs a folder that is new or empty; '{folder}' is not: name another"
+        raise InvalidInput(msg, folder=str(folder))

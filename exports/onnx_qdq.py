@@ -1,0 +1,288 @@
+"""ONNX with quantized initializers: DequantizeLinear in front of the layers' weights.
+
+The graph is the user's own file, or what ``torch.onnx.export`` makes of the module; only weights
+are replaced. Types are int2 (opset 25), int4 (opset 21), int8 and int16, unsigned with zero points
+on asymmetric grids; codebooks are looked up by Gather. ONNX Runtime turns blocked matrix products
+into MatMulNBits.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bitquota.errors import ExportFailed, InvalidInput, MissingDependency
+from bitquota.exports.onnx_editor import BLOCKS, GraphEditor, fits_blocks, n_bytes, packed_blocks
+from bitquota.exports.onnx_tidy import absorb_batch_norms, fold_constants, shorten_names
+from bitquota.exports.prepared import widths_must_be
+from bitquota.exports.receipt import Receipt, describe_files
+from bitquota.models.onnx.module import OnnxModule, import_onnxruntime, read_onnx
+from bitquota.models.pt2.module import dynamic_axes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from bitquota.canonical import JsonObject
+    from bitquota.exports.prepared import PreparedExport
+
+FILE = "model.onnx"
+OPSET = 21
+OPSET_2_BITS = 25
+WIDTHS = (2, 4, 8, 16)
+SESSION_OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
+"""At its default level 4 ONNX Runtime quantizes the activations of matrix products to int8."""
+
+
+class OnnxQdq:
+    """Writes ``model.onnx`` with weights as 2, 4, 8 or 16-bit initializers.
+
+    Attributes:
+        blocked: Whether matrix products with blocks become MatMulNBits nodes.
+    """
+
+    name = "onnx-qdq"
+    summary = "ONNX with quantized weights and DequantizeLinear, run by ONNX Runtime."
+    runs_here = True
+    blocked = False
+
+    def export(self, prepared: PreparedExport, folder: Path) -> Receipt:
+        """Write the file, read every code back, run it in ONNX Runtime."""
+        widths_must_be(prepared, WIDTHS, "ONNX")
+        two_bits = any(
+            w.bits == 2 and not (self.blocked and fits_blocks(prepared.layers[name], w))
+            for name, w in prepared.weights.items()
+        )
+        model, initializer_of = float_graph(prepared, OPSET_2_BITS if two_bits else OPSET)
+        weights = prepared.weights
+        traced = not isinstance(prepared.module, OnnxModule)
+        if traced:
+            weights = absorb_batch_norms(model, weights, prepared.layers, initializer_of)
+        editor = GraphEditor(model)
+        for name, weight in weights.items():
+            initializer, layer = initializer_of[name], prepared.layers[name]
+            if not (self.blocked and editor.multiply_blocks(initializer, layer, weight)):
+                editor.quantize(initializer, layer, weight)
+        model = editor.finish()
+        if traced:
+            shorten_names(model.graph)
+        path = folder / FILE
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        sizes = _read_back(path, prepared, editor.names)
+        receipts = tuple(
+            prepared.tensor_receipt(
+                name,
+                tensor=editor.names[initializer_of[name]][0],
+                stored=stored,
+                actual_bits=bits,
+            )
+            for name, (stored, bits) in sizes.items()
+        )
+        payload = sum(r.actual_bits for r in receipts)
+        held = sum(n_bytes(t) for t in read_onnx(path).graph.initializer)
+        return Receipt(
+            exporter=self.name,
+            target=prepared.target_name,
+            plan_digest=prepared.plan.digest(),
+            model_digest=prepared.plan.model_digest,
+            files=describe_files(folder, [path]),
+            tensors=receipts,
+            unquantized_bits=held * 8 - payload,
+            planned_unquantized_bits=prepared.planned_rest_bits,
+            container_bytes=path.stat().st_size - held,
+            difference=prepared.difference(self.load(prepared, folder)),
+            runtime=runtime(),
+        )
+
+    def load(self, prepared: PreparedExport, folder: Path) -> nn.Module:
+        """Return the file as a module that runs in ONNX Runtime."""
+        del prepared
+        return OnnxFile(folder / FILE)
+
+
+class OnnxMatMulNBits(OnnxQdq):
+    """Writes blocked matrix products as MatMulNBits of ``com.microsoft``, the rest as QDQ.
+
+    ONNX Runtime fuses QDQ into the same node by itself; written out, the file needs no fusion, and
+    runtimes that know no 2-bit or 4-bit tensors read its bytes.
+    """
+
+    name = "onnx-matmulnbits"
+    summary = "ONNX with MatMulNBits for blocked matrix products, for ONNX Runtime."
+    blocked = True
+
+
+class OnnxFile(nn.Module):
+    """An ONNX file run as it is, with the session options of the receipt."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        ort = import_onnxruntime()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        for key, value in SESSION_OPTIONS.items():
+            options.add_session_config_entry(key, value)
+        try:
+            self._session = ort.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as err:  # onnxruntime raises its own kinds
+            msg = f"ONNX Runtime must run the exported file; it says: {err}"
+            raise ExportFailed(msg) from err
+        self._types = {
+            "tensor(float)": np.float32,
+            "tensor(int64)": np.int64,
+            "tensor(int32)": np.int32,
+            "tensor(float16)": np.float16,
+        }
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Run the file."""
+        feed = {
+            given.name: tensor.detach().cpu().numpy().astype(self._types[given.type])
+            for given, tensor in zip(self._session.get_inputs(), inputs, strict=True)
+        }
+        return torch.from_numpy(self._session.run(None, feed)[0])
+
+
+def float_graph(prepared: PreparedExport, opset: int) -> tuple[Any, dict[str, str]]:
+    """Return the graph with the corrected weights in floating point, and each layer's initializer.
+
+    Raises:
+        InvalidInput: The model is no ONNX file and there is no sample to trace it with.
+        ExportFailed: torch cannot express the model in ONNX, or a weight got lost on the way.
+    """
+    if isinstance(prepared.module, OnnxModule):
+        model = read_onnx(Path(prepared.model.source))
+        initializer_of = {la.name: la.initializer for la in prepared.module.layers}
+        _write_back(model, prepared.module)
+    else:
+        model = _trace(prepared)
+        held = {t.name for t in model.graph.initializer}
+        initializer_of = {}
+        for name, layer in prepared.layers.items():
+            names = [n for n in (layer.weight_name, *layer.aliases) if n in held]
+            if names:
+                initializer_of[name] = names[0]
+    if lost := sorted(set(prepared.weights) - set(initializer_of)):
+        msg = f"every planned weight must be an initializer of the ONNX graph; {lost[0]} is not"
+        raise ExportFailed(msg, layers=lost)
+    return at_opset(model, opset), initializer_of
+
+
+def at_opset(model: Any, opset: int) -> Any:  # noqa: ANN401  # onnx.ModelProto
+    """Return ``model`` at ``opset`` or above."""
+    import onnx
+
+    current = next(o.version for o in model.opset_import if o.domain in {"", "ai.onnx"})
+    if current >= opset:
+        return model
+    try:
+        converted = onnx.version_converter.convert_version(model, opset)
+    except Exception as err:  # the converter raises RuntimeError and others
+        msg = f"the graph cannot be converted from opset {current} to {opset}: {err}"
+        raise ExportFailed(msg, opset=opset) from err
+    return converted
+
+
+def runtime() -> JsonObject:
+    """Return what runs ONNX files here, and with which options."""
+    ort = import_onnxruntime()
+    return {"name": "onnxruntime", "version": ort.__version__, "options": dict(SESSION_OPTIONS)}
+
+
+def _read_back(
+    path: Path, prepared: PreparedExport, names: dict[str, tuple[str, ...]]
+) -> dict[str, tuple[str, int]]:
+    """Return what the file holds for each layer, after comparing every code and scale."""
+    import onnx
+
+    held = {t.name: t for t in read_onnx(path).graph.initializer}
+    by_codes = {parts[0]: parts for parts in names.values()}
+    found = {}
+    for (codes, parts), (name, weight) in zip(
+        by_codes.items(), prepared.weights.items(), strict=True
+    ):
+        tensors = [held[part] for part in parts]
+        values = onnx.numpy_helper.to_array(held[codes]).astype(np.int64)
+        expected = weight.codes.cpu().numpy().astype(np.int64)
+        if codes.endswith(BLOCKS):
+            expected = packed_blocks(weight).astype(np.int64)
+        # The same numbers in some arrangement: order is proved by running the file.
+        same = np.array_equal(np.sort(values, axis=None), np.sort(expected, axis=None))
+        if not same or values.size != expected.size:
+            msg = f"layer '{name}' does not read back as it was written"
+            raise ExportFailed(msg, layer=name)
+        kind = onnx.TensorProto.DataType.Name(held[codes].data_type).lower()
+        if codes.endswith(BLOCKS):
+            kind = f"MatMulNBits of {weight.bits} bits"
+        shape = "x".join(map(str, held[codes].dims))
+        found[name] = (f"{kind} {shape}", 8 * sum(n_bytes(t) for t in tensors))
+    return found
+
+
+def _trace(prepared: PreparedExport) -> Any:  # noqa: ANN401  # onnx.ModelProto
+    inputs = prepared.inputs or prepared.model.example_inputs
+    if inputs is None:
+        msg = "a model that is no ONNX file needs a sample to be traced with; hand in samples"
+        raise InvalidInput(msg)
+    example = tuple(t[:2] for t in inputs)
+    tokens = all(not t.is_floating_point() for t in example)
+    axes = {0: torch.export.Dim.DYNAMIC}
+    if tokens:
+        axes[1] = torch.export.Dim.DYNAMIC
+    try:
+        import onnxscript  # noqa: F401  # torch's exporter needs it, and says so less clearly
+
+        with _quiet():
+            program = torch.onnx.export(
+                prepared.module,
+                example,
+                dynamo=True,
+                optimize=False,
+                dynamic_shapes=dynamic_axes(prepared.module, len(example), axes),
+                opset_version=OPSET,
+                verbose=False,
+                output_names=["logits"],
+            )
+    except ImportError as err:
+        msg = "exporting a torch model to ONNX needs onnxscript: pip install bitquota[onnx]"
+        raise MissingDependency(msg) from err
+    except Exception as err:  # the exporter raises whatever it meets
+        msg = f"torch.onnx must be able to export the model; it says: {err}"
+        raise ExportFailed(msg) from err
+    if program is None:
+        msg = "torch.onnx must return a program; it returned none"
+        raise ExportFailed(msg)
+    return fold_constants(program)
+
+
+def _write_back(model: Any, module: OnnxModule) -> None:  # noqa: ANN401  # onnx.ModelProto
+    """Write the module's weights and biases (corrected) into the graph's initializers."""
+    import onnx
+
+    for tensor in model.graph.initializer:
+        value = module.fed_value(tensor.name)
+        if value is not None:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,152 @@
+"""Make a traced ONNX graph small: fold constants, shorten names, absorb batch norms into scales."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from bitquota.candidates.storage import Granularity, ScaleFormat
+from bitquota.errors import MissingDependency
+from bitquota.models.layout import CONVOLUTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from bitquota.candidates.layers import Layer
+    from bitquota.quantizers.weights import QuantizedWeight
+
+
+def fold_constants(program: Any) -> Any:  # noqa: ANN401  # ONNXProgram to onnx.ModelProto
+    """Return the program's graph with everything computed that depends on no input and no weight.
+
+    Raises:
+        MissingDependency: onnxscript is not installed.
+    """
+    try:
+        import onnx_ir
+        from onnx_ir.passes import common
+        from onnxscript import optimizer
+    except ImportError as err:
+        msg = "exporting a torch model to ONNX needs onnxscript: pip install bitquota[onnx]"
+        raise MissingDependency(msg) from err
+    model = program.model
+    weights = {
+        name for name, value in model.graph.initializers.items() if len(value.shape or ()) > 1
+    }
+
+    def should_fold(node: Any) -> bool | None:  # noqa: ANN401  # onnx_ir.Node
+        reads_weight = any(v is not None and v.name in weights for v in node.inputs)
+        return False if reads_weight and node.op_type != "Shape" else None
+
+    optimizer.fold_constants(model, should_fold=should_fold)
+    common.RemoveUnusedNodesPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass()(model)
+    return onnx_ir.to_proto(model)
+
+
+def shorten_names(graph: Any) -> None:  # noqa: ANN401  # onnx.GraphProto
+    """Rename what the tracer named: values between nodes, and nodes (which need no name)."""
+    kept = {v.name for v in (*graph.input, *graph.output)} | {t.name for t in graph.initializer}
+    short: dict[str, str] = {}
+    for node in graph.node:
+        node.name = ""
+        for name in node.output:
+            if name and name not in kept:
+                short[name] = f"t{len(short)}"
+    for node in graph.node:
+        for names in (node.input, node.output):
+            for k, name in enumerate(names):
+                names[k] = short.get(name, name)
+
+
+def absorb_batch_norms(
+    model: Any,  # noqa: ANN401  # onnx.ModelProto
+    weights: Mapping[str, QuantizedWeight],
+    layers: Mapping[str, Layer],
+    initializer_of: Mapping[str, str],
+) -> dict[str, QuantizedWeight]:
+    """Multiply batch norms behind quantized convolutions into their scales and biases.
+
+    ``BN(conv(x; s q) + b) = conv(x; (s f) q) + (b - m) f + beta`` with ``f = g / sqrt(v + eps)``:
+    the codes stay, so nothing is quantized anew. Only for scales in float32 per channel.
+
+    Returns:
+        The weights with their new scales; the graph is changed in place.
+    """
+    import onnx
+
+    graph = model.graph
+    held = {t.name: t for t in graph.initializer}
+    users: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    outputs = {v.name for v in graph.output}
+    absorbed = dict(weights)
+    removed = []
+    for layer_name, weight in weights.items():
+        layer, scheme = layers[layer_name], weight.scheme
+        convolutions = users.get(initializer_of[layer_name], [])
+        if (
+            layer.kind not in CONVOLUTIONS
+            or scheme.granularity is not Granularity.CHANNEL
+            or scheme.scale_format is not ScaleFormat.FP32
+            or len(convolutions) != 1
+        ):
+            continue
+        convolution = convolutions[0]
+        followers = users.get(convolution.output[0], [])
+        if len(followers) != 1 or followers[0].op_type != "BatchNormalization":
+            continue
+        norm = followers[0]
+        bias_name = convolution.input[2] if len(convolution.input) > 2 else ""
+        known = all(name in held for name in norm.input[1:5])
+        if not known or (bias_name and bias_name not in held) or convolution.output[0] in outputs:
+            continue
+        gamma, beta, mean, variance = (_values(held[name]) for name in norm.input[1:5])
+        epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
+        factor = gamma / np.sqrt(variance + epsilon)
+        bias = _values(held[bias_name]) if bias_name else np.zeros(len(factor))
+        shifted = ((bias - mean) * factor + beta).astype(np.float32)
+        name = norm.input[2]  # the batch norm's own bias takes the sum
+        held[name].CopyFrom(onnx.numpy_helper.from_array(shifted, name))
+        inputs = [*convolution.input[:2], name]
+        del convolution.input[:]
+        convolution.input.extend(inputs)
+        convolution.output[0] = norm.output[0]
+        removed.append(norm)
+        scales = weight.scales.double() * torch.from_numpy(factor)[:, None]
+        absorbed[layer_name] = replace(weight, scales=scales.float())
+    for norm in removed:
+        graph.node.remove(norm)
+    drop_unused(graph)
+    return absorbed
+
+
+def drop_unused(graph: Any) -> None:  # noqa: ANN401  # onnx.GraphProto
+    """Remove initializers that no node reads."""
+    read = {name for node in graph.node for name in node.input}
+    read |= {v.name for v in graph.output}
+    kept = [t for t in graph.initializer if t.name in read]
+    if len(kept) == len(graph.initializer):
+        return
+    copies = []
+    for tensor in kept:
+        copy = type(tensor)()
+        copy.CopyFrom(tensor)
+        copies.append(copy)
+    del graph.initializer[:]
+    graph.initializer.extend(copies)
+
+
+def _values(tensor: Any) -> NDArray[np.float64]:  # noqa: ANN401  # onnx.TensorProto
+    import onnx
+
+    values: NDArray[np.float64] = onnx.numpy_helper.to_array(tensor).astype(np.float64)
+    return values

@@ -1,0 +1,201 @@
+"""OpenVINO IR with compressed constants of 2, 4 and 8 bits, run by OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bitquota.candidates.layers import LayerKind
+from bitquota.candidates.storage import Granularity, ScaleFormat
+from bitquota.errors import ExportFailed, InvalidPlan, MissingDependency
+from bitquota.exports.onnx_qdq import OPSET, float_graph
+from bitquota.exports.prepared import widths_must_be
+from bitquota.exports.receipt import Receipt, describe_files
+from bitquota.models.layout import TRANSPOSED_CONVOLUTIONS, from_matrix
+from bitquota.quantizers.packing import pack_bits
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from bitquota.candidates.layers import Layer
+    from bitquota.exports.prepared import PreparedExport
+    from bitquota.quantizers.weights import QuantizedWeight
+
+XML, BIN = "model.xml", "model.bin"
+OPTIONS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "INFERENCE_PRECISION_HINT": "f32"}
+"""By default activations are quantized on the fly and products run in bf16."""
+
+_SUFFIX = ".codes"
+
+
+class OpenvinoIr:
+    """Writes ``model.xml`` and ``model.bin``.
+
+    Codes are i4 and i8, and u2 with the zero point 2 (OpenVINO has no signed 2-bit type).
+    """
+
+    name = "openvino"
+    summary = "OpenVINO IR with constants of 2, 4 and 8 bits, run by OpenVINO."
+    runs_here = True
+
+    def export(self, prepared: PreparedExport, folder: Path) -> Receipt:
+        """Write the files, read types and bytes back, run them."""
+        ov = _openvino()
+        widths_must_be(prepared, (2, 4, 8), "OpenVINO")
+        _check(prepared)
+        float_model, initializer_of = float_graph(prepared, OPSET)
+        core = ov.Core()
+        model = core.read_model(float_model.SerializeToString(), b"")
+        constants = {
+            node.get_friendly_name(): node
+            for node in model.get_ops()
+            if node.get_type_name() == "Constant"
+        }
+        for name, weight in prepared.weights.items():
+            initializer = initializer_of[name]
+            if initializer not in constants:
+                msg = f"OpenVINO must read the weight of layer '{name}' as a constant"
+                raise ExportFailed(msg, layer=name)
+            layer = prepared.layers[name]
+            stored_parts = _constants(ov, initializer, layer, weight)
+            # One product per reader, so that each can be fused with what reads it.
+            for reader in constants[initializer].output(0).get_target_inputs():
+                reader.replace_source_output(_dequantized(ov, stored_parts).output(0))
+        ov.save_model(model, str(folder / XML), compress_to_fp16=False)
+        stored = {
+            node.get_friendly_name(): node
+            for node in core.read_model(str(folder / XML)).get_ops()
+            if node.get_type_name() == "Constant"
+        }
+        receipts = []
+        for name in prepared.weights:
+            parts = [f"{initializer_of[name]}{suffix}" for suffix in (_SUFFIX, ".scales")]
+            if missing := [part for part in parts if part not in stored]:
+                msg = f"the written IR must hold '{missing[0]}'; it does not"
+                raise ExportFailed(msg, layer=name)
+            kind = stored[parts[0]].get_element_type().get_type_name()
+            receipts.append(
+                prepared.tensor_receipt(
+                    name,
+                    tensor=parts[0],
+                    stored=kind,
+                    actual_bits=8 * sum(int(stored[part].get_byte_size()) for part in parts),
+                )
+            )
+        held = sum(int(node.get_byte_size()) for node in stored.values())
+        files = [folder / XML, folder / BIN]
+        return Receipt(
+            exporter=self.name,
+            target=prepared.target_name,
+            plan_digest=prepared.plan.digest(),
+            model_digest=prepared.plan.model_digest,
+            files=describe_files(folder, files),
+            tensors=tuple(receipts),
+            unquantized_bits=held * 8 - sum(r.actual_bits for r in receipts),
+            planned_unquantized_bits=prepared.planned_rest_bits,
+            container_bytes=sum(f.stat().st_size for f in files) - held,
+            difference=prepared.difference(self.load(prepared, folder)),
+            runtime={"name": "openvino", "version": ov.__version__, "options": dict(OPTIONS)},
+        )
+
+    def load(self, prepared: PreparedExport, folder: Path) -> nn.Module:
+        """Return the files as a module that runs in OpenVINO."""
+        del prepared
+        return OpenvinoFile(folder / XML)
+
+
+class OpenvinoFile(nn.Module):
+    """An IR compiled for the CPU with the options of the receipt."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        ov = _openvino()
+        try:
+            self._compiled = ov.Core().compile_model(str(path), "CPU", dict(OPTIONS))
+        except RuntimeError as err:
+            msg = f"OpenVINO must compile the exported files; it says: {err}"
+            raise ExportFailed(msg) from err
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Run the files."""
+        results = self._compiled([tensor.detach().cpu().numpy() for tensor in inputs])
+        return torch.from_numpy(np.array(results[0]))
+
+
+def _constants(ov: Any, name: str, layer: Layer, weight: QuantizedWeight) -> tuple[Any, Any, Any]:  # noqa: ANN401
+    """Return the constants of codes, zero point (or ``None``) and scales."""
+    codes = from_matrix(weight.codes.int(), layer).cpu().numpy()
+    kind = {2: ov.Type.u2, 4: ov.Type.i4, 8: ov.Type.i8}[weight.bits]
+    # A tensor over a numpy array does not own its memory; one made by shape does.
+    tensor = ov.Tensor(kind, ov.Shape(codes.shape))
+    packed = _packed(codes, weight.bits)
+    tensor.data.reshape(-1).view(np.uint8)[: len(packed)] = packed
+    constant = ov.op.Constant(tensor)
+    constant.set_friendly_name(name + _SUFFIX)
+    zero = None
+    if weight.bits == 2:
+        zero = ov.opset13.constant(np.float32(2.0))
+        zero.set_friendly_name(f"{name}.zero_point")
+    scales = weight.scales.float().cpu().numpy().reshape(_scale_shape(layer, weight, codes.ndim))
+    scale = ov.opset13.constant(scales)
+    scale.set_friendly_name(f"{name}.scales")
+    return constant, zero, scale
+
+
+def _dequantized(ov: Any, parts: tuple[Any, Any, Any]) -> Any:  # noqa: ANN401
+    """Return a node for ``(codes - zero point) * scale``."""
+    codes, zero, scale = parts
+    value = ov.opset13.convert(codes, "f32")
+    if zero is not None:
+        value = ov.opset13.subtract(value, zero)
+    return ov.opset13.multiply(value, scale)
+
+
+def _packed(codes: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    if bits == 8:
+        flat: NDArray[np.uint8] = codes.astype(np.int8).view(np.uint8).reshape(-1)
+        return flat
+    # i4 is two's complement, u2 is shifted.
+    unsigned = codes + 2 if bits == 2 else codes & 15
+    return pack_bits(unsigned.astype(np.uint16).reshape(1, -1), bits)
+
+
+def _scale_shape(layer: Layer, weight: QuantizedWeight, n_dims: int) -> list[int]:
+    shape = [1] * n_dims
+    if weight.scheme.granularity is Granularity.CHANNEL:
+        by_column = layer.kind is LayerKind.LINEAR_TRANSPOSED
+        shape[int(by_column)] = layer.rows
+    return shape
+
+
+def _check(prepared: PreparedExport) -> None:
+    wrong = [
+        name
+        for name, w in prepared.weights.items()
+        if w.scheme.granularity is Granularity.GROUP
+        or w.scheme.scale_format is not ScaleFormat.FP32
+        or w.zero_points is not None
+        or prepared.layers[name].kind in TRANSPOSED_CONVOLUTIONS
+        or prepared.layers[name].kind is LayerKind.EXPERTS
+    ]
+    if wrong:
+        msg = (
+            "the OpenVINO export stores symmetric codes with fp32 scales per channel in "
+            f"convolutions, linear layers and embeddings; {', '.join(wrong[:8])} are planned "
+            "otherwise: plan with --target openvino-cpu"
+        )
+        raise InvalidPlan(msg, layers=wrong)
+
+
+def _openvino() -> Any:  # noqa: ANN401  # a module
+    try:
+        import openvino
+    except ImportError as err:
+        msg = "an OpenVINO export needs openvino; install it with: pip install bitquota[exports]"
+        raise MissingDependency(msg) from err
+    return openvino

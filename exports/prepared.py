@@ -1,0 +1,280 @@
+"""What every exporter starts from: integer weights, the corrected model, and a reference output."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bitquota.candidates.layers import Inventory
+from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Rounding
+from bitquota.corrections import Correction
+from bitquota.errors import InvalidInput, InvalidPlan, StalePlan
+from bitquota.exports.receipt import Difference, TensorReceipt, describe_candidate
+from bitquota.models.layout import to_matrix
+from bitquota.quantizers.weights import QuantizedWeight, quantize
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from bitquota.candidates.layers import Layer
+    from bitquota.candidates.table import Candidate
+    from bitquota.candidates.targets import Target
+    from bitquota.models.calibration import CalibrationSet
+    from bitquota.models.loaded import LoadedModel
+    from bitquota.plan import Plan
+
+VERIFY_SAMPLES = 64
+"""Samples on which an export is compared with fake-quantization."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PreparedExport:
+    """A plan applied to a model, ready to be written.
+
+    Attributes:
+        model: The full-precision model.
+        plan: What to write.
+        target: For which target, if for one.
+        module: A copy of the model with fake-quantized weights and the plan's corrections.
+        layers: The plan's layers by name.
+        candidates: The plan's candidates by layer, without what they say of activations.
+        weights: Integer codes and scales of every quantized layer.
+        inputs: A few samples, or ``None``: then nothing is run.
+        reference: Output of ``module`` on them.
+    """
+
+    model: LoadedModel
+    plan: Plan
+    target: Target | None
+    module: nn.Module
+    layers: dict[str, Layer]
+    candidates: dict[str, Candidate]
+    weights: dict[str, QuantizedWeight]
+    inputs: tuple[Tensor, ...] | None = None
+    reference: Tensor | None = None
+
+    @property
+    def planned_rest_bits(self) -> int:
+        """What the plan leaves as it is: other tensors, and layers in full precision."""
+        kept = [c.size_bits for c in self.candidates.values() if c.layer not in self.weights]
+        return self.plan.unquantized_bits + sum(kept)
+
+    @property
+    def target_name(self) -> str | None:
+        """Name of the target, if the export is for one."""
+        return None if self.target is None else self.target.name
+
+    def difference(self, module: Any) -> Difference | None:  # noqa: ANN401  # any callable model
+        """Run ``module`` on the samples and compare with fake-quantization."""
+        if self.inputs is None or self.reference is None:
+            return None
+        with torch.no_grad():
+            output = module(*self.inputs).double()
+        expected = self.reference.double()
+        gap = output - expected
+        norm = float(expected.norm())
+        return Difference(
+            maximum=float(gap.abs().max()),
+            relative=float(gap.norm()) / norm if norm else float(gap.norm()),
+            n_samples=len(self.inputs[0]),
+        )
+
+    def tensor_receipt(
+        self, name: str, *, tensor: str, stored: str, actual_bits: int
+    ) -> TensorReceipt:
+        """Return the receipt of one layer's weight."""
+        candidate = self.candidates[name]
+        return TensorReceipt(
+            layer=name,
+            tensor=tensor,
+            planned=describe_candidate(candidate),
+            stored=stored,
+            planned_bits=candidate.size_bits,
+            actual_bits=actual_bits,
+        )
+
+    def unquantized_tensors(self) -> dict[str, Tensor]:
+        """Return every other tensor of the corrected model that ships, each stored once."""
+        quantized = {
+            alias
+            for name in self.weights
+            for alias in (self.layers[name].weight_name, *self.layers[name].aliases)
+        }
+        kept: dict[str, Tensor] = {}
+        seen: set[tuple[int, tuple[int, ...], torch.dtype]] = set()
+        for name, tensor in self.module.state_dict().items():
+            if name in quantized or name.endswith("num_batches_tracked"):
+                continue
+            key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
+            if tensor.numel() and key in seen:
+                continue
+            seen.add(key)
+            kept[name] = tensor
+        return kept
+
+
+def prepare_export(
+    model: LoadedModel,
+    plan: Plan,
+    *,
+    target: Target | None = None,
+    samples: CalibrationSet | None = None,
+    correction_data: CalibrationSet | None = None,
+) -> PreparedExport:
+    """Quantize the weights of ``model`` as ``plan`` says and apply its corrections.
+
+    Args:
+        model: The model that the plan was made for.
+        plan: What to export.
+        target: Its rules are checked first.
+        samples: The first of them are run to compare the export with fake-quantization; by
+            default the model's own example.
+        correction_data: Unlabelled samples that the plan's corrections are fitted on.
+
+    Raises:
+        StalePlan: The plan was made for another model.
+        InvalidPlan: The plan breaks the target's rules, or names layers that the model lacks.
+        InvalidInput: Corrections without data, or error feedback, whose codes depend on the
+            measurement's inputs.
+    """
+    if plan.model_digest != model.digest:
+        msg = (
+            f"a plan can only be exported with the model it was made for; it says "
+            f"{plan.model_digest[:19]}…, the model is {model.digest[:19]}…: plan again"
+        )
+        raise StalePlan(msg, planned=plan.model_digest, got=model.digest)
+    if target is not None:
+        target.require(plan)
+    data = correction_data if correction_data is not None else samples
+    module = folded_module(model, plan, data)
+    layers = {a.layer.name: a.layer for a in plan.assignments}
+    # What a runtime calibrates for itself is in no file: only weights are written and compared.
+    candidates = {
+        a.layer.name: replace(a.candidate, activation_bits=None) for a in plan.assignments
+    }
+    from bitquota.quantizers.apply import QuantizedWeights, apply_plan
+    from bitquota.sensitivity.importers import check_importance
+
+    inventory = inventory_of(plan)
+    columns = check_importance(plan, model.imatrix, inventory) or {}
+    weights = {}
+    for name, layer in layers.items():
+        candidate = candidates[name]
+        if candidate.weight_bits == FULL_PRECISION_BITS:
+            continue
+        if candidate.scheme.rounding is Rounding.ERROR_FEEDBACK:
+            msg = (
+                f"weights rounded with error feedback cannot be exported yet; layer '{name}' is: "
+                "plan with rounding 'nearest'"
+            )
+            raise InvalidInput(msg, layer=name)
+        weights[name] = quantize(
+            to_matrix(_weight(module, layer), layer),
+            candidate.weight_bits,
+            candidate.scheme,
+            importance=columns.get(name),
+        )
+    quantized = apply_plan(
+        module,
+        inventory,
+        tuple(candidates.values()),
+        corrections=plan.corrections,
+        correction_data=data,
+        weights=QuantizedWeights(module, inventory, importance=columns),
+    )
+    inputs = verifying_inputs(model, samples)
+    reference = None
+    if inputs is not None:
+        with torch.no_grad():
+            reference = quantized(*inputs)
+    return PreparedExport(
+        model=model,
+        plan=plan,
+        target=target,
+        module=quantized,
+        layers=layers,
+        candidates=candidates,
+        weights=weights,
+        inputs=inputs,
+        reference=reference,
+    )
+
+
+def folded_module(model: LoadedModel, plan: Plan, data: CalibrationSet | None) -> nn.Module:
+    """Return a copy of the model in eval mode, its batch norms folded if the plan says so."""
+    module = copy.deepcopy(model.module).eval()
+    if Correction.FOLD_BATCH_NORM in plan.corrections:
+        from bitquota.quantizers.corrections import fold_batch_norm
+
+        module = fold_batch_norm(module, _example(model, data))
+    return module
+
+
+def inventory_of(plan: Plan) -> Inventory:
+    """Return the tensors that a plan speaks of."""
+    return Inventory(
+        model_digest=plan.model_digest,
+        layers=tuple(a.layer for a in plan.assignments),
+        unquantized=plan.unquantized,
+    )
+
+
+def verifying_inputs(
+    model: LoadedModel, samples: CalibrationSet | None
+) -> tuple[Tensor, ...] | None:
+    """Return inputs to compare an export on, or ``None`` if nobody knows what they look like.
+
+    A model's own example may be zeros, which would hide a wrong weight: floating-point inputs
+    become noise from a fixed seed.
+    """
+    if samples is not None:
+        return tuple(t[:VERIFY_SAMPLES] for t in samples.inputs)
+    if model.example_inputs is None:
+        return None
+    noise = torch.Generator().manual_seed(0)
+    return tuple(
+        torch.randn(t.shape, generator=noise) if t.is_floating_point() else t
+        for t in model.example_inputs
+    )
+
+
+def widths_must_be(prepared: PreparedExport, allowed: tuple[int, ...], what: str) -> None:
+    """Raise ``InvalidPlan`` unless every quantized layer has an allowed bit-width."""
+    wrong = {name: w.bits for name, w in prepared.weights.items() if w.bits not in allowed}
+    if wrong:
+        shown = ", ".join(f"{name}={bits}" for name, bits in list(wrong.items())[:8])
+        msg = (
+            f"{what} stores {', '.join(map(str, allowed))} bits; the plan has {shown}: plan with "
+            f"--bits {','.join(map(str, allowed))}"
+        )
+        raise InvalidPlan(msg, layers=sorted(wrong))
+
+
+def scheme_must_be(prepared: PreparedExport, what: str, *, granularity: Granularity) -> None:
+    """Raise ``InvalidPlan`` unless every quantized layer has scales of ``granularity``."""
+    wrong = [n for n, w in prepared.weights.items() if w.scheme.granularity is not granularity]
+    if wrong:
+        msg = f"{what} stores scales per {granularity}; {', '.join(wrong[:8])} have others"
+        raise InvalidPlan(msg, layers=wrong)
+
+
+def _weight(module: nn.Module, layer: Layer) -> Tensor:
+    owner, _, leaf = layer.weight_name.rpartition(".")
+    try:
+        weight: Tensor = getattr(module.get_submodule(owner), leaf)
+    except AttributeError as err:
+        msg = f"the plan's layer '{layer.name}' must exist in the model; it does not"
+        raise InvalidPlan(msg, layer=layer.name) from err
+    return weight.detach()
+
+
+def _example(model: LoadedModel, data: CalibrationSet | None) -> tuple[Tensor, ...]:
+    if data is not None:
+        return tuple(t[:2] for t in data.inputs)
+    if model.example_inputs is not None:
+        return model.example_inputs
+    msg = "folding batch norms needs one sample to follow the graph; hand in samples"
+    raise InvalidInput(msg)

@@ -1,0 +1,230 @@
+"""What was written, read back and compared: the proof that files are what the plan says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+from bitquota.candidates.storage import FULL_PRECISION_BITS
+from bitquota.canonical import canonical_json, schema_of, why_unreadable
+from bitquota.errors import ExportFailed, InvalidInput
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from bitquota.candidates.table import Candidate
+    from bitquota.canonical import JsonObject
+
+SCHEMA = "bitquota/receipt/1"
+RECEIPT_FILE = "receipt.json"
+TOLERANCE = 1e-3
+"""Largest relative difference of outputs: far above rounding, far below a wrong scale."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileReceipt:
+    """One file of an export."""
+
+    name: str
+    size_bytes: int
+    digest: str
+
+    @classmethod
+    def of(cls, path: Path, folder: Path) -> Self:
+        """Hash the file at ``path``, named relative to ``folder``."""
+        state = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                state.update(chunk)
+        name = path.relative_to(folder).as_posix()
+        return cls(name=name, size_bytes=path.stat().st_size, digest=f"sha256:{state.hexdigest()}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorReceipt:
+    """One quantized weight, as the plan has it and as it was read back.
+
+    Attributes:
+        layer: Name of the layer in the plan.
+        tensor: Name of the weight in the file.
+        planned: Bit-width and scheme of the plan, for a person.
+        stored: What the file holds, for a person.
+        planned_bits: Size in the plan.
+        actual_bits: Size in the file: codes, scales, zero points and their padding.
+    """
+
+    layer: str
+    tensor: str
+    planned: str
+    stored: str
+    planned_bits: int
+    actual_bits: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """How far an exported model's output is from the fake-quantized model's."""
+
+    maximum: float
+    relative: float
+    """Norm of the difference over the norm of the fake-quantized output."""
+    n_samples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """An export, verified.
+
+    Attributes:
+        exporter: What wrote it.
+        target: For which target, if for one.
+        plan_digest: Of the plan.
+        model_digest: Of the full-precision model.
+        files: All files but this receipt.
+        tensors: Every quantized weight.
+        unquantized_bits: Size of everything else as stored.
+        planned_unquantized_bits: The same in the plan (corrections may add biases).
+        container_bytes: Bytes of the files that hold neither weights nor other tensors: headers,
+            graph, alignment.
+        difference: Against fake-quantization, where the files could be run here.
+        runtime: What ran them, its version and options.
+        notes: What a user should know.
+    """
+
+    exporter: str
+    target: str | None
+    plan_digest: str
+    model_digest: str
+    files: tuple[FileReceipt, ...]
+    tensors: tuple[TensorReceipt, ...]
+    unquantized_bits: int = 0
+    planned_unquantized_bits: int = 0
+    container_bytes: int = 0
+    difference: Difference | None = None
+    runtime: JsonObject = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def payload_bits(self) -> int:
+        """Size of the quantized weights as stored."""
+        return sum(t.actual_bits for t in self.tensors)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files."""
+        return sum(f.size_bytes for f in self.files)
+
+    @property
+    def container_overhead(self) -> float:
+        """Container bytes as a share of what they contain."""
+        held = (self.payload_bits + self.unquantized_bits) / 8
+        return self.container_bytes / held if held else 0.0
+
+    def require(self) -> None:
+        """Raise ``ExportFailed`` unless sizes are the plan's and outputs those of its weights."""
+        wrong = [t for t in self.tensors if t.planned_bits != t.actual_bits]
+        if wrong:
+            shown = "; ".join(
+                f"{t.layer}: {t.planned_bits:,} bits planned, {t.actual_bits:,} as {t.stored}"
+                for t in wrong[:5]
+            )
+            msg = (
+                f"an export must take the bytes of its plan; {len(wrong)} of {len(self.tensors)} "
+                f"weights do not: {shown}"
+            )
+            raise ExportFailed(msg, layers=[t.layer for t in wrong])
+        gap = self.difference
+        if gap is not None and not gap.relative <= TOLERANCE:
+            msg = (
+                f"an export must compute what fake-quantization computes; its outputs on "
+                f"{gap.n_samples} samples differ by {gap.relative:.2g} of their norm, more than "
+                f"{TOLERANCE:g}: {self.runtime.get('name', 'the runtime')} reads the files wrongly"
+            )
+            raise ExportFailed(msg, relative=gap.relative)
+
+    def to_json(self) -> JsonObject:
+        """Return everything as plain JSON, sums included."""
+        return {
+            "schema": SCHEMA,
+            "exporter": self.exporter,
+            "target": self.target,
+            "plan_digest": self.plan_digest,
+            "model_digest": self.model_digest,
+            "files": [asdict(f) for f in self.files],
+            "tensors": [asdict(t) for t in self.tensors],
+            "unquantized_bits": self.unquantized_bits,
+            "planned_unquantized_bits": self.planned_unquantized_bits,
+            "container_bytes": self.container_bytes,
+            "difference": None if self.difference is None else asdict(self.difference),
+            "runtime": self.runtime,
+            "notes": list(self.notes),
+            "payload_bits": self.payload_bits,
+            "total_bytes": self.total_bytes,
+            "container_overhead": round(self.container_overhead, 6),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write ``receipt.json`` (canonical JSON)."""
+        (folder / RECEIPT_FILE).write_text(canonical_json(self.to_json()) + "\n")
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:  # noqa: ANN401  # whatever a file held
+        """Rebuild from ``to_json``; sums are computed anew.
+
+        Raises:
+            InvalidInput: Another schema, or a missing member.
+        """
+        got = data.get("schema") if isinstance(data, dict) else type(data).__name__
+        if got != SCHEMA:
+            msg = f"a receipt must be a JSON object of schema '{SCHEMA}'; got {schema_of(data)}"
+            raise InvalidInput(msg)
+        gap = data.get("difference")
+        try:
+            return cls(
+                exporter=data["exporter"],
+                target=data["target"],
+                plan_digest=data["plan_digest"],
+                model_digest=data["model_digest"],
+                files=tuple(FileReceipt(**item) for item in data["files"]),
+                tensors=tuple(TensorReceipt(**item) for item in data["tensors"]),
+                unquantized_bits=data["unquantized_bits"],
+                planned_unquantized_bits=data["planned_unquantized_bits"],
+                container_bytes=data["container_bytes"],
+                difference=None if gap is None else Difference(**gap),
+                runtime=data["runtime"],
+                notes=tuple(data["notes"]),
+            )
+        except (KeyError, TypeError) as err:
+            msg = f"a receipt must have every member of '{SCHEMA}'; got: {err!r}"
+            raise InvalidInput(msg) from err
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read the receipt in an export's folder; raises ``InvalidInput``."""
+        path = folder / RECEIPT_FILE
+        try:
+            data = json.loads(path.read_text())
+        except (OSError, ValueError) as err:
+            msg = (
+                f"an export's folder must hold a readable {RECEIPT_FILE}; '{path}' "
+                f"{why_unreadable(err)}: name a folder that 'bitquota export' wrote"
+            )
+            raise InvalidInput(msg, folder=str(folder)) from err
+        return cls.from_json(data)
+
+
+def describe_files(folder: Path, paths: Sequence[Path]) -> tuple[FileReceipt, ...]:
+    """Hash files, sorted by name."""
+    return tuple(sorted((FileReceipt.of(p, folder) for p in paths), key=lambda f: f.name))
+
+
+def describe_candidate(candidate: Candidate) -> str:
+    """Return bit-width and scheme for a person."""
+    scheme = candidate.scheme
+    if candidate.weight_bits == FULL_PRECISION_BITS:
+        return "full precision"
+    where = f"group of {scheme.group_size}" if scheme.group_size else str(scheme.granularity)
+    return f"{candidate.label} {scheme.grid} per {where}, {scheme.scale_format} scales"

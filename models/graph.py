@@ -1,0 +1,262 @@
+"""The program of a model: its operations as ``torch.export`` lists them, and what depends on what.
+
+A program is made for one batch size. It knows which operations lie behind each layer's weight,
+what re-running those reads of everything else, and what each operation costs.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from bitquota.errors import InvalidModel
+from bitquota.models.batch_norm import Moments, as_returned, observed, run_moved
+from bitquota.models.calls import batch_norm_call, layer_call, operator_name
+from bitquota.models.running import tensor_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor, nn
+    from torch.export import ExportedProgram
+
+    from bitquota.candidates.layers import Inventory
+
+
+@dataclass(slots=True, eq=False)
+class Operation:
+    """One operation of the graph and what it costs on one chunk."""
+
+    index: int
+    node: fx.Node
+    target: Callable[..., Any]
+    sources: tuple[fx.Node, ...]
+    macs: float = 0.0
+    n_bytes: int = 0
+
+
+class Graph:
+    """The operations of a model for one batch size."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inventory: Inventory,
+        inputs: tuple[Tensor, ...],
+    ) -> None:
+        program = _export(module, inputs)
+        signature = program.graph_signature
+        self.constants: dict[fx.Node, Any] = {}
+        self.input_nodes: list[fx.Node] = []
+        self.weight_nodes: dict[str, list[fx.Node]] = {la.name: [] for la in inventory.layers}
+        owner = {id(tensor_of(module, la.weight_name)): la.name for la in inventory.layers}
+        tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        lifted = signature.inputs_to_lifted_tensor_constants
+        self.operations: list[Operation] = []
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                if node.name in tensors:
+                    value = tensor_of(module, tensors[node.name])
+                    self.constants[node] = value.detach()
+                    if id(value) in owner:
+                        self.weight_nodes[owner[id(value)]].append(node)
+                elif node.name in lifted:
+                    self.constants[node] = program.constants[lifted[node.name]]
+                else:
+                    self.input_nodes.append(node)
+            elif node.op == "get_attr":
+                self.constants[node] = getattr(program.graph_module, str(node.target))
+            elif node.op == "call_function":
+                self.operations.append(
+                    Operation(
+                        index=len(self.operations),
+                        node=node,
+                        target=node.target,
+                        sources=tuple(node.all_input_nodes),
+                    )
+                )
+            elif node.op == "output":
+                self.results = node.args[0]
+        self.out_spec = program.call_spec.out_spec
+        self.by_node = {op.node: op for op in self.operations}
+        self.output_nodes = _nodes(self.results)
+        self.channel_axes: dict[fx.Node, int] = {}
+        self._find_what_is_behind_each_layer()
+        self._measure(inputs)
+
+    def _find_what_is_behind_each_layer(self) -> None:
+        self.behind: dict[str, frozenset[fx.Node]] = {}
+        for name, weights in self.weight_nodes.items():
+            if not weights:
+                msg = f"the exported graph does not use the weight of layer '{name}'"
+                raise InvalidModel(msg, layer=name)
+            reached: set[fx.Node] = set(weights)
+            for op in self.operations:
+                if any(source in reached for source in op.sources):
+                    reached.add(op.node)
+            self.behind[name] = frozenset(reached.difference(weights))
+        # Values that depend on nothing but untouched constants (masks, positions) are computed
+        # once and never again.
+        moving: set[fx.Node] = {n for ns in self.weight_nodes.values() for n in ns}
+        moving.update(self.input_nodes)
+        self.static: list[Operation] = []
+        for op in self.operations:
+            if any(source in moving for source in op.sources):
+                moving.add(op.node)
+            else:
+                self.static.append(op)
+        self.static_values: dict[fx.Node, Any] = {}
+
+    def _measure(self, inputs: tuple[Tensor, ...]) -> None:
+        """Run once, counting multiply-accumulates and bytes of every operation."""
+        values: dict[fx.Node, Any] = dict(zip(self.input_nodes, inputs, strict=True))
+        last_use = {s: op.index for op in self.operations for s in op.sources}
+        static = {op.node for op in self.static}
+        weights = {node: name for name, nodes in self.weight_nodes.items() for node in nodes}
+        multiplied: dict[str, list[tuple[fx.Node, int]]] = {}
+        with torch.no_grad():
+            for op in self.operations:
+                with FlopCounterMode(display=False) as counter:
+                    value = self.execute(op, values.__getitem__, self.constants)
+                if isinstance(value, torch.Tensor):
+                    args, kwargs = self.arguments(op, values.__getitem__, self.constants)
+                    call = layer_call(operator_name(op.node.target), args, kwargs)
+                    used = [weights[source] for source in op.sources if source in weights]
+                    if call is not None and used:
+                        multiplied.setdefault(used[0], []).append((op.node, call.channel_axis))
+                op.macs = counter.get_total_flops() / 2
+                op.n_bytes = _n_bytes(value)
+                values[op.node] = value
+                if op.node in static:
+                    self.static_values[op.node] = value
+                for source in op.sources:
+                    if last_use[source] == op.index and source not in self.output_nodes:
+                        values.pop(source, None)
+        # Where a layer multiplies once per pass, its output has a mean that a bias can correct.
+        self.channel_axes = dict(calls[0] for calls in multiplied.values() if len(calls) == 1)
+        self.macs = sum(op.macs for op in self.operations)
+        if not self.macs:
+            # A model without a countable operation: every operation costs the same.
+            for op in self.operations:
+                op.macs = 1.0
+            self.macs = float(len(self.operations))
+
+    @staticmethod
+    def arguments(
+        op: Operation,
+        lookup: Callable[[fx.Node], Any],
+        constants: dict[fx.Node, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what an operation is called with."""
+
+        def value_of(node: fx.Node) -> Any:  # noqa: ANN401
+            return constants[node] if node in constants else lookup(node)
+
+        args: Any = fx.node.map_arg(op.node.args, value_of)
+        kwargs: Any = fx.node.map_arg(op.node.kwargs, value_of)
+        return tuple(args), dict(kwargs)
+
+    @classmethod
+    def execute(
+        cls,
+        op: Operation,
+        lookup: Callable[[fx.Node], Any],
+        constants: dict[fx.Node, Any],
+        quantizer: Callable[[Tensor], Tensor] | None = None,
+        moments: Moments | None = None,
+    ) -> Any:  # noqa: ANN401  # an operation may return anything
+        """Run one operation.
+
+        Its first argument goes through ``quantizer`` if there is one; a batch norm whose input had
+        ``moments`` in full precision moves its statistics.
+        """
+        args, kwargs = cls.arguments(op, lookup, constants)
+        if quantizer is not None:
+            args = (quantizer(args[0]), *args[1:])
+        if moments is not None:
+            name = operator_name(op.node.target)
+            call = batch_norm_call(name, args, kwargs)
+            assert call is not None  # noqa: S101  # it had moments
+            return as_returned(name, run_moved(call, moments)[0])
+        return op.target(*args, **kwargs)
+
+    def moments(
+        self, op: Operation, lookup: Callable[[fx.Node], Any], constants: dict[fx.Node, Any]
+    ) -> Moments | None:
+        """Return the moments of a batch norm's input; ``None`` for every other operation."""
+        args, kwargs = self.arguments(op, lookup, constants)
+        call = batch_norm_call(operator_name(op.node.target), args, kwargs)
+        return None if call is None else observed(call)
+
+    def reads(self, layers: Iterable[str]) -> set[fx.Node]:
+        """Return the values that re-running behind ``layers`` takes from a state."""
+        behind = self.behind_all(layers)
+        return {
+            source
+            for op in self.operations
+            if op.node in behind
+            for source in op.sources
+            if source in self.by_node and source not in behind and source not in self.static_values
+        }
+
+    def behind_all(self, layers: Iterable[str]) -> frozenset[fx.Node]:
+        """Return the operations behind any of ``layers``."""
+        return frozenset().union(*(self.behind[name] for name in layers))
+
+    def restore(self, values: dict[fx.Node, Any]) -> Any:  # noqa: ANN401
+        """Return the model's output in the structure that the module returns."""
+        flat = fx.node.map_arg(self.results, values.__getitem__)
+        return torch.utils._pytree.tree_unflatten(list(flat), self.out_spec)  # noqa: SLF001
+
+
+def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+    try:
+        # The exporter warns about its own internals; its errors are wrapped below.
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(module, inputs, strict=False)
+            if not _is_functional(program):
+                program = program.run_decompositions({})
+    except Exception as err:
+        first = (str(err).splitlines() or [type(err).__name__])[0]
+        msg = (
+            f"the model must be exportable by torch.export to be run as a graph; it failed: {first}"
+        )
+        raise InvalidModel(msg, error=str(err)) from err
+    if not _is_functional(program) or program.graph_signature.buffers_to_mutate:
+        msg = "the model must not change its tensors in place in eval mode to be run as a graph"
+        raise InvalidModel(msg)
+    return program
+
+
+def _is_functional(program: ExportedProgram) -> bool:
+    """Whether every operation is a plain one that changes none of its arguments."""
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        if isinstance(node.target, torch._ops.HigherOrderOperator):  # noqa: SLF001
+            return False
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            return False
+    return True
+
+
+def _nodes(structure: Any) -> tuple[fx.Node, ...]:  # noqa: ANN401
+    found: list[fx.Node] = []
+    fx.node.map_arg(structure, lambda node: found.append(node) or node)  # type: ignore[func-returns-value]
+    return tuple(dict.fromkeys(found))
+
+
+def _n_bytes(value: Any) -> int:  # noqa: ANN401
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, (tuple, list)):
+        return sum(_n_bytes(item) for item in value)
+    return 0

@@ -1,0 +1,246 @@
+"""Hugging Face folders: ``config.json`` and safetensors, no remote code, no network."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bitquota.errors import InvalidModel, MissingDependency, UnsafeModel
+from bitquota.models.loaded import LoadedModel, finish
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from bitquota.canonical import JsonObject
+
+MODEL_TYPES = frozenset(
+    {
+        # Language models.
+        "bloom", "cohere", "cohere2", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
+        "gpt2", "gpt_neo", "gpt_neox", "gptj", "granite", "granitemoe", "llama", "mistral",
+        "mixtral", "olmo", "olmo2", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2",
+        "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+        # Encoders.
+        "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "esm",
+        "mobilebert", "modernbert", "mpnet", "roberta", "xlm-roberta",
+        # Vision.
+        "beit", "convnext", "convnextv2", "deit", "dinov2", "mobilenet_v1", "mobilenet_v2",
+        "mobilevit", "poolformer", "pvt", "regnet", "resnet", "segformer", "swin", "swinv2", "vit",
+    }
+)  # fmt: skip
+"""``model_type`` values whose classes ship with transformers and take ids or pixels alone."""
+
+_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
+
+
+def load_folder(path: Path) -> LoadedModel:
+    """Load a folder with ``config.json`` and one or several ``.safetensors`` files.
+
+    The module keeps the parameter names of the checkpoint. It takes ``input_ids`` (and
+    optionally ``attention_mask``), or ``pixel_values``, and returns the logits; a model without a
+    head returns the mean of its last hidden state over the positions that the mask keeps.
+
+    Raises:
+        UnsafeModel: Pickled weights only, or a config that asks for code of its own.
+        InvalidModel: No config, an unknown or quantized model type, truncated or missing weights.
+        MissingDependency: transformers is not installed.
+    """
+    model = load_folder_module(path)
+    config: Any = model.config
+    stored = str(_read_config(path).get("dtype") or _read_config(path).get("torch_dtype"))
+    return finish(
+        model,
+        source=str(path),
+        architecture=type(model).__name__,
+        example_inputs=_example(model, config),
+        weight_format_bits=16 if stored in ("float16", "bfloat16") else 32,
+    )
+
+
+def load_folder_module(path: Path) -> nn.Module:
+    """Return the module of ``load_folder`` alone; raises what it raises."""
+    config = _read_config(path)
+    _check_weights(path)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import transformers
+    except ImportError as err:
+        msg = "a Hugging Face folder needs transformers; install it with: pip install bitquota[hf]"
+        raise MissingDependency(msg) from err
+    kind = _model_class(transformers, config, path)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model, info = kind.from_pretrained(
+            str(path),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as err:
+        reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+        msg = (
+            f"a Hugging Face folder must hold the config and all weights of one model; "
+            f"'{path.name}' cannot be loaded: {reason}"
+        )
+        raise InvalidModel(msg, source=str(path)) from err
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    if missing := sorted(info["missing_keys"]):
+        msg = (
+            f"the safetensors of '{path.name}' must hold every weight that its config describes; "
+            f"{len(missing)} are missing, such as '{missing[0]}'"
+        )
+        raise InvalidModel(msg, missing=missing[:20])
+    if wrong := sorted(str(k) for k in info.get("mismatched_keys", ())):
+        msg = f"the weights of '{path.name}' must have the shapes of its config; {wrong[0]} has not"
+        raise InvalidModel(msg, mismatched=wrong[:20])
+    return return_tensor(model)
+
+
+def return_tensor(model: nn.Module) -> nn.Module:
+    """Make a transformers model return one tensor, without changing a parameter's name.
+
+    The object gets a subclass of its own class; a wrapper module would prefix every name.
+    """
+    kind: Any = type(model)
+    config: Any = model.config
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+
+    def forward(self: Any, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # noqa: ANN401
+        name = self.main_input_name
+        keywords = {name: inputs}
+        if attention_mask is not None:
+            keywords["attention_mask"] = attention_mask
+        output = kind.forward(self, **keywords)
+        logits: Tensor | None = getattr(output, "logits", None)
+        if logits is not None:
+            return logits
+        hidden: Tensor = output.last_hidden_state
+        if hidden.ndim != 3:
+            return hidden.flatten(2).mean(-1)  # feature maps [N, C, H, W]
+        if attention_mask is None:
+            return hidden.mean(1)
+        kept = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * kept).sum(1) / kept.sum(1).clamp(min=1)
+
+    model.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    return model
+
+
+def _read_config(path: Path) -> JsonObject:
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except FileNotFoundError as err:
+        msg = (
+            f"a model folder must hold a config.json and .safetensors files; '{path}' has no "
+            "config.json"
+        )
+        raise InvalidModel(msg, source=str(path)) from err
+    except (OSError, ValueError) as err:
+        msg = f"config.json of '{path.name}' must be readable JSON; got: {err}"
+        raise InvalidModel(msg, source=str(path)) from err
+    if not isinstance(config, dict):
+        msg = f"config.json of '{path.name}' must be an object; got {type(config).__name__}"
+        raise InvalidModel(msg, source=str(path))
+    if config.get("auto_map"):
+        msg = (
+            f"config.json of '{path.name}' asks for code of its own (auto_map), which is never "
+            "run; use a model type that ships with transformers, or export the model to .pt2"
+        )
+        raise UnsafeModel(msg, source=str(path))
+    if config.get("quantization_config"):
+        msg = (
+            f"the weights of a model must be in floating point to be measured; '{path.name}' is "
+            "already quantized (quantization_config): hand in the original checkpoint"
+        )
+        raise InvalidModel(msg, source=str(path))
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        msg = (
+            f"a model type must be one of those listed in bitquota.models.huggingface; got "
+            f"{model_type!r}: export such a model to .pt2 or .onnx instead"
+        )
+        raise InvalidModel(msg, model_type=model_type)
+    return config
+
+
+def _check_weights(path: Path) -> None:
+    """Open every safetensors file, so that a truncated one is named before anything is built."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickled = [f.name for f in sorted(path.iterdir()) if f.suffix in _PICKLED]
+        if pickled:
+            msg = (
+                f"weights must be safetensors; '{path.name}' holds {pickled[0]}, a pickle that "
+                "runs code when it is read: save the model with safe_serialization=True"
+            )
+            raise UnsafeModel(msg, files=pickled)
+        msg = f"a model folder must hold .safetensors files; '{path}' holds none"
+        raise InvalidModel(msg, source=str(path))
+    for file in files:
+        try:
+            with safe_open(str(file), framework="numpy") as opened:
+                opened.keys()
+        except (SafetensorError, OSError, ValueError) as err:
+            msg = (
+                f"'{file.name}' must be a whole safetensors file; reading it failed: {err}: it "
+                "was cut short or altered, copy or download it again"
+            )
+            raise InvalidModel(msg, file=file.name) from err
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as err:
+            msg = f"'{index.name}' must map tensors to files; got: {err!r}"
+            raise InvalidModel(msg, file=index.name) from err
+        names = {file.name for file in files}
+        if absent := sorted(str(s) for s in shards if s not in names):
+            msg = f"every shard of '{index.name}' must lie beside it; '{absent[0]}' does not"
+            raise InvalidModel(msg, missing=absent)
+
+
+def _model_class(transformers: Any, config: JsonObject, path: Path) -> Any:  # noqa: ANN401
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        msg = (
+            f"config.json of '{path.name}' must name its class under 'architectures'; got {names!r}"
+        )
+        raise InvalidModel(msg, source=str(path))
+    name = names[0]
+    kind = getattr(transformers, name, None) if name.isidentifier() else None
+    base = transformers.PreTrainedModel
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        msg = f"transformers {transformers.__version__} must have the class '{name}'; it has not"
+        raise InvalidModel(msg, architecture=name)
+    expected = getattr(getattr(kind, "config_class", None), "model_type", None)
+    if expected != config["model_type"]:
+        msg = f"class '{name}' is for model type '{expected}'; the config says otherwise"
+        raise InvalidModel(msg, architecture=name, model_type=config["model_type"])
+    return kind
+
+
+def _example(model: Any, config: Any) -> tuple[Tensor, ...] | None:  # noqa: ANN401
+    if model.main_input_name == "input_ids":
+        length = min(16, getattr(config, "max_position_embeddings", 16) or 16)
+        ids = torch.arange(2 * length).reshape(2, length) % config.vocab_size
+        return (ids,)
+    if model.main_input_name == "pixel_values":
+        size = getattr(config, "image_size", None) or 224
+        if isinstance(size, int):
+            channels = getattr(config, "num_channels", 3)
+            return (torch.zeros(2, channels, size, size),)
+    return None

@@ -1,0 +1,93 @@
+"""Models in: a local factory, a Hugging Face folder, or a vetted ``.pt2``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bitquota.errors import InvalidInput, InvalidModel, UnsafeModel
+from bitquota.models.factory import call_factory
+from bitquota.models.loaded import LoadedModel, finish
+from bitquota.models.pt2.vetting import vet_pt2
+from bitquota.models.sources import ModelSource, model_source
+
+
+def load_model(spec: str, *, allow_pt2: bool = True, allow_factory: bool = True) -> LoadedModel:
+    """Load a model without running code that comes with it (a factory is the user's own code).
+
+    Args:
+        spec: A factory ``package.module:function`` that returns an ``nn.Module`` (the current
+            folder is searched first), a Hugging Face folder, a ``.pt2`` or an ``.onnx`` file.
+        allow_pt2: Whether ``.pt2`` files are accepted.
+        allow_factory: Whether factories are; a service must not.
+
+    Raises:
+        UnsafeModel: A pickle, TorchScript, remote code, or a ``.pt2`` outside the allowlists;
+            the message names the safe alternative.
+        InvalidModel: Missing, truncated or malformed files, weights that are not finite, an
+            unknown architecture, or something that is no model.
+        InvalidInput: A kind of source that is not accepted here.
+        MissingDependency: A Hugging Face folder or ONNX file and their packages are not installed.
+
+    Cost: reads every weight once or twice; no forward pass.
+    """
+    path = Path(spec)
+    match model_source(spec):
+        case ModelSource.FACTORY if not allow_factory:
+            msg = f"a factory runs code and is for local use only; got '{spec}': hand in a file"
+            raise InvalidInput(msg, source=spec)
+        case ModelSource.FACTORY:
+            return _from_factory(spec)
+        case ModelSource.FOLDER:
+            from bitquota.models.huggingface import load_folder
+
+            return load_folder(path)
+        case ModelSource.PT2 if not allow_pt2:
+            msg = (
+                f"a .pt2 is not accepted here, because it cannot be run without a sandbox; got "
+                f"'{path.name}': hand in a Hugging Face folder with safetensors, or an .onnx file"
+            )
+            raise InvalidInput(msg, source=spec)
+        case ModelSource.PT2:
+            return _from_pt2(path)
+        case ModelSource.ONNX:
+            from bitquota.models.onnx.module import load_onnx
+
+            return load_onnx(path)
+
+
+def _from_factory(spec: str) -> LoadedModel:
+    module = call_factory(spec, InvalidModel)
+    if isinstance(module, torch.jit.ScriptModule):
+        msg = (
+            f"TorchScript cannot be measured; the factory '{spec}' must return the ordinary "
+            "nn.Module that was scripted"
+        )
+        raise UnsafeModel(msg, source=spec)
+    if not isinstance(module, nn.Module):
+        got = type(module).__name__
+        msg = f"the factory '{spec}' must return an nn.Module; it returned {got}"
+        raise InvalidModel(msg, source=spec, got=got)
+    bits = _most_common_bits(module)
+    return finish(module, source=spec, architecture=type(module).__name__, weight_format_bits=bits)
+
+
+def _from_pt2(path: Path) -> LoadedModel:
+    from bitquota.models.pt2.build import build_pt2
+
+    built = build_pt2(vet_pt2(path))
+    halves = [name for name in built.parameter_formats.values() if name in ("float16", "bfloat16")]
+    bits = 16 if 2 * len(halves) > len(built.parameter_formats) else 32
+    return finish(
+        built.module, source=str(path), architecture="exported graph", weight_format_bits=bits
+    )
+
+
+def _most_common_bits(module: nn.Module) -> int:
+    bits = {16: 0, 32: 0}
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            bits[16 if parameter.element_size() <= 2 else 32] += parameter.numel()
+    return 16 if bits[16] > bits[32] else 32

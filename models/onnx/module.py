@@ -1,0 +1,611 @@
+"""ONNX files as modules: run by ONNX Runtime, weights replaceable, layers named by their nodes.
+
+The graph stays what it is and torch never interprets it. Every weight that counts becomes an
+input of the session (an initializer may be overridden by an input of its name), so that a changed
+parameter is seen by the next forward pass without building a session anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitquota.candidates.layers import LayerKind
+from bitquota.errors import (
+    BitquotaError,
+    InvalidModel,
+    MeasurementFailed,
+    MissingDependency,
+    UnsafeModel,
+)
+from bitquota.models.layer_calls import Conv1D
+from bitquota.models.loaded import LoadedModel, finish
+from bitquota.models.onnx.program import FedTensor, OnnxSource, as_array, first_line
+from bitquota.models.onnx.shifts import FLOATS, added_of, shift_of, statistics_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+MAX_OPSET = 25
+_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
+_QUANTIZED = frozenset(
+    {"DequantizeLinear", "QuantizeLinear", "MatMulNBits", "QLinearConv", "QLinearMatMul",
+     "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "QGemm", "GatherBlockQuantized"}
+)  # fmt: skip
+_CONVOLUTIONS: dict[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+_TRANSPOSED: dict[int, type[nn.Module]] = {
+    3: nn.ConvTranspose1d,
+    4: nn.ConvTranspose2d,
+    5: nn.ConvTranspose3d,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxLayer:
+    """Where one quantizable weight stands in an ONNX graph.
+
+    Attributes:
+        name: Name of the layer: the initializer without ``.weight``, or the node's.
+        kind: What the node does with it.
+        initializer: The weight.
+        nodes: Names (or output names) of all nodes that use it, in graph order.
+        groups: Of a convolution.
+    """
+
+    name: str
+    kind: LayerKind
+    initializer: str
+    nodes: tuple[str, ...]
+    groups: int = 1
+
+
+class _Sessions:
+    """The ONNX Runtime sessions of one graph; copies of a module share them.
+
+    A session holds no state between runs: all weights that count are inputs.
+    """
+
+    def __init__(self, model: Any, observed: tuple[str, ...]) -> None:  # noqa: ANN401
+        self.model = model
+        self.observed = observed
+        self.plain = _session(model)
+        self._watched: Any = None
+
+    @property
+    def watched(self) -> Any:  # noqa: ANN401  # onnxruntime.InferenceSession
+        """A session that also returns what the layers take and give; built when first asked."""
+        if self._watched is None:
+            import onnx
+
+            model = onnx.ModelProto()
+            model.CopyFrom(self.model)
+            names = {v.name for v in model.graph.output}
+            for name in self.observed:
+                if name not in names:
+                    model.graph.output.append(onnx.ValueInfoProto(name=name))
+            self._watched = _session(model)
+        return self._watched
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Sessions:
+        """Return the same object."""
+        return self
+
+
+def _session(model: Any) -> Any:  # noqa: ANN401  # onnx.ModelProto to InferenceSession
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        data = model.SerializeToString()
+    except ValueError as err:
+        msg = f"an ONNX model must be below 2 GiB without its layers' weights; it is not: {err}"
+        raise InvalidModel(msg) from err
+    try:
+        # Its fallback would print to standard output and try the same again.
+        return ort.InferenceSession(
+            data, options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
+    except Exception as err:  # onnxruntime raises its own kinds
+        msg = f"ONNX Runtime must be able to run the model; it says: {first_line(err)}"
+        raise InvalidModel(msg) from err
+
+
+class OnnxModule(nn.Module):
+    """An ONNX graph, run whole; its layers hold weights and biases but compute nothing.
+
+    Forward hooks on layers are served with the tensors of the graph (for counting, or for
+    collecting inputs and outputs). What would change a layer's input or output is refused.
+
+    Attributes:
+        layers: Where each quantizable weight stands.
+        onnx_source: The graph, as the ONNX Runtime runner takes it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        import onnx
+
+        proto = read_onnx(path)
+        self.layers = find_layers(proto)
+        initializers = {t.name: t for t in proto.graph.initializer}
+        given = [v for v in proto.graph.input if v.name not in initializers]
+        self._inputs = [(v.name, _numpy_type(v, path)) for v in given]
+        self._fixed_batch = _fixed_batch(given)
+        outputs = [v.name for v in proto.graph.output]
+        self._output = "logits" if "logits" in outputs else outputs[0]
+        nodes = {n.name or n.output[0]: n for n in proto.graph.node}
+        self._calls: list[tuple[str, str, str]] = []
+        fed: dict[str, str] = {}
+        for layer in self.layers:
+            array = onnx.numpy_helper.to_array(initializers[layer.initializer])
+            users = [nodes[name] for name in layer.nodes]
+            biases = {_bias(node, initializers) for node in users}
+            bias = biases.pop() if len(biases) == 1 else None
+            bias = None if bias in fed else bias
+            values = None if bias is None else onnx.numpy_helper.to_array(initializers[bias])
+            self._add_layer(layer, array, values)
+            fed[layer.initializer] = f"{layer.name}.weight"
+            if bias is not None:
+                fed[bias] = f"{layer.name}.bias"
+            for node in users:
+                data = _data_input(node, layer.initializer)
+                self._calls.append((layer.name, data, node.output[0]))
+        # Statistics of batch norms may be estimated anew: they are inputs like weights.
+        used: dict[str, list[Any]] = {}
+        for node in proto.graph.node:
+            for name in node.input:
+                used.setdefault(name, []).append(node)
+        movable = statistics_of(proto, initializers) | added_of(
+            self.layers, nodes, used, initializers
+        )
+        for name, tensor in initializers.items():
+            if name not in fed:
+                value = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
+                where = _register(self, name, value)
+                if name in movable:
+                    fed[name] = where
+        self._weights = [(k, v, FLOATS[initializers[k].data_type]) for k, v in fed.items()]
+        declared = {v.name for v in proto.graph.input}
+        for name in fed:
+            tensor = initializers[name]
+            if name not in declared:
+                proto.graph.input.append(
+                    onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims))
+                )
+        kept = [t for t in proto.graph.initializer if t.name not in fed]
+        del proto.graph.initializer[:]
+        proto.graph.initializer.extend(kept)
+        kept = [v for v in proto.graph.output if v.name == self._output]
+        del proto.graph.output[:]
+        proto.graph.output.extend(kept)
+        mine = {name for name, _ in self._inputs}
+        observed = [n for _, a, b in self._calls for n in (a, b) if n not in mine]
+        self._sessions = _Sessions(proto, tuple(dict.fromkeys(observed)))
+        returned = {v.name for v in proto.graph.output}
+        self.onnx_source = OnnxSource(
+            model=proto,
+            inputs=tuple(self._inputs),
+            output=self._output,
+            fixed_batch=self._fixed_batch,
+            fed=tuple(FedTensor(name=k, path=v, dtype=d) for k, v, d in self._weights),
+            shifts={
+                layer.name: shift
+                for layer in self.layers
+                if (shift := shift_of(layer, nodes, used, fed, returned)) is not None
+            },
+        )
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Run the graph on ``inputs`` (in graph order) with the parameters as they are now.
+
+        Raises:
+            MeasurementFailed: A hook wants to change a layer's input or output.
+            ValueError: ONNX Runtime does not take the inputs.
+        """
+        if len(inputs) != len(self._inputs):
+            names = ", ".join(name for name, _ in self._inputs)
+            msg = f"the model takes {len(self._inputs)} inputs ({names}); got {len(inputs)}"
+            raise ValueError(msg)
+        weights = {name: self._weight(path, dtype) for name, path, dtype in self._weights}
+        arrays = [
+            as_array(tensor, dtype) for tensor, (_, dtype) in zip(inputs, self._inputs, strict=True)
+        ]
+        batch = len(arrays[0]) if self._fixed_batch is None else self._fixed_batch
+        pieces = []
+        for start in range(0, len(arrays[0]), max(batch, 1)):
+            # The last piece of a graph with a fixed batch is padded with its last sample.
+            rows = slice(start, start + batch)
+            pieces.append(self._run(weights, [_padded(a[rows], batch) for a in arrays]))
+        result = np.concatenate(pieces)[: len(arrays[0])] if len(pieces) > 1 else pieces[0]
+        if self._fixed_batch is not None:
+            result = result[: len(arrays[0])]
+        return torch.from_numpy(result.astype(np.float32, copy=False)).to(inputs[0].device)
+
+    def _run(self, weights: dict[str, NDArray[Any]], arrays: list[NDArray[Any]]) -> NDArray[Any]:
+        feed = weights | {name: a for (name, _), a in zip(self._inputs, arrays, strict=True)}
+        watched = self._hooked()
+        session = self._sessions.watched if watched else self._sessions.plain
+        wanted = [self._output, *(self._sessions.observed if watched else ())]
+        try:
+            results = dict(zip(wanted, session.run(wanted, feed), strict=True))
+        except Exception as err:  # onnxruntime raises its own kinds
+            raise ValueError(first_line(err)) from err
+        if watched:
+            self._serve_hooks(watched, feed | results)
+        result = results[self._output]
+        if not isinstance(result, np.ndarray):
+            msg = f"the model must return a tensor; '{self._output}' is none"
+            raise TypeError(msg)
+        return result
+
+    def _hooked(self) -> frozenset[str]:
+        names = set()
+        for layer in self.layers:
+            module = self.get_submodule(layer.name)
+            if module._forward_pre_hooks:  # noqa: SLF001  # there is no public way to ask
+                raise _cannot_change(layer.name)
+            if module._forward_hooks:  # noqa: SLF001
+                names.add(layer.name)
+        return frozenset(names)
+
+    def _serve_hooks(self, watched: frozenset[str], values: dict[str, NDArray[Any]]) -> None:
+        for name, given, made in self._calls:
+            if name not in watched:
+                continue
+            module = self.get_submodule(name)
+            result = torch.from_numpy(values[made])
+            # Calling the module runs its hooks; what it would compute, the graph has computed.
+            module.forward = lambda *_, result=result: result
+            try:
+                returned = module(torch.from_numpy(values[given]))
+            finally:
+                del module.forward
+            if returned is not result:
+                raise _cannot_change(name)
+
+    def fed_value(self, initializer: str) -> NDArray[Any] | None:
+        """Return the current value of an initializer that is a layer's weight or bias."""
+        for name, path, dtype in self._weights:
+            if name == initializer:
+                return self._weight(path, dtype)
+        return None
+
+    def example_inputs(self, path: Path) -> tuple[Tensor, ...] | None:
+        """Return zeros for two samples, if the file fixes every dimension but the first."""
+        initializers = {t.name for t in read_onnx(path).graph.initializer}
+        tensors = []
+        for value in read_onnx(path).graph.input:
+            if value.name in initializers:
+                continue
+            dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
+            if not dims or 0 in dims[1:]:
+                return None
+            dtype = torch.from_numpy(np.zeros(1, _numpy_type(value, path))).dtype
+            dtype = torch.float32 if dtype.is_floating_point else torch.int64
+            tensors.append(torch.zeros(2, *dims[1:], dtype=dtype))
+        return tuple(tensors)
+
+    def _weight(self, path: str, dtype: Any) -> NDArray[Any]:  # noqa: ANN401  # a numpy type
+        owner, _, leaf = path.rpartition(".")
+        data: Tensor = getattr(self.get_submodule(owner), leaf)
+        return as_array(data, dtype)
+
+    def _add_layer(self, layer: OnnxLayer, array: NDArray[Any], bias: NDArray[Any] | None) -> None:
+        module = _layer_module(layer, array)
+        module.weight = nn.Parameter(torch.from_numpy(array.astype(np.float32)))
+        if bias is not None:
+            module.bias = nn.Parameter(torch.from_numpy(bias.astype(np.float32)))
+        *parents, last = layer.name.split(".")
+        owner: nn.Module = self
+        for part in parents:
+            if part not in owner._modules:  # noqa: SLF001
+                owner.add_module(part, nn.Module())
+            child = owner._modules[part]  # noqa: SLF001
+            assert child is not None  # noqa: S101  # added above
+            owner = child
+        for name, child in getattr(owner._modules.get(last), "_modules", {}).items():  # noqa: SLF001
+            module.add_module(name, child)
+        owner.add_module(last, module)
+
+
+def _cannot_change(layer: str) -> MeasurementFailed:
+    msg = (
+        f"an ONNX model runs as a whole in ONNX Runtime, so the input and output of layer "
+        f"'{layer}' cannot be changed: leave out activation bits, or hand in the model as .pt2"
+    )
+    return MeasurementFailed(msg, layer=layer)
+
+
+def _fixed_batch(given: list[Any]) -> int | None:
+    """Return the batch size that a graph was exported for, or ``None`` if any will do."""
+    shapes = [v.type.tensor_type.shape.dim for v in given]
+    sizes = {dims[0].dim_value for dims in shapes if dims} - {0}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _padded(array: NDArray[Any], batch: int) -> NDArray[Any]:
+    missing = batch - len(array)
+    return array if missing <= 0 else np.concatenate([array, array[-1:].repeat(missing, axis=0)])
+
+
+def _bias(node: Any, initializers: dict[str, Any]) -> str | None:  # noqa: ANN401  # onnx.NodeProto
+    if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or len(node.input) < 3:
+        return None
+    tensor = initializers.get(node.input[2])
+    plain = tensor is not None and len(tensor.dims) == 1 and tensor.data_type in FLOATS
+    return node.input[2] if plain else None
+
+
+def _data_input(node: Any, initializer: str) -> str:  # noqa: ANN401  # onnx.NodeProto
+    if node.op_type == "Gather":
+        return str(node.input[1])
+    first, second = node.input[0], node.input[1]
+    return str(second if first == initializer else first)
+
+
+def load_onnx(path: Path) -> LoadedModel:
+    """Load an ONNX file to be measured in ONNX Runtime.
+
+    Raises:
+        InvalidModel: Unreadable or inconsistent, above opset 25, already quantized, without
+            quantizable weights, or ONNX Runtime cannot run it.
+        UnsafeModel: Operators of unknown domains, or data in other files of other folders.
+        MissingDependency: onnx or onnxruntime is not installed.
+    """
+    import_onnxruntime()
+    try:
+        return _load(path)
+    except BitquotaError:
+        raise
+    except Exception as err:  # whatever the readers of a stranger's bytes raise
+        msg = (
+            f"the graph of an ONNX model must be consistent; reading '{path.name}' failed: "
+            f"{type(err).__name__}: {first_line(err):.300}"
+        )
+        raise InvalidModel(msg, source=str(path)) from err
+
+
+def _load(path: Path) -> LoadedModel:
+    module = OnnxModule(path)
+    halves = [d for _, _, d in module._weights if d is np.float16]  # noqa: SLF001  # our own
+    return finish(
+        module,
+        source=str(path),
+        architecture="ONNX graph",
+        example_inputs=module.example_inputs(path),
+        weight_format_bits=16 if 2 * len(halves) > len(module.layers) else 32,
+    )
+
+
+def read_onnx(path: Path) -> Any:  # noqa: ANN401  # onnx.ModelProto
+    """Return the checked ``onnx.ModelProto`` of ``path``, external data included.
+
+    Raises:
+        InvalidModel: Not an ONNX file, truncated, or above opset 25.
+        UnsafeModel: Operators of unknown domains, or external data outside the file's folder.
+        MissingDependency: onnx is not installed.
+    """
+    try:
+        import onnx
+    except ImportError as err:
+        msg = "an ONNX model needs onnx; install it with: pip install bitquota[onnx]"
+        raise MissingDependency(msg) from err
+    try:
+        model = onnx.load(str(path))
+    except onnx.checker.ValidationError as err:
+        msg = f"external data of '{path.name}' must lie in its own folder: {first_line(err)}"
+        raise UnsafeModel(msg) from err
+    except Exception as err:  # protobuf and onnx raise kinds of their own
+        msg = f"an ONNX model must be a whole file; '{path.name}' cannot be read: {first_line(err)}"
+        raise InvalidModel(msg, source=str(path)) from err
+    if _names_a_file(model):
+        msg = (
+            f"all tensors of an ONNX model must be in the file or be initializers beside it; "
+            f"'{path.name}' names a file elsewhere in its graph: save it with its weights inside"
+        )
+        raise UnsafeModel(msg, source=str(path))
+    opsets = {o.domain: o.version for o in model.opset_import}
+    opset = opsets.get("", opsets.get("ai.onnx", 0))
+    if not model.graph.node or not 1 <= opset <= MAX_OPSET:
+        msg = (
+            f"an ONNX model must have nodes and an opset from 1 to {MAX_OPSET}; '{path.name}' has "
+            f"{len(model.graph.node)} nodes and opset {opset}"
+        )
+        raise InvalidModel(msg, opset=opset)
+    foreign = sorted({n.domain for n in model.graph.node} - _DOMAINS)
+    local = {f.domain for f in model.functions}
+    if foreign := [domain for domain in foreign if domain not in local]:
+        msg = f"an ONNX model must use standard operators; '{path.name}' uses domain '{foreign[0]}'"
+        raise UnsafeModel(msg, domains=foreign)
+    return model
+
+
+def _names_a_file(message: Any) -> bool:  # noqa: ANN401  # a protobuf message
+    """Whether a tensor is still to be read from a file, or from an address of the process.
+
+    ``onnx.load`` has read those of initializers and attributes, under its checks; ONNX Runtime
+    would read the others, in function bodies or sparse tensors, with fewer.
+    """
+    if getattr(message, "data_location", 0) == 1:  # TensorProto.EXTERNAL
+        return True
+    for field in message.DESCRIPTOR.fields:
+        if field.message_type is not None and field.name != "metadata_props":
+            value = getattr(message, field.name)
+            if field.is_repeated:
+                if any(_names_a_file(member) for member in value):
+                    return True
+            elif message.HasField(field.name) and _names_a_file(value):
+                return True
+    return False
+
+
+def find_layers(model: Any) -> tuple[OnnxLayer, ...]:  # noqa: ANN401  # onnx.ModelProto
+    """Return the quantizable weights of a graph: Conv, ConvTranspose, Gemm, MatMul, Gather.
+
+    Raises:
+        InvalidModel: The graph is already quantized, or has none.
+    """
+    import onnx
+
+    graph = model.graph
+    if quantized := sorted({n.op_type for n in graph.node} & _QUANTIZED):
+        msg = (
+            f"a model must be in floating point to be measured; this one has {quantized[0]} nodes: "
+            "hand in the model from before quantization"
+        )
+        raise InvalidModel(msg, operators=quantized)
+    floats = {t.name: t for t in graph.initializer if t.data_type in FLOATS}
+    transposed: dict[str, str] = {}
+    found: dict[str, tuple[LayerKind, list[str], int]] = {}
+    for node in graph.node:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type in ("Identity", "Transpose") and node.input[0] in floats:
+            source = floats[node.input[0]]
+            swaps = node.op_type == "Transpose" and len(source.dims) == 2
+            if swaps and list(attributes.get("perm", [1, 0])) == [1, 0]:
+                transposed[node.output[0]] = node.input[0]
+            continue
+        place = _weight_place(node, attributes, floats, transposed)
+        if place is None:
+            continue
+        kind, initializer = place
+        label = node.name or node.output[0]
+        known = found.setdefault(initializer, (kind, [], int(attributes.get("group", 1))))
+        known[1].append(label)
+    if not found:
+        msg = (
+            "an ONNX model must have Conv, ConvTranspose, Gemm, MatMul or Gather nodes with "
+            "constant weights; found none"
+        )
+        raise InvalidModel(msg)
+    taken: set[str] = set()
+    layers = []
+    for initializer, (kind, nodes, groups) in found.items():
+        name = _layer_name(initializer, nodes[0], taken)
+        taken.add(name)
+        layers.append(
+            OnnxLayer(
+                name=name, kind=kind, initializer=initializer, nodes=tuple(nodes), groups=groups
+            )
+        )
+    return tuple(layers)
+
+
+def _weight_place(
+    node: Any,  # noqa: ANN401  # onnx.NodeProto
+    attributes: dict[str, Any],
+    floats: dict[str, Any],
+    transposed: dict[str, str],
+) -> tuple[LayerKind, str] | None:
+    inputs = list(node.input)
+    if node.op_type in ("Conv", "ConvTranspose") and len(inputs) > 1 and inputs[1] in floats:
+        rank = len(floats[inputs[1]].dims)
+        if rank not in _CONVOLUTIONS:
+            return None
+        prefix = "conv" if node.op_type == "Conv" else "conv_transpose"
+        return LayerKind(f"{prefix}{rank - 2}d"), inputs[1]
+    if node.op_type in ("Gemm", "MatMul"):
+        for place in (1, 0):
+            name = inputs[place]
+            # A weight on the right is [in, out] unless it is transposed on the way.
+            swapped = name in transposed
+            name = transposed.get(name, name)
+            if name not in floats or len(floats[name].dims) != 2:
+                continue
+            swapped ^= bool(attributes.get("transB" if place else "transA", 0))
+            outputs_first = swapped if place else not swapped
+            return LayerKind.LINEAR if outputs_first else LayerKind.LINEAR_TRANSPOSED, name
+    if node.op_type == "Gather" and inputs[0] in floats:
+        dims = floats[inputs[0]].dims
+        if len(dims) == 2 and attributes.get("axis", 0) == 0:
+            return LayerKind.EMBEDDING, inputs[0]
+    return None
+
+
+def _layer_name(initializer: str, node: str, taken: set[str]) -> str:
+    """Name a layer after its parameter where that has a name, else after its node."""
+    name = initializer.removesuffix(".weight") if initializer.endswith(".weight") else node
+    parts = [part for part in name.split(".") if part]
+    name = ".".join(parts) or "layer"
+    unique, k = name, 1
+    while unique in taken:
+        k += 1
+        unique = f"{name}_{k}"
+    return unique
+
+
+def _layer_module(layer: OnnxLayer, array: NDArray[Any]) -> nn.Module:
+    shape = array.shape
+    with torch.device("meta"):
+        if layer.kind in (LayerKind.CONV1D, LayerKind.CONV2D, LayerKind.CONV3D):
+            kind: Any = _CONVOLUTIONS[array.ndim]
+            groups = layer.groups
+            return kind(shape[1] * groups, shape[0], shape[2:], groups=groups, bias=False)  # type: ignore[no-any-return]
+        if layer.kind.startswith("conv_transpose"):
+            kind = _TRANSPOSED[array.ndim]
+            groups = layer.groups
+            return kind(shape[0], shape[1] * groups, shape[2:], groups=groups, bias=False)  # type: ignore[no-any-return]
+        if layer.kind is LayerKind.EMBEDDING:
+            return nn.Embedding(shape[0], shape[1])
+        if layer.kind is LayerKind.LINEAR:
+            return nn.Linear(shape[1], shape[0], bias=False)
+    module = Conv1D(shape[1], shape[0])
+    # The bias of an ONNX graph is an Add of its own.
+    module.register_parameter("bias", None)
+    return module
+
+
+def _register(root: nn.Module, name: str, tensor: Tensor) -> str:
+    """Add a buffer under ``name``, or as near to it as there is room; return where it is."""
+    *parents, last = [part for part in name.split(".") if part] or ["constant"]
+    owner = root
+    for part in parents:
+        if part in owner._parameters or part in owner._buffers:  # noqa: SLF001
+            break
+        if part not in owner._modules:  # noqa: SLF001
+            owner.add_module(part, nn.Module())
+        child = owner._modules[part]  # noqa: SLF001
+        assert child is not None  # noqa: S101  # added above
+        owner = child
+    while last in owner._parameters or last in owner._modules or hasattr(owner, last):  # noqa: SLF001
+        # A layer registers "bias" as absent: a graph's own bias takes that place.
+        if owner._parameters.get(last, tensor) is None:  # noqa: SLF001
+            del owner._parameters[last]  # noqa: SLF001
+            break
+        last += "_"
+    owner.register_buffer(last, tensor)
+    place = next(name for name, part in root.named_modules() if part is owner)
+    return f"{place}.{last}" if place else last
+
+
+def _numpy_type(value: Any, path: Path) -> np.dtype[Any]:  # noqa: ANN401  # onnx.ValueInfoProto
+    import onnx
+
+    kind = value.type.tensor_type.elem_type
+    if kind in (0, onnx.TensorProto.STRING):
+        msg = f"inputs of '{path.name}' must be numeric tensors; '{value.name}' is not"
+        raise InvalidModel(msg, input=value.name)
+    dtype: np.dtype[Any] = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
+    return dtype
+
+
+def import_onnxruntime() -> Any:  # noqa: ANN401  # a module
+    """Return the onnxruntime module.
+
+    Raises:
+        MissingDependency: It is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as err:
+        msg = "an ONNX model needs onnxruntime; install it with: pip install bitquota[onnx]"
+        raise MissingDependency(msg) from err
+    return onnxruntime

@@ -1,0 +1,1 @@
+"""Graphs of ``torch.export`` as models: vetted, then rebuilt without running their code."""

@@ -1,0 +1,152 @@
+"""Second moments of layer inputs: what error-feedback rounding and importances are made of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from bitquota.candidates.layers import LayerKind
+from bitquota.models.calls import LayerWatcher, tensor_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable
+
+    from torch import Tensor, nn
+
+    from bitquota.candidates.layers import Inventory, Layer
+    from bitquota.models.calls import LayerCall
+
+
+def input_grams(
+    module: nn.Module,
+    inventory: Inventory,
+    batches: Iterable[tuple[Tensor, ...]],
+    *,
+    layers: Collection[str] | None = None,
+) -> dict[str, Tensor]:
+    """Return ``X^T X`` of every layer's inputs, summed over all samples and positions.
+
+    A column of ``X`` is one column of the layer's weight matrix (see ``quantizers.layout``): for a
+    convolution ``X`` holds the patches that each output is computed from; for a transposed one,
+    those of the equal convolution over the input spread out with zeros.
+
+    Args:
+        module: The full-precision model, or one whose earlier layers are quantized already.
+        inventory: Its layers.
+        batches: Positional arguments of forward passes.
+        layers: Only these; all by default. A Gram takes ``groups x columns^2`` float64.
+
+    Returns:
+        f64[groups, columns, columns] by layer name. Embeddings and experts are missing: their
+        inputs are not multiplied with whole rows at the operator's call.
+
+    Cost: one forward pass over the batches, and O(positions columns^2) for each layer.
+    """
+    skipped = {LayerKind.EMBEDDING, LayerKind.EXPERTS}
+    wanted = {
+        tensor_key(module.get_parameter(layer.weight_name)): layer
+        for layer in inventory.layers
+        if layer.kind not in skipped and (layers is None or layer.name in layers)
+    }
+    watcher = _GramWatcher(wanted)
+    with torch.no_grad(), watcher:
+        for inputs in batches:
+            module(*inputs)
+    return watcher.grams
+
+
+class _GramWatcher(LayerWatcher["Layer"]):
+    def __init__(self, wanted: dict[tuple[Any, ...], Layer]) -> None:
+        super().__init__(wanted)
+        self.grams: dict[str, Tensor] = {}
+
+    def around(
+        self,
+        known: Layer,
+        call: LayerCall,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:  # noqa: ANN401
+        name = call.operator
+        settings = _settings(name, args, kwargs) if name.startswith("conv") else {}
+        rows = patches(call.inputs, known, settings)  # [groups, positions, columns]
+        gram = (rows.transpose(1, 2) @ rows).double()
+        before = self.grams.get(known.name)
+        self.grams[known.name] = gram if before is None else before + gram
+        return func(*args, **kwargs)
+
+
+def _settings(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    order = ["stride", "padding", "dilation", "groups"]
+    if name.startswith("conv_transpose"):
+        order = ["stride", "padding", "output_padding", "groups", "dilation"]
+    given = dict(zip(order, args[3:], strict=False))
+    return given | {k: v for k, v in kwargs.items() if k in order}
+
+
+def patches(inputs: Tensor, layer: Layer, settings: dict[str, Any]) -> Tensor:
+    """Return ``[groups, positions, columns]``: what each output of the layer is a product with.
+
+    Args:
+        inputs: The layer's input.
+        layer: The layer.
+        settings: Stride, padding, dilation, groups and output padding of a convolution.
+    """
+    if not layer.kind.name.startswith("CONV"):
+        return inputs.reshape(1, -1, inputs.shape[-1])
+    n_axes = int(layer.kind.value[-2])
+    kernel = layer.weight_shape[2:]
+    stride = _spread(settings.get("stride", 1), n_axes)
+    dilation = _spread(settings.get("dilation", 1), n_axes)
+    groups = int(settings.get("groups", 1))
+    transposed = "TRANSPOSE" in layer.kind.name
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    padding = settings.get("padding", 0)
+    if padding == "same":
+        before = [r // 2 for r in reach]
+        after = [r - r // 2 for r in reach]
+    else:
+        before = list(_spread(0 if padding == "valid" else padding, n_axes))
+        after = list(before)
+    x = inputs if inputs.ndim == n_axes + 2 else inputs[None]
+    if transposed:
+        extra = _spread(settings.get("output_padding", 0), n_axes)
+        x = _spread_out(x, stride)
+        after = [r - b + e for r, b, e in zip(reach, after, extra, strict=True)]
+        before = [r - b for r, b in zip(reach, before, strict=True)]
+        stride = (1,) * n_axes
+    # functional.pad lists the last axis first; negative padding crops.
+    pads = [p for b, a in zip(reversed(before), reversed(after), strict=True) for p in (b, a)]
+    x = functional.pad(x, pads)
+    for axis in range(n_axes):
+        size, window = x.shape[2 + axis], reach[axis] + 1
+        starts = torch.arange(0, size - window + 1, stride[axis], device=x.device)
+        offsets = torch.arange(0, window, dilation[axis], device=x.device)
+        if transposed:
+            offsets = offsets.flip(0)  # a transposed convolution reads its kernel backwards
+        index = (starts[:, None] + offsets).reshape(-1)
+        x = x.index_select(2 + axis, index)
+        x = x.reshape(*x.shape[: 2 + axis], len(starts), len(offsets), *x.shape[3 + axis :])
+        x = x.movedim(3 + axis, -1)  # [n, channels, positions..., taps...]
+    n, channels = x.shape[:2]
+    x = x.reshape(n, groups, channels // groups, -1, *kernel)
+    x = x.movedim(3, 1)  # [n, positions, groups, channels, taps...]
+    return x.reshape(-1, groups, layer.columns).transpose(0, 1)
+
+
+def _spread_out(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Return ``x`` with ``stride - 1`` zeros between neighbours."""
+    sizes = [(s - 1) * t + 1 for s, t in zip(x.shape[2:], stride, strict=True)]
+    wide = x.new_zeros(*x.shape[:2], *sizes)
+    wide[(slice(None), slice(None), *(slice(None, None, t) for t in stride))] = x
+    return wide
+
+
+def _spread(value: Any, n_axes: int) -> tuple[int, ...]:  # noqa: ANN401
+    if isinstance(value, int):
+        return (value,) * n_axes
+    values = tuple(int(v) for v in value)
+    return values * n_axes if len(values) == 1 else values

@@ -1,0 +1,1 @@
+"""Measures of the loss itself; simpler metrics are in ``bitquota.sensitivity.metrics``."""

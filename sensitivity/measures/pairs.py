@@ -1,0 +1,260 @@
+"""Exact pairwise measurement: every pair of candidates by a forward pass.
+
+References:
+    [CLADO] Deng, Sharify, Wang, Orshansky. Mixed-precision quantization with cross-layer
+    dependencies. 2023. arXiv 2307.05657.
+
+We differ from the paper: the default loss is the KL divergence to the full-precision output
+(their published runs use labelled cross-entropy), the first and last layers take part, any base
+point may be measured around, and only the suffix behind the later change of a pair is executed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Unpack
+
+import numpy as np
+
+from bitquota.matrix import SensitivityMatrix
+from bitquota.sensitivity.recorder import (
+    base_change,
+    make_recorder,
+    merged,
+    one_for_each_chunk,
+    provenance,
+    row_changes,
+    standard_error,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from bitquota.candidates.table import CandidateTable
+    from bitquota.progress import IsCancelled, OnProgress
+    from bitquota.sensitivity.base import MeasureOptions
+    from bitquota.sensitivity.cache import Ledger
+    from bitquota.sensitivity.losses import Loss
+    from bitquota.sensitivity.recorder import Recorder
+    from bitquota.sensitivity.runners.base import Change, Runner, State
+
+
+def measure_pairs(
+    runner: Runner,
+    table: CandidateTable,
+    loss: Loss,
+    **options: Unpack[MeasureOptions],
+) -> SensitivityMatrix:
+    """Measure all singles and pairs around a base point: exact up to float32 forward passes.
+
+    With ``L(S)`` the mean loss with the rows ``S`` on top of the base point,
+
+        ``diagonal_i = L(i) - L()``,  ``cross_ij = L(i, j) - L(i) - L(j) + L()``
+
+    for rows of different groups, each with the standard error of its mean over samples. A row
+    that the base point already has changes nothing: its terms are zero.
+
+    Cost: ``1 + n + (number of pairs)`` runs; a pair runs the suffix behind its later group, on
+    a chain of equal layers a third of a pass. See ``Measure.measure`` for arguments and errors.
+    """
+    return _measure(runner, table, loss, "pairs", pairs=True, **options)
+
+
+def measure_singles(
+    runner: Runner,
+    table: CandidateTable,
+    loss: Loss,
+    **options: Unpack[MeasureOptions],
+) -> SensitivityMatrix:
+    """Measure the diagonal only: ``diagonal_i = L(i) - L()``; see ``measure_pairs``.
+
+    Cost: ``1 + n`` runs, each behind one group: on a chain of equal layers half a pass.
+    """
+    return _measure(runner, table, loss, "diagonal", pairs=False, **options)
+
+
+@dataclass(frozen=True, slots=True)
+class PairsMeasure:
+    """``measure_pairs`` as a ``Measure``."""
+
+    name: ClassVar[str] = "pairs"
+    has_cross_terms: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+
+    def cost(self, runner: Runner, table: CandidateTable) -> float:
+        """Return the forward-equivalents of all singles and pairs."""
+        return _cost(runner, table, pairs=True)
+
+    def measure(
+        self,
+        runner: Runner,
+        table: CandidateTable,
+        loss: Loss,
+        **options: Unpack[MeasureOptions],
+    ) -> SensitivityMatrix:
+        """Measure; see ``measure_pairs``."""
+        return measure_pairs(runner, table, loss, **options)
+
+
+@dataclass(frozen=True, slots=True)
+class DiagonalMeasure:
+    """``measure_singles`` as a ``Measure``: one-layer loss increase."""
+
+    name: ClassVar[str] = "diagonal"
+    has_cross_terms: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
+
+    def cost(self, runner: Runner, table: CandidateTable) -> float:
+        """Return the forward-equivalents of all singles."""
+        return _cost(runner, table, pairs=False)
+
+    def measure(
+        self,
+        runner: Runner,
+        table: CandidateTable,
+        loss: Loss,
+        **options: Unpack[MeasureOptions],
+    ) -> SensitivityMatrix:
+        """Measure; see ``measure_singles``."""
+        return measure_singles(runner, table, loss, **options)
+
+
+def _order(runner: Runner, table: CandidateTable) -> list[int]:
+    """Return the groups from the front of the model to its back (largest suffix first)."""
+    members = {row.group: [c.layer for c in row.candidates] for row in table.rows}
+    shares = [runner.share(members[group]) for group in table.groups]
+    return sorted(range(len(shares)), key=lambda g: (-shares[g], g))
+
+
+def _cost(runner: Runner, table: CandidateTable, *, pairs: bool) -> float:
+    offsets = table.offsets
+    shares = [runner.share([c.layer for c in table.rows[a].candidates]) for a in offsets[:-1]]
+    counts = [int(b - a) for a, b in itertools.pairwise(offsets)]
+    total = 2.0 + sum(s * k for s, k in zip(shares, counts, strict=True))
+    if pairs:
+        for g, h in itertools.combinations(range(len(shares)), 2):
+            total += counts[g] * counts[h] * min(shares[g], shares[h])
+    return total
+
+
+def _measure(
+    runner: Runner,
+    table: CandidateTable,
+    loss: Loss,
+    name: str,
+    *,
+    pairs: bool,
+    base_point: Sequence[int] | None = None,
+    ledger: Ledger | None = None,
+    on_progress: OnProgress | None = None,
+    cancelled: IsCancelled | None = None,
+) -> SensitivityMatrix:
+    offsets = table.offsets
+    n, n_samples = len(table.rows), len(runner.calibration)
+    changes, base = row_changes(table), base_change(table, base_point)
+    fixed = set() if base_point is None else {int(offsets[g] + r) for g, r in enumerate(base_point)}
+    order = _order(runner, table)
+    rows_of = [
+        [r for r in range(offsets[g], offsets[g + 1]) if r not in fixed] for g in range(len(order))
+    ]
+    # One shard per chunk and row in front: the row alone and, for pairs, with all rows behind it.
+    shards = [
+        (row, [r for h in order[k + 1 :] for r in rows_of[h]] if pairs else [])
+        for k, g in enumerate(order)
+        for row in rows_of[g]
+    ]
+    recorder = make_recorder(
+        runner,
+        loss,
+        name,
+        len(runner.chunks) * (1 + len(shards)),
+        ledger=ledger,
+        on_progress=on_progress,
+        cancelled=cancelled,
+        ahead=(table, one_for_each_chunk(runner, name, base_point)),
+    )
+    base_losses = np.empty(n_samples)
+    start_losses = np.empty(n_samples)
+    singles = np.empty((n, n_samples))
+    sums: dict[tuple[int, int], NDArray[np.float64]] = {}
+    for chunk, span in recorder.spans():
+        measured = _Chunk(recorder, chunk, base)
+        where = slice(span.start, span.stop)
+        start_losses[where], base_losses[where] = measured.base()
+        singles[:, where] = base_losses[where]
+        for row, partners in shards:
+            variants = [changes[row], *(merged(changes[row], changes[p]) for p in partners)]
+            found = measured.shard(changes[row], [changes[p] for p in partners], variants)
+            singles[row, where] = found[0]
+            for partner, values in zip(partners, found[1:], strict=True):
+                if (row, partner) not in sums:
+                    sums[row, partner] = np.empty(n_samples)
+                sums[row, partner][where] = values
+    increases = singles - base_losses
+    cross = cross_error = None
+    if pairs:
+        cross, cross_error = np.zeros((n, n)), np.zeros((n, n))
+        for (i, j), values in sums.items():
+            terms = values - singles[i] - singles[j] + base_losses
+            cross[i, j] = cross[j, i] = terms.mean()
+            cross_error[i, j] = cross_error[j, i] = standard_error(terms)
+    return SensitivityMatrix(
+        table=table,
+        diagonal=increases.mean(axis=1),
+        diagonal_error=standard_error(increases),
+        cross=cross,
+        cross_error=cross_error,
+        constant=float((base_losses - start_losses).mean()),
+        base_point=None if base_point is None else tuple(int(b) for b in base_point),
+        loss=loss.name,
+        unit=loss.unit,
+        provenance=provenance(runner, name, loss),
+    )
+
+
+class _Chunk:
+    """One chunk of a measurement; the model runs only if the ledger lacks something."""
+
+    def __init__(self, recorder: Recorder, chunk: int, base: Change) -> None:
+        self._recorder, self._chunk, self._base = recorder, chunk, base
+        self._state: State | None = None
+
+    def _start(self) -> State:
+        if self._state is None:
+            self._state = self._recorder.runner.start(self._chunk, self._base)
+        return self._state
+
+    def base(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the losses of the full-precision model and of the base point."""
+        recorder, chunk = self._recorder, self._chunk
+        reference_key = recorder.key(chunk, "reference", "loss")
+        (base_key,) = recorder.keys(chunk, [self._base])
+
+        def run() -> list[NDArray[np.float64]]:
+            outputs = [recorder.runner.reference(chunk), self._start().output]
+            return recorder.losses(chunk, outputs)
+
+        found = recorder.shard([reference_key, base_key], run)
+        return found[reference_key], found[base_key]
+
+    def shard(
+        self, front: Change, partners: Sequence[Change], variants: Sequence[Change]
+    ) -> list[NDArray[np.float64]]:
+        """Return the losses of ``front`` alone and with each of ``partners``."""
+        recorder, chunk = self._recorder, self._chunk
+        keys = recorder.keys(chunk, [merged(self._base, variant) for variant in variants])
+
+        def run() -> list[NDArray[np.float64]]:
+            runner = recorder.runner
+            if not partners:
+                return recorder.losses(chunk, [runner.output(self._start(), front)])
+            later = {name for partner in partners for name in partner}
+            state = runner.extend(self._start(), front, keep_for=tuple(sorted(later)))
+            outputs = [state.output, *(runner.output(state, partner) for partner in partners)]
+            return recorder.losses(chunk, outputs)
+
+        found = recorder.shard(keys, run)
+        return [found[key] for key in keys]

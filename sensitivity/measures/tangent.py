@@ -1,0 +1,235 @@
+"""Cross-layer terms by reverse-mode differentiation: cost independent of the number of layers.
+
+To first order in the weights the output moves by ``t_i = J ΔW_i``. With the loss's gradient ``g``
+and Hessian ``H`` in output space,
+
+    ``diagonal_i ≈ mean of g·t_i + ½ t_iᵀ H t_i``,  ``cross_ij ≈ mean of t_iᵀ H t_j``.
+
+A backward pass with the output direction ``v`` gives ``v·t_i`` for all rows at once. Small outputs
+are differentiated element by element, which gives ``t_i`` itself; for large ones ``H = B Bᵀ`` and
+random directions ``v = B ξ`` estimate the products without bias. Around full precision with the
+KL loss this is the Gauss-Newton matrix, and KL is never measured: there is no measured single in
+it. A heuristic: at 2 bits first order is far off, see ``research/log.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from bitquota.corrections import SAMPLES_DEPEND
+from bitquota.errors import InvalidInput
+from bitquota.matrix import SensitivityMatrix
+from bitquota.sensitivity.curvature import SOFTMAX_LOSSES, curvature_products
+from bitquota.sensitivity.recorder import (
+    base_change,
+    make_recorder,
+    provenance,
+    row_changes,
+    standard_error,
+)
+from bitquota.sensitivity.runners.base import describe_change
+from bitquota.sensitivity.runners.graph import GraphRunner
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from bitquota.candidates.table import CandidateTable
+    from bitquota.progress import IsCancelled, OnProgress
+    from bitquota.sensitivity.cache import Ledger
+    from bitquota.sensitivity.losses import Loss
+    from bitquota.sensitivity.runners.base import Runner
+
+EXACT_OUTPUTS = 16
+"""Outputs with at most this many elements per sample are differentiated one by one."""
+
+RANDOM_DIRECTIONS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TangentMeasure:
+    """Reverse-mode sensitivities as a ``Measure``.
+
+    Attributes:
+        directions: Random directions per sample where the output is large.
+        seed: Of the random directions.
+    """
+
+    name: ClassVar[str] = "tangent"
+    has_cross_terms: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+    directions: int = RANDOM_DIRECTIONS
+    seed: int = 0
+
+    def cost(self, runner: Runner, table: CandidateTable) -> float:
+        """Return forward passes, local operations of every row, and backward passes."""
+        elements = runner.reference(0)[0].numel()
+        backward = elements if elements <= EXACT_OUTPUTS else self.directions + 1
+        counts = np.bincount(table.group_of_row)
+        return 3.0 + float(counts.max()) + backward
+
+    def measure(
+        self,
+        runner: Runner,
+        table: CandidateTable,
+        loss: Loss,
+        *,
+        base_point: Sequence[int] | None = None,
+        ledger: Ledger | None = None,
+        on_progress: OnProgress | None = None,
+        cancelled: IsCancelled | None = None,
+    ) -> SensitivityMatrix:
+        """Measure; see the module. Arguments and errors as in ``Measure.measure``.
+
+        Raises:
+            InvalidInput: The runner has no graph to differentiate, its corrections make the
+                samples of a chunk depend on each other, or a large output comes with a loss whose
+                Hessian has no known factor.
+        """
+        if not isinstance(runner, GraphRunner):
+            msg = (
+                "reverse-mode sensitivities need a graph of torch; this model is run by the engine "
+                f"'{runner.engine}': use the measure 'gram' or 'pairs'"
+            )
+            raise InvalidInput(msg)
+        if runner.batch_norm != "eval" or runner.bias_correction:
+            raise InvalidInput(SAMPLES_DEPEND)
+        offsets, n = table.offsets, len(table.rows)
+        changes, base = row_changes(table), base_change(table, base_point)
+        fixed = (
+            () if base_point is None else {int(offsets[g] + r) for g, r in enumerate(base_point)}
+        )
+        rows = [r for r in range(n) if r not in fixed]
+        recorder = make_recorder(
+            runner,
+            loss,
+            self.name,
+            len(runner.chunks),
+            ledger=ledger,
+            on_progress=on_progress,
+            cancelled=cancelled,
+        )
+        singles: list[NDArray[np.float64]] = []
+        starts: list[NDArray[np.float64]] = []
+        sums, squares = np.zeros((n, n)), np.zeros((n, n))
+        described = {
+            "base": describe_change(base),
+            "rows": [describe_change(changes[r]) for r in rows],
+            "directions": self.directions,
+            "seed": self.seed,
+        }
+        for chunk in range(len(runner.chunks)):
+            keys = [recorder.key(chunk, described, f"tangent {k}") for k in range(3)]
+
+            def run(chunk: int = chunk) -> list[NDArray[np.float64]]:
+                return self._chunk(runner, chunk, base, [changes[r] for r in rows], loss)
+
+            found = recorder.shard(keys, run)
+            starts.append(found[keys[0]])
+            singles.append(found[keys[1]])
+            sums[np.ix_(rows, rows)] += found[keys[2]][0]
+            squares[np.ix_(rows, rows)] += found[keys[2]][1]
+        n_samples = len(runner.calibration)
+        increases = np.zeros((n, n_samples))
+        increases[rows] = np.concatenate(singles, axis=1)
+        of = table.group_of_row
+        same = of[:, None] == of[None, :]
+        cross = sums / n_samples
+        variance = np.maximum(squares / n_samples - cross**2, 0.0)
+        error = np.sqrt(variance / max(n_samples - 1, 1))
+        cross[same], error[same] = 0.0, 0.0
+        return SensitivityMatrix(
+            table=table,
+            diagonal=increases.mean(axis=1),
+            diagonal_error=standard_error(increases),
+            cross=(cross + cross.T) / 2,
+            cross_error=(error + error.T) / 2,
+            constant=float(np.concatenate(starts).mean()),
+            base_point=None if base_point is None else tuple(int(b) for b in base_point),
+            loss=loss.name,
+            unit=loss.unit,
+            provenance=provenance(runner, self.name, loss) | {"directions": self.directions},
+        )
+
+    def _chunk(
+        self,
+        runner: GraphRunner,
+        chunk: int,
+        base: dict[str, object],
+        rows: Sequence[dict[str, object]],
+        loss: Loss,
+    ) -> list[NDArray[np.float64]]:
+        """Return base losses ``[n]``, singles ``[k, n]`` and moments ``[2, k, k]``."""
+        reference, labels = runner.reference(chunk), runner.labels(chunk)
+        elements = reference[0].numel()
+        exact = elements <= EXACT_OUTPUTS
+
+        def seeds(output: Tensor) -> Tensor:
+            if exact:
+                unit = torch.eye(elements, device=output.device, dtype=output.dtype)
+                shape = (elements, 1, *output.shape[1:])
+                return unit.reshape(shape).expand(elements, *output.shape)
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + chunk)
+            shape = (self.directions, *output.shape)
+            noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(output.device)
+            slope = _gradient(loss, output, reference, labels)
+            return torch.cat([_factor(loss, output, noise), slope[None]])
+
+        output, responses = runner.linear_responses(chunk, base, rows, seeds)  # type: ignore[arg-type]
+        start = loss.per_sample(reference, reference, labels)
+        losses = loss.per_sample(output, reference, labels) - start
+        n, k = len(output), len(rows)
+        if exact:
+            moved = responses.permute(1, 2, 0).reshape(k, *output.shape)  # [k, n, ...]
+            products = curvature_products(loss, output, reference, labels, moved)
+            left = moved.reshape(k, n, -1).transpose(0, 1)
+            grams = left @ products.reshape(k, n, -1).permute(1, 2, 0)  # [n, k, k]
+            slope = _gradient(loss, output, reference, labels)
+            first = (moved * slope).reshape(k, n, -1).sum(dim=2)
+        else:
+            random, first = responses[:-1], responses[-1]  # [r, k, n], [k, n]
+            grams = torch.einsum("rin,rjn->nij", random, random) / self.directions
+        second = torch.diagonal(grams, dim1=1, dim2=2).transpose(0, 1)  # [k, n]
+        moments = torch.stack([grams.sum(dim=0), grams.square().sum(dim=0)])
+        single = first + 0.5 * second
+        return [part.cpu().numpy() for part in (losses, single, moments)]
+
+
+def _gradient(loss: Loss, output: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:
+    """Return ``∂ loss / ∂ output`` of every sample, ``f64[n, ...]``."""
+    with torch.enable_grad():
+        z = output.detach().double().requires_grad_()
+        (slope,) = torch.autograd.grad(loss.per_sample(z, reference, labels).sum(), z)
+    return slope
+
+
+def _factor(loss: Loss, output: Tensor, noise: Tensor) -> Tensor:
+    """Return ``B ξ`` with ``B Bᵀ = H``, for ``noise: f64[r, n, ..., C]``.
+
+    For a softmax ``B = diag(√q) - q √qᵀ``; positions of a sequence are independent and weigh
+    ``1/T`` in the loss, hence ``1/√T`` here.
+    """
+    n = len(output)
+    if loss.name in SOFTMAX_LOSSES:
+        q = functional.softmax(output.double(), dim=-1)
+        positions = output.numel() // output.shape[-1] // n
+        root = q.sqrt()
+        spread: Tensor = root * noise
+        spread = spread - q * spread.sum(dim=-1, keepdim=True)
+        scaled: Tensor = spread / float(positions) ** 0.5
+        return scaled
+    if loss.name == "mse":
+        even: Tensor = noise * float(2.0 * n / output.numel()) ** 0.5
+        return even
+    msg = (
+        f"the loss '{loss.name}' has no known factor of its Hessian, which a large output needs: "
+        "use 'kl' or 'mse', or the measure 'gram'"
+    )
+    raise InvalidInput(msg, loss=loss.name)

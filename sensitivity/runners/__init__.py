@@ -1,0 +1,1 @@
+"""Runners: execute a model with some layers quantized."""

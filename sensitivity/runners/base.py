@@ -1,0 +1,172 @@
+"""Runners: execute a model with some layers quantized, again and again, as cheaply as possible.
+
+A run starts at a *state*: the model at some base point on one chunk of the calibration set, with
+the activations that later runs will read. ``output`` changes some layers on top of a state and
+re-executes only what lies behind them; ``extend`` does the same and returns a new state, so that
+a pair of layers costs the suffix behind the later one. A chunk is executed with the same batch of
+samples whatever is asked for, so a value never depends on what else was measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+
+from bitquota.candidates.storage import FULL_PRECISION_BITS
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from torch import Tensor
+
+    from bitquota.candidates.layers import Inventory
+    from bitquota.candidates.table import Candidate
+    from bitquota.canonical import JsonObject
+    from bitquota.models.calibration import CalibrationSet
+
+Change = Mapping[str, "Candidate"]
+"""Layer name to the candidate that it takes; layers left out stay as they are."""
+
+BatchNormMode = Literal["eval", "moved"]
+"""``eval`` uses the stored statistics, ``moved`` moves them to fit each chunk."""
+
+Precision = Literal["fp32", "bf16"]
+"""In which arithmetic layers are run; weights are always quantized in float32."""
+
+ActivationQuantizers = "Callable[[str, int], Callable[[Tensor], Tensor]]"
+"""``(layer name, bits) -> fake-quantizer of that layer's input``, ranges calibrated."""
+
+
+DEFAULT_MEMORY_BYTES = 2**30
+
+
+def describe_change(change: Change) -> list[JsonObject]:
+    """Return what a ledger key must know of a change; full precision counts as no change."""
+    return [
+        {
+            "layer": name,
+            "bits": change[name].weight_bits,
+            "activation_bits": change[name].activation_bits,
+            "scheme": change[name].scheme.to_json(),
+        }
+        for name in sorted(change)
+        if change[name].weight_bits != FULL_PRECISION_BITS
+        or change[name].activation_bits is not None
+    ]
+
+
+@dataclass(slots=True)
+class PassCounter:
+    """Work done by a runner, in full passes over the calibration set.
+
+    Attributes:
+        macs: Multiply-accumulates executed (forward; a backward pass counts twice its forward).
+        macs_per_pass: Those of one full-precision pass over the whole calibration set.
+        calls: Executions of the model or of a part of it.
+    """
+
+    macs_per_pass: float = 0.0
+    macs: float = 0.0
+    calls: int = 0
+
+    @property
+    def passes(self) -> float:
+        """Forward-equivalents: how many full passes the executed work amounts to."""
+        return self.macs / self.macs_per_pass if self.macs_per_pass else 0.0
+
+
+class State(Protocol):
+    """A model at some point on one chunk, with activations kept for later runs."""
+
+    @property
+    def chunk(self) -> int:
+        """Which chunk."""
+        ...
+
+    @property
+    def change(self) -> Change:
+        """What is changed against full precision."""
+        ...
+
+    @property
+    def output(self) -> Tensor:
+        """The model's primary output, ``[n, ...]``."""
+        ...
+
+
+class Runner(Protocol):
+    """Executes one model on one calibration set.
+
+    Attributes:
+        inventory: The model's layers.
+        calibration: The samples.
+        batch_norm: Which statistics batch normalisation uses.
+        bias_correction: Whether the means of layers' outputs are put right.
+        precision: In which arithmetic layers are run.
+        engine: Name of the implementation; part of ledger keys.
+        origin: Digest of the samples that quantizers were fitted on, or empty.
+        chunks: Positions of the samples of each chunk.
+        passes: The work done so far.
+    """
+
+    inventory: Inventory
+    calibration: CalibrationSet
+    batch_norm: BatchNormMode
+    bias_correction: bool
+    precision: Precision
+    engine: str
+    origin: str
+    chunks: tuple[range, ...]
+    passes: PassCounter
+
+    def start(self, chunk: int, change: Change) -> State:
+        """Run the whole model with ``change`` and keep what later runs need."""
+        ...
+
+    def extend(self, state: State, change: Change, *, keep_for: Collection[str] = ()) -> State:
+        """Apply ``change`` on top of ``state``; keep activations for changes of ``keep_for``."""
+        ...
+
+    def output(self, state: State, change: Change) -> Tensor:
+        """Return the primary output with ``change`` on top of ``state``."""
+        ...
+
+    def reference(self, chunk: int) -> Tensor:
+        """Return the full-precision output with stored batch-norm statistics."""
+        ...
+
+    def labels(self, chunk: int) -> Tensor | None:
+        """Return the labels of a chunk, if there are any."""
+        ...
+
+    def share(self, layers: Collection[str]) -> float:
+        """Return what re-running behind ``layers`` costs, as a share of a full pass."""
+        ...
+
+    def describe(self) -> JsonObject:
+        """Return what a ledger key must know of the runner (not of the samples)."""
+        ...
+
+
+def in_precision(
+    precision: Precision, device: torch.device
+) -> contextlib.AbstractContextManager[object]:
+    """Return the context in which a runner executes: nothing, or autocast to bfloat16.
+
+    Matrix products and convolutions take bfloat16, what sums over many values stays in float32.
+    """
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def describe_runner(runner: Runner) -> JsonObject:
+    """Return what ledger keys must know of a runner: engine, corrections, what it was fitted on."""
+    described = {"engine": runner.engine, "batch_norm": runner.batch_norm, "origin": runner.origin}
+    if runner.precision != "fp32":
+        described["precision"] = runner.precision
+    return described | ({"bias_correction": True} if runner.bias_correction else {})

@@ -1,0 +1,187 @@
+"""A runner that calls the module itself with replaced weights: any model, nothing reused."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from bitquota.models.batch_norm import Moments, moved_batch_norms, observed_statistics
+from bitquota.models.references import References
+from bitquota.models.running import (
+    DEFAULT_CHUNK,
+    cut,
+    inputs_of,
+    labels_of,
+    put_in_eval_mode,
+    run_module,
+)
+from bitquota.quantizers.apply import QuantizedWeights, input_quantizer
+from bitquota.sensitivity.runners.base import (
+    BatchNormMode,
+    Change,
+    PassCounter,
+    Precision,
+    State,
+    describe_runner,
+    in_precision,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from torch import Tensor, nn
+
+    from bitquota.candidates.layers import Inventory
+    from bitquota.candidates.table import Candidate
+    from bitquota.canonical import JsonObject
+    from bitquota.models.calibration import CalibrationSet
+
+
+@dataclass(slots=True)
+class EagerState:
+    """What is changed, and the output."""
+
+    chunk: int
+    change: dict[str, Candidate]
+    output: Tensor
+
+
+@dataclass(slots=True)
+class EagerRunner:
+    """Calls the module itself with replaced weights: any model, no reuse of prefixes."""
+
+    module: nn.Module
+    inventory: Inventory
+    calibration: CalibrationSet
+    batch_norm: BatchNormMode = "eval"
+    activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None
+    bias_correction: bool = False
+    """Whether the mean of every layer's output is put right, as corrected biases will."""
+    precision: Precision = "fp32"
+    chunk_size: int = DEFAULT_CHUNK
+    engine: str = "eager"
+    fallback: str = ""
+    """Why this runner was taken where the graph runner was asked for first."""
+    chunks: tuple[range, ...] = ()
+    passes: PassCounter = field(default_factory=PassCounter)
+    weights: QuantizedWeights = field(init=False)
+    origin: str = ""
+    _references: References = field(default_factory=References)
+    _seen: dict[int, tuple[dict[str, Tensor], list[Moments | None]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Cut the samples into chunks."""
+        put_in_eval_mode(self.module)
+        self.weights = QuantizedWeights(self.module, self.inventory)
+        n = len(self.calibration)
+        self.chunks = cut(n, self.chunk_size)
+        self.passes.macs_per_pass = float(n)
+
+    def start(self, chunk: int, change: Change) -> EagerState:
+        """Run the whole model."""
+        return EagerState(chunk, dict(change), self._run(chunk, change))
+
+    def extend(self, state: State, change: Change, *, keep_for: Collection[str] = ()) -> EagerState:
+        """Run the whole model with both changes."""
+        del keep_for
+        both = {**state.change, **change}
+        return EagerState(state.chunk, both, self._run(state.chunk, both))
+
+    def output(self, state: State, change: Change) -> Tensor:
+        """Run the whole model with both changes."""
+        return self._run(state.chunk, {**state.change, **change})
+
+    def reference(self, chunk: int) -> Tensor:
+        """Return the full-precision output."""
+        return self._references.get(chunk, lambda: self._run(chunk, {}))
+
+    def labels(self, chunk: int) -> Tensor | None:
+        """Return the labels of a chunk."""
+        return labels_of(self.calibration, self.chunks[chunk])
+
+    def share(self, layers: Collection[str]) -> float:
+        """Every run is a full pass."""
+        del layers
+        return 1.0
+
+    def describe(self) -> JsonObject:
+        """Return engine, corrections and what quantizers were fitted on."""
+        return describe_runner(self)
+
+    def _observed(self, chunk: int) -> tuple[dict[str, Tensor], list[Moments | None]]:
+        """Return what corrections compare with: means of layers, moments of batch norms' inputs.
+
+        Cost: a pass over the chunk in full precision, once.
+        """
+        from bitquota.quantizers.corrections import output_means
+
+        if chunk not in self._seen:
+            with (
+                output_means(self.module, self.inventory) as means,
+                observed_statistics() as statistics,
+            ):
+                self._run(chunk, {})
+            self._seen[chunk] = means.means, statistics.calls
+        return self._seen[chunk]
+
+    def _run(self, chunk: int, change: Change) -> Tensor:
+        from bitquota.quantizers.corrections import output_means
+
+        moved = self.batch_norm == "moved"
+        # Without a change there is nothing to correct.
+        corrected = bool(change) and (moved or self.bias_correction)
+        means, statistics = self._observed(chunk) if corrected else ({}, [])
+        inputs = inputs_of(self.calibration, self.chunks[chunk])
+        self.passes.macs += len(inputs[0])
+        self.passes.calls += 1
+        with contextlib.ExitStack() as within:
+            within.enter_context(
+                replaced_weights(self.module, self.weights, change, self.activations)
+            )
+            if corrected and moved:
+                within.enter_context(moved_batch_norms(statistics))
+            if corrected and self.bias_correction:
+                within.enter_context(output_means(self.module, self.inventory, means))
+            within.enter_context(in_precision(self.precision, inputs[0].device))
+            return run_module(self.module, inputs)
+
+
+class replaced_weights:  # noqa: N801  # used as a context manager
+    """Within the context the module has the weights and input quantizers of ``change``."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        weights: QuantizedWeights,
+        change: Change,
+        activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None,
+    ) -> None:
+        self._module, self._weights, self._change = module, weights, change
+        self._activations = activations
+        self._saved: list[tuple[Tensor, Tensor]] = []
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        """Put the weights in place."""
+        for name, candidate in self._change.items():
+            parameter = self._weights.original(name)
+            quantized = self._weights(candidate)
+            if quantized is not parameter:
+                self._saved.append((parameter, parameter.data))
+                parameter.data = quantized
+            if candidate.activation_bits is not None:
+                quantizer = input_quantizer(self._activations, name, candidate.activation_bits)
+                self._hooks.append(
+                    self._module.get_submodule(name).register_forward_pre_hook(
+                        lambda _, args, q=quantizer: (q(args[0]), *args[1:])
+                    )
+                )
+
+    def __exit__(self, *_: object) -> None:
+        """Put the original weights back."""
+        for parameter, data in reversed(self._saved):
+            parameter.data = data
+        for hook in self._hooks:
+            hook.remove()
+        self._saved, self._hooks = [], []

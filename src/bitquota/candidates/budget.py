@@ -1,0 +1,228 @@
+"""Budgets: what a user writes, and the integer limit it means for a given model.
+
+======================  =====================================================================
+``3.5 bits``            average bits of the integer codes of all quantizable weights (scales not
+                        counted, as papers do); ``code_bits``
+``3.5 bpw``             the same average with scales, zero points and padding; ``size_bits``
+``12 MiB``              stored size of the whole model; ``size_bits`` (B, kB, MB, GB, KiB, MiB, GiB)
+``0.25x``               that share of the model's full-precision size; ``size_bits``
+``2.5 GBitOps``         bit operations of one sample (also MBitOps, TBitOps, BitOps)
+``act 96 KiB``          the largest quantized input activation of one sample
+``act total 96 KiB``    the input activations of all layers together
+======================  =====================================================================
+
+Sizes and shares speak of the whole model unless ``of weights`` follows; averages always speak of
+the quantizable weights. Thousands may be set off as in ``1,500,000 B`` or ``1_500_000 B``; the
+decimal sign is a point.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from fractions import Fraction
+from typing import TYPE_CHECKING, Self
+
+from bitquota.candidates.layers import Inventory, Layer, LayerKind
+from bitquota.errors import BudgetTooSmall, InvalidBudget, InvalidInput
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bitquota.candidates.table import CandidateTable
+    from bitquota.canonical import JsonObject
+
+_BYTE_UNITS = {
+    "b": 1, "byte": 1, "bytes": 1,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30,
+}  # fmt: skip
+_AVERAGE_UNITS = {
+    "bit": "code_bits",
+    "bits": "code_bits",
+    "bits/weight": "code_bits",
+    "bpw": "size_bits",
+}
+_BIT_OPS_UNITS = {"bitops": 1, "mbitops": 10**6, "gbitops": 10**9, "tbitops": 10**12}
+_SYNTAX = re.compile(
+    r"""\s*(?P<act>act(?:ivation)?s?\s+(?P<total>total\s+)?)?
+        (?P<value>(?:\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*)(?:\.\d+)?|\.\d+)\s*
+        (?P<unit>[A-Za-z]+(?:/weight)?)
+        (?:\s+of\s+(?P<scope>weights|model))?\s*""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes that ``12 MiB`` or ``1500000`` (bytes) means, rounded down.
+
+    Raises:
+        InvalidBudget: The text is no such size.
+    """
+    found = _SYNTAX.fullmatch(text if text.strip()[-1:].isalpha() else f"{text} B")
+    unit = found["unit"].lower() if found else ""
+    if found is None or found["act"] or found["scope"] or unit not in _BYTE_UNITS:
+        msg = f"a size must read like '1500000', '1500000 B', '1.5 MB' or '12 MiB'; got '{text}'"
+        raise InvalidBudget(msg, size=text)
+    return int(Fraction(re.sub(r"[_,]", "", found["value"])) * _BYTE_UNITS[unit])
+
+
+class Scope(StrEnum):
+    """What a budget counts."""
+
+    WEIGHTS = "weights"
+    """The quantizable weights only."""
+    MODEL = "model"
+    """Every tensor that ships."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """An integer limit on one resource of one model.
+
+    Attributes:
+        resource: ``size_bits``, ``code_bits``, ``bit_ops``, ``activation_bits_max``,
+            ``activation_bits_total`` or ``latency_ns``.
+        limit: The largest permitted amount, in the resource's unit, ``constant`` included.
+        constant: What the model takes of the resource whatever is chosen (unquantized tensors).
+        scope: What is counted.
+        text: What the user wrote.
+    """
+
+    resource: str
+    limit: int
+    constant: int = 0
+    scope: Scope = Scope.WEIGHTS
+    text: str = ""
+
+    @property
+    def available(self) -> int:
+        """What is left for the decision groups."""
+        return self.limit - self.constant
+
+    @classmethod
+    def parse(cls, text: str, inventory: Inventory) -> Self:
+        """Return the integer limit that ``text`` means for the model of ``inventory``.
+
+        Fractions of a bit are rounded down, so that the limit is never exceeded.
+
+        Raises:
+            InvalidBudget: The text does not follow the table above, or is not positive.
+        """
+        found = _SYNTAX.fullmatch(text)
+        if found is None:
+            raise _unreadable(text)
+        value = Fraction(re.sub(r"[_,]", "", found["value"]))
+        unit = found["unit"].lower()
+        scope = Scope((found["scope"] or "model").lower())
+        averaged = unit in _AVERAGE_UNITS
+        if found["scope"] and (
+            found["act"] or unit in _BIT_OPS_UNITS or (averaged and scope is Scope.MODEL)
+        ):
+            msg = (
+                "only sizes and shares speak of 'weights' or of the whole 'model', averages of the "
+                f"weights alone; got '{text}': leave out 'of {found['scope']}', or give a size"
+            )
+            raise InvalidBudget(msg, budget=text)
+        if value <= 0:
+            msg = f"a budget must be positive; got '{text}'"
+            raise InvalidBudget(msg, budget=text)
+        if found["act"]:
+            if unit not in _BYTE_UNITS:
+                raise _unreadable(text)
+            limit = int(value * _BYTE_UNITS[unit] * 8)
+            kind = "total" if found["total"] else "max"
+            return cls(resource=f"activation_bits_{kind}", limit=limit, text=text)
+        if averaged:
+            limit = int(value * inventory.n_weights)
+            return cls(resource=_AVERAGE_UNITS[unit], limit=limit, text=text)
+        if unit in _BIT_OPS_UNITS:
+            return cls(resource="bit_ops", limit=int(value * _BIT_OPS_UNITS[unit]), text=text)
+        constant = inventory.unquantized_bits if scope is Scope.MODEL else 0
+        if unit == "x":
+            full = inventory.full_precision_bits
+            if scope is Scope.WEIGHTS:
+                full -= inventory.unquantized_bits
+            limit = int(value * full)
+        elif unit in _BYTE_UNITS:
+            limit = int(value * _BYTE_UNITS[unit]) * 8
+        else:
+            raise _unreadable(text)
+        return cls(resource="size_bits", limit=limit, constant=constant, scope=scope, text=text)
+
+    def check(self, table: CandidateTable) -> None:
+        """Raise ``BudgetTooSmall`` unless the cheapest choice of every group fits.
+
+        The check looks at this budget alone; several budgets can still conflict.
+        """
+        costs = table.costs(self.resource)
+        offsets = table.offsets
+        cheapest = [int(costs[a:b].min()) for a, b in itertools.pairwise(offsets)]
+        peak = self.resource == "activation_bits_max"
+        least = (max(cheapest) if peak else sum(cheapest)) + self.constant
+        if least > self.limit:
+            fixed = f", {self.constant:,} bits of them in tensors that ship as they are"
+            msg = (
+                f"budget '{self.text or self.limit}' is {self.limit:,} {self.unit} "
+                f"({self.resource}), below the smallest plan, {least:,} {self.unit}"
+                f"{fixed if self.constant else ''}; raise the budget, offer smaller candidates, "
+                f"or fix and exclude fewer layers"
+            )
+            raise BudgetTooSmall(msg, budget=self.text, limit=self.limit, smallest=least)
+
+    @property
+    def unit(self) -> str:
+        """The unit of ``limit``, for a person."""
+        return {"bit_ops": "bit operations", "latency_ns": "ns"}.get(self.resource, "bits")
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as plain JSON."""
+        return {
+            "resource": self.resource,
+            "limit": self.limit,
+            "constant": self.constant,
+            "scope": str(self.scope),
+            "text": self.text,
+        }
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Self:
+        """Rebuild from ``to_json``."""
+        return cls(**data | {"scope": Scope(data["scope"])})
+
+
+_ANY_MODEL = Inventory(
+    model_digest="",
+    layers=(
+        Layer(
+            name="any", kind=LayerKind.LINEAR, weight_name="any.weight", weight_shape=(1, 1),
+            rows=1, columns=1, n_weights=1,
+        ),
+    ),
+)  # fmt: skip
+
+
+def check_budgets(texts: Sequence[str]) -> None:
+    """Read budgets, of which several may be joined by ``+``, without a model to hold them to.
+
+    Raises:
+        InvalidInput: There is none.
+        InvalidBudget: One cannot be read.
+    """
+    if not texts:
+        msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
+        raise InvalidInput(msg)
+    for text in texts:
+        for part in text.split("+"):
+            Budget.parse(part, _ANY_MODEL)
+
+
+def _unreadable(text: str) -> InvalidBudget:
+    msg = (
+        "a budget must read like '3.5 bits', '3.6 bpw', '12 MiB', '1500000 B', '0.25x', "
+        "'2.5 GBitOps', 'act 96 KiB' or 'act total 96 KiB', sizes optionally followed by "
+        f"'of weights'; got '{text}'"
+    )
+    return InvalidBudget(msg, budget=text)

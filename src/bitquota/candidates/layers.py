@@ -1,0 +1,326 @@
+"""What a model is made of: its layers, and every tensor that is not quantized."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Self
+
+import re2
+
+from bitquota.errors import (
+    InvalidInput,
+    InvalidModel,
+    UnknownLayer,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bitquota.canonical import JsonObject
+
+
+class LayerKind(StrEnum):
+    """What a layer does with its weight."""
+
+    CONV1D = "conv1d"
+    CONV2D = "conv2d"
+    CONV3D = "conv3d"
+    CONV_TRANSPOSE1D = "conv_transpose1d"
+    CONV_TRANSPOSE2D = "conv_transpose2d"
+    CONV_TRANSPOSE3D = "conv_transpose3d"
+    LINEAR = "linear"
+    LINEAR_TRANSPOSED = "linear_transposed"
+    """A linear layer that stores ``[in, out]``, such as transformers' Conv1D."""
+    EMBEDDING = "embedding"
+    EXPERTS = "experts"
+    """A three-dimensional parameter that holds one matrix per expert."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One quantizable weight of a model.
+
+    Attributes:
+        name: Path of the module that owns the weight, or of the parameter itself when a module
+            owns several (experts).
+        kind: What the layer does with the weight.
+        weight_name: Full name of the parameter.
+        weight_shape: Shape as the framework stores it.
+        rows: Output channels: rows of the weight seen as a matrix (see ``storage``).
+        columns: Weights per output channel.
+        n_weights: Number of weights, ``rows * columns``.
+        n_macs: Multiply-accumulates of one forward pass of one sample.
+        n_inputs: Elements of the layer's input activation for one sample.
+        weight_format_bits: Bits per weight as the checkpoint stores it (32 or 16).
+        group: Name of the decision group; layers of one group share a candidate.
+        aliases: Other parameter names that share the same storage (tied weights).
+    """
+
+    name: str
+    kind: LayerKind
+    weight_name: str
+    weight_shape: tuple[int, ...]
+    rows: int
+    columns: int
+    n_weights: int
+    n_macs: int = 0
+    n_inputs: int = 0
+    weight_format_bits: int = 32
+    group: str = ""
+    aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the counts against each other; a layer without a group is its own group."""
+        if math.prod(self.weight_shape) != self.n_weights or self.n_weights < 1:
+            msg = (
+                f"layer '{self.name}': n_weights must be the product of weight_shape and at "
+                f"least 1; got {self.n_weights} for shape {list(self.weight_shape)}"
+            )
+            raise InvalidModel(msg, layer=self.name)
+        if self.rows * self.columns != self.n_weights:
+            msg = (
+                f"layer '{self.name}': rows x columns must equal n_weights={self.n_weights}; "
+                f"got {self.rows} x {self.columns}"
+            )
+            raise InvalidModel(msg, layer=self.name)
+        if not self.group:
+            object.__setattr__(self, "group", self.name)
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as plain JSON."""
+        data = asdict(self)
+        data["kind"] = str(self.kind)
+        data["weight_shape"] = list(self.weight_shape)
+        data["aliases"] = list(self.aliases)
+        return data
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Self:
+        """Rebuild from ``to_json``."""
+        return cls(
+            **data
+            | {
+                "kind": LayerKind(data["kind"]),
+                "weight_shape": tuple(data["weight_shape"]),
+                "aliases": tuple(data["aliases"]),
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnquantizedTensor:
+    """A parameter or buffer that ships as it is: biases, norms, excluded layers."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    size_bits: int
+    reason: str = ""
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as plain JSON."""
+        return asdict(self) | {"shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Self:
+        """Rebuild from ``to_json``."""
+        return cls(**data | {"shape": tuple(data["shape"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory:
+    """Every tensor of a model, counted once: the quantizable layers and the rest."""
+
+    model_digest: str
+    layers: tuple[Layer, ...]
+    unquantized: tuple[UnquantizedTensor, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that there is something to quantize and that names are unique."""
+        if not self.layers:
+            msg = (
+                "a model must have at least one quantizable layer (convolution, linear, "
+                "embedding or expert weights); found none: check the model, or the exclusions"
+            )
+            raise InvalidModel(msg)
+        names = [layer.name for layer in self.layers]
+        if len(set(names)) != len(names):
+            twice = sorted({n for n in names if names.count(n) > 1})
+            msg = f"layer names must be unique; got twice: {', '.join(twice)}"
+            raise InvalidModel(msg, layers=twice)
+
+    @property
+    def n_weights(self) -> int:
+        """Quantizable weights."""
+        return sum(layer.n_weights for layer in self.layers)
+
+    @property
+    def unquantized_bits(self) -> int:
+        """Bits of everything that ships as it is."""
+        return sum(tensor.size_bits for tensor in self.unquantized)
+
+    @property
+    def full_precision_bits(self) -> int:
+        """Bits of the whole model before quantization."""
+        own = sum(layer.n_weights * layer.weight_format_bits for layer in self.layers)
+        return own + self.unquantized_bits
+
+    def stored_in(self, bits: int) -> Inventory:
+        """Return the same tensors with floating-point ones counted at ``bits`` each.
+
+        For a checkpoint in half precision, which is measured in float32 but ships as it is.
+        """
+        layers = tuple(replace(layer, weight_format_bits=bits) for layer in self.layers)
+        unquantized = tuple(
+            replace(tensor, format=f"fp{bits}", size_bits=math.prod(tensor.shape) * bits)
+            if tensor.format in ("fp32", "fp16")
+            else tensor
+            for tensor in self.unquantized
+        )
+        return replace(self, layers=layers, unquantized=unquantized)
+
+    def layer(self, name: str) -> Layer:
+        """Return the layer called ``name``; raises ``UnknownLayer``."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise unknown_layer(name, [layer.name for layer in self.layers])
+
+    def exclude(self, patterns: Sequence[str], reason: str = "excluded on request") -> Inventory:
+        """Move the layers that match any pattern to the tensors that ship as they are."""
+        out = {name for p in patterns for name in match_layers(p, self.layers)}
+        moved = tuple(
+            UnquantizedTensor(
+                name=layer.weight_name,
+                shape=layer.weight_shape,
+                format=f"fp{layer.weight_format_bits}",
+                size_bits=layer.n_weights * layer.weight_format_bits,
+                reason=reason,
+            )
+            for layer in self.layers
+            if layer.name in out
+        )
+        kept = tuple(layer for layer in self.layers if layer.name not in out)
+        return replace(self, layers=kept, unquantized=self.unquantized + moved)
+
+    def tie(self, ties: Sequence[Sequence[str]]) -> Inventory:
+        """Make layers decide together.
+
+        Each tie is a list of patterns. A tie whose patterns match one layer per block (as
+        ``q_proj,k_proj,v_proj`` does) makes one group per block: layers are grouped by their
+        name with the matching last part removed. Patterns with a ``.`` or ``*`` name layers in
+        full and make one single group. A group is called after all its layers, in module order.
+
+        Raises:
+            UnknownLayer: A pattern matches nothing.
+            InvalidInput: A tie joins no two layers.
+        """
+        group_of = {layer.name: layer.group for layer in self.layers}
+        for patterns in ties:
+            for members in _tie_groups(patterns, self.layers):
+                merged = {group_of[name] for name in members}
+                joined = [name for name, group in group_of.items() if group in merged]
+                group_of |= dict.fromkeys(joined, "+".join(joined))
+        layers = tuple(replace(layer, group=group_of[layer.name]) for layer in self.layers)
+        return replace(self, layers=layers)
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as plain JSON."""
+        return {
+            "model_digest": self.model_digest,
+            "layers": [layer.to_json() for layer in self.layers],
+            "unquantized": [tensor.to_json() for tensor in self.unquantized],
+        }
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Self:
+        """Rebuild from ``to_json``."""
+        return cls(
+            model_digest=data["model_digest"],
+            layers=tuple(Layer.from_json(d) for d in data["layers"]),
+            unquantized=tuple(UnquantizedTensor.from_json(d) for d in data["unquantized"]),
+        )
+
+
+def unknown_layer(name: str, known: Sequence[str]) -> UnknownLayer:
+    """Return the error for a name or pattern that matches nothing, with the nearest names."""
+    import difflib  # only on the way to an error
+
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known[:3])
+    msg = (
+        f"a layer name or pattern must match at least one layer; '{name}' matches none of the "
+        f"{len(known)} layers; did you mean {', '.join(repr(n) for n in near)}?"
+    )
+    return UnknownLayer(msg, pattern=name, nearest=near)
+
+
+def match_layers(pattern: str, layers: Sequence[Layer]) -> list[str]:
+    """Return the names that ``pattern`` matches, in module order.
+
+    ``re:…`` is a regular expression that must match the whole name; anything else is a shell
+    pattern over the whole name, or the exact last part of a name (``q_proj`` matches
+    ``model.layers.0.self_attn.q_proj``).
+
+    Raises:
+        UnknownLayer: Nothing matches.
+        InvalidInput: The regular expression cannot be compiled.
+    """
+    names = [layer.name for layer in layers]
+    if pattern.startswith("re:"):
+        compiled = _compiled(pattern)
+        found = [name for name in names if compiled.fullmatch(name)]
+    else:
+        found = [n for n in names if fnmatchcase(n, pattern) or n.rsplit(".", 1)[-1] == pattern]
+    if not found:
+        raise unknown_layer(pattern, names)
+    return found
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise ``InvalidInput`` if a layer pattern is a regular expression that cannot be read."""
+    if pattern.startswith("re:"):
+        _compiled(pattern)
+
+
+def _compiled(pattern: str) -> re2._Regexp[str]:
+    """Return the expression after ``re:``, in RE2, whose time is linear in the name.
+
+    The patterns of a request may be a stranger's, and ``(a*)*b`` would take Python's own engine
+    for ever.
+    """
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        return re2.compile(pattern[3:], options)
+    except re2.error as err:
+        why = err.args[0].decode() if err.args and isinstance(err.args[0], bytes) else str(err)
+        msg = (
+            f"'{pattern}' must be a regular expression of RE2 after 're:', which has no "
+            f"look-around and no back-references; got: {why}"
+        )
+        raise InvalidInput(msg, pattern=pattern) from err
+
+
+def _tie_groups(patterns: Sequence[str], layers: Sequence[Layer]) -> list[list[str]]:
+    matched = [match_layers(pattern, layers) for pattern in patterns]
+    names = list(dict.fromkeys(name for found in matched for name in found))
+    by_parent: dict[str, list[str]] = {}
+    whole = any("." in p or "*" in p or p.startswith("re:") for p in patterns)
+    for name in names:
+        by_parent.setdefault("" if whole else name.rpartition(".")[0], []).append(name)
+    groups = [members for members in by_parent.values() if len(members) > 1]
+    if not groups:
+        text = ",".join(patterns)
+        msg = (
+            f"a tie must join at least two layers; '{text}' matches {', '.join(names)} and no two "
+            "of them stand in one block: name every layer of the tie, in full if they stand apart"
+        )
+        raise InvalidInput(msg, tie=list(patterns), layers=names)
+    return groups
+
+
+WITHOUT_BIAS = frozenset({LayerKind.EMBEDDING, LayerKind.EXPERTS})
+"""Layers whose outputs no bias can correct."""

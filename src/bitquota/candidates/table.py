@@ -1,0 +1,327 @@
+"""Layers of a model, what each may become, and which layers must decide together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from bitquota.candidates.layers import (
+    Inventory,
+    Layer,
+    match_layers,
+)
+from bitquota.candidates.storage import (
+    FULL_PRECISION_BITS,
+    WEIGHT_BITS,
+    Scheme,
+    StorageSize,
+    storage_size,
+)
+from bitquota.canonical import digest_json
+from bitquota.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from bitquota.canonical import JsonObject
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One permitted quantization of one layer.
+
+    Attributes:
+        layer: Name of the layer.
+        weight_bits: Bit-width of the weights; 32 leaves them as they are.
+        activation_bits: Bit-width of the layer's input, or ``None`` for full precision.
+        scheme: Everything else about the weight's quantization.
+        size: Exact storage **including** scales, zero points and padding.
+        bit_ops: ``n_macs * weight_bits * activation_bits`` of one sample (32 for an activation
+            in full precision).
+        activation_size_bits: Bits of the input activation of one sample.
+    """
+
+    layer: str
+    weight_bits: int
+    activation_bits: int | None = None
+    scheme: Scheme = field(default_factory=Scheme)
+    size: StorageSize
+    bit_ops: int = 0
+    activation_size_bits: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the bit-widths; sizes check themselves."""
+        if self.weight_bits not in WEIGHT_BITS:
+            msg = (
+                f"layer '{self.layer}': weight_bits must be one of "
+                f"{', '.join(map(str, WEIGHT_BITS))}; got {self.weight_bits}"
+            )
+            raise InvalidInput(msg, layer=self.layer, weight_bits=self.weight_bits)
+        if self.activation_bits is not None and not 1 <= self.activation_bits <= 32:
+            msg = (
+                f"layer '{self.layer}': activation_bits must lie between 1 and 32, or be left out; "
+                f"got {self.activation_bits}"
+            )
+            raise InvalidInput(msg, layer=self.layer, activation_bits=self.activation_bits)
+
+    @property
+    def size_bits(self) -> int:
+        """Exact stored size of the weight in bits."""
+        return self.size.total
+
+    @property
+    def label(self) -> str:
+        """Short name such as ``W4`` or ``W4A8``."""
+        activation = "" if self.activation_bits is None else f"A{self.activation_bits}"
+        return f"W{self.weight_bits}{activation}"
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as plain JSON."""
+        return {
+            "layer": self.layer,
+            "weight_bits": self.weight_bits,
+            "activation_bits": self.activation_bits,
+            "scheme": self.scheme.to_json(),
+            "size": self.size.to_json(),
+            "bit_ops": self.bit_ops,
+            "activation_size_bits": self.activation_size_bits,
+        }
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Self:
+        """Rebuild from ``to_json``."""
+        return cls(
+            **data
+            | {
+                "scheme": Scheme.from_json(data["scheme"]),
+                "size": StorageSize.from_json(data["size"]),
+            }
+        )
+
+    @classmethod
+    def of(
+        cls,
+        layer: Layer,
+        weight_bits: int,
+        scheme: Scheme,
+        activation_bits: int | None = None,
+    ) -> Self:
+        """Return the candidate of ``layer`` with its sizes counted."""
+        size = storage_size(
+            layer.rows,
+            layer.columns,
+            weight_bits,
+            scheme,
+            full_precision_bits=layer.weight_format_bits,
+        )
+        activation = FULL_PRECISION_BITS if activation_bits is None else activation_bits
+        return cls(
+            layer=layer.name,
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            scheme=scheme,
+            size=size,
+            bit_ops=layer.n_macs * weight_bits * activation,
+            activation_size_bits=layer.n_inputs * activation,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What one decision group may become: one candidate for each of its layers."""
+
+    group: str
+    candidates: tuple[Candidate, ...]
+
+    def __post_init__(self) -> None:
+        """Check that there is something to choose."""
+        if not self.candidates:
+            msg = f"a row must hold one candidate per layer of its group; '{self.group}' has none"
+            raise InvalidInput(msg, group=self.group)
+
+    @property
+    def label(self) -> str:
+        """Short name; the members' labels joined when they differ."""
+        return "/".join(dict.fromkeys(c.label for c in self.candidates))
+
+
+RESOURCES = ("size_bits", "code_bits", "bit_ops", "activation_bits_max", "activation_bits_total")
+"""Resources that a table can price; ``latency_ns`` comes from a table of the user's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateTable:
+    """All rows of all decision groups, groups contiguous and in module order."""
+
+    rows: tuple[Row, ...]
+
+    def __post_init__(self) -> None:
+        """Check that groups are contiguous, non-empty and without duplicate rows."""
+        if not self.rows:
+            msg = "a candidate table must have at least one row; got none"
+            raise InvalidInput(msg)
+        seen: dict[str, set[tuple[Candidate, ...]]] = {}
+        previous = None
+        for row in self.rows:
+            if row.group != previous and row.group in seen:
+                msg = f"the rows of a group must be contiguous; '{row.group}' appears twice"
+                raise InvalidInput(msg, group=row.group)
+            known = seen.setdefault(row.group, set())
+            if row.candidates in known:
+                msg = f"a group must not list a candidate twice; '{row.group}' has {row.label}"
+                raise InvalidInput(msg, group=row.group)
+            known.add(row.candidates)
+            previous = row.group
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Group names in order."""
+        return tuple(dict.fromkeys(row.group for row in self.rows))
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """``i64[G+1]``: group ``g`` owns the rows ``offsets[g]:offsets[g+1]``."""
+        counts = dict.fromkeys(self.groups, 0)
+        for row in self.rows:
+            counts[row.group] += 1
+        return np.cumsum([0, *counts.values()], dtype=np.int64)
+
+    @property
+    def group_of_row(self) -> NDArray[np.int64]:
+        """``i64[n]``: index of the group that each row belongs to."""
+        index = {group: g for g, group in enumerate(self.groups)}
+        return np.array([index[row.group] for row in self.rows], dtype=np.int64)
+
+    def costs(self, resource: str) -> NDArray[np.int64]:
+        """Return ``i64[n]``: what each row takes of ``resource``.
+
+        ``activation_bits_max`` is the largest activation of the row: a limit on it forbids rows
+        rather than adding up.
+        """
+        if resource == "size_bits":
+            values = [sum(c.size_bits for c in row.candidates) for row in self.rows]
+        elif resource == "code_bits":
+            values = [sum(c.size.codes for c in row.candidates) for row in self.rows]
+        elif resource == "bit_ops":
+            values = [sum(c.bit_ops for c in row.candidates) for row in self.rows]
+        elif resource == "activation_bits_total":
+            values = [sum(c.activation_size_bits for c in row.candidates) for row in self.rows]
+        elif resource == "activation_bits_max":
+            values = [max(c.activation_size_bits for c in row.candidates) for row in self.rows]
+        else:
+            msg = f"a resource must be one of {', '.join(RESOURCES)}; got '{resource}'"
+            raise InvalidInput(msg, resource=resource)
+        return np.array(values, dtype=np.int64)
+
+    def decode(self, choice: Sequence[int]) -> tuple[Candidate, ...]:
+        """Return the chosen candidate of every layer.
+
+        Args:
+            choice: For each group, the index of the row **within** the group.
+
+        Raises:
+            InvalidInput: Wrong length, or an index outside its group.
+        """
+        offsets = self.offsets
+        if len(choice) != len(offsets) - 1:
+            groups = len(offsets) - 1
+            msg = f"a choice must name one row for each of {groups} groups; got {len(choice)}"
+            raise InvalidInput(msg)
+        chosen: list[Candidate] = []
+        for g, local in enumerate(choice):
+            if not 0 <= local < offsets[g + 1] - offsets[g]:
+                msg = f"group '{self.groups[g]}' has no row {local}"
+                raise InvalidInput(msg, group=self.groups[g], row=int(local))
+            chosen.extend(self.rows[offsets[g] + int(local)].candidates)
+        return tuple(chosen)
+
+    def digest(self) -> str:
+        """Return the content digest."""
+        return digest_json(self.to_json())
+
+    def to_json(self) -> JsonObject:
+        """Return the rows as plain JSON."""
+        return {
+            "rows": [
+                {"group": row.group, "candidates": [c.to_json() for c in row.candidates]}
+                for row in self.rows
+            ]
+        }
+
+    @classmethod
+    def from_json(cls, data: JsonObject) -> Self:
+        """Rebuild from ``to_json``."""
+        return cls(
+            rows=tuple(
+                Row(
+                    group=row["group"],
+                    candidates=tuple(Candidate.from_json(c) for c in row["candidates"]),
+                )
+                for row in data["rows"]
+            )
+        )
+
+
+def enumerate_candidates(
+    inventory: Inventory,
+    weight_bits: Sequence[int],
+    *,
+    scheme: Scheme | None = None,
+    activation_bits: int | None = None,
+    fixed: Mapping[str, int] | None = None,
+) -> CandidateTable:
+    """Return every permitted quantization of every decision group.
+
+    Layers of one group take the same bit-width (a tie). A group keeps its place where its first
+    layer stands in module order.
+
+    Args:
+        inventory: The model's layers, exclusions and ties already applied.
+        weight_bits: Bit-widths on offer, in any order.
+        scheme: How weights are quantized; the default is symmetric, per output channel, exact
+            least squares, fp32 scales.
+        activation_bits: Bit-width of every layer's input, or ``None``.
+        fixed: Pattern to bit-width: matching layers (and what they are tied to) get only it.
+
+    Raises:
+        InvalidInput: No bit-widths, an impossible one, or ties fixed to different widths.
+        UnknownLayer: A pattern of ``fixed`` matches nothing.
+    """
+    if not weight_bits:
+        msg = "at least one bit-width must be on offer; got none"
+        raise InvalidInput(msg)
+    if bad := sorted(set(weight_bits) - set(WEIGHT_BITS)):
+        msg = f"bit-widths must be among {', '.join(map(str, WEIGHT_BITS))}; got {bad}"
+        raise InvalidInput(msg, weight_bits=bad)
+    scheme = scheme or Scheme()
+    pinned: dict[str, int] = {}
+    group_of = {layer.name: layer.group for layer in inventory.layers}
+    for pattern, bits in (fixed or {}).items():
+        if bits not in WEIGHT_BITS:
+            msg = (
+                f"a fixed bit-width must be one of {', '.join(map(str, WEIGHT_BITS))}; "
+                f"got {pattern}={bits}"
+            )
+            raise InvalidInput(msg, pattern=pattern, weight_bits=bits)
+        for name in match_layers(pattern, inventory.layers):
+            group = group_of[name]
+            if pinned.setdefault(group, bits) != bits:
+                msg = (
+                    f"group '{group}' must be fixed to one bit-width; got {pinned[group]} and "
+                    f"{bits}; fix its layers alike or remove the tie"
+                )
+                raise InvalidInput(msg, group=group)
+    members: dict[str, list[Layer]] = {}
+    for layer in inventory.layers:
+        members.setdefault(layer.group, []).append(layer)
+    rows: list[Row] = []
+    for group, layers in members.items():
+        widths = [pinned[group]] if group in pinned else sorted(set(weight_bits))
+        for bits in widths:
+            chosen = tuple(Candidate.of(la, bits, scheme, activation_bits) for la in layers)
+            rows.append(Row(group=group, candidates=chosen))
+    return CandidateTable(rows=tuple(rows))

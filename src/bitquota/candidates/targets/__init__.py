@@ -1,0 +1,83 @@
+"""Deployment targets by name, each in a file of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bitquota.candidates.targets import (
+    coreml,
+    ct_vllm_humming,
+    ct_vllm_marlin,
+    gguf_k,
+    gguf_py,
+    gptq_vllm,
+    mcu,
+    mlx,
+    openvino_cpu,
+    ort_cpu,
+    ref_int,
+    tensorrt,
+    torchao,
+    vllm_cpu,
+)
+from bitquota.candidates.targets.target import StorageFormat, Target, Violation
+from bitquota.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bitquota.candidates.table import Candidate
+    from bitquota.plan import Plan
+
+TARGETS: dict[str, Target] = {
+    module.TARGET.name: module.TARGET
+    for module in (
+        ref_int,
+        ort_cpu,
+        openvino_cpu,
+        ct_vllm_marlin,
+        ct_vllm_humming,
+        vllm_cpu,
+        gptq_vllm,
+        gguf_py,
+        gguf_k,
+        mlx,
+        torchao,
+        coreml,
+        tensorrt,
+        mcu,
+    )
+}
+"""In order of how much of them was run here."""
+
+__all__ = [
+    "TARGETS",
+    "StorageFormat",
+    "Target",
+    "Violation",
+    "candidates_at",
+    "target_by_name",
+]
+
+
+def candidates_at(plan: Plan, weight_bits: Sequence[int]) -> tuple[Candidate, ...]:
+    """Return the plan's candidates at other bit-widths, stored as its target stores them.
+
+    Raises:
+        InvalidPlan: Not one bit-width for each layer, or one that the target cannot store.
+    """
+    if plan.target is None:
+        return plan.candidates_at(weight_bits)
+    return target_by_name(plan.target.name).candidates_at(plan, weight_bits)
+
+
+def target_by_name(name: str) -> Target:
+    """Return the target called ``name``.
+
+    Raises:
+        InvalidInput: There is none; the message lists them.
+    """
+    if name not in TARGETS:
+        msg = f"a target must be one of {', '.join(TARGETS)}; got '{name}'"
+        raise InvalidInput(msg, target=name)
+    return TARGETS[name]

@@ -1,0 +1,40 @@
+"""GGUF files written in Python: the block types of 32 weights that need no native build."""
+
+from __future__ import annotations
+
+from bitquota.candidates.storage import Granularity, ScaleFormat, Scheme
+from bitquota.candidates.targets.target import (
+    EMBEDDINGS,
+    FUSED_SIBLINGS,
+    LINEAR,
+    StorageFormat,
+    Target,
+    full_precision,
+)
+
+_BLOCK = Scheme(granularity=Granularity.GROUP, group_size=32, scale_format=ScaleFormat.FP16)
+
+TARGET = Target(
+    name="gguf-py",
+    summary="GGUF with Q4_0, Q5_0 and Q8_0 tensors, for llama.cpp and everything that reads it.",
+    versions={"gguf": "0.19"},
+    formats=(
+        *(
+            StorageFormat(
+                name=name,
+                weight_bits=bits,
+                scheme=_BLOCK,
+                kinds=LINEAR | EMBEDDINGS,
+                column_multiple=32,
+            )
+            for name, bits in (("Q4_0", 4), ("Q5_0", 5), ("Q8_0", 8))
+        ),
+        full_precision("F32"),
+    ),
+    exporter="gguf",
+    ties=FUSED_SIBLINGS,
+    runtime_options={
+        "--no-repack": "llama.cpp built with -march=native crashed on repacked blocks"
+    },
+    verified="run",
+)

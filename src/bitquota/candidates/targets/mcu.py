@@ -1,0 +1,17 @@
+"""Microcontroller kernels: 2, 4 and 8 bits per channel, activations of 8 bits everywhere."""
+
+from __future__ import annotations
+
+from bitquota.candidates.storage import Scheme
+from bitquota.candidates.targets.target import CONVOLUTIONS, LINEAR, Target, per_width
+
+TARGET = Target(
+    name="mcu",
+    summary="Packed integers for mixed-precision kernels on microcontrollers.",
+    versions={},
+    formats=per_width(
+        (2, 4, 8), Scheme(row_alignment_bits=8), name="int{bits}", kinds=CONVOLUTIONS | LINEAR
+    ),
+    exporter="ref-int",
+    activation_bits=8,
+)

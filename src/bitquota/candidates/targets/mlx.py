@@ -1,0 +1,42 @@
+"""MLX on Apple silicon: affine groups of 64 with a scale and a bias each."""
+
+from __future__ import annotations
+
+from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, Scheme
+from bitquota.candidates.targets.target import (
+    EMBEDDINGS,
+    LINEAR,
+    StorageFormat,
+    Target,
+    full_precision,
+)
+
+_AFFINE = Scheme(
+    grid=Grid.OFFSET,
+    granularity=Granularity.GROUP,
+    group_size=64,
+    scale_format=ScaleFormat.FP16,
+    row_alignment_bits=32,
+)
+
+TARGET = Target(
+    name="mlx",
+    summary="A 'quantization' section for MLX models, one entry per module.",
+    versions={"mlx": "0.32"},
+    formats=(
+        *(
+            StorageFormat(
+                name=f"affine{bits}-g64",
+                weight_bits=bits,
+                scheme=_AFFINE,
+                kinds=LINEAR | EMBEDDINGS,
+                column_multiple=64,
+                note="MLX fits its own scales and biases from the plan's widths",
+            )
+            for bits in (2, 3, 4, 5, 6, 8)
+        ),
+        full_precision(),
+    ),
+    exporter="mlx-config",
+    verified="run",
+)

@@ -1,0 +1,442 @@
+"""What a deployment target is: the formats it can store, the shapes and ties it demands.
+
+A target turns a model's inventory into the table of candidates that the solver may choose from,
+so that an illegal candidate is never seen, and checks any plan against the same rules. Sizes are
+those that the target's files really take. No torch here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from bitquota.candidates.layers import LayerKind, match_layers
+from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Scheme
+from bitquota.candidates.table import Candidate, CandidateTable, Row
+from bitquota.canonical import digest_json
+from bitquota.errors import InvalidInput, InvalidPlan, UnknownLayer
+from bitquota.plan import PlanTarget
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from bitquota.candidates.layers import Inventory, Layer, UnquantizedTensor
+    from bitquota.canonical import JsonObject
+    from bitquota.plan import Plan
+
+CONVOLUTIONS = frozenset(
+    {
+        LayerKind.CONV1D, LayerKind.CONV2D, LayerKind.CONV3D,
+        LayerKind.CONV_TRANSPOSE1D, LayerKind.CONV_TRANSPOSE2D, LayerKind.CONV_TRANSPOSE3D,
+    }
+)  # fmt: skip
+LINEAR = frozenset({LayerKind.LINEAR, LayerKind.LINEAR_TRANSPOSED})
+ALL_KINDS = frozenset(LayerKind)
+
+FUSED_SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+)
+"""Projections that serving engines fuse into one matrix, so that they must share a format."""
+
+EMBEDDINGS = frozenset({LayerKind.EMBEDDING})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageFormat:
+    """One way in which a target can store a weight.
+
+    Attributes:
+        name: The target's name for it, such as ``Q4_0`` or ``int4-g128``.
+        weight_bits: Bits of one code; 32 leaves the weight as it is.
+        scheme: The target's own quantizer.
+        kinds: Kinds of layer that can have it.
+        column_multiple: The weights per output channel must be a multiple of this.
+        row_multiple: The output channels must be a multiple of this.
+        note: What a user should know before choosing it, such as that it saves no time.
+    """
+
+    name: str
+    weight_bits: int
+    scheme: Scheme = field(default_factory=Scheme)
+    kinds: frozenset[LayerKind] = ALL_KINDS
+    column_multiple: int = 1
+    row_multiple: int = 1
+    note: str = ""
+
+    def refusal(self, layer: Layer) -> str | None:
+        """Return why ``layer`` cannot have this format, or ``None``."""
+        if layer.kind not in self.kinds:
+            return f"{self.name} is not for layers of kind {layer.kind}"
+        if layer.columns % self.column_multiple:
+            return (
+                f"{self.name} needs {self.column_multiple} to divide the {layer.columns} weights "
+                "per output channel"
+            )
+        if layer.rows % self.row_multiple:
+            return f"{self.name} needs {self.row_multiple} to divide the {layer.rows} rows"
+        return None
+
+    def describe(self) -> JsonObject:
+        """Return the format as plain JSON, with its bits per weight on a long row."""
+        return {
+            "name": self.name,
+            "weight_bits": self.weight_bits,
+            "bits_per_weight": self.bits_per_weight,
+            "scheme": self.scheme.to_json(),
+            "kinds": sorted(str(kind) for kind in self.kinds),
+            "column_multiple": self.column_multiple,
+            "row_multiple": self.row_multiple,
+            "note": self.note,
+        }
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of a row of 4,096 weights, scales and zero points included."""
+        from bitquota.candidates.storage import storage_size
+
+        return storage_size(1, 4096, self.weight_bits, self.scheme).total / 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Violation:
+    """One way in which a plan breaks a target's rules."""
+
+    layers: tuple[str, ...]
+    reason: str
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as plain JSON."""
+        return {"layers": list(self.layers), "reason": self.reason}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A deployment target.
+
+    Attributes:
+        name: What ``--target`` takes.
+        summary: One sentence.
+        versions: Packages and the versions that the rules were checked against.
+        formats: What it can store, smallest first; the first legal one of a bit-width counts.
+        exporter: Name of the exporter that writes its files (see ``bitquota.exports.export``).
+        ties: Lists of name patterns that its fusion demands to share a format.
+        exclude: Name patterns that it keeps in full precision.
+        excluded_kinds: Kinds of layer that it keeps in full precision.
+        activation_bits: Activation bit-width that it runs, or ``None`` for floating point.
+        runtime_options: Options that a runtime must be given for the numbers to hold.
+        verified: How the rules were checked: ``run``, ``read`` (in the shipped code) or
+            ``documented``.
+    """
+
+    name: str
+    summary: str
+    versions: Mapping[str, str]
+    formats: tuple[StorageFormat, ...]
+    exporter: str
+    ties: tuple[tuple[str, ...], ...] = ()
+    exclude: tuple[str, ...] = ()
+    excluded_kinds: frozenset[LayerKind] = frozenset()
+    activation_bits: int | None = None
+    runtime_options: Mapping[str, Any] = field(default_factory=dict)
+    verified: str = "documented"
+
+    @property
+    def version(self) -> str:
+        """Digest of the rules: it changes with formats, ties, exclusions and options."""
+        rules = self.describe()
+        return digest_json({k: v for k, v in rules.items() if k not in ("summary", "verified")})
+
+    def record(self) -> PlanTarget:
+        """Return what a plan for this target says of it."""
+        return PlanTarget(name=self.name, version=self.version, packages=dict(self.versions))
+
+    def exclusions(self, inventory: Inventory) -> dict[str, str]:
+        """Return the layers that stay in full precision, each with the reason."""
+        found: dict[str, str] = {}
+        for name in _matching(self.exclude, inventory):
+            found[name] = f"{self.name} keeps it in full precision"
+        for layer in inventory.layers:
+            if layer.kind in self.excluded_kinds:
+                found.setdefault(
+                    layer.name, f"{self.name} keeps layers of kind {layer.kind} in full precision"
+                )
+            elif not any(f.weight_bits < FULL_PRECISION_BITS for f in self.formats_for(layer)):
+                reasons = dict.fromkeys(
+                    reason
+                    for f in self.formats
+                    if f.weight_bits < FULL_PRECISION_BITS and (reason := f.refusal(layer))
+                )
+                found.setdefault(layer.name, next(iter(reasons), "no format is legal"))
+        return found
+
+    def prepare(self, inventory: Inventory) -> Inventory:
+        """Return ``inventory`` with the target's exclusions and ties applied.
+
+        Patterns that match no layer are passed over: they speak of architectures at large.
+
+        Raises:
+            InvalidInput: One of several layers that the runtime fuses was excluded before.
+        """
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.exclusions(inventory).items():
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            inventory = inventory.exclude(["re:" + "|".join(map(_quoted, names))], reason)
+        for tie in self.ties:
+            for siblings in _siblings(tie, inventory.layers):
+                if missing := self._excluded_siblings(tie, siblings, inventory.unquantized):
+                    msg = (
+                        f"'{self.name}' fuses {', '.join((*siblings, *missing))}, so they are "
+                        f"quantized together or not at all; {', '.join(missing)} is excluded: "
+                        "exclude all of them, or none"
+                    )
+                    raise InvalidInput(msg, target=self.name, layers=[*siblings, *missing])
+            known = [p for p in tie if _matching([p], inventory)]
+            if any(len(names) > 1 for names in _siblings(tie, inventory.layers)):
+                inventory = inventory.tie([known])
+        return inventory
+
+    def formats_for(self, layer: Layer) -> tuple[StorageFormat, ...]:
+        """Return the formats that ``layer`` can have: the first legal one of each bit-width."""
+        chosen: dict[int, StorageFormat] = {}
+        for storage in self.formats:
+            if storage.refusal(layer) is None:
+                chosen.setdefault(storage.weight_bits, storage)
+        return tuple(chosen.values())
+
+    def shared_widths(self, layers: Sequence[Layer]) -> tuple[int, ...]:
+        """Return the bit-widths that all ``layers`` of one group can have, smallest first."""
+        legal = [{f.weight_bits for f in self.formats_for(layer)} for layer in layers]
+        return tuple(sorted(set.intersection(*legal)))
+
+    def candidates(
+        self,
+        inventory: Inventory,
+        *,
+        weight_bits: Sequence[int] | None = None,
+        fixed: Mapping[str, int] | None = None,
+    ) -> CandidateTable:
+        """Return every legal quantization of every decision group.
+
+        Args:
+            inventory: From ``prepare``.
+            weight_bits: Offer only these of the target's bit-widths.
+            fixed: Layer pattern to bit-width, as in ``enumerate_candidates``.
+
+        Raises:
+            InvalidInput: A group is left without any format: the message names its layers.
+            UnknownLayer: A pattern of ``fixed`` matches nothing.
+        """
+        offered = None if weight_bits is None else set(weight_bits)
+        if offered is not None and not offered & {f.weight_bits for f in self.formats}:
+            msg = (
+                f"target '{self.name}' stores {self._widths()} bits; none of "
+                f"{sorted(offered)} is among them"
+            )
+            raise InvalidInput(msg, target=self.name)
+        pinned: dict[str, int] = {}
+        for pattern, bits in (fixed or {}).items():
+            for name in match_layers(pattern, inventory.layers):
+                pinned[inventory.layer(name).group] = bits
+        members: dict[str, list[Layer]] = {}
+        for layer in inventory.layers:
+            members.setdefault(layer.group, []).append(layer)
+        rows = []
+        for group, layers in members.items():
+            wanted = {pinned[group]} if group in pinned else offered
+            legal = [self.formats_for(layer) for layer in layers]
+            widths = [
+                bits for bits in self.shared_widths(layers) if wanted is None or bits in wanted
+            ]
+            if not widths:
+                names = ", ".join(layer.name for layer in layers)
+                asked = "" if wanted is None else f" of {sorted(wanted)}"
+                msg = (
+                    f"every group must have a format that target '{self.name}' can store; "
+                    f"{names} has none{asked}: exclude it, untie it, or offer other bit-widths"
+                )
+                raise InvalidInput(msg, target=self.name, layers=[la.name for la in layers])
+            by_layer = [{f.weight_bits: f for f in formats} for formats in legal]
+            for bits in widths:
+                row = tuple(
+                    self._candidate(layer, formats[bits])
+                    for layer, formats in zip(layers, by_layer, strict=True)
+                )
+                rows.append(Row(group=group, candidates=row))
+        return CandidateTable(rows=tuple(rows))
+
+    def candidates_at(self, plan: Plan, weight_bits: Sequence[int]) -> tuple[Candidate, ...]:
+        """Return the target's candidates at other bit-widths, layer by layer in the plan's order.
+
+        Raises:
+            InvalidPlan: Not one bit-width for each layer, or one that a layer cannot have.
+        """
+        if len(weight_bits) != len(plan.assignments):
+            msg = f"one bit-width per layer is needed, {len(plan.assignments)}; got {weight_bits}"
+            raise InvalidPlan(msg)
+        found = []
+        for a, bits in zip(plan.assignments, weight_bits, strict=True):
+            formats = {f.weight_bits: f for f in self.formats_for(a.layer)}
+            if bits not in formats:
+                msg = f"'{self.name}' cannot store layer '{a.layer.name}' at {bits} bits"
+                raise InvalidPlan(msg, layer=a.layer.name, weight_bits=bits)
+            found.append(self._candidate(a.layer, formats[bits]))
+        return tuple(found)
+
+    def check(self, plan: Plan) -> tuple[Violation, ...]:
+        """Return every rule that ``plan`` breaks; empty if the target can store it."""
+        found = [
+            Violation(layers=(a.layer.name,), reason=reason)
+            for a in plan.assignments
+            if (reason := self._refusal(a.layer, a.candidate))
+        ]
+        layers = [a.layer for a in plan.assignments]
+        chosen = {a.layer.name: a.candidate for a in plan.assignments}
+        for tie in self.ties:
+            for siblings in _siblings(tie, layers):
+                labels = {(chosen[n].label, chosen[n].scheme) for n in siblings}
+                missing = self._excluded_siblings(tie, siblings, plan.unquantized)
+                if len(labels) > 1 or missing:
+                    given = ", ".join(f"{n}={chosen[n].label}" for n in siblings)
+                    for name in missing:
+                        given += f", {name} in full precision"
+                    reason = f"the runtime fuses these layers, so they must share a format: {given}"
+                    found.append(Violation(layers=(*siblings, *missing), reason=reason))
+        return tuple(found)
+
+    def require(self, plan: Plan) -> None:
+        """Raise ``InvalidPlan`` with every layer named, unless the target can store ``plan``."""
+        if found := self.check(plan):
+            shown = "; ".join(f"{', '.join(v.layers)}: {v.reason}" for v in found[:5])
+            more = f" (and {len(found) - 5} more)" if len(found) > 5 else ""
+            msg = (
+                f"a plan for target '{self.name}' must keep its rules; {shown}{more}: make the "
+                f"plan with --target {self.name}"
+            )
+            raise InvalidPlan(
+                msg, target=self.name, violations=[violation.to_json() for violation in found]
+            )
+
+    def describe(self) -> JsonObject:
+        """Return everything as plain JSON."""
+        return {
+            "name": self.name,
+            "summary": self.summary,
+            "versions": dict(self.versions),
+            "formats": [f.describe() for f in self.formats],
+            "exporter": self.exporter,
+            "ties": [list(tie) for tie in self.ties],
+            "exclude": list(self.exclude),
+            "excluded_kinds": sorted(str(kind) for kind in self.excluded_kinds),
+            "activation_bits": self.activation_bits,
+            "runtime_options": dict(self.runtime_options),
+            "verified": self.verified,
+        }
+
+    def _candidate(self, layer: Layer, storage: StorageFormat) -> Candidate:
+        return Candidate.of(layer, storage.weight_bits, storage.scheme, self.activation_bits)
+
+    def _refusal(self, layer: Layer, candidate: Candidate) -> str | None:
+        if candidate.weight_bits == FULL_PRECISION_BITS:
+            return None
+        if layer.kind in self.excluded_kinds:
+            return f"layers of kind {layer.kind} stay in full precision"
+        same_width = [f for f in self.formats if f.weight_bits == candidate.weight_bits]
+        if not same_width:
+            return f"{candidate.weight_bits} bits is not one of its widths ({self._widths()})"
+        legal = {f.weight_bits: f for f in self.formats_for(layer)}.get(candidate.weight_bits)
+        if legal is None:
+            return "; ".join(reason for f in same_width if (reason := f.refusal(layer)))
+        if not _stored_alike(legal.scheme, candidate.scheme):
+            return f"stored as {_short(candidate.scheme)}, where it stores {_short(legal.scheme)}"
+        if candidate.activation_bits != self.activation_bits:
+            return f"activations of {candidate.activation_bits} bits are not what it runs"
+        return None
+
+    @staticmethod
+    def _excluded_siblings(
+        tie: tuple[str, ...], siblings: Sequence[str], unquantized: Sequence[UnquantizedTensor]
+    ) -> tuple[str, ...]:
+        """Return members of a fused group that stay in full precision."""
+        parents = {name.rpartition(".")[0] for name in siblings}
+        return tuple(
+            owner
+            for tensor in unquantized
+            if (owner := tensor.name.removesuffix(".weight")) != tensor.name
+            and owner.rpartition(".")[0] in parents
+            and owner.rpartition(".")[2] in tie
+        )
+
+    def _widths(self) -> str:
+        return ", ".join(map(str, sorted({f.weight_bits for f in self.formats})))
+
+
+def per_width(
+    widths: Sequence[int],
+    scheme: Callable[[int], Scheme] | Scheme,
+    *,
+    name: str = "int{bits}",
+    kinds: frozenset[LayerKind] = ALL_KINDS,
+    column_multiple: int = 1,
+) -> tuple[StorageFormat, ...]:
+    """Return one format for each bit-width."""
+    return tuple(
+        StorageFormat(
+            name=name.format(bits=bits),
+            weight_bits=bits,
+            scheme=scheme if isinstance(scheme, Scheme) else scheme(bits),
+            kinds=kinds,
+            column_multiple=column_multiple,
+        )
+        for bits in widths
+    )
+
+
+def full_precision(name: str = "as it is") -> StorageFormat:
+    """Return the format of a layer that is not quantized."""
+    return StorageFormat(name=name, weight_bits=FULL_PRECISION_BITS)
+
+
+def _matching(patterns: Sequence[str], inventory: Inventory) -> list[str]:
+    found: list[str] = []
+    for pattern in patterns:
+        try:
+            found += match_layers(pattern, inventory.layers)
+        except UnknownLayer:
+            continue
+    return found
+
+
+def _quoted(name: str) -> str:
+    import re
+
+    return re.escape(name)
+
+
+def _siblings(tie: tuple[str, ...], layers: Sequence[Layer]) -> list[tuple[str, ...]]:
+    """Return the layers that a tie of last name parts joins, per parent module."""
+    by_parent: dict[str, list[str]] = {}
+    for layer in layers:
+        parent, _, last = layer.name.rpartition(".")
+        if last in tie:
+            by_parent.setdefault(parent, []).append(layer.name)
+    return [tuple(names) for names in by_parent.values()]
+
+
+def _stored_alike(a: Scheme, b: Scheme) -> bool:
+    """Whether two schemes lead to the same files: how scales were fitted does not matter."""
+    return (
+        a.grid == b.grid
+        and a.granularity == b.granularity
+        and a.group_size == b.group_size
+        and a.scale_format == b.scale_format
+        and a.row_alignment_bits == b.row_alignment_bits
+    )
+
+
+def _short(scheme: Scheme) -> str:
+    group = f" of {scheme.group_size}" if scheme.granularity is Granularity.GROUP else ""
+    aligned = f", rows of {scheme.row_alignment_bits} bits" if scheme.row_alignment_bits else ""
+    return f"{scheme.grid} per {scheme.granularity}{group}, {scheme.scale_format} scales{aligned}"

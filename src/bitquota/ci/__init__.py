@@ -1,0 +1,1 @@
+"""``bitquota check``: plans kept in git and held to their limits."""

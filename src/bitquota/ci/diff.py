@@ -1,0 +1,123 @@
+"""What changed between two plans, for a pull request."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from bitquota.exports.receipt import describe_candidate
+
+if TYPE_CHECKING:
+    from bitquota.canonical import JsonObject
+    from bitquota.plan import Assignment, Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerChange:
+    """One layer that differs; ``None`` where a plan does not have it."""
+
+    layer: str
+    old: str | None
+    new: str | None
+    old_bits: int
+    new_bits: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanDiff:
+    """Two plans compared.
+
+    Attributes:
+        changes: Layers that differ, in the new plan's order; layers that went last.
+        facts: Name, old value and new value of everything else that differs.
+    """
+
+    changes: tuple[LayerChange, ...]
+    facts: tuple[tuple[str, str, str], ...]
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing differs."""
+        return not self.changes and not self.facts
+
+    def to_json(self) -> JsonObject:
+        """Return the differences as plain JSON."""
+        return {
+            "changes": [asdict(change) for change in self.changes],
+            "facts": [{"name": n, "old": a, "new": b} for n, a, b in self.facts],
+        }
+
+    def to_markdown(self) -> str:
+        """Return tables for a pull request; empty text if nothing differs."""
+        parts = []
+        if self.facts:
+            parts.append("| | old | new |\n|---|---|---|")
+            parts += [f"| {name} | {old} | {new} |" for name, old, new in self.facts]
+        if self.changes:
+            if parts:
+                parts.append("")
+            parts.append("| layer | old | new | bytes |\n|---|---|---|---|")
+            for c in self.changes:
+                change = (c.new_bits - c.old_bits) / 8
+                parts.append(f"| `{c.layer}` | {c.old or '—'} | {c.new or '—'} | {change:+,.0f} |")
+        return "\n".join(parts) + ("\n" if parts else "")
+
+
+def diff_plans(old: Plan, new: Plan) -> PlanDiff:
+    """Return what differs between two plans: layers, sizes, losses, model, corrections."""
+    before = {a.layer.name: a for a in old.assignments}
+    after = {a.layer.name: a for a in new.assignments}
+    changes = []
+    for name in (*after, *(n for n in before if n not in after)):
+        a, b = before.get(name), after.get(name)
+        if (a and a.candidate) != (b and b.candidate):
+            changes.append(
+                LayerChange(
+                    layer=name,
+                    old=_text(a),
+                    new=_text(b),
+                    old_bits=0 if a is None else a.candidate.size_bits,
+                    new_bits=0 if b is None else b.candidate.size_bits,
+                )
+            )
+    facts = [
+        (name, x, y) for (name, x), (_, y) in zip(_facts(old), _facts(new), strict=True) if x != y
+    ]
+    return PlanDiff(changes=tuple(changes), facts=tuple(facts))
+
+
+def _text(assignment: Assignment | None) -> str | None:
+    return None if assignment is None else describe_candidate(assignment.candidate)
+
+
+def _target(plan: Plan) -> str:
+    if plan.target is None:
+        return "none"
+    return f"{plan.target.name}, rules {plan.target.version.removeprefix('sha256:')[:12]}"
+
+
+def _facts(plan: Plan) -> list[tuple[str, str]]:
+    measured = plan.measured
+    loss = accuracy = "not measured"
+    if measured is not None:
+        loss = f"{measured.mean:.6g} ± {measured.standard_error:.2g} {measured.unit}"
+        if measured.accuracy is not None:
+            accuracy = f"{100 * measured.accuracy:.2f} %"
+    proof = plan.proof
+    gap = "none"
+    if proof is not None:
+        relative = proof.relative_gap
+        gap = proof.status + ("" if relative is None else f", gap {relative:.2%}")
+    return [
+        ("model", plan.model_digest[:23]),
+        ("target", _target(plan)),
+        ("size of the model", f"{plan.model_bits / 8:,.0f} bytes"),
+        ("average bits", f"{plan.average_bits:.4f}"),
+        ("stored bits per weight", f"{plan.effective_bits:.4f}"),
+        ("measured loss increase", loss),
+        ("accuracy on the hold-out", accuracy),
+        ("proof", gap),
+        ("chosen by", plan.selected),
+        ("corrections", ", ".join(map(str, plan.corrections)) or "none"),
+        ("budgets", ", ".join(b.text or f"{b.limit} {b.unit}" for b in plan.budgets) or "none"),
+    ]

@@ -1,0 +1,1 @@
+"""How good is this plan: what it costs on samples, with standard errors."""

@@ -1,0 +1,183 @@
+"""Apply a choice of candidates to a model, and measure what it really costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from bitquota.models.references import References
+from bitquota.models.running import (
+    DEFAULT_CHUNK,
+    cut,
+    inputs_of,
+    labels_of,
+    put_in_eval_mode,
+    run_module,
+)
+from bitquota.plan import MeasuredLoss
+from bitquota.progress import Progress, check_cancelled
+from bitquota.quantizers.apply import QuantizedWeights, apply_plan, as_change
+from bitquota.sensitivity.base import CODE_VERSION
+from bitquota.sensitivity.cache import MemoryLedger, ledger_key
+from bitquota.sensitivity.losses import n_correct
+from bitquota.sensitivity.recorder import checked_losses, standard_error
+from bitquota.sensitivity.runners.base import describe_change
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from bitquota.candidates.layers import Inventory
+    from bitquota.candidates.table import Candidate
+    from bitquota.corrections import Correction
+    from bitquota.models.calibration import CalibrationSet
+    from bitquota.progress import IsCancelled, OnProgress
+    from bitquota.sensitivity.cache import Ledger
+    from bitquota.sensitivity.losses import Loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ChoiceLoss:
+    """What a choice costs on every sample.
+
+    Attributes:
+        per_sample: f64[N], loss of the quantized model minus that of the full-precision model.
+        correct: f64[N], share of right answers of each sample, or ``None`` without labels.
+        unit: Unit of ``per_sample``.
+    """
+
+    per_sample: NDArray[np.float64]
+    correct: NDArray[np.float64] | None = None
+    unit: str = "nats/sample"
+
+    @property
+    def mean(self) -> float:
+        """Mean loss increase."""
+        return float(self.per_sample.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of ``mean`` over samples."""
+        return float(standard_error(self.per_sample))
+
+    @property
+    def accuracy(self) -> float | None:
+        """Top-1 accuracy between 0 and 1, or ``None`` without labels."""
+        return None if self.correct is None else float(self.correct.mean())
+
+    @property
+    def measured(self) -> MeasuredLoss:
+        """The summary that a plan stores."""
+        return MeasuredLoss(
+            mean=self.mean,
+            standard_error=self.standard_error,
+            n_samples=len(self.per_sample),
+            unit=self.unit,
+            accuracy=self.accuracy,
+        )
+
+    def paired(self, other: ChoiceLoss) -> tuple[float, float]:
+        """Return mean and standard error of (this loss minus the other's), sample by sample."""
+        difference = self.per_sample - other.per_sample
+        return float(difference.mean()), float(standard_error(difference))
+
+
+def measure_choice(
+    module: nn.Module,
+    inventory: Inventory,
+    candidates: Sequence[Candidate],
+    calibration: CalibrationSet,
+    loss: Loss,
+    *,
+    corrections: Sequence[Correction] = (),
+    correction_data: CalibrationSet | None = None,
+    activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None,
+    weights: QuantizedWeights | None = None,
+    origin: str = "",
+    ledger: Ledger | None = None,
+    on_progress: OnProgress | None = None,
+    cancelled: IsCancelled | None = None,
+    stage: str = "choice",
+    batch_size: int = DEFAULT_CHUNK,
+    references: References | None = None,
+) -> ChoiceLoss:
+    """Measure the loss increase of a choice on ``calibration``, corrections included.
+
+    Cost: two passes (full precision and quantized) and the passes of the corrections; what the
+    ledger holds is not run again, nor the full precision that ``references`` keep: one value for
+    all choices on the same module, samples, correction data and batch size. Exact up to the
+    model's own arithmetic. Arguments as in ``apply_plan``; ``candidates`` may be empty for the
+    full-precision model. ``origin`` is the digest of the samples behind ``activations`` and
+    ``weights``.
+
+    Raises:
+        InvalidCalibration: The model does not accept the samples, or labels are missing.
+        MeasurementFailed: A loss is not finite.
+        Cancelled: ``cancelled`` said so.
+    """
+    put_in_eval_mode(module)
+    book = MemoryLedger() if ledger is None else ledger
+    references = References() if references is None else references
+    chunks = cut(len(calibration), batch_size)
+    context = {
+        "kind": "choice",
+        "code": CODE_VERSION,
+        "model": inventory.model_digest,
+        "data": calibration.digest,
+        "loss": loss.name,
+    }
+    plan = {
+        "change": describe_change(as_change(candidates)),
+        "corrections": [str(c) for c in corrections],
+        "origin": origin,
+        "correction_data": correction_data.to_json() if corrections and correction_data else None,
+    }
+
+    def key(chunk: range, variant: object) -> str:
+        rows = list(calibration.indices[chunk.start : chunk.stop])
+        return ledger_key({**context, "indices": rows, "variant": variant})
+
+    quantized: nn.Module | None = None
+    increases: list[NDArray[np.float64]] = []
+    correct: list[NDArray[np.float64]] = []
+    for done, chunk in enumerate(chunks):
+        check_cancelled(cancelled, stage)
+        inputs, labels = inputs_of(calibration, chunk), labels_of(calibration, chunk)
+        keys = key(chunk, "reference"), key(chunk, plan)
+        found = book.get_many(keys)
+        if len(found) < 2:
+            if quantized is None:
+                quantized = apply_plan(
+                    module,
+                    inventory,
+                    candidates,
+                    corrections=corrections,
+                    correction_data=correction_data,
+                    activations=activations,
+                    weights=weights,
+                    references=references,
+                )
+            reference = references.get(done, partial(run_module, module, inputs))
+            for name, output in ((keys[0], reference), (keys[1], run_module(quantized, inputs))):
+                rows = [loss.per_sample(output, reference, labels)]
+                if labels is not None and labels.shape == output.shape[:-1]:
+                    rows.append(n_correct(output, labels))
+                found[name] = np.stack(checked_losses(torch.stack(rows), loss.name))
+            book.put_many(found)
+        start, end = found[keys[0]], found[keys[1]]
+        increases.append(end[0] - start[0])
+        if len(end) > 1:
+            correct.append(end[1])
+        if on_progress is not None:
+            on_progress(Progress(stage=stage, done=done + 1, total=len(chunks)))
+    return ChoiceLoss(
+        per_sample=np.concatenate(increases),
+        correct=np.concatenate(correct) if correct else None,
+        unit=loss.unit,
+    )

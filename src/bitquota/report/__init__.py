@@ -1,0 +1,1 @@
+"""Plans, matrices and comparisons for people: text, pictures, pages."""

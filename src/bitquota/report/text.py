@@ -1,0 +1,345 @@
+"""The report: what a plan is, what it cost to accuracy, and what simpler choices would have."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from bitquota.evaluate.scores import SHARES
+from bitquota.plan import SOLVER
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from bitquota.evaluate.scores import Estimate, Score
+    from bitquota.plan import Baseline, MeasuredLoss, Plan
+
+CLEAR_DIFFERENCE = 2.0
+"""Paired standard errors from which on a difference is called one."""
+
+
+FEW_SAMPLES = 30
+"""Hold-out samples below which a standard error is too uncertain to be read as one."""
+
+
+def format_size(bits: int) -> str:
+    """Return bits as a size for a person: ``97.6 KiB (99,926 B)``; bytes are rounded up."""
+    n_bytes = -(-bits // 8)
+    value, unit = float(n_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{n_bytes:,} B" if unit == "B" else f"{value:.1f} {unit} ({n_bytes:,} B)"
+
+
+def format_loss(measured: MeasuredLoss) -> str:
+    """Return mean and standard error with digits that fit the error; one sample has no error."""
+    if measured.n_samples == 1:
+        return f"{measured.mean:.4g} (1 sample)"
+    return f"{measured.mean:.4g} ± {measured.standard_error:.2g}"
+
+
+def best_uniform(plan: Plan) -> Baseline | None:
+    """Return the uniform baseline with the smallest measured loss, if there is one."""
+    uniform = [b for b in plan.baselines if b.name.startswith("uniform")]
+    return min(uniform, key=lambda b: b.measured.mean, default=None)
+
+
+def verdict(plan: Plan) -> str:
+    """Return one plain sentence: does mixing bit-widths help here?"""
+    uniform = best_uniform(plan)
+    if plan.selected.startswith("uniform"):
+        return (
+            f"Mixed precision does not help here: {plan.selected} measured best of all choices "
+            "within this budget, and is what you get."
+        )
+    if uniform is None:
+        return "No uniform plan fits this budget, so there is nothing uniform to compare with."
+    gain, error = uniform.paired_difference, uniform.paired_error
+    ratio = uniform.measured.mean / plan.measured.mean if plan.measured else 0.0
+    fewer = f"{uniform.name} ({format_size(uniform.size_bits)})"
+    if uniform.measured.n_samples == 1:
+        return (
+            "One hold-out sample cannot say whether mixed precision helps here; give more samples."
+        )
+    if gain == error == 0:
+        return (
+            f"Mixed precision does not help here: the plan measures the same as {fewer} on every "
+            "sample."
+        )
+    if gain <= CLEAR_DIFFERENCE * error:
+        return (
+            f"Mixed precision is not clearly better than {fewer} here: the loss is lower by "
+            f"{gain:.3g} ± {error:.2g}."
+        )
+    times = f", {ratio:.1f} times less" if ratio > 1 else ""
+    return (
+        f"Mixed precision helps: the loss increase is lower than that of {fewer} by "
+        f"{gain:.3g} ± {error:.2g}{times}."
+    )
+
+
+def proof_sentence(plan: Plan) -> str:
+    """Return one or two sentences on how far the choice can be from the best *predicted* one.
+
+    A proof speaks of the matrix around full precision; the choice was found by measurements.
+    """
+    proof = plan.proof
+    if proof is None or proof.bound is None:
+        return "The solver gave no bound."
+    how = "certified" if proof.certified else "reported by the solver, not certified"
+    gap = f"{proof.absolute_gap:.3g} absolute, {100 * (proof.relative_gap or 0.0):.3g} %"
+    # A metric scores in its own unit.
+    what = "gives a score" if plan.predicted is None else "predicts a loss increase"
+    found = (
+        f"The matrix around full precision {what} of {proof.objective:.4g}, and "
+        f"below {proof.bound:.4g} for no choice within the budget ({how}; gap {gap}; "
+        f"{proof.solver}, {proof.status})."
+    )
+    if proof.status == "optimal":
+        return found
+    return (
+        f"{found} The plan was chosen by measured losses, which that proof does not speak of: no "
+        "proof says that no other choice measures better."
+    )
+
+
+def evidence_sentences(plan: Plan) -> list[str]:
+    """Return what the plans measured as evidence say about predictions and about the plan."""
+    evidence = plan.evidence
+    if not evidence:
+        return []
+    points = evidence["points"]
+    kinds = [point["kind"] for point in points]
+    found = []
+    own = points[0]
+    correlations = [
+        f"{value:.2f} over {name}"
+        for name, value in (
+            ("all of them", evidence["rank_correlation"]),
+            ("the plan and its neighbours", evidence["near_correlation"]),
+        )
+        if value is not None
+    ]
+    # A matrix of another metric orders plans, in units of its own.
+    predicted = "" if plan.predicted is None else f"Predicted {own['predicted']:.4g}, measured "
+    single = plan.measured is not None and plan.measured.n_samples == 1
+    error = "" if single else f" ± {own['error']:.2g}"
+    found.append(
+        f"{predicted or 'Measured '}{own['measured']:.4g}{error}. "
+        f"Rank correlation of prediction and measurement ({kinds.count('near')} neighbours and "
+        f"{kinds.count('random')} random plans of the same budget): "
+        + (", ".join(correlations) or "none, nothing varies")
+        + "."
+    )
+    if "random" in kinds:
+        low, middle, high = evidence["random_band"]
+        worse = round(evidence["better_than_random"] * kinds.count("random"))
+        found.append(
+            f"Random plans of the same budget lose {low:.4g} to {high:.4g} (median {middle:.4g}); "
+            f"{worse} of {kinds.count('random')} measured worse than the plan."
+        )
+    return found
+
+
+def caution_sentences(plan: Plan) -> list[str]:
+    """Return what a reader must know where few hold-out samples stand behind the figures.
+
+    The standard error of ``n`` samples of a normal distribution is itself uncertain by about
+    ``1 / sqrt(2 (n - 1))`` of its value.
+    """
+    n = 0 if plan.measured is None else plan.measured.n_samples
+    if not 1 < n < FEW_SAMPLES:
+        return []
+    share = round(100 / math.sqrt(2 * (n - 1)))
+    sentence = (
+        f"Caution: only {n} hold-out samples stand behind these figures. Their standard errors are "
+        f"themselves uncertain by about {share} %: read nothing into small differences, or give "
+        f"more samples ({FEW_SAMPLES} to hold out at least)."
+    )
+    return [sentence]
+
+
+def hint_sentences(plan: Plan) -> list[str]:
+    """Return what would lose less at the same size, where the plan itself shows it."""
+    trained = str(plan.selected).startswith(("trained:", "learned:"))
+    has_statistics = any(t.name.endswith("running_var") for t in plan.unquantized)
+    if plan.corrections or trained or not has_statistics:
+        return []
+    sentence = (
+        "The model has batch norms, whose statistics do not fit quantized weights: the correction "
+        "'batch_norm_statistics' moves them, at no byte, and the plan is then made for that."
+    )
+    return [sentence]
+
+
+def comparison_rows(
+    plan: Plan, accuracies: Mapping[str, float] | None = None
+) -> list[dict[str, str]]:
+    """Return the plan and its baselines, best first, as rows of text.
+
+    Args:
+        plan: The plan.
+        accuracies: Test accuracy by name (``plan`` and the baselines' names), if measured.
+    """
+    entries: list[tuple[str, int, MeasuredLoss | None, str]] = [
+        ("plan" if plan.selected == SOLVER else f"plan (= {plan.selected})", plan.size_bits,
+         plan.measured, "")
+    ]  # fmt: skip
+    for b in sorted(plan.baselines, key=lambda b: b.measured.mean):
+        difference = f"+{b.paired_difference:.3g}"
+        if b.measured.n_samples > 1:
+            difference += f" ± {b.paired_error:.2g}"
+        entries.append((b.name, b.size_bits, b.measured, difference))
+    rows = []
+    for name, size_bits, measured, difference in entries:
+        row = {
+            "choice": name,
+            "stored weights": format_size(size_bits),
+            f"loss increase ({plan.loss})": "" if measured is None else format_loss(measured),
+            "worse than the plan by": difference,
+        }
+        if accuracies is not None:
+            key = "plan" if name.startswith("plan") else name
+            row["test accuracy"] = f"{100 * accuracies[key]:.2f} %" if key in accuracies else ""
+        rows.append(row)
+    return rows
+
+
+def score_rows(scores: Sequence[Score]) -> list[dict[str, str]]:
+    """Return one row of text for each metric, with one column for each model."""
+    columns = {score.name: _score_column(score) for score in scores}
+    names = dict.fromkeys(key for column in columns.values() for key in column)
+    return [
+        {"": name} | {model: column.get(name, "") for model, column in columns.items()}
+        for name in names
+    ]
+
+
+def score_sentences(scores: Sequence[Score]) -> list[str]:
+    """Return one line for each paired difference."""
+    return [
+        f"{score.name} minus {other}: "
+        + ", ".join(
+            f"{_TITLES.get(name, name)} {_format_estimate(name, estimate, signed=True)}"
+            for name, estimate in score.scores.differences[other].items()
+        )
+        for score in scores
+        for other in score.beside
+    ]
+
+
+_TITLES = {
+    "kl": "KL",
+    "same_top": "same top",
+    "top1": "top-1",
+    "cross_entropy": "cross entropy",
+    "embedding_cosine": "cosine",
+    "embedding_correlation": "correlation",
+}
+
+
+def _score_column(score: Score) -> dict[str, str]:
+    column = {"run as": "exported file" if score.kind == "exported" else "torch"}
+    if score.size_bits is not None:
+        column["weights"] = format_size(score.size_bits)
+    for name, estimate in score.scores.metrics.items():
+        column[_TITLES.get(name, name)] = _format_estimate(name, estimate)
+    if score.scores.kl_tail is not None:
+        column["KL, 99.9 %"] = f"{score.scores.kl_tail:.4g}"
+    if score.scores.perplexity is not None:
+        column["perplexity"] = f"{score.scores.perplexity:.4f}"
+    return column
+
+
+def _format_estimate(name: str, estimate: Estimate, *, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    if name in SHARES:
+        return f"{100 * estimate.mean:{sign}.2f} ± {100 * estimate.standard_error:.2f} %"
+    return f"{estimate.mean:{sign}.4g} ± {estimate.standard_error:.2g}"
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return rows with equal keys as a Markdown table."""
+    if not rows:
+        return ""
+    head = list(rows[0])
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(_escape(row[key]) for key in head) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def layer_rows(plan: Plan) -> list[dict[str, str]]:
+    """Return one row of text for each layer."""
+    return [
+        {
+            "layer": a.layer.name,
+            "kind": str(a.layer.kind),
+            "shape": "×".join(map(str, a.layer.weight_shape)),
+            "weights": f"{a.layer.n_weights:,}",
+            "candidate": a.candidate.label,
+            "stored": f"{-(-a.candidate.size_bits // 8):,} B",
+        }
+        for a in plan.assignments
+    ]
+
+
+def render_markdown(
+    plans: Sequence[Plan],
+    *,
+    title: str = "Bit allocation",
+    accuracies: Sequence[Mapping[str, float]] | None = None,
+) -> str:
+    """Return the whole report of one or several plans of one model as Markdown.
+
+    Args:
+        plans: One for each budget.
+        title: First heading.
+        accuracies: For each plan, test accuracy by name (see ``comparison_rows``);
+            ``full precision`` is shown in the heading when given.
+    """
+    parts = [f"# {_escape(title)}\n"]
+    for k, plan in enumerate(plans):
+        known = accuracies[k] if accuracies else None
+        asked = " + ".join(b.text or f"{b.limit} {b.unit}" for b in plan.budgets)
+        parts.append(f"## Budget {_escape(asked)}\n")
+        parts.append(verdict(plan) + "\n")
+        facts = [
+            (
+                f"Stored weights {format_size(plan.size_bits)}: {plan.average_bits:.3f} bits per "
+                f"weight in codes, {plan.effective_bits:.3f} with scales, zero points and padding; "
+                f"whole model {format_size(plan.model_bits)}."
+            ),
+            *caution_sentences(plan),
+            *hint_sentences(plan),
+            proof_sentence(plan),
+            *evidence_sentences(plan),
+        ]
+        if plan.measured is not None:
+            facts.append(
+                f"Measured on {plan.measured.n_samples} hold-out samples; unit "
+                f"{plan.measured.unit}; ± is one standard error."
+            )
+        if plan.target is not None:
+            facts.append(
+                f"Made for the deployment target {plan.target.name}: its formats, sizes, ties and "
+                "exclusions."
+            )
+        if plan.corrections:
+            facts.append(
+                "Everything here was measured with these corrections, which must ship with the "
+                "plan: " + ", ".join(str(c) for c in plan.corrections) + "."
+            )
+        if known and "full precision" in known:
+            facts.append(f"Full precision scores {100 * known['full precision']:.2f} % on test.")
+        parts.append("\n".join(f"- {fact}" for fact in facts) + "\n")
+        parts.append(markdown_table(comparison_rows(plan, known)))
+        parts.append("<details><summary>Layers</summary>\n\n" + markdown_table(layer_rows(plan)))
+        parts.append("</details>\n")
+        parts.append(f"Plan `{plan.digest()}` for model `{plan.model_digest}`.\n")
+    return "\n".join(parts)

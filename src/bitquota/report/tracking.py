@@ -1,0 +1,160 @@
+"""Experiment trackers: plans and checks as runs beside a team's other experiments.
+
+A tracker is optional (``bitquota[mlflow]``) and finds its server as its own documentation says
+(``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from bitquota.errors import InvalidInput, MissingDependency, ServiceError
+from bitquota.report import text as report
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from bitquota.plan import MeasuredLoss, Plan
+
+TRACKERS = ("mlflow",)
+_LONGEST_PARAMETER = 500
+
+
+def require_tracker(name: str) -> None:
+    """Raise unless ``name`` is a tracker whose package is installed; cheap enough to ask first.
+
+    Raises:
+        InvalidInput: No tracker of that name.
+        MissingDependency: Its package is missing.
+    """
+    if name not in TRACKERS:
+        msg = f"a tracker must be one of {', '.join(TRACKERS)}; got '{name}'"
+        raise InvalidInput(msg, tracker=name)
+    try:
+        import mlflow  # noqa: F401  # only whether it is there
+    except ImportError as err:
+        msg = "logging to mlflow needs the package mlflow-skinny: pip install 'bitquota[mlflow]'"
+        raise MissingDependency(msg) from err
+
+
+def log_plans(plans: Sequence[Plan], *, tracker: str, source: str) -> list[str]:
+    """Log each plan as a run: what was asked, what was measured, the plan and its report.
+
+    Args:
+        plans: Plans of one model.
+        tracker: Name of the tracker.
+        source: What the model was called, for the run's name.
+
+    Returns:
+        Identifiers of the runs.
+
+    Raises:
+        ServiceError: The tracker did not take a run.
+    """
+    runs = []
+    for plan in plans:
+        asked = " + ".join(b.text or f"{b.limit} {b.unit}" for b in plan.budgets)
+        proof = plan.proof
+        metrics = {
+            "size_bytes": plan.model_bits / 8,
+            "average_bits": plan.average_bits,
+            "effective_bits": plan.effective_bits,
+            "predicted_loss_increase": plan.predicted,
+            **_measurement("", plan.measured),
+            "bound": None if proof is None else proof.bound,
+            "absolute_gap": None if proof is None else proof.absolute_gap,
+        }
+        for baseline in plan.baselines:
+            metrics |= _measurement(f"baselines/{baseline.name}/", baseline.measured)
+        runs.append(
+            _log(
+                tracker,
+                name=f"{source} at {asked}",
+                parameters={
+                    "model_digest": plan.model_digest,
+                    "plan_digest": plan.digest(),
+                    "budget": asked,
+                    "loss": plan.loss,
+                    "selected": plan.selected,
+                    "corrections": ", ".join(map(str, plan.corrections)) or "none",
+                    "weight_bits": ",".join(map(str, plan.weight_bits)),
+                },
+                metrics=metrics,
+                files={
+                    "plan.json": plan.dumps(),
+                    "report.md": report.render_markdown([plan], title=f"Plan of {source}"),
+                },
+            )
+        )
+    return runs
+
+
+def log_check(
+    name: str,
+    *,
+    tracker: str,
+    outcomes: Mapping[str, str],
+    measured: MeasuredLoss | None,
+    exit_code: int,
+    summary: str,
+) -> str:
+    """Log the check of a lock file as a run, and return the run's identifier.
+
+    Args:
+        name: Of the lock file.
+        tracker: Name of the tracker.
+        outcomes: Check to ``passed``, ``failed``, ``stale`` or ``skipped``.
+        measured: A fresh measurement, if one was made.
+        exit_code: Of the command.
+        summary: The table as Markdown.
+
+    Raises:
+        ServiceError: The tracker did not take the run.
+    """
+    return _log(
+        tracker,
+        name=f"check of {name}",
+        parameters=dict(outcomes),
+        metrics={"exit_code": exit_code, **_measurement("", measured)},
+        files={"check.md": summary},
+    )
+
+
+def _measurement(prefix: str, measured: MeasuredLoss | None) -> dict[str, float | None]:
+    if measured is None:
+        return {}
+    return {
+        f"{prefix}loss_increase": measured.mean,
+        f"{prefix}loss_increase_error": measured.standard_error,
+        f"{prefix}accuracy": measured.accuracy,
+    }
+
+
+def _log(
+    tracker: str,
+    *,
+    name: str,
+    parameters: Mapping[str, str],
+    metrics: Mapping[str, float | None],
+    files: Mapping[str, str],
+) -> str:
+    require_tracker(tracker)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with mlflow.start_run(run_name=name) as run:
+            mlflow.log_params({_key(k): v[:_LONGEST_PARAMETER] for k, v in parameters.items()})
+            mlflow.log_metrics({_key(k): v for k, v in metrics.items() if v is not None})
+            for file, text in files.items():
+                mlflow.log_text(text, file)
+            return str(run.info.run_id)
+    except (MlflowException, OSError) as err:
+        msg = f"{tracker} must take the run '{name}'; it said: {err}"
+        raise ServiceError(msg, tracker=tracker) from err
+
+
+def _key(name: str) -> str:
+    """Return a name that trackers take: letters, digits and a few signs."""
+    return re.sub(r"[^\w./ -]", "_", name)

@@ -1,0 +1,1 @@
+"""From a sensitivity matrix and budgets to the choice that measures best."""

@@ -1,0 +1,584 @@
+"""Allocate: a model, a calibration set and budgets in; measured, certified plans out."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import bitquota
+from bitquota.candidates.targets import candidates_at
+from bitquota.corrections import Correction
+from bitquota.errors import BudgetTooSmall, Infeasible, InvalidInput
+from bitquota.evaluate.choice import ChoiceLoss, measure_choice
+from bitquota.models.loaded import check_model
+from bitquota.models.references import References
+from bitquota.models.samples import check_calibration
+from bitquota.plan import SOLVER, Assignment, Baseline, MeasuredLoss, Plan, Proof
+from bitquota.progress import Progress
+from bitquota.quantizers.apply import QuantizedWeights
+from bitquota.quantizers.corrections import fold_batch_norm
+from bitquota.search.baselines import baseline_choices, size_only, weight_mse
+from bitquota.search.evidence import gather_evidence
+from bitquota.search.neighborhood import Limits
+from bitquota.search.refine import RefineSettings, refine
+from bitquota.search.robust import project
+from bitquota.sensitivity.importers import check_importance
+from bitquota.sensitivity.losses import loss_by_name
+from bitquota.sensitivity.measures.gram import measure_differences
+from bitquota.sensitivity.registry import measure_by_name
+from bitquota.setting import Setting, choose_device, inventory_of, prepare
+from bitquota.solver import Problem, Status, build_problem, solve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from bitquota.candidates.budget import Budget
+    from bitquota.candidates.layers import Inventory
+    from bitquota.canonical import JsonObject
+    from bitquota.matrix import SensitivityMatrix
+    from bitquota.models.calibration import CalibrationSet
+    from bitquota.models.loaded import LoadedModel
+    from bitquota.progress import IsCancelled, OnProgress
+    from bitquota.request import PlanRequest
+    from bitquota.search.neighborhood import Choice
+    from bitquota.search.refine import Linearisation
+    from bitquota.sensitivity.cache import Ledger
+    from bitquota.sensitivity.losses import Loss
+    from bitquota.sensitivity.measures.gram import OutputDifferences
+    from bitquota.sensitivity.runners.base import Runner
+    from bitquota.solver import Solution
+
+GRAM = "gram"
+"""The measure that ``auto`` stands for."""
+
+MEASURES_OF_THE_LOSS = frozenset({"auto", GRAM, "pairs", "diagonal"})
+"""Measures whose diagonal is the measured loss of single rows."""
+
+_REFINEMENT = {True: RefineSettings(), False: RefineSettings(iterations=0, swap_rounds=0)}
+"""Without refinement what is left are the proposals from one matrix, measured."""
+
+PROPOSAL_GAP = 1e-3
+"""Proposals of the refinement are measured anyway: a proof of the last digits buys nothing."""
+
+SOLVER_NODES = 50_000
+"""Branch-and-bound nodes for one final solve; the gap that is left is reported."""
+
+PROPOSAL_NODES = 200
+"""Branch-and-bound nodes for one proposal; a count, so that plans do not depend on speed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """What ``allocate`` returns.
+
+    Attributes:
+        plans: One for each budget of the request.
+        matrix: The sensitivity matrix around full precision.
+        inventory: The model's tensors.
+        passes: Forward-equivalents that this call ran for matrix, refinement and evidence, in
+            passes over the calibration samples; what the ledger already held is not counted.
+    """
+
+    plans: tuple[Plan, ...]
+    matrix: SensitivityMatrix
+    inventory: Inventory
+    passes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """The loss of one choice on a labelled set.
+
+    Attributes:
+        plan_index: Which of the plans, or ``None`` for full precision.
+        name: ``full precision``, ``plan``, or the baseline's name.
+        measured: Loss increase and accuracy.
+    """
+
+    plan_index: int | None
+    name: str
+    measured: MeasuredLoss
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as plain JSON."""
+        return {
+            "plan_index": self.plan_index,
+            "name": self.name,
+            "measured": self.measured.to_json(),
+        }
+
+
+def allocate(
+    model: LoadedModel,
+    calibration: CalibrationSet,
+    request: PlanRequest,
+    *,
+    ledger: Ledger,
+    on_progress: OnProgress | None = None,
+    cancelled: IsCancelled | None = None,
+    device: str = "auto",
+    loss: Loss | None = None,
+) -> Allocation:
+    """Measure the model, solve for every budget, verify by measuring, and return the best.
+
+    The plan of a budget is the choice with the smallest *measured* loss on the hold-out part of
+    the calibration set among the refined choice and all baselines that fit the same budget, so
+    it never loses to one of its own baselines there. The hold-out part has also decided between
+    the steps of the refinement: its figures are a little better than those of new samples.
+
+    Args:
+        model: From ``bitquota.models.load_model``.
+        calibration: From ``bitquota.models.load_calibration``.
+        request: Budgets, candidates and how to measure.
+        ledger: Where measurements are kept; what it holds is not measured again.
+        on_progress: Called after every step.
+        cancelled: Asked between steps; once it answers true, ``Cancelled`` is raised.
+        device: ``auto`` takes a GPU where there is one.
+        loss: A loss of your own (such as ``CustomLoss``) instead of the one that the request
+            names; its ``name`` must change whenever what it computes does.
+
+    Raises:
+        InvalidInput: The request does not fit the model or the calibration set.
+        BudgetTooSmall: A budget is below the smallest plan; nothing was measured.
+        MeasurementFailed: A loss is not finite.
+        Cancelled: ``cancelled`` answered true; the ledger keeps what was measured.
+
+    Cost: that of the measure around full precision once; for each budget about ten passes of
+    measured proposals, thirteen of evidence and ten over the hold-out samples; with
+    ``request.refine`` at most ``RefineSettings.effort`` times the measure around full precision
+    more, for linearisations around plans and measured swaps.
+    """
+    if not request.budgets:
+        msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
+        raise InvalidInput(msg)
+    setting = prepare(
+        model, calibration, request, ledger=ledger, device=device, on_progress=on_progress,
+        cancelled=cancelled, loss=loss,
+    )  # fmt: skip
+    budgets = [setting.budgets(text) for text in request.budgets]
+    runner = setting.runner()
+    source = _measure(setting, runner)
+    made = [runner]
+
+    def runner_on(samples: CalibrationSet) -> Runner:
+        made.append(setting.runner(samples))
+        return made[-1]
+
+    # Samples that decide: the hold-out part, then further ones, then those of the measurement.
+    holdout = runner_on(setting.holdout)
+    further: list[Callable[[], Runner]] = [cache(partial(runner_on, s)) for s in setting.spare]
+    judge: tuple[Runner | Callable[[], Runner], ...] = (holdout, *further, runner)
+    problems = [build_problem(source.matrix, together) for together in budgets]
+    outcomes: dict[int, _Outcome] = {}
+    warm: Linearisation | None = None
+    # Downwards: what was measured around the plan of a larger budget proposes one for the next.
+    for k in sorted(range(len(budgets)), key=lambda k: -_room(problems[k])):
+        known = [outcome.choice for outcome in outcomes.values()]
+        outcomes[k] = _search(setting, runner, judge, source, budgets[k], problems[k], known, warm)
+        warm = outcomes[k].last
+    choices = [outcomes[k].choice for k in range(len(budgets))]
+    plans = tuple(
+        _plan(setting, holdout, source, together, problems[k], outcomes[k], choices,
+              f"budget {k + 1} of {len(budgets)}")
+        for k, together in enumerate(budgets)
+    )  # fmt: skip
+    return Allocation(
+        plans=plans,
+        matrix=source.matrix,
+        inventory=setting.inventory,
+        passes=sum(r.passes.passes * len(r.calibration) for r in made) / len(setting.fit),
+    )
+
+
+def measure_matrix(
+    model: LoadedModel,
+    calibration: CalibrationSet,
+    request: PlanRequest,
+    *,
+    ledger: Ledger,
+    on_progress: OnProgress | None = None,
+    cancelled: IsCancelled | None = None,
+    device: str = "auto",
+    loss: Loss | None = None,
+) -> SensitivityMatrix:
+    """Measure the sensitivity matrix of ``request`` alone; arguments and errors of ``allocate``."""
+    setting = prepare(
+        model, calibration, request, ledger=ledger, device=device, on_progress=on_progress,
+        cancelled=cancelled, loss=loss,
+    )  # fmt: skip
+    return _measure(setting, setting.runner()).matrix
+
+
+def evaluate_plans(
+    model: LoadedModel,
+    data: CalibrationSet,
+    plans: Sequence[Plan],
+    *,
+    correction_data: CalibrationSet | None = None,
+    with_baselines: bool = False,
+    loss: str = "kl",
+    device: str = "auto",
+    on_progress: OnProgress | None = None,
+) -> list[Evaluation]:
+    """Run the model in full precision and under each plan on ``data``.
+
+    Args:
+        model: The model that the plans were made for.
+        data: Samples, labelled if accuracies are wanted.
+        plans: What to evaluate.
+        correction_data: Unlabelled samples for the plans' corrections; ``data`` itself is never
+            used for them.
+        with_baselines: Also evaluate every baseline of every plan, with the plan's corrections.
+        loss: Name of the loss.
+        device: ``auto`` takes a GPU where there is one.
+        on_progress: Called after every batch.
+
+    Raises:
+        StalePlan: A plan was made for another model, or with another importance matrix.
+        InvalidInput: A plan has corrections and ``correction_data`` is missing.
+
+    Cost: two forward passes over ``data`` for each choice.
+    """
+    where = choose_device(device)
+    function = loss_by_name(loss)
+    check_calibration(model, data)
+    samples = data.to(where)
+    correcting = None if correction_data is None else correction_data.to(where)
+    plain = copy.deepcopy(model.module).to(where).eval()
+    inventory = inventory_of(plain, model, samples)
+    outputs = References()
+    reference = measure_choice(
+        plain, inventory, (), samples, function, on_progress=on_progress, references=outputs
+    )
+    found = [Evaluation(plan_index=None, name="full precision", measured=reference.measured)]
+    for k, plan in enumerate(plans):
+        check_model(plan, model)
+        module, described, kept = plain, inventory, outputs
+        if Correction.FOLD_BATCH_NORM in plan.corrections:
+            module, kept = fold_batch_norm(plain, samples.first(2).inputs), References()
+            described = inventory_of(module, model, samples)
+        columns = check_importance(plan, model.imatrix, described)
+        measure = partial(
+            measure_choice,
+            module,
+            described,
+            calibration=samples,
+            loss=function,
+            corrections=plan.corrections,
+            correction_data=correcting,
+            on_progress=on_progress,
+            weights=QuantizedWeights(module, described, importance=columns),
+            references=kept,
+        )
+        chosen = [a.candidate for a in plan.assignments]
+        found.append(
+            Evaluation(plan_index=k, name="plan", measured=measure(candidates=chosen).measured)
+        )
+        for baseline in plan.baselines if with_baselines else ():
+            measured = measure(candidates=candidates_at(plan, baseline.weight_bits)).measured
+            found.append(Evaluation(plan_index=k, name=baseline.name, measured=measured))
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Source:
+    """What was measured around full precision.
+
+    Attributes:
+        matrix: Singles, and cross terms if the measure has them.
+        differences: Output differences, when refinement will want them.
+        scores: Simpler matrices whose solutions are the baselines, by name.
+    """
+
+    matrix: SensitivityMatrix
+    differences: OutputDifferences | None
+    scores: dict[str, SensitivityMatrix]
+
+
+def _measure(setting: Setting, runner: Runner) -> _Source:
+    differences = None
+    if setting.request.measure in ("auto", GRAM):
+        matrix, differences = measure_differences(
+            runner,
+            setting.table,
+            setting.loss,
+            ledger=setting.ledger,
+            on_progress=setting.on_progress,
+            cancelled=setting.cancelled,
+        )
+    else:
+        matrix = measure_by_name(setting.request.measure).measure(
+            runner,
+            setting.table,
+            setting.loss,
+            ledger=setting.ledger,
+            on_progress=setting.on_progress,
+            cancelled=setting.cancelled,
+        )
+    scores = {
+        "size only": size_only(setting.table),
+        "weight MSE": weight_mse(
+            setting.module, setting.inventory, setting.table, weights=setting.weights
+        ),
+        _named(setting): replace(matrix, cross=None, cross_error=None),
+    }
+    return _Source(matrix=matrix, differences=differences, scores=scores)
+
+
+def _named(setting: Setting) -> str:
+    """Return what the diagonal of the measured matrix is called among the baselines."""
+    if setting.request.measure in MEASURES_OF_THE_LOSS:
+        return f"one-layer {setting.loss.name}"
+    return setting.request.measure
+
+
+def _solve(setting: Setting, problem: Problem) -> Solution:
+    solution = solve(
+        problem,
+        backend=setting.request.solver,
+        gap=setting.request.gap,
+        node_limit=SOLVER_NODES,
+        time_limit_s=setting.request.time_limit_s,
+        seed=setting.request.seed,
+        cancelled=setting.cancelled,
+    )
+    if solution.choice is None:
+        msg = (
+            f"some choice must satisfy all budgets together; the solver ended "
+            f"'{solution.status}': raise a budget, or give the solver more time"
+        )
+        raise Infeasible(msg, status=str(solution.status))
+    return solution
+
+
+def _choice(solution: Solution) -> Choice:
+    assert solution.choice is not None  # noqa: S101  # _solve raises otherwise
+    return tuple(int(c) for c in solution.choice)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Outcome:
+    """What was found for one budget.
+
+    Attributes:
+        choice: The refined choice.
+        baselines: Simpler choices within the budget, by name.
+        optimum: The solver's answer for the matrix around full precision.
+        last: The last linearisation of the refinement.
+    """
+
+    choice: Choice
+    baselines: dict[str, Choice]
+    optimum: Solution
+    last: Linearisation
+
+
+def _room(problem: Problem) -> float:
+    """Return how much a budget allows: the smallest limit, as a share of the dearest choice."""
+    starts = problem.offsets[:-1]
+    dearest = np.maximum.reduceat(problem.costs, starts, axis=1).sum(axis=1)
+    return float(min(problem.limits / np.maximum(dearest, 1), default=1.0))
+
+
+def _limits(problem: Problem) -> Limits:
+    # Rows that are forbidden outright become one more integer limit: none may be taken.
+    return Limits(
+        costs=np.vstack([problem.costs, ~problem.allowed[None, :]]).astype(np.int64),
+        limits=np.append(problem.limits, np.int64(0)),
+    )
+
+
+def _search(
+    setting: Setting,
+    runner: Runner,
+    judge: Sequence[Runner | Callable[[], Runner]],
+    source: _Source,
+    budgets: tuple[Budget, ...],
+    problem: Problem,
+    known: Sequence[Choice],
+    warm: Linearisation | None,
+) -> _Outcome:
+    """Solve one budget, and refine the best of that and of all simpler choices."""
+    optimum = _solve(setting, problem)
+    simple = baseline_choices(setting.table)
+    baselines = {name: choice for name, choice in simple.items() if problem.is_feasible(choice)}
+    for name, score in source.scores.items():
+        baselines[name] = _choice(_solve(setting, build_problem(score, budgets)))
+    starts = {"matrix": _choice(optimum)} | baselines
+    starts |= {f"of another budget {k + 1}": choice for k, choice in enumerate(known)}
+    if source.matrix.cross is not None:
+        # The exact optimum of a noisy matrix stacks its errors; that of the tamer projection is
+        # often better in truth. Both are only proposals: measurements decide.
+        tamed = _solve(setting, build_problem(project(source.matrix), budgets))
+        starts["projected"] = _choice(tamed)
+
+    def propose(matrix: SensitivityMatrix, limits: Limits) -> Choice | None:
+        try:
+            solution = solve(
+                _with_matrix(problem, matrix, limits),
+                backend=setting.request.solver,
+                gap=max(PROPOSAL_GAP, setting.request.gap),
+                node_limit=PROPOSAL_NODES,
+                seed=setting.request.seed,
+                cancelled=setting.cancelled,
+            )
+        except (BudgetTooSmall, Infeasible):
+            return None  # a trust region may leave nothing
+        return None if solution.choice is None else _choice(solution)
+
+    found = refine(
+        runner,
+        setting.table,
+        setting.loss,
+        limits=_limits(problem),
+        solve=propose,
+        starts=starts,
+        judge=judge,
+        first=(source.matrix, source.differences),
+        warm=warm,
+        settings=_REFINEMENT[setting.request.refine],
+        ledger=setting.ledger,
+        on_progress=setting.on_progress,
+        cancelled=setting.cancelled,
+    )
+    return _Outcome(choice=found.choice, baselines=baselines, optimum=optimum, last=found.last)
+
+
+def _with_matrix(problem: Problem, matrix: SensitivityMatrix, limits: Limits) -> Problem:
+    """Return the problem of another matrix over the same groups within other limits."""
+    return Problem(
+        diagonal=matrix.diagonal,
+        cross=matrix.cross,
+        offsets=problem.offsets,
+        costs=limits.costs,
+        limits=limits.limits,
+        groups=problem.groups,
+        labels=problem.labels,
+        constant=matrix.constant,
+    )
+
+
+def _plan(
+    setting: Setting,
+    holdout: Runner,
+    source: _Source,
+    budgets: tuple[Budget, ...],
+    problem: Problem,
+    outcome: _Outcome,
+    others: Sequence[Choice],
+    stage: str,
+) -> Plan:
+    """Measure what was found and the baselines on the hold-out, return the best as a plan."""
+    own = {f"refined {k}": c for k, c in enumerate(dict.fromkeys((outcome.choice, *others)))}
+    own = {name: choice for name, choice in own.items() if problem.is_feasible(choice)}
+    measured = _measure_choices(setting, own | outcome.baselines, stage)
+    # Ties go to the refined choice, which comes first.
+    refined = min(own, key=lambda name: measured[name].mean)
+    choices = {SOLVER: own[refined], **outcome.baselines}
+    measured[SOLVER] = measured[refined]
+    best = min(choices, key=lambda name: measured[name].mean)
+    solution = outcome.optimum
+    objective = problem.evaluate(choices[best])
+    status = solution.status
+    if choices[best] != _choice(solution):
+        # A choice that measured better need not be the optimum of the matrix.
+        within = objective - solution.bound <= setting.request.gap * abs(objective)
+        status = Status.OPTIMAL if within else Status.FEASIBLE
+    evidence = gather_evidence(
+        holdout,
+        setting.table,
+        setting.loss,
+        limits=_limits(problem),
+        choice=choices[best],
+        predict=source.matrix.predict,
+        seed=setting.request.seed,
+        ledger=setting.ledger,
+        on_progress=setting.on_progress,
+        cancelled=setting.cancelled,
+    )
+    chosen = setting.table.decode(choices[best])
+    by_layer = {candidate.layer: candidate for candidate in chosen}
+    return Plan(
+        model_digest=setting.inventory.model_digest,
+        assignments=tuple(
+            Assignment(layer=layer, candidate=by_layer[layer.name])
+            for layer in setting.inventory.layers
+        ),
+        unquantized=setting.inventory.unquantized,
+        budgets=budgets,
+        corrections=setting.request.corrections,
+        selected=best,
+        # A metric's score is in its own unit: no loss increase.
+        predicted=(
+            source.matrix.predict(choices[best])
+            if source.matrix.loss == setting.loss.name
+            else None
+        ),
+        measured=measured[best].measured,
+        proof=Proof(
+            status=str(status),
+            limit=None if solution.limit is None else str(solution.limit),
+            objective=objective,
+            bound=solution.bound,
+            solver=solution.backend,
+            matrix_digest=source.matrix.digest(),
+            certified=solution.certificate is not None,
+        ),
+        baselines=tuple(
+            _baseline(setting, name, choices[name], measured[name], measured[best])
+            for name in choices
+            if name != SOLVER or best != SOLVER
+        ),
+        loss=setting.loss.name,
+        provenance={
+            "request": setting.request.to_json(),
+            "fit": setting.fit.to_json(),
+            "holdout": setting.holdout.to_json(),
+            "correcting": setting.correcting.to_json() if setting.request.corrections else None,
+            "matrix": source.matrix.provenance,
+            "bitquota": bitquota.__version__,
+        }
+        | ({"importance": setting.importance.digest} if setting.importance else {}),
+        target=None if setting.target is None else setting.target.record(),
+        evidence=evidence.to_json(),
+    )
+
+
+def _measure_choices(
+    setting: Setting, choices: dict[str, Choice], stage: str
+) -> dict[str, ChoiceLoss]:
+    """Measure every distinct choice on the hold-out samples."""
+    distinct: dict[Choice, ChoiceLoss] = {}
+    n_distinct = len(set(choices.values()))
+    # One bar over all choices says more than one for each.
+    quiet = replace(setting, on_progress=None)
+    for choice in choices.values():
+        if choice not in distinct:
+            distinct[choice] = quiet.measure_choice(choice, stage=stage)
+            if setting.on_progress is not None:
+                step = Progress(stage=f"hold-out, {stage}", done=len(distinct), total=n_distinct)
+                setting.on_progress(step)
+    return {name: distinct[choice] for name, choice in choices.items()}
+
+
+def _baseline(
+    setting: Setting,
+    name: str,
+    choice: Choice,
+    measured: ChoiceLoss,
+    best: ChoiceLoss,
+) -> Baseline:
+    candidates = {c.layer: c for c in setting.table.decode(choice)}
+    difference, error = measured.paired(best)
+    return Baseline(
+        name=name,
+        weight_bits=tuple(candidates[la.name].weight_bits for la in setting.inventory.layers),
+        size_bits=sum(c.size_bits for c in candidates.values()),
+        measured=measured.measured,
+        paired_difference=difference,
+        paired_error=error,
+    )

@@ -1,0 +1,136 @@
+"""Baselines: simpler ways to choose bit-widths, which every plan is compared with.
+
+Some are choices in themselves (uniform plans); others are scores that still have to be solved
+under a budget. ``sensitivity`` does not solve: the latter are diagonal sensitivity matrices.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from bitquota.matrix import SensitivityMatrix
+from bitquota.quantizers.apply import QuantizedWeights
+from bitquota.sensitivity.measures.pairs import measure_singles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from bitquota.candidates.layers import Inventory
+    from bitquota.candidates.table import CandidateTable, Row
+    from bitquota.progress import IsCancelled, OnProgress
+    from bitquota.sensitivity.cache import Ledger
+    from bitquota.sensitivity.losses import Loss
+    from bitquota.sensitivity.runners.base import Runner
+
+
+def baseline_choices(table: CandidateTable) -> dict[str, tuple[int, ...]]:
+    """Return the choices that need no measurement, by name; budgets are not looked at.
+
+    ``uniform W4`` gives every group its 4-bit row, or the nearest above (else the nearest) where
+    it has none; ``first and last W8, rest W4`` differs from it in the first and last group. Only
+    distinct choices are returned, simplest name first.
+    """
+    offsets = table.offsets
+    groups = [table.rows[offsets[g] : offsets[g + 1]] for g in range(len(offsets) - 1)]
+    widths = sorted({_bits(row) for row in table.rows})
+    named: dict[str, tuple[int, ...]] = {}
+    for bits in widths:
+        named[f"uniform W{bits}"] = tuple(_nearest(rows, bits) for rows in groups)
+    if len(groups) > 2:
+        high = widths[-1]
+        for bits in widths[:-1]:
+            inner = [_nearest(rows, bits) for rows in groups[1:-1]]
+            ends = _nearest(groups[0], high), _nearest(groups[-1], high)
+            named[f"first and last W{high}, rest W{bits}"] = (ends[0], *inner, ends[1])
+    distinct: dict[tuple[int, ...], str] = {}
+    for name, choice in named.items():
+        distinct.setdefault(choice, name)
+    return {name: choice for choice, name in distinct.items()}
+
+
+def _bits(row: Row) -> int:
+    return max(candidate.weight_bits for candidate in row.candidates)
+
+
+def _nearest(rows: tuple[Row, ...], bits: int) -> int:
+    def distance(k: int) -> tuple[bool, int, int]:
+        return _bits(rows[k]) < bits, abs(_bits(rows[k]) - bits), k
+
+    return min(range(len(rows)), key=distance)
+
+
+def size_only(table: CandidateTable) -> SensitivityMatrix:
+    """Return ``diagonal_i = -bits``: the most bits summed over layers, whatever they hold.
+
+    Under a size budget this fills the smallest layers first. A metric that cannot beat it does
+    not look at the network.
+    """
+    values = [-sum(float(c.weight_bits) for c in row.candidates) for row in table.rows]
+    return SensitivityMatrix(
+        table=table,
+        diagonal=np.array(values),
+        loss="size_only",
+        unit="negative bits",
+        provenance={"measure": "size_only"},
+    )
+
+
+def weight_mse(
+    module: nn.Module,
+    inventory: Inventory,
+    table: CandidateTable,
+    *,
+    weights: QuantizedWeights | None = None,
+) -> SensitivityMatrix:
+    """Return ``diagonal_i = ‖Q(W) - W‖²`` summed over the group's weights; no data, exact."""
+    weights = weights or QuantizedWeights(module, inventory)
+    values = []
+    for row in table.rows:
+        total = 0.0
+        for candidate in row.candidates:
+            with torch.no_grad():
+                error = weights(candidate).double() - weights.original(candidate.layer).double()
+                total += float(error.square().sum())
+        values.append(total)
+    return SensitivityMatrix(
+        table=table,
+        diagonal=np.array(values),
+        loss="weight_mse",
+        unit="squared weight",
+        provenance={"measure": "weight_mse", "model_digest": inventory.model_digest},
+    )
+
+
+def baseline_diagonals(
+    runner: Runner,
+    module: nn.Module,
+    table: CandidateTable,
+    loss: Loss,
+    *,
+    ledger: Ledger | None = None,
+    on_progress: OnProgress | None = None,
+    cancelled: IsCancelled | None = None,
+) -> dict[str, SensitivityMatrix]:
+    """Return the scores to be solved under each budget, by name.
+
+    ``size only``, ``weight MSE`` and ``one-layer <loss>`` (the diagonal measured around full
+    precision, ``1 + n`` runs; found in the ledger when singles or pairs were measured before).
+    """
+    measured: dict[str, Callable[[], SensitivityMatrix]] = {
+        "size only": lambda: size_only(table),
+        "weight MSE": lambda: weight_mse(module, runner.inventory, table),
+        f"one-layer {loss.name}": lambda: measure_singles(
+            runner,
+            table,
+            loss,
+            ledger=ledger,
+            on_progress=on_progress,
+            cancelled=cancelled,
+        ),
+    }
+    return {name: measure() for name, measure in measured.items()}

@@ -1,0 +1,460 @@
+"""Compare metrics on the user's own model: every one's plan, measured, at every budget."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import bitquota
+from bitquota.errors import Infeasible, InvalidInput
+from bitquota.report.comparison import Comparison, Entry, Measured
+from bitquota.search.agreement import near_choices, random_choices, spearman
+from bitquota.search.allocate import PROPOSAL_GAP, PROPOSAL_NODES, SOLVER_NODES
+from bitquota.search.baselines import baseline_choices, size_only
+from bitquota.search.neighborhood import Limits
+from bitquota.search.refine import refine
+from bitquota.search.threshold import threshold_within
+from bitquota.sensitivity.measures.gram import measure_differences
+from bitquota.sensitivity.metrics import METRICS, find_flags
+from bitquota.sensitivity.registry import measures
+from bitquota.setting import prepare
+from bitquota.solver import Problem, build_problem, solve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from bitquota.candidates.budget import Budget
+    from bitquota.canonical import JsonObject
+    from bitquota.evaluate.choice import ChoiceLoss
+    from bitquota.matrix import SensitivityMatrix
+    from bitquota.models.calibration import CalibrationSet
+    from bitquota.models.loaded import LoadedModel
+    from bitquota.progress import IsCancelled, OnProgress
+    from bitquota.request import PlanRequest
+    from bitquota.search.neighborhood import Choice
+    from bitquota.sensitivity.cache import Ledger
+    from bitquota.setting import Setting
+
+AFFORDABLE_PASSES = 500.0
+"""A measure that nobody asked for by name is left out above this declared cost."""
+
+PLANS = 12
+"""Random and near-good plans measured for each budget, half of each."""
+
+REFINE, THRESHOLD, SIZE_ONLY = "refine", "mixquant_threshold", "size only"
+
+_KNOWN_AS = {
+    "gram": "output-difference Gram (Bitquota)",
+    "pairs": "exact pairs (CLADO)",
+    "diagonal": "one-layer loss (ZeroQ)",
+    "tangent": "reverse-mode tangents",
+    REFINE: "refinement on measured loss (Bitquota)",
+    THRESHOLD: "error threshold (MixQuant)",
+    SIZE_ONLY: "fill the smallest layers first",
+}
+
+
+def compare(
+    model: LoadedModel,
+    calibration: CalibrationSet,
+    request: PlanRequest,
+    metrics: Sequence[str] | None = None,
+    *,
+    ledger: Ledger,
+    plans: int = PLANS,
+    affordable_passes: float = AFFORDABLE_PASSES,
+    on_progress: OnProgress | None = None,
+    cancelled: IsCancelled | None = None,
+    device: str = "auto",
+    cpu_clock: Callable[[], float] = time.process_time,
+) -> Comparison:
+    """Measure with every metric, solve every budget with each, and measure all the plans.
+
+    Each metric's plan is the solver's answer for its matrix; besides there are MixQuant's
+    threshold rule on the relative weight error, refinement on measured loss, filling the smallest
+    layers first, and the uniform plans that fit. All are measured on the hold-out samples, which
+    no metric saw, with the request's corrections.
+
+    Args:
+        model: From ``bitquota.models.load_model``.
+        calibration: From ``bitquota.models.load_calibration``; labelled for accuracy and for the
+            metrics that need labels.
+        request: Budgets, candidates, samples, loss, corrections; its ``measure`` is ignored.
+        metrics: Names of measures, ``refine`` and ``mixquant_threshold``; by default all that can
+            be measured here and declare at most ``affordable_passes``.
+        ledger: Where measurements are kept; what it holds is not measured again.
+        plans: Random and near-good plans for each budget that rank correlations stand on; at
+            least 3, or 0 for none.
+        affordable_passes: See ``metrics``; in passes over the calibration samples.
+        on_progress: Called after every step.
+        cancelled: Asked between steps.
+        device: ``auto`` takes a GPU where there is one.
+        cpu_clock: What ``cpu_seconds`` is read from.
+
+    Raises:
+        InvalidInput: An unknown metric; a metric asked for by name that this model or these
+            samples do not allow; no budget.
+        BudgetTooSmall: A budget is below the smallest plan; nothing was measured.
+        Infeasible: Budgets conflict.
+        MeasurementFailed: A loss is not finite.
+        Cancelled: ``cancelled`` said so; the ledger keeps what was measured.
+
+    Cost: the metrics' declared passes, and for each budget about one pass over the hold-out
+    samples for every distinct plan.
+    """
+    if not request.budgets:
+        msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
+        raise InvalidInput(msg)
+    if plans < 0 or plans in {1, 2}:
+        msg = (
+            f"a rank correlation needs at least 3 plans for each budget, or 0 for none; got {plans}"
+        )
+        raise InvalidInput(msg, plans=plans)
+    names = _checked_names(metrics)
+    setting = prepare(
+        model,
+        calibration,
+        request,
+        ledger=ledger,
+        device=device,
+        on_progress=on_progress,
+        cancelled=cancelled,
+    )
+    work = _Comparing(
+        setting=setting,
+        budgets=tuple(setting.budgets(text) for text in request.budgets),
+        explicit=metrics is not None,
+        affordable=affordable_passes,
+        clock=cpu_clock,
+    )
+    drafts, skipped = work.measure_all(names)
+    work.choose(drafts)
+    if REFINE in names:
+        drafts += work.refined(drafts, skipped)
+    drafts += work.baselines()
+    ranked = [work.ranked_plans(k, drafts, plans) for k in range(len(work.budgets))]
+    losses = [work.measured(k, drafts, ranked[k]) for k in range(len(work.budgets))]
+    return Comparison(
+        model_digest=setting.inventory.model_digest,
+        budgets=work.budgets,
+        full_precision=setting.measure_choice(None, stage="full precision").measured,
+        loss=setting.loss.name,
+        entries=tuple(_entry(setting, draft, ranked, losses) for draft in drafts),
+        skipped=skipped,
+        n_ranked=tuple(len(found) for found in ranked),
+        provenance={
+            "request": request.to_json(),
+            "fit": setting.fit.to_json(),
+            "holdout": setting.holdout.to_json(),
+            "correcting": setting.correcting.to_json() if request.corrections else None,
+            "plans": plans,
+            "bitquota": bitquota.__version__,
+        },
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Draft:
+    """An entry that is being made."""
+
+    name: str
+    kind: str
+    cost: float | None = None
+    passes: float = 0.0
+    cpu_seconds: float = 0.0
+    matrices: list[SensitivityMatrix | None]
+    """What predicts under each budget."""
+    choices: list[Choice | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Comparing:
+    setting: Setting
+    budgets: tuple[tuple[Budget, ...], ...]
+    explicit: bool
+    affordable: float
+    clock: Callable[[], float]
+
+    def measure_all(self, names: Sequence[str]) -> tuple[list[_Draft], dict[str, str]]:
+        """Measure every metric; what cannot be measured here is skipped with its reason."""
+        setting, offered = self.setting, measures()
+        runner = setting.runner()
+        skipped: dict[str, str] = {}
+        drafts: list[_Draft] = []
+        for name in names:
+            source = {REFINE: None, THRESHOLD: "relative_mse"}.get(name, name)
+            if source is None:
+                continue
+            measure = offered[source]
+            try:
+                cost = measure.cost(runner, setting.table)
+                if self._too_dear(name, cost, skipped):
+                    continue
+                before, start = runner.passes.passes, self.clock()
+                matrix = measure.measure(
+                    runner,
+                    setting.table,
+                    setting.loss,
+                    ledger=setting.ledger,
+                    on_progress=setting.on_progress,
+                    cancelled=setting.cancelled,
+                )
+            except InvalidInput as err:
+                if self.explicit:
+                    raise
+                skipped[name] = err.message
+                continue
+            drafts.append(
+                _Draft(
+                    name=name,
+                    kind="rule" if name == THRESHOLD else "measure",
+                    cost=cost,
+                    passes=runner.passes.passes - before,
+                    cpu_seconds=self.clock() - start,
+                    matrices=[matrix] * len(self.budgets),
+                    choices=[None] * len(self.budgets),
+                )
+            )
+        return drafts, skipped
+
+    def _too_dear(self, name: str, cost: float, skipped: dict[str, str]) -> bool:
+        if self.explicit or cost <= self.affordable:
+            return False
+        skipped[name] = (
+            f"it would take about {cost:,.0f} passes, more than {self.affordable:,.0f}; ask for it "
+            "by name to have it"
+        )
+        return True
+
+    def choose(self, drafts: Sequence[_Draft]) -> None:
+        """Give every draft its choice under every budget."""
+        for draft in drafts:
+            start = self.clock()
+            for k in range(len(self.budgets)):
+                matrix = draft.matrices[k]
+                assert matrix is not None  # noqa: S101  # a measure's draft has one
+                problem = build_problem(matrix, self.budgets[k])
+                if draft.kind == "rule":
+                    found = threshold_within(matrix, _limits(problem))
+                    draft.choices[k] = None if found is None else found[0]
+                else:
+                    draft.choices[k] = self._solved(problem)
+            draft.cpu_seconds += self.clock() - start
+
+    def _solved(self, problem: Problem) -> Choice:
+        request = self.setting.request
+        solution = solve(
+            problem,
+            backend=request.solver,
+            gap=request.gap,
+            node_limit=SOLVER_NODES,
+            time_limit_s=request.time_limit_s,
+            seed=request.seed,
+            cancelled=self.setting.cancelled,
+        )
+        if solution.choice is None:
+            msg = (
+                f"some choice must satisfy all budgets together; the solver ended "
+                f"'{solution.status}': raise a budget, or give the solver more time"
+            )
+            raise Infeasible(msg, status=str(solution.status))
+        return tuple(int(c) for c in solution.choice)
+
+    def baselines(self) -> list[_Draft]:
+        """Return size-only and the uniform plans that fit some budget."""
+        table, n = self.setting.table, len(self.budgets)
+        matrix = size_only(table)
+        drafts = [
+            _Draft(name=SIZE_ONLY, kind="baseline", matrices=[matrix] * n, choices=[None] * n)
+        ]
+        drafts[0].choices = [self._solved(build_problem(matrix, b)) for b in self.budgets]
+        limits = [_limits(build_problem(matrix, b)) for b in self.budgets]
+        for name, choice in baseline_choices(table).items():
+            fitting = [choice if kept.allow(table, choice) else None for kept in limits]
+            if any(c is not None for c in fitting):
+                drafts.append(
+                    _Draft(name=name, kind="baseline", matrices=[None] * n, choices=fitting)
+                )
+        return drafts
+
+    def refined(self, drafts: Sequence[_Draft], skipped: dict[str, str]) -> list[_Draft]:
+        """Refine the best starts on the fit samples, as ``allocate`` does.
+
+        The hold-out samples stay unseen, so refinement is judged like everything else.
+        """
+        setting = self.setting
+        runner = setting.runner()
+        cost = measures()["gram"].cost(runner, setting.table)
+        if self._too_dear(REFINE, 4 * cost, skipped):
+            return []
+        start = self.clock()
+        first = measure_differences(
+            runner,
+            setting.table,
+            setting.loss,
+            ledger=setting.ledger,
+            on_progress=setting.on_progress,
+            cancelled=setting.cancelled,
+        )
+        matrices: list[SensitivityMatrix | None] = []
+        choices: list[Choice | None] = []
+        simple = baseline_choices(setting.table)
+        for k, together in enumerate(self.budgets):
+            problem = build_problem(size_only(setting.table), together)
+            starts = {SIZE_ONLY: self._solved(problem), **simple}
+            starts |= {d.name: c for d in drafts if d.name in _CHEAP_STARTS and (c := d.choices[k])}
+            refinement = refine(
+                runner,
+                setting.table,
+                setting.loss,
+                limits=_limits(problem),
+                solve=self._within,
+                starts=starts,
+                first=first,
+                ledger=setting.ledger,
+                on_progress=setting.on_progress,
+                cancelled=setting.cancelled,
+            )
+            matrices.append(first[0])
+            choices.append(refinement.choice)
+        return [
+            _Draft(
+                name=REFINE,
+                kind="search",
+                passes=runner.passes.passes,
+                cpu_seconds=self.clock() - start,
+                matrices=matrices,
+                choices=choices,
+            )
+        ]
+
+    def _within(self, matrix: SensitivityMatrix, limits: Limits) -> Choice | None:
+        problem = Problem(
+            diagonal=matrix.diagonal,
+            cross=matrix.cross,
+            offsets=matrix.table.offsets,
+            costs=limits.costs,
+            limits=limits.limits,
+            constant=matrix.constant,
+        )
+        solution = solve(
+            problem,
+            backend=self.setting.request.solver,
+            gap=max(PROPOSAL_GAP, self.setting.request.gap),
+            node_limit=PROPOSAL_NODES,
+            seed=self.setting.request.seed,
+            cancelled=self.setting.cancelled,
+        )
+        return None if solution.choice is None else tuple(int(c) for c in solution.choice)
+
+    def ranked_plans(self, k: int, drafts: Sequence[_Draft], n: int) -> list[Choice]:
+        """Return random and near-good plans within budget ``k``; none of them is a draft's."""
+        if not n:
+            return []
+        table, seed = self.setting.table, self.setting.request.seed
+        limits = _limits(build_problem(size_only(table), self.budgets[k]))
+        good = list(dict.fromkeys(c for d in drafts if (c := d.choices[k]) is not None))
+        found = random_choices(table, limits, n - n // 2, seed + k)
+        near = near_choices(table, limits, good, n // 2, seed + k)
+        taken = set(good)
+        return [c for c in dict.fromkeys((*found, *near)) if c not in taken]
+
+    def measured(
+        self, k: int, drafts: Sequence[_Draft], ranked: Sequence[Choice]
+    ) -> dict[Choice, ChoiceLoss]:
+        """Measure every distinct choice of budget ``k`` on the hold-out samples."""
+        wanted = dict.fromkeys([c for d in drafts if (c := d.choices[k]) is not None])
+        wanted |= dict.fromkeys(ranked)
+        stage = f"plans of budget {k + 1} of {len(self.budgets)}"
+        return {
+            choice: self.setting.measure_choice(choice, stage=f"{stage}, {done + 1}/{len(wanted)}")
+            for done, choice in enumerate(wanted)
+        }
+
+
+_CHEAP_STARTS = frozenset({"gram", "diagonal", "weight_mse", "relative_mse", "empirical_fisher"})
+"""Measures whose plans refinement starts from, besides baselines."""
+
+
+def _checked_names(metrics: Sequence[str] | None) -> list[str]:
+    """Return names in the order in which they are measured.
+
+    Raises:
+        InvalidInput: Unknown, twice, or none.
+    """
+    # One-layer losses come first: the Gram finds them in the ledger.
+    first = [REFINE, "diagonal"]
+    known = [*first, *(n for n in measures() if n not in {*METRICS, *first}), *METRICS]
+    known.insert(known.index("relative_mse") + 1, THRESHOLD)
+    if metrics is None:
+        return known
+    unknown = [name for name in metrics if name not in known]
+    if unknown or not metrics or len(set(metrics)) < len(metrics):
+        got = ", ".join(metrics) or "none"
+        msg = f"metrics must be some of {', '.join(known)}, each once; got {got}"
+        raise InvalidInput(msg, metrics=list(metrics))
+    return [name for name in known if name in metrics]
+
+
+def _limits(problem: Problem) -> Limits:
+    """Return the problem's budgets, and its forbidden rows as a resource of which there is none."""
+    forbidden = (~problem.allowed).astype(np.int64)[None]
+    return Limits(
+        costs=np.vstack([problem.costs, forbidden]),
+        limits=np.append(problem.limits, np.int64(0)),
+    )
+
+
+def _entry(
+    setting: Setting,
+    draft: _Draft,
+    ranked: Sequence[Sequence[Choice]],
+    losses: Sequence[dict[Choice, ChoiceLoss]],
+) -> Entry:
+    plans: list[Measured | None] = []
+    predicted: list[float] = []
+    measured: list[float] = []
+    for k, choice in enumerate(draft.choices):
+        matrix = draft.matrices[k]
+        within: list[float] = []
+        true = [losses[k][c].mean for c in ranked[k]]
+        if matrix is not None:
+            within = [matrix.predict(c) for c in ranked[k]]
+            predicted += within
+            measured += true
+        if choice is None:
+            plans.append(None)
+            continue
+        best = min((losses[k][c] for c in losses[k] if c not in ranked[k]), key=lambda c: c.mean)
+        worse_by, worse_error = losses[k][choice].paired(best)
+        candidates = {c.layer: c for c in setting.table.decode(choice)}
+        plans.append(
+            Measured(
+                choice=choice,
+                labels=tuple(candidates[la.name].label for la in setting.inventory.layers),
+                size_bits=sum(c.size_bits for c in candidates.values()),
+                predicted=None if matrix is None else matrix.predict(choice),
+                loss=losses[k][choice].measured,
+                worse_by=worse_by,
+                worse_error=worse_error,
+                rank_correlation=spearman(within, true) if within else None,
+            )
+        )
+    flags: tuple[JsonObject, ...] = ()
+    if draft.kind == "measure" and draft.matrices[0] is not None:
+        flags = tuple(flag.to_json() for flag in find_flags(draft.matrices[0]))
+    known = METRICS[draft.name].known_as if draft.name in METRICS else None
+    return Entry(
+        name=draft.name,
+        known_as=known or _KNOWN_AS.get(draft.name, ""),
+        kind=draft.kind,
+        cost=draft.cost,
+        passes=draft.passes,
+        cpu_seconds=draft.cpu_seconds,
+        flags=flags,
+        rank_correlation=spearman(predicted, measured) if predicted else None,
+        plans=tuple(plans),
+    )

@@ -1,0 +1,219 @@
+"""Evidence: how far predictions can be trusted, from a few plans measured for that purpose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitquota.errors import InvalidInput
+from bitquota.search.neighborhood import neighbours
+from bitquota.sensitivity.measures.choices import measure_choices
+from bitquota.sensitivity.recorder import standard_error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from bitquota.candidates.table import CandidateTable
+    from bitquota.canonical import JsonObject
+    from bitquota.progress import IsCancelled, OnProgress
+    from bitquota.search.neighborhood import Choice, Limits
+    from bitquota.sensitivity.cache import Ledger
+    from bitquota.sensitivity.losses import Loss
+    from bitquota.sensitivity.runners.base import Runner
+
+CLEAR_ERRORS = 2.0
+"""Paired standard errors from which on a difference is called one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One plan, predicted and measured.
+
+    Attributes:
+        kind: ``plan``, ``near`` (one or two groups away) or ``random``.
+        choice: Row within each group.
+        predicted: Predicted loss increase.
+        measured: Measured mean loss increase.
+        error: Its standard error over samples.
+    """
+
+    kind: str
+    choice: Choice
+    predicted: float
+    measured: float
+    error: float
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as plain JSON."""
+        return {
+            "kind": self.kind,
+            "choice": list(self.choice),
+            "predicted": self.predicted,
+            "measured": self.measured,
+            "error": self.error,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What a few measured plans say about the predictions and about the plan.
+
+    Attributes:
+        points: The plans, the chosen one first.
+        rank_correlation: Spearman's, predicted against measured, over all points; ``None`` if
+            either is constant.
+        near_correlation: The same over the plan and its neighbours.
+        random_band: Smallest, median and largest measured loss of random plans of the budget.
+        better_than_random: Share of the random plans that measured worse than the plan.
+    """
+
+    points: tuple[Point, ...]
+    rank_correlation: float | None
+    near_correlation: float | None
+    random_band: tuple[float, float, float]
+    better_than_random: float
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as plain JSON."""
+        return {
+            "points": [point.to_json() for point in self.points],
+            "rank_correlation": self.rank_correlation,
+            "near_correlation": self.near_correlation,
+            "random_band": list(self.random_band),
+            "better_than_random": self.better_than_random,
+        }
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Return the rank correlation (ties share their mean rank), or ``None`` if one is constant."""
+    ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (a, b)]
+    if len(a) < 2 or any(np.ptp(r) == 0 for r in ranks):
+        return None
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    means: NDArray[np.float64] = (last - (counts - 1) / 2.0)[inverse]
+    return means
+
+
+def random_choices(table: CandidateTable, limits: Limits, n: int, seed: int) -> list[Choice]:
+    """Return ``n`` random choices that use up the limits: no single group could take more.
+
+    From the cheapest rows, groups are raised in random order to random affordable rows until
+    nothing more fits. Not uniform over all such choices. Duplicates are possible in small spaces.
+
+    Raises:
+        InvalidInput: Not even the cheapest rows keep the limits.
+    """
+    rng = np.random.default_rng(seed)
+    offsets = table.offsets
+    price = limits.costs / np.maximum(limits.limits, 1)[:, None]
+    total = price.sum(axis=0)
+    cheapest = [int(np.argmin(total[offsets[g] : offsets[g + 1]])) for g in range(len(offsets) - 1)]
+    if not limits.allow(table, cheapest):
+        msg = "random plans need limits that the cheapest candidates keep; these do not"
+        raise InvalidInput(msg)
+    found: list[Choice] = []
+    for _ in range(n):
+        choice = list(cheapest)
+        spent = limits.spent(table, choice)
+        while True:
+            moves = []
+            for g, k in enumerate(choice):
+                now = offsets[g] + k
+                for row in range(offsets[g], offsets[g + 1]):
+                    added = limits.costs[:, row] - limits.costs[:, now]
+                    if total[row] > total[now] and (spent + added <= limits.limits).all():
+                        moves.append((g, int(row - offsets[g]), added))
+            if not moves:
+                break
+            g, k, added = moves[int(rng.integers(len(moves)))]
+            choice[g] = k
+            spent = spent + added
+        found.append(tuple(choice))
+    return found
+
+
+def gather_evidence(
+    runner: Runner,
+    table: CandidateTable,
+    loss: Loss,
+    *,
+    limits: Limits,
+    choice: Choice,
+    predict: Callable[[Choice], float],
+    n_random: int = 8,
+    n_near: int = 8,
+    seed: int = 0,
+    ledger: Ledger | None = None,
+    on_progress: OnProgress | None = None,
+    cancelled: IsCancelled | None = None,
+) -> Evidence:
+    """Measure the plan, some neighbours and some random plans, and compare with predictions.
+
+    Args:
+        runner: Executes the model, best on hold-out samples.
+        table: What choices speak of.
+        loss: The loss.
+        limits: The budget that random plans use up.
+        choice: The plan.
+        predict: Predicted loss increase of a choice, such as ``matrix.predict``.
+        n_random: Random plans.
+        n_near: Neighbours (drawn at random among the feasible ones).
+        seed: Of the draws.
+        ledger: Where measurements are kept.
+        on_progress: Called after every chunk.
+        cancelled: Asked between chunks.
+
+    Cost: a pass for each random plan, about half a pass for each neighbour.
+    """
+    rng = np.random.default_rng(seed)
+    close = neighbours(table, limits, choice)
+    drawn = sorted(rng.permutation(len(close))[:n_near].tolist())
+    near = [choice, *(close[k] for k in drawn)]
+    distant = random_choices(table, limits, n_random, seed)
+    values = [
+        measure_choices(
+            runner,
+            table,
+            loss,
+            chosen,
+            centre=centre,
+            ledger=ledger,
+            on_progress=on_progress,
+            cancelled=cancelled,
+            stage="evidence",
+        )
+        for chosen, centre in ((near, choice), (distant, None))
+        if chosen
+    ]
+    losses = np.concatenate(values)
+    kinds = ["plan", *["near"] * (len(near) - 1), *["random"] * len(distant)]
+    points = tuple(
+        Point(
+            kind=kind,
+            choice=tuple(int(c) for c in chosen),
+            predicted=float(predict(chosen)),
+            measured=float(row.mean()),
+            error=float(standard_error(row)),
+        )
+        for kind, chosen, row in zip(kinds, [*near, *distant], losses, strict=True)
+    )
+    around = [p for p in points if p.kind != "random"]
+    random = np.array([p.measured for p in points if p.kind == "random"] or [np.nan])
+    own = points[0].measured
+    band = (float(random.min()), float(np.median(random)), float(random.max()))
+    return Evidence(
+        points=points,
+        rank_correlation=spearman([p.predicted for p in points], [p.measured for p in points]),
+        near_correlation=spearman([p.predicted for p in around], [p.measured for p in around]),
+        random_band=band if distant else (own, own, own),
+        better_than_random=float((random > own).mean()),
+    )

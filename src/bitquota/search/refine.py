@@ -1,0 +1,416 @@
+"""Refinement: measure the plan, measure again around it, solve again, until nothing improves.
+
+A quadratic around full precision does not hold for plans with many 2-bit layers. So the plan is
+found by steps, each from a plan whose true loss was measured: candidates are proposed by cheap
+predictions around it (a Gram matrix solved within a trust region, sums of output differences),
+their true loss is measured, and the best is accepted only if it is better by more than the
+standard error of the paired difference. The predictions propose; only measurements decide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitquota.errors import Infeasible
+from bitquota.search.neighborhood import Choice, Limits, neighbours, rows_near
+from bitquota.search.refinement import (
+    LEAST_PASSES,
+    Linearisation,
+    Refinement,
+    RefineSettings,
+    Solve,
+    Step,
+)
+from bitquota.search.validation import Judge
+from bitquota.sensitivity.measures.gram import GramMeasure, measure_differences
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from bitquota.candidates.table import CandidateTable
+    from bitquota.matrix import SensitivityMatrix
+    from bitquota.progress import IsCancelled, OnProgress
+    from bitquota.sensitivity.cache import Ledger
+    from bitquota.sensitivity.losses import Loss
+    from bitquota.sensitivity.measures.gram import OutputDifferences
+    from bitquota.sensitivity.runners.base import Runner
+
+
+@dataclass(slots=True, kw_only=True)
+class _Search:
+    """The state of one refinement."""
+
+    runner: Runner
+    judge: Judge
+    table: CandidateTable
+    loss: Loss
+    limits: Limits
+    solve: Solve
+    settings: RefineSettings
+    ledger: Ledger | None
+    on_progress: OnProgress | None
+    cancelled: IsCancelled | None
+    steps: list[Step] = field(default_factory=list)
+    n_linearised: int = 0
+    linearised: float = 0.0
+    passes_before: float = 0.0
+    limit: float = np.inf
+
+    @property
+    def passes(self) -> float:
+        """Forward-equivalents spent so far, in passes over the samples of ``runner``."""
+        own = self.runner.passes.passes - self.passes_before
+        n = len(self.runner.calibration)
+        return own + self.judge.samples_run(besides=self.runner) / n
+
+    def affords(self, passes: float) -> bool:
+        """Whether that many more passes stay within the limit.
+
+        What was asked counts, not what had to be run: a plan must not depend on what the ledger
+        held.
+        """
+        asked = self.linearised + self.judge.asked / len(self.runner.calibration)
+        return asked + passes <= self.limit
+
+    def step(self, kind: str, current: Choice, proposals: Mapping[Choice, str]) -> Choice:
+        """Accept the best measured proposal if it is clearly better than ``current``.
+
+        Where the best ones are neither clearly better nor clearly worse, they are measured on
+        further samples, as long as there are any.
+        """
+        judge, errors = self.judge, self.settings.accept_errors
+        contenders = list(proposals)
+        best = judge.best(contenders)
+        gain, error = judge.gain(best, current)
+        for block in range(1, min(len(judge.blocks), 1 + _MORE_BLOCKS)):
+            contenders = sorted(contenders, key=lambda c: (-judge.gain(c, current)[0], c))
+            contenders = [c for c in contenders if _open(judge.gain(c, best), 2 * errors)]
+            contenders = [best, *(c for c in contenders if c != best)][:_CONTENDERS]
+            again = list(dict.fromkeys([current, *contenders]))
+            if not _open((gain, error), errors) or len(again) == 1:
+                break
+            if not self.affords(len(again) + 1.0):
+                break
+            judge.measure(again, current, f"{kind}, more samples", blocks=block + 1)
+            best = judge.best(contenders)
+            gain, error = judge.gain(best, current)
+        accepted = gain > 0 and gain > errors * error
+        self.steps.append(
+            Step(
+                kind=kind,
+                origin=proposals[best],
+                choice=best,
+                loss=judge.mean(best),
+                gain=gain,
+                gain_error=error,
+                accepted=accepted,
+                passes=self.passes,
+            )
+        )
+        return best if accepted else current
+
+    def linearise(self, point: Choice | None, number: int, *, far: bool = True) -> Linearisation:
+        """Measure singles and Gram terms around ``point``, the ``number``-th of the refinement."""
+        rows, taken = self.extent(point, far=far)
+        n = len(self.runner.chunks)
+        chunks = [(k + number * taken) % n for k in range(taken)]
+        matrix, differences = measure_differences(
+            self.runner,
+            self.table,
+            self.loss,
+            base_point=point,
+            ledger=self.ledger,
+            on_progress=self.on_progress,
+            cancelled=self.cancelled,
+            stage=f"linearisation {number}",
+            only=rows,
+            chunks=None if point is None else chunks,
+        )
+        return Linearisation(point=point, matrix=matrix, differences=differences, rows=tuple(rows))
+
+    def extent(self, point: Choice | None, *, far: bool) -> tuple[list[int], int]:
+        """Return the rows that a linearisation measures, and the number of chunks."""
+        settings, n = self.settings, len(self.runner.chunks)
+        everything = list(range(len(self.table.rows)))
+        if point is None:
+            return everything, n
+        share = settings.far_share if far else settings.near_share
+        chunks = min(n, max(1, round(share * n)))
+        if far or settings.reach is None:
+            return everything, chunks
+        return rows_near(self.table, point, settings.reach), chunks
+
+    def cost_of_linearisation(self, point: Choice, *, far: bool) -> float:
+        """Return an upper estimate of the passes that linearising at ``point`` takes."""
+        rows, chunks = self.extent(point, far=far)
+        others = set(rows).difference(_rows_of(self.table, point))
+        layers = [[c.layer for c in self.table.rows[row].candidates] for row in others]
+        whole = 2.0 + sum(self.runner.share(names) for names in layers)
+        return whole * chunks / len(self.runner.chunks)
+
+
+_CONTENDERS = 2
+"""Proposals at most that are measured on more samples, so that the best of many is not luck."""
+
+_MORE_BLOCKS = 2
+"""Further blocks at most for one decision: what they leave open matters less than another step."""
+
+
+_NOT_MUCH_WORSE = 2.0
+"""A start with more than so many times the loss of the best is not worth a linearisation."""
+
+
+def _open(gain: tuple[float, float], errors: float) -> bool:
+    """Whether more samples may decide otherwise; the best of many must be twice as clear."""
+    return -errors * gain[1] <= gain[0] <= 2 * errors * gain[1]
+
+
+def refine(
+    runner: Runner,
+    table: CandidateTable,
+    loss: Loss,
+    *,
+    limits: Limits,
+    solve: Solve,
+    starts: Mapping[str, Choice],
+    judge: Sequence[Runner | Callable[[], Runner]] = (),
+    first: tuple[SensitivityMatrix, OutputDifferences | None] | None = None,
+    warm: Linearisation | None = None,
+    settings: RefineSettings | None = None,
+    ledger: Ledger | None = None,
+    on_progress: OnProgress | None = None,
+    cancelled: IsCancelled | None = None,
+) -> Refinement:
+    """Improve the best of ``starts`` step by step, on measured loss; a heuristic.
+
+    Args:
+        runner: Executes the model on the samples that predictions are fitted to.
+        table: What may become of each group.
+        loss: What to minimise.
+        limits: Budgets.
+        solve: The solver.
+        starts: Choices to begin with, by name; those beyond the limits are ignored.
+        judge: Execute the model on the samples that decide, block by block: a hold-out part, and
+            further ones for what that leaves open; or make such a runner when it is needed. By
+            default those of ``runner`` decide.
+        first: Matrix and differences around full precision, if they are measured already.
+        warm: The last linearisation of a larger budget; its predictions propose a start.
+        settings: How much work.
+        ledger: Where measurements are kept.
+        on_progress: Called after each unit of work.
+        cancelled: Asked between units of work.
+
+    Raises:
+        Infeasible: No start keeps the limits.
+
+    Cost: one linearisation (``n + 1`` runs behind one group) for each iteration, and about one
+    pass for each choice that is measured.
+    """
+    settings = settings or RefineSettings()
+    search = _Search(
+        runner=runner,
+        judge=Judge(
+            blocks=tuple(judge) or (runner,),
+            table=table,
+            loss=loss,
+            ledger=ledger,
+            on_progress=on_progress,
+            cancelled=cancelled,
+        ),
+        table=table,
+        loss=loss,
+        limits=limits,
+        solve=solve,
+        settings=settings,
+        ledger=ledger,
+        on_progress=on_progress,
+        cancelled=cancelled,
+    )
+    search.passes_before = runner.passes.passes
+    if settings.effort is not None:
+        search.limit = max(LEAST_PASSES, settings.effort * GramMeasure().cost(runner, table))
+    if first is None:
+        at = search.linearise(None, 0)
+    else:
+        everything = tuple(range(len(table.rows)))
+        at = Linearisation(point=None, matrix=first[0], differences=first[1], rows=everything)
+    proposals = {c: name for name, c in starts.items() if limits.allow(table, c)}
+    if (diagonal := solve(replace(at.matrix, cross=None, cross_error=None), limits)) is not None:
+        proposals.setdefault(diagonal, "diagonal")
+    for known, prefix in ((at, ""), (warm, "larger budget, ")):
+        if known is None:
+            continue
+        inside = limits.only(known.rows)
+        if (solved := solve(known.matrix, inside)) is not None:
+            proposals.setdefault(solved, f"{prefix}gram")
+        offered = [c for c in proposals if inside.allow(table, c)]
+        if known.differences is not None and offered:
+            start = _best_predicted(known.differences, offered)
+            end = predicted_descent(known.differences, inside, start)
+            proposals.setdefault(end, f"{prefix}sum of differences")
+    if not proposals:
+        msg = "refinement needs a start within the limits; none of the given ones is"
+        raise Infeasible(msg)
+    judge_ = search.judge
+    judge_.measure(list(proposals), None, "starts")
+    current = judge_.best(list(proposals))
+    current = search.step("start", current, proposals)
+    # The best start need not lead to the best end: far from several, then near to the best.
+    for point in _promising(search, list(proposals)):
+        at, current = _move(search, point, current, at, far=True)
+    while True:
+        before = current
+        if at.point != current:
+            at, current = _move(search, current, current, at, far=False)
+        if current == before:
+            current = _swap(search, current, at)
+        if current == before:
+            break
+    return Refinement(
+        choice=current,
+        per_sample=judge_.per_sample(current),
+        last=at,
+        steps=tuple(search.steps),
+        measured={c: judge_.mean(c) for c in judge_.losses},
+    )
+
+
+def _promising(search: _Search, starts: Sequence[Choice]) -> list[Choice]:
+    """Return the starts to linearise around: the best, and others that are not much worse."""
+    mean = search.judge.mean
+    order = sorted(starts, key=lambda c: (mean(c), c))
+    near = [c for c in order if mean(c) <= _NOT_MUCH_WORSE * mean(order[0])]
+    return (near or order)[: search.settings.starts]
+
+
+def _move(
+    search: _Search, point: Choice, current: Choice, at: Linearisation, *, far: bool
+) -> tuple[Linearisation, Choice]:
+    """Linearise around ``point`` if that may still be afforded, and step to what it proposes."""
+    number, cost = search.n_linearised + 1, search.cost_of_linearisation(point, far=far)
+    if number > search.settings.iterations or not search.affords(cost):
+        return at, current
+    search.n_linearised = number
+    search.linearised += cost
+    at = search.linearise(point, number, far=far)
+    around = _proposals(search, point, at)
+    if around:
+        search.judge.measure(list(around), point, f"proposals {number}")
+        current = search.step("linearised", current, around)
+    return at, current
+
+
+def _proposals(search: _Search, current: Choice, at: Linearisation) -> dict[Choice, str]:
+    """Return what the predictions around ``current`` offer, the best predicted ones."""
+    offered: dict[Choice, str] = {}
+    limits = search.limits.only(at.rows)
+    for share in search.settings.radii:
+        radius = max(1, round(share * len(current)))
+        inside = limits.within(search.table, current, radius)
+        candidate = search.solve(at.matrix, inside)
+        if candidate is not None:
+            offered.setdefault(candidate, f"gram within {radius}")
+        if at.differences is not None:
+            end = predicted_descent(at.differences, inside, current)
+            offered.setdefault(end, f"sum of differences within {radius}")
+    offered = {choice: origin for choice, origin in offered.items() if choice != current}
+    order = _ranked(list(offered), current, at)
+    return {choice: offered[choice] for choice in order[: search.settings.proposals]}
+
+
+def _swap(search: _Search, current: Choice, at: Linearisation) -> Choice:
+    """Measure the most promising swaps, a few at a time, and move while that is an improvement.
+
+    Only rows that were measured in the linearisation are swapped in.
+    """
+    settings, failed = search.settings, 0
+    limits = search.limits.only([*at.rows, *_rows_of(search.table, current)])
+    for round_ in range(settings.swap_rounds):
+        near = neighbours(search.table, limits, current)
+        near = [c for c in near if c not in search.judge.losses]
+        if not near or failed == settings.patience or not search.affords(settings.swaps + 1.0):
+            break
+        order = _ranked(near, current, at)[: settings.swaps]
+        search.judge.measure(order, current, f"swaps {round_ + 1}")
+        offered = dict.fromkeys(order, "swap")
+        if together := _together(search, current, order):
+            search.judge.measure(together, current, f"swaps {round_ + 1} together")
+            offered |= dict.fromkeys(together, "swaps together")
+        following = search.step("swap", current, offered)
+        failed = failed + 1 if following == current else 0
+        current = following
+    return current
+
+
+def _together(search: _Search, current: Choice, swaps: Sequence[Choice]) -> list[Choice]:
+    """Return unions of those swaps that measured better, the best first: of two, and of all."""
+    gains = {c: search.judge.gain(c, current)[0] for c in swaps}
+    better = sorted((c for c in swaps if gains[c] > 0), key=lambda c: (-gains[c], c))
+    unions: list[Choice] = []
+    union = current
+    for choice in better:
+        moved = {g for g, (a, b) in enumerate(zip(current, choice, strict=True)) if a != b}
+        if any(union[g] != current[g] for g in moved):
+            continue
+        both = tuple(
+            c if g in moved else u for g, (u, c) in enumerate(zip(union, choice, strict=True))
+        )
+        if search.limits.allow(search.table, both):
+            union = both
+            unions.append(union)
+    return list(dict.fromkeys([*unions[1:2], *unions[2:][-1:]]))
+
+
+def _rows_of(table: CandidateTable, choice: Choice) -> list[int]:
+    return [int(a + k) for a, k in zip(table.offsets[:-1], choice, strict=True)]
+
+
+def _ranked(choices: Sequence[Choice], current: Choice, at: Linearisation) -> list[Choice]:
+    """Return ``choices`` by predicted loss, best first."""
+    if at.differences is None:
+        predicted = np.array([at.matrix.predict(c) for c in choices])
+    else:
+        predicted = at.differences.predict_near(current, choices)
+    return [choices[k] for k in np.argsort(predicted, kind="stable")]
+
+
+def _best_predicted(differences: OutputDifferences, choices: Sequence[Choice]) -> Choice:
+    return choices[int(differences.predict(choices).argmin())]
+
+
+def predicted_descent(
+    differences: OutputDifferences, limits: Limits, start: Choice, *, max_steps: int = 64
+) -> Choice:
+    """Walk downhill on the sum-of-differences prediction by one- and two-group moves.
+
+    Returns:
+        The end of the walk; ``start`` itself where no move is predicted to improve.
+
+    Cost: one prediction per neighbour and step; no passes.
+    """
+    current = start
+    value = float(differences.predict([current])[0])
+    for _ in range(max_steps):
+        near = neighbours(differences.table, limits, current)
+        if not near:
+            break
+        predicted = differences.predict_near(current, near)
+        best = int(predicted.argmin())
+        if not predicted[best] < value - 1e-12:
+            break
+        current, value = near[best], float(predicted[best])
+    return current
+
+
+__all__ = [
+    "Linearisation",
+    "RefineSettings",
+    "Refinement",
+    "Solve",
+    "Step",
+    "predicted_descent",
+    "refine",
+]

@@ -1,0 +1,211 @@
+"""Calibration sets from files and factories."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bitquota.errors import InvalidCalibration
+from bitquota.models.samples import check_calibration, load_calibration
+from format_networks import tiny_net
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    """Ten images as the tiny network takes them."""
+    return np.random.default_rng(0).normal(size=(10, 3, 8, 8)).astype(np.float32)
+
+
+def npz(path, **members):
+    """Write an ``.npz`` and return its path as text."""
+    np.savez(path, **members)
+    return str(path)
+
+
+class TestLoadCalibration:
+    def test_npz(self, tmp_path, images):
+        """X and y become inputs and labels."""
+        data = load_calibration(npz(tmp_path / "c.npz", x=images, y=np.arange(10, dtype=np.uint8)))
+        assert np.array_equal(images, data.inputs[0].numpy())
+        assert data.labels.tolist() == list(range(10))
+        assert data.labels.dtype == torch.int64
+
+    def test_compressed_and_fortran_order(self, tmp_path, images):
+        """Both are ordinary things to save."""
+        np.savez_compressed(tmp_path / "c.npz", inputs=np.asfortranarray(images))
+        data = load_calibration(str(tmp_path / "c.npz"))
+        assert np.array_equal(images, data.inputs[0].numpy())
+        assert data.labels is None
+
+    def test_float64_and_big_endian(self, tmp_path, images):
+        """Other floats are converted to float32."""
+        data = load_calibration(npz(tmp_path / "c.npz", x=images.astype(">f8")))
+        assert data.inputs[0].dtype == torch.float32
+        assert np.array_equal(images, data.inputs[0].numpy())
+
+    def test_tokens_and_mask(self, tmp_path):
+        """Tokens become int64; a mask is the second input."""
+        ids = np.arange(12, dtype=np.int32).reshape(3, 4)
+        data = load_calibration(
+            npz(tmp_path / "c.npz", input_ids=ids, attention_mask=np.ones((3, 4), np.int8))
+        )
+        assert [t.dtype for t in data.inputs] == [torch.int64, torch.int64]
+        assert data.inputs[0].tolist() == ids.tolist()
+
+    def test_safetensors(self, tmp_path, images):
+        """The same names in safetensors give the same set."""
+        save_file(
+            {"x": torch.from_numpy(images), "y": torch.arange(10)}, tmp_path / "c.safetensors"
+        )
+        data = load_calibration(str(tmp_path / "c.safetensors"))
+        other = load_calibration(npz(tmp_path / "c.npz", x=images, y=np.arange(10)))
+        assert other.digest == data.digest
+
+    def test_factory(self):
+        """A factory returns inputs and labels."""
+        data = load_calibration("format_networks:samples")
+        assert tuple(data.inputs[0].shape) == (8, 3, 8, 8)
+        assert data.labels.tolist() == list(range(8))
+
+    def test_draw(self, tmp_path, images):
+        """N samples, reproducible, in their original order."""
+        path = npz(tmp_path / "c.npz", x=images)
+        first, again, other = (load_calibration(path, n=4, seed=s) for s in (1, 1, 2))
+        assert first.indices == again.indices == tuple(sorted(first.indices))
+        assert first.indices != other.indices
+        with pytest.raises(InvalidCalibration, match="between 1 and 10"):
+            load_calibration(path, n=11)
+
+    def test_uint8_images(self, tmp_path):
+        """Raw pixels are refused with the line of code that normalises them."""
+        path = npz(tmp_path / "c.npz", x=np.zeros((4, 8, 8, 3), np.uint8))
+        with pytest.raises(InvalidCalibration, match=r"x / 255 .* x\.transpose\(0, 3, 1, 2\)"):
+            load_calibration(path)
+
+    def test_nan(self, tmp_path, images):
+        """How many samples are not finite is said."""
+        images[3, 0, 0, 0] = np.nan
+        with pytest.raises(InvalidCalibration, match="1 of 10 samples"):
+            load_calibration(npz(tmp_path / "c.npz", x=images))
+
+    @pytest.mark.parametrize(
+        ("members", "sentence"),
+        [
+            ({"images": np.zeros((2, 3), np.float32)}, "holds images"),
+            ({"x": np.zeros((2, 3)), "inputs": np.zeros((2, 3))}, "one of x, inputs"),
+            ({"x": np.zeros((2, 3)), "y": np.zeros(2), "labels": np.zeros(2)}, "not both"),
+            ({"x": np.zeros((2, 3)), "y": np.zeros(3, int)}, "same first dimension"),
+            ({"x": np.zeros((2, 3), complex)}, "must be numbers"),
+            ({"x": np.array(["a", "b"])}, "must be numbers"),
+            ({"x": np.zeros((0, 3))}, "at least one sample"),
+            ({"x": np.zeros((2, 3), bool)}, "is boolean"),
+        ],
+    )
+    def test_members_that_do_not_hold(self, tmp_path, members, sentence):
+        """Each is one sentence."""
+        with pytest.raises(InvalidCalibration, match=sentence):
+            load_calibration(npz(tmp_path / "c.npz", **members))
+
+    def test_pickled_member(self, tmp_path):
+        """An object array is refused without unpickling."""
+        np.savez(tmp_path / "c.npz", x=np.array([{"a": 1}], dtype=object))
+        with pytest.raises(InvalidCalibration, match="plain arrays"):
+            load_calibration(str(tmp_path / "c.npz"))
+
+    def test_bomb(self, tmp_path):
+        """A member that would inflate a thousandfold is refused from the directory alone."""
+        with zipfile.ZipFile(tmp_path / "c.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+            member = io.BytesIO()
+            np.lib.format.write_array(member, np.zeros(2**22, np.float32))
+            archive.writestr("x.npy", member.getvalue())
+        with pytest.raises(InvalidCalibration, match="would grow from"):
+            load_calibration(str(tmp_path / "c.npz"))
+
+    def test_header_that_claims_terabytes(self, tmp_path):
+        """A header larger than its member is refused before anything is allocated."""
+        header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (500000000000,), }"
+        header += b" " * (117 - len(header)) + b"\n"
+        with zipfile.ZipFile(tmp_path / "c.npz", "w") as archive:
+            archive.writestr(
+                "x.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+            )
+        with pytest.raises(InvalidCalibration, match="as large as they say"):
+            load_calibration(str(tmp_path / "c.npz"))
+
+    def test_truncated(self, tmp_path, images):
+        """Half a file."""
+        path = tmp_path / "c.npz"
+        npz(path, x=images)
+        path.write_bytes(path.read_bytes()[:3000])
+        with pytest.raises(InvalidCalibration, match=r"whole \.npz archive"):
+            load_calibration(str(path))
+
+    def test_truncated_safetensors(self, tmp_path, images):
+        """Half a safetensors file."""
+        path = tmp_path / "c.safetensors"
+        save_file({"x": torch.from_numpy(images)}, path)
+        path.write_bytes(path.read_bytes()[:500])
+        with pytest.raises(InvalidCalibration, match="whole safetensors file"):
+            load_calibration(str(path))
+
+    @pytest.mark.parametrize("name", ["c.pkl", "c.pt", "c.csv"])
+    def test_other_files(self, tmp_path, name):
+        """Pickles and others are refused with the right way to save."""
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(InvalidCalibration, match=r"numpy\.savez"):
+            load_calibration(str(tmp_path / name))
+
+    def test_missing(self):
+        """That it is not there is said, with everything that is accepted."""
+        with pytest.raises(InvalidCalibration, match=r"'nowhere\.npz' does not exist") as caught:
+            load_calibration("nowhere.npz")
+        assert all(s in str(caught.value) for s in (".npz", ".txt", ".parquet", "factory"))
+
+    def test_folder(self, tmp_path):
+        """A folder is called one."""
+        with pytest.raises(InvalidCalibration, match="is a folder"):
+            load_calibration(str(tmp_path))
+
+    def test_factory_that_returns_something_else(self):
+        """Named with what it returned."""
+        with pytest.raises(InvalidCalibration, match="it returned int"):
+            load_calibration("format_networks:not_a_module")
+
+
+class TestCheckCalibration:
+    def test_shape_of_output(self, tmp_path, images):
+        """The shape of one sample's output comes back."""
+        data = load_calibration(npz(tmp_path / "c.npz", x=images))
+        assert check_calibration(tiny_net(), data) == (10,)
+
+    def test_wrong_shape(self, tmp_path):
+        """What was got and why it does not fit."""
+        data = load_calibration(npz(tmp_path / "c.npz", x=np.zeros((4, 1, 8, 8), np.float32)))
+        with pytest.raises(
+            InvalidCalibration, match=r"got \[1, 8, 8\] float32 per sample .*failed"
+        ):
+            check_calibration(tiny_net(), data)
+
+    def test_expected_shape_is_said_where_known(self, llama_folder, tmp_path):
+        """A folder's config tells what is expected."""
+        from bitquota.models.load import load_model
+
+        data = load_calibration(npz(tmp_path / "c.npz", x=np.zeros((4, 7), np.float32)))
+        with pytest.raises(InvalidCalibration, match=r"got \[7\] float32 .*expected \[16\] int64"):
+            check_calibration(load_model(str(llama_folder)), data)
+
+    def test_output_that_is_no_batch(self, images, tmp_path):
+        """A model that averages over the batch cannot be measured per sample."""
+
+        class Mean(torch.nn.Module):
+            def forward(self, x):
+                return x.mean((0, 2, 3))
+
+        data = load_calibration(npz(tmp_path / "c.npz", x=images))
+        with pytest.raises(InvalidCalibration, match="one row per sample"):
+            check_calibration(Mean(), data)

@@ -1,0 +1,81 @@
+"""Input Grams: they give the output error of any change of a weight, for every kind of layer."""
+
+import pytest
+import torch
+from torch import nn
+
+from bitquota.candidates.storage import Rounding, Scheme
+from bitquota.models.discovery import discover
+from bitquota.models.layout import to_matrix
+from bitquota.quantizers.input_moments import input_grams
+from bitquota.quantizers.weights import fake_quantize
+from sensitivity_networks import Attention, Residual, build, samples
+
+LAYERS = {
+    "linear": (nn.Linear(5, 4), (3, 6, 5)),
+    "conv1d": (nn.Conv1d(4, 6, 3, groups=2, padding="same", dilation=2), (3, 4, 9)),
+    "conv2d": (nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 0)), (2, 3, 7, 8)),
+    "depthwise": (nn.Conv2d(4, 8, 3, groups=4, dilation=2), (2, 4, 9, 9)),
+    "conv3d": (nn.Conv3d(2, 3, 2, stride=2, padding=1), (2, 2, 5, 4, 6)),
+    "transposed1d": (nn.ConvTranspose1d(6, 4, 4, stride=3, padding=1, groups=2), (2, 6, 5)),
+    "transposed2d": (
+        nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1),
+        (2, 4, 5, 4),
+    ),
+    "transposed3d": (nn.ConvTranspose3d(2, 2, 2, dilation=2), (2, 2, 3, 3, 3)),
+}
+
+
+class TestInputGrams:
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_give_the_output_error_of_any_change(self, name):
+        """Sum of e G e^T over output channels is the squared change of the output."""
+        layer, shape = LAYERS[name]
+        generator = torch.Generator().manual_seed(0)
+        module = nn.Sequential(layer).double()
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        inventory = discover(module, (x,))
+        gram = input_grams(module, inventory, [(x[:1],), (x[1:],)])["0"]
+        change = torch.randn(layer.weight.shape, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            before = module(x)
+            layer.weight += change
+            moved = float((module(x) - before).square().sum())
+        rows = to_matrix(change, inventory.layers[0])
+        grouped = rows.reshape(len(gram), -1, rows.shape[1])
+        predicted = torch.einsum("grc,gcd,grd->", grouped, gram, grouped)
+        assert moved == pytest.approx(float(predicted), rel=1e-9)
+
+    def test_leave_out_embeddings(self):
+        """Looking up is no product with rows."""
+        module = build(Attention)
+        data = samples(Attention)
+        grams = input_grams(module, discover(module, data.inputs), [data.inputs])
+        assert {"q", "k", "v", "o"} == set(grams)
+
+    def test_only_the_layers_asked_for(self):
+        """A Gram is large; it need not be kept for all layers."""
+        module = build(Residual)
+        data = samples(Residual)
+        inventory = discover(module, data.inputs)
+        assert ["inner"] == list(input_grams(module, inventory, [data.inputs], layers=["inner"]))
+
+    def test_error_feedback_lowers_the_error_of_a_convolution(self):
+        """The whole way: Gram of real inputs, rounding, output of the layer."""
+        module = build(Residual)
+        data = samples(Residual)
+        inventory = discover(module, data.inputs)
+        gram = input_grams(module, inventory, [data.inputs])["inner"]
+        layer = inventory.layer("inner")
+        kept = []
+        hook = module.inner.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+        module(*data.inputs)
+        hook.remove()
+        errors = []
+        with torch.no_grad():
+            exact, weight = module.inner(kept[0]), module.inner.weight.detach().clone()
+            for rounding in Rounding:
+                scheme = Scheme(rounding=rounding)
+                module.inner.weight.copy_(fake_quantize(weight, layer, 3, scheme, inputs_gram=gram))
+                errors.append(float((module.inner(kept[0]) - exact).square().sum()))
+        assert errors[1] < 0.8 * errors[0]

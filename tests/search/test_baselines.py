@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+
+from bitquota.candidates.table import enumerate_candidates
+from bitquota.search.baselines import baseline_choices, baseline_diagonals, size_only, weight_mse
+from bitquota.sensitivity.losses import loss_by_name
+from bitquota.sensitivity.measures.pairs import measure_singles
+from bitquota.sensitivity.runners.make import make_runner
+from sensitivity_networks import Residual, build, inventory_of, samples, table_of
+
+
+class TestBaselineChoices:
+    def test_uniform_and_ends_high(self):
+        """One uniform choice per width; first and last at the highest."""
+        table = table_of(inventory_of(build(Residual)), (2, 4, 8))
+
+        assert baseline_choices(table) == {
+            "uniform W2": (0, 0, 0, 0),
+            "uniform W4": (1, 1, 1, 1),
+            "uniform W8": (2, 2, 2, 2),
+            "first and last W8, rest W2": (2, 0, 0, 2),
+            "first and last W8, rest W4": (2, 1, 1, 2),
+        }
+
+    def test_fixed_layers_keep_their_width(self):
+        """A group with one row takes it everywhere, and equal choices appear once."""
+        inventory = inventory_of(build(Residual))
+        table = enumerate_candidates(inventory, (2, 4), fixed={"stem": 8, "head": 8})
+        choices = baseline_choices(table)
+
+        assert choices["uniform W2"] == (0, 0, 0, 0)
+        assert len(set(choices.values())) == len(choices)
+        assert "first and last W8, rest W4" not in choices
+
+
+class TestSizeOnly:
+    def test_counts_bits_only(self):
+        """The score does not look at the network."""
+        table = table_of(inventory_of(build(Residual)), (2, 8))
+
+        assert size_only(table).diagonal.tolist() == [-2, -8] * 4
+
+
+class TestWeightMse:
+    def test_equals_the_squared_error(self):
+        """Against the difference of the weights."""
+        module = build(Residual)
+        inventory = inventory_of(module)
+        table = table_of(inventory)
+        runner = make_runner(module, inventory, samples(Residual), engine="eager")
+
+        matrix = weight_mse(module, inventory, table)
+
+        for row, value in zip(table.rows, matrix.diagonal, strict=True):
+            (candidate,) = row.candidates
+            error = runner.weights(candidate) - runner.weights.original(candidate.layer)
+            assert value == pytest.approx(float(error.detach().square().sum()), rel=1e-5)
+        assert (matrix.diagonal[0::2] > matrix.diagonal[1::2]).all()
+
+
+class TestBaselineDiagonals:
+    def test_names_and_one_layer_loss(self):
+        """Size only, weight MSE, and the measured singles."""
+        module = build(Residual)
+        inventory = inventory_of(module)
+        runner = make_runner(module, inventory, samples(Residual), engine="eager")
+        table, kl = table_of(inventory), loss_by_name("kl")
+
+        found = baseline_diagonals(runner, module, table, kl)
+
+        assert list(found) == ["size only", "weight MSE", "one-layer kl"]
+        np.testing.assert_array_equal(
+            found["one-layer kl"].diagonal, measure_singles(runner, table, kl).diagonal
+        )

@@ -1,0 +1,444 @@
+"""The bridge between plans and training: from a plan to trained weights, and back to a plan."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+import bitquota
+from bitquota.candidates.budget import Budget
+from bitquota.candidates.layers import Inventory
+from bitquota.candidates.storage import FULL_PRECISION_BITS, Scheme
+from bitquota.corrections import Correction
+from bitquota.errors import BudgetTooSmall, InvalidInput, InvalidPlan
+from bitquota.evaluate.choice import measure_choice
+from bitquota.models.discovery import model_fingerprint
+from bitquota.models.loaded import LoadedModel, check_model
+from bitquota.models.pt2.module import dynamic_axes
+from bitquota.models.running import primary_output
+from bitquota.models.samples import check_calibration
+from bitquota.plan import Assignment, Baseline, Plan
+from bitquota.quantizers.activations import collect_inputs
+from bitquota.quantizers.corrections import fold_batch_norm, reestimate_batch_norm
+from bitquota.request import PlanRequest
+from bitquota.search.allocate import allocate
+from bitquota.sensitivity.cache import MemoryLedger
+from bitquota.sensitivity.losses import loss_by_name
+from bitquota.setting import choose_device, inventory_of
+from bitquota.training.exported_inputs import hold_input_quantizers
+from bitquota.training.finetune import TrainedModel, finetune, measure_trained
+from bitquota.training.learn import default_settings, learn
+from bitquota.training.saved import save_trained
+from bitquota.training.settings import TrainingSettings
+from bitquota.training.weight_quantizers import trained_candidate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from torch import nn
+
+    from bitquota.candidates.table import Candidate
+    from bitquota.models.calibration import CalibrationSet
+    from bitquota.progress import IsCancelled, OnProgress
+    from bitquota.quantizers.channel_fit import ChannelRule
+    from bitquota.sensitivity.cache import Ledger
+    from bitquota.training.loop import TrainingRecord
+
+BEFORE = "before training"
+"""Name of the baseline that is the plan without training."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trained:
+    """Trained weights and the plan that they keep.
+
+    Attributes:
+        plan: Of the trained weights, measured on the hold-out part of the training data.
+        model: The trained model.
+        learning: What the phase that learned bit-widths did, if there was one.
+    """
+
+    plan: Plan
+    model: TrainedModel
+    learning: TrainingRecord | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write ``plan.json`` and ``trained.safetensors`` into ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_trained(self.model, folder / "trained.safetensors")
+        self.plan.save(folder / "plan.json")
+
+
+def finetune_plan(
+    model: LoadedModel,
+    plan: Plan,
+    data: CalibrationSet,
+    settings: TrainingSettings | None = None,
+    *,
+    method: str = "lsq",
+    symmetric: bool = False,
+    input_rule: ChannelRule | None = None,
+    start: nn.Module | None = None,
+    device: str = "auto",
+    checkpoint: Path | None = None,
+    on_progress: OnProgress | None = None,
+    cancelled: IsCancelled | None = None,
+) -> Trained:
+    """Train ``model`` under ``plan``; the result's plan is of the trained weights.
+
+    A plan with folded batch norms is trained folded. Statistics of batch norms that the plan would
+    move are trained, and ship with the weights. The new plan has the old one without
+    training as its baseline ``before training``, on the same hold-out samples.
+
+    Args:
+        model: The model that the plan was made for.
+        plan: What to train under.
+        data: Training samples, labelled unless ``settings`` only distil; never the test set.
+        settings: How to train.
+        method: ``lsq``, ``tqt`` or ``direct`` (``training.finetune.finetune``).
+        symmetric: Keep the levels of codebooks mirrored.
+        input_rule: How the first grids of quantized inputs weigh channels.
+        start: Where the weights start, if not at the model's.
+        device: ``auto`` takes a GPU where there is one.
+        checkpoint: File for resuming.
+        on_progress: Called after every step.
+        cancelled: Asked before every step.
+
+    Raises:
+        StalePlan: The plan was made for another model.
+        BudgetTooSmall: The format that ``direct`` stores takes more than the plan's budget.
+        InvalidInput: See ``finetune``.
+        Cancelled: ``cancelled`` said so; the checkpoint continues the run.
+
+    Cost: that of the training, and two passes over the hold-out samples.
+    """
+    check_model(plan, model)
+    settings = TrainingSettings() if settings is None else settings
+    module, samples = _ready(model, data, device)
+    if Correction.FOLD_BATCH_NORM in plan.corrections:
+        module = fold_batch_norm(module, samples.first(2).inputs)
+    inventory = Inventory(
+        model_digest=plan.model_digest,
+        layers=tuple(a.layer for a in plan.assignments),
+        unquantized=plan.unquantized,
+    )
+    stored = tuple(_stored_assignment(a, method) for a in plan.assignments)
+    _check_budgets(plan, stored, method)
+    trained = finetune(
+        module,
+        inventory,
+        [a.candidate for a in plan.assignments],
+        samples,
+        settings,
+        method=method,
+        symmetric=symmetric,
+        input_rule=input_rule,
+        start=start,
+        checkpoint=checkpoint,
+        on_progress=on_progress,
+        cancelled=cancelled,
+    )
+    fit, holdout = samples.split(settings.holdout_fraction, settings.seed)
+    made = Plan(
+        model_digest=model_fingerprint(trained.module),
+        assignments=stored,
+        unquantized=plan.unquantized,
+        budgets=plan.budgets,
+        selected=f"trained:{method}",
+        measured=measure_trained(trained, module, holdout),
+        baselines=(_before(module, inventory, plan, fit, holdout),),
+        target=plan.target if _same_grids(plan.assignments, stored) else None,
+        provenance={
+            "plan": plan.digest(),
+            "trained_from": plan.model_digest,
+            "method": method,
+            "settings": asdict(settings),
+            "data": data.digest,
+            "request": plan.provenance.get("request"),
+            "bitquota": bitquota.__version__,
+        },
+    )
+    return Trained(plan=made, model=trained)
+
+
+def learn_plan(
+    model: LoadedModel,
+    data: CalibrationSet,
+    budgets: Sequence[str],
+    weight_bits: Sequence[int],
+    *,
+    scheme: Scheme | None = None,
+    recipe: str = "stabilised",
+    method: str = "lsq",
+    activation_bits: Sequence[int] = (),
+    start: Plan | None = None,
+    ties: Sequence[Sequence[str]] = (),
+    exclude: Sequence[str] = (),
+    settings: TrainingSettings | None = None,
+    finetuning: TrainingSettings | None = None,
+    device: str = "auto",
+    checkpoint_folder: Path | None = None,
+    on_progress: OnProgress | None = None,
+    cancelled: IsCancelled | None = None,
+) -> Trained:
+    """Learn bit-widths for ``model`` within ``budgets``, and fine-tune under what was learned.
+
+    Args:
+        model: From ``bitquota.models.load_model``.
+        data: Training samples; never the test set.
+        budgets: One on weights, such as ``2.5 bits``, and perhaps on inputs, such as
+            ``act total 96 KiB``; they hold together.
+        weight_bits: Bit-widths on offer.
+        scheme: How weights are stored.
+        recipe: See ``training.learn.RECIPES``.
+        method: How the second phase trains.
+        activation_bits: Bit-widths on offer to inputs.
+        start: A solved plan of the same model to start from.
+        ties: Layers that must share a bit-width.
+        exclude: Layers that stay in full precision.
+        settings: The first phase.
+        finetuning: The second phase.
+        device: ``auto`` takes a GPU where there is one.
+        checkpoint_folder: Folder for the checkpoints of both phases.
+        on_progress: Called after every step.
+        cancelled: Asked before every step.
+
+    Raises:
+        StalePlan: ``start`` is a plan of another model.
+        InvalidBudget: A budget that cannot be read.
+        BudgetTooSmall: Even the smallest bit-widths do not fit.
+        InvalidInput: See ``training.learn.learn``.
+        Cancelled: ``cancelled`` said so; the checkpoints continue the run.
+    """
+    if start is not None:
+        check_model(start, model)
+    module, samples = _ready(model, data, device)
+    inventory = inventory_of(module, model, samples)
+    if exclude:
+        inventory = inventory.exclude(exclude)
+    if ties:
+        inventory = inventory.tie(ties)
+    texts = [part for text in budgets for part in text.split("+")]
+    learned = learn(
+        module,
+        inventory,
+        samples,
+        [Budget.parse(text, inventory) for text in texts],
+        weight_bits,
+        scheme=scheme,
+        recipe=recipe,
+        method=method,
+        activation_bits=activation_bits,
+        start=None if start is None else [a.candidate for a in start.assignments],
+        settings=default_settings(recipe) if settings is None else settings,
+        finetuning=finetuning,
+        checkpoint_folder=checkpoint_folder,
+        on_progress=on_progress,
+        cancelled=cancelled,
+    )
+    request = PlanRequest(
+        budgets=("+".join(texts),),
+        weight_bits=tuple(weight_bits),
+        scheme=Scheme() if scheme is None else scheme,
+        ties=tuple(tuple(tie) for tie in ties),
+        exclude=tuple(exclude),
+        corrections=(Correction.BATCH_NORM_STATISTICS,),
+    )
+    provenance = learned.plan.provenance | {
+        "from_plan": None if start is None else start.digest(),
+        "request": request.to_json(),
+        "bitquota": bitquota.__version__,
+    }
+    return Trained(
+        plan=replace(learned.plan, provenance=provenance),
+        model=learned.trained,
+        learning=learned.learning,
+    )
+
+
+def solve_around(
+    model: LoadedModel,
+    trained: Trained,
+    data: CalibrationSet,
+    settings: TrainingSettings | None = None,
+    *,
+    request: PlanRequest | None = None,
+    method: str = "lsq",
+    ledger: Ledger | None = None,
+    device: str = "auto",
+    checkpoint: Path | None = None,
+    on_progress: OnProgress | None = None,
+    cancelled: IsCancelled | None = None,
+) -> Trained:
+    """Measure around trained weights, solve again, and train under what was found.
+
+    Sensitivities are those of the full-precision weights that training moved (*latents*), so the
+    bit-widths of the last plan are not privileged. The same budgets hold. The result competes with
+    ``trained`` on the same hold-out samples, and the better of the two is returned.
+
+    Args:
+        model: The full-precision model; it teaches.
+        trained: What to go on from.
+        data: The training samples that ``trained`` was made with.
+        settings: How to train.
+        request: What to solve; by default the request on record in the plan, with its budgets.
+        method: How to train.
+        ledger: Where measurements are kept.
+        device: ``auto`` takes a GPU where there is one.
+        checkpoint: File for resuming.
+        on_progress: Called after every step.
+        cancelled: Asked between steps.
+
+    Raises:
+        InvalidPlan: The plan has no request on record, and none was given.
+        Cancelled: ``cancelled`` said so.
+
+    Cost: an allocation, and a training.
+    """
+    settings = TrainingSettings() if settings is None else settings
+    if request is None:
+        recorded = trained.plan.provenance.get("request")
+        if recorded is None:
+            msg = (
+                "solving again needs the request that the plan was made with; this plan has none "
+                "on record: make one with 'bitquota plan' or 'learn'"
+            )
+            raise InvalidPlan(msg)
+        request = PlanRequest.from_json(recorded)
+    budgets = "+".join(b.text for b in trained.plan.budgets if b.text)
+    if not budgets:
+        msg = "solving again needs the plan's budgets as they were asked for; this plan has none"
+        raise InvalidPlan(msg)
+    request = replace(request, budgets=(budgets,))
+    latents = trained.model.latents
+    fit, holdout = data.split(settings.holdout_fraction, settings.seed)
+    wanted = request.samples + request.holdout_samples
+    measured = fit.first(max(wanted, request.correction_samples))
+    module = copy.deepcopy(latents).cpu()
+    # What is stored are the statistics of the quantized model; sensitivities start without error.
+    reestimate_batch_norm(module, measured.to(torch.device("cpu")))
+    around = replace(model, module=module, digest=model_fingerprint(module))
+    found = allocate(
+        around,
+        measured,
+        request,
+        ledger=MemoryLedger() if ledger is None else ledger,
+        on_progress=on_progress,
+        cancelled=cancelled,
+        device=device,
+    )
+    (plan,) = found.plans
+    again = finetune_plan(
+        model,
+        replace(plan, model_digest=model.digest, measured=None, baselines=(), proof=None),
+        data,
+        settings,
+        method=method,
+        start=latents,
+        device=device,
+        checkpoint=checkpoint,
+        on_progress=on_progress,
+        cancelled=cancelled,
+    )
+    module, samples = _ready(model, holdout, device)
+    before = measure_trained(trained.model, module, samples)
+    assert again.plan.measured is not None  # noqa: S101  # ``finetune_plan`` measures
+    return again if again.plan.measured.mean < before.mean else trained
+
+
+def write_pt2(trained: Trained, data: CalibrationSet, path: Path) -> None:
+    """Write the trained model as a ``.pt2`` that takes any batch size, for every other command.
+
+    Where inputs are quantized, their trained quantizers are part of the program.
+
+    Raises:
+        InvalidPlan: See ``training.exported_inputs.hold_input_quantizers``.
+    """
+    inputs = tuple(t.cpu() for t in data.first(2).inputs)
+    module = copy.deepcopy(trained.model.module).cpu().eval()
+    batch = dynamic_axes(module, len(inputs), {0: torch.export.Dim.DYNAMIC})
+    program = torch.export.export(module, inputs, dynamic_shapes=batch)
+    layers = {la.name: la.weight_name for la in trained.model.inventory.layers}
+    hold_input_quantizers(program, {layers[k]: q for k, q in trained.model.inputs.items()})
+    torch.export.save(program, path)
+
+
+def _ready(
+    model: LoadedModel, data: CalibrationSet, device: str
+) -> tuple[nn.Module, CalibrationSet]:
+    where = choose_device(device)
+    check_calibration(model, data)
+    module, samples = copy.deepcopy(model.module).to(where).eval(), data.to(where)
+    with torch.enable_grad():
+        output = primary_output(module(*samples.first(2).inputs))
+    if not output.requires_grad:
+        msg = (
+            f"training needs a model that torch can differentiate; '{model.source}' "
+            f"({model.architecture}) can only be run: hand in a .pt2, a Hugging Face folder or a "
+            "factory"
+        )
+        raise InvalidInput(msg, source=model.source)
+    return module, samples
+
+
+def _stored_assignment(assignment: Assignment, method: str) -> Assignment:
+    if assignment.candidate.weight_bits == FULL_PRECISION_BITS:
+        return assignment
+    candidate = trained_candidate(method, assignment.layer, assignment.candidate)
+    return replace(assignment, candidate=candidate)
+
+
+def _same_grids(planned: Sequence[Assignment], stored: Sequence[Assignment]) -> bool:
+    """Whether training keeps what a target was asked for: it stores no codebooks."""
+    pairs = zip(planned, stored, strict=True)
+    return all(a.candidate.scheme.grid is b.candidate.scheme.grid for a, b in pairs)
+
+
+def _check_budgets(plan: Plan, stored: Sequence[Assignment], method: str) -> None:
+    """Raise where the format that training stores does not keep the plan's budgets."""
+    try:
+        replace(plan, assignments=tuple(stored), target=None)
+    except InvalidPlan as err:
+        msg = (
+            f"method '{method}' stores levels instead of scales, which does not fit this plan: "
+            f"{err.message}; plan with '--grid codebook', with a little less budget, or train "
+            "with 'lsq'"
+        )
+        raise BudgetTooSmall(msg, method=method) from err
+
+
+def _before(
+    module: nn.Module,
+    inventory: Inventory,
+    plan: Plan,
+    fit: CalibrationSet,
+    holdout: CalibrationSet,
+) -> Baseline:
+    """Measure the plan without training, its corrections included."""
+    chosen: list[Candidate] = [a.candidate for a in plan.assignments]
+    activations = None
+    if any(c.activation_bits is not None for c in chosen):
+        activations = collect_inputs(
+            module, inventory, (b.inputs for b in fit.first(512).batches(64))
+        )
+    corrections = tuple(c for c in plan.corrections if c is not Correction.FOLD_BATCH_NORM)
+    found = measure_choice(
+        module,
+        inventory,
+        chosen,
+        holdout,
+        loss_by_name("kl"),
+        corrections=corrections,
+        correction_data=fit.first(1024),
+        activations=activations,
+    )
+    return Baseline(
+        name=BEFORE,
+        weight_bits=plan.weight_bits,
+        size_bits=plan.size_bits,
+        measured=found.measured,
+    )
