@@ -29,6 +29,8 @@ MOST_TIES = 1000
 LONGEST_PATTERN = 512
 LONGEST_TEXT = 512
 LONGEST_LIST = 10_000
+LARGEST_NUMBER = 2**53
+"""Of integers: each is one exact float64, and none overflows what counts with them."""
 
 _LISTS = {
     "budgets": MOST_BUDGETS,
@@ -78,6 +80,9 @@ def _check(value: object, name: str) -> None:
         for key, member in value.items():
             _at_most(len(key), LONGEST_PATTERN, f"a name in '{name}'", "characters")
             _check(member, key)
+    elif isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+        msg = f"integers of '{name}' must be between -2^53 and 2^53; got {value}"
+        raise InvalidInput(msg, limit=LARGEST_NUMBER)
     elif isinstance(value, list | tuple):
         _at_most(len(value), _LISTS.get(name, LONGEST_LIST), f"'{name}'", "entries")
         for member in value:

@@ -114,6 +114,12 @@ class PlanRequest:
         _one_of("precision", self.precision, PRECISIONS)
         for bits in self.weight_bits:
             _one_of("weight_bits", bits, WEIGHT_BITS)
+        if len(set(self.weight_bits)) < len(self.weight_bits):
+            msg = f"weight_bits must name each bit-width once; got {list(self.weight_bits)}"
+            raise InvalidInput(msg, weight_bits=list(self.weight_bits))
+        if not 0 <= self.seed < 2**63:
+            msg = f"seed must be at least 0 and below 2^63; got {self.seed}"
+            raise InvalidInput(msg, seed=self.seed)
         if self.activation_bits is not None and not 2 <= self.activation_bits <= 16:
             msg = f"activation_bits must be between 2 and 16; got {self.activation_bits}"
             raise InvalidInput(msg, activation_bits=self.activation_bits)

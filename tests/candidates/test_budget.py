@@ -155,6 +155,13 @@ class TestParse:
         assert budget == Budget.from_json(budget.to_json())
         canonical_json(budget.to_json())
 
+    @pytest.mark.parametrize(
+        "text", ["1" + "0" * 30 + " TBitOps", "9" * 40 + " GiB", "9" * 25 + " bits"]
+    )
+    def test_a_limit_that_solvers_cannot_count_to_is_refused(self, text):
+        with pytest.raises(InvalidBudget, match=r"below 2\^62"):
+            Budget.parse(text, MODEL)
+
 
 class TestAvailable:
     def test_is_what_unquantized_tensors_leave(self):

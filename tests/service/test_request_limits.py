@@ -35,6 +35,12 @@ class TestCheckRequest:
                 check_request(request)
             assert caught.value.details["limit"] == limit
 
+    @pytest.mark.parametrize("number", [2**53 + 1, -(10**39)])
+    def test_integers_that_are_too_large(self, number):
+        for changes in ({"samples": number}, {"fixed": {"a": number}}, {"more": [[number]]}):
+            with pytest.raises(InvalidInput, match="2\\^53"):
+                check_request(PLAIN | changes)
+
     @pytest.mark.parametrize("place", ["exclude", "ties", "fixed"])
     @pytest.mark.parametrize("pattern", ["re:(", "re:(?=a)b", r"re:(a)\1", "re:(a{1000}){1000}"])
     def test_expression_that_is_not_matched_in_linear_time(self, place, pattern):

@@ -69,6 +69,10 @@ def parse_bytes(text: str) -> int:
     return int(Fraction(re.sub(r"[_,]", "", found["value"])) * _BYTE_UNITS[unit])
 
 
+LARGEST_LIMIT = 2**62
+"""Solvers add up costs as 64-bit integers."""
+
+
 class Scope(StrEnum):
     """What a budget counts."""
 
@@ -96,6 +100,15 @@ class Budget:
     constant: int = 0
     scope: Scope = Scope.WEIGHTS
     text: str = ""
+
+    def __post_init__(self) -> None:
+        """Check that sums over layers can be compared with the limit."""
+        if not max(self.limit, self.constant) < LARGEST_LIMIT:
+            msg = (
+                f"a budget must be below 2^62 {self.unit}; '{self.text[:40]}' is more: leave the "
+                "limit out, or give a smaller one"
+            )
+            raise InvalidBudget(msg, budget=self.text)
 
     @property
     def available(self) -> int:
