@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from bitquota.service.database import Database
     from bitquota.service.settings import Settings
 
-app = typer.Typer(help="Look after a server: keys, quotas, jobs, files.", no_args_is_help=True)
+app = typer.Typer(help="Administer a server: keys, quotas, jobs, files.", no_args_is_help=True)
 keys = typer.Typer(help="API keys.", no_args_is_help=True)
 quotas = typer.Typer(help="Limits of tenants.", no_args_is_help=True)
 jobs = typer.Typer(help="Jobs of all tenants.", no_args_is_help=True)
@@ -76,10 +76,12 @@ def _say(value: Any) -> None:  # noqa: ANN401  # anything that JSON can hold
 
 @keys.command("create")
 def create_key(
-    tenant: Annotated[str, typer.Argument(help="Who the key is for.")],
-    name: Annotated[str, typer.Option("--name", help="To tell it from others.")] = "",
+    tenant: Annotated[str, typer.Argument(help="Tenant the key is for.")],
+    name: Annotated[
+        str, typer.Option("--name", help="Name to distinguish it from other keys.")
+    ] = "",
     scope: Annotated[
-        list[str] | None, typer.Option("--scope", help="read, write; all without it.")
+        list[str] | None, typer.Option("--scope", help="read or write (default: both). Repeatable.")
     ] = None,
     days: Annotated[float | None, typer.Option("--days", help="Days until it expires.")] = None,
     max_priority: Annotated[
@@ -87,7 +89,7 @@ def create_key(
     ] = 0,
     data_dir: DataDir = None,
 ) -> None:
-    """Make a key and print it; it is shown this once and stored only as a hash."""
+    """Create a key and print it; it is shown only once and stored as a hash."""
     from bitquota.errors import InvalidInput
     from bitquota.service.keys import KeyStore, Scope
 
@@ -114,10 +116,10 @@ def create_key(
 
 @keys.command("list")
 def list_keys(
-    tenant: Annotated[str | None, typer.Option("--tenant", help="Only of this tenant.")] = None,
+    tenant: Annotated[str | None, typer.Option("--tenant", help="Show only this tenant.")] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Print one line of JSON for each key, without its secret."""
+    """Print one line of JSON per key, without its secret."""
     from dataclasses import asdict
 
     from bitquota.service.keys import KeyStore
@@ -139,7 +141,7 @@ def list_keys(
 def revoke_key(
     key_id: Annotated[str, typer.Argument(help="Id of the key.")], data_dir: DataDir = None
 ) -> None:
-    """End a key now."""
+    """Revoke a key now."""
     from bitquota.service.keys import KeyStore
 
     with _opened(data_dir) as (_, database):
@@ -150,11 +152,11 @@ def revoke_key(
 def rotate_key(
     key_id: Annotated[str, typer.Argument(help="Id of the key.")],
     overlap_days: Annotated[
-        float, typer.Option("--overlap-days", help="Days for which the old key still works.")
+        float, typer.Option("--overlap-days", help="Days during which the old key still works.")
     ] = 1.0,
     data_dir: DataDir = None,
 ) -> None:
-    """Replace a key by a new one with the same rights and print that."""
+    """Replace a key with a new one that has the same rights, and print it."""
     from bitquota.service.keys import KeyStore
 
     with _opened(data_dir) as (_, database):
@@ -165,14 +167,14 @@ def rotate_key(
 
 @quotas.command("set")
 def set_quota(
-    tenant: Annotated[str, typer.Argument(help="Whose limits.")],
-    max_running: Annotated[int | None, typer.Option(help="Jobs at the same time.")] = None,
+    tenant: Annotated[str, typer.Argument(help="Tenant whose limits to set.")],
+    max_running: Annotated[int | None, typer.Option(help="Jobs that run at the same time.")] = None,
     max_queued: Annotated[int | None, typer.Option(help="Jobs that wait.")] = None,
-    max_stored_bytes: Annotated[int | None, typer.Option(help="Of all uploads.")] = None,
-    max_worker_s: Annotated[float | None, typer.Option(help="Seconds in 24 hours.")] = None,
+    max_stored_bytes: Annotated[int | None, typer.Option(help="Bytes of all uploads.")] = None,
+    max_worker_s: Annotated[float | None, typer.Option(help="Worker seconds in 24 hours.")] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Give a tenant limits of its own; those left out become the server's again."""
+    """Set a tenant's limits; those left out return to the server's defaults."""
     from dataclasses import asdict
 
     from bitquota.service.quotas import Quotas
@@ -190,9 +192,9 @@ def set_quota(
 
 @quotas.command("show")
 def show_quota(
-    tenant: Annotated[str, typer.Argument(help="Whose.")], data_dir: DataDir = None
+    tenant: Annotated[str, typer.Argument(help="The tenant.")], data_dir: DataDir = None
 ) -> None:
-    """Print limits and use of a tenant."""
+    """Print the limits and usage of a tenant."""
     from dataclasses import asdict
 
     from bitquota.service.quotas import Quotas
@@ -204,11 +206,11 @@ def show_quota(
 
 @jobs.command("list")
 def list_jobs(
-    tenant: Annotated[str, typer.Argument(help="Whose.")],
-    limit: Annotated[int, typer.Option("--limit", help="How many.")] = 50,
+    tenant: Annotated[str, typer.Argument(help="The tenant.")],
+    limit: Annotated[int, typer.Option("--limit", help="Number of jobs.")] = 50,
     data_dir: DataDir = None,
 ) -> None:
-    """Print the latest jobs of a tenant, one line of JSON each."""
+    """Print a tenant's latest jobs, one line of JSON each."""
     from bitquota.service.jobs import JobStore
     from bitquota.service.schemas import job_view
 
@@ -219,7 +221,7 @@ def list_jobs(
 
 @jobs.command("cancel")
 def cancel_job(
-    tenant: Annotated[str, typer.Argument(help="Whose.")],
+    tenant: Annotated[str, typer.Argument(help="The tenant.")],
     job_id: Annotated[str, typer.Argument(help="Id of the job.")],
     data_dir: DataDir = None,
 ) -> None:
@@ -233,10 +235,10 @@ def cancel_job(
 
 @app.command("webhook-secret")
 def make_webhook_secret(
-    tenant: Annotated[str, typer.Argument(help="Whose webhooks are signed with it.")],
+    tenant: Annotated[str, typer.Argument(help="Tenant whose webhooks are signed with it.")],
     data_dir: DataDir = None,
 ) -> None:
-    """Make a new secret that signs a tenant's webhooks and print it; the old one ends."""
+    """Create and print a new signing secret for a tenant's webhooks, replacing the old one."""
     from bitquota.service.webhooks import Webhooks
 
     with _opened(data_dir, make=True) as (settings, database):
@@ -247,8 +249,8 @@ def make_webhook_secret(
 
 @app.command("audit")
 def show_audit(
-    tenant: Annotated[str | None, typer.Option("--tenant", help="Only of this tenant.")] = None,
-    limit: Annotated[int, typer.Option("--limit", help="How many lines.")] = 100,
+    tenant: Annotated[str | None, typer.Option("--tenant", help="Show only this tenant.")] = None,
+    limit: Annotated[int, typer.Option("--limit", help="Number of lines.")] = 100,
     data_dir: DataDir = None,
 ) -> None:
     """Print who did what, newest first."""
@@ -273,7 +275,7 @@ def make_backup(
     target: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
     data_dir: DataDir = None,
 ) -> None:
-    """Copy everything into a folder that ``bitquota serve --data-dir`` can be started on.
+    """Copy everything into a folder from which ``bitquota serve --data-dir`` can start.
 
     A PostgreSQL database and files at BITQUOTA_BLOB_URL are not in it; it says so.
     """
@@ -313,7 +315,7 @@ def verify_files(data_dir: DataDir = None) -> None:
 
 @app.command("doctor")
 def examine(data_dir: DataDir = None) -> None:
-    """Say what a server would find here, and change nothing; exit 1 if something is missing."""
+    """Check what a server needs, without changes; exit 1 if something is missing."""
     from bitquota.service.checkup import doctor
 
     findings = doctor(_settings(data_dir))

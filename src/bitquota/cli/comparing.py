@@ -30,20 +30,19 @@ def compare(
         list[str] | None,
         typer.Option(
             "--metric",
-            help="Only this: refine, gram, pairs, diagonal, empirical_fisher, … Repeatable.",
+            help="Run only: refine, gram, pairs, diagonal, empirical_fisher, … Repeatable.",
         ),
     ] = None,
     plans: Annotated[
         int,
         typer.Option(
-            "--plans", help="Random and near-good plans to rank at each budget; 0 for none."
+            "--plans",
+            help="Number of random and near-optimal plans to rank at each budget; 0 for none.",
         ),
     ] = _PLANS,
     affordable: Annotated[
         float,
-        typer.Option(
-            "--max-passes", help="Leave out measures that cost more passes, unless named."
-        ),
+        typer.Option("--max-passes", help="Skip measures that cost more passes, unless named."),
     ] = _AFFORDABLE,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="JSON file to write everything to.")

@@ -27,7 +27,7 @@ def evaluate(
     data: Annotated[
         str,
         typer.Argument(
-            help="Labelled set or text that no plan was made on; read like CALIBRATION."
+            help="Labelled samples or text not used to make a plan; same formats as CALIBRATION."
         ),
     ],
     plans: Annotated[
@@ -36,7 +36,7 @@ def evaluate(
     ] = None,
     exported: Annotated[
         list[Path] | None,
-        typer.Option("--exported", help="Folder that 'export' wrote, to run. Repeatable."),
+        typer.Option("--exported", help="Exported folder to run. Repeatable."),
     ] = None,
     original: Annotated[
         str | None,
@@ -47,11 +47,13 @@ def evaluate(
     ] = None,
     correction_data: Annotated[
         str | None,
-        typer.Option("--correction-data", help="Unlabelled set that corrections are fitted on."),
+        typer.Option("--correction-data", help="Unlabelled samples to compute corrections from."),
     ] = None,
     uniform: Annotated[
         bool,
-        typer.Option("--uniform/--no-uniform", help="Also run uniform at each plan's bytes."),
+        typer.Option(
+            "--uniform/--no-uniform", help="Also run the uniform plan of at most each plan's size."
+        ),
     ] = True,
     with_baselines: Annotated[
         bool, typer.Option("--baselines", help="Also run each plan's other baselines.")
@@ -77,8 +79,8 @@ def evaluate(
 ) -> None:
     """Run MODEL on DATA in full precision, under each plan, and as each exported file.
 
-    Metrics have standard errors; differences are taken sample by sample, to full precision and to
-    the widest uniform plan of no more bytes.
+    Metrics come with standard errors. Differences to full precision and to the widest uniform plan
+    of at most the same size are paired by sample.
     """
     check_sources(model, data, correction_data, tokenizer=tokenizer, imatrix=imatrix, server=server)
     if original is not None:

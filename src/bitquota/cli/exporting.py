@@ -25,12 +25,16 @@ if TYPE_CHECKING:
 def export(
     model: opt.Model,
     plan_file: Annotated[
-        Path, typer.Argument(metavar="PLAN", help="A plan that 'bitquota plan' wrote.")
+        Path, typer.Argument(metavar="PLAN", help="Plan written by 'bitquota plan'.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; new or empty.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder to write; it must be new or empty.")
+    ],
     target: Annotated[
         str | None,
-        typer.Option("--target", "-t", help="Keep this target's rules (the plan's own)."),
+        typer.Option(
+            "--target", "-t", help="Deployment target whose rules apply (default: the plan's own)."
+        ),
     ] = None,
     format_name: Annotated[
         str | None,
@@ -44,13 +48,14 @@ def export(
         str | None,
         typer.Option(
             "--samples",
-            help="Calibration set: a few samples are run to compare the files with the plan.",
+            help="Calibration set; a few samples are run to compare the files with the plan.",
         ),
     ] = None,
     correction_data: Annotated[
         str | None,
         typer.Option(
-            "--correction-data", help="Unlabelled set for the plan's corrections (--samples)."
+            "--correction-data",
+            help="Unlabelled samples to compute the plan's corrections from (default: --samples).",
         ),
     ] = None,
     imatrix: opt.Imatrix = None,
@@ -58,12 +63,14 @@ def export(
     length: opt.Length = opt.DEFAULT_LENGTH,
     server: opt.Server = None,
     api_key: opt.ApiKey = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the export report as JSON.")
+    ] = False,
 ) -> None:
-    """Write PLAN as files that a runtime loads, read them back, run them, and print the receipt.
+    """Write PLAN as files that a runtime loads, read them back, run them, and print a report.
 
-    The folder appears whole, with plan.json and receipt.json, or not at all: a byte more than
-    planned, or an output that differs from fake-quantization, is an error.
+    The folder is created whole, with plan.json and receipt.json (the report), or not at all: if it
+    is a byte larger than planned or its output differs from fake quantization, the command fails.
     """
     plan = Plan.load(plan_file)
     if target is None and format_name is None and plan.target is not None:

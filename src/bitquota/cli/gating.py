@@ -33,17 +33,18 @@ _STYLES = {"passed": "green", "failed": "bold red", "stale": "yellow", "skipped"
 
 MaxKl = Annotated[
     float | None,
-    typer.Option("--max-kl", help="Largest mean loss increase, in the unit of the plan's loss."),
+    typer.Option("--max-kl", help="Maximum mean loss increase, in the unit of the plan's loss."),
 ]
 MaxDrop = Annotated[
-    float | None, typer.Option("--max-drop", help="Top-1 points that may be lost, such as 0.5.")
+    float | None,
+    typer.Option("--max-drop", help="Maximum drop of top-1 accuracy in points, such as 0.5."),
 ]
 MaxSize = Annotated[
-    str | None, typer.Option("--max-size", help="Largest stored size of the model: '12 MiB'.")
+    str | None, typer.Option("--max-size", help="Maximum stored size of the model: '12 MiB'.")
 ]
 MaxFileSize = Annotated[
     str | None,
-    typer.Option("--max-file-size", help="Largest size of all exported files together."),
+    typer.Option("--max-file-size", help="Maximum total size of the exported files."),
 ]
 NotWorseThan = Annotated[
     str | None,
@@ -54,16 +55,17 @@ NotWorseThan = Annotated[
 ]
 Exported = Annotated[
     list[Path] | None,
-    typer.Option("--exported", help="Folder that 'bitquota export' wrote. Repeatable."),
+    typer.Option("--exported", help="Folder written by 'bitquota export'. Repeatable."),
 ]
 
 
 def lock(
     plan_file: Annotated[
-        Path, typer.Argument(metavar="PLAN", help="A plan that 'bitquota plan' wrote.")
+        Path, typer.Argument(metavar="PLAN", help="Plan written by 'bitquota plan'.")
     ],
     target: Annotated[
-        str | None, typer.Option("--target", help="Deployment target whose rules must hold.")
+        str | None,
+        typer.Option("--target", help="Deployment target whose rules the plan must follow."),
     ] = None,
     exported: Exported = None,
     max_kl: MaxKl = None,
@@ -73,7 +75,7 @@ def lock(
     not_worse_than: NotWorseThan = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Lock file to write.")] = _LOCK_FILE,
 ) -> None:
-    """Write the lock file of PLAN for git; target and limits of the file it replaces are kept."""
+    """Write the lock file of PLAN for git, keeping target and limits of the file it replaces."""
     from bitquota.ci.lock import Lock, make_lock
     from bitquota.exports.receipt import Receipt
 
@@ -114,23 +116,25 @@ def check(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="The model as it is now: its fingerprint must be the plan's."),
+        typer.Option("--model", help="The current model: its fingerprint must match the plan's."),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Measure the plan anew on these samples (needs --model)."),
+        typer.Option("--data", help="Measure the plan again on these samples (needs --model)."),
     ] = None,
     correction_data: Annotated[
         str | None,
-        typer.Option("--correction-data", help="Unlabelled samples for the plan's corrections."),
+        typer.Option(
+            "--correction-data", help="Unlabelled samples to compute the plan's corrections from."
+        ),
     ] = None,
     plan_file: Annotated[
-        Path | None, typer.Option("--plan", help="A plan just made: the lock must hold it.")
+        Path | None, typer.Option("--plan", help="A new plan: the lock file must contain it.")
     ] = None,
     exported: Exported = None,
     base: Annotated[
         Path | None,
-        typer.Option("--base", help="Lock file of the base branch: the model must not grow."),
+        typer.Option("--base", help="Lock file of the base branch: the model must not be larger."),
     ] = None,
     max_kl: MaxKl = None,
     max_drop: MaxDrop = None,
@@ -138,20 +142,19 @@ def check(
     max_file_size: MaxFileSize = None,
     not_worse_than: NotWorseThan = None,
     junit: Annotated[
-        Path | None, typer.Option("--junit", help="JUnit XML to write, for CI systems.")
+        Path | None, typer.Option("--junit", help="JUnit XML file to write, for CI systems.")
     ] = None,
     summary: Annotated[
-        Path | None, typer.Option("--summary", help="Markdown to write, for a job summary.")
+        Path | None, typer.Option("--summary", help="Markdown file to write, for a job summary.")
     ] = None,
     device: opt.Device = "auto",
     log_to: opt.LogTo = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Hold each LOCK to its model, target, bytes and limits; exit 0, 1 (broken) or 4 (stale).
+    """Check each LOCK against model, target, size and limits; exit 0, 1 (failed) or 4 (stale).
 
-    Limits in the lock file are checked always, and those given here take their place. Without
-    --data the losses that the plan recorded are held to them. The table is also appended to the
-    file that GITHUB_STEP_SUMMARY names.
+    Limits given here replace those in the lock file. Without --data, the losses recorded in the
+    plan are checked. The table is also appended to the file that GITHUB_STEP_SUMMARY names.
     """
     from bitquota.ci.check import append_step_summary, check_lock, to_junit, worst_exit_code
     from bitquota.ci.lock import Lock
@@ -226,7 +229,7 @@ def diff(
         bool, typer.Option("--exit-code", help="Exit with 1 if anything differs.")
     ] = False,
 ) -> None:
-    """Print what changed from OLD to NEW as Markdown; nothing if nothing did."""
+    """Print what changed from OLD to NEW as Markdown; print nothing if they are equal."""
     from bitquota.ci.diff import diff_plans
 
     found = diff_plans(_plan_of(old), _plan_of(new))

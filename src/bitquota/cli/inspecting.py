@@ -21,7 +21,9 @@ def inspect(
     target: opt.TargetName = None,
     samples: Annotated[
         str | None,
-        typer.Option("--samples", help="A calibration set: two samples count operations."),
+        typer.Option(
+            "--samples", help="Calibration set, of which two samples are run to count operations."
+        ),
     ] = None,
     tie: opt.Tie = None,
     exclude: opt.Exclude = None,
@@ -29,7 +31,7 @@ def inspect(
     length: opt.Length = opt.DEFAULT_LENGTH,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the layers of MODEL and what may become of each, before anything is measured."""
+    """Show the layers of MODEL and the formats each may take, before anything is measured."""
     from bitquota.candidates.targets import target_by_name
 
     chosen = None if target is None else target_by_name(target)

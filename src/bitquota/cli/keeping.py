@@ -14,7 +14,7 @@ from bitquota.errors import InvalidInput
 from bitquota.models.sources import require_existing
 
 app = typer.Typer(
-    help="Measurements that are kept: move them between machines, so that nothing is run twice.",
+    help="The measurement cache: show it, or move measurements between machines.",
     no_args_is_help=True,
 )
 Archive = Annotated[Path, typer.Argument(help="Archive of measurements.")]
@@ -33,7 +33,7 @@ def show(
     ledger: opt.LedgerPath = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say where the ledger is and how much it holds."""
+    """Show where the measurement cache is and how much it contains."""
     from bitquota.sensitivity.cache import SqliteLedger
 
     path = _existing(ledger)
@@ -49,7 +49,7 @@ def show(
 
 @app.command("export")
 def export(archive: Archive, ledger: opt.LedgerPath = None) -> None:
-    """Write every measurement to ARCHIVE; equal ledgers give equal bytes."""
+    """Write every measurement to ARCHIVE; equal caches give equal bytes."""
     from bitquota.sensitivity.cache import SqliteLedger, export_entries
 
     source = _existing(ledger)
@@ -62,7 +62,7 @@ def export(archive: Archive, ledger: opt.LedgerPath = None) -> None:
 
 @app.command("import")
 def import_(archive: Archive, ledger: opt.LedgerPath = None) -> None:
-    """Add the measurements of ARCHIVE; what is there already stays as it is."""
+    """Add the measurements of ARCHIVE; existing ones stay as they are."""
     from bitquota.sensitivity.cache import SqliteLedger, import_entries
 
     require_existing(archive, "what 'bitquota ledger export' wrote", "ARCHIVE")

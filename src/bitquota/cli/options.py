@@ -48,7 +48,7 @@ Bits = Annotated[
     str | None,
     typer.Option(
         "--bits",
-        help=f"Bit-widths on offer, comma-separated ({','.join(map(str, DEFAULT_WEIGHT_BITS))}; "
+        help=f"Permitted bit-widths, comma-separated ({','.join(map(str, DEFAULT_WEIGHT_BITS))}; "
         "with --target all that it stores).",
     ),
 ]
@@ -57,22 +57,26 @@ TargetName = Annotated[
     typer.Option(
         "--target",
         "-t",
-        help="Deployment target: its formats, legal shapes, ties and exclusions. See 'targets'.",
+        help="Deployment target: sets formats, shapes, ties and exclusions. See 'targets'.",
     ),
 ]
 Activations = Annotated[
-    int | None, typer.Option("--activations", help="Bit-width of every layer's input.")
+    int | None,
+    typer.Option("--activations", help="Also quantize every layer's input to this bit-width."),
 ]
 ActivationFit = Annotated[
     str,
     typer.Option(
         "--activation-fit",
-        help="Grids of inputs: mse (each tensor), or joint, chan, irls (weigh channels).",
+        help="Fit of input grids: mse (per tensor), or joint, chan, irls (weigh channels).",
     ),
 ]
 Fix = Annotated[
     list[str] | None,
-    typer.Option("--fix", help="LAYER=BITS; the pattern may match several layers. Repeatable."),
+    typer.Option(
+        "--fix",
+        help="LAYER=BITS, fixes a bit-width; patterns may match several layers. Repeatable.",
+    ),
 ]
 Tie = Annotated[
     list[str] | None,
@@ -80,15 +84,20 @@ Tie = Annotated[
 ]
 Exclude = Annotated[
     list[str] | None,
-    typer.Option("--exclude", help="Layers that stay in full precision. Repeatable."),
+    typer.Option("--exclude", help="Layers to leave in full precision. Repeatable."),
 ]
 Corrections = Annotated[
     list[Correction] | None,
-    typer.Option("--correction", help="Correction that ships with the plan. Repeatable."),
+    typer.Option("--correction", help="Correction to apply and ship with the plan. Repeatable."),
 ]
-Samples = Annotated[int, typer.Option("--samples", help="Calibration samples to measure on.")]
+Samples = Annotated[
+    int, typer.Option("--samples", help="Number of calibration samples to measure on.")
+]
 Holdout = Annotated[
-    int, typer.Option("--holdout", help="Further samples to compare plan and baselines on.")
+    int,
+    typer.Option(
+        "--holdout", help="Number of further samples on which plans and baselines are compared."
+    ),
 ]
 LossName = Annotated[str, typer.Option("--loss", help=f"One of {', '.join(LOSSES)}.")]
 MeasureName = Annotated[
@@ -97,44 +106,49 @@ MeasureName = Annotated[
 ]
 Precision = Annotated[
     str,
-    typer.Option("--precision", help=f"Of measured passes: {' or '.join(PRECISIONS)} (GPU)."),
+    typer.Option(
+        "--precision", help=f"Precision of measured passes: {' or '.join(PRECISIONS)} (GPU)."
+    ),
 ]
 Imatrix = Annotated[
     Path | None,
-    typer.Option(
-        "--imatrix", help="llama.cpp importance matrix (.dat) that scales are fitted with."
-    ),
+    typer.Option("--imatrix", help="llama.cpp importance matrix (.dat) to fit scales with."),
 ]
 Refine = Annotated[
     bool,
     typer.Option(
-        "--refine/--no-refine", help="Measure anew around the plan found, and solve again."
+        "--refine/--no-refine", help="Measure again around the plan found, and solve again."
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of samples and solver.")]
-GridName = Annotated[Grid, typer.Option("--grid", help="Integer grid of the weights.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed for samples and solver.")]
+GridName = Annotated[Grid, typer.Option("--grid", help="Quantization grid of the weights.")]
 GranularityName = Annotated[
-    Granularity, typer.Option("--granularity", help="Weights that share one scale.")
+    Granularity, typer.Option("--granularity", help="Which weights share one scale.")
 ]
-GroupSize = Annotated[int | None, typer.Option("--group-size", help="With --granularity group.")]
+GroupSize = Annotated[
+    int | None, typer.Option("--group-size", help="Weights per group, with --granularity group.")
+]
 ScaleRuleName = Annotated[ScaleRule, typer.Option("--scale-rule", help="How scales are fitted.")]
 ScaleFormatName = Annotated[
     ScaleFormat, typer.Option("--scale-format", help="How scales are stored.")
 ]
 RoundingName = Annotated[Rounding, typer.Option("--rounding", help="How weights are rounded.")]
 SolverName = Annotated[str, typer.Option("--solver", help="Solver backend.")]
-Gap = Annotated[float, typer.Option("--gap", help="Relative optimality gap to stop at.")]
+Gap = Annotated[float, typer.Option("--gap", help="Stop at this relative optimality gap.")]
 TimeLimit = Annotated[
-    float | None, typer.Option("--time-limit", help="Seconds for one solve; none by default.")
+    float | None,
+    typer.Option("--time-limit", help="Time limit of one solve in seconds; none by default."),
 ]
 LogTo = Annotated[
     str | None,
-    typer.Option("--log-to", help="Experiment tracker to log to: mlflow (extra of that name)."),
+    typer.Option("--log-to", help="Experiment tracker to log to: mlflow (needs bitquota[mlflow])."),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, …")]
 LedgerPath = Annotated[
     Path | None,
-    typer.Option("--ledger", help="Where measurements are kept and reused (the cache folder)."),
+    typer.Option(
+        "--ledger", help="Measurement cache to reuse and extend (default: in your cache folder)."
+    ),
 ]
 
 
@@ -142,7 +156,7 @@ Tokenizer = Annotated[
     str | None,
     typer.Option(
         "--tokenizer",
-        help="For texts: folder with tokenizer.json (the model's), or 'bytes'.",
+        help="For texts: folder with tokenizer.json (default: the model's), or 'bytes'.",
     ),
 ]
 Length = Annotated[int, typer.Option("--length", help="For texts: tokens per sample.")]
@@ -150,11 +164,13 @@ DEFAULT_LENGTH = 128
 
 Server = Annotated[
     str | None,
-    typer.Option("--server", envvar="BITQUOTA_SERVER", help="Run on this server, not here."),
+    typer.Option(
+        "--server", envvar="BITQUOTA_SERVER", help="Run on this server instead of locally."
+    ),
 ]
 ApiKey = Annotated[
     str | None,
-    typer.Option("--api-key", envvar="BITQUOTA_API_KEY", help="Key for --server."),
+    typer.Option("--api-key", envvar="BITQUOTA_API_KEY", help="API key for --server."),
 ]
 
 

@@ -136,19 +136,21 @@ def _measure_here(
 
 
 def show(
-    file: Annotated[Path, typer.Argument(help="A plan that 'bitquota plan' wrote.")],
+    file: Annotated[Path, typer.Argument(help="Plan written by 'bitquota plan'.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
     matrix_file: Annotated[
         Path | None,
-        typer.Option("--matrix", help="Sensitivity matrix: also draws the frontier (terminals)."),
+        typer.Option(
+            "--matrix", help="Sensitivity matrix, to also draw the frontier (terminals only)."
+        ),
     ] = None,
     no_color: Annotated[
-        bool, typer.Option("--no-color", help="Draw without colours (so does NO_COLOR).")
+        bool, typer.Option("--no-color", help="Draw without colors (also set by NO_COLOR).")
     ] = False,
 ) -> None:
-    """Show a plan: its layers, its proof, and what was measured beside it.
+    """Show a plan: its layers, its proof, and the measured losses of its baselines.
 
-    A terminal gets bars and the frontier drawn; a pipe gets plain tables.
+    Bars and the frontier are drawn in a terminal; a pipe gets plain tables.
     """
     made = Plan.load(file)
     output.console.no_color = output.console.no_color or no_color

@@ -33,15 +33,17 @@ def report(
         typer.Option("--matrix", help="Sensitivity matrix, for heat maps and the frontier."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="HTML file, complete in itself.")
+        Path | None, typer.Option("--out", "-o", help="Self-contained HTML file to write.")
     ] = None,
     image: Annotated[
-        Path | None, typer.Option("--image", help="The main charts as .png, .svg or .pdf.")
+        Path | None, typer.Option("--image", help="Write the main charts as .png, .svg or .pdf.")
     ] = None,
     title: Annotated[str | None, typer.Option("--title", help="Heading.")] = None,
-    points: Annotated[int, typer.Option("--points", min=2, help="Points of the frontier.")] = 17,
+    points: Annotated[
+        int, typer.Option("--points", min=2, help="Number of points of the frontier.")
+    ] = 17,
     time_limit: Annotated[
-        float, typer.Option("--time-limit", help="Seconds for the whole frontier.")
+        float, typer.Option("--time-limit", help="Time limit for the whole frontier, in seconds.")
     ] = 30.0,
 ) -> None:
     """Make a report of FILES: one HTML file that needs no network, or a picture."""

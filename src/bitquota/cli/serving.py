@@ -15,13 +15,19 @@ def serve(
     port: Annotated[
         int,
         typer.Option(
-            "--port", envvar="BITQUOTA_PORT", min=0, max=65535, help="Port; 0 takes a free one."
+            "--port",
+            envvar="BITQUOTA_PORT",
+            min=0,
+            max=65535,
+            help="Port to listen on; 0 picks a free one.",
         ),
     ] = 8000,
     data_dir: Annotated[
         Path,
         typer.Option(
-            "--data-dir", envvar="BITQUOTA_DATA_DIR", help="Database, uploads, ledgers and plans."
+            "--data-dir",
+            envvar="BITQUOTA_DATA_DIR",
+            help="Folder for the database, uploads, measurement caches and results.",
         ),
     ] = Path("bitquota-data"),
 ) -> None:
@@ -32,10 +38,12 @@ def serve(
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder for plans and report.")] = Path("demo"),
-    seed: Annotated[int, typer.Option("--seed", help="Of training and samples.")] = 0,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the plans and the report.")] = Path(
+        "demo"
+    ),
+    seed: Annotated[int, typer.Option("--seed", help="Seed for training and samples.")] = 0,
 ) -> None:
-    """Train a small network, start the service, plan two budgets over HTTP, compare on test."""
+    """Train a small network, start the service, plan two budgets over HTTP, and compare them."""
     from bitquota.cli.demo import run
 
     run(out, seed=seed)

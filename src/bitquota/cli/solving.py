@@ -26,11 +26,15 @@ BudgetText = Annotated[
     typer.Option("--budget", "-b", help="'3 bits', '3.6 bpw', '96 KiB of weights', …"),
 ]
 BudgetIndex = Annotated[
-    int | None, typer.Option("--budget-index", help="Which of the file's own budgets; from 0.")
+    int | None,
+    typer.Option("--budget-index", help="Use this one of the file's own budgets (counted from 0)."),
 ]
 NodeLimit = Annotated[
     int | None,
-    typer.Option("--node-limit", help="Branch-and-bound nodes; unlike seconds, reproducible."),
+    typer.Option(
+        "--node-limit",
+        help="Limit on branch-and-bound nodes; unlike a time limit, it is reproducible.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -43,7 +47,7 @@ def solve_file(
         float | None,
         typer.Option(
             "--tolerance",
-            help="Instead of the best loss: the smallest size with at most this loss.",
+            help="Find the smallest size with at most this loss, instead of the lowest loss.",
         ),
     ] = None,
     gap: opt.Gap = 1e-4,
@@ -56,19 +60,22 @@ def solve_file(
     ] = 1,
     explain: Annotated[
         bool,
-        typer.Option("--explain", help="Price of each budget, and what each group's bits buy."),
+        typer.Option(
+            "--explain", help="Show the price of each budget and what the bits of each group buy."
+        ),
     ] = False,
     cross_check: Annotated[
         bool,
         typer.Option(
-            "--cross-check", help="Verify the certificate and ask every other solver here."
+            "--cross-check",
+            help="Verify the certificate and compare with every other installed solver.",
         ),
     ] = False,
     server: opt.Server = None,
     api_key: opt.ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Solve the allocation problem of FILE for one budget, with a bound on the best possible."""
+    """Solve the allocation problem of FILE for one budget, with a bound on the optimum."""
     order: JsonObject = {
         "budget": budget, "budget_index": budget_index, "gap": gap, "time_limit_s": time_limit,
         "seed": seed,
@@ -126,7 +133,8 @@ def _solve_here(file: Path, order: JsonObject) -> JsonObject:
 def frontier(
     file: File,
     points: Annotated[
-        int, typer.Option("--points", help="Budgets between smallest and largest.")
+        int,
+        typer.Option("--points", help="Number of budgets between the smallest and the largest."),
     ] = 16,
     budget: BudgetText = None,
     budget_index: BudgetIndex = None,
@@ -143,7 +151,7 @@ def frontier(
 ) -> None:
     """Solve FILE at many budgets: the whole curve of size against predicted loss.
 
-    Which resource varies is that of --budget (by default average bits).
+    --budget selects the resource that varies (by default average bits).
     """
     if budget is None and budget_index is None:
         budget = "1x" if file.suffix == ".json" else "32 bits"

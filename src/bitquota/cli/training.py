@@ -40,18 +40,20 @@ Train = Annotated[
     ),
 ]
 Out = Annotated[
-    Path, typer.Option("--out", "-o", help="Folder for plan.json, trained.safetensors, trained.pt2")
+    Path,
+    typer.Option("--out", "-o", help="Folder for plan.json, trained.safetensors and trained.pt2."),
 ]
 
 
 @with_training
 def finetune(
     model: opt.Model,
-    plan: Annotated[Path, typer.Argument(help="A plan that 'bitquota plan' wrote for MODEL.")],
+    plan: Annotated[Path, typer.Argument(help="Plan written by 'bitquota plan' for MODEL.")],
     train: Train,
     *,
     symmetric: Annotated[
-        bool, typer.Option("--symmetric", help="With direct: keep levels mirrored around zero.")
+        bool,
+        typer.Option("--symmetric", help="With direct: keep the levels symmetric around zero."),
     ] = False,
     input_fit: Annotated[
         str | None,
@@ -124,7 +126,7 @@ def learn(
         str | None,
         typer.Option(
             "--activation-bits",
-            help="Bit-widths on offer to inputs (2,3,4,5,6,8 with a budget 'act …', else none).",
+            help="Permitted bit-widths of inputs (2,3,4,5,6,8 with a budget 'act …', else none).",
         ),
     ] = None,
     tie: opt.Tie = None,

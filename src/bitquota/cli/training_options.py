@@ -19,14 +19,18 @@ if TYPE_CHECKING:
 
 SETTINGS_OPTIONS: dict[str, tuple[Any, Any]] = {
     "epochs": (
-        Annotated[int, typer.Option("--epochs", help="Passes over the data, in each phase.")],
+        Annotated[
+            int, typer.Option("--epochs", help="Number of passes over the data in each phase.")
+        ],
         10,
     ),
     "batch_size": (Annotated[int, typer.Option("--batch-size", help="Samples per step.")], 128),
     "learning_rate": (
         Annotated[
             float | None,
-            typer.Option("--rate", help="Learning rate of weights (the method's own)."),
+            typer.Option(
+                "--rate", help="Learning rate of the weights (default: set by the method)."
+            ),
         ],
         None,
     ),
@@ -34,7 +38,8 @@ SETTINGS_OPTIONS: dict[str, tuple[Any, Any]] = {
         Annotated[
             float | None,
             typer.Option(
-                "--quantizer-rate", help="Of steps, levels and bit-widths (the method's own)."
+                "--quantizer-rate",
+                help="Learning rate of steps, levels, bit-widths (default: set by the method).",
             ),
         ],
         None,
@@ -53,7 +58,9 @@ SETTINGS_OPTIONS: dict[str, tuple[Any, Any]] = {
     "holdout_fraction": (
         Annotated[
             float,
-            typer.Option("--holdout", help="Share of TRAIN that selects and is not trained on."),
+            typer.Option(
+                "--holdout", help="Fraction of TRAIN that is held out to select the best epoch."
+            ),
         ],
         0.1,
     ),
@@ -61,7 +68,7 @@ SETTINGS_OPTIONS: dict[str, tuple[Any, Any]] = {
         Annotated[
             int | None,
             typer.Option(
-                "--patience", help="Stop after so many epochs without a better hold-out loss."
+                "--patience", help="Stop after this many epochs without a better hold-out loss."
             ),
         ],
         None,
@@ -74,18 +81,22 @@ SETTINGS_OPTIONS: dict[str, tuple[Any, Any]] = {
         "none",
     ),
     "mixed_precision": (
-        Annotated[bool, typer.Option("--mixed-precision", help="Take steps in bfloat16.")],
+        Annotated[bool, typer.Option("--mixed-precision", help="Train in bfloat16.")],
         False,
     ),
     "channels_last": (
         Annotated[
-            bool, typer.Option("--channels-last", help="Lay out images with channels last: faster.")
+            bool,
+            typer.Option(
+                "--channels-last",
+                help="Use the channels-last memory layout, which is faster for images.",
+            ),
         ],
         False,
     ),
     "compiled": (Annotated[bool, typer.Option("--compile", help="Use torch.compile.")], False),
     "seed": (
-        Annotated[int, typer.Option("--seed", help="Of samples, order and augmentation.")],
+        Annotated[int, typer.Option("--seed", help="Seed for samples, order and augmentation.")],
         0,
     ),
 }
@@ -123,7 +134,7 @@ TRAINING_OPTIONS: dict[str, tuple[Any, Any]] = {
             Path | None,
             typer.Option(
                 "--checkpoints",
-                help="Folder; a run that was stopped continues from it (OUT/checkpoints).",
+                help="Folder from which an interrupted run continues (default: OUT/checkpoints).",
             ),
         ],
         None,
