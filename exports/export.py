@@ -2,6 +2,8 @@
 
 ``export_plan`` writes files, reads every quantized tensor back, compares sizes with the plan, and
 runs what can be run here against the fake-quantized model.
+
+Design: docs/design/targets.md
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ The graph is the user's own file, or what ``torch.onnx.export`` makes of the mod
 are replaced. Types are int2 (opset 25), int4 (opset 21), int8 and int16, unsigned with zero points
 on asymmetric grids; codebooks are looked up by Gather. ONNX Runtime turns blocked matrix products
 into MatMulNBits.
+
+Design: docs/design/targets.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Make a traced ONNX graph small: fold constants, shorten names, absorb batch norms into scales."""
+"""Make a traced ONNX graph small: fold constants, shorten names, absorb batch norms into scales.
+
+Design: docs/design/targets.md
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What was written, read back and compared: the proof that files are what the plan says."""
+"""What was written, read back and compared: the proof that files are what the plan says.
+
+Design: docs/design/targets.md
+"""
 
 from __future__ import annotations
 

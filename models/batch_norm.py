@@ -15,6 +15,8 @@ cancels.
 References:
     [Chan79] T. Chan, G. Golub, R. LeVeque, "Updating Formulae and a Pairwise Algorithm for
     Computing Sample Variances", 1979 (merging means and variances).
+
+Design: docs/design/corrections.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Calibration sets: the samples that a measurement runs on, and how to name them again."""
+"""Calibration sets: the samples that a measurement runs on, and how to name them again.
+
+Design: docs/design/models.md
+"""
 
 from __future__ import annotations
 

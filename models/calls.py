@@ -2,6 +2,8 @@
 
 The watchers see the calls of operators themselves, so they work alike on ordinary modules and on
 graphs that ``torch.export`` made.
+
+Design: docs/design/corrections.md
 """
 
 from __future__ import annotations

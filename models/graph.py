@@ -2,6 +2,8 @@
 
 A program is made for one batch size. It knows which operations lie behind each layer's weight,
 what re-running those reads of everything else, and what each operation costs.
+
+Design: docs/design/runners.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Least-squares fit of ``x ~ scale q + offset`` with codes ``q`` from 0 to ``2^bits - 1``."""
+"""Least-squares fit of ``x ~ scale q + offset`` with codes ``q`` from 0 to ``2^bits - 1``.
+
+Design: docs/design/grids-and-scales.md
+"""
 
 from __future__ import annotations
 

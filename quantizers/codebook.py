@@ -8,6 +8,8 @@ assignment by itself.
 References:
     [Hoang20] T. Hoang, T. Do, T. Nguyen, N. Cheung, "Direct Quantization for Training Highly
     Accurate Low Bit-width Deep Neural Networks", IJCAI 2020, arXiv 2012.13762.
+
+Design: docs/design/training.md
 """
 
 from __future__ import annotations

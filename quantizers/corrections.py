@@ -3,6 +3,8 @@
 References:
     [Nagel19] M. Nagel, M. van Baalen, T. Blankevoort, M. Welling, "Data-Free Quantization Through
     Weight Equalization and Bias Correction", 2019, arXiv 1906.04721 (bias correction).
+
+Design: docs/design/corrections.md
 """
 
 from __future__ import annotations

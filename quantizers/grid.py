@@ -1,4 +1,7 @@
-"""The grids that weights are rounded to: integers, codebooks, powers of two."""
+"""The grids that weights are rounded to: integers, codebooks, powers of two.
+
+Design: docs/design/grids-and-scales.md
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ affine widths (2, 4 and 5 bits) an integer minimum; one or two fp16 numbers give
 
 Scales and minima are fitted by least squares and rounded to their integers before the codes are
 chosen, so codes are the best for what a reader computes.
+
+Design: docs/design/grids-and-scales.md
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Fit the grids that are not integers: codebooks by k-means, powers of two by least squares.
 
 All functions work on ``values: f64[g, n]``, one line for the weights that share levels or a scale.
+
+Design: docs/design/grids-and-scales.md
 """
 
 from __future__ import annotations

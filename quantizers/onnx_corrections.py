@@ -1,4 +1,7 @@
-"""Corrections of ONNX graphs: the same steps as ``corrections.py``, run by ONNX Runtime."""
+"""Corrections of ONNX graphs: the same steps as ``corrections.py``, run by ONNX Runtime.
+
+Design: docs/design/corrections.md
+"""
 
 from __future__ import annotations
 

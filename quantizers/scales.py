@@ -3,6 +3,8 @@
 All functions work on ``values: f64[g, n]``, one line per scale. The grid of a line is
 ``scale * (code - zero_point)`` with ``code`` an integer; written with ``level = code - zero_point``
 it runs from ``lowest`` to ``highest``. One bit is the exception: see ``weights.levels``.
+
+Design: docs/design/grids-and-scales.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What a measure is: a model, a calibration set and candidates in, a sensitivity matrix out."""
+"""What a measure is: a model, a calibration set and candidates in, a sensitivity matrix out.
+
+Design: docs/design/measures.md
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ An entry is a float64 array under a key that names everything it depends on (wei
 base point, candidates, correction, loss, code version), so that it can never be stale and may be
 shared between jobs, budgets and machines. Entries are written in transactions: after ``kill -9``
 everything committed is there and nothing is half-written.
+
+Design: docs/design/measurement-cache.md
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ The forward-only measures treat chunk after chunk, and everything that they find
 ledger. So any process with the same model, samples and request can run the same loop for one chunk
 only; whoever runs the whole loop afterwards finds that chunk in the ledger and computes the same
 bits as if it had done everything alone.
+
+Design: docs/design/sandbox.md
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ llama.cpp                   ``imatrix`` in the binary layout (``--output-format 
 
 An imported measurement has its own options, sizes and unit, which are not candidates of ours: it
 is solved and read back in the terms of the tool it came from.
+
+Design: docs/design/grids-and-scales.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Measures: ways to turn a model, a calibration set and candidates into a sensitivity matrix."""
+"""Measures: ways to turn a model, a calibration set and candidates into a sensitivity matrix.
+
+Design: docs/design/measurement-cache.md
+"""
 
 from __future__ import annotations
 

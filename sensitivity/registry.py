@@ -1,4 +1,7 @@
-"""Every measure by name."""
+"""Every measure by name.
+
+Design: docs/design/measures.md
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 An evaluator has no folder that survives it. What its training writes is sent to the driver, which
 keeps it below the data folder for as long as the job has not ended, and puts it into the inbox of
 the next evaluator. Nobody but that job's evaluator ever reads it: to the driver it is bytes.
+
+Design: docs/design/jobs.md
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ uvicorn limits how long a connection may idle between two requests, and nothing 
 one.  Here a head must arrive within a time, a body at a least rate, an answer must be read, and one
 address has only so many connections.  Once a second all of them are looked at; a request costs no
 timer.
+
+Design: docs/design/jobs.md
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ The evaluator that carries out the job asks for a list of errands to be done at 
 itself; helpers are started at the first list and take the next errand whenever they are idle. An
 errand whose helper is lost goes back to the others. One that costs two helpers is left to the
 evaluator, whose own end the job's count of fruitless attempts sees.
+
+Design: docs/design/sandbox.md
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Reads and writes are functions of a connection, run in one transaction each. A write takes
 SQLite's lock at its start, so that it never fails half-way for want of it, and is run again when
 the connection breaks: every such function must be safe to run twice.
+
+Design: docs/design/jobs.md
 """
 
 from __future__ import annotations

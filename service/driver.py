@@ -3,6 +3,8 @@
 It holds the lease, keeps the ledger, checks every result, and alone writes to the database. It
 gets its engine ready first and then waits for an order, so that one can be kept warm. It imports
 no torch and no model.
+
+Design: docs/design/sandbox.md
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ It is forked from a fork server, gets one order over a socket, asks the driver f
 hands it every new one at once, and answers with results; or it helps another evaluator of the
 same job to measure. It opens no database and no network, so that it can live in a
 sandbox; whatever a model does in here, it can only send messages that the driver checks.
+
+Design: docs/design/sandbox.md
 """
 
 from __future__ import annotations

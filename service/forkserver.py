@@ -2,6 +2,8 @@
 
 It runs on one thread, because a fork copies only the thread that calls it, and never touches a
 GPU, because CUDA does not survive a fork; evaluators do both afterwards.
+
+Design: docs/design/sandbox.md
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The job store as clients see it: orders, looks, lists, events, the wish to cancel.
 
 The half that supervisors and drivers work with is its base, ``bitquota.service.leases``.
+
+Design: docs/design/jobs.md
 """
 
 from __future__ import annotations

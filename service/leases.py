@@ -2,6 +2,8 @@
 
 A job is claimed under a lease with an epoch. Every write of a driver names its epoch and happens
 only while that epoch holds the job, so a driver that was given up on can change nothing more.
+
+Design: docs/design/jobs.md
 """
 
 from __future__ import annotations

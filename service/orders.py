@@ -1,4 +1,7 @@
-"""Orders of jobs as a client sends them: one pydantic model for each kind, made from its value."""
+"""Orders of jobs as a client sends them: one pydantic model for each kind, made from its value.
+
+Design: docs/design/jobs.md
+"""
 
 from __future__ import annotations
 

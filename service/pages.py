@@ -2,6 +2,8 @@
 
 They are HTML around the REST API: what they change, they change through it. Nothing is inline and
 nothing comes from elsewhere, so the content security policy allows only our own files.
+
+Design: docs/design/web-pages.md
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 References:
     RFC 9457, Problem Details for HTTP APIs.
+
+Design: docs/design/errors.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""``bitquota serve``: one process with the REST API, the supervisor, and its drivers."""
+"""``bitquota serve``: one process with the REST API, the supervisor, and its drivers.
+
+Design: docs/design/jobs.md
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ refused (``seccomp``), further namespaces too. What a command may use up is limi
 ``limits`` says how much, ``watch`` ends what uses more.
 
 Imports neither the web framework nor the database, so that the command line can run itself inside.
+
+Design: docs/design/sandbox.md
 """
 
 from __future__ import annotations

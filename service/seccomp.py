@@ -8,6 +8,8 @@ fall back; a call of a foreign architecture, whose numbers mean something else, 
 The assembler is our own because libseccomp, which the Python bindings load, is missing from the
 smallest images; the program is one comparison for each call. Numbers are those of the kernel's
 ``arch/x86/entry/syscalls/syscall_64.tbl`` and ``include/uapi/asm-generic/unistd.h``.
+
+Design: docs/design/sandbox.md
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ The cookie names the key, the time and a nonce, and is signed (HMAC-SHA256) with
 in the data folder, so every server over that folder accepts it and a restart ends no session. The
 key is looked up on every request: revoking it ends its sessions. One that was signed out is noted
 in the database until it would have ended by itself.
+
+Design: docs/design/web-pages.md
 """
 
 from __future__ import annotations

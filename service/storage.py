@@ -2,6 +2,8 @@
 
 The data folder then holds uploads on their way and verified copies. A file is written to the
 storage before any row names it, under the digest of its bytes, and never changed.
+
+Design: docs/design/jobs.md
 """
 
 from __future__ import annotations

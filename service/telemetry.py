@@ -5,6 +5,8 @@ Nothing is imported unless the standard variables ask for an exporter
 ``OTEL_TRACES_EXPORTER``) and the extra ``otel`` is installed. The context of the request that
 ordered a job lies with the job's first event, so a driver continues that trace wherever and
 whenever it runs; models and their evaluators know nothing of it.
+
+Design: docs/design/jobs.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""How long a job may take: until its deadline, in all, and in one stage without progress."""
+"""How long a job may take: until its deadline, in all, and in one stage without progress.
+
+Design: docs/design/jobs.md
+"""
 
 from __future__ import annotations
 

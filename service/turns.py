@@ -1,4 +1,7 @@
-"""Whose turn it is: tenants share workers round-robin within the highest priority that waits."""
+"""Whose turn it is: tenants share workers round-robin within the highest priority that waits.
+
+Design: docs/design/jobs.md
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ at the files in its work folder and at those that lie in memory.
 
 What it cannot see is what belongs to no process: files whose only descriptor travels in a socket,
 and the kernel's own buffers, which descriptors limit. A control group counts those too.
+
+Design: docs/design/sandbox.md
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 One frame is a head length (4 bytes), a head (canonical JSON) that names the lengths of the parts,
 and the parts. The evaluator runs models of strangers, so the reader trusts no length.
+
+Design: docs/design/sandbox.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Branch and bound over a core, and the record of it that becomes a certificate."""
+"""Branch and bound over a core, and the record of it that becomes a certificate.
+
+Design: docs/design/solver.md
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ It re-derives everything from the numbers of the problem: the format and the mat
 in the docstring of ``solution.py``. What is proved is proved exactly (small problems: integers over
 powers of two) or with outward rounding (large ones; a node that then falls short is repeated
 exactly). A certificate that does not hold is an answer here, not an exception.
+
+Design: docs/design/certificates.md
 """
 
 from __future__ import annotations

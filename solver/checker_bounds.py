@@ -4,6 +4,8 @@ With ``Q`` and ``l`` as in ``solution.py``, and because ``q(z) - s·z = constant
 ``s = l + Q z``, a node proves::
 
     constant - ½ zᵀQz - λ·limits + Σ_g min_{p in g, allowed} (l_p + (Q z)_p + Σ_k λ_k costs_kp)
+
+Design: docs/design/certificates.md
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ With a price ``λ >= 0``, ``v_p = diagonal_p + λ cost_p`` and a base row in eve
                     + λ (limit - cost(x))
 
 so a row, or a partial choice, whose terms reach the value already can be left out.
+
+Design: docs/design/certificates.md
 """
 
 from __future__ import annotations

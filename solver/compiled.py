@@ -1,4 +1,7 @@
-"""How the kernels are compiled: numba, kept on disk, so that only the first run ever waits."""
+"""How the kernels are compiled: numba, kept on disk, so that only the first run ever waits.
+
+Design: docs/design/solver.md
+"""
 
 from __future__ import annotations
 

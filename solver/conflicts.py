@@ -2,6 +2,8 @@
 
 Every step asks one question, "is there any choice at all?", of a problem without an objective. The
 answers are exact: a choice is checked in integers, and "no" is proved by the solver.
+
+Design: docs/design/solver.md
 """
 
 from __future__ import annotations

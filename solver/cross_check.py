@@ -1,4 +1,7 @@
-"""Ask other solvers whether an answer holds."""
+"""Ask other solvers whether an answer holds.
+
+Design: docs/design/external-solvers.md
+"""
 
 from __future__ import annotations
 

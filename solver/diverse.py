@@ -1,4 +1,7 @@
-"""The best choices that differ from each other: the best, the best unlike it, and so on."""
+"""The best choices that differ from each other: the best, the best unlike it, and so on.
+
+Design: docs/design/solver.md
+"""
 
 from __future__ import annotations
 

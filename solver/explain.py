@@ -1,4 +1,7 @@
-"""What a solution's bits cost and buy, and where the next ones would go."""
+"""What a solution's bits cost and buy, and where the next ones would go.
+
+Design: docs/design/solver.md
+"""
 
 from __future__ import annotations
 

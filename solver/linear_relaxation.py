@@ -1,4 +1,7 @@
-"""The linear relaxation of a separable core with several budgets: prices, and where it stands."""
+"""The linear relaxation of a separable core with several budgets: prices, and where it stands.
+
+Design: docs/design/solver.md
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 A matrix product summed by two threads differs in its last bits from one summed by four, and with
 it every bound. One thread also costs less in all at most of our sizes.
+
+Design: docs/design/solver.md
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ A recursion over (cost, price) states of the core finds the best choice.
 References:
     [SZ79] P. Sinha, A. Zoltners: The multiple-choice knapsack problem, 1979 (hulls).
     [P95] D. Pisinger: A minimal algorithm for the multiple-choice knapsack problem, 1995 (core).
+
+Design: docs/design/solver.md
 """
 
 from __future__ import annotations

@@ -46,6 +46,8 @@ A separable problem with one budget and no pairs is solved by a recursion over t
 that no tree follows. Its certificate has one node and says ``recursion``: the bound is then the
 larger of what the node proves, and of what a recursion of the checker's own proves, which keeps
 every partial choice that the node's price ``λ`` does not exclude (``checker_recursion.py``).
+
+Design: docs/design/certificates.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Solve a problem: pick the method, keep the limits, check the answer."""
+"""Solve a problem: pick the method, keep the limits, check the answer.
+
+Design: docs/design/solver.md
+"""
 
 from __future__ import annotations
 

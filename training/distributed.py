@@ -2,6 +2,8 @@
 
 Started by ``torchrun --nproc-per-node N``; a process that was started alone is a group of one, and
 nothing here costs it anything.
+
+Design: docs/design/training.md
 """
 
 from __future__ import annotations

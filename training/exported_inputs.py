@@ -1,4 +1,7 @@
-"""Input quantizers as part of an exported program, so that a ``.pt2`` runs as it was trained."""
+"""Input quantizers as part of an exported program, so that a ``.pt2`` runs as it was trained.
+
+Design: docs/design/training.md
+"""
 
 from __future__ import annotations
 

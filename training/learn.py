@@ -3,6 +3,8 @@
 Two phases. First a recipe learns relaxed bit-widths together with the weights (``bit_learners``).
 Then they are frozen: rounded down to what is on offer, raised again in the order of what was cut
 off as long as the exact size permits, and the model is fine-tuned under that plan.
+
+Design: docs/design/training.md
 """
 
 from __future__ import annotations

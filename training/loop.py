@@ -1,4 +1,7 @@
-"""The training loop that fine-tuning and learning share: seeded, resumable, early stopping."""
+"""The training loop that fine-tuning and learning share: seeded, resumable, early stopping.
+
+Design: docs/design/training.md
+"""
 
 from __future__ import annotations
 

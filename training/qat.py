@@ -1,4 +1,7 @@
-"""The bridge between plans and training: from a plan to trained weights, and back to a plan."""
+"""The bridge between plans and training: from a plan to trained weights, and back to a plan.
+
+Design: docs/design/training.md
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""From relaxed bit-widths to whole ones that keep a limit exactly."""
+"""From relaxed bit-widths to whole ones that keep a limit exactly.
+
+Design: docs/design/training.md
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ References:
     [LSQ] S. Esser et al., "Learned Step Size Quantization", ICLR 2020, arXiv 1902.08153.
     [TQT] S. Jain et al., "Trained Quantization Thresholds for Accurate and Efficient Fixed-Point
     Inference of Deep Neural Networks", MLSys 2020, arXiv 1903.08066.
+
+Design: docs/design/training.md
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ may change is an input of the graph (an initializer may be overridden by an inpu
 a changed candidate costs no new session. Graph optimisations are off: a fusion across a cut would
 make a value depend on where the graph was cut, and with weights as inputs there is nothing to
 pack in advance (ResNet-20, 64 images, one thread: 81 ms without, 79 ms with all of them).
+
+Design: docs/design/runners.md
 """
 
 from __future__ import annotations

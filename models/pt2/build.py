@@ -4,6 +4,8 @@ The exported graph calls ``aten.conv2d`` and the like on bare parameters. Here t
 ``nn.Conv2d``, ``nn.Linear``, ``nn.Embedding``, ``nn.BatchNorm2d`` … again, under the names that
 their parameters have, so that the rest of Bitquota sees a ``.pt2`` as it sees any module.
 Everything else stays a call of its operator.
+
+Design: docs/design/models.md
 """
 
 from __future__ import annotations

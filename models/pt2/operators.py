@@ -3,6 +3,8 @@
 ``aten_operators.txt`` lists them as torch declares them, one schema a line; nothing else can be
 called, and a name from a file is only ever looked up in that list. ``tests/aten_operators.py``
 writes it from the schemas of the installed torch. This module imports no torch.
+
+Design: docs/design/models.md
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ file is taken apart here with ``zipfile`` and ``json`` alone: members outside a 
 refused, only raw tensors and allowlisted operators remain, and nothing is ever evaluated. The
 graph is then rebuilt by ``pt2_model``. This module imports no torch, so that a server can vet an
 upload. It narrows what a file can do; a sandbox is still the boundary for strangers' models.
+
+Design: docs/design/models.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Find what looks wrong in a sensitivity matrix; nothing is changed."""
+"""Find what looks wrong in a sensitivity matrix; nothing is changed.
+
+Design: docs/design/measures.md
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ change in the weight's place.
 
 It sees more than a ``quantizers.calls.LayerWatcher``, products and embeddings without a bias and
 what becomes of outputs, and so is not one.
+
+Design: docs/design/measures.md
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ the activations that later runs will read. ``output`` changes some layers on top
 re-executes only what lies behind them; ``extend`` does the same and returns a new state, so that
 a pair of layers costs the suffix behind the later one. A chunk is executed with the same batch of
 samples whatever is asked for, so a value never depends on what else was measured.
+
+Design: docs/design/runners.md
 """
 
 from __future__ import annotations

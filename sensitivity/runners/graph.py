@@ -8,6 +8,8 @@ do not fit the memory limit are left out and recomputed from what was kept.
 
 The operations are those of the module, in the same order, on the same batch: the result equals
 that of the module bit for bit.
+
+Design: docs/design/runners.md
 """
 
 from __future__ import annotations

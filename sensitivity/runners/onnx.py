@@ -2,6 +2,8 @@
 
 The graph may hold any operator that ONNX Runtime runs; torch never interprets it. Forward only:
 measures that need gradients are refused with a sentence that names those that do not.
+
+Design: docs/design/runners.md
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ sandbox. It carries messages in both directions and nothing else; models never e
 own process. Inputs go once to each node through Ray's object store and lie there as files that
 their digest names. Whoever holds the cluster's token may run anything on every node, so the token
 is for the operator, never for tenants.
+
+Design: docs/design/sandbox.md
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 A kind is one value of ``JobKind``, made in a file of its own beside this one and listed once in
 ``bitquota.service.kinds.KINDS``. Orders, OpenAPI, storage, the way into the sandbox and back, the
 endpoints of results and their collection follow from it.
+
+Design: docs/design/jobs.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Backends that other people's solvers provide, each in a child process."""
+"""Backends that other people's solvers provide, each in a child process.
+
+Design: docs/design/external-solvers.md
+"""
 
 from __future__ import annotations
 

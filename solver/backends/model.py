@@ -1,6 +1,8 @@
 """The problem as external solvers see it: allowed rows only, small integers, sane scales.
 
 It travels to a child process as ``.npz`` bytes, without pickle.
+
+Design: docs/design/external-solvers.md
 """
 
 from __future__ import annotations

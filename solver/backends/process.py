@@ -1,4 +1,7 @@
-"""Run an external solver in a child process: no shared libraries, no shared fate."""
+"""Run an external solver in a child process: no shared libraries, no shared fate.
+
+Design: docs/design/external-solvers.md
+"""
 
 from __future__ import annotations
 

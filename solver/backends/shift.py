@@ -3,6 +3,8 @@
 For one-hot ``x``, ``½ Σ_p s_p x_p² = ½ Σ_p s_p x_p``: what is added to the quadratic part is taken
 from the linear one. Projecting onto the positive semidefinite matrices instead, as published
 solvers of this problem do, changes the values themselves (by up to 22 % on measured matrices).
+
+Design: docs/design/external-solvers.md
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Keys are sorted, there is no white space, floats are written by ``repr`` (the shortest text that
 reads back to the same float64), and NaN and infinity are refused.
+
+Design: docs/design/bytes.md
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ BitquotaError
 
 A message says what must hold, what was got, and what to do. The values of the message sit on
 ``details`` too, so that a program need not parse a sentence.
+
+Design: docs/design/errors.md
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The sensitivity matrix: what a choice of candidates costs in loss, around a base point.
 
 For a one-hot ``x`` per group, ``loss increase = constant + diagonal·x + ½ xᵀ cross x``.
+
+Design: docs/design/bytes.md
 """
 
 from __future__ import annotations

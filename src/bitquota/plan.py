@@ -1,4 +1,7 @@
-"""A plan: one candidate for every layer, exact sizes, measured loss, proof, and baselines."""
+"""A plan: one candidate for every layer, exact sizes, measured loss, proof, and baselines.
+
+Design: docs/design/bytes.md
+"""
 
 from __future__ import annotations
 

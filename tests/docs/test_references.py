@@ -35,6 +35,23 @@ def anchors(text: str) -> set[str]:
 
 
 class TestDesignPages:
+    def test_code_and_page_name_each_other(self, repository, tracked, design):
+        """The modules of a page's list are those whose text names the page."""
+        naming: dict[str, set[str]] = {name: set() for name in design}
+        for path in tracked:
+            if path.endswith(".py") and not path.startswith(("tests/", "docs/")):
+                for name in re.findall(
+                    r"docs/design/([\w-]+\.md)", (repository / path).read_text()
+                ):
+                    assert name in naming, f"{path} names docs/design/{name}, which does not exist"
+                    naming[name].add(path)
+        for name, text in design.items():
+            line = re.search(r"^Code: (.+?)\n\n", text, flags=re.MULTILINE | re.DOTALL)
+            assert line, f"docs/design/{name} has no line 'Code: ...'"
+            listed = set(re.findall(r"`([^`]+\.py)`", line.group(1)))
+            assert listed == naming[name], f"docs/design/{name}"
+            assert listed
+
     def test_index_lists_every_page(self, repository, design):
         text = (repository / "docs" / "design" / "index.md").read_text()
         assert set(re.findall(r"\]\(([\w-]+\.md)\)", text)) == set(design)

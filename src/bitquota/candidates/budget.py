@@ -14,6 +14,8 @@
 Sizes and shares speak of the whole model unless ``of weights`` follows; averages always speak of
 the quantizable weights. Thousands may be set off as in ``1,500,000 B`` or ``1_500_000 B``; the
 decimal sign is a point.
+
+Design: docs/design/budgets.md
 """
 
 from __future__ import annotations

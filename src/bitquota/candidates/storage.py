@@ -3,6 +3,8 @@
 A weight is seen as a matrix ``rows x columns``: one row per output channel (or embedding row, or
 expert and output), the columns being what is summed over. Scales and zero points follow the
 granularity; codes are packed densely, each row padded to ``row_alignment_bits``.
+
+Design: docs/design/budgets.md
 """
 
 from __future__ import annotations

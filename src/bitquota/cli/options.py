@@ -1,4 +1,7 @@
-"""Command-line options that several commands share, and how they become a ``PlanRequest``."""
+"""Command-line options that several commands share, and how they become a ``PlanRequest``.
+
+Design: docs/design/client.md
+"""
 
 from __future__ import annotations
 

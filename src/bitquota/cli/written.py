@@ -1,4 +1,7 @@
-"""Files that a command writes: judged before the work, and what they replaced is said after it."""
+"""Files that a command writes: judged before the work, and what they replaced is said after it.
+
+Design: docs/design/client.md
+"""
 
 from __future__ import annotations
 

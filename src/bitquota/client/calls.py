@@ -1,4 +1,7 @@
-"""Every call of the client, written once (see ``bitquota.client.effects``)."""
+"""Every call of the client, written once (see ``bitquota.client.effects``).
+
+Design: docs/design/client.md
+"""
 
 from __future__ import annotations
 

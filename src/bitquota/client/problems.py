@@ -1,4 +1,7 @@
-"""problem+json back into the errors of ``bitquota.errors``."""
+"""problem+json back into the errors of ``bitquota.errors``.
+
+Design: docs/design/errors.md
+"""
 
 from __future__ import annotations
 

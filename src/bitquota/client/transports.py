@@ -1,4 +1,7 @@
-"""How effects reach the server: blocking, or without blocking. Neither knows any endpoint."""
+"""How effects reach the server: blocking, or without blocking. Neither knows any endpoint.
+
+Design: docs/design/client.md
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Score plans and exported files on one set, beside full precision and uniform at their bytes."""
+"""Score plans and exported files on one set, beside full precision and uniform at their bytes.
+
+Design: docs/design/evaluation.md
+"""
 
 from __future__ import annotations
 

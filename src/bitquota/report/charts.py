@@ -2,6 +2,8 @@
 
 Arrays travel as base64 of little-endian float32 (NaN where there is no value): a model of 224
 layers has 25,000 pairs, and JSON of those would be most of a page.
+
+Design: docs/design/web-pages.md
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 It opens from disk without a network. Its content security policy allows the scripts and the style
 that stand in it, by their hashes, and nothing else.
+
+Design: docs/design/web-pages.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Compare metrics on the user's own model: every one's plan, measured, at every budget."""
+"""Compare metrics on the user's own model: every one's plan, measured, at every budget.
+
+Design: docs/design/evaluation.md
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Evidence: how far predictions can be trusted, from a few plans measured for that purpose."""
+"""Evidence: how far predictions can be trusted, from a few plans measured for that purpose.
+
+Design: docs/design/search.md
+"""
 
 from __future__ import annotations
 

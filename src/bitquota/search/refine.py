@@ -5,6 +5,8 @@ found by steps, each from a plan whose true loss was measured: candidates are pr
 predictions around it (a Gram matrix solved within a trust region, sums of output differences),
 their true loss is measured, and the best is accepted only if it is better by more than the
 standard error of the paired difference. The predictions propose; only measurements decide.
+
+Design: docs/design/search.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What a refinement is told, and what it returns."""
+"""What a refinement is told, and what it returns.
+
+Design: docs/design/search.md
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 Samples come in *blocks*. Every choice is measured on the first; two choices whose difference there
 is within its standard error are measured on the next block too, and so on. Comparisons are paired,
 sample by sample, over the blocks that both choices were measured on.
+
+Design: docs/design/search.md
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 A target turns a model's inventory into the table of candidates that the solver may choose from,
 so that an illegal candidate is never seen, and checks any plan against the same rules. Sizes are
 those that the target's files really take. No torch here.
+
+Design: docs/design/targets.md
 """
 
 from __future__ import annotations
