@@ -144,7 +144,9 @@ TimeLimit = Annotated[
 ]
 LogTo = Annotated[
     str | None,
-    typer.Option("--log-to", help="Experiment tracker to log to: mlflow (needs bitquota[mlflow])."),
+    typer.Option(
+        "--log-to", help="Experiment tracker to log to: mlflow (needs the extra of that name)."
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, …")]
 LedgerPath = Annotated[
