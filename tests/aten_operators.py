@@ -1,4 +1,4 @@
-"""Writes ``formats/aten_operators.txt``: the ATen operators that the graph of a ``.pt2`` may call.
+"""Writes ``models/aten_operators.txt``: the ATen operators that the graph of a ``.pt2`` may call.
 
 Run ``python tests/aten_operators.py`` with a new torch, read the difference, commit it.
 ``tests/models/test_pt2_operators.py`` fails until that is done.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-FILE = Path(__file__).parent.parent / "formats" / "aten_operators.txt"
+FILE = Path(__file__).parent.parent / "models" / "aten_operators.txt"
 
 PRIVATE = frozenset(
     {

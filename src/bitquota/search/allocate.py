@@ -440,7 +440,10 @@ def _search(
         judge=judge,
         first=(source.matrix, source.differences),
         warm=warm,
-        settings=_REFINEMENT[setting.request.refine],
+        # Around a plan without alternatives there is nothing to measure.
+        settings=_REFINEMENT[
+            setting.request.refine and len(setting.table.rows) > len(setting.table.groups)
+        ],
         ledger=setting.ledger,
         on_progress=setting.on_progress,
         cancelled=setting.cancelled,
