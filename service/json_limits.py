@@ -3,6 +3,8 @@
 A megabyte of ``[[],[],…]`` becomes 40 MB of lists. So the text is scanned first, in pieces and
 in time proportional to its length, for how deep it nests, how many values it has, and how long
 its numbers are; only what passes is parsed.
+
+Design: docs/design/sandbox.md
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Headers, JSON and archive directories of uploads, the matrices of ``POST /v1/solve`` and the files
 behind charts are opened here only. Each process has its own limit on memory and each task one on
 time: an upload that is made to be slow or large ends its own process, and nobody else waits.
+
+Design: docs/design/sandbox.md
 """
 
 from __future__ import annotations
