@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from bitquota.errors import MeasurementFailed
 from bitquota.service.blobs import digest_file
 from bitquota.service.engines.engine import Parcel
+from bitquota.service.messages import Whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -149,8 +150,8 @@ class SentCheckpoints:
         for path in () if self.folder is None else sorted(self.folder.glob("*.safetensors")):
             state = _state(path)
             if self._sent.get(path.name) != state:
-                self._work.send_file(path, "checkpoint_piece")
-                self._work.send({"type": "checkpoint", "name": path.name}, ())
+                self._work.send_file(path, checkpoint=True)
+                self._work.send(Whole(name=path.name, checkpoint=True))
                 self._sent[path.name] = state
 
 

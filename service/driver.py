@@ -21,8 +21,6 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from bitquota.canonical import canonical_json
-from bitquota.client.problems import TYPE_PREFIX
 from bitquota.errors import (
     BitquotaError,
     Cancelled,
@@ -48,12 +46,28 @@ from bitquota.service.job import LeaseLost, digests_by_role
 from bitquota.service.jobs import JobStore
 from bitquota.service.keys import KeyStore
 from bitquota.service.kinds import kind_by_name
+from bitquota.service.kinds.kind import MODEL
 from bitquota.service.kinds.plan_request import PlanRequestBody
 from bitquota.service.logs import configure, logger
+from bitquota.service.messages import (
+    Ahead,
+    Ended,
+    Failed,
+    Idle,
+    LedgerGet,
+    LedgerPut,
+    LedgerSize,
+    Piece,
+    Progressed,
+    Whole,
+    decode,
+)
 from bitquota.service.received import Received
+from bitquota.service.scoped_ledger import ScopedLedger
 from bitquota.service.settings import Settings
 from bitquota.service.telemetry import Tracing
 from bitquota.service.time_limits import TimeLimits
+from bitquota.service.verdicts import presentable
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -61,6 +75,7 @@ if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
     from bitquota.service.artifacts import Artifact
     from bitquota.service.job import Job
+    from bitquota.service.messages import Message
 
 EXIT_EVALUATOR_DIED = 10
 EXIT_LEASE_LOST = 11
@@ -95,11 +110,13 @@ class Driver:
         ledgers = settings.data_dir / "ledgers" / job.tenant
         ledgers.mkdir(parents=True, exist_ok=True)
         self._ledger = SqliteLedger(ledgers / "ledger.sqlite")
+        models = digests_by_role(job).get(MODEL.role, ())
+        self._scoped = ScopedLedger(self._ledger, models, settings.max_scratch_bytes)
         self._measured = 0
         self._progress: JsonObject | None = None
         self._told: JsonObject | None = None
         kind = kind_by_name(job.kind)
-        self._received = Received(kind, self._blobs)
+        self._received = Received(kind, self._blobs, most=len(job.request.get("budgets", "1")))
         self._checkpoints = KeptCheckpoints(
             settings.data_dir / FOLDER / job.id,
             kind.checkpoints,
@@ -132,8 +149,7 @@ class Driver:
             _log.warning("database lost", job=job.id, error=error.message)
             return EXIT_UNAVAILABLE
         except BitquotaError as error:
-            failure = error
-            return self._end(lambda: self._store.fail(job.id, job.epoch, failure))
+            return self._fail(error)
         finally:
             if self._crew.shares:
                 _log.info("measured", job=job.id, shares=dict(self._crew.shares))
@@ -218,7 +234,7 @@ class Driver:
                 elif message is None or isinstance(message, BaseException):
                     return self._died(cancel, message)
                 else:
-                    ended = self._handle(*message)
+                    ended = self._handle(decode(*message))
             now = time.monotonic()
             if ended is not None:
                 return ended
@@ -255,36 +271,32 @@ class Driver:
             worker_s=worked_s * (1 + self._crew.helpers),
         )
 
-    def _handle(self, head: JsonObject, parts: list[bytes]) -> int | None:
-        if self._handle_shared(self._evaluator, head, parts):
+    def _handle(self, message: Message) -> int | None:
+        """Do what the evaluator of the job says; returns how the job ended, if it did."""
+        if self._handle_shared(self._evaluator, message):
             return None
-        match head.get("type"):
-            case "ahead":
-                self._crew.begin(self._evaluator, head["errands"])
-            case "progress":
-                progress = _checked_progress(head["progress"])
+        match message:
+            case Ahead(errands=errands):
+                self._crew.begin(self._evaluator, [errand.to_json() for errand in errands])
+            case Progressed(progress=told):
+                progress = told.to_json()
                 if progress != self._told:
-                    self._limits.progressed(progress["stage"])
+                    self._limits.progressed(told.stage)
                 self._progress = self._told = progress
-            case "piece":
+            case Piece(data=data, checkpoint=checkpoint):
                 self._limits.progressed()
-                self._received.piece(parts)
-            case "result":
-                with self._beating("keep"):  # it may have to travel to a bucket
-                    self._received.result(str(head["name"]))
-            case "checkpoint_piece":
-                self._limits.progressed()
-                self._checkpoints.piece(parts)
-            case "checkpoint":
+                (self._checkpoints if checkpoint else self._received).piece([data])
+            case Whole(name=name, checkpoint=True):
                 with self._beating("keep"):
-                    self._checkpoints.keep(str(head["name"]))
+                    self._checkpoints.keep(name)
                 self._measured += 1
-            case "error":
-                return self._failed(head["problem"])
-            case "end":
+            case Whole(name=name):
+                with self._beating("keep"):  # it may have to travel to a bucket
+                    self._received.result(name)
+            case Failed(error=error):
+                return self._failed(error)
+            case Ended():
                 return self._succeed()
-            case _:
-                pass
         return None
 
     def _handle_helper(
@@ -292,59 +304,60 @@ class Driver:
     ) -> None:
         """Serve a helper; whatever it says wrong costs only the helper."""
         if message is None or isinstance(message, BaseException):
-            self._crew.lost(worker, "it died" if message is None else str(message))
+            self._crew.lost(worker, "it died" if message is None else str(message)[:500])
             return
-        head, parts = message
         try:
-            if not self._handle_shared(worker, head, parts) and head.get("type") == "error":
-                self._crew.lost(worker, str(head["problem"])[:500])
-        except (BitquotaError, KeyError, TypeError, ValueError) as error:
-            self._crew.lost(worker, str(error))
+            said = decode(*message)
+            if not self._handle_shared(worker, said) and isinstance(said, Failed):
+                self._crew.lost(worker, said.error.message[:500])
+        except LimitExceeded:
+            raise
+        except BitquotaError as error:
+            self._crew.lost(worker, error.message)
 
-    def _handle_shared(self, worker: Worker, head: JsonObject, parts: list[bytes]) -> bool:
+    def _handle_shared(self, worker: Worker, message: Message) -> bool:
         """Do what every evaluator may ask for; returns whether this was such a message."""
-        match head.get("type"):
-            case "ledger_get":
-                keys = [str(key) for key in head["keys"]]
-                answer, arrays = wire.pack(self._ledger.get_many(keys))
+        match message:
+            case LedgerGet(keys=keys):
+                answer, arrays = wire.pack(self._scoped.get_many(keys))
                 worker.send(answer, arrays)
-            case "ledger_put":
-                entries = wire.unpack(head, parts)
-                self._ledger.put_many(entries)
+            case LedgerPut(entries=entries):
+                self._scoped.put_many(entries)
                 self._measured += len(entries)
                 self._limits.progressed()
                 worker.send({"type": "kept"})
-            case "ledger_size":
-                worker.send({"size": len(self._ledger)})
-            case "idle":
-                progress = self._crew.idle(worker, head.get("done"))
+            case LedgerSize():
+                worker.send({"size": len(self._scoped)})
+            case Idle(done=done):
+                progress = self._crew.idle(worker, done)
                 if progress is not None:
-                    self._progress = _checked_progress(progress)
-                    self._limits.progressed(self._progress["stage"])
+                    self._progress = {"reused": 0} | progress
+                    self._limits.progressed(progress["stage"])
             case _:
                 return False
         return True
 
-    def _failed(self, problem: Any) -> int:  # noqa: ANN401  # not trusted
-        job = self._job
-        error = _error_of(problem)
+    def _failed(self, error: BitquotaError) -> int:
         if isinstance(error, Cancelled) and self._cancel_with is not None:
             if self._stopping.is_set() and not isinstance(
                 self._cancel_with, Cancelled | ServiceTimeout
             ):
                 return self._release()
             error = self._cancel_with
-        return self._end(lambda: self._store.fail(job.id, job.epoch, error))
+        return self._fail(error)
+
+    def _fail(self, error: BitquotaError) -> int:
+        job, shown = self._job, presentable(error, self._settings.data_dir)
+        return self._end(lambda: self._store.fail(job.id, job.epoch, shown))
 
     def _died(self, cancel: BitquotaError | None, why: BaseException | None = None) -> int:
         job = self._job
         self._engine.close()
-        if isinstance(why, LimitExceeded):
-            verdict = why
-            _log.warning("limit exceeded", job=job.id, **verdict.details)
-            return self._end(lambda: self._store.fail(job.id, job.epoch, verdict))
+        if isinstance(why, MeasurementFailed):  # a limit, or what was no message
+            _log.warning("evaluator ended", job=job.id, why=why.message)
+            return self._fail(why)
         if isinstance(cancel, Cancelled | ServiceTimeout):
-            return self._end(lambda: self._store.fail(job.id, job.epoch, cancel))
+            return self._fail(cancel)
         if self._stopping.is_set():
             return self._release()
         self._heartbeat(0.0)
@@ -375,26 +388,6 @@ class Driver:
             return EXIT_LEASE_LOST
         self._checkpoints.remove()
         return 0
-
-
-def _error_of(problem: Any) -> BitquotaError:  # noqa: ANN401  # not trusted
-    known = {kind.slug: kind for kind in _tree(BitquotaError)}
-    try:
-        slug = str(problem["type"]).removeprefix(TYPE_PREFIX)
-        details = json.loads(canonical_json(problem["details"]))
-        message = str(problem["detail"])[:4000]
-        return known.get(slug, MeasurementFailed)(message, **details)
-    except (KeyError, TypeError, ValueError):
-        return MeasurementFailed("the model must run on the calibration set; it failed")
-
-
-def _tree(kind: type[BitquotaError]) -> list[type[BitquotaError]]:
-    return [kind, *(k for sub in kind.__subclasses__() for k in _tree(sub))]
-
-
-def _checked_progress(progress: JsonObject) -> JsonObject:
-    counts = {name: max(0, int(progress.get(name, 0))) for name in ("done", "total", "reused")}
-    return {"stage": str(progress["stage"])[:100], **counts}
 
 
 def _share(settings: Settings) -> int:

@@ -23,6 +23,16 @@ from typing import TYPE_CHECKING
 from bitquota.errors import BitquotaError, MeasurementFailed
 from bitquota.service import wire
 from bitquota.service.kinds import kind_by_name
+from bitquota.service.messages import (
+    Ahead,
+    Ended,
+    Failed,
+    Idle,
+    LedgerGet,
+    LedgerPut,
+    LedgerSize,
+    encode,
+)
 from bitquota.service.sandbox import limit_resources
 from bitquota.service.work import Work
 
@@ -36,6 +46,7 @@ if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
     from bitquota.sensitivity.errands import Errand
     from bitquota.service.forkserver import Loaded
+    from bitquota.service.messages import Message
 
 _PR_SET_PDEATHSIG = 1
 
@@ -63,18 +74,18 @@ class Channel:
         # The driver is gone: nobody can take what would still be measured.
         os._exit(3)
 
-    def send(self, head: JsonObject, parts: Sequence[bytes] = ()) -> None:
+    def send(self, message: Message) -> None:
         """Send one message."""
         with self._sending:
-            wire.send(self._sink, head, parts)
+            wire.send(self._sink, *encode(message))
 
     def next(self) -> tuple[JsonObject, list[bytes]]:
         """Return the next message that is not a cancel."""
         return self._answers.get()
 
-    def ask(self, head: JsonObject, parts: Sequence[bytes] = ()) -> tuple[JsonObject, list[bytes]]:
+    def ask(self, message: Message) -> tuple[JsonObject, list[bytes]]:
         """Send one message and return its answer."""
-        self.send(head, parts)
+        self.send(message)
         return self.next()
 
 
@@ -86,7 +97,7 @@ class RemoteLedger:
 
     def __len__(self) -> int:
         """Return the number of entries."""
-        return int(self._channel.ask({"type": "ledger_size"})[0]["size"])
+        return int(self._channel.ask(LedgerSize())[0]["size"])
 
     def get(self, key: str) -> NDArray[np.float64] | None:
         """Return the array under ``key``, or ``None``."""
@@ -94,7 +105,7 @@ class RemoteLedger:
 
     def get_many(self, keys: Sequence[str]) -> dict[str, NDArray[np.float64]]:
         """Return the arrays of those ``keys`` that are there."""
-        return wire.unpack(*self._channel.ask({"type": "ledger_get", "keys": list(keys)}))
+        return wire.unpack(*self._channel.ask(LedgerGet(keys=tuple(keys))))
 
     def put(self, key: str, array: NDArray[np.float64]) -> None:
         """Store one array."""
@@ -102,8 +113,7 @@ class RemoteLedger:
 
     def put_many(self, entries: Mapping[str, NDArray[np.float64]]) -> None:
         """Store several arrays, all of them or none."""
-        head, parts = wire.pack(entries)
-        self._channel.ask({"type": "ledger_put"} | head, parts)
+        self._channel.ask(LedgerPut(entries=entries))
 
 
 class HelpedRemoteLedger(RemoteLedger):
@@ -111,11 +121,10 @@ class HelpedRemoteLedger(RemoteLedger):
 
     def measure_ahead(self, errands: Sequence[Errand], do: Callable[[Errand], None]) -> None:
         """Take part until every errand is done; see ``HelpedLedger``."""
-        listed = [errand.to_json() for errand in errands]
-        head, _ = self._channel.ask({"type": "ahead", "errands": listed})
+        head, _ = self._channel.ask(Ahead(errands=tuple(errands)))
         while head["type"] == "errand":
             do(errands[head["number"]])
-            head, _ = self._channel.ask({"type": "idle", "done": head["number"]})
+            head, _ = self._channel.ask(Idle(done=head["number"]))
 
 
 def main() -> None:
@@ -160,18 +169,18 @@ def answer(order: JsonObject, channel: Channel, loaded: Loaded) -> None:
         else:
             carry_out(order, channel, loaded)
     except BitquotaError as error:
-        channel.send(_failed(error))
+        channel.send(Failed(error=error))
     except MemoryError:
         msg = "the job must fit the memory of a worker; it does not: use fewer samples"
-        channel.send(_failed(MeasurementFailed(msg)))
+        channel.send(Failed(error=MeasurementFailed(msg)))
     except Exception as error:  # noqa: BLE001  # a stranger's model may raise anything
         import traceback
 
         traceback.print_exc()
         said = " ".join(str(error).split())[:500]
         msg = f"the model must run on the calibration set; it raised {type(error).__name__}: {said}"
-        channel.send(_failed(MeasurementFailed(msg)))
-    channel.send({"type": "end"})
+        channel.send(Failed(error=MeasurementFailed(msg)))
+    channel.send(Ended())
 
 
 def warm_up() -> None:
@@ -200,12 +209,6 @@ def warm_up() -> None:
     allocate(model, samples, request, ledger=MemoryLedger(), device="cpu")
 
 
-def _failed(error: BitquotaError) -> JsonObject:
-    from bitquota.service.problem_json import problem_json
-
-    return {"type": "error", "problem": problem_json(error)}
-
-
 def carry_out(order: JsonObject, channel: Channel, loaded: Loaded) -> None:
     """Run one order and send its results in pieces and messages of type ``result``."""
     ledger = HelpedRemoteLedger(channel) if order.get("helped") else RemoteLedger(channel)
@@ -230,14 +233,14 @@ def help_out(order: JsonObject, channel: Channel, loaded: Loaded) -> None:
         device=work.device,
     )
     runner = setting.runner()
-    head, _ = channel.ask({"type": "idle"})
+    head, _ = channel.ask(Idle())
     while head["type"] == "errand":
         errand = Errand.from_json(head["errand"])
         run_errand(
             errand, runner, setting.table, setting.loss,
             ledger=ledger, cancelled=channel.cancelled.is_set,
         )  # fmt: skip
-        head, _ = channel.ask({"type": "idle", "done": head["number"]})
+        head, _ = channel.ask(Idle(done=head["number"]))
 
 
 def _work(order: JsonObject, channel: Channel, loaded: Loaded, ledger: RemoteLedger) -> Work:

@@ -30,9 +30,12 @@ class Received:
     Args:
         kind: What the job may leave.
         blobs: Where results are kept.
+        most: How many there may be of a result of which there may be several: that many were
+            asked for.
     """
 
-    def __init__(self, kind: JobKind, blobs: BlobStore) -> None:
+    def __init__(self, kind: JobKind, blobs: BlobStore, most: int = 1) -> None:
+        self._most = most
         self._kind = kind
         self._blobs = blobs
         self._incoming: Incoming | None = None
@@ -67,8 +70,8 @@ class Received:
             result = self._kind.result(name)
             if incoming.size > result.max_bytes:
                 raise _too_large(result.max_bytes)
-            if self._digests.get(name) and not result.many:
-                raise _two(name)
+            if len(self._digests.get(name, ())) >= (self._most if result.many else 1):
+                raise _too_many(name, self._most if result.many else 1)
             incoming.flush()
             result.check(incoming.path)
         except MeasurementFailed:
@@ -130,8 +133,9 @@ class Received:
         self._sizes[digest] = size
 
 
-def _two(name: str) -> MeasurementFailed:
-    return MeasurementFailed(f"a worker must return one {name}; it returned another")
+def _too_many(name: str, most: int) -> MeasurementFailed:
+    msg = f"a worker must return at most {most} of the result {name}; it returned another"
+    return MeasurementFailed(msg)
 
 
 def _too_large(limit: int) -> MeasurementFailed:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.canonical import canonical_json
-from bitquota.errors import ServiceError
+from bitquota.errors import MeasurementFailed, ServiceError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
 
 MAX_HEAD_BYTES = 64 * 2**20
-MAX_PART_BYTES = 2**31
+MAX_VALUES = 4_000_000
+"""In a head: a small list takes 60 bytes of memory for two bytes of text."""
+MAX_MESSAGE_BYTES = 2**30
+"""All parts of one message together."""
 _LENGTH = struct.Struct(">I")
 
 
@@ -41,23 +44,27 @@ def receive(stream: IO[bytes]) -> tuple[JsonObject, list[bytes]] | None:
     """Return the next message, or ``None`` at the end of the stream.
 
     Raises:
-        ServiceError: The stream ended inside a message, or is no such stream.
+        ServiceError: The stream ended inside a message: the other side was killed.
+        MeasurementFailed: It is no such stream.
     """
     first = stream.read(_LENGTH.size)
     if not first:
         return None
     if len(first) < _LENGTH.size:
-        raise _broken("it ended inside a length")
+        raise _cut("it ended inside a length")
     (length,) = _LENGTH.unpack(first)
     if length > MAX_HEAD_BYTES:
         raise _broken(f"a head of {length:,} bytes")
     try:
-        head = json.loads(_exactly(stream, length))
+        text = _exactly(stream, length)
+        if sum(map(text.count, (b",", b"[", b"{"))) > MAX_VALUES:
+            raise _broken(f"a head of more than {MAX_VALUES:,} values")
+        head = json.loads(text, parse_constant=_no_number)
         sizes = head.pop("parts")
-        if not all(isinstance(n, int) and 0 <= n <= MAX_PART_BYTES for n in sizes):
-            raise _broken("a part of impossible size")
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise _broken("a head that is not JSON") from err
+        if not all(type(n) is int and n >= 0 for n in sizes) or sum(sizes) > MAX_MESSAGE_BYTES:
+            raise _broken("parts of impossible size")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise _broken("a head that is no JSON object") from err
     return head, [_exactly(stream, n) for n in sizes]
 
 
@@ -69,22 +76,30 @@ def pack(arrays: Mapping[str, NDArray[np.float64]]) -> tuple[JsonObject, list[by
 
 
 def unpack(head: JsonObject, parts: Sequence[bytes]) -> dict[str, NDArray[np.float64]]:
-    """Return the arrays that ``pack`` packed; raises ``ServiceError`` if they do not fit."""
+    """Return the arrays that ``pack`` packed; raises ``MeasurementFailed`` if they do not fit."""
     try:
         return {
             str(name): np.frombuffer(part, dtype="<f8").reshape([int(n) for n in shape])
             for (name, shape), part in zip(head["entries"], parts, strict=True)
         }
-    except (ValueError, KeyError, TypeError) as err:
+    except (ValueError, KeyError, TypeError, OverflowError) as err:
         raise _broken("arrays that do not fit their shapes") from err
 
 
 def _exactly(stream: IO[bytes], length: int) -> bytes:
     data = stream.read(length)
     if len(data) < length:
-        raise _broken("it ended inside a message")
+        raise _cut("it ended inside a message")
     return data
 
 
-def _broken(what: str) -> ServiceError:
-    return ServiceError(f"an evaluator must send whole messages; got {what}")
+def _no_number(text: str) -> float:
+    raise ValueError(text)
+
+
+def _cut(what: str) -> ServiceError:
+    return ServiceError(f"an evaluator must send whole messages; {what}")
+
+
+def _broken(what: str) -> MeasurementFailed:
+    return MeasurementFailed(f"a worker must send whole messages; got {what}")

@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, TypedDict, cast
 
 from bitquota.errors import Cancelled, InvalidInput
 from bitquota.plan import Plan
+from bitquota.progress import Progress
+from bitquota.service.messages import Piece, Progressed, Whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from bitquota.canonical import JsonObject
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
-    from bitquota.progress import IsCancelled, OnProgress, Progress
+    from bitquota.progress import IsCancelled, OnProgress
     from bitquota.sensitivity.cache import Ledger
     from bitquota.service.forkserver import Loaded
+    from bitquota.service.messages import Message
 
 PIECE_BYTES = 4 * 2**20
 """Results travel in pieces of this size, so that neither side holds a large one in memory."""
@@ -57,7 +60,7 @@ class Work:
     inputs: dict[str, list[str]]
     loaded: Loaded
     ledger: Ledger
-    send: Callable[[JsonObject, Sequence[bytes]], None]
+    send: Callable[[Message], None]
     cancelled: IsCancelled
     device: str
     scratch: Path
@@ -81,11 +84,11 @@ class Work:
         if self.cancelled():
             msg = "the work was cancelled"
             raise Cancelled(msg)
-        self.send({"type": "progress", "progress": progress.to_json()}, ())
+        self.send(Progressed(progress=progress))
 
     def say(self, stage: str) -> None:
         """Tell the client what begins now."""
-        self.send({"type": "progress", "progress": {"stage": stage, "done": 0, "total": 1}}, ())
+        self.send(Progressed(progress=Progress(stage=stage, done=0, total=1)))
 
     def paths(self, role: str) -> tuple[Path, ...]:
         """Return the files of an input; none where it was left out."""
@@ -120,17 +123,17 @@ class Work:
     def give(self, name: str, data: bytes | Path) -> None:
         """Hand over a result, or the next of several, in pieces."""
         if isinstance(data, Path):
-            self.send_file(data, "piece")
+            self.send_file(data)
         else:
             for start in range(0, len(data), PIECE_BYTES):
-                self.send({"type": "piece"}, [data[start : start + PIECE_BYTES]])
-        self.send({"type": "result", "name": name}, ())
+                self.send(Piece(data=data[start : start + PIECE_BYTES]))
+        self.send(Whole(name=name))
 
-    def send_file(self, path: Path, kind: str) -> None:
-        """Send the bytes of a file in messages of type ``kind``."""
+    def send_file(self, path: Path, *, checkpoint: bool = False) -> None:
+        """Send the bytes of a file in pieces."""
         with path.open("rb") as file:
             while piece := file.read(PIECE_BYTES):
-                self.send({"type": kind}, [piece])
+                self.send(Piece(data=piece, checkpoint=checkpoint))
 
     def _one(self, role: str) -> Path:
         paths = self.paths(role)

@@ -21,7 +21,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bitquota.errors import BitquotaError, InvalidInput, MissingDependency, ServiceError
+from bitquota.errors import (
+    BitquotaError,
+    InvalidInput,
+    MeasurementFailed,
+    MissingDependency,
+    ServiceError,
+)
+from bitquota.service.messages import Failed, encode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,10 +92,8 @@ class Host:
         try:
             self._worker = self._engine.start(replace(order, parcels=tuple(parcels)), self._inbox)
         except BitquotaError as error:
-            from bitquota.service.problem_json import problem_json
-
-            said = {"type": "error", "problem": problem_json(error)}
-            self._inbox.put((None, (said, [])))  # type: ignore[arg-type]  # nobody looks at it
+            said = encode(Failed(error=error))
+            self._inbox.put((None, said))  # type: ignore[arg-type]  # nobody looks at it
         self._pass_on()
         return str(ray.util.get_node_ip_address())
 
@@ -137,6 +142,8 @@ class Host:
         with contextlib.suppress(queue.Empty):
             while len(said) < _BATCH:
                 message = self._inbox.get(timeout=0.0 if said else _BATCH_S)[1]
+                if isinstance(message, MeasurementFailed):  # why its job was ended here
+                    return [*said, encode(Failed(error=message)), None]
                 if message is None or isinstance(message, BaseException):
                     return [*said, None]
                 said.append(message)

@@ -13,6 +13,7 @@ from bitquota.sensitivity.cache import MemoryLedger
 from bitquota.service.blobs import BlobStore
 from bitquota.service.checkpoints import KeptCheckpoints, SentCheckpoints, sent_checkpoints
 from bitquota.service.forkserver import Loaded
+from bitquota.service.messages import Piece, Progressed, Whole
 from bitquota.service.work import PIECE_BYTES, Work
 
 NAMES = ("learn.safetensors", "finetune.safetensors")
@@ -74,12 +75,13 @@ class TestSentCheckpoints:
         """After a step, in pieces; what an earlier attempt left is there and is not sent again."""
         sent = []
 
-        def send(head, parts):
-            sent.append(head["type"])
-            if head["type"] == "checkpoint_piece":
-                kept.piece(parts)
-            elif head["type"] == "checkpoint":
-                kept.keep(head["name"])
+        def send(message):
+            sent.append(type(message))
+            match message:
+                case Piece(data=data, checkpoint=True):
+                    kept.piece([data])
+                case Whole(name=name, checkpoint=True):
+                    kept.keep(name)
 
         kept.piece([b"learned"])
         kept.keep(NAMES[0])
@@ -93,19 +95,19 @@ class TestSentCheckpoints:
             assert checkpoints.path(NAMES[0]).read_bytes() == b"learned"
             step = Progress(stage="finetune", done=1, total=9)
             checkpoints.running["on_progress"](step)
-            assert sent == ["progress"]
+            assert sent == [Progressed]
             tuned = bytes(PIECE_BYTES) + b"tuned"
             checkpoints.path(NAMES[1]).write_bytes(tuned)
             for _ in range(2):
                 checkpoints.running["on_progress"](step)
-            assert sent[1:] == ["checkpoint_piece"] * 2 + ["checkpoint"] + ["progress"] * 2
+            assert sent[1:] == [Piece] * 2 + [Whole] + [Progressed] * 2
             checkpoints.path(NAMES[1]).write_bytes(b"stopped")
-        assert sent[-1] == "checkpoint"
+        assert sent[-1] is Whole
         assert {b"learned", b"stopped"} == {p.path.read_bytes() for p in kept.parcels()}
 
     def test_a_model_too_large_for_one_is_trained_without(self, tmp_path, monkeypatch):
         """A file of an evaluator has a limit; the training must not fail at it."""
         monkeypatch.setattr(resource, "getrlimit", lambda _: (1000, 1000))
-        work = work_of(tmp_path, lambda head, parts: None)
+        work = work_of(tmp_path, lambda message: None)
         assert SentCheckpoints(work, torch.nn.Linear(4, 4)).path(NAMES[0]) is not None
         assert SentCheckpoints(work, torch.nn.Linear(40, 40)).path(NAMES[0]) is None

@@ -1,0 +1,185 @@
+"""The driver between a real database and evaluators that say what no honest one says."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bitquota.canonical import digest_json
+from bitquota.errors import LimitExceeded, MeasurementFailed
+from bitquota.sensitivity.ledger import MemoryLedger, SqliteLedger, ledger_key
+from bitquota.service.artifacts import ArtifactStore
+from bitquota.service.blobs import BlobStore
+from bitquota.service.database import Database
+from bitquota.service.driver import EXIT_EVALUATOR_DIED, Driver
+from bitquota.service.inspection import ArtifactKind
+from bitquota.service.job import JobStatus, NewJob
+from bitquota.service.jobs import JobStore
+from bitquota.service.limits import Resource, exceeded
+from bitquota.service.messages import Ended, Failed, LedgerPut, Piece, Whole, encode
+from bitquota.service.scoped_ledger import ScopedLedger
+from bitquota.service.settings import Settings
+from bitquota.service.verdicts import MAX_MESSAGE, presentable
+
+KEY = ledger_key("a")
+
+
+class Scripted:
+    """An engine whose evaluator says a list of things, then dies of what is last."""
+
+    name = "scripted"
+    starts_slowly = False
+    place = "here"
+
+    def __init__(self, *said, death=None):
+        self._said = [encode(m) if hasattr(m, "__slots__") else m for m in said]
+        self._death = death
+
+    def open(self):
+        pass
+
+    def start(self, order, inbox):
+        for message in [*self._said, self._death]:
+            inbox.put((self, message))
+        return self
+
+    def send(self, head, parts=()):
+        pass
+
+    def end(self):
+        pass
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def settings(tmp_path):
+    made = Settings(data_dir=tmp_path / "data", max_scratch_bytes=2**20)
+    made.data_dir.mkdir()
+    database = Database(made.url)
+    database.create()
+    database.close()
+    return made
+
+
+@pytest.fixture
+def carry_out(settings):
+    """Run one job with a script; returns exit status and the job afterwards."""
+
+    def carry_out(*said, death=None):
+        database = Database(settings.url)
+        store = JobStore(database, time.time)
+        blobs, artifacts = (
+            BlobStore(settings.data_dir / "blobs"),
+            ArtifactStore(database, time.time),
+        )
+        digests = {}
+        for kind in (ArtifactKind.MODEL, ArtifactKind.DATASET):
+            digests[kind.value] = blobs.put(kind.value.encode())
+            artifacts.record("ann", kind, digests[kind.value], format_name="onnx", name="m", size=1)
+        ordered = NewJob(
+            tenant="ann", kind="plan", request={"budgets": ["3 bits"]}, labels={},
+            model=digests["model"], dataset=digests["dataset"],
+        )  # fmt: skip
+        store.create(ordered)
+        job = store.claim("here", 15.0)
+        try:
+            status = Driver(settings, job, Scripted(*said, death=death)).run()
+            return status, store.get("ann", job.id)
+        finally:
+            database.close()
+
+    return carry_out
+
+
+class TestHostileEvaluator:
+    @pytest.mark.parametrize(
+        ("said", "verdict"),
+        [
+            (({"type": "shutdown"}, []), "one of ledger_get"),
+            (({"type": "end", "status": "succeeded"}, []), "the members none"),
+            (Whole(name="database"), "a plan job leaves"),
+            (Whole(name="plans"), "does not hold"),
+            (Ended(), "must return the matrix"),
+            (LedgerPut(entries={KEY: np.array([np.inf])}), "finite"),
+            (LedgerPut(entries={KEY: np.zeros(2**18)}), "BITQUOTA_MAX_SCRATCH_BYTES"),
+            (Whole(name="x", checkpoint=True), "ended without|must return"),
+        ],
+    )
+    def test_each_lie_fails_its_job_with_a_verdict(self, carry_out, said, verdict):
+        status, job = carry_out(said, Ended())
+        assert (status, job.status) == (0, JobStatus.FAILED)
+        assert _matches(verdict, job.error["detail"]), job.error
+
+    def test_more_results_than_were_asked_for(self, carry_out, settings):
+        plan = (Path(__file__).parents[1] / "golden").rglob("plan*.json")
+        data = next(iter(sorted(plan))).read_bytes()
+        twice = [Piece(data=data), Whole(name="plans")] * 2
+        _, job = carry_out(*twice, Ended())
+        assert "at most 1 of the result plans" in job.error["detail"]
+
+    def test_limit_is_the_verdict(self, carry_out):
+        status, job = carry_out(death=exceeded(Resource.PROCESSES, 1024, 1500))
+        assert (status, job.status) == (0, JobStatus.FAILED)
+        assert job.error["type"].endswith("limit-exceeded")
+        assert job.error["details"] == {
+            "resource": "processes", "limit": 1024, "used": 1500,
+            "setting": "BITQUOTA_MAX_PROCESSES",
+        }  # fmt: skip
+
+    def test_death_is_tried_again(self, carry_out):
+        status, job = carry_out()
+        assert (status, job.status) == (EXIT_EVALUATOR_DIED, JobStatus.QUEUED)
+
+    def test_error_names_no_folder_of_the_server(self, carry_out, settings):
+        inside = settings.data_dir / "scratch" / "job-x1" / "in" / "model-0.onnx"
+        wrong = MeasurementFailed(f"'{inside}' cannot be read: {np.__file__}:3", path=str(inside))
+        _, job = carry_out(Failed(error=wrong))
+        assert job.error["detail"] == "'model-0.onnx' cannot be read: __init__.py:3"
+        assert job.error["details"] == {"path": "model-0.onnx"}
+
+    def test_measurements_are_kept_for_the_model_of_the_job(self, carry_out, settings):
+        """What one model's evaluator writes under a key, no other model's evaluator finds."""
+        carry_out(LedgerPut(entries={KEY: np.ones(3)}), Failed(error=MeasurementFailed("no")))
+        with SqliteLedger(settings.data_dir / "ledgers" / "ann" / "ledger.sqlite") as ledger:
+            assert len(ledger) == 1
+            assert ledger.get(KEY) is None
+            other = ScopedLedger(ledger, ["sha256:" + "0" * 64], 100)
+            assert other.get_many([KEY]) == {}
+
+
+class TestScopedLedger:
+    def test_gives_back_what_the_same_models_measured(self):
+        whole = MemoryLedger()
+        ScopedLedger(whole, ["a", "b"], 100).put_many({KEY: np.ones(2)})
+        again = ScopedLedger(whole, ["b", "a"], 100).get_many([KEY, digest_json("c")])
+        assert again.keys() == {KEY}
+        assert again[KEY].tolist() == [1, 1]
+
+    def test_one_job_cannot_fill_the_disk(self):
+        ledger = ScopedLedger(MemoryLedger(), ["a"], 100)
+        ledger.put_many({KEY: np.ones(10)})
+        with pytest.raises(LimitExceeded):
+            ledger.put_many({digest_json("b"): np.ones(10)})
+
+
+class TestPresentable:
+    def test_layers_with_names_like_paths_stay(self, tmp_path):
+        error = MeasurementFailed("'/features/conv/Conv_output_0' of 3 B/s", layer="/model.2/Add")
+        shown = presentable(error, tmp_path)
+        assert (shown.message, shown.details) == (error.message, error.details)
+
+    def test_long_text_is_cut(self, tmp_path):
+        assert len(presentable(MeasurementFailed("x" * 10**6), tmp_path).message) == MAX_MESSAGE
+
+    def test_folder_on_another_node(self, tmp_path):
+        error = MeasurementFailed("cannot read /srv/bq/scratch/job-ab_1/in/model-0/config.json")
+        assert presentable(error, tmp_path).message == "cannot read config.json"
+
+
+def _matches(pattern, text):
+    return any(part in text for part in pattern.split("|"))
