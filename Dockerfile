@@ -41,6 +41,11 @@ RUN wheel="$(echo /dist/bitquota-*.whl)" \
         --constraint /src/constraints.txt "${wheel}[service,postgres,s3,otel,worker,hf,onnx,ray]"
 
 FROM ${PYTHON_IMAGE} AS runtime
+# Models run in a sandbox that bubblewrap makes; its version is the distribution's.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends bubblewrap \
+    && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /data bitquota \
     && install --directory --owner=10001 --group=10001 --mode=0750 /data
 ENV PATH=/opt/bitquota/bin:${PATH} \

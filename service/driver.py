@@ -207,7 +207,7 @@ class Driver:
     def _strangers(self) -> bool:
         """Return whether models may be of others than the only user of this machine."""
         alone = self._settings.loopback and not KeyStore(self._database, time.time).any()
-        return not (alone or self._settings.allow_unsandboxed_pt2)
+        return not (alone or self._settings.dangerously_run_code_of_strangers)
 
     def _parcel(self, artifact: Artifact, role: str, name: str) -> Parcel:
         unpack = artifact.format == ModelFormat.HUGGING_FACE

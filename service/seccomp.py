@@ -18,6 +18,10 @@ import errno
 import platform
 import struct
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bitquota.canonical import JsonObject
 
 # The program sees ``struct seccomp_data``: number, architecture, instruction pointer, arguments.
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
@@ -66,6 +70,8 @@ _REFUSED: dict[str, tuple[int, int | None]] = {
     "uselib": (134, None), "ustat": (136, None), "sysfs": (139, None), "nfsservctl": (180, 42),
     "vhangup": (153, 58),
 }  # fmt: skip
+MAKE_A_SANDBOX = frozenset({"mount", "umount2", "pivot_root", "unshare"})
+"""What bubblewrap calls itself, before the filter is in force."""
 _ABSENT: dict[str, tuple[int, int | None]] = {
     # Memory that no process has mapped, so that nobody would count it.
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194),
@@ -92,6 +98,16 @@ _ARCHITECTURES = {
 def refused_calls() -> dict[str, tuple[int, int | None]]:
     """Return name and numbers (x86_64, aarch64) of every call that is refused whatever it asks."""
     return _REFUSED | _ABSENT
+
+
+def container_profile() -> JsonObject:
+    """Return a profile for Docker and Podman under which a server can make such sandboxes.
+
+    It refuses what a sandbox refuses, but for the calls that make one.
+    """
+    names = sorted(_REFUSED.keys() - MAKE_A_SANDBOX)
+    refused = {"names": names, "action": "SCMP_ACT_ERRNO", "errnoRet": errno.EPERM}
+    return {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [refused]}
 
 
 def filter_program(machine: str | None = None, *, shared_memory: bool = False) -> bytes | None:

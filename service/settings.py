@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PREFIX = "BITQUOTA_"
+RENAMED = {"BITQUOTA_ALLOW_UNSANDBOXED_PT2": "BITQUOTA_DANGEROUSLY_RUN_CODE_OF_STRANGERS"}
+"""Variables that are refused, with the name that each has now."""
 
 
 def _setting(default: object, text: str, *, below: float | None = None) -> Any:  # noqa: ANN401
@@ -67,9 +69,10 @@ class Settings:
         "auto",
         "`auto` runs models under bubblewrap where it works, `require` fails without, `off` never.",
     )
-    allow_unsandboxed_pt2: bool = _setting(
+    dangerously_run_code_of_strangers: bool = _setting(
         default=False,
-        text="Take `.pt2` uploads from others although there is no sandbox to run them in.",
+        text="Run `.pt2` uploads of others without a sandbox: whoever finds a gap in the vetting "
+        "of such files then owns this server and the data of every tenant.",
     )
     max_memory_bytes: int = _setting(
         0,
@@ -211,9 +214,14 @@ class Settings:
         """Return the settings that ``BITQUOTA_*`` variables give, defaults elsewhere.
 
         Raises:
-            InvalidInput: A value cannot be read as its type, or is out of range.
+            InvalidInput: A value cannot be read as its type, or is out of range; or a variable
+                has another name now.
         """
         variables = os.environ if environment is None else environment
+        for old, new in RENAMED.items():
+            if old in variables:
+                msg = f"{old} is not read any more: its name is {new} now, which says what it does"
+                raise InvalidInput(msg, setting=old)
         values: dict[str, Any] = {}
         for entry in fields(cls):
             name = PREFIX + entry.name.upper()

@@ -273,9 +273,12 @@ def _keep(
 def _may_run_pt2(service: State) -> bool:
     """Return whether a stranger's ``.pt2`` is contained, or there are no strangers."""
     alone = service.settings.loopback and not service.keys.any()
-    return (
-        alone or service.settings.allow_unsandboxed_pt2 or sandbox_of(service.settings) is not None
-    )
+    settings = service.settings
+    if alone or settings.dangerously_run_code_of_strangers:
+        return True
+    # Where no models run, the host that runs one refuses what it cannot contain.
+    elsewhere = settings.slots == 0 or settings.engine != "local"
+    return elsewhere or sandbox_of(settings) is not None
 
 
 _add(ArtifactKind.MODEL, "models")

@@ -249,7 +249,7 @@ class RayEngine:
             for name in (
                 "SANDBOX", "MAX_MEMORY_BYTES", "MAX_PROCESSES", "MAX_TMP_BYTES",
                 "MAX_SCRATCH_BYTES", "MAX_SCRATCH_FILES", "MAX_UPLOAD_BYTES", "THREADS", "NICE",
-                "ALLOW_UNSANDBOXED_PT2", "RAY_SCRATCH", "SLOTS", "WORKERS",
+                "DANGEROUSLY_RUN_CODE_OF_STRANGERS", "RAY_SCRATCH", "SLOTS", "WORKERS",
                 "BLOB_CACHE_BYTES",
             )
         }  # fmt: skip

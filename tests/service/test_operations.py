@@ -44,16 +44,29 @@ class TestMetrics:
 
 class TestSettings:
     def test_environment_round_trip(self):
-        chosen = Settings(port=9, lease_s=30.0, sandbox="off", allow_unsandboxed_pt2=True)
+        chosen = Settings(
+            port=9, lease_s=30.0, sandbox="off", dangerously_run_code_of_strangers=True
+        )
         assert Settings.from_environment(chosen.to_environment()) == chosen
 
     @pytest.mark.parametrize(
         ("name", "value"),
-        [("PORT", "many"), ("PORT", "-1"), ("LEASE_S", "0"), ("ALLOW_UNSANDBOXED_PT2", "perhaps")],
+        [
+            ("PORT", "many"),
+            ("PORT", "-1"),
+            ("LEASE_S", "0"),
+            ("DANGEROUSLY_RUN_CODE_OF_STRANGERS", "perhaps"),
+        ],
     )
     def test_value_that_cannot_be(self, name, value):
         with pytest.raises(InvalidInput, match=name):
             Settings.from_environment({f"BITQUOTA_{name}": value})
+
+    @pytest.mark.parametrize("value", ["0", "1"])
+    def test_old_name_of_a_dangerous_setting_is_refused(self, value):
+        """Whoever sets it has read what it does."""
+        with pytest.raises(InvalidInput, match="BITQUOTA_DANGEROUSLY_RUN_CODE_OF_STRANGERS"):
+            Settings.from_environment({"BITQUOTA_ALLOW_UNSANDBOXED_PT2": value})
 
     def test_lease_must_outlast_heartbeats(self):
         with pytest.raises(InvalidInput, match="three heartbeats"):
