@@ -11,6 +11,7 @@ import subprocess
 import pytest
 import yaml
 
+from bitquota.service.seccomp import container_profile
 from bitquota.service.settings import Settings
 
 from .conftest import run, tool
@@ -84,6 +85,26 @@ class TestCompose:
             assert "no-new-privileges:true" in found["security_opt"], name
             user = "999:999" if name == "postgres" else "10001:10001"
             assert found["user"] == user
+
+    @pytest.mark.parametrize("service", ["worker", "ray-worker"])
+    def test_models_run_in_a_sandbox(self, compose, service):
+        """With what bubblewrap needs in a container, and never with a capability."""
+        found = compose["services"][service]
+        assert {"seccomp=./deploy/seccomp.json", "systempaths=unconfined"} < set(
+            found["security_opt"]
+        )
+        assert "cap_add" not in found
+        assert "privileged" not in found
+        asking = {"ray-worker": "ray-head"}.get(service, service)
+        environment = compose["services"][asking]["environment"]
+        assert environment["BITQUOTA_SANDBOX"] == "${BITQUOTA_SANDBOX:-require}"
+        settings = Settings()
+        assert found["pids_limit"] > 2 * settings.max_processes * settings.slots
+
+    def test_profile_is_that_of_the_code(self, repository):
+        """Regenerate with ``bitquota.service.seccomp.container_profile``."""
+        written = json.loads((repository / "deploy" / "seccomp.json").read_text())
+        assert container_profile() == written
 
     @pytest.mark.parametrize(
         ("service", "target"),
