@@ -10,7 +10,7 @@ import pytest
 
 from bitquota.canonical import digest_json
 from bitquota.errors import LimitExceeded, MeasurementFailed
-from bitquota.sensitivity.ledger import MemoryLedger, SqliteLedger, ledger_key
+from bitquota.sensitivity.cache import MemoryLedger, SqliteLedger, ledger_key
 from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.blobs import BlobStore
 from bitquota.service.database import Database

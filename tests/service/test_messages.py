@@ -10,8 +10,8 @@ import pytest
 from bitquota.canonical import canonical_json
 from bitquota.errors import BudgetTooSmall, MeasurementFailed, ServiceError, Unauthorized
 from bitquota.progress import Progress
+from bitquota.sensitivity.cache import ledger_key
 from bitquota.sensitivity.errands import Errand
-from bitquota.sensitivity.ledger import ledger_key
 from bitquota.service import wire
 from bitquota.service.messages import (
     MAX_DETAIL,
