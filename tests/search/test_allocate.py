@@ -62,6 +62,12 @@ class TestAllocate:
         assert all(plan.measured.mean <= b.measured.mean for b in plan.baselines)
         assert (plan.predicted is None) == (result.matrix.loss != "kl")
 
+    def test_a_menu_of_one_bit_width(self):
+        """There is one plan; nothing is left to measure around it."""
+        request = replace(SMALL, budgets=("4 bits",), weight_bits=(4,))
+        (plan,) = run(request).plans
+        assert set(plan.weight_bits) == {4}
+
     def test_labels_that_a_metric_needs(self):
         """Without them one sentence, before anything is measured."""
         known = trained()
