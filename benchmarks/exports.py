@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from bitquota.context import Context, MemoryLedger
 from bitquota.evaluate.scoring import score_plans
 from bitquota.exports.export import export_plan, open_export
 from bitquota.models.calibration import CalibrationSet
@@ -24,7 +25,6 @@ from bitquota.models.loaded import finish
 from bitquota.models.text import load_text
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate
-from bitquota.sensitivity.cache import MemoryLedger
 from resnet_cifar import calibration, data_folder, images, resnet20
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def resnet(n_test: int, n_samples: int) -> list[Bar]:
     request = PlanRequest(
         budgets=("3.5 bits",), target="ort-cpu", samples=n_samples, holdout_samples=n_samples
     )
-    (plan,) = allocate(model, data, request, ledger=MemoryLedger()).plans
+    (plan,) = allocate(model, data, request, context=Context(ledger=MemoryLedger())).plans
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         receipt, same = export_twice(model, plan, folder, data.first(64))
@@ -87,10 +87,10 @@ def resnet(n_test: int, n_samples: int) -> list[Bar]:
             exported=[folder / "a"],
         )
     for score in scores:
-        top = score.scores.metrics["top1"]
+        top = score.metrics["top1"]
         print(
             f"{score.kind}: top-1 {100 * top.mean:.2f} ± {100 * top.standard_error:.2f} %, "
-            f"KL {score.scores.metrics['kl'].mean:.5f}, weights {score.size_bits} bits"
+            f"KL {score.metrics['kl'].mean:.5f}, weights {score.size_bits} bits"
         )
     by_kind = {score.kind: score for score in scores}
     apart = 100 * abs(by_kind["exported"].difference("plan", "top1").mean)
@@ -124,7 +124,7 @@ def llama(n_windows: int) -> list[Bar]:
             holdout_samples=n_windows,
             refine=False,
         )
-        (plan,) = allocate(model, data, request, ledger=MemoryLedger()).plans
+        (plan,) = allocate(model, data, request, context=Context(ledger=MemoryLedger())).plans
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             receipt, same = export_twice(model, plan, folder, data.first(8))

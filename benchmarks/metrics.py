@@ -22,6 +22,7 @@ import numpy as np
 
 from bitquota.candidates.budget import Budget
 from bitquota.candidates.table import enumerate_candidates
+from bitquota.context import Context, MemoryLedger
 from bitquota.evaluate.choice import measure_choice
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.discovery import discover
@@ -30,7 +31,6 @@ from bitquota.search.agreement import spearman
 from bitquota.search.baselines import baseline_choices, size_only
 from bitquota.search.neighborhood import Limits
 from bitquota.search.threshold import threshold_within
-from bitquota.sensitivity.cache import MemoryLedger
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.measures.choices import measure_choices
 from bitquota.sensitivity.measures.gram import measure_gram
@@ -73,7 +73,12 @@ class Setting:
         if choice not in self.known:
             chosen = self.table.decode(choice)
             found = measure_choice(
-                self.module, self.inventory, chosen, self.test, KL, ledger=self.ledger
+                self.module,
+                self.inventory,
+                chosen,
+                self.test,
+                KL,
+                context=Context(ledger=self.ledger),
             )
             self.known[choice] = f"{100 * (found.accuracy or 0.0):.1f} / {found.mean:.3f}"
         return self.known[choice]

@@ -30,6 +30,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bitquota.candidates.table import enumerate_candidates
+from bitquota.context import Context, MemoryLedger
 from bitquota.corrections import Correction
 from bitquota.errors import BudgetTooSmall, Infeasible
 from bitquota.evaluate.choice import measure_choice
@@ -40,7 +41,7 @@ from bitquota.quantizers.apply import as_change
 from bitquota.search.baselines import baseline_choices, size_only, weight_mse
 from bitquota.search.neighborhood import Limits
 from bitquota.search.refine import refine
-from bitquota.sensitivity.cache import MemoryLedger, SqliteLedger
+from bitquota.sensitivity.cache import SqliteLedger
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.measures.gram import GramMeasure, measure_differences
 from bitquota.sensitivity.measures.pairs import measure_pairs
@@ -56,8 +57,8 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.layers import Inventory
     from bitquota.candidates.table import CandidateTable
+    from bitquota.context import Ledger
     from bitquota.matrix import SensitivityMatrix
-    from bitquota.sensitivity.cache import Ledger
     from bitquota.sensitivity.runners.base import Runner
 
 KL = loss_by_name("kl")
@@ -205,7 +206,7 @@ def default_run(
     # Samples that decide, as in ``allocate``: a hold-out part, further ones, those of the fit.
     judge = (*(cache(partial(runner_on, s)) for s in case.holdout), runner)
     cpu = time.process_time()
-    first = measure_differences(runner, case.table, KL, ledger=ledger)
+    first = measure_differences(runner, case.table, KL, context=Context(ledger=ledger))
     first_cpu, first_passes = time.process_time() - cpu, GramMeasure().cost(runner, case.table)
     scores = {
         "weight MSE": weight_mse(case.module, case.inventory, case.table),
@@ -223,7 +224,7 @@ def default_run(
                 starts[name] = choice
         result = refine(
             runner, case.table, KL, limits=limits, solve=solve_within, starts=starts, first=first,
-            judge=judge, ledger=MemoryLedger(),
+            judge=judge, context=Context(ledger=MemoryLedger()),
         )  # fmt: skip
         spent = first_passes + work() - before
         seconds = first_cpu + time.process_time() - cpu
@@ -247,8 +248,8 @@ def default_run(
         for name, choice in judged.items():
             measured[name] = measure_choice(
                 case.module, case.inventory, case.table.decode(choice), case.test, KL,
-                corrections=corrections, correction_data=case.correcting, ledger=ledger,
-                references=outputs,
+                corrections=corrections, correction_data=case.correcting,
+                context=Context(ledger=ledger), references=outputs,
             )  # fmt: skip
         row["test"] = {name: (m.mean, m.standard_error, m.accuracy) for name, m in measured.items()}
         row["paired"] = {name: m.paired(measured["plan"]) for name, m in measured.items()}
@@ -365,7 +366,7 @@ def measure_for_killing(folder: Path, *, tiny: bool) -> None:
     runner = make_runner(case.module, case.inventory, case.fit, chunk_size=32)
     print("ready", flush=True)
     with LoggedLedger(folder / "ledger.sqlite") as ledger:
-        matrix = measure_pairs(runner, case.table, KL, ledger=ledger)
+        matrix = measure_pairs(runner, case.table, KL, context=Context(ledger=ledger))
     matrix.save(folder / "matrix.npz")
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from bitquota.candidates.layers import Inventory, Layer, LayerKind
 from bitquota.candidates.table import enumerate_candidates
+from bitquota.context import Context
 from bitquota.matrix import SensitivityMatrix
 from bitquota.request import PlanRequest
 from live_server import LiveServer, train_and_export
@@ -114,7 +115,7 @@ def embedded(files: tuple[Path, Path], folder: Path, repeats: int) -> list[float
         for _ in range(repeats + 1):
             began = time.perf_counter()
             model, samples = load_model(str(files[0])), load_calibration(str(files[1]))
-            allocate(model, samples, REQUEST, ledger=ledger)
+            allocate(model, samples, REQUEST, context=Context(ledger=ledger))
             seconds.append(time.perf_counter() - began)
     return seconds[1:]
 

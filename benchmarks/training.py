@@ -28,6 +28,7 @@ from torch import nn
 from bitquota.candidates.budget import Budget
 from bitquota.candidates.storage import Scheme
 from bitquota.candidates.table import Candidate
+from bitquota.context import Context
 from bitquota.corrections import Correction
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.discovery import discover
@@ -121,7 +122,7 @@ class Bench:
                         weight_bits=WIDTHS,
                         corrections=(Correction.BATCH_NORM_STATISTICS,),
                     ),
-                    ledger=ledger,
+                    context=Context(ledger=ledger),
                 )
             found.plans[0].save(path)
             timing.write_text(str((time.process_time() - start) / 60))

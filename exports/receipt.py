@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS
-from bitquota.canonical import canonical_json, schema_of, why_unreadable
+from bitquota.canonical import JsonObject, canonical_json, why_unreadable
+from bitquota.codec import Document, Form
 from bitquota.errors import ExportFailed, InvalidInput
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bitquota.candidates.table import Candidate
-    from bitquota.canonical import JsonObject
 
 SCHEMA = "bitquota/receipt/1"
 RECEIPT_FILE = "receipt.json"
@@ -78,7 +78,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Receipt:
+class Receipt(Document):
     """An export, verified.
 
     Attributes:
@@ -96,6 +96,12 @@ class Receipt:
         runtime: What ran them, its version and options.
         notes: What a user should know.
     """
+
+    FORM: ClassVar[Form] = Form(
+        what="a receipt",
+        schema=SCHEMA,
+        derived=("payload_bits", "total_bytes", "container_overhead"),
+    )
 
     exporter: str
     target: str | None
@@ -122,9 +128,9 @@ class Receipt:
 
     @property
     def container_overhead(self) -> float:
-        """Container bytes as a share of what they contain."""
+        """Container bytes as a share of what they contain, to six places."""
         held = (self.payload_bits + self.unquantized_bits) / 8
-        return self.container_bytes / held if held else 0.0
+        return round(self.container_bytes / held, 6) if held else 0.0
 
     def require(self) -> None:
         """Raise ``ExportFailed`` unless sizes are the plan's and outputs those of its weights."""
@@ -148,61 +154,9 @@ class Receipt:
             )
             raise ExportFailed(msg, relative=gap.relative)
 
-    def to_json(self) -> JsonObject:
-        """Return everything as plain JSON, sums included."""
-        return {
-            "schema": SCHEMA,
-            "exporter": self.exporter,
-            "target": self.target,
-            "plan_digest": self.plan_digest,
-            "model_digest": self.model_digest,
-            "files": [asdict(f) for f in self.files],
-            "tensors": [asdict(t) for t in self.tensors],
-            "unquantized_bits": self.unquantized_bits,
-            "planned_unquantized_bits": self.planned_unquantized_bits,
-            "container_bytes": self.container_bytes,
-            "difference": None if self.difference is None else asdict(self.difference),
-            "runtime": self.runtime,
-            "notes": list(self.notes),
-            "payload_bits": self.payload_bits,
-            "total_bytes": self.total_bytes,
-            "container_overhead": round(self.container_overhead, 6),
-        }
-
     def save(self, folder: Path) -> None:
         """Write ``receipt.json`` (canonical JSON)."""
         (folder / RECEIPT_FILE).write_text(canonical_json(self.to_json()) + "\n")
-
-    @classmethod
-    def from_json(cls, data: Any) -> Self:  # noqa: ANN401  # whatever a file held
-        """Rebuild from ``to_json``; sums are computed anew.
-
-        Raises:
-            InvalidInput: Another schema, or a missing member.
-        """
-        got = data.get("schema") if isinstance(data, dict) else type(data).__name__
-        if got != SCHEMA:
-            msg = f"a receipt must be a JSON object of schema '{SCHEMA}'; got {schema_of(data)}"
-            raise InvalidInput(msg)
-        gap = data.get("difference")
-        try:
-            return cls(
-                exporter=data["exporter"],
-                target=data["target"],
-                plan_digest=data["plan_digest"],
-                model_digest=data["model_digest"],
-                files=tuple(FileReceipt(**item) for item in data["files"]),
-                tensors=tuple(TensorReceipt(**item) for item in data["tensors"]),
-                unquantized_bits=data["unquantized_bits"],
-                planned_unquantized_bits=data["planned_unquantized_bits"],
-                container_bytes=data["container_bytes"],
-                difference=None if gap is None else Difference(**gap),
-                runtime=data["runtime"],
-                notes=tuple(data["notes"]),
-            )
-        except (KeyError, TypeError) as err:
-            msg = f"a receipt must have every member of '{SCHEMA}'; got: {err!r}"
-            raise InvalidInput(msg) from err
 
     @classmethod
     def load(cls, folder: Path) -> Self:

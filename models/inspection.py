@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from bitquota.candidates.architectures import Suggestion, prepare_inventory, suggest
 from bitquota.candidates.table import Candidate
+from bitquota.codec import Document
 from bitquota.models.discovery import discover
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LegalFormat:
+class LegalFormat(Document):
     """One way in which a target can store one layer.
 
     Attributes:
@@ -63,13 +64,7 @@ class LayerSummary:
         return self.layer.to_json() | {
             "kept_in_full_precision": self.kept or None,
             "formats": [
-                {
-                    "name": f.name,
-                    "weight_bits": f.weight_bits,
-                    "size_bits": f.size_bits,
-                    "bits_per_weight": f.size_bits / self.layer.n_weights,
-                    "note": f.note,
-                }
+                f.to_json() | {"bits_per_weight": f.size_bits / self.layer.n_weights}
                 for f in self.formats
             ],
         }
@@ -121,7 +116,7 @@ class ModelSummary:
             "layers": [entry.to_json() for entry in self.layers],
             "unquantized": [tensor.to_json() for tensor in inventory.unquantized],
             "suggestion": self.suggestion.to_json() | {"applied": self.target is not None},
-            "target": None if self.target is None else self.target.describe(),
+            "target": None if self.target is None else self.target.to_json(),
             "counted": self.counted,
             "totals": {
                 "n_weights": inventory.n_weights,

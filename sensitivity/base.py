@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from bitquota.candidates.table import CandidateTable
+    from bitquota.context import Context
     from bitquota.matrix import SensitivityMatrix
-    from bitquota.progress import IsCancelled, OnProgress
-    from bitquota.sensitivity.cache import Ledger
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runners.base import Runner
 
@@ -23,12 +22,14 @@ CODE_VERSION = 2
 
 
 class MeasureOptions(TypedDict, total=False):
-    """What every measure takes besides runner, table and loss; see ``Measure.measure``."""
+    """What measures of the loss take besides runner, table and loss; see ``Measure.measure``.
+
+    ``chunks`` names those to measure on, by default all.
+    """
 
     base_point: Sequence[int] | None
-    ledger: Ledger | None
-    on_progress: OnProgress | None
-    cancelled: IsCancelled | None
+    context: Context | None
+    chunks: Sequence[int] | None
 
 
 class Measure(Protocol):
@@ -58,9 +59,7 @@ class Measure(Protocol):
         loss: Loss,
         *,
         base_point: Sequence[int] | None = None,
-        ledger: Ledger | None = None,
-        on_progress: OnProgress | None = None,
-        cancelled: IsCancelled | None = None,
+        context: Context | None = None,
     ) -> SensitivityMatrix:
         """Measure.
 
@@ -70,12 +69,10 @@ class Measure(Protocol):
             loss: What to measure.
             base_point: For each group the row that it has while others are measured, or ``None``
                 for full precision.
-            ledger: Where measurements are looked up and kept; by default forgotten at the end.
-            on_progress: Called after each unit of work.
-            cancelled: Asked between units of work.
+            context: Where measurements are looked up and kept, whom to tell, when to stop.
 
         Raises:
-            Cancelled: ``cancelled`` said so; everything measured is in the ledger.
+            Cancelled: The context said so; everything measured is in the ledger.
             MeasurementFailed: A loss is not finite.
         """
         ...

@@ -15,11 +15,12 @@ import sqlite3
 import threading
 import zipfile
 import zlib
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from bitquota.canonical import digest_json, replacing, why_unreadable
+from bitquota.context import Ledger, checked_entry
 from bitquota.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -37,68 +38,6 @@ _KEYS_PER_QUERY = 500
 def ledger_key(parts: object) -> str:
     """Return the key of a measurement: the digest of the canonical JSON of all it depends on."""
     return digest_json(parts)
-
-
-class Ledger(Protocol):
-    """Content-addressed store of float64 arrays."""
-
-    def get(self, key: str) -> NDArray[np.float64] | None:
-        """Return the array under ``key``, or ``None`` if it was never measured."""
-        ...
-
-    def get_many(self, keys: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-        """Return the arrays of those ``keys`` that are there."""
-        ...
-
-    def put(self, key: str, array: NDArray[np.float64]) -> None:
-        """Store one array; an existing entry is kept as it is."""
-        ...
-
-    def put_many(self, entries: Mapping[str, NDArray[np.float64]]) -> None:
-        """Store several arrays in one transaction: all of them or none."""
-        ...
-
-    def __len__(self) -> int:
-        """Return the number of entries."""
-        ...
-
-
-def _checked(key: str, array: NDArray[np.float64]) -> NDArray[np.float64]:
-    values = np.ascontiguousarray(array, dtype="<f8")
-    if not np.isfinite(values).all():
-        msg = f"a ledger entry must be finite; '{key}' is not"
-        raise InvalidInput(msg, key=key)
-    return values
-
-
-class MemoryLedger:
-    """A ledger that lives as long as the process."""
-
-    def __init__(self) -> None:
-        self._entries: dict[str, NDArray[np.float64]] = {}
-
-    def __len__(self) -> int:
-        """Return the number of entries."""
-        return len(self._entries)
-
-    def get(self, key: str) -> NDArray[np.float64] | None:
-        """Return the array under ``key``, or ``None``."""
-        return self._entries.get(key)
-
-    def get_many(self, keys: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-        """Return the arrays of those ``keys`` that are there."""
-        return {key: self._entries[key] for key in keys if key in self._entries}
-
-    def put(self, key: str, array: NDArray[np.float64]) -> None:
-        """Store one array."""
-        self.put_many({key: array})
-
-    def put_many(self, entries: Mapping[str, NDArray[np.float64]]) -> None:
-        """Store several arrays."""
-        checked = {key: _checked(key, array) for key, array in entries.items()}
-        for key, values in checked.items():
-            values.flags.writeable = False
-            self._entries.setdefault(key, values)
 
 
 class SqliteLedger:
@@ -184,7 +123,7 @@ class SqliteLedger:
         """Store several arrays in one transaction: all of them or none."""
         rows = []
         for key, array in entries.items():
-            values = _checked(key, array)
+            values = checked_entry(key, array)
             rows.append((key, ",".join(map(str, values.shape)), values.tobytes()))
         with self._lock:
             self._connection.execute("BEGIN IMMEDIATE")

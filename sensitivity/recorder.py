@@ -5,18 +5,16 @@ Design: docs/design/measurement-cache.md
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from bitquota.errors import MeasurementFailed
-from bitquota.progress import Progress, check_cancelled
 from bitquota.quantizers.apply import as_change
 from bitquota.sensitivity.base import CODE_VERSION
-from bitquota.sensitivity.cache import MemoryLedger, ledger_key
-from bitquota.sensitivity.errands import ChunkDone, Errand, HelpedLedger, OneChunk, carry_out
+from bitquota.sensitivity.cache import ledger_key
 from bitquota.sensitivity.runners.base import describe_change
 
 if TYPE_CHECKING:
@@ -27,8 +25,8 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.table import CandidateTable
     from bitquota.canonical import JsonObject
-    from bitquota.progress import IsCancelled, OnProgress
-    from bitquota.sensitivity.cache import Ledger
+    from bitquota.context import Context
+    from bitquota.sensitivity.errands import Errand
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runners.base import Change, Runner
 
@@ -43,28 +41,53 @@ def base_change(table: CandidateTable, base_point: Sequence[int] | None) -> dict
     return {} if base_point is None else as_change(table.decode(base_point))
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """How the chunks of a measurement can be measured apart, at the same time.
+
+    Attributes:
+        errand: What another process is told; which chunk is filled in.
+        measure: Measures one chunk here, into the ledger.
+    """
+
+    errand: Errand
+    measure: Callable[[int], object]
+
+
+@dataclass(slots=True, kw_only=True)
 class Recorder:
     """Looks up and stores per-sample losses, chunk by chunk, and reports progress.
 
     A *shard* is a fixed list of variants on one chunk. It is stored in one transaction, and
     measured again as a whole if any part of it is missing, so that an interrupted measurement
     continues to the same bits.
+
+    Attributes:
+        runner: Executes the model.
+        loss: What is measured.
+        stage: Name in progress reports.
+        context: Where measurements are kept, whom to tell, when to stop.
+        shards: How many shards a chunk has.
+        only: Which chunks to measure on, by default all.
+        shared: How its chunks can be measured apart, if they can.
+        chunks: The chunks, in order.
     """
 
     runner: Runner
     loss: Loss
-    ledger: Ledger
     stage: str
-    total: int
-    on_progress: OnProgress | None = None
-    cancelled: IsCancelled | None = None
-    ahead: tuple[CandidateTable, Sequence[Errand]] | None = None
+    context: Context
+    shards: int = 1
+    only: Sequence[int] | None = None
+    shared: Shared | None = None
+    chunks: Sequence[int] = field(init=False)
     done: int = 0
     reused: int = 0
 
     def __post_init__(self) -> None:
         """Fix what every key depends on."""
+        every = range(len(self.runner.chunks))
+        self.chunks = every if self.only is None else sorted(set(self.only))
         if self.loss.needs_labels and self.runner.calibration.labels is None:
             from bitquota.errors import InvalidCalibration
 
@@ -74,16 +97,17 @@ class Recorder:
             )
             raise InvalidCalibration(msg, loss=self.loss.name)
 
-    def spans(self) -> Iterator[tuple[int, range]]:
-        """Return number and positions of each chunk; in an errand, of its chunk, then the end.
+    @property
+    def positions(self) -> list[int]:
+        """Positions in the calibration set of the samples that are measured, chunk by chunk."""
+        return [p for chunk in self.chunks for p in self.runner.chunks[chunk]]
 
-        Raises:
-            ChunkDone: The chunk of an errand was treated.
-        """
-        if isinstance(self.ledger, OneChunk):
-            yield self.ledger.chunk, self.runner.chunks[self.ledger.chunk]
-            raise ChunkDone
-        yield from enumerate(self.runner.chunks)
+    def spans(self) -> Iterator[tuple[int, slice]]:
+        """Return the number of each chunk, and where its samples stand among ``positions``."""
+        end = 0
+        for chunk in self.chunks:
+            start, end = end, end + len(self.runner.chunks[chunk])
+            yield chunk, slice(start, end)
 
     def keys(self, chunk: int, changes: Sequence[Change], kind: str = "loss") -> list[str]:
         """Return the ledger key of each variant on a chunk."""
@@ -112,36 +136,28 @@ class Recorder:
         measure: Callable[[], Sequence[NDArray[np.float64]]],
     ) -> dict[str, NDArray[np.float64]]:
         """Return the arrays of ``keys``, from the ledger or by calling ``measure``."""
-        check_cancelled(self.cancelled, self.stage)
-        found = self.ledger.get_many(keys)
+        self.context.check(self.stage)
+        found = self.context.ledger.get_many(keys)
         if len(found) < len(set(keys)) and self._measured_ahead():
-            found = self.ledger.get_many(keys)
+            found = self.context.ledger.get_many(keys)
         if len(found) == len(set(keys)):
             self.reused += 1
         else:
             arrays = measure()
             found = dict(zip(keys, arrays, strict=True))
-            self.ledger.put_many(found)
+            self.context.ledger.put_many(found)
         self.done += 1
-        if self.on_progress is not None:
-            self.on_progress(
-                Progress(stage=self.stage, done=self.done, total=self.total, reused=self.reused)
-            )
+        total = max(1, self.shards * len(self.chunks))
+        self.context.report(self.stage, self.done, total, self.reused)
         return found
 
     def _measured_ahead(self) -> bool:
         """Have all chunks measured at once, where that is possible; at the first gap only."""
-        ahead, self.ahead = self.ahead, None
-        if ahead is None or not isinstance(self.ledger, HelpedLedger):
+        shared, self.shared = self.shared, None
+        if shared is None or self.context.executor is None:
             return False
-        table, errands = ahead
-
-        def do(errand: Errand) -> None:
-            carry_out(
-                errand, self.runner, table, self.loss, ledger=self.ledger, cancelled=self.cancelled
-            )
-
-        self.ledger.measure_ahead(errands, do)
+        errands = [replace(shared.errand, chunk=chunk) for chunk in self.chunks]
+        self.context.executor(errands, lambda errand: shared.measure(errand.chunk))
         return True
 
     def losses(self, chunk: int, outputs: Sequence[Tensor]) -> list[NDArray[np.float64]]:
@@ -170,51 +186,6 @@ def checked_losses(values: Tensor, name: str) -> list[NDArray[np.float64]]:
         )
         raise MeasurementFailed(msg, loss=name, samples=bad)
     return list(array)
-
-
-def make_recorder(
-    runner: Runner,
-    loss: Loss,
-    stage: str,
-    total: int,
-    *,
-    ledger: Ledger | None,
-    on_progress: OnProgress | None,
-    cancelled: IsCancelled | None,
-    ahead: tuple[CandidateTable, Sequence[Errand]] | None = None,
-) -> Recorder:
-    """Return a recorder; without a ledger what it measures is forgotten at the end.
-
-    ``ahead`` is the table and what others may measure at the same time, if the ledger has helpers.
-    """
-    return Recorder(
-        runner=runner,
-        loss=loss,
-        ledger=MemoryLedger() if ledger is None else ledger,
-        stage=stage,
-        total=total,
-        on_progress=on_progress,
-        cancelled=cancelled,
-        ahead=ahead,
-    )
-
-
-def one_for_each_chunk(
-    runner: Runner,
-    measure: str,
-    point: Sequence[int] | None,
-    choices: Sequence[Sequence[int]] = (),
-) -> list[Errand]:
-    """Return the errands that together are one measurement."""
-    return [
-        Errand(
-            measure=measure,
-            chunk=chunk,
-            point=None if point is None else tuple(int(p) for p in point),
-            choices=tuple(tuple(int(c) for c in choice) for choice in choices),
-        )
-        for chunk in range(len(runner.chunks))
-    ]
 
 
 def standard_error(values: NDArray[np.float64]) -> NDArray[np.float64]:

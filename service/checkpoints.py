@@ -12,6 +12,7 @@ from __future__ import annotations
 import resource
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bitquota.errors import MeasurementFailed
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from bitquota.context import Context
     from bitquota.progress import Progress
     from bitquota.service.blobs import BlobStore, Incoming
-    from bitquota.service.work import Running, Work
+    from bitquota.service.work import Work
 
 ROLE = "checkpoint"
 """Role of a kept checkpoint among the inputs of an evaluator."""
@@ -133,9 +135,9 @@ class SentCheckpoints:
             self._sent[place.name] = _state(place)
 
     @property
-    def running(self) -> Running:
-        """What a training takes, with a look for new checkpoints after every step."""
-        return {**self._work.running, "on_progress": self._on_progress}
+    def context(self) -> Context:
+        """That of the job, with a look for new checkpoints after every step."""
+        return replace(self._work.context, on_progress=self._on_progress)
 
     def path(self, name: str) -> Path | None:
         """Return where the checkpoint ``name`` belongs."""

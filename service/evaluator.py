@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,15 +117,14 @@ class RemoteLedger:
         self._channel.ask(LedgerPut(entries=entries))
 
 
-class HelpedRemoteLedger(RemoteLedger):
-    """The same, of a job that has helpers: the driver shares out what is to be measured."""
-
-    def measure_ahead(self, errands: Sequence[Errand], do: Callable[[Errand], None]) -> None:
-        """Take part until every errand is done; see ``HelpedLedger``."""
-        head, _ = self._channel.ask(Ahead(errands=tuple(errands)))
-        while head["type"] == "errand":
-            do(errands[head["number"]])
-            head, _ = self._channel.ask(Idle(done=head["number"]))
+def measure_ahead(
+    channel: Channel, errands: Sequence[Errand], do: Callable[[Errand], object]
+) -> None:
+    """Have the driver share out ``errands``, and take part until all are done."""
+    head, _ = channel.ask(Ahead(errands=tuple(errands)))
+    while head["type"] == "errand":
+        do(errands[head["number"]])
+        head, _ = channel.ask(Idle(done=head["number"]))
 
 
 def main() -> None:
@@ -191,11 +191,11 @@ def warm_up() -> None:
     """
     import torch
 
+    from bitquota.context import Context
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import finish
     from bitquota.request import PlanRequest
     from bitquota.search.allocate import allocate
-    from bitquota.sensitivity.cache import MemoryLedger
 
     tiny = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
     for parameter in tiny.parameters():
@@ -206,13 +206,12 @@ def warm_up() -> None:
     model = finish(tiny, source="warm-up", architecture="warm-up")
     # On the processor: looking for a GPU would forbid every fork to use one.
     samples = CalibrationSet(inputs=(inputs,))
-    allocate(model, samples, request, ledger=MemoryLedger(), device="cpu")
+    allocate(model, samples, request, context=Context(device="cpu"))
 
 
 def carry_out(order: JsonObject, channel: Channel, loaded: Loaded) -> None:
     """Run one order and send its results in pieces and messages of type ``result``."""
-    ledger = HelpedRemoteLedger(channel) if order.get("helped") else RemoteLedger(channel)
-    work = _work(order, channel, loaded, ledger)
+    work = _work(order, channel, loaded)
     kind_by_name(order["kind"]).run(work)
 
 
@@ -220,39 +219,33 @@ def help_out(order: JsonObject, channel: Channel, loaded: Loaded) -> None:
     """Measure what the driver asks for, errand after errand, into its ledger."""
     from bitquota.request import PlanRequest
     from bitquota.sensitivity.errands import Errand
-    from bitquota.sensitivity.errands import carry_out as run_errand
+    from bitquota.sensitivity.measures.parts import carry_out as run_errand
     from bitquota.setting import prepare
 
-    ledger = RemoteLedger(channel)
-    work = _work(order, channel, loaded, ledger)
+    work = _work(order, channel, loaded)
+    context = work.context.part()
     setting = prepare(
-        work.model(),
-        work.samples(),
-        PlanRequest.from_json(order["request"]),
-        ledger=ledger,
-        device=work.device,
+        work.model(), work.samples(), PlanRequest.from_json(order["request"]), context=context
     )
     runner = setting.runner()
     head, _ = channel.ask(Idle())
     while head["type"] == "errand":
         errand = Errand.from_json(head["errand"])
-        run_errand(
-            errand, runner, setting.table, setting.loss,
-            ledger=ledger, cancelled=channel.cancelled.is_set,
-        )  # fmt: skip
+        run_errand(errand, runner, setting.table, setting.loss, context=context)
         head, _ = channel.ask(Idle(done=head["number"]))
 
 
-def _work(order: JsonObject, channel: Channel, loaded: Loaded, ledger: RemoteLedger) -> Work:
+def _work(order: JsonObject, channel: Channel, loaded: Loaded) -> Work:
     return Work(
         request=order["request"],
         inputs=order["inputs"],
         loaded=loaded,
-        ledger=ledger,
+        ledger=RemoteLedger(channel),
         send=channel.send,
         cancelled=channel.cancelled.is_set,
         device=_device(order),
         scratch=Path.cwd(),
+        executor=partial(measure_ahead, channel) if order.get("helped") else None,
     )
 
 

@@ -7,12 +7,13 @@ import json
 import shutil
 import sqlite3
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from bitquota.codec import Document
 from bitquota.errors import BitquotaError, Conflict, InvalidInput
 from bitquota.service.blobs import BlobStore, blob_store, digest_file
 from bitquota.service.checkpoints import FOLDER
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection
 
-    from bitquota.canonical import JsonObject
     from bitquota.service.database import Database
     from bitquota.service.settings import Settings
     from bitquota.service.storage import Storage
@@ -37,7 +37,7 @@ _ENDED = [s.value for s in JobStatus if s.final]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Collected:
+class Collected(Document):
     """What one collection removed."""
 
     jobs: int = 0
@@ -45,10 +45,6 @@ class Collected:
     files: int = 0
     bytes: int = 0
     scratch: int = 0
-
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return asdict(self)
 
 
 def collect(settings: Settings, database: Database, now: float) -> Collected:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from bitquota.sensitivity.cache import Ledger
+    from bitquota.context import Ledger
 
 
 class ScopedLedger:

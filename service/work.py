@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import TYPE_CHECKING, cast
 
+from bitquota.context import Context
 from bitquota.errors import Cancelled, InvalidInput
 from bitquota.plan import Plan
 from bitquota.progress import Progress
@@ -16,29 +17,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bitquota.canonical import JsonObject
+    from bitquota.context import Executor, Ledger
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
-    from bitquota.progress import IsCancelled, OnProgress
-    from bitquota.sensitivity.cache import Ledger
+    from bitquota.progress import IsCancelled
     from bitquota.service.forkserver import Loaded
     from bitquota.service.messages import Message
 
 PIECE_BYTES = 4 * 2**20
 """Results travel in pieces of this size, so that neither side holds a large one in memory."""
-
-
-class Running(TypedDict):
-    """How everything long runs here."""
-
-    device: str
-    on_progress: OnProgress
-    cancelled: IsCancelled
-
-
-class Measuring(Running):
-    """How measurements run here."""
-
-    ledger: Ledger
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +41,7 @@ class Work:
         cancelled: Whether the driver asked for the end.
         device: ``auto``, or a torch device.
         scratch: An empty folder to write to.
+        executor: Shares a measurement out to helpers, where the job has any.
     """
 
     request: JsonObject
@@ -64,20 +52,18 @@ class Work:
     cancelled: IsCancelled
     device: str
     scratch: Path
+    executor: Executor | None = None
 
     @property
-    def running(self) -> Running:
-        """The keyword arguments that say where long work runs and whom it tells."""
-        return {
-            "device": self.device,
-            "on_progress": self.on_progress,
-            "cancelled": self.cancelled,
-        }
-
-    @property
-    def measuring(self) -> Measuring:
-        """The same, and where measurements are kept."""
-        return {**self.running, "ledger": self.ledger}
+    def context(self) -> Context:
+        """How long work runs here: whom it tells, and where measurements are kept."""
+        return Context(
+            ledger=self.ledger,
+            on_progress=self.on_progress,
+            cancelled=self.cancelled,
+            device=self.device,
+            executor=self.executor,
+        )
 
     def on_progress(self, progress: Progress) -> None:
         """Tell the client how far the work is; raises ``Cancelled`` if that is no longer wanted."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bitquota.codec import Document, LowerBound
 from bitquota.errors import InvalidInput
 from bitquota.solver.checker_bounds import ExactBounds, Frame, OutwardBounds, Value
 from bitquota.solver.checker_recursion import reason_not_proved
@@ -36,7 +37,7 @@ _EXACT_UP_TO_WORK = 4_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Verdict(Document):
     """What the checker says.
 
     Attributes:
@@ -48,7 +49,7 @@ class Verdict:
     """
 
     holds: bool
-    proved: float
+    proved: LowerBound
     reason: str = ""
     nodes: int = 0
     exact_nodes: int = 0

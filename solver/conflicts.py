@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from bitquota.codec import Document, Form
 from bitquota.errors import Infeasible, InvalidProblem
 from bitquota.solver.problem import Problem
 from bitquota.solver.solution import Status
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
-
-    from bitquota.canonical import JsonObject
 
     Ints = NDArray[np.int64]
 
@@ -39,7 +38,7 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Constraint:
+class Constraint(Document):
     """One constraint of a problem.
 
     Attributes:
@@ -47,6 +46,8 @@ class Constraint:
         index: Budget, group (for forbidden rows) or pair.
         text: In words.
     """
+
+    FORM: ClassVar[Form] = Form(unwritten=("index",))
 
     kind: Kind
     index: int
@@ -73,7 +74,7 @@ class Raise:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Conflict:
+class Conflict(Document):
     """Why there is no solution.
 
     Attributes:
@@ -88,23 +89,6 @@ class Conflict:
     constraints: tuple[Constraint, ...]
     exact: bool
     raises: tuple[Raise, ...]
-
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return {
-            "constraints": [{"kind": str(c.kind), "text": c.text} for c in self.constraints],
-            "exact": self.exact,
-            "raises": [
-                {
-                    "resources": list(r.resources),
-                    "limits": list(r.limits),
-                    "needed_more": list(r.needed_more),
-                    "choice": list(r.choice),
-                    "exact": r.exact,
-                }
-                for r in self.raises
-            ],
-        }
 
 
 def constraints_of(problem: Problem) -> tuple[Constraint, ...]:

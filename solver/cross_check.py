@@ -5,22 +5,20 @@ Design: docs/design/external-solvers.md
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from bitquota.codec import Document, Form
 from bitquota.errors import BitquotaError
 from bitquota.solver.backends import BACKENDS, Options, backend_by_name
 from bitquota.solver.checker import Verdict, check_solution
-from bitquota.solver.solution import Status
+from bitquota.solver.solution import Solution, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from bitquota.canonical import JsonObject
     from bitquota.solver.problem import Problem
-    from bitquota.solver.solution import Solution
 
 _ROUNDING = 1e-12
 """Relative to the loss terms: what the order of a float sum can change."""
@@ -40,7 +38,7 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class Comparison(Document):
     """One other solver's answer beside ours.
 
     Attributes:
@@ -55,24 +53,17 @@ class Comparison:
     reason: str
     solution: Solution | None = None
 
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return {
-            "backend": self.backend,
-            "outcome": str(self.outcome),
-            "reason": self.reason,
-            "solution": None if self.solution is None else self.solution.to_json(),
-        }
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CrossCheck:
+class CrossCheck(Document):
     """An answer, what the independent checker proves of it, and what others say.
 
     Attributes:
         verdict: Of the certificate checker; ``None`` for an answer without a certificate.
         comparisons: One per other solver, in order of preference.
     """
+
+    FORM: ClassVar[Form] = Form(names={"verdict": "certificate"}, derived=("holds", "confirmed"))
 
     verdict: Verdict | None
     comparisons: tuple[Comparison, ...]
@@ -87,24 +78,6 @@ class CrossCheck:
     def confirmed(self) -> bool:
         """Whether it holds and at least one other solver proved the same."""
         return self.holds and any(c.outcome is Outcome.CONFIRMS for c in self.comparisons)
-
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        verdict = None
-        if self.verdict is not None:
-            verdict = {
-                "holds": self.verdict.holds,
-                "proved": self.verdict.proved if math.isfinite(self.verdict.proved) else None,
-                "reason": self.verdict.reason,
-                "nodes": self.verdict.nodes,
-                "exact_nodes": self.verdict.exact_nodes,
-            }
-        return {
-            "holds": self.holds,
-            "confirmed": self.confirmed,
-            "certificate": verdict,
-            "comparisons": [c.to_json() for c in self.comparisons],
-        }
 
 
 def cross_check(

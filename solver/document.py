@@ -144,28 +144,13 @@ def frontier_document(
 
 def solution_json(problem: Problem, solution: Solution) -> JsonObject:
     """Return a solution in the words of its problem; infinite numbers become ``null``."""
-
-    def finite(value: float) -> float | None:
-        return value if abs(value) != float("inf") else None
-
-    chosen = None if solution.choice is None else [int(c) for c in solution.choice]
     labels = spent = None
     if solution.choice is not None:
         labels = [problem.labels[row] for row in problem.rows(solution.choice)]
         spent = [int(amount) for amount in problem.spent(solution.choice)]
-    return {
-        "status": str(solution.status),
-        "limit": None if solution.limit is None else str(solution.limit),
-        "choice": chosen,
+    return solution.to_json() | {
         "groups": list(problem.groups),
         "labels": labels,
-        "objective": finite(solution.objective),
-        "bound": finite(solution.bound),
-        "absolute_gap": finite(solution.absolute_gap),
-        "relative_gap": finite(solution.relative_gap),
-        "backend": solution.backend,
-        "nodes": solution.stats.nodes,
-        "cpu_seconds": solution.stats.cpu_seconds,
         "spent": spent and dict(zip(problem.resources, spent, strict=True)),
         "limits": dict(zip(problem.resources, map(int, problem.limits), strict=True)),
     }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bitquota.codec import Document, UpperBound
 from bitquota.errors import Infeasible, InvalidProblem
 from bitquota.solver.problem import Problem
 from bitquota.solver.solve import GAP, solve
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from bitquota.canonical import JsonObject
     from bitquota.solver.solution import Solution
 
     Ints = NDArray[np.int64]
@@ -91,8 +91,8 @@ class Change:
     """
 
     limit: int
-    objective: float
-    bound: float
+    objective: UpperBound
+    bound: UpperBound
     moves: tuple[Move, ...]
 
 
@@ -136,7 +136,7 @@ class BudgetAccount:
     less: Change
     price: float
     price_low: float
-    price_high: float
+    price_high: UpperBound
     next_upgrade: Upgrade | None
 
     @property
@@ -146,52 +146,11 @@ class BudgetAccount:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Explanation:
+class Explanation(Document):
     """A solution explained."""
 
     budgets: tuple[BudgetAccount, ...]
     groups: tuple[GroupAccount, ...]
-
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON; infinities are ``None``."""
-        return {
-            "budgets": [
-                {
-                    "resource": b.resource,
-                    "limit": b.limit,
-                    "spent": b.spent,
-                    "step": b.step,
-                    "price": b.price,
-                    "price_low": b.price_low,
-                    "price_high": _finite(b.price_high),
-                    "next_upgrade": None
-                    if b.next_upgrade is None
-                    else _upgrade_json(b.next_upgrade),
-                    "more": _change_json(b.more),
-                    "less": _change_json(b.less),
-                }
-                for b in self.budgets
-            ],
-            "groups": [
-                {
-                    "group": g.group,
-                    "label": g.label,
-                    "costs": list(g.costs),
-                    "bought": g.bought,
-                    "paid": list(g.paid),
-                    "alternatives": [
-                        {
-                            "label": a.label,
-                            "loss_change": a.loss_change,
-                            "cost_changes": list(a.cost_changes),
-                            "feasible": a.feasible,
-                        }
-                        for a in g.alternatives
-                    ],
-                }
-                for g in self.groups
-            ],
-        }
 
 
 def explain(
@@ -363,33 +322,3 @@ def with_limits(problem: Problem, limits: Ints) -> Problem:
     """Return ``problem`` with other limits."""
     given = {name: getattr(problem, name) for name in Problem.__slots__}
     return Problem(**given | {"limits": limits})
-
-
-def _change_json(change: Change) -> JsonObject:
-    return {
-        "limit": change.limit,
-        "objective": _finite(change.objective),
-        "bound": _finite(change.bound),
-        "moves": [_move_json(move) for move in change.moves],
-    }
-
-
-def _move_json(move: Move) -> JsonObject:
-    return {
-        "group": move.group,
-        "before": move.before,
-        "after": move.after,
-        "cost_changes": list(move.cost_changes),
-    }
-
-
-def _upgrade_json(upgrade: Upgrade) -> JsonObject:
-    return {
-        "move": _move_json(upgrade.move),
-        "needed_more": upgrade.needed_more,
-        "loss_change": upgrade.loss_change,
-    }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

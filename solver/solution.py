@@ -55,16 +55,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
+from bitquota.codec import Document, Form, LowerBound, UpperBound
 from bitquota.errors import InvalidProblem
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from bitquota.canonical import JsonObject
 
 
 class Status(StrEnum):
@@ -163,7 +160,7 @@ class Certificate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Solution:
+class Solution(Document):
     """The answer to a problem.
 
     Attributes:
@@ -177,11 +174,17 @@ class Solution:
         certificate: Proof of (a value close to) ``bound``, or ``None`` from backends without.
     """
 
+    FORM: ClassVar[Form] = Form(
+        what="a solution",
+        unwritten=("stats", "certificate"),
+        derived=("absolute_gap", "relative_gap", "nodes", "cpu_seconds"),
+    )
+
     status: Status
     limit: Limit | None = None
     choice: NDArray[np.int64] | None = None
-    objective: float = math.inf
-    bound: float = -math.inf
+    objective: UpperBound = math.inf
+    bound: LowerBound = -math.inf
     backend: str = "bitquota"
     stats: Stats = field(default_factory=Stats)
     certificate: Certificate | None = None
@@ -205,14 +208,14 @@ class Solution:
             raise InvalidProblem(msg)
 
     @property
-    def absolute_gap(self) -> float:
+    def absolute_gap(self) -> UpperBound:
         """``objective - bound``."""
         if self.status is Status.INFEASIBLE:
             return 0.0
         return self.objective - self.bound
 
     @property
-    def relative_gap(self) -> float:
+    def relative_gap(self) -> UpperBound:
         """``absolute_gap / |objective|``; infinite for an objective of 0 with a gap."""
         gap = self.absolute_gap
         if gap == 0.0:
@@ -221,24 +224,15 @@ class Solution:
             return math.inf
         return gap / abs(self.objective)
 
-    def to_json(self) -> JsonObject:
-        """Return the answer as plain JSON (without the certificate); infinities are ``None``."""
-        return {
-            "status": str(self.status),
-            "limit": None if self.limit is None else str(self.limit),
-            "choice": None if self.choice is None else self.choice.tolist(),
-            "objective": _finite(self.objective),
-            "bound": _finite(self.bound),
-            "absolute_gap": _finite(self.absolute_gap),
-            "relative_gap": _finite(self.relative_gap),
-            "backend": self.backend,
-            "nodes": self.stats.nodes,
-            "cpu_seconds": self.stats.cpu_seconds,
-        }
+    @property
+    def nodes(self) -> int:
+        """Branch-and-bound nodes."""
+        return self.stats.nodes
 
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU seconds that it took."""
+        return self.stats.cpu_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

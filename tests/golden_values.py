@@ -24,8 +24,9 @@ from bitquota.candidates.targets import TARGETS
 from bitquota.canonical import canonical_json
 from bitquota.ci.diff import diff_plans
 from bitquota.ci.lock import Limits, Lock, make_lock
+from bitquota.context import Context
 from bitquota.corrections import Correction
-from bitquota.evaluate.scores import Estimate, ModelScores, Score
+from bitquota.evaluate.scores import Estimate, Score
 from bitquota.exports.receipt import Difference, FileReceipt, Receipt, TensorReceipt
 from bitquota.matrix import SensitivityMatrix
 from bitquota.models.calibration import CalibrationSet
@@ -178,7 +179,12 @@ def measured() -> tuple[Allocation, bytes, list[str]]:
     """Return a refined allocation of the tiny network, and its ledger as archive and as keys."""
     with tempfile.TemporaryDirectory() as folder:
         ledger = SqliteLedger(Path(folder) / "ledger.sqlite")
-        found = allocate(model(), images(), REQUEST, ledger=ledger, device="cpu")
+        found = allocate(
+            model(),
+            images(),
+            REQUEST,
+            context=Context(ledger=ledger, device="cpu"),
+        )
         export_entries(ledger, Path(folder) / "ledger.zip")
         keys = ledger.keys()
         ledger.close()
@@ -193,7 +199,7 @@ def compared() -> Comparison:
         asked = replace(REQUEST, budgets=("4.5 bits", "3 bits"), corrections=())
         names = ["gram", "diagonal", "weight_mse", "relative_mse"]
         found = compare(
-            model(), images(), asked, names, ledger=ledger, plans=4, device="cpu",
+            model(), images(), asked, names, context=Context(ledger=ledger, device="cpu"), plans=4,
             cpu_clock=lambda: 0.0,
         )  # fmt: skip
         ledger.close()
@@ -242,17 +248,12 @@ def locks() -> dict[str, Lock]:
 def scores() -> dict[str, Score]:
     """Return scores with and without what is compared."""
     of = Estimate(mean=0.1, standard_error=0.01, n_samples=20)
-    found = ModelScores(
-        name="plan.json", metrics={"kl": of, "top1": of}, kl_tail=2.5, perplexity=1.1,
-        differences={"full precision": {"kl": of}, "unseen": {"kl": of}},
+    found = Score(
+        name="plan.json", kind="plan", size_bits=4000, metrics={"kl": of, "top1": of},
+        kl_tail=2.5, perplexity=1.1, differences={"full precision": {"kl": of}},
     )  # fmt: skip
-    bare = ModelScores(name="full precision", metrics={})
-    return {
-        "plan": Score(
-            name="plan.json", kind="plan", size_bits=4000, scores=found, beside=("full precision",)
-        ),
-        "bare": Score(name="full precision", kind="full precision", size_bits=None, scores=bare),
-    }
+    bare = Score(name="full precision", kind="full precision", size_bits=None, metrics={})
+    return {"plan": found, "bare": bare}
 
 
 def matrices() -> dict[str, SensitivityMatrix]:
@@ -371,7 +372,7 @@ def summaries() -> dict[str, Any]:
     return {
         "inspection": {name: summary.to_json() for name, summary in shown.items()},
         "targets": {
-            name: target.describe() | {"version": target.version, "versions": None}
+            name: target.to_json() | {"version": target.version, "versions": None}
             for name, target in TARGETS.items()
         },
         "diff": diff_plans(plans()["bare"], plans()["corrections"]).to_json(),

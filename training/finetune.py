@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.layers import Inventory, Layer
     from bitquota.candidates.table import Candidate
+    from bitquota.context import Context
     from bitquota.models.calibration import CalibrationSet
-    from bitquota.progress import IsCancelled, OnProgress
     from bitquota.quantizers.activations import ActivationQuantizer
     from bitquota.quantizers.channel_fit import ChannelRule
     from bitquota.quantizers.weights import QuantizedWeight
@@ -190,8 +190,7 @@ def finetune(
     input_rule: ChannelRule | None = None,
     start: nn.Module | None = None,
     checkpoint: Path | None = None,
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
+    context: Context | None = None,
 ) -> TrainedModel:
     """Train the model under a fixed plan.
 
@@ -209,15 +208,14 @@ def finetune(
             channels by this rule.
         start: Where the weights start, if not at ``module``.
         checkpoint: File for resuming.
-        on_progress: Called after every step.
-        cancelled: Asked before every step.
+        context: Whom to tell, and when to stop.
 
     Raises:
         InvalidInput: Nothing to train, an unknown method or one that cannot train a candidate's
             grid, or a checkpoint of another run.
         InvalidCalibration: Labels are missing.
         MeasurementFailed: The loss is not finite.
-        Cancelled: ``cancelled`` said so; the checkpoint continues the run.
+        Cancelled: The context said so; the checkpoint continues the run.
 
     Cost: see ``training.loop.train``. The result is the best epoch on the hold-out.
     """
@@ -258,8 +256,7 @@ def finetune(
         identity=identity,
         checkpoint=checkpoint,
         stage="finetune",
-        on_progress=on_progress,
-        cancelled=cancelled,
+        context=context,
     )
     return finished(plan, inventory, chosen, record)
 

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bitquota.candidates.layers import Inventory
+    from bitquota.context import Context
     from bitquota.models.calibration import CalibrationSet
-    from bitquota.progress import IsCancelled, OnProgress
 
 RECIPES: dict[str, type[BitLearner]] = {
     "stabilised": StabilisedLearner,
@@ -131,8 +131,7 @@ def learn(
     settings: TrainingSettings | None = None,
     finetuning: TrainingSettings | None = None,
     checkpoint_folder: Path | None = None,
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
+    context: Context | None = None,
 ) -> LearnedBits:
     """Learn bit-widths and weights in one run.
 
@@ -154,8 +153,7 @@ def learn(
         settings: The first phase; by default ``default_settings``.
         finetuning: The second phase; by default ``following_settings`` of the first.
         checkpoint_folder: Folder for the checkpoints of both phases.
-        on_progress: Called after every step.
-        cancelled: Asked before every step.
+        context: Whom to tell, and when to stop.
 
     Raises:
         BudgetTooSmall: Even the smallest bit-widths do not fit.
@@ -163,7 +161,7 @@ def learn(
             resource.
         InvalidCalibration: Labels are missing.
         MeasurementFailed: The loss is not finite.
-        Cancelled: ``cancelled`` said so; the checkpoints continue the run.
+        Cancelled: The context said so; the checkpoints continue the run.
 
     Cost: the training of both phases. The limits are met exactly; that the bit-widths are good is
     for a measurement to say.
@@ -197,8 +195,7 @@ def learn(
         checkpoint=None if checkpoint_folder is None else checkpoint_folder / "learn.safetensors",
         stage="learn",
         keep_last=recipe != "uhlich2020",
-        on_progress=on_progress,
-        cancelled=cancelled,
+        context=context,
     )
     relaxed = tuple(learner.relaxed_bits().detach().tolist())
     chosen = repair(inventory.layers, relaxed, offer.table, offer.weights)
@@ -215,8 +212,7 @@ def learn(
         checkpoint=None
         if checkpoint_folder is None
         else checkpoint_folder / "finetune.safetensors",
-        on_progress=on_progress,
-        cancelled=cancelled,
+        context=context,
     )
     _, holdout = data.split(finetuning.holdout_fraction, finetuning.seed)
     plan = Plan(

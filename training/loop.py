@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitquota.canonical import digest_json
+from bitquota.context import Context, cancelled_during
 from bitquota.errors import InvalidCalibration, InvalidInput, MeasurementFailed
 from bitquota.models.running import primary_output
-from bitquota.progress import Progress, check_cancelled
 from bitquota.quantizers.corrections import DEFAULT_BATCH, reestimate_batch_norm
 from bitquota.training.checkpoint import load_checkpoint, save_checkpoint
 from bitquota.training.distributed import present_group
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bitquota.models.calibration import CalibrationSet
-    from bitquota.progress import IsCancelled, OnProgress
     from bitquota.training.distributed import Group
     from bitquota.training.objective import Trainee
     from bitquota.training.settings import TrainingSettings
@@ -61,8 +60,7 @@ def train(
     checkpoint: Path | None = None,
     stage: str = "training",
     keep_last: bool = False,
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
+    context: Context | None = None,
 ) -> TrainingRecord:
     """Train ``trainee`` in place and leave it in its best eligible state.
 
@@ -79,18 +77,18 @@ def train(
         checkpoint: File for resuming; continued from if it exists.
         stage: Name in progress reports.
         keep_last: Leave the last state, whatever the hold-out says.
-        on_progress: Called after every step.
-        cancelled: Asked before every step; a checkpoint is written before ``Cancelled``.
+        context: Whom to tell, and when to stop.
 
     Raises:
         InvalidCalibration: Labels are needed and missing.
         InvalidInput: The checkpoint is of another run, or the step cannot be compiled.
         MeasurementFailed: The loss is not finite.
-        Cancelled: ``cancelled`` said so.
+        Cancelled: The context said so.
 
     Cost: about three forward passes a sample and epoch, one more with distillation. Under
     ``torch.distributed`` every process takes its share of each batch.
     """
+    context = context or Context()
     if data.labels is None and settings.distillation < 1:
         msg = (
             "training on labels needs a labelled set; this one has none: add labels, or set "
@@ -125,9 +123,9 @@ def train(
         run.group.wait()
 
     for step in range(start, total):
-        if run.agreed(cancelled):
+        if run.agreed(context):
             save(step)
-            check_cancelled(lambda: True, stage)
+            raise cancelled_during(stage)
         epoch, within = divmod(step, run.steps_per_epoch)
         if _stopped(record, settings):
             break
@@ -145,8 +143,7 @@ def train(
             save(step + 1)
         elif (step + 1) % settings.checkpoint_steps == 0:
             save(step + 1)
-        if on_progress is not None:
-            on_progress(Progress(stage=stage, done=step + 1, total=total))
+        context.report(stage, step + 1, total)
     if best is not None:
         trainee.load_state_dict(best)
     run.subject.model.eval()
@@ -190,9 +187,9 @@ class _Run:
         # Several processes add their gradients up in another order.
         return digest_json(named | ({"size": self.group.size} if self.group.size > 1 else {}))
 
-    def agreed(self, cancelled: IsCancelled | None) -> bool:
+    def agreed(self, context: Context) -> bool:
         """Return whether any process was asked to stop."""
-        asked = cancelled is not None and cancelled()
+        asked = context.cancelled is not None and context.cancelled()
         if self.group.size == 1:
             return asked
         where = self.data.inputs[0].device

@@ -15,6 +15,7 @@ import bitquota
 from bitquota.candidates.budget import Budget
 from bitquota.candidates.layers import Inventory
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Scheme
+from bitquota.context import Context
 from bitquota.corrections import Correction
 from bitquota.errors import BudgetTooSmall, InvalidInput, InvalidPlan
 from bitquota.evaluate.choice import measure_choice
@@ -28,7 +29,6 @@ from bitquota.quantizers.activations import collect_inputs
 from bitquota.quantizers.corrections import fold_batch_norm, reestimate_batch_norm
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate
-from bitquota.sensitivity.cache import MemoryLedger
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.setting import choose_device, inventory_of
 from bitquota.training.exported_inputs import hold_input_quantizers
@@ -46,9 +46,7 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.table import Candidate
     from bitquota.models.calibration import CalibrationSet
-    from bitquota.progress import IsCancelled, OnProgress
     from bitquota.quantizers.channel_fit import ChannelRule
-    from bitquota.sensitivity.cache import Ledger
     from bitquota.training.loop import TrainingRecord
 
 BEFORE = "before training"
@@ -86,10 +84,8 @@ def finetune_plan(
     symmetric: bool = False,
     input_rule: ChannelRule | None = None,
     start: nn.Module | None = None,
-    device: str = "auto",
     checkpoint: Path | None = None,
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
+    context: Context | None = None,
 ) -> Trained:
     """Train ``model`` under ``plan``; the result's plan is of the trained weights.
 
@@ -106,22 +102,20 @@ def finetune_plan(
         symmetric: Keep the levels of codebooks mirrored.
         input_rule: How the first grids of quantized inputs weigh channels.
         start: Where the weights start, if not at the model's.
-        device: ``auto`` takes a GPU where there is one.
         checkpoint: File for resuming.
-        on_progress: Called after every step.
-        cancelled: Asked before every step.
+        context: Whom to tell, when to stop, and where to run.
 
     Raises:
         StalePlan: The plan was made for another model.
         BudgetTooSmall: The format that ``direct`` stores takes more than the plan's budget.
         InvalidInput: See ``finetune``.
-        Cancelled: ``cancelled`` said so; the checkpoint continues the run.
+        Cancelled: The context said so; the checkpoint continues the run.
 
     Cost: that of the training, and two passes over the hold-out samples.
     """
     check_model(plan, model)
     settings = TrainingSettings() if settings is None else settings
-    module, samples = _ready(model, data, device)
+    module, samples = _ready(model, data, context)
     if Correction.FOLD_BATCH_NORM in plan.corrections:
         module = fold_batch_norm(module, samples.first(2).inputs)
     inventory = Inventory(
@@ -142,8 +136,7 @@ def finetune_plan(
         input_rule=input_rule,
         start=start,
         checkpoint=checkpoint,
-        on_progress=on_progress,
-        cancelled=cancelled,
+        context=context,
     )
     fit, holdout = samples.split(settings.holdout_fraction, settings.seed)
     made = Plan(
@@ -183,10 +176,8 @@ def learn_plan(
     exclude: Sequence[str] = (),
     settings: TrainingSettings | None = None,
     finetuning: TrainingSettings | None = None,
-    device: str = "auto",
     checkpoint_folder: Path | None = None,
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
+    context: Context | None = None,
 ) -> Trained:
     """Learn bit-widths for ``model`` within ``budgets``, and fine-tune under what was learned.
 
@@ -205,21 +196,19 @@ def learn_plan(
         exclude: Layers that stay in full precision.
         settings: The first phase.
         finetuning: The second phase.
-        device: ``auto`` takes a GPU where there is one.
         checkpoint_folder: Folder for the checkpoints of both phases.
-        on_progress: Called after every step.
-        cancelled: Asked before every step.
+        context: Whom to tell, when to stop, and where to run.
 
     Raises:
         StalePlan: ``start`` is a plan of another model.
         InvalidBudget: A budget that cannot be read.
         BudgetTooSmall: Even the smallest bit-widths do not fit.
         InvalidInput: See ``training.learn.learn``.
-        Cancelled: ``cancelled`` said so; the checkpoints continue the run.
+        Cancelled: The context said so; the checkpoints continue the run.
     """
     if start is not None:
         check_model(start, model)
-    module, samples = _ready(model, data, device)
+    module, samples = _ready(model, data, context)
     inventory = inventory_of(module, model, samples)
     if exclude:
         inventory = inventory.exclude(exclude)
@@ -240,8 +229,7 @@ def learn_plan(
         settings=default_settings(recipe) if settings is None else settings,
         finetuning=finetuning,
         checkpoint_folder=checkpoint_folder,
-        on_progress=on_progress,
-        cancelled=cancelled,
+        context=context,
     )
     request = PlanRequest(
         budgets=("+".join(texts),),
@@ -271,11 +259,8 @@ def solve_around(
     *,
     request: PlanRequest | None = None,
     method: str = "lsq",
-    ledger: Ledger | None = None,
-    device: str = "auto",
     checkpoint: Path | None = None,
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
+    context: Context | None = None,
 ) -> Trained:
     """Measure around trained weights, solve again, and train under what was found.
 
@@ -290,15 +275,12 @@ def solve_around(
         settings: How to train.
         request: What to solve; by default the request on record in the plan, with its budgets.
         method: How to train.
-        ledger: Where measurements are kept.
-        device: ``auto`` takes a GPU where there is one.
         checkpoint: File for resuming.
-        on_progress: Called after every step.
-        cancelled: Asked between steps.
+        context: Whom to tell, when to stop, and where to run.
 
     Raises:
         InvalidPlan: The plan has no request on record, and none was given.
-        Cancelled: ``cancelled`` said so.
+        Cancelled: The context said so.
 
     Cost: an allocation, and a training.
     """
@@ -329,10 +311,7 @@ def solve_around(
         around,
         measured,
         request,
-        ledger=MemoryLedger() if ledger is None else ledger,
-        on_progress=on_progress,
-        cancelled=cancelled,
-        device=device,
+        context=context,
     )
     (plan,) = found.plans
     again = finetune_plan(
@@ -342,12 +321,10 @@ def solve_around(
         settings,
         method=method,
         start=latents,
-        device=device,
         checkpoint=checkpoint,
-        on_progress=on_progress,
-        cancelled=cancelled,
+        context=context,
     )
-    module, samples = _ready(model, holdout, device)
+    module, samples = _ready(model, holdout, context)
     before = measure_trained(trained.model, module, samples)
     assert again.plan.measured is not None  # noqa: S101  # ``finetune_plan`` measures
     return again if again.plan.measured.mean < before.mean else trained
@@ -371,9 +348,9 @@ def write_pt2(trained: Trained, data: CalibrationSet, path: Path) -> None:
 
 
 def _ready(
-    model: LoadedModel, data: CalibrationSet, device: str
+    model: LoadedModel, data: CalibrationSet, context: Context | None
 ) -> tuple[nn.Module, CalibrationSet]:
-    where = choose_device(device)
+    where = choose_device((context or Context()).device)
     check_calibration(model, data)
     module, samples = copy.deepcopy(model.module).to(where).eval(), data.to(where)
     with torch.enable_grad():

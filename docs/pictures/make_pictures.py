@@ -19,6 +19,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
 
+from bitquota.context import Context  # noqa: E402
 from bitquota.evaluate.choice import measure_choice  # noqa: E402
 from bitquota.models.load import load_model  # noqa: E402
 from bitquota.models.samples import load_calibration  # noqa: E402
@@ -52,7 +53,7 @@ def main() -> None:
     model, data = load_model(MODEL), load_calibration(DATA)
     with SqliteLedger(arguments.ledger) as ledger:
         request = PlanRequest(weight_bits=BITS, samples=arguments.samples, holdout_samples=1)
-        matrix = measure_matrix(model, data, request, ledger=ledger)
+        matrix = measure_matrix(model, data, request, context=Context(ledger=ledger))
         layers(matrix)
         pairs(matrix)
         trust(model, data.first(arguments.samples), matrix)
@@ -62,7 +63,12 @@ def main() -> None:
             samples=arguments.samples,
             holdout_samples=512,
         )
-        frontier([(p.average_bits, p) for p in allocate(model, data, asked, ledger=ledger).plans])
+        frontier(
+            [
+                (p.average_bits, p)
+                for p in allocate(model, data, asked, context=Context(ledger=ledger)).plans
+            ]
+        )
 
 
 def save(name: str) -> None:

@@ -6,8 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitquota.sensitivity.errands import CHOICES
-from bitquota.sensitivity.recorder import base_change, make_recorder, merged, one_for_each_chunk
+from bitquota.context import Context
+from bitquota.sensitivity.errands import CHOICES, Errand, as_point
+from bitquota.sensitivity.recorder import (
+    Recorder,
+    Shared,
+    base_change,
+    merged,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,8 +21,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bitquota.candidates.table import Candidate, CandidateTable
-    from bitquota.progress import IsCancelled, OnProgress
-    from bitquota.sensitivity.cache import Ledger
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runners.base import Change, Runner, State
 
@@ -28,10 +32,9 @@ def measure_choices(
     choices: Sequence[Sequence[int]],
     *,
     centre: Sequence[int] | None = None,
-    ledger: Ledger | None = None,
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
+    context: Context | None = None,
     stage: str = "choices",
+    chunks: Sequence[int] | None = None,
 ) -> NDArray[np.float64]:
     """Return ``f64[k, N]``: the loss increase of each choice over full precision, by sample.
 
@@ -42,28 +45,34 @@ def measure_choices(
         choices: What to measure.
         centre: Run this choice once and re-execute the others behind the groups in which they
             differ from it; by default each choice is a pass of its own.
-        ledger: Where measurements are kept.
-        on_progress: Called after every chunk.
-        cancelled: Asked between chunks.
+        context: Where measurements are kept, whom to tell, when to stop.
         stage: Name for progress.
+        chunks: Which chunks to measure on, by default all; ``N`` counts their samples.
 
     Cost: one pass for the centre and, for each choice, the suffix behind its first difference.
     """
-    n_samples = len(runner.calibration)
-    recorder = make_recorder(
-        runner,
-        loss,
-        stage,
-        len(runner.chunks),
-        ledger=ledger,
-        on_progress=on_progress,
-        cancelled=cancelled,
-        ahead=(table, one_for_each_chunk(runner, CHOICES, centre, choices)),
+    context = context or Context()
+    errand = Errand(
+        measure=CHOICES, chunk=0, point=as_point(centre), choices=tuple(map(as_point, choices))
+    )
+
+    def one_chunk(chunk: int) -> None:
+        measure_choices(
+            runner, table, loss, choices, centre=centre, context=context.part(), chunks=[chunk]
+        )
+
+    recorder = Recorder(
+        runner=runner,
+        loss=loss,
+        stage=stage,
+        context=context,
+        only=chunks,
+        shared=Shared(errand=errand, measure=one_chunk),
     )
     changes = [base_change(table, choice) for choice in choices]
     base = base_change(table, centre)
-    values = np.empty((len(choices), n_samples))
-    for chunk, span in recorder.spans():
+    values = np.empty((len(choices), len(recorder.positions)))
+    for chunk, where in recorder.spans():
         reference_key = recorder.key(chunk, "reference", "loss")
         keys = recorder.keys(chunk, [merged(base, change) for change in changes])
 
@@ -82,7 +91,7 @@ def measure_choices(
 
         found = recorder.shard([reference_key, *keys], run)
         for k, key in enumerate(keys):
-            values[k, span.start : span.stop] = found[key] - found[reference_key]
+            values[k, where] = found[key] - found[reference_key]
     return values
 
 

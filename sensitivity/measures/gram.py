@@ -21,14 +21,16 @@ from typing import TYPE_CHECKING, ClassVar, Unpack
 import numpy as np
 import torch
 
+from bitquota.context import Context
 from bitquota.matrix import SensitivityMatrix
 from bitquota.sensitivity.curvature import curvature_products
+from bitquota.sensitivity.errands import Errand, as_point
 from bitquota.sensitivity.recorder import (
+    Recorder,
+    Shared,
     base_change,
     checked_losses,
-    make_recorder,
     merged,
-    one_for_each_chunk,
     provenance,
     row_changes,
     standard_error,
@@ -41,11 +43,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bitquota.candidates.table import CandidateTable
-    from bitquota.progress import IsCancelled, OnProgress
     from bitquota.sensitivity.base import MeasureOptions
-    from bitquota.sensitivity.cache import Ledger
     from bitquota.sensitivity.losses import Loss
-    from bitquota.sensitivity.recorder import Recorder
     from bitquota.sensitivity.runners.base import Change, Runner
 
 _PREDICTION_ELEMENTS = 2**22
@@ -190,9 +189,7 @@ def measure_differences(
     loss: Loss,
     *,
     base_point: Sequence[int] | None = None,
-    ledger: Ledger | None = None,
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
+    context: Context | None = None,
     stage: str = "gram",
     only: Sequence[int] | None = None,
     chunks: Sequence[int] | None = None,
@@ -204,33 +201,34 @@ def measure_differences(
     default all.
     """
     offsets = table.offsets
-    parts = range(len(runner.chunks)) if chunks is None else sorted(set(chunks))
-    positions = [p for c in parts for p in runner.chunks[c]]
-    n, n_samples = len(table.rows), len(positions)
+    context, point = context or Context(), as_point(base_point)
+    n = len(table.rows)
     changes, base = row_changes(table), base_change(table, base_point)
     fixed = set() if base_point is None else {int(offsets[g] + r) for g, r in enumerate(base_point)}
     rows = [r for r in (range(n) if only is None else sorted(only)) if r not in fixed]
-    recorder = make_recorder(
-        runner,
-        loss,
-        stage,
-        len(parts),
-        ledger=ledger,
-        on_progress=on_progress,
-        cancelled=cancelled,
-        ahead=None if only or chunks else (table, one_for_each_chunk(runner, "gram", base_point)),
+
+    def one_chunk(chunk: int) -> None:
+        measure_differences(
+            runner, table, loss, base_point=base_point, context=context.part(), chunks=[chunk]
+        )
+
+    recorder = Recorder(
+        runner=runner,
+        loss=loss,
+        stage=stage,
+        context=context,
+        only=chunks,
+        shared=None
+        if only or chunks
+        else Shared(errand=Errand(measure="gram", chunk=0, point=point), measure=one_chunk),
     )
+    n_samples = len(recorder.positions)
     start_losses, base_losses = np.empty(n_samples), np.empty(n_samples)
     singles = np.empty((n, n_samples))
     sums, squares = np.zeros((n, n)), np.zeros((n, n))
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     output_shape: tuple[int, ...] = ()
-    end = 0
-    for chunk, span in recorder.spans():
-        if chunk not in parts:
-            continue
-        where = slice(end, end + len(span))
-        end = where.stop
+    for chunk, where in recorder.spans():
         part = _Chunk(recorder, chunk, table, base, rows)
         found = part.measure(changes)
         start_losses[where], base_losses[where] = found.reference_losses, found.base_losses
@@ -249,7 +247,6 @@ def measure_differences(
     variance = np.maximum(squares / n_samples - cross**2, 0.0)
     error = np.sqrt(variance / max(n_samples - 1, 1))
     cross[same], error[same] = 0.0, 0.0
-    point = None if base_point is None else tuple(int(b) for b in base_point)
     matrix = SensitivityMatrix(
         table=table,
         diagonal=increases.mean(axis=1),
@@ -262,11 +259,11 @@ def measure_differences(
         unit=loss.unit,
         provenance=provenance(runner, "gram", loss),
     )
-    if len(kept) < len(parts):
+    if len(kept) < len(recorder.chunks):
         return matrix, None
     labels = runner.calibration.labels
     if labels is not None and chunks is not None:
-        labels = labels[torch.as_tensor(positions, device=labels.device)]
+        labels = labels[torch.as_tensor(recorder.positions, device=labels.device)]
     differences = OutputDifferences(
         table=table,
         base_point=point,

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, ClassVar, Unpack
 
 import numpy as np
 
+from bitquota.context import Context
 from bitquota.matrix import SensitivityMatrix
+from bitquota.sensitivity.errands import Errand, as_point
 from bitquota.sensitivity.recorder import (
+    Recorder,
+    Shared,
     base_change,
-    make_recorder,
     merged,
-    one_for_each_chunk,
     provenance,
     row_changes,
     standard_error,
@@ -34,11 +36,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bitquota.candidates.table import CandidateTable
-    from bitquota.progress import IsCancelled, OnProgress
     from bitquota.sensitivity.base import MeasureOptions
-    from bitquota.sensitivity.cache import Ledger
     from bitquota.sensitivity.losses import Loss
-    from bitquota.sensitivity.recorder import Recorder
     from bitquota.sensitivity.runners.base import Change, Runner, State
 
 
@@ -148,12 +147,11 @@ def _measure(
     *,
     pairs: bool,
     base_point: Sequence[int] | None = None,
-    ledger: Ledger | None = None,
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
+    context: Context | None = None,
+    chunks: Sequence[int] | None = None,
 ) -> SensitivityMatrix:
-    offsets = table.offsets
-    n, n_samples = len(table.rows), len(runner.calibration)
+    context = context or Context()
+    offsets, n = table.offsets, len(table.rows)
     changes, base = row_changes(table), base_change(table, base_point)
     fixed = set() if base_point is None else {int(offsets[g] + r) for g, r in enumerate(base_point)}
     order = _order(runner, table)
@@ -166,23 +164,32 @@ def _measure(
         for k, g in enumerate(order)
         for row in rows_of[g]
     ]
-    recorder = make_recorder(
-        runner,
-        loss,
-        name,
-        len(runner.chunks) * (1 + len(shards)),
-        ledger=ledger,
-        on_progress=on_progress,
-        cancelled=cancelled,
-        ahead=(table, one_for_each_chunk(runner, name, base_point)),
+
+    def one_chunk(chunk: int) -> None:
+        alone = context.part()
+        _measure(
+            runner, table, loss, name, pairs=pairs, base_point=base_point, context=alone,
+            chunks=[chunk],
+        )  # fmt: skip
+
+    recorder = Recorder(
+        runner=runner,
+        loss=loss,
+        stage=name,
+        context=context,
+        shards=1 + len(shards),
+        only=chunks,
+        shared=Shared(
+            errand=Errand(measure=name, chunk=0, point=as_point(base_point)), measure=one_chunk
+        ),
     )
+    n_samples = len(recorder.positions)
     base_losses = np.empty(n_samples)
     start_losses = np.empty(n_samples)
     singles = np.empty((n, n_samples))
     sums: dict[tuple[int, int], NDArray[np.float64]] = {}
-    for chunk, span in recorder.spans():
+    for chunk, where in recorder.spans():
         measured = _Chunk(recorder, chunk, base)
-        where = slice(span.start, span.stop)
         start_losses[where], base_losses[where] = measured.base()
         singles[:, where] = base_losses[where]
         for row, partners in shards:
@@ -208,7 +215,7 @@ def _measure(
         cross=cross,
         cross_error=cross_error,
         constant=float((base_losses - start_losses).mean()),
-        base_point=None if base_point is None else tuple(int(b) for b in base_point),
+        base_point=as_point(base_point),
         loss=loss.name,
         unit=loss.unit,
         provenance=provenance(runner, name, loss),

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from bitquota.context import Context
 from bitquota.corrections import SAMPLES_DEPEND
 from bitquota.errors import InvalidInput
 from bitquota.matrix import SensitivityMatrix
 from bitquota.sensitivity.curvature import SOFTMAX_LOSSES, curvature_products
 from bitquota.sensitivity.recorder import (
+    Recorder,
     base_change,
-    make_recorder,
     provenance,
     row_changes,
     standard_error,
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bitquota.candidates.table import CandidateTable
-    from bitquota.progress import IsCancelled, OnProgress
-    from bitquota.sensitivity.cache import Ledger
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runners.base import Runner
 
@@ -82,9 +81,7 @@ class TangentMeasure:
         loss: Loss,
         *,
         base_point: Sequence[int] | None = None,
-        ledger: Ledger | None = None,
-        on_progress: OnProgress | None = None,
-        cancelled: IsCancelled | None = None,
+        context: Context | None = None,
     ) -> SensitivityMatrix:
         """Measure; see the module. Arguments and errors as in ``Measure.measure``.
 
@@ -107,15 +104,7 @@ class TangentMeasure:
             () if base_point is None else {int(offsets[g] + r) for g, r in enumerate(base_point)}
         )
         rows = [r for r in range(n) if r not in fixed]
-        recorder = make_recorder(
-            runner,
-            loss,
-            self.name,
-            len(runner.chunks),
-            ledger=ledger,
-            on_progress=on_progress,
-            cancelled=cancelled,
-        )
+        recorder = Recorder(runner=runner, loss=loss, stage=self.name, context=context or Context())
         singles: list[NDArray[np.float64]] = []
         starts: list[NDArray[np.float64]] = []
         sums, squares = np.zeros((n, n)), np.zeros((n, n))

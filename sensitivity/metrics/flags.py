@@ -6,12 +6,13 @@ Design: docs/design/measures.md
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from bitquota.codec import Document
+
 if TYPE_CHECKING:
-    from bitquota.canonical import JsonObject
     from bitquota.matrix import SensitivityMatrix
 
 
@@ -25,7 +26,7 @@ class FlagKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Flag:
+class Flag(Document):
     """One oddity.
 
     Attributes:
@@ -44,10 +45,6 @@ class Flag:
     against: str = ""
     excess: float
     standard_errors: float | None = None
-
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return asdict(self) | {"kind": str(self.kind)}
 
 
 def find_flags(matrix: SensitivityMatrix) -> tuple[Flag, ...]:

@@ -17,7 +17,6 @@ from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Roundi
 from bitquota.errors import InvalidInput
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.running import inputs_of
-from bitquota.progress import check_cancelled
 from bitquota.quantizers.grid import nearest_codes, spread
 from bitquota.quantizers.input_moments import input_grams
 from bitquota.quantizers.weights import quantize
@@ -233,7 +232,7 @@ class GpfqError(Metric):
         runner = work.runner
         deltas = {}
         for batch in _batches(runner, work.layers):
-            check_cancelled(work.recorder.cancelled, self.name)
+            work.recorder.context.check(self.name)
             inputs = (inputs_of(runner.calibration, runner.chunks[c]) for c in chunks)
             grams = input_grams(runner.module, runner.inventory, inputs, layers=batch)
             unfolded = self._unfolding(runner, batch)

@@ -20,7 +20,6 @@ from torch.nn import functional
 from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.errors import MeasurementFailed
 from bitquota.models.running import primary_output
-from bitquota.progress import Progress, check_cancelled
 from bitquota.quantizers.differentiable import binary, lsq
 from bitquota.quantizers.grid import levels
 from bitquota.sensitivity.losses import CrossEntropy
@@ -105,10 +104,12 @@ class LearnedIndicators(Metric):
         keys = [(layer.name, b) for layer in layers for b in widths]
         samples = work.runner.calibration
         key = work.key(0, {"widths": widths, "of": samples.to_json()}, "indicators")
-        known = work.recorder.ledger.get(key)
+        known = work.recorder.context.ledger.get(key)
         if known is None:
             found = self._train(work, layers, widths)
-            work.recorder.ledger.put(key, np.array([found[k] for k in keys], dtype=np.float64))
+            work.recorder.context.ledger.put(
+                key, np.array([found[k] for k in keys], dtype=np.float64)
+            )
             return found
         return dict(zip(keys, (float(v) for v in known), strict=True))
 
@@ -123,7 +124,7 @@ class LearnedIndicators(Metric):
         generator = torch.Generator().manual_seed(self.seed)
         order: list[int] = []
         for step in range(total):
-            check_cancelled(work.recorder.cancelled, self.name)
+            work.recorder.context.check(self.name)
             if len(order) < min(self.batch_size, len(samples)):
                 order = torch.randperm(len(samples), generator=generator).tolist()
             batch = samples.take(order[: self.batch_size])
@@ -146,8 +147,7 @@ class LearnedIndicators(Metric):
             nn.utils.clip_grad_value_(joint.parameters(), GRADIENT_LIMIT)
             optimizer.step()
             work.charge(0, (len(widths) + 1) * (FORWARD + BACKWARD))
-            if work.recorder.on_progress is not None:
-                work.recorder.on_progress(Progress(stage=self.name, done=step + 1, total=total))
+            work.recorder.context.report(self.name, step + 1, total)
         return joint.indicators()
 
 

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS
+from bitquota.context import Context
 from bitquota.errors import InvalidInput, InvalidModel
 from bitquota.matrix import SensitivityMatrix
 from bitquota.models.onnx.program import source_of
-from bitquota.sensitivity.recorder import make_recorder, provenance
+from bitquota.sensitivity.recorder import Recorder, provenance
 from bitquota.sensitivity.runners.base import Runner, describe_change
 
 if TYPE_CHECKING:
@@ -32,11 +33,8 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.table import Candidate, CandidateTable
     from bitquota.canonical import JsonObject
-    from bitquota.progress import IsCancelled, OnProgress
     from bitquota.quantizers.apply import QuantizedWeights
-    from bitquota.sensitivity.cache import Ledger
     from bitquota.sensitivity.losses import Loss
-    from bitquota.sensitivity.recorder import Recorder
 
 METRIC_VERSION = 1
 """Part of every ledger key of a metric; raised whenever the same call gives other numbers."""
@@ -159,9 +157,7 @@ class Metric(ABC):
         loss: Loss,
         *,
         base_point: Sequence[int] | None = None,
-        ledger: Ledger | None = None,
-        on_progress: OnProgress | None = None,
-        cancelled: IsCancelled | None = None,
+        context: Context | None = None,
     ) -> SensitivityMatrix:
         """Measure; arguments as in ``bitquota.sensitivity.base.Measure``.
 
@@ -170,7 +166,7 @@ class Metric(ABC):
             InvalidModel: The model is not a torch module, or a layer's work cannot be seen.
             InvalidCalibration: Labels are missing.
             MeasurementFailed: A score is not finite.
-            Cancelled: ``cancelled`` said so; what was measured is in the ledger.
+            Cancelled: The context said so; what was measured is in the ledger.
         """
         if base_point is not None:
             msg = (
@@ -181,14 +177,8 @@ class Metric(ABC):
         if self.needs_data:
             must_run_in_torch(runner, self.name)
         judged = self.judged_by(loss)
-        recorder = make_recorder(
-            runner,
-            judged,
-            self.name,
-            max(1, len(runner.chunks)),
-            ledger=ledger,
-            on_progress=on_progress,
-            cancelled=cancelled,
+        recorder = Recorder(
+            runner=runner, loss=judged, stage=self.name, context=context or Context()
         )
         work = Work(
             runner=as_torch(runner, self.name),

@@ -51,7 +51,7 @@ def run(work: Work) -> None:
         request["metrics"],
         plans=request["plans"],
         affordable_passes=request["max_passes"],
-        **work.measuring,
+        context=work.context,
     )
     work.give("comparison", canonical_json(found.to_json()).encode())
 

@@ -61,7 +61,7 @@ def run(work: Work) -> None:
             symmetric=work.request["symmetric"],
             input_rule=None if fit == "mse" else ChannelRule(fit),
             checkpoint=kept.path(CHECKPOINTS[0]),
-            **kept.running,
+            context=kept.context,
         )
     hand_over(work, found)
 

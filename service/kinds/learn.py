@@ -68,7 +68,7 @@ def run(work: Work) -> None:
             exclude=request["exclude"],
             settings=settings_from(request, default_settings(request["recipe"])),
             checkpoint_folder=kept.folder,
-            **kept.running,
+            context=kept.context,
         )
     hand_over(work, found)
 

@@ -22,7 +22,7 @@ def run(work: Work) -> None:
         work.model(),
         work.samples(),
         PlanRequest.from_json(work.request),
-        **work.measuring,
+        context=work.context,
     )
     work.give("matrix", found.matrix.to_bytes())
     work.give("inventory", canonical_json(found.inventory.to_json()).encode())

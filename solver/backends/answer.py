@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
+
+from bitquota.codec import Document, Form, LowerBound
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from numpy.typing import NDArray
-
     from bitquota.solver.backends.model import Model
 
-JsonObject = dict[str, Any]
-
-STATUSES = ("optimal", "feasible", "infeasible", "unknown")
+AnswerStatus = Literal["optimal", "feasible", "infeasible", "unknown"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +47,11 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Answer(Document):
     """What an external solver said about the scaled model.
 
     Attributes:
-        status: One of ``STATUSES``; ``optimal`` within the gap and its own tolerances.
+        status: ``optimal`` within the gap and its own tolerances.
         limit: ``time``, ``node`` or ``memory`` when that stopped it.
         chosen: i64[G], rows of the model, or ``None``.
         bound: Scaled lower bound, or ``-inf``.
@@ -62,47 +61,18 @@ class Answer:
         details: Further numbers.
     """
 
-    status: str
+    FORM: ClassVar[Form] = Form(what="an answer")
+
+    status: AnswerStatus
     limit: str | None = None
     chosen: NDArray[np.int64] | None = None
-    bound: float = -math.inf
+    bound: LowerBound = -math.inf
     tolerance: float = 0.0
     nodes: int = 0
     details: dict[str, float] = field(default_factory=dict)
 
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return {
-            "status": self.status,
-            "limit": self.limit,
-            "chosen": None if self.chosen is None else self.chosen.tolist(),
-            "bound": self.bound if math.isfinite(self.bound) else None,
-            "tolerance": self.tolerance,
-            "nodes": self.nodes,
-            "details": self.details,
-        }
-
-    @classmethod
-    def from_json(cls, data: JsonObject) -> Answer:
-        """Rebuild from ``to_json``.
-
-        Raises:
-            ValueError: A field is missing or of the wrong type.
-        """
-        if not isinstance(data, dict) or data.get("status") not in STATUSES:
-            msg = f"an answer must have a status of {STATUSES}; got {data!r:.200}"
+    def __post_init__(self) -> None:
+        """Check that what was found is there."""
+        if self.status in ("optimal", "feasible") and self.chosen is None:
+            msg = f"must have chosen rows where its status is '{self.status}'"
             raise ValueError(msg)
-        try:
-            chosen = data["chosen"]
-            return cls(
-                status=data["status"],
-                limit=data["limit"],
-                chosen=None if chosen is None else np.array(chosen, dtype=np.int64),
-                bound=-math.inf if data["bound"] is None else float(data["bound"]),
-                tolerance=float(data["tolerance"]),
-                nodes=int(data["nodes"]),
-                details={str(k): float(v) for k, v in data["details"].items()},
-            )
-        except (KeyError, TypeError, AttributeError) as err:
-            msg = f"an answer must have all fields of Answer; got {data!r:.200}"
-            raise ValueError(msg) from err

@@ -20,7 +20,7 @@ from bitquota.solver.backends.linear import RowList, objective_tolerance
 from bitquota.solver.backends.model import Products
 
 if TYPE_CHECKING:
-    from bitquota.solver.backends.answer import Task
+    from bitquota.solver.backends.answer import AnswerStatus, Task
 
 
 def optimise(task: Task) -> Answer:
@@ -51,6 +51,7 @@ def optimise(task: Task) -> Answer:
     chosen = None if result.x is None else model.pick(result.x[:n])
     if result.status == 2:
         return Answer(status="infeasible", nodes=int(nodes or 0))
+    status: AnswerStatus
     status = "optimal" if result.status == 0 else ("unknown" if chosen is None else "feasible")
     limit = None
     if result.status == 1:

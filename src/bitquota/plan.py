@@ -5,15 +5,21 @@ Design: docs/design/bytes.md
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from bitquota.candidates.budget import Budget
 from bitquota.candidates.layers import Layer, UnquantizedTensor
 from bitquota.candidates.table import Candidate
-from bitquota.canonical import canonical_json, digest_json, read_json, schema_of, write_whole
+from bitquota.canonical import (
+    JsonObject,
+    canonical_json,
+    read_json,
+    write_whole,
+)
+from bitquota.codec import Document, Form, Seal
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidPlan
 
@@ -22,7 +28,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bitquota.candidates.storage import StorageSize
-    from bitquota.canonical import JsonObject
 
 SCHEMA = "bitquota/plan/1"
 SOLVER = "solver"
@@ -30,7 +35,7 @@ SOLVER = "solver"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredLoss:
+class MeasuredLoss(Document):
     """Mean loss increase over full precision on ``n_samples`` samples, and its standard error."""
 
     mean: float
@@ -40,43 +45,24 @@ class MeasuredLoss:
     accuracy: float | None = None
     """Top-1 accuracy on the same samples when they are labelled, between 0 and 1."""
 
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: JsonObject) -> Self:
-        """Rebuild from ``to_json``."""
-        return cls(**data)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Assignment:
+class Assignment(Document):
     """One layer and the candidate it gets."""
 
     layer: Layer
     candidate: Candidate
 
-    def to_json(self) -> JsonObject:
-        """Return layer and candidate as plain JSON."""
-        return {"layer": self.layer.to_json(), "candidate": self.candidate.to_json()}
-
-    @classmethod
-    def from_json(cls, data: JsonObject) -> Self:
-        """Rebuild from ``to_json``."""
-        return cls(
-            layer=Layer.from_json(data["layer"]),
-            candidate=Candidate.from_json(data["candidate"]),
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Proof:
+class Proof(Document):
     """How good the solver's choice is for the matrix it was given.
 
     ``bound <= objective`` holds for the *predicted* loss increase; only a measurement speaks
     of the true one.
     """
+
+    FORM: ClassVar[Form] = Form(what="a proof", derived=("absolute_gap", "relative_gap"))
 
     status: str
     limit: str | None
@@ -100,20 +86,9 @@ class Proof:
             return None
         return 0.0 if gap == 0 else gap / max(abs(self.objective), 1e-300)
 
-    def to_json(self) -> JsonObject:
-        """Return the fields and both gaps as plain JSON."""
-        gaps = {"absolute_gap": self.absolute_gap, "relative_gap": self.relative_gap}
-        return asdict(self) | gaps
-
-    @classmethod
-    def from_json(cls, data: JsonObject) -> Self:
-        """Rebuild from ``to_json``."""
-        values = {k: v for k, v in data.items() if k not in {"absolute_gap", "relative_gap"}}
-        return cls(**values)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Baseline:
+class Baseline(Document):
     """A simpler way to choose, measured on the same samples with the same corrections."""
 
     name: str
@@ -126,24 +101,9 @@ class Baseline:
     paired_error: float = 0.0
     """Standard error of ``paired_difference``."""
 
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return asdict(self) | {"weight_bits": list(self.weight_bits)}
-
-    @classmethod
-    def from_json(cls, data: JsonObject) -> Self:
-        """Rebuild from ``to_json``."""
-        return cls(
-            **data
-            | {
-                "weight_bits": tuple(data["weight_bits"]),
-                "measured": MeasuredLoss.from_json(data["measured"]),
-            }
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanTarget:
+class PlanTarget(Document):
     """The deployment target that a plan was made for.
 
     Attributes:
@@ -156,18 +116,9 @@ class PlanTarget:
     version: str
     packages: dict[str, str] = field(default_factory=dict)
 
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: JsonObject) -> Self:
-        """Rebuild from ``to_json``."""
-        return cls(**data)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(Document):
     """The bit-width of every layer, and all that is known about how good that is.
 
     Attributes:
@@ -188,6 +139,19 @@ class Plan:
         evidence: Predicted and measured losses of the plan, of neighbours and of random plans
             within the budget, with rank correlations (``Evidence.to_json``).
     """
+
+    FORM: ClassVar[Form] = Form(
+        what="a plan",
+        error=InvalidPlan,
+        schema=SCHEMA,
+        advice="name a file that 'bitquota plan' wrote",
+        derived=("totals",),
+        left_out=("target", "evidence"),  # plans without keep the bytes that they always had
+        seal=Seal(
+            may_lack=True,
+            remedy="write it with 'bitquota plan', or remove the digest to have it computed anew",
+        ),
+    )
 
     model_digest: str
     assignments: tuple[Assignment, ...]
@@ -305,36 +269,17 @@ class Plan:
         """Stored bits per quantizable weight, scales, zero points and padding included."""
         return self.size_bits / self.n_weights
 
-    def to_json(self) -> JsonObject:
-        """Return everything as plain JSON, totals and digest included."""
-        body = {
-            "schema": SCHEMA,
-            "model_digest": self.model_digest,
-            "assignments": [a.to_json() for a in self.assignments],
-            "unquantized": [t.to_json() for t in self.unquantized],
-            "budgets": [b.to_json() for b in self.budgets],
-            "corrections": [str(c) for c in self.corrections],
-            "selected": self.selected,
-            "predicted": self.predicted,
-            "measured": None if self.measured is None else self.measured.to_json(),
-            "proof": None if self.proof is None else self.proof.to_json(),
-            "baselines": [b.to_json() for b in self.baselines],
-            "loss": self.loss,
-            "provenance": self.provenance,
-            "totals": {
-                "n_weights": self.n_weights,
-                "weights": self.size.to_json(),
-                "unquantized_bits": self.unquantized_bits,
-                "model_bits": self.model_bits,
-                "average_bits": self.average_bits,
-                "effective_bits": self.effective_bits,
-            },
+    @property
+    def totals(self) -> JsonObject:
+        """Sums over layers and tensors, as they stand in the JSON."""
+        return {
+            "n_weights": self.n_weights,
+            "weights": self.size.to_json(),
+            "unquantized_bits": self.unquantized_bits,
+            "model_bits": self.model_bits,
+            "average_bits": self.average_bits,
+            "effective_bits": self.effective_bits,
         }
-        if self.target is not None:  # plans for no target keep the bytes they always had
-            body["target"] = self.target.to_json()
-        if self.evidence is not None:
-            body["evidence"] = self.evidence
-        return body | {"digest": digest_json(body)}
 
     def digest(self) -> str:
         """Return the content digest, as it stands in the JSON."""
@@ -344,49 +289,6 @@ class Plan:
         """Return the canonical JSON text: equal plans give equal bytes."""
         return canonical_json(self.to_json()) + "\n"
 
-    @classmethod
-    def from_json(cls, data: JsonObject) -> Self:
-        """Rebuild from ``to_json``; totals and digest are recomputed and compared.
-
-        Raises:
-            InvalidPlan: Another schema, a missing member, or a sum that does not hold.
-        """
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-            msg = (
-                f"a plan must be a JSON object of schema '{SCHEMA}'; got {schema_of(data)}: name "
-                "a file that 'bitquota plan' wrote"
-            )
-            raise InvalidPlan(msg)
-        try:
-            plan = cls(
-                model_digest=data["model_digest"],
-                assignments=tuple(Assignment.from_json(a) for a in data["assignments"]),
-                unquantized=tuple(UnquantizedTensor.from_json(t) for t in data["unquantized"]),
-                budgets=tuple(Budget.from_json(b) for b in data["budgets"]),
-                corrections=tuple(Correction(c) for c in data["corrections"]),
-                selected=data["selected"],
-                predicted=data["predicted"],
-                measured=data["measured"] and MeasuredLoss.from_json(data["measured"]),
-                proof=data["proof"] and Proof.from_json(data["proof"]),
-                baselines=tuple(Baseline.from_json(b) for b in data["baselines"]),
-                loss=data["loss"],
-                provenance=data["provenance"],
-                target=data.get("target") and PlanTarget.from_json(data["target"]),
-                evidence=data.get("evidence"),
-            )
-        except InvalidPlan:
-            raise
-        except (KeyError, TypeError, ValueError) as err:
-            msg = f"a plan must have every member of '{SCHEMA}' with its type; got: {err!r}"
-            raise InvalidPlan(msg) from err
-        if "digest" in data and data["digest"] != plan.digest():
-            msg = (
-                "the digest of a plan must fit its content; this file was edited: write it "
-                "with 'bitquota plan', or remove the digest to have it computed anew"
-            )
-            raise InvalidPlan(msg, digest=data["digest"], computed=plan.digest())
-        return plan
-
     def save(self, path: Path) -> None:
         """Write the canonical JSON to ``path`` (whole or not at all)."""
         write_whole(path, self.dumps().encode())
@@ -394,5 +296,4 @@ class Plan:
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read a plan file; raises ``InvalidPlan``."""
-        advice = "name a file that 'bitquota plan' wrote"
-        return cls.from_json(read_json(path, "a plan file", advice, InvalidPlan))
+        return cls.from_json(read_json(path, "a plan file", cls.FORM.advice, InvalidPlan))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Literal, Self
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from bitquota.candidates.storage import WEIGHT_BITS, Scheme
+from bitquota.codec import Document, Form
 from bitquota.corrections import SAMPLES_DEPEND, Correction
 from bitquota.errors import InvalidInput
-
-if TYPE_CHECKING:
-    from bitquota.canonical import JsonObject
 
 MEASURES = (
     "auto", "gram", "pairs", "diagonal", "tangent",
@@ -37,7 +35,7 @@ DEFAULT_WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanRequest:
+class PlanRequest(Document):
     """The complete order for one or several plans of one model.
 
     Attributes:
@@ -73,6 +71,8 @@ class PlanRequest:
         target: Deployment target, whose formats, legal shapes, ties and exclusions decide what
             may become of each layer.
     """
+
+    FORM: ClassVar[Form] = Form(what="a request")
 
     budgets: tuple[str, ...] = ()
     weight_bits: tuple[int, ...] = ()
@@ -134,49 +134,6 @@ class PlanRequest:
         if self.time_limit_s is not None and self.time_limit_s <= 0:
             msg = f"time_limit_s must be positive, or left out; got {self.time_limit_s}"
             raise InvalidInput(msg)
-
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return asdict(self) | {
-            "budgets": list(self.budgets),
-            "weight_bits": list(self.weight_bits),
-            "scheme": self.scheme.to_json(),
-            "ties": [list(tie) for tie in self.ties],
-            "exclude": list(self.exclude),
-            "corrections": [str(c) for c in self.corrections],
-        }
-
-    @classmethod
-    def from_json(cls, data: JsonObject) -> Self:
-        """Rebuild from ``to_json``; members left out take their defaults.
-
-        Raises:
-            InvalidInput: An unknown member, or a value that does not hold.
-        """
-        known = set(cls.__dataclass_fields__)
-        if unknown := sorted(set(data) - known):
-            msg = f"a request has the members {', '.join(sorted(known))}; got also {unknown}"
-            raise InvalidInput(msg, unknown=unknown)
-        values = dict(data)
-        try:
-            if "budgets" in values:
-                values["budgets"] = tuple(values["budgets"])
-            if "weight_bits" in values:
-                values["weight_bits"] = tuple(values["weight_bits"])
-            if "exclude" in values:
-                values["exclude"] = tuple(values["exclude"])
-            if "ties" in values:
-                values["ties"] = tuple(tuple(tie) for tie in values["ties"])
-            if "scheme" in values:
-                values["scheme"] = Scheme.from_json(Scheme().to_json() | values["scheme"])
-            if "corrections" in values:
-                values["corrections"] = tuple(Correction(c) for c in values["corrections"])
-            return cls(**values)
-        except InvalidInput:
-            raise
-        except (TypeError, ValueError, KeyError, AttributeError) as err:
-            msg = f"a request must have the members and types of PlanRequest; got: {err}"
-            raise InvalidInput(msg) from err
 
 
 def check_solver(name: str) -> None:

@@ -16,6 +16,7 @@ from bitquota.candidates.storage import Rounding
 from bitquota.candidates.table import CandidateTable, enumerate_candidates
 from bitquota.candidates.targets import target_by_name
 from bitquota.canonical import digest_json
+from bitquota.context import Context
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
 from bitquota.evaluate.choice import ChoiceLoss, measure_choice
@@ -37,10 +38,8 @@ if TYPE_CHECKING:
     from bitquota.candidates.targets import Target
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
-    from bitquota.progress import IsCancelled, OnProgress
     from bitquota.quantizers.activations import CalibratedInputs
     from bitquota.request import PlanRequest
-    from bitquota.sensitivity.cache import Ledger
     from bitquota.sensitivity.importers import Importance
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runners.base import Runner
@@ -70,10 +69,8 @@ class Setting:
         activations: Calibrated input quantizers, when candidates quantize inputs.
         origin: Digest of what ``weights`` and ``activations`` were fitted on, or empty.
         importance: What the columns of weights count for in the fit of scales, if not alike.
-        ledger: Where measurements are kept.
+        context: Where measurements are kept, whom to tell, when to stop, where to run.
         target: The deployment target that candidates come from, if the request names one.
-        on_progress: Called after each unit of work.
-        cancelled: Asked between units of work.
         references: Full-precision outputs on ``holdout``, computed once for all choices.
     """
 
@@ -88,12 +85,10 @@ class Setting:
     weights: QuantizedWeights
     activations: CalibratedInputs | None
     origin: str
-    ledger: Ledger
+    context: Context
     target: Target | None = None
     importance: Importance | None = None
     spare: tuple[CalibrationSet, ...] = ()
-    on_progress: OnProgress | None = None
-    cancelled: IsCancelled | None = None
     references: References = field(default_factory=References)
 
     def runner(self, samples: CalibrationSet | None = None) -> Runner:
@@ -109,6 +104,7 @@ class Setting:
             weights=self.weights,
             origin=self.origin,
             precision=self.request.precision,
+            memory_limit_bytes=self.context.memory_bytes,
         )
 
     def budgets(self, text: str) -> tuple[Budget, ...]:
@@ -139,9 +135,7 @@ class Setting:
             activations=self.activations,
             weights=self.weights,
             origin=self.origin,
-            ledger=self.ledger,
-            on_progress=self.on_progress,
-            cancelled=self.cancelled,
+            context=self.context,
             stage=stage,
             references=self.references,
         )
@@ -152,10 +146,7 @@ def prepare(
     calibration: CalibrationSet,
     request: PlanRequest,
     *,
-    ledger: Ledger,
-    device: str = "auto",
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
+    context: Context | None = None,
     loss: Loss | None = None,
 ) -> Setting:
     """Return the setting of ``request``; draws the samples by its seed.
@@ -168,7 +159,8 @@ def prepare(
     Cost: a forward pass or two over single samples; two over the fit samples when inputs
     are to be quantized, one when rounding has feedback.
     """
-    where = choose_device(device)
+    context = context or Context()
+    where = choose_device(context.device)
     check_calibration(model, calibration)
     few = calibration.first(2).to(where)
     module = sharing_weights(model.module).to(where).eval()
@@ -214,10 +206,8 @@ def prepare(
         activations=activations,
         origin=origin,
         importance=importance,
-        ledger=ledger,
+        context=context,
         target=target,
-        on_progress=on_progress,
-        cancelled=cancelled,
     )
 
 

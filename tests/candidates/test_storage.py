@@ -83,7 +83,7 @@ class TestStorageSize:
 
     def test_json_with_a_wrong_total_is_refused(self):
         wrong = StorageSize(codes=8).to_json() | {"total": 9}
-        with pytest.raises(InvalidInput, match="sum to 8 bits; got a total of 9"):
+        with pytest.raises(InvalidInput, match="total that its members give, 8; got 9"):
             StorageSize.from_json(wrong)
 
     @pytest.mark.parametrize("part", ["codes", "scales", "zero_points", "padding"])

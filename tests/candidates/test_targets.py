@@ -126,7 +126,7 @@ class TestEveryTarget:
 
     def test_describes_itself(self, target):
         """Its description is JSON and names an exporter that exists."""
-        described = json.loads(json.dumps(target.describe()))
+        described = json.loads(json.dumps(target.to_json()))
         assert described["exporter"] in EXPORTERS
         assert described["verified"] in ("run", "read", "documented")
         assert all(f["bits_per_weight"] >= f["weight_bits"] for f in described["formats"])
@@ -268,9 +268,9 @@ class TestRecordedTarget:
         assert "target" not in plan.to_json()
         assert "ort-cpu" == make_lock(made).target
         assert make_lock(plan).target is None
-        ((name, old, new),) = diff_plans(plan, made).facts
-        assert ("target", "none") == (name, old)
-        assert new.startswith("ort-cpu, rules ")
+        (fact,) = diff_plans(plan, made).facts
+        assert ("target", "none") == (fact.name, fact.old)
+        assert fact.new.startswith("ort-cpu, rules ")
 
 
 class TestCandidatesAt:

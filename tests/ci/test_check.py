@@ -316,5 +316,5 @@ class TestDiffPlans:
     def test_measured_loss(self, plan):
         """Losses and accuracy are facts."""
         worse = replace(plan, measured=loss(0.2, accuracy=0.7))
-        names = [name for name, _, _ in diff_plans(plan, worse).facts]
+        names = [fact.name for fact in diff_plans(plan, worse).facts]
         assert names == ["measured loss increase", "accuracy on the hold-out"]

@@ -11,9 +11,9 @@ import torch
 from bitquota.candidates.layers import Inventory
 from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.candidates.table import enumerate_candidates
+from bitquota.context import Context, MemoryLedger
 from bitquota.errors import Cancelled, InvalidCalibration
 from bitquota.models.calibration import CalibrationSet
-from bitquota.sensitivity.cache import MemoryLedger
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.metrics import FlagKind, find_flags
 from bitquota.sensitivity.registry import measure_by_name
@@ -111,10 +111,10 @@ class MeasureContract:
     def test_resumes_from_the_ledger(self, measure):
         """A second run measures nothing (but reference outputs) and gives the same bits."""
         ledger = MemoryLedger()
-        one = measure.measure(*self.prepare(), KL, ledger=ledger)
+        one = measure.measure(*self.prepare(), KL, context=Context(ledger=ledger))
         entries = len(ledger)
         runner, table = self.prepare()
-        two = measure.measure(runner, table, KL, ledger=ledger)
+        two = measure.measure(runner, table, KL, context=Context(ledger=ledger))
 
         assert one.to_bytes() == two.to_bytes()
         assert entries == len(ledger)
@@ -167,7 +167,7 @@ class MeasureContract:
         if measure.cost(runner, table) == 0:
             pytest.skip("never runs the model")
         with pytest.raises(Cancelled):
-            measure.measure(runner, table, KL, cancelled=lambda: True)
+            measure.measure(runner, table, KL, context=Context(cancelled=lambda: True))
 
     def test_says_where_it_comes_from(self, measure):
         """Measure, model and samples are in the provenance."""

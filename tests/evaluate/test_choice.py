@@ -4,13 +4,13 @@ import torch
 
 from bitquota.candidates.storage import Scheme
 from bitquota.candidates.table import Candidate
+from bitquota.context import Context, MemoryLedger
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
 from bitquota.evaluate.choice import measure_choice
 from bitquota.models.references import References
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.corrections import reestimate_batch_norm
-from bitquota.sensitivity.cache import MemoryLedger
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.measures.choices import measure_choices
 from bitquota.sensitivity.runners.make import make_runner
@@ -115,10 +115,14 @@ class TestMeasureChoice:
         ledger, data = MemoryLedger(), samples(Branches)
         calls = []
         module.register_forward_pre_hook(lambda *_: calls.append(1))
-        one = measure_choice(module, inventory, candidates, data, KL, ledger=ledger)
+        one = measure_choice(
+            module, inventory, candidates, data, KL, context=Context(ledger=ledger)
+        )
         before = len(calls)
         assert before
-        two = measure_choice(module, inventory, candidates, data, KL, ledger=ledger)
+        two = measure_choice(
+            module, inventory, candidates, data, KL, context=Context(ledger=ledger)
+        )
 
         np.testing.assert_array_equal(one.per_sample, two.per_sample)
         assert len(calls) == before
@@ -128,7 +132,9 @@ class TestMeasureChoice:
         module, inventory, candidates = chosen(Residual, (0, 0, 0, 0))
         ledger, data = MemoryLedger(), samples(Residual)
         means = {
-            measure_choice(module, inventory, candidates, data, KL, ledger=ledger, **kwargs).mean
+            measure_choice(
+                module, inventory, candidates, data, KL, context=Context(ledger=ledger), **kwargs
+            ).mean
             for kwargs in (
                 {},
                 {"corrections": [Correction.BATCH_NORM_STATISTICS], "correction_data": data},

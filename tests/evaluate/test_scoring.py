@@ -47,15 +47,13 @@ class TestScorePlans:
         found = score_plans(net, IMAGES, plans={"p": plan}, exported=[tmp_path / "o"])
         assert ["full precision", "plan", "exported", "uniform"] == [s.kind for s in found]
         full, mixed, files, uniform = found
-        assert full.scores.metrics["kl"].mean == pytest.approx(0, abs=1e-12)
-        assert mixed.scores.metrics["kl"].mean > 0
-        assert files.difference("p", "kl").mean == pytest.approx(0, abs=1e-9)
+        assert full.metrics["kl"].mean == pytest.approx(0, abs=1e-12)
+        assert mixed.metrics["kl"].mean > 0
+        assert files.differences["p"]["kl"].mean == pytest.approx(0, abs=1e-9)
         assert uniform.size_bits <= plan.size_bits
         assert (full.name, uniform.name) == mixed.beside
-        paired = mixed.difference(uniform.name, "kl")
-        assert paired.mean == pytest.approx(
-            mixed.scores.metrics["kl"].mean - uniform.scores.metrics["kl"].mean
-        )
+        paired = mixed.differences[uniform.name]["kl"]
+        assert paired.mean == pytest.approx(mixed.metrics["kl"].mean - uniform.metrics["kl"].mean)
         assert set(mixed.to_json()["differences"]) == {full.name, uniform.name}
 
     def test_agrees_with_applying_the_plan(self, net, plan):
@@ -68,11 +66,11 @@ class TestScorePlans:
         (_, found) = score_plans(net, IMAGES, plans={"p": plan}, with_uniform=False)
         p, q = (torch.log_softmax(o.double(), 1) for o in (reference, output))
         kl = (p.exp() * (p - q)).sum(1)
-        assert found.scores.metrics["kl"].mean == pytest.approx(float(kl.mean()), rel=1e-9)
+        assert found.metrics["kl"].mean == pytest.approx(float(kl.mean()), rel=1e-9)
         error = float(kl.std()) / np.sqrt(40)
-        assert found.scores.metrics["kl"].standard_error == pytest.approx(error, rel=1e-9)
+        assert found.metrics["kl"].standard_error == pytest.approx(error, rel=1e-9)
         right = (output.argmax(1) == IMAGES.labels).double().mean()
-        assert found.scores.metrics["top1"].mean == pytest.approx(float(right))
+        assert found.metrics["top1"].mean == pytest.approx(float(right))
 
     def test_baselines(self, net, plan):
         """Baselines of the plan stand beside it when asked for."""
@@ -96,11 +94,11 @@ class TestScorePlans:
         full, mixed, uniform = score_plans(trained, IMAGES, plans={"p": plan}, original=net)
         (alone,) = score_plans(net, IMAGES)
         own = score_plans(net, IMAGES, plans={"p": plan})
-        assert full.scores.metrics == alone.scores.metrics
-        assert uniform.scores.metrics == own[2].scores.metrics
-        assert mixed.scores.metrics["top1"] == apart[1].scores.metrics["top1"]
-        assert mixed.scores.metrics["cross_entropy"] == apart[1].scores.metrics["cross_entropy"]
-        assert mixed.scores.metrics["kl"] != apart[1].scores.metrics["kl"]
+        assert full.metrics == alone.metrics
+        assert uniform.metrics == own[2].metrics
+        assert mixed.metrics["top1"] == apart[1].metrics["top1"]
+        assert mixed.metrics["cross_entropy"] == apart[1].metrics["cross_entropy"]
+        assert mixed.metrics["kl"] != apart[1].metrics["kl"]
 
     def test_original_with_other_layers(self, net, plan):
         """Says which weight is missing."""
@@ -123,7 +121,7 @@ class TestScorePlans:
             with_uniform=False,
             custom={"label": lambda _, labels: labels.double()},
         )
-        assert found[1].scores.metrics["label"].mean == pytest.approx(4.5)
+        assert found[1].metrics["label"].mean == pytest.approx(4.5)
 
 
 class TestUniformCandidates:

@@ -49,6 +49,8 @@ def test_loads_no_torch(module, tmp_path):
     [
         "errors",
         "canonical",
+        "codec",
+        "context",
         "candidates.storage",
         "candidates.targets",
         "candidates.budget",

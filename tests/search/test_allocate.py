@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bitquota.candidates.storage import Rounding, Scheme
+from bitquota.context import Context, MemoryLedger
 from bitquota.corrections import Correction
 from bitquota.errors import (
     BudgetTooSmall,
@@ -23,7 +24,7 @@ from bitquota.plan import SOLVER, Plan
 from bitquota.report.text import evidence_sentences, render_markdown
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate, check_model, evaluate_plans, measure_matrix
-from bitquota.sensitivity.cache import MemoryLedger, SqliteLedger
+from bitquota.sensitivity.cache import SqliteLedger
 from bitquota.sensitivity.losses import CustomLoss
 from trained_digits import trained
 
@@ -33,10 +34,9 @@ SMALL = PlanRequest(
 )  # fmt: skip
 
 
-def run(request=SMALL, ledger=None, **options):
+def run(request=SMALL, loss=None, **context):
     known = trained()
-    book = MemoryLedger() if ledger is None else ledger
-    return allocate(known.model, known.fit, request, ledger=book, **options)
+    return allocate(known.model, known.fit, request, context=Context(**context), loss=loss)
 
 
 class TestAllocate:
@@ -75,7 +75,6 @@ class TestAllocate:
         with pytest.raises(InvalidInput, match="labels"):
             allocate(
                 known.model, unlabelled, replace(SMALL, measure="empirical_fisher"),
-                ledger=MemoryLedger(),
             )  # fmt: skip
 
     def test_bf16_measures_near_and_judges_in_float32(self):
@@ -270,7 +269,7 @@ class TestMeasureMatrix:
         """The matrix alone can be had, without a budget."""
         known = trained()
         request = replace(SMALL, budgets=(), measure="pairs", weight_bits=(2, 8))
-        matrix = measure_matrix(known.model, known.fit, request, ledger=MemoryLedger())
+        matrix = measure_matrix(known.model, known.fit, request)
 
         assert matrix.cross is not None
         assert np.isfinite(matrix.diagonal).all()

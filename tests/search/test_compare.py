@@ -7,13 +7,13 @@ import torch
 
 from bitquota.candidates.storage import Rounding, Scheme
 from bitquota.cli import main
+from bitquota.context import Context, MemoryLedger
 from bitquota.corrections import Correction
 from bitquota.errors import BudgetTooSmall, Cancelled, InvalidCalibration, InvalidInput
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.loaded import LoadedModel
 from bitquota.request import PlanRequest
 from bitquota.search.compare import REFINE, SIZE_ONLY, THRESHOLD, compare
-from bitquota.sensitivity.cache import MemoryLedger
 from bitquota.sensitivity.metrics import METRICS
 from format_networks import tiny_net
 from sensitivity_networks import Residual, build, samples
@@ -36,7 +36,7 @@ def run(metrics=None, data=None, ledger=None, plans=6, **fields):
         samples(Residual, n=44) if data is None else data,
         request(**fields),
         metrics,
-        ledger=MemoryLedger() if ledger is None else ledger,
+        context=Context() if ledger is None else Context(ledger=ledger),
         plans=plans,
         cpu_clock=lambda: 0.0,
     )
@@ -164,9 +164,12 @@ class TestCompare:
     def test_dear_measures_are_left_out_unless_named(self):
         """With the declared cost in the reason."""
         arguments = [loaded(build(Residual)), samples(Residual, n=44), request()]
-        found = compare(*arguments, ledger=MemoryLedger(), plans=0, affordable_passes=5.0)
+        found = compare(*arguments, plans=0, affordable_passes=5.0)
         named = compare(
-            *arguments, ["pairs"], ledger=MemoryLedger(), plans=0, affordable_passes=5.0
+            *arguments,
+            ["pairs"],
+            plans=0,
+            affordable_passes=5.0,
         )
 
         assert {"pairs", "gram", "refine", "hessian_trace"} < set(found.skipped)
@@ -245,8 +248,7 @@ class TestCompare:
                 samples(Residual, n=44),
                 request(),
                 ["gram"],
-                ledger=MemoryLedger(),
-                cancelled=lambda: True,
+                context=Context(cancelled=lambda: True),
             )
 
 

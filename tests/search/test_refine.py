@@ -3,10 +3,10 @@ import itertools
 import numpy as np
 import pytest
 
+from bitquota.context import Context, MemoryLedger
 from bitquota.errors import Infeasible, InvalidInput
 from bitquota.search.neighborhood import Limits
 from bitquota.search.refine import RefineSettings, predicted_descent, refine
-from bitquota.sensitivity.cache import MemoryLedger
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.measures.choices import measure_choices
 from bitquota.sensitivity.measures.gram import measure_differences
@@ -249,7 +249,7 @@ class TestRefine:
             runner, table, limits = setting()
             found = refine(
                 runner, table, KL, limits=limits, solve=brute_force, starts={"s": (0, 0, 0, 0)},
-                ledger=ledger,
+                context=Context(ledger=ledger),
             )  # fmt: skip
             results.append((found, runner.passes.passes))
         (one, passes), (two, again) = results

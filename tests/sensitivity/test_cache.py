@@ -7,9 +7,9 @@ import threading
 import numpy as np
 import pytest
 
+from bitquota.context import MemoryLedger
 from bitquota.errors import InvalidInput
 from bitquota.sensitivity.cache import (
-    MemoryLedger,
     SqliteLedger,
     export_entries,
     import_entries,

@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from sensitivity_networks import *
 from bitquota.sensitivity.cache import SqliteLedger
+from bitquota.context import Context
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.measures.pairs import measure_pairs
 from bitquota.sensitivity.runners.make import make_runner
@@ -39,7 +40,9 @@ module = build(Residual)
 runner = make_runner(module, inventory_of(module), samples(Residual), chunk_size=2, engine="eager")
 print("ready", flush=True)
 with Logging(Path({ledger!r})) as ledger:
-    matrix = measure_pairs(runner, table_of(runner.inventory), loss_by_name("kl"), ledger=ledger)
+    context = Context(ledger=ledger)
+    table = table_of(runner.inventory)
+    matrix = measure_pairs(runner, table, loss_by_name("kl"), context=context)
 matrix.save(Path({result!r}))
 """
 

@@ -7,9 +7,9 @@ import resource
 import pytest
 import torch
 
+from bitquota.context import MemoryLedger
 from bitquota.errors import MeasurementFailed, TooLarge
 from bitquota.progress import Progress
-from bitquota.sensitivity.cache import MemoryLedger
 from bitquota.service.blobs import BlobStore
 from bitquota.service.checkpoints import KeptCheckpoints, SentCheckpoints, sent_checkpoints
 from bitquota.service.forkserver import Loaded

@@ -12,6 +12,7 @@ import torch
 
 from bitquota.candidates.storage import Grid, Scheme
 from bitquota.candidates.table import Candidate
+from bitquota.context import Context
 from bitquota.errors import Cancelled, InvalidCalibration, InvalidInput
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.discovery import discover
@@ -178,7 +179,7 @@ class TestFinetune:
         with pytest.raises(Cancelled):
             finetune(
                 model, inventory, plan, data, SETTINGS,
-                checkpoint=path, cancelled=lambda: next(calls) >= stop_at,
+                checkpoint=path, context=Context(cancelled=lambda: next(calls) >= stop_at),
             )  # fmt: skip
         resumed = finetune(model, inventory, plan, data, SETTINGS, checkpoint=path)
         assert same_state(whole.module, resumed.module)
@@ -233,7 +234,7 @@ finetune(model, inventory, plan, data, settings, checkpoint=Path({str(path)!r}))
             with pytest.raises(Cancelled):
                 finetune(
                     model, inventory, plan, data, long,
-                    checkpoint=checkpoint, cancelled=lambda: next(calls) >= goal,
+                    checkpoint=checkpoint, context=Context(cancelled=lambda: next(calls) >= goal),
                 )  # fmt: skip
 
         up_to(path, reached)

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 
 from bitquota.candidates.layers import LayerKind
 from bitquota.candidates.targets.target import FUSED_SIBLINGS
+from bitquota.codec import Document
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from bitquota.candidates.layers import Inventory
     from bitquota.candidates.targets.target import Target
-    from bitquota.canonical import JsonObject
 
 POSITIONS = ("wpe", "position_embeddings", "embed_positions")
 ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Suggestion:
+class Suggestion(Document):
     """What would usually be tied or left alone, and why.
 
     Attributes:
@@ -37,14 +37,6 @@ class Suggestion:
     ties: tuple[tuple[str, ...], ...] = ()
     exclude: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
-
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return {
-            "ties": [list(tie) for tie in self.ties],
-            "exclude": list(self.exclude),
-            "reasons": list(self.reasons),
-        }
 
 
 def prepare_inventory(

@@ -25,16 +25,16 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from bitquota.candidates.layers import Inventory, Layer, LayerKind
+from bitquota.codec import Document, Form
 from bitquota.errors import BudgetTooSmall, InvalidBudget, InvalidInput
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from bitquota.candidates.table import CandidateTable
-    from bitquota.canonical import JsonObject
 
 _BYTE_UNITS = {
     "b": 1, "byte": 1, "bytes": 1,
@@ -85,7 +85,7 @@ class Scope(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
+class Budget(Document):
     """An integer limit on one resource of one model.
 
     Attributes:
@@ -96,6 +96,8 @@ class Budget:
         scope: What is counted.
         text: What the user wrote.
     """
+
+    FORM: ClassVar[Form] = Form(what="a budget")
 
     resource: str
     limit: int
@@ -191,21 +193,6 @@ class Budget:
     def unit(self) -> str:
         """The unit of ``limit``, for a person."""
         return {"bit_ops": "bit operations", "latency_ns": "ns"}.get(self.resource, "bits")
-
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return {
-            "resource": self.resource,
-            "limit": self.limit,
-            "constant": self.constant,
-            "scope": str(self.scope),
-            "text": self.text,
-        }
-
-    @classmethod
-    def from_json(cls, data: JsonObject) -> Self:
-        """Rebuild from ``to_json``."""
-        return cls(**data | {"scope": Scope(data["scope"])})
 
 
 _ANY_MODEL = Inventory(

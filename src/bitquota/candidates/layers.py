@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import re2
 
+from bitquota.codec import Document
 from bitquota.errors import (
     InvalidInput,
     InvalidModel,
@@ -19,7 +20,7 @@ from bitquota.errors import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from bitquota.canonical import JsonObject
+    import re2
 
 
 class LayerKind(StrEnum):
@@ -40,7 +41,7 @@ class LayerKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
+class Layer(Document):
     """One quantizable weight of a model.
 
     Attributes:
@@ -89,29 +90,9 @@ class Layer:
         if not self.group:
             object.__setattr__(self, "group", self.name)
 
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        data = asdict(self)
-        data["kind"] = str(self.kind)
-        data["weight_shape"] = list(self.weight_shape)
-        data["aliases"] = list(self.aliases)
-        return data
-
-    @classmethod
-    def from_json(cls, data: JsonObject) -> Self:
-        """Rebuild from ``to_json``."""
-        return cls(
-            **data
-            | {
-                "kind": LayerKind(data["kind"]),
-                "weight_shape": tuple(data["weight_shape"]),
-                "aliases": tuple(data["aliases"]),
-            }
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnquantizedTensor:
+class UnquantizedTensor(Document):
     """A parameter or buffer that ships as it is: biases, norms, excluded layers."""
 
     name: str
@@ -120,18 +101,9 @@ class UnquantizedTensor:
     size_bits: int
     reason: str = ""
 
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return asdict(self) | {"shape": list(self.shape)}
-
-    @classmethod
-    def from_json(cls, data: JsonObject) -> Self:
-        """Rebuild from ``to_json``."""
-        return cls(**data | {"shape": tuple(data["shape"])})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inventory:
+class Inventory(Document):
     """Every tensor of a model, counted once: the quantizable layers and the rest."""
 
     model_digest: str
@@ -227,23 +199,6 @@ class Inventory:
         layers = tuple(replace(layer, group=group_of[layer.name]) for layer in self.layers)
         return replace(self, layers=layers)
 
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return {
-            "model_digest": self.model_digest,
-            "layers": [layer.to_json() for layer in self.layers],
-            "unquantized": [tensor.to_json() for tensor in self.unquantized],
-        }
-
-    @classmethod
-    def from_json(cls, data: JsonObject) -> Self:
-        """Rebuild from ``to_json``."""
-        return cls(
-            model_digest=data["model_digest"],
-            layers=tuple(Layer.from_json(d) for d in data["layers"]),
-            unquantized=tuple(UnquantizedTensor.from_json(d) for d in data["unquantized"]),
-        )
-
 
 def unknown_layer(name: str, known: Sequence[str]) -> UnknownLayer:
     """Return the error for a name or pattern that matches nothing, with the nearest names."""
@@ -291,6 +246,8 @@ def _compiled(pattern: str) -> re2._Regexp[str]:
     The patterns of a request may be a stranger's, and ``(a*)*b`` would take Python's own engine
     for ever.
     """
+    import re2  # for patterns only: everything speaks this vocabulary, and loads numpy alone
+
     options = re2.Options()
     options.log_errors = False
     try:

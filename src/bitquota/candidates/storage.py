@@ -9,14 +9,12 @@ Design: docs/design/budgets.md
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Self
+from typing import ClassVar
 
+from bitquota.codec import Document, Form
 from bitquota.errors import InvalidInput
-
-if TYPE_CHECKING:
-    from bitquota.canonical import JsonObject
 
 FULL_PRECISION_BITS = 32
 """The ``weight_bits`` of a candidate that leaves the layer as it is."""
@@ -134,7 +132,7 @@ class Rounding(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scheme:
+class Scheme(Document):
     """Everything about a weight's quantization except its bit-width.
 
     Attributes:
@@ -147,6 +145,8 @@ class Scheme:
         row_alignment_bits: Each row of codes is padded to a multiple of this; 0 packs the whole
             tensor densely and pads only its end, to a byte.
     """
+
+    FORM: ClassVar[Form] = Form(what="a scheme")
 
     grid: Grid = Grid.SYMMETRIC
     granularity: Granularity = Granularity.CHANNEL
@@ -190,30 +190,12 @@ class Scheme:
             msg = f"row_alignment_bits must be 0, 8, 16, 32 or 64; got {self.row_alignment_bits}"
             raise InvalidInput(msg, row_alignment_bits=self.row_alignment_bits)
 
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return {k: str(v) if isinstance(v, StrEnum) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, data: JsonObject) -> Self:
-        """Rebuild from ``to_json``; raises ``ValueError`` on an unknown member."""
-        if unknown := sorted(set(data) - set(cls.__dataclass_fields__)):
-            msg = f"a scheme has the members {', '.join(cls.__dataclass_fields__)}; got {unknown}"
-            raise ValueError(msg)
-        return cls(
-            grid=Grid(data["grid"]),
-            granularity=Granularity(data["granularity"]),
-            group_size=data["group_size"],
-            scale_rule=ScaleRule(data["scale_rule"]),
-            scale_format=ScaleFormat(data["scale_format"]),
-            rounding=Rounding(data["rounding"]),
-            row_alignment_bits=data["row_alignment_bits"],
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StorageSize:
+class StorageSize(Document):
     """Bits that one stored weight takes, by what they hold. All are exact integers."""
+
+    FORM: ClassVar[Form] = Form(what="a size", derived=("total",))
 
     codes: int
     scales: int = 0
@@ -239,20 +221,6 @@ class StorageSize:
             zero_points=self.zero_points + other.zero_points,
             padding=self.padding + other.padding,
         )
-
-    def to_json(self) -> JsonObject:
-        """Return the four parts and their total."""
-        return asdict(self) | {"total": self.total}
-
-    @classmethod
-    def from_json(cls, data: JsonObject) -> Self:
-        """Rebuild from ``to_json`` (the total is recomputed, and checked if present)."""
-        parts = {k: data[k] for k in ("codes", "scales", "zero_points", "padding")}
-        size = cls(**parts)
-        if data.get("total", size.total) != size.total:
-            msg = f"the parts of a size sum to {size.total} bits; got a total of {data['total']}"
-            raise InvalidInput(msg, parts=size.total, total=data["total"])
-        return size
 
 
 def scales_per_line(weight_bits: int, scheme: Scheme) -> int:

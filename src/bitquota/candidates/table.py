@@ -20,6 +20,7 @@ from bitquota.candidates.storage import (
     storage_size,
 )
 from bitquota.canonical import digest_json
+from bitquota.codec import Document
 from bitquota.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -27,11 +28,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from bitquota.canonical import JsonObject
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class Candidate(Document):
     """One permitted quantization of one layer.
 
     Attributes:
@@ -79,29 +78,6 @@ class Candidate:
         activation = "" if self.activation_bits is None else f"A{self.activation_bits}"
         return f"W{self.weight_bits}{activation}"
 
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return {
-            "layer": self.layer,
-            "weight_bits": self.weight_bits,
-            "activation_bits": self.activation_bits,
-            "scheme": self.scheme.to_json(),
-            "size": self.size.to_json(),
-            "bit_ops": self.bit_ops,
-            "activation_size_bits": self.activation_size_bits,
-        }
-
-    @classmethod
-    def from_json(cls, data: JsonObject) -> Self:
-        """Rebuild from ``to_json``."""
-        return cls(
-            **data
-            | {
-                "scheme": Scheme.from_json(data["scheme"]),
-                "size": StorageSize.from_json(data["size"]),
-            }
-        )
-
     @classmethod
     def of(
         cls,
@@ -131,7 +107,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(Document):
     """What one decision group may become: one candidate for each of its layers."""
 
     group: str
@@ -154,7 +130,7 @@ RESOURCES = ("size_bits", "code_bits", "bit_ops", "activation_bits_max", "activa
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CandidateTable:
+class CandidateTable(Document):
     """All rows of all decision groups, groups contiguous and in module order."""
 
     rows: tuple[Row, ...]
@@ -242,28 +218,6 @@ class CandidateTable:
     def digest(self) -> str:
         """Return the content digest."""
         return digest_json(self.to_json())
-
-    def to_json(self) -> JsonObject:
-        """Return the rows as plain JSON."""
-        return {
-            "rows": [
-                {"group": row.group, "candidates": [c.to_json() for c in row.candidates]}
-                for row in self.rows
-            ]
-        }
-
-    @classmethod
-    def from_json(cls, data: JsonObject) -> Self:
-        """Rebuild from ``to_json``."""
-        return cls(
-            rows=tuple(
-                Row(
-                    group=row["group"],
-                    candidates=tuple(Candidate.from_json(c) for c in row["candidates"]),
-                )
-                for row in data["rows"]
-            )
-        )
 
 
 def enumerate_candidates(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 from xml.etree import ElementTree as ET
 
 from bitquota.candidates.targets import candidates_at, target_by_name
+from bitquota.codec import Document, Form
 from bitquota.errors import GateFailed, InvalidInput, InvalidPlan, StalePlan
 from bitquota.exports.receipt import FileReceipt, Receipt
 
@@ -57,8 +58,10 @@ class Quality:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckReport:
+class CheckReport(Document):
     """All checks of one lock file."""
+
+    FORM: ClassVar[Form] = Form(derived=("exit_code",))
 
     lock_digest: str
     outcomes: tuple[Outcome, ...]
@@ -77,14 +80,6 @@ class CheckReport:
         if bad:
             kind = StalePlan if self.exit_code == StalePlan.exit_code else GateFailed
             raise kind("; ".join(o.message for o in bad), checks=[o.check for o in bad])
-
-    def to_json(self) -> JsonObject:
-        """Return everything as plain JSON."""
-        return {
-            "lock_digest": self.lock_digest,
-            "exit_code": self.exit_code,
-            "outcomes": [asdict(o) | {"status": str(o.status)} for o in self.outcomes],
-        }
 
     def to_markdown(self, name: str) -> str:
         """Return a table for a job summary, under the name of the lock file."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bitquota.codec import Document
 from bitquota.exports.receipt import describe_candidate
 
 if TYPE_CHECKING:
-    from bitquota.canonical import JsonObject
     from bitquota.plan import Assignment, Plan
 
 
@@ -23,36 +23,38 @@ class LayerChange:
     new_bits: int
 
 
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """Something else that differs, in words."""
+
+    name: str
+    old: str
+    new: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanDiff:
+class PlanDiff(Document):
     """Two plans compared.
 
     Attributes:
         changes: Layers that differ, in the new plan's order; layers that went last.
-        facts: Name, old value and new value of everything else that differs.
+        facts: Everything else that differs.
     """
 
     changes: tuple[LayerChange, ...]
-    facts: tuple[tuple[str, str, str], ...]
+    facts: tuple[Fact, ...]
 
     @property
     def empty(self) -> bool:
         """Whether nothing differs."""
         return not self.changes and not self.facts
 
-    def to_json(self) -> JsonObject:
-        """Return the differences as plain JSON."""
-        return {
-            "changes": [asdict(change) for change in self.changes],
-            "facts": [{"name": n, "old": a, "new": b} for n, a, b in self.facts],
-        }
-
     def to_markdown(self) -> str:
         """Return tables for a pull request; empty text if nothing differs."""
         parts = []
         if self.facts:
             parts.append("| | old | new |\n|---|---|---|")
-            parts += [f"| {name} | {old} | {new} |" for name, old, new in self.facts]
+            parts += [f"| {f.name} | {f.old} | {f.new} |" for f in self.facts]
         if self.changes:
             if parts:
                 parts.append("")
@@ -81,7 +83,9 @@ def diff_plans(old: Plan, new: Plan) -> PlanDiff:
                 )
             )
     facts = [
-        (name, x, y) for (name, x), (_, y) in zip(_facts(old), _facts(new), strict=True) if x != y
+        Fact(name, x, y)
+        for (name, x), (_, y) in zip(_facts(old), _facts(new), strict=True)
+        if x != y
     ]
     return PlanDiff(changes=tuple(changes), facts=tuple(facts))
 

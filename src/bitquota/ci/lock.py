@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from bitquota.canonical import digest_json, read_json, schema_of, write_whole
+from bitquota.canonical import JsonObject, read_json, write_whole
+from bitquota.codec import Document, Form, Seal
 from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.plan import Plan
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from bitquota.canonical import JsonObject
     from bitquota.exports.receipt import Receipt
 
 SCHEMA = "bitquota/lock/1"
@@ -60,7 +60,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lock:
+class Lock(Document):
     """A decision that is kept in git.
 
     Attributes:
@@ -71,22 +71,18 @@ class Lock:
         volatile: Dates, durations, machine: covered by no digest.
     """
 
+    FORM: ClassVar[Form] = Form(
+        what="a lock file",
+        error=InvalidPlan,
+        schema=SCHEMA,
+        seal=Seal(leaves_out=("volatile",), remedy="write it anew with 'bitquota lock'"),
+    )
+
     plan: Plan
     target: str | None = None
     limits: Limits = field(default_factory=Limits)
     exports: tuple[JsonObject, ...] = ()
     volatile: JsonObject = field(default_factory=dict)
-
-    def to_json(self) -> JsonObject:
-        """Return everything as plain JSON; the digest covers all but ``volatile``."""
-        body = {
-            "schema": SCHEMA,
-            "plan": self.plan.to_json(),
-            "target": self.target,
-            "limits": asdict(self.limits),
-            "exports": list(self.exports),
-        }
-        return body | {"digest": digest_json(body), "volatile": self.volatile}
 
     def digest(self) -> str:
         """Return the content digest."""
@@ -102,37 +98,6 @@ class Lock:
     def save(self, path: Path) -> None:
         """Write the file whole or not at all."""
         write_whole(path, self.dumps().encode())
-
-    @classmethod
-    def from_json(cls, data: Any) -> Self:  # noqa: ANN401  # whatever a file held
-        """Rebuild from ``to_json``.
-
-        Raises:
-            InvalidPlan: Another schema, a missing member, or a digest that does not fit: the
-                file was edited by hand.
-        """
-        got = data.get("schema") if isinstance(data, dict) else type(data).__name__
-        if got != SCHEMA:
-            msg = f"a lock file must be a JSON object of schema '{SCHEMA}'; got {schema_of(data)}"
-            raise InvalidPlan(msg)
-        try:
-            lock = cls(
-                plan=Plan.from_json(data["plan"]),
-                target=data["target"],
-                limits=Limits(**data["limits"]),
-                exports=tuple(data["exports"]),
-                volatile=data.get("volatile", {}),
-            )
-        except (KeyError, TypeError) as err:
-            msg = f"a lock file must have every member of '{SCHEMA}'; got: {err!r}"
-            raise InvalidPlan(msg) from err
-        if data.get("digest") != lock.digest():
-            msg = (
-                "the digest of a lock file must fit its content; this one was edited: write it "
-                "anew with 'bitquota lock'"
-            )
-            raise InvalidPlan(msg, digest=data.get("digest"), computed=lock.digest())
-        return lock
 
     @classmethod
     def load(cls, path: Path) -> Self:

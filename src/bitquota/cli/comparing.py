@@ -94,7 +94,7 @@ def print_comparison(found: Comparison) -> None:
 def _compare_here(
     model: str, calibration: str, request: PlanRequest, here: opt.Here, options: dict[str, Any]
 ) -> Comparison:
-    with here.measuring() as measuring:
+    with here.measuring() as context:
         from bitquota.search.compare import compare as run
 
         loaded, data = here.load(model, calibration)
@@ -105,7 +105,7 @@ def _compare_here(
             options["metrics"],
             plans=options["plans"],
             affordable_passes=options["max_passes"],
-            **measuring,
+            context=context,
         )
 
 

@@ -273,6 +273,7 @@ def _measure(
 ) -> Quality:
     """Run the locked plan, and the baselines it must not lose to, on ``data``."""
     from bitquota.ci.check import Quality
+    from bitquota.context import Context
     from bitquota.models.samples import load_calibration
     from bitquota.search.allocate import evaluate_plans
 
@@ -287,7 +288,7 @@ def _measure(
         correction_data=None if correction_data is None else load_calibration(correction_data),
         with_baselines=True,
         loss=held.plan.loss,
-        device=device,
+        context=Context(device=device),
     )
     return Quality(
         measured=measured.measured,

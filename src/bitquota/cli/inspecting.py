@@ -74,7 +74,7 @@ def targets(
     from bitquota.candidates.targets import TARGETS
 
     if as_json:
-        output.print_json([target.describe() for target in TARGETS.values()])
+        output.print_json([target.to_json() for target in TARGETS.values()])
         return
     output.print_rows(
         [

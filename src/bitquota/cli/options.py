@@ -25,6 +25,7 @@ from bitquota.errors import InvalidInput
 from bitquota.request import DEFAULT_WEIGHT_BITS, LOSSES, MEASURES, PRECISIONS, PlanRequest
 
 if TYPE_CHECKING:
+    from bitquota.context import Context
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
 
@@ -274,8 +275,9 @@ class Here:
         return loaded, samples
 
     @contextmanager
-    def measuring(self) -> Iterator[dict[str, Any]]:
-        """Open the ledger and show progress; yields the keyword arguments of a measurement."""
+    def measuring(self) -> Iterator[Context]:
+        """Open the ledger and show progress; yields the context of a measurement."""
+        from bitquota.context import Context
         from bitquota.sensitivity.cache import SqliteLedger
 
         place = self.ledger or default_ledger()
@@ -285,11 +287,7 @@ class Here:
             output.progress_bars() as on_progress,
         ):
             try:
-                yield {
-                    "ledger": kept,
-                    "on_progress": on_progress,
-                    "device": self.device,
-                }
+                yield Context(ledger=kept, on_progress=on_progress, device=self.device)
             except KeyboardInterrupt:
                 output.say(f"what was measured is in {place}: the same command goes on from there")
                 raise

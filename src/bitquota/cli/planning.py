@@ -83,11 +83,11 @@ def _plan_here(
     here: opt.Here,
     matrix_out: Written | None,
 ) -> tuple[Plan, ...]:
-    with here.measuring() as measuring:
+    with here.measuring() as context:
         from bitquota.search.allocate import allocate
 
         loaded, samples = here.load(model, calibration)
-        result = allocate(loaded, samples, request, **measuring)
+        result = allocate(loaded, samples, request, context=context)
     if matrix_out is not None:
         matrix_out.save(result.matrix.save)
     return result.plans
@@ -128,11 +128,11 @@ def measure(
 def _measure_here(
     model: str, calibration: str, request: PlanRequest, here: opt.Here
 ) -> SensitivityMatrix:
-    with here.measuring() as measuring:
+    with here.measuring() as context:
         from bitquota.search.allocate import measure_matrix
 
         loaded, data = here.load(model, calibration)
-        return measure_matrix(loaded, data, request, **measuring)
+        return measure_matrix(loaded, data, request, context=context)
 
 
 def show(

@@ -15,6 +15,7 @@ from bitquota.cli import output
 from bitquota.cli.loading import check_sources
 from bitquota.cli.training_options import Training, with_training
 from bitquota.cli.written import Written, former_plan, require_folder
+from bitquota.context import Context
 from bitquota.errors import InvalidInput
 from bitquota.plan import Plan
 from bitquota.report import text as report
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
-    from bitquota.progress import OnProgress
     from bitquota.training.loop import TrainingRecord
     from bitquota.training.qat import Trained
     from bitquota.training.settings import TrainingSettings
@@ -86,7 +86,7 @@ def finetune(
 
     loaded, samples = training.load(model, train)
     folder = training.checkpoints or out / "checkpoints"
-    with _run(folder) as (on_progress, is_first):
+    with _run(folder, training.device) as (context, is_first):
         found = finetune_plan(
             loaded,
             made,
@@ -95,11 +95,10 @@ def finetune(
             method=training.method,
             symmetric=symmetric,
             input_rule=None if input_fit is None else ChannelRule(input_fit),
-            device=training.device,
             checkpoint=folder / "finetune.safetensors",
-            on_progress=on_progress,
+            context=context,
         )
-        found = _resolved(loaded, found, samples, training, settings, folder, on_progress)
+        found = _resolved(loaded, found, samples, training, settings, folder, context)
         if is_first:
             _finish(found, samples, file)
 
@@ -157,7 +156,7 @@ def learn(
     settings = training.settings(default_settings(recipe))
     loaded, samples = training.load(model, train)
     folder = training.checkpoints or out / "checkpoints"
-    with _run(folder) as (on_progress, is_first):
+    with _run(folder, training.device) as (context, is_first):
         found = learn_plan(
             loaded,
             samples,
@@ -176,12 +175,11 @@ def learn(
             ties=opt.parse_ties(tie),
             exclude=exclude or [],
             settings=settings,
-            device=training.device,
             checkpoint_folder=folder,
-            on_progress=on_progress,
+            context=context,
         )
         following = following_settings(settings)
-        found = _resolved(loaded, found, samples, training, following, folder, on_progress)
+        found = _resolved(loaded, found, samples, training, following, folder, context)
         if is_first:
             _finish(found, samples, file)
 
@@ -197,17 +195,17 @@ def _plan_file(out: Path, source: Path | None) -> Written:
 
 
 @contextmanager
-def _run(checkpoints: Path) -> Iterator[tuple[OnProgress, bool]]:
+def _run(checkpoints: Path, device: str) -> Iterator[tuple[Context, bool]]:
     """Join the group of processes, if there is one; only the first shows progress."""
     from bitquota.training.distributed import joined_group
 
     with joined_group() as group:
         if not group.is_first:
-            yield (lambda _step: None), False
+            yield Context(device=device), False
             return
         with output.progress_bars() as on_progress:
             try:
-                yield on_progress, True
+                yield Context(device=device, on_progress=on_progress), True
             except KeyboardInterrupt:
                 if any(checkpoints.glob("*.safetensors")):
                     output.say(f"the same command goes on from the last epoch in {checkpoints}")
@@ -221,7 +219,7 @@ def _resolved(
     training: Training,
     settings: TrainingSettings,
     folder: Path,
-    on_progress: OnProgress,
+    context: Context,
 ) -> Trained:
     from bitquota.training.qat import solve_around
 
@@ -232,9 +230,8 @@ def _resolved(
             data,
             settings,
             method=training.method,
-            device=training.device,
             checkpoint=folder / f"resolve-{k + 1}.safetensors",
-            on_progress=on_progress,
+            context=context,
         )
         if again is found:
             break

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from bitquota.context import Context
 from bitquota.models.references import References
 from bitquota.models.running import (
     DEFAULT_CHUNK,
@@ -19,10 +20,9 @@ from bitquota.models.running import (
     run_module,
 )
 from bitquota.plan import MeasuredLoss
-from bitquota.progress import Progress, check_cancelled
 from bitquota.quantizers.apply import QuantizedWeights, apply_plan, as_change
 from bitquota.sensitivity.base import CODE_VERSION
-from bitquota.sensitivity.cache import MemoryLedger, ledger_key
+from bitquota.sensitivity.cache import ledger_key
 from bitquota.sensitivity.losses import n_correct
 from bitquota.sensitivity.recorder import checked_losses, standard_error
 from bitquota.sensitivity.runners.base import describe_change
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from bitquota.candidates.table import Candidate
     from bitquota.corrections import Correction
     from bitquota.models.calibration import CalibrationSet
-    from bitquota.progress import IsCancelled, OnProgress
-    from bitquota.sensitivity.cache import Ledger
     from bitquota.sensitivity.losses import Loss
 
 
@@ -100,9 +98,7 @@ def measure_choice(
     activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None,
     weights: QuantizedWeights | None = None,
     origin: str = "",
-    ledger: Ledger | None = None,
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
+    context: Context | None = None,
     stage: str = "choice",
     batch_size: int = DEFAULT_CHUNK,
     references: References | None = None,
@@ -119,13 +115,13 @@ def measure_choice(
     Raises:
         InvalidCalibration: The model does not accept the samples, or labels are missing.
         MeasurementFailed: A loss is not finite.
-        Cancelled: ``cancelled`` said so.
+        Cancelled: The context said so.
     """
     put_in_eval_mode(module)
-    book = MemoryLedger() if ledger is None else ledger
+    context = context or Context()
     references = References() if references is None else references
     chunks = cut(len(calibration), batch_size)
-    context = {
+    common = {
         "kind": "choice",
         "code": CODE_VERSION,
         "model": inventory.model_digest,
@@ -141,16 +137,16 @@ def measure_choice(
 
     def key(chunk: range, variant: object) -> str:
         rows = list(calibration.indices[chunk.start : chunk.stop])
-        return ledger_key({**context, "indices": rows, "variant": variant})
+        return ledger_key({**common, "indices": rows, "variant": variant})
 
     quantized: nn.Module | None = None
     increases: list[NDArray[np.float64]] = []
     correct: list[NDArray[np.float64]] = []
     for done, chunk in enumerate(chunks):
-        check_cancelled(cancelled, stage)
+        context.check(stage)
         inputs, labels = inputs_of(calibration, chunk), labels_of(calibration, chunk)
         keys = key(chunk, "reference"), key(chunk, plan)
-        found = book.get_many(keys)
+        found = context.ledger.get_many(keys)
         if len(found) < 2:
             if quantized is None:
                 quantized = apply_plan(
@@ -169,13 +165,12 @@ def measure_choice(
                 if labels is not None and labels.shape == output.shape[:-1]:
                     rows.append(n_correct(output, labels))
                 found[name] = np.stack(checked_losses(torch.stack(rows), loss.name))
-            book.put_many(found)
+            context.ledger.put_many(found)
         start, end = found[keys[0]], found[keys[1]]
         increases.append(end[0] - start[0])
         if len(end) > 1:
             correct.append(end[1])
-        if on_progress is not None:
-            on_progress(Progress(stage=stage, done=done + 1, total=len(chunks)))
+        context.report(stage, done + 1, len(chunks))
     return ChoiceLoss(
         per_sample=np.concatenate(increases),
         correct=np.concatenate(correct) if correct else None,

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from bitquota.errors import InvalidInput
+from bitquota.codec import Document
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import numpy as np
     from numpy.typing import NDArray
 
-    from bitquota.canonical import JsonObject
 
 FULL_PRECISION = "full precision"
 SHARES = ("same_top", "top1")
@@ -38,7 +36,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelScores:
+class ModelScores(Document):
     """What one model scores on one set.
 
     Attributes:
@@ -57,88 +55,22 @@ class ModelScores:
     perplexity: float | None = None
     differences: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
 
-    def to_json(self) -> JsonObject:
-        """Return everything as plain JSON."""
-        return {
-            "name": self.name,
-            "metrics": {k: asdict(v) for k, v in self.metrics.items()},
-            "kl_tail": self.kl_tail,
-            "perplexity": self.perplexity,
-            "differences": {
-                other: {k: asdict(v) for k, v in values.items()}
-                for other, values in self.differences.items()
-            },
-        }
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """One way to run the model, scored.
+class Score(ModelScores):
+    """One way to run the model, scored against what it is to be compared with.
+
+    That is full precision, the uniform plan at no more bytes, and of an export its plan.
 
     Attributes:
-        name: File or folder that it came from, or what it is.
         kind: ``full precision``, ``plan``, ``baseline``, ``uniform`` or ``exported``.
         size_bits: Stored size of the quantizable weights.
-        scores: Metrics with standard errors, and paired differences to those in ``beside``.
-        beside: Names of what it is compared with: full precision, the uniform plan at no more
-            bytes, and of an export its plan.
     """
 
-    name: str
     kind: str
     size_bits: int | None
-    scores: ModelScores
-    beside: tuple[str, ...] = ()
 
-    def to_json(self) -> JsonObject:
-        """Return everything as plain JSON; differences to ``beside`` only."""
-        found = self.scores.to_json()
-        kept = {other: found["differences"][other] for other in self.beside}
-        return found | {
-            "kind": self.kind,
-            "size_bits": self.size_bits,
-            "differences": kept,
-        }
-
-    @classmethod
-    def from_json(cls, data: Any) -> Self:  # noqa: ANN401  # whatever a worker returned
-        """Rebuild from ``to_json``.
-
-        Raises:
-            InvalidInput: A missing member, or one of another type.
-        """
-        try:
-            size = data["size_bits"]
-            tail, perplexity = data["kl_tail"], data["perplexity"]
-            scores = ModelScores(
-                name=str(data["name"]),
-                metrics=_estimates(data["metrics"]),
-                kl_tail=None if tail is None else float(tail),
-                perplexity=None if perplexity is None else float(perplexity),
-                differences={str(k): _estimates(v) for k, v in data["differences"].items()},
-            )
-            return cls(
-                name=scores.name,
-                kind=str(data["kind"]),
-                size_bits=None if size is None else int(size),
-                scores=scores,
-                beside=tuple(scores.differences),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as err:
-            msg = f"a score must have every member that an evaluation writes; got: {err!r}"
-            raise InvalidInput(msg) from err
-
-    def difference(self, other: str, metric: str) -> Estimate:
-        """Return the paired difference of ``metric`` to one of ``beside``."""
-        return self.scores.differences[other][metric]
-
-
-def _estimates(data: Mapping[str, Any]) -> dict[str, Estimate]:
-    return {
-        str(name): Estimate(
-            mean=float(value["mean"]),
-            standard_error=float(value["standard_error"]),
-            n_samples=int(value["n_samples"]),
-        )
-        for name, value in data.items()
-    }
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Names of what it is compared with."""
+        return tuple(self.differences)

@@ -156,8 +156,10 @@ def score_plans(
             name=name,
             kind=entry.kind,
             size_bits=entry.size_bits,
-            scores=found,
-            beside=entry.beside,
+            metrics=found.metrics,
+            kl_tail=found.kl_tail,
+            perplexity=found.perplexity,
+            differences={other: found.differences[other] for other in entry.beside},
         )
         for (name, entry), found in zip(entries.items(), scores, strict=True)
     ]

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import ClassVar
 
 from bitquota.candidates.budget import Budget
+from bitquota.canonical import JsonObject
+from bitquota.codec import Document, Form
 from bitquota.errors import InvalidInput
 from bitquota.plan import MeasuredLoss
 from bitquota.report.text import CLEAR_DIFFERENCE, format_loss, format_size, markdown_table
-
-if TYPE_CHECKING:
-    from bitquota.canonical import JsonObject
 
 SCHEMA = "bitquota/comparison/1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class Measured(Document):
     """One way to choose, under one budget.
 
     Attributes:
@@ -32,6 +31,8 @@ class Measured:
         rank_correlation: Spearman's, predicted against measured over the ranked plans of this
             budget; ``None`` where there is no prediction.
     """
+
+    FORM: ClassVar[Form] = Form(derived=("ties_with_best",))
 
     choice: tuple[int, ...]
     labels: tuple[str, ...]
@@ -47,36 +48,9 @@ class Measured:
         """Whether it is within the clear difference (two paired standard errors) of the best."""
         return self.worse_by <= CLEAR_DIFFERENCE * self.worse_error
 
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return {
-            "choice": list(self.choice),
-            "labels": list(self.labels),
-            "size_bits": self.size_bits,
-            "predicted": self.predicted,
-            "loss": self.loss.to_json(),
-            "worse_by": self.worse_by,
-            "worse_error": self.worse_error,
-            "ties_with_best": self.ties_with_best,
-            "rank_correlation": self.rank_correlation,
-        }
-
-    @classmethod
-    def from_json(cls, data: JsonObject) -> Self:
-        """Rebuild from ``to_json``."""
-        values = {name: value for name, value in data.items() if name != "ties_with_best"}
-        return cls(
-            **values
-            | {
-                "choice": tuple(data["choice"]),
-                "labels": tuple(data["labels"]),
-                "loss": MeasuredLoss.from_json(data["loss"]),
-            }
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class Entry(Document):
     """One way to choose, over all budgets.
 
     Attributes:
@@ -101,29 +75,9 @@ class Entry:
     rank_correlation: float | None = None
     plans: tuple[Measured | None, ...] = ()
 
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return {
-            "name": self.name,
-            "known_as": self.known_as,
-            "kind": self.kind,
-            "cost": self.cost,
-            "passes": self.passes,
-            "cpu_seconds": self.cpu_seconds,
-            "flags": list(self.flags),
-            "rank_correlation": self.rank_correlation,
-            "plans": [None if p is None else p.to_json() for p in self.plans],
-        }
-
-    @classmethod
-    def from_json(cls, data: JsonObject) -> Self:
-        """Rebuild from ``to_json``."""
-        plans = tuple(None if p is None else Measured.from_json(p) for p in data["plans"])
-        return cls(**data | {"flags": tuple(data["flags"]), "plans": plans})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class Comparison(Document):
     """What ``bitquota.search.compare.compare`` returns.
 
     Attributes:
@@ -137,6 +91,12 @@ class Comparison:
         provenance: Request, samples, versions.
     """
 
+    FORM: ClassVar[Form] = Form(
+        what="a comparison",
+        schema=SCHEMA,
+        schema_key="schema_version",
+    )
+
     model_digest: str
     budgets: tuple[tuple[Budget, ...], ...]
     full_precision: MeasuredLoss
@@ -146,6 +106,12 @@ class Comparison:
     n_ranked: tuple[int, ...] = ()
     provenance: JsonObject = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Check that every way to choose has a place for each budget."""
+        if not all(len(entry.plans) == len(self.budgets) for entry in self.entries):
+            msg = "every way to choose must have a plan or none for each budget"
+            raise InvalidInput(msg)
+
     def budget_text(self, k: int) -> str:
         """Return what the user wrote for budget ``k``."""
         return " + ".join(b.text.strip() or f"{b.limit} {b.unit}" for b in self.budgets[k])
@@ -154,53 +120,6 @@ class Comparison:
         """Return the entries that have a plan for budget ``k``, smallest measured loss first."""
         pairs = [(e, p) for e in self.entries if (p := e.plans[k]) is not None]
         return sorted(pairs, key=lambda pair: pair[1].loss.mean)
-
-    def to_json(self) -> JsonObject:
-        """Return everything as plain JSON."""
-        return {
-            "schema_version": SCHEMA,
-            "model_digest": self.model_digest,
-            "budgets": [[b.to_json() for b in together] for together in self.budgets],
-            "full_precision": self.full_precision.to_json(),
-            "loss": self.loss,
-            "entries": [e.to_json() for e in self.entries],
-            "skipped": self.skipped,
-            "n_ranked": list(self.n_ranked),
-            "provenance": self.provenance,
-        }
-
-    @classmethod
-    def from_json(cls, data: JsonObject) -> Self:
-        """Rebuild from ``to_json``.
-
-        Raises:
-            InvalidInput: Another schema, or a missing member.
-        """
-        got = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
-        if got != SCHEMA:
-            msg = f"a comparison must be a JSON object of schema '{SCHEMA}'; got {got!r}"
-            raise InvalidInput(msg)
-        try:
-            made = cls(
-                model_digest=data["model_digest"],
-                budgets=tuple(
-                    tuple(Budget.from_json(b) for b in together) for together in data["budgets"]
-                ),
-                full_precision=MeasuredLoss.from_json(data["full_precision"]),
-                loss=data["loss"],
-                entries=tuple(Entry.from_json(entry) for entry in data["entries"]),
-                skipped=dict(data["skipped"]),
-                n_ranked=tuple(data["n_ranked"]),
-                provenance=data["provenance"],
-            )
-            complete = all(len(e.plans) == len(made.budgets) for e in made.entries)
-        except (KeyError, TypeError, ValueError, AttributeError) as err:
-            msg = f"a comparison must have every member of '{SCHEMA}'; got: {err!r}"
-            raise InvalidInput(msg) from err
-        if not complete:
-            msg = "every way to choose must have a plan or none for each budget"
-            raise InvalidInput(msg)
-        return made
 
     def to_text(self) -> str:
         """Return ``to_json`` as indented text with sorted keys, ending in a newline."""

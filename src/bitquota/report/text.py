@@ -223,7 +223,7 @@ def score_sentences(scores: Sequence[Score]) -> list[str]:
         f"{score.name} minus {other}: "
         + ", ".join(
             f"{_TITLES.get(name, name)} {_format_estimate(name, estimate, signed=True)}"
-            for name, estimate in score.scores.differences[other].items()
+            for name, estimate in score.differences[other].items()
         )
         for score in scores
         for other in score.beside
@@ -244,12 +244,12 @@ def _score_column(score: Score) -> dict[str, str]:
     column = {"run as": "exported file" if score.kind == "exported" else "torch"}
     if score.size_bits is not None:
         column["weights"] = format_size(score.size_bits)
-    for name, estimate in score.scores.metrics.items():
+    for name, estimate in score.metrics.items():
         column[_TITLES.get(name, name)] = _format_estimate(name, estimate)
-    if score.scores.kl_tail is not None:
-        column["KL, 99.9 %"] = f"{score.scores.kl_tail:.4g}"
-    if score.scores.perplexity is not None:
-        column["perplexity"] = f"{score.scores.perplexity:.4f}"
+    if score.kl_tail is not None:
+        column["KL, 99.9 %"] = f"{score.kl_tail:.4g}"
+    if score.perplexity is not None:
+        column["perplexity"] = f"{score.perplexity:.4f}"
     return column
 
 

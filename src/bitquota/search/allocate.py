@@ -11,6 +11,8 @@ import numpy as np
 
 import bitquota
 from bitquota.candidates.targets import candidates_at
+from bitquota.codec import Document
+from bitquota.context import Context, MemoryLedger
 from bitquota.corrections import Correction
 from bitquota.errors import BudgetTooSmall, Infeasible, InvalidInput
 from bitquota.evaluate.choice import ChoiceLoss, measure_choice
@@ -18,7 +20,6 @@ from bitquota.models.loaded import check_model
 from bitquota.models.references import References
 from bitquota.models.samples import check_calibration
 from bitquota.plan import SOLVER, Assignment, Baseline, MeasuredLoss, Plan, Proof
-from bitquota.progress import Progress
 from bitquota.quantizers.apply import QuantizedWeights
 from bitquota.quantizers.corrections import fold_batch_norm
 from bitquota.search.baselines import baseline_choices, size_only, weight_mse
@@ -38,15 +39,12 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.budget import Budget
     from bitquota.candidates.layers import Inventory
-    from bitquota.canonical import JsonObject
     from bitquota.matrix import SensitivityMatrix
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
-    from bitquota.progress import IsCancelled, OnProgress
     from bitquota.request import PlanRequest
     from bitquota.search.neighborhood import Choice
     from bitquota.search.refine import Linearisation
-    from bitquota.sensitivity.cache import Ledger
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.measures.gram import OutputDifferences
     from bitquota.sensitivity.runners.base import Runner
@@ -90,7 +88,7 @@ class Allocation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
+class Evaluation(Document):
     """The loss of one choice on a labelled set.
 
     Attributes:
@@ -103,24 +101,13 @@ class Evaluation:
     name: str
     measured: MeasuredLoss
 
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return {
-            "plan_index": self.plan_index,
-            "name": self.name,
-            "measured": self.measured.to_json(),
-        }
-
 
 def allocate(
     model: LoadedModel,
     calibration: CalibrationSet,
     request: PlanRequest,
     *,
-    ledger: Ledger,
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
-    device: str = "auto",
+    context: Context | None = None,
     loss: Loss | None = None,
 ) -> Allocation:
     """Measure the model, solve for every budget, verify by measuring, and return the best.
@@ -134,10 +121,7 @@ def allocate(
         model: From ``bitquota.models.load_model``.
         calibration: From ``bitquota.models.load_calibration``.
         request: Budgets, candidates and how to measure.
-        ledger: Where measurements are kept; what it holds is not measured again.
-        on_progress: Called after every step.
-        cancelled: Asked between steps; once it answers true, ``Cancelled`` is raised.
-        device: ``auto`` takes a GPU where there is one.
+        context: Where measurements are kept, whom to tell, when to stop.
         loss: A loss of your own (such as ``CustomLoss``) instead of the one that the request
             names; its ``name`` must change whenever what it computes does.
 
@@ -155,10 +139,7 @@ def allocate(
     if not request.budgets:
         msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
         raise InvalidInput(msg)
-    setting = prepare(
-        model, calibration, request, ledger=ledger, device=device, on_progress=on_progress,
-        cancelled=cancelled, loss=loss,
-    )  # fmt: skip
+    setting = prepare(model, calibration, request, context=context, loss=loss)
     budgets = [setting.budgets(text) for text in request.budgets]
     runner = setting.runner()
     source = _measure(setting, runner)
@@ -199,17 +180,11 @@ def measure_matrix(
     calibration: CalibrationSet,
     request: PlanRequest,
     *,
-    ledger: Ledger,
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
-    device: str = "auto",
+    context: Context | None = None,
     loss: Loss | None = None,
 ) -> SensitivityMatrix:
     """Measure the sensitivity matrix of ``request`` alone; arguments and errors of ``allocate``."""
-    setting = prepare(
-        model, calibration, request, ledger=ledger, device=device, on_progress=on_progress,
-        cancelled=cancelled, loss=loss,
-    )  # fmt: skip
+    setting = prepare(model, calibration, request, context=context, loss=loss)
     return _measure(setting, setting.runner()).matrix
 
 
@@ -221,8 +196,7 @@ def evaluate_plans(
     correction_data: CalibrationSet | None = None,
     with_baselines: bool = False,
     loss: str = "kl",
-    device: str = "auto",
-    on_progress: OnProgress | None = None,
+    context: Context | None = None,
 ) -> list[Evaluation]:
     """Run the model in full precision and under each plan on ``data``.
 
@@ -234,8 +208,7 @@ def evaluate_plans(
             used for them.
         with_baselines: Also evaluate every baseline of every plan, with the plan's corrections.
         loss: Name of the loss.
-        device: ``auto`` takes a GPU where there is one.
-        on_progress: Called after every batch.
+        context: Whom to tell, when to stop, and where to run.
 
     Raises:
         StalePlan: A plan was made for another model, or with another importance matrix.
@@ -243,7 +216,8 @@ def evaluate_plans(
 
     Cost: two forward passes over ``data`` for each choice.
     """
-    where = choose_device(device)
+    context = context or Context()
+    where = choose_device(context.device)
     function = loss_by_name(loss)
     check_calibration(model, data)
     samples = data.to(where)
@@ -252,7 +226,13 @@ def evaluate_plans(
     inventory = inventory_of(plain, model, samples)
     outputs = References()
     reference = measure_choice(
-        plain, inventory, (), samples, function, on_progress=on_progress, references=outputs
+        plain,
+        inventory,
+        (),
+        samples,
+        function,
+        context=replace(context, ledger=MemoryLedger()),
+        references=outputs,
     )
     found = [Evaluation(plan_index=None, name="full precision", measured=reference.measured)]
     for k, plan in enumerate(plans):
@@ -262,6 +242,8 @@ def evaluate_plans(
             module, kept = fold_batch_norm(plain, samples.first(2).inputs), References()
             described = inventory_of(module, model, samples)
         columns = check_importance(plan, model.imatrix, described)
+        # Keys do not know what the weights were fitted with: nothing is kept beyond one plan.
+        alone = replace(context, ledger=MemoryLedger())
         measure = partial(
             measure_choice,
             module,
@@ -270,7 +252,7 @@ def evaluate_plans(
             loss=function,
             corrections=plan.corrections,
             correction_data=correcting,
-            on_progress=on_progress,
+            context=alone,
             weights=QuantizedWeights(module, described, importance=columns),
             references=kept,
         )
@@ -306,18 +288,14 @@ def _measure(setting: Setting, runner: Runner) -> _Source:
             runner,
             setting.table,
             setting.loss,
-            ledger=setting.ledger,
-            on_progress=setting.on_progress,
-            cancelled=setting.cancelled,
+            context=setting.context,
         )
     else:
         matrix = measure_by_name(setting.request.measure).measure(
             runner,
             setting.table,
             setting.loss,
-            ledger=setting.ledger,
-            on_progress=setting.on_progress,
-            cancelled=setting.cancelled,
+            context=setting.context,
         )
     scores = {
         "size only": size_only(setting.table),
@@ -344,7 +322,7 @@ def _solve(setting: Setting, problem: Problem) -> Solution:
         node_limit=SOLVER_NODES,
         time_limit_s=setting.request.time_limit_s,
         seed=setting.request.seed,
-        cancelled=setting.cancelled,
+        cancelled=setting.context.cancelled,
     )
     if solution.choice is None:
         msg = (
@@ -424,7 +402,7 @@ def _search(
                 gap=max(PROPOSAL_GAP, setting.request.gap),
                 node_limit=PROPOSAL_NODES,
                 seed=setting.request.seed,
-                cancelled=setting.cancelled,
+                cancelled=setting.context.cancelled,
             )
         except (BudgetTooSmall, Infeasible):
             return None  # a trust region may leave nothing
@@ -444,9 +422,7 @@ def _search(
         settings=_REFINEMENT[
             setting.request.refine and len(setting.table.rows) > len(setting.table.groups)
         ],
-        ledger=setting.ledger,
-        on_progress=setting.on_progress,
-        cancelled=setting.cancelled,
+        context=setting.context,
     )
     return _Outcome(choice=found.choice, baselines=baselines, optimum=optimum, last=found.last)
 
@@ -499,9 +475,7 @@ def _plan(
         choice=choices[best],
         predict=source.matrix.predict,
         seed=setting.request.seed,
-        ledger=setting.ledger,
-        on_progress=setting.on_progress,
-        cancelled=setting.cancelled,
+        context=setting.context,
     )
     chosen = setting.table.decode(choices[best])
     by_layer = {candidate.layer: candidate for candidate in chosen}
@@ -558,13 +532,12 @@ def _measure_choices(
     distinct: dict[Choice, ChoiceLoss] = {}
     n_distinct = len(set(choices.values()))
     # One bar over all choices says more than one for each.
-    quiet = replace(setting, on_progress=None)
+    context = setting.context
+    quiet = replace(setting, context=replace(context, on_progress=None))
     for choice in choices.values():
         if choice not in distinct:
             distinct[choice] = quiet.measure_choice(choice, stage=stage)
-            if setting.on_progress is not None:
-                step = Progress(stage=f"hold-out, {stage}", done=len(distinct), total=n_distinct)
-                setting.on_progress(step)
+            context.report(f"hold-out, {stage}", len(distinct), n_distinct)
     return {name: distinct[choice] for name, choice in choices.items()}
 
 

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.layers import Inventory
     from bitquota.candidates.table import CandidateTable, Row
-    from bitquota.progress import IsCancelled, OnProgress
-    from bitquota.sensitivity.cache import Ledger
+    from bitquota.context import Context
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runners.base import Runner
 
@@ -112,9 +111,7 @@ def baseline_diagonals(
     table: CandidateTable,
     loss: Loss,
     *,
-    ledger: Ledger | None = None,
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
+    context: Context | None = None,
 ) -> dict[str, SensitivityMatrix]:
     """Return the scores to be solved under each budget, by name.
 
@@ -128,9 +125,7 @@ def baseline_diagonals(
             runner,
             table,
             loss,
-            ledger=ledger,
-            on_progress=on_progress,
-            cancelled=cancelled,
+            context=context,
         ),
     }
     return {name: measure() for name, measure in measured.items()}

@@ -31,14 +31,13 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.budget import Budget
     from bitquota.canonical import JsonObject
+    from bitquota.context import Context
     from bitquota.evaluate.choice import ChoiceLoss
     from bitquota.matrix import SensitivityMatrix
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
-    from bitquota.progress import IsCancelled, OnProgress
     from bitquota.request import PlanRequest
     from bitquota.search.neighborhood import Choice
-    from bitquota.sensitivity.cache import Ledger
     from bitquota.setting import Setting
 
 AFFORDABLE_PASSES = 500.0
@@ -66,12 +65,9 @@ def compare(
     request: PlanRequest,
     metrics: Sequence[str] | None = None,
     *,
-    ledger: Ledger,
+    context: Context | None = None,
     plans: int = PLANS,
     affordable_passes: float = AFFORDABLE_PASSES,
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
-    device: str = "auto",
     cpu_clock: Callable[[], float] = time.process_time,
 ) -> Comparison:
     """Measure with every metric, solve every budget with each, and measure all the plans.
@@ -88,13 +84,10 @@ def compare(
         request: Budgets, candidates, samples, loss, corrections; its ``measure`` is ignored.
         metrics: Names of measures, ``refine`` and ``mixquant_threshold``; by default all that can
             be measured here and declare at most ``affordable_passes``.
-        ledger: Where measurements are kept; what it holds is not measured again.
+        context: Where measurements are kept, whom to tell, when to stop, and where to run.
         plans: Random and near-good plans for each budget that rank correlations stand on; at
             least 3, or 0 for none.
         affordable_passes: See ``metrics``; in passes over the calibration samples.
-        on_progress: Called after every step.
-        cancelled: Asked between steps.
-        device: ``auto`` takes a GPU where there is one.
         cpu_clock: What ``cpu_seconds`` is read from.
 
     Raises:
@@ -103,7 +96,7 @@ def compare(
         BudgetTooSmall: A budget is below the smallest plan; nothing was measured.
         Infeasible: Budgets conflict.
         MeasurementFailed: A loss is not finite.
-        Cancelled: ``cancelled`` said so; the ledger keeps what was measured.
+        Cancelled: The context said so; the ledger keeps what was measured.
 
     Cost: the metrics' declared passes, and for each budget about one pass over the hold-out
     samples for every distinct plan.
@@ -121,10 +114,7 @@ def compare(
         model,
         calibration,
         request,
-        ledger=ledger,
-        device=device,
-        on_progress=on_progress,
-        cancelled=cancelled,
+        context=context,
     )
     work = _Comparing(
         setting=setting,
@@ -201,9 +191,7 @@ class _Comparing:
                     runner,
                     setting.table,
                     setting.loss,
-                    ledger=setting.ledger,
-                    on_progress=setting.on_progress,
-                    cancelled=setting.cancelled,
+                    context=setting.context,
                 )
             except InvalidInput as err:
                 if self.explicit:
@@ -256,7 +244,7 @@ class _Comparing:
             node_limit=SOLVER_NODES,
             time_limit_s=request.time_limit_s,
             seed=request.seed,
-            cancelled=self.setting.cancelled,
+            cancelled=self.setting.context.cancelled,
         )
         if solution.choice is None:
             msg = (
@@ -298,9 +286,7 @@ class _Comparing:
             runner,
             setting.table,
             setting.loss,
-            ledger=setting.ledger,
-            on_progress=setting.on_progress,
-            cancelled=setting.cancelled,
+            context=setting.context,
         )
         matrices: list[SensitivityMatrix | None] = []
         choices: list[Choice | None] = []
@@ -317,9 +303,7 @@ class _Comparing:
                 solve=self._within,
                 starts=starts,
                 first=first,
-                ledger=setting.ledger,
-                on_progress=setting.on_progress,
-                cancelled=setting.cancelled,
+                context=setting.context,
             )
             matrices.append(first[0])
             choices.append(refinement.choice)
@@ -349,7 +333,7 @@ class _Comparing:
             gap=max(PROPOSAL_GAP, self.setting.request.gap),
             node_limit=PROPOSAL_NODES,
             seed=self.setting.request.seed,
-            cancelled=self.setting.cancelled,
+            cancelled=self.setting.context.cancelled,
         )
         return None if solution.choice is None else tuple(int(c) for c in solution.choice)
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bitquota.codec import Document
 from bitquota.errors import InvalidInput
-from bitquota.search.neighborhood import neighbours
+from bitquota.search.neighborhood import Choice, neighbours
 from bitquota.sensitivity.measures.choices import measure_choices
 from bitquota.sensitivity.recorder import standard_error
 
@@ -21,10 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bitquota.candidates.table import CandidateTable
-    from bitquota.canonical import JsonObject
-    from bitquota.progress import IsCancelled, OnProgress
-    from bitquota.search.neighborhood import Choice, Limits
-    from bitquota.sensitivity.cache import Ledger
+    from bitquota.context import Context
+    from bitquota.search.neighborhood import Limits
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runners.base import Runner
 
@@ -33,7 +32,7 @@ CLEAR_ERRORS = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
+class Point(Document):
     """One plan, predicted and measured.
 
     Attributes:
@@ -50,19 +49,9 @@ class Point:
     measured: float
     error: float
 
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return {
-            "kind": self.kind,
-            "choice": list(self.choice),
-            "predicted": self.predicted,
-            "measured": self.measured,
-            "error": self.error,
-        }
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
+class Evidence(Document):
     """What a few measured plans say about the predictions and about the plan.
 
     Attributes:
@@ -79,16 +68,6 @@ class Evidence:
     near_correlation: float | None
     random_band: tuple[float, float, float]
     better_than_random: float
-
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return {
-            "points": [point.to_json() for point in self.points],
-            "rank_correlation": self.rank_correlation,
-            "near_correlation": self.near_correlation,
-            "random_band": list(self.random_band),
-            "better_than_random": self.better_than_random,
-        }
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
@@ -155,9 +134,7 @@ def gather_evidence(
     n_random: int = 8,
     n_near: int = 8,
     seed: int = 0,
-    ledger: Ledger | None = None,
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
+    context: Context | None = None,
 ) -> Evidence:
     """Measure the plan, some neighbours and some random plans, and compare with predictions.
 
@@ -171,9 +148,7 @@ def gather_evidence(
         n_random: Random plans.
         n_near: Neighbours (drawn at random among the feasible ones).
         seed: Of the draws.
-        ledger: Where measurements are kept.
-        on_progress: Called after every chunk.
-        cancelled: Asked between chunks.
+        context: Where measurements are kept, whom to tell, when to stop.
 
     Cost: a pass for each random plan, about half a pass for each neighbour.
     """
@@ -189,9 +164,7 @@ def gather_evidence(
             loss,
             chosen,
             centre=centre,
-            ledger=ledger,
-            on_progress=on_progress,
-            cancelled=cancelled,
+            context=context,
             stage="evidence",
         )
         for chosen, centre in ((near, choice), (distant, None))

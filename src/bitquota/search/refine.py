@@ -33,9 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from bitquota.candidates.table import CandidateTable
+    from bitquota.context import Context
     from bitquota.matrix import SensitivityMatrix
-    from bitquota.progress import IsCancelled, OnProgress
-    from bitquota.sensitivity.cache import Ledger
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.measures.gram import OutputDifferences
     from bitquota.sensitivity.runners.base import Runner
@@ -52,9 +51,7 @@ class _Search:
     limits: Limits
     solve: Solve
     settings: RefineSettings
-    ledger: Ledger | None
-    on_progress: OnProgress | None
-    cancelled: IsCancelled | None
+    context: Context | None
     steps: list[Step] = field(default_factory=list)
     n_linearised: int = 0
     linearised: float = 0.0
@@ -124,9 +121,7 @@ class _Search:
             self.table,
             self.loss,
             base_point=point,
-            ledger=self.ledger,
-            on_progress=self.on_progress,
-            cancelled=self.cancelled,
+            context=self.context,
             stage=f"linearisation {number}",
             only=rows,
             chunks=None if point is None else chunks,
@@ -182,9 +177,7 @@ def refine(
     first: tuple[SensitivityMatrix, OutputDifferences | None] | None = None,
     warm: Linearisation | None = None,
     settings: RefineSettings | None = None,
-    ledger: Ledger | None = None,
-    on_progress: OnProgress | None = None,
-    cancelled: IsCancelled | None = None,
+    context: Context | None = None,
 ) -> Refinement:
     """Improve the best of ``starts`` step by step, on measured loss; a heuristic.
 
@@ -201,9 +194,7 @@ def refine(
         first: Matrix and differences around full precision, if they are measured already.
         warm: The last linearisation of a larger budget; its predictions propose a start.
         settings: How much work.
-        ledger: Where measurements are kept.
-        on_progress: Called after each unit of work.
-        cancelled: Asked between units of work.
+        context: Where measurements are kept, whom to tell, when to stop.
 
     Raises:
         Infeasible: No start keeps the limits.
@@ -218,18 +209,14 @@ def refine(
             blocks=tuple(judge) or (runner,),
             table=table,
             loss=loss,
-            ledger=ledger,
-            on_progress=on_progress,
-            cancelled=cancelled,
+            context=context,
         ),
         table=table,
         loss=loss,
         limits=limits,
         solve=solve,
         settings=settings,
-        ledger=ledger,
-        on_progress=on_progress,
-        cancelled=cancelled,
+        context=context,
     )
     search.passes_before = runner.passes.passes
     if settings.effort is not None:

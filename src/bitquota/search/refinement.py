@@ -8,15 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from bitquota.codec import Document
 from bitquota.errors import InvalidInput
+from bitquota.search.neighborhood import Choice
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from bitquota.canonical import JsonObject
     from bitquota.matrix import SensitivityMatrix
-    from bitquota.search.neighborhood import Choice, Limits
+    from bitquota.search.neighborhood import Limits
     from bitquota.sensitivity.measures.gram import OutputDifferences
 
 
@@ -85,7 +86,7 @@ class RefineSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class Step(Document):
     """One accepted or rejected step.
 
     Attributes:
@@ -107,19 +108,6 @@ class Step:
     gain_error: float
     accepted: bool
     passes: float
-
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return {
-            "kind": self.kind,
-            "origin": self.origin,
-            "choice": list(self.choice),
-            "loss": self.loss,
-            "gain": self.gain,
-            "gain_error": self.gain_error,
-            "accepted": self.accepted,
-            "passes": self.passes,
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bitquota.candidates.table import CandidateTable
-    from bitquota.progress import IsCancelled, OnProgress
+    from bitquota.context import Context
     from bitquota.search.neighborhood import Choice
-    from bitquota.sensitivity.cache import Ledger
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runners.base import Runner
 
@@ -38,9 +37,7 @@ class Judge:
         blocks: One runner for each block, on disjoint samples, or what makes it when it is needed.
         table: What choices speak of.
         loss: The loss.
-        ledger: Where measurements are kept.
-        on_progress: Called after every chunk.
-        cancelled: Asked between chunks.
+        context: Where measurements are kept, whom to tell, when to stop.
         losses: ``f64[n]`` of every choice on each block it was measured on.
         asked: What the questions so far cost where nothing is known yet, in samples run in full.
     """
@@ -48,9 +45,7 @@ class Judge:
     blocks: tuple[Runner | Callable[[], Runner], ...]
     table: CandidateTable
     loss: Loss
-    ledger: Ledger | None = None
-    on_progress: OnProgress | None = None
-    cancelled: IsCancelled | None = None
+    context: Context | None = None
     losses: dict[Choice, list[NDArray[np.float64]]] = field(default_factory=dict)
     asked: float = 0.0
     _runners: dict[int, Runner] = field(default_factory=dict)
@@ -94,9 +89,7 @@ class Judge:
                 self.loss,
                 new,
                 centre=centre,
-                ledger=self.ledger,
-                on_progress=self.on_progress,
-                cancelled=self.cancelled,
+                context=self.context,
                 stage=stage,
             )
             for choice, row in zip(new, values, strict=True):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitquota.sensitivity.cache import MemoryLedger
+from bitquota.context import Context, MemoryLedger
 from bitquota.sensitivity.losses import LOSSES, loss_by_name
 from bitquota.sensitivity.measures.gram import GramMeasure, measure_differences, measure_gram
 from bitquota.sensitivity.measures.pairs import measure_pairs, measure_singles
@@ -54,10 +54,10 @@ class TestMeasureGram:
         """The same numbers, found in the same ledger entries."""
         ledger = MemoryLedger()
         loss = loss_by_name(name)
-        gram = measure_gram(*prepare(kind), loss, ledger=ledger)
+        gram = measure_gram(*prepare(kind), loss, context=Context(ledger=ledger))
         runner, table = prepare(kind)
         before = runner.passes.passes
-        singles = measure_singles(runner, table, loss, ledger=ledger)
+        singles = measure_singles(runner, table, loss, context=Context(ledger=ledger))
 
         np.testing.assert_array_equal(gram.diagonal, singles.diagonal)
         assert runner.passes.passes == before
@@ -65,9 +65,9 @@ class TestMeasureGram:
     def test_resumes_to_the_same_bits(self):
         """From the ledger, without a pass apart from the reference outputs."""
         ledger = MemoryLedger()
-        one, first = measure_differences(*prepare(Residual), KL, ledger=ledger)
+        one, first = measure_differences(*prepare(Residual), KL, context=Context(ledger=ledger))
         runner, table = prepare(Residual)
-        two, second = measure_differences(runner, table, KL, ledger=ledger)
+        two, second = measure_differences(runner, table, KL, context=Context(ledger=ledger))
 
         assert one.to_bytes() == two.to_bytes()
         assert torch.equal(first.differences, second.differences)

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from bitquota.candidates.table import enumerate_candidates
+from bitquota.context import Context, MemoryLedger
 from bitquota.errors import Cancelled, InvalidCalibration, MeasurementFailed
 from bitquota.models.calibration import CalibrationSet
 from bitquota.quantizers.apply import as_change
-from bitquota.sensitivity.cache import MemoryLedger, SqliteLedger
+from bitquota.sensitivity.cache import SqliteLedger
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.measures.pairs import (
     DiagonalMeasure,
@@ -159,10 +160,10 @@ class TestMeasurePairs:
         whole = measure_pairs(*prepare(Residual), KL)
         ledger = CountingLedger(stop_after)
         with pytest.raises(KeyboardInterrupt):
-            measure_pairs(*prepare(Residual), KL, ledger=ledger)
+            measure_pairs(*prepare(Residual), KL, context=Context(ledger=ledger))
         before, ledger.stop_after = list(ledger.put_keys), None
 
-        again = measure_pairs(*prepare(Residual), KL, ledger=ledger)
+        again = measure_pairs(*prepare(Residual), KL, context=Context(ledger=ledger))
 
         assert again.digest() == whole.digest()
         assert again.to_bytes() == whole.to_bytes()
@@ -172,9 +173,9 @@ class TestMeasurePairs:
     def test_a_full_ledger_needs_no_passes(self, tmp_path):
         """The second measurement runs nothing at all."""
         with SqliteLedger(tmp_path / "l.db") as ledger:
-            one = measure_pairs(*prepare(Residual), KL, ledger=ledger)
+            one = measure_pairs(*prepare(Residual), KL, context=Context(ledger=ledger))
             runner, table = prepare(Residual)
-            two = measure_pairs(runner, table, KL, ledger=ledger)
+            two = measure_pairs(runner, table, KL, context=Context(ledger=ledger))
 
         assert runner.passes.passes == 0
         assert one.to_bytes() == two.to_bytes()
@@ -182,10 +183,10 @@ class TestMeasurePairs:
     def test_other_candidates_reuse_what_is_known(self):
         """Measured pairs of {2, 4} are found again when {2, 4, 8} is asked for."""
         ledger = CountingLedger()
-        measure_singles(*prepare(Residual), KL, ledger=ledger)
+        measure_singles(*prepare(Residual), KL, context=Context(ledger=ledger))
         known = set(ledger.put_keys)
         runner, table = prepare(Residual, widths=(2, 4, 8))
-        measure_singles(runner, table, KL, ledger=ledger)
+        measure_singles(runner, table, KL, context=Context(ledger=ledger))
 
         # One new row for each of four layers on each of three chunks.
         assert len(ledger) == len(known) + 4 * 3
@@ -201,12 +202,16 @@ class TestMeasurePairs:
     def test_different_measurements_share_no_entry(self, other):
         """Loss, batch-norm mode and base point are part of every key."""
         ledger = CountingLedger()
-        measure_singles(*prepare(Residual), KL, ledger=ledger)
+        measure_singles(*prepare(Residual), KL, context=Context(ledger=ledger))
         known = len(ledger)
         modes = {k: v for k, v in other.items() if k == "batch_norm"}
         runner, table = prepare(Residual, **modes)
         measure_singles(
-            runner, table, other.get("loss", KL), base_point=other.get("base_point"), ledger=ledger
+            runner,
+            table,
+            other.get("loss", KL),
+            base_point=other.get("base_point"),
+            context=Context(ledger=ledger),
         )
 
         reused = 2 * known - len(ledger) if "base_point" not in other else 0
@@ -219,15 +224,19 @@ class TestMeasurePairs:
             measure_pairs(
                 *prepare(Residual),
                 KL,
-                ledger=ledger,
-                on_progress=seen.append,
-                cancelled=lambda: len(seen) >= 5,
+                context=Context(
+                    ledger=ledger, on_progress=seen.append, cancelled=lambda: len(seen) >= 5
+                ),
             )
         assert [p.done for p in seen] == [1, 2, 3, 4, 5]
         kept = len(ledger)
         assert kept > 5
 
-        measure_pairs(*prepare(Residual), KL, ledger=ledger, on_progress=seen.append)
+        measure_pairs(
+            *prepare(Residual),
+            KL,
+            context=Context(ledger=ledger, on_progress=seen.append),
+        )
 
         assert seen[-1].done == seen[-1].total == seen[5].total
         assert seen[-1].reused == 5
@@ -240,7 +249,7 @@ class TestMeasurePairs:
         runner = make_runner(module, inventory_of(module), samples(Residual))
         ledger = MemoryLedger()
         with pytest.raises(MeasurementFailed, match="must be finite"):
-            measure_pairs(runner, table_of(runner.inventory), KL, ledger=ledger)
+            measure_pairs(runner, table_of(runner.inventory), KL, context=Context(ledger=ledger))
         assert len(ledger) == 0
 
     def test_a_labelled_loss_needs_labels(self):

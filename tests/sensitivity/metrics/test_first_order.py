@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from bitquota.candidates.table import CandidateTable, enumerate_candidates
+from bitquota.context import Context
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.metrics import FirstOrder
 from bitquota.sensitivity.runners.make import make_runner
@@ -88,12 +89,12 @@ class TestFirstOrder:
 
     def test_only_asks_the_ledger_for_the_same_point(self):
         """A row's score depends on what the other groups are at, and so does its key."""
-        from bitquota.sensitivity.cache import MemoryLedger
+        from bitquota.context import MemoryLedger
 
         ledger = MemoryLedger()
         runner, table = prepare()
-        whole = FirstOrder().measure(runner, table, KL, ledger=ledger)
+        whole = FirstOrder().measure(runner, table, KL, context=Context(ledger=ledger))
         partial = CandidateTable(rows=table.rows[:2])  # the second layer stays as it is
-        other = FirstOrder().measure(runner, partial, KL, ledger=ledger)
+        other = FirstOrder().measure(runner, partial, KL, context=Context(ledger=ledger))
 
         assert not (whole.diagonal[:2] == other.diagonal).any()

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from bitquota.candidates.table import enumerate_candidates
+from bitquota.context import Context, MemoryLedger
 from bitquota.errors import Cancelled, InvalidCalibration
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.discovery import discover
-from bitquota.sensitivity.cache import MemoryLedger
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.metrics.learned_steps import LearnedIndicators
 from bitquota.sensitivity.runners.make import make_runner
@@ -64,7 +64,7 @@ class TestLearnedIndicators:
         ledger, counts = MemoryLedger(), []
         for _ in range(2):
             runner, table = prepare()
-            LearnedIndicators(epochs=1).measure(runner, table, KL, ledger=ledger)
+            LearnedIndicators(epochs=1).measure(runner, table, KL, context=Context(ledger=ledger))
             counts.append(runner.passes.passes)
         assert counts[0] > 0
         assert 0 == counts[1]
@@ -85,4 +85,4 @@ class TestLearnedIndicators:
     def test_can_be_cancelled(self):
         """Between steps."""
         with pytest.raises(Cancelled):
-            LearnedIndicators().measure(*prepare(), KL, cancelled=lambda: True)
+            LearnedIndicators().measure(*prepare(), KL, context=Context(cancelled=lambda: True))

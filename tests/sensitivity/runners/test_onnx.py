@@ -9,6 +9,7 @@ import torch
 
 from bitquota.candidates.storage import Scheme
 from bitquota.candidates.table import Candidate, enumerate_candidates
+from bitquota.context import Context, MemoryLedger
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidCalibration, InvalidInput, InvalidModel, MeasurementFailed
 from bitquota.models.calibration import CalibrationSet
@@ -16,7 +17,6 @@ from bitquota.models.discovery import discover
 from bitquota.models.load import load_model
 from bitquota.quantizers.apply import apply_plan
 from bitquota.search.refine import refine
-from bitquota.sensitivity.cache import MemoryLedger
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.measures.gram import measure_gram
 from bitquota.sensitivity.measures.pairs import measure_pairs, measure_singles
@@ -260,7 +260,7 @@ class TestMeasuresOnOnnx:
         for _ in range(2):
             runner = prepared(residual[1], data)
             table = enumerate_candidates(runner.inventory, (2, 4))
-            found.append(measure_pairs(runner, table, KL, ledger=ledger))
+            found.append(measure_pairs(runner, table, KL, context=Context(ledger=ledger)))
 
         assert found[0].to_bytes() == found[1].to_bytes()
         assert runner.passes.passes <= 1

@@ -78,7 +78,7 @@ class TestRunChild:
     @pytest.mark.parametrize("answer", [7, {"status": "great"}, {"status": "optimal"}])
     def test_answer_that_is_none(self, answer):
         """An answer without its fields is refused."""
-        with pytest.raises(SolverFailed, match="answer must have"):
+        with pytest.raises(SolverFailed, match="must write an answer; an answer"):
             run(say({"answer": answer}))
 
     def test_child_that_overruns(self):

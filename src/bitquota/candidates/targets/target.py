@@ -9,21 +9,22 @@ Design: docs/design/targets.md
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitquota.candidates.layers import LayerKind, match_layers
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Scheme
 from bitquota.candidates.table import Candidate, CandidateTable, Row
 from bitquota.canonical import digest_json
+from bitquota.codec import Document, Form
 from bitquota.errors import InvalidInput, InvalidPlan, UnknownLayer
 from bitquota.plan import PlanTarget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from bitquota.candidates.layers import Inventory, Layer, UnquantizedTensor
-    from bitquota.canonical import JsonObject
     from bitquota.plan import Plan
 
 CONVOLUTIONS = frozenset(
@@ -46,7 +47,7 @@ EMBEDDINGS = frozenset({LayerKind.EMBEDDING})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StorageFormat:
+class StorageFormat(Document):
     """One way in which a target can store a weight.
 
     Attributes:
@@ -58,6 +59,8 @@ class StorageFormat:
         row_multiple: The output channels must be a multiple of this.
         note: What a user should know before choosing it, such as that it saves no time.
     """
+
+    FORM: ClassVar[Form] = Form(derived=("bits_per_weight",))
 
     name: str
     weight_bits: int
@@ -80,19 +83,6 @@ class StorageFormat:
             return f"{self.name} needs {self.row_multiple} to divide the {layer.rows} rows"
         return None
 
-    def describe(self) -> JsonObject:
-        """Return the format as plain JSON, with its bits per weight on a long row."""
-        return {
-            "name": self.name,
-            "weight_bits": self.weight_bits,
-            "bits_per_weight": self.bits_per_weight,
-            "scheme": self.scheme.to_json(),
-            "kinds": sorted(str(kind) for kind in self.kinds),
-            "column_multiple": self.column_multiple,
-            "row_multiple": self.row_multiple,
-            "note": self.note,
-        }
-
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight of a row of 4,096 weights, scales and zero points included."""
@@ -102,19 +92,15 @@ class StorageFormat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Violation:
+class Violation(Document):
     """One way in which a plan breaks a target's rules."""
 
     layers: tuple[str, ...]
     reason: str
 
-    def to_json(self) -> JsonObject:
-        """Return the fields as plain JSON."""
-        return {"layers": list(self.layers), "reason": self.reason}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class Target(Document):
     """A deployment target.
 
     Attributes:
@@ -147,7 +133,7 @@ class Target:
     @property
     def version(self) -> str:
         """Digest of the rules: it changes with formats, ties, exclusions and options."""
-        rules = self.describe()
+        rules = self.to_json()
         return digest_json({k: v for k, v in rules.items() if k not in ("summary", "verified")})
 
     def record(self) -> PlanTarget:
@@ -320,22 +306,6 @@ class Target:
             raise InvalidPlan(
                 msg, target=self.name, violations=[violation.to_json() for violation in found]
             )
-
-    def describe(self) -> JsonObject:
-        """Return everything as plain JSON."""
-        return {
-            "name": self.name,
-            "summary": self.summary,
-            "versions": dict(self.versions),
-            "formats": [f.describe() for f in self.formats],
-            "exporter": self.exporter,
-            "ties": [list(tie) for tie in self.ties],
-            "exclude": list(self.exclude),
-            "excluded_kinds": sorted(str(kind) for kind in self.excluded_kinds),
-            "activation_bits": self.activation_bits,
-            "runtime_options": dict(self.runtime_options),
-            "verified": self.verified,
-        }
 
     def _candidate(self, layer: Layer, storage: StorageFormat) -> Candidate:
         return Candidate.of(layer, storage.weight_bits, storage.scheme, self.activation_bits)
