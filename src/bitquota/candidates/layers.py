@@ -8,14 +8,8 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-import re2
-
 from bitquota.codec import Document
-from bitquota.errors import (
-    InvalidInput,
-    InvalidModel,
-    UnknownLayer,
-)
+from bitquota.errors import InvalidInput, InvalidModel, UnknownLayer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
