@@ -135,7 +135,10 @@ class ForkServer:
         return None if self._group is None else self._group.verdict()
 
     def verdict(self) -> LimitExceeded | None:
-        """Return which limit the job was ended for, if it was."""
+        """Return which limit the job was ended for, or has died of, if it was a limit."""
+        if self._watch.verdict is None:
+            with contextlib.suppress(OSError):  # all of it is gone
+                return self._watch.look()
         return self._watch.verdict or self._group_verdict()
 
     def fork(self, inbox: Inbox) -> LocalWorker:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import escape_attempts
 from bitquota.canonical import digest_json
 from bitquota.errors import LimitExceeded, MeasurementFailed
 from bitquota.sensitivity.cache import MemoryLedger, SqliteLedger, ledger_key
@@ -15,11 +19,14 @@ from bitquota.service.artifacts import ArtifactStore
 from bitquota.service.blobs import BlobStore
 from bitquota.service.database import Database
 from bitquota.service.driver import EXIT_EVALUATOR_DIED, Driver
+from bitquota.service.engines import local
+from bitquota.service.engines.local import LocalEngine
 from bitquota.service.inspection import ArtifactKind
 from bitquota.service.job import JobStatus, NewJob
 from bitquota.service.jobs import JobStore
 from bitquota.service.limits import Resource, exceeded
 from bitquota.service.messages import Ended, Failed, LedgerPut, Piece, Whole, encode
+from bitquota.service.sandbox import bubblewrap
 from bitquota.service.scoped_ledger import ScopedLedger
 from bitquota.service.settings import Settings
 from bitquota.service.verdicts import MAX_MESSAGE, presentable
@@ -70,7 +77,7 @@ def settings(tmp_path):
 def carry_out(settings):
     """Run one job with a script; returns exit status and the job afterwards."""
 
-    def carry_out(*said, death=None):
+    def carry_out(*said, death=None, engine=None, settings=settings):
         database = Database(settings.url)
         store = JobStore(database, time.time)
         blobs, artifacts = (
@@ -88,9 +95,11 @@ def carry_out(settings):
         store.create(ordered)
         job = store.claim("here", 15.0)
         try:
-            status = Driver(settings, job, Scripted(*said, death=death)).run()
+            status = Driver(settings, job, engine or Scripted(*said, death=death)).run()
             return status, store.get("ann", job.id)
         finally:
+            if engine is not None:
+                engine.close()
             database.close()
 
     return carry_out
@@ -150,6 +159,133 @@ class TestHostileEvaluator:
             assert ledger.get(KEY) is None
             other = ScopedLedger(ledger, ["sha256:" + "0" * 64], 100)
             assert other.get_many([KEY]) == {}
+
+
+TAKE_ORDER = """
+import os, socket, sys, time
+control = socket.socket(fileno=int(sys.argv[-1]))
+_, handles, _, _ = socket.recv_fds(control, 1, 1)
+kept = socket.socket(fileno=handles[0])
+"""
+FORK = (
+    TAKE_ORDER
+    + """
+for _ in range(120):
+    if os.fork() == 0:
+        time.sleep(600)
+        os._exit(0)
+time.sleep(600)
+"""
+)
+FILL_TMP = (
+    TAKE_ORDER
+    + """
+if os.fork() == 0:
+    with open('/dev/shm/x', 'wb') as file:
+        for _ in range(64):
+            file.write(bytes(2**20))
+            file.flush()
+kept.close()
+time.sleep(600)
+"""
+)
+"""The fork that worked dies of a full file system; the server that it came from is still there."""
+EAT = (
+    TAKE_ORDER
+    + """
+for _ in range(8):
+    if os.fork() == 0:
+        kept_bytes = bytearray(os.urandom(2**20)) * 60
+        time.sleep(600)
+time.sleep(600)
+"""
+)
+LOOP = (
+    TAKE_ORDER
+    + """
+until = time.monotonic() + 300
+while time.monotonic() < until:
+    pass
+"""
+)
+ESCAPE = """
+import json
+results = {}
+given = json.loads(sys.argv[1])
+if confined(given):
+    for name, attempt in attempts(given).items():
+        try:
+            results[name] = {"got": repr(attempt())}
+        except (OSError, KeyError) as error:
+            results[name] = {"refused": repr(error)}
+with open("results.part", "w") as file:
+    json.dump(results, file)
+os.rename("results.part", "results.json")
+"""
+
+
+@pytest.mark.skipif(bubblewrap() is None, reason="needs bubblewrap")
+class TestEvaluatorOfAStranger:
+    """A program in place of our evaluator: the sandbox and its limits are all that holds it."""
+
+    @pytest.fixture
+    def small(self, settings):
+        return replace(
+            settings, max_processes=40, max_tmp_bytes=2**24, max_memory_bytes=2**28, max_job_s=3,
+            max_scratch_bytes=2**26, sandbox="require",
+        )  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("program", "kind", "setting"),
+        [
+            (FORK, "limit-exceeded", "BITQUOTA_MAX_PROCESSES"),
+            (FILL_TMP, "limit-exceeded", "BITQUOTA_MAX_TMP_BYTES"),
+            (EAT, "limit-exceeded", "BITQUOTA_MAX_MEMORY_BYTES"),
+            (LOOP, "service-timeout", "BITQUOTA_MAX_JOB_S"),
+        ],
+        ids=["forks", "fills tmp", "eats memory", "loops"],
+    )
+    def test_each_excess_is_ended_by_its_own_limit(
+        self, carry_out, small, monkeypatch, program, kind, setting
+    ):
+        time_limited = small if program is LOOP else replace(small, max_job_s=600)
+        monkeypatch.setattr(local, "EVALUATOR", ("-c", program))
+        status, job = carry_out(engine=LocalEngine(time_limited), settings=time_limited)
+        late = kind == "service-timeout"
+        assert (status, job.status) == (0, JobStatus.EXPIRED if late else JobStatus.FAILED)
+        assert job.error["type"].endswith(kind)
+        assert setting in job.error["detail"]
+        assert list((small.data_dir / "scratch").iterdir()) == []
+
+    def test_nothing_is_reached_from_where_models_run(self, small, monkeypatch):
+        """As after an escape from the vetter: any code, with the descriptors an evaluator has."""
+        data = small.data_dir
+        given = {
+            "namespaces": {
+                n: str(Path(f"/proc/self/ns/{n}").readlink()) for n in escape_attempts.NAMESPACES
+            },
+            "database": str(data / "bitquota.db"), "other_job": str(data / "scratch" / "other"),
+            "outside": str(data / "outside"), "input": str(data / "bitquota.db"), "port": 9,
+            "abstract": "bitquota-none", "unix": str(data / "none"), "pid": os.getpid(),
+        }  # fmt: skip
+        source = Path(escape_attempts.__file__).read_text().partition("def main()")[0]
+        monkeypatch.setattr(local, "EVALUATOR", ("-c", source + ESCAPE, json.dumps(given)))
+        engine = LocalEngine(small)
+        engine.open()
+        try:
+            (scratch,) = (data / "scratch").iterdir()
+            while not (scratch / "work" / "results.json").exists():
+                assert engine._server.process.poll() is None
+                time.sleep(0.02)
+            results = json.loads((scratch / "work" / "results.json").read_text())
+        finally:
+            engine.close()
+        got = {name for name, result in results.items() if "refused" not in result}
+        # The socket to the driver; and a folder in memory where the data folder would be.
+        assert len(results) > 40
+        assert got <= {"inherited sockets", "write outside", "change an input"}
+        assert not (data / "outside").exists()
+        assert b"forged" not in (data / "bitquota.db").read_bytes()
 
 
 class TestScopedLedger:
