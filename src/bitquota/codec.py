@@ -136,9 +136,10 @@ class Document:
             found = schema_of(data)
             msg = f"{what} must be a JSON object of schema '{form.schema}'; got {found}"
             raise form.error(msg + (f": {form.advice}" if form.advice else ""))
+        converter = _converter()
         try:
-            made: Self = _converter().structure(data, cls)
-        except Exception as err:
+            made: Self = converter.structure(data, cls)
+        except (ExceptionGroup, BitquotaError, ValueError, TypeError, RecursionError) as err:
             path, cause = _innermost(err)
             if isinstance(cause, form.error):
                 raise cause from None
@@ -367,14 +368,17 @@ def _innermost(err: Exception) -> tuple[str, Exception]:
 
     path = ""
     while isinstance(err, BaseValidationError):
+        names = getattr(err.cl, "FORM", Form()).names
         err = err.exceptions[0]
         for note in getattr(err, "__notes__", ()):
             if isinstance(note, AttributeValidationNote):
-                path += f".{note.name}" if path else note.name
+                name = names.get(note.name, note.name)
+                path += f".{name}" if path else name
             elif isinstance(note, IterableValidationNote):
                 path += f"[{note.index!r}]"
     if isinstance(err, ForbiddenExtraKeysError):
-        known = ", ".join(f.name for f in fields(err.cl))
+        form = getattr(err.cl, "FORM", Form())
+        known = ", ".join(form.names.get(f.name, f.name) for f in fields(err.cl))
         unknown = ", ".join(sorted(map(str, err.extra_fields)))
         return path, ValueError(f"has the members {known}; got also {unknown}")
     if isinstance(err, KeyError):
