@@ -35,6 +35,8 @@ _LOOKS_BETWEEN_MAPS = 8
 """Looks at processes without one at the files that they have mapped, which costs more."""
 _FULL = 0.98
 """Share of a file system in memory from which it counts as full."""
+_ROUNDS = 20
+"""Looks for processes that were forked while others were being stopped, without a sandbox."""
 _BLOCK = 512
 """What ``st_blocks`` counts in."""
 
@@ -130,7 +132,17 @@ class Watch:
         In a sandbox the child of bubblewrap is the first of its process namespace: the kernel
         kills all others with it, however fast they fork.
         """
-        for pid in [self._root, *descendants(self._root)]:
+        found: list[int] = []
+        for _ in range(1 if self._sandboxed else _ROUNDS):
+            tree = [self._root, *descendants(self._root)]
+            new = [pid for pid in tree if pid not in found]
+            found += new
+            if not new:
+                break
+            for pid in () if self._sandboxed else new:  # what is stopped forks no more
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGSTOP)
+        for pid in found:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
 
