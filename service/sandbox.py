@@ -63,6 +63,8 @@ class View:
         work: Current folder and home; may be written to.
         read: Further files and folders that are there, read-only.
         write: Further files and folders that may be written to.
+        stand_ins: Folders that may be written to and are there under another's name, ``(own,
+            name)``, in its stead.
         hidden: Folders of which nothing is there, even if they lie below one that is shown.
         tmp_bytes: Room in ``/tmp`` and in ``/dev/shm``, each; it is memory.
     """
@@ -70,6 +72,7 @@ class View:
     work: Path
     read: tuple[Path, ...] = ()
     write: tuple[Path, ...] = ()
+    stand_ins: tuple[tuple[Path, Path], ...] = ()
     hidden: tuple[Path, ...] = ()
     tmp_bytes: int = 2**30
 
@@ -141,13 +144,18 @@ def sandbox_of(settings: Settings) -> str | None:
     Raises:
         InvalidInput: The settings require a sandbox and there is none.
     """
-    if settings.sandbox not in MODES:
-        msg = f"BITQUOTA_SANDBOX must be one of {', '.join(MODES)}; got {settings.sandbox!r}"
+    return sandbox_for(settings.sandbox)
+
+
+def sandbox_for(mode: str) -> str | None:
+    """Return the bubblewrap to use in ``mode``, one of ``MODES``; see ``sandbox_of``."""
+    if mode not in MODES:
+        msg = f"BITQUOTA_SANDBOX must be one of {', '.join(MODES)}; got {mode!r}"
         raise InvalidInput(msg)
-    if settings.sandbox == "off":
+    if mode == "off":
         return None
     found = bubblewrap()
-    if found is None and settings.sandbox == "require":
+    if found is None and mode == "require":
         msg = (
             "a sandbox is required and none can be had: bubblewrap is missing, or this system "
             "forbids user namespaces; install it, or set BITQUOTA_SANDBOX=off and accept only "
@@ -235,11 +243,14 @@ def _options(program: str, view: View, filters: Sequence[int]) -> list[str]:
     line += ["--dev-bind", "/dev/null", "/dev/zero"]
     for folder in TMP_FOLDERS:
         line += ["--size", str(view.tmp_bytes), "--tmpfs", folder]
+    # Before Python's folders, which may lie below: a project's .venv.
+    for own, name in view.stand_ins:
+        line += ["--bind", str(own), str(name)]
     shown = [Path(p) for p in _SYSTEM] + python_folders()
-    for name in [*map(str, shown), *_ETC, "/sys/devices/system"]:
-        line += ["--ro-bind-try", name, name]
-    for name in _gpus():
-        line += ["--dev-bind-try", name, name]
+    for place in [*map(str, shown), *_ETC, "/sys/devices/system"]:
+        line += ["--ro-bind-try", place, place]
+    for place in _gpus():
+        line += ["--dev-bind-try", place, place]
     # A data folder may lie below a folder that is shown, such as a home with Python in it.
     hidden = [folder.resolve() for folder in view.hidden]
     hidden = [folder for folder in hidden if any(folder.is_relative_to(path) for path in shown)]

@@ -21,6 +21,7 @@ from bitquota.cli import (
     solving,
     training,
 )
+from bitquota.cli.sandboxed import OUTSIDE, Outside, sandboxed
 from bitquota.errors import BitquotaError, InvalidInput
 from bitquota.service import admin_commands
 
@@ -39,21 +40,21 @@ app = typer.Typer(
         "5 no plan fits the budget."
     ),
 )
-app.command("inspect")(inspecting.inspect)
+app.command("inspect")(sandboxed()(inspecting.inspect))
 app.command("targets")(inspecting.targets)
-app.command("plan")(planning.plan)
-app.command("measure")(planning.measure)
-app.command("compare")(comparing.compare)
-app.command("export")(exporting.export)
-app.command("finetune")(training.finetune)
-app.command("learn")(training.learn)
-app.command("evaluate")(evaluating.evaluate)
+app.command("plan")(sandboxed(files=("out", "report_file", "matrix_file"))(planning.plan))
+app.command("measure")(sandboxed(files=("out",))(planning.measure))
+app.command("compare")(sandboxed(files=("out", "report_file", "plot_file"))(comparing.compare))
+app.command("export")(sandboxed(files=("out",))(exporting.export))
+app.command("finetune")(sandboxed(folders=("out", "checkpoints"))(training.finetune))
+app.command("learn")(sandboxed(folders=("out", "checkpoints"))(training.learn))
+app.command("evaluate")(sandboxed()(evaluating.evaluate))
 app.command("show")(planning.show)
 app.command("report")(reporting.report)
 app.command("solve")(solving.solve_file)
 app.command("frontier")(solving.frontier)
 app.command("lock")(gating.lock)
-app.command("check")(gating.check)
+app.command("check")(sandboxed(files=("junit", "summary"), reads=(gating.LOCK_FILE,))(gating.check))
 app.command("diff")(gating.diff)
 app.command("serve")(serving.serve)
 app.command("demo")(serving.demo)
@@ -69,14 +70,24 @@ def _print_version(wanted: bool) -> None:  # Typer calls it with the flag
 
 @app.callback()
 def _options(
-    version: Annotated[  # Typer needs the parameter; the callback acts on it
+    context: typer.Context,
+    sandbox: Annotated[
+        str,
+        typer.Option(
+            envvar="BITQUOTA_SANDBOX",
+            help="For commands that open a .pt2 or .onnx file: auto (where bubblewrap works), "
+            "require, or off (a model of your own).",
+        ),
+    ] = "auto",
+    version: Annotated[  # noqa: ARG001  # Typer needs the parameter; the callback acts on it
         bool,
         typer.Option(
             "--version", callback=_print_version, is_eager=True, help="Print the version."
         ),
     ] = False,
 ) -> None:
-    pass
+    if context.obj is not None:
+        OUTSIDE.set(Outside(arguments=tuple(context.obj), mode=sandbox))
 
 
 def _sentence(err: OSError) -> str:
@@ -87,10 +98,10 @@ def _sentence(err: OSError) -> str:
     )
 
 
-def main() -> None:
+def main(*, in_sandbox: bool = False) -> None:
     """Run the command line; an expected error becomes one sentence and its exit code."""
     try:
-        app()
+        app(obj=None if in_sandbox else sys.argv[1:])
     except BitquotaError as err:
         typer.secho(f"error: {err}", err=True, fg=typer.colors.RED)
         sys.exit(err.exit_code)

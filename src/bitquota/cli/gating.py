@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from bitquota.ci.lock import Limits, Lock
     from bitquota.models.loaded import LoadedModel
 
-_LOCK_FILE = Path("bitquota.lock.json")
+LOCK_FILE = Path("bitquota.lock.json")
 _STYLES = {"passed": "green", "failed": "bold red", "stale": "yellow", "skipped": "dim"}
 
 MaxKl = Annotated[
@@ -73,7 +73,7 @@ def lock(
     max_size: MaxSize = None,
     max_file_size: MaxFileSize = None,
     not_worse_than: NotWorseThan = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Lock file to write.")] = _LOCK_FILE,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Lock file to write.")] = LOCK_FILE,
 ) -> None:
     """Write the lock file of PLAN for git, keeping target and limits of the file it replaces."""
     from bitquota.ci.lock import Lock, make_lock
@@ -112,7 +112,7 @@ def _short(lock: Lock) -> str:
 def check(
     lock_files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[LOCK]...", help=f"Lock files in git ({_LOCK_FILE})."),
+        typer.Argument(metavar="[LOCK]...", help=f"Lock files in git ({LOCK_FILE})."),
     ] = None,
     model: Annotated[
         str | None,
@@ -159,7 +159,7 @@ def check(
     from bitquota.ci.check import append_step_summary, check_lock, to_junit, worst_exit_code
     from bitquota.ci.lock import Lock
 
-    files = lock_files or [_LOCK_FILE]
+    files = lock_files or [LOCK_FILE]
     if data is not None and model is None:
         msg = "--data measures the plan on a model: name it with --model"
         raise InvalidInput(msg, data=data)
