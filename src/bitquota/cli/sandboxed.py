@@ -29,7 +29,7 @@ import typer
 from bitquota.canonical import nearest_existing
 from bitquota.cli import output
 from bitquota.errors import InvalidInput
-from bitquota.formats.sources import FACTORY
+from bitquota.models.sources import FACTORY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
