@@ -85,7 +85,7 @@ def load_folder_module(path: Path) -> nn.Module:
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as err:
+    except Exception as err:  # a config can fail anywhere in transformers
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         msg = (
             f"a Hugging Face folder must hold the config and all weights of one model; "
@@ -147,15 +147,15 @@ def _read_config(path: Path) -> JsonObject:
             "config.json"
         )
         raise InvalidModel(msg, source=str(path)) from err
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         msg = f"config.json of '{path.name}' must be readable JSON; got: {err}"
         raise InvalidModel(msg, source=str(path)) from err
     if not isinstance(config, dict):
         msg = f"config.json of '{path.name}' must be an object; got {type(config).__name__}"
         raise InvalidModel(msg, source=str(path))
-    if config.get("auto_map"):
+    if asked := _asks_for_code(config):
         msg = (
-            f"config.json of '{path.name}' asks for code of its own (auto_map), which is never "
+            f"config.json of '{path.name}' asks for code of its own ({asked}), which is never "
             "run; use a model type that ships with transformers, or export the model to .pt2"
         )
         raise UnsafeModel(msg, source=str(path))
@@ -173,6 +173,22 @@ def _read_config(path: Path) -> JsonObject:
         )
         raise InvalidModel(msg, model_type=model_type)
     return config
+
+
+def _asks_for_code(config: object) -> str | None:
+    """Return the entry of a config, or of one inside it, that names code outside transformers."""
+    if isinstance(config, list):
+        return next(filter(None, map(_asks_for_code, config)), None)
+    if not isinstance(config, dict):
+        return None
+    for name, value in config.items():
+        # Kernels of the hub are named 'owner/repository'.
+        kernel = name.endswith("_implementation") and "/" in str(value)
+        if (name == "auto_map" and value) or kernel:
+            return str(name)
+        if asked := _asks_for_code(value):
+            return asked
+    return None
 
 
 def _check_weights(path: Path) -> None:
@@ -234,13 +250,14 @@ def _model_class(transformers: Any, config: JsonObject, path: Path) -> Any:  # n
 
 
 def _example(model: Any, config: Any) -> tuple[Tensor, ...] | None:  # noqa: ANN401
-    if model.main_input_name == "input_ids":
-        length = min(16, getattr(config, "max_position_embeddings", 16) or 16)
-        ids = torch.arange(2 * length).reshape(2, length) % config.vocab_size
-        return (ids,)
-    if model.main_input_name == "pixel_values":
+    """Return two samples as the config describes them; none where it makes no sense."""
+    try:
+        if model.main_input_name == "input_ids":
+            length = min(16, getattr(config, "max_position_embeddings", 16) or 16)
+            return (torch.arange(2 * length).reshape(2, length) % config.vocab_size,)
         size = getattr(config, "image_size", None) or 224
-        if isinstance(size, int):
-            channels = getattr(config, "num_channels", 3)
-            return (torch.zeros(2, channels, size, size),)
+        if model.main_input_name == "pixel_values" and isinstance(size, int):
+            return (torch.zeros(2, getattr(config, "num_channels", 3), size, size),)
+    except (RuntimeError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+        return None
     return None

@@ -139,11 +139,19 @@ class TestFolder:
         assert loaded.weight_format_bits == 16
         assert next(loaded.module.parameters()).dtype == torch.float32
 
-    def test_remote_code(self, folder):
-        """auto_map is refused before anything is imported."""
+    @pytest.mark.parametrize(
+        "asks",
+        [
+            {"auto_map": {"AutoModelForCausalLM": "evil.Model"}},
+            {"text_config": {"auto_map": {"AutoConfig": "evil.Config"}}},
+            {"_attn_implementation": "evil/kernels"},
+        ],
+    )
+    def test_remote_code(self, folder, asks):
+        """What names code is refused before anything is imported, also inside a config's parts."""
         (folder / "evil.py").write_text("raise SystemExit('ran')")
-        edit_config(folder, auto_map={"AutoModelForCausalLM": "evil.Model"})
-        with pytest.raises(UnsafeModel, match="auto_map"):
+        edit_config(folder, **asks)
+        with pytest.raises(UnsafeModel, match=r"asks for code of its own \((auto_map|_attn)"):
             load_model(str(folder))
 
     @pytest.mark.parametrize(

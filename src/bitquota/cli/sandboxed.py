@@ -4,6 +4,8 @@ Such a file may come from a stranger. Inside there is no network and no file but
 files that the command line names (read-only), and the places that it writes to. What a command
 writes as a file lands in a folder that stands in for the real one, and is moved from there; so its
 neighbours are neither seen nor touched.
+
+Design: docs/design/sandbox.md
 """
 
 from __future__ import annotations
