@@ -274,17 +274,18 @@ def get_plan(
 
 
 def _results_by_path() -> dict[str, list[tuple[str, Result]]]:
-    """Return kind and result behind every path below a job, but those of plans."""
+    """Return kind and result behind every path below a job, but that of plans."""
     found: dict[str, list[tuple[str, Result]]] = {}
     for kind in KINDS.values():
         for result in kind.results:
-            if result.path is not None and not result.many:
+            if result.path not in {None, "plan"}:
                 found.setdefault(result.path, []).append((kind.name, result))
     return found
 
 
 def _add_result(path: str, sources: list[tuple[str, Result]]) -> None:
     """Add the endpoint of one result; it may have another form for each kind of job."""
+    many = any(result.many for _, result in sources)
     media: dict[str, Any] = {result.media_type.partition(";")[0]: {} for _, result in sources}
     text = " ".join(dict.fromkeys(result.text for _, result in sources))
     kinds = ", ".join(f"`{name}`" for name, _ in sources)
@@ -305,6 +306,10 @@ def _add_result(path: str, sources: list[tuple[str, Result]]) -> None:
         service: Service,
         caller: Calling,
         if_none_match: Annotated[str | None, Header()] = None,
+        # A default, because annotations are read where ``many`` is not known.
+        budget: int = Query(  # noqa: FAST002
+            default=0, ge=0, include_in_schema=many, description="Position of the budget."
+        ),
     ) -> Response:
         job = service.jobs.get(caller.tenant, job_id)
         known = dict(sources)
@@ -312,9 +317,12 @@ def _add_result(path: str, sources: list[tuple[str, Result]]) -> None:
             msg = f"a job must be of kind {' or '.join(known)} to have this; it is a {job.kind} job"
             raise NotFound(msg, job=job_id, kind=job.kind)
         result = known[job.kind]
-        digest = results_in(job).get(result.name)
+        found = results_in(job).get(result.name)
+        digests = found if result.many else [found]
+        digest = digests[budget] if digests and budget < len(digests) else None
         if digest is None:
-            msg = f"the job must have left its {result.name}; it left none"
+            place = f" at position {budget}" if result.many and digests else ""
+            msg = f"the job must have left its {result.name}{place}; it left none"
             raise NotFound(msg, job=job_id)
         named = f"{job_id}-{result.path}{result.suffix}" if result.suffix else None
         return stored_file(service, digest, result.media_type, named, if_none_match)

@@ -19,16 +19,27 @@ import numpy as np
 
 from bitquota.codec import Document, LowerBound
 from bitquota.errors import InvalidInput
-from bitquota.solver.checker_bounds import ExactBounds, Frame, OutwardBounds, Value
+from bitquota.solver.checker_bounds import (
+    BadPoint,
+    ExactBounds,
+    Formula,
+    Frame,
+    OutwardBounds,
+    Value,
+)
 from bitquota.solver.checker_recursion import reason_not_proved
+from bitquota.solver.checker_regions import Regions, blocks
+from bitquota.solver.exact import dyadic
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from bitquota.solver.problem import Problem
     from bitquota.solver.solution import Certificate, Solution
 
-    Bools = NDArray[np.bool_]
+    Ints = NDArray[np.int64]
 
 METHODS = ("auto", "exact", "outward")
 _EXACT_UP_TO_ROWS = 48
@@ -196,13 +207,13 @@ class _Arithmetic:
         """Return the exact objective and how far a float64 sum of it may be off."""
         problem = self.problem
         rows = [a + c for a, c in zip(self.offsets, choice.tolist(), strict=False)]
-        terms = [Fraction(float(problem.constant))]
-        terms += [Fraction(float(problem.diagonal[p])) for p in rows]
+        parts = [np.array([problem.constant]), problem.diagonal[rows]]
         if problem.cross is not None:
-            chosen = problem.cross[np.ix_(rows, rows)].tolist()
-            terms += [Fraction(v) / 2 for line in chosen for v in line if v]
-        rounding = sum(map(abs, terms)) * (len(rows) ** 2 + 8) * Fraction(2) ** -53
-        return sum(terms, Fraction()), Fraction(rounding)
+            parts.append(problem.cross[np.ix_(rows, rows)][np.triu_indices(len(rows), 1)])
+        (terms,), exponent = dyadic(np.concatenate(parts))
+        unit = Fraction(2) ** exponent
+        rounding = sum(map(abs, terms)) * (len(rows) ** 2 + 8) * unit * Fraction(2) ** -53
+        return sum(terms) * unit, Fraction(rounding)
 
 
 class _Checker:
@@ -211,12 +222,13 @@ class _Checker:
     def __init__(self, problem: Problem, certificate: Certificate, method: str) -> None:
         self.problem, self.certificate = problem, certificate
         self.arithmetic = _Arithmetic(problem)
-        self.starts = problem.offsets[:-1]
-        self.group = np.array(self.arithmetic.group, dtype=np.int64)
         self.n, self.N = self.arithmetic.n, len(certificate.parent)
         self.exact_nodes = 0
         self._check_shapes()
-        self.masks = self._masks()
+        packed = np.ascontiguousarray(certificate.allowed, dtype=np.uint8)
+        self.masks = np.unpackbits(packed, axis=1, count=self.n).astype(np.bool_)
+        if bool((problem.allowed & ~self.masks[0]).any()):
+            raise _Broken("node 0 must allow every row that the problem allows")
         frames = []
         for index, shape in enumerate(certificate.convexifications):
             try:
@@ -227,7 +239,8 @@ class _Checker:
         self.first_exact = method == "exact" or (method == "auto" and small)
         self.may_repeat = method != "outward"
         self.exact = [ExactBounds(problem, frame) for frame in frames]
-        self.outward = [OutwardBounds(problem, frame) for frame in frames]
+        self.wide = [OutwardBounds(problem, frame) for frame in frames]
+        self.fast = [OutwardBounds(problem, frame, np.float64) for frame in frames]
         for index in sorted({int(c) for c in certificate.convexification if c >= 0}):
             if not self._is_convex(index):
                 msg = (
@@ -237,7 +250,7 @@ class _Checker:
                 raise _Broken(msg)
 
     def _is_convex(self, index: int) -> bool:
-        if not self.first_exact and self.outward[index].is_convex():
+        if not self.first_exact and self.wide[index].is_convex():
             return True
         return self.may_repeat and self.exact[index].is_convex()
 
@@ -269,25 +282,24 @@ class _Checker:
         if bool((c.multipliers < 0).any()):
             raise _Broken(f"'multipliers' must not be negative; got {float(c.multipliers.min())}")
 
-    def _masks(self) -> NDArray[np.bool_]:
-        packed = np.ascontiguousarray(self.certificate.allowed, dtype=np.uint8)
-        masks = np.unpackbits(packed, axis=1, count=self.n).astype(np.bool_)
-        if bool((self.problem.allowed & ~masks[0]).any()):
-            raise _Broken("node 0 must allow every row that the problem allows")
-        return masks
-
     def prove(self) -> Value:
-        """Return what node 0 proves: an exact fraction, or an infinity."""
-        children: list[list[int]] = [[] for _ in range(self.N)]
-        for node, parent in enumerate(self.certificate.parent.tolist()):
-            if parent >= 0:
-                children[parent].append(node)
-        proved: list[Value] = [-math.inf] * self.N
+        """Return what node 0 proves: an exact fraction, a float, or an infinity."""
+        try:
+            regions = Regions.of(
+                self.problem, self.arithmetic.enemies, self.masks, self.certificate.parent
+            )
+        except ValueError as err:
+            raise _Broken(str(err)) from err
+        formulas = self._formulas(regions)
+        below: list[Value] = [math.inf] * self.N
         for node in reversed(range(self.N)):
-            proved[node] = self._node(node, [(k, proved[k]) for k in children[node]])
+            value = self._node(node, regions, below[node], formulas.get(node))
+            if node:
+                parent = int(self.certificate.parent[node])
+                below[parent] = min(below[parent], value)
         if self.certificate.recursion:
-            return max(proved[0], self._recursion(proved[0]))
-        return proved[0]
+            return max(value, self._recursion(value))
+        return value
 
     def _recursion(self, known: Value) -> Value:
         """Return the claimed bound if a recursion proves it."""
@@ -301,114 +313,80 @@ class _Checker:
             raise _Broken(f"node 0: {reason}")
         return Fraction(claim)
 
-    def _node(self, node: int, children: list[tuple[int, Value]]) -> Value:
-        mask = self.masks[node]
-        if self._is_empty(mask):
+    def _formulas(self, regions: Regions) -> dict[int, Formula]:
+        """Return what the formula of each node proves, and of each of its open rows chosen."""
+        found: dict[int, Formula] = {}
+        used = self.certificate.convexification
+        for index, shape in enumerate(self.certificate.convexifications):
+            nodes = np.flatnonzero((used == index) & regions.undecided)
+            outside = (self.masks[nodes] & ~shape.support).any(axis=1)
+            if outside.any():
+                node = int(nodes[np.argmax(outside)])
+                raise _Broken(f"node {node} must allow only rows of its convexification's support")
+            for block in blocks(nodes, self.n):
+                if self.first_exact:
+                    found.update((n, self._exactly(n, regions)) for n in block.tolist())
+                else:
+                    proved = self._outward(self.fast[index], block, regions)
+                    found.update(zip(block.tolist(), proved, strict=True))
+        return found
+
+    def _outward(self, bounds: OutwardBounds, nodes: Ints, regions: Regions) -> list[Formula]:
+        c, rows = self.certificate, [regions.open_rows(node) for node in nodes.tolist()]
+        try:
+            return bounds.nodes(self.masks[nodes], c.point[nodes], c.multipliers[nodes], rows)
+        except BadPoint as err:
+            raise _Broken(f"node {nodes[err.node]}: {err}") from err
+
+    def _exactly(self, node: int, regions: Regions) -> Formula:
+        self.exact_nodes += 1
+        c, rows = self.certificate, regions.open_rows(node)
+        bounds = self.exact[int(c.convexification[node])]
+        try:
+            return bounds.node(self.masks[node], c.point[node], c.multipliers[node], rows)
+        except BadPoint as err:
+            raise _Broken(f"node {node}: {err}") from err
+
+    def _node(self, node: int, regions: Regions, below: Value, formula: Formula | None) -> Value:
+        """Return what ``node`` proves, whose children prove ``below`` (``inf``: it has none)."""
+        if regions.empty[node]:
             return math.inf
-        removed = self._removed(node, mask, [k for k, _ in children])
-        below = min((value for _, value in children), default=-math.inf)
-        if not children and int(mask.sum()) == len(self.starts):
+        if regions.single[node] and not regions.parents[node]:
             # One row per group and not visibly empty: the choice is feasible.
-            value, _ = self.arithmetic.objective(np.flatnonzero(mask) - self.starts)
-            return value
-        best = self._formula(node, mask, removed, below, exact=self.first_exact)
-        claim = self.certificate.bound
-        if (
-            not self.first_exact
-            and self.may_repeat
-            and not self.certificate.recursion
-            and _finite(claim)
-            and best < Fraction(claim)
-            and self.certificate.convexification[node] >= 0
-        ):
-            best = max(best, self._formula(node, mask, removed, below, exact=True))
+            rows = np.flatnonzero(self.masks[node])
+            return self.arithmetic.objective(rows - self.problem.offsets[:-1])[0]
+        if not regions.parents[node]:
+            below = -math.inf
+        best = self._best(node, regions, below, formula)
+        for again in self._repeats(node, regions, best):
+            best = max(best, self._best(node, regions, below, again))
+            if best >= Fraction(self.certificate.bound):
+                break
         return best
 
-    def _formula(
-        self, node: int, mask: Bools, removed: list[int], below: Value, *, exact: bool
-    ) -> Value:
-        index = int(self.certificate.convexification[node])
-        if index < 0:
-            return -math.inf if removed else below
-        if bool((mask & ~self.certificate.convexifications[index].support).any()):
-            raise _Broken(f"node {node} must allow only rows of its convexification's support")
-        self.exact_nodes += exact
-        point, multipliers = self.certificate.point[node], self.certificate.multipliers[node]
-        bounds = (self.exact if exact else self.outward)[index]
-        try:
-            own, by_row = bounds.node(mask, point, multipliers, removed)
-        except ValueError as err:
-            raise _Broken(f"node {node}: {err}") from err
-        return max(own, min([below, *by_row]))
+    def _repeats(self, node: int, regions: Regions, best: Value) -> Iterator[Formula]:
+        """Yield the formula of a node that falls short in ever finer arithmetic."""
+        index, claim = int(self.certificate.convexification[node]), self.certificate.bound
+        if self.first_exact or index < 0 or not _finite(claim) or best >= Fraction(claim):
+            return
+        yield self._outward(self.wide[index], np.array([node]), regions)[0]
+        if self.may_repeat and not self.certificate.recursion:
+            yield self._exactly(node, regions)
 
-    def _least(self, mask: Bools) -> NDArray[np.int64]:
-        """Return ``i64[m, G]``: the cheapest allowed cost of every group."""
-        costs = np.where(mask, self.problem.costs, np.iinfo(np.int64).max)
-        least: NDArray[np.int64] = np.minimum.reduceat(costs, self.starts, axis=1)
-        return least
+    def _best(self, node: int, regions: Regions, below: Value, formula: Formula | None) -> Value:
+        """Return the larger of a node's own bound and the least of children and removed rows.
 
-    def _is_empty(self, mask: Bools) -> bool:
-        if not np.logical_or.reduceat(mask, self.starts).all():
-            return True
-        least = self._least(mask)
-        if bool((least.sum(axis=1) > self.problem.limits).any()):
-            return True
-        single = self._single(mask)
-        return any(not single.isdisjoint(self.arithmetic.enemies[p]) for p in single)
-
-    def _single(self, mask: Bools) -> set[int]:
-        """Return the allowed rows that are alone in their group."""
-        alone = np.add.reduceat(mask.astype(np.int64), self.starts) == 1
-        return set(np.flatnonzero(mask & alone[self.group]).tolist())
-
-    def _removed(self, node: int, mask: Bools, children: list[int]) -> list[int]:
-        """Return the rows that neither a child keeps nor a simple argument excludes."""
-        if not children:
-            return []
-        below = self.masks[children]
-        kept: Bools = np.logical_or.reduce(below, axis=0)
-        if bool((kept & ~mask).any()):
-            raise _Broken(f"the children of node {node} must not allow rows that it does not")
-        differ = np.logical_or.reduceat(kept & ~np.logical_and.reduce(below, axis=0), self.starts)
-        if int(differ.sum()) > 1:
-            raise _Broken(f"the children of node {node} must differ in one group only")
-        removed = np.flatnonzero(mask & ~kept)
-        if not len(removed):
-            return []
-        least, single = self._least(mask), self._single(mask)
-        total = least.sum(axis=1)
-        open_rows = []
-        for p in removed.tolist():
-            others = total - least[:, self.group[p]]
-            if bool((self.problem.costs[:, p] > self.problem.limits - others).any()):
-                continue
-            if not single.isdisjoint(self.arithmetic.enemies[p]):
-                continue
-            if self._is_dominated(p, mask, kept):
-                continue
-            open_rows.append(p)
-        return open_rows
-
-    def _is_dominated(self, p: int, mask: Bools, kept: Bools) -> bool:
-        problem, g = self.problem, self.group[p]
-        for q in range(*problem.offsets[g : g + 2].tolist()):
-            if not kept[q] or bool((problem.costs[:, q] > problem.costs[:, p]).any()):
-                continue
-            if not self.arithmetic.enemies[q] <= self.arithmetic.enemies[p]:
-                continue
-            worst = Fraction(float(problem.diagonal[q])) - Fraction(float(problem.diagonal[p]))
-            if problem.cross is not None:
-                a, b = problem.cross[q].tolist(), problem.cross[p].tolist()
-                for h, (start, stop) in enumerate(
-                    zip(self.starts.tolist(), problem.offsets[1:].tolist(), strict=True)
-                ):
-                    if h != g:
-                        worst += max(
-                            Fraction(a[j]) - Fraction(b[j]) for j in range(start, stop) if mask[j]
-                        )
-            if worst <= 0:
-                return True
-        return False
+        A removed row counts for nothing when another row dominates it; only those that would
+        lower the result are looked at.
+        """
+        rows = regions.open_rows(node)
+        own, by_row = formula or (-math.inf, [-math.inf] * len(rows))
+        for value, row in sorted(zip(by_row, rows, strict=True)):
+            if value >= below:
+                break
+            if not regions.is_dominated(row, node):
+                return max(own, value)
+        return max(own, below)
 
 
 def _finite(value: Value) -> bool:

@@ -11,6 +11,7 @@ Design: docs/design/certificates.md
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -30,7 +31,17 @@ if TYPE_CHECKING:
     Bools = NDArray[np.bool_]
 
 Value = Fraction | float
-"""A proved number: an exact fraction, or plus or minus infinity."""
+"""A proved number: an exact fraction, a float, or an infinity."""
+Formula = tuple[Value, Sequence[Value]]
+"""What a node's formula proves, and what it proves with each of some rows chosen."""
+
+
+class BadPoint(ValueError):
+    """A node's ``point`` breaks a rule; ``node`` says which one of those that were handed in."""
+
+    def __init__(self, must: str, node: int) -> None:
+        super().__init__(f"'point' must {must}")
+        self.node = node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -140,17 +151,20 @@ def _reduced(Q: NDArray[Any], p: NDArray[Any], r: NDArray[Any], sign: int) -> ND
     return reduced
 
 
-def _totals(point: NDArray[Any], offsets: NDArray[np.int64], frame: Frame) -> None:
-    if point[~frame.support].any():
-        msg = "'point' must be zero outside the support"
-        raise ValueError(msg)
+def _check_points(
+    points: NDArray[Any], starts: NDArray[np.int64], support: Bools
+) -> NDArray[np.float64]:
+    """Return the sums of ``points`` f32[k, n] by group, or raise ``BadPoint``."""
     # float64 sums of float32 values of one sign cannot vanish by rounding.
-    if bool((point < 0).any()):
-        msg = f"'point' must not be negative; got {float(point.min())}"
-        raise ValueError(msg)
-    if bool((np.add.reduceat(point.astype(np.float64), offsets[:-1]) <= 0).any()):
-        msg = "'point' must have a positive sum in every group"
-        raise ValueError(msg)
+    sums: NDArray[np.float64] = np.add.reduceat(points.astype(np.float64), starts, axis=1)
+    for bad, must in (
+        ((points[:, ~support] != 0).any(axis=1), "be zero outside the support"),
+        ((points < 0).any(axis=1), f"not be negative; got {float(points.min(initial=0.0))}"),
+        ((sums <= 0).any(axis=1), "have a positive sum in every group"),
+    ):
+        if bad.any():
+            raise BadPoint(must, int(np.argmax(bad)))
+    return sums
 
 
 class ExactBounds:
@@ -200,14 +214,14 @@ class ExactBounds:
         point: NDArray[np.float32],
         multipliers: NDArray[np.float64],
         removed: list[int],
-    ) -> tuple[Value, list[Value]]:
+    ) -> Formula:
         """Return what the node proves, and what it proves with each removed row chosen.
 
         Raises:
-            ValueError: ``point`` is not one.
+            BadPoint: ``point`` is not one.
         """
         problem, starts = self.problem, self.problem.offsets[:-1]
-        _totals(point, problem.offsets, self.frame)
+        _check_points(point[None], starts, self.frame.support)
         linear, Q, exponent = self._terms
         (z,), _ = dyadic(point)
         sums = np.add.reduceat(z, starts)
@@ -238,35 +252,52 @@ class ExactBounds:
 
 
 class OutwardBounds:
-    """Bounds in the widest float, every rounding accounted for."""
+    """Bounds in floats, every rounding accounted for.
 
-    def __init__(self, problem: Problem, frame: Frame) -> None:
-        self.problem, self.frame = problem, frame
+    Args:
+        problem: The problem.
+        frame: The convexification.
+        real: ``np.float64``, which processors are fast at, or ``np.longdouble``.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        frame: Frame,
+        real: type[np.floating[Any]] = np.longdouble,
+    ) -> None:
+        self.problem, self.frame, self.real = problem, frame, real
+
+    def _real(self, array: NDArray[Any]) -> NDArray[Any]:
+        return np.asarray(array).astype(self.real)
+
+    def _gamma(self, roundings: int) -> Any:  # noqa: ANN401  # a scalar of type real
+        return self.real(gamma(roundings, float(np.finfo(self.real).eps) / 2) * (1 + 2.0**-50))
 
     @cached_property
     def _terms(self) -> tuple[Any, Any, Any, Any, int]:
         """``l``, its absolute sum, ``Q`` (``None`` when zero), its absolute sum, roundings."""
         problem, frame = self.problem, self.frame
-        linear = wide(problem.diagonal)
+        linear = self._real(problem.diagonal)
         size = np.abs(linear)
         roundings = 4 + 4 * len(problem.limits)
         parts = [p for p in (problem.cross, frame.shift, frame.cuts) if p is not None]
         if not parts and frame.products is None:
             return linear, size, None, None, roundings
         n = int(problem.offsets[-1])
-        Q = np.zeros((n, n), dtype=np.longdouble)
-        Q_size = np.zeros((n, n), dtype=np.longdouble)
+        Q = np.zeros((n, n), dtype=self.real)
+        Q_size = np.zeros((n, n), dtype=self.real)
         for part in parts:
-            Q += -wide(part) if part is frame.cuts else wide(part)
-            Q_size += np.abs(wide(part))
+            Q += -self._real(part) if part is frame.cuts else self._real(part)
+            Q_size += np.abs(self._real(part))
         if frame.shift is not None:
-            half = np.diag(wide(frame.shift)) / 2
+            half = np.diag(self._real(frame.shift)) / 2
             linear, size = linear - half, size + np.abs(half)
         if frame.products is not None:
-            mu, costs = wide(frame.products), wide(problem.costs)
+            mu, costs = self._real(frame.products), self._real(problem.costs)
             outer = mu.T @ costs
             Q, Q_size = Q + outer + outer.T, Q_size + outer + outer.T
-            limits = wide(problem.limits)
+            limits = self._real(problem.limits)
             linear, size = linear - limits @ mu, size + np.abs(limits) @ mu
         return linear, size, Q, Q_size, roundings
 
@@ -276,50 +307,62 @@ class OutwardBounds:
         if Q is None:
             return True
         p, r = _differences(self.frame.support, self.problem.offsets)
-        error = gamma(roundings + 4) * _reduced(Q_size, p, r, 1) + TINY
-        return is_positive_definite(_reduced(Q, p, r, -1), error)
+        error = self._gamma(roundings + 4) * _reduced(Q_size, p, r, 1) + self.real(TINY)
+        return is_positive_definite(wide(_reduced(Q, p, r, -1)), wide(error))
 
-    def node(
+    def nodes(
         self,
-        mask: Bools,
-        point: NDArray[np.float32],
+        masks: Bools,
+        points: NDArray[np.float32],
         multipliers: NDArray[np.float64],
-        removed: list[int],
-    ) -> tuple[Value, list[Value]]:
-        """Return lower bounds of what ``ExactBounds.node`` returns."""
+        removed: Sequence[list[int]],
+    ) -> list[Formula]:
+        """Return lower bounds of what ``ExactBounds.node`` returns, for ``k`` nodes at once.
+
+        Args:
+            masks: bool[k, n], the nodes' rows.
+            points: f32[k, n].
+            multipliers: f64[k, m].
+            removed: The rows of each node that are to be chosen in turn.
+
+        Raises:
+            BadPoint: One of ``points`` is not one.
+        """
         problem, starts = self.problem, self.problem.offsets[:-1]
-        _totals(point, problem.offsets, self.frame)
+        _check_points(points, starts, self.frame.support)
         linear, size, Q, Q_size, roundings = self._terms
         counts = np.diff(problem.offsets)
-        given = wide(point)
-        z = given / np.repeat(np.add.reduceat(given, starts), counts)
-        prices, costs, limits = wide(multipliers), wide(problem.costs), wide(problem.limits)
-        rows, rows_size = linear + prices @ costs, size + prices @ costs
-        square = square_size = np.longdouble(0)
+        given = self._real(points)
+        z = given / np.repeat(np.add.reduceat(given, starts, axis=1), counts, axis=1)
+        prices, costs, limits = (
+            self._real(multipliers),
+            self._real(problem.costs),
+            self._real(problem.limits),
+        )
+        priced = prices @ costs  # [k, n]
+        rows, rows_size = linear + priced, size + priced
+        square = square_size = np.zeros(len(z), dtype=self.real)
         if Q is not None:
-            product, product_size = Q @ z, Q_size @ z
+            product, product_size = z @ Q, z @ Q_size
             rows, rows_size = rows + product, rows_size + product_size
-            square, square_size = z @ product / 2, z @ product_size / 2
+            square, square_size = (z * product).sum(1) / 2, (z * product_size).sum(1) / 2
         # Roundings behind every term: Q or l, the quotient z twice, two dot products, the sums.
         # Without Q there are no quotients and no dot products of rows.
         n, m = len(linear) if Q is not None else 0, len(limits)
-        factor = gamma(roundings + 2 * (int(counts.max()) + 2) + 2 * n + 2 * m + len(starts) + 16)
-        lower = rows - factor * rows_size - TINY
-        infinite = np.longdouble(np.inf)
-        least = np.minimum.reduceat(np.where(mask, lower, infinite), starts)
-        constant, spent = wide(np.array(problem.constant)), prices @ np.abs(limits)
-        total = constant - square - prices @ limits + least.sum()
-        lost = np.abs(constant) + square_size + spent + np.abs(least).sum()
-        total = total - factor * lost - TINY
-        group = np.repeat(np.arange(len(starts)), counts)
-        by_row = []
-        for p in removed:
-            gain = lower[p] - least[group[p]]
-            slack = factor * (np.abs(total) + np.abs(lower[p]) + np.abs(least[group[p]]))
-            by_row.append(_fraction(total + gain - slack))
-        return _fraction(total), by_row
-
-
-def _fraction(value: np.longdouble) -> Value:
-    down = round_down(value)
-    return Fraction(down) if np.isfinite(down) else -float("inf")
+        factor = self._gamma(
+            roundings + 2 * (int(counts.max()) + 2) + 2 * n + 2 * m + len(starts) + 16
+        )
+        lower = rows - factor * rows_size - self.real(TINY)
+        infinite = self.real(np.inf)
+        least = np.minimum.reduceat(np.where(masks, lower, infinite), starts, axis=1)
+        constant, spent = self._real(np.array(problem.constant)), prices @ np.abs(limits)
+        total = constant - square - prices @ limits + least.sum(axis=1)
+        lost = np.abs(constant) + square_size + spent + np.abs(least).sum(axis=1)
+        total = total - factor * lost - self.real(TINY)
+        node = np.repeat(np.arange(len(z)), list(map(len, removed)))
+        row = np.array(list(itertools.chain.from_iterable(removed)), dtype=np.int64)
+        floor = least[node, np.repeat(np.arange(len(starts)), counts)[row]]
+        size_of_sum = np.abs(total)[node] + np.abs(lower[node, row]) + np.abs(floor)
+        by_row = total[node] + (lower[node, row] - floor) - factor * size_of_sum
+        parts = np.split(round_down(by_row), np.cumsum(list(map(len, removed)))[:-1])
+        return list(zip(round_down(total).tolist(), [p.tolist() for p in parts], strict=True))

@@ -16,9 +16,9 @@ import numpy as np
 
 from bitquota.codec import Document, Form
 from bitquota.errors import Infeasible, InvalidProblem
+from bitquota.solver.dispatch import solve
 from bitquota.solver.problem import Problem
 from bitquota.solver.solution import Status
-from bitquota.solver.solve import solve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.errors import Infeasible, InvalidProblem
+from bitquota.solver.dispatch import GAP, solve
 from bitquota.solver.solution import Status
-from bitquota.solver.solve import GAP, solve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bitquota.errors import InvalidInput
+from bitquota.solver.dispatch import GAP, solve
 from bitquota.solver.diverse import top_k
-from bitquota.solver.frontier import even_limits, frontier, smallest
+from bitquota.solver.frontiers import even_limits, frontier, smallest
 from bitquota.solver.solution import Status
-from bitquota.solver.solve import GAP, solve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bitquota.canonical import JsonObject
-    from bitquota.solver.frontier import FrontierPoint, Smallest
+    from bitquota.solver.frontiers import FrontierPoint, Smallest
     from bitquota.solver.problem import Problem
-    from bitquota.solver.solution import Solution
+    from bitquota.solver.solution import Certificate, Solution
 
 
 def solve_document(
@@ -31,6 +31,7 @@ def solve_document(
     explain: bool = False,
     cross_check: bool = False,
     cancelled: Callable[[], bool] | None = None,
+    on_certificate: Callable[[Certificate], None] | None = None,
 ) -> JsonObject:
     """Solve ``problem`` and return everything about the answer.
 
@@ -45,6 +46,7 @@ def solve_document(
         explain: Add ``explanation``: the price of each budget, and what each group's bits buy.
         cross_check: Add ``cross_check``: the certificate verified, every other solver asked.
         cancelled: Asked now and then.
+        on_certificate: Called with the certificate of the bound; other solvers than ours give none.
 
     A problem that has no choice gets ``conflict`` instead: what conflicts, and which budget must
     be raised how far.
@@ -58,6 +60,8 @@ def solve_document(
         seed=seed,
         cancelled=cancelled,
     )
+    if on_certificate is not None and solution.certificate is not None:
+        on_certificate(solution.certificate)
     document = solution_json(problem, solution)
     if solution.choice is None:
         if solution.status is Status.INFEASIBLE:

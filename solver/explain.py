@@ -13,8 +13,8 @@ import numpy as np
 
 from bitquota.codec import Document, UpperBound
 from bitquota.errors import Infeasible, InvalidProblem
+from bitquota.solver.dispatch import GAP, solve
 from bitquota.solver.problem import Problem
-from bitquota.solver.solve import GAP, solve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

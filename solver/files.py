@@ -15,6 +15,7 @@ from bitquota.solver.build import build_problem
 from bitquota.solver.problem import Problem
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -41,6 +42,52 @@ def read_problem(
             "neither" if budget is None else "both"
         )
         raise InvalidBudget(msg)
+    plain = _plain_arrays(path)
+    if plain is not None:
+        return _plain(plain, budget_index, budget)
+    if budget is None:
+        msg = "a matrix file lists no budgets; give one with --budget, such as '3 bits'"
+        raise InvalidBudget(msg, budget_index=budget_index)
+    matrix = SensitivityMatrix.load(path)
+    return build_problem(matrix, [_table_budget(matrix, budget)])
+
+
+def problem_within(
+    path: Path, limits: Mapping[str, int]
+) -> tuple[Problem, SensitivityMatrix | None]:
+    """Return the problem in ``path`` within the one limit of a solution, and its matrix if any.
+
+    Args:
+        path: What ``read_problem`` takes.
+        limits: Resource and limit, as in the ``limits`` of ``bitquota solve --json``.
+
+    Raises:
+        InvalidMatrix: As ``read_problem``.
+        InvalidBudget: Not exactly one limit.
+        BudgetTooSmall: The limit is below the smallest plan.
+    """
+    if len(limits) != 1:
+        msg = f"a solution must state one budget; got {', '.join(limits) or 'none'}"
+        raise InvalidBudget(msg)
+    ((resource, limit),) = limits.items()
+    plain = _plain_arrays(path)
+    if plain is not None:
+        return _plain(plain, None, int(limit)), None
+    matrix = SensitivityMatrix.load(path)
+    return build_problem(matrix, [Budget(resource=resource, limit=int(limit))]), matrix
+
+
+def matrix_digest(path: Path) -> str | None:
+    """Return the digest of the sensitivity matrix in ``path``, or ``None`` for a plain archive.
+
+    Raises:
+        InvalidMatrix: As ``read_problem``.
+    """
+    return None if _plain_arrays(path) is not None else SensitivityMatrix.load(path).digest()
+
+
+def _plain_arrays(path: Path) -> dict[str, Any] | None:
+    """Return the arrays of a plain archive, or ``None`` for a matrix file of ours."""
     try:
         # An open file of our own: np.load leaves its own one open when the archive is damaged.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
@@ -56,18 +103,14 @@ def read_problem(
         )
         raise InvalidMatrix(msg, path=str(path)) from err
     if plain:
-        return _plain(plain, budget_index, budget)
+        return plain
     if "meta" not in names:
         msg = (
             "a problem file must be a matrix that 'bitquota measure' wrote, or hold the arrays "
             f"'G' and 'sizes'; got {', '.join(sorted(names)) or 'an empty archive'}"
         )
         raise InvalidMatrix(msg, path=str(path))
-    if budget is None:
-        msg = "a matrix file lists no budgets; give one with --budget, such as '3 bits'"
-        raise InvalidBudget(msg, budget_index=budget_index)
-    matrix = SensitivityMatrix.load(path)
-    return build_problem(matrix, [_table_budget(matrix, budget)])
+    return None
 
 
 def _table_budget(matrix: SensitivityMatrix, budget: str | int) -> Budget:

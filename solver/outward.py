@@ -1,7 +1,8 @@
 """Verified floating point for the certificate checker: results with proved error bounds.
 
-All sums run in numpy's widest float (64 bits of mantissa on x86), rounded to nearest, and every
-result is widened by ``γ_k = k u / (1 - k u)`` times the sum of the absolute values that went in.
+Sums run in float64 or in numpy's widest float (64 bits of mantissa on x86), rounded to nearest;
+every result is widened by ``γ_k = k u / (1 - k u)`` times the sum of the absolute values that
+went in.
 
 References:
     [Hig02] N. J. Higham: Accuracy and Stability of Numerical Algorithms, 2nd edition, 2002
@@ -32,9 +33,9 @@ _INFLATION = 1 + 1e-10
 """Covers the rounding of sums of non-negative terms and of their conversion to float64."""
 
 
-def gamma(roundings: int) -> np.longdouble:
-    """Return ``γ_k``, itself rounded up."""
-    return np.longdouble(roundings * UNIT * 1.0001)
+def gamma(roundings: int, unit: float = UNIT) -> np.longdouble:
+    """Return ``γ_k`` for roundings of relative error ``unit``, itself rounded up."""
+    return np.longdouble(roundings * unit * 1.0001)
 
 
 def wide(array: NDArray[Any]) -> Wide:
@@ -42,10 +43,12 @@ def wide(array: NDArray[Any]) -> Wide:
     return np.asarray(array).astype(np.longdouble)
 
 
-def round_down(value: np.longdouble | float) -> float:
-    """Return the largest float64 that is not above ``value``."""
-    near = float(value)
-    return near if near <= value else float(np.nextafter(near, -np.inf))
+def round_down(values: Wide) -> NDArray[np.float64]:
+    """Return the largest float64 not above each of ``values``; ``-inf`` where none is finite."""
+    with np.errstate(over="ignore"):
+        near = values.astype(np.float64)
+    down = np.where(near <= values, near, np.nextafter(near, -np.inf))
+    return np.where(np.isfinite(down), down, -np.inf)
 
 
 def is_positive_definite(matrix: Wide, error: Wide) -> bool:

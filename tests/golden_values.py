@@ -41,10 +41,10 @@ from bitquota.sensitivity.cache import SqliteLedger, export_entries
 from bitquota.sensitivity.errands import Errand
 from bitquota.service.kinds import KINDS
 from bitquota.service.orders import JobOrder, new_job
+from bitquota.solver import solve
 from bitquota.solver.archive import certificate_to_bytes, problem_to_bytes
 from bitquota.solver.backends.answer import Answer
 from bitquota.solver.document import frontier_document, smallest_document, solve_document
-from bitquota.solver.solve import solve
 from contracts.solver_backend import small, tight
 from format_networks import tiny_net
 from seeded_jobs import inventory_of, matrix_of

@@ -7,14 +7,21 @@ from typing import TYPE_CHECKING
 from bitquota.canonical import canonical_json
 from bitquota.service.kinds.kind import DATASET, MODEL, JobKind
 from bitquota.service.kinds.plan_request import PlanRequestBody, with_budgets
-from bitquota.service.kinds.results import INVENTORY, MATRIX, PLANS, REPORT, report_of_plans
+from bitquota.service.kinds.results import (
+    CERTIFICATES,
+    INVENTORY,
+    MATRIX,
+    PLANS,
+    REPORT,
+    report_of_plans,
+)
 
 if TYPE_CHECKING:
     from bitquota.service.work import Work
 
 
 def run(work: Work) -> None:
-    """Hand over the matrix, the inventory, and a plan for each budget."""
+    """Hand over the matrix, the inventory, and a plan with its certificate for each budget."""
     from bitquota.request import PlanRequest
     from bitquota.search.allocate import allocate
 
@@ -28,6 +35,9 @@ def run(work: Work) -> None:
     work.give("inventory", canonical_json(found.inventory.to_json()).encode())
     for plan in found.plans:
         work.give("plans", plan.dumps().encode())
+    for certificate in found.certificates:
+        if certificate is not None:
+            work.give("certificates", certificate)
 
 
 KIND = JobKind(
@@ -41,7 +51,7 @@ KIND = JobKind(
         "request": {"budgets": ["3 bits", "12 MiB"], "weight_bits": [2, 4, 8]},
         "labels": {"team": "vision"},
     },
-    results=(MATRIX, INVENTORY, PLANS, REPORT),
+    results=(MATRIX, INVENTORY, PLANS, CERTIFICATES, REPORT),
     run=run,
     accept=with_budgets,
     derive_from=("plans",),

@@ -14,6 +14,7 @@ from bitquota.report.text import render_markdown
 from bitquota.service.archives import check_zip
 from bitquota.service.inspection import MAX_PLAN_BYTES, ArtifactKind
 from bitquota.service.kinds.kind import BINARY, MARKDOWN, ZIP, Result
+from bitquota.solver.archive import CertificateFile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -81,6 +82,16 @@ INVENTORY = Result(
     name="inventory",
     text="All tensors of the model.",
     check=lambda path: Inventory.from_json(read_json(path)),
+)
+CERTIFICATES = Result(
+    name="certificates",
+    text="For each plan the certificate of its bound, which `bitquota verify` checks.",
+    check=lambda path: CertificateFile.from_bytes(path.read_bytes()),
+    path="certificate",
+    media_type=BINARY,
+    suffix=".npz",
+    many=True,
+    optional=True,
 )
 REPORT = Result(
     name="report",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -10,12 +11,13 @@ from bitquota.canonical import canonical_json
 from bitquota.errors import InvalidBudget
 from bitquota.request import check_solver
 from bitquota.service.kinds.kind import MATRIX, JobKind, Result
-from bitquota.service.kinds.results import check_object
+from bitquota.service.kinds.results import CERTIFICATES, check_object
 from bitquota.service.kinds.solving import SolvingRequest, problem_of
 
 if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
     from bitquota.service.work import Work
+    from bitquota.solver.solution import Certificate
 
 _OF_A_SOLVE = ("solver", "node_limit", "top", "explain", "cross_check")
 
@@ -35,14 +37,21 @@ class SolveRequest(SolvingRequest):
 
 def run(work: Work) -> None:
     """Hand over the document that ``bitquota solve --json`` prints."""
+    from bitquota.solver.archive import certificate_file
     from bitquota.solver.document import smallest_document, solve_document
+    from bitquota.solver.files import matrix_digest
 
     problem = problem_of(work)
     options = {k: v for k, v in work.request.items() if k not in {"budget", "budget_index"}}
     tolerance = options.pop("tolerance")
     work.say("solve")
     if tolerance is None:
-        document = solve_document(problem, **options, cancelled=work.cancelled)
+
+        def give(certificate: Certificate) -> None:
+            digest = matrix_digest(work.paths("matrix")[0])
+            work.give("certificate", certificate_file(certificate, problem, digest))
+
+        document = solve_document(problem, **options, cancelled=work.cancelled, on_certificate=give)
     else:
         for name in _OF_A_SOLVE:
             del options[name]
@@ -79,6 +88,12 @@ KIND = JobKind(
             text="The choice, its bound, and what else was asked for.",
             check=check_object,
             path="solution",
+        ),
+        replace(
+            CERTIFICATES,
+            name="certificate",
+            text="The certificate of the bound, which `bitquota verify` checks.",
+            many=False,
         ),
     ),
     run=run,

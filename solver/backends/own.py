@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from bitquota.errors import Infeasible
 from bitquota.solver.brute_force import LARGEST, enumerate_all, n_choices
+from bitquota.solver.native import solve_native
 from bitquota.solver.solution import Event, Limit, Solution, Status
 
 if TYPE_CHECKING:
@@ -44,12 +45,9 @@ class Own:
         cancelled: Cancelled | None = None,
     ) -> Solution:
         """Solve ``problem``; see ``bitquota.solver.solve``."""
-        from bitquota.solver.solve import solve
-
         try:
-            return solve(
+            return solve_native(
                 problem,
-                backend=self.name,
                 time_limit_s=options.time_limit_s,
                 node_limit=options.node_limit,
                 gap=options.gap,

@@ -35,6 +35,19 @@ class TestPlan:
         assert plan.digest() in (tmp_path / "r.md").read_text()
         assert (tmp_path / "cache" / "bitquota" / "ledger.sqlite").exists()
 
+    def test_certificate_beside_the_plan(self, bitquota, tmp_path):
+        """The plan is verified by the files that were written with it, and by no others."""
+        for budget, out in (("3 bits", "plan.json"), ("4 bits", "other.json")):
+            written = ["-o", out, "--matrix", "m.npz"]
+            assert bitquota("plan", *FACTORIES, "-b", budget, *FAST, *written)[0] == 0
+        code, out, _ = bitquota("verify", "plan.json", "m.npz", "plan.certificate.npz", "--json")
+        assert code == 0
+        assert json.loads(out)["bound"] == Plan.load(tmp_path / "plan.json").proof.bound
+
+        code, _, err = bitquota("verify", "plan.json", "m.npz", "other.certificate.npz")
+        assert code == 1
+        assert "problem" in err
+
     def test_from_files_at_two_budgets(self, bitquota, tmp_path, shipped):
         """A .pt2 and an .npz give one numbered plan per budget, and the matrix if asked for."""
         code, out, _ = bitquota(

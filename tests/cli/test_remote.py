@@ -83,7 +83,8 @@ class TestPlan:
         outputs, (here, there) = planned
         assert outputs[0] == outputs[1]
         assert (here / "plan.json").read_bytes() == (there / "plan.json").read_bytes()
-        assert (here / "matrix.npz").read_bytes() == (there / "matrix.npz").read_bytes()
+        for name in ("matrix.npz", "plan.certificate.npz"):
+            assert (here / name).read_bytes() == (there / name).read_bytes()
 
     def test_without_the_key(self, keyed, folder):
         line = ["plan", str(folder / "net.onnx"), str(folder / "samples.npz"), "-b", "4 bits"]
@@ -134,6 +135,14 @@ class TestSolve:
         here, there = (json.loads(text) for text in outputs)
         del here["cpu_seconds"], there["cpu_seconds"]
         assert here == there
+
+    def test_same_certificate(self, both, planned):
+        """The proof of a server's answer has the bytes that it has here."""
+        matrix = planned[1][0] / "matrix.npz"
+        _, (here, there) = both(
+            "solve", str(matrix), "-b", "4 bits", "--certificate", "OUT/c.npz", takes_ledger=False
+        )
+        assert (here / "c.npz").read_bytes() == (there / "c.npz").read_bytes()
 
 
 class TestFrontier:

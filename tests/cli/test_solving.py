@@ -97,6 +97,47 @@ class TestSolve:
         assert code != 0
         assert "--solver, --top" in " ".join(err.split())
 
+    def test_certificate_is_verified(self, bitquota, file, tmp_path):
+        """The proof leaves in a file and holds; a changed answer, file or budget is refused."""
+        solved = ("solve", file, "--budget-index", 1, "--json", "--certificate", "c.npz")
+        code, out, _ = bitquota(*solved)
+        (tmp_path / "s.json").write_text(out)
+        assert code == 0
+
+        code, out, _ = bitquota("verify", "s.json", file, "c.npz")
+        assert code == 0
+        assert out.index("Proved:") < out.index("no choice within") < out.index("Not proved:")
+        found = json.loads(bitquota("verify", "s.json", file, "c.npz", "--json")[1])
+        assert found["nodes"] >= 1
+
+        again = (tmp_path / "c.npz").read_bytes()
+        assert bitquota(*solved)[0] == 0
+        assert (tmp_path / "c.npz").read_bytes() == again
+
+        solution = json.loads((tmp_path / "s.json").read_text())
+        better = solution | {"bound": solution["objective"] * 1.01}
+        (tmp_path / "better.json").write_text(json.dumps(better))
+        (tmp_path / "cut.npz").write_bytes(again[:-100])
+        bitquota("solve", file, "--budget-index", 2, "--certificate", "other.npz")
+        for arguments in (
+            ("better.json", file, "c.npz"),
+            ("s.json", file, "cut.npz"),
+            ("s.json", file, "other.npz"),
+        ):
+            code, _, err = bitquota("verify", *arguments)
+            assert code == 1
+            assert err.startswith("error:")
+            assert err.count("\n") == 1
+        assert bitquota("verify", "s.json", file, "none.npz")[0] == 2
+        assert bitquota("verify", file, file, "c.npz")[0] == 2
+
+    def test_other_solvers_give_no_certificate(self, bitquota, file):
+        code, _, err = bitquota(
+            "solve", file, "--budget-index", 1, "--solver", "brute_force", "--certificate", "c.npz"
+        )
+        assert code == 2
+        assert "--solver brute_force" in err
+
     def test_infeasible(self, bitquota, file):
         """A budget that nothing meets ends with exit code 5 and what to raise."""
         code, _, err = bitquota("solve", file, "--budget-index", 0)

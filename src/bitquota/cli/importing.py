@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,9 +11,11 @@ import numpy as np
 from bitquota.errors import BudgetTooSmall, InvalidBudget, InvalidInput
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from bitquota.canonical import JsonObject
+    from bitquota.matrix import SensitivityMatrix
     from bitquota.sensitivity.importers import ImportedMeasurement
     from bitquota.solver import Problem
 
@@ -47,6 +50,24 @@ def read_any_problem(path: Path, *, budget_index: int | None, budget: str | None
         )
         raise InvalidInput(msg, path=str(path))
     return problem_of(read_measurement(path), budget)
+
+
+def problem_within(
+    path: Path, limits: Mapping[str, int]
+) -> tuple[Problem, SensitivityMatrix | None]:
+    """Return the problem of a file within the one limit that an answer names, and its matrix.
+
+    Raises:
+        InvalidInput: As ``read_any_problem``, or not exactly one limit.
+    """
+    from bitquota.solver.files import problem_within as of_ours
+
+    if path.suffix != ".json":
+        return of_ours(path, limits)
+    from bitquota.sensitivity.importers import read_measurement
+
+    values = np.array(list(limits.values()), dtype=np.int64)
+    return replace(problem_of(read_measurement(path), "1x"), limits=values), None
 
 
 def problem_of(measurement: ImportedMeasurement, budget: str | None) -> Problem:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitquota.canonical import JsonObject
+from bitquota.canonical import JsonObject, write_whole
 from bitquota.cli import options as opt
 from bitquota.cli import output, remote
-from bitquota.cli.written import Written, former_matrix, former_plan
+from bitquota.cli.written import Written, former_certificate, former_matrix, former_plan
 from bitquota.plan import Plan
 from bitquota.report import text as report
 from bitquota.report import tracking
@@ -27,7 +28,12 @@ def plan(
     request: PlanRequest,
     here: opt.Here,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Plan file; with several budgets, plan-1.json, …")
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Plan file; several budgets: plan-1.json, … Each has its certificate beside it.",
+        ),
     ] = Path("plan.json"),
     report_file: Annotated[
         Path | None, typer.Option("--report", help="Markdown report to write.")
@@ -40,11 +46,19 @@ def plan(
         bool, typer.Option("--json", help="Print the plans as JSON instead of tables.")
     ] = False,
 ) -> None:
-    """Measure MODEL on CALIBRATION and write the best plan for each budget."""
+    """Measure MODEL on CALIBRATION and write the best plan for each budget.
+
+    The certificate beside a plan (plan.certificate.npz) proves its bound: see 'bitquota verify'.
+    """
     files = [
         Written.at(path, "--out", former=former_plan)
         for path in _numbered(out, len(request.budgets))
     ]
+    # What is no file, such as a pipe, has nothing beside it.
+    kept = [
+        Written.at(path, "--out", former=former_certificate)
+        for path in (file.path.with_suffix(".certificate.npz") for file in files)
+    ] if out.is_file() or not out.exists() else []  # fmt: skip
     reported = None if report_file is None else Written.at(report_file, "--report")
     matrix_out = None
     if matrix_file is not None:
@@ -52,9 +66,14 @@ def plan(
     if log_to is not None:
         tracking.require_tracker(log_to)
     if here.server is not None:
-        plans = remote.plans(here.server, here.api_key, request, model, calibration, matrix_out)
+        plans, certificates = remote.plans(
+            here.server, here.api_key, request, model, calibration, matrix_out
+        )
     else:
-        plans = _plan_here(model, calibration, request, here, matrix_out)
+        plans, certificates = _plan_here(model, calibration, request, here, matrix_out)
+    for beside, certificate in zip(kept, certificates, strict=False):
+        if certificate is not None:
+            beside.save(partial(write_whole, data=certificate))
     for file, made in zip(files, plans, strict=True):
         file.save(made.save)
     if reported is not None:
@@ -82,7 +101,7 @@ def _plan_here(
     request: PlanRequest,
     here: opt.Here,
     matrix_out: Written | None,
-) -> tuple[Plan, ...]:
+) -> tuple[tuple[Plan, ...], tuple[bytes | None, ...]]:
     with here.measuring() as context:
         from bitquota.search.allocate import allocate
 
@@ -90,7 +109,7 @@ def _plan_here(
         result = allocate(loaded, samples, request, context=context)
     if matrix_out is not None:
         matrix_out.save(result.matrix.save)
-    return result.plans
+    return result.plans, result.certificates
 
 
 @opt.with_options(budgets=None, holdout=1, refine=False, solver="auto", gap=1e-4, time_limit=None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitquota.canonical import write_whole
 from bitquota.cli import output
-from bitquota.errors import InvalidInput
+from bitquota.errors import InvalidInput, NotFound
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -123,12 +123,16 @@ def plans(
     model: str,
     data: str,
     matrix_file: Written | None,
-) -> tuple[Plan, ...]:
-    """Run ``bitquota plan`` there."""
+) -> tuple[tuple[Plan, ...], tuple[bytes | None, ...]]:
+    """Run ``bitquota plan`` there; returns a certificate for each plan too, or none at all."""
     with measured(server, api_key, "plan", request, model, data) as job:
         if matrix_file is not None:
             matrix_file.save(lambda path: write_whole(path, job.sensitivity()))
-        return job.plans()
+        made = job.plans()
+        try:
+            return made, tuple(job.certificate(budget) for budget in range(len(made)))
+        except NotFound:  # solvers other than ours give none
+            return made, ()
 
 
 def matrix(
@@ -215,12 +219,14 @@ def export(
     return Receipt.load(folder)
 
 
-def solution(file: Path, order: JsonObject, server: str, api_key: str | None) -> JsonObject:
-    """Run ``bitquota solve`` there."""
+def solution(
+    file: Path, order: JsonObject, server: str, api_key: str | None, *, certified: bool
+) -> tuple[JsonObject, bytes | None]:
+    """Run ``bitquota solve`` there; returns the certificate too if ``certified``."""
     with opened(server, api_key) as client:
         job = done(client.order("solve", order, matrix=file_of(str(file))))
         found: JsonObject = job.result("solution")
-        return found
+        return found, job.certificate() if certified and found["choice"] is not None else None
 
 
 def frontier(file: Path, order: JsonObject, server: str, api_key: str | None) -> list[Any]:

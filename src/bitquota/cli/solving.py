@@ -1,18 +1,22 @@
-"""Commands that solve a stored problem: ``solve`` and ``frontier``."""
+"""Commands that solve a stored problem, or check a proof: ``solve``, ``frontier``, ``verify``."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bitquota.canonical import read_json, write_whole
 from bitquota.cli import importing, output, remote
 from bitquota.cli import options as opt
+from bitquota.cli.written import Written, former_certificate
 from bitquota.errors import GateFailed, Infeasible, InvalidInput
 
 if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
+    from bitquota.solver.solution import Certificate
 
 File = Annotated[
     Path,
@@ -73,6 +77,10 @@ def solve_file(
     ] = False,
     server: opt.Server = None,
     api_key: opt.ApiKey = None,
+    certificate: Annotated[
+        Path | None,
+        typer.Option("--certificate", help="Also write the proof of the bound, for 'verify'."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Solve the allocation problem of FILE for one budget, with a bound on the optimum."""
@@ -84,6 +92,7 @@ def solve_file(
         ignored = {
             "--solver": solver not in {"auto", "bitquota"}, "--node-limit": node_limit is not None,
             "--top": top > 1, "--explain": explain, "--cross-check": cross_check,
+            "--certificate": certificate is not None,
         }  # fmt: skip
         if any(ignored.values()):
             names = ", ".join(name for name, given in ignored.items() if given)
@@ -98,7 +107,18 @@ def solve_file(
             "solver": solver, "node_limit": node_limit, "top": top, "explain": explain,
             "cross_check": cross_check,
         }  # fmt: skip
-    document = remote.solution(file, order, server, api_key) if server else _solve_here(file, order)
+    kept = None
+    if certificate is not None:
+        if solver not in {"auto", "bitquota"}:
+            msg = f"--certificate must go without --solver {solver}: only our own solver gives one"
+            raise InvalidInput(msg)
+        kept = Written.at(certificate, "--certificate", former=former_certificate)
+    if server:
+        document, proof = remote.solution(file, order, server, api_key, certified=kept is not None)
+    else:
+        document, proof = _solve_here(file, order, certified=kept is not None)
+    if kept is not None and proof is not None:
+        kept.save(partial(write_whole, data=proof))
     if as_json:
         output.print_json(document)
     if document["choice"] is None:
@@ -118,16 +138,75 @@ def solve_file(
         raise GateFailed(msg)
 
 
-def _solve_here(file: Path, order: JsonObject) -> JsonObject:
+def _solve_here(
+    file: Path, order: JsonObject, *, certified: bool
+) -> tuple[JsonObject, bytes | None]:
+    from bitquota.solver.archive import certificate_file
     from bitquota.solver.document import smallest_document, solve_document
+    from bitquota.solver.files import matrix_digest
 
     options = dict(order)
     problem = importing.read_any_problem(
         file, budget_index=options.pop("budget_index"), budget=options.pop("budget")
     )
-    document = (smallest_document if "tolerance" in options else solve_document)(problem, **options)
-    imported = importing.chosen_options(file, document)
-    return document if imported is None else document | {"imported": imported}
+    proofs: list[Certificate] = []
+    if "tolerance" in options:
+        document = smallest_document(problem, **options)
+    else:
+        document = solve_document(problem, **options, on_certificate=proofs.append)
+    if (imported := importing.chosen_options(file, document)) is not None:
+        document |= {"imported": imported}
+    if not certified or not proofs:
+        return document, None
+    matrix = None if file.suffix == ".json" else matrix_digest(file)
+    return document, certificate_file(proofs[0], problem, matrix)
+
+
+def verify(
+    made: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PLAN", help="Plan of 'bitquota plan', or answer of 'bitquota solve --json'."
+        ),
+    ],
+    matrix: Annotated[
+        Path, typer.Argument(help="The matrix it was made from ('plan --matrix'), or problem file.")
+    ],
+    certificate: Annotated[
+        Path, typer.Argument(help="plan.certificate.npz, or the file of 'solve --certificate'.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Check the bound of PLAN by its CERTIFICATE, and say what is proved and what is not.
+
+    The check needs neither the model nor the solver, whose answer it does not trust.
+    """
+    from bitquota.matrix import SensitivityMatrix
+    from bitquota.plan import SCHEMA, Plan
+    from bitquota.solver.verify import verify_plan, verify_solution
+
+    advice = "name a file of 'bitquota plan' or of 'bitquota solve --json'"
+    document = read_json(made, "a plan or solution", advice, InvalidInput)
+    if not certificate.is_file():
+        msg = f"a certificate must be a file; there is none at '{certificate}'"
+        raise InvalidInput(msg, path=str(certificate))
+    data = certificate.read_bytes()
+    if isinstance(document, dict) and document.get("schema") == SCHEMA:
+        plan = Plan.from_json(document)
+        found = verify_plan(plan, SensitivityMatrix.load(matrix), data)
+    else:
+        if not isinstance(document, dict) or not isinstance(document.get("limits"), dict):
+            msg = f"only a plan or a solution is verified; '{made}' is neither: {advice}"
+            raise InvalidInput(msg, path=str(made))
+        problem, source = importing.problem_within(matrix, document["limits"])
+        found = verify_solution(document, problem, source, data)
+    if as_json:
+        output.print_json(found.to_json())
+        return
+    for title, sentences in (("Proved", found.proved()), ("Not proved", found.not_proved())):
+        output.console.print(f"{title}:", markup=False, highlight=False)
+        for sentence in sentences:
+            output.console.print(f"- {sentence}", markup=False, highlight=False, soft_wrap=True)
 
 
 def frontier(

@@ -15,6 +15,7 @@ from bitquota.canonical import digest_bytes, nearest_existing
 from bitquota.cli import output
 from bitquota.errors import InvalidInput
 from bitquota.plan import SCHEMA as PLAN_SCHEMA
+from bitquota.solver.archive import CertificateFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,6 +111,15 @@ def former_matrix(path: Path) -> str:
     if not known:
         raise _other(path, "a sensitivity matrix")
     return "another matrix"
+
+
+def former_certificate(path: Path) -> str:
+    """Return that a file is a certificate; raises ``InvalidInput`` where it is none."""
+    try:
+        CertificateFile.from_bytes(path.read_bytes())
+    except (OSError, InvalidInput) as err:
+        raise _other(path, "a certificate") from err
+    return "another certificate"
 
 
 def _other(path: Path, what: str) -> InvalidInput:

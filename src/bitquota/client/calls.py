@@ -556,6 +556,11 @@ class JobCalls:
         return (yield from self._below("sensitivity")).content
 
     @Call
+    def certificate(self, budget: int = 0) -> Steps[bytes]:
+        """Return the certificate of a plan's or a solution's bound, for ``bitquota verify``."""
+        return (yield from self._below("certificate", budget=budget)).content
+
+    @Call
     def report(self) -> Steps[str]:
         """Return the report as Markdown."""
         return (yield from self._below("report")).content.decode()

@@ -33,6 +33,7 @@ from bitquota.sensitivity.measures.gram import measure_differences
 from bitquota.sensitivity.registry import measure_by_name
 from bitquota.setting import Setting, choose_device, inventory_of, prepare
 from bitquota.solver import Problem, Status, build_problem, solve
+from bitquota.solver.archive import certificate_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -75,6 +76,8 @@ class Allocation:
 
     Attributes:
         plans: One for each budget of the request.
+        certificates: For each plan the file that proves its bound (``bitquota verify``); ``None``
+            from solvers that give no certificate.
         matrix: The sensitivity matrix around full precision.
         inventory: The model's tensors.
         passes: Forward-equivalents that this call ran for matrix, refinement and evidence, in
@@ -82,6 +85,7 @@ class Allocation:
     """
 
     plans: tuple[Plan, ...]
+    certificates: tuple[bytes | None, ...]
     matrix: SensitivityMatrix
     inventory: Inventory
     passes: float
@@ -167,8 +171,15 @@ def allocate(
               f"budget {k + 1} of {len(budgets)}")
         for k, together in enumerate(budgets)
     )  # fmt: skip
+    digest = source.matrix.digest()
+    certificates = tuple(
+        None if (proof := outcomes[k].optimum.certificate) is None
+        else certificate_file(proof, problem, digest)
+        for k, problem in enumerate(problems)
+    )  # fmt: skip
     return Allocation(
         plans=plans,
+        certificates=certificates,
         matrix=source.matrix,
         inventory=setting.inventory,
         passes=sum(r.passes.passes * len(r.calibration) for r in made) / len(setting.fit),

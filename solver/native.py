@@ -1,4 +1,4 @@
-"""Solve a problem: pick the method, keep the limits, check the answer.
+"""Our own solver: pick the method, keep the limits, check the answer.
 
 Design: docs/design/solver.md
 """
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitquota.errors import InvalidProblem, SolverFailed
+from bitquota.errors import SolverFailed
 from bitquota.solver.control import Control
 from bitquota.solver.one_thread import one_thread
 from bitquota.solver.quadratic import solve_quadratic
@@ -32,69 +32,21 @@ if TYPE_CHECKING:
 
     from bitquota.solver.problem import Problem
 
-GAP = 1e-4
-"""Relative gap that counts as solved unless told otherwise."""
 
-
-def solve(
+def solve_native(
     problem: Problem,
     *,
-    backend: str = "auto",
-    time_limit_s: float | None = None,
-    node_limit: int | None = None,
-    gap: float = GAP,
-    seed: int = 0,
+    time_limit_s: float | None,
+    node_limit: int | None,
+    gap: float,
+    seed: int,
     on_event: Callable[[Event], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
     start: Sequence[int] | NDArray[np.int64] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Solution:
-    """Return the best choice and a bound that no choice is below.
-
-    Exact when no limit strikes: the answer is within ``gap`` of the best possible. Deterministic
-    for a ``seed`` as long as no time limit or cancellation strikes, whatever the thread count.
-
-    Args:
-        problem: What to solve.
-        backend: ``auto`` or ``bitquota`` for this solver, else a name of ``backends.BACKENDS``.
-        time_limit_s: Seconds by ``clock``; of wall clock for other backends.
-        node_limit: Branch-and-bound nodes; refused for backends that do not count them.
-        gap: Relative gap to prove.
-        seed: For the search for good choices.
-        on_event: Called with better choices and bounds as they are found.
-        cancelled: Asked now and then; ``True`` stops with what is known.
-        start: A choice to begin with; ignored when it is infeasible, and by other backends.
-        clock: What ``time_limit_s`` is measured with.
-
-    Raises:
-        BudgetTooSmall: The cheapest rows exceed one budget.
-        Infeasible: A group has no allowed row.
-        InvalidProblem: A negative gap or limit.
-        InvalidInput: No such backend, or one that cannot keep the node limit.
-        MissingDependency: The backend's packages are not installed.
-        SolverFailed: The answer does not survive the check from first principles.
-    """
-    for name, value in (("gap", gap), ("time_limit_s", time_limit_s), ("node_limit", node_limit)):
-        if value is not None and not value >= 0:
-            msg = f"'{name}' must not be negative; got {value}"
-            raise InvalidProblem(msg)
+    """Return the best choice and a bound; arguments and errors of ``bitquota.solver.solve``."""
     problem.check_budgets()
-    if backend not in {"auto", "bitquota"}:
-        from bitquota.solver.backends import solve_with
-
-        return verified(
-            problem,
-            solve_with(
-                backend,
-                problem,
-                gap=gap,
-                time_limit_s=time_limit_s,
-                node_limit=node_limit,
-                seed=seed,
-                on_event=on_event,
-                cancelled=cancelled,
-            ),
-        )
     control = Control(
         time_limit_s=time_limit_s,
         node_limit=node_limit,

@@ -11,10 +11,11 @@ import numpy as np
 
 from bitquota.errors import InvalidProblem
 from bitquota.solver.core import propagate_steps, reduce
+from bitquota.solver.dispatch import GAP, solve
+from bitquota.solver.native import is_knapsack, verified
 from bitquota.solver.search import Effort, meets_all, search
 from bitquota.solver.separable import solve_knapsack
 from bitquota.solver.solution import Limit, Solution, Stats, Status
-from bitquota.solver.solve import GAP, is_knapsack, solve, verified
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
