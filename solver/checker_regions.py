@@ -1,6 +1,8 @@
 """What the checker says about the regions of a certificate's nodes by integer reasoning alone.
 
 Everything here is derived from the costs, limits and pairs of the problem, for many nodes at once.
+
+Design: docs/design/certificates.md
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Nothing here runs the solver: the problem is built again from the matrix and the budgets, and the
 certificate goes through the independent checker.
+
+Design: docs/design/certificates.md
 """
 
 from __future__ import annotations
