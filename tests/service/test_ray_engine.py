@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import pytest
 
-from bitquota.errors import InvalidInput
+from bitquota.errors import Cancelled, InvalidInput
 from bitquota.request import PlanRequest
 from bitquota.service.engines.ray_cluster import connect
 from bitquota.service.settings import Settings
 from live_cluster import LiveCluster, evaluators
-from live_server import LiveServer
+from live_server import LiveServer, npz
+from onnx_graphs import endless_graph
 
 pytestmark = [
     pytest.mark.slow,
@@ -86,6 +87,25 @@ class TestRayEngine:
         with LiveServer(tmp_path / "local", nice=0) as server, server.client() as client:
             job = submit(client, digits_files, seed)
             assert job.wait(timeout_s=200).plan_text() == found
+
+
+class TestCancel:
+    def test_evaluator_inside_a_model_that_never_ends(self, tmp_path, cluster):
+        (tmp_path / "data.npz").write_bytes(npz(16))
+        files = endless_graph(tmp_path / "endless.onnx"), tmp_path / "data.npz"
+        settings = {
+            "engine": "ray", "ray_address": cluster.address, "ray_token_file": cluster.token,
+            "ray_scratch": cluster.folder / "nodes", "nice": 0,
+        }  # fmt: skip
+        request = PlanRequest(budgets=("4 bits",), samples=8, holdout_samples=8)
+        with LiveServer(tmp_path / "ray", **settings) as server, server.client() as client:
+            job = client.submit(model=files[0], calibration=files[1], request=request)
+            wait_for(lambda: job.refresh().progress and job.progress.stage == "load", "the model")
+            job.cancel()
+            with pytest.raises(Cancelled):
+                job.wait(timeout_s=60)
+            nodes = [node.pid for node in cluster.nodes]
+            wait_for(lambda: not any(evaluators(pid) for pid in nodes), "the end of the evaluator")
 
 
 class TestConnect:
