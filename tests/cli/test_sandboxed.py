@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 
@@ -172,6 +175,14 @@ class TestSandboxed:
             probe("", **values)
 
 
+@pytest.fixture
+def valid_samples(tmp_path) -> str:
+    """The name of enough samples for a measurement that takes a while."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "samples.npz", x=rng.normal(size=(8000, 3, 8, 8)).astype(np.float32))
+    return "samples.npz"
+
+
 @needs_bubblewrap
 class TestCommandLine:
     def test_equal_outside_and_inside(self, tmp_path):
@@ -191,6 +202,24 @@ class TestCommandLine:
         done = run(tmp_path, "inspect", "m.pt2", BITQUOTA_SANDBOX="require")
         assert done.returncode == 2
         assert done.stderr.startswith("error: a .pt2 model must be the whole archive")
+
+    def test_interrupted(self, tmp_path, valid_samples):
+        """Ctrl-C ends the command inside too, and leaves no folder that stood in for another."""
+        image_graph(tmp_path / "m.onnx")
+        line = ["plan", "m.onnx", valid_samples, "--budget", "4 bits", "--samples", "4000"]
+        with subprocess.Popen(
+            [sys.executable, "-m", "bitquota", "--sandbox", "require", *line],
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        ) as process:  # fmt: skip
+            while not list(tmp_path.glob("cache/bitquota/sandboxed/*/bitquota/ledger.sqlite")):
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=120)
+        assert process.returncode == 130
+        assert "interrupted" in errors
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "m.onnx", "samples.npz"]
 
     def test_unknown_mode(self, tmp_path):
         """The three words."""

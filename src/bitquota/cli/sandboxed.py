@@ -197,12 +197,11 @@ def _run_inside(
             stdout=subprocess.PIPE if _is_file(sys.stdout) else None,
             stderr=subprocess.PIPE if _is_file(sys.stderr) else None,
         )
-        try:
-            with _copied(process.stdout, 1), _copied(process.stderr, 2):
+        with process, _copied(process.stdout, 1), _copied(process.stderr, 2):
+            try:
                 return process.wait()
-        finally:
-            process.kill()
-            process.wait()
+            finally:
+                process.kill()  # after Ctrl-C; else it has ended
 
 
 def _stand_in(place: Path, stand_ins: dict[Path, Path], stack: contextlib.ExitStack) -> None:
