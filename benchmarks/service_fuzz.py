@@ -127,7 +127,8 @@ def edited_zip(data: bytes, rng: random.Random, payload: str) -> bytes:
     elif roll < 0.6 and content:
         members[chosen] = (name, flipped(content, rng))
     elif roll < 0.8:
-        members[chosen] = (rng.choice(TEXTS).replace("\ud800", "?")[:60_000] or "x", content)
+        renamed = rng.choice(TEXTS).replace("\ud800", "?").replace("\0", "%00")
+        members[chosen] = (renamed[:60_000] or "x", content)
     elif roll < 0.9:
         members.append((name + ".x", content))
     else:
