@@ -13,6 +13,7 @@ import numpy as np
 
 from bitquota.solver import tree_kernels as kernels
 from bitquota.solver.convex import Convex, to_certificate
+from bitquota.solver.relaxation_kernels import Relaxed
 from bitquota.solver.search import penalised
 from bitquota.solver.solution import Certificate, Convexification
 
@@ -78,8 +79,11 @@ class Tree:
         """Allocate room for the first nodes; it doubles on demand."""
         self.core, self.convex = core, convex
         n, m = core.n, len(core.b)
-        self.F, self.f = core.A.astype(np.float64), core.b.astype(np.float64)
-        self.P = penalised(core)
+        self.relaxed = Relaxed(
+            Q=convex.Q, l=convex.l, const=convex.const, e=convex.error, off=core.off, grp=core.grp,
+            F=core.A.astype(np.float64), f=core.b.astype(np.float64), A=core.A, b=core.b,
+            pairs=core.pairs, C=core.C, P=penalised(core), d=core.d, constant=core.constant,
+        )  # fmt: skip
         self.allowed = np.zeros((FIRST_NODES, n), dtype=np.uint8)
         self.kept = np.zeros((FIRST_NODES, n), dtype=np.uint8)
         self.point = np.zeros((FIRST_NODES, n), dtype=np.float32)
@@ -108,19 +112,16 @@ class Tree:
 
     def root(self, incumbent: Incumbent, z: Floats, lam: Floats) -> int:
         """Bound the root from the warm start ``z``, ``lam``; returns the kernel's code."""
-        core, c = self.core, self.convex
+        core = self.core
         self.allowed[0] = self.ok
         self.lam[0] = lam
         z, s = z.copy(), core.d.copy()
         work, cur = np.zeros(core.n), np.zeros(core.n_groups, dtype=np.int64)
         code = int(
             kernels.evaluate_node(
-                c.Q, c.l, c.const, c.error, core.off, core.grp, self.F, self.f, core.A, core.b,
-                core.pairs, core.C, core.d, core.constant, 0, self.allowed, self.kept, self.point,
-                self.lam, self.bound, self.group, self.split, self.kind, z, s, work, cur,
-                incumbent.cutoff, ROOT_ROUNDS,
+                self.relaxed, self._nodes(), 0, z, s, work, cur, incumbent.cutoff, ROOT_ROUNDS
             )
-        )  # fmt: skip
+        )
         self.counts[0] = 1
         if code == 1:
             self.keys[0], self.ids[0] = self.bound[0], 0
@@ -148,8 +149,7 @@ class Tree:
         lams = np.zeros((len(order) + 1, m))
         count = int(
             kernels.probe(
-                c.Q, c.l, c.const, c.error, core.off, core.grp, self.F, self.f, core.A, core.b,
-                core.pairs, order, self.ok, z, s, self.lam[0], incumbent.cutoff, rounds,
+                self.relaxed, order, self.ok, z, s, self.lam[0], incumbent.cutoff, rounds,
                 removed, points, lams,
             )
         )  # fmt: skip
@@ -161,25 +161,24 @@ class Tree:
         """Branch up to ``most`` times; returns whether the incumbent improved."""
         if self.counts[0] + 2 * most + 2 > len(self.bound):
             self._double(int(self.counts[0]) + 2 * most + 2)
-        core, c = self.core, self.convex
+        core = self.core
         best = np.array([incumbent.objective, incumbent.cutoff])
         cur = np.zeros(core.n_groups, dtype=np.int64)
         found = int(self.counts[2])
         kernels.grow(
-            c.Q, c.l, c.const, c.error, core.off, core.grp, self.F, self.f, core.A, core.b,
-            core.pairs, core.C, self.P, core.d, core.constant, self.allowed, self.kept,
-            self.point, self.lam, self.bound, self.parent, self.group, self.split, self.kind,
-            self.keys, self.ids, self.counts, best, cur, incumbent.gap, incumbent.floor, most,
+            self.relaxed, self._nodes(), best, cur, incumbent.gap, incumbent.floor, most,
             RELAX_ROUNDS,
         )  # fmt: skip
         if int(self.counts[2]) > found:
             return incumbent.offer(core.value(cur), core.lift(cur))
         return False
 
+    def _nodes(self) -> kernels.Nodes:
+        return kernels.Nodes(*(getattr(self, name) for name in kernels.Nodes._fields))
+
     def _double(self, least: int) -> None:
         size = max(2 * len(self.bound), least)
-        for name in ("allowed", "kept", "point", "lam", "bound", "parent", "group", "split",
-                     "kind", "keys", "ids"):  # fmt: skip
+        for name in kernels.Nodes._fields[:-1]:  # all but the counts
             old = getattr(self, name)
             new = np.zeros((size + (name in ("keys", "ids")), *old.shape[1:]), dtype=old.dtype)
             new[: len(old)] = old

@@ -1,16 +1,14 @@
 """Compiled relaxation of one node: coordinate descent, prices of budgets, and a safe bound.
 
-Shared notation, here and in ``tree_kernels``: ``Q`` f64[n, n] (f64[0, 0] stands for zeros) and
-``l`` f64[n] of the convex function ``q(x) = const + l·x + ½ xᵀQx``, ``off`` i64[G+1], ``A``/``F``
-i64/f64[m, n] costs, ``b``/``f`` i64/f64[m] limits, ``e`` f64[n] rounding allowance of one entry of
-``s = l + Qz``, ``ok`` u8[n] rows of a node's region, ``lam`` f64[m] multipliers.
+Shared notation, here and in ``tree_kernels``: the fields of ``Relaxed``, ``s = l + Qz`` f64[n],
+``ok`` u8[n] rows of a node's region, ``lam`` f64[m] multipliers.
 
 A bound computed here subtracts an allowance for its own rounding (see ``node_bound``).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -25,6 +23,44 @@ if TYPE_CHECKING:
     Bytes = NDArray[np.uint8]
 
 EPS = 2.3e-16
+
+
+class Relaxed(NamedTuple):
+    """A core under one convex function ``q(x) = const + l·x + ½ xᵀQx``, as kernels read it.
+
+    Attributes:
+        Q: f64[n, n]; f64[0, 0] stands for zeros.
+        l: f64[n].
+        const: Constant of ``q``.
+        e: f64[n], rounding allowance of one entry of ``s``.
+        off: i64[G+1], first row of each group.
+        grp: i64[n], group of each row.
+        F: f64[m, n], costs.
+        f: f64[m], limits.
+        A: i64[m, n], the same costs.
+        b: i64[m], the same limits.
+        pairs: i64[p, 2], forbidden pairs.
+        C: f64[n, n], the core's own cross terms; f64[0, 0] stands for zeros.
+        P: ``C`` with forbidden pairs priced.
+        d: f64[n], the core's own diagonal.
+        constant: The core's own constant.
+    """
+
+    Q: Floats
+    l: Floats  # noqa: E741  # as in the formula
+    const: float
+    e: Floats
+    off: Ints
+    grp: Ints
+    F: Floats
+    f: Floats
+    A: Ints
+    b: Ints
+    pairs: Ints
+    C: Floats
+    P: Floats
+    d: Floats
+    constant: float
 
 
 @compiled
@@ -174,16 +210,14 @@ def descend(
 
 
 @compiled
-def node_bound(
-    const: float, l: Floats, e: Floats, z: Floats, s: Floats, ok: Bytes, off: Ints,  # noqa: E741
-    F: Floats, f: Floats, lam: Floats, work: Floats,
-) -> float:  # fmt: skip
+def node_bound(core: Relaxed, z: Floats, s: Floats, ok: Bytes, lam: Floats, work: Floats) -> float:
     """Return a bound on the node, best over multipliers (set in ``lam``), rounding allowed for.
 
     ``const + ½ (l - s)·z + Σ_g min_p (s_p - e_p + λF_p) - λf``, less an allowance for summation.
     """
+    l, e, off, F, f = core.l, core.e, core.off, core.F, core.f  # noqa: E741
     n, m = len(l), len(f)
-    base, size = const, abs(const)
+    base, size = core.const, abs(core.const)
     for p in range(n):
         work[p] = s[p] - e[p]
         if z[p] != 0.0:
@@ -252,16 +286,16 @@ def store(z: Floats, ok: Bytes, off: Ints, point: Singles) -> None:
 
 @compiled
 def relax(
-    Q: Floats, l: Floats, const: float, e: Floats, off: Ints, F: Floats, f: Floats,  # noqa: E741
-    ok: Bytes, z: Floats, s: Floats, lam: Floats, cutoff: float, rounds: int, point: Singles,
-    work: Floats,
+    core: Relaxed, ok: Bytes, z: Floats, s: Floats, lam: Floats, cutoff: float, rounds: int,
+    point: Singles, work: Floats,
 ) -> float:  # fmt: skip
     """Bound one node: coordinate descent and multiplier steps until it is cut off or stalls.
 
     ``z`` and ``lam`` are warm starts and hold the certificate's values afterwards; ``s`` is the
     gradient at ``z``.
     """
-    n, m = len(l), len(f)
+    Q, l, off, F = core.Q, core.l, core.off, core.F  # noqa: E741
+    n, m = len(l), len(core.f)
     restrict(z, s, ok, off)
     gradient(Q, l, z, s)
     trial, best_lam, best_z = lam.copy(), lam.copy(), z.copy()
@@ -272,7 +306,7 @@ def relax(
             descend(Q, s, z, ok, off, F, trial, 2)
         for k in range(m):
             lam[k] = trial[k]
-        bound = node_bound(const, l, e, z, s, ok, off, F, f, lam, work)
+        bound = node_bound(core, z, s, ok, lam, work)
         if bound > best:
             gained = bound > best + 0.05 * (cutoff - best)
             best = bound
@@ -295,4 +329,4 @@ def relax(
         z[p] = best_z[p]
     store(z, ok, off, point)
     gradient(Q, l, z, s)
-    return node_bound(const, l, e, z, s, ok, off, F, f, lam, work)
+    return node_bound(core, z, s, ok, lam, work)
