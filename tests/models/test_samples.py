@@ -137,6 +137,18 @@ class TestLoadCalibration:
         with pytest.raises(InvalidCalibration, match="as large as they say"):
             load_calibration(str(tmp_path / "c.npz"))
 
+    @pytest.mark.parametrize(
+        "described", ["'<f4<f4'", "'tensor_0'", "None", "'|O'", "[('a', '<f4')]"]
+    )
+    def test_unknown_data_type(self, tmp_path, described):
+        """What numpy does not understand, or would unpickle, is refused in a sentence."""
+        header = f"{{'descr': {described}, 'fortran_order': False, 'shape': (2,), }}".encode()
+        data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + b"\x00" * 8
+        with zipfile.ZipFile(tmp_path / "c.npz", "w") as archive:
+            archive.writestr("x.npy", data)
+        with pytest.raises(InvalidCalibration):
+            load_calibration(str(tmp_path / "c.npz"))
+
     def test_truncated(self, tmp_path, images):
         """Half a file."""
         path = tmp_path / "c.npz"
