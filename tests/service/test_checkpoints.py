@@ -94,12 +94,12 @@ class TestSentCheckpoints:
         with sent_checkpoints(work, torch.nn.Linear(2, 2)) as checkpoints:
             assert checkpoints.path(NAMES[0]).read_bytes() == b"learned"
             step = Progress(stage="finetune", done=1, total=9)
-            checkpoints.running["on_progress"](step)
+            checkpoints.context.on_progress(step)
             assert sent == [Progressed]
             tuned = bytes(PIECE_BYTES) + b"tuned"
             checkpoints.path(NAMES[1]).write_bytes(tuned)
             for _ in range(2):
-                checkpoints.running["on_progress"](step)
+                checkpoints.context.on_progress(step)
             assert sent[1:] == [Piece] * 2 + [Whole] + [Progressed] * 2
             checkpoints.path(NAMES[1]).write_bytes(b"stopped")
         assert sent[-1] is Whole
