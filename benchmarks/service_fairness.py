@@ -31,11 +31,11 @@ import sqlalchemy as sa
 
 from bitquota.errors import Cancelled
 from bitquota.request import PlanRequest
-from bitquota.service.database import Database, jobs
-from bitquota.service.jobs import JobStore
-from bitquota.service.keys import KeyStore
+from bitquota.service.jobs.job_store import JobStore
+from bitquota.service.jobs.webhooks import Webhooks
+from bitquota.service.security.keys import KeyStore
 from bitquota.service.settings import Settings
-from bitquota.service.webhooks import Webhooks
+from bitquota.service.store.database import Database, jobs
 from live_postgres import LivePostgres
 from live_server import LiveServer, npz, train_and_export
 from onnx_graphs import endless_graph

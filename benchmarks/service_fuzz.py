@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import httpx
 import numpy as np
 
-from bitquota.service.database import Database
-from bitquota.service.keys import KeyStore
+from bitquota.service.security.keys import KeyStore
 from bitquota.service.settings import Settings
+from bitquota.service.store.database import Database
 from live_server import LiveServer, folder_zip, npz, safetensors, train_and_export
 from route_fuzzer import NUMBERS, TEXTS, RouteFuzzer, send
 from seeded_jobs import seed_model

@@ -18,8 +18,8 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from bitquota.service.database import Database
     from bitquota.service.settings import Settings
+    from bitquota.service.store.database import Database
 
 app = typer.Typer(help="Administer a server: keys, quotas, jobs, files.", no_args_is_help=True)
 keys = typer.Typer(help="API keys.", no_args_is_help=True)
@@ -51,7 +51,7 @@ def _opened(data_dir: Path | None, *, make: bool = False) -> Iterator[tuple[Sett
             must not become an empty server.
     """
     from bitquota.errors import InvalidInput
-    from bitquota.service.database import Database
+    from bitquota.service.store.database import Database
 
     settings = _settings(data_dir)
     if make:
@@ -91,7 +91,7 @@ def create_key(
 ) -> None:
     """Create a key and print it; it is shown only once and stored as a hash."""
     from bitquota.errors import InvalidInput
-    from bitquota.service.keys import KeyStore, Scope
+    from bitquota.service.security.keys import KeyStore, Scope
 
     try:
         scopes = [Scope(s) for s in scope] if scope else list(Scope)
@@ -122,7 +122,7 @@ def list_keys(
     """Print one line of JSON per key, without its secret."""
     from dataclasses import asdict
 
-    from bitquota.service.keys import KeyStore
+    from bitquota.service.security.keys import KeyStore
 
     whose = "" if tenant is None else f" of tenant '{tenant}'"
     settings = _settings(data_dir)
@@ -142,7 +142,7 @@ def revoke_key(
     key_id: Annotated[str, typer.Argument(help="Id of the key.")], data_dir: DataDir = None
 ) -> None:
     """Revoke a key now."""
-    from bitquota.service.keys import KeyStore
+    from bitquota.service.security.keys import KeyStore
 
     with _opened(data_dir) as (_, database):
         KeyStore(database, time.time).revoke(key_id)
@@ -157,7 +157,7 @@ def rotate_key(
     data_dir: DataDir = None,
 ) -> None:
     """Replace a key with a new one that has the same rights, and print it."""
-    from bitquota.service.keys import KeyStore
+    from bitquota.service.security.keys import KeyStore
 
     with _opened(data_dir) as (_, database):
         store = KeyStore(database, time.time)
@@ -177,7 +177,7 @@ def set_quota(
     """Set a tenant's limits; those left out return to the server's defaults."""
     from dataclasses import asdict
 
-    from bitquota.service.quotas import Quotas
+    from bitquota.service.jobs.quotas import Quotas
 
     with _opened(data_dir, make=True) as (settings, database):
         quota = Quotas(database, settings, time.time).set(
@@ -197,7 +197,7 @@ def show_quota(
     """Print the limits and usage of a tenant."""
     from dataclasses import asdict
 
-    from bitquota.service.quotas import Quotas
+    from bitquota.service.jobs.quotas import Quotas
 
     with _opened(data_dir) as (settings, database):
         found = Quotas(database, settings, time.time)
@@ -211,8 +211,8 @@ def list_jobs(
     data_dir: DataDir = None,
 ) -> None:
     """Print a tenant's latest jobs, one line of JSON each."""
-    from bitquota.service.jobs import JobStore
-    from bitquota.service.schemas import job_view
+    from bitquota.service.api.schemas import job_view
+    from bitquota.service.jobs.job_store import JobStore
 
     with _opened(data_dir) as (_, database):
         for job in JobStore(database, time.time).page(tenant, limit=limit):
@@ -226,8 +226,8 @@ def cancel_job(
     data_dir: DataDir = None,
 ) -> None:
     """Cancel a job on its owner's behalf."""
-    from bitquota.service.jobs import JobStore
-    from bitquota.service.schemas import job_view
+    from bitquota.service.api.schemas import job_view
+    from bitquota.service.jobs.job_store import JobStore
 
     with _opened(data_dir) as (_, database):
         typer.echo(job_view(JobStore(database, time.time).cancel(tenant, job_id)).model_dump_json())
@@ -239,7 +239,7 @@ def make_webhook_secret(
     data_dir: DataDir = None,
 ) -> None:
     """Create and print a new signing secret for a tenant's webhooks, replacing the old one."""
-    from bitquota.service.webhooks import Webhooks
+    from bitquota.service.jobs.webhooks import Webhooks
 
     with _opened(data_dir, make=True) as (settings, database):
         _say(
@@ -254,7 +254,7 @@ def show_audit(
     data_dir: DataDir = None,
 ) -> None:
     """Print who did what, newest first."""
-    from bitquota.service.quotas import AuditLog
+    from bitquota.service.jobs.quotas import AuditLog
 
     with _opened(data_dir) as (_, database):
         for line in AuditLog(database, time.time).list(tenant, limit):
@@ -264,7 +264,7 @@ def show_audit(
 @app.command("gc")
 def collect_garbage(data_dir: DataDir = None) -> None:
     """Remove old jobs, unused uploads and files that nothing refers to."""
-    from bitquota.service.maintenance import collect
+    from bitquota.service.worker.maintenance import collect
 
     with _opened(data_dir) as (settings, database):
         _say(collect(settings, database, time.time()).to_json())
@@ -279,7 +279,7 @@ def make_backup(
 
     A PostgreSQL database and files at BITQUOTA_BLOB_URL are not in it; it says so.
     """
-    from bitquota.service.maintenance import backup
+    from bitquota.service.worker.maintenance import backup
 
     with _opened(data_dir) as (settings, _):
         backup(settings, target)
@@ -304,7 +304,7 @@ def _left_out(settings: Settings) -> list[str]:
 @app.command("verify")
 def verify_files(data_dir: DataDir = None) -> None:
     """Compare every stored file with its digest; exit 1 if one is missing or damaged."""
-    from bitquota.service.maintenance import verify
+    from bitquota.service.worker.maintenance import verify
 
     with _opened(data_dir) as (settings, database):
         wrong = verify(settings, database)
@@ -316,7 +316,7 @@ def verify_files(data_dir: DataDir = None) -> None:
 @app.command("doctor")
 def examine(data_dir: DataDir = None) -> None:
     """Check what a server needs, without changes; exit 1 if something is missing."""
-    from bitquota.service.checkup import doctor
+    from bitquota.service.doctor import doctor
 
     findings = doctor(_settings(data_dir))
     for finding in findings:

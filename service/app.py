@@ -15,24 +15,28 @@ import anyio
 from fastapi import FastAPI
 
 import bitquota
-from bitquota.service import job_routes, operations, pages, pages_data, problems, solving, uploads
-from bitquota.service.artifacts import ArtifactStore
-from bitquota.service.blobs import blob_store
-from bitquota.service.database import Database
-from bitquota.service.event_streams import EventStreams
-from bitquota.service.jobs import JobStore
-from bitquota.service.keys import KeyStore
-from bitquota.service.middleware import Envelope
-from bitquota.service.operations import Metrics
-from bitquota.service.quotas import AuditLog, Quotas
-from bitquota.service.sessions import Sessions
+from bitquota.service.api import job_routes, operations
+from bitquota.service.api import problem_responses as problems
+from bitquota.service.api import solve_routes as solving
+from bitquota.service.api import upload_routes as uploads
+from bitquota.service.api.event_streams import EventStreams
+from bitquota.service.api.metrics import Metrics
+from bitquota.service.api.middleware import Envelope
+from bitquota.service.api.state import State
+from bitquota.service.jobs.job_store import JobStore
+from bitquota.service.jobs.quotas import AuditLog, Quotas
+from bitquota.service.jobs.webhooks import Webhooks
+from bitquota.service.security.keys import KeyStore
+from bitquota.service.security.sessions import Sessions
+from bitquota.service.security.task_pool import TaskPool
 from bitquota.service.settings import Settings
-from bitquota.service.state import State
-from bitquota.service.storage_errors import require_writable
-from bitquota.service.supervisor import Supervisor
-from bitquota.service.task_pool import TaskPool
+from bitquota.service.store.artifacts import ArtifactStore
+from bitquota.service.store.blobs import blob_store
+from bitquota.service.store.database import Database
+from bitquota.service.store.storage_errors import require_writable
 from bitquota.service.telemetry import TracedRequests, Tracing
-from bitquota.service.webhooks import Webhooks
+from bitquota.service.web import pages, pages_data
+from bitquota.service.worker.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

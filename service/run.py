@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from bitquota.errors import InvalidInput, MissingDependency
 from bitquota.service.settings import Settings
-from bitquota.service.storage_errors import require_writable
+from bitquota.service.store.storage_errors import require_writable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,8 +49,8 @@ def serve(
     try:
         import uvicorn
 
+        from bitquota.service.api.connections import Connection, Connections
         from bitquota.service.app import create_app
-        from bitquota.service.connections import Connection, Connections
         from bitquota.service.logs import configure
     except ImportError as err:
         msg = f"the server needs {err.name}; install it with: pip install 'bitquota[service]'"
@@ -95,8 +95,8 @@ def serve(
 
 
 def _has_keys(settings: Settings) -> bool:
-    from bitquota.service.database import Database
-    from bitquota.service.keys import KeyStore
+    from bitquota.service.security.keys import KeyStore
+    from bitquota.service.store.database import Database
 
     require_writable(settings.data_dir)
     database = Database(settings.url)

@@ -39,8 +39,8 @@ from bitquota.search.allocate import Allocation, allocate
 from bitquota.search.compare import compare
 from bitquota.sensitivity.cache import SqliteLedger, export_entries
 from bitquota.sensitivity.errands import Errand
-from bitquota.service.kinds import KINDS
-from bitquota.service.orders import JobOrder, new_job
+from bitquota.service.api.submissions import JobOrder, new_job
+from bitquota.service.jobs.kinds import KINDS
 from bitquota.solver import solve
 from bitquota.solver.archive import certificate_to_bytes, problem_to_bytes
 from bitquota.solver.backends.answer import Answer

@@ -113,7 +113,7 @@ def evaluators(pid: int) -> list[int]:
         with contextlib.suppress(OSError):
             line = Path(f"/proc/{child}/cmdline").read_bytes()
             python = "python" in Path(f"/proc/{child}/exe").readlink().name
-            if python and b"bitquota.service.evaluator" in line:
+            if python and b"bitquota.service.worker.evaluator" in line:
                 found.append(child)
     return found
 

@@ -87,7 +87,7 @@ class LiveServer:
                     command = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
                 except OSError:
                     continue
-                if named := re.search(r"python\S* -m bitquota\.service\.(\w+)", command):
+                if named := re.search(r"python\S* -m bitquota\.service\.(?:\w+\.)?(\w+)", command):
                     found.append((child, named[1]))
         return found
 

@@ -155,7 +155,7 @@ def _read(file: Path, samples: dict[str, Any]) -> Any:  # a calibration set or a
     from bitquota.errors import BitquotaError
     from bitquota.models.load import load_model
     from bitquota.models.samples import check_calibration, load_calibration
-    from bitquota.service.inspection import inspect_dataset, inspect_model
+    from bitquota.service.security.upload_inspection import inspect_dataset, inspect_model
 
     refusal = None
     try:

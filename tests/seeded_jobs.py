@@ -17,11 +17,11 @@ from bitquota.candidates.table import enumerate_candidates
 from bitquota.canonical import canonical_json
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Assignment, Baseline, MeasuredLoss, Plan, Proof
-from bitquota.service.artifacts import ArtifactKind, ArtifactStore
-from bitquota.service.blobs import BlobStore
-from bitquota.service.database import Database
-from bitquota.service.job import NewJob
-from bitquota.service.jobs import JobStore
+from bitquota.service.jobs.job import NewJob
+from bitquota.service.jobs.job_store import JobStore
+from bitquota.service.store.artifacts import ArtifactKind, ArtifactStore
+from bitquota.service.store.blobs import BlobStore
+from bitquota.service.store.database import Database
 from bitquota.solver import build_problem, solve
 from live_server import folder_zip, npz
 

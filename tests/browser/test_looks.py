@@ -7,8 +7,8 @@ import time
 import pytest
 
 from bitquota.errors import MeasurementFailed
-from bitquota.service.database import Database
-from bitquota.service.keys import KeyStore
+from bitquota.service.security.keys import KeyStore
+from bitquota.service.store.database import Database
 from live_server import LiveServer
 from seeded_jobs import inventory_of, matrix_of, plan_of, seed_job
 

@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from bitquota.cli.app import app
-from bitquota.service.database import Database
-from bitquota.service.keys import KeyStore
+from bitquota.service.security.keys import KeyStore
 from bitquota.service.settings import Settings
+from bitquota.service.store.database import Database
 from live_server import LiveServer
 
 FEW = ["--samples", "32", "--bits", "2,4,8"]

@@ -20,7 +20,7 @@ from bitquota.cli import sandboxed as module
 from bitquota.cli.app import app
 from bitquota.cli.sandboxed import OUTSIDE, Outside, sandboxed
 from bitquota.errors import InvalidInput
-from bitquota.service.sandbox import bubblewrap
+from bitquota.service.security.sandbox import bubblewrap
 from onnx_graphs import image_graph
 
 needs_bubblewrap = pytest.mark.skipif(bubblewrap() is None, reason="no bubblewrap works here")

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 import yaml
 
-from bitquota.service.seccomp import container_profile
+from bitquota.service.security.seccomp import container_profile
 from bitquota.service.settings import Settings
 
 from .conftest import run, tool
@@ -102,7 +102,7 @@ class TestCompose:
         assert found["pids_limit"] > 2 * settings.max_processes * settings.slots
 
     def test_profile_is_that_of_the_code(self, repository):
-        """Regenerate with ``bitquota.service.seccomp.container_profile``."""
+        """Regenerate with ``bitquota.service.security.seccomp.container_profile``."""
         written = json.loads((repository / "deploy" / "seccomp.json").read_text())
         assert container_profile() == written
 

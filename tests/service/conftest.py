@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bitquota.service.database import Database
+from bitquota.service.store.database import Database
 from live_postgres import LivePostgres
 from live_server import LiveServer, train_and_export
 

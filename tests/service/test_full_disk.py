@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from bitquota.errors import InvalidInput, StorageFull
-from bitquota.service.blobs import BlobStore
-from bitquota.service.storage_errors import require_writable
+from bitquota.service.store.blobs import BlobStore
+from bitquota.service.store.storage_errors import require_writable
 from live_server import LiveServer, npz, safetensors
 
 MIB = 2**20
@@ -94,7 +94,7 @@ class TestFullDisk:
         """A quota ends a write as a full disk does."""
         program = (
             "import resource, sys, pathlib\n"
-            "from bitquota.service.blobs import BlobStore\n"
+            "from bitquota.service.store.blobs import BlobStore\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
             "incoming = BlobStore(pathlib.Path(sys.argv[1])).incoming(2**30)\n"
             "try:\n"

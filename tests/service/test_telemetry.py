@@ -101,7 +101,7 @@ class TestOff:
     def test_nothing_is_imported(self):
         """Neither by the server nor by a driver."""
         code = (
-            "import sys, bitquota.service.app, bitquota.service.driver\n"
+            "import sys, bitquota.service.app, bitquota.service.worker.driver\n"
             "from bitquota.service.telemetry import Tracing\n"
             "tracing = Tracing()\n"
             "with tracing.span('x'): assert tracing.carrier() == {}\n"

@@ -126,7 +126,7 @@ def inside() -> None:
 
 def _bubblewrap(mode: str, values: dict[str, Any], model: Path) -> str | None:
     """Return the bubblewrap to use, or ``None``; says why where there should be one."""
-    from bitquota.service.sandbox import sandbox_for
+    from bitquota.service.security.sandbox import sandbox_for
 
     program = sandbox_for(mode)
     if mode == "off":
@@ -159,7 +159,7 @@ def _run_inside(
     kept: list[Path],
     cache: Path | None,
 ) -> int:
-    from bitquota.service.sandbox import View, kernel_folders, launch
+    from bitquota.service.security.sandbox import View, kernel_folders, launch
 
     environment = {name: os.environ[name] for name in _TERMINAL if name in os.environ}
     if cache is not None:
@@ -170,7 +170,7 @@ def _run_inside(
         "folder": str(Path.cwd()),
     }
     if not kernel_folders():  # inside they would be compiled anew each time
-        warm_up = [sys.executable, "-m", "bitquota.service.evaluator", "--warm-up"]
+        warm_up = [sys.executable, "-m", "bitquota.service.worker.evaluator", "--warm-up"]
         subprocess.run(warm_up, check=False, capture_output=True)  # noqa: S603  # our own module
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bitquota-")))

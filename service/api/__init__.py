@@ -1,0 +1,1 @@
+"""HTTP: routes, bodies, callers, and errors as problem+json."""

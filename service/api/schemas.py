@@ -1,0 +1,222 @@
+"""Bodies of the REST API, as pydantic models; endpoints turn them into our types at once."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bitquota.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from bitquota.service.jobs.job import Job
+    from bitquota.service.store.artifacts import Artifact
+
+DIGEST = r"^sha256:[0-9a-f]{64}$"
+
+BudgetText = Annotated[str, Field(max_length=200)]
+Digest = Annotated[str, Field(pattern=DIGEST)]
+
+
+class ProgressView(BaseModel):
+    """How far a job is."""
+
+    stage: str
+    done: int
+    total: int
+    reused: int = 0
+
+
+class JobView(BaseModel):
+    """A job as it stands."""
+
+    object: Literal["job"] = "job"
+    id: str
+    kind: str
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
+    model: str | None
+    dataset: str | None
+    inputs: dict[str, list[str]] = Field(description="Digests of all other uploads, by role.")
+    request: dict[str, Any]
+    labels: dict[str, str]
+    priority: int
+    deadline: datetime | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    cancel_requested: bool
+    attempts: int
+    measured: int = Field(description="Ledger entries and checkpoints that this job wrote.")
+    progress: ProgressView | None
+    plans: int = Field(description="How many plans are ready.")
+    results: dict[str, str | list[str]] = Field(
+        description="Digest, or list of digests, by name of the result; empty before the end."
+    )
+    error: dict[str, Any] | None = Field(description="problem+json of a job that did not succeed.")
+
+
+class JobPage(BaseModel):
+    """Some jobs, newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[JobView]
+    has_more: bool
+    next_cursor: str | None
+
+
+class ArtifactView(BaseModel):
+    """An upload, or a plan or matrix that a job left."""
+
+    object: Literal["model", "dataset", "plan", "matrix"]
+    id: str = Field(description="Digest of the content.")
+    format: str
+    name: str
+    size: int
+    created_at: datetime
+
+
+class ReceivedView(BaseModel):
+    """How far an upload in pieces is."""
+
+    received: int = Field(description="Bytes that are there; the next piece begins here.")
+
+
+class ArtifactPage(BaseModel):
+    """Some uploads, in order of digest."""
+
+    object: Literal["list"] = "list"
+    data: list[ArtifactView]
+    has_more: bool
+    next_cursor: str | None
+
+
+class SolveOrder(BaseModel):
+    """A matrix and budgets to solve at once."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"job": "job_" + "0" * 32, "budgets": ["3.5 bits"]}]},
+    )
+
+    job: str | None = Field(
+        default=None, pattern=r"^job_[0-9a-f]{32}$", description="A job that left a matrix."
+    )
+    matrix: str | None = Field(
+        default=None, description="Or the digest of an uploaded matrix, or base64 of one."
+    )
+    budgets: list[BudgetText] = Field(min_length=1, max_length=64)
+    gap: float = Field(default=1e-4, ge=0, lt=1, description="Relative gap to stop at.")
+    time_limit_s: float = Field(default=0.1, gt=0, le=30, description="For each budget.")
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+
+LONGEST_SOLVE_S = 120.0
+"""Seconds that all budgets of one ``POST /v1/solve`` may take together."""
+
+
+class SolvedBudget(BaseModel):
+    """The best choice that was found for one budget."""
+
+    budget: str
+    limits: list[dict[str, Any]] = Field(description="What the budget means for this model.")
+    status: str
+    limit: str | None = Field(description="What stopped the solver, if something did.")
+    predicted: float | None = Field(description="Predicted loss increase.")
+    bound: float | None = Field(description="No choice is predicted below this.")
+    absolute_gap: float | None
+    relative_gap: float | None
+    assignments: dict[str, dict[str, Any]] = Field(description="By layer; empty if none was found.")
+
+
+class SolveAnswer(BaseModel):
+    """One answer for each budget, in their order."""
+
+    object: Literal["list"] = "list"
+    data: list[SolvedBudget]
+
+
+class PlanList(BaseModel):
+    """The plans of a job, one for each budget in the order of the request."""
+
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details; `type` ends with a stable name of the error."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "urn:bitquota:problem:not-found",
+                    "title": "No such resource (also: not yours).",
+                    "status": 404,
+                    "detail": "the job must exist; there is no job 'job_0'",
+                    "details": {"job": "job_0"},
+                }
+            ]
+        }
+    )
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    details: dict[str, Any]
+    instance: str | None = None
+
+
+def invalid_request(errors: Sequence[Mapping[str, Any]]) -> InvalidInput:
+    """Return one error for what pydantic found wrong with a request."""
+    found = [
+        {"where": ".".join(map(str, e["loc"]))[:200], "what": str(e["msg"])[:500]}
+        for e in errors[:50]
+    ]
+    said = "; ".join(f"{f['where']}: {f['what']}" for f in found[:3])
+    return InvalidInput(f"a request must follow the documented schema; got {said}", errors=found)
+
+
+def job_view(job: Job) -> JobView:
+    """Return what a client sees of a job."""
+    return JobView(
+        id=job.id,
+        kind=job.kind,
+        status=job.status.value,
+        model=job.model,
+        dataset=job.dataset,
+        inputs=job.inputs,
+        request=job.request,
+        labels=job.labels,
+        priority=job.priority,
+        deadline=_time(job.deadline),
+        created_at=datetime.fromtimestamp(job.created_at, UTC),
+        started_at=_time(job.started_at),
+        finished_at=_time(job.finished_at),
+        cancel_requested=job.cancel_requested,
+        attempts=job.attempts,
+        measured=job.measured,
+        progress=None if job.progress is None else ProgressView(**job.progress),
+        results=job.results or {},
+        plans=len((job.results or {}).get("plans", ())),
+        error=job.error,
+    )
+
+
+def artifact_view(artifact: Artifact) -> ArtifactView:
+    """Return what a client sees of an upload."""
+    return ArtifactView(
+        object=artifact.kind.value,
+        id=artifact.digest,
+        format=artifact.format,
+        name=artifact.name,
+        size=artifact.size,
+        created_at=datetime.fromtimestamp(artifact.created_at, UTC),
+    )
+
+
+def _time(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)

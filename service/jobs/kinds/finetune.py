@@ -1,0 +1,100 @@
+"""``finetune``: train a model under a plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from bitquota.request import ACTIVATION_FITS
+from bitquota.service.jobs.kinds.kind import DATASET, MODEL, Input, JobKind
+from bitquota.service.jobs.kinds.results import PLANS, REPORT, report_of_plans
+from bitquota.service.jobs.kinds.training_request import (
+    TRAINED_MODEL,
+    TRAINING,
+    WEIGHTS,
+    TrainingBody,
+    check_names,
+    hand_over,
+    settings_from,
+)
+from bitquota.service.jobs.training_checkpoints import sent_checkpoints
+from bitquota.service.store.formats import ArtifactKind
+
+if TYPE_CHECKING:
+    from bitquota.canonical import JsonObject
+    from bitquota.service.jobs.work import Work
+
+CHECKPOINTS = ("finetune.safetensors",)
+
+
+class FinetuneBody(TrainingBody):
+    """How to train under a plan."""
+
+    symmetric: bool = Field(
+        default=False, description="With `direct`: keep levels mirrored around zero."
+    )
+    activation_fit: str = Field(
+        default="mse",
+        max_length=20,
+        description="First grids of quantized inputs: `mse` (each tensor's own error), or "
+        "`joint`, `chan`, `irls`, which weigh channels.",
+    )
+
+
+def run(work: Work) -> None:
+    """Hand over the plan of the trained weights, the weights, and the history."""
+    from bitquota.quantizers.channel_fit import ChannelRule
+    from bitquota.training.qat import finetune_plan
+    from bitquota.training.settings import TrainingSettings
+
+    fit = work.request["activation_fit"]
+    (plan,) = work.plans("plan")
+    model = work.model()
+    with sent_checkpoints(work, model.module) as kept:
+        found = finetune_plan(
+            model,
+            plan,
+            work.samples(),
+            settings_from(work.request, TrainingSettings()),
+            method=work.request["method"],
+            symmetric=work.request["symmetric"],
+            input_rule=None if fit == "mse" else ChannelRule(fit),
+            checkpoint=kept.path(CHECKPOINTS[0]),
+            context=kept.context,
+        )
+    hand_over(work, found)
+
+
+def accept(request: JsonObject) -> JsonObject:
+    """Return the request; raises ``InvalidInput`` for names that are not known."""
+    check_names(request, activation_fit=ACTIVATION_FITS)
+    return request
+
+
+KIND = JobKind(
+    name="finetune",
+    summary="Train a model under a plan; the dataset is labelled training data.",
+    inputs=(
+        MODEL,
+        DATASET,
+        Input(
+            role="plan",
+            artifact=ArtifactKind.PLAN,
+            text="Digest of a plan of this model: uploaded, or left by a job.",
+        ),
+    ),
+    request=FinetuneBody,
+    example={
+        "model": "sha256:" + "0" * 64,
+        "dataset": "sha256:" + "1" * 64,
+        "plan": "sha256:" + "3" * 64,
+        "request": {"method": "lsq", "epochs": 5},
+    },
+    results=(PLANS, WEIGHTS, TRAINED_MODEL, TRAINING, REPORT),
+    checkpoints=CHECKPOINTS,
+    run=run,
+    accept=accept,
+    derive_from=("plans",),
+    derive=report_of_plans,
+)

@@ -1,0 +1,149 @@
+"""What orders to train have in common: how to train, and the results."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bitquota.canonical import canonical_json
+from bitquota.errors import InvalidInput
+from bitquota.models.pt2.vetting import vet_pt2
+from bitquota.request import TRAINING_METHODS
+from bitquota.service.jobs.kinds.kind import BINARY, Result
+from bitquota.service.jobs.kinds.results import check_object
+from bitquota.service.store.formats import ArtifactKind
+from bitquota.training.settings import AUGMENTATIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from bitquota.canonical import JsonObject
+    from bitquota.service.jobs.work import Work
+    from bitquota.training.qat import Trained
+    from bitquota.training.settings import TrainingSettings
+
+
+class TrainingBody(BaseModel):
+    """How to train; what is left out takes the method's or recipe's own value."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str = Field(default="lsq", description="`lsq`, `tqt` or `direct`.", max_length=20)
+    epochs: int = Field(default=10, ge=1, le=10_000, description="Passes, in each phase.")
+    batch_size: int = Field(default=128, ge=2, le=65_536, description="Samples per step.")
+    learning_rate: float | None = Field(default=None, ge=0, le=10)
+    quantizer_learning_rate: float | None = Field(default=None, ge=0, le=10)
+    distillation: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Share of the loss that follows the full-precision model.",
+    )
+    holdout_fraction: float = Field(
+        default=0.1, gt=0, lt=1, description="Share of the dataset that selects."
+    )
+    patience: int | None = Field(default=None, ge=1)
+    augmentation: str = Field(default="none", max_length=20, description="`none`, `shift_flip`.")
+    mixed_precision: bool = Field(default=False, description="Steps in bfloat16.")
+    seed: int = Field(default=0, ge=0, le=2**31)
+
+
+SETTINGS = (
+    "epochs", "batch_size", "learning_rate", "quantizer_learning_rate", "distillation",
+    "holdout_fraction", "patience", "augmentation", "mixed_precision", "seed",
+)  # fmt: skip
+"""Members of the body that are training settings under the same name."""
+
+
+def check_names(request: JsonObject, **own: Sequence[str]) -> None:
+    """Raise ``InvalidInput`` for a method, an augmentation or an ``own`` name that there is not.
+
+    ``own`` lists what a kind of job has besides: the known names by member of its order.
+    """
+    named: dict[str, Sequence[str]] = {"method": TRAINING_METHODS, "augmentation": AUGMENTATIONS}
+    for member, known in (named | own).items():
+        if request[member] not in known:
+            msg = f"{member} must be one of {', '.join(known)}; got {request[member]!r}"
+            raise InvalidInput(msg, **{member: request[member]})
+
+
+def settings_from(request: JsonObject, defaults: TrainingSettings) -> TrainingSettings:
+    """Return the defaults with what the order says."""
+    from dataclasses import replace
+
+    given: dict[str, Any] = {k: request[k] for k in SETTINGS if request[k] is not None}
+    return replace(defaults, **given)
+
+
+def hand_over(work: Work, found: Trained) -> None:
+    """Give plan, weights and history, and the model where ``torch.export`` can write it."""
+    from dataclasses import asdict
+
+    from bitquota.training.qat import write_pt2
+    from bitquota.training.saved import save_trained
+
+    path = work.scratch / "trained.safetensors"
+    save_trained(found.model, path)
+    work.give("plans", found.plan.dumps().encode())
+    work.give("weights", path)
+    history = {
+        "learning": None if found.learning is None else asdict(found.learning),
+        "finetuning": asdict(found.model.record),
+    }
+    work.give("training", canonical_json(history).encode())
+    program = work.scratch / "trained.pt2"
+    # A courtesy, as on the command line: without it the weights are still complete.
+    with contextlib.suppress(Exception):
+        write_pt2(found, work.samples(), program)
+    if program.exists():
+        work.give("trained_model", program)
+
+
+def check_weights(path: Path) -> None:
+    """Raise unless the file is a whole safetensors file with our description."""
+    import json
+
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            description = json.loads((file.metadata() or {})["bitquota"])
+            names = set(file.keys())
+    except SafetensorError as err:
+        msg = f"the weights must be a safetensors file; got: {err}"
+        raise InvalidInput(msg) from err
+    missing = [n for n in description["layers"] if f"quantized.{n}.codes" not in names]
+    if missing:
+        msg = f"the weights must have the codes of every layer; {missing[0]!r} has none"
+        raise InvalidInput(msg, layers=missing)
+
+
+WEIGHTS = Result(
+    name="weights",
+    text="The trained model as safetensors: weights to run, and the codes that they come from.",
+    check=check_weights,
+    path="weights",
+    media_type=BINARY,
+    suffix=".safetensors",
+    max_bytes=16 * 2**30,
+)
+TRAINED_MODEL = Result(
+    name="trained_model",
+    text="The trained model as a `.pt2`, for other orders to name, where one can be made of it.",
+    check=vet_pt2,
+    path="trained-model",
+    media_type=BINARY,
+    suffix=".pt2",
+    optional=True,
+    max_bytes=16 * 2**30,
+    keep_as=ArtifactKind.MODEL,
+)
+TRAINING = Result(
+    name="training",
+    text="Losses and accuracies of every epoch.",
+    check=check_object,
+    path="training",
+)

@@ -1,0 +1,1 @@
+"""Who may call, and what keeps strangers' files and code within bounds."""

@@ -1,0 +1,1 @@
+"""What lasts: the database, uploads and results as files, and the steps between schemas."""

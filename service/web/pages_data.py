@@ -1,0 +1,296 @@
+"""What the pages fetch: charts, maps, and what changes while somebody watches."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import anyio
+import sqlalchemy as sa
+from fastapi import APIRouter, Query, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import StreamingResponse
+
+from bitquota.errors import BitquotaError, Conflict, NotFound
+from bitquota.report.charts import LARGEST
+from bitquota.service.api.job_routes import MOST_EVENTS
+from bitquota.service.api.state import Calling, Service, State  # noqa: TC001  # FastAPI reads them
+from bitquota.service.jobs.job import JobStatus
+from bitquota.service.jobs.kinds import KINDS
+from bitquota.service.store.database import artifacts, events
+from bitquota.service.store.formats import ArtifactKind
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from sqlalchemy.engine import Connection
+
+    from bitquota.canonical import JsonObject
+    from bitquota.service.jobs.job import Job
+
+router = APIRouter(include_in_schema=False)
+_LOOK_S = 0.25
+_KEEP_ALIVE_S = 15.0
+_WATCHED = 50
+_KEPT_EVENTS = 200
+_MOST_EVENTS = 100_000
+
+
+# -------------------------------------------------------------------------------- jobs
+
+
+def job_rows(service: State, tenant: str, jobs: Sequence[Job]) -> list[JsonObject]:
+    """Return what the list of jobs shows of each, in their order."""
+    wanted = {digest for job in jobs for digest in (job.model, job.dataset) if digest is not None}
+    names = _upload_names(service, tenant, wanted)
+    return [
+        {
+            "id": job.id,
+            "kind": job.kind,
+            "status": job.status.value,
+            "model": names.get(("model", job.model or ""), _short(job.model)),
+            "dataset": names.get(("dataset", job.dataset or ""), _short(job.dataset)),
+            "budgets": [str(b) for b in _budgets(job)],
+            "labels": job.labels,
+            "created_at": job.created_at,
+            "started_at": job.started_at,
+            "finished_at": job.finished_at,
+            "progress": job.progress,
+            "cancel_requested": job.cancel_requested,
+            "version": job.version,
+            "charts": has_charts(job),
+        }
+        for job in jobs
+    ]
+
+
+def _budgets(job: Job) -> list[object]:
+    found = job.request.get("budgets", ())
+    return list(found) if isinstance(found, list | tuple) else []
+
+
+def _short(digest: str | None) -> str:
+    return "" if digest is None else digest.removeprefix("sha256:")[:12]
+
+
+def _upload_names(service: State, tenant: str, digests: set[str]) -> dict[tuple[str, str], str]:
+    if not digests:
+        return {}
+    query = sa.select(artifacts.c.kind, artifacts.c.digest, artifacts.c.name).where(
+        artifacts.c.tenant == tenant, artifacts.c.digest.in_(digests), artifacts.c.name != ""
+    )
+    return service.database.read(
+        lambda connection: {(r.kind, r.digest): r.name for r in connection.execute(query)}
+    )
+
+
+def log_of(service: State, job_id: str) -> list[JsonObject]:
+    """Return what happened to a job, oldest first; of each run of progress only its ends."""
+    query = (
+        sa.select(events.c.seq, events.c.type, events.c.data, events.c.at)
+        .where(events.c.job == job_id)
+        .order_by(events.c.seq)
+        .limit(_MOST_EVENTS)
+    )
+
+    def read(connection: Connection) -> list[JsonObject]:
+        kept: list[JsonObject] = []
+        for row in connection.execute(query):
+            entry = {
+                "number": row.seq, "type": row.type, "data": json.loads(row.data), "at": row.at,
+            }  # fmt: skip
+            if len(kept) > 1 and _same_stage(kept[-1], entry) and _same_stage(kept[-2], entry):
+                kept[-1] = entry
+            else:
+                kept.append(entry)
+        return kept[-_KEPT_EVENTS:]
+
+    return service.database.read(read)
+
+
+def _same_stage(first: JsonObject, second: JsonObject) -> bool:
+    if not first["type"] == second["type"] == "progress":
+        return False
+    return bool(first["data"].get("stage") == second["data"].get("stage"))
+
+
+def result_links(job: Job) -> list[JsonObject]:
+    """Return address and description of every result that can be fetched by itself."""
+    kind = KINDS.get(job.kind)
+    if kind is None or job.results is None:
+        return []
+    return [
+        {
+            "href": f"/v1/jobs/{job.id}/{result.path}",
+            "text": result.text.replace("`", ""),
+            "name": result.name,
+        }
+        for result in kind.results
+        if result.path is not None and not result.many and job.results.get(result.name)
+    ]
+
+
+def has_charts(job: Job) -> bool:
+    """Return whether the job left something that the model page can draw."""
+    results = job.results or {}
+    return any(results.get(name) for name in ("matrix", "plans", "comparison", "frontier"))
+
+
+def require_charts(job: Job) -> None:
+    """Raise ``Conflict`` or ``NotFound`` unless the model page has something to draw."""
+    if job.results is None:
+        said = "has not ended yet" if not job.status.final else f"has {job.status}"
+        msg = f"a job must have succeeded before its model can be shown; this one {said}"
+        raise Conflict(msg, job=job.id)
+    if not has_charts(job):
+        msg = (
+            f"there must be something to draw; this {job.kind} job left no measurement and no plan"
+        )
+        raise NotFound(msg, job=job.id)
+
+
+# -------------------------------------------------------------------------------- charts
+
+
+def chart_order(service: State, job: Job) -> JsonObject:
+    """Return where the files of a job lie, for a task of ``chart_tasks``.
+
+    Raises:
+        Conflict, NotFound: As ``require_charts``.
+    """
+    require_charts(job)
+    results = job.results or {}
+
+    def path(name: str) -> str | None:
+        return str(service.blobs.path(results[name])) if results.get(name) else None
+
+    return {
+        "job": job.id,
+        "title": title_of(service, job),
+        "plans": [str(service.blobs.path(digest)) for digest in results.get("plans", ())],
+        **{name: path(name) for name in ("matrix", "comparison", "frontier")},
+    }
+
+
+async def draw(
+    service: State, tenant: str, job_id: str, task: str, **more: str
+) -> tuple[JsonObject, bytes]:
+    """Return what a task of ``chart_tasks`` makes of a job's files."""
+    order = await run_in_threadpool(lambda: chart_order(service, service.jobs.get(tenant, job_id)))
+    pool = service.solvers if task == "report" else service.readers  # a report solves
+    return await pool.run(tenant, task, order | more, what="what the job left")
+
+
+@router.get("/jobs/{job_id}/charts.json")
+async def charts(job_id: str, service: Service, caller: Calling) -> Response:
+    """Return what the model page draws, without the cross-layer maps."""
+    _, found = await draw(service, caller.tenant, job_id, "charts")
+    return Response(found, media_type="application/json")
+
+
+@router.get("/jobs/{job_id}/cross.json")
+async def cross(
+    job_id: str,
+    service: Service,
+    caller: Calling,
+    at: Annotated[str, Query(max_length=100)] = LARGEST,
+) -> Response:
+    """Return one map of cross-layer terms."""
+    _, found = await draw(service, caller.tenant, job_id, "cross", at=at)
+    return Response(found, media_type="application/json")
+
+
+@router.get("/jobs/{job_id}/report.html")
+async def report_file(job_id: str, service: Service, caller: Calling) -> Response:
+    """Return the model page as one file that needs no network."""
+    _, found = await draw(service, caller.tenant, job_id, "report")
+    named = {"Content-Disposition": f'attachment; filename="{job_id}.html"'}
+    return Response(found, headers=named, media_type="text/html; charset=utf-8")
+
+
+def title_of(service: State, job: Job) -> str:
+    """Return what a person calls the model of a job."""
+    if job.model is None:
+        return f"{job.kind} {job.id}"
+    try:
+        name = service.artifacts.get(job.tenant, ArtifactKind.MODEL, job.model).name
+    except NotFound:
+        name = ""
+    return name or _short(job.model)
+
+
+# -------------------------------------------------------------------------------- live
+
+
+@router.get("/jobs/{job_id}/live")
+async def live_job(
+    job_id: str,
+    service: Service,
+    caller: Calling,
+    after: Annotated[int, Query(ge=0, le=MOST_EVENTS)] = 0,
+) -> StreamingResponse:
+    """Stream what happens to a job after event ``after``: each change of its row, each event."""
+    tenant = caller.tenant
+    await run_in_threadpool(service.jobs.get, tenant, job_id)
+
+    async def stream() -> AsyncIterator[str]:
+        last, version, spoken = after, -1, time.monotonic()
+        while not service.supervisor.stopping:
+            # The row first: events that come between the two reads are then sent twice at most
+            # as a row, and never missed.
+            job = await run_in_threadpool(service.jobs.get, tenant, job_id)
+            found = await run_in_threadpool(service.jobs.events, job_id, last)
+            for number, kind, data in found:
+                yield _event("entry", {"number": number, "type": kind, "data": json.loads(data)})
+                last = number
+            if job.version != version:
+                version = job.version
+                rows = await run_in_threadpool(job_rows, service, tenant, [job])
+                yield _event("row", rows[0] | {"measured": job.measured, "error": job.error})
+                spoken = time.monotonic()
+            if job.status.final and not found:
+                return
+            if time.monotonic() - spoken > _KEEP_ALIVE_S:
+                yield ": still here\n\n"
+                spoken = time.monotonic()
+            await anyio.sleep(_LOOK_S)
+
+    return StreamingResponse(stream(), media_type="text/event-stream")
+
+
+@router.get("/live/jobs")
+async def live_jobs(service: Service, caller: Calling) -> StreamingResponse:
+    """Stream the rows of the tenant's newest jobs as they change."""
+    tenant = caller.tenant
+
+    async def stream() -> AsyncIterator[str]:
+        known: dict[str, int] = {}
+        spoken = 0.0
+        while not service.supervisor.stopping:
+            jobs = await run_in_threadpool(_newest, service, tenant)
+            changed = [job for job in jobs if known.get(job.id) != job.version]
+            if changed:
+                known = {job.id: job.version for job in jobs}
+                rows = await run_in_threadpool(job_rows, service, tenant, changed)
+                for row in reversed(rows):
+                    yield _event("row", row)
+                spoken = time.monotonic()
+            elif time.monotonic() - spoken > _KEEP_ALIVE_S:
+                yield ": still here\n\n"
+                spoken = time.monotonic()
+            busy = any(job.status is JobStatus.RUNNING for job in jobs)
+            await anyio.sleep(_LOOK_S if busy else 4 * _LOOK_S)
+
+    return StreamingResponse(stream(), media_type="text/event-stream")
+
+
+def _newest(service: State, tenant: str) -> Sequence[Job]:
+    try:
+        return service.jobs.page(tenant, limit=_WATCHED)
+    except BitquotaError:
+        return []  # the database is away for a moment: nothing has changed as far as we know
+
+
+def _event(kind: str, data: Any) -> str:  # noqa: ANN401  # JSON
+    return f"event: {kind}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n"

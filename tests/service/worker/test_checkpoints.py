@@ -1,0 +1,113 @@
+"""Checkpoints on their way out of a sandbox and into the next: whole and known, or not at all."""
+
+from __future__ import annotations
+
+import resource
+
+import pytest
+import torch
+
+from bitquota.context import MemoryLedger
+from bitquota.errors import MeasurementFailed, TooLarge
+from bitquota.progress import Progress
+from bitquota.service.jobs.messages import Piece, Progressed, Whole
+from bitquota.service.jobs.training_checkpoints import SentCheckpoints, sent_checkpoints
+from bitquota.service.jobs.work import PIECE_BYTES, Loaded, Work
+from bitquota.service.store.blobs import BlobStore
+from bitquota.service.worker.checkpoints import KeptCheckpoints
+
+NAMES = ("learn.safetensors", "finetune.safetensors")
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """The driver's side of one job."""
+    blobs = BlobStore(tmp_path / "blobs")
+    made = KeptCheckpoints(tmp_path / "checkpoints" / "job", NAMES, blobs, 3 * PIECE_BYTES)
+    yield made
+    made.close()
+
+
+def work_of(scratch, send, inputs=None):
+    return Work(
+        request={},
+        inputs=inputs or {},
+        loaded=Loaded(),
+        ledger=MemoryLedger(),
+        send=send,
+        cancelled=lambda: False,
+        device="auto",
+        scratch=scratch,
+    )
+
+
+class TestKeptCheckpoints:
+    def test_the_next_attempt_gets_the_last_whole_one(self, kept):
+        """What was on its way when the evaluator died is forgotten."""
+        kept.piece([b"first"])
+        kept.keep(NAMES[0])
+        kept.piece([b"sec"])
+        kept.close()
+        (parcel,) = kept.parcels()
+        assert parcel.path.read_bytes() == b"first"
+        assert parcel.name.endswith(NAMES[0])
+        kept.remove()
+        assert kept.parcels() == ()
+
+    @pytest.mark.parametrize("name", ["other.safetensors", "../../ledger.sqlite", ""])
+    def test_only_known_names_are_kept(self, kept, tmp_path, name):
+        """The evaluator ran a stranger's model: it cannot choose where bytes go."""
+        kept.piece([b"anything"])
+        with pytest.raises(MeasurementFailed, match=r"learn\.safetensors, finetune\.safetensors"):
+            kept.keep(name)
+        assert not list(tmp_path.rglob("incoming/*"))
+        assert not (tmp_path / "checkpoints").exists()
+
+    def test_is_limited(self, kept):
+        """As a file of the evaluator itself is."""
+        kept.piece([bytes(2 * PIECE_BYTES)])
+        with pytest.raises(TooLarge):
+            kept.piece([bytes(2 * PIECE_BYTES)])
+
+
+class TestSentCheckpoints:
+    def test_what_was_written_arrives_once(self, kept, tmp_path):
+        """After a step, in pieces; what an earlier attempt left is there and is not sent again."""
+        sent = []
+
+        def send(message):
+            sent.append(type(message))
+            match message:
+                case Piece(data=data, checkpoint=True):
+                    kept.piece([data])
+                case Whole(name=name, checkpoint=True):
+                    kept.keep(name)
+
+        kept.piece([b"learned"])
+        kept.keep(NAMES[0])
+        (parcel,) = kept.parcels()
+        given = tmp_path / parcel.name
+        given.write_bytes(parcel.path.read_bytes())
+        scratch = tmp_path / "work"
+        scratch.mkdir()
+        work = work_of(scratch, send, {parcel.role: [str(given)]})
+        with sent_checkpoints(work, torch.nn.Linear(2, 2)) as checkpoints:
+            assert checkpoints.path(NAMES[0]).read_bytes() == b"learned"
+            step = Progress(stage="finetune", done=1, total=9)
+            checkpoints.context.on_progress(step)
+            assert sent == [Progressed]
+            tuned = bytes(PIECE_BYTES) + b"tuned"
+            checkpoints.path(NAMES[1]).write_bytes(tuned)
+            for _ in range(2):
+                checkpoints.context.on_progress(step)
+            assert sent[1:] == [Piece] * 2 + [Whole] + [Progressed] * 2
+            checkpoints.path(NAMES[1]).write_bytes(b"stopped")
+        assert sent[-1] is Whole
+        assert {b"learned", b"stopped"} == {p.path.read_bytes() for p in kept.parcels()}
+
+    def test_a_model_too_large_for_one_is_trained_without(self, tmp_path, monkeypatch):
+        """A file of an evaluator has a limit; the training must not fail at it."""
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (1000, 1000))
+        work = work_of(tmp_path, lambda message: None)
+        assert SentCheckpoints(work, torch.nn.Linear(4, 4)).path(NAMES[0]) is not None
+        assert SentCheckpoints(work, torch.nn.Linear(40, 40)).path(NAMES[0]) is None

@@ -1,0 +1,336 @@
+"""The local engine: one fork server for each job, forks that share its memory, helpers that die."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bitquota.canonical import digest_bytes
+from bitquota.errors import InvalidInput, ServiceError, UnsafeModel
+from bitquota.request import PlanRequest
+from bitquota.service.security.limits import Group, group_of, limits_of
+from bitquota.service.settings import Settings
+from bitquota.service.worker.engines import ENGINES, Order, Parcel, engine_of
+from bitquota.service.worker.engines.local import LocalEngine
+from bitquota.service.worker.worker_pool import Crew
+from live_cluster import descendants
+from live_server import LiveServer, started
+
+REQUEST = PlanRequest(
+    budgets=("3 bits",), weight_bits=(2, 3, 4, 8), samples=512, holdout_samples=128,
+    measure="pairs", refine=False,
+)  # fmt: skip
+PIDS = Path("/sys/fs/cgroup/pids")
+
+
+def wait_for(condition, what, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"waited in vain for {what}"
+        time.sleep(0.02)
+
+
+def parcels(*paths):
+    roles = ("model", "dataset")
+    return tuple(
+        Parcel(
+            role=role, name=f"{role}{path.suffix}", path=path,
+            digest=digest_bytes([path.read_bytes()]),
+        )
+        for role, path in zip(roles, paths, strict=True)
+    )  # fmt: skip
+
+
+def helper_order(digits_files, **changes):
+    """An evaluator that loads everything and then waits for errands."""
+    head = {
+        "kind": "measure", "request": REQUEST.to_json(), "threads": 1, "device": "cpu",
+        "helper": True,
+    }  # fmt: skip
+    return Order(**{"head": head, "parcels": parcels(*digits_files)} | changes)
+
+
+@pytest.fixture
+def engine(tmp_path):
+    made = LocalEngine(Settings(data_dir=tmp_path / "data", workers=2, slots=2))
+    made.open()
+    yield made
+    made.close()
+
+
+def running(pid):
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}
+
+
+def private_bytes(pid):
+    """Memory that this process shares with nobody."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(
+        int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Private_")
+    )
+
+
+def python_processes(engine):
+    """The fork server and its forks, in order of their start."""
+    first = engine._server.process.pid
+    return [
+        pid
+        for pid in [first, *descendants(first)]
+        if "python" in Path(f"/proc/{pid}/exe").readlink().name
+    ]
+
+
+class TestLocalEngine:
+    def test_workers_are_forks_that_share_torch_and_model(self, engine, digits_files):
+        """The server has one thread; a worker that has loaded all has little of its own."""
+        inbox = queue.SimpleQueue()
+        workers = [engine.start(helper_order(digits_files, needs_sandbox=False), inbox)
+                   for _ in range(2)]  # fmt: skip
+        asked = {}
+        while len(asked) < 2:
+            worker, message = inbox.get(timeout=120)
+            assert message is not None, "an evaluator died"
+            if message[0]["type"] != "progress":
+                asked[worker] = message[0]["type"]
+        assert {"idle"} == set(asked.values())
+        server, *forks = python_processes(engine)
+        assert len(forks) == 2
+        for fork in forks:
+            stat = Path(f"/proc/{fork}/stat").read_text().rpartition(")")[2].split()
+            assert server == int(stat[1])
+            assert private_bytes(fork) < 0.4 * private_bytes(server) + 40 * 2**20
+        assert len(list(Path(f"/proc/{server}/task").iterdir())) == 1
+        maps = Path(f"/proc/{forks[0]}/maps").read_text()
+        assert "libtorch" in maps
+        workers[0].end()
+        wait_for(lambda: inbox.get(timeout=60) == (workers[0], None), "the end of one")
+        engine.close()
+        wait_for(lambda: not any(running(fork) for fork in forks), "the end of all")
+
+    def test_stranger_without_a_sandbox_is_refused(self, tmp_path, digits_files):
+        made = LocalEngine(Settings(data_dir=tmp_path / "data", sandbox="off"))
+        try:
+            with pytest.raises(UnsafeModel, match="install bubblewrap"):
+                made.start(helper_order(digits_files), queue.SimpleQueue())
+        finally:
+            made.close()
+        assert list((tmp_path / "data" / "scratch").iterdir()) == []
+
+    def test_file_that_is_no_model_is_told_by_the_worker(self, engine, digits_files, tmp_path):
+        wrong = tmp_path / "wrong.pt2"
+        wrong.write_bytes(b"no zip")
+        order = helper_order((wrong, digits_files[1]), needs_sandbox=False)
+        inbox = queue.SimpleQueue()
+        engine.start(order, inbox)
+        said = [inbox.get(timeout=120)[1] for _ in range(3)]
+        assert [head["type"] for head, _ in said] == ["progress", "error", "end"]
+
+    def test_dead_fork_server_is_noticed(self, engine, digits_files):
+        inbox = queue.SimpleQueue()
+        worker = engine.start(helper_order(digits_files, needs_sandbox=False), inbox)
+        # Bubblewrap asks for death with its parent early in its start, not at once.
+        assert inbox.get(timeout=120)[1] is not None
+        os.kill(engine._server.process.pid, signal.SIGKILL)
+        while (said := inbox.get(timeout=60))[1] is not None and not isinstance(said[1], Exception):
+            pass
+        assert worker is said[0]
+
+
+class TestHelpers:
+    def test_killed_helper_changes_nothing(self, tmp_path, digits_files):
+        """Three workers, one of which is killed: the plan of one worker, byte for byte."""
+        model, calibration = digits_files
+        plans = []
+        for workers in (1, 3):
+            settings = {"workers": workers, "nice": 0, "heartbeat_s": 0.1}
+            with LiveServer(tmp_path / f"data{workers}", **settings) as server:
+                with server.client() as client:
+                    job = client.submit(model=model, calibration=calibration, request=REQUEST)
+                    if workers > 1:
+                        wait_for(lambda: len(forks_of(server)) >= 3, "helpers")
+                        os.kill(forks_of(server)[-1], signal.SIGKILL)
+                    job.wait(timeout_s=200)
+                    plans.append(job.plan_text())
+                    assert job.body["attempts"] == 1
+                log = server.log.read_text()
+        assert plans[0] == plans[1]
+        assert "helper lost" in log
+        assert '"event": "measured"' in log
+
+
+def forks_of(server):
+    """Processes whose parent is an evaluator too: those that work."""
+    evaluators = {pid for pid, name in server.children() if name == "evaluator"}
+    found = []
+    for pid in sorted(evaluators, key=started):  # pids begin again from the front
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            parent = Path(f"/proc/{int(stat[1])}/cmdline").read_bytes().split(b"\0")[0]
+        except OSError:
+            continue
+        if int(stat[1]) in evaluators and b"python" in parent:
+            found.append(pid)
+    return found
+
+
+class Worker:
+    """Takes down what it is told."""
+
+    def __init__(self, place):
+        self.place, self.told, self.ended = place, [], False
+
+    def send(self, head, parts=()):
+        self.told.append(head)
+
+    def end(self):
+        self.ended = True
+
+    @property
+    def last(self):
+        return self.told[-1]["type"] if self.told else None
+
+    def errands(self):
+        return [head["number"] for head in self.told if head["type"] == "errand"]
+
+
+class TestCrew:
+    @pytest.fixture
+    def helpers(self):
+        return []
+
+    @pytest.fixture
+    def crew(self, helpers):
+        def start():
+            helpers.append(Worker(f"node {len(helpers)}"))
+            return helpers[-1]
+
+        return Crew(2, start, restarts=1)
+
+    def finish(self, crew, *workers):
+        """Let workers do what they have been told until nobody has anything to do."""
+        seen = dict.fromkeys(workers, 0)
+        while any(len(worker.told) > seen[worker] for worker in workers):
+            for worker in workers:
+                for head in worker.told[seen[worker] :]:
+                    seen[worker] += 1
+                    if head["type"] == "errand":
+                        crew.idle(worker, head["number"])
+
+    def errands(self, n):
+        return [{"measure": "pairs", "chunk": k} for k in range(n)]
+
+    def test_each_errand_is_done_once(self, crew, helpers):
+        main = Worker("main")
+        crew.begin(main, self.errands(5))
+        crew.idle(helpers[0], None)
+        self.finish(crew, main, helpers[0])
+        assert sorted(main.errands() + helpers[0].errands()) == [0, 1, 2, 3, 4]
+        assert main.last == "go_on"
+        assert {"main", "node 0"} == set(crew.shares)
+
+    def test_main_waits_for_the_last_helper(self, crew, helpers):
+        main = Worker("main")
+        crew.begin(main, self.errands(2))
+        crew.idle(helpers[0], None)
+        crew.idle(main, 0)
+        assert main.last == "errand"
+        assert main.told[-1]["number"] == 0
+        crew.idle(helpers[0], 1)
+        assert main.last == "go_on"
+
+    def test_errand_of_a_lost_helper_goes_to_another(self, crew, helpers):
+        main = Worker("main")
+        crew.begin(main, self.errands(2))
+        crew.idle(helpers[0], None)
+        crew.idle(main, 0)
+        crew.lost(helpers[0], "killed")
+        assert main.errands() == [0, 1]
+        assert helpers[0].ended
+        crew.idle(main, 1)
+        assert main.last == "go_on"
+
+    def test_errand_that_costs_two_helpers_is_left_to_the_evaluator(self, crew, helpers):
+        main = Worker("main")
+        crew.begin(main, self.errands(2))
+        crew.idle(helpers[0], None)
+        crew.lost(helpers[0], "killed")  # main is busy: a new helper gets the errand
+        crew.idle(helpers[1], None)
+        assert helpers[0].errands() == helpers[1].errands() == [1]
+        crew.lost(helpers[1], "killed")
+        crew.idle(main, 0)
+        assert main.last == "go_on"
+        assert len(helpers) == 2, "restarts are limited"
+
+    def test_job_whose_helpers_never_come_is_done_alone(self, crew):
+        main = Worker("main")
+        crew.begin(main, self.errands(3))
+        self.finish(crew, main)
+        assert main.errands() == [0, 1, 2]
+        assert main.last == "go_on"
+
+    def test_cancel_lets_the_evaluator_go_on(self, crew, helpers):
+        main = Worker("main")
+        crew.begin(main, self.errands(2))
+        crew.idle(helpers[0], None)
+        crew.idle(main, 0)
+        crew.stop()
+        assert main.last == "go_on"
+        assert helpers[0].last == "cancel"
+        crew.begin(main, self.errands(4))
+        assert main.last == "go_on"
+
+    def test_second_list_before_the_first_is_done(self, crew):
+        crew.begin(Worker("main"), self.errands(2))
+        with pytest.raises(ServiceError, match="one list of errands"):
+            crew.begin(Worker("main"), self.errands(2))
+
+
+class TestEngineOf:
+    @pytest.mark.parametrize("name", ENGINES)
+    def test_by_name(self, name):
+        assert engine_of(Settings(engine=name)).name == name
+
+    def test_unknown(self):
+        with pytest.raises(InvalidInput, match="local, ray"):
+            engine_of(Settings(engine="dask"))
+
+
+class TestGroup:
+    def test_none_unless_named(self):
+        assert group_of(Settings()) is None
+
+    def test_folder_that_is_no_group(self, tmp_path):
+        with pytest.raises(InvalidInput, match="BITQUOTA_CGROUP"):
+            group_of(Settings(cgroup=str(tmp_path)))
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.skipif(
+        not os.access(PIDS, os.W_OK) or os.geteuid() != 0, reason="needs control groups to write to"
+    )
+    def test_command_and_its_children_are_inside(self):
+        """With the controller that this machine lends; version 1 has files of the same names."""
+        import subprocess
+
+        group = Group(PIDS, replace(limits_of(Settings()), processes=8))
+        try:
+            assert "pids.max" in group.holds
+            line = [*group.enter, "sh", "-c", "sh -c 'cat /proc/self/cgroup'"]
+            told = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+            assert group.path.name in told
+            assert group.verdict() is None
+            many = "for k in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 0.5 & done; wait"
+            subprocess.run([*group.enter, "sh", "-c", many], check=False, capture_output=True)
+            assert group.verdict().details["resource"] == "processes"
+        finally:
+            group.remove()
+        assert not group.path.exists()

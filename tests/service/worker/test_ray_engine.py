@@ -1,0 +1,120 @@
+"""A job on a real Ray cluster of two nodes, one of which dies in the middle."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from dataclasses import replace
+
+import pytest
+
+from bitquota.errors import Cancelled, InvalidInput
+from bitquota.request import PlanRequest
+from bitquota.service.settings import Settings
+from bitquota.service.worker.engines.ray_cluster import connect
+from live_cluster import LiveCluster, evaluators
+from live_server import LiveServer, npz
+from onnx_graphs import endless_graph
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
+]
+REQUEST = PlanRequest(
+    budgets=("3 bits",), weight_bits=(2, 3, 4, 6), samples=768, holdout_samples=128,
+    measure="pairs", refine=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with LiveCluster() as found:
+        found.start_head()
+        yield found
+
+
+def events(log, name):
+    """What a server and its drivers logged under a name."""
+    whole = log.read_text().rpartition("\n")[0]
+    lines = [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
+    return [line for line in lines if line["event"] == name]
+
+
+def submit(client, digits_files, seed):
+    model, calibration = digits_files
+    return client.submit(model=model, calibration=calibration, request=replace(REQUEST, seed=seed))
+
+
+def wait_for(condition, what, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"waited in vain for {what}"
+        time.sleep(0.05)
+
+
+def ended(job):
+    return job.refresh().status not in {"queued", "running"}
+
+
+class TestRayEngine:
+    def test_node_dies_in_the_middle(self, tmp_path, cluster, digits_files):
+        """Both nodes have measured; the plan is that of the local engine, byte for byte."""
+        node = cluster.add_node()
+        settings = {
+            "engine": "ray", "workers": 2, "ray_address": cluster.address, "nice": 0,
+            "ray_token_file": cluster.token, "ray_scratch": cluster.folder / "nodes",
+            "heartbeat_s": 0.1, "lease_s": 5, "log_level": "DEBUG",
+        }  # fmt: skip
+        with LiveServer(tmp_path / "ray", **settings) as server, server.client() as client:
+
+            def places(job):
+                lines = events(server.log, "errand done")
+                return {line["place"] for line in lines if line["job"] == job.id}
+
+            for seed in range(3):  # on a busy machine one node may be through before the other
+                job = submit(client, digits_files, seed)
+                wait_for(lambda job=job: len(places(job)) > 1 or ended(job), "both nodes")
+                if not ended(job):
+                    assert len(evaluators(node.pid)) == 2, "a fork server and its fork"
+                    cluster.kill(node)
+                    break
+            else:
+                pytest.fail("one node did everything three times")
+            found = job.wait(timeout_s=200).plan_text()
+            noticed = events(server.log, "helper lost") + events(server.log, "driver ended")
+        assert noticed, "nobody noticed the death of a node"
+        with LiveServer(tmp_path / "local", nice=0) as server, server.client() as client:
+            job = submit(client, digits_files, seed)
+            assert job.wait(timeout_s=200).plan_text() == found
+
+
+class TestCancel:
+    def test_evaluator_inside_a_model_that_never_ends(self, tmp_path, cluster):
+        (tmp_path / "data.npz").write_bytes(npz(16))
+        files = endless_graph(tmp_path / "endless.onnx"), tmp_path / "data.npz"
+        settings = {
+            "engine": "ray", "ray_address": cluster.address, "ray_token_file": cluster.token,
+            "ray_scratch": cluster.folder / "nodes", "nice": 0,
+        }  # fmt: skip
+        request = PlanRequest(budgets=("4 bits",), samples=8, holdout_samples=8)
+        with LiveServer(tmp_path / "ray", **settings) as server, server.client() as client:
+            job = client.submit(model=files[0], calibration=files[1], request=request)
+            wait_for(lambda: job.refresh().progress and job.progress.stage == "load", "the model")
+            job.cancel()
+            with pytest.raises(Cancelled):
+                job.wait(timeout_s=60)
+            nodes = [node.pid for node in cluster.nodes]
+            wait_for(lambda: not any(evaluators(pid) for pid in nodes), "the end of the evaluator")
+
+
+class TestConnect:
+    def test_needs_a_token(self, monkeypatch):
+        monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+        monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+        with pytest.raises(InvalidInput, match="BITQUOTA_RAY_TOKEN_FILE"):
+            connect(Settings())
+
+    def test_needs_the_token_file(self, tmp_path):
+        with pytest.raises(InvalidInput, match="must exist"):
+            connect(Settings(ray_token_file=str(tmp_path / "none")))

@@ -1,0 +1,139 @@
+"""Models that never end, on real servers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+
+from bitquota.errors import Cancelled, ServiceTimeout
+from bitquota.request import PlanRequest
+from bitquota.service.jobs.job import NewJob
+from bitquota.service.jobs.job_store import JobStore
+from bitquota.service.settings import Settings
+from bitquota.service.store.database import Database
+from bitquota.service.worker.time_limits import TimeLimits
+from live_server import LiveServer, npz
+from onnx_graphs import endless_graph
+
+pytestmark = pytest.mark.slow
+STAGE_S = 15.0
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory):
+    """A model that never ends, and data for it."""
+    folder = tmp_path_factory.mktemp("endless")
+    (folder / "data.npz").write_bytes(npz(16))
+    return endless_graph(folder / "endless.onnx"), folder / "data.npz"
+
+
+def submit(client, files, **options):
+    request = PlanRequest(budgets=("4 bits",), samples=8, holdout_samples=8)
+    return client.submit(model=files[0], calibration=files[1], request=request, **options)
+
+
+def wait_until_it_has_begun(job):
+    """Return once the evaluator has begun: nothing more will be heard of it."""
+    until = time.monotonic() + 300
+    while (job.refresh().body["progress"] or {}).get("stage") != "load":
+        assert not job.ended, job.body
+        assert time.monotonic() < until, job.body
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def job(tmp_path, migrated):
+    """A job that was claimed, with a deadline in an hour."""
+    shutil.copy(migrated, tmp_path / "limits.db")
+    database = Database(f"sqlite:///{tmp_path}/limits.db")
+    store = JobStore(database, time.time)
+    store.create(
+        NewJob(tenant="ann", kind="solve", request={}, labels={}, deadline=time.time() + 3600)
+    )
+    yield store.claim("me", 15)
+    database.close()
+
+
+class TestTimeLimits:
+    def test_none_has_passed_at_the_beginning(self, job):
+        assert TimeLimits(Settings(), job).passed() is None
+
+    def test_deadline(self, job):
+        late = replace(job, deadline=time.time() - 1)
+        assert "deadline" in TimeLimits(Settings(), late).passed().message
+
+    def test_worker_seconds_of_all_attempts(self, job):
+        limits = TimeLimits(Settings(max_job_s=100), replace(job, worker_s=60))
+        assert limits.passed() is None
+        limits.progressed("solve")
+        limits.worked(101)
+        passed = limits.passed()
+        assert (passed.details["stage"], passed.details["limit_s"]) == ("solve", 100)
+
+    def test_stage_without_progress(self, job):
+        limits = TimeLimits(Settings(max_stage_s=1e-9), job)
+        assert limits.passed() is None  # none has begun
+        limits.progressed("load")
+        assert limits.passed().details["stage"] == "load"
+
+    def test_zero_is_no_limit(self, job):
+        limits = TimeLimits(Settings(max_job_s=0, max_stage_s=0), job)
+        limits.worked(1e9)
+        assert limits.passed() is None
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory):
+    """A server that ends a stage after some seconds, and does not miss a silent driver soon."""
+    folder = tmp_path_factory.mktemp("patient")
+    with LiveServer(folder / "data", max_stage_s=STAGE_S, lease_s=60) as running:
+        yield running
+
+
+class TestStage:
+    def test_loop_without_end_is_ended_with_the_stage_and_the_limit(self, patient, endless):
+        with patient.client() as client:
+            job = submit(client, endless)
+            with pytest.raises(ServiceTimeout, match="the stage 'load' made none"):
+                job.wait(timeout_s=300)
+            assert (job.status, job.body["attempts"]) == ("expired", 1)
+            assert job.body["error"]["details"] == {"stage": "load", "limit_s": STAGE_S}
+
+
+class TestCancel:
+    """The slot was free again each time, or the next test could not begin."""
+
+    def test_evaluator_inside_a_model_that_never_ends(self, patient, endless):
+        with patient.client() as client:
+            job = submit(client, endless)
+            wait_until_it_has_begun(job)
+            working = patient.working("evaluator")
+            job.cancel()
+            with pytest.raises(Cancelled):
+                job.wait(timeout_s=60)
+            assert not alive(working)
+
+    @pytest.mark.parametrize("module", ["driver", "evaluator"])
+    def test_process_that_does_not_listen(self, patient, endless, module):
+        with patient.client() as client:
+            job = submit(client, endless)
+            wait_until_it_has_begun(job)
+            working = patient.working(module)
+            os.kill(working, signal.SIGSTOP)
+            job.cancel()
+            with pytest.raises(Cancelled):
+                job.wait(timeout_s=30)
+            assert not alive(working)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
