@@ -1,4 +1,4 @@
-"""``bitquota admin``: API keys, quotas, jobs, garbage collection, backups and a check-up.
+"""``bitquota admin``: API keys, quotas, jobs, garbage collection, backups and a health check.
 
 It works on the database and the data folder that ``BITQUOTA_*`` variables name, beside running
 servers.

@@ -31,7 +31,7 @@ _TO_COME = "none yet: the first start makes it"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One line of a check-up."""
+    """One line of a health check."""
 
     what: str
     good: bool

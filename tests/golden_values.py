@@ -39,7 +39,7 @@ from bitquota.search.allocate import Allocation, allocate
 from bitquota.search.compare import compare
 from bitquota.sensitivity.cache import SqliteLedger, export_entries
 from bitquota.sensitivity.errands import Errand
-from bitquota.service.api.submissions import JobOrder, new_job
+from bitquota.service.api.submissions import JobSubmission, new_job
 from bitquota.service.jobs.kinds import KINDS
 from bitquota.solver import solve
 from bitquota.solver.archive import certificate_to_bytes, problem_to_bytes
@@ -333,7 +333,7 @@ def orders() -> dict[str, Any]:
     found = {}
     for kind in KINDS.values():
         body = {"kind": kind.name} | kind.example
-        new = new_job(TypeAdapter(JobOrder).validate_python(body), "ann")
+        new = new_job(TypeAdapter(JobSubmission).validate_python(body), "ann")
         found[kind.name] = {
             "request": new.request,
             "model": new.model,

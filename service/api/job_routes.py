@@ -17,7 +17,7 @@ from bitquota.canonical import digest_json
 from bitquota.errors import Conflict, InvalidInput, NotFound
 from bitquota.service.api.schemas import JobPage, JobView, PlanList, Problem, job_view
 from bitquota.service.api.state import Calling, RequestId, Service, State  # noqa: TC001  # FastAPI reads them
-from bitquota.service.api.submissions import MOST_PLANS, JobOrder, new_job
+from bitquota.service.api.submissions import MOST_PLANS, JobSubmission, new_job
 from bitquota.service.jobs.job import Job, JobStatus
 from bitquota.service.jobs.kinds import KINDS, Result
 
@@ -54,7 +54,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 
 @router.post("/jobs", status_code=202, responses=_PROBLEMS)
 async def create_job(
-    order: JobOrder,
+    order: JobSubmission,
     response: Response,
     service: Service,
     caller: Calling,
@@ -77,7 +77,7 @@ async def create_job(
 
 
 def _create(
-    order: JobOrder, service: State, caller: Caller, request_id: str, key: str | None
+    order: JobSubmission, service: State, caller: Caller, request_id: str, key: str | None
 ) -> tuple[Job, bool]:
     new = new_job(order, caller.tenant)
     known = None if key is None else service.jobs.replay(new, key)

@@ -59,7 +59,7 @@ def check_budget_texts(budgets: Sequence[object]) -> None:
     """Raise ``InvalidInput`` for a budget that is too long, or joins too many limits."""
     for text in budgets:
         if not isinstance(text, str):
-            continue  # its type is judged elsewhere
+            continue  # its type is checked elsewhere
         _at_most(len(text), LONGEST_BUDGET, "a budget", "characters")
         _at_most(text.count("+") + 1, MOST_LIMITS, "a budget", "limits joined by '+'")
 

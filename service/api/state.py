@@ -88,7 +88,7 @@ async def caller_of(
 
     Raises:
         Unauthorized: No valid key was sent and one is needed.
-        Forbidden: The key has not the scope that the method needs, or the token is missing.
+        Forbidden: The key lacks the scope that the method needs, or the token is missing.
     """
     state = await state_of(request)
     if sent is not None:

@@ -1,4 +1,4 @@
-"""Orders of jobs as a client sends them: one pydantic model for each kind, made from its value.
+"""What clients submit: one pydantic model for each kind of job, made from its value.
 
 Design: docs/design/jobs.md
 """
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 MOST_PLANS = 64
 
 
-class Order(BaseModel):
-    """What every order may say."""
+class Submission(BaseModel):
+    """What every submission may say."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -49,15 +49,15 @@ class Order(BaseModel):
     )
 
 
-def order_model(kind: JobKind) -> type[Order]:
-    """Return the model of an order of ``kind``."""
+def submission_model(kind: JobKind) -> type[Submission]:
+    """Return the model of a submission of ``kind``."""
     fields: dict[str, Any] = {
         "kind": (Literal[kind.name], Field(description=kind.summary)),
         "request": (kind.request, Field(description=f"What a {kind.name} job does.")),
     }
     fields |= {entry.role: _field(entry) for entry in kind.inputs}
-    made: type[Order] = create_model(
-        f"{kind.name.capitalize()}Order", __base__=Order, __doc__=kind.summary, **fields
+    made: type[Submission] = create_model(
+        f"{kind.name.capitalize()}Order", __base__=Submission, __doc__=kind.summary, **fields
     )
     return made
 
@@ -73,47 +73,47 @@ def _field(entry: Input) -> tuple[Any, Any]:
     return Digest, Field(**described)
 
 
-_MODELS = tuple(order_model(kind) for kind in KINDS.values())
+_MODELS = tuple(submission_model(kind) for kind in KINDS.values())
 EXAMPLES: dict[str, Any] = {
     kind.name: {"summary": kind.summary, "value": {"kind": kind.name} | kind.example}
     for kind in KINDS.values()
 }
 
 if TYPE_CHECKING:
-    JobOrder = Order
+    JobSubmission = Submission
 else:
-    JobOrder = Annotated[
+    JobSubmission = Annotated[
         Annotated[Union[_MODELS], Field(discriminator="kind")],  # noqa: UP007  # made of a tuple
         Body(openapi_examples=EXAMPLES),
     ]
 
 
-def new_job(order: Order, tenant: str) -> NewJob:
-    """Return the job that an order asks for.
+def new_job(submission: Submission, tenant: str) -> NewJob:
+    """Return the job that a submission asks for.
 
     Raises:
         InvalidInput: The request cannot be done whatever the uploads hold (the subclass says why).
     """
-    kind = kind_by_name(order.kind)
+    kind = kind_by_name(submission.kind)
     named: dict[str, list[str]] = {}
     for entry in kind.inputs:
-        value = getattr(order, entry.role)
+        value = getattr(submission, entry.role)
         if value:
             named[entry.role] = list(value) if entry.many else [value]
-    request = order.request
+    request = submission.request
     if isinstance(request, BaseModel):
         request = request.model_dump(mode="json")
     check_request(request)
-    check_labels(order.labels)
+    check_labels(submission.labels)
     return NewJob(
         tenant=tenant,
-        kind=order.kind,
+        kind=submission.kind,
         request=kind.accept(request),
         model=named.pop("model", [None])[0],
         dataset=named.pop("dataset", [None])[0],
         inputs=named,
-        labels=order.labels,
-        priority=order.priority,
-        deadline=None if order.deadline_s is None else time.time() + order.deadline_s,
-        webhook=order.webhook,
+        labels=submission.labels,
+        priority=submission.priority,
+        deadline=None if submission.deadline_s is None else time.time() + submission.deadline_s,
+        webhook=submission.webhook,
     )

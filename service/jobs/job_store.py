@@ -55,7 +55,7 @@ class JobStore(Leases):
 
     Args:
         database: Where they are.
-        clock: Seconds since 1970; leases and deadlines are judged by it.
+        clock: Seconds since 1970; leases and deadlines follow it.
     """
 
     def create(

@@ -41,7 +41,7 @@ class Leases:
 
     Args:
         database: Where they are.
-        clock: Seconds since 1970; leases and deadlines are judged by it.
+        clock: Seconds since 1970; leases and deadlines follow it.
     """
 
     def __init__(self, database: Database, clock: Callable[[], float]) -> None:

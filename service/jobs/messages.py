@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
 
 MAX_KEYS = 1_000_000
-MAX_ERRANDS = 1_000_000
+MAX_TASKS = 1_000_000
 MAX_NAME = 100
 MAX_DETAIL = 4_000
 """Characters of an error's text."""
@@ -74,14 +74,14 @@ class LedgerSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ahead:
-    """Asks to have errands done by all who help."""
+    """Asks to have tasks done by all who help."""
 
-    errands: tuple[Errand, ...]
+    tasks: tuple[Errand, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Idle:
-    """Asks for an errand, after errand number ``done`` if there was one."""
+    """Asks for a task, after task number ``done`` if there was one."""
 
     done: int | None = None
 
@@ -136,8 +136,8 @@ def encode(message: Message) -> tuple[JsonObject, list[bytes]]:
             return {"type": "ledger_put"} | head, parts
         case LedgerSize():
             return {"type": "ledger_size"}, []
-        case Ahead(errands=errands):
-            return {"type": "ahead", "errands": [errand.to_json() for errand in errands]}, []
+        case Ahead(tasks=tasks):
+            return {"type": "ahead", "tasks": [task.to_json() for task in tasks]}, []
         case Idle(done=done):
             return {"type": "idle", "done": done}, []
         case Progressed(progress=progress):
@@ -194,11 +194,11 @@ def _read_ledger_size(head: JsonObject, parts: Sequence[bytes]) -> LedgerSize:
 
 
 def _read_ahead(head: JsonObject, parts: Sequence[bytes]) -> Ahead:
-    _alone(head, parts, "errands")
-    listed = head["errands"]
-    if not isinstance(listed, list) or len(listed) > MAX_ERRANDS:
-        raise _refused(f"a list of at most {MAX_ERRANDS:,} errands", listed)
-    return Ahead(errands=tuple(Errand.from_json(errand) for errand in listed))
+    _alone(head, parts, "tasks")
+    listed = head["tasks"]
+    if not isinstance(listed, list) or len(listed) > MAX_TASKS:
+        raise _refused(f"a list of at most {MAX_TASKS:,} tasks", listed)
+    return Ahead(tasks=tuple(Errand.from_json(task) for task in listed))
 
 
 def _read_idle(head: JsonObject, parts: Sequence[bytes]) -> Idle:

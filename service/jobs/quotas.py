@@ -1,4 +1,4 @@
-"""Quotas of tenants, kept and judged in the database, and the audit log."""
+"""Quotas of tenants, kept and checked in the database, and the audit log."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Quota:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
+class TenantUsage:
     """What one tenant uses now, in the terms of ``Quota``."""
 
     running: int
@@ -132,14 +132,14 @@ class Quotas:
 
         return self._db.write(work)
 
-    def usage(self, tenant: str) -> Usage:
+    def usage(self, tenant: str) -> TenantUsage:
         """Return what a tenant uses now."""
         return self._db.read(lambda connection: self._usage(connection, tenant))
 
-    def _usage(self, connection: Connection, tenant: str) -> Usage:
+    def _usage(self, connection: Connection, tenant: str) -> TenantUsage:
         values = {"of_tenant": tenant, "since": self._clock() - WINDOW_S}
         row = connection.execute(_usage_query(), values).one()
-        return Usage(
+        return TenantUsage(
             running=int(row.running),
             queued=int(row.queued),
             stored_bytes=int(row.stored),
@@ -149,7 +149,7 @@ class Quotas:
     def check_order(self, tenant: str) -> None:
         """Raise ``QuotaExceeded`` if a tenant may not order another job now."""
 
-        def work(connection: Connection) -> tuple[Quota, Usage]:
+        def work(connection: Connection) -> tuple[Quota, TenantUsage]:
             return self._of(connection, tenant), self._usage(connection, tenant)
 
         quota, usage = self._db.read(work)
@@ -175,7 +175,7 @@ class Quotas:
     def check_upload(self, tenant: str, size: int) -> None:
         """Raise ``QuotaExceeded`` if a tenant may not store ``size`` more bytes."""
 
-        def work(connection: Connection) -> tuple[Quota, Usage]:
+        def work(connection: Connection) -> tuple[Quota, TenantUsage]:
             return self._of(connection, tenant), self._usage(connection, tenant)
 
         quota, usage = self._db.read(work)

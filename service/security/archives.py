@@ -1,4 +1,4 @@
-"""Zip archives and ``.npz`` files, judged by their directory and headers, never unpacked."""
+"""Zip archives and ``.npz`` files, checked by their directory and headers, never unpacked."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def check_url(url: str, *, allow_private: bool) -> None:
                 f"got '{host}'"
             )
             raise InvalidInput(msg, host=host) from None
-        return  # a name: it is resolved, and judged, for every delivery
+        return  # a name: it is resolved and checked for every delivery
     if "%" in host or not is_public(address):
         raise _not_public(host)
 

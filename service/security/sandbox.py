@@ -78,7 +78,7 @@ class View:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
+class SandboxDirectory:
     """The folders of one evaluator, below one scratch folder that is removed with it.
 
     Attributes:
@@ -117,7 +117,7 @@ class Cell:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def view(self, data_dir: Path, tmp_bytes: int) -> View:
-        """Return what an evaluator sees; nothing of the server's own folder but this cell."""
+        """Return what an evaluator sees; nothing of the server's own folder but this directory."""
         return View(work=self.work, read=(self.inbox,), hidden=(data_dir,), tmp_bytes=tmp_bytes)
 
 

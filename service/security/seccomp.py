@@ -30,7 +30,7 @@ _LOAD, _EQUAL, _GREATER, _ANY_BIT, _AND, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x54,
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 
 _LAST_KNOWN = 462
-"""``mseal`` of Linux 6.10; numbers above it are the same everywhere, and nobody has judged them."""
+"""``mseal`` of Linux 6.10; numbers above it are the same everywhere, and not reviewed."""
 
 _NEW_NAMESPACE = 0x7E020000
 """The ``CLONE_NEW*`` flags that ``clone`` takes."""

@@ -1,4 +1,4 @@
-"""What an uploaded file is, judged by its bytes and without running or unpacking any of it.
+"""What an uploaded file is, told from its bytes without running or unpacking any of it.
 
 Here a file is refused that could run code when read, that is torn, or that unpacks to more than
 is allowed. Reading it for real happens in the evaluator.

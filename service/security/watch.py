@@ -42,7 +42,7 @@ _BLOCK = 512
 
 
 @dataclass(slots=True)
-class Usage:
+class ResourceUse:
     """What a job uses at one moment.
 
     Attributes:
@@ -146,9 +146,9 @@ class Watch:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
 
-    def usage(self) -> Usage:
+    def usage(self) -> ResourceUse:
         """Return what is used now."""
-        used = Usage()
+        used = ResourceUse()
         places = self._processes()
         held: dict[tuple[int, int], int] = {}
         device = self._work.stat().st_dev

@@ -21,7 +21,7 @@ FULL = (
     "uploads that are no longer needed"
 )
 READ_ONLY = (
-    "the server must be able to write to its data folder; it is read-only: its operator must mend "
+    "the server must be able to write to its data folder; it is read-only: its operator must fix "
     "that, nothing was changed"
 )
 _PROBE = b"x" * 4096

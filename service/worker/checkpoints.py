@@ -18,7 +18,7 @@ from bitquota.service.jobs.training_checkpoints import (
     ROLE,
 )
 from bitquota.service.store.blobs import digest_file
-from bitquota.service.worker.engines.engine import Parcel
+from bitquota.service.worker.engines.engine import InputFile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,11 +44,11 @@ class KeptCheckpoints:
         self._limit = limit
         self._incoming: Incoming | None = None
 
-    def parcels(self) -> tuple[Parcel, ...]:
+    def input_files(self) -> tuple[InputFile, ...]:
         """Return what an earlier attempt left, for the next evaluator."""
         paths = [self._folder / name for name in self._names]
         return tuple(
-            Parcel(role=ROLE, name=PREFIX + path.name, digest=digest_file(path), path=path)
+            InputFile(role=ROLE, name=PREFIX + path.name, digest=digest_file(path), path=path)
             for path in paths
             if path.is_file()
         )

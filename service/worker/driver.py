@@ -60,15 +60,15 @@ from bitquota.service.store.database import Database
 from bitquota.service.store.formats import ModelFormat
 from bitquota.service.telemetry import Tracing
 from bitquota.service.worker.checkpoints import KeptCheckpoints
-from bitquota.service.worker.engines import Engine, Inbox, Order, Parcel, Worker, engine_of
+from bitquota.service.worker.engines import Assignment, Engine, Inbox, InputFile, Worker, engine_of
 from bitquota.service.worker.engines.local import LocalEngine
 from bitquota.service.worker.evaluator import die_with_parent
 from bitquota.service.worker.heartbeats import Heartbeats
 from bitquota.service.worker.presentable_errors import presentable
-from bitquota.service.worker.result_receiver import Received
+from bitquota.service.worker.result_receiver import ResultReceiver
 from bitquota.service.worker.scoped_ledger import ScopedLedger
 from bitquota.service.worker.time_limits import TimeLimits
-from bitquota.service.worker.worker_pool import Crew
+from bitquota.service.worker.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -104,7 +104,7 @@ class Driver:
         self._engine = engine
         self._inbox: Inbox = queue.SimpleQueue()
         self._ranks = 0
-        self._crew = Crew(settings.workers, self._help, job=job.id)
+        self._pool = WorkerPool(settings.workers, self._help, job=job.id)
         self._database = Database(settings.url)
         self._store = JobStore(self._database, time.time)
         self._blobs = blob_store(settings)
@@ -117,7 +117,9 @@ class Driver:
         self._progress: JsonObject | None = None
         self._told: JsonObject | None = None
         kind = kind_by_name(job.kind)
-        self._received = Received(kind, self._blobs, most=len(job.request.get("budgets", "1")))
+        self._receiver = ResultReceiver(
+            kind, self._blobs, most=len(job.request.get("budgets", "1"))
+        )
         self._checkpoints = KeptCheckpoints(
             settings.data_dir / FOLDER / job.id,
             kind.checkpoints,
@@ -152,9 +154,9 @@ class Driver:
         except BitquotaError as error:
             return self._fail(error)
         finally:
-            if self._crew.shares:
-                _log.info("measured", job=job.id, shares=dict(self._crew.shares))
-            self._received.close()
+            if self._pool.shares:
+                _log.info("measured", job=job.id, shares=dict(self._pool.shares))
+            self._receiver.close()
             self._checkpoints.close()
             self._ledger.close()
         return status
@@ -163,17 +165,17 @@ class Driver:
         job = self._job
         known = ArtifactStore(self._database, time.time)
         named = digests_by_role(job)
-        parcels: list[Parcel] = []
+        input_files: list[InputFile] = []
         programs = False
         for entry in kind_by_name(job.kind).inputs:
             for k, digest in enumerate(named.get(entry.role, ())):
                 artifact = known.get(job.tenant, entry.artifact, digest)
-                parcels.append(self._parcel(artifact, entry.role, f"{entry.role}-{k}"))
+                input_files.append(self._input_file(artifact, entry.role, f"{entry.role}-{k}"))
                 programs |= artifact.format == ModelFormat.PT2
-        parcels += self._checkpoints.parcels()
+        input_files += self._checkpoints.input_files()
         settings = self._settings
         helped = settings.workers > 1 and kind_by_name(job.kind).request is PlanRequestBody
-        self._order = Order(
+        self._order = Assignment(
             head={
                 "kind": job.kind,
                 "request": job.request,
@@ -181,12 +183,12 @@ class Driver:
                 "device": "auto",
                 "helped": helped,
             },
-            parcels=tuple(parcels),
+            input_files=tuple(input_files),
             needs_sandbox=programs and self._strangers(),
         )
         self._evaluator = self._engine.start(self._order, self._inbox)
         if helped and self._engine.starts_slowly:
-            self._crew.recruit(settings.workers - 1)
+            self._pool.recruit(settings.workers - 1)
 
     def _beating(self, stage: str) -> Heartbeats:
         return Heartbeats(self._store, self._job, self._settings, stage)
@@ -210,9 +212,9 @@ class Driver:
         alone = self._settings.loopback and not KeyStore(self._database, time.time).any()
         return not (alone or self._settings.dangerously_run_code_of_strangers)
 
-    def _parcel(self, artifact: Artifact, role: str, name: str) -> Parcel:
+    def _input_file(self, artifact: Artifact, role: str, name: str) -> InputFile:
         unpack = artifact.format == ModelFormat.HUGGING_FACE
-        return Parcel(
+        return InputFile(
             role=role,
             name=name if unpack else f"{name}.{artifact.format}",
             digest=artifact.digest,
@@ -251,7 +253,7 @@ class Driver:
                 cancel = ServiceError("released")
             if cancel is not None and give_up == float("inf"):
                 self._evaluator.send({"type": "cancel"})
-                self._crew.stop()
+                self._pool.stop()
                 self._cancel_with = cancel
                 unwanted = isinstance(cancel, Cancelled | ServiceTimeout)
                 give_up = now + min(settings.grace_s, _CANCEL_GRACE_S if unwanted else math.inf)
@@ -269,7 +271,7 @@ class Driver:
             lease_s=self._settings.lease_s,
             progress=progress,
             measured=measured,
-            worker_s=worked_s * (1 + self._crew.helpers),
+            worker_s=worked_s * (1 + self._pool.helpers),
         )
 
     def _handle(self, message: Message) -> int | None:
@@ -277,8 +279,8 @@ class Driver:
         if self._handle_shared(self._evaluator, message):
             return None
         match message:
-            case Ahead(errands=errands):
-                self._crew.begin(self._evaluator, [errand.to_json() for errand in errands])
+            case Ahead(tasks=tasks):
+                self._pool.begin(self._evaluator, [task.to_json() for task in tasks])
             case Progressed(progress=told):
                 progress = told.to_json()
                 if progress != self._told:
@@ -286,14 +288,14 @@ class Driver:
                 self._progress = self._told = progress
             case Piece(data=data, checkpoint=checkpoint):
                 self._limits.progressed()
-                (self._checkpoints if checkpoint else self._received).piece([data])
+                (self._checkpoints if checkpoint else self._receiver).piece([data])
             case Whole(name=name, checkpoint=True):
                 with self._beating("keep"):
                     self._checkpoints.keep(name)
                 self._measured += 1
             case Whole(name=name):
                 with self._beating("keep"):  # it may have to travel to a bucket
-                    self._received.result(name)
+                    self._receiver.result(name)
             case Failed(error=error):
                 return self._failed(error)
             case Ended():
@@ -305,16 +307,16 @@ class Driver:
     ) -> None:
         """Serve a helper; whatever it says wrong costs only the helper."""
         if message is None or isinstance(message, BaseException):
-            self._crew.lost(worker, "it died" if message is None else str(message)[:500])
+            self._pool.lost(worker, "it died" if message is None else str(message)[:500])
             return
         try:
             said = decode(*message)
             if not self._handle_shared(worker, said) and isinstance(said, Failed):
-                self._crew.lost(worker, said.error.message[:500])
+                self._pool.lost(worker, said.error.message[:500])
         except LimitExceeded:
             raise
         except BitquotaError as error:
-            self._crew.lost(worker, error.message)
+            self._pool.lost(worker, error.message)
 
     def _handle_shared(self, worker: Worker, message: Message) -> bool:
         """Do what every evaluator may ask for; returns whether this was such a message."""
@@ -330,7 +332,7 @@ class Driver:
             case LedgerSize():
                 worker.send({"size": len(self._scoped)})
             case Idle(done=done):
-                progress = self._crew.idle(worker, done)
+                progress = self._pool.idle(worker, done)
                 if progress is not None:
                     self._progress = {"reused": 0} | progress
                     self._limits.progressed(progress["stage"])
@@ -373,7 +375,7 @@ class Driver:
     def _succeed(self) -> int:
         job = self._job
         with self._beating("keep"):
-            results, kept = self._received.complete()
+            results, kept = self._receiver.complete()
         self._progress = {"stage": "done", "done": 1, "total": 1}
 
         def finish() -> None:

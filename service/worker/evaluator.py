@@ -118,12 +118,12 @@ class RemoteLedger:
 
 
 def measure_ahead(
-    channel: Channel, errands: Sequence[Errand], do: Callable[[Errand], object]
+    channel: Channel, tasks: Sequence[Errand], do: Callable[[Errand], object]
 ) -> None:
-    """Have the driver share out ``errands``, and take part until all are done."""
-    head, _ = channel.ask(Ahead(errands=tuple(errands)))
-    while head["type"] == "errand":
-        do(errands[head["number"]])
+    """Have the driver share out ``tasks``, and take part until all are done."""
+    head, _ = channel.ask(Ahead(tasks=tuple(tasks)))
+    while head["type"] == "task":
+        do(tasks[head["number"]])
         head, _ = channel.ask(Idle(done=head["number"]))
 
 
@@ -216,10 +216,10 @@ def carry_out(order: JsonObject, channel: Channel, loaded: Loaded) -> None:
 
 
 def help_out(order: JsonObject, channel: Channel, loaded: Loaded) -> None:
-    """Measure what the driver asks for, errand after errand, into its ledger."""
+    """Measure what the driver asks for, task after task, into its ledger."""
     from bitquota.request import PlanRequest
     from bitquota.sensitivity.errands import Errand
-    from bitquota.sensitivity.measures.parts import carry_out as run_errand
+    from bitquota.sensitivity.measures.parts import carry_out as run_task
     from bitquota.setting import prepare
 
     work = _work(order, channel, loaded)
@@ -229,9 +229,9 @@ def help_out(order: JsonObject, channel: Channel, loaded: Loaded) -> None:
     )
     runner = setting.runner()
     head, _ = channel.ask(Idle())
-    while head["type"] == "errand":
-        errand = Errand.from_json(head["errand"])
-        run_errand(errand, runner, setting.table, setting.loss, context=context)
+    while head["type"] == "task":
+        task = Errand.from_json(head["task"])
+        run_task(task, runner, setting.table, setting.loss, context=context)
         head, _ = channel.ask(Idle(done=head["number"]))
 
 

@@ -1,4 +1,4 @@
-"""What keeps a server's data in order: collecting what nothing refers to, backups, a check-up."""
+"""Keeping a server's data in order: collecting what nothing refers to, backups, verification."""
 
 from __future__ import annotations
 

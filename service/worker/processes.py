@@ -41,7 +41,7 @@ def _started(pid: int) -> str:
 
 
 def remove_abandoned(scratches: Path) -> int:
-    """Remove the cells of processes that are gone and return how many there were."""
+    """Remove the sandbox directories of processes that are gone and return how many there were."""
     removed = 0
     for folder in sorted(scratches.glob("job-*")):
         try:

@@ -24,7 +24,7 @@ UNSOUND = (
 """What reading a file may raise that a stranger's model had a hand in."""
 
 
-class Received:
+class ResultReceiver:
     """Takes results from an evaluator, which ran a stranger's model and is not trusted.
 
     Args:

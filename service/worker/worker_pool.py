@@ -1,8 +1,8 @@
-"""The crew of one job: who measures which chunk, and what happens when one of them is lost.
+"""The worker pool of one job: who measures which chunk, and what happens when one of them is lost.
 
-The evaluator that carries out the job asks for a list of errands to be done at once. It takes part
-itself; helpers are started at the first list and take the next errand whenever they are idle. An
-errand whose helper is lost goes back to the others. One that costs two helpers is left to the
+The evaluator that carries out the job asks for a list of tasks to be done at once. It takes part
+itself; helpers are started at the first list and take the next task whenever they are idle. A
+task whose helper is lost goes back to the others. One that costs two helpers is left to the
 evaluator, whose own end the job's count of fruitless attempts sees.
 
 Design: docs/design/sandbox.md
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
     from bitquota.service.worker.engines import Worker
 
-_log = logger("crew")
-_LOSSES_OF_AN_ERRAND = 2
-_MAX_ERRANDS = 1_000_000
+_log = logger("worker_pool")
+_LOSSES_OF_A_TASK = 2
+_MAX_TASKS = 1_000_000
 
 
 @dataclass(slots=True, kw_only=True)
-class _Errand:
+class _Task:
     number: int
     what: JsonObject
     lost: int = 0
 
 
-class Crew:
-    """Shares out errands.
+class WorkerPool:
+    """Shares out tasks.
 
     Args:
         size: Workers that measure at the same time, the evaluator of the job included.
-        start: Starts one helper; it asks for its first errand by itself.
+        start: Starts one helper; it asks for its first task by itself.
         restarts: Helpers that may be replaced in the course of the job.
         job: Its id, for logs.
     """
@@ -55,8 +55,8 @@ class Crew:
         self._main: Worker | None = None
         self._helpers: list[Worker] = []
         self._waiting: list[Worker] = []
-        self._todo: deque[_Errand] = deque()
-        self._doing: dict[Worker, _Errand] = {}
+        self._todo: deque[_Task] = deque()
+        self._doing: dict[Worker, _Task] = {}
         self._main_waits = False
         self._total = self._done = 0
         self._stopped = False
@@ -78,23 +78,23 @@ class Crew:
                 self._log.warning("no helper", why=error.message)
                 self._starts_left = 0
 
-    def begin(self, main: Worker, errands: list[JsonObject]) -> None:
-        """Take a list of errands from the evaluator of the job.
+    def begin(self, main: Worker, tasks: list[JsonObject]) -> None:
+        """Take a list of tasks from the evaluator of the job.
 
         Raises:
             ServiceError: The list before is not done, or this one is no list.
         """
-        if self._todo or self._doing or not isinstance(errands, list):
-            msg = "an evaluator must ask for one list of errands at a time; it did not"
+        if self._todo or self._doing or not isinstance(tasks, list):
+            msg = "an evaluator must ask for one list of tasks at a time; it did not"
             raise ServiceError(msg)
         self._main = main
-        self._total, self._done = len(errands), 0
+        self._total, self._done = len(tasks), 0
         if not self._stopped:
             self._todo.extend(
-                _Errand(number=k, what=what) for k, what in enumerate(errands[:_MAX_ERRANDS])
+                _Task(number=k, what=what) for k, what in enumerate(tasks[:_MAX_TASKS])
             )
-        # The last errand would be done before a helper for it has started.
-        self.recruit(len(errands) - 1)
+        # The last task would be done before a helper for it has started.
+        self.recruit(len(tasks) - 1)
         for helper in self._waiting[:]:
             if self._todo:
                 self._waiting.remove(helper)
@@ -102,15 +102,15 @@ class Crew:
         self._next_for_main()
 
     def idle(self, worker: Worker, done: object) -> JsonObject | None:
-        """Note that ``worker`` is through with errand number ``done``, if it had one.
+        """Note that ``worker`` is through with task number ``done``, if it had one.
 
         Returns what to tell of the progress, if anything was done.
         """
-        errand = self._doing.pop(worker, None)
-        if errand is not None and errand.number == done:
+        task = self._doing.pop(worker, None)
+        if task is not None and task.number == done:
             self._done += 1
             self.shares[worker.place] += 1
-            self._log.debug("errand done", place=worker.place, number=errand.number)
+            self._log.debug("task done", place=worker.place, number=task.number)
         if worker is self._main:
             self._next_for_main()
         elif self._todo:
@@ -118,10 +118,10 @@ class Crew:
         else:
             self._waiting.append(worker)
             self._release_main()
-        if errand is None:
+        if task is None:
             return None
         done_now = min(self._done, self._total)
-        return {"stage": str(errand.what.get("measure")), "done": done_now, "total": self._total}
+        return {"stage": str(task.what.get("measure")), "done": done_now, "total": self._total}
 
     def lost(self, worker: Worker, why: str) -> None:
         """Note that a helper has died or failed; what it did is done again by others."""
@@ -131,12 +131,12 @@ class Crew:
         self._helpers.remove(worker)
         if worker in self._waiting:
             self._waiting.remove(worker)
-        errand = self._doing.pop(worker, None)
-        self._log.warning("helper lost", place=worker.place, why=why, busy=errand is not None)
-        if errand is not None:
-            errand.lost += 1
-            if errand.lost < _LOSSES_OF_AN_ERRAND and not self._stopped:
-                self._todo.appendleft(errand)
+        task = self._doing.pop(worker, None)
+        self._log.warning("helper lost", place=worker.place, why=why, busy=task is not None)
+        if task is not None:
+            task.lost += 1
+            if task.lost < _LOSSES_OF_A_TASK and not self._stopped:
+                self._todo.appendleft(task)
         if self._todo:
             self.recruit(len(self._helpers) + 1)
         self._release_main()
@@ -150,9 +150,9 @@ class Crew:
         self._release_main(whatever=True)
 
     def _give(self, worker: Worker) -> None:
-        errand = self._todo.popleft()
-        self._doing[worker] = errand
-        worker.send({"type": "errand", "number": errand.number, "errand": errand.what})
+        task = self._todo.popleft()
+        self._doing[worker] = task
+        worker.send({"type": "task", "number": task.number, "task": task.what})
 
     def _next_for_main(self) -> None:
         assert self._main is not None  # noqa: S101  # it has begun

@@ -1,4 +1,4 @@
-"""A plan request as pydantic and OpenAPI see it, and what can be told about it without a model."""
+"""A plan request as pydantic and OpenAPI see it, and what can be checked without a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _AsPlanRequest:
     """Pydantic annotation: OpenAPI describes the dataclass, types are held to strictly."""
 
     def __get_pydantic_core_schema__(self, _source: object, _handler: object) -> CoreSchema:
-        """Return the schema of a function that judges the whole value."""
+        """Return the schema of a function that checks the whole value."""
         return core_schema.no_info_plain_validator_function(_checked)
 
     def __get_pydantic_json_schema__(

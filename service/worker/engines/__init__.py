@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bitquota.errors import InvalidInput
-from bitquota.service.worker.engines.engine import Engine, Inbox, Order, Parcel, Worker
+from bitquota.service.worker.engines.engine import Assignment, Engine, Inbox, InputFile, Worker
 from bitquota.service.worker.engines.local import LocalEngine
 from bitquota.service.worker.engines.ray_cluster import RayEngine
 
@@ -20,7 +20,7 @@ ENGINES: dict[str, Callable[[Settings], Engine]] = {
 }
 """In order of preference."""
 
-__all__ = ["ENGINES", "Engine", "Inbox", "Order", "Parcel", "Worker", "engine_of"]
+__all__ = ["ENGINES", "Assignment", "Engine", "Inbox", "InputFile", "Worker", "engine_of"]
 
 
 def engine_of(settings: Settings) -> Engine:

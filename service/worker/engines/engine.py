@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bitquota.canonical import JsonObject
-    from bitquota.service.security.sandbox import Cell
+    from bitquota.service.security.sandbox import SandboxDirectory
 
 Message = "tuple[JsonObject, list[bytes]]"
 """Head and raw parts, as in ``bitquota.service.wire``."""
@@ -28,7 +28,7 @@ Inbox = queue.SimpleQueue["tuple[Worker, tuple[JsonObject, list[bytes]] | BaseEx
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parcel:
+class InputFile:
     """One input of a job.
 
     Attributes:
@@ -47,17 +47,17 @@ class Parcel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class Assignment:
     """What one worker is to do.
 
     Attributes:
         head: Its first message, without ``inputs``: those are paths that only the engine knows.
-        parcels: Inputs.
+        input_files: Inputs.
         needs_sandbox: Whether it must not run outside of a sandbox (a stranger's ``.pt2``).
     """
 
     head: JsonObject
-    parcels: tuple[Parcel, ...]
+    input_files: tuple[InputFile, ...]
     needs_sandbox: bool = True
 
 
@@ -84,8 +84,8 @@ class Engine(Protocol):
 
     Attributes:
         name: As in the settings.
-        starts_slowly: Whether a worker takes seconds to start, so that helpers had better be
-            started with their job and not when there is something for them to do.
+        starts_slowly: Whether a worker takes seconds to start, so that helpers should
+            start with their job and not when there is something for them to do.
     """
 
     name: ClassVar[str]
@@ -100,13 +100,13 @@ class Engine(Protocol):
         """
         ...
 
-    def start(self, order: Order, inbox: Inbox) -> Worker:
-        """Start one evaluator and give it its order; what it says goes to ``inbox``.
+    def start(self, assignment: Assignment, inbox: Inbox) -> Worker:
+        """Start one evaluator and give it its assignment; what it says goes to ``inbox``.
 
         Returns at once; a worker that could not be started says so in ``inbox``.
 
         Raises:
-            UnsafeModel: The order needs a sandbox and this engine has none.
+            UnsafeModel: The assignment needs a sandbox and this engine has none.
         """
         ...
 
@@ -115,18 +115,18 @@ class Engine(Protocol):
         ...
 
 
-def furnish(cell: Cell, parcels: Sequence[Parcel]) -> dict[str, list[str]]:
-    """Put inputs into the inbox of a cell, which is read-only inside; return paths by role."""
+def stage(directory: SandboxDirectory, input_files: Sequence[InputFile]) -> dict[str, list[str]]:
+    """Put inputs into the inbox, which is read-only inside; return paths by role."""
     inputs: dict[str, list[str]] = {}
-    for parcel in parcels:
-        place = cell.inbox / parcel.name
+    for input_file in input_files:
+        place = directory.inbox / input_file.name
         if not place.exists():
-            if parcel.unpack:
-                with zipfile.ZipFile(parcel.path) as archive:
+            if input_file.unpack:
+                with zipfile.ZipFile(input_file.path) as archive:
                     archive.extractall(place)
             else:
-                link_or_copy(parcel.path, place)
-        inputs.setdefault(parcel.role, []).append(str(place))
+                link_or_copy(input_file.path, place)
+        inputs.setdefault(input_file.role, []).append(str(place))
     return inputs
 
 

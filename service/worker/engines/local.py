@@ -1,6 +1,6 @@
 """The local engine: a fork server in a sandbox, and one forked evaluator for each worker.
 
-One process in the sandbox imports torch, warms the solver and, once there is an order, loads the
+One process in the sandbox imports torch, warms the solver and, once there is a job, loads the
 model; every worker is a fork of it. So further workers of a job cost milliseconds, and all share
 one copy of torch and of the model. A fork server serves one job and never sees another's.
 """
@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, ClassVar
 from bitquota.errors import UnsafeModel
 from bitquota.service import wire
 from bitquota.service.security.limits import Group, group_of, limits_of
-from bitquota.service.security.sandbox import Cell, counts_processes, launch, sandbox_of
+from bitquota.service.security.sandbox import SandboxDirectory, counts_processes, launch, sandbox_of
 from bitquota.service.security.watch import Watch
-from bitquota.service.worker.engines.engine import Inbox, Order, furnish
+from bitquota.service.worker.engines.engine import Assignment, Inbox, stage
 from bitquota.service.worker.output import log_output
 from bitquota.service.worker.processes import OWNER_FILE, owner_name
 
@@ -88,18 +88,18 @@ class LocalWorker:
 
 
 class ForkServer:
-    """The process that evaluators are forked from, in a cell of its own.
+    """The process that evaluators are forked from, in a sandbox directory of its own.
 
     Args:
         settings: Of the server.
-        scratches: Folder for the cell.
+        scratches: Folder for the sandbox directory.
     """
 
     def __init__(self, settings: Settings, scratches: Path) -> None:
         scratches.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix="job-", dir=scratches.absolute()))
-        self.cell = Cell(scratch=scratch)
-        self.cell.create()
+        self.directory = SandboxDirectory(scratch=scratch)
+        self.directory.create()
         (scratch / OWNER_FILE).write_text(owner_name(os.getpid()))
         program = sandbox_of(settings)
         self.sandboxed = program is not None
@@ -113,7 +113,7 @@ class ForkServer:
             self._control = ours
             self.process = launch(
                 program,
-                self.cell.view(settings.data_dir, limits.tmp_bytes),
+                self.directory.view(settings.data_dir, limits.tmp_bytes),
                 [*EVALUATOR, *map(str, numbers)],
                 enter=() if self._group is None else self._group.enter,
                 pass_fds=(theirs.fileno(),),
@@ -124,7 +124,7 @@ class ForkServer:
         log_output(self.process)
         self._watch = Watch(
             self.process.pid,
-            self.cell.work,
+            self.directory.work,
             limits,
             sandboxed=self.sandboxed,
             verdict=self._group_verdict,
@@ -142,7 +142,7 @@ class ForkServer:
         return self._watch.verdict or self._group_verdict()
 
     def fork(self, inbox: Inbox) -> LocalWorker:
-        """Return a worker that waits for its order."""
+        """Return a worker that waits for its assignment."""
         ours, theirs = socket.socketpair()
         with theirs:
             worker = LocalWorker(ours, inbox, self.verdict)
@@ -153,14 +153,14 @@ class ForkServer:
         return worker
 
     def close(self) -> None:
-        """Kill it and all that it forked, and remove the cell."""
+        """Kill it and all that it forked, and remove the sandbox directory."""
         self._watch.stop()
         self._control.close()
         self._watch.end()
         self.process.wait()
         if self._group is not None:
             self._group.remove()
-        self.cell.remove()
+        self.directory.remove()
 
 
 class LocalEngine:
@@ -168,7 +168,7 @@ class LocalEngine:
 
     Args:
         settings: Of the server.
-        scratches: Folder for cells; by default below the data folder.
+        scratches: Folder for sandbox directories; by default below the data folder.
     """
 
     name: ClassVar[str] = "local"
@@ -184,20 +184,20 @@ class LocalEngine:
         if self._server is None:
             self._server = ForkServer(self._settings, self._scratches)
 
-    def start(self, order: Order, inbox: Inbox) -> LocalWorker:
+    def start(self, assignment: Assignment, inbox: Inbox) -> LocalWorker:
         """Fork one evaluator; see ``Engine.start``."""
         self.open()
         assert self._server is not None  # noqa: S101  # opened above
-        if order.needs_sandbox and not self._server.sandboxed:
+        if assignment.needs_sandbox and not self._server.sandboxed:
             msg = (
                 "a .pt2 of somebody else holds a program and must run in a sandbox; "
                 f"'{socket.gethostname()}' has none: install bubblewrap there, or upload a zip of "
                 "config.json and safetensors files"
             )
             raise UnsafeModel(msg, host=socket.gethostname())
-        inputs = furnish(self._server.cell, order.parcels)
+        inputs = stage(self._server.directory, assignment.input_files)
         worker = self._server.fork(inbox)
-        worker.send(order.head | {"inputs": inputs})
+        worker.send(assignment.head | {"inputs": inputs})
         worker.listen()
         return worker
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from bitquota.canonical import JsonObject
     from bitquota.service.settings import Settings
-    from bitquota.service.worker.engines.engine import Inbox, Order, Parcel
+    from bitquota.service.worker.engines.engine import Assignment, Inbox, InputFile
 
 _BATCH_S = 5.0
 _BATCH = 64
@@ -76,35 +76,37 @@ class Host:
         self._passed_on = 0
         self._passing = threading.Lock()
 
-    def begin(self, order: Order, *contents: Any) -> str:  # noqa: ANN401  # arrays of bytes
-        """Start the evaluator with its order and return the address of this node."""
+    def begin(self, assignment: Assignment, *contents: Any) -> str:  # noqa: ANN401  # arrays of bytes
+        """Start the evaluator with its assignment and return the address of this node."""
         import ray
 
         from bitquota.service.store.blobs import trim_copies
         from bitquota.service.worker.engines.local import LocalEngine
 
-        parcels = [
-            replace(parcel, path=self._stored(parcel, content))
-            for parcel, content in zip(order.parcels, contents, strict=True)
+        input_files = [
+            replace(input_file, path=self._stored(input_file, content))
+            for input_file, content in zip(assignment.input_files, contents, strict=True)
         ]
         trim_copies(self._folder / "blobs", self._settings.blob_cache_bytes, time.time())
         self._engine = LocalEngine(self._settings, self._folder / "scratch")
         try:
-            self._worker = self._engine.start(replace(order, parcels=tuple(parcels)), self._inbox)
+            self._worker = self._engine.start(
+                replace(assignment, input_files=tuple(input_files)), self._inbox
+            )
         except BitquotaError as error:
             said = encode(Failed(error=error))
             self._inbox.put((None, said))  # type: ignore[arg-type]  # nobody looks at it
         self._pass_on()
         return str(ray.util.get_node_ip_address())
 
-    def _stored(self, parcel: Parcel, content: Any) -> Path:  # noqa: ANN401
-        """Return a file with the bytes of a parcel, written once for all actors of the node."""
+    def _stored(self, input_file: InputFile, content: Any) -> Path:  # noqa: ANN401
+        """Return a file with the bytes of an input, written once for all actors of the node."""
         from bitquota.service.store.blobs import BlobStore, digest_file
 
         store = BlobStore(self._folder / "blobs")
-        place = store.place(parcel.digest)
+        place = store.place(input_file.digest)
         if place.is_file():
-            if digest_file(place) == parcel.digest:
+            if digest_file(place) == input_file.digest:
                 os.utime(place)
                 return place
             place.unlink()
@@ -114,8 +116,8 @@ class Host:
             found = store.keep(incoming)
         finally:
             incoming.discard()
-        if found != parcel.digest:
-            msg = f"what arrives at a node must have its digest {parcel.digest}; it has {found}"
+        if found != input_file.digest:
+            msg = f"what arrives at a node must have its digest {input_file.digest}; it has {found}"
             raise ServiceError(msg)
         return place
 
@@ -163,12 +165,12 @@ class RayWorker:
         self,
         ray: Any,  # noqa: ANN401  # the module and its handles have no types
         actor: Any,  # noqa: ANN401
-        order: Order,
+        assignment: Assignment,
         contents: list[Any],
         inbox: Inbox,
     ) -> None:
         self._ray, self._actor, self._inbox = ray, actor, inbox
-        self._order, self._contents = order, contents
+        self._order, self._contents = assignment, contents
         self._ended = threading.Event()
         self._sent = 0
         self._thread = threading.Thread(target=self._run, name="actor", daemon=True)
@@ -229,7 +231,7 @@ class RayEngine:
         if self._ray is None:
             self._ray = connect(self._settings)
 
-    def start(self, order: Order, inbox: Inbox) -> RayWorker:
+    def start(self, assignment: Assignment, inbox: Inbox) -> RayWorker:
         """Start one actor; see ``Engine.start``."""
         self.open()
         settings = self._settings
@@ -253,20 +255,20 @@ class RayEngine:
                 "BLOB_CACHE_BYTES",
             )
         }  # fmt: skip
-        contents = [self._put(parcel) for parcel in order.parcels]
-        worker = RayWorker(self._ray, kind.remote(passed), order, contents, inbox)
+        contents = [self._put(input_file) for input_file in assignment.input_files]
+        worker = RayWorker(self._ray, kind.remote(passed), assignment, contents, inbox)
         self._workers.append(worker)
         worker.listen()
         return worker
 
-    def _put(self, parcel: Parcel) -> Any:  # noqa: ANN401  # an object reference
+    def _put(self, input_file: InputFile) -> Any:  # noqa: ANN401  # an object reference
         """Return the object of a stored file; each node fetches it once."""
         import numpy as np
 
-        if parcel.digest not in self._stored:
-            content = np.memmap(parcel.path, dtype=np.uint8, mode="r")
-            self._stored[parcel.digest] = self._ray.put(np.asarray(content))
-        return self._stored[parcel.digest]
+        if input_file.digest not in self._stored:
+            content = np.memmap(input_file.path, dtype=np.uint8, mode="r")
+            self._stored[input_file.digest] = self._ray.put(np.asarray(content))
+        return self._stored[input_file.digest]
 
     def close(self) -> None:
         """End every actor and leave the cluster."""

@@ -15,10 +15,10 @@ from bitquota.exports.receipt import Receipt
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
 from bitquota.request import PlanRequest
-from bitquota.service.api.submissions import JobOrder, new_job
+from bitquota.service.api.submissions import JobSubmission, new_job
 from bitquota.service.jobs.kinds import KINDS, kind_by_name
 from bitquota.service.store.blobs import BlobStore
-from bitquota.service.worker.result_receiver import Received
+from bitquota.service.worker.result_receiver import ResultReceiver
 
 REQUEST = PlanRequest(
     budgets=("4 bits",), weight_bits=(2, 4, 8), samples=32, holdout_samples=32, refine=False
@@ -53,7 +53,7 @@ def planned(client, files):
 @pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 class TestKinds:
     def test_example_is_an_order(self, kind):
-        order = TypeAdapter(JobOrder).validate_python({"kind": kind.name} | kind.example)
+        order = TypeAdapter(JobSubmission).validate_python({"kind": kind.name} | kind.example)
         new = new_job(order, "ann")
         assert new.kind == kind.name
         assert len(new.uploads()) >= 1
@@ -64,7 +64,7 @@ class TestKinds:
     def test_order_with_a_member_too_many(self, kind):
         body = {"kind": kind.name} | kind.example | {"surprise": 1}
         with pytest.raises(ValueError, match="surprise"):
-            TypeAdapter(JobOrder).validate_python(body)
+            TypeAdapter(JobSubmission).validate_python(body)
 
 
 class TestKindByName:
@@ -80,7 +80,7 @@ class TestPlanRequests:
     def test_types_are_held_to(self, request_):
         body = {"kind": "plan"} | kind_by_name("plan").example | {"request": request_}
         with pytest.raises(ValueError, match="request"):
-            TypeAdapter(JobOrder).validate_python(body)
+            TypeAdapter(JobSubmission).validate_python(body)
 
 
 class TestMeasure:
@@ -234,42 +234,42 @@ def packed(entries):
     return buffer.getvalue()
 
 
-class TestReceived:
+class TestResultReceiver:
     """What a worker that a model took over might send."""
 
     @pytest.fixture
     def blobs(self, tmp_path):
         return BlobStore(tmp_path / "blobs")
 
-    def give(self, received, name, data):
-        received.piece([data])
-        received.result(name)
+    def give(self, receiver, name, data):
+        receiver.piece([data])
+        receiver.result(name)
 
     def test_name_that_the_kind_does_not_have(self, blobs):
         with pytest.raises(MeasurementFailed, match="leaves matrix"):
-            self.give(Received(kind_by_name("measure"), blobs), "plans", b"{}")
+            self.give(ResultReceiver(kind_by_name("measure"), blobs), "plans", b"{}")
 
     def test_bytes_that_are_no_such_result(self, blobs):
         with pytest.raises(MeasurementFailed, match="whole matrix"):
-            self.give(Received(kind_by_name("measure"), blobs), "matrix", b"PK")
+            self.give(ResultReceiver(kind_by_name("measure"), blobs), "matrix", b"PK")
 
     def test_missing_result(self, blobs):
         with pytest.raises(MeasurementFailed, match="without"):
-            Received(kind_by_name("measure"), blobs).complete()
+            ResultReceiver(kind_by_name("measure"), blobs).complete()
 
     def test_second_one_where_there_is_one(self, blobs):
-        received = Received(kind_by_name("solve"), blobs)
-        self.give(received, "solution", b"{}")
+        receiver = ResultReceiver(kind_by_name("solve"), blobs)
+        self.give(receiver, "solution", b"{}")
         with pytest.raises(MeasurementFailed, match="another"):
-            self.give(received, "solution", b"{}")
+            self.give(receiver, "solution", b"{}")
 
     def test_archive_that_leaves_its_folder(self, blobs):
-        received = Received(kind_by_name("export"), blobs)
+        receiver = ResultReceiver(kind_by_name("export"), blobs)
         with pytest.raises(MeasurementFailed, match="inside its folder"):
-            self.give(received, "archive", packed({"../x": b"1"}))
+            self.give(receiver, "archive", packed({"../x": b"1"}))
 
     def test_archive_with_another_file_than_its_receipt(self, blobs):
-        received = Received(kind_by_name("export"), blobs)
+        receiver = ResultReceiver(kind_by_name("export"), blobs)
         digest = "sha256:" + hashlib.sha256(b"honest").hexdigest()
         receipt = {
             "schema": "bitquota/receipt/1", "exporter": "x", "target": None, "plan_digest": "",
@@ -278,15 +278,15 @@ class TestReceived:
             "runtime": {}, "notes": [],
             "files": [{"name": "w.bin", "size_bytes": 6, "digest": digest}],
         }  # fmt: skip
-        self.give(received, "archive", packed({"w.bin": b"forged"}))
-        self.give(received, "receipt", json.dumps(receipt).encode())
+        self.give(receiver, "archive", packed({"w.bin": b"forged"}))
+        self.give(receiver, "receipt", json.dumps(receipt).encode())
         with pytest.raises(MeasurementFailed, match="file of the receipt"):
-            received.complete()
+            receiver.complete()
 
     def test_what_was_refused_leaves_no_file(self, blobs):
-        received = Received(kind_by_name("measure"), blobs)
+        receiver = ResultReceiver(kind_by_name("measure"), blobs)
         with pytest.raises(MeasurementFailed):
-            self.give(received, "matrix", b"PK")
-        received.piece([b"half"])
-        received.close()
+            self.give(receiver, "matrix", b"PK")
+        receiver.piece([b"half"])
+        receiver.close()
         assert list((blobs.root / "incoming").iterdir()) == []

@@ -47,7 +47,7 @@ class TestEncode:
         [
             LedgerGet(keys=(KEY, ledger_key("b"))),
             LedgerSize(),
-            Ahead(errands=(Errand(measure="pairs", chunk=3, point=(0, 1), choices=((1, 1),)),)),
+            Ahead(tasks=(Errand(measure="pairs", chunk=3, point=(0, 1), choices=((1, 1),)),)),
             Idle(),
             Idle(done=7),
             Progressed(progress=Progress(stage="pairs", done=2, total=9, reused=1)),
@@ -109,13 +109,13 @@ HOSTILE = {
     "two measurements under one key": (
         {"type": "ledger_put", "entries": [[KEY, [1]]] * 2}, [np.ones(1).tobytes()] * 2,
     ),
-    "errands that are no list": ({"type": "ahead", "errands": "all"}, []),
-    "errand of an unknown measure": (
-        {"type": "ahead", "errands": [{"measure": "x", "chunk": 0, "point": None, "choices": []}]},
+    "tasks that are no list": ({"type": "ahead", "tasks": "all"}, []),
+    "task of an unknown measure": (
+        {"type": "ahead", "tasks": [{"measure": "x", "chunk": 0, "point": None, "choices": []}]},
         [],
     ),
-    "errand done that is no number": ({"type": "idle", "done": "1"}, []),
-    "errand done below zero": ({"type": "idle", "done": -1}, []),
+    "task done that is no number": ({"type": "idle", "done": "1"}, []),
+    "task done below zero": ({"type": "idle", "done": -1}, []),
     "progress that is not whole": ({"type": "progress", "progress": {"stage": "x"}}, []),
     "progress beyond its end": (
         {"type": "progress", "progress": {"stage": "x", "done": 2, "total": 1, "reused": 0}}, [],

@@ -18,7 +18,7 @@ from bitquota.service.security import seccomp
 from bitquota.service.security.limits import memory_limit
 from bitquota.service.security.sandbox import (
     TMP_FOLDERS,
-    Cell,
+    SandboxDirectory,
     View,
     bubblewrap,
     launch,
@@ -35,75 +35,75 @@ needs_bubblewrap = pytest.mark.skipif(
 
 
 @pytest.fixture
-def cell(tmp_path):
+def directory(tmp_path):
     scratch = tmp_path / "data" / "scratch" / "job"
     scratch.mkdir(parents=True)
-    made = Cell(scratch=scratch)
+    made = SandboxDirectory(scratch=scratch)
     made.create()
     return made
 
 
-def start(cell, arguments, *, sandbox=True, **streams):
+def start(directory, arguments, *, sandbox=True, **streams):
     return launch(
         bubblewrap() if sandbox else None,
-        cell.view(cell.scratch.parent.parent, 2**24),
+        directory.view(directory.scratch.parent.parent, 2**24),
         arguments,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | streams,
     )
 
 
-def run(cell, program, *, sandbox=True):
-    with start(cell, ["-c", "import sys\n" + program], sandbox=sandbox) as process:
+def run(directory, program, *, sandbox=True):
+    with start(directory, ["-c", "import sys\n" + program], sandbox=sandbox) as process:
         out, err = process.communicate()
     return subprocess.CompletedProcess([], process.returncode, out, err)
 
 
-def fails_inside(cell, program):
+def fails_inside(directory, program):
     """Whether ``program`` raises an OSError inside; it must start to run in any case."""
     guarded = "print('started')\ntry:\n"
     guarded += "".join(f"    {line}\n" for line in program.splitlines())
     guarded += "    print('done')\nexcept OSError as error:\n    print(type(error).__name__)\n"
-    done = run(cell, guarded)
+    done = run(directory, guarded)
     assert done.stdout.startswith("started\n"), done.stderr
     return "done" not in done.stdout
 
 
 @needs_bubblewrap
 class TestCommandInside:
-    def test_python_and_bitquota_are_there(self, cell):
-        done = run(cell, "import numpy, torch, bitquota.search.allocate; print('fine')")
+    def test_python_and_bitquota_are_there(self, directory):
+        done = run(directory, "import numpy, torch, bitquota.search.allocate; print('fine')")
         assert done.stdout == "fine\n", done.stderr
 
-    def test_inbox_can_be_read_and_not_changed(self, cell):
-        file = cell.inbox / "model"
+    def test_inbox_can_be_read_and_not_changed(self, directory):
+        file = directory.inbox / "model"
         file.write_text("weights")
-        assert run(cell, f"print(open({str(file)!r}).read())").stdout == "weights\n"
-        assert fails_inside(cell, f"open({str(file)!r}, 'w')")
-        assert fails_inside(cell, f"import os; os.chmod({str(file)!r}, 0o777)")
-        assert fails_inside(cell, f"import os; os.unlink({str(file)!r})")
+        assert run(directory, f"print(open({str(file)!r}).read())").stdout == "weights\n"
+        assert fails_inside(directory, f"open({str(file)!r}, 'w')")
+        assert fails_inside(directory, f"import os; os.chmod({str(file)!r}, 0o777)")
+        assert fails_inside(directory, f"import os; os.unlink({str(file)!r})")
 
-    def test_files_that_come_later_are_seen(self, cell):
+    def test_files_that_come_later_are_seen(self, directory):
         """The driver starts its evaluator before it knows the job."""
-        waiting = ["-c", f"input(); print(open({str(cell.inbox / 'late')!r}).read())"]
-        with start(cell, waiting, stdin=subprocess.PIPE) as process:
-            (cell.inbox / "late").write_text("here")
+        waiting = ["-c", f"input(); print(open({str(directory.inbox / 'late')!r}).read())"]
+        with start(directory, waiting, stdin=subprocess.PIPE) as process:
+            (directory.inbox / "late").write_text("here")
             assert process.communicate("go\n")[0] == "here\n"
 
-    def test_work_folder_can_be_written(self, cell):
-        run(cell, f"open({str(cell.work / 'x')!r}, 'w').write('y')")
-        assert (cell.work / "x").read_text() == "y"
+    def test_work_folder_can_be_written(self, directory):
+        run(directory, f"open({str(directory.work / 'x')!r}, 'w').write('y')")
+        assert (directory.work / "x").read_text() == "y"
 
     @pytest.mark.parametrize("path", ["/etc/passwd", "/etc/shadow", "/root/.bashrc", "/var/log"])
-    def test_files_of_the_machine_are_not_there(self, cell, path):
-        assert fails_inside(cell, f"import os; os.stat({path!r})")
+    def test_files_of_the_machine_are_not_there(self, directory, path):
+        assert fails_inside(directory, f"import os; os.stat({path!r})")
 
-    def test_other_jobs_and_the_database_are_not_there(self, cell):
-        secret = cell.scratch.parent.parent / "bitquota.db"
+    def test_other_jobs_and_the_database_are_not_there(self, directory):
+        secret = directory.scratch.parent.parent / "bitquota.db"
         secret.write_text("secret")
-        other = cell.scratch.parent / "other"
+        other = directory.scratch.parent / "other"
         other.mkdir()
-        assert fails_inside(cell, f"open({str(secret)!r})")
-        assert fails_inside(cell, f"import os; os.stat({str(other)!r})")
+        assert fails_inside(directory, f"open({str(secret)!r})")
+        assert fails_inside(directory, f"import os; os.stat({str(other)!r})")
 
     def test_data_folder_below_a_shown_folder_is_hidden(self, tmp_path, monkeypatch):
         """For example a virtual environment in the folder that also holds the data."""
@@ -113,37 +113,37 @@ class TestCommandInside:
         scratch = data_dir / "scratch" / "job"
         scratch.mkdir(parents=True)
         (data_dir / "bitquota.db").write_text("secret")
-        cell = Cell(scratch=scratch)
-        cell.create()
+        directory = SandboxDirectory(scratch=scratch)
+        directory.create()
         shown = [*sandbox.python_folders(), tmp_path / "home"]
         monkeypatch.setattr(sandbox, "python_folders", lambda: shown)
-        assert fails_inside(cell, f"open({str(data_dir / 'bitquota.db')!r})")
-        assert not fails_inside(cell, f"open({str(cell.work / 'x')!r}, 'w')")
+        assert fails_inside(directory, f"open({str(data_dir / 'bitquota.db')!r})")
+        assert not fails_inside(directory, f"open({str(directory.work / 'x')!r}, 'w')")
 
-    def test_no_network_not_even_loopback(self, cell):
+    def test_no_network_not_even_loopback(self, directory):
         with socket.create_server(("127.0.0.1", 0)) as listening:
             port = listening.getsockname()[1]
             program = f"import socket; socket.create_connection(('127.0.0.1', {port}), 2)"
-            assert fails_inside(cell, program)
+            assert fails_inside(directory, program)
 
-    def test_no_other_process_can_be_seen(self, cell):
-        done = run(cell, "import os; print(sum(n.isdigit() for n in os.listdir('/proc')))")
+    def test_no_other_process_can_be_seen(self, directory):
+        done = run(directory, "import os; print(sum(n.isdigit() for n in os.listdir('/proc')))")
         assert int(done.stdout) <= 3
 
-    def test_environment_does_not_carry_secrets_in(self, cell, monkeypatch):
+    def test_environment_does_not_carry_secrets_in(self, directory, monkeypatch):
         monkeypatch.setenv("BITQUOTA_DATABASE_URL", "postgresql://user:secret@host/db")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        done = run(cell, "import os; print(dict(os.environ))")
+        done = run(directory, "import os; print(dict(os.environ))")
         assert "secret" not in done.stdout
 
-    def test_ends_with_its_parent(self, cell):
+    def test_ends_with_its_parent(self, directory):
         """Bubblewrap asks for that early in its start, not at once: hence the sign of life."""
-        sign = cell.work / "started"
+        sign = directory.work / "started"
         inside = f"import time; open({str(sign)!r}, 'w'); time.sleep(600)"
         script = (
             "import time, pathlib\n"
             "from bitquota.service.security.sandbox import View, bubblewrap, launch\n"
-            f"view = View(work=pathlib.Path({str(cell.work)!r}))\n"
+            f"view = View(work=pathlib.Path({str(directory.work)!r}))\n"
             f"p = launch(bubblewrap(), view, ['-c', {inside!r}])\n"
             "print(p.pid, flush=True); time.sleep(600)\n"
         )
@@ -202,18 +202,18 @@ def namespaces():
     return {n: str(Path(f"/proc/self/ns/{n}").readlink()) for n in escape_attempts.NAMESPACES}
 
 
-def aims(cell, offered):
-    """Put what nobody may touch around a cell."""
-    data_dir = cell.scratch.parent.parent
+def aims(directory, offered):
+    """Put what nobody may touch around a sandbox directory."""
+    data_dir = directory.scratch.parent.parent
     (data_dir / "bitquota.db").write_text("secret")
     (data_dir / "scratch" / "other").mkdir()
     (data_dir / "scratch" / "other" / "model").write_text("secret")
-    (cell.inbox / "model").write_text("weights")
+    (directory.inbox / "model").write_text("weights")
     return offered | {
         "database": str(data_dir / "bitquota.db"),
         "other_job": str(data_dir / "scratch" / "other" / "model"),
         "outside": str(data_dir / "outside"),
-        "input": str(cell.inbox / "model"),
+        "input": str(directory.inbox / "model"),
         "namespaces": namespaces(),
         "unix": str(data_dir / "none"),
     }
@@ -221,11 +221,12 @@ def aims(cell, offered):
 
 LAUNCH = """
 import os, pathlib, subprocess, sys
-from bitquota.service.security.sandbox import Cell, bubblewrap, launch
+from bitquota.service.security.sandbox import SandboxDirectory, bubblewrap, launch
 os.environ["BITQUOTA_SECRET"] = "SECRET"
 scratch, payload, given = sys.argv[1:]
-cell = Cell(scratch=pathlib.Path(scratch))
-with launch(bubblewrap(), cell.view(cell.scratch.parent.parent, 2**24), ["-c", payload, given],
+directory = SandboxDirectory(scratch=pathlib.Path(scratch))
+view = directory.view(directory.scratch.parent.parent, 2**24)
+with launch(bubblewrap(), view, ["-c", payload, given],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
     print(process.communicate()[0].decode())
 """
@@ -236,16 +237,16 @@ with launch(bubblewrap(), cell.view(cell.scratch.parent.parent, 2**24), ["-c", p
 class TestEscape:
     """Code that already runs inside, as if no model had ever been vetted."""
 
-    def attempt(self, python, cell, offered, tmp_path, **options):
+    def attempt(self, python, directory, offered, tmp_path, **options):
         payload = Path(escape_attempts.__file__).read_text()
-        given = json.dumps(aims(cell, offered))
+        given = json.dumps(aims(directory, offered))
         if options:
             for path in [tmp_path, *tmp_path.rglob("*")]:
                 os.chown(path, NOBODY, NOBODY)
         source = Path(sandbox_source()).parent
         with (tmp_path / "server.log").open("w+") as log:
             done = subprocess.run(
-                [str(python), "-c", LAUNCH, str(cell.scratch), payload, given],
+                [str(python), "-c", LAUNCH, str(directory.scratch), payload, given],
                 stdout=subprocess.PIPE, stderr=log, check=False, text=True,
                 env={**os.environ, "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"},
                 **options,
@@ -255,18 +256,18 @@ class TestEscape:
         assert done.stdout, done.stdout
         return json.loads(done.stdout)
 
-    def assert_harmless(self, results, cell):
+    def assert_harmless(self, results, directory):
         assert len(results) == len(escape_attempts.attempts({"outside": ""}))
         # A folder that is not shown may exist inside, in memory; what counts is what lies here.
         got = {name: r for name, r in results.items() if "refused" not in r}
         assert {} == {name: r for name, r in got.items() if name != "write outside"}
-        data_dir = cell.scratch.parent.parent
+        data_dir = directory.scratch.parent.parent
         assert sorted(p.name for p in data_dir.iterdir()) == ["bitquota.db", "scratch"]
-        assert (cell.inbox / "model").read_text() == "weights"
+        assert (directory.inbox / "model").read_text() == "weights"
 
-    def test_every_attempt_fails(self, cell, offered, tmp_path):
-        results = self.attempt(sys.executable, cell, offered, tmp_path)
-        self.assert_harmless(results, cell)
+    def test_every_attempt_fails(self, directory, offered, tmp_path):
+        results = self.attempt(sys.executable, directory, offered, tmp_path)
+        self.assert_harmless(results, directory)
 
     @pytest.mark.skipif(
         os.geteuid() != 0 or not SYSTEM_PYTHON.exists(), reason="only root can become another user"
@@ -277,22 +278,28 @@ class TestEscape:
         scratch = folder / "data" / "scratch" / "job"
         scratch.mkdir(parents=True)
         try:
-            cell = Cell(scratch=scratch)
-            cell.create()
+            directory = SandboxDirectory(scratch=scratch)
+            directory.create()
             results = self.attempt(
-                SYSTEM_PYTHON, cell, offered, folder, user=NOBODY, group=NOBODY, extra_groups=[]
+                SYSTEM_PYTHON,
+                directory,
+                offered,
+                folder,
+                user=NOBODY,
+                group=NOBODY,
+                extra_groups=[],
             )
-            self.assert_harmless(results, cell)
+            self.assert_harmless(results, directory)
         finally:
             shutil.rmtree(folder)
 
-    def test_attempts_succeed_in_a_loose_sandbox(self, cell, offered, tmp_path):
+    def test_attempts_succeed_in_a_loose_sandbox(self, directory, offered, tmp_path):
         """So what fails inside fails because of ours: everything is shown, no call is refused.
 
         Only the folder of the test may be written to, and nothing of the machine can be changed.
         """
         payload = Path(escape_attempts.__file__).read_text()
-        given = json.dumps(aims(cell, offered))
+        given = json.dumps(aims(directory, offered))
         loose = [
             bubblewrap(), "--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts",
             "--uid", "1000", "--gid", "1000", "--cap-drop", "ALL", "--die-with-parent",
@@ -307,8 +314,8 @@ class TestEscape:
             text=True,
         )
         assert done.stdout, done.stderr
-        assert (cell.scratch.parent.parent / "outside").read_text() == "forged"
-        assert (cell.inbox / "model").read_text() == "weightsforged"
+        assert (directory.scratch.parent.parent / "outside").read_text() == "forged"
+        assert (directory.inbox / "model").read_text() == "weightsforged"
         got = {name for name, result in json.loads(done.stdout).items() if "got" in result}
         assert got >= {
             "read passwd", "read the database", "see the database", "read another job",
@@ -323,10 +330,10 @@ class TestEscape:
     def test_nothing_is_attempted_outside(self):
         assert not escape_attempts.confined({"namespaces": namespaces()})
 
-    def test_closed_even_where_the_starter_leaves_descriptors_open(self, cell, tmp_path):
+    def test_closed_even_where_the_starter_leaves_descriptors_open(self, directory, tmp_path):
         with (tmp_path / "open").open("w") as file:
             os.set_inheritable(file.fileno(), True)
-            done = run(cell, "import os; print(sorted(map(int, os.listdir('/proc/self/fd'))))")
+            done = run(directory, "import os; print(sorted(map(int, os.listdir('/proc/self/fd'))))")
         assert json.loads(done.stdout)[:3] == [0, 1, 2]
         assert len(json.loads(done.stdout)) == 4, "the last one lists the folder"
 
@@ -359,9 +366,9 @@ class TestView:
 
     @needs_bubblewrap
     @pytest.mark.parametrize("folder", TMP_FOLDERS)
-    def test_memory_file_systems_are_small(self, cell, folder):
+    def test_memory_file_systems_are_small(self, directory, folder):
         fill = f"open({folder + '/x'!r}, 'wb').write(bytes(2**25))"
-        assert "No space left" in run(cell, fill).stderr
+        assert "No space left" in run(directory, fill).stderr
 
     def test_needs_neither_web_framework_nor_database(self):
         program = (
@@ -400,7 +407,7 @@ class TestSeccomp:
 
     @needs_bubblewrap
     @pytest.mark.skipif(os.uname().machine != "x86_64", reason="32-bit calls of x86")
-    def test_call_of_a_foreign_architecture_kills(self, cell):
+    def test_call_of_a_foreign_architecture_kills(self, directory):
         """``int 0x80`` with number 20: getpid of i386, but writev of x86_64."""
         program = (
             "import ctypes, mmap\n"
@@ -410,24 +417,24 @@ class TestSeccomp:
             "print('ready', flush=True)\n"
             "print(ctypes.CFUNCTYPE(ctypes.c_int)(at)())\n"
         )
-        done = run(cell, program)
+        done = run(directory, program)
         assert done.stdout == "ready\n"
         assert done.returncode != 0
 
     @needs_bubblewrap
-    def test_threads_processes_and_libraries_work(self, cell):
+    def test_threads_processes_and_libraries_work(self, directory):
         program = (
             "import subprocess, threading, torch, onnxruntime, tempfile\n"
             "t = threading.Thread(target=print, args=('thread',)); t.start(); t.join()\n"
             "print(subprocess.run(['true']).returncode)\n"
             "torch.set_num_threads(2); x = torch.ones(300, 300); print(int((x @ x)[0, 0]))\n"
         )
-        done = run(cell, program)
+        done = run(directory, program)
         assert done.stdout == "thread\n0\n300\n", done.stderr
 
 
 class TestLimits:
-    def test_memory_beyond_the_limit_is_refused(self, cell):
+    def test_memory_beyond_the_limit_is_refused(self, directory):
         program = (
             "from bitquota.service.security.sandbox import limit_resources\n"
             "limit_resources(2**28, 2**20)\n"
@@ -436,7 +443,7 @@ class TestLimits:
             "except OSError:\n    print('refused')\n"
         )
         done = run(
-            cell,
+            directory,
             "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + program,
             sandbox=False,
         )

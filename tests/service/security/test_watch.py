@@ -165,7 +165,7 @@ class TestWatch:
         assert job.watch.verdict.details["resource"] == Resource.MEMORY.value
 
     def test_pages_that_forks_share_count_once(self, start):
-        """A crew of forks shares one model."""
+        """A pool of forks shares one model."""
         program = (
             "import os, sys, time\n"
             "kept = bytearray(os.urandom(2**20)) * 60\n"

@@ -48,11 +48,11 @@ class TestKeptCheckpoints:
         kept.keep(NAMES[0])
         kept.piece([b"sec"])
         kept.close()
-        (parcel,) = kept.parcels()
-        assert parcel.path.read_bytes() == b"first"
-        assert parcel.name.endswith(NAMES[0])
+        (input_file,) = kept.input_files()
+        assert input_file.path.read_bytes() == b"first"
+        assert input_file.name.endswith(NAMES[0])
         kept.remove()
-        assert kept.parcels() == ()
+        assert kept.input_files() == ()
 
     @pytest.mark.parametrize("name", ["other.safetensors", "../../ledger.sqlite", ""])
     def test_only_known_names_are_kept(self, kept, tmp_path, name):
@@ -85,12 +85,12 @@ class TestSentCheckpoints:
 
         kept.piece([b"learned"])
         kept.keep(NAMES[0])
-        (parcel,) = kept.parcels()
-        given = tmp_path / parcel.name
-        given.write_bytes(parcel.path.read_bytes())
+        (input_file,) = kept.input_files()
+        given = tmp_path / input_file.name
+        given.write_bytes(input_file.path.read_bytes())
         scratch = tmp_path / "work"
         scratch.mkdir()
-        work = work_of(scratch, send, {parcel.role: [str(given)]})
+        work = work_of(scratch, send, {input_file.role: [str(given)]})
         with sent_checkpoints(work, torch.nn.Linear(2, 2)) as checkpoints:
             assert checkpoints.path(NAMES[0]).read_bytes() == b"learned"
             step = Progress(stage="finetune", done=1, total=9)
@@ -103,7 +103,7 @@ class TestSentCheckpoints:
             assert sent[1:] == [Piece] * 2 + [Whole] + [Progressed] * 2
             checkpoints.path(NAMES[1]).write_bytes(b"stopped")
         assert sent[-1] is Whole
-        assert {b"learned", b"stopped"} == {p.path.read_bytes() for p in kept.parcels()}
+        assert {b"learned", b"stopped"} == {p.path.read_bytes() for p in kept.input_files()}
 
     def test_a_model_too_large_for_one_is_trained_without(self, tmp_path, monkeypatch):
         """A file of an evaluator has a limit; the training must not fail at it."""

@@ -16,9 +16,9 @@ from bitquota.errors import InvalidInput, ServiceError, UnsafeModel
 from bitquota.request import PlanRequest
 from bitquota.service.security.limits import Group, group_of, limits_of
 from bitquota.service.settings import Settings
-from bitquota.service.worker.engines import ENGINES, Order, Parcel, engine_of
+from bitquota.service.worker.engines import ENGINES, Assignment, InputFile, engine_of
 from bitquota.service.worker.engines.local import LocalEngine
-from bitquota.service.worker.worker_pool import Crew
+from bitquota.service.worker.worker_pool import WorkerPool
 from live_cluster import descendants
 from live_server import LiveServer, started
 
@@ -36,10 +36,10 @@ def wait_for(condition, what, seconds=120):
         time.sleep(0.02)
 
 
-def parcels(*paths):
+def input_files(*paths):
     roles = ("model", "dataset")
     return tuple(
-        Parcel(
+        InputFile(
             role=role, name=f"{role}{path.suffix}", path=path,
             digest=digest_bytes([path.read_bytes()]),
         )
@@ -48,12 +48,12 @@ def parcels(*paths):
 
 
 def helper_order(digits_files, **changes):
-    """An evaluator that loads everything and then waits for errands."""
+    """An evaluator that loads everything and then waits for tasks."""
     head = {
         "kind": "measure", "request": REQUEST.to_json(), "threads": 1, "device": "cpu",
         "helper": True,
     }  # fmt: skip
-    return Order(**{"head": head, "parcels": parcels(*digits_files)} | changes)
+    return Assignment(**{"head": head, "input_files": input_files(*digits_files)} | changes)
 
 
 @pytest.fixture
@@ -199,100 +199,100 @@ class Worker:
     def last(self):
         return self.told[-1]["type"] if self.told else None
 
-    def errands(self):
-        return [head["number"] for head in self.told if head["type"] == "errand"]
+    def tasks(self):
+        return [head["number"] for head in self.told if head["type"] == "task"]
 
 
-class TestCrew:
+class TestWorkerPool:
     @pytest.fixture
     def helpers(self):
         return []
 
     @pytest.fixture
-    def crew(self, helpers):
+    def pool(self, helpers):
         def start():
             helpers.append(Worker(f"node {len(helpers)}"))
             return helpers[-1]
 
-        return Crew(2, start, restarts=1)
+        return WorkerPool(2, start, restarts=1)
 
-    def finish(self, crew, *workers):
+    def finish(self, pool, *workers):
         """Let workers do what they have been told until nobody has anything to do."""
         seen = dict.fromkeys(workers, 0)
         while any(len(worker.told) > seen[worker] for worker in workers):
             for worker in workers:
                 for head in worker.told[seen[worker] :]:
                     seen[worker] += 1
-                    if head["type"] == "errand":
-                        crew.idle(worker, head["number"])
+                    if head["type"] == "task":
+                        pool.idle(worker, head["number"])
 
-    def errands(self, n):
+    def tasks(self, n):
         return [{"measure": "pairs", "chunk": k} for k in range(n)]
 
-    def test_each_errand_is_done_once(self, crew, helpers):
+    def test_each_task_is_done_once(self, pool, helpers):
         main = Worker("main")
-        crew.begin(main, self.errands(5))
-        crew.idle(helpers[0], None)
-        self.finish(crew, main, helpers[0])
-        assert sorted(main.errands() + helpers[0].errands()) == [0, 1, 2, 3, 4]
+        pool.begin(main, self.tasks(5))
+        pool.idle(helpers[0], None)
+        self.finish(pool, main, helpers[0])
+        assert sorted(main.tasks() + helpers[0].tasks()) == [0, 1, 2, 3, 4]
         assert main.last == "go_on"
-        assert {"main", "node 0"} == set(crew.shares)
+        assert {"main", "node 0"} == set(pool.shares)
 
-    def test_main_waits_for_the_last_helper(self, crew, helpers):
+    def test_main_waits_for_the_last_helper(self, pool, helpers):
         main = Worker("main")
-        crew.begin(main, self.errands(2))
-        crew.idle(helpers[0], None)
-        crew.idle(main, 0)
-        assert main.last == "errand"
+        pool.begin(main, self.tasks(2))
+        pool.idle(helpers[0], None)
+        pool.idle(main, 0)
+        assert main.last == "task"
         assert main.told[-1]["number"] == 0
-        crew.idle(helpers[0], 1)
+        pool.idle(helpers[0], 1)
         assert main.last == "go_on"
 
-    def test_errand_of_a_lost_helper_goes_to_another(self, crew, helpers):
+    def test_task_of_a_lost_helper_goes_to_another(self, pool, helpers):
         main = Worker("main")
-        crew.begin(main, self.errands(2))
-        crew.idle(helpers[0], None)
-        crew.idle(main, 0)
-        crew.lost(helpers[0], "killed")
-        assert main.errands() == [0, 1]
+        pool.begin(main, self.tasks(2))
+        pool.idle(helpers[0], None)
+        pool.idle(main, 0)
+        pool.lost(helpers[0], "killed")
+        assert main.tasks() == [0, 1]
         assert helpers[0].ended
-        crew.idle(main, 1)
+        pool.idle(main, 1)
         assert main.last == "go_on"
 
-    def test_errand_that_costs_two_helpers_is_left_to_the_evaluator(self, crew, helpers):
+    def test_task_that_costs_two_helpers_is_left_to_the_evaluator(self, pool, helpers):
         main = Worker("main")
-        crew.begin(main, self.errands(2))
-        crew.idle(helpers[0], None)
-        crew.lost(helpers[0], "killed")  # main is busy: a new helper gets the errand
-        crew.idle(helpers[1], None)
-        assert helpers[0].errands() == helpers[1].errands() == [1]
-        crew.lost(helpers[1], "killed")
-        crew.idle(main, 0)
+        pool.begin(main, self.tasks(2))
+        pool.idle(helpers[0], None)
+        pool.lost(helpers[0], "killed")  # main is busy: a new helper gets the task
+        pool.idle(helpers[1], None)
+        assert helpers[0].tasks() == helpers[1].tasks() == [1]
+        pool.lost(helpers[1], "killed")
+        pool.idle(main, 0)
         assert main.last == "go_on"
         assert len(helpers) == 2, "restarts are limited"
 
-    def test_job_whose_helpers_never_come_is_done_alone(self, crew):
+    def test_job_whose_helpers_never_come_is_done_alone(self, pool):
         main = Worker("main")
-        crew.begin(main, self.errands(3))
-        self.finish(crew, main)
-        assert main.errands() == [0, 1, 2]
+        pool.begin(main, self.tasks(3))
+        self.finish(pool, main)
+        assert main.tasks() == [0, 1, 2]
         assert main.last == "go_on"
 
-    def test_cancel_lets_the_evaluator_go_on(self, crew, helpers):
+    def test_cancel_lets_the_evaluator_go_on(self, pool, helpers):
         main = Worker("main")
-        crew.begin(main, self.errands(2))
-        crew.idle(helpers[0], None)
-        crew.idle(main, 0)
-        crew.stop()
+        pool.begin(main, self.tasks(2))
+        pool.idle(helpers[0], None)
+        pool.idle(main, 0)
+        pool.stop()
         assert main.last == "go_on"
         assert helpers[0].last == "cancel"
-        crew.begin(main, self.errands(4))
+        pool.begin(main, self.tasks(4))
         assert main.last == "go_on"
 
-    def test_second_list_before_the_first_is_done(self, crew):
-        crew.begin(Worker("main"), self.errands(2))
-        with pytest.raises(ServiceError, match="one list of errands"):
-            crew.begin(Worker("main"), self.errands(2))
+    def test_second_list_before_the_first_is_done(self, pool):
+        pool.begin(Worker("main"), self.tasks(2))
+        with pytest.raises(ServiceError, match="one list of tasks"):
+            pool.begin(Worker("main"), self.tasks(2))
 
 
 class TestEngineOf:

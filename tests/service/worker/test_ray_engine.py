@@ -69,7 +69,7 @@ class TestRayEngine:
         with LiveServer(tmp_path / "ray", **settings) as server, server.client() as client:
 
             def places(job):
-                lines = events(server.log, "errand done")
+                lines = events(server.log, "task done")
                 return {line["place"] for line in lines if line["job"] == job.id}
 
             for seed in range(3):  # on a busy machine one node may be through before the other
