@@ -13,8 +13,9 @@ import pytest
 
 import escape_attempts
 from bitquota.canonical import digest_json
+from bitquota.context import MemoryLedger
 from bitquota.errors import LimitExceeded, MeasurementFailed
-from bitquota.sensitivity.cache import MemoryLedger, SqliteLedger, ledger_key
+from bitquota.sensitivity.cache import SqliteLedger, ledger_key
 from bitquota.service.jobs.job import JobStatus, NewJob
 from bitquota.service.jobs.job_store import JobStore
 from bitquota.service.jobs.messages import Ended, Failed, LedgerPut, Piece, Whole, encode
