@@ -7,7 +7,11 @@ INSTALLED := $(VENV)/.installed
 # The demonstration needs fewer packages; where all are installed they serve it too.
 DEMO_INSTALLED := $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(VENV)/.installed-demo)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Files are handed out in the order of tests/conftest.py: the longest first.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+# The parts of the library one by one. What starts servers, processes or a browser, trains, or runs a
+# whole chain is left to `make test`; within these folders such tests are marked `slow`.
+FAST := $(addprefix tests/,candidates ci evaluate exports golden models quantizers report sensitivity solver vocabulary)
 HOST ?= 127.0.0.1
 PORT ?= 8000
 # One thread per process: the suite runs two processes, and results do not depend on the machine.
@@ -16,7 +20,7 @@ export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types imports pytest bench docs serve format constraints docker-check clean
+.PHONY: help demo test check lint types imports pytest bench docs serve format constraints docker-check clean
 .DELETE_ON_ERROR:
 
 help: ## List these targets
@@ -39,6 +43,10 @@ demo: $(DEMO_INSTALLED) ## Train a small network, start the service, plan two bu
 	@$(BIN)/bitquota demo --out demo
 
 test: lint types imports pytest ## Everything that must hold: lint, types, imports, tests
+
+check: $(INSTALLED) ## Lint, types, imports and the fast tests: two minutes, for use while working
+	@$(MAKE) --no-print-directory -j 2 lint types imports
+	@$(BIN)/pytest $(PYTEST_ARGS) -m "not slow and not shared_data" $(FAST)
 
 lint: $(INSTALLED) ## Check style and formatting with ruff
 	@$(BIN)/ruff check --quiet --output-format concise .

@@ -20,9 +20,21 @@ hypothesis.settings.load_profile("bitquota")
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("BITQUOTA_DATA", ROOT.parent / "shared" / "data"))
 
+LONGEST = (
+    "service/test_durability.py", "service/test_kinds.py", "service/test_training_kinds.py",
+    "service/test_time_limits.py", "search/test_allocate.py", "training/test_learn.py",
+    "training/test_finetune.py", "cli/test_training.py", "docs/test_quickstarts.py",
+    "docs/test_training_page.py", "cli/test_remote.py", "browser/test_journey.py",
+    "sensitivity/metrics/test_contract.py", "sensitivity/metrics/test_resnet20.py",
+    "exports/test_exports.py",
+)  # fmt: skip
+"""Files below tests/, in the order in which they begin; after them come all others."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs the shared networks where they are missing, and say so."""
+    """Put the longest files first, and skip what needs shared networks where they are missing."""
+    place = {ROOT / "tests" / name: k for k, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     if DATA.is_dir():
         return
     missing = pytest.mark.skip(reason=f"no trained networks at {DATA}; set BITQUOTA_DATA")

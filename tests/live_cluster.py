@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import Self
 
-_START_S = 90.0
+from waiting import PATIENCE_S
+
 _STORE_BYTES = 100_000_000
 
 
@@ -70,7 +71,7 @@ class LiveCluster:
                 start_new_session=True,
             )
         self.nodes.append(node)
-        until = time.monotonic() + _START_S
+        until = time.monotonic() + PATIENCE_S
         while b"Ray runtime started" not in log.read_bytes():
             assert node.poll() is None, log.read_text()[-2000:]
             assert time.monotonic() < until, log.read_text()[-2000:]

@@ -17,6 +17,7 @@ from typing import Self
 import numpy as np
 
 from bitquota.client import Client
+from waiting import PATIENCE_S
 
 
 class LiveServer:
@@ -62,7 +63,7 @@ class LiveServer:
     def stop(self) -> int:
         """End it as an operator would; returns the exit status."""
         self.process.send_signal(signal.SIGTERM)
-        status = self.process.wait(60)
+        status = self.process.wait(PATIENCE_S)
         self.process.stdout.close()
         return status
 

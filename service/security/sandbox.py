@@ -294,12 +294,35 @@ def python_folders() -> list[Path]:
 
 
 def kernel_folders() -> list[Path]:
-    """Return the folders of the package that hold compiled solver kernels."""
-    found = set()
-    for place in bitquota.__path__:
-        for cached in Path(place).glob("*/__pycache__/*.nbi"):
-            found.add(cached.parent.resolve())
-    return sorted(found)
+    """Return the folders of the package that hold compiled solver kernels.
+
+    A folder where the newest kernel of some file is older than the file is left out: numba may
+    compile them anew in every sandbox, and throw them away with it.
+    """
+    newest: dict[Path, float] = {}  # from source file to the time of its last kernel
+    for cached in _kernels():
+        source = cached.parent.parent / (cached.name.partition(".")[0] + ".py")
+        if source.exists():
+            newest[source] = max(cached.stat().st_mtime, newest.get(source, 0.0))
+    stale = {source.parent for source, at in newest.items() if source.stat().st_mtime > at}
+    return sorted(
+        {source.parent / "__pycache__" for source in newest if source.parent not in stale}
+    )
+
+
+def discard_stale_kernels() -> None:
+    """Remove compiled kernels where ``kernel_folders`` would leave them out."""
+    current = kernel_folders()
+    for cached in _kernels():
+        if cached.parent not in current:
+            with contextlib.suppress(OSError):  # of somebody else, or a read-only package
+                cached.unlink()
+
+
+def _kernels() -> list[Path]:
+    """Return numba's index files, one for each kernel, without an editable install's links."""
+    places = map(Path, bitquota.__path__)
+    return [k.resolve() for place in places for k in place.glob("*/__pycache__/*.nbi")]
 
 
 def counts_processes() -> bool:

@@ -35,7 +35,7 @@ from bitquota.service.jobs.messages import (
     encode,
 )
 from bitquota.service.jobs.work import Work
-from bitquota.service.security.sandbox import limit_resources
+from bitquota.service.security.sandbox import discard_stale_kernels, limit_resources
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -135,6 +135,7 @@ def main() -> None:
     ``NUMBA_CACHE_DIR`` and ends.
     """
     if sys.argv[1:] == ["--warm-up"]:
+        discard_stale_kernels()
         warm_up()
         return
     die_with_parent(int(os.environ.get("BITQUOTA_PARENT_PID", "0")))

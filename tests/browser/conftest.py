@@ -13,6 +13,7 @@ import pytest
 
 from live_server import LiveServer, train_and_export
 from seeded_jobs import seed_model
+from waiting import PATIENCE_S
 
 AXE = Path(__file__).parent / "axe" / "axe.min.js"
 # No background traffic; no namespaces of its own inside containers; one renderer draws on the CPU.
@@ -65,7 +66,7 @@ class Window:
 
     def __init__(self, browser, **options):
         self.context = browser.new_context(**options)
-        self.context.set_default_timeout(30_000)
+        self.context.set_default_timeout(1000 * PATIENCE_S)
         self.page = self.context.new_page()
         self.complaints = []
         self.page.on("console", self._note)

@@ -10,9 +10,9 @@ import pytest
 
 from bitquota.plan import Plan
 from live_server import LiveServer
+from waiting import PATIENCE_S
 
-JOB_MS = 150_000
-"""Loading torch takes half a minute where others keep the processor busy."""
+JOB_MS = 1000 * PATIENCE_S
 
 WATCH = """
 window.seen = [];

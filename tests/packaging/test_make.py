@@ -10,7 +10,7 @@ import pytest
 
 from .conftest import run
 
-WANTED = ("demo", "test", "lint", "bench", "serve", "format", "clean", "help")
+WANTED = ("demo", "check", "test", "lint", "bench", "serve", "format", "clean", "help")
 
 
 class TestHelp:

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from live_server import LiveServer, folder_zip, npz
+from waiting import PATIENCE_S
 
 SHA = "sha256:"
 
@@ -25,7 +26,7 @@ def quiet(tmp_path_factory):
 
 @pytest.fixture
 def http(quiet):
-    with httpx.Client(base_url=quiet.url, timeout=30) as client:
+    with httpx.Client(base_url=quiet.url, timeout=PATIENCE_S) as client:
         yield client
 
 

@@ -19,6 +19,7 @@ from bitquota.errors import (
 )
 from bitquota.request import PlanRequest
 from live_server import LiveServer
+from waiting import PATIENCE_S, wait_for
 
 pytestmark = pytest.mark.slow
 BITS = (2, 4, 8)
@@ -35,7 +36,7 @@ def undisturbed(server, digits_files):
     model, calibration = digits_files
     with server.client() as client:
         job = client.submit(model=model, calibration=calibration, request=request())
-        return job.wait(timeout_s=300).plan_text()
+        return job.wait(timeout_s=PATIENCE_S).plan_text()
 
 
 def ledger_size(server):
@@ -51,13 +52,6 @@ def ledger_size(server):
         connection.close()
 
 
-def wait_for(condition, what, seconds=120):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"waited in vain for {what}"
-        time.sleep(0.02)
-
-
 def submit(client, digits_files, **changes):
     model, calibration = digits_files
     return client.submit(model=model, calibration=calibration, request=request(**changes))
@@ -68,7 +62,7 @@ class TestPlanJob:
         with server.client() as client:
             seen = []
             job = submit(client, digits_files, budgets=("3 bits", "5 bits"))
-            job.wait(on_progress=seen.append, timeout_s=300)
+            job.wait(on_progress=seen.append, timeout_s=PATIENCE_S)
             small, large = job.plans()
             assert small.average_bits <= 3
             assert large.average_bits <= 5
@@ -81,7 +75,7 @@ class TestPlanJob:
     def test_the_same_order_again_measures_nothing(self, server, digits_files, undisturbed):
         before = ledger_size(server)
         with server.client() as client:
-            job = submit(client, digits_files).wait(timeout_s=300)
+            job = submit(client, digits_files).wait(timeout_s=PATIENCE_S)
             assert job.plan_text() == undisturbed
         assert ledger_size(server) == before
         assert job.body["measured"] == 0
@@ -97,14 +91,14 @@ class TestPlanJob:
         with server.client() as client:
             job = submit(client, digits_files, budgets=("1 bits",))
             with pytest.raises(BudgetTooSmall, match="below the smallest plan") as caught:
-                job.wait(timeout_s=300)
+                job.wait(timeout_s=PATIENCE_S)
         assert caught.value.details["smallest"] > caught.value.details["limit"]
 
     def test_unknown_layer_is_named_with_the_nearest(self, server, digits_files):
         with server.client() as client:
             job = submit(client, digits_files, fixed={"nolayer": 8})
             with pytest.raises(InvalidInput, match="nolayer"):
-                job.wait(timeout_s=300)
+                job.wait(timeout_s=PATIENCE_S)
 
 
 class TestKill:
@@ -124,7 +118,7 @@ class TestKill:
             if victim == "server":
                 server.start()
             with server.client() as client:
-                job = client.job(job_id).wait(timeout_s=300)
+                job = client.job(job_id).wait(timeout_s=PATIENCE_S)
                 assert job.plan_text() == undisturbed
                 assert job.body["attempts"] >= 2
                 story = [e for e in job.events() if e.kind == "status"]
@@ -140,7 +134,7 @@ class TestKill:
             pids = [pid for pid, _ in server.children()]
             assert pids
             server.kill()
-            wait_for(lambda: not any(alive(pid) for pid in pids), "the end of the children", 20)
+            wait_for(lambda: not any(alive(pid) for pid in pids), "the end of the children")
 
 
 class TestStop:
@@ -154,7 +148,7 @@ class TestStop:
             assert server.stop() == 0
         with server, server.client() as client:
             job = client.job(job_id)
-            assert job.wait(timeout_s=300).plan_text() == undisturbed
+            assert job.wait(timeout_s=PATIENCE_S).plan_text() == undisturbed
             story = [e.data for e in job.events() if e.kind == "status"]
         assert {"status": "queued", "reason": "the server was stopped"} in story
 
@@ -167,7 +161,7 @@ class TestCancel:
                 wait_for(lambda: ledger_size(server) >= 3, "the first measurements")
                 job.cancel()
                 with pytest.raises(Cancelled):
-                    job.wait(timeout_s=60)
+                    job.wait(timeout_s=PATIENCE_S)
                 assert job.status == "cancelled"
             assert ledger_size(server) >= 3
 
@@ -180,7 +174,7 @@ class TestDeadline:
         with server.client() as client:
             job = client.submit(model=model, calibration=calibration, request=long, deadline_s=2.0)
             with pytest.raises(ServiceTimeout, match="deadline"):
-                job.wait(timeout_s=120)
+                job.wait(timeout_s=PATIENCE_S)
         assert job.status == "expired"
 
 
@@ -199,7 +193,7 @@ class TestPoison:
             with pytest.raises(MeasurementFailed, match="measure something new within 2"):
                 job.raise_unless_succeeded()
             assert job.body["attempts"] == 2
-            assert submit(client, digits_files).wait(timeout_s=300).plans()
+            assert submit(client, digits_files).wait(timeout_s=PATIENCE_S).plans()
 
 
 def kill_working(server, module):

@@ -14,6 +14,7 @@ from bitquota.errors import InvalidInput, StorageFull
 from bitquota.service.store.blobs import BlobStore
 from bitquota.service.store.storage_errors import require_writable
 from live_server import LiveServer, npz, safetensors
+from waiting import PATIENCE_S
 
 MIB = 2**20
 
@@ -60,7 +61,7 @@ class TestFullDisk:
             url = server.url + "/v1/datasets"
             body = dataset(40 * MIB)
             for content in (body, (body[k : k + MIB] for k in range(0, len(body), MIB))):
-                answer = httpx.put(url, content=content, timeout=60)
+                answer = httpx.put(url, content=content, timeout=PATIENCE_S)
                 assert answer.status_code == 507, answer.text
                 assert answer.json()["type"] == "urn:bitquota:problem:storage-full"
                 assert not left(disk / "data")
@@ -173,8 +174,8 @@ class TestLocked:
             database = tmp_path / "data" / "bitquota.db"
             with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as other:
                 other.execute("BEGIN IMMEDIATE")
-                ready = httpx.get(server.url + "/readyz", timeout=60)
+                ready = httpx.get(server.url + "/readyz", timeout=PATIENCE_S)
                 assert ready.status_code == 503
                 assert "database: it is locked" in ready.json()["detail"]
                 assert ready.json()["details"]["database"] is False
-            assert httpx.get(server.url + "/readyz", timeout=60).status_code == 200
+            assert httpx.get(server.url + "/readyz", timeout=PATIENCE_S).status_code == 200

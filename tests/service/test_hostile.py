@@ -17,6 +17,7 @@ import pytest
 
 from bitquota.request import PlanRequest
 from live_server import LiveServer, folder_zip, safetensors
+from waiting import PATIENCE_S
 
 
 class Payload:
@@ -210,7 +211,7 @@ def hostile_server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def http(hostile_server):
-    with httpx.Client(base_url=hostile_server.url, timeout=10) as client:
+    with httpx.Client(base_url=hostile_server.url, timeout=PATIENCE_S) as client:
         yield client
 
 
@@ -256,7 +257,7 @@ def test_honest_job_afterwards(hostile_server, digits_files):
     request = PlanRequest(budgets=("3 bits",), weight_bits=(2, 4), samples=16, holdout_samples=16)
     with hostile_server.client() as client:
         job = client.submit(model=model, calibration=calibration, request=request)
-        assert job.wait(timeout_s=300).plan().average_bits <= 3
+        assert job.wait(timeout_s=PATIENCE_S).plan().average_bits <= 3
 
 
 def test_memory_stays_bounded(hostile_server, http, digits_files, tmp_path):

@@ -7,6 +7,7 @@ import threadpoolctl
 
 from bitquota.solver import Problem, solve
 from bitquota.solver.one_thread import one_thread
+from waiting import PATIENCE_S
 
 
 def threads():
@@ -59,7 +60,7 @@ class TestOneThread:
             with one_thread():
                 seen.append(threads())
                 inside.set()
-                leave.wait(20)
+                leave.wait(PATIENCE_S)
                 seen.append(threads())
 
         with threadpoolctl.threadpool_limits(limits=2):
@@ -67,7 +68,7 @@ class TestOneThread:
             with one_thread():
                 other = threading.Thread(target=hold)
                 other.start()
-                assert inside.wait(20)
+                assert inside.wait(PATIENCE_S)
                 assert set(threads().values()) == {1}
                 leave.set()
                 other.join()

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -22,6 +21,7 @@ from bitquota.training.finetune import finetune
 from bitquota.training.objective import shift_flip
 from bitquota.training.settings import TrainingSettings
 from digits_network import N_TRAIN, accuracy, digits, trained_digits_net
+from waiting import wait_for
 
 SETTINGS = TrainingSettings(epochs=3, batch_size=64, learning_rate=3e-3)
 
@@ -213,9 +213,7 @@ finetune(model, inventory, plan, data, settings, checkpoint=Path({str(path)!r}))
         long = replace(settings, epochs=300)
         process = subprocess.Popen([sys.executable, "-c", program])
         try:
-            deadline = time.monotonic() + 120
-            while not path.exists() and time.monotonic() < deadline:
-                time.sleep(0.05)
+            wait_for(path.exists, "the first checkpoint")
         finally:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()

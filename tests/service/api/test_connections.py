@@ -17,6 +17,7 @@ import uvicorn
 from bitquota.service.api import connections
 from bitquota.service.api.connections import Connection, Connections
 from bitquota.service.settings import Settings
+from waiting import PATIENCE_S
 
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
@@ -84,7 +85,7 @@ class Server:
 
     def connect(self, source="127.0.0.1"):
         connection = socket.create_connection(
-            ("127.0.0.1", self.port), timeout=30, source_address=(source, 0)
+            ("127.0.0.1", self.port), timeout=PATIENCE_S, source_address=(source, 0)
         )
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
@@ -176,7 +177,7 @@ class TestBody:
         with Server(min_body_rate=1000) as server, server.connect() as connection:
             connection.sendall(self.HEAD + b"x")
             status, body = answer(connection)
-            assert server.app.ended.wait(30)
+            assert server.app.ended.wait(PATIENCE_S)
         assert status == 408
         assert "1,000 bytes a second" in json.loads(body)["detail"]
 
@@ -208,8 +209,8 @@ class TestAnswer:
         monkeypatch.setattr(connections, "_UNREAD_S", 0.2)
         with Server() as server, server.connect() as connection:
             connection.sendall(GET.replace(b"/ ", b"/endless ", 1))
-            assert server.app.began.wait(30)
-            assert server.app.ended.wait(60)
+            assert server.app.began.wait(PATIENCE_S)
+            assert server.app.ended.wait(PATIENCE_S)
 
 
 class TestMany:

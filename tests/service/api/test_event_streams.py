@@ -6,6 +6,7 @@ import time
 import httpx
 
 from live_server import LiveServer, folder_zip, npz
+from waiting import PATIENCE_S
 
 
 class TestEventStreams:
@@ -14,7 +15,7 @@ class TestEventStreams:
         settings = {"slots": 0, "max_event_streams": 2}
         with (
             LiveServer(tmp_path / "data", **settings) as server,
-            httpx.Client(base_url=server.url, timeout=60) as http,
+            httpx.Client(base_url=server.url, timeout=PATIENCE_S) as http,
             contextlib.ExitStack() as opened,
         ):
             job = order(http)

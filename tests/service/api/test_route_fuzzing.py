@@ -13,6 +13,7 @@ from bitquota.service.store.database import Database
 from live_server import LiveServer, folder_zip, npz
 from route_fuzzer import DIGEST, HostileRequest, RouteFuzzer, send
 from seeded_jobs import inventory_of, matrix_of, seed_model
+from waiting import PATIENCE_S
 
 CASES = 60
 SEEDS = range(8)
@@ -30,7 +31,7 @@ def fuzzed(tmp_path_factory):
     job = seed_model(data_dir, 6, tenant="ann")
     with LiveServer(data_dir, slots=0) as server:
         http = httpx.Client(
-            base_url=server.url, headers={"Authorization": f"Bearer {key}"}, timeout=60
+            base_url=server.url, headers={"Authorization": f"Bearer {key}"}, timeout=PATIENCE_S
         )
         with http:
             dataset = http.put("/v1/datasets", content=npz()).json()["id"]

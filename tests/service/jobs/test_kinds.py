@@ -19,6 +19,7 @@ from bitquota.service.api.submissions import JobSubmission, new_job
 from bitquota.service.jobs.kinds import KINDS, kind_by_name
 from bitquota.service.store.blobs import BlobStore
 from bitquota.service.worker.result_receiver import ResultReceiver
+from waiting import PATIENCE_S
 
 REQUEST = PlanRequest(
     budgets=("4 bits",), weight_bits=(2, 4, 8), samples=32, holdout_samples=32, refine=False
@@ -47,7 +48,7 @@ def client(server):
 @pytest.fixture(scope="module")
 def planned(client, files):
     job = client.submit(model=files[0], calibration=files[1], request=REQUEST)
-    return job.wait(timeout_s=300)
+    return job.wait(timeout_s=PATIENCE_S)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
@@ -90,7 +91,7 @@ class TestMeasure:
             calibration=planned.body["dataset"],
             request=REQUEST,
             kind="measure",
-        ).wait(timeout_s=300)
+        ).wait(timeout_s=PATIENCE_S)
         assert job.sensitivity() == planned.sensitivity()
         assert job.body["measured"] == 0
         with pytest.raises(NotFound, match="plan"):
@@ -123,7 +124,7 @@ class TestSolve:
             "solve",
             {"budget": "4 bits", "explain": True, "top": 2},
             matrix=planned.results["matrix"],
-        ).wait(timeout_s=300)
+        ).wait(timeout_s=PATIENCE_S)
         found = job.result("solution")
         matrix = SensitivityMatrix.from_bytes(planned.sensitivity())
         assert found["objective"] == pytest.approx(matrix.predict(found["choice"]))
@@ -136,7 +137,11 @@ class TestSolve:
     def test_smallest_for_a_tolerance(self, client, planned):
         matrix = planned.results["matrix"]
         order = {"budget": "8 bits", "tolerance": 1e6}
-        found = client.order("solve", order, matrix=matrix).wait(timeout_s=300).result("solution")
+        found = (
+            client.order("solve", order, matrix=matrix)
+            .wait(timeout_s=PATIENCE_S)
+            .result("solution")
+        )
         assert set(found["labels"]) == {"W2"}
 
     def test_order_without_a_budget(self, client, planned):
@@ -151,7 +156,7 @@ class TestSolve:
 class TestFrontier:
     def test_larger_budgets_never_lose(self, client, planned):
         job = client.order("frontier", {"points": 6}, matrix=planned.results["matrix"])
-        rows = job.wait(timeout_s=300).result("frontier")
+        rows = job.wait(timeout_s=PATIENCE_S).result("frontier")
         objectives = [row["objective"] for row in rows]
         assert objectives == sorted(objectives, reverse=True)
         assert len(rows) > 2
@@ -165,7 +170,7 @@ class TestEvaluate:
             model=planned.body["model"],
             dataset=files[1],
             plans=[planned.plan()],
-        ).wait(timeout_s=300)
+        ).wait(timeout_s=PATIENCE_S)
         found = job.result("evaluation")
         assert found["n_samples"] == 64
         names = [score["name"] for score in found["scores"]]
@@ -178,7 +183,7 @@ class TestCompare:
         request = {"plan": REQUEST.to_json(), "metrics": ["gram", "diagonal"], "plans": 0}
         job = client.order(
             "compare", request, model=planned.body["model"], dataset=planned.body["dataset"]
-        ).wait(timeout_s=300)
+        ).wait(timeout_s=PATIENCE_S)
         found = job.comparison()
         assert {"gram", "diagonal"} <= {entry.name for entry in found.entries}
         assert job.report() == found.render_markdown()
@@ -195,7 +200,7 @@ class TestExport:
             model=planned.body["model"],
             plan=planned.results["plans"][0],
             dataset=files[1],
-        ).wait(timeout_s=300)
+        ).wait(timeout_s=PATIENCE_S)
         receipt = Receipt.from_json(job.result("receipt"))
         archive = job.save("archive", tmp_path / "export.zip")
         with zipfile.ZipFile(archive) as packed:

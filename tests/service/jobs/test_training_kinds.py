@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from bitquota.service.jobs.kinds import training_request
 from bitquota.training import learn, weight_quantizers
 from bitquota.training.saved import load_trained
 from live_server import LiveServer
+from waiting import PATIENCE_S, wait_for
 
 REQUEST = PlanRequest(
     budgets=("3 bits",), weight_bits=(2, 3, 4, 8), samples=32, holdout_samples=32, refine=False
@@ -32,7 +32,7 @@ def client(server):
 @pytest.fixture(scope="module")
 def planned(client, digits_files):
     job = client.submit(model=digits_files[0], calibration=digits_files[1], request=REQUEST)
-    return job.wait(timeout_s=300)
+    return job.wait(timeout_s=PATIENCE_S)
 
 
 class TestFinetune:
@@ -44,7 +44,7 @@ class TestFinetune:
             model=planned.body["model"],
             dataset=digits_files[1],
             plan=planned.results["plans"][0],
-        ).wait(timeout_s=300)
+        ).wait(timeout_s=PATIENCE_S)
         plan = job.plan()
         assert plan.selected == "trained:direct"
         assert plan.baselines[0].name == "before training"
@@ -62,7 +62,7 @@ class TestFinetune:
         scored = client.order(
             "evaluate", {}, model=job.results["trained_model"], dataset=digits_files[1],
             plans=[job.results["plans"][0]],
-        ).wait(timeout_s=300)  # fmt: skip
+        ).wait(timeout_s=PATIENCE_S)  # fmt: skip
         full, under_plan = (
             score["metrics"]["top1"]["mean"] for score in scored.result("evaluation")["scores"][:2]
         )
@@ -71,7 +71,7 @@ class TestFinetune:
             "evaluate", {"uniform": False}, model=job.results["trained_model"],
             original=planned.body["model"], dataset=digits_files[1],
             plans=[job.results["plans"][0]],
-        ).wait(timeout_s=300)  # fmt: skip
+        ).wait(timeout_s=PATIENCE_S)  # fmt: skip
         original, trained = beside.result("evaluation")["scores"]
         assert original["metrics"]["kl"]["mean"] == pytest.approx(0, abs=1e-9)
         assert trained["metrics"]["kl"]["mean"] > 1e-4
@@ -105,7 +105,7 @@ class TestLearn:
             model=planned.body["model"],
             dataset=digits_files[1],
             plan=planned.results["plans"][0],
-        ).wait(timeout_s=300)
+        ).wait(timeout_s=PATIENCE_S)
         plan = job.plan()
         assert isinstance(plan, Plan)
         assert plan.average_bits <= 3
@@ -130,16 +130,17 @@ class TestKill:
             job = client.order("learn", order, model=digits_files[0], dataset=digits_files[1])
             folder = server.data_dir / "checkpoints" / job.id
             for victim, name in (("driver", "learn"), ("evaluator", "finetune")):
-                wait_for(folder / f"{name}.safetensors")
+                wait_for((folder / f"{name}.safetensors").exists, name)
                 os.kill(server.working(victim), signal.SIGKILL)
-                wait_for_attempt(job, 2 if victim == "driver" else 3)
-            job.wait(timeout_s=300)
+                attempt = 2 if victim == "driver" else 3
+                wait_for(lambda n=attempt: has_attempt(job, n), "the next attempt")
+            job.wait(timeout_s=PATIENCE_S)
             assert job.body["attempts"] == 3
             assert not folder.exists()
             story = [e.data for e in job.events()]
             twin = client.order(
                 "learn", order, model=digits_files[0], dataset=digits_files[1]
-            ).wait(timeout_s=300)
+            ).wait(timeout_s=PATIENCE_S)
         assert job.results["weights"] == twin.results["weights"]
         assert job.results["plans"] == twin.results["plans"]
         starts = [k for k, event in enumerate(story) if event.get("status") == "running"]
@@ -149,19 +150,10 @@ class TestKill:
             assert min(later) > per_epoch
 
 
-def wait_for(path, seconds=240):
-    until = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < until, f"waited in vain for {path}"
-        time.sleep(0.01)
-
-
-def wait_for_attempt(job, number, seconds=240):
-    until = time.monotonic() + seconds
-    while job.refresh().body["attempts"] < number:
-        assert not job.ended, job.body
-        assert time.monotonic() < until
-        time.sleep(0.05)
+def has_attempt(job, number):
+    reached = job.refresh().body["attempts"] >= number
+    assert reached or not job.ended, job.body
+    return reached
 
 
 class TestNames:

@@ -7,7 +7,6 @@ import json
 import shutil
 import socket
 import threading
-import time
 
 import pytest
 from standardwebhooks import Webhook
@@ -18,6 +17,7 @@ from bitquota.service.jobs.job_store import JobStore
 from bitquota.service.jobs.webhooks import Webhooks
 from bitquota.service.settings import Settings
 from bitquota.service.store.database import Database, deliveries
+from waiting import wait_for
 
 NOW = 1_800_000_000.0
 
@@ -219,7 +219,7 @@ class TestDeadline:
         world.end_a_job(url="https://example.org/")
         thread = threading.Thread(target=world.deliver_due)
         thread.start()
-        wait_for(lambda: world.row().error == "did not answer within 0.1 s")
+        wait_for(lambda: world.row().error == "did not answer within 0.1 s", "the end")
         assert thread.is_alive()  # it counts as under way until the search has ended
         answered.set()
         thread.join()
@@ -258,9 +258,9 @@ class TestTurns:
                 world.end_a_job("ann", f"http://127.0.0.1:{stalling.server_port}/")
             # At the same address only the port differs: the limit of a host is not reached.
             world.hooks.start()
-            wait_for(lambda: stalling.came == 4)
+            wait_for(lambda: stalling.came == 4, "four deliveries")
             world.end_a_job("bob")
-            wait_for(lambda: len(receiver.got) == 1)
+            wait_for(lambda: len(receiver.got) == 1, "the delivery")
             assert stalling.came == 4
             assert all(row.error is None for row in world.rows("ann"))
         world.hooks.stop()
@@ -272,13 +272,6 @@ def claim_all(hooks):
     while (row := hooks.claim(under_way)) is not None:
         under_way.append(row)
     return under_way
-
-
-def wait_for(condition):
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 class TestCheck:

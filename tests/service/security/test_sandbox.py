@@ -7,11 +7,11 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+import bitquota
 import escape_attempts
 from bitquota.errors import InvalidInput
 from bitquota.service.security import seccomp
@@ -21,10 +21,13 @@ from bitquota.service.security.sandbox import (
     SandboxDirectory,
     View,
     bubblewrap,
+    discard_stale_kernels,
+    kernel_folders,
     launch,
     sandbox_of,
 )
 from bitquota.service.settings import Settings
+from waiting import wait_for
 
 NOBODY = 65534
 SYSTEM_PYTHON = Path("/usr/bin/python3")
@@ -149,18 +152,11 @@ class TestCommandInside:
         )
         parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
         child = int(parent.stdout.readline())
-        wait_for(sign.exists)
+        wait_for(sign.exists, "the start")
         parent.kill()
         parent.wait()
         parent.stdout.close()
-        wait_for(lambda: not running(child))
-
-
-def wait_for(condition):
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
+        wait_for(lambda: not running(child), "the end of the child")
 
 
 def running(pid):
@@ -453,3 +449,22 @@ class TestLimits:
         assert memory_limit(Settings(slots=4)) * 4 == pytest.approx(
             memory_limit(Settings()), rel=0.01
         )
+
+
+class TestKernelFolders:
+    def test_kernels_older_than_their_source_do_not_count(self, tmp_path, monkeypatch):
+        """After an upgrade they lie there still, and no evaluator could use them."""
+        monkeypatch.setattr(bitquota, "__path__", [str(tmp_path)])
+        folder = tmp_path / "solver" / "__pycache__"
+        folder.mkdir(parents=True)
+        source, kernel = folder.parent / "core.py", folder / "core.solve-1.py311.nbi"
+        left_over = folder / "core.removed-9.py311.nbi"
+        for at, path in enumerate((left_over, source, kernel)):
+            path.touch()
+            os.utime(path, (at, at))
+        (folder / "deleted.run-1.py311.nbi").touch()
+        assert kernel_folders() == [folder]
+        os.utime(source, (9, 9))
+        assert kernel_folders() == []
+        discard_stale_kernels()
+        assert not list(folder.iterdir())

@@ -17,6 +17,7 @@ from bitquota.service.store.database import Database, ended_sessions
 from bitquota.service.web.pages import _inside
 from live_server import LiveServer, npz
 from seeded_jobs import seed_model
+from waiting import PATIENCE_S
 
 
 class Clock:
@@ -165,7 +166,7 @@ def locked(tmp_path_factory):
 @contextmanager
 def signed_in(server, key):
     """Give a client that went through the form like a browser."""
-    with httpx.Client(base_url=server.url, timeout=30) as http:
+    with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as http:
         form = http.get("/sign-in")
         token = re.search(r'name="token" value="(\w+)"', form.text)[1]
         answer = http.post("/sign-in", data={"key": key, "token": token, "next": "/"})
@@ -266,7 +267,7 @@ def open_server(tmp_path_factory):
     job = seed_model(data_dir, 6)
     with (
         LiveServer(data_dir, slots=0) as server,
-        httpx.Client(base_url=server.url, timeout=30) as http,
+        httpx.Client(base_url=server.url, timeout=PATIENCE_S) as http,
     ):
         yield http, job
 

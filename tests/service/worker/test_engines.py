@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import queue
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,19 +20,13 @@ from bitquota.service.worker.engines.local import LocalEngine
 from bitquota.service.worker.worker_pool import WorkerPool
 from live_cluster import descendants
 from live_server import LiveServer, started
+from waiting import PATIENCE_S, wait_for
 
 REQUEST = PlanRequest(
     budgets=("3 bits",), weight_bits=(2, 3, 4, 8), samples=512, holdout_samples=128,
     measure="pairs", refine=False,
 )  # fmt: skip
 PIDS = Path("/sys/fs/cgroup/pids")
-
-
-def wait_for(condition, what, seconds=120):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"waited in vain for {what}"
-        time.sleep(0.02)
 
 
 def input_files(*paths):
@@ -98,7 +91,7 @@ class TestLocalEngine:
                    for _ in range(2)]  # fmt: skip
         asked = {}
         while len(asked) < 2:
-            worker, message = inbox.get(timeout=120)
+            worker, message = inbox.get(timeout=PATIENCE_S)
             assert message is not None, "an evaluator died"
             if message[0]["type"] != "progress":
                 asked[worker] = message[0]["type"]
@@ -113,7 +106,7 @@ class TestLocalEngine:
         maps = Path(f"/proc/{forks[0]}/maps").read_text()
         assert "libtorch" in maps
         workers[0].end()
-        wait_for(lambda: inbox.get(timeout=60) == (workers[0], None), "the end of one")
+        wait_for(lambda: inbox.get(timeout=PATIENCE_S) == (workers[0], None), "the end of one")
         engine.close()
         wait_for(lambda: not any(running(fork) for fork in forks), "the end of all")
 
@@ -132,16 +125,18 @@ class TestLocalEngine:
         order = helper_order((wrong, digits_files[1]), needs_sandbox=False)
         inbox = queue.SimpleQueue()
         engine.start(order, inbox)
-        said = [inbox.get(timeout=120)[1] for _ in range(3)]
+        said = [inbox.get(timeout=PATIENCE_S)[1] for _ in range(3)]
         assert [head["type"] for head, _ in said] == ["progress", "error", "end"]
 
     def test_dead_fork_server_is_noticed(self, engine, digits_files):
         inbox = queue.SimpleQueue()
         worker = engine.start(helper_order(digits_files, needs_sandbox=False), inbox)
         # Bubblewrap asks for death with its parent early in its start, not at once.
-        assert inbox.get(timeout=120)[1] is not None
+        assert inbox.get(timeout=PATIENCE_S)[1] is not None
         os.kill(engine._server.process.pid, signal.SIGKILL)
-        while (said := inbox.get(timeout=60))[1] is not None and not isinstance(said[1], Exception):
+        while (said := inbox.get(timeout=PATIENCE_S))[1] is not None and not isinstance(
+            said[1], Exception
+        ):
             pass
         assert worker is said[0]
 
@@ -159,7 +154,7 @@ class TestHelpers:
                     if workers > 1:
                         wait_for(lambda: len(forks_of(server)) >= 3, "helpers")
                         os.kill(forks_of(server)[-1], signal.SIGKILL)
-                    job.wait(timeout_s=200)
+                    job.wait(timeout_s=PATIENCE_S)
                     plans.append(job.plan_text())
                     assert job.body["attempts"] == 1
                 log = server.log.read_text()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import time
 from dataclasses import replace
 
 import pytest
@@ -16,6 +15,7 @@ from bitquota.service.worker.engines.ray_cluster import connect
 from live_cluster import LiveCluster, evaluators
 from live_server import LiveServer, npz
 from onnx_graphs import endless_graph
+from waiting import PATIENCE_S, wait_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,13 +46,6 @@ def submit(client, digits_files, seed):
     return client.submit(model=model, calibration=calibration, request=replace(REQUEST, seed=seed))
 
 
-def wait_for(condition, what, seconds=120):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"waited in vain for {what}"
-        time.sleep(0.05)
-
-
 def ended(job):
     return job.refresh().status not in {"queued", "running"}
 
@@ -81,12 +74,12 @@ class TestRayEngine:
                     break
             else:
                 pytest.fail("one node did everything three times")
-            found = job.wait(timeout_s=200).plan_text()
+            found = job.wait(timeout_s=PATIENCE_S).plan_text()
             noticed = events(server.log, "helper lost") + events(server.log, "driver ended")
         assert noticed, "nobody noticed the death of a node"
         with LiveServer(tmp_path / "local", nice=0) as server, server.client() as client:
             job = submit(client, digits_files, seed)
-            assert job.wait(timeout_s=200).plan_text() == found
+            assert job.wait(timeout_s=PATIENCE_S).plan_text() == found
 
 
 class TestCancel:
@@ -103,7 +96,7 @@ class TestCancel:
             wait_for(lambda: job.refresh().progress and job.progress.stage == "load", "the model")
             job.cancel()
             with pytest.raises(Cancelled):
-                job.wait(timeout_s=60)
+                job.wait(timeout_s=PATIENCE_S)
             nodes = [node.pid for node in cluster.nodes]
             wait_for(lambda: not any(evaluators(pid) for pid in nodes), "the end of the evaluator")
 

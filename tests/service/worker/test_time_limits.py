@@ -19,6 +19,7 @@ from bitquota.service.store.database import Database
 from bitquota.service.worker.time_limits import TimeLimits
 from live_server import LiveServer, npz
 from onnx_graphs import endless_graph
+from waiting import PATIENCE_S, wait_for
 
 pytestmark = pytest.mark.slow
 STAGE_S = 15.0
@@ -39,11 +40,13 @@ def submit(client, files, **options):
 
 def wait_until_it_has_begun(job):
     """Return once the evaluator has begun: nothing more will be heard of it."""
-    until = time.monotonic() + 300
-    while (job.refresh().body["progress"] or {}).get("stage") != "load":
+
+    def begun():
+        stage = (job.refresh().body["progress"] or {}).get("stage")
         assert not job.ended, job.body
-        assert time.monotonic() < until, job.body
-        time.sleep(0.05)
+        return stage == "load"
+
+    wait_for(begun, "the stage 'load'")
 
 
 @pytest.fixture
@@ -100,7 +103,7 @@ class TestStage:
         with patient.client() as client:
             job = submit(client, endless)
             with pytest.raises(ServiceTimeout, match="the stage 'load' made none"):
-                job.wait(timeout_s=300)
+                job.wait(timeout_s=PATIENCE_S)
             assert (job.status, job.body["attempts"]) == ("expired", 1)
             assert job.body["error"]["details"] == {"stage": "load", "limit_s": STAGE_S}
 
@@ -115,7 +118,7 @@ class TestCancel:
             working = patient.working("evaluator")
             job.cancel()
             with pytest.raises(Cancelled):
-                job.wait(timeout_s=60)
+                job.wait(timeout_s=PATIENCE_S)
             assert not alive(working)
 
     @pytest.mark.parametrize("module", ["driver", "evaluator"])
@@ -127,7 +130,7 @@ class TestCancel:
             os.kill(working, signal.SIGSTOP)
             job.cancel()
             with pytest.raises(Cancelled):
-                job.wait(timeout_s=30)
+                job.wait(timeout_s=PATIENCE_S)
             assert not alive(working)
 
 
