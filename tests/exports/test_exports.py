@@ -368,6 +368,7 @@ class TestGguf:
 
 
 class TestGgufK:
+    @pytest.mark.slow
     def test_super_blocks_where_256_divides(self, tmp_path):
         """Every K type is found by the reader; rows of 320 take blocks of 32."""
         import gguf
