@@ -193,7 +193,8 @@ class TestPoison:
             with pytest.raises(MeasurementFailed, match="measure something new within 2"):
                 job.raise_unless_succeeded()
             assert job.body["attempts"] == 2
-            assert submit(client, digits_files).wait(timeout_s=PATIENCE_S).plans()
+            few = {"samples": 32, "holdout_samples": 32, "measure": "diagonal"}
+            assert submit(client, digits_files, **few).wait(timeout_s=PATIENCE_S).plans()
 
 
 def kill_working(server, module):
