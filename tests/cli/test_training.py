@@ -124,8 +124,7 @@ class TestFinetune:
 
         checkpoint = tmp_path / "killed" / "checkpoints" / "finetune.safetensors"
         process = subprocess.Popen(
-            # Behind this process, so that a busy machine does not let it end before the kill.
-            ["nice", "-n", "19", sys.executable, "-m", "bitquota", *arguments("killed")],
+            [sys.executable, "-m", "bitquota", *arguments("killed")],
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"},
             stderr=subprocess.DEVNULL,
