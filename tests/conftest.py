@@ -21,8 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("BITQUOTA_DATA", ROOT.parent / "shared" / "data"))
 
 LONGEST = (
-    "service/test_durability.py", "service/test_kinds.py", "service/test_training_kinds.py",
-    "service/test_time_limits.py", "search/test_allocate.py", "training/test_learn.py",
+    "service/test_durability.py", "service/jobs/test_kinds.py",
+    "service/jobs/test_training_kinds.py", "service/worker/test_time_limits.py",
+    "search/test_allocate.py", "training/test_learn.py",
     "training/test_finetune.py", "cli/test_training.py", "docs/test_quickstarts.py",
     "docs/test_training_page.py", "cli/test_remote.py", "browser/test_journey.py",
     "sensitivity/metrics/test_contract.py", "sensitivity/metrics/test_resnet20.py",

@@ -31,6 +31,20 @@ class TestHelp:
         return done.stdout
 
 
+class TestFast:
+    def test_folders_and_longest_files_exist(self, repository):
+        """A folder or file that moved would leave ``make check``, or begin late, unnoticed."""
+        makefile = (repository / "Makefile").read_text()
+        folders = re.search(r"^FAST := .*tests/,(.+)[)]$", makefile, re.MULTILINE)
+        conftest = (repository / "tests" / "conftest.py").read_text()
+        files = re.findall(r'"([\w/]+/test_\w+\.py)"', conftest)
+        assert len(files) > 5
+        missing = [
+            n for n in (*folders[1].split(), *files) if not (repository / "tests" / n).exists()
+        ]
+        assert missing == []
+
+
 class TestInstall:
     """In a copy whose environment is only a stamp: nothing is installed here."""
 
