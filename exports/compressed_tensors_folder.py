@@ -17,6 +17,7 @@ from bitquota.candidates.storage import Granularity
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
 from bitquota.exports.prepared import widths_must_be
 from bitquota.exports.receipt import Receipt, describe_files
+from bitquota.models.huggingface import return_tensor
 from bitquota.quantizers.packing import pack
 
 if TYPE_CHECKING:
@@ -98,8 +99,6 @@ class CompressedTensorsFolder:
     def load(self, prepared: PreparedExport, folder: Path) -> nn.Module:
         """Load the folder with transformers, as a user would, in float32."""
         import transformers
-
-        from bitquota.models.huggingface import return_tensor
 
         kind = getattr(transformers, prepared.model.architecture)
         verbosity = transformers.logging.get_verbosity()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bitquota.candidates.layers import Inventory
-from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Rounding
-from bitquota.corrections import Correction
+from bitquota.candidates.storage import FULL_PRECISION_BITS, Rounding
 from bitquota.errors import InvalidInput, InvalidPlan, StalePlan
 from bitquota.exports.receipt import Difference, TensorReceipt, describe_candidate
 from bitquota.models.layout import to_matrix
+from bitquota.quantizers.apply import apply_plan
+from bitquota.quantizers.planned import folded_module, quantizers_of
 from bitquota.quantizers.weights import QuantizedWeight, quantize
 
 if TYPE_CHECKING:
@@ -147,7 +146,7 @@ def prepare_export(
         )
         raise StalePlan(msg, planned=plan.model_digest, got=model.digest)
     if target is not None:
-        target.require(plan)
+        plan.require(target)
     data = correction_data if correction_data is not None else samples
     module = folded_module(model, plan, data)
     layers = {a.layer.name: a.layer for a in plan.assignments}
@@ -155,35 +154,35 @@ def prepare_export(
     candidates = {
         a.layer.name: replace(a.candidate, activation_bits=None) for a in plan.assignments
     }
-    from bitquota.quantizers.apply import QuantizedWeights, apply_plan
-    from bitquota.sensitivity.importers import check_importance
-
-    inventory = inventory_of(plan)
-    columns = check_importance(plan, model.imatrix, inventory) or {}
-    weights = {}
-    for name, layer in layers.items():
-        candidate = candidates[name]
-        if candidate.weight_bits == FULL_PRECISION_BITS:
-            continue
-        if candidate.scheme.rounding is Rounding.ERROR_FEEDBACK:
+    for candidate in candidates.values():
+        if (
+            candidate.weight_bits != FULL_PRECISION_BITS
+            and candidate.scheme.rounding is Rounding.ERROR_FEEDBACK
+        ):
             msg = (
-                f"weights rounded with error feedback cannot be exported yet; layer '{name}' is: "
-                "plan with rounding 'nearest'"
+                f"weights rounded with error feedback cannot be exported yet; layer "
+                f"'{candidate.layer}' is: plan with rounding 'nearest'"
             )
-            raise InvalidInput(msg, layer=name)
-        weights[name] = quantize(
+            raise InvalidInput(msg, layer=candidate.layer)
+    chosen = tuple(candidates.values())
+    fitted = quantizers_of(plan, model, module, chosen, data)
+    weights = {
+        name: quantize(
             to_matrix(_weight(module, layer), layer),
-            candidate.weight_bits,
-            candidate.scheme,
-            importance=columns.get(name),
+            candidates[name].weight_bits,
+            candidates[name].scheme,
+            importance=fitted.weights.importance.get(name),
         )
+        for name, layer in layers.items()
+        if candidates[name].weight_bits != FULL_PRECISION_BITS
+    }
     quantized = apply_plan(
         module,
-        inventory,
-        tuple(candidates.values()),
+        plan.inventory,
+        chosen,
         corrections=plan.corrections,
         correction_data=data,
-        weights=QuantizedWeights(module, inventory, importance=columns),
+        fitted=fitted,
     )
     inputs = verifying_inputs(model, samples)
     reference = None
@@ -200,25 +199,6 @@ def prepare_export(
         weights=weights,
         inputs=inputs,
         reference=reference,
-    )
-
-
-def folded_module(model: LoadedModel, plan: Plan, data: CalibrationSet | None) -> nn.Module:
-    """Return a copy of the model in eval mode, its batch norms folded if the plan says so."""
-    module = copy.deepcopy(model.module).eval()
-    if Correction.FOLD_BATCH_NORM in plan.corrections:
-        from bitquota.quantizers.corrections import fold_batch_norm
-
-        module = fold_batch_norm(module, _example(model, data))
-    return module
-
-
-def inventory_of(plan: Plan) -> Inventory:
-    """Return the tensors that a plan speaks of."""
-    return Inventory(
-        model_digest=plan.model_digest,
-        layers=tuple(a.layer for a in plan.assignments),
-        unquantized=plan.unquantized,
     )
 
 
@@ -253,14 +233,6 @@ def widths_must_be(prepared: PreparedExport, allowed: tuple[int, ...], what: str
         raise InvalidPlan(msg, layers=sorted(wrong))
 
 
-def scheme_must_be(prepared: PreparedExport, what: str, *, granularity: Granularity) -> None:
-    """Raise ``InvalidPlan`` unless every quantized layer has scales of ``granularity``."""
-    wrong = [n for n, w in prepared.weights.items() if w.scheme.granularity is not granularity]
-    if wrong:
-        msg = f"{what} stores scales per {granularity}; {', '.join(wrong[:8])} have others"
-        raise InvalidPlan(msg, layers=wrong)
-
-
 def _weight(module: nn.Module, layer: Layer) -> Tensor:
     owner, _, leaf = layer.weight_name.rpartition(".")
     try:
@@ -269,12 +241,3 @@ def _weight(module: nn.Module, layer: Layer) -> Tensor:
         msg = f"the plan's layer '{layer.name}' must exist in the model; it does not"
         raise InvalidPlan(msg, layer=layer.name) from err
     return weight.detach()
-
-
-def _example(model: LoadedModel, data: CalibrationSet | None) -> tuple[Tensor, ...]:
-    if data is not None:
-        return tuple(t[:2] for t in data.inputs)
-    if model.example_inputs is not None:
-        return model.example_inputs
-    msg = "folding batch norms needs one sample to follow the graph; hand in samples"
-    raise InvalidInput(msg)

@@ -9,7 +9,10 @@ from torch import nn
 
 from bitquota.errors import InvalidInput, InvalidModel, UnsafeModel
 from bitquota.models.factory import call_factory
+from bitquota.models.huggingface import load_folder
 from bitquota.models.loaded import LoadedModel, finish
+from bitquota.models.onnx.module import load_onnx
+from bitquota.models.pt2.build import build_pt2
 from bitquota.models.pt2.vetting import vet_pt2
 from bitquota.models.sources import ModelSource, model_source
 
@@ -41,8 +44,6 @@ def load_model(spec: str, *, allow_pt2: bool = True, allow_factory: bool = True)
         case ModelSource.FACTORY:
             return _from_factory(spec)
         case ModelSource.FOLDER:
-            from bitquota.models.huggingface import load_folder
-
             return load_folder(path)
         case ModelSource.PT2 if not allow_pt2:
             msg = (
@@ -53,8 +54,6 @@ def load_model(spec: str, *, allow_pt2: bool = True, allow_factory: bool = True)
         case ModelSource.PT2:
             return _from_pt2(path)
         case ModelSource.ONNX:
-            from bitquota.models.onnx.module import load_onnx
-
             return load_onnx(path)
 
 
@@ -75,8 +74,6 @@ def _from_factory(spec: str) -> LoadedModel:
 
 
 def _from_pt2(path: Path) -> LoadedModel:
-    from bitquota.models.pt2.build import build_pt2
-
     built = build_pt2(vet_pt2(path))
     halves = [name for name in built.parameter_formats.values() if name in ("float16", "bfloat16")]
     bits = 16 if 2 * len(halves) > len(built.parameter_formats) else 32

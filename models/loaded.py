@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bitquota.errors import InvalidModel, StalePlan
+from bitquota.models.discovery import discover, model_fingerprint
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from torch import Tensor, nn
 
+    from bitquota.candidates.layers import Inventory
+    from bitquota.models.calibration import CalibrationSet
     from bitquota.plan import Plan
 
 
@@ -50,8 +54,6 @@ def finish(
     weight_format_bits: int = 32,
 ) -> LoadedModel:
     """Put ``module`` into eval mode and float32, check its weights, take its fingerprint."""
-    from bitquota.models.discovery import model_fingerprint
-
     module = module.cpu().float().eval()
     check_finite(module)
     return LoadedModel(
@@ -91,3 +93,9 @@ def check_model(plan: Plan, model: LoadedModel) -> None:
             f"'{model.source}' is {model.digest}: make a new plan for it"
         )
         raise StalePlan(msg, plan=plan.model_digest, model=model.digest)
+
+
+def inventory_of(module: torch.nn.Module, model: LoadedModel, samples: CalibrationSet) -> Inventory:
+    """Return the tensors of ``module``, counted in the format that the checkpoint has them in."""
+    found = discover(module, samples.first(2).inputs, model_digest=model.digest)
+    return found.stored_in(model.weight_format_bits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +60,7 @@ def put_in_eval_mode(module: nn.Module) -> nn.Module:
     return module
 
 
-def run_module(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+def run_module(module: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Tensor:
     """Call ``module`` on ``inputs`` without gradients and return its primary output.
 
     Raises:
@@ -125,3 +125,20 @@ def primary_output(value: Any) -> Tensor:  # noqa: ANN401  # whatever a model re
         "wrap the model so that it returns the tensor the loss is about"
     )
     raise MeasurementFailed(msg)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called ``name``; ``auto`` takes a GPU where there is one.
+
+    Raises:
+        InvalidInput: torch does not find it here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as err:
+        msg = f"a device must be 'auto', 'cpu', or one that torch finds here; got '{name}': {err}"
+        raise InvalidInput(msg, device=name) from err
+    return device

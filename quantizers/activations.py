@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitquota.candidates.layers import LayerKind
 from bitquota.candidates.storage import Grid
 from bitquota.errors import InvalidInput, MeasurementFailed
 from bitquota.models.calls import LayerWatcher, tensor_key, with_input
@@ -284,29 +285,10 @@ def collect_inputs(
             with InputWatcher(weights_of(module, inventory), look):
                 for inputs in kept:
                     module(*inputs)
-    from bitquota.candidates.layers import LayerKind
-
     passing = {layer.name for layer in inventory.layers if layer.kind is LayerKind.EMBEDDING}
     return CalibratedInputs(
         histograms=found, passing=frozenset(passing - set(found)), rule=rule, grid=grid
     )
-
-
-def calibrate_activations(
-    module: nn.Module,
-    inventory: Inventory,
-    batches: Iterable[tuple[Tensor, ...]],
-    bits: int,
-    rule: RangeRule = RangeRule.MSE,
-    *,
-    grid: Grid = Grid.ASYMMETRIC,
-) -> dict[str, ActivationQuantizer]:
-    """Return the input quantizer of every layer whose input is floating-point.
-
-    Arguments, errors and cost as ``collect_inputs``; ``bits`` is one of ``ACTIVATION_BITS``.
-    """
-    inputs = collect_inputs(module, inventory, batches, rule=rule, grid=grid)
-    return {name: h.quantizer(bits, rule, grid) for name, h in inputs.histograms.items()}
 
 
 class quantized_inputs(InputWatcher):  # noqa: N801  # used as a context manager

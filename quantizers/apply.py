@@ -3,90 +3,27 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.corrections import Correction
-from bitquota.errors import InvalidInput, MeasurementFailed
+from bitquota.errors import InvalidInput
 from bitquota.models.running import (
     put_in_eval_mode,
-    tensor_of,
 )
-from bitquota.quantizers.weights import fake_quantize
+from bitquota.quantizers.corrections import bias_correction, reestimate_batch_norm
+from bitquota.quantizers.fitted import Fitted, QuantizedWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
 
-    from bitquota.candidates.layers import Inventory, Layer
+    from bitquota.candidates.layers import Inventory
     from bitquota.candidates.table import Candidate
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.references import References
-
-
-class QuantizedWeights:
-    """The fake-quantized weight of every candidate, computed once each.
-
-    Args:
-        module: The full-precision model.
-        inventory: Its layers.
-        grams: Second moments of layer inputs by layer name (see ``input_grams``), for schemes
-            that round with error feedback.
-        importance: Weight of each column's squared error in the fit of scales, f64[columns] by
-            layer name (see ``foreign.importance_of``).
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        inventory: Inventory,
-        grams: Mapping[str, Tensor] | None = None,
-        importance: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self._module = module
-        self._grams = grams or {}
-        self._importance = importance or {}
-        self._layers = {layer.name: layer for layer in inventory.layers}
-        self._cache: dict[tuple[Any, ...], Tensor] = {}
-
-    def layer(self, name: str) -> Layer:
-        """Return the layer; raises ``InvalidInput`` for a name that the inventory lacks."""
-        if name not in self._layers:
-            msg = f"a change must name layers of the inventory; got '{name}'"
-            raise InvalidInput(msg, layer=name)
-        return self._layers[name]
-
-    def original(self, name: str) -> Tensor:
-        """Return the full-precision weight."""
-        return tensor_of(self._module, self.layer(name).weight_name)
-
-    def __call__(self, candidate: Candidate) -> Tensor:
-        """Return the weight of ``candidate``'s layer as that candidate stores it."""
-        original = self.original(candidate.layer)
-        if candidate.weight_bits == FULL_PRECISION_BITS:
-            return original
-        key = (candidate.layer, candidate.weight_bits, candidate.scheme)
-        if key not in self._cache:
-            with torch.no_grad():
-                quantized = fake_quantize(
-                    original.detach(),
-                    self.layer(candidate.layer),
-                    candidate.weight_bits,
-                    candidate.scheme,
-                    inputs_gram=self._grams.get(candidate.layer),
-                    importance=self._importance.get(candidate.layer),
-                )
-            if not bool(torch.isfinite(quantized).all()):
-                msg = (
-                    f"the weights of layer '{candidate.layer}' must be finite after quantization "
-                    f"to {candidate.label}; they are not: check the layer's weights"
-                )
-                raise MeasurementFailed(msg, layer=candidate.layer)
-            self._cache[key] = quantized.to(original.dtype)
-        return self._cache[key]
 
 
 def as_change(candidates: Sequence[Candidate]) -> dict[str, Candidate]:
@@ -118,8 +55,7 @@ def apply_plan(
     *,
     corrections: Sequence[Correction] = (),
     correction_data: CalibrationSet | None = None,
-    activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None,
-    weights: QuantizedWeights | None = None,
+    fitted: Fitted | None = None,
     references: References | None = None,
 ) -> nn.Module:
     """Return a copy of ``module`` with fake-quantized weights and the corrections applied.
@@ -131,22 +67,21 @@ def apply_plan(
         candidates: One for each layer that changes.
         corrections: Applied in this order: bias correction, then batch-norm statistics.
         correction_data: Unlabelled samples for the corrections.
-        activations: Input quantizers, when candidates have activation bits.
-        weights: Quantized weights of ``module``, when they need more than the weights themselves.
+        fitted: Quantizers of ``module``, when candidates need more than the weights themselves.
         references: Keeps what corrections see of ``module`` on ``correction_data``.
 
     Raises:
         InvalidInput: A correction needs samples and got none.
     """
     quantized = put_in_eval_mode(copy.deepcopy(module))
-    weights = weights or QuantizedWeights(module, inventory)
+    fitted = Fitted(weights=QuantizedWeights(module, inventory)) if fitted is None else fitted
     own = QuantizedWeights(quantized, inventory)
     for name, candidate in as_change(candidates).items():
         # The same storage may be reached under several names (tied weights): copy in place.
         with torch.no_grad():
-            own.original(name).copy_(weights(candidate))
+            own.original(name).copy_(fitted.weights(candidate))
         if candidate.activation_bits is not None:
-            quantizer = input_quantizer(activations, name, candidate.activation_bits)
+            quantizer = input_quantizer(fitted.activations, name, candidate.activation_bits)
             quantized.get_submodule(name).register_forward_pre_hook(
                 lambda _, args, q=quantizer: (q(args[0]), *args[1:])
             )
@@ -158,8 +93,6 @@ def apply_plan(
         )
         raise InvalidInput(msg, corrections=[str(c) for c in wanted])
     if wanted and correction_data is not None:
-        from bitquota.quantizers.corrections import bias_correction, reestimate_batch_norm
-
         if Correction.BIAS_CORRECTION in wanted:
             bias_correction(module, quantized, inventory, correction_data)
         if Correction.BATCH_NORM_STATISTICS in wanted:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from bitquota.candidates.layers import LayerKind
 from bitquota.errors import InvalidInput
 from bitquota.quantizers.activations import (
     ACTIVATION_BITS,
@@ -151,8 +152,6 @@ def collect_channels(
     Cost: one forward pass over the batches; ``VALUES_PER_CHANNEL`` values per channel are kept of
     each batch, evenly spaced.
     """
-    from bitquota.candidates.layers import LayerKind
-
     kept: dict[str, list[Tensor]] = {}
     axis_of = {la.name: 1 if la.kind.name.startswith("CONV") else -1 for la in inventory.layers}
 

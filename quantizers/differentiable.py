@@ -29,11 +29,6 @@ def ste_round(x: Tensor) -> Tensor:
     return x + (torch.round(x) - x).detach()
 
 
-def ste_floor(x: Tensor) -> Tensor:
-    """Return ``floor(x)`` with the gradient of ``x``."""
-    return x + (torch.floor(x) - x).detach()
-
-
 def ste_ceil(x: Tensor) -> Tensor:
     """Return ``ceil(x)`` with the gradient of ``x``."""
     return x + (torch.ceil(x) - x).detach()

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bitquota.models.calibration import CalibrationSet
-    from bitquota.models.onnx.program import Arrays, OnnxProgram, Shift
+    from bitquota.models.onnx.layers import Shift
+    from bitquota.models.onnx.program import Arrays, OnnxProgram
 
 
 def reestimate_onnx(

@@ -52,6 +52,13 @@ def _mean_over_positions(values: Tensor) -> Tensor:
     return values.reshape(len(values), -1).mean(dim=1)
 
 
+def divergence(output: Tensor, reference: Tensor) -> Tensor:
+    """Return ``Σ_c p_c (log p_c - log q_c)`` of every position: ``[N, ..., C] -> f64[N, ...]``."""
+    log_q = functional.log_softmax(output.double(), dim=-1)
+    log_p = functional.log_softmax(reference.double(), dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
 @dataclass(frozen=True, slots=True)
 class KullbackLeibler:
     """``Σ_c p_c (log p_c - log q_c)``, p = softmax(reference), q = softmax(output).
@@ -66,9 +73,7 @@ class KullbackLeibler:
     def per_sample(self, output: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:
         """Return ``f64[N]``; for ``[N, ..., C]`` the mean over the inner positions."""
         del labels
-        log_q = functional.log_softmax(output.double(), dim=-1)
-        log_p = functional.log_softmax(reference.double(), dim=-1)
-        return _mean_over_positions((log_p.exp() * (log_p - log_q)).sum(dim=-1))
+        return _mean_over_positions(divergence(output, reference))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bitquota.errors import MeasurementFailed
+import bitquota
+from bitquota.errors import InvalidCalibration, MeasurementFailed
 from bitquota.quantizers.apply import as_change
 from bitquota.sensitivity.base import CODE_VERSION
 from bitquota.sensitivity.cache import ledger_key
@@ -89,8 +90,6 @@ class Recorder:
         every = range(len(self.runner.chunks))
         self.chunks = every if self.only is None else sorted(set(self.only))
         if self.loss.needs_labels and self.runner.calibration.labels is None:
-            from bitquota.errors import InvalidCalibration
-
             msg = (
                 f"the loss '{self.loss.name}' needs labels; the calibration set has none: add "
                 "labels, or use the loss 'kl'"
@@ -199,8 +198,6 @@ def standard_error(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def provenance(runner: Runner, measure: str, loss: Loss) -> JsonObject:
     """Return where a matrix comes from: digests, samples, seed, versions; no clock."""
-    import bitquota
-
     return {
         "measure": measure,
         "loss": loss.name,

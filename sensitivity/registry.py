@@ -8,6 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bitquota.errors import InvalidInput
+from bitquota.sensitivity.measures.gram import GramMeasure
+from bitquota.sensitivity.measures.pairs import DiagonalMeasure, PairsMeasure
+from bitquota.sensitivity.measures.tangent import TangentMeasure
+from bitquota.sensitivity.metrics import METRICS
 
 if TYPE_CHECKING:
     from bitquota.sensitivity.base import Measure
@@ -15,11 +19,6 @@ if TYPE_CHECKING:
 
 def measures() -> dict[str, Measure]:
     """Return every measure by name: those of the loss itself, then metrics by preference."""
-    from bitquota.sensitivity.measures.gram import GramMeasure
-    from bitquota.sensitivity.measures.pairs import DiagonalMeasure, PairsMeasure
-    from bitquota.sensitivity.measures.tangent import TangentMeasure
-    from bitquota.sensitivity.metrics import METRICS
-
     offered: tuple[Measure, ...] = (
         GramMeasure(),
         PairsMeasure(),

@@ -33,7 +33,7 @@ from bitquota.models.calibration import CalibrationSet
 from bitquota.models.discovery import discover, model_fingerprint
 from bitquota.models.inspection import inspect_model
 from bitquota.models.loaded import LoadedModel
-from bitquota.plan import Assignment, Baseline, MeasuredLoss, Plan, Proof
+from bitquota.plan import Assignment, Baseline, MeasuredLoss, Plan, PlanTarget, Proof
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import Allocation, allocate
 from bitquota.search.compare import compare
@@ -169,7 +169,7 @@ def plans() -> dict[str, Plan]:
         big = inventory_of(4)
         fitted = TARGETS[name].prepare(big)
         made[f"target-{name}"] = plan_of(
-            fitted, TARGETS[name].candidates(fitted), 0, target=TARGETS[name].record()
+            fitted, TARGETS[name].candidates(fitted), 0, target=PlanTarget.of(TARGETS[name])
         )
     return made
 

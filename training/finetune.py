@@ -19,13 +19,10 @@ from torch import Tensor, nn
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.errors import InvalidInput
+from bitquota.evaluate.metrics import measure_module
 from bitquota.models.discovery import model_fingerprint
 from bitquota.models.layout import from_matrix
-from bitquota.models.running import run_module
-from bitquota.plan import MeasuredLoss
 from bitquota.quantizers.activations import quantized_inputs
-from bitquota.sensitivity.losses import loss_by_name, n_correct
-from bitquota.sensitivity.recorder import standard_error
 from bitquota.training.input_quantizers import LearnedInputSteps, calibrated_inputs
 from bitquota.training.loop import TrainingRecord, train
 from bitquota.training.settings import TrainingSettings
@@ -40,6 +37,7 @@ if TYPE_CHECKING:
     from bitquota.candidates.table import Candidate
     from bitquota.context import Context
     from bitquota.models.calibration import CalibrationSet
+    from bitquota.plan import MeasuredLoss
     from bitquota.quantizers.activations import ActivationQuantizer
     from bitquota.quantizers.channel_fit import ChannelRule
     from bitquota.quantizers.weights import QuantizedWeight
@@ -298,21 +296,9 @@ def measure_trained(
 
     Cost: one forward pass of each model over ``data``.
     """
-    loss = loss_by_name("kl")
-    values, right = [], 0.0
-    with torch.no_grad():
-        for batch in data.batches(batch_size):
-            with trained.running():
-                output = run_module(trained.module, batch.inputs)
-            reference = run_module(teacher, batch.inputs)
-            values.append(loss.per_sample(output, reference, batch.labels))
-            if batch.labels is not None:
-                right += float(n_correct(output, batch.labels).sum())
-    losses = torch.cat(values).double().cpu().numpy()
-    return MeasuredLoss(
-        mean=float(losses.mean()),
-        standard_error=float(standard_error(losses)),
-        n_samples=len(losses),
-        unit=loss.unit,
-        accuracy=None if data.labels is None else right / len(losses),
-    )
+
+    def run(*inputs: Tensor) -> Any:  # noqa: ANN401  # whatever the model returns
+        with trained.running():
+            return trained.module(*inputs)
+
+    return measure_module(run, teacher, data, batch_size=batch_size)

@@ -13,24 +13,21 @@ import torch
 
 import bitquota
 from bitquota.candidates.budget import Budget
-from bitquota.candidates.layers import Inventory
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Scheme
 from bitquota.context import Context
 from bitquota.corrections import Correction
 from bitquota.errors import BudgetTooSmall, InvalidInput, InvalidPlan
-from bitquota.evaluate.choice import measure_choice
+from bitquota.evaluate.metrics import measure_module
 from bitquota.models.discovery import model_fingerprint
-from bitquota.models.loaded import LoadedModel, check_model
+from bitquota.models.loaded import LoadedModel, check_model, inventory_of
 from bitquota.models.pt2.module import dynamic_axes
-from bitquota.models.running import primary_output
+from bitquota.models.running import choose_device, primary_output
 from bitquota.models.samples import check_calibration
 from bitquota.plan import Assignment, Baseline, Plan
-from bitquota.quantizers.activations import collect_inputs
-from bitquota.quantizers.corrections import fold_batch_norm, reestimate_batch_norm
+from bitquota.quantizers.corrections import reestimate_batch_norm
+from bitquota.quantizers.planned import folded_module, quantized_module
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate
-from bitquota.sensitivity.losses import loss_by_name
-from bitquota.setting import choose_device, inventory_of
 from bitquota.training.exported_inputs import hold_input_quantizers
 from bitquota.training.finetune import TrainedModel, finetune, measure_trained
 from bitquota.training.learn import default_settings, learn
@@ -44,7 +41,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from bitquota.candidates.table import Candidate
     from bitquota.models.calibration import CalibrationSet
     from bitquota.quantizers.channel_fit import ChannelRule
     from bitquota.training.loop import TrainingRecord
@@ -116,13 +112,8 @@ def finetune_plan(
     check_model(plan, model)
     settings = TrainingSettings() if settings is None else settings
     module, samples = _ready(model, data, context)
-    if Correction.FOLD_BATCH_NORM in plan.corrections:
-        module = fold_batch_norm(module, samples.first(2).inputs)
-    inventory = Inventory(
-        model_digest=plan.model_digest,
-        layers=tuple(a.layer for a in plan.assignments),
-        unquantized=plan.unquantized,
-    )
+    placed = replace(model, module=module)
+    module, inventory = folded_module(placed, plan, samples), plan.inventory
     stored = tuple(_stored_assignment(a, method) for a in plan.assignments)
     _check_budgets(plan, stored, method)
     trained = finetune(
@@ -146,7 +137,7 @@ def finetune_plan(
         budgets=plan.budgets,
         selected=f"trained:{method}",
         measured=measure_trained(trained, module, holdout),
-        baselines=(_before(module, inventory, plan, fit, holdout),),
+        baselines=(_before(placed, plan, fit, holdout),),
         target=plan.target if _same_grids(plan.assignments, stored) else None,
         provenance={
             "plan": plan.digest(),
@@ -392,33 +383,15 @@ def _check_budgets(plan: Plan, stored: Sequence[Assignment], method: str) -> Non
 
 
 def _before(
-    module: nn.Module,
-    inventory: Inventory,
-    plan: Plan,
-    fit: CalibrationSet,
-    holdout: CalibrationSet,
+    model: LoadedModel, plan: Plan, fit: CalibrationSet, holdout: CalibrationSet
 ) -> Baseline:
     """Measure the plan without training, its corrections included."""
-    chosen: list[Candidate] = [a.candidate for a in plan.assignments]
-    activations = None
-    if any(c.activation_bits is not None for c in chosen):
-        activations = collect_inputs(
-            module, inventory, (b.inputs for b in fit.first(512).batches(64))
-        )
-    corrections = tuple(c for c in plan.corrections if c is not Correction.FOLD_BATCH_NORM)
-    found = measure_choice(
-        module,
-        inventory,
-        chosen,
-        holdout,
-        loss_by_name("kl"),
-        corrections=corrections,
-        correction_data=fit.first(1024),
-        activations=activations,
+    untrained = quantized_module(
+        model, plan, correction_data=fit.first(1024), fit_data=fit.first(512)
     )
     return Baseline(
         name=BEFORE,
         weight_bits=plan.weight_bits,
         size_bits=plan.size_bits,
-        measured=found.measured,
+        measured=measure_module(untrained, model.module, holdout),
     )

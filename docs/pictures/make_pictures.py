@@ -22,12 +22,12 @@ sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
 from bitquota.context import Context  # noqa: E402
 from bitquota.evaluate.choice import measure_choice  # noqa: E402
 from bitquota.models.load import load_model  # noqa: E402
+from bitquota.models.loaded import inventory_of  # noqa: E402
 from bitquota.models.samples import load_calibration  # noqa: E402
 from bitquota.request import PlanRequest  # noqa: E402
 from bitquota.search.allocate import allocate, measure_matrix  # noqa: E402  # benchmarks first
 from bitquota.sensitivity.cache import SqliteLedger  # noqa: E402
 from bitquota.sensitivity.losses import loss_by_name  # noqa: E402
-from bitquota.setting import inventory_of  # noqa: E402
 
 mpl.use("svg")
 from matplotlib import pyplot as plt  # noqa: E402

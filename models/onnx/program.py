@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
+    from bitquota.models.onnx.layers import FedTensor, Shift
+
 Arrays = dict[str, "NDArray[Any]"]
 """Values of the graph by name."""
 
@@ -54,41 +56,6 @@ _TENSOR_TYPES = {
     "tensor(float16)": 10, "tensor(double)": 11, "tensor(uint32)": 12, "tensor(uint64)": 13,
 }  # fmt: skip
 """What numpy can hold, and so what a state can keep: ONNX Runtime's name to ONNX's number."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FedTensor:
-    """A tensor of the module that is an input of the graph.
-
-    Attributes:
-        name: In the graph.
-        path: In the module.
-        dtype: numpy type in the graph.
-    """
-
-    name: str
-    path: str
-    dtype: Any
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shift:
-    """Where a layer's mean output can be moved without changing the graph.
-
-    Attributes:
-        node: The node that computes the layer.
-        path: Tensor of the module to change, one value per output channel.
-        factor: What it changes by for a shift of one: 1 for a bias, -1 for the mean of the batch
-            norm behind.
-        channel_axis: Axis of the node's output that counts channels.
-        applies_at_once: Whether the node's own output moves (else only what follows it).
-    """
-
-    node: str
-    path: str
-    factor: float
-    channel_axis: int
-    applies_at_once: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -236,9 +203,11 @@ class OnnxProgram:
         self.statistics: list[BatchNormValues] = []
         self._model = source.model
         if batch_norm == "moved":
-            self._model, self.statistics = with_moved_statistics(source)
+            self._model, self.statistics = with_moved_statistics(
+                source.model, {tensor.name: tensor for tensor in source.fed}
+            )
         if right_means:
-            self._model = with_right_means(source, self._model)
+            self._model = with_right_means(self._model, source.shifts)
         graph = self._model.graph
         self.nodes = [
             OnnxNode(k, node, _sources(node), tuple(name for name in node.output if name))

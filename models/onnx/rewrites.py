@@ -15,7 +15,9 @@ import numpy as np
 from bitquota.errors import InvalidInput, MissingDependency
 
 if TYPE_CHECKING:
-    from bitquota.models.onnx.program import OnnxSource
+    from collections.abc import Mapping
+
+    from bitquota.models.onnx.layers import FedTensor, Shift
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +38,10 @@ class BatchNormValues:
     epsilon: float
 
 
-def with_moved_statistics(source: OnnxSource) -> tuple[Any, list[BatchNormValues]]:
+def with_moved_statistics(
+    source: Any,  # noqa: ANN401  # onnx.ModelProto
+    fed: Mapping[str, FedTensor],
+) -> tuple[Any, list[BatchNormValues]]:
     """Return a copy of the graph whose batch norms move their statistics (see ``batch_norm``).
 
     Each is written out: mean and variance over all axes but the channels', statistics moved from
@@ -48,12 +53,11 @@ def with_moved_statistics(source: OnnxSource) -> tuple[Any, list[BatchNormValues
     """
     onnx = import_onnx()
     model = onnx.ModelProto()
-    model.CopyFrom(source.model)
+    model.CopyFrom(source)
     version = next((o.version for o in model.opset_import if o.domain in {"", "ai.onnx"}), 0)
-    fed = {tensor.name: tensor for tensor in source.fed}
     found: list[BatchNormValues] = []
     nodes = []
-    for node in source.model.graph.node:
+    for node in source.graph.node:
         if node.op_type != "BatchNormalization" or not fed.keys() >= set(node.input[3:5]):
             nodes.append(node)
             continue
@@ -154,7 +158,7 @@ def mean_input(layer: str) -> str:
     return f"mean of {layer}"
 
 
-def with_right_means(source: OnnxSource, model: Any) -> Any:  # noqa: ANN401  # onnx.ModelProto
+def with_right_means(model: Any, shifts: Mapping[str, Shift]) -> Any:  # noqa: ANN401  # ModelProto
     """Return a copy of ``model`` in which each layer's output is shifted to a given mean.
 
     For every layer with a shift there is one more input, ``mean_input(layer)``, f32 ``[1, C, 1]``
@@ -163,21 +167,21 @@ def with_right_means(source: OnnxSource, model: Any) -> Any:  # noqa: ANN401  # 
     Raises:
         InvalidInput: No layer has a place for a shift.
     """
-    if not source.shifts:
+    if not shifts:
         raise InvalidInput(no_shifts("has none"))
     onnx = import_onnx()
     make = onnx.helper.make_node
     version = next((o.version for o in model.opset_import if o.domain in {"", "ai.onnx"}), 0)
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
-    layer_of = {shift.node: layer for layer, shift in source.shifts.items()}
+    layer_of = {shift.node: layer for layer, shift in shifts.items()}
     nodes = []
     for node in model.graph.node:
         layer = layer_of.get(node.name or (node.output[0] if node.output else ""))
         if layer is None:
             nodes.append(node)
             continue
-        first = source.shifts[layer].channel_axis == 1
+        first = shifts[layer].channel_axis == 1
         y, target = node.output[0], mean_input(layer)
         raw = onnx.NodeProto()
         raw.CopyFrom(node)

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from bitquota.candidates.layers import LayerKind
-from bitquota.models.onnx.program import Shift
+from bitquota.models.onnx.layers import FLOATS, Shift
 
 if TYPE_CHECKING:
-    from bitquota.models.onnx.module import OnnxLayer
-
-FLOATS: dict[int, Any] = {1: np.float32, 10: np.float16, 11: np.float64}
-"""Element types of weights: ONNX's number to numpy's type."""
+    from bitquota.models.onnx.layers import OnnxLayer
 
 
 def statistics_of(proto: Any, initializers: dict[str, Any]) -> set[str]:  # noqa: ANN401  # ModelProto

@@ -25,6 +25,7 @@ from bitquota.context import Context
 from bitquota.matrix import SensitivityMatrix
 from bitquota.sensitivity.curvature import curvature_products
 from bitquota.sensitivity.errands import Errand, as_point
+from bitquota.sensitivity.measures.pairs import DiagonalMeasure
 from bitquota.sensitivity.recorder import (
     Recorder,
     Shared,
@@ -153,8 +154,6 @@ class GramMeasure:
 
     def cost(self, runner: Runner, table: CandidateTable) -> float:
         """Return the forward-equivalents of all singles."""
-        from bitquota.sensitivity.measures.pairs import DiagonalMeasure
-
         return DiagonalMeasure().cost(runner, table)
 
     def measure(

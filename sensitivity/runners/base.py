@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS
+from bitquota.models.references import References
+from bitquota.models.running import DEFAULT_CHUNK, labels_of, put_in_eval_mode
+from bitquota.quantizers.fitted import QuantizedWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from bitquota.candidates.layers import Inventory
     from bitquota.candidates.table import Candidate
@@ -154,6 +157,58 @@ class Runner(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class RunnerFields:
+    """What every runner is made of; see ``Runner`` and ``make_runner``.
+
+    Attributes:
+        activations: Input quantizers for candidates with activation bits.
+        chunk_size: Samples per execution at most.
+        memory_limit_bytes: Limit on kept activations.
+        fallback: Why this runner was taken where the graph runner was asked for first.
+    """
+
+    module: nn.Module
+    inventory: Inventory
+    calibration: CalibrationSet
+    engine: str = ""
+    batch_norm: BatchNormMode = "eval"
+    activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None
+    bias_correction: bool = False
+    precision: Precision = "fp32"
+    chunk_size: int = DEFAULT_CHUNK
+    memory_limit_bytes: int = DEFAULT_MEMORY_BYTES
+    fallback: str = ""
+    origin: str = ""
+    chunks: tuple[range, ...] = ()
+    passes: PassCounter = field(default_factory=PassCounter)
+    weights: QuantizedWeights = field(init=False)
+    _references: References = field(default_factory=References)
+
+    def __post_init__(self) -> None:
+        """Put the model into eval mode."""
+        put_in_eval_mode(self.module)
+        self.weights = QuantizedWeights(self.module, self.inventory)
+
+    def reference(self, chunk: int) -> Tensor:
+        """Return the full-precision output with stored batch-norm statistics."""
+        return self._references.get(chunk, lambda: self._full_precision(chunk))
+
+    def _full_precision(self, chunk: int) -> Tensor:
+        raise NotImplementedError
+
+    def labels(self, chunk: int) -> Tensor | None:
+        """Return the labels of a chunk, if there are any."""
+        return labels_of(self.calibration, self.chunks[chunk])
+
+    def describe(self) -> JsonObject:
+        """Return what keys must know: engine, corrections, what quantizers were fitted on."""
+        described = {"engine": self.engine, "batch_norm": self.batch_norm, "origin": self.origin}
+        if self.precision != "fp32":
+            described["precision"] = self.precision
+        return described | ({"bias_correction": True} if self.bias_correction else {})
+
+
 def in_precision(
     precision: Precision, device: torch.device
 ) -> contextlib.AbstractContextManager[object]:
@@ -164,11 +219,3 @@ def in_precision(
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
-
-
-def describe_runner(runner: Runner) -> JsonObject:
-    """Return what ledger keys must know of a runner: engine, corrections, what it was fitted on."""
-    described = {"engine": runner.engine, "batch_norm": runner.batch_norm, "origin": runner.origin}
-    if runner.precision != "fp32":
-        described["precision"] = runner.precision
-    return described | ({"bias_correction": True} if runner.bias_correction else {})

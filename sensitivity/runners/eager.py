@@ -7,23 +7,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bitquota.models.batch_norm import Moments, moved_batch_norms, observed_statistics
-from bitquota.models.references import References
 from bitquota.models.running import (
-    DEFAULT_CHUNK,
     cut,
     inputs_of,
-    labels_of,
-    put_in_eval_mode,
     run_module,
 )
-from bitquota.quantizers.apply import QuantizedWeights, input_quantizer
+from bitquota.quantizers.apply import input_quantizer
+from bitquota.quantizers.corrections import output_means
 from bitquota.sensitivity.runners.base import (
-    BatchNormMode,
     Change,
-    PassCounter,
-    Precision,
+    RunnerFields,
     State,
-    describe_runner,
     in_precision,
 )
 
@@ -32,10 +26,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from bitquota.candidates.layers import Inventory
     from bitquota.candidates.table import Candidate
-    from bitquota.canonical import JsonObject
-    from bitquota.models.calibration import CalibrationSet
+    from bitquota.quantizers.fitted import QuantizedWeights
 
 
 @dataclass(slots=True)
@@ -48,32 +40,15 @@ class EagerState:
 
 
 @dataclass(slots=True)
-class EagerRunner:
+class EagerRunner(RunnerFields):
     """Calls the module itself with replaced weights: any model, no reuse of prefixes."""
 
-    module: nn.Module
-    inventory: Inventory
-    calibration: CalibrationSet
-    batch_norm: BatchNormMode = "eval"
-    activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None
-    bias_correction: bool = False
-    """Whether the mean of every layer's output is put right, as corrected biases will."""
-    precision: Precision = "fp32"
-    chunk_size: int = DEFAULT_CHUNK
     engine: str = "eager"
-    fallback: str = ""
-    """Why this runner was taken where the graph runner was asked for first."""
-    chunks: tuple[range, ...] = ()
-    passes: PassCounter = field(default_factory=PassCounter)
-    weights: QuantizedWeights = field(init=False)
-    origin: str = ""
-    _references: References = field(default_factory=References)
     _seen: dict[int, tuple[dict[str, Tensor], list[Moments | None]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Cut the samples into chunks."""
-        put_in_eval_mode(self.module)
-        self.weights = QuantizedWeights(self.module, self.inventory)
+        RunnerFields.__post_init__(self)
         n = len(self.calibration)
         self.chunks = cut(n, self.chunk_size)
         self.passes.macs_per_pass = float(n)
@@ -92,30 +67,19 @@ class EagerRunner:
         """Run the whole model with both changes."""
         return self._run(state.chunk, {**state.change, **change})
 
-    def reference(self, chunk: int) -> Tensor:
-        """Return the full-precision output."""
-        return self._references.get(chunk, lambda: self._run(chunk, {}))
-
-    def labels(self, chunk: int) -> Tensor | None:
-        """Return the labels of a chunk."""
-        return labels_of(self.calibration, self.chunks[chunk])
+    def _full_precision(self, chunk: int) -> Tensor:
+        return self._run(chunk, {})
 
     def share(self, layers: Collection[str]) -> float:
         """Every run is a full pass."""
         del layers
         return 1.0
 
-    def describe(self) -> JsonObject:
-        """Return engine, corrections and what quantizers were fitted on."""
-        return describe_runner(self)
-
     def _observed(self, chunk: int) -> tuple[dict[str, Tensor], list[Moments | None]]:
         """Return what corrections compare with: means of layers, moments of batch norms' inputs.
 
         Cost: a pass over the chunk in full precision, once.
         """
-        from bitquota.quantizers.corrections import output_means
-
         if chunk not in self._seen:
             with (
                 output_means(self.module, self.inventory) as means,
@@ -126,8 +90,6 @@ class EagerRunner:
         return self._seen[chunk]
 
     def _run(self, chunk: int, change: Change) -> Tensor:
-        from bitquota.quantizers.corrections import output_means
-
         moved = self.batch_norm == "moved"
         # Without a change there is nothing to correct.
         corrected = bool(change) and (moved or self.bias_correction)

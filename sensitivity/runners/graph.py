@@ -23,38 +23,27 @@ from torch import fx
 from bitquota.candidates.layers import WITHOUT_BIAS
 from bitquota.errors import InvalidInput, InvalidModel, MeasurementFailed
 from bitquota.models.graph import Graph, Operation
-from bitquota.models.references import References
 from bitquota.models.running import (
-    DEFAULT_CHUNK,
     checked_output,
     cut,
     inputs_of,
-    labels_of,
-    put_in_eval_mode,
     run_module,
 )
-from bitquota.quantizers.apply import QuantizedWeights, input_quantizer
+from bitquota.quantizers.apply import input_quantizer
 from bitquota.sensitivity.runners.base import (
-    DEFAULT_MEMORY_BYTES,
-    BatchNormMode,
     Change,
-    PassCounter,
-    Precision,
+    RunnerFields,
     State,
-    describe_runner,
     in_precision,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from bitquota.candidates.layers import Inventory
     from bitquota.candidates.table import Candidate
-    from bitquota.canonical import JsonObject
     from bitquota.models.batch_norm import Moments
-    from bitquota.models.calibration import CalibrationSet
 
 _Key = TypeVar("_Key")
 _INPUT_FIRST = (
@@ -102,34 +91,18 @@ class Schedule:
 
 
 @dataclass(slots=True)
-class GraphRunner:
+class GraphRunner(RunnerFields):
     """Runs the exported graph, suffix by suffix; see the module docstring."""
 
-    module: nn.Module
-    inventory: Inventory
-    calibration: CalibrationSet
-    batch_norm: BatchNormMode = "eval"
-    activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None
-    bias_correction: bool = False
-    """Whether the mean of every layer's output is put right, as corrected biases will."""
-    precision: Precision = "fp32"
-    chunk_size: int = DEFAULT_CHUNK
-    memory_limit_bytes: int = DEFAULT_MEMORY_BYTES
     engine: str = "graph"
-    chunks: tuple[range, ...] = ()
-    passes: PassCounter = field(default_factory=PassCounter)
-    weights: QuantizedWeights = field(init=False)
-    origin: str = ""
     _graphs: dict[int, Graph] = field(default_factory=dict)
     _schedules: dict[Any, Schedule] = field(default_factory=dict)
     _keeps: dict[Any, frozenset[fx.Node]] = field(default_factory=dict)
-    _references: References = field(default_factory=References)
     _observed: dict[int, Observed] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Export the model and choose the chunk size."""
-        put_in_eval_mode(self.module)
-        self.weights = QuantizedWeights(self.module, self.inventory)
+        RunnerFields.__post_init__(self)
         n = len(self.calibration)
         size = min(self.chunk_size, n)
         while True:
@@ -156,10 +129,6 @@ class GraphRunner:
         """Run behind ``change``."""
         return self._run(state, state.chunk, dict(change), keep_for=()).output
 
-    def reference(self, chunk: int) -> Tensor:
-        """Return the full-precision output with stored batch-norm statistics."""
-        return self._references.get(chunk, lambda: self._full_precision(chunk))
-
     def _full_precision(self, chunk: int) -> Tensor:
         if self._compares and chunk not in self._observed:
             return self._observe(chunk)
@@ -169,19 +138,11 @@ class GraphRunner:
         with in_precision(self.precision, self._device):
             return run_module(self.module, inputs_of(self.calibration, rows))
 
-    def labels(self, chunk: int) -> Tensor | None:
-        """Return the labels of a chunk."""
-        return labels_of(self.calibration, self.chunks[chunk])
-
     def share(self, layers: Collection[str]) -> float:
         """Return what re-running behind ``layers`` costs, as a share of a full pass."""
         graph = self._graph(len(self.chunks[0]))
         behind = graph.behind_all(layers)
         return sum(op.macs for op in graph.operations if op.node in behind) / graph.macs
-
-    def describe(self) -> JsonObject:
-        """Return engine, corrections and what quantizers were fitted on."""
-        return describe_runner(self)
 
     @property
     def _device(self) -> torch.device:

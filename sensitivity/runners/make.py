@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from bitquota.errors import InvalidInput, InvalidModel
+from bitquota.models.onnx.program import source_of
 from bitquota.models.running import (
     DEFAULT_CHUNK,
     inputs_of,
@@ -18,6 +19,8 @@ from bitquota.sensitivity.runners.base import (
     Runner,
 )
 from bitquota.sensitivity.runners.eager import EagerRunner
+from bitquota.sensitivity.runners.graph import GraphRunner
+from bitquota.sensitivity.runners.onnx import OnnxRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +29,19 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.layers import Inventory
     from bitquota.models.calibration import CalibrationSet
-    from bitquota.quantizers.apply import QuantizedWeights
+    from bitquota.quantizers.fitted import QuantizedWeights
+
+
+class RunnerOptions(TypedDict):
+    """How a runner runs; see ``make_runner``."""
+
+    batch_norm: BatchNormMode
+    bias_correction: bool
+    precision: Precision
+    activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None
+    chunk_size: int
+    memory_limit_bytes: int
+    origin: str
 
 
 def make_runner(
@@ -73,10 +88,6 @@ def make_runner(
         InvalidInput: A correction that finds nothing to act on in an ONNX file, or ``bf16`` for
             one.
     """
-    from bitquota.models.onnx.program import source_of
-    from bitquota.sensitivity.runners.graph import GraphRunner
-    from bitquota.sensitivity.runners.onnx import OnnxRunner
-
     put_in_eval_mode(module)
     plain = batch_norm == "eval" and not bias_correction
     if chunk_size is None:
@@ -91,50 +102,29 @@ def make_runner(
     if is_onnx and precision != "fp32":
         msg = "an ONNX file runs in its own precision; leave 'bf16' out, or hand in a .pt2"
         raise InvalidInput(msg, precision=precision)
+    given = RunnerOptions(
+        batch_norm=batch_norm,
+        bias_correction=bias_correction,
+        precision=precision,
+        activations=activations,
+        chunk_size=size,
+        memory_limit_bytes=memory_limit_bytes,
+        origin=origin,
+    )
     if engine == "onnxruntime" or (engine == "auto" and is_onnx):
-        runner = OnnxRunner(
-            module=module,
-            inventory=inventory,
-            calibration=calibration,
-            batch_norm=batch_norm,
-            bias_correction=bias_correction,
-            activations=activations,
-            chunk_size=size,
-            memory_limit_bytes=memory_limit_bytes,
-        )
+        runner = OnnxRunner(module, inventory, calibration, **given)
     elif is_onnx and engine == "eager" and not plain:
         msg = "corrections of an ONNX file need the engine 'onnxruntime'; got 'eager'"
         raise InvalidInput(msg, engine=engine)
     elif engine != "eager":
         try:
-            runner = GraphRunner(
-                module=module,
-                inventory=inventory,
-                calibration=calibration,
-                batch_norm=batch_norm,
-                bias_correction=bias_correction,
-                precision=precision,
-                activations=activations,
-                chunk_size=size,
-                memory_limit_bytes=memory_limit_bytes,
-            )
+            runner = GraphRunner(module, inventory, calibration, **given)
         except InvalidModel as err:
             if engine == "graph":
                 raise
             fallback = err.message
     if runner is None:
-        runner = EagerRunner(
-            module=module,
-            inventory=inventory,
-            calibration=calibration,
-            batch_norm=batch_norm,
-            bias_correction=bias_correction,
-            precision=precision,
-            activations=activations,
-            chunk_size=size,
-            fallback=fallback,
-        )
-    runner.origin = origin
+        runner = EagerRunner(module, inventory, calibration, fallback=fallback, **given)
     if weights is not None:
         runner.weights = weights
     return runner

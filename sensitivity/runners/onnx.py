@@ -17,36 +17,24 @@ import torch
 from bitquota.errors import InvalidInput, InvalidModel, MeasurementFailed
 from bitquota.models.onnx.program import check_batch, macs_of, source_of
 from bitquota.models.onnx.rewrites import mean_input, no_shifts
-from bitquota.models.references import References
 from bitquota.models.running import (
-    DEFAULT_CHUNK,
     checked_output,
     cut,
     inputs_of,
-    labels_of,
-    put_in_eval_mode,
 )
-from bitquota.quantizers.apply import QuantizedWeights
 from bitquota.sensitivity.runners.base import (
-    DEFAULT_MEMORY_BYTES,
-    BatchNormMode,
     Change,
-    PassCounter,
-    Precision,
+    RunnerFields,
     State,
-    describe_runner,
 )
 from bitquota.sensitivity.runners.graph import thin_out
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Collection
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from bitquota.candidates.layers import Inventory
     from bitquota.candidates.table import Candidate
-    from bitquota.canonical import JsonObject
-    from bitquota.models.calibration import CalibrationSet
     from bitquota.models.onnx.program import Arrays, OnnxProgram, OnnxSource
 
 
@@ -95,25 +83,10 @@ class _Costs:
 
 
 @dataclass(slots=True)
-class OnnxRunner:
+class OnnxRunner(RunnerFields):
     """Runs an ONNX graph, suffix by suffix; see the module docstring."""
 
-    module: nn.Module
-    inventory: Inventory
-    calibration: CalibrationSet
-    batch_norm: BatchNormMode = "eval"
-    activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None
-    bias_correction: bool = False
-    """Whether the mean of every layer's output is put right, as corrected biases will."""
-    precision: Precision = "fp32"
-    chunk_size: int = DEFAULT_CHUNK
-    memory_limit_bytes: int = DEFAULT_MEMORY_BYTES
     engine: str = "onnxruntime"
-    fallback: str = ""
-    chunks: tuple[range, ...] = ()
-    passes: PassCounter = field(default_factory=PassCounter)
-    weights: QuantizedWeights = field(init=False)
-    origin: str = ""
     _source: OnnxSource = field(init=False)
     _program: OnnxProgram = field(init=False)
     _costs: _Costs = field(init=False)
@@ -123,7 +96,6 @@ class OnnxRunner:
     _keeps: dict[Any, frozenset[str]] = field(default_factory=dict)
     _means: dict[int, Arrays] = field(default_factory=dict)
     _moments: dict[int, list[Arrays]] = field(default_factory=dict)
-    _references: References = field(default_factory=References)
 
     def __post_init__(self) -> None:
         """Read the graph, count what it costs, and choose the chunk size.
@@ -132,14 +104,13 @@ class OnnxRunner:
             InvalidInput: A correction that finds nothing to act on, or a small fixed batch.
             InvalidModel: The module runs no ONNX graph.
         """
-        put_in_eval_mode(self.module)
+        RunnerFields.__post_init__(self)
         source = source_of(self.module)
         if source is None:
             msg = "the engine 'onnxruntime' runs ONNX files; hand in an .onnx, or use 'auto'"
             raise InvalidModel(msg)
         self._source = source
         self._program = source.program(self.batch_norm, right_means=self.bias_correction)
-        self.weights = QuantizedWeights(self.module, self.inventory)
         names = {fed.path: fed.name for fed in source.fed}
         for la in self.inventory.layers:
             if la.weight_name not in names:
@@ -179,10 +150,6 @@ class OnnxRunner:
         """Run behind ``change``."""
         return self._run(state, state.chunk, dict(change), keep_for=()).output
 
-    def reference(self, chunk: int) -> Tensor:
-        """Return the full-precision output with stored batch-norm statistics."""
-        return self._references.get(chunk, lambda: self._full_precision(chunk))
-
     def _full_precision(self, chunk: int) -> Tensor:
         program, source = self._source.program("eval"), self._source
         everything = program.needed([source.output], ())
@@ -196,19 +163,11 @@ class OnnxRunner:
         self.passes.macs += self._costs.macs * len(rows)
         return self._joined(pieces, len(rows))
 
-    def labels(self, chunk: int) -> Tensor | None:
-        """Return the labels of a chunk."""
-        return labels_of(self.calibration, self.chunks[chunk])
-
     def share(self, layers: Collection[str]) -> float:
         """Return what re-running behind ``layers`` costs, as a share of a full pass."""
         behind = self._behind_all(layers)
         nodes = {self._program.maker[name].index for name in behind}
         return self._costs.of(nodes) / self._costs.macs
-
-    def describe(self) -> JsonObject:
-        """Return engine, corrections and what quantizers were fitted on."""
-        return describe_runner(self)
 
     def means(self, chunk: int) -> Arrays:
         """Return the mean that each layer's output should have on a chunk, as it is handed in.

@@ -11,8 +11,9 @@ from operator import add
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from bitquota.candidates.budget import Budget
-from bitquota.candidates.layers import Layer, UnquantizedTensor
+from bitquota.candidates.layers import Inventory, Layer, UnquantizedTensor
 from bitquota.candidates.table import Candidate
+from bitquota.candidates.targets import target_by_name
 from bitquota.canonical import (
     JsonObject,
     canonical_json,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bitquota.candidates.storage import StorageSize
+    from bitquota.candidates.targets import Target, Violation
 
 SCHEMA = "bitquota/plan/1"
 SOLVER = "solver"
@@ -115,6 +117,11 @@ class PlanTarget(Document):
     name: str
     version: str
     packages: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, target: Target) -> Self:
+        """Return what a plan for ``target`` says of it."""
+        return cls(name=target.name, version=target.version, packages=dict(target.versions))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +220,15 @@ class Plan(Document):
         return budget.constant + total(amounts[budget.resource])
 
     @property
+    def inventory(self) -> Inventory:
+        """The tensors that the plan speaks of."""
+        return Inventory(
+            model_digest=self.model_digest,
+            layers=tuple(a.layer for a in self.assignments),
+            unquantized=self.unquantized,
+        )
+
+    @property
     def weight_bits(self) -> tuple[int, ...]:
         """Bit-width of each layer, in module order."""
         return tuple(a.candidate.weight_bits for a in self.assignments)
@@ -220,8 +236,10 @@ class Plan(Document):
     def candidates_at(self, weight_bits: Sequence[int]) -> tuple[Candidate, ...]:
         """Return the plan's candidates with other bit-widths, layer by layer in its order.
 
+        They are stored as the plan's target stores them, if it has one.
+
         Raises:
-            InvalidPlan: Not one bit-width for each layer.
+            InvalidPlan: Not one bit-width for each layer, or one that the target cannot store.
         """
         if len(weight_bits) != len(self.assignments):
             msg = (
@@ -229,10 +247,34 @@ class Plan(Document):
                 f"{len(weight_bits)}"
             )
             raise InvalidPlan(msg)
+        if self.target is not None:
+            layers = [a.layer for a in self.assignments]
+            return target_by_name(self.target.name).candidates_at(layers, weight_bits)
         return tuple(
             Candidate.of(a.layer, bits, a.candidate.scheme, a.candidate.activation_bits)
             for a, bits in zip(self.assignments, weight_bits, strict=True)
         )
+
+    def violations(self, target: Target) -> tuple[Violation, ...]:
+        """Return every rule of ``target`` that the plan breaks; empty if it can store the plan."""
+        return target.check(
+            [a.layer for a in self.assignments],
+            [a.candidate for a in self.assignments],
+            self.unquantized,
+        )
+
+    def require(self, target: Target) -> None:
+        """Raise ``InvalidPlan`` with every layer named, unless ``target`` can store the plan."""
+        if found := self.violations(target):
+            shown = "; ".join(f"{', '.join(v.layers)}: {v.reason}" for v in found[:5])
+            more = f" (and {len(found) - 5} more)" if len(found) > 5 else ""
+            msg = (
+                f"a plan for target '{target.name}' must keep its rules; {shown}{more}: make the "
+                f"plan with --target {target.name}"
+            )
+            raise InvalidPlan(
+                msg, target=target.name, violations=[violation.to_json() for violation in found]
+            )
 
     @property
     def n_weights(self) -> int:

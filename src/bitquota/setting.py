@@ -12,22 +12,18 @@ import torch
 
 from bitquota.candidates.architectures import prepare_inventory
 from bitquota.candidates.budget import Budget
-from bitquota.candidates.storage import Rounding
-from bitquota.candidates.table import CandidateTable, enumerate_candidates
+from bitquota.candidates.offered import offered_candidates
 from bitquota.candidates.targets import target_by_name
-from bitquota.canonical import digest_json
 from bitquota.context import Context
 from bitquota.corrections import Correction
-from bitquota.errors import InvalidInput
 from bitquota.evaluate.choice import ChoiceLoss, measure_choice
-from bitquota.models.discovery import discover
+from bitquota.models.loaded import inventory_of
 from bitquota.models.references import References
+from bitquota.models.running import choose_device
 from bitquota.models.samples import check_calibration
-from bitquota.quantizers.apply import QuantizedWeights
-from bitquota.quantizers.channel_fit import collect_by
 from bitquota.quantizers.corrections import fold_batch_norm
-from bitquota.quantizers.input_moments import input_grams
-from bitquota.sensitivity.importers import importance_of
+from bitquota.quantizers.fitted import fit_quantizers
+from bitquota.quantizers.imatrix import importance_of
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.runners.make import make_runner
 
@@ -35,20 +31,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from bitquota.candidates.layers import Inventory
+    from bitquota.candidates.table import CandidateTable
     from bitquota.candidates.targets import Target
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
-    from bitquota.quantizers.activations import CalibratedInputs
+    from bitquota.quantizers.fitted import Fitted
+    from bitquota.quantizers.imatrix import Importance
     from bitquota.request import PlanRequest
-    from bitquota.sensitivity.importers import Importance
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runners.base import Runner
 
 SPARE_BLOCKS = 2
 """Blocks of further samples at most, beyond those that a request asks for."""
-
-BATCH = 64
-"""Samples of one forward pass where nothing is cached."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +59,7 @@ class Setting:
         holdout: Disjoint samples that choices are compared on.
         spare: Further samples, in blocks like ``holdout``, for choices that it cannot tell apart.
         correcting: Samples that corrections see (without labels).
-        weights: Quantized weights, fitted to ``fit`` where the scheme rounds with feedback.
-        activations: Calibrated input quantizers, when candidates quantize inputs.
-        origin: Digest of what ``weights`` and ``activations`` were fitted on, or empty.
+        fitted: Quantizers, fitted to ``fit`` where candidates need that.
         importance: What the columns of weights count for in the fit of scales, if not alike.
         context: Where measurements are kept, whom to tell, when to stop, where to run.
         target: The deployment target that candidates come from, if the request names one.
@@ -82,9 +74,7 @@ class Setting:
     fit: CalibrationSet
     holdout: CalibrationSet
     correcting: CalibrationSet
-    weights: QuantizedWeights
-    activations: CalibratedInputs | None
-    origin: str
+    fitted: Fitted
     context: Context
     target: Target | None = None
     importance: Importance | None = None
@@ -100,9 +90,9 @@ class Setting:
             self.fit if samples is None else samples,
             batch_norm="moved" if repaired else "eval",
             bias_correction=Correction.BIAS_CORRECTION in self.request.corrections,
-            activations=self.activations,
-            weights=self.weights,
-            origin=self.origin,
+            activations=self.fitted.activations,
+            weights=self.fitted.weights,
+            origin=self.fitted.origin,
             precision=self.request.precision,
             memory_limit_bytes=self.context.memory_bytes,
         )
@@ -132,9 +122,7 @@ class Setting:
             self.loss,
             corrections=() if choice is None else self.request.corrections,
             correction_data=self.correcting,
-            activations=self.activations,
-            weights=self.weights,
-            origin=self.origin,
+            fitted=self.fitted,
             context=self.context,
             stage=stage,
             references=self.references,
@@ -169,27 +157,29 @@ def prepare(
     inventory = inventory_of(module, model, few)
     target = None if request.target is None else target_by_name(request.target)
     inventory = prepare_inventory(inventory, target, exclude=request.exclude, ties=request.ties)
-    table = candidates_of(request, inventory, target)
+    table = offered_candidates(
+        inventory,
+        target,
+        weight_bits=request.weight_bits,
+        scheme=request.scheme,
+        activation_bits=request.activation_bits,
+        fixed=request.fixed,
+    )
     wanted = request.samples + request.holdout_samples
     drawn = calibration.subset(min(wanted, len(calibration)), request.seed)
     parts = drawn.split(request.holdout_samples / wanted, request.seed)
     fit, holdout = (part.placed(where) for part in parts)
     spare = tuple(part.placed(where) for part in _blocks(calibration, drawn, len(holdout), request))
     n_correcting = min(request.correction_samples, len(calibration))
-    grams = activations = None
-    offered = [candidate for row in table.rows for candidate in row.candidates]
-    if any(c.scheme.rounding is Rounding.ERROR_FEEDBACK for c in offered):
-        grams = input_grams(module, inventory, (b.inputs for b in fit.batches(BATCH)))
-    if any(c.activation_bits is not None for c in offered):
-        batches = (b.inputs for b in fit.batches(BATCH))
-        activations = collect_by(request.activation_fit, module, inventory, batches)
     importance = None if model.imatrix is None else importance_of(model.imatrix, inventory)
-    fitted = activations is not None or grams is not None
-    origin = digest_json(fit.to_json()) if fitted else ""
-    if activations is not None and request.activation_fit != "mse":
-        origin = digest_json([origin, request.activation_fit])
-    if importance is not None:
-        origin = digest_json([origin, importance.digest])
+    fitted = fit_quantizers(
+        module,
+        inventory,
+        (candidate for row in table.rows for candidate in row.candidates),
+        fit,
+        activation_fit=request.activation_fit,
+        importance=importance,
+    )
     return Setting(
         request=request,
         module=module,
@@ -200,11 +190,7 @@ def prepare(
         holdout=holdout,
         spare=spare,
         correcting=calibration.subset(n_correcting, request.seed).to(where),
-        weights=QuantizedWeights(
-            module, inventory, grams, None if importance is None else importance.columns
-        ),
-        activations=activations,
-        origin=origin,
+        fitted=fitted,
         importance=importance,
         context=context,
         target=target,
@@ -225,34 +211,6 @@ def _blocks(
     ]
 
 
-def candidates_of(
-    request: PlanRequest, inventory: Inventory, target: Target | None
-) -> CandidateTable:
-    """Return what may become of each group: the target's formats, or the request's own scheme.
-
-    Raises:
-        InvalidInput: Bit-widths, fixed widths or activations that cannot be had.
-    """
-    if target is None:
-        return enumerate_candidates(
-            inventory,
-            request.weight_bits,
-            scheme=request.scheme,
-            activation_bits=request.activation_bits,
-            fixed=request.fixed,
-        )
-    if request.activation_bits not in {None, target.activation_bits}:
-        runs = "full precision" if target.activation_bits is None else target.activation_bits
-        msg = (
-            f"target '{target.name}' runs activations in {runs}; got {request.activation_bits} "
-            "bits: leave --activations out"
-        )
-        raise InvalidInput(msg, target=target.name, activation_bits=request.activation_bits)
-    return target.candidates(
-        inventory, weight_bits=request.weight_bits or None, fixed=request.fixed
-    )
-
-
 def sharing_weights(module: torch.nn.Module) -> torch.nn.Module:
     """Return a copy with parameters of its own over the same memory.
 
@@ -266,26 +224,3 @@ def sharing_weights(module: torch.nn.Module) -> torch.nn.Module:
         # torch 2.13 warns about its own tree specifications when an exported graph is copied.
         warnings.simplefilter("ignore", FutureWarning)
         return copy.deepcopy(module, own)
-
-
-def inventory_of(module: torch.nn.Module, model: LoadedModel, samples: CalibrationSet) -> Inventory:
-    """Return the tensors of ``module``, counted in the format that the checkpoint has them in."""
-    found = discover(module, samples.first(2).inputs, model_digest=model.digest)
-    return found.stored_in(model.weight_format_bits)
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device called ``name``; ``auto`` takes a GPU where there is one.
-
-    Raises:
-        InvalidInput: torch does not find it here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as err:
-        msg = f"a device must be 'auto', 'cpu', or one that torch finds here; got '{name}': {err}"
-        raise InvalidInput(msg, device=name) from err
-    return device

@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 
 from bitquota.candidates.layers import Inventory, Layer, LayerKind, UnquantizedTensor
-from bitquota.candidates.targets import TARGETS, candidates_at, target_by_name
+from bitquota.candidates.targets import TARGETS, target_by_name
 from bitquota.ci.diff import diff_plans
 from bitquota.ci.lock import make_lock
 from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.exports.export import EXPORTERS
-from bitquota.plan import Assignment, Plan
+from bitquota.plan import Assignment, Plan, PlanTarget
 
 
 def layer(name: str, kind: LayerKind, *shape: int) -> Layer:
@@ -94,7 +94,7 @@ class TestEveryTarget:
             lambda row: row.candidates[0].size_bits,
             lambda row: -row.candidates[0].size_bits,
         ):
-            assert target.check(plan_of(prepared, pick(table, prefer))) == ()
+            assert plan_of(prepared, pick(table, prefer)).violations(target) == ()
 
     def test_nothing_is_lost(self, target, inventory):
         """Every layer is either in the table or counted as it ships."""
@@ -120,7 +120,7 @@ class TestEveryTarget:
         prepared = target.prepare(inventory)
         table = enumerate_candidates(prepared, (1,))
         with pytest.raises(InvalidPlan, match=r"1 bits is not one of its widths") as caught:
-            target.require(plan_of(prepared, table.rows))
+            plan_of(prepared, table.rows).require(target)
         named = {n for v in caught.value.details["violations"] for n in v["layers"]}
         assert {la.name for la in prepared.layers} == named
 
@@ -187,7 +187,7 @@ class TestRequire:
         other = target._candidate(first.layer, formats[8])
         broken = replace(plan, assignments=(replace(first, candidate=other), *plan.assignments[1:]))
         with pytest.raises(InvalidPlan, match=r"q_proj=W8, .*k_proj=W2, .*v_proj=W2"):
-            target.require(broken)
+            broken.require(target)
 
     def test_one_sibling_left_out(self, inventory):
         """A fused sibling in full precision beside quantized ones is refused."""
@@ -195,7 +195,7 @@ class TestRequire:
         prepared = target.prepare(inventory).exclude(["v_proj"])
         table = target.candidates(prepared, weight_bits=[4])
         with pytest.raises(InvalidPlan, match=r"v_proj in full precision"):
-            target.require(plan_of(prepared, table.rows))
+            plan_of(prepared, table.rows).require(target)
         with pytest.raises(InvalidInput, match=r"fuses .*q_proj.*; .*v_proj is excluded"):
             target.prepare(inventory.exclude(["v_proj"]))
 
@@ -207,7 +207,7 @@ class TestRequire:
         prepared = target.prepare(inventory)
         table = enumerate_candidates(prepared, (4,))
         with pytest.raises(InvalidPlan, match="fp32 scales, where it stores symmetric per group"):
-            target.require(plan_of(prepared, table.rows))
+            plan_of(prepared, table.rows).require(target)
 
     def test_scale_rule_does_not_matter(self, inventory):
         """How scales were fitted leaves no trace in a file."""
@@ -217,7 +217,7 @@ class TestRequire:
         from bitquota.candidates.table import enumerate_candidates
 
         scheme = Scheme(scale_rule=ScaleRule.ABSMAX, scale_format=ScaleFormat.FP16)
-        target.require(plan_of(prepared, enumerate_candidates(prepared, (3,), scheme=scheme).rows))
+        plan_of(prepared, enumerate_candidates(prepared, (3,), scheme=scheme).rows).require(target)
 
 
 class TestTargetByName:
@@ -251,7 +251,7 @@ class TestVersion:
         assert target.version == replace(target, summary="other words").version
         assert target.version != replace(target, formats=target.formats[1:]).version
         assert len({t.version for t in TARGETS.values()}) == len(TARGETS)
-        assert target.record().to_json() == {
+        assert PlanTarget.of(target).to_json() == {
             "name": "ort-cpu", "version": target.version, "packages": dict(target.versions),
         }  # fmt: skip
 
@@ -263,7 +263,7 @@ class TestRecordedTarget:
         prepared = target.prepare(inventory)
         rows = pick(target.candidates(prepared), lambda r: r.candidates[0].size_bits)
         plan = plan_of(prepared, rows)
-        made = replace(plan, target=target.record())
+        made = replace(plan, target=PlanTarget.of(target))
         assert made == Plan.from_json(made.to_json())
         assert "target" not in plan.to_json()
         assert "ort-cpu" == make_lock(made).target
@@ -282,16 +282,17 @@ class TestCandidatesAt:
         plan = plan_of(prepared, pick(table, lambda r: -r.candidates[0].weight_bits))
         assert {32} == set(plan.weight_bits)
         widths = [4] * len(plan.assignments)
-        found = replace(plan, target=target.record())
+        found = replace(plan, target=PlanTarget.of(target))
         at_four = {c.layer: c for row in table.rows for c in row.candidates if c.weight_bits == 4}
-        assert [at_four[la.name] for la in prepared.layers] == list(candidates_at(found, widths))
+        assert [at_four[la.name] for la in prepared.layers] == list(found.candidates_at(widths))
 
     def test_impossible_width(self, inventory):
         """The layer and the width are named."""
         target = TARGETS["ort-cpu"]
         prepared = target.prepare(inventory)
         rows = pick(target.candidates(prepared), lambda r: r.candidates[0].weight_bits)
+        planned = replace(plan_of(prepared, rows), target=PlanTarget.of(target))
         with pytest.raises(InvalidPlan, match="cannot store layer 'conv' at 3 bits"):
-            target.candidates_at(plan_of(prepared, rows), [3] * len(prepared.layers))
-        with pytest.raises(InvalidPlan, match="one bit-width per layer"):
-            target.candidates_at(plan_of(prepared, rows), [4])
+            planned.candidates_at([3] * len(prepared.layers))
+        with pytest.raises(InvalidPlan, match="one bit-width must be given"):
+            planned.candidates_at([4])

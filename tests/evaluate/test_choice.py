@@ -11,6 +11,7 @@ from bitquota.evaluate.choice import measure_choice
 from bitquota.models.references import References
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.corrections import reestimate_batch_norm
+from bitquota.quantizers.fitted import Fitted, QuantizedWeights
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.measures.choices import measure_choices
 from bitquota.sensitivity.runners.make import make_runner
@@ -201,9 +202,12 @@ class TestMeasureChoices:
         """Joint weight and activation candidates run through the same interface."""
         module = build(Branches)
         inventory, data = inventory_of(module), samples(Branches)
-        quantizers = {"activations": lambda layer, bits: lambda x: (x * 8).round() / 8}
+        fitted = Fitted(
+            weights=QuantizedWeights(module, inventory),
+            activations=lambda layer, bits: lambda x: (x * 8).round() / 8,
+        )
         candidates = [Candidate.of(la, 4, Scheme(), activation_bits=8) for la in inventory.layers]
-        found = measure_choice(module, inventory, candidates, data, KL, **quantizers)
+        found = measure_choice(module, inventory, candidates, data, KL, fitted=fitted)
         plain = measure_choice(
             module, inventory, [Candidate.of(la, 4, Scheme()) for la in inventory.layers], data, KL
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bitquota.errors import InvalidInput, MeasurementFailed
-from bitquota.evaluate.metrics import compare_models, scores_to_markdown
+from bitquota.evaluate.metrics import compare_models
 from bitquota.evaluate.scores import Estimate
 from bitquota.models.calibration import CalibrationSet
 
@@ -90,12 +90,6 @@ class TestCompareModels:
         """No model or an unknown kind."""
         with pytest.raises(InvalidInput, match="'logits' or 'embedding'"):
             compare_models({}, DATA)
-
-    def test_table(self):
-        """One line per model."""
-        text = scores_to_markdown(scores())
-        assert text.count("\n") == 4
-        assert "| plan | " in text
 
     def test_one_sample_has_no_error(self):
         """A single value has no standard error to speak of."""

@@ -13,12 +13,13 @@ from bitquota.candidates.storage import Granularity, Grid, Rounding, Scheme
 from bitquota.candidates.targets import TARGETS
 from bitquota.corrections import Correction
 from bitquota.errors import ExportFailed, InvalidInput, StalePlan
-from bitquota.evaluate.scoring import quantized_module, score_plans, uniform_candidates
+from bitquota.evaluate.scoring import score_plans, uniform_candidates
 from bitquota.exports.export import export_plan, open_export
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import load_model
-from bitquota.plan import Baseline, MeasuredLoss
+from bitquota.plan import Baseline, MeasuredLoss, PlanTarget
 from bitquota.quantizers.apply import apply_plan
+from bitquota.quantizers.planned import quantized_module
 from format_networks import plan_with
 
 IMAGES = CalibrationSet(
@@ -42,7 +43,7 @@ def plan(net):
 class TestScorePlans:
     def test_everything_beside_everything(self, net, plan, tmp_path):
         """Plan, export and uniform at the same bytes, each with paired differences."""
-        plan = replace(plan, target=TARGETS["ref-int"].record())
+        plan = replace(plan, target=PlanTarget.of(TARGETS["ref-int"]))
         export_plan(net, plan, tmp_path / "o", target="ref-int", samples=IMAGES)
         found = score_plans(net, IMAGES, plans={"p": plan}, exported=[tmp_path / "o"])
         assert ["full precision", "plan", "exported", "uniform"] == [s.kind for s in found]
@@ -58,9 +59,7 @@ class TestScorePlans:
 
     def test_agrees_with_applying_the_plan(self, net, plan):
         """Top-1 and KL are those of the fake-quantized module."""
-        from bitquota.exports.prepared import inventory_of
-
-        module = apply_plan(net.module, inventory_of(plan), [a.candidate for a in plan.assignments])
+        module = apply_plan(net.module, plan.inventory, [a.candidate for a in plan.assignments])
         with torch.no_grad():
             output, reference = module(*IMAGES.inputs), net.module(*IMAGES.inputs)
         (_, found) = score_plans(net, IMAGES, plans={"p": plan}, with_uniform=False)
@@ -137,7 +136,7 @@ class TestUniformCandidates:
         """Layers that the target cannot store so narrow take the nearest above."""
         target = TARGETS["tensorrt"]
         plan = plan_with(net, IMAGES.inputs, target="tensorrt", bits=(8,))
-        plan = replace(plan, target=target.record())
+        plan = replace(plan, target=PlanTarget.of(target))
         width, chosen = uniform_candidates(plan)
         assert 8 == width
         assert {8} == {c.weight_bits for c in chosen}

@@ -18,7 +18,7 @@ from bitquota.errors import InvalidModel, MeasurementFailed, UnsafeModel
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.discovery import discover
 from bitquota.models.load import load_model
-from bitquota.models.onnx.module import find_layers
+from bitquota.models.onnx.layers import find_layers
 from bitquota.quantizers.apply import apply_plan
 from bitquota.sensitivity.runners.make import make_runner
 from onnx_graphs import image_graph, save, token_graph

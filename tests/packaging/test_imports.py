@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import sys
 
@@ -59,12 +60,11 @@ def test_loads_no_torch(module, tmp_path):
         "progress",
     ],
 )
-def test_vocabulary_needs_numpy_alone(module, tmp_path):
+def test_vocabulary_needs_numpy_and_patterns_alone(module, tmp_path):
     """Every other part speaks it, so it must cost nothing to import."""
     before = loaded("numpy", tmp_path)
-    assert loaded(f"bitquota.{module}", tmp_path) <= before | set(sys.stdlib_module_names) | {
-        "bitquota"
-    }
+    light = {"bitquota", "re2", "_re2"}
+    assert loaded(f"bitquota.{module}", tmp_path) <= before | set(sys.stdlib_module_names) | light
 
 
 def python_files(folder):
@@ -133,3 +133,27 @@ def test_a_folder_alone_cannot_be_imported(repository, folder):
         cwd=repository,
     )
     assert "TID251" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("former", "now", "names"),
+    [
+        ("allocate", "search.allocate", ["allocate", "measure_matrix", "Allocation"]),
+        ("allocate", "evaluate.scoring", ["evaluate_plans"]),
+        ("budget", "candidates.budget", ["Budget"]),
+        ("candidates", "candidates.layers", ["Layer", "Inventory"]),
+        ("candidates", "candidates.table", ["Candidate", "CandidateTable", "enumerate_candidates"]),
+        ("compare", "search.compare", ["compare"]),
+        ("comparison_plot", "report.comparison_plot", ["plot_comparison"]),
+        ("formats", "models", ["load_model", "load_calibration"]),
+        ("formats.exports", "exports.export", ["export_plan", "load_export"]),
+        ("formats.gate", "ci.check", ["check_lock"]),
+        ("formats.lock", "ci.lock", ["Lock", "make_lock"]),
+        ("sensitivity.ledger", "sensitivity.cache", ["MemoryLedger", "SqliteLedger"]),
+        ("storage", "candidates.storage", ["Scheme", "StorageSize"]),
+    ],
+)
+def test_former_names_lead_to_the_same_objects(former, now, names):
+    """README and reference named these modules before packages were split by task."""
+    old, new = (importlib.import_module(f"bitquota.{name}") for name in (former, now))
+    assert all(getattr(old, name) is getattr(new, name) for name in names)

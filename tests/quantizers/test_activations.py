@@ -10,7 +10,6 @@ from bitquota.quantizers.activations import (
     ActivationQuantizer,
     InputHistogram,
     RangeRule,
-    calibrate_activations,
     collect_inputs,
     quantized_inputs,
 )
@@ -172,15 +171,10 @@ class TestCollectInputs:
         assert torch.equal(plain.histograms["head"].counts, graph.histograms["head"].counts)
 
 
-class TestCalibrateActivations:
-    def test_gives_a_quantizer_for_every_layer(self):
-        """By layer name, at the bit-width asked for."""
-        module = build(Residual)
-        found = calibrate_activations(
-            module, inventory_of(module), [samples(Residual).inputs], 4, RangeRule.PERCENTILE
-        )
-        assert {"stem", "inner", "side", "head"} == set(found)
-        assert {4} == {q.bits for q in found.values()}
+def quantizers_at(module, inventory, batches, bits):
+    """The quantizer of every layer's input at one bit-width."""
+    inputs = collect_inputs(module, inventory, batches)
+    return {name: inputs(name, bits) for name in inputs.histograms}
 
 
 class TestQuantizedInputs:
@@ -188,7 +182,7 @@ class TestQuantizedInputs:
         """The context does what forward pre-hooks would do."""
         module = build(Residual)
         data, inventory = samples(Residual), inventory_of(module)
-        quantizers = calibrate_activations(module, inventory, [data.inputs], 3)
+        quantizers = quantizers_at(module, inventory, [data.inputs], 3)
         with torch.no_grad(), quantized_inputs(module, inventory, quantizers):
             ours = module(*data.inputs)
         plain = module(*data.inputs)
@@ -204,7 +198,7 @@ class TestQuantizedInputs:
         module = build(Residual)
         data, inventory = samples(Residual), inventory_of(module)
         before = module(*data.inputs)
-        quantizers = calibrate_activations(module, inventory, [data.inputs], 3)
+        quantizers = quantizers_at(module, inventory, [data.inputs], 3)
         with quantized_inputs(module, inventory, quantizers):
             module(*data.inputs)
         assert torch.equal(before, module(*data.inputs))
@@ -216,7 +210,7 @@ class TestQuantizedInputs:
         exact = module(*data.inputs).detach()
         errors = []
         for bits in (2, 4, 8, 16):
-            quantizers = calibrate_activations(module, inventory, [data.inputs], bits)
+            quantizers = quantizers_at(module, inventory, [data.inputs], bits)
             with quantized_inputs(module, inventory, quantizers):
                 errors.append(float((module(*data.inputs).detach() - exact).abs().mean()))
         assert sorted(errors, reverse=True) == errors

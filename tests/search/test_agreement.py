@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from bitquota.candidates.table import enumerate_candidates
@@ -27,6 +29,16 @@ class TestSpearman:
         a, b = rng.integers(0, 6, 40), rng.normal(size=40)
 
         assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
+
+    @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=20))
+    def test_two_will_do_where_asked(self, pairs):
+        """Ties share ranks; a constant side has no correlation."""
+        a, b = zip(*pairs, strict=True)
+        found = spearman(a, b, least=2)
+        if len(set(a)) == 1 or len(set(b)) == 1:
+            assert found is None
+        else:
+            assert found == pytest.approx(spearmanr(a, b).statistic)
 
     def test_only_order_counts(self):
         """Any growing function of a prediction ranks alike."""

@@ -20,10 +20,12 @@ from bitquota.errors import (
     StalePlan,
     UnknownLayer,
 )
+from bitquota.evaluate.scoring import evaluate_plans
+from bitquota.models.loaded import check_model
 from bitquota.plan import SOLVER, Plan
 from bitquota.report.text import evidence_sentences, render_markdown
 from bitquota.request import PlanRequest
-from bitquota.search.allocate import allocate, check_model, evaluate_plans, measure_matrix
+from bitquota.search.allocate import allocate, measure_matrix
 from bitquota.sensitivity.cache import SqliteLedger
 from bitquota.sensitivity.losses import CustomLoss
 from trained_digits import trained

@@ -1,10 +1,7 @@
-import numpy as np
 import pytest
 
 from bitquota.candidates.table import enumerate_candidates
-from bitquota.search.baselines import baseline_choices, baseline_diagonals, size_only, weight_mse
-from bitquota.sensitivity.losses import loss_by_name
-from bitquota.sensitivity.measures.pairs import measure_singles
+from bitquota.search.baselines import baseline_choices, size_only, weight_mse
 from bitquota.sensitivity.runners.make import make_runner
 from sensitivity_networks import Residual, build, inventory_of, samples, table_of
 
@@ -56,19 +53,3 @@ class TestWeightMse:
             error = runner.weights(candidate) - runner.weights.original(candidate.layer)
             assert value == pytest.approx(float(error.detach().square().sum()), rel=1e-5)
         assert (matrix.diagonal[0::2] > matrix.diagonal[1::2]).all()
-
-
-class TestBaselineDiagonals:
-    def test_names_and_one_layer_loss(self):
-        """Size only, weight MSE, and the measured singles."""
-        module = build(Residual)
-        inventory = inventory_of(module)
-        runner = make_runner(module, inventory, samples(Residual), engine="eager")
-        table, kl = table_of(inventory), loss_by_name("kl")
-
-        found = baseline_diagonals(runner, module, table, kl)
-
-        assert list(found) == ["size only", "weight MSE", "one-layer kl"]
-        np.testing.assert_array_equal(
-            found["one-layer kl"].diagonal, measure_singles(runner, table, kl).diagonal
-        )

@@ -1,11 +1,8 @@
 import numpy as np
 import pytest
-import scipy.stats
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bitquota.errors import InvalidInput
-from bitquota.search.evidence import gather_evidence, random_choices, spearman
+from bitquota.search.evidence import gather_evidence, random_choices
 from bitquota.search.neighborhood import Limits, distance
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.measures.choices import measure_choices
@@ -23,18 +20,6 @@ def setting(bits=3.0):
     runner = make_runner(module, inventory, samples(Residual), engine="eager")
     limits = Limits(costs=table.costs("code_bits")[None], limits=[int(bits * inventory.n_weights)])
     return runner, table, limits
-
-
-class TestSpearman:
-    @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=20))
-    def test_equals_scipy(self, pairs):
-        """Ties share ranks; a constant side has no correlation."""
-        a, b = zip(*pairs, strict=True)
-        found = spearman(a, b)
-        if len(set(a)) == 1 or len(set(b)) == 1:
-            assert found is None
-        else:
-            assert found == pytest.approx(scipy.stats.spearmanr(a, b).statistic)
 
 
 class TestRandomChoices:

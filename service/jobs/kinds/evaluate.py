@@ -42,12 +42,9 @@ class EvaluateRequest(BaseModel):
 def run(work: Work) -> None:
     """Hand over what ``bitquota evaluate --json`` prints, and on how many samples."""
     from bitquota.evaluate.scoring import score_plans
-    from bitquota.models.samples import check_calibration
-    from bitquota.setting import choose_device
 
     request = work.request
     model, samples, plans = work.model(), work.samples(), work.plans()
-    check_calibration(model, samples)
     names = request["names"] or [f"plan {k + 1}" for k in range(len(plans))]
     if len(set(names)) != len(plans):
         msg = f"every plan needs a name of its own; got {len(plans)} plans and the names {names}"
@@ -62,7 +59,7 @@ def run(work: Work) -> None:
         with_uniform=request["uniform"],
         with_baselines=request["baselines"],
         kind="embedding" if request["embedding"] else "logits",
-        device=str(choose_device(work.device)),
+        context=work.context,
     )
     document = {"n_samples": len(samples), "scores": [score.to_json() for score in scores]}
     work.give("evaluation", canonical_json(document).encode())

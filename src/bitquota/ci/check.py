@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 from xml.etree import ElementTree as ET
 
-from bitquota.candidates.targets import candidates_at, target_by_name
+from bitquota.candidates.targets import target_by_name
 from bitquota.codec import Document, Form
 from bitquota.errors import GateFailed, InvalidInput, InvalidPlan, StalePlan
 from bitquota.exports.receipt import FileReceipt, Receipt
@@ -188,7 +188,7 @@ def _is_fair(plan: Plan, baseline: Baseline) -> bool:
     if baseline.size_bits <= plan.size_bits:
         return True
     try:
-        candidates = candidates_at(plan, baseline.weight_bits)
+        candidates = plan.candidates_at(baseline.weight_bits)
         replace(
             plan,
             assignments=tuple(
@@ -241,7 +241,7 @@ def _target(lock: Lock) -> Outcome:
     check = "target"
     if lock.target is None:
         return _skipped(check, "the lock names no target")
-    found = target_by_name(lock.target).check(lock.plan)
+    found = lock.plan.violations(target_by_name(lock.target))
     if not found:
         return _outcome(check, holds=True, message=f"{lock.target} can store every layer")
     shown = "; ".join(f"{', '.join(v.layers)}: {v.reason}" for v in found[:3])

@@ -11,6 +11,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from bitquota.candidates.targets import target_by_name
 from bitquota.canonical import JsonObject, read_json, write_whole
 from bitquota.codec import Document, Form, Seal
 from bitquota.errors import InvalidInput, InvalidPlan
@@ -123,9 +124,7 @@ def make_lock(
     if target is None and plan.target is not None:
         target = plan.target.name
     if target is not None:
-        from bitquota.candidates.targets import target_by_name
-
-        target_by_name(target).require(plan)
+        plan.require(target_by_name(target))
     for receipt in receipts:
         if receipt.plan_digest != plan.digest():
             msg = f"a lock's receipts must be of its plan; one is of {receipt.plan_digest[:19]}…"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import sys
 from typing import Annotated
 
@@ -120,3 +123,13 @@ def main(*, in_sandbox: bool = False) -> None:
     except KeyboardInterrupt:  # outside of any command
         typer.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)
+
+
+def inside() -> None:
+    """Run the command line; called in the sandbox, by ``_run_inside``."""
+    order = json.loads(sys.argv[1])
+    os.environ.update(order["environment"])
+    with contextlib.suppress(OSError):  # a folder of which nothing is shown is not there
+        os.chdir(order["folder"])
+    sys.argv = ["bitquota", *order["arguments"]]
+    main(in_sandbox=True)

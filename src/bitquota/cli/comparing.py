@@ -10,6 +10,7 @@ import typer
 from bitquota.cli import options as opt
 from bitquota.cli import output, remote
 from bitquota.cli.written import Written
+from bitquota.report.comparison_plot import check_plot, plot_comparison
 from bitquota.request import PlanRequest
 
 if TYPE_CHECKING:
@@ -57,8 +58,6 @@ def compare(
 ) -> None:
     """Measure MODEL with every metric, solve every budget with each, and measure all the plans."""
     if plot_file is not None:
-        from bitquota.report.comparison_plot import check_plot
-
         check_plot(plot_file)  # before the work, not after it
     files = [
         None if path is None else Written.at(path, option)
@@ -121,6 +120,4 @@ def _write(
     if report_file is not None:
         report_file.save(lambda path: path.write_text(found.render_markdown(title)))
     if plot_file is not None:
-        from bitquota.report.comparison_plot import plot_comparison
-
         plot_file.save(lambda path: plot_comparison(found, path))

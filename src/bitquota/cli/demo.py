@@ -17,11 +17,11 @@ from bitquota.cli import output
 from bitquota.client import Client
 from bitquota.corrections import Correction
 from bitquota.errors import MissingDependency, ServiceError
+from bitquota.evaluate.scoring import evaluate_plans
 from bitquota.models.load import load_model
 from bitquota.models.samples import load_calibration
 from bitquota.report import text as report
 from bitquota.request import PlanRequest
-from bitquota.search.allocate import evaluate_plans
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

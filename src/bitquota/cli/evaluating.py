@@ -11,6 +11,7 @@ import typer
 from bitquota.cli import options as opt
 from bitquota.cli import output, remote
 from bitquota.cli.loading import check_sources, load_samples
+from bitquota.context import Context
 from bitquota.errors import InvalidInput
 from bitquota.exports.receipt import Receipt
 from bitquota.plan import Plan
@@ -109,16 +110,12 @@ def evaluate(
         from bitquota.evaluate.scoring import score_plans
         from bitquota.models.factory import find_function
         from bitquota.models.load import load_model
-        from bitquota.models.samples import check_calibration
-        from bitquota.setting import choose_device
 
-        where = choose_device(device)
         custom = {
             spec.partition(":")[2]: find_function(spec, InvalidInput) for spec in metrics or []
         }
         loaded = replace(load_model(model), imatrix=imatrix)
         samples = load_samples(data, model=model, tokenizer=tokenizer, length=length)
-        check_calibration(loaded, samples)
         correcting = None
         if correction_data is not None:
             correcting = load_samples(
@@ -135,7 +132,7 @@ def evaluate(
             with_baselines=with_baselines,
             kind="embedding" if embedding else "logits",
             custom=custom,
-            device=str(where),
+            context=Context(device=device),
         )
         n_samples = len(samples)
     if as_json:

@@ -15,17 +15,21 @@ from rich.text import Text
 import bitquota
 from bitquota.candidates.budget import parse_bytes
 from bitquota.canonical import read_json
+from bitquota.ci.check import Quality, append_step_summary, check_lock, to_junit, worst_exit_code
+from bitquota.ci.diff import diff_plans
+from bitquota.ci.lock import SCHEMA, Limits, Lock, make_lock
 from bitquota.cli import options as opt
 from bitquota.cli import output
 from bitquota.cli.loading import check_sources
 from bitquota.cli.written import Written
+from bitquota.context import Context
 from bitquota.errors import InvalidInput, InvalidPlan
+from bitquota.exports.receipt import Receipt
 from bitquota.plan import Plan
 from bitquota.report import tracking
 
 if TYPE_CHECKING:
-    from bitquota.ci.check import CheckReport, Quality
-    from bitquota.ci.lock import Limits, Lock
+    from bitquota.ci.check import CheckReport
     from bitquota.models.loaded import LoadedModel
 
 LOCK_FILE = Path("bitquota.lock.json")
@@ -76,9 +80,6 @@ def lock(
     out: Annotated[Path, typer.Option("--out", "-o", help="Lock file to write.")] = LOCK_FILE,
 ) -> None:
     """Write the lock file of PLAN for git, keeping target and limits of the file it replaces."""
-    from bitquota.ci.lock import Lock, make_lock
-    from bitquota.exports.receipt import Receipt
-
     limits = _limits(max_kl, max_drop, max_size, max_file_size, not_worse_than)
     Written.at(out, "--out")
     former = Lock.load(out) if out.exists() else None
@@ -156,9 +157,6 @@ def check(
     Limits given here replace those in the lock file. Without --data, the losses recorded in the
     plan are checked. The table is also appended to the file that GITHUB_STEP_SUMMARY names.
     """
-    from bitquota.ci.check import append_step_summary, check_lock, to_junit, worst_exit_code
-    from bitquota.ci.lock import Lock
-
     files = lock_files or [LOCK_FILE]
     if data is not None and model is None:
         msg = "--data measures the plan on a model: name it with --model"
@@ -230,8 +228,6 @@ def diff(
     ] = False,
 ) -> None:
     """Print what changed from OLD to NEW as Markdown; print nothing if they are equal."""
-    from bitquota.ci.diff import diff_plans
-
     found = diff_plans(_plan_of(old), _plan_of(new))
     if as_json:
         output.print_json(found.to_json())
@@ -252,8 +248,6 @@ def _limits(
     max_file_size: str | None,
     not_worse_than: str | None,
 ) -> Limits:
-    from bitquota.ci.lock import Limits
-
     return Limits(
         max_kl=max_kl,
         max_drop=max_drop,
@@ -272,10 +266,8 @@ def _measure(
     device: str,
 ) -> Quality:
     """Run the locked plan, and the baselines it must not lose to, on ``data``."""
-    from bitquota.ci.check import Quality
-    from bitquota.context import Context
+    from bitquota.evaluate.scoring import evaluate_plans
     from bitquota.models.samples import load_calibration
-    from bitquota.search.allocate import evaluate_plans
 
     prefix = limits.not_worse_than
     named = tuple(
@@ -311,8 +303,6 @@ def _print_report(report: CheckReport, name: str) -> None:
 
 def _plan_of(path: Path) -> Plan:
     """Return the plan that a plan file or a lock file holds."""
-    from bitquota.ci.lock import SCHEMA, Lock
-
     advice = "name a file that 'bitquota plan' or 'bitquota lock' wrote"
     data = read_json(path, "a plan or lock file", advice, InvalidPlan)
     if isinstance(data, dict) and data.get("schema") == SCHEMA:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.errors import BudgetTooSmall, InvalidBudget, InvalidInput
+from bitquota.sensitivity.importers import read_measurement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,8 +42,6 @@ def read_any_problem(path: Path, *, budget_index: int | None, budget: str | None
 
     if path.suffix != ".json":
         return read_problem(path, budget_index=budget_index, budget=budget)
-    from bitquota.sensitivity.importers import read_measurement
-
     if budget_index is not None:
         msg = (
             f"another tool's measurement has no budgets of its own; got --budget-index with "
@@ -64,8 +63,6 @@ def problem_within(
 
     if path.suffix != ".json":
         return of_ours(path, limits)
-    from bitquota.sensitivity.importers import read_measurement
-
     values = np.array(list(limits.values()), dtype=np.int64)
     return replace(problem_of(read_measurement(path), "1x"), limits=values), None
 
@@ -127,8 +124,6 @@ def chosen_options(path: Path, document: JsonObject) -> JsonObject | None:
     """Return what an answer chose in the other tool's own terms; ``None`` for files of ours."""
     if path.suffix != ".json" or document["choice"] is None:
         return None
-    from bitquota.sensitivity.importers import read_measurement
-
     measurement = read_measurement(path)
     options = measurement.chosen(tuple(document["choice"]))
     return {

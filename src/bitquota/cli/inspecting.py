@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bitquota.candidates.targets import TARGETS, target_by_name
 from bitquota.cli import options as opt
 from bitquota.cli import output
 from bitquota.cli.loading import check_sources, load_samples
@@ -32,8 +33,6 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the layers of MODEL and the formats each may take, before anything is measured."""
-    from bitquota.candidates.targets import target_by_name
-
     chosen = None if target is None else target_by_name(target)
     check_sources(model, samples, tokenizer=tokenizer)
     from bitquota.models.inspection import inspect_model
@@ -71,8 +70,6 @@ def targets(
 
     --json has every format with its real bits per weight, shapes, ties and runtime options.
     """
-    from bitquota.candidates.targets import TARGETS
-
     if as_json:
         output.print_json([target.to_json() for target in TARGETS.values()])
         return

@@ -12,6 +12,7 @@ from bitquota.cli import output
 from bitquota.cli.written import Written
 from bitquota.errors import InvalidInput
 from bitquota.models.sources import require_existing
+from bitquota.sensitivity.cache import SqliteLedger, export_entries, import_entries
 
 app = typer.Typer(
     help="The measurement cache: show it, or move measurements between machines.",
@@ -34,8 +35,6 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show where the measurement cache is and how much it contains."""
-    from bitquota.sensitivity.cache import SqliteLedger
-
     path = _existing(ledger)
     with SqliteLedger(path) as kept:
         entries, size = len(kept), path.stat().st_size
@@ -50,8 +49,6 @@ def show(
 @app.command("export")
 def export(archive: Archive, ledger: opt.LedgerPath = None) -> None:
     """Write every measurement to ARCHIVE; equal caches give equal bytes."""
-    from bitquota.sensitivity.cache import SqliteLedger, export_entries
-
     source = _existing(ledger)
     file = Written.at(archive, "ARCHIVE")
     with SqliteLedger(source) as kept:
@@ -63,8 +60,6 @@ def export(archive: Archive, ledger: opt.LedgerPath = None) -> None:
 @app.command("import")
 def import_(archive: Archive, ledger: opt.LedgerPath = None) -> None:
     """Add the measurements of ARCHIVE; existing ones stay as they are."""
-    from bitquota.sensitivity.cache import SqliteLedger, import_entries
-
     require_existing(archive, "what 'bitquota ledger export' wrote", "ARCHIVE")
     path = ledger or opt.default_ledger()
     with SqliteLedger(path) as kept:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bitquota.cli.remote import check_files
 from bitquota.models.sources import model_source, require_existing, tokenizer_of
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ def check_sources(
     """
     named = [spec for spec in samples if spec is not None]
     if server is not None:
-        from bitquota.cli.remote import check_files
-
         check_files(model, *named)
         return
     model_source(model)

@@ -17,15 +17,17 @@ import typer
 
 from bitquota.candidates.budget import check_budgets
 from bitquota.candidates.storage import Granularity, Grid, Rounding, ScaleFormat, ScaleRule, Scheme
+from bitquota.candidates.targets import target_by_name
 from bitquota.cli import output
 from bitquota.cli.bundles import Bundle, with_bundles
 from bitquota.cli.loading import check_sources, load_samples
+from bitquota.context import Context
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
 from bitquota.request import DEFAULT_WEIGHT_BITS, LOSSES, MEASURES, PRECISIONS, PlanRequest
+from bitquota.sensitivity.cache import SqliteLedger
 
 if TYPE_CHECKING:
-    from bitquota.context import Context
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
 
@@ -265,7 +267,7 @@ class Here:
     def load(self, model: str, calibration: str) -> tuple[LoadedModel, CalibrationSet]:
         """Load a model and its samples; a device that is not there is told before."""
         from bitquota.models.load import load_model
-        from bitquota.setting import choose_device
+        from bitquota.models.running import choose_device
 
         choose_device(self.device)
         loaded = replace(load_model(model), imatrix=self.imatrix)
@@ -277,9 +279,6 @@ class Here:
     @contextmanager
     def measuring(self) -> Iterator[Context]:
         """Open the ledger and show progress; yields the context of a measurement."""
-        from bitquota.context import Context
-        from bitquota.sensitivity.cache import SqliteLedger
-
         place = self.ledger or default_ledger()
         place.parent.mkdir(parents=True, exist_ok=True)
         with (
@@ -364,8 +363,6 @@ def with_options(**without: object) -> Callable[[Callable[..., None]], Callable[
 
 def _check(request: PlanRequest, *, budgets: bool, here: bool) -> None:
     """Raise what would be told only after the model was loaded, or after the measurement."""
-    from bitquota.candidates.targets import target_by_name
-
     if budgets:
         check_budgets(request.budgets)
     if request.target is not None:

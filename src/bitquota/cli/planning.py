@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,13 +12,12 @@ from bitquota.canonical import JsonObject, write_whole
 from bitquota.cli import options as opt
 from bitquota.cli import output, remote
 from bitquota.cli.written import Written, former_certificate, former_matrix, former_plan
+from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
 from bitquota.report import text as report
 from bitquota.report import tracking
+from bitquota.report.charts import frontier_of
 from bitquota.request import PlanRequest
-
-if TYPE_CHECKING:
-    from bitquota.matrix import SensitivityMatrix
 
 
 @opt.with_options()
@@ -180,8 +179,5 @@ def show(
         return
     frontier: list[JsonObject] = []
     if matrix_file is not None and output.console.is_terminal:
-        from bitquota.matrix import SensitivityMatrix
-        from bitquota.report.charts import frontier_of
-
         frontier = frontier_of(SensitivityMatrix.load(matrix_file), points=33, time_limit_s=5.0)
     output.print_plan(made, frontier=frontier)

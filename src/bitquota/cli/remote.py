@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from bitquota.canonical import write_whole
 from bitquota.cli import output
 from bitquota.errors import InvalidInput, NotFound
+from bitquota.evaluate.scores import Score
+from bitquota.exports.receipt import Receipt
+from bitquota.matrix import SensitivityMatrix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -18,9 +21,6 @@ if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
     from bitquota.cli.written import Written
     from bitquota.client import Client, Job
-    from bitquota.evaluate.scores import Score
-    from bitquota.exports.receipt import Receipt
-    from bitquota.matrix import SensitivityMatrix
     from bitquota.plan import Plan
     from bitquota.report.comparison import Comparison
     from bitquota.request import PlanRequest
@@ -139,8 +139,6 @@ def matrix(
     server: str, api_key: str | None, request: PlanRequest, model: str, data: str
 ) -> SensitivityMatrix:
     """Run ``bitquota measure`` there."""
-    from bitquota.matrix import SensitivityMatrix
-
     with measured(server, api_key, "measure", request, model, data) as job:
         return SensitivityMatrix.from_bytes(job.sensitivity())
 
@@ -165,8 +163,6 @@ def scores(
     correction_data: str | None,
 ) -> tuple[int, list[Score]]:
     """Run ``bitquota evaluate`` there; returns the number of samples too."""
-    from bitquota.evaluate.scores import Score
-
     with (
         opened(server, api_key) as client,
         model_of(model) as path,
@@ -197,8 +193,6 @@ def export(
     correction_data: str | None,
 ) -> Receipt:
     """Run ``bitquota export`` there; the files come into ``folder``, which is new or empty."""
-    from bitquota.exports.receipt import Receipt
-
     with (
         opened(server, api_key) as client,
         model_of(model) as path,

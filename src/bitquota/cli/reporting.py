@@ -13,6 +13,10 @@ from bitquota.errors import InvalidInput
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import SCHEMA as PLAN_SCHEMA
 from bitquota.plan import Plan
+from bitquota.report import charts
+from bitquota.report.comparison_plot import check_plot
+from bitquota.report.image import draw_report
+from bitquota.report.page import render_html
 
 if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
@@ -50,8 +54,6 @@ def report(
     if out is None and image is None:
         out = Path("report.html")
     if image is not None:
-        from bitquota.report.comparison_plot import check_plot
-
         check_plot(image)
     page = None if out is None else Written.at(out, "--out")
     picture = None if image is None else Written.at(image, "--image")
@@ -59,13 +61,9 @@ def report(
         files, matrix_file, title=title, points=points, time_limit_s=time_limit
     )
     if page is not None:
-        from bitquota.report.page import render_html
-
         text = render_html(document, maps)
         page.save(lambda path: path.write_text(text, encoding="utf-8"))
     if picture is not None:
-        from bitquota.report.image import draw_report
-
         picture.save(lambda path: draw_report(document, path))
 
 
@@ -82,8 +80,6 @@ def read_document(
     Raises:
         InvalidInput: A file is none of what ``bitquota`` writes, or they do not belong together.
     """
-    from bitquota.report import charts
-
     plans: list[Plan] = []
     comparison: JsonObject | None = None
     rows: list[JsonObject] | None = None

@@ -30,6 +30,7 @@ import typer
 
 from bitquota.canonical import nearest_existing
 from bitquota.cli import output
+from bitquota.cli.options import default_ledger
 from bitquota.errors import InvalidInput
 from bitquota.models.sources import FACTORY
 
@@ -44,7 +45,7 @@ _TERMINAL = (
     "TERM", "COLORTERM", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "GITHUB_STEP_SUMMARY",
     "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "HF_HUB_OFFLINE",
 )  # fmt: skip
-_ENTER = "from bitquota.cli.sandboxed import inside; inside()"
+_ENTER = "from bitquota.cli.app import inside; inside()"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,18 +111,6 @@ def sandboxed(
         return run
 
     return decorate
-
-
-def inside() -> None:
-    """Run the command line; called in the sandbox, by ``_run_inside``."""
-    from bitquota.cli import main
-
-    order = json.loads(sys.argv[1])
-    os.environ.update(order["environment"])
-    with contextlib.suppress(OSError):  # a folder of which nothing is shown is not there
-        os.chdir(order["folder"])
-    sys.argv = ["bitquota", *order["arguments"]]
-    main(in_sandbox=True)
 
 
 def _bubblewrap(mode: str, values: dict[str, Any], model: Path) -> str | None:
@@ -295,8 +284,6 @@ def _with_weights(places: list[Path]) -> list[Path]:
 
 def _own_cache(model: Path) -> Path:
     """Return the cache folder of one model file as it is now."""
-    from bitquota.cli.options import default_ledger
-
     state = model.stat()
     key = f"{model} {state.st_size} {state.st_mtime_ns}"
     name = hashlib.sha256(key.encode()).hexdigest()[:16]

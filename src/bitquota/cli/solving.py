@@ -13,6 +13,8 @@ from bitquota.cli import importing, output, remote
 from bitquota.cli import options as opt
 from bitquota.cli.written import Written, former_certificate
 from bitquota.errors import GateFailed, Infeasible, InvalidInput
+from bitquota.matrix import SensitivityMatrix
+from bitquota.plan import SCHEMA, Plan
 
 if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
@@ -181,8 +183,6 @@ def verify(
 
     The check needs neither the model nor the solver, whose answer it does not trust.
     """
-    from bitquota.matrix import SensitivityMatrix
-    from bitquota.plan import SCHEMA, Plan
     from bitquota.solver.verify import verify_plan, verify_solution
 
     advice = "name a file of 'bitquota plan' or of 'bitquota solve --json'"

@@ -20,6 +20,7 @@ from bitquota.errors import InvalidInput
 from bitquota.plan import Plan
 from bitquota.report import text as report
 from bitquota.request import ACTIVATION_FITS, DEFAULT_WEIGHT_BITS, check_training
+from bitquota.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from bitquota.models.loaded import LoadedModel
     from bitquota.training.loop import TrainingRecord
     from bitquota.training.qat import Trained
-    from bitquota.training.settings import TrainingSettings
 
 _BITS = ",".join(map(str, DEFAULT_WEIGHT_BITS))
 
@@ -70,8 +70,6 @@ def finetune(
 
     Started with torchrun, every process takes its share of each batch.
     """
-    from bitquota.training.settings import TrainingSettings
-
     rules = ACTIVATION_FITS[1:]
     if input_fit is not None and input_fit not in rules:
         msg = f"--input-fit must be one of {', '.join(rules)}; got '{input_fit}'"

@@ -178,7 +178,7 @@ class Training:
     def load(self, model: str, train: str) -> tuple[LoadedModel, CalibrationSet]:
         """Load a model and its training set; a device that is not there is told before."""
         from bitquota.models.load import load_model
-        from bitquota.setting import choose_device
+        from bitquota.models.running import choose_device
 
         choose_device(self.device)
         samples = load_samples(train, model=model, tokenizer=self.tokenizer, length=self.length)

@@ -20,7 +20,7 @@ from bitquota.models.running import (
     run_module,
 )
 from bitquota.plan import MeasuredLoss
-from bitquota.quantizers.apply import QuantizedWeights, apply_plan, as_change
+from bitquota.quantizers.apply import apply_plan, as_change
 from bitquota.sensitivity.base import CODE_VERSION
 from bitquota.sensitivity.cache import ledger_key
 from bitquota.sensitivity.losses import n_correct
@@ -28,15 +28,16 @@ from bitquota.sensitivity.recorder import checked_losses, standard_error
 from bitquota.sensitivity.runners.base import describe_change
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
-    from torch import Tensor, nn
+    from torch import nn
 
     from bitquota.candidates.layers import Inventory
     from bitquota.candidates.table import Candidate
     from bitquota.corrections import Correction
     from bitquota.models.calibration import CalibrationSet
+    from bitquota.quantizers.fitted import Fitted
     from bitquota.sensitivity.losses import Loss
 
 
@@ -95,9 +96,7 @@ def measure_choice(
     *,
     corrections: Sequence[Correction] = (),
     correction_data: CalibrationSet | None = None,
-    activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None,
-    weights: QuantizedWeights | None = None,
-    origin: str = "",
+    fitted: Fitted | None = None,
     context: Context | None = None,
     stage: str = "choice",
     batch_size: int = DEFAULT_CHUNK,
@@ -109,8 +108,7 @@ def measure_choice(
     ledger holds is not run again, nor the full precision that ``references`` keep: one value for
     all choices on the same module, samples, correction data and batch size. Exact up to the
     model's own arithmetic. Arguments as in ``apply_plan``; ``candidates`` may be empty for the
-    full-precision model. ``origin`` is the digest of the samples behind ``activations`` and
-    ``weights``.
+    full-precision model.
 
     Raises:
         InvalidCalibration: The model does not accept the samples, or labels are missing.
@@ -131,7 +129,7 @@ def measure_choice(
     plan = {
         "change": describe_change(as_change(candidates)),
         "corrections": [str(c) for c in corrections],
-        "origin": origin,
+        "origin": "" if fitted is None else fitted.origin,
         "correction_data": correction_data.to_json() if corrections and correction_data else None,
     }
 
@@ -155,8 +153,7 @@ def measure_choice(
                     candidates,
                     corrections=corrections,
                     correction_data=correction_data,
-                    activations=activations,
-                    weights=weights,
+                    fitted=fitted,
                     references=references,
                 )
             reference = references.get(done, partial(run_module, module, inputs))

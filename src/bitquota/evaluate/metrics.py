@@ -9,7 +9,10 @@ import numpy as np
 import torch
 
 from bitquota.errors import InvalidInput, MeasurementFailed
-from bitquota.evaluate.scores import Estimate, ModelScores
+from bitquota.evaluate.scores import FULL_PRECISION, Estimate, ModelScores
+from bitquota.models.running import run_module
+from bitquota.plan import MeasuredLoss
+from bitquota.sensitivity.losses import CrossEntropy, divergence, loss_by_name, n_correct
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -17,7 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from bitquota.context import Context
     from bitquota.models.calibration import CalibrationSet
+    from bitquota.sensitivity.losses import Loss
 
 BATCH = 64
 TAIL = 0.999
@@ -25,12 +30,14 @@ TAIL = 0.999
 
 
 def compare_models(
-    models: Mapping[str, Callable[..., Tensor]],
+    models: Mapping[str, Callable[..., Any]],
     data: CalibrationSet,
     *,
     kind: str = "logits",
     custom: Mapping[str, Callable[[Tensor, Tensor | None], Tensor]] | None = None,
+    loss: Loss | None = None,
     batch_size: int = BATCH,
+    context: Context | None = None,
 ) -> list[ModelScores]:
     """Run several models on the same samples and compare them, sample by sample.
 
@@ -42,10 +49,14 @@ def compare_models(
             belong to are their own labels, shifted by one.
         kind: ``logits`` or ``embedding``.
         custom: Own metrics: ``f(output, labels) -> [N]``.
+        loss: A loss to score as well, under its name.
         batch_size: Samples per pass.
+        context: Whom to tell after each batch, and when to stop.
 
     Raises:
         InvalidInput: No model, or an unknown kind.
+        Cancelled: ``context`` said so.
+        InvalidCalibration: A model does not accept the samples.
         MeasurementFailed: An output that is not finite, or whose shape differs from the first's.
 
     Cost: one pass of every model.
@@ -56,11 +67,11 @@ def compare_models(
     per_sample: dict[str, dict[str, list[NDArray[np.float64]]]] = {name: {} for name in models}
     tails: dict[str, list[NDArray[np.float64]]] = {name: [] for name in models}
     first = next(iter(models))
-    for part in data.batches(batch_size):
+    n_batches = -(-len(data) // batch_size)
+    for done, part in enumerate(data.batches(batch_size), start=1):
         reference: Tensor | None = None
         for name, model in models.items():
-            with torch.no_grad():
-                output = model(*part.inputs).double()
+            output = run_module(model, part.inputs).double()
             reference = output if reference is None else reference
             if output.shape != reference.shape or not bool(torch.isfinite(output).all()):
                 msg = (
@@ -70,12 +81,17 @@ def compare_models(
                 raise MeasurementFailed(msg, model=name)
             labels = _labels(part, output)
             found, positions = _metrics(output, reference, labels, kind)
+            if loss is not None and loss.name not in found:
+                found[loss.name] = loss.per_sample(output, reference, labels)
             for metric, function in (custom or {}).items():
                 found[metric] = function(output, labels)
             for metric, rows in found.items():
                 per_sample[name].setdefault(metric, []).append(rows.double().cpu().numpy())
             if positions is not None:
                 tails[name].append(positions.cpu().numpy().reshape(-1))
+        if context is not None:
+            context.report("evaluate", done, n_batches)
+            context.check("evaluate")
     joined = {
         name: {metric: np.concatenate(parts) for metric, parts in found.items()}
         for name, found in per_sample.items()
@@ -102,6 +118,46 @@ def compare_models(
     return scores
 
 
+def measured_loss(scores: ModelScores, loss: Loss, *, labelled: bool) -> MeasuredLoss:
+    """Return how much more ``loss`` a model has than full precision, as a plan records it.
+
+    Args:
+        scores: From ``compare_models`` with this ``loss`` and full precision among the models.
+        loss: The loss.
+        labelled: Whether the samples had labels of their own, so that there is an accuracy.
+    """
+    own = scores.metrics[loss.name]
+    more = Estimate(mean=0.0, standard_error=0.0, n_samples=own.n_samples)
+    if scores.name != FULL_PRECISION:
+        more = scores.differences[FULL_PRECISION][loss.name]
+    top1 = scores.metrics.get("top1") if labelled else None
+    return MeasuredLoss(
+        mean=more.mean,
+        standard_error=more.standard_error,
+        n_samples=more.n_samples,
+        unit=loss.unit,
+        accuracy=None if top1 is None else top1.mean,
+    )
+
+
+def measure_module(
+    model: Callable[..., Any],
+    reference: Callable[..., Any],
+    data: CalibrationSet,
+    *,
+    loss: Loss | None = None,
+    batch_size: int = BATCH,
+) -> MeasuredLoss:
+    """Return the loss increase of ``model`` over ``reference``, by default in KL, and its accuracy.
+
+    Cost: one pass of each model over ``data``.
+    """
+    function = loss_by_name("kl") if loss is None else loss
+    both = {FULL_PRECISION: reference, "model": model}
+    _, scores = compare_models(both, data, loss=function, batch_size=batch_size)
+    return measured_loss(scores, function, labelled=data.labels is not None)
+
+
 def _labels(part: CalibrationSet, output: Tensor) -> Tensor | None:
     if part.labels is not None:
         return part.labels
@@ -126,31 +182,10 @@ def _metrics(
             "embedding_correlation": correlation,
             "mse": (a - b).square().mean(1),
         }, None
-    log_q = torch.log_softmax(output, dim=-1)
-    log_p = torch.log_softmax(reference, dim=-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # [N] or [N, T]
+    kl = divergence(output, reference)  # [N] or [N, T]
     same = (output.argmax(-1) == reference.argmax(-1)).double()
     found = {"kl": kl.reshape(n, -1).mean(1), "same_top": same.reshape(n, -1).mean(1)}
     if labels is not None and not labels.is_floating_point() and labels.shape == output.shape[:-1]:
-        counted = (labels >= 0).double()
-        safe = labels.clamp(min=0)
-        entropy = -log_q.gather(-1, safe[..., None])[..., 0] * counted
-        right = (output.argmax(-1) == safe).double() * counted
-        weight = counted.reshape(n, -1).sum(1).clamp(min=1)
-        found["cross_entropy"] = entropy.reshape(n, -1).sum(1) / weight
-        found["top1"] = right.reshape(n, -1).sum(1) / weight
+        found["cross_entropy"] = CrossEntropy().per_sample(output, reference, labels)
+        found["top1"] = n_correct(output, labels)
     return found, kl
-
-
-def scores_to_markdown(scores: list[ModelScores]) -> str:
-    """Return a table: one line per model, metric means with standard errors."""
-    names = list(dict.fromkeys(metric for s in scores for metric in s.metrics))
-    header = ["model", *names]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for s in scores:
-        cells: list[Any] = [s.name]
-        for metric in names:
-            e = s.metrics.get(metric)
-            cells.append("" if e is None else f"{e.mean:.6g} ± {e.standard_error:.2g}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"

@@ -6,34 +6,52 @@ Design: docs/design/evaluation.md
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from bitquota.candidates.storage import FULL_PRECISION_BITS, Rounding
-from bitquota.candidates.targets import candidates_at, target_by_name
+from bitquota.candidates.targets import target_by_name
+from bitquota.codec import Document
+from bitquota.context import Context
 from bitquota.errors import InvalidInput
-from bitquota.evaluate.metrics import compare_models
+from bitquota.evaluate.metrics import compare_models, measured_loss
 from bitquota.evaluate.scores import FULL_PRECISION, Score
-from bitquota.exports.prepared import folded_module, inventory_of
+from bitquota.exports.export import open_export
 from bitquota.models.loaded import check_model
-from bitquota.quantizers.apply import QuantizedWeights, apply_plan
-from bitquota.quantizers.channel_fit import collect_by
-from bitquota.quantizers.input_moments import input_grams
-from bitquota.sensitivity.importers import check_importance
+from bitquota.models.running import choose_device, run_module
+from bitquota.models.samples import check_calibration
+from bitquota.plan import MeasuredLoss
+from bitquota.quantizers.planned import quantized_module
+from bitquota.sensitivity.losses import loss_by_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    import torch
     from torch import Tensor, nn
 
     from bitquota.candidates.table import Candidate
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
     from bitquota.plan import Plan
+    from bitquota.sensitivity.losses import Loss
 
 _UNIFORM_WIDTHS = (2, 3, 4, 5, 6, 7, 8)
-_BATCH = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation(Document):
+    """The loss of one choice on a labelled set.
+
+    Attributes:
+        plan_index: Which of the plans, or ``None`` for full precision.
+        name: ``full precision``, ``plan``, or the baseline's name.
+        measured: Loss increase and accuracy.
+    """
+
+    plan_index: int | None
+    name: str
+    measured: MeasuredLoss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +70,13 @@ def score_plans(
     exported: Sequence[Path] = (),
     original: LoadedModel | None = None,
     correction_data: CalibrationSet | None = None,
+    fit_data: CalibrationSet | None = None,
     with_uniform: bool = True,
     with_baselines: bool = False,
     kind: str = "logits",
     custom: Mapping[str, Callable[[Tensor, Tensor | None], Tensor]] | None = None,
-    device: str = "cpu",
+    loss: Loss | None = None,
+    context: Context | None = None,
 ) -> list[Score]:
     """Run full precision, plans and exported files on ``data`` and compare them pairwise.
 
@@ -69,11 +89,14 @@ def score_plans(
             full precision, uniform and baselines are quantizations of this model.
         correction_data: Unlabelled samples for corrections, activation ranges and error
             feedback; ``data`` itself is never used for them.
+        fit_data: Samples for activation ranges and error feedback, if not those.
         with_uniform: Also run, for each plan, the widest uniform plan of no more bytes.
         with_baselines: Also run every baseline that a plan was measured beside.
         kind: ``logits`` or ``embedding``.
         custom: Own metrics: ``f(output, labels) -> [N]``.
-        device: Where torch runs; exported files run on the CPU.
+        loss: A loss to score as well, under its name.
+        context: Whom to tell after each batch, when to stop, and where torch runs; exported
+            files run on the CPU.
 
     Raises:
         StalePlan: A plan or export is of another model.
@@ -84,12 +107,16 @@ def score_plans(
 
     Cost: one pass of every model; its corrections' passes besides.
     """
-    from bitquota.exports.export import open_export
-
-    untrained = model if original is None else original
+    check_calibration(model, data)
+    context = context or Context()
+    where = choose_device(context.device)
+    model = _on(model, where)
+    untrained = model if original is None else _on(original, where)
+    correcting = None if correction_data is None else correction_data.to(where)
+    fitting = None if fit_data is None else fit_data.to(where)
     entries = {
         FULL_PRECISION: _Entry(
-            kind=FULL_PRECISION, module=_running(untrained.module.eval(), device), size_bits=None
+            kind=FULL_PRECISION, module=_running(untrained.module.eval(), where), size_bits=None
         )
     }
 
@@ -97,10 +124,17 @@ def score_plans(
         name: str, what: str, plan: Plan, chosen: Sequence[Candidate], beside: tuple[str, ...]
     ) -> str:
         source = model if what == "plan" else untrained
-        module = quantized_module(source, plan, chosen, correction_data=correction_data)
+        module = quantized_module(
+            source,
+            plan,
+            chosen,
+            correction_data=correcting,
+            fit_data=fitting,
+            example=data.first(2).to(where),
+        )
         size = sum(c.size_bits for c in chosen)
         entries[name] = _Entry(
-            kind=what, module=_running(module, device), size_bits=size, beside=beside
+            kind=what, module=_running(module, where), size_bits=size, beside=beside
         )
         return name
 
@@ -128,7 +162,7 @@ def score_plans(
             name, "plan", plan, [a.candidate for a in plan.assignments], beside
         )
         for baseline in plan.baselines if with_baselines else ():
-            chosen = candidates_at(plan, baseline.weight_bits)
+            chosen = plan.candidates_at(baseline.weight_bits)
             add(f"{baseline.name} of {name}", "baseline", plan, chosen, (FULL_PRECISION, name))
     for folder in exported:
         module, plan, _ = open_export(model, folder, correction_data=correction_data)
@@ -149,7 +183,8 @@ def score_plans(
         data,
         kind=kind,
         custom=custom,
-        batch_size=_BATCH,
+        loss=loss,
+        context=context,
     )
     return [
         Score(
@@ -162,6 +197,60 @@ def score_plans(
             differences={other: found.differences[other] for other in entry.beside},
         )
         for (name, entry), found in zip(entries.items(), scores, strict=True)
+    ]
+
+
+def evaluate_plans(
+    model: LoadedModel,
+    data: CalibrationSet,
+    plans: Sequence[Plan],
+    *,
+    correction_data: CalibrationSet | None = None,
+    with_baselines: bool = False,
+    loss: str = "kl",
+    context: Context | None = None,
+) -> list[Evaluation]:
+    """Measure one loss in full precision and under each plan on ``data``; see ``score_plans``.
+
+    Args:
+        model: The model that the plans were made for.
+        data: Samples, labelled if accuracies are wanted.
+        plans: What to evaluate.
+        correction_data: Unlabelled samples for corrections, activation ranges and error
+            feedback; ``data`` itself is never used for them.
+        with_baselines: Also evaluate every baseline of every plan, with the plan's corrections.
+        loss: Name of the loss.
+        context: Whom to tell, when to stop, and where to run.
+
+    Raises:
+        StalePlan: A plan was made for another model, or with another importance matrix.
+        InvalidInput: A plan needs ``correction_data`` and it is missing.
+
+    Cost: a forward pass over ``data`` for full precision and for each choice.
+    """
+    function = loss_by_name(loss)
+    scores = score_plans(
+        model,
+        data,
+        plans={f"plan {k + 1}": plan for k, plan in enumerate(plans)},
+        correction_data=correction_data,
+        with_uniform=False,
+        with_baselines=with_baselines,
+        loss=function,
+        context=context,
+    )
+    names: list[tuple[int | None, str]] = [(None, FULL_PRECISION)]
+    for k, plan in enumerate(plans):
+        names.append((k, "plan"))
+        names += [(k, b.name) for b in plan.baselines if with_baselines]
+    labelled = data.labels is not None
+    return [
+        Evaluation(
+            plan_index=k,
+            name=name,
+            measured=measured_loss(score, function, labelled=labelled),
+        )
+        for (k, name), score in zip(names, scores, strict=True)
     ]
 
 
@@ -187,7 +276,7 @@ def uniform_candidates(plan: Plan) -> tuple[int, tuple[Candidate, ...]] | None:
     best = None
     for bits in _UNIFORM_WIDTHS:
         try:
-            chosen = candidates_at(plan, _nearest_widths(plan, bits))
+            chosen = plan.candidates_at(_nearest_widths(plan, bits))
         except InvalidInput:  # a grid that has not this width
             continue
         size = sum(c.size_bits for c in chosen)
@@ -207,56 +296,18 @@ def _nearest_widths(plan: Plan, bits: int) -> tuple[int, ...]:
     return tuple(widths)
 
 
-def quantized_module(
-    model: LoadedModel,
-    plan: Plan,
-    candidates: Sequence[Candidate],
-    *,
-    correction_data: CalibrationSet | None = None,
-) -> nn.Module:
-    """Return a copy of the model under ``candidates``, with the plan's corrections.
-
-    Raises:
-        InvalidInput: Corrections, activation ranges or error feedback, and no data for them.
-    """
-    module = folded_module(model, plan, correction_data)
-    inventory = inventory_of(plan)
-    needs_ranges = any(c.activation_bits is not None for c in candidates)
-    needs_grams = any(
-        c.scheme.rounding is Rounding.ERROR_FEEDBACK and c.weight_bits != FULL_PRECISION_BITS
-        for c in candidates
-    )
-    if (needs_ranges or needs_grams) and correction_data is None:
-        what = "ranges of activations are" if needs_ranges else "error feedback is"
-        msg = f"{what} fitted on samples; hand in correction data, such as the calibration set"
-        raise InvalidInput(msg)
-    columns = check_importance(plan, model.imatrix, inventory)
-    activations, grams = None, None
-    if correction_data is not None and needs_ranges:
-        batches = (b.inputs for b in correction_data.batches(_BATCH))
-        request = plan.provenance.get("request") or {}
-        fit = request.get("activation_fit", "mse")
-        activations = collect_by(fit, module, inventory, batches)
-    if correction_data is not None and needs_grams:
-        grams = input_grams(module, inventory, (b.inputs for b in correction_data.batches(_BATCH)))
-    return apply_plan(
-        module,
-        inventory,
-        tuple(candidates),
-        corrections=plan.corrections,
-        correction_data=correction_data,
-        activations=activations,
-        weights=QuantizedWeights(module, inventory, grams, columns),
-    )
+def _on(model: LoadedModel, device: torch.device) -> LoadedModel:
+    """Return the model on ``device``; what was handed in stays where it is."""
+    if device.type == "cpu":
+        return model
+    return replace(model, module=copy.deepcopy(model.module).to(device))
 
 
-def _running(module: nn.Module, device: str) -> Callable[..., Tensor]:
-    if device == "cpu":
+def _running(module: nn.Module, device: torch.device) -> Callable[..., Tensor]:
+    if device.type == "cpu":
         return module
-    moved = copy.deepcopy(module).to(device)  # the loaded model stays where it is
 
     def run(*inputs: Tensor) -> Tensor:
-        output: Tensor = moved(*(tensor.to(device) for tensor in inputs))
-        return output.cpu()
+        return run_module(module, tuple(tensor.to(device) for tensor in inputs)).cpu()
 
     return run

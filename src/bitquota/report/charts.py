@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bitquota.candidates.budget import Budget
 from bitquota.errors import NotFound
 from bitquota.report.text import (
     CLEAR_DIFFERENCE,
@@ -339,7 +340,6 @@ def frontier_of(
             was reached.
         seed: Of the solver's search.
     """
-    from bitquota.candidates.budget import Budget
     from bitquota.solver import build_problem, even_limits, frontier
 
     everything = int(matrix.table.costs("code_bits").sum())

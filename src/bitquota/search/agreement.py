@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,14 +20,14 @@ _ATTEMPTS = 20
 """Draws for each plan before the budget is taken to have no more distinct ones."""
 
 
-def spearman(predicted: ArrayLike, measured: ArrayLike) -> float | None:
+def spearman(predicted: ArrayLike, measured: ArrayLike, *, least: int = 3) -> float | None:
     """Return Spearman's rank correlation, ties at their mean rank.
 
-    ``None`` where it says nothing: fewer than three plans, or one side all equal. Its standard
+    ``None`` where it says nothing: fewer than ``least`` plans, or one side all equal. Its standard
     error is about ``1/√(n - 1)`` for unrelated numbers.
     """
     a, b = (rankdata(np.asarray(v, dtype=np.float64)) for v in (predicted, measured))
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+    if len(a) < least or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
     return float(np.corrcoef(a, b)[0, 1])
 
@@ -41,7 +42,7 @@ def random_choices(table: CandidateTable, limits: Limits, n: int, seed: int) -> 
     """
     generator = np.random.default_rng([seed, 1])
     return _distinct(
-        n, lambda: _fill(table, limits, _cheapest(table, limits), generator), skip=set()
+        n, lambda: _fill(table, limits, cheapest_choice(table, limits), generator), skip=set()
     )
 
 
@@ -64,7 +65,7 @@ def near_choices(
             : int(generator.integers(1, 4))
         ]:
             choice[g] = int(generator.integers(counts[g]))
-        cheapest = _cheapest(table, limits)
+        cheapest = cheapest_choice(table, limits)
         for g in generator.permutation(len(counts)):
             if limits.allow(table, choice):
                 break
@@ -87,13 +88,17 @@ def _distinct(n: int, draw: Callable[[], Choice | None], skip: set[Choice]) -> l
     return list(found)
 
 
-def _cheapest(table: CandidateTable, limits: Limits) -> Choice:
-    """Return each group's row with the least cost, relative to the limits, summed."""
-    scaled: NDArray[np.float64] = limits.costs / np.maximum(limits.limits, 1)[:, None]
-    total = scaled.sum(axis=0)
-    offsets = table.offsets
-    pairs = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
-    return tuple(int(total[a:b].argmin()) for a, b in pairs)
+def prices(limits: Limits) -> NDArray[np.float64]:
+    """Return f64[n]: what each row costs, relative to the limits, summed over them."""
+    found: NDArray[np.float64] = (limits.costs / np.maximum(limits.limits, 1)[:, None]).sum(axis=0)
+    return found
+
+
+def cheapest_choice(table: CandidateTable, limits: Limits) -> Choice:
+    """Return each group's row with the smallest price."""
+    price = prices(limits)
+    pairs = itertools.pairwise(table.offsets.tolist())
+    return tuple(int(price[a:b].argmin()) for a, b in pairs)
 
 
 def _fill(

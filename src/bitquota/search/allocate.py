@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING
@@ -10,29 +9,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import bitquota
-from bitquota.candidates.targets import candidates_at
-from bitquota.codec import Document
-from bitquota.context import Context, MemoryLedger
-from bitquota.corrections import Correction
-from bitquota.errors import BudgetTooSmall, Infeasible, InvalidInput
-from bitquota.evaluate.choice import ChoiceLoss, measure_choice
-from bitquota.models.loaded import check_model
-from bitquota.models.references import References
-from bitquota.models.samples import check_calibration
-from bitquota.plan import SOLVER, Assignment, Baseline, MeasuredLoss, Plan, Proof
-from bitquota.quantizers.apply import QuantizedWeights
-from bitquota.quantizers.corrections import fold_batch_norm
+from bitquota.errors import InvalidInput
+from bitquota.evaluate.choice import ChoiceLoss
+from bitquota.plan import SOLVER, Assignment, Baseline, Plan, PlanTarget, Proof
 from bitquota.search.baselines import baseline_choices, size_only, weight_mse
 from bitquota.search.evidence import gather_evidence
-from bitquota.search.neighborhood import Limits
+from bitquota.search.problems import choice_of, limits_of, proposer, solved
+from bitquota.search.projection import project
 from bitquota.search.refine import RefineSettings, refine
-from bitquota.search.robust import project
-from bitquota.sensitivity.importers import check_importance
-from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.measures.gram import measure_differences
 from bitquota.sensitivity.registry import measure_by_name
-from bitquota.setting import Setting, choose_device, inventory_of, prepare
-from bitquota.solver import Problem, Status, build_problem, solve
+from bitquota.setting import Setting, prepare
+from bitquota.solver import Problem, Status, build_problem
 from bitquota.solver.archive import certificate_file
 
 if TYPE_CHECKING:
@@ -40,6 +28,8 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.budget import Budget
     from bitquota.candidates.layers import Inventory
+    from bitquota.context import Context
+    from bitquota.evaluate.choice import ChoiceLoss
     from bitquota.matrix import SensitivityMatrix
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
@@ -59,15 +49,6 @@ MEASURES_OF_THE_LOSS = frozenset({"auto", GRAM, "pairs", "diagonal"})
 
 _REFINEMENT = {True: RefineSettings(), False: RefineSettings(iterations=0, swap_rounds=0)}
 """Without refinement what is left are the proposals from one matrix, measured."""
-
-PROPOSAL_GAP = 1e-3
-"""Proposals of the refinement are measured anyway: a proof of the last digits buys nothing."""
-
-SOLVER_NODES = 50_000
-"""Branch-and-bound nodes for one final solve; the gap that is left is reported."""
-
-PROPOSAL_NODES = 200
-"""Branch-and-bound nodes for one proposal; a count, so that plans do not depend on speed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,21 +70,6 @@ class Allocation:
     matrix: SensitivityMatrix
     inventory: Inventory
     passes: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation(Document):
-    """The loss of one choice on a labelled set.
-
-    Attributes:
-        plan_index: Which of the plans, or ``None`` for full precision.
-        name: ``full precision``, ``plan``, or the baseline's name.
-        measured: Loss increase and accuracy.
-    """
-
-    plan_index: int | None
-    name: str
-    measured: MeasuredLoss
 
 
 def allocate(
@@ -199,84 +165,6 @@ def measure_matrix(
     return _measure(setting, setting.runner()).matrix
 
 
-def evaluate_plans(
-    model: LoadedModel,
-    data: CalibrationSet,
-    plans: Sequence[Plan],
-    *,
-    correction_data: CalibrationSet | None = None,
-    with_baselines: bool = False,
-    loss: str = "kl",
-    context: Context | None = None,
-) -> list[Evaluation]:
-    """Run the model in full precision and under each plan on ``data``.
-
-    Args:
-        model: The model that the plans were made for.
-        data: Samples, labelled if accuracies are wanted.
-        plans: What to evaluate.
-        correction_data: Unlabelled samples for the plans' corrections; ``data`` itself is never
-            used for them.
-        with_baselines: Also evaluate every baseline of every plan, with the plan's corrections.
-        loss: Name of the loss.
-        context: Whom to tell, when to stop, and where to run.
-
-    Raises:
-        StalePlan: A plan was made for another model, or with another importance matrix.
-        InvalidInput: A plan has corrections and ``correction_data`` is missing.
-
-    Cost: two forward passes over ``data`` for each choice.
-    """
-    context = context or Context()
-    where = choose_device(context.device)
-    function = loss_by_name(loss)
-    check_calibration(model, data)
-    samples = data.to(where)
-    correcting = None if correction_data is None else correction_data.to(where)
-    plain = copy.deepcopy(model.module).to(where).eval()
-    inventory = inventory_of(plain, model, samples)
-    outputs = References()
-    reference = measure_choice(
-        plain,
-        inventory,
-        (),
-        samples,
-        function,
-        context=replace(context, ledger=MemoryLedger()),
-        references=outputs,
-    )
-    found = [Evaluation(plan_index=None, name="full precision", measured=reference.measured)]
-    for k, plan in enumerate(plans):
-        check_model(plan, model)
-        module, described, kept = plain, inventory, outputs
-        if Correction.FOLD_BATCH_NORM in plan.corrections:
-            module, kept = fold_batch_norm(plain, samples.first(2).inputs), References()
-            described = inventory_of(module, model, samples)
-        columns = check_importance(plan, model.imatrix, described)
-        # Keys do not know what the weights were fitted with: nothing is kept beyond one plan.
-        alone = replace(context, ledger=MemoryLedger())
-        measure = partial(
-            measure_choice,
-            module,
-            described,
-            calibration=samples,
-            loss=function,
-            corrections=plan.corrections,
-            correction_data=correcting,
-            context=alone,
-            weights=QuantizedWeights(module, described, importance=columns),
-            references=kept,
-        )
-        chosen = [a.candidate for a in plan.assignments]
-        found.append(
-            Evaluation(plan_index=k, name="plan", measured=measure(candidates=chosen).measured)
-        )
-        for baseline in plan.baselines if with_baselines else ():
-            measured = measure(candidates=candidates_at(plan, baseline.weight_bits)).measured
-            found.append(Evaluation(plan_index=k, name=baseline.name, measured=measured))
-    return found
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Source:
     """What was measured around full precision.
@@ -311,7 +199,7 @@ def _measure(setting: Setting, runner: Runner) -> _Source:
     scores = {
         "size only": size_only(setting.table),
         "weight MSE": weight_mse(
-            setting.module, setting.inventory, setting.table, weights=setting.weights
+            setting.module, setting.inventory, setting.table, weights=setting.fitted.weights
         ),
         _named(setting): replace(matrix, cross=None, cross_error=None),
     }
@@ -323,30 +211,6 @@ def _named(setting: Setting) -> str:
     if setting.request.measure in MEASURES_OF_THE_LOSS:
         return f"one-layer {setting.loss.name}"
     return setting.request.measure
-
-
-def _solve(setting: Setting, problem: Problem) -> Solution:
-    solution = solve(
-        problem,
-        backend=setting.request.solver,
-        gap=setting.request.gap,
-        node_limit=SOLVER_NODES,
-        time_limit_s=setting.request.time_limit_s,
-        seed=setting.request.seed,
-        cancelled=setting.context.cancelled,
-    )
-    if solution.choice is None:
-        msg = (
-            f"some choice must satisfy all budgets together; the solver ended "
-            f"'{solution.status}': raise a budget, or give the solver more time"
-        )
-        raise Infeasible(msg, status=str(solution.status))
-    return solution
-
-
-def _choice(solution: Solution) -> Choice:
-    assert solution.choice is not None  # noqa: S101  # _solve raises otherwise
-    return tuple(int(c) for c in solution.choice)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -373,14 +237,6 @@ def _room(problem: Problem) -> float:
     return float(min(problem.limits / np.maximum(dearest, 1), default=1.0))
 
 
-def _limits(problem: Problem) -> Limits:
-    # Rows that are forbidden outright become one more integer limit: none may be taken.
-    return Limits(
-        costs=np.vstack([problem.costs, ~problem.allowed[None, :]]).astype(np.int64),
-        limits=np.append(problem.limits, np.int64(0)),
-    )
-
-
 def _search(
     setting: Setting,
     runner: Runner,
@@ -392,39 +248,25 @@ def _search(
     warm: Linearisation | None,
 ) -> _Outcome:
     """Solve one budget, and refine the best of that and of all simpler choices."""
-    optimum = _solve(setting, problem)
+    optimum = solved(setting, problem)
     simple = baseline_choices(setting.table)
     baselines = {name: choice for name, choice in simple.items() if problem.is_feasible(choice)}
     for name, score in source.scores.items():
-        baselines[name] = _choice(_solve(setting, build_problem(score, budgets)))
-    starts = {"matrix": _choice(optimum)} | baselines
+        baselines[name] = choice_of(solved(setting, build_problem(score, budgets)))
+    starts = {"matrix": choice_of(optimum)} | baselines
     starts |= {f"of another budget {k + 1}": choice for k, choice in enumerate(known)}
     if source.matrix.cross is not None:
         # The exact optimum of a noisy matrix stacks its errors; that of the tamer projection is
         # often better in truth. Both are only proposals: measurements decide.
-        tamed = _solve(setting, build_problem(project(source.matrix), budgets))
-        starts["projected"] = _choice(tamed)
-
-    def propose(matrix: SensitivityMatrix, limits: Limits) -> Choice | None:
-        try:
-            solution = solve(
-                _with_matrix(problem, matrix, limits),
-                backend=setting.request.solver,
-                gap=max(PROPOSAL_GAP, setting.request.gap),
-                node_limit=PROPOSAL_NODES,
-                seed=setting.request.seed,
-                cancelled=setting.context.cancelled,
-            )
-        except (BudgetTooSmall, Infeasible):
-            return None  # a trust region may leave nothing
-        return None if solution.choice is None else _choice(solution)
+        tamed = solved(setting, build_problem(project(source.matrix), budgets))
+        starts["projected"] = choice_of(tamed)
 
     found = refine(
         runner,
         setting.table,
         setting.loss,
-        limits=_limits(problem),
-        solve=propose,
+        limits=limits_of(problem),
+        solve=proposer(setting, problem),
         starts=starts,
         judge=judge,
         first=(source.matrix, source.differences),
@@ -436,20 +278,6 @@ def _search(
         context=setting.context,
     )
     return _Outcome(choice=found.choice, baselines=baselines, optimum=optimum, last=found.last)
-
-
-def _with_matrix(problem: Problem, matrix: SensitivityMatrix, limits: Limits) -> Problem:
-    """Return the problem of another matrix over the same groups within other limits."""
-    return Problem(
-        diagonal=matrix.diagonal,
-        cross=matrix.cross,
-        offsets=problem.offsets,
-        costs=limits.costs,
-        limits=limits.limits,
-        groups=problem.groups,
-        labels=problem.labels,
-        constant=matrix.constant,
-    )
 
 
 def _plan(
@@ -474,7 +302,7 @@ def _plan(
     solution = outcome.optimum
     objective = problem.evaluate(choices[best])
     status = solution.status
-    if choices[best] != _choice(solution):
+    if choices[best] != choice_of(solution):
         # A choice that measured better need not be the optimum of the matrix.
         within = objective - solution.bound <= setting.request.gap * abs(objective)
         status = Status.OPTIMAL if within else Status.FEASIBLE
@@ -482,7 +310,7 @@ def _plan(
         holdout,
         setting.table,
         setting.loss,
-        limits=_limits(problem),
+        limits=limits_of(problem),
         choice=choices[best],
         predict=source.matrix.predict,
         seed=setting.request.seed,
@@ -531,7 +359,7 @@ def _plan(
             "bitquota": bitquota.__version__,
         }
         | ({"importance": setting.importance.digest} if setting.importance else {}),
-        target=None if setting.target is None else setting.target.record(),
+        target=None if setting.target is None else PlanTarget.of(setting.target),
         evidence=evidence.to_json(),
     )
 

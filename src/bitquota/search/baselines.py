@@ -12,19 +12,13 @@ import numpy as np
 import torch
 
 from bitquota.matrix import SensitivityMatrix
-from bitquota.quantizers.apply import QuantizedWeights
-from bitquota.sensitivity.measures.pairs import measure_singles
+from bitquota.quantizers.fitted import QuantizedWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import nn
 
     from bitquota.candidates.layers import Inventory
     from bitquota.candidates.table import CandidateTable, Row
-    from bitquota.context import Context
-    from bitquota.sensitivity.losses import Loss
-    from bitquota.sensitivity.runners.base import Runner
 
 
 def baseline_choices(table: CandidateTable) -> dict[str, tuple[int, ...]]:
@@ -103,29 +97,3 @@ def weight_mse(
         unit="squared weight",
         provenance={"measure": "weight_mse", "model_digest": inventory.model_digest},
     )
-
-
-def baseline_diagonals(
-    runner: Runner,
-    module: nn.Module,
-    table: CandidateTable,
-    loss: Loss,
-    *,
-    context: Context | None = None,
-) -> dict[str, SensitivityMatrix]:
-    """Return the scores to be solved under each budget, by name.
-
-    ``size only``, ``weight MSE`` and ``one-layer <loss>`` (the diagonal measured around full
-    precision, ``1 + n`` runs; found in the ledger when singles or pairs were measured before).
-    """
-    measured: dict[str, Callable[[], SensitivityMatrix]] = {
-        "size only": lambda: size_only(table),
-        "weight MSE": lambda: weight_mse(module, runner.inventory, table),
-        f"one-layer {loss.name}": lambda: measure_singles(
-            runner,
-            table,
-            loss,
-            context=context,
-        ),
-    }
-    return {name: measure() for name, measure in measured.items()}

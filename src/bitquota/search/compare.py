@@ -9,22 +9,19 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 import bitquota
-from bitquota.errors import Infeasible, InvalidInput
+from bitquota.errors import InvalidInput
 from bitquota.report.comparison import Comparison, Entry, Measured
 from bitquota.search.agreement import near_choices, random_choices, spearman
-from bitquota.search.allocate import PROPOSAL_GAP, PROPOSAL_NODES, SOLVER_NODES
 from bitquota.search.baselines import baseline_choices, size_only
-from bitquota.search.neighborhood import Limits
+from bitquota.search.problems import choice_of, limits_of, proposer, solved
 from bitquota.search.refine import refine
 from bitquota.search.threshold import threshold_within
 from bitquota.sensitivity.measures.gram import measure_differences
 from bitquota.sensitivity.metrics import METRICS, find_flags
 from bitquota.sensitivity.registry import measures
 from bitquota.setting import prepare
-from bitquota.solver import Problem, build_problem, solve
+from bitquota.solver import build_problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -229,30 +226,11 @@ class _Comparing:
                 assert matrix is not None  # noqa: S101  # a measure's draft has one
                 problem = build_problem(matrix, self.budgets[k])
                 if draft.kind == "rule":
-                    found = threshold_within(matrix, _limits(problem))
+                    found = threshold_within(matrix, limits_of(problem))
                     draft.choices[k] = None if found is None else found[0]
                 else:
-                    draft.choices[k] = self._solved(problem)
+                    draft.choices[k] = choice_of(solved(self.setting, problem))
             draft.cpu_seconds += self.clock() - start
-
-    def _solved(self, problem: Problem) -> Choice:
-        request = self.setting.request
-        solution = solve(
-            problem,
-            backend=request.solver,
-            gap=request.gap,
-            node_limit=SOLVER_NODES,
-            time_limit_s=request.time_limit_s,
-            seed=request.seed,
-            cancelled=self.setting.context.cancelled,
-        )
-        if solution.choice is None:
-            msg = (
-                f"some choice must satisfy all budgets together; the solver ended "
-                f"'{solution.status}': raise a budget, or give the solver more time"
-            )
-            raise Infeasible(msg, status=str(solution.status))
-        return tuple(int(c) for c in solution.choice)
 
     def baselines(self) -> list[_Draft]:
         """Return size-only and the uniform plans that fit some budget."""
@@ -261,8 +239,10 @@ class _Comparing:
         drafts = [
             _Draft(name=SIZE_ONLY, kind="baseline", matrices=[matrix] * n, choices=[None] * n)
         ]
-        drafts[0].choices = [self._solved(build_problem(matrix, b)) for b in self.budgets]
-        limits = [_limits(build_problem(matrix, b)) for b in self.budgets]
+        drafts[0].choices = [
+            choice_of(solved(self.setting, build_problem(matrix, b))) for b in self.budgets
+        ]
+        limits = [limits_of(build_problem(matrix, b)) for b in self.budgets]
         for name, choice in baseline_choices(table).items():
             fitting = [choice if kept.allow(table, choice) else None for kept in limits]
             if any(c is not None for c in fitting):
@@ -293,14 +273,14 @@ class _Comparing:
         simple = baseline_choices(setting.table)
         for k, together in enumerate(self.budgets):
             problem = build_problem(size_only(setting.table), together)
-            starts = {SIZE_ONLY: self._solved(problem), **simple}
+            starts = {SIZE_ONLY: choice_of(solved(self.setting, problem)), **simple}
             starts |= {d.name: c for d in drafts if d.name in _CHEAP_STARTS and (c := d.choices[k])}
             refinement = refine(
                 runner,
                 setting.table,
                 setting.loss,
-                limits=_limits(problem),
-                solve=self._within,
+                limits=limits_of(problem),
+                solve=proposer(setting, problem),
                 starts=starts,
                 first=first,
                 context=setting.context,
@@ -318,31 +298,12 @@ class _Comparing:
             )
         ]
 
-    def _within(self, matrix: SensitivityMatrix, limits: Limits) -> Choice | None:
-        problem = Problem(
-            diagonal=matrix.diagonal,
-            cross=matrix.cross,
-            offsets=matrix.table.offsets,
-            costs=limits.costs,
-            limits=limits.limits,
-            constant=matrix.constant,
-        )
-        solution = solve(
-            problem,
-            backend=self.setting.request.solver,
-            gap=max(PROPOSAL_GAP, self.setting.request.gap),
-            node_limit=PROPOSAL_NODES,
-            seed=self.setting.request.seed,
-            cancelled=self.setting.context.cancelled,
-        )
-        return None if solution.choice is None else tuple(int(c) for c in solution.choice)
-
     def ranked_plans(self, k: int, drafts: Sequence[_Draft], n: int) -> list[Choice]:
         """Return random and near-good plans within budget ``k``; none of them is a draft's."""
         if not n:
             return []
         table, seed = self.setting.table, self.setting.request.seed
-        limits = _limits(build_problem(size_only(table), self.budgets[k]))
+        limits = limits_of(build_problem(size_only(table), self.budgets[k]))
         good = list(dict.fromkeys(c for d in drafts if (c := d.choices[k]) is not None))
         found = random_choices(table, limits, n - n // 2, seed + k)
         near = near_choices(table, limits, good, n // 2, seed + k)
@@ -384,15 +345,6 @@ def _checked_names(metrics: Sequence[str] | None) -> list[str]:
         msg = f"metrics must be some of {', '.join(known)}, each once; got {got}"
         raise InvalidInput(msg, metrics=list(metrics))
     return [name for name in known if name in metrics]
-
-
-def _limits(problem: Problem) -> Limits:
-    """Return the problem's budgets, and its forbidden rows as a resource of which there is none."""
-    forbidden = (~problem.allowed).astype(np.int64)[None]
-    return Limits(
-        costs=np.vstack([problem.costs, forbidden]),
-        limits=np.append(problem.limits, np.int64(0)),
-    )
 
 
 def _entry(

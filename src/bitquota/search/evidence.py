@@ -12,14 +12,13 @@ import numpy as np
 
 from bitquota.codec import Document
 from bitquota.errors import InvalidInput
+from bitquota.search.agreement import cheapest_choice, prices, spearman
 from bitquota.search.neighborhood import Choice, neighbours
 from bitquota.sensitivity.measures.choices import measure_choices
 from bitquota.sensitivity.recorder import standard_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from numpy.typing import NDArray
+    from collections.abc import Callable
 
     from bitquota.candidates.table import CandidateTable
     from bitquota.context import Context
@@ -70,21 +69,6 @@ class Evidence(Document):
     better_than_random: float
 
 
-def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Return the rank correlation (ties share their mean rank), or ``None`` if one is constant."""
-    ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (a, b)]
-    if len(a) < 2 or any(np.ptp(r) == 0 for r in ranks):
-        return None
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-
-
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    means: NDArray[np.float64] = (last - (counts - 1) / 2.0)[inverse]
-    return means
-
-
 def random_choices(table: CandidateTable, limits: Limits, n: int, seed: int) -> list[Choice]:
     """Return ``n`` random choices that use up the limits: no single group could take more.
 
@@ -96,9 +80,8 @@ def random_choices(table: CandidateTable, limits: Limits, n: int, seed: int) -> 
     """
     rng = np.random.default_rng(seed)
     offsets = table.offsets
-    price = limits.costs / np.maximum(limits.limits, 1)[:, None]
-    total = price.sum(axis=0)
-    cheapest = [int(np.argmin(total[offsets[g] : offsets[g + 1]])) for g in range(len(offsets) - 1)]
+    total = prices(limits)
+    cheapest = list(cheapest_choice(table, limits))
     if not limits.allow(table, cheapest):
         msg = "random plans need limits that the cheapest candidates keep; these do not"
         raise InvalidInput(msg)
@@ -188,8 +171,12 @@ def gather_evidence(
     band = (float(random.min()), float(np.median(random)), float(random.max()))
     return Evidence(
         points=points,
-        rank_correlation=spearman([p.predicted for p in points], [p.measured for p in points]),
-        near_correlation=spearman([p.predicted for p in around], [p.measured for p in around]),
+        rank_correlation=spearman(
+            [p.predicted for p in points], [p.measured for p in points], least=2
+        ),
+        near_correlation=spearman(
+            [p.predicted for p in around], [p.measured for p in around], least=2
+        ),
         random_band=band if distant else (own, own, own),
         better_than_random=float((random > own).mean()),
     )

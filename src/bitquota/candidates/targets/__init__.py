@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from bitquota.candidates.targets import (
     coreml,
     ct_vllm_humming,
@@ -22,12 +20,6 @@ from bitquota.candidates.targets import (
 )
 from bitquota.candidates.targets.target import StorageFormat, Target, Violation
 from bitquota.errors import InvalidInput
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from bitquota.candidates.table import Candidate
-    from bitquota.plan import Plan
 
 TARGETS: dict[str, Target] = {
     module.TARGET.name: module.TARGET
@@ -55,20 +47,8 @@ __all__ = [
     "StorageFormat",
     "Target",
     "Violation",
-    "candidates_at",
     "target_by_name",
 ]
-
-
-def candidates_at(plan: Plan, weight_bits: Sequence[int]) -> tuple[Candidate, ...]:
-    """Return the plan's candidates at other bit-widths, stored as its target stores them.
-
-    Raises:
-        InvalidPlan: Not one bit-width for each layer, or one that the target cannot store.
-    """
-    if plan.target is None:
-        return plan.candidates_at(weight_bits)
-    return target_by_name(plan.target.name).candidates_at(plan, weight_bits)
 
 
 def target_by_name(name: str) -> Target:

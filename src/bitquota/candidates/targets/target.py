@@ -14,18 +14,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitquota.candidates.layers import LayerKind, match_layers
-from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Scheme
+from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Scheme, storage_size
 from bitquota.candidates.table import Candidate, CandidateTable, Row
 from bitquota.canonical import digest_json
 from bitquota.codec import Document, Form
 from bitquota.errors import InvalidInput, InvalidPlan, UnknownLayer
-from bitquota.plan import PlanTarget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from bitquota.candidates.layers import Inventory, Layer, UnquantizedTensor
-    from bitquota.plan import Plan
 
 CONVOLUTIONS = frozenset(
     {
@@ -86,8 +84,6 @@ class StorageFormat(Document):
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight of a row of 4,096 weights, scales and zero points included."""
-        from bitquota.candidates.storage import storage_size
-
         return storage_size(1, 4096, self.weight_bits, self.scheme).total / 4096
 
 
@@ -135,10 +131,6 @@ class Target(Document):
         """Digest of the rules: it changes with formats, ties, exclusions and options."""
         rules = self.to_json()
         return digest_json({k: v for k, v in rules.items() if k not in ("summary", "verified")})
-
-    def record(self) -> PlanTarget:
-        """Return what a plan for this target says of it."""
-        return PlanTarget(name=self.name, version=self.version, packages=dict(self.versions))
 
     def exclusions(self, inventory: Inventory) -> dict[str, str]:
         """Return the layers that stay in full precision, each with the reason."""
@@ -255,37 +247,40 @@ class Target(Document):
                 rows.append(Row(group=group, candidates=row))
         return CandidateTable(rows=tuple(rows))
 
-    def candidates_at(self, plan: Plan, weight_bits: Sequence[int]) -> tuple[Candidate, ...]:
-        """Return the target's candidates at other bit-widths, layer by layer in the plan's order.
+    def candidates_at(
+        self, layers: Sequence[Layer], weight_bits: Sequence[int]
+    ) -> tuple[Candidate, ...]:
+        """Return the target's candidate of each layer at its bit-width; there is one for each.
 
         Raises:
-            InvalidPlan: Not one bit-width for each layer, or one that a layer cannot have.
+            InvalidPlan: A bit-width that a layer cannot have.
         """
-        if len(weight_bits) != len(plan.assignments):
-            msg = f"one bit-width per layer is needed, {len(plan.assignments)}; got {weight_bits}"
-            raise InvalidPlan(msg)
         found = []
-        for a, bits in zip(plan.assignments, weight_bits, strict=True):
-            formats = {f.weight_bits: f for f in self.formats_for(a.layer)}
+        for layer, bits in zip(layers, weight_bits, strict=True):
+            formats = {f.weight_bits: f for f in self.formats_for(layer)}
             if bits not in formats:
-                msg = f"'{self.name}' cannot store layer '{a.layer.name}' at {bits} bits"
-                raise InvalidPlan(msg, layer=a.layer.name, weight_bits=bits)
-            found.append(self._candidate(a.layer, formats[bits]))
+                msg = f"'{self.name}' cannot store layer '{layer.name}' at {bits} bits"
+                raise InvalidPlan(msg, layer=layer.name, weight_bits=bits)
+            found.append(self._candidate(layer, formats[bits]))
         return tuple(found)
 
-    def check(self, plan: Plan) -> tuple[Violation, ...]:
-        """Return every rule that ``plan`` breaks; empty if the target can store it."""
+    def check(
+        self,
+        layers: Sequence[Layer],
+        candidates: Sequence[Candidate],
+        unquantized: Sequence[UnquantizedTensor],
+    ) -> tuple[Violation, ...]:
+        """Return every rule that one candidate for each layer breaks; see ``Plan.violations``."""
         found = [
-            Violation(layers=(a.layer.name,), reason=reason)
-            for a in plan.assignments
-            if (reason := self._refusal(a.layer, a.candidate))
+            Violation(layers=(layer.name,), reason=reason)
+            for layer, candidate in zip(layers, candidates, strict=True)
+            if (reason := self._refusal(layer, candidate))
         ]
-        layers = [a.layer for a in plan.assignments]
-        chosen = {a.layer.name: a.candidate for a in plan.assignments}
+        chosen = {c.layer: c for c in candidates}
         for tie in self.ties:
             for siblings in _siblings(tie, layers):
                 labels = {(chosen[n].label, chosen[n].scheme) for n in siblings}
-                missing = self._excluded_siblings(tie, siblings, plan.unquantized)
+                missing = self._excluded_siblings(tie, siblings, unquantized)
                 if len(labels) > 1 or missing:
                     given = ", ".join(f"{n}={chosen[n].label}" for n in siblings)
                     for name in missing:
@@ -293,19 +288,6 @@ class Target(Document):
                     reason = f"the runtime fuses these layers, so they must share a format: {given}"
                     found.append(Violation(layers=(*siblings, *missing), reason=reason))
         return tuple(found)
-
-    def require(self, plan: Plan) -> None:
-        """Raise ``InvalidPlan`` with every layer named, unless the target can store ``plan``."""
-        if found := self.check(plan):
-            shown = "; ".join(f"{', '.join(v.layers)}: {v.reason}" for v in found[:5])
-            more = f" (and {len(found) - 5} more)" if len(found) > 5 else ""
-            msg = (
-                f"a plan for target '{self.name}' must keep its rules; {shown}{more}: make the "
-                f"plan with --target {self.name}"
-            )
-            raise InvalidPlan(
-                msg, target=self.name, violations=[violation.to_json() for violation in found]
-            )
 
     def _candidate(self, layer: Layer, storage: StorageFormat) -> Candidate:
         return Candidate.of(layer, storage.weight_bits, storage.scheme, self.activation_bits)

@@ -1,0 +1,116 @@
+"""A plan applied to the model that it was made for."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from bitquota.corrections import Correction
+from bitquota.errors import InvalidInput
+from bitquota.quantizers.apply import apply_plan
+from bitquota.quantizers.corrections import fold_batch_norm
+from bitquota.quantizers.fitted import fit_quantizers
+from bitquota.quantizers.imatrix import check_importance
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from bitquota.candidates.table import Candidate
+    from bitquota.models.calibration import CalibrationSet
+    from bitquota.models.loaded import LoadedModel
+    from bitquota.plan import Plan
+    from bitquota.quantizers.fitted import Fitted
+
+
+def folded_module(model: LoadedModel, plan: Plan, samples: CalibrationSet | None) -> nn.Module:
+    """Return a copy of the model in eval mode, its batch norms folded if the plan says so.
+
+    Two of ``samples`` show how the graph runs, by default the model's own example.
+
+    Raises:
+        InvalidInput: Batch norms are to be folded and there is no sample.
+    """
+    module = copy.deepcopy(model.module).eval()
+    if Correction.FOLD_BATCH_NORM not in plan.corrections:
+        return module
+    return fold_batch_norm(module, _example(model, samples))
+
+
+def quantizers_of(
+    plan: Plan,
+    model: LoadedModel,
+    module: nn.Module,
+    candidates: Sequence[Candidate],
+    samples: CalibrationSet | None,
+) -> Fitted:
+    """Return the quantizers of ``candidates``, fitted to ``samples`` as the plan's request says.
+
+    Args:
+        plan: Whose request and importance matrix count.
+        model: The model that the plan was made for.
+        module: From ``folded_module``.
+        candidates: The plan's, or others for its layers.
+        samples: Unlabelled samples; ``None`` will do where nothing is fitted to inputs.
+
+    Raises:
+        StalePlan: The plan was made with another importance matrix, or with one and got none.
+        InvalidInput: Activation ranges or error feedback, and no samples.
+    """
+    request = plan.provenance.get("request") or {}
+    return fit_quantizers(
+        module,
+        plan.inventory,
+        candidates,
+        samples,
+        activation_fit=request.get("activation_fit", "mse"),
+        importance=check_importance(plan, model.imatrix),
+    )
+
+
+def quantized_module(
+    model: LoadedModel,
+    plan: Plan,
+    candidates: Sequence[Candidate] | None = None,
+    *,
+    correction_data: CalibrationSet | None = None,
+    fit_data: CalibrationSet | None = None,
+    example: CalibrationSet | None = None,
+) -> nn.Module:
+    """Return a copy of the model under a plan, fake-quantized, with the plan's corrections.
+
+    Args:
+        model: The model that the plan was made for, on the device where it will run.
+        plan: What to apply.
+        candidates: Others than the plan's own, one for each of its layers.
+        correction_data: Unlabelled samples for the corrections.
+        fit_data: Samples for activation ranges and error feedback, by default those.
+        example: Any two samples, for plans that fold batch norms and have no other samples.
+
+    Raises:
+        StalePlan: The plan was made with another importance matrix, or with one and got none.
+        InvalidInput: Corrections, activation ranges or error feedback, and no data for them.
+
+    Cost: the passes of ``fit_quantizers`` and of the corrections.
+    """
+    fit_data = correction_data if fit_data is None else fit_data
+    module = folded_module(model, plan, example if fit_data is None else fit_data)
+    chosen = tuple(a.candidate for a in plan.assignments) if candidates is None else candidates
+    return apply_plan(
+        module,
+        plan.inventory,
+        chosen,
+        corrections=plan.corrections,
+        correction_data=correction_data,
+        fitted=quantizers_of(plan, model, module, chosen, fit_data),
+    )
+
+
+def _example(model: LoadedModel, data: CalibrationSet | None) -> tuple[Tensor, ...]:
+    if data is not None:
+        return tuple(t[:2] for t in data.inputs)
+    if model.example_inputs is not None:
+        return model.example_inputs
+    msg = "folding batch norms needs one sample to follow the graph; hand in samples"
+    raise InvalidInput(msg)

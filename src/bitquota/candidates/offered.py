@@ -1,0 +1,44 @@
+"""What may become of each group of a model: a target's formats, or the request's own scheme."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bitquota.candidates.table import enumerate_candidates
+from bitquota.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from bitquota.candidates.layers import Inventory
+    from bitquota.candidates.storage import Scheme
+    from bitquota.candidates.table import CandidateTable
+    from bitquota.candidates.targets import Target
+
+
+def offered_candidates(
+    inventory: Inventory,
+    target: Target | None,
+    *,
+    weight_bits: Sequence[int],
+    scheme: Scheme,
+    activation_bits: int | None,
+    fixed: Mapping[str, int],
+) -> CandidateTable:
+    """Return the candidates of each group; a target brings its own scheme and activations.
+
+    Raises:
+        InvalidInput: Bit-widths, fixed widths or activations that cannot be had.
+    """
+    if target is None:
+        return enumerate_candidates(
+            inventory, weight_bits, scheme=scheme, activation_bits=activation_bits, fixed=fixed
+        )
+    if activation_bits not in {None, target.activation_bits}:
+        runs = "full precision" if target.activation_bits is None else target.activation_bits
+        msg = (
+            f"target '{target.name}' runs activations in {runs}; got {activation_bits} bits: "
+            "leave --activations out"
+        )
+        raise InvalidInput(msg, target=target.name, activation_bits=activation_bits)
+    return target.candidates(inventory, weight_bits=weight_bits or None, fixed=fixed)

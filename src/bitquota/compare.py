@@ -1,0 +1,3 @@
+"""The former name of ``bitquota.search.compare``."""
+
+from bitquota.search.compare import *  # noqa: F403

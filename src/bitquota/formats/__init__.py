@@ -1,0 +1,3 @@
+"""The former name of ``bitquota.models``."""
+
+from bitquota.models import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""The former name of ``bitquota.exports.export``."""
+
+from bitquota.exports.export import *  # noqa: F403

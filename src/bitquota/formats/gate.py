@@ -1,0 +1,3 @@
+"""The former name of ``bitquota.ci.check``."""
+
+from bitquota.ci.check import *  # noqa: F403

@@ -1,0 +1,116 @@
+"""Modules import each other in one direction, and inside functions only for a reason."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+
+import pytest
+
+START = "start-up: a command loads what it runs, and no torch, numba or web server before"
+
+LATE = {
+    START: {
+        "cli.comparing": {"search.compare"},
+        "cli.evaluating": {"evaluate.scoring", "models.factory", "models.load"},
+        "cli.exporting": {"exports.export", "models.load"},
+        "cli.gating": {"evaluate.scoring", "models.load", "models.samples"},
+        "cli.importing": {"solver", "solver.files"},
+        "cli.inspecting": {"models.inspection", "models.load"},
+        "cli.loading": {"models.samples", "models.text"},
+        "cli.options": {"models.load", "models.running", "solver.backends"},
+        "cli.planning": {"search.allocate"},
+        "cli.remote": {"client"},
+        "cli.sandboxed": {"service.sandbox"},
+        "cli.serving": {"cli.demo", "service"},
+        "cli.solving": {"solver.archive", "solver.document", "solver.files", "solver.verify"},
+        "cli.training": {
+            "quantizers.channel_fit",
+            "training.distributed",
+            "training.learn",
+            "training.qat",
+        },
+        "cli.training_options": {"models.load", "models.running"},
+        "report.charts": {"solver"},
+    },
+}
+"""Who may import what inside a function: reason, then importer, then imported."""
+
+ELSEWHERE = ("bitquota.service", "bitquota.solver")
+"""Packages that keep their own order; what lies below them is not looked at here."""
+
+
+def modules(repository) -> dict[str, ast.Module]:
+    """Every module of the package by its name."""
+    root = repository / "src" / "bitquota"
+    found = {}
+    folders = [root]
+    while folders:
+        folder = folders.pop()
+        for path in folder.iterdir():
+            if path.is_dir():  # also through a link
+                folders.append(path)
+            elif path.suffix == ".py":
+                parts = path.relative_to(root.parent).with_suffix("").parts
+                name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+                found[name] = ast.parse(path.read_text())
+    return found
+
+
+def imports(tree: ast.Module, known, *, inside_functions: bool) -> set[str]:
+    """Own modules that ``tree`` imports: at its top (for type checkers too), or in functions."""
+    found: set[str] = set()
+    todo: list[tuple[ast.AST, bool]] = [(tree, False)]
+    while todo:
+        node, inside = todo.pop()
+        inside = inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        todo += [(child, inside) for child in ast.iter_child_nodes(node)]
+        if inside != inside_functions:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are written in full"
+            full = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else str(node.module) for name in full.values()}
+    return found & set(known)
+
+
+@pytest.fixture(scope="module")
+def trees(repository):
+    return modules(repository)
+
+
+def test_no_ring(trees):
+    """Not through imports for type checkers, and not through those inside functions."""
+    order = {
+        name: imports(tree, trees, inside_functions=False)
+        | imports(tree, trees, inside_functions=True)
+        for name, tree in trees.items()
+        if not name.startswith(ELSEWHERE)
+    }
+    try:
+        TopologicalSorter(order).prepare()
+    except CycleError as ring:
+        pytest.fail(" -> ".join(ring.args[1]))
+
+
+def test_a_ring_would_be_seen():
+    """The walk finds an import wherever it stands."""
+    late = ast.parse("def f():\n    from bitquota.b import x\n")
+    typed = ast.parse("if TYPE_CHECKING:\n    import bitquota.a\n")
+    known = {"bitquota.a", "bitquota.b"}
+    assert {"bitquota.b"} == imports(late, known, inside_functions=True)
+    assert set() == imports(late, known, inside_functions=False)
+    assert {"bitquota.a"} == imports(typed, known, inside_functions=False)
+
+
+def test_imports_inside_functions_are_listed(trees):
+    """One that buys neither start-up time nor an optional package stands at the top of its file."""
+    found = {}
+    for name, tree in trees.items():
+        late = imports(tree, trees, inside_functions=True)
+        if late and not name.startswith(ELSEWHERE):
+            found[name.removeprefix("bitquota.")] = {m.removeprefix("bitquota.") for m in late}
+    listed = {name: late for part in LATE.values() for name, late in part.items()}
+    assert listed == found
