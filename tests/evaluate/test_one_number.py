@@ -9,6 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from bitquota.service.forkserver import Loaded
+from bitquota.service.kinds import kind_by_name
+from bitquota.service.messages import Piece
+from bitquota.service.work import Work
 
 from bitquota.candidates.storage import Rounding, Scheme
 from bitquota.candidates.targets import TARGETS
@@ -24,10 +28,6 @@ from bitquota.quantizers.planned import quantized_module
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate
 from bitquota.search.compare import compare
-from bitquota.service.forkserver import Loaded
-from bitquota.service.kinds import kind_by_name
-from bitquota.service.messages import Piece
-from bitquota.service.work import Work
 from bitquota.setting import prepare
 from bitquota.training.qat import finetune_plan
 from bitquota.training.settings import TrainingSettings

@@ -21,7 +21,7 @@ LATE = {
         "cli.options": {"models.load", "models.running", "solver.backends"},
         "cli.planning": {"search.allocate"},
         "cli.remote": {"client"},
-        "cli.sandboxed": {"service.sandbox"},
+        "cli.sandboxed": {"service.security.sandbox"},
         "cli.serving": {"cli.demo", "service"},
         "cli.solving": {"solver.archive", "solver.document", "solver.files", "solver.verify"},
         "cli.training": {
