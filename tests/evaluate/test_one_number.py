@@ -9,10 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from bitquota.service.forkserver import Loaded
-from bitquota.service.kinds import kind_by_name
-from bitquota.service.messages import Piece
-from bitquota.service.work import Work
 
 from bitquota.candidates.storage import Rounding, Scheme
 from bitquota.candidates.targets import TARGETS
@@ -28,6 +24,9 @@ from bitquota.quantizers.planned import quantized_module
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate
 from bitquota.search.compare import compare
+from bitquota.service.jobs.kinds import kind_by_name
+from bitquota.service.jobs.messages import Piece
+from bitquota.service.jobs.work import Loaded, Work
 from bitquota.setting import prepare
 from bitquota.training.qat import finetune_plan
 from bitquota.training.settings import TrainingSettings

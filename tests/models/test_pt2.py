@@ -255,17 +255,27 @@ class TestVetPt2:
             "data/weights/model.pt",
             "../escape",
             "models/../../x.json",
-            "data.pkl",
         ],
     )
     def test_foreign_members(self, tiny_pt2, tmp_path, member):
-        """Native code, opaque objects, legacy pickles and paths that climb are refused."""
+        """Native code, opaque objects and paths that climb are refused."""
         path = rewrite(
             tiny_pt2,
             tmp_path / "m.pt2",
             lambda m: m.update({root_of(m) + "/" + member: b"x"}),
         )
         with pytest.raises(UnsafeModel, match="graph and raw tensors only"):
+            vet_pt2(path)
+
+    @pytest.mark.parametrize("member", ["data.pkl", "constants.pkl"])
+    def test_legacy_pickles(self, tiny_pt2, tmp_path, member):
+        """A checkpoint of torch.save and TorchScript are named as what they are."""
+        path = rewrite(
+            tiny_pt2,
+            tmp_path / "m.pt2",
+            lambda m: m.update({root_of(m) + "/" + member: b"x"}),
+        )
+        with pytest.raises(UnsafeModel, match="TorchScript or a pickled checkpoint"):
             vet_pt2(path)
 
     def test_opaque_constant(self, tiny_pt2, tmp_path):

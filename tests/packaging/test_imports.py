@@ -149,6 +149,7 @@ def test_a_folder_alone_cannot_be_imported(repository, folder):
         ("formats.exports", "exports.export", ["export_plan", "load_export"]),
         ("formats.gate", "ci.check", ["check_lock"]),
         ("formats.lock", "ci.lock", ["Lock", "make_lock"]),
+        ("formats.pt2_vetting", "models.pt2.vetting", ["vet_pt2"]),
         ("sensitivity.ledger", "sensitivity.cache", ["SqliteLedger"]),
         ("sensitivity.ledger", "context", ["MemoryLedger"]),
         ("storage", "candidates.storage", ["Scheme", "StorageSize"]),
