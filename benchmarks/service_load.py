@@ -1,4 +1,4 @@
-"""Many clients poll and order at once: latencies, errors, lost or doubled jobs.
+"""Many clients poll, order and listen at once: latencies, errors, lost or doubled jobs.
 
 ``python benchmarks/service_load.py --seconds 60``; ``--postgres`` for PostgreSQL. Jobs wait
 (``slots=0``), so that what is measured is the API and its database. The clients speak HTTP/1.1
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -79,6 +80,7 @@ class Seen:
         self.orders: list[float] = []
         self.statuses: Counter[int] = Counter()
         self.made: list[str] = []
+        self.streamed = 0
 
 
 async def load(port: int, order: bytes, options: argparse.Namespace) -> Seen:
@@ -113,12 +115,27 @@ async def load(port: int, order: bytes, options: argparse.Namespace) -> Seen:
             await asyncio.sleep(max(0.0, options.think - seen.orders[-1]))
         connection.close()
 
+    async def listen(number: int) -> None:
+        """Follow the events of a job, which waits, so that the stream is silent but open."""
+        path = f"/v1/jobs/{seen.made[number % len(seen.made)]}/events"
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(get(path))
+        head = await reader.readuntil(b"\r\n\r\n")
+        seen.statuses[int(head[9:12])] += 1
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + options.seconds):
+                while piece := await reader.read(2**16):
+                    seen.streamed += len(piece)
+        writer.close()
+
     first = Connection(port)
     _, body = await first.ask(post("/v1/jobs", order, "first"))
     first.close()
     seen.made.append(json.loads(body)["id"])
     await asyncio.gather(
-        *(poll(k) for k in range(options.pollers)), *(submit(k) for k in range(options.submitters))
+        *(poll(k) for k in range(options.pollers)),
+        *(submit(k) for k in range(options.submitters)),
+        *(listen(k) for k in range(options.streams)),
     )
     return seen
 
@@ -169,6 +186,7 @@ def run(server: LiveServer, options: argparse.Namespace) -> bool:
             f"p50 {1000 * quantile(values, 0.5):.1f} ms, "
             f"p99 {1000 * quantile(values, 0.99):.0f} ms, max {1000 * max(values):.0f} ms"
         )
+    print(f"event streams: {options.streams} open, {seen.streamed:,} bytes")
     stored = stored_jobs(server.url)
     expected = set(seen.made)
     lost, doubled = len(expected - set(stored)), len(stored) - len(set(stored))
@@ -188,6 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--pollers", type=int, default=200)
     parser.add_argument("--submitters", type=int, default=50)
+    parser.add_argument("--streams", type=int, default=30, help="Event streams held open.")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--think", type=float, default=1.0, help="Seconds between requests.")
     parser.add_argument("--postgres", action="store_true")
