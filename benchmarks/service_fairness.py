@@ -101,6 +101,7 @@ def turns(
     greedy = [order(GREEDY, seed) for seed in range(queued)]
     for job in greedy[:2]:
         job.wait(timeout_s=600)
+    until(lambda: any(job.refresh().status == "running" for job in greedy[2:6]))
     other = order(OTHER, 0)
     waited = until(lambda: other.refresh().status != "queued")
     other.wait(timeout_s=600)
