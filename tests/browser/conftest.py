@@ -24,7 +24,8 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="session")
+# Playwright keeps an event loop running in this thread: no other file may meet it.
+@pytest.fixture(scope="module")
 def chromium():
     """The system's Chromium, or a reason to skip."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (dev extra)")
