@@ -9,16 +9,25 @@ import pytest
 
 from bitquota.errors import LimitExceeded
 from bitquota.service.security.limits import Limits, Resource, exceeded
-from bitquota.service.security.sandbox import TMP_FOLDERS, View, bubblewrap, launch
+from bitquota.service.security.sandbox import (
+    TMP_FOLDERS,
+    View,
+    bubblewrap,
+    kernel_folders,
+    launch,
+)
 from bitquota.service.security.watch import Watch, descendants
 
 pytestmark = pytest.mark.skipif(
     bubblewrap() is None, reason="bubblewrap is missing or user namespaces are forbidden here"
 )
 
+# A sandbox starts with copies of the solver's compiled kernels in its work folder.
+KERNELS = sum(1 for folder in kernel_folders() for _ in folder.rglob("*"))
 LIMITS = Limits(
-    memory_bytes=2**28, processes=40, tmp_bytes=2**25, disk_bytes=2**23, files=100, file_bytes=2**30
-)
+    memory_bytes=2**28, processes=40, tmp_bytes=2**25, disk_bytes=2**23, files=100 + KERNELS,
+    file_bytes=2**30,
+)  # fmt: skip
 IN_PEACE = "import time, sys; print('ready', flush=True); sys.stdin.readline(); print('done')"
 # Every attack stops by itself far below what would hurt this machine.
 FORKS = """
