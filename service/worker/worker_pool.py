@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bitquota.errors import BitquotaError, ServiceError
+from bitquota.service.jobs.messages import MAX_TASKS
 from bitquota.service.logs import logger
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 _log = logger("worker_pool")
 _LOSSES_OF_A_TASK = 2
-_MAX_TASKS = 1_000_000
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,7 +91,7 @@ class WorkerPool:
         self._total, self._done = len(tasks), 0
         if not self._stopped:
             self._todo.extend(
-                _Task(number=k, what=what) for k, what in enumerate(tasks[:_MAX_TASKS])
+                _Task(number=k, what=what) for k, what in enumerate(tasks[:MAX_TASKS])
             )
         # The last task would be done before a helper for it has started.
         self.recruit(len(tasks) - 1)
