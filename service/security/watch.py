@@ -13,6 +13,7 @@ Design: docs/design/sandbox.md
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import stat
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitquota.service.security.limits import Resource, exceeded
-from bitquota.service.security.sandbox import TMP_FOLDERS
+from bitquota.service.security.sandbox import TMP_FOLDERS, kernel_folders
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,8 +50,9 @@ class ResourceUse:
         memory_bytes: Pages that only processes of the job hold, and files that lie in memory.
         processes: Processes and threads.
         tmp_bytes: The fuller of ``/tmp`` and ``/dev/shm`` inside.
-        disk_bytes: In the work folder, removed files that are still open included.
-        files: In the work folder.
+        disk_bytes: In the work folder, removed files that are still open included. The copies of
+            the solver's kernels that a sandbox begins with are not the job's.
+        files: In the work folder, without those copies.
     """
 
     memory_bytes: int = 0
@@ -87,6 +89,9 @@ class Watch:
         self._looks = 0
         self._first: int | None = None
         self._mapped: dict[tuple[int, int], int] = {}
+        copied = kernel_folders() if sandboxed else []
+        kernels = [size for folder in copied for size in (0, *_sizes(folder))]
+        self._given = ResourceUse(disk_bytes=sum(kernels), files=len(kernels))
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self.verdict: LimitExceeded | None = None
         """Why the job was ended, if it was."""
@@ -171,10 +176,10 @@ class Watch:
         # all page tables, so it is asked for only where the sum says that something may be wrong.
         if used.memory_bytes > self._limits.memory_bytes:
             used.memory_bytes = sum(map(_exact_memory, places)) + sum(in_memory)
-        used.disk_bytes = sum((self._mapped | held).values())
-        for size in _sizes(self._work, self._limits.files):
-            used.files += 1
-            used.disk_bytes += size
+        sizes = list(_sizes(self._work, self._limits.files + self._given.files))
+        used.files = max(0, len(sizes) - self._given.files)
+        on_disk = sum(sizes) + sum((self._mapped | held).values())
+        used.disk_bytes = max(0, on_disk - self._given.disk_bytes)
         return used
 
     def _processes(self) -> list[str]:
@@ -271,7 +276,7 @@ def _removed_but_mapped(place: str, device: int) -> Iterator[tuple[tuple[int, in
                 yield (device, int(inode)), int(offset, 16) + end - start
 
 
-def _sizes(folder: Path, most: int) -> Iterator[int]:
+def _sizes(folder: Path, most: float = math.inf) -> Iterator[int]:
     """Yield the bytes on disk of everything below a folder, until one more than ``most``."""
     waiting = [str(folder)]
     seen: set[int] = set()

@@ -17,7 +17,7 @@ import pytest
 import typer
 
 from bitquota.cli import sandboxed as module
-from bitquota.cli.app import app
+from bitquota.cli.app import app, main
 from bitquota.cli.sandboxed import OUTSIDE, Outside, sandboxed
 from bitquota.errors import InvalidInput
 from bitquota.service.security.sandbox import bubblewrap
@@ -82,6 +82,14 @@ class TestSandboxed:
                 if "Path" in str(parameter.annotation):
                     assert name in {*INPUTS, *sides["files"], *sides["folders"]}, command.name
         assert seen == 9
+
+    def test_a_command_line_leaves_nothing_behind(self, monkeypatch):
+        """A second one in the same process would run the arguments of the first."""
+        monkeypatch.setattr(sys, "argv", ["bitquota", "targets", "--json"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code
+        assert OUTSIDE.get() is None
 
     @needs_bubblewrap
     def test_sees_only_what_is_named(self, probe):

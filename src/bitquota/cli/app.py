@@ -91,7 +91,8 @@ def _options(
     ] = False,
 ) -> None:
     if context.obj is not None:
-        OUTSIDE.set(Outside(arguments=tuple(context.obj), mode=sandbox))
+        token = OUTSIDE.set(Outside(arguments=tuple(context.obj), mode=sandbox))
+        context.call_on_close(lambda: OUTSIDE.reset(token))
 
 
 def _sentence(err: OSError) -> str:

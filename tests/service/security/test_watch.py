@@ -13,7 +13,6 @@ from bitquota.service.security.sandbox import (
     TMP_FOLDERS,
     View,
     bubblewrap,
-    kernel_folders,
     launch,
 )
 from bitquota.service.security.watch import Watch, descendants
@@ -22,10 +21,8 @@ pytestmark = pytest.mark.skipif(
     bubblewrap() is None, reason="bubblewrap is missing or user namespaces are forbidden here"
 )
 
-# A sandbox starts with copies of the solver's compiled kernels in its work folder.
-KERNELS = sum(1 for folder in kernel_folders() for _ in folder.rglob("*"))
 LIMITS = Limits(
-    memory_bytes=2**28, processes=40, tmp_bytes=2**25, disk_bytes=2**23, files=100 + KERNELS,
+    memory_bytes=2**28, processes=40, tmp_bytes=2**25, disk_bytes=2**23, files=100,
     file_bytes=2**30,
 )  # fmt: skip
 IN_PEACE = "import time, sys; print('ready', flush=True); sys.stdin.readline(); print('done')"
