@@ -9,12 +9,15 @@ process of their own::
     python benchmarks/solver_rivals.py gurobi FILE.npz 1 --limit 60
 
 ``cvxpy_scip`` projects an indefinite matrix as the published code does, and so answers another
-question. Seconds are CPU of the process, from when its libraries are loaded.
+question. ``mathopt`` and ``highs_rlt`` are here only: no user needs them beside those that
+``bitquota solve --solver`` offers. Seconds are CPU of the process, from when its libraries are
+loaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import json
 import subprocess
 import sys
@@ -132,8 +135,90 @@ def cvxpy_scip(G: Floats, sizes: Floats, limit: float, limit_s: float) -> Answer
     )
 
 
-ROUTES = {"gurobi": gurobi, "cvxpy_scip": cvxpy_scip}
-LIBRARIES = {"gurobi": ("gurobipy", "scipy.sparse"), "cvxpy_scip": ("cvxpy", "pyscipopt")}
+def mathopt(G: Floats, sizes: Floats, limit: float, limit_s: float) -> Answer:
+    """Minimise ``xᵀGx`` by OR-Tools MathOpt with its built-in SCIP."""
+    from ortools.math_opt.python import mathopt as mo
+
+    begin = time.process_time()
+    model = mo.Model()
+    x = [model.add_binary_variable() for _ in range(sizes.size)]
+    for layer in np.array(x).reshape(sizes.shape):
+        model.add_linear_constraint(mo.fast_sum(layer) == 1)
+    model.add_linear_constraint(sizes.ravel() @ np.array(x) <= limit)
+    model.minimize(mo.fast_sum(G[p, q] * x[p] * x[q] for p, q in np.argwhere(G)))
+    parameters = mo.SolveParameters(
+        threads=1, relative_gap_tolerance=GAP, time_limit=dt.timedelta(seconds=limit_s)
+    )
+    result = mo.solve(model, mo.SolverType.GSCIP, params=parameters)
+    choice = None
+    if result.has_primal_feasible_solution():
+        values = np.array(result.variable_values(x)).reshape(sizes.shape)
+        choice = np.argmax(values, axis=1).tolist()
+    return Answer(
+        status=result.termination.reason.name,
+        finished=result.termination.reason == mo.TerminationReason.OPTIMAL,
+        seconds=time.process_time() - begin,
+        choice=choice,
+        nodes=int(result.solve_stats.node_count),
+    )
+
+
+def highs_rlt(G: Floats, sizes: Floats, limit: float, limit_s: float) -> Answer:
+    """Minimise a linear function of products ``y_pq = x_p x_q`` by HiGHS.
+
+    The product of each "one row per layer" with each row gives ``Σ_{q in h} y_pq = x_p``, the first
+    level of the reformulation-linearisation [SA90]. Convexity plays no part.
+
+    References:
+        [SA90] H. D. Sherali, W. P. Adams: A hierarchy of relaxations between the continuous and
+            convex hull representations for zero-one programming problems, 1990.
+    """
+    import scipy.sparse as sp
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    begin = time.process_time()
+    (layers, width), n = sizes.shape, sizes.size
+    layer = np.arange(n) // width
+    p, q = np.nonzero(layer[:, None] < layer[None, :])
+    y = n + np.arange(len(p))
+    # Line p * layers + h says: the products of row p with the rows of layer h add up to x_p.
+    line = np.concatenate([p * layers + layer[q], q * layers + layer[p]])
+    rows, others = np.repeat(np.arange(n), layers), np.tile(np.arange(layers), n)
+    apart = layer[rows] != others
+    at = np.concatenate([line, (rows * layers + others)[apart]])
+    to = np.concatenate([y, y, rows[apart]])
+    entries = np.concatenate([np.ones(2 * len(y)), -np.ones(int(apart.sum()))])
+    products = sp.csr_matrix((entries, (at, to)), shape=(n * layers, n + len(y)))
+    one_each = sp.csr_matrix((np.ones(n), (layer, np.arange(n))), shape=(layers, n + len(y)))
+    size = sp.csr_matrix((sizes.ravel(), (np.zeros(n), np.arange(n))), shape=(1, n + len(y)))
+    result = milp(
+        np.concatenate([np.diag(G), G[p, q] + G[q, p]]),
+        integrality=np.concatenate([np.ones(n), np.zeros(len(y))]),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(products, 0, 0),
+            LinearConstraint(size, -np.inf, limit),
+        ],
+        options={"mip_rel_gap": GAP, "time_limit": limit_s},
+    )
+    found = result.x is not None
+    return Answer(
+        status=result.message,
+        finished=result.status == 0,
+        seconds=time.process_time() - begin,
+        choice=np.argmax(result.x[:n].reshape(sizes.shape), axis=1).tolist() if found else None,
+        nodes=int(result.mip_node_count or 0),
+    )
+
+
+ROUTES = {"gurobi": gurobi, "cvxpy_scip": cvxpy_scip, "mathopt": mathopt, "highs_rlt": highs_rlt}
+LIBRARIES = {
+    "gurobi": ("gurobipy", "scipy.sparse"),
+    "cvxpy_scip": ("cvxpy", "pyscipopt"),
+    "mathopt": ("ortools.math_opt.python.mathopt",),
+    "highs_rlt": ("scipy.optimize", "scipy.sparse"),
+}
 
 
 def main() -> None:

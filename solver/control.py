@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bitquota.errors import InvalidProblem
 from bitquota.solver.solution import Event, Limit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from bitquota.solver.branch import Incumbent
     from bitquota.solver.problem import Problem
+
+OnEvent = Callable[[Event], None]
+Cancelled = Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Limits and goal of one run.
+
+    Attributes:
+        gap: Relative gap that counts as solved.
+        time_limit_s: Seconds, start of a child process not counted; ``None`` for as long as it
+            takes.
+        node_limit: Branch-and-bound nodes, for backends that count them.
+        seed: For backends with a random part.
+    """
+
+    gap: float = 1e-4
+    time_limit_s: float | None = None
+    node_limit: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that nothing is negative."""
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                msg = f"'{name}' must not be negative; got {value}"
+                raise InvalidProblem(msg)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -20,18 +49,16 @@ class Control:
     """What may stop a solve, and who listens to it.
 
     Attributes:
-        time_limit_s: Seconds by ``clock``.
-        node_limit: Branch-and-bound nodes.
+        options: Goal and limits; seconds by ``clock``.
         on_event: Gets better choices and bounds.
         cancelled: Asked between steps.
         clock: What the time limit is measured with.
         limit: What stopped the solve, once something has.
     """
 
-    time_limit_s: float | None = None
-    node_limit: int | None = None
-    on_event: Callable[[Event], None] | None = None
-    cancelled: Callable[[], bool] | None = None
+    options: Options
+    on_event: OnEvent | None = None
+    cancelled: Cancelled | None = None
     clock: Callable[[], float] = time.monotonic
     begin: float = 0.0
     cpu_begin: float = 0.0
@@ -46,7 +73,7 @@ class Control:
         if self.limit is None:
             if self.cancelled is not None and self.cancelled():
                 self.limit = Limit.CANCELLED
-            elif self.time_limit_s is not None and self.elapsed() >= self.time_limit_s:
+            elif (limit := self.options.time_limit_s) is not None and self.elapsed() >= limit:
                 self.limit = Limit.TIME
         return self.limit is not None
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from bitquota.codec import Document, Form
 from bitquota.errors import BitquotaError
-from bitquota.solver.backends import BACKENDS, Options, backend_by_name
+from bitquota.solver.backends import BACKENDS, Options, backend_by_name, usable
 from bitquota.solver.checker import Verdict, check_solution
 from bitquota.solver.solution import Solution, Status
 
@@ -108,13 +108,7 @@ def cross_check(
     options = options or Options()
     names = [backend_by_name(name).name for name in backends or ()]
     if backends is None:
-        names = [
-            name
-            for name, backend in BACKENDS.items()
-            if name != solution.backend
-            and backend.missing() is None
-            and backend.refuses(problem) is None
-        ]
+        names = [backend.name for backend in usable(problem) if backend.name != solution.backend]
     verdict = None if solution.certificate is None else check_solution(problem, solution)
     comparisons = []
     for name in names:

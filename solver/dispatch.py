@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from bitquota.errors import InvalidProblem
+from bitquota.errors import InvalidInput
+from bitquota.solver.control import Options
 from bitquota.solver.native import solve_native, verified
 
 if TYPE_CHECKING:
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from bitquota.solver.control import Cancelled, OnEvent
     from bitquota.solver.problem import Problem
-    from bitquota.solver.solution import Event, Solution
+    from bitquota.solver.solution import Solution
 
 GAP = 1e-4
 """Relative gap that counts as solved unless told otherwise."""
@@ -29,8 +31,8 @@ def solve(
     node_limit: int | None = None,
     gap: float = GAP,
     seed: int = 0,
-    on_event: Callable[[Event], None] | None = None,
-    cancelled: Callable[[], bool] | None = None,
+    on_event: OnEvent | None = None,
+    cancelled: Cancelled | None = None,
     start: Sequence[int] | NDArray[np.int64] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Solution:
@@ -59,35 +61,19 @@ def solve(
         MissingDependency: The backend's packages are not installed.
         SolverFailed: The answer does not survive the check from first principles.
     """
-    for name, value in (("gap", gap), ("time_limit_s", time_limit_s), ("node_limit", node_limit)):
-        if value is not None and not value >= 0:
-            msg = f"'{name}' must not be negative; got {value}"
-            raise InvalidProblem(msg)
-    if backend not in {"auto", "bitquota"}:
-        from bitquota.solver.backends import solve_with
-
-        problem.check_budgets()
-        return verified(
-            problem,
-            solve_with(
-                backend,
-                problem,
-                gap=gap,
-                time_limit_s=time_limit_s,
-                node_limit=node_limit,
-                seed=seed,
-                on_event=on_event,
-                cancelled=cancelled,
-            ),
+    options = Options(gap=gap, time_limit_s=time_limit_s, node_limit=node_limit, seed=seed)
+    if backend in {"auto", "bitquota"}:
+        return solve_native(
+            problem, options, on_event=on_event, cancelled=cancelled, start=start, clock=clock
         )
-    return solve_native(
-        problem,
-        time_limit_s=time_limit_s,
-        node_limit=node_limit,
-        gap=gap,
-        seed=seed,
-        on_event=on_event,
-        cancelled=cancelled,
-        start=start,
-        clock=clock,
-    )
+    from bitquota.solver.backends import BACKENDS, installed_backend
+
+    other = installed_backend(backend)
+    if node_limit is not None and not other.counts_nodes:
+        msg = (
+            f"solver '{backend}' cannot keep a node limit: it does not count nodes; use a time "
+            f"limit, or one of {', '.join(n for n, b in BACKENDS.items() if b.counts_nodes)}"
+        )
+        raise InvalidInput(msg, solver=backend, node_limit=node_limit)
+    problem.check_budgets()
+    return verified(problem, other.solve(problem, options, on_event=on_event, cancelled=cancelled))

@@ -13,7 +13,7 @@ import numpy as np
 from bitquota.errors import SolverFailed
 from bitquota.solver.control import Control
 from bitquota.solver.one_thread import one_thread
-from bitquota.solver.quadratic import solve_quadratic
+from bitquota.solver.quadratic import Quadratic
 from bitquota.solver.separable import solve_knapsack
 from bitquota.solver.solution import (
     Certificate,
@@ -30,36 +30,28 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from bitquota.solver.control import Cancelled, OnEvent, Options
     from bitquota.solver.problem import Problem
 
 
 def solve_native(
     problem: Problem,
+    options: Options,
     *,
-    time_limit_s: float | None,
-    node_limit: int | None,
-    gap: float,
-    seed: int,
-    on_event: Callable[[Event], None] | None = None,
-    cancelled: Callable[[], bool] | None = None,
+    on_event: OnEvent | None = None,
+    cancelled: Cancelled | None = None,
     start: Sequence[int] | NDArray[np.int64] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Solution:
     """Return the best choice and a bound; arguments and errors of ``bitquota.solver.solve``."""
     problem.check_budgets()
-    control = Control(
-        time_limit_s=time_limit_s,
-        node_limit=node_limit,
-        on_event=on_event,
-        cancelled=cancelled,
-        clock=clock,
-    )
+    control = Control(options=options, on_event=on_event, cancelled=cancelled, clock=clock)
     control.start()
     starts = () if start is None else (np.asarray(start, dtype=np.int64),)
     if is_knapsack(problem):
-        return verified(problem, _knapsack(problem, control, gap))
+        return verified(problem, _knapsack(problem, control))
     with one_thread():
-        found = solve_quadratic(problem, control, gap=gap, seed=seed, starts=starts)
+        found = Quadratic(problem, control).run(starts)
     return verified(problem, found)
 
 
@@ -69,9 +61,9 @@ def is_knapsack(problem: Problem) -> bool:
     return problem.cross is None and len(problem.limits) <= 1 and pairs == 0
 
 
-def _knapsack(problem: Problem, control: Control, gap: float) -> Solution:
+def _knapsack(problem: Problem, control: Control) -> Solution:
     """Solve by hull and core; the certificate is one node, and a recursion for the checker."""
-    answer = solve_knapsack(problem, gap=gap, stop=control.stopped)
+    answer = solve_knapsack(problem, gap=control.options.gap, stop=control.stopped)
     n, m = problem.n_rows, len(problem.limits)
     z = np.zeros((1, n), dtype=np.float32)
     z[0, problem.rows(answer.choice)] = 1.0
@@ -110,15 +102,7 @@ def _knapsack(problem: Problem, control: Control, gap: float) -> Solution:
         certificate=certificate,
     )
     if control.on_event is not None:
-        control.on_event(
-            Event(
-                kind="incumbent",
-                objective=solution.objective,
-                bound=solution.bound,
-                cpu_seconds=control.cpu_seconds(),
-                choice=tuple(answer.choice.tolist()),
-            )
-        )
+        control.on_event(Event.of(solution))
     return solution
 
 

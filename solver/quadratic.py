@@ -80,17 +80,22 @@ class Region:
 
 
 class Quadratic:
-    """One run: the record, the incumbent and the queue of regions."""
+    """One run: the record, the incumbent and the queue of regions.
 
-    def __init__(self, problem: Problem, control: Control, *, gap: float, seed: int) -> None:
-        """Start the record with the problem's allowed rows."""
-        self.problem, self.control, self.seed = problem, control, seed
+    Args:
+        problem: Budgets already checked one by one (``Problem.check_budgets``).
+        control: Goal, limits and callbacks, started. A seed gives one answer when no time limit
+            strikes.
+    """
+
+    def __init__(self, problem: Problem, control: Control) -> None:
+        self.problem, self.control = problem, control
         self.record = Record(problem=problem)
         scale = float(np.abs(problem.diagonal[problem.allowed]).max(initial=0.0))
         if problem.cross is not None:
             scale = max(scale, float(np.abs(problem.cross).max(initial=0.0)))
         scale = max(scale, abs(problem.constant))
-        self.incumbent = Incumbent(gap=gap, floor=ROUNDING * scale)
+        self.incumbent = Incumbent(gap=control.options.gap, floor=ROUNDING * scale)
         self.queue: list[tuple[float, int, Region]] = []
         self.current = -math.inf
         """Bound of the region that is being worked on; ``+inf`` between regions."""
@@ -100,8 +105,12 @@ class Quadratic:
         self.memory = 0
         self.root_bound = -math.inf
 
-    def run(self, starts: tuple[Ints, ...], effort: Effort | None) -> Solution:
-        """Search, then prove; returns the solution."""
+    def run(self, starts: tuple[Ints, ...] = ()) -> Solution:
+        """Solve to the relative gap asked for, or as far as the limits allow. Exact.
+
+        Args:
+            starts: Choices to begin with; infeasible ones are ignored.
+        """
         root = Region(node=self.record.node(-1, self.problem.allowed), keep=self.problem.allowed)
         for start in starts:
             if self.problem.is_feasible(start):
@@ -109,7 +118,7 @@ class Quadratic:
         if not self._propagate(root):
             self.current = math.inf
             return self._solution()
-        self._search(root, effort or default_effort(int(root.keep.sum())))
+        self._search(root)
         return self.run_region(root)
 
     def run_region(self, root: Region) -> Solution:
@@ -149,7 +158,7 @@ class Quadratic:
             region.node = self.record.node(region.node, step)
         return True
 
-    def _search(self, region: Region, effort: Effort) -> None:
+    def _search(self, region: Region) -> None:
         core = reduce(self.problem, region.keep)
         if core.n_groups == 0:
             return
@@ -158,8 +167,8 @@ class Quadratic:
             starts += rounded(core, self._linear(core)[1])
         cur, value = search(
             core,
-            effort=effort,
-            seed=self.seed,
+            effort=default_effort(int(region.keep.sum())),
+            seed=self.control.options.seed,
             starts=[s for s in starts if s is not None],
             on_better=lambda cur, value: self._offer(value, core.lift(cur)),
             stop=self.control.stopped,
@@ -233,7 +242,7 @@ class Quadratic:
             region.keep[gone] = False
             region.node = self.record.node(region.node, region.keep)
             if self._propagate(region):
-                self._search(region, default_effort(int(region.keep.sum())))
+                self._search(region)
             return True
         large = core.n > PAIR_ROWS or self.problem.n_rows > DENSE_ROWS
         if region.priced or not len(core.pairs) or large:
@@ -331,7 +340,7 @@ class Quadratic:
         while not tree.done(incumbent):
             if control.stopped():
                 break
-            if control.node_limit is not None and self.nodes >= control.node_limit:
+            if (most := control.options.node_limit) is not None and self.nodes >= most:
                 control.limit = Limit.NODE
                 break
             if self.memory + tree.memory_bytes > MEMORY_LIMIT_BYTES:
@@ -381,28 +390,6 @@ class Quadratic:
             stats=stats,
             certificate=certificate,
         )
-
-
-def solve_quadratic(
-    problem: Problem,
-    control: Control,
-    *,
-    gap: float,
-    seed: int,
-    starts: tuple[Ints, ...] = (),
-    effort: Effort | None = None,
-) -> Solution:
-    """Solve ``problem`` to relative gap ``gap``, or as far as the limits allow. Exact.
-
-    Args:
-        problem: Budgets already checked one by one (``Problem.check_budgets``).
-        control: Limits and callbacks, started.
-        gap: Relative gap to prove.
-        seed: For the search; a seed gives one answer when no time limit strikes.
-        starts: Choices to begin with; infeasible ones are ignored.
-        effort: How long to search before proving.
-    """
-    return Quadratic(problem, control, gap=gap, seed=seed).run(starts, effort)
 
 
 def default_effort(rows: int) -> Effort:

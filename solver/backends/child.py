@@ -25,21 +25,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-MODULES = {
-    "cvxpy_scip": "bitquota.solver.backends.cvxpy_scip",
-    "cp_sat": "bitquota.solver.backends.cp_sat",
-    "mathopt": "bitquota.solver.backends.mathopt",
-    "highs_rlt": "bitquota.solver.backends.highs_rlt",
-    "gurobi": "bitquota.solver.backends.gurobi",
-}
-LIBRARIES = {
-    "cvxpy_scip": ("cvxpy", "pyscipopt"),
-    "cp_sat": ("ortools.sat.python.cp_model",),
-    "mathopt": ("ortools.math_opt.python.mathopt",),
-    "highs_rlt": ("scipy.optimize",),
-    "gurobi": ("gurobipy",),
-}
-"""Imported before the time limit begins."""
 MOST_ROUNDS = 50
 """Solutions that break a budget by less than a tolerance are cut off at most this often."""
 
@@ -53,18 +38,14 @@ def main() -> None:
         channel.write(json.dumps(message) + "\n")
         channel.flush()
 
-    goal = json.loads(sys.stdin.buffer.readline())
+    options = json.loads(sys.stdin.buffer.readline())
     task = Task(
         model=Model.from_bytes(sys.stdin.buffer.read()),
-        gap=goal["gap"],
-        time_limit_s=goal["time_limit_s"],
-        node_limit=goal["node_limit"],
-        seed=goal["seed"],
         report=lambda chosen: send({"incumbent": chosen.tolist()}),
+        **options,
     )
-    optimise = importlib.import_module(MODULES[sys.argv[1]]).optimise
-    for library in LIBRARIES[sys.argv[1]]:
-        importlib.import_module(library)
+    # A backend's module loads its libraries; the time limit begins then.
+    optimise = importlib.import_module(f"bitquota.solver.backends.{sys.argv[1]}").optimise
     send({"ready": True, "cpu_seconds": time.process_time()})
     answer = solve_with_covers(optimise, task)
     send({"answer": answer.to_json(), "cpu_seconds": time.process_time()})

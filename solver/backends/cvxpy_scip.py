@@ -1,17 +1,20 @@
 """CVXPY with SCIP: the published route to this problem, without its change of the question.
 
 CVXPY accepts a quadratic objective only when it is convex. The matrix is shifted on its diagonal,
-which is a constant on one-hot vectors (``convex_shift``), and never projected.
+which is a constant on one-hot vectors (``convex_shift``), and never projected. Loaded in the child
+process only.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import cvxpy as cp
 import numpy as np
+import pyscipopt  # noqa: F401 - CVXPY would load it within the time limit
 
 from bitquota.solver.backends.answer import Answer
-from bitquota.solver.backends.linear import RowList, objective_tolerance
+from bitquota.solver.backends.linear import constraints, objective_tolerance
 from bitquota.solver.backends.shift import convex_shift
 
 if TYPE_CHECKING:
@@ -21,23 +24,20 @@ _LIMITS = {"timelimit": "time", "nodelimit": "node", "totalnodelimit": "node", "
 
 
 def optimise(task: Task) -> Answer:
-    """Solve one task; called in the child process."""
-    import cvxpy as cp
-
+    """Solve one task."""
     model = task.model
-    n = model.n_rows
+    # Constraints and objective.
     shift = convex_shift(model.cross, model.diagonal)
-    x = cp.Variable(n, boolean=True)
+    x = cp.Variable(model.n_rows, boolean=True)
     objective = (model.diagonal - shift / 2) @ x
     if model.cross.any():
         Q = model.cross + np.diag(shift)
         objective += 0.5 * cp.quad_form(x, cp.psd_wrap(Q))
-    rows = RowList.of(task, None)
-    matrix, lower, upper = rows.matrix(n), np.array(rows.lower), np.array(rows.upper)
-    equal = lower == upper
-    constraints = [matrix[equal] @ x == upper[equal]]
-    if not equal.all():
-        constraints.append(matrix[~equal] @ x <= upper[~equal])
+    one_each, matrix, limits = constraints(task)
+    rules = [one_each @ x == 1]
+    if len(limits):
+        rules.append(matrix @ x <= limits)
+    # Goal and limits.
     parameters: dict[str, float] = {
         "limits/gap": task.gap,
         "randomization/randomseedshift": task.seed % 2**31,
@@ -47,12 +47,13 @@ def optimise(task: Task) -> Answer:
         parameters["limits/time"] = task.time_limit_s
     if task.node_limit is not None:
         parameters["limits/totalnodes"] = task.node_limit
-    problem = cp.Problem(cp.Minimize(objective), constraints)
+    problem = cp.Problem(cp.Minimize(objective), rules)
     try:
         problem.solve(solver=cp.SCIP, scip_params=parameters)
     except cp.SolverError:
         # CVXPY's word for "stopped without a solution".
         return Answer(status="unknown", limit="time" if task.node_limit is None else "node")
+    # What it says.
     scip = problem.solver_stats.extra_stats["model"]
     said, nodes = scip.getStatus(), int(scip.getNTotalNodes())
     if said in {"infeasible", "inforunbd"}:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitquota.errors import InvalidProblem, MissingDependency, SolverFailed
+from bitquota.errors import InvalidProblem, SolverFailed
+from bitquota.solver.backends.backend import Backend
 from bitquota.solver.backends.model import Model
 from bitquota.solver.backends.process import run_child
 from bitquota.solver.solution import Event, Limit, Solution, Stats, Status
@@ -21,37 +22,26 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bitquota.solver.backends.process import Outcome
-    from bitquota.solver.backends.protocol import Cancelled, OnEvent, Options
+    from bitquota.solver.control import Cancelled, OnEvent, Options
     from bitquota.solver.problem import Problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class External:
-    """A backend that runs ``optimise`` of its module in a child process.
+class External(Backend):
+    """A backend that runs ``optimise`` of the module of its name in a child process.
 
     Attributes:
-        name: Key of ``child.MODULES``.
         packages: What must be importable.
-        extra: The extra that brings them, or ``None``.
         largest_products: Products of two rows beyond which it is refused, or ``None``. Such a
             backend writes out each pair of rows.
     """
 
-    name: str
     packages: tuple[str, ...]
-    extra: str | None = None
-    counts_nodes: bool = True
     largest_products: int | None = None
-    proves: bool = True
-    certifies: bool = False
-    separate_process: bool = True
 
     def missing(self) -> str | None:
         """Return the first package that is not installed, or ``None``."""
-        for package in self.packages:
-            if importlib.util.find_spec(package) is None:
-                return package
-        return None
+        return next((p for p in self.packages if importlib.util.find_spec(p) is None), None)
 
     def refuses(self, problem: Problem) -> str | None:
         """Return why it cannot take ``problem``, or ``None``."""
@@ -73,17 +63,12 @@ class External:
         on_event: OnEvent | None = None,
         cancelled: Cancelled | None = None,
     ) -> Solution:
-        """Solve ``problem`` in a child process; see ``Backend.solve``.
+        """Solve ``problem`` in a child process; see ``Backend.solve``. Its packages are there.
 
         Raises:
-            MissingDependency: A package is not installed.
             InvalidProblem: The problem is larger than it takes.
             SolverFailed: The child died, or its answer does not hold.
         """
-        if package := self.missing():
-            how = f"install bitquota[{self.extra}]" if self.extra else f"install '{package}'"
-            msg = f"solver '{self.name}' needs the package '{package}'; {how}"
-            raise MissingDependency(msg, backend=self.name, package=package)
         if reason := self.refuses(problem):
             raise InvalidProblem(reason, backend=self.name)
         model = Model.of(problem)
@@ -130,55 +115,39 @@ class External:
         self, problem: Problem, model: Model, options: Options, outcome: Outcome
     ) -> Solution:
         answer = outcome.answer
-        chosen = outcome.incumbents[-1] if outcome.incumbents else None
-        if answer is not None:
-            chosen = answer.chosen
-        scaled_bound = -math.inf if answer is None else answer.bound
-        tolerance = 0.0 if answer is None else answer.tolerance / model.scale
-        stats = Stats(
-            nodes=0 if answer is None else answer.nodes,
-            cpu_seconds=outcome.cpu_seconds,
-            details=({} if answer is None else answer.details)
-            | {
-                "bound_tolerance": tolerance,
-                "loading_cpu_seconds": outcome.loading_cpu_seconds,
-            },
-        )
-        bound = scaled_bound / model.scale
-        if chosen is None:
-            if answer is not None and answer.status == "infeasible":
-                return Solution(
-                    status=Status.INFEASIBLE, bound=math.inf, backend=self.name, stats=stats
-                )
-            return Solution(
-                status=Status.UNKNOWN,
-                limit=self._limit(outcome),
-                bound=bound,
-                backend=self.name,
-                stats=stats,
-            )
-        choice = self._checked(problem, model, chosen)
-        objective = problem.evaluate(choice)
-        # Above the objective of its own choice, a bound is so by its tolerance only.
-        bound = min(bound, objective)
-        solved = (
-            answer is not None
-            and answer.status == "optimal"
+        bound, tolerance = answer.bound / model.scale, answer.tolerance / model.scale
+        choice, objective = None, math.inf
+        if answer.chosen is not None:
+            choice = self._checked(problem, model, answer.chosen)
+            objective = problem.evaluate(choice)
+            # Above the objective of its own choice, a bound is so by its tolerance only.
+            bound = min(bound, objective)
+        if answer.status == "infeasible":
+            status, bound = Status.INFEASIBLE, math.inf
+        elif choice is None:
+            status = Status.UNKNOWN
+        elif (
+            answer.status == "optimal"
             and objective - bound <= options.gap * abs(objective) + tolerance
-        )
+        ):
+            status = Status.OPTIMAL
+        else:
+            status = Status.FEASIBLE
+        loading = outcome.loading_cpu_seconds
         return Solution(
-            status=Status.OPTIMAL if solved else Status.FEASIBLE,
-            limit=None if solved else self._limit(outcome),
+            status=status,
+            # Where nothing else stopped it, its own tolerances did: the method's limit.
+            limit=Limit(answer.limit or Limit.METHOD)
+            if status in {Status.UNKNOWN, Status.FEASIBLE}
+            else None,
             choice=choice,
             objective=objective,
             bound=bound,
             backend=self.name,
-            stats=stats,
+            stats=Stats(
+                nodes=answer.nodes,
+                cpu_seconds=outcome.cpu_seconds,
+                details=answer.details
+                | {"bound_tolerance": tolerance, "loading_cpu_seconds": loading},
+            ),
         )
-
-    def _limit(self, outcome: Outcome) -> Limit:
-        """Return which limit stopped the child; its own tolerances count as the method's."""
-        said = outcome.stopped
-        if outcome.answer is not None:
-            said = outcome.answer.limit
-        return Limit.METHOD if said is None else Limit(said)

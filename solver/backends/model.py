@@ -8,6 +8,7 @@ Design: docs/design/external-solvers.md
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -103,10 +104,19 @@ class Model:
         """Return the problem's choice for one chosen row of the model per group."""
         return self.rows[chosen]
 
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First row of every group, and the one after its last."""
+        return list(itertools.pairwise(self.offsets.tolist()))
+
+    @property
+    def typical(self) -> float:
+        """Size of a typical objective: the sum of the groups' median sizes."""
+        return _typical(self.diagonal, self.offsets)
+
     def pick(self, x: Floats) -> Ints:
         """Return the row of every group with the largest entry of ``x``."""
-        spans = zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True)
-        return np.array([a + int(np.argmax(x[a:b])) for a, b in spans], dtype=np.int64)
+        return np.array([a + int(np.argmax(x[a:b])) for a, b in self.spans], dtype=np.int64)
 
     def value(self, chosen: Ints) -> float:
         """Return the scaled objective of the chosen rows."""
@@ -159,10 +169,14 @@ def _scale(diagonal: Floats, cross: Floats, offsets: Ints) -> float:
     largest = max(float(np.abs(diagonal).max()), float(np.abs(cross).max(initial=0.0)))
     if largest == 0.0:
         return 1.0
-    spans = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
-    typical = sum(float(np.median(np.abs(diagonal[a:b]))) for a, b in spans)
+    typical = _typical(diagonal, offsets)
     wanted = min(_TYPICAL / typical if typical > 0 else math.inf, _LARGEST / largest)
     return 2.0 ** min(math.floor(math.log2(wanted)), 1000)
+
+
+def _typical(diagonal: Floats, offsets: Ints) -> float:
+    spans = itertools.pairwise(offsets.tolist())
+    return sum(float(np.median(np.abs(diagonal[a:b]))) for a, b in spans)
 
 
 def _budgets(costs: Ints, limits: Ints, offsets: Ints) -> tuple[Ints, Ints]:
@@ -192,7 +206,6 @@ class Products:
         constant: Objective of the reference rows and of the model.
         left: i64[k], right: i64[k]: the rows of each product, ``group(left) < group(right)``.
         weight: f64[k], of each product; never zero.
-        reference: i64[G].
     """
 
     linear: Floats
@@ -200,7 +213,6 @@ class Products:
     left: Ints
     right: Ints
     weight: Floats
-    reference: Ints
 
     @classmethod
     def of(cls, model: Model) -> Products:
@@ -208,14 +220,9 @@ class Products:
         group, C = model.group, model.cross
         reference = model.offsets[1:] - 1
         if not len(C):
-            none = np.zeros(0, dtype=np.int64)
+            none, weight = np.zeros(0, dtype=np.int64), np.zeros(0)
             return cls(
-                linear=model.diagonal,
-                constant=model.constant,
-                left=none,
-                right=none,
-                weight=np.zeros(0),
-                reference=reference,
+                linear=model.diagonal, constant=model.constant, left=none, right=none, weight=weight
             )
         r = reference[group]
         reduced = C - C[r, :] - C[:, r] + C[np.ix_(r, r)]
@@ -238,5 +245,4 @@ class Products:
             left=left,
             right=right,
             weight=reduced[left, right],
-            reference=reference,
         )

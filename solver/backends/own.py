@@ -8,33 +8,22 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bitquota.errors import Infeasible
+from bitquota.solver.backends.backend import Backend
 from bitquota.solver.brute_force import LARGEST, enumerate_all, n_choices
 from bitquota.solver.native import solve_native
 from bitquota.solver.solution import Event, Limit, Solution, Status
 
 if TYPE_CHECKING:
-    from bitquota.solver.backends.protocol import Cancelled, OnEvent, Options
+    from bitquota.solver.control import Cancelled, OnEvent, Options
     from bitquota.solver.problem import Problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Own:
+class Own(Backend):
     """Bitquota's branch and bound: any matrix, any constraint, with a certificate."""
 
     name: str = "bitquota"
-    proves: bool = True
-    certifies: bool = True
     counts_nodes: bool = True
-    separate_process: bool = False
-    extra: str | None = None
-
-    def missing(self) -> str | None:
-        """Return ``None``: it needs nothing that bitquota does not."""
-        return None
-
-    def refuses(self, problem: Problem) -> str | None:  # noqa: ARG002 - the Protocol's
-        """Return ``None``: it takes every problem."""
-        return None
 
     def solve(
         self,
@@ -46,33 +35,16 @@ class Own:
     ) -> Solution:
         """Solve ``problem``; see ``bitquota.solver.solve``."""
         try:
-            return solve_native(
-                problem,
-                time_limit_s=options.time_limit_s,
-                node_limit=options.node_limit,
-                gap=options.gap,
-                seed=options.seed,
-                on_event=on_event,
-                cancelled=cancelled,
-            )
+            return solve_native(problem, options, on_event=on_event, cancelled=cancelled)
         except Infeasible:
             return Solution(status=Status.INFEASIBLE, bound=math.inf, backend=self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BruteForce:
+class BruteForce(Backend):
     """Every choice, one by one, for small problems."""
 
     name: str = "brute_force"
-    proves: bool = True
-    certifies: bool = False
-    counts_nodes: bool = False
-    separate_process: bool = False
-    extra: str | None = None
-
-    def missing(self) -> str | None:
-        """Return ``None``: it needs nothing that bitquota does not."""
-        return None
 
     def refuses(self, problem: Problem) -> str | None:
         """Return why there are too many choices, or ``None``."""
@@ -105,13 +77,5 @@ class BruteForce:
         if late and solution.limit is not None:
             solution = replace(solution, limit=Limit.TIME)
         if on_event is not None and solution.choice is not None:
-            on_event(
-                Event(
-                    kind="incumbent",
-                    objective=solution.objective,
-                    bound=solution.bound,
-                    cpu_seconds=solution.stats.cpu_seconds,
-                    choice=tuple(solution.choice.tolist()),
-                )
-            )
+            on_event(Event.of(solution))
         return solution

@@ -6,6 +6,7 @@ Design: docs/design/external-solvers.md
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from bitquota.solver.backends.answer import AnswerStatus
     from bitquota.solver.backends.model import Model
-    from bitquota.solver.backends.protocol import Cancelled, Options
+    from bitquota.solver.control import Cancelled, Options
 
 GRACE_S = 10.0
 """Beyond its time limit a child may take this long to react."""
@@ -44,16 +46,13 @@ class Outcome:
     """What came back from a child.
 
     Attributes:
-        answer: The child's own; ``None`` when it was stopped from here.
-        stopped: ``time`` or ``cancelled`` when it was stopped from here.
-        incumbents: Chosen rows that it reported on the way, the last best.
+        answer: The child's own, or its last report with the limit ``time`` or ``cancelled`` when
+            it was stopped from here.
         cpu_seconds: As far as known.
         loading_cpu_seconds: Of them, what loading libraries took.
     """
 
-    answer: Answer | None
-    stopped: str | None
-    incumbents: list[NDArray[np.int64]]
+    answer: Answer
     cpu_seconds: float
     loading_cpu_seconds: float = 0.0
 
@@ -77,20 +76,16 @@ def run_child(
     Raises:
         SolverFailed: The child died, or wrote something that is no answer.
     """
-    goal = {
-        "gap": options.gap,
-        "time_limit_s": options.time_limit_s,
-        "node_limit": options.node_limit,
-        "seed": options.seed,
-    }
-    deadline = None
-    if options.time_limit_s is not None:
-        deadline = clock() + START_S + options.time_limit_s + grace_s
+    limit_s = math.inf if options.time_limit_s is None else options.time_limit_s + grace_s
     command = command or (sys.executable, "-P", "-m", "bitquota.solver.backends.child", name)
+    before, loading = _children_seconds(), 0.0
+    incumbent: NDArray[np.int64] | None = None
+    stopped: str | None = None
+    last: dict[str, Any] = {}
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
-        given.write(json.dumps(goal).encode() + b"\n" + model.to_bytes())
+        # Start.
+        given.write(json.dumps(asdict(options)).encode() + b"\n" + model.to_bytes())
         given.seek(0)
-        seconds = _children_seconds()
         child = subprocess.Popen(  # noqa: S603 - our own module, by the running interpreter
             command, stdin=given, stdout=subprocess.PIPE, stderr=said, env=_environment()
         )
@@ -98,17 +93,10 @@ def run_child(
         assert child.stdout is not None  # noqa: S101 - it was asked for
         reader = threading.Thread(target=_read, args=(child.stdout, lines), daemon=True)
         reader.start()
-        incumbents: list[NDArray[np.int64]] = []
-        last: dict[str, Any] = {}
-        stopped, loading = None, 0.0
+        deadline = clock() + START_S + limit_s
         try:
-            while True:
-                if cancelled is not None and cancelled():
-                    stopped = "cancelled"
-                    break
-                if deadline is not None and clock() > deadline:
-                    stopped = "time"
-                    break
+            # Listen, until it ends or must.
+            while (stopped := _reason_to_stop(deadline, clock, cancelled)) is None:
                 try:
                     line = lines.get(timeout=_POLL_S)
                 except queue.Empty:
@@ -117,49 +105,53 @@ def run_child(
                     break
                 last = _parse(name, line)
                 if "ready" in last:
-                    loading = float(last.get("cpu_seconds", 0.0))
-                    if options.time_limit_s is not None:
-                        deadline = clock() + options.time_limit_s + grace_s
+                    loading, deadline = float(last.get("cpu_seconds", 0.0)), clock() + limit_s
                 if "incumbent" in last:
-                    incumbents.append(np.array(last["incumbent"], dtype=np.int64))
+                    incumbent = np.array(last["incumbent"], dtype=np.int64)
                     if on_incumbent is not None:
-                        on_incumbent(incumbents[-1])
+                        on_incumbent(incumbent)
         finally:
             if stopped is not None or sys.exc_info()[0] is not None:
                 child.kill()
             code = child.wait()
             reader.join()
             child.stdout.close()
+        # Understand what it said.
         if stopped is not None:
-            return Outcome(
-                answer=None,
-                stopped=stopped,
-                incumbents=incumbents,
-                cpu_seconds=_children_seconds() - seconds,
-                loading_cpu_seconds=loading,
-            )
-        if code != 0 or "answer" not in last:
-            said.seek(0)
-            words = said.read().decode(errors="replace").strip()[-_SAID:]
-            how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            last_words = ": " + words.splitlines()[-1] if words else ""
-            msg = (
-                f"solver backend '{name}' must end with an answer; its process ended with {how}"
-                f"{last_words}; try another solver"
-            )
-            raise SolverFailed(msg, backend=name, exit_code=code, stderr=words)
+            status: AnswerStatus = "unknown" if incumbent is None else "feasible"
+            answer = Answer(status=status, limit=stopped, chosen=incumbent)
+            seconds = _children_seconds() - before
+        else:
+            answer = _answer(name, code, last, said)
+            seconds = float(last.get("cpu_seconds", 0.0))
+    return Outcome(answer=answer, cpu_seconds=seconds, loading_cpu_seconds=loading)
+
+
+def _reason_to_stop(
+    deadline: float, clock: Callable[[], float], cancelled: Cancelled | None
+) -> str | None:
+    if cancelled is not None and cancelled():
+        return "cancelled"
+    return "time" if clock() > deadline else None
+
+
+def _answer(name: str, code: int, last: dict[str, Any], said: IO[bytes]) -> Answer:
+    """Return the answer of a child that ended with ``code`` after the message ``last``."""
+    if code != 0 or "answer" not in last:
+        said.seek(0)
+        words = said.read().decode(errors="replace").strip()[-_SAID:]
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        last_words = ": " + words.splitlines()[-1] if words else ""
+        msg = (
+            f"solver backend '{name}' must end with an answer; its process ended with {how}"
+            f"{last_words}; try another solver"
+        )
+        raise SolverFailed(msg, backend=name, exit_code=code, stderr=words)
     try:
-        answer = Answer.from_json(last["answer"])
+        return Answer.from_json(last["answer"])
     except ValueError as err:
         msg = f"solver backend '{name}' must write an answer; {err}"
         raise SolverFailed(msg, backend=name) from err
-    return Outcome(
-        answer=answer,
-        stopped=None,
-        incumbents=incumbents,
-        cpu_seconds=float(last.get("cpu_seconds", 0.0)),
-        loading_cpu_seconds=loading,
-    )
 
 
 def _environment() -> dict[str, str]:

@@ -17,10 +17,10 @@ MEASURES = (
 )  # fmt: skip
 """What ``bitquota.sensitivity.registry.measures`` offers; metrics in order of preference."""
 
-SOLVERS = (
-    "auto", "bitquota", "gurobi", "cvxpy_scip", "mathopt", "highs_rlt", "cp_sat", "brute_force",
-)  # fmt: skip
+SOLVERS = ("auto", "bitquota", "gurobi", "cvxpy_scip", "cp_sat", "brute_force")
 """What ``bitquota.solver.backends`` offers; that package compiles kernels when it is imported."""
+FORMER_SOLVERS = {"mathopt": "cvxpy_scip", "highs_rlt": "cp_sat"}
+"""Names of solvers that only the benchmarks still run, and which one to use instead."""
 
 TRAINING_METHODS = ("lsq", "tqt", "direct")
 """As ``bitquota.training.weight_quantizers`` has them; that module loads torch."""
@@ -138,6 +138,9 @@ class PlanRequest(Document):
 
 def check_solver(name: str) -> None:
     """Raise ``InvalidInput`` unless there is a solver backend called ``name``."""
+    if instead := FORMER_SOLVERS.get(name):
+        msg = f"solver must be one that is still offered; got '{name}': use '{instead}' instead"
+        raise InvalidInput(msg, solver=name, instead=instead)
     _one_of("solver", name, SOLVERS)
 
 

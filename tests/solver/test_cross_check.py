@@ -38,13 +38,13 @@ NOTHING = Solution(status=Status.INFEASIBLE, bound=math.inf)
 
 class TestCrossCheck:
     def test_solvers_agree(self):
-        """The certificate holds, and a linear, an integer and an exhaustive solver confirm."""
+        """The certificate holds, and a convex, an integer and an exhaustive solver confirm."""
         problem = small()
         heard = []
         check = cross_check(
             problem,
             solve(problem),
-            ["highs_rlt", "cp_sat", "brute_force"],
+            ["cvxpy_scip", "cp_sat", "brute_force"],
             on_comparison=heard.append,
         )
         assert check.holds

@@ -14,7 +14,7 @@ import hypothesis
 
 from bitquota.solver import Problem, Status
 from bitquota.solver.backends.answer import Task
-from bitquota.solver.backends.child import MODULES, solve_with_covers
+from bitquota.solver.backends.child import solve_with_covers
 from bitquota.solver.backends.model import Model
 from bitquota.solver.brute_force import enumerate_all
 from strategies import any_problems
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     name, examples = sys.argv[1], int(sys.argv[2])
-    optimise = importlib.import_module(MODULES[name]).optimise
+    optimise = importlib.import_module(f"bitquota.solver.backends.{name}").optimise
     counts = {"problems": 0, "infeasible": 0, "cover_rounds": 0}
 
     @hypothesis.settings(max_examples=examples, deadline=None, derandomize=True, database=None)

@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 
 from bitquota.errors import InvalidInput, InvalidProblem, MissingDependency
-from bitquota.request import SOLVERS
+from bitquota.request import FORMER_SOLVERS, SOLVERS
 from bitquota.solver import Limit, Problem, Status, solve
 from bitquota.solver.backends import (
     BACKENDS,
     Options,
     backend_by_name,
-    solve_with,
     usable,
 )
 from bitquota.solver.backends.external import External
@@ -54,6 +53,8 @@ class _External(SolverBackendContract):
 
 
 class TestOwn(SolverBackendContract):
+    certifies = True
+
     @pytest.fixture
     def backend(self):
         return BACKENDS["bitquota"]
@@ -80,14 +81,6 @@ class TestCvxpyScip(_External):
     name = "cvxpy_scip"
 
 
-class TestMathopt(_External):
-    name = "mathopt"
-
-
-class TestHighs(_External):
-    name = "highs_rlt"
-
-
 class TestCpSat(_External):
     name = "cp_sat"
 
@@ -102,6 +95,13 @@ class TestBackendByName:
         with pytest.raises(InvalidInput, match="cp_sat, brute_force"):
             backend_by_name("cplex")
 
+    @pytest.mark.parametrize("name", list(FORMER_SOLVERS))
+    def test_former_name_says_what_to_use_instead(self, name):
+        """Solvers that only the benchmarks run are named with one that is offered."""
+        with pytest.raises(InvalidInput) as caught:
+            solve(small(), backend=name)
+        assert caught.value.details["instead"] in BACKENDS
+
     def test_each_name_is_its_key(self):
         """The map's keys are the backends' own names."""
         assert {name: name for name in BACKENDS} == {n: b.name for n, b in BACKENDS.items()}
@@ -111,25 +111,18 @@ class TestBackendByName:
         assert SOLVERS == ("auto", *BACKENDS)
 
 
-class TestSolveWith:
-    def test_passes_options_on(self):
-        """``solve_with`` is ``backend.solve`` with keywords."""
-        assert Status.OPTIMAL == solve_with("brute_force", small()).status
-
-    def test_negative_limit_is_refused(self):
-        """The message names the limit."""
-        with pytest.raises(InvalidProblem, match="time_limit_s"):
-            solve_with("brute_force", small(), time_limit_s=-1)
+class TestSolve:
+    """``solve`` by the backend that is asked for."""
 
     def test_node_limit_is_refused_where_nodes_are_not_counted(self):
         """The message names the solvers that keep one; the others obey it or end before."""
         for name, backend in BACKENDS.items():
             if backend.missing() is None and not backend.counts_nodes:
                 with pytest.raises(InvalidInput, match="does not count nodes; .* bitquota"):
-                    solve_with(name, small(), node_limit=3)
-        assert solve_with("bitquota", small(), node_limit=0).limit in {None, Limit.NODE}
+                    solve(small(), backend=name, node_limit=3)
+        assert solve(small(), backend="bitquota", node_limit=0).limit in {None, Limit.NODE}
 
-    @pytest.mark.parametrize("name", ["brute_force", "cp_sat", "highs_rlt"])
+    @pytest.mark.parametrize("name", ["brute_force", "cp_sat"])
     def test_solve_passes_everything_on(self, name):
         """Through the front door: cancellation, a time limit of nothing, and events."""
         if BACKENDS[name].missing() is not None:
@@ -150,9 +143,7 @@ class TestSolveWith:
         absent = External(name="cp_sat", packages=("no_such_package",), extra="worker")
         monkeypatch.setitem(BACKENDS, "cp_sat", absent)
         with pytest.raises(MissingDependency, match=r"bitquota\[worker\]"):
-            solve_with("cp_sat", small())
-        with pytest.raises(MissingDependency, match=r"bitquota\[worker\]"):
-            absent.solve(small(), OPTIONS)
+            solve(small(), backend="cp_sat")
         assert "cp_sat" not in {b.name for b in usable(small())}
 
 
@@ -164,7 +155,7 @@ class TestUsable:
 
     def test_products_have_a_limit(self):
         """A backend that writes out products says how many are too many."""
-        few = External(name="highs_rlt", packages=("scipy",), largest_products=3)
+        few = External(name="cp_sat", packages=("ortools",), largest_products=3)
         assert "at most 3" in few.refuses(small())
         with pytest.raises(InvalidProblem, match="at most 3"):
             few.solve(small(), Options())

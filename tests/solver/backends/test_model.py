@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from bitquota.solver.backends.answer import Answer, Task
 from bitquota.solver.backends.child import solve_with_covers
-from bitquota.solver.backends.linear import RowList
+from bitquota.solver.backends.linear import constraints
 from bitquota.solver.backends.model import Model, Products
 from bitquota.solver.backends.shift import convex_shift
 from contracts.solver_backend import small, tight
@@ -90,34 +90,25 @@ class TestProducts:
             assert abs(value - model.value(rows)) <= 1e-11 * size
 
 
-class TestRowList:
+class TestConstraints:
     @settings(max_examples=60)
-    @given(problems(max_groups=4, max_rows=3), st.integers(0, 10**6))
-    def test_products_are_forced(self, problem, seed):
-        """``y = x_p x_q`` meets all rows; any other binary ``y`` of the wrong sign breaks one."""
+    @given(any_problems(max_groups=4, max_rows=3))
+    def test_choices_meet_them_as_they_meet_the_problem(self, problem):
+        """One row per group, budgets and pairs; a cover cuts off what it is made for."""
         model = Model.of(problem)
-        products = Products.of(model)
         task = Task(
             model=model, gap=0, time_limit_s=None, node_limit=None, seed=0, report=lambda _: None
         )
-        rows = RowList.of(task, products)
-        A = rows.matrix(model.n_rows + len(products.left))
-        lower, upper = np.array(rows.lower), np.array(rows.upper)
-        rng = np.random.default_rng(seed)
+        one_each, A, b = constraints(task)
+        scaled_exactly = not len(model.costs) or int(model.costs.max()) <= 10**6
         for chosen in all_choices(model):
             x = one_hot(model, chosen)
-            y = x[products.left] * x[products.right]
-            activity = A @ np.concatenate([x, y])
-            fits = bool(((activity >= lower - 1e-6) & (activity <= upper + 1e-6)).all())
-            scaled_exactly = not len(model.costs) or int(model.costs.max()) <= 10**6
+            assert (one_each @ x == 1).all()
             if scaled_exactly:
-                assert problem.is_feasible(model.choice(chosen)) == fits
-            if fits and len(y):
-                wrong = y.copy()
-                k = int(rng.integers(len(y)))
-                wrong[k] = 1 - wrong[k]
-                activity = A @ np.concatenate([x, wrong])
-                assert bool(((activity < lower - 0.5) | (activity > upper + 0.5)).any())
+                assert problem.is_feasible(model.choice(chosen)) == bool((A @ x <= b).all())
+            if (cover := model.cover(chosen)) is not None:
+                _, A_cut, b_cut = constraints(replace(task, covers=(cover,)))
+                assert (A_cut @ x)[-1] > b_cut[-1]
 
 
 class TestConvexShift:

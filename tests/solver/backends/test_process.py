@@ -46,7 +46,7 @@ class TestRunChild:
         )
         assert ANSWER.to_json() == outcome.answer.to_json()
         assert [[1, 3, 6]] == [h.tolist() for h in heard]
-        assert (None, 0.5) == (outcome.stopped, outcome.cpu_seconds)
+        assert (None, 0.5) == (outcome.answer.limit, outcome.cpu_seconds)
 
     def test_child_that_is_killed(self):
         """A signal is named, with what the child said last."""
@@ -92,9 +92,8 @@ class TestRunChild:
             return float(next(ticks)) if heard else 0.0
 
         outcome = run(program, limit=1.0, grace=2.0, clock=clock, on_incumbent=heard.append)
-        assert "time" == outcome.stopped
-        assert outcome.answer is None
-        assert [[1, 3, 6]] == [h.tolist() for h in outcome.incumbents]
+        assert ("time", "feasible") == (outcome.answer.limit, outcome.answer.status)
+        assert [1, 3, 6] == outcome.answer.chosen.tolist()
 
     def test_child_that_never_gets_ready(self):
         """Loading libraries does not count, but has a limit of its own."""
@@ -102,7 +101,7 @@ class TestRunChild:
         outcome = run(
             "import time; time.sleep(600)", limit=1.0, grace=2.0, clock=lambda: float(next(ticks))
         )
-        assert "time" == outcome.stopped
+        assert ("time", "unknown") == (outcome.answer.limit, outcome.answer.status)
         assert next(ticks) > process.START_S
 
     def test_cancelled_while_it_runs(self):
@@ -113,7 +112,7 @@ class TestRunChild:
             on_incumbent=heard.append,
             cancelled=lambda: bool(heard),
         )
-        assert "cancelled" == outcome.stopped
+        assert "cancelled" == outcome.answer.limit
 
     def test_callback_that_raises_ends_the_child(self):
         """An exception in a callback comes through, and no child is left behind."""
@@ -141,13 +140,8 @@ class TestExternal:
         monkeypatch.setattr(external, "run_child", lambda *_, **__: outcome)
         return self.BACKEND.solve(small(**fields), Options(gap=1e-3))
 
-    def outcome(self, answer=None, stopped=None, incumbents=()):
-        return process.Outcome(
-            answer=answer,
-            stopped=stopped,
-            incumbents=[np.array(i) for i in incumbents],
-            cpu_seconds=1.0,
-        )
+    def outcome(self, answer):
+        return process.Outcome(answer=answer, cpu_seconds=1.0)
 
     def test_broken_budget_is_a_failure(self, monkeypatch):
         """A choice over budget never leaves, whatever the child says."""
@@ -179,7 +173,8 @@ class TestExternal:
     def test_stopped_child_keeps_its_incumbent(self, monkeypatch, stopped):
         """The last reported choice is the answer, without a bound."""
         solution = self.solve(
-            monkeypatch, self.outcome(stopped=stopped, incumbents=[[1, 3, 6], [0, 3, 6]])
+            monkeypatch,
+            self.outcome(Answer(status="feasible", limit=stopped, chosen=np.array([0, 3, 6]))),
         )
         assert (Status.FEASIBLE, stopped) == (solution.status, str(solution.limit))
         assert [0, 0, 0] == solution.choice.tolist()
@@ -187,7 +182,7 @@ class TestExternal:
 
     def test_stopped_child_without_incumbent(self, monkeypatch):
         """Nothing known is status 'unknown'."""
-        solution = self.solve(monkeypatch, self.outcome(stopped="time"))
+        solution = self.solve(monkeypatch, self.outcome(Answer(status="unknown", limit="time")))
         assert (Status.UNKNOWN, Limit.TIME) == (solution.status, solution.limit)
 
     def test_incumbents_are_events(self, monkeypatch):
@@ -197,7 +192,8 @@ class TestExternal:
         def child(*_, on_incumbent, **__):
             for rows in ([1, 3, 6], [0, 3, 6], [1, 3, 6]):
                 on_incumbent(np.array(rows))
-            return self.outcome(stopped="time", incumbents=[[1, 3, 6]])
+            last = Answer(status="feasible", limit="time", chosen=np.array([1, 3, 6]))
+            return self.outcome(last)
 
         monkeypatch.setattr(external, "run_child", child)
         self.BACKEND.solve(small(), Options(), on_event=events.append)
