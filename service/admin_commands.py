@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitquota.errors import InvalidInput
+from bitquota.service.settings import Settings
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from bitquota.service.settings import Settings
     from bitquota.service.store.database import Database
 
 app = typer.Typer(help="Administer a server: keys, quotas, jobs, files.", no_args_is_help=True)
@@ -36,8 +38,6 @@ DataDir = Annotated[
 
 
 def _settings(data_dir: Path | None) -> Settings:
-    from bitquota.service.settings import Settings
-
     settings = Settings.from_environment()
     return settings if data_dir is None else replace(settings, data_dir=data_dir)
 
@@ -50,7 +50,6 @@ def _opened(data_dir: Path | None, *, make: bool = False) -> Iterator[tuple[Sett
         InvalidInput: There is no database, and none should be made: a folder that was mistyped
             must not become an empty server.
     """
-    from bitquota.errors import InvalidInput
     from bitquota.service.store.database import Database
 
     settings = _settings(data_dir)
@@ -90,7 +89,6 @@ def create_key(
     data_dir: DataDir = None,
 ) -> None:
     """Create a key and print it; it is shown only once and stored as a hash."""
-    from bitquota.errors import InvalidInput
     from bitquota.service.security.keys import KeyStore, Scope
 
     try:

@@ -19,6 +19,7 @@ from bitquota.service.store.blobs import storage_of
 from bitquota.service.store.database import Database
 from bitquota.service.telemetry import described
 from bitquota.service.worker.engines import ENGINES
+from bitquota.service.worker.engines.ray_cluster import connect
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -117,8 +118,6 @@ def _blobs(settings: Settings) -> Finding:
 def _engine(settings: Settings) -> Finding:
     workers = f"{settings.slots} x {settings.workers} workers"
     if settings.engine == "ray":
-        from bitquota.service.worker.engines.ray_cluster import connect
-
         try:
             ray = connect(settings)
         except BitquotaError as error:

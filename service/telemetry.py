@@ -16,6 +16,7 @@ import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
+import bitquota
 from bitquota.errors import MissingDependency
 
 if TYPE_CHECKING:
@@ -79,8 +80,6 @@ class Tracing:
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
-
-        import bitquota
 
         name = os.environ.get("OTEL_SERVICE_NAME", "bitquota")
         self._provider = TracerProvider(resource=Resource.create({"service.name": name}))

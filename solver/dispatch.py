@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from bitquota.errors import InvalidInput
+from bitquota.solver.backends import BACKENDS, installed_backend
 from bitquota.solver.control import Options
 from bitquota.solver.native import solve_native, verified
 
@@ -66,8 +67,6 @@ def solve(
         return solve_native(
             problem, options, on_event=on_event, cancelled=cancelled, start=start, clock=clock
         )
-    from bitquota.solver.backends import BACKENDS, installed_backend
-
     other = installed_backend(backend)
     if node_limit is not None and not other.counts_nodes:
         msg = (

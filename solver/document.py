@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bitquota.errors import InvalidInput
+from bitquota.solver.conflicts import explain_infeasible
+from bitquota.solver.cross_check import cross_check as checked
 from bitquota.solver.dispatch import GAP, solve
 from bitquota.solver.diverse import top_k
+from bitquota.solver.explain import explain as explained
 from bitquota.solver.frontiers import even_limits, frontier, smallest
 from bitquota.solver.solution import Status
 
@@ -65,20 +68,14 @@ def solve_document(
     document = solution_json(problem, solution)
     if solution.choice is None:
         if solution.status is Status.INFEASIBLE:
-            from bitquota.solver.conflicts import explain_infeasible
-
             document["conflict"] = explain_infeasible(problem).to_json()
         return document
     if top > 1:
         others = top_k(problem, top, gap=gap, time_limit_s=time_limit_s, seed=seed)
         document["top"] = [solution_json(problem, other) for other in others]
     if explain:
-        from bitquota.solver.explain import explain as explained
-
         document["explanation"] = explained(problem, solution).to_json()
     if cross_check:
-        from bitquota.solver.cross_check import cross_check as checked
-
         document["cross_check"] = checked(problem, solution).to_json()
     return document
 

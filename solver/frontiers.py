@@ -13,7 +13,7 @@ from bitquota.errors import InvalidProblem
 from bitquota.solver.core import propagate_steps, reduce
 from bitquota.solver.dispatch import GAP, solve
 from bitquota.solver.native import is_knapsack, verified
-from bitquota.solver.search import Effort, meets_all, search
+from bitquota.solver.search import Effort, meets_all, repaired, search
 from bitquota.solver.separable import solve_knapsack
 from bitquota.solver.solution import Limit, Solution, Stats, Status
 
@@ -206,8 +206,6 @@ def _better(problem: Problem, own: Ints | None, above: Ints | None, seed: int) -
         return own
     if problem.is_feasible(above):
         return _least(problem, own, above)
-    from bitquota.solver.search import repaired
-
     choice = repaired(problem, above, seed)
     return _least(problem, own, choice)
 

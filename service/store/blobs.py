@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from bitquota.errors import Conflict, NotFound, ServiceError, StorageFull, TooLarge
+from bitquota.service.store.remote_storage import FsspecStorage, Storage
 from bitquota.service.store.storage_errors import FULL, storage_told
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
     from bitquota.service.settings import Settings
-    from bitquota.service.store.remote_storage import Storage
-
 _PREFIX = "sha256:"
 _READ = 2**20
 _IN_USE_S = 3600.0
@@ -275,8 +274,6 @@ def storage_of(settings: Settings) -> Storage | None:
     """Return where files lie if not in the data folder; raises what ``FsspecStorage`` does."""
     if not settings.blob_url:
         return None
-    from bitquota.service.store.remote_storage import FsspecStorage
-
     return FsspecStorage(settings.blob_url)
 
 

@@ -21,7 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitquota.context import Context
 from bitquota.errors import BitquotaError, MeasurementFailed
+from bitquota.request import PlanRequest
+from bitquota.sensitivity.errands import Errand
 from bitquota.service import wire
 from bitquota.service.jobs.kinds import kind_by_name
 from bitquota.service.jobs.messages import (
@@ -36,6 +39,7 @@ from bitquota.service.jobs.messages import (
 )
 from bitquota.service.jobs.work import Work
 from bitquota.service.security.sandbox import discard_stale_kernels, limit_resources
+from bitquota.service.worker.forkserver import serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +49,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bitquota.canonical import JsonObject
-    from bitquota.sensitivity.errands import Errand
     from bitquota.service.jobs.messages import Message
     from bitquota.service.jobs.work import Loaded
 
@@ -143,8 +146,6 @@ def main() -> None:
 
     import torch
 
-    from bitquota.service.worker.forkserver import serve
-
     torch.set_num_threads(1)  # a pool of threads would not survive a fork
     warm_up()
     parent = os.getpid()
@@ -192,10 +193,8 @@ def warm_up() -> None:
     """
     import torch
 
-    from bitquota.context import Context
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import finish
-    from bitquota.request import PlanRequest
     from bitquota.search.allocate import allocate
 
     tiny = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
@@ -218,8 +217,6 @@ def carry_out(order: JsonObject, channel: Channel, loaded: Loaded) -> None:
 
 def help_out(order: JsonObject, channel: Channel, loaded: Loaded) -> None:
     """Measure what the driver asks for, task after task, into its ledger."""
-    from bitquota.request import PlanRequest
-    from bitquota.sensitivity.errands import Errand
     from bitquota.sensitivity.measures.parts import carry_out as run_task
     from bitquota.setting import prepare
 

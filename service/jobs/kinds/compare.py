@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bitquota.canonical import canonical_json
 from bitquota.report.comparison import Comparison
+from bitquota.request import PlanRequest
 from bitquota.service.jobs.kinds.kind import DATASET, MODEL, JobKind, Result
 from bitquota.service.jobs.kinds.plan_request import PlanRequestBody, with_budgets
 from bitquota.service.jobs.kinds.results import REPORT, read_json
@@ -40,7 +41,6 @@ class CompareRequest(BaseModel):
 
 def run(work: Work) -> None:
     """Hand over the comparison."""
-    from bitquota.request import PlanRequest
     from bitquota.search.compare import compare
 
     request = work.request

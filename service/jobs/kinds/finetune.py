@@ -20,6 +20,7 @@ from bitquota.service.jobs.kinds.training_request import (
 )
 from bitquota.service.jobs.training_checkpoints import sent_checkpoints
 from bitquota.service.store.formats import ArtifactKind
+from bitquota.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
@@ -46,7 +47,6 @@ def run(work: Work) -> None:
     """Hand over the plan of the trained weights, the weights, and the history."""
     from bitquota.quantizers.channel_fit import ChannelRule
     from bitquota.training.qat import finetune_plan
-    from bitquota.training.settings import TrainingSettings
 
     fit = work.request["activation_fit"]
     (plan,) = work.plans("plan")

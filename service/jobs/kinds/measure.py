@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bitquota.request import PlanRequest
 from bitquota.service.jobs.kinds.kind import DATASET, MODEL, JobKind
 from bitquota.service.jobs.kinds.plan_request import PlanRequestBody
 from bitquota.service.jobs.kinds.results import MATRIX
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 def run(work: Work) -> None:
     """Hand over the matrix."""
-    from bitquota.request import PlanRequest
     from bitquota.search.allocate import measure_matrix
 
     found = measure_matrix(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bitquota.canonical import canonical_json
+from bitquota.request import PlanRequest
 from bitquota.service.jobs.kinds.kind import DATASET, MODEL, JobKind
 from bitquota.service.jobs.kinds.plan_request import PlanRequestBody, with_budgets
 from bitquota.service.jobs.kinds.results import (
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 def run(work: Work) -> None:
     """Hand over the matrix, the inventory, and a plan with its certificate for each budget."""
-    from bitquota.request import PlanRequest
     from bitquota.search.allocate import allocate
 
     found = allocate(

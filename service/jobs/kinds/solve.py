@@ -13,6 +13,8 @@ from bitquota.request import check_solver
 from bitquota.service.jobs.kinds.kind import MATRIX, JobKind, Result
 from bitquota.service.jobs.kinds.results import CERTIFICATES, check_object
 from bitquota.service.jobs.kinds.solving_request import SolvingRequest, problem_of
+from bitquota.solver.archive import certificate_file
+from bitquota.solver.files import matrix_digest
 
 if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
@@ -37,9 +39,7 @@ class SolveRequest(SolvingRequest):
 
 def run(work: Work) -> None:
     """Hand over the document that ``bitquota solve --json`` prints."""
-    from bitquota.solver.archive import certificate_file
     from bitquota.solver.document import smallest_document, solve_document
-    from bitquota.solver.files import matrix_digest
 
     problem = problem_of(work)
     options = {k: v for k, v in work.request.items() if k not in {"budget", "budget_index"}}

@@ -29,12 +29,15 @@ from bitquota.errors import (
     ServiceError,
 )
 from bitquota.service.jobs.messages import Failed, encode
+from bitquota.service.settings import Settings
+from bitquota.service.store.blobs import BlobStore, digest_file, trim_copies
+from bitquota.service.worker.engines.local import LocalEngine
+from bitquota.service.worker.processes import remove_abandoned
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from bitquota.canonical import JsonObject
-    from bitquota.service.settings import Settings
     from bitquota.service.worker.engines.engine import Assignment, Inbox, InputFile
 
 _BATCH_S = 5.0
@@ -53,9 +56,6 @@ class Host:
 
     def __init__(self, settings: dict[str, str]) -> None:
         import queue
-
-        from bitquota.service.settings import Settings
-        from bitquota.service.worker.processes import remove_abandoned
 
         given = Settings.from_environment(settings)
         self._folder = node_folder(given)
@@ -80,9 +80,6 @@ class Host:
         """Start the evaluator with its assignment and return the address of this node."""
         import ray
 
-        from bitquota.service.store.blobs import trim_copies
-        from bitquota.service.worker.engines.local import LocalEngine
-
         input_files = [
             replace(input_file, path=self._stored(input_file, content))
             for input_file, content in zip(assignment.input_files, contents, strict=True)
@@ -101,8 +98,6 @@ class Host:
 
     def _stored(self, input_file: InputFile, content: Any) -> Path:  # noqa: ANN401
         """Return a file with the bytes of an input, written once for all actors of the node."""
-        from bitquota.service.store.blobs import BlobStore, digest_file
-
         store = BlobStore(self._folder / "blobs")
         place = store.place(input_file.digest)
         if place.is_file():
