@@ -35,6 +35,7 @@ from bitquota.sensitivity.recorder import (
 )
 from bitquota.sensitivity.runners.base import describe_change
 from bitquota.sensitivity.runners.graph import GraphRunner
+from bitquota.sensitivity.runners.reverse import linear_responses
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -171,7 +172,7 @@ class TangentMeasure:
             slope = _gradient(loss, output, reference, labels)
             return torch.cat([_factor(loss, output, noise), slope[None]])
 
-        output, responses = runner.linear_responses(chunk, base, rows, seeds)  # type: ignore[arg-type]
+        output, responses = linear_responses(runner, chunk, base, rows, seeds)  # type: ignore[arg-type]
         start = loss.per_sample(reference, reference, labels)
         losses = loss.per_sample(output, reference, labels) - start
         n, k = len(output), len(rows)

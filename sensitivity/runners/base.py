@@ -12,9 +12,10 @@ Design: docs/design/runners.md
 from __future__ import annotations
 
 import contextlib
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import torch
 
@@ -41,10 +42,6 @@ BatchNormMode = Literal["eval", "moved"]
 
 Precision = Literal["fp32", "bf16"]
 """In which arithmetic layers are run; weights are always quantized in float32."""
-
-ActivationQuantizers = "Callable[[str, int], Callable[[Tensor], Tensor]]"
-"""``(layer name, bits) -> fake-quantizer of that layer's input``, ranges calibrated."""
-
 
 DEFAULT_MEMORY_BYTES = 2**30
 
@@ -110,7 +107,7 @@ class Runner(Protocol):
         inventory: The model's layers.
         calibration: The samples.
         batch_norm: Which statistics batch normalisation uses.
-        bias_correction: Whether the means of layers' outputs are put right.
+        bias_correction: Whether the means of layers' outputs are corrected.
         precision: In which arithmetic layers are run.
         engine: Name of the implementation; part of ledger keys.
         origin: Digest of the samples that quantizers were fitted on, or empty.
@@ -157,9 +154,14 @@ class Runner(Protocol):
         ...
 
 
+_S = TypeVar("_S")
+
+
 @dataclass(slots=True)
-class RunnerFields:
+class RunnerBase:
     """What every runner is made of; see ``Runner`` and ``make_runner``.
+
+    A subclass says how it runs: ``_run``, ``_full_precision`` and ``share``.
 
     Attributes:
         activations: Input quantizers for candidates with activation bits.
@@ -194,8 +196,47 @@ class RunnerFields:
         """Return the full-precision output with stored batch-norm statistics."""
         return self._references.get(chunk, lambda: self._full_precision(chunk))
 
+    def start(self, chunk: int, change: Change) -> State:
+        """Run the whole model and keep what changes of single groups will read."""
+        return self._run(None, chunk, change, None)
+
+    def extend(self, state: State, change: Change, *, keep_for: Collection[str] = ()) -> State:
+        """Run behind ``change`` and keep what changes of ``keep_for`` will read."""
+        return self._run(state, state.chunk, change, tuple(keep_for))
+
+    def output(self, state: State, change: Change) -> Tensor:
+        """Run behind ``change``."""
+        return self._run(state, state.chunk, change, ()).output
+
+    @abstractmethod
+    def _run(
+        self, state: State | None, chunk: int, change: Change, keep_for: tuple[str, ...] | None
+    ) -> State:
+        """Run with ``change`` on top of ``state``, or of the whole model without one.
+
+        Args:
+            state: Where to start.
+            chunk: Which chunk; that of ``state``.
+            change: What differs from ``state``.
+            keep_for: Layers whose later changes must find their inputs; ``None`` for all.
+        """
+
+    @abstractmethod
     def _full_precision(self, chunk: int) -> Tensor:
-        raise NotImplementedError
+        """Run without changes and corrections."""
+
+    def _groups(self, names: Collection[str] | None = None) -> list[list[str]]:
+        """Return the layers, or those of ``names``, by their groups."""
+        groups: dict[str, list[str]] = {}
+        for layer in self.inventory.layers:
+            if names is None or layer.name in names:
+                groups.setdefault(layer.group, []).append(layer.name)
+        return list(groups.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the samples are."""
+        return self.calibration.device or self.calibration.inputs[0].device
 
     def labels(self, chunk: int) -> Tensor | None:
         """Return the labels of a chunk, if there are any."""
@@ -207,6 +248,14 @@ class RunnerFields:
         if self.precision != "fp32":
             described["precision"] = self.precision
         return described | ({"bias_correction": True} if self.bias_correction else {})
+
+
+def own_state(state: State | None, kind: type[_S]) -> _S | None:
+    """Return ``state``; raises ``TypeError`` for the state of another runner."""
+    if state is not None and not isinstance(state, kind):
+        msg = f"a state must come from the runner it is given to; got {type(state).__name__}"
+        raise TypeError(msg)
+    return state
 
 
 def in_precision(

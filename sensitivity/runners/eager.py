@@ -16,7 +16,7 @@ from bitquota.quantizers.apply import input_quantizer
 from bitquota.quantizers.corrections import output_means
 from bitquota.sensitivity.runners.base import (
     Change,
-    RunnerFields,
+    RunnerBase,
     State,
     in_precision,
 )
@@ -40,7 +40,7 @@ class EagerState:
 
 
 @dataclass(slots=True)
-class EagerRunner(RunnerFields):
+class EagerRunner(RunnerBase):
     """Calls the module itself with replaced weights: any model, no reuse of prefixes."""
 
     engine: str = "eager"
@@ -48,27 +48,21 @@ class EagerRunner(RunnerFields):
 
     def __post_init__(self) -> None:
         """Cut the samples into chunks."""
-        RunnerFields.__post_init__(self)
+        RunnerBase.__post_init__(self)
         n = len(self.calibration)
         self.chunks = cut(n, self.chunk_size)
         self.passes.macs_per_pass = float(n)
 
-    def start(self, chunk: int, change: Change) -> EagerState:
-        """Run the whole model."""
-        return EagerState(chunk, dict(change), self._run(chunk, change))
-
-    def extend(self, state: State, change: Change, *, keep_for: Collection[str] = ()) -> EagerState:
-        """Run the whole model with both changes."""
+    def _run(
+        self, state: State | None, chunk: int, change: Change, keep_for: tuple[str, ...] | None
+    ) -> EagerState:
+        """Run the whole model with both changes; nothing is kept."""
         del keep_for
-        both = {**state.change, **change}
-        return EagerState(state.chunk, both, self._run(state.chunk, both))
-
-    def output(self, state: State, change: Change) -> Tensor:
-        """Run the whole model with both changes."""
-        return self._run(state.chunk, {**state.change, **change})
+        both = dict(change) if state is None else {**state.change, **change}
+        return EagerState(chunk, both, self._output(chunk, both))
 
     def _full_precision(self, chunk: int) -> Tensor:
-        return self._run(chunk, {})
+        return self._output(chunk, {})
 
     def share(self, layers: Collection[str]) -> float:
         """Every run is a full pass."""
@@ -85,11 +79,11 @@ class EagerRunner(RunnerFields):
                 output_means(self.module, self.inventory) as means,
                 observed_statistics() as statistics,
             ):
-                self._run(chunk, {})
+                self._output(chunk, {})
             self._seen[chunk] = means.means, statistics.calls
         return self._seen[chunk]
 
-    def _run(self, chunk: int, change: Change) -> Tensor:
+    def _output(self, chunk: int, change: Change) -> Tensor:
         moved = self.batch_norm == "moved"
         # Without a change there is nothing to correct.
         corrected = bool(change) and (moved or self.bias_correction)

@@ -24,10 +24,11 @@ from bitquota.models.running import (
 )
 from bitquota.sensitivity.runners.base import (
     Change,
-    RunnerFields,
+    RunnerBase,
     State,
+    own_state,
 )
-from bitquota.sensitivity.runners.graph import thin_out
+from bitquota.sensitivity.runners.schedule import thin_out
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -83,7 +84,7 @@ class _Costs:
 
 
 @dataclass(slots=True)
-class OnnxRunner(RunnerFields):
+class OnnxRunner(RunnerBase):
     """Runs an ONNX graph, suffix by suffix; see the module docstring."""
 
     engine: str = "onnxruntime"
@@ -104,7 +105,7 @@ class OnnxRunner(RunnerFields):
             InvalidInput: A correction that finds nothing to act on, or a small fixed batch.
             InvalidModel: The module runs no ONNX graph.
         """
-        RunnerFields.__post_init__(self)
+        RunnerBase.__post_init__(self)
         source = source_of(self.module)
         if source is None:
             msg = "the engine 'onnxruntime' runs ONNX files; hand in an .onnx, or use 'auto'"
@@ -137,18 +138,6 @@ class OnnxRunner(RunnerFields):
         self.chunk_size = size
         self.chunks = cut(n, size)
         self.passes.macs_per_pass = self._costs.macs * n
-
-    def start(self, chunk: int, change: Change) -> OnnxState:
-        """Run the whole model and keep what changes of single groups will read."""
-        return self._run(None, chunk, dict(change), keep_for=None)
-
-    def extend(self, state: State, change: Change, *, keep_for: Collection[str] = ()) -> OnnxState:
-        """Run behind ``change`` and keep what changes of ``keep_for`` will read."""
-        return self._run(state, state.chunk, dict(change), keep_for=tuple(keep_for))
-
-    def output(self, state: State, change: Change) -> Tensor:
-        """Run behind ``change``."""
-        return self._run(state, state.chunk, dict(change), keep_for=()).output
 
     def _full_precision(self, chunk: int) -> Tensor:
         program, source = self._source.program("eval"), self._source
@@ -248,13 +237,6 @@ class OnnxRunner(RunnerFields):
         }
         return _Costs(work, kept, total)
 
-    def _groups(self, names: Collection[str] | None) -> list[list[str]]:
-        groups: dict[str, list[str]] = {}
-        for layer in self.inventory.layers:
-            if names is None or layer.name in names:
-                groups.setdefault(layer.group, []).append(layer.name)
-        return list(groups.values())
-
     def _all_reads(self, names: Collection[str] | None = None) -> set[str]:
         reads = [self._program.reads(self._behind_all(g)) for g in self._groups(names)]
         return set().union(*reads)
@@ -269,16 +251,14 @@ class OnnxRunner(RunnerFields):
 
     def _run(
         self,
-        state: State | None,
+        given: State | None,
         chunk: int,
-        change: dict[str, Candidate],
+        change: Change,
         keep_for: tuple[str, ...] | None,
     ) -> OnnxState:
-        if state is not None and not isinstance(state, OnnxState):
-            msg = f"a state must come from the runner it is given to; got {type(state).__name__}"
-            raise TypeError(msg)
+        state = own_state(given, OnnxState)
         source, rows = self._source, self.chunks[chunk]
-        both = change if state is None else {**state.change, **change}
+        both = dict(change) if state is None else {**state.change, **change}
         program, feeds = self._program, source.feeds(self.module) | self.means(chunk)
         for name, candidate in both.items():
             if candidate.activation_bits is not None:
@@ -314,9 +294,7 @@ class OnnxRunner(RunnerFields):
     def _joined(self, pieces: list[Any], n_rows: int) -> Tensor:
         joined = np.concatenate(pieces)[:n_rows] if len(pieces) > 1 else pieces[0][:n_rows]
         tensor = torch.from_numpy(joined.astype(np.float32, copy=False))
-        return checked_output(
-            tensor.to(self.calibration.device or self.calibration.inputs[0].device), n_rows
-        )
+        return checked_output(tensor.to(self.device), n_rows)
 
 
 def _no_activations(layer: str) -> MeasurementFailed:
