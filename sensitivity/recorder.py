@@ -142,9 +142,11 @@ class Recorder:
         if len(found) == len(set(keys)):
             self.reused += 1
         else:
-            arrays = measure()
-            found = dict(zip(keys, arrays, strict=True))
-            self.context.ledger.put_many(found)
+            arrays = dict(zip(keys, measure(), strict=True))
+            self.context.ledger.put_many(
+                {key: array for key, array in arrays.items() if key not in found}
+            )
+            found = arrays | found
         self.done += 1
         total = max(1, self.shards * len(self.chunks))
         self.context.report(self.stage, self.done, total, self.reused)

@@ -34,6 +34,34 @@ def chosen(kind, choice):
     return module, inventory, table_of(inventory).decode(choice)
 
 
+class OnceLedger(MemoryLedger):
+    """Refuses what it has."""
+
+    def put_many(self, entries):
+        assert not self.get_many(list(entries))
+        super().put_many(entries)
+
+
+class TestNothingIsHandedInTwice:
+    def test_choices_of_a_plan_share_the_reference(self):
+        ledger, data = OnceLedger(), samples(Residual)
+        for choice in [(0, 1, 0, 1), (0, 0, 0, 1)]:
+            module, inventory, candidates = chosen(Residual, choice)
+            measure_choice(module, inventory, candidates, data, KL, context=Context(ledger=ledger))
+        assert len(ledger) % 3 == 0
+
+    def test_choices_that_were_measured_in_part(self):
+        ledger, module = OnceLedger(), build(Residual)
+        inventory = inventory_of(module)
+        runner = make_runner(module, inventory, samples(Residual), chunk_size=2)
+        first, both = [(0, 1, 0, 1)], [(0, 1, 0, 1), (0, 0, 0, 1)]
+        table = table_of(inventory)
+        alone = measure_choices(runner, table, KL, first, context=Context(ledger=ledger))
+        found = measure_choices(runner, table, KL, both, context=Context(ledger=ledger))
+        assert np.array_equal(alone[0], found[0])
+        assert len(ledger) == 3 * len(runner.chunks)
+
+
 class TestApplyPlan:
     def test_returns_a_quantized_copy(self):
         """Weights lie on their grid, the original is untouched, biases stay."""

@@ -145,24 +145,30 @@ def measure_choice(
         inputs, labels = inputs_of(calibration, chunk), labels_of(calibration, chunk)
         keys = key(chunk, "reference"), key(chunk, plan)
         found = context.ledger.get_many(keys)
-        if len(found) < 2:
-            if quantized is None:
-                quantized = apply_plan(
-                    module,
-                    inventory,
-                    candidates,
-                    corrections=corrections,
-                    correction_data=correction_data,
-                    fitted=fitted,
-                    references=references,
-                )
-            reference = references.get(done, partial(run_module, module, inputs))
-            for name, output in ((keys[0], reference), (keys[1], run_module(quantized, inputs))):
-                rows = [loss.per_sample(output, reference, labels)]
-                if labels is not None and labels.shape == output.shape[:-1]:
-                    rows.append(n_correct(output, labels))
-                found[name] = np.stack(checked_losses(torch.stack(rows), loss.name))
-            context.ledger.put_many(found)
+        measured = {}
+        for name in keys:
+            if name in found:
+                continue
+            output = reference = references.get(done, partial(run_module, module, inputs))
+            if name == keys[1]:
+                if quantized is None:
+                    quantized = apply_plan(
+                        module,
+                        inventory,
+                        candidates,
+                        corrections=corrections,
+                        correction_data=correction_data,
+                        fitted=fitted,
+                        references=references,
+                    )
+                output = run_module(quantized, inputs)
+            rows = [loss.per_sample(output, reference, labels)]
+            if labels is not None and labels.shape == output.shape[:-1]:
+                rows.append(n_correct(output, labels))
+            measured[name] = np.stack(checked_losses(torch.stack(rows), loss.name))
+        if measured:
+            context.ledger.put_many(measured)
+            found |= measured
         start, end = found[keys[0]], found[keys[1]]
         increases.append(end[0] - start[0])
         if len(end) > 1:
