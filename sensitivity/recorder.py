@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from bitquota.candidates.table import CandidateTable
     from bitquota.canonical import JsonObject
     from bitquota.context import Context
-    from bitquota.sensitivity.errands import Errand
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runners.base import Change, Runner
+    from bitquota.sensitivity.tasks import Task
 
 
 def row_changes(table: CandidateTable) -> list[dict[str, Any]]:
@@ -47,11 +47,11 @@ class Shared:
     """How the chunks of a measurement can be measured apart, at the same time.
 
     Attributes:
-        errand: What another process is told; which chunk is filled in.
+        task: What another process is told; which chunk is filled in.
         measure: Measures one chunk here, into the ledger.
     """
 
-    errand: Errand
+    task: Task
     measure: Callable[[int], object]
 
 
@@ -157,8 +157,8 @@ class Recorder:
         shared, self.shared = self.shared, None
         if shared is None or self.context.executor is None:
             return False
-        errands = [replace(shared.errand, chunk=chunk) for chunk in self.chunks]
-        self.context.executor(errands, lambda errand: shared.measure(errand.chunk))
+        tasks = [replace(shared.task, chunk=chunk) for chunk in self.chunks]
+        self.context.executor(tasks, lambda task: shared.measure(task.chunk))
         return True
 
     def losses(self, chunk: int, outputs: Sequence[Tensor]) -> list[NDArray[np.float64]]:
@@ -196,6 +196,34 @@ def standard_error(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.zeros(values.shape[:-1])
     error: NDArray[np.float64] = values.std(axis=-1, ddof=1) / np.sqrt(n)
     return error
+
+
+def free_rows(
+    table: CandidateTable, base_point: Sequence[int] | None, only: Sequence[int] | None = None
+) -> list[int]:
+    """Return the rows to measure: all, or those of ``only``, but not those of the base point."""
+    fixed = {int(table.offsets[g] + r) for g, r in enumerate(base_point or ())}
+    return [r for r in (range(len(table.rows)) if only is None else sorted(only)) if r not in fixed]
+
+
+def cross_terms(
+    table: CandidateTable,
+    moments: NDArray[np.float64],
+    n_samples: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean and standard error of each cross-layer term, ``f64[n, n]``; 0 within groups.
+
+    Args:
+        table: What the rows stand for.
+        moments: f64[2, n, n]: sums over samples of each term and of its square.
+        n_samples: How many samples.
+    """
+    cross = moments[0] / n_samples
+    variance = np.maximum(moments[1] / n_samples - cross**2, 0.0)
+    error = np.sqrt(variance / max(n_samples - 1, 1))
+    same = table.group_of_row[:, None] == table.group_of_row[None, :]
+    cross[same], error[same] = 0.0, 0.0
+    return (cross + cross.T) / 2, (error + error.T) / 2
 
 
 def provenance(runner: Runner, measure: str, loss: Loss) -> JsonObject:

@@ -38,7 +38,7 @@ from bitquota.request import PlanRequest
 from bitquota.search.allocate import Allocation, allocate
 from bitquota.search.compare import compare
 from bitquota.sensitivity.cache import SqliteLedger, export_entries
-from bitquota.sensitivity.errands import Errand
+from bitquota.sensitivity.tasks import Task
 from bitquota.service.api.submissions import JobSubmission, new_job
 from bitquota.service.jobs.kinds import KINDS
 from bitquota.solver import solve
@@ -344,11 +344,11 @@ def orders() -> dict[str, Any]:
     return found
 
 
-def errands() -> dict[str, Errand]:
+def tasks() -> dict[str, Task]:
     """Return parts of measurements that another process may be given."""
     return {
-        "gram": Errand(measure="gram", chunk=0),
-        "choices": Errand(measure="choices", chunk=2, point=(0, 1), choices=((0, 0), (1, 1))),
+        "gram": Task(measure="gram", chunk=0),
+        "choices": Task(measure="choices", chunk=2, point=(0, 1), choices=((0, 0), (1, 1))),
     }
 
 
@@ -390,7 +390,7 @@ def texts() -> dict[str, str]:
         "inventory": inventory().to_json(),
         "candidates": rows_of(),
         "requests": {name: request.to_json() for name, request in requests().items()},
-        "errands": {name: errand.to_json() for name, errand in errands().items()},
+        "errands": {name: task.to_json() for name, task in tasks().items()},
         "answers": {name: answer.to_json() for name, answer in answers().items()},
         "orders": orders(),
     }

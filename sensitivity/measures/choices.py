@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.context import Context
-from bitquota.sensitivity.errands import CHOICES, Errand, as_point
 from bitquota.sensitivity.recorder import (
     Recorder,
     Shared,
     base_change,
     merged,
 )
+from bitquota.sensitivity.tasks import CHOICES, Task, as_point
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,7 +52,7 @@ def measure_choices(
     Cost: one pass for the centre and, for each choice, the suffix behind its first difference.
     """
     context = context or Context()
-    errand = Errand(
+    task = Task(
         measure=CHOICES, chunk=0, point=as_point(centre), choices=tuple(map(as_point, choices))
     )
 
@@ -67,7 +67,7 @@ def measure_choices(
         stage=stage,
         context=context,
         only=chunks,
-        shared=Shared(errand=errand, measure=one_chunk),
+        shared=Shared(task=task, measure=one_chunk),
     )
     changes = [base_change(table, choice) for choice in choices]
     base = base_change(table, centre)

@@ -24,18 +24,20 @@ import torch
 from bitquota.context import Context
 from bitquota.matrix import SensitivityMatrix
 from bitquota.sensitivity.curvature import curvature_products
-from bitquota.sensitivity.errands import Errand, as_point
 from bitquota.sensitivity.measures.pairs import DiagonalMeasure
 from bitquota.sensitivity.recorder import (
     Recorder,
     Shared,
     base_change,
     checked_losses,
+    cross_terms,
+    free_rows,
     merged,
     provenance,
     row_changes,
     standard_error,
 )
+from bitquota.sensitivity.tasks import Task, as_point
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -199,12 +201,9 @@ def measure_differences(
     nothing, and must not be offered to a solver. ``chunks`` names the chunks to measure on, by
     default all.
     """
-    offsets = table.offsets
     context, point = context or Context(), as_point(base_point)
-    n = len(table.rows)
     changes, base = row_changes(table), base_change(table, base_point)
-    fixed = set() if base_point is None else {int(offsets[g] + r) for g, r in enumerate(base_point)}
-    rows = [r for r in (range(n) if only is None else sorted(only)) if r not in fixed]
+    n, rows = len(table.rows), free_rows(table, base_point, only)
 
     def one_chunk(chunk: int) -> None:
         measure_differences(
@@ -219,39 +218,37 @@ def measure_differences(
         only=chunks,
         shared=None
         if only or chunks
-        else Shared(errand=Errand(measure="gram", chunk=0, point=point), measure=one_chunk),
+        else Shared(task=Task(measure="gram", chunk=0, point=point), measure=one_chunk),
     )
+
+    # Chunk by chunk: losses of full precision, of the base point and of every row; their moments.
     n_samples = len(recorder.positions)
     start_losses, base_losses = np.empty(n_samples), np.empty(n_samples)
-    singles = np.empty((n, n_samples))
-    sums, squares = np.zeros((n, n)), np.zeros((n, n))
+    singles, moments = np.empty((n, n_samples)), np.zeros((2, n, n))
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     output_shape: tuple[int, ...] = ()
     for chunk, where in recorder.spans():
-        part = _Chunk(recorder, chunk, table, base, rows)
+        part = _Chunk(recorder, chunk, base, rows)
         found = part.measure(changes)
         start_losses[where], base_losses[where] = found.reference_losses, found.base_losses
         singles[:, where] = found.base_losses
         singles[rows, where] = found.row_losses
-        sums[np.ix_(rows, rows)] += found.moments[0]
-        squares[np.ix_(rows, rows)] += found.moments[1]
+        moments[np.ix_((0, 1), rows, rows)] += found.moments
         if found.differences is not None and found.output is not None:
             full = torch.zeros((n, *found.differences.shape[1:]), dtype=torch.float32)
             full[rows] = found.differences
             kept.append((found.output, part.reference(), full))
             output_shape = found.output_shape
+
+    # Means over the samples, and their standard errors.
     increases = singles - base_losses
-    same = table.group_of_row[:, None] == table.group_of_row[None, :]
-    cross = sums / n_samples
-    variance = np.maximum(squares / n_samples - cross**2, 0.0)
-    error = np.sqrt(variance / max(n_samples - 1, 1))
-    cross[same], error[same] = 0.0, 0.0
+    cross, error = cross_terms(table, moments, n_samples)
     matrix = SensitivityMatrix(
         table=table,
         diagonal=increases.mean(axis=1),
         diagonal_error=standard_error(increases),
-        cross=(cross + cross.T) / 2,
-        cross_error=(error + error.T) / 2,
+        cross=cross,
+        cross_error=error,
         constant=float((base_losses - start_losses).mean()),
         base_point=point,
         loss=loss.name,
@@ -260,6 +257,8 @@ def measure_differences(
     )
     if len(kept) < len(recorder.chunks):
         return matrix, None
+
+    # The differences of all chunks side by side, for predictions of whole plans.
     labels = runner.calibration.labels
     if labels is not None and chunks is not None:
         labels = labels[torch.as_tensor(recorder.positions, device=labels.device)]
@@ -299,12 +298,10 @@ class _Chunk:
         self,
         recorder: Recorder,
         chunk: int,
-        table: CandidateTable,
         base: Change,
         rows: Sequence[int],
     ) -> None:
         self._recorder, self._chunk, self._base, self._rows = recorder, chunk, base, rows
-        self._table = table
 
     def reference(self) -> Tensor:
         """Return ``f64[n, E]`` of the full-precision model."""

@@ -19,16 +19,17 @@ import numpy as np
 
 from bitquota.context import Context
 from bitquota.matrix import SensitivityMatrix
-from bitquota.sensitivity.errands import Errand, as_point
 from bitquota.sensitivity.recorder import (
     Recorder,
     Shared,
     base_change,
+    free_rows,
     merged,
     provenance,
     row_changes,
     standard_error,
 )
+from bitquota.sensitivity.tasks import Task, as_point
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -153,11 +154,8 @@ def _measure(
     context = context or Context()
     offsets, n = table.offsets, len(table.rows)
     changes, base = row_changes(table), base_change(table, base_point)
-    fixed = set() if base_point is None else {int(offsets[g] + r) for g, r in enumerate(base_point)}
-    order = _order(runner, table)
-    rows_of = [
-        [r for r in range(offsets[g], offsets[g + 1]) if r not in fixed] for g in range(len(order))
-    ]
+    free, order = free_rows(table, base_point), _order(runner, table)
+    rows_of = [[r for r in free if offsets[g] <= r < offsets[g + 1]] for g in range(len(order))]
     # One shard per chunk and row in front: the row alone and, for pairs, with all rows behind it.
     shards = [
         (row, [r for h in order[k + 1 :] for r in rows_of[h]] if pairs else [])
@@ -180,9 +178,11 @@ def _measure(
         shards=1 + len(shards),
         only=chunks,
         shared=Shared(
-            errand=Errand(measure=name, chunk=0, point=as_point(base_point)), measure=one_chunk
+            task=Task(measure=name, chunk=0, point=as_point(base_point)), measure=one_chunk
         ),
     )
+
+    # Shard by shard: losses of full precision, of the base point, of every row and of every pair.
     n_samples = len(recorder.positions)
     base_losses = np.empty(n_samples)
     start_losses = np.empty(n_samples)
@@ -200,6 +200,8 @@ def _measure(
                 if (row, partner) not in sums:
                     sums[row, partner] = np.empty(n_samples)
                 sums[row, partner][where] = values
+
+    # What two rows lose together beyond what each loses alone.
     increases = singles - base_losses
     cross = cross_error = None
     if pairs:

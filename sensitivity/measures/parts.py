@@ -1,4 +1,4 @@
-"""Carry out an errand: one chunk of a measurement that somebody else asked for."""
+"""Carry out a task: one chunk of a measurement that somebody else asked for."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import itertools
 from typing import TYPE_CHECKING
 
 from bitquota.errors import InvalidInput
-from bitquota.sensitivity.errands import CHOICES
 from bitquota.sensitivity.measures.choices import measure_choices
 from bitquota.sensitivity.measures.gram import measure_gram
 from bitquota.sensitivity.measures.pairs import measure_pairs, measure_singles
+from bitquota.sensitivity.tasks import CHOICES
 
 if TYPE_CHECKING:
     from bitquota.candidates.table import CandidateTable
     from bitquota.context import Context
-    from bitquota.sensitivity.errands import Errand
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runners.base import Runner
+    from bitquota.sensitivity.tasks import Task
 
 
 def carry_out(
-    errand: Errand,
+    task: Task,
     runner: Runner,
     table: CandidateTable,
     loss: Loss,
     *,
     context: Context,
 ) -> None:
-    """Measure what ``errand`` says into the ledger; exact, to the same bits as the whole loop.
+    """Measure what ``task`` says into the ledger; exact, to the same bits as the whole loop.
 
     Raises:
         InvalidInput: The runner has no such chunk, or the table no such rows.
@@ -37,24 +37,24 @@ def carry_out(
     Cost: that of the measure, times the chunk's share of the samples.
     """
     counts = [int(b - a) for a, b in itertools.pairwise(table.offsets)]
-    points = [p for p in (errand.point, *errand.choices) if p is not None]
+    points = [p for p in (task.point, *task.choices) if p is not None]
     fits = all(
         len(p) == len(counts) and all(0 <= r < n for r, n in zip(p, counts, strict=True))
         for p in points
     )
-    if errand.chunk >= len(runner.chunks) or not fits:
+    if task.chunk >= len(runner.chunks) or not fits:
         msg = (
-            f"an errand must speak of the {len(runner.chunks)} chunks and {len(counts)} groups "
-            f"there are; got {errand}"
+            f"a task must name one of {len(runner.chunks)} chunks and a row of each of "
+            f"{len(counts)} groups; got {task}"
         )
         raise InvalidInput(msg)
-    own, chunks = context.part(), [errand.chunk]
-    if errand.measure == CHOICES:
+    own, chunks = context.part(), [task.chunk]
+    if task.measure == CHOICES:
         measure_choices(
-            runner, table, loss, errand.choices, centre=errand.point, context=own, chunks=chunks
+            runner, table, loss, task.choices, centre=task.point, context=own, chunks=chunks
         )
     else:
         measures = {"gram": measure_gram, "pairs": measure_pairs, "diagonal": measure_singles}
-        measures[errand.measure](
-            runner, table, loss, base_point=errand.point, context=own, chunks=chunks
+        measures[task.measure](
+            runner, table, loss, base_point=task.point, context=own, chunks=chunks
         )

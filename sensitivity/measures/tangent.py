@@ -29,6 +29,8 @@ from bitquota.sensitivity.curvature import SOFTMAX_LOSSES, curvature_products
 from bitquota.sensitivity.recorder import (
     Recorder,
     base_change,
+    cross_terms,
+    free_rows,
     provenance,
     row_changes,
     standard_error,
@@ -36,6 +38,7 @@ from bitquota.sensitivity.recorder import (
 from bitquota.sensitivity.runners.base import describe_change
 from bitquota.sensitivity.runners.graph import GraphRunner
 from bitquota.sensitivity.runners.reverse import linear_responses
+from bitquota.sensitivity.tasks import as_point
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,16 +102,14 @@ class TangentMeasure:
             raise InvalidInput(msg)
         if runner.batch_norm != "eval" or runner.bias_correction:
             raise InvalidInput(SAMPLES_DEPEND)
-        offsets, n = table.offsets, len(table.rows)
         changes, base = row_changes(table), base_change(table, base_point)
-        fixed = (
-            () if base_point is None else {int(offsets[g] + r) for g, r in enumerate(base_point)}
-        )
-        rows = [r for r in range(n) if r not in fixed]
+        n, rows = len(table.rows), free_rows(table, base_point)
+
+        # Chunk by chunk: losses at the base point, first and second order of every row.
         recorder = Recorder(runner=runner, loss=loss, stage=self.name, context=context or Context())
         singles: list[NDArray[np.float64]] = []
         starts: list[NDArray[np.float64]] = []
-        sums, squares = np.zeros((n, n)), np.zeros((n, n))
+        moments = np.zeros((2, n, n))
         described = {
             "base": describe_change(base),
             "rows": [describe_change(changes[r]) for r in rows],
@@ -124,25 +125,21 @@ class TangentMeasure:
             found = recorder.shard(keys, run)
             starts.append(found[keys[0]])
             singles.append(found[keys[1]])
-            sums[np.ix_(rows, rows)] += found[keys[2]][0]
-            squares[np.ix_(rows, rows)] += found[keys[2]][1]
+            moments[np.ix_((0, 1), rows, rows)] += found[keys[2]]
+
+        # Means over the samples, and their standard errors.
         n_samples = len(runner.calibration)
         increases = np.zeros((n, n_samples))
         increases[rows] = np.concatenate(singles, axis=1)
-        of = table.group_of_row
-        same = of[:, None] == of[None, :]
-        cross = sums / n_samples
-        variance = np.maximum(squares / n_samples - cross**2, 0.0)
-        error = np.sqrt(variance / max(n_samples - 1, 1))
-        cross[same], error[same] = 0.0, 0.0
+        cross, error = cross_terms(table, moments, n_samples)
         return SensitivityMatrix(
             table=table,
             diagonal=increases.mean(axis=1),
             diagonal_error=standard_error(increases),
-            cross=(cross + cross.T) / 2,
-            cross_error=(error + error.T) / 2,
+            cross=cross,
+            cross_error=error,
             constant=float(np.concatenate(starts).mean()),
-            base_point=None if base_point is None else tuple(int(b) for b in base_point),
+            base_point=as_point(base_point),
             loss=loss.name,
             unit=loss.unit,
             provenance=provenance(runner, self.name, loss) | {"directions": self.directions},

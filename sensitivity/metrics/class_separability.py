@@ -14,7 +14,6 @@ import numpy as np
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.errors import InvalidCalibration
-from bitquota.sensitivity.losses import CrossEntropy
 from bitquota.sensitivity.metrics.layer_trace import trace_layers
 from bitquota.sensitivity.metrics.metric import FORWARD, Metric, Scores, Work, row_sums
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bitquota.candidates.table import Candidate, CandidateTable
-    from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.metrics.layer_trace import TracedCall
     from bitquota.sensitivity.runners.base import Runner
 
@@ -69,11 +67,6 @@ class ClassSeparability(Metric):
         """Return one pass."""
         del runner, table
         return FORWARD
-
-    def judged_by(self, loss: Loss) -> Loss:
-        """Return cross entropy, which says that labels are needed."""
-        del loss
-        return CrossEntropy()
 
     def scores(self, work: Work) -> Scores:
         """Score every row."""

@@ -17,23 +17,20 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 
-from bitquota.sensitivity.losses import CrossEntropy
 from bitquota.sensitivity.metrics.local_response import (
-    cost_with_gradients,
+    LabelledGradientMetric,
     measure_rows,
     per_sample_dot,
     response_to,
 )
-from bitquota.sensitivity.metrics.metric import Metric, Scores, Work, changes_anything
+from bitquota.sensitivity.metrics.metric import Scores, Work, changes_anything
 from bitquota.sensitivity.recorder import standard_error
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bitquota.candidates.table import CandidateTable, Row
-    from bitquota.sensitivity.losses import Loss
+    from bitquota.candidates.table import Row
     from bitquota.sensitivity.metrics.local_response import Calls, RowScore
-    from bitquota.sensitivity.runners.base import Runner
 
 
 def _mean_and_error(work: Work, score: RowScore) -> Scores:
@@ -47,7 +44,7 @@ def _mean_and_error(work: Work, score: RowScore) -> Scores:
 
 
 @dataclass(frozen=True, slots=True)
-class EmpiricalFisher(Metric):
+class EmpiricalFisher(LabelledGradientMetric):
     """``s = 1/(2N) Σ_n ⟨∂ log p(y_n | x_n) / ∂W, Q(W) - W⟩²`` [MPQCO].
 
     For cross entropy the Gauss-Newton Hessian at a well-trained model is close to this empirical
@@ -66,19 +63,7 @@ class EmpiricalFisher(Metric):
 
     name: ClassVar[str] = "empirical_fisher"
     known_as: ClassVar[str] = "empirical Fisher (MPQCO)"
-    needs_labels: ClassVar[bool] = True
-    needs_gradients: ClassVar[bool] = True
     sees_activations: ClassVar[bool] = True
-    estimates_loss: ClassVar[bool] = True
-
-    def cost(self, runner: Runner, table: CandidateTable) -> float:
-        """Return one pass forwards and backwards, and each row's own layers once."""
-        return cost_with_gradients(runner, table)
-
-    def judged_by(self, loss: Loss) -> Loss:
-        """Return cross entropy."""
-        del loss
-        return CrossEntropy()
 
     def scores(self, work: Work) -> Scores:
         """Score every row."""
@@ -96,7 +81,7 @@ class EmpiricalFisher(Metric):
 
 
 @dataclass(frozen=True, slots=True)
-class OutputFisher(Metric):
+class OutputFisher(LabelledGradientMetric):
     """``s = 1/(2N) Σ_n Σ_elements (∂L_n/∂y)² (y_c - y)²`` with ``y`` the layer's output.
 
     The Fisher matrix of each layer's *output*, its diagonal only, against the change of that
@@ -109,19 +94,7 @@ class OutputFisher(Metric):
 
     name: ClassVar[str] = "output_fisher"
     known_as: ClassVar[str] = "output Fisher (NVIDIA AutoQuantize)"
-    needs_labels: ClassVar[bool] = True
-    needs_gradients: ClassVar[bool] = True
     sees_activations: ClassVar[bool] = True
-    estimates_loss: ClassVar[bool] = True
-
-    def cost(self, runner: Runner, table: CandidateTable) -> float:
-        """Return one pass forwards and backwards, and each row's own layers once."""
-        return cost_with_gradients(runner, table)
-
-    def judged_by(self, loss: Loss) -> Loss:
-        """Return cross entropy."""
-        del loss
-        return CrossEntropy()
 
     def scores(self, work: Work) -> Scores:
         """Score every row."""

@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 
-from bitquota.sensitivity.losses import CrossEntropy
-from bitquota.sensitivity.metrics.local_response import cost_with_gradients, measure_rows
+from bitquota.sensitivity.metrics.local_response import LabelledGradientMetric, measure_rows
 from bitquota.sensitivity.metrics.metric import (
-    Metric,
     Scores,
     Work,
     changes_anything,
@@ -29,14 +27,12 @@ from bitquota.sensitivity.metrics.metric import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bitquota.candidates.table import CandidateTable, Row
-    from bitquota.sensitivity.losses import Loss
+    from bitquota.candidates.table import Row
     from bitquota.sensitivity.metrics.local_response import Calls
-    from bitquota.sensitivity.runners.base import Runner
 
 
 @dataclass(frozen=True, slots=True)
-class KroneckerFisher(Metric):
+class KroneckerFisher(LabelledGradientMetric):
     """``s = ½ P Σ_ij b_i a_j ΔW_ij²``, ``a_j = E[x_j²]``, ``b_i = E[g_i²]`` [CASA].
 
     ``x_j`` is what weight ``(i, j)`` is multiplied with, ``g_i`` the gradient of the sample's
@@ -55,18 +51,6 @@ class KroneckerFisher(Metric):
 
     name: ClassVar[str] = "kronecker"
     known_as: ClassVar[str] = "diagonal Kronecker Fisher (CASA)"
-    needs_labels: ClassVar[bool] = True
-    needs_gradients: ClassVar[bool] = True
-    estimates_loss: ClassVar[bool] = True
-
-    def cost(self, runner: Runner, table: CandidateTable) -> float:
-        """Return one pass forwards and backwards, and each row's own layers once."""
-        return cost_with_gradients(runner, table)
-
-    def judged_by(self, loss: Loss) -> Loss:
-        """Return cross entropy."""
-        del loss
-        return CrossEntropy()
 
     def scores(self, work: Work) -> Scores:
         """Score every row."""

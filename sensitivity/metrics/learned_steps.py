@@ -22,7 +22,6 @@ from bitquota.errors import MeasurementFailed
 from bitquota.models.running import primary_output
 from bitquota.quantizers.differentiable import binary, lsq
 from bitquota.quantizers.grid import levels
-from bitquota.sensitivity.losses import CrossEntropy
 from bitquota.sensitivity.metrics.metric import (
     BACKWARD,
     FORWARD,
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.layers import Layer
     from bitquota.candidates.table import Candidate, CandidateTable
-    from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runners.base import Runner
 
 GRADIENT_LIMIT = 1.0
@@ -74,11 +72,6 @@ class LearnedIndicators(Metric):
         """Return one pass forwards and backwards for every width and the mixture, each epoch."""
         del runner
         return self.epochs * (len(_widths(table)) + 1) * (FORWARD + BACKWARD)
-
-    def judged_by(self, loss: Loss) -> Loss:
-        """Return cross entropy."""
-        del loss
-        return CrossEntropy()
 
     def scores(self, work: Work) -> Scores:
         """Train, and score every row."""

@@ -7,7 +7,7 @@ the network behind it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from bitquota.sensitivity.metrics.layer_trace import trace_layers
 from bitquota.sensitivity.metrics.metric import (
     BACKWARD,
     FORWARD,
+    Metric,
     changes_anything,
     layer_shares,
     local_cost,
@@ -39,9 +40,16 @@ if TYPE_CHECKING:
     """``-> f64[n]``, one value per sample of the chunk, or ``f64[1]``, one for all of them."""
 
 
-def cost_with_gradients(runner: Runner, table: CandidateTable) -> float:
-    """Return one pass forwards and backwards, and each row's own layers once."""
-    return FORWARD + BACKWARD + local_cost(runner, table)
+class LabelledGradientMetric(Metric):
+    """A metric of gradients of the labelled loss at each layer's output."""
+
+    needs_labels: ClassVar[bool] = True
+    needs_gradients: ClassVar[bool] = True
+    estimates_loss: ClassVar[bool] = True
+
+    def cost(self, runner: Runner, table: CandidateTable) -> float:
+        """Return one pass forwards and backwards, and each row's own layers once."""
+        return FORWARD + BACKWARD + local_cost(runner, table)
 
 
 def response_to(work: Work, call: TracedCall, candidate: Candidate) -> Tensor:

@@ -22,6 +22,7 @@ from bitquota.context import Context
 from bitquota.errors import InvalidInput, InvalidModel
 from bitquota.matrix import SensitivityMatrix
 from bitquota.models.onnx.program import source_of
+from bitquota.sensitivity.losses import CrossEntropy
 from bitquota.sensitivity.recorder import Recorder, provenance
 from bitquota.sensitivity.runners.base import Runner, describe_change
 
@@ -142,8 +143,11 @@ class Metric(ABC):
         """Score every row; ``measure`` has checked the arguments."""
 
     def judged_by(self, loss: Loss) -> Loss:
-        """Return the loss that the scores are made from, given the one that was asked for."""
-        return loss
+        """Return the loss that the scores are made from, given the one that was asked for.
+
+        With labels it is cross entropy: the gradient of a divergence to the model itself is zero.
+        """
+        return CrossEntropy() if self.needs_labels else loss
 
     @property
     def settings(self) -> JsonObject:

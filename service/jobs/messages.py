@@ -27,7 +27,7 @@ from bitquota.errors import (
     SolverFailed,
 )
 from bitquota.progress import Progress
-from bitquota.sensitivity.errands import Errand
+from bitquota.sensitivity.tasks import Task
 from bitquota.service import wire
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class LedgerSize:
 class Ahead:
     """Asks to have tasks done by all who help."""
 
-    tasks: tuple[Errand, ...]
+    tasks: tuple[Task, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +198,7 @@ def _read_ahead(head: JsonObject, parts: Sequence[bytes]) -> Ahead:
     listed = head["tasks"]
     if not isinstance(listed, list) or len(listed) > MAX_TASKS:
         raise _refused(f"a list of at most {MAX_TASKS:,} tasks", listed)
-    return Ahead(tasks=tuple(Errand.from_json(task) for task in listed))
+    return Ahead(tasks=tuple(Task.from_json(task) for task in listed))
 
 
 def _read_idle(head: JsonObject, parts: Sequence[bytes]) -> Idle:

@@ -132,6 +132,9 @@ def resolve(host: str, port: int, *, allow_private: bool) -> str:
         raise InvalidInput(msg, host=host) from err
     texts = (str(entry[4][0]).partition("%")[0] for entry in found)
     addresses = [ipaddress.ip_address(text) for text in texts]
+    if not addresses:
+        msg = f"the host of a webhook must have an address; '{host}' has none"
+        raise InvalidInput(msg, host=host)
     if not allow_private and not all(is_public(address) for address in addresses):
         raise _not_public(host)
     return str(addresses[0])

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from bitquota.context import Context
 from bitquota.errors import BitquotaError, MeasurementFailed
 from bitquota.request import PlanRequest
-from bitquota.sensitivity.errands import Errand
+from bitquota.sensitivity.tasks import Task
 from bitquota.service import wire
 from bitquota.service.jobs.kinds import kind_by_name
 from bitquota.service.jobs.messages import (
@@ -120,9 +120,7 @@ class RemoteLedger:
         self._channel.ask(LedgerPut(entries=entries))
 
 
-def measure_ahead(
-    channel: Channel, tasks: Sequence[Errand], do: Callable[[Errand], object]
-) -> None:
+def measure_ahead(channel: Channel, tasks: Sequence[Task], do: Callable[[Task], object]) -> None:
     """Have the driver share out ``tasks``, and take part until all are done."""
     head, _ = channel.ask(Ahead(tasks=tuple(tasks)))
     while head["type"] == "task":
@@ -228,7 +226,7 @@ def help_out(order: JsonObject, channel: Channel, loaded: Loaded) -> None:
     runner = setting.runner()
     head, _ = channel.ask(Idle())
     while head["type"] == "task":
-        task = Errand.from_json(head["task"])
+        task = Task.from_json(head["task"])
         run_task(task, runner, setting.table, setting.loss, context=context)
         head, _ = channel.ask(Idle(done=head["number"]))
 

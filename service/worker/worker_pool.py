@@ -61,7 +61,7 @@ class WorkerPool:
         self._total = self._done = 0
         self._stopped = False
         self.shares: Counter[str] = Counter()
-        """Errands done, by place."""
+        """Tasks done, by place."""
 
     @property
     def helpers(self) -> int:

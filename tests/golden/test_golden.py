@@ -24,7 +24,7 @@ from bitquota.plan import Plan
 from bitquota.report.comparison import Comparison
 from bitquota.request import PlanRequest
 from bitquota.sensitivity.cache import SqliteLedger, export_entries, import_entries
-from bitquota.sensitivity.errands import Errand
+from bitquota.sensitivity.tasks import Task
 from bitquota.solver.archive import (
     certificate_from_bytes,
     certificate_to_bytes,
@@ -42,7 +42,7 @@ FAMILIES = {
     "candidates": CandidateTable,
     "requests": PlanRequest,
     "scores": Score,
-    "errands": Errand,
+    "errands": Task,
     "answers": Answer,
 }
 

@@ -11,7 +11,7 @@ from bitquota.canonical import canonical_json
 from bitquota.errors import BudgetTooSmall, MeasurementFailed, ServiceError, Unauthorized
 from bitquota.progress import Progress
 from bitquota.sensitivity.cache import ledger_key
-from bitquota.sensitivity.errands import Errand
+from bitquota.sensitivity.tasks import Task
 from bitquota.service import wire
 from bitquota.service.jobs.messages import (
     MAX_DETAIL,
@@ -47,7 +47,7 @@ class TestEncode:
         [
             LedgerGet(keys=(KEY, ledger_key("b"))),
             LedgerSize(),
-            Ahead(tasks=(Errand(measure="pairs", chunk=3, point=(0, 1), choices=((1, 1),)),)),
+            Ahead(tasks=(Task(measure="pairs", chunk=3, point=(0, 1), choices=((1, 1),)),)),
             Idle(),
             Idle(done=7),
             Progressed(progress=Progress(stage="pairs", done=2, total=9, reused=1)),

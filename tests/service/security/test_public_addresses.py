@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 
 import pytest
 
@@ -111,3 +112,9 @@ class TestResolve:
 
     def test_address_to_call(self):
         assert resolve("127.0.0.1", 443, allow_private=True) == "127.0.0.1"
+
+    def test_an_answer_without_addresses(self, monkeypatch):
+        """Some resolvers know a name and no address of it."""
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [])
+        with pytest.raises(InvalidInput, match="must have an address"):
+            resolve("example.org", 443, allow_private=False)

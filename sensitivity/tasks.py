@@ -1,4 +1,4 @@
-"""Errands: parts of a measurement that others carry out at the same time.
+"""Tasks: parts of a measurement that others carry out at the same time.
 
 The forward-only measures treat chunk after chunk, and everything that they find goes through the
 ledger. So any process with the same model, samples and request can run the same loop for one chunk
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 CHOICES = "choices"
-"""The errand of ``measure_choices``; the others are named after their measure."""
+"""The task of ``measure_choices``; the others are named after their measure."""
 
 MEASURES = ("gram", "pairs", "diagonal", CHOICES)
 """What can be done chunk by chunk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Errand(Document):
+class Task(Document):
     """One chunk of one measurement.
 
     Attributes:
@@ -38,7 +38,7 @@ class Errand(Document):
         choices: What ``choices`` measures.
     """
 
-    FORM: ClassVar[Form] = Form(what="an errand")
+    FORM: ClassVar[Form] = Form(what="a task")
 
     measure: str
     chunk: int
@@ -48,7 +48,7 @@ class Errand(Document):
     def __post_init__(self) -> None:
         """Check name and chunk."""
         if self.measure not in MEASURES or self.chunk < 0:
-            msg = f"an errand must be one of {', '.join(MEASURES)} on a chunk; got {self}"
+            msg = f"a task must measure one of {', '.join(MEASURES)} on a chunk; got {self}"
             raise InvalidInput(msg, measure=self.measure, chunk=self.chunk)
 
 

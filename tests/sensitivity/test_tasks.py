@@ -7,13 +7,13 @@ import pytest
 
 from bitquota.context import Context, MemoryLedger
 from bitquota.errors import InvalidInput
-from bitquota.sensitivity.errands import MEASURES, Errand
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.measures.choices import measure_choices
 from bitquota.sensitivity.measures.gram import measure_differences
 from bitquota.sensitivity.measures.pairs import measure_pairs, measure_singles
 from bitquota.sensitivity.measures.parts import carry_out
 from bitquota.sensitivity.runners.make import make_runner
+from bitquota.sensitivity.tasks import MEASURES, Task
 from sensitivity_networks import Residual, build, inventory_of, samples, table_of
 
 KL = loss_by_name("kl")
@@ -25,7 +25,7 @@ def a_runner():
 
 
 class Helped:
-    """Has every second errand done by another runner, back to front, and counts both."""
+    """Has every second task done by another runner, back to front, and counts both."""
 
     def __init__(self):
         self.ledger = MemoryLedger()
@@ -37,15 +37,15 @@ class Helped:
     def context(self):
         return Context(ledger=self.ledger, executor=self)
 
-    def __call__(self, errands, do):
-        for errand in reversed(errands):
-            if errand.chunk % 2:
-                sent = Errand.from_json(errand.to_json())
+    def __call__(self, tasks, do):
+        for task in reversed(tasks):
+            if task.chunk % 2:
+                sent = Task.from_json(task.to_json())
                 carry_out(sent, self.other, self.table, KL, context=Context(ledger=self.ledger))
-                self.elsewhere.append(errand)
+                self.elsewhere.append(task)
             else:
-                do(errand)
-                self.here.append(errand)
+                do(task)
+                self.here.append(task)
 
 
 class TestCarryOut:
@@ -97,12 +97,12 @@ class TestCarryOut:
     @pytest.mark.parametrize(
         "changes", [{"chunk": 10_000}, {"point": (0,)}, {"choices": ((99, 99, 99, 99),)}]
     )
-    def test_errand_of_another_model(self, changes):
+    def test_task_of_another_model(self, changes):
         runner = a_runner()
-        errand = Errand(**{"measure": "gram", "chunk": 0} | changes)
-        with pytest.raises(InvalidInput, match="must speak of"):
+        task = Task(**{"measure": "gram", "chunk": 0} | changes)
+        with pytest.raises(InvalidInput, match="must name one of"):
             carry_out(
-                errand,
+                task,
                 runner,
                 table_of(runner.inventory),
                 KL,
@@ -110,16 +110,16 @@ class TestCarryOut:
             )
 
 
-class TestErrand:
+class TestTask:
     def test_survives_json(self):
-        errand = Errand(measure="choices", chunk=3, point=(1, 0), choices=((0, 1), (1, 1)))
-        assert errand == Errand.from_json(errand.to_json())
+        task = Task(measure="choices", chunk=3, point=(1, 0), choices=((0, 1), (1, 1)))
+        assert task == Task.from_json(task.to_json())
 
     @pytest.mark.parametrize("data", [{}, {"measure": "gram"}, {"measure": 1, "chunk": "x"}])
     def test_refuses_anything_else(self, data):
-        with pytest.raises(InvalidInput, match="an errand"):
-            Errand.from_json(data)
+        with pytest.raises(InvalidInput, match="a task"):
+            Task.from_json(data)
 
     def test_refuses_unknown_measures(self):
         with pytest.raises(InvalidInput, match=", ".join(MEASURES)):
-            Errand(measure="tangent", chunk=0)
+            Task(measure="tangent", chunk=0)
