@@ -156,17 +156,17 @@ def main() -> None:
             test=CalibrationSet(inputs=(tx,), labels=ty),
         )
         print(f"\nWidths {widths}; accuracy % / KL on {n_test} test images\n")
-        judge = make_runner(module, inventory, other)
-        print(markdown_table(compared(setting, judge, n_plans)), flush=True)
+        holdout = make_runner(module, inventory, other)
+        print(markdown_table(compared(setting, holdout, n_plans)), flush=True)
 
 
-def compared(setting: Setting, judge: Runner, n_plans: int) -> list[dict[str, str]]:
+def compared(setting: Setting, holdout: Runner, n_plans: int) -> list[dict[str, str]]:
     """Return the table's rows."""
     generator = np.random.default_rng(0)
     counts = np.diff(setting.table.offsets)
     plans = [tuple(int(generator.integers(c)) for c in counts) for _ in range(n_plans)]
     true = {
-        loss.name: measure_choices(judge, setting.table, loss, plans).mean(axis=1)
+        loss.name: measure_choices(holdout, setting.table, loss, plans).mean(axis=1)
         for loss in (KL, CE)
     }
     rows = [setting.fixed(name, c) for name, c in baseline_choices(setting.table).items()]

@@ -204,7 +204,7 @@ def default_run(
 
     runner, outputs = runner_on(case.fit), References()
     # Samples that decide, as in ``allocate``: a hold-out part, further ones, those of the fit.
-    judge = (*(cache(partial(runner_on, s)) for s in case.holdout), runner)
+    holdout = (*(cache(partial(runner_on, s)) for s in case.holdout), runner)
     cpu = time.process_time()
     first = measure_differences(runner, case.table, KL, context=Context(ledger=ledger))
     first_cpu, first_passes = time.process_time() - cpu, GramMeasure().cost(runner, case.table)
@@ -224,7 +224,7 @@ def default_run(
                 starts[name] = choice
         result = refine(
             runner, case.table, KL, limits=limits, solve=solve_within, starts=starts, first=first,
-            judge=judge, context=Context(ledger=MemoryLedger()),
+            holdout=holdout, context=Context(ledger=MemoryLedger()),
         )  # fmt: skip
         spent = first_passes + work() - before
         seconds = first_cpu + time.process_time() - cpu

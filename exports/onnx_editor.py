@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from bitquota.models.layout import TRANSPOSED_CONVOLUTIONS, from_matrix
 from bitquota.quantizers.packing import pack_bits
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from bitquota.candidates.layers import Layer
@@ -285,15 +287,32 @@ class GraphEditor:
                     node.input[k] = new
 
 
-def _arrange(
-    layer: Layer, weight: QuantizedWeight
-) -> tuple[
-    NDArray[Any], NDArray[Any], NDArray[Any] | None, int | None, int, list[tuple[str, list[int]]]
-]:
-    """Return codes, scales, zero points, axis, block size, and steps back to the stored shape."""
-    granularity = weight.scheme.granularity
-    scales = weight.scales.detach().float().cpu().numpy()
-    zeros = None if weight.zero_points is None else weight.zero_points.cpu().numpy()
+class _Arranged(NamedTuple):
+    """A quantized weight as DequantizeLinear takes it.
+
+    Attributes:
+        codes: The codes, in the stored shape or as a matrix ``[rows, columns]``.
+        scales: One for each block of codes.
+        zero_points: Like ``scales``, if there are any.
+        axis: Along which scales differ; ``None`` for one scale.
+        block: Codes for each scale along ``axis``; 0 where each index has its own.
+        steps: Operators that make the stored shape of ``codes``, with their arguments.
+    """
+
+    codes: NDArray[Any]
+    scales: NDArray[Any]
+    zero_points: NDArray[Any] | None
+    axis: int | None
+    block: int
+    steps: list[tuple[str, list[int]]]
+
+
+def _arrange(layer: Layer, weight: QuantizedWeight) -> _Arranged:
+    """Return codes and scales so that the fewest operators give the stored shape.
+
+    Raises:
+        InvalidPlan: ONNX cannot store the weight.
+    """
     block = weight.scheme.group_size or 0
     if block and layer.columns % block:
         msg = (
@@ -304,30 +323,35 @@ def _arrange(
     if layer.kind is LayerKind.EXPERTS:
         msg = f"ONNX has no operator for the experts of layer '{layer.name}'; exclude them"
         raise InvalidPlan(msg, layers=[layer.name])
-    matrix = weight.codes.int().cpu().numpy()
+    scales = weight.scales.detach().float().cpu().numpy()
+    zeros = None if weight.zero_points is None else weight.zero_points.cpu().numpy()
+    granularity = weight.scheme.granularity
+
+    def shaped(
+        how: Callable[[NDArray[Any]], NDArray[Any]],
+    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        return how(scales), None if zeros is None else how(zeros)
+
+    # In the stored shape, where one axis of it tells the scale.
+    transposed = layer.kind is LayerKind.LINEAR_TRANSPOSED
+    turned = transposed and _misread(weight)
+    convolved = layer.kind in TRANSPOSED_CONVOLUTIONS
+    grouped = convolved and layer.rows != layer.weight_shape[1]
     whole = from_matrix(weight.codes.int(), layer).cpu().numpy()
     if granularity is Granularity.TENSOR:
-        return whole, scales.reshape(()), zeros if zeros is None else zeros.reshape(()), None, 0, []
-    grouped_transposed = (
-        layer.kind in TRANSPOSED_CONVOLUTIONS and layer.rows != layer.weight_shape[1]
-    )
-    turned = layer.kind is LayerKind.LINEAR_TRANSPOSED and _misread(weight)
-    if granularity is Granularity.CHANNEL and not grouped_transposed and not turned:
-        by_column = layer.kind in TRANSPOSED_CONVOLUTIONS
-        by_column |= layer.kind is LayerKind.LINEAR_TRANSPOSED
-        flat = None if zeros is None else zeros.reshape(-1)
-        return whole, scales.reshape(-1), flat, int(by_column), 0, []
-    if (
-        granularity is Granularity.GROUP
-        and layer.kind is LayerKind.LINEAR_TRANSPOSED
-        and not turned
-    ):
-        return whole, scales.T, None if zeros is None else zeros.T, 0, block, []
-    steps = _steps_back(layer) if turned or layer.kind is not LayerKind.LINEAR_TRANSPOSED else []
+        return _Arranged(whole, *shaped(lambda a: a.reshape(())), None, 0, [])
+    if granularity is Granularity.CHANNEL and not grouped and not turned:
+        by_column = int(convolved or transposed)
+        return _Arranged(whole, *shaped(lambda a: a.reshape(-1)), by_column, 0, [])
+    if granularity is Granularity.GROUP and transposed and not turned:
+        return _Arranged(whole, *shaped(lambda a: a.T), 0, block, [])
+
+    # As a matrix of output channels, brought to the stored shape afterwards.
+    matrix = weight.codes.int().cpu().numpy()
+    steps = _steps_back(layer) if turned or not transposed else []
     if granularity is Granularity.CHANNEL:
-        flat = None if zeros is None else zeros.reshape(-1)
-        return matrix, scales.reshape(-1), flat, 0, 0, steps
-    return matrix, scales, zeros, 1, block, steps
+        return _Arranged(matrix, *shaped(lambda a: a.reshape(-1)), 0, 0, steps)
+    return _Arranged(matrix, scales, zeros, 1, block, steps)
 
 
 def _steps_back(layer: Layer) -> list[tuple[str, list[int]]]:

@@ -94,42 +94,65 @@ def absorb_batch_norms(
     absorbed = dict(weights)
     removed = []
     for layer_name, weight in weights.items():
-        layer, scheme = layers[layer_name], weight.scheme
-        convolutions = users.get(initializer_of[layer_name], [])
-        if (
-            layer.kind not in CONVOLUTIONS
-            or scheme.granularity is not Granularity.CHANNEL
-            or scheme.scale_format is not ScaleFormat.FP32
-            or len(convolutions) != 1
-        ):
+        readers = users.get(initializer_of[layer_name], [])
+        if not _scales_take_factors(layers[layer_name], weight) or len(readers) != 1:
             continue
-        convolution = convolutions[0]
-        followers = users.get(convolution.output[0], [])
-        if len(followers) != 1 or followers[0].op_type != "BatchNormalization":
+        convolution = readers[0]
+        norm = _following_norm(convolution, users, held)
+        if norm is None or convolution.output[0] in outputs:
             continue
-        norm = followers[0]
-        bias_name = convolution.input[2] if len(convolution.input) > 2 else ""
-        known = all(name in held for name in norm.input[1:5])
-        if not known or (bias_name and bias_name not in held) or convolution.output[0] in outputs:
-            continue
+
+        # The batch norm's factor goes into the scales, the rest into its own bias.
         gamma, beta, mean, variance = (_values(held[name]) for name in norm.input[1:5])
         epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
         factor = gamma / np.sqrt(variance + epsilon)
+        bias_name = _bias(convolution)
         bias = _values(held[bias_name]) if bias_name else np.zeros(len(factor))
         shifted = ((bias - mean) * factor + beta).astype(np.float32)
-        name = norm.input[2]  # the batch norm's own bias takes the sum
+        name = norm.input[2]
         held[name].CopyFrom(onnx.numpy_helper.from_array(shifted, name))
+        scales = weight.scales.double() * torch.from_numpy(factor)[:, None]
+        absorbed[layer_name] = replace(weight, scales=scales.float())
+
+        # The convolution takes the batch norm's place.
         inputs = [*convolution.input[:2], name]
         del convolution.input[:]
         convolution.input.extend(inputs)
         convolution.output[0] = norm.output[0]
         removed.append(norm)
-        scales = weight.scales.double() * torch.from_numpy(factor)[:, None]
-        absorbed[layer_name] = replace(weight, scales=scales.float())
     for norm in removed:
         graph.node.remove(norm)
     drop_unused(graph)
     return absorbed
+
+
+def _scales_take_factors(layer: Layer, weight: QuantizedWeight) -> bool:
+    """Whether the layer is a convolution with one scale in float32 for each channel."""
+    scheme = weight.scheme
+    return (
+        layer.kind in CONVOLUTIONS
+        and scheme.granularity is Granularity.CHANNEL
+        and scheme.scale_format is ScaleFormat.FP32
+    )
+
+
+def _bias(convolution: Any) -> str:  # noqa: ANN401  # onnx.NodeProto
+    """Return the name of its bias, empty if it has none."""
+    return str(convolution.input[2]) if len(convolution.input) > 2 else ""
+
+
+def _following_norm(
+    convolution: Any,  # noqa: ANN401  # onnx.NodeProto
+    users: Mapping[str, list[Any]],
+    held: Mapping[str, Any],
+) -> Any:  # noqa: ANN401  # onnx.NodeProto or None
+    """Return the batch norm that alone reads a convolution, if all their parameters are known."""
+    followers = users.get(convolution.output[0], [])
+    if len(followers) != 1 or followers[0].op_type != "BatchNormalization":
+        return None
+    bias = _bias(convolution)
+    parameters = [*followers[0].input[1:5], *([bias] if bias else [])]
+    return followers[0] if all(name in held for name in parameters) else None
 
 
 def drop_unused(graph: Any) -> None:  # noqa: ANN401  # onnx.GraphProto

@@ -281,15 +281,6 @@ def _offer(
     if len(widths) < 2 or widths[0] < 2:
         msg = f"learning needs at least two bit-widths of 2 or more; got {sorted(weight_bits)}"
         raise InvalidInput(msg, weight_bits=sorted(weight_bits))
-    of_weights = [b for b in budgets if b.resource in PRICES]
-    others = [b.resource for b in budgets if b.resource not in (*PRICES, *INPUT_RESOURCES)]
-    if others or len(of_weights) != 1:
-        got = ", ".join(f"'{b.resource}'" for b in budgets) or "none"
-        msg = (
-            f"bit-widths are learned under one limit on {' or '.join(PRICES)}, and limits on "
-            f"{' or '.join(INPUT_RESOURCES)} besides; got {got}"
-        )
-        raise InvalidInput(msg, resources=[b.resource for b in budgets])
     limits = {
         resource: min((b.available for b in budgets if b.resource == resource), default=None)
         for resource in INPUT_RESOURCES
@@ -300,43 +291,62 @@ def _offer(
         allowed = ", ".join(map(str, ACTIVATION_BITS))
         msg = f"an activation bit-width must be one of {allowed}; got {unknown}"
         raise InvalidInput(msg, activation_bits=unknown)
-    table = {
-        la.name: {b: trained_candidate(method, la, Candidate.of(la, b, scheme)) for b in widths}
-        for la in inventory.layers
-    }
-    price = PRICES[of_weights[0].resource]
-    smallest = sum(price(table[la.name][widths[0]]) for la in inventory.layers)
-    available = of_weights[0].available
-    if smallest > available:
-        msg = (
-            f"a limit of {available:,} bits for the layers is below the smallest plan "
-            f"({smallest:,} bits: every layer at {widths[0]} bits); raise it or offer smaller "
-            "bit-widths"
-        )
-        raise BudgetTooSmall(msg, limit_bits=available, smallest_bits=smallest)
     offer = _Offer(
         budgets=budgets,
-        weights=of_weights[0],
+        weights=_weight_budget(budgets),
         total=limits["activation_bits_total"],
         largest=limits["activation_bits_max"],
         widths=widths,
         input_widths=offered,
-        table=table,
+        table={
+            la.name: {b: trained_candidate(method, la, Candidate.of(la, b, scheme)) for b in widths}
+            for la in inventory.layers
+        },
         scheme=scheme,
     )
-    if offered:
-        counts = [la.n_inputs for la in inventory.layers]
-        for limit, taken, what in (
-            (offer.total, sum(counts) * offered[0], "all inputs together"),
-            (offer.largest, max(counts) * offered[0], "the largest input"),
-        ):
-            if limit is not None and taken > limit:
-                msg = (
-                    f"a limit of {limit:,} bits for {what} is below what {offered[0]} bits take, "
-                    f"{taken:,} bits; raise it or offer smaller activation bit-widths"
-                )
-                raise BudgetTooSmall(msg, limit_bits=limit, smallest_bits=taken)
+    _check_smallest(offer, inventory)
     return offer
+
+
+def _weight_budget(budgets: Sequence[Budget]) -> Budget:
+    """Return the one budget on weights; the others must be on inputs."""
+    of_weights = [b for b in budgets if b.resource in PRICES]
+    others = [b.resource for b in budgets if b.resource not in (*PRICES, *INPUT_RESOURCES)]
+    if others or len(of_weights) != 1:
+        got = ", ".join(f"'{b.resource}'" for b in budgets) or "none"
+        msg = (
+            f"bit-widths are learned under one limit on {' or '.join(PRICES)}, and limits on "
+            f"{' or '.join(INPUT_RESOURCES)} besides; got {got}"
+        )
+        raise InvalidInput(msg, resources=[b.resource for b in budgets])
+    return of_weights[0]
+
+
+def _check_smallest(offer: _Offer, inventory: Inventory) -> None:
+    """Raise ``BudgetTooSmall`` if the smallest bit-widths exceed a limit."""
+    price, width = PRICES[offer.weights.resource], offer.widths[0]
+    smallest = sum(price(offer.table[la.name][width]) for la in inventory.layers)
+    available = offer.weights.available
+    if smallest > available:
+        msg = (
+            f"a limit of {available:,} bits for the layers is below the smallest plan "
+            f"({smallest:,} bits: every layer at {width} bits); raise it or offer smaller "
+            "bit-widths"
+        )
+        raise BudgetTooSmall(msg, limit_bits=available, smallest_bits=smallest)
+    if not offer.input_widths:
+        return
+    counts, width = [la.n_inputs for la in inventory.layers], offer.input_widths[0]
+    for limit, taken, what in (
+        (offer.total, sum(counts) * width, "all inputs together"),
+        (offer.largest, max(counts) * width, "the largest input"),
+    ):
+        if limit is not None and taken > limit:
+            msg = (
+                f"a limit of {limit:,} bits for {what} is below what {width} bits take, "
+                f"{taken:,} bits; raise it or offer smaller activation bit-widths"
+            )
+            raise BudgetTooSmall(msg, limit_bits=limit, smallest_bits=taken)
 
 
 def _learner(

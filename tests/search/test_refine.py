@@ -72,16 +72,16 @@ class TestRefine:
     def test_a_judge_decides(self):
         """With hold-out samples the reported loss is theirs."""
         runner, table, limits = setting()
-        judge = make_runner(
+        holdout = make_runner(
             build(Residual), runner.inventory, samples(Residual, 16, seed=9), engine="eager"
         )
         found = refine(
             runner, table, KL, limits=limits, solve=brute_force, starts={"s": (0, 0, 0, 0)},
-            judge=[judge],
+            holdout=[holdout],
         )  # fmt: skip
 
         assert len(found.per_sample) == 16
-        expected = measure_choices(judge, table, KL, [found.choice])[0]
+        expected = measure_choices(holdout, table, KL, [found.choice])[0]
         np.testing.assert_array_equal(found.per_sample, expected)
 
     def test_more_samples_where_the_first_do_not_decide(self):
@@ -94,7 +94,7 @@ class TestRefine:
         ]  # fmt: skip
         found = refine(
             runner, table, KL, limits=limits, solve=brute_force, starts={"s": (0, 0, 0, 0)},
-            judge=blocks, settings=RefineSettings(accept_errors=3.0),
+            holdout=blocks, settings=RefineSettings(accept_errors=3.0),
         )  # fmt: skip
         calls = [block.passes.calls for block in blocks]
 
@@ -225,19 +225,19 @@ class TestRefine:
         found = []
         for worked in (False, True):
             runner, table, limits = setting()
-            judge = make_runner(
+            holdout = make_runner(
                 build(Residual), runner.inventory, samples(Residual, 12, seed=9), engine="eager"
             )
             first = measure_differences(runner, table, KL)
             if worked:
-                measure_choices(judge, table, KL, [(0, 0, 0, 0)] * 3)
+                measure_choices(holdout, table, KL, [(0, 0, 0, 0)] * 3)
                 measure_choices(runner, table, KL, [(0, 0, 0, 0)] * 3)
-            before = runner.passes.passes + judge.passes.passes / 2
+            before = runner.passes.passes + holdout.passes.passes / 2
             result = refine(
                 runner, table, KL, limits=limits, solve=brute_force, starts={"s": (0, 0, 0, 0)},
-                first=first, judge=[judge, runner],
+                first=first, holdout=[holdout, runner],
             )  # fmt: skip
-            spent = runner.passes.passes + judge.passes.passes / 2 - before
+            spent = runner.passes.passes + holdout.passes.passes / 2 - before
             found.append([step.passes for step in result.steps])
             assert found[-1][-1] == pytest.approx(spent)
         assert found[0] == pytest.approx(found[1], abs=2.0)

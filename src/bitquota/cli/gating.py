@@ -166,20 +166,20 @@ def check(
         raise InvalidInput(msg, locks=[str(path) for path in files])
     if log_to is not None:
         tracking.require_tracker(log_to)
+
+    # Everything that is given, read before anything is measured.
     limits = _limits(max_kl, max_drop, max_size, max_file_size, not_worse_than)
     plan = None if plan_file is None else Plan.load(plan_file)
     base_lock = None if base is None else Lock.load(base)
     locks = {path: Lock.load(path) for path in files}
-    written = [
-        None if path is None else Written.at(path, option)
-        for path, option in ((junit, "--junit"), (summary, "--summary"))
-    ]
-    loaded = None
-    if model is not None:
-        check_sources(model, data, correction_data)
-        from bitquota.models.load import load_model
+    written = {
+        option: Written.at(path, option)
+        for option, path in (("--junit", junit), ("--summary", summary))
+        if path is not None
+    }
+    loaded = None if model is None else _loaded(model, data, correction_data)
 
-        loaded = load_model(model)
+    # Each lock file by itself, measured where there are samples and the model is the plan's.
     reports: dict[str, CheckReport] = {}
     for path, held in locks.items():
         quality = None
@@ -196,18 +196,13 @@ def check(
             base=base_lock,
         )
         if log_to is not None:
-            tracking.log_check(
-                path.name,
-                tracker=log_to,
-                outcomes={o.check: str(o.status) for o in reports[str(path)].outcomes},
-                measured=None if quality is None else quality.measured,
-                exit_code=reports[str(path)].exit_code,
-                summary=reports[str(path)].to_markdown(str(path)),
-            )
+            _log(path, reports[str(path)], quality, log_to)
+
+    # The outcome: files for CI systems, the screen, the exit code.
     markdown = "\n".join(report.to_markdown(name) for name, report in reports.items())
-    for file, text in zip(written, (to_junit(reports), markdown), strict=True):
-        if file is not None:
-            file.save(partial(_write_text, text=text))
+    for option, text in (("--junit", to_junit(reports)), ("--summary", markdown)):
+        if option in written:
+            written[option].save(partial(_write_text, text=text))
     append_step_summary(markdown, os.environ)
     if as_json:
         output.print_json({name: report.to_json() for name, report in reports.items()})
@@ -217,6 +212,26 @@ def check(
     code = worst_exit_code(reports.values())
     if code:
         raise typer.Exit(code)
+
+
+def _loaded(model: str, data: str | None, correction_data: str | None) -> LoadedModel:
+    """Return the model, once it is known that the samples are there too."""
+    check_sources(model, data, correction_data)
+    from bitquota.models.load import load_model
+
+    return load_model(model)
+
+
+def _log(path: Path, report: CheckReport, quality: Quality | None, log_to: str) -> None:
+    """Hand one report to an experiment tracker."""
+    tracking.log_check(
+        path.name,
+        tracker=log_to,
+        outcomes={o.check: str(o.status) for o in report.outcomes},
+        measured=None if quality is None else quality.measured,
+        exit_code=report.exit_code,
+        summary=report.to_markdown(str(path)),
+    )
 
 
 def diff(

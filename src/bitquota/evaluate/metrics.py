@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,8 +65,9 @@ def compare_models(
     if not models or kind not in ("logits", "embedding"):
         msg = f"a comparison needs models and the kind 'logits' or 'embedding'; got '{kind}'"
         raise InvalidInput(msg, kind=kind)
-    per_sample: dict[str, dict[str, list[NDArray[np.float64]]]] = {name: {} for name in models}
-    tails: dict[str, list[NDArray[np.float64]]] = {name: [] for name in models}
+
+    # Batch by batch: every metric of every model, sample by sample.
+    seen = {name: _Seen() for name in models}
     first = next(iter(models))
     n_batches = -(-len(data) // batch_size)
     for done, part in enumerate(data.batches(batch_size), start=1):
@@ -83,39 +85,57 @@ def compare_models(
             found, positions = _metrics(output, reference, labels, kind)
             if loss is not None and loss.name not in found:
                 found[loss.name] = loss.per_sample(output, reference, labels)
-            for metric, function in (custom or {}).items():
-                found[metric] = function(output, labels)
-            for metric, rows in found.items():
-                per_sample[name].setdefault(metric, []).append(rows.double().cpu().numpy())
-            if positions is not None:
-                tails[name].append(positions.cpu().numpy().reshape(-1))
+            found |= {metric: own(output, labels) for metric, own in (custom or {}).items()}
+            seen[name].add(found, positions)
         if context is not None:
             context.report("evaluate", done, n_batches)
             context.check("evaluate")
-    joined = {
-        name: {metric: np.concatenate(parts) for metric, parts in found.items()}
-        for name, found in per_sample.items()
-    }
-    scores = []
-    for name, values in joined.items():
-        metrics = {metric: Estimate.of(array) for metric, array in values.items()}
-        entropy = metrics.get("cross_entropy")
-        differences = {
-            other: {m: Estimate.of(values[m] - joined[other][m]) for m in values}
-            for other in models
+
+    # Means over the samples, and paired differences to every other model.
+    values = {name: found.values() for name, found in seen.items()}
+    return [_model_scores(name, values, seen[name].tail()) for name in models]
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What was computed of one model so far: metrics of each sample, KL of each position."""
+
+    metrics: dict[str, list[NDArray[np.float64]]] = field(default_factory=dict)
+    positions: list[NDArray[np.float64]] = field(default_factory=list)
+
+    def add(self, found: Mapping[str, Tensor], positions: Tensor | None) -> None:
+        """Add one batch."""
+        for metric, rows in found.items():
+            self.metrics.setdefault(metric, []).append(rows.double().cpu().numpy())
+        if positions is not None:
+            self.positions.append(positions.cpu().numpy().reshape(-1))
+
+    def values(self) -> dict[str, NDArray[np.float64]]:
+        """Return each metric, ``f64[N]``."""
+        return {metric: np.concatenate(parts) for metric, parts in self.metrics.items()}
+
+    def tail(self) -> float | None:
+        """Return the KL that few positions exceed."""
+        return float(np.quantile(np.concatenate(self.positions), TAIL)) if self.positions else None
+
+
+def _model_scores(
+    name: str, values: Mapping[str, Mapping[str, NDArray[np.float64]]], tail: float | None
+) -> ModelScores:
+    """Return the scores of one model among others."""
+    metrics = {metric: Estimate.of(array) for metric, array in values[name].items()}
+    entropy = metrics.get("cross_entropy")
+    return ModelScores(
+        name=name,
+        metrics=metrics,
+        kl_tail=tail,
+        perplexity=None if entropy is None else math.exp(min(entropy.mean, 700.0)),
+        differences={
+            other: {m: Estimate.of(values[name][m] - theirs[m]) for m in values[name]}
+            for other, theirs in values.items()
             if other != name
-        }
-        tail = float(np.quantile(np.concatenate(tails[name]), TAIL)) if tails[name] else None
-        scores.append(
-            ModelScores(
-                name=name,
-                metrics=metrics,
-                kl_tail=tail,
-                perplexity=None if entropy is None else math.exp(min(entropy.mean, 700.0)),
-                differences=differences,
-            )
-        )
-    return scores
+        },
+    )
 
 
 def measured_loss(scores: ModelScores, loss: Loss, *, labelled: bool) -> MeasuredLoss:

@@ -122,14 +122,16 @@ def allocate(
     # Samples that decide: the hold-out part, then further ones, then those of the measurement.
     holdout = runner_on(setting.holdout)
     further: list[Callable[[], Runner]] = [cache(partial(runner_on, s)) for s in setting.spare]
-    judge: tuple[Runner | Callable[[], Runner], ...] = (holdout, *further, runner)
+    deciding: tuple[Runner | Callable[[], Runner], ...] = (holdout, *further, runner)
     problems = [build_problem(source.matrix, together) for together in budgets]
     outcomes: dict[int, _Outcome] = {}
     warm: Linearisation | None = None
     # Downwards: what was measured around the plan of a larger budget proposes one for the next.
     for k in sorted(range(len(budgets)), key=lambda k: -_room(problems[k])):
         known = [outcome.choice for outcome in outcomes.values()]
-        outcomes[k] = _search(setting, runner, judge, source, budgets[k], problems[k], known, warm)
+        outcomes[k] = _search(
+            setting, runner, deciding, source, budgets[k], problems[k], known, warm
+        )
         warm = outcomes[k].last
     choices = [outcomes[k].choice for k in range(len(budgets))]
     plans = tuple(
@@ -240,7 +242,7 @@ def _room(problem: Problem) -> float:
 def _search(
     setting: Setting,
     runner: Runner,
-    judge: Sequence[Runner | Callable[[], Runner]],
+    deciding: Sequence[Runner | Callable[[], Runner]],
     source: _Source,
     budgets: tuple[Budget, ...],
     problem: Problem,
@@ -268,7 +270,7 @@ def _search(
         limits=limits_of(problem),
         solve=proposer(setting, problem),
         starts=starts,
-        judge=judge,
+        holdout=deciding,
         first=(source.matrix, source.differences),
         warm=warm,
         # Around a plan without alternatives there is nothing to measure.

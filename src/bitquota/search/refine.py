@@ -26,7 +26,7 @@ from bitquota.search.refinement import (
     Solve,
     Step,
 )
-from bitquota.search.validation import Judge
+from bitquota.search.validation import HoldOut
 from bitquota.sensitivity.measures.gram import GramMeasure, measure_differences
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class _Search:
     """The state of one refinement."""
 
     runner: Runner
-    judge: Judge
+    holdout: HoldOut
     table: CandidateTable
     loss: Loss
     limits: Limits
@@ -63,7 +63,7 @@ class _Search:
         """Forward-equivalents spent so far, in passes over the samples of ``runner``."""
         own = self.runner.passes.passes - self.passes_before
         n = len(self.runner.calibration)
-        return own + self.judge.samples_run(besides=self.runner) / n
+        return own + self.holdout.samples_run(besides=self.runner) / n
 
     def affords(self, passes: float) -> bool:
         """Whether that many more passes stay within the limit.
@@ -71,7 +71,7 @@ class _Search:
         What was asked counts, not what had to be run: a plan must not depend on what the ledger
         held.
         """
-        asked = self.linearised + self.judge.asked / len(self.runner.calibration)
+        asked = self.linearised + self.holdout.asked / len(self.runner.calibration)
         return asked + passes <= self.limit
 
     def step(self, kind: str, current: Choice, proposals: Mapping[Choice, str]) -> Choice:
@@ -80,29 +80,29 @@ class _Search:
         Where the best ones are neither clearly better nor clearly worse, they are measured on
         further samples, as long as there are any.
         """
-        judge, errors = self.judge, self.settings.accept_errors
+        holdout, errors = self.holdout, self.settings.accept_errors
         contenders = list(proposals)
-        best = judge.best(contenders)
-        gain, error = judge.gain(best, current)
-        for block in range(1, min(len(judge.blocks), 1 + _MORE_BLOCKS)):
-            contenders = sorted(contenders, key=lambda c: (-judge.gain(c, current)[0], c))
-            contenders = [c for c in contenders if _open(judge.gain(c, best), 2 * errors)]
+        best = holdout.best(contenders)
+        gain, error = holdout.gain(best, current)
+        for block in range(1, min(len(holdout.blocks), 1 + _MORE_BLOCKS)):
+            contenders = sorted(contenders, key=lambda c: (-holdout.gain(c, current)[0], c))
+            contenders = [c for c in contenders if _open(holdout.gain(c, best), 2 * errors)]
             contenders = [best, *(c for c in contenders if c != best)][:_CONTENDERS]
             again = list(dict.fromkeys([current, *contenders]))
             if not _open((gain, error), errors) or len(again) == 1:
                 break
             if not self.affords(len(again) + 1.0):
                 break
-            judge.measure(again, current, f"{kind}, more samples", blocks=block + 1)
-            best = judge.best(contenders)
-            gain, error = judge.gain(best, current)
+            holdout.measure(again, current, f"{kind}, more samples", blocks=block + 1)
+            best = holdout.best(contenders)
+            gain, error = holdout.gain(best, current)
         accepted = gain > 0 and gain > errors * error
         self.steps.append(
             Step(
                 kind=kind,
                 origin=proposals[best],
                 choice=best,
-                loss=judge.mean(best),
+                loss=holdout.mean(best),
                 gain=gain,
                 gain_error=error,
                 accepted=accepted,
@@ -173,7 +173,7 @@ def refine(
     limits: Limits,
     solve: Solve,
     starts: Mapping[str, Choice],
-    judge: Sequence[Runner | Callable[[], Runner]] = (),
+    holdout: Sequence[Runner | Callable[[], Runner]] = (),
     first: tuple[SensitivityMatrix, OutputDifferences | None] | None = None,
     warm: Linearisation | None = None,
     settings: RefineSettings | None = None,
@@ -188,7 +188,7 @@ def refine(
         limits: Budgets.
         solve: The solver.
         starts: Choices to begin with, by name; those beyond the limits are ignored.
-        judge: Execute the model on the samples that decide, block by block: a hold-out part, and
+        holdout: Execute the model on the samples that decide, block by block: a hold-out part, and
             further ones for what that leaves open; or make such a runner when it is needed. By
             default those of ``runner`` decide.
         first: Matrix and differences around full precision, if they are measured already.
@@ -205,8 +205,8 @@ def refine(
     settings = settings or RefineSettings()
     search = _Search(
         runner=runner,
-        judge=Judge(
-            blocks=tuple(judge) or (runner,),
+        holdout=HoldOut(
+            blocks=tuple(holdout) or (runner,),
             table=table,
             loss=loss,
             context=context,
@@ -226,27 +226,13 @@ def refine(
     else:
         everything = tuple(range(len(table.rows)))
         at = Linearisation(point=None, matrix=first[0], differences=first[1], rows=everything)
-    proposals = {c: name for name, c in starts.items() if limits.allow(table, c)}
-    if (diagonal := solve(replace(at.matrix, cross=None, cross_error=None), limits)) is not None:
-        proposals.setdefault(diagonal, "diagonal")
-    for known, prefix in ((at, ""), (warm, "larger budget, ")):
-        if known is None:
-            continue
-        inside = limits.only(known.rows)
-        if (solved := solve(known.matrix, inside)) is not None:
-            proposals.setdefault(solved, f"{prefix}gram")
-        offered = [c for c in proposals if inside.allow(table, c)]
-        if known.differences is not None and offered:
-            start = _best_predicted(known.differences, offered)
-            end = predicted_descent(known.differences, inside, start)
-            proposals.setdefault(end, f"{prefix}sum of differences")
-    if not proposals:
-        msg = "refinement needs a start within the limits; none of the given ones is"
-        raise Infeasible(msg)
-    judge_ = search.judge
-    judge_.measure(list(proposals), None, "starts")
-    current = judge_.best(list(proposals))
+
+    # Where to begin: the best of the given starts and of what the matrices propose.
+    proposals = _first_choices(search, starts, at, warm)
+    search.holdout.measure(list(proposals), None, "starts")
+    current = search.holdout.best(list(proposals))
     current = search.step("start", current, proposals)
+
     # The best start need not lead to the best end: far from several, then near to the best.
     for point in _promising(search, list(proposals)):
         at, current = _move(search, point, current, at, far=True)
@@ -260,16 +246,48 @@ def refine(
             break
     return Refinement(
         choice=current,
-        per_sample=judge_.per_sample(current),
+        per_sample=search.holdout.per_sample(current),
         last=at,
         steps=tuple(search.steps),
-        measured={c: judge_.mean(c) for c in judge_.losses},
+        measured={c: search.holdout.mean(c) for c in search.holdout.losses},
     )
+
+
+def _first_choices(
+    search: _Search,
+    starts: Mapping[str, Choice],
+    at: Linearisation,
+    warm: Linearisation | None,
+) -> dict[Choice, str]:
+    """Return the choices to begin with, each with its name.
+
+    Raises:
+        Infeasible: There is none within the limits.
+    """
+    limits, solve = search.limits, search.solve
+    proposals = {c: name for name, c in starts.items() if limits.allow(search.table, c)}
+    if (diagonal := solve(replace(at.matrix, cross=None, cross_error=None), limits)) is not None:
+        proposals.setdefault(diagonal, "diagonal")
+    for known, prefix in ((at, ""), (warm, "larger budget, ")):
+        if known is None:
+            continue
+        inside = limits.only(known.rows)
+        if (solved := solve(known.matrix, inside)) is not None:
+            proposals.setdefault(solved, f"{prefix}gram")
+        offered = [c for c in proposals if inside.allow(search.table, c)]
+        if known.differences is not None and offered:
+            start = _best_predicted(known.differences, offered)
+            end = predicted_descent(known.differences, inside, start)
+            proposals.setdefault(end, f"{prefix}sum of differences")
+    if not proposals:
+        msg = "refinement needs a start within the limits; none of the given ones is"
+        raise Infeasible(msg)
+    return proposals
 
 
 def _promising(search: _Search, starts: Sequence[Choice]) -> list[Choice]:
     """Return the starts to linearise around: the best, and others that are not much worse."""
-    mean = search.judge.mean
+    mean = search.holdout.mean
     order = sorted(starts, key=lambda c: (mean(c), c))
     near = [c for c in order if mean(c) <= _NOT_MUCH_WORSE * mean(order[0])]
     return (near or order)[: search.settings.starts]
@@ -287,7 +305,7 @@ def _move(
     at = search.linearise(point, number, far=far)
     around = _proposals(search, point, at)
     if around:
-        search.judge.measure(list(around), point, f"proposals {number}")
+        search.holdout.measure(list(around), point, f"proposals {number}")
         current = search.step("linearised", current, around)
     return at, current
 
@@ -319,14 +337,14 @@ def _swap(search: _Search, current: Choice, at: Linearisation) -> Choice:
     limits = search.limits.only([*at.rows, *_rows_of(search.table, current)])
     for round_ in range(settings.swap_rounds):
         near = neighbours(search.table, limits, current)
-        near = [c for c in near if c not in search.judge.losses]
+        near = [c for c in near if c not in search.holdout.losses]
         if not near or failed == settings.patience or not search.affords(settings.swaps + 1.0):
             break
         order = _ranked(near, current, at)[: settings.swaps]
-        search.judge.measure(order, current, f"swaps {round_ + 1}")
+        search.holdout.measure(order, current, f"swaps {round_ + 1}")
         offered = dict.fromkeys(order, "swap")
         if together := _together(search, current, order):
-            search.judge.measure(together, current, f"swaps {round_ + 1} together")
+            search.holdout.measure(together, current, f"swaps {round_ + 1} together")
             offered |= dict.fromkeys(together, "swaps together")
         following = search.step("swap", current, offered)
         failed = failed + 1 if following == current else 0
@@ -336,7 +354,7 @@ def _swap(search: _Search, current: Choice, at: Linearisation) -> Choice:
 
 def _together(search: _Search, current: Choice, swaps: Sequence[Choice]) -> list[Choice]:
     """Return unions of those swaps that measured better, the best first: of two, and of all."""
-    gains = {c: search.judge.gain(c, current)[0] for c in swaps}
+    gains = {c: search.holdout.gain(c, current)[0] for c in swaps}
     better = sorted((c for c in swaps if gains[c] > 0), key=lambda c: (-gains[c], c))
     unions: list[Choice] = []
     union = current

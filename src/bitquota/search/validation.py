@@ -1,4 +1,4 @@
-"""The judge of a refinement: true losses of choices, on more samples where they do not decide.
+"""True losses of choices on hold-out samples: on more of them where they do not decide.
 
 Samples come in *blocks*. Every choice is measured on the first; two choices whose difference there
 is within its standard error are measured on the next block too, and so on. Comparisons are paired,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, kw_only=True)
-class Judge:
+class HoldOut:
     """Measured losses of choices on blocks of samples.
 
     Attributes:
@@ -60,9 +60,9 @@ class Judge:
         return self._runners[block]
 
     def samples_run(self, besides: Runner) -> float:
-        """Return how many samples were run for this judge, in forward-equivalents.
+        """Return how many samples were run for this, in forward-equivalents.
 
-        Work of ``besides`` is left out; so is what a runner did before this judge needed it.
+        Work of ``besides`` is left out; so is what a runner did before it was needed here.
         """
         return sum(
             (runner.passes.passes - self._before[block]) * len(runner.calibration)

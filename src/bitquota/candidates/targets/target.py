@@ -216,36 +216,35 @@ class Target(Document):
                 f"{sorted(offered)} is among them"
             )
             raise InvalidInput(msg, target=self.name)
-        pinned: dict[str, int] = {}
-        for pattern, bits in (fixed or {}).items():
-            for name in match_layers(pattern, inventory.layers):
-                pinned[inventory.layer(name).group] = bits
+        pinned = {
+            inventory.layer(name).group: bits
+            for pattern, bits in (fixed or {}).items()
+            for name in match_layers(pattern, inventory.layers)
+        }
         members: dict[str, list[Layer]] = {}
         for layer in inventory.layers:
             members.setdefault(layer.group, []).append(layer)
         rows = []
         for group, layers in members.items():
-            wanted = {pinned[group]} if group in pinned else offered
-            legal = [self.formats_for(layer) for layer in layers]
-            widths = [
-                bits for bits in self.shared_widths(layers) if wanted is None or bits in wanted
+            widths = self._offered_widths(layers, {pinned[group]} if group in pinned else offered)
+            rows += [
+                Row(group=group, candidates=self.candidates_at(layers, [bits] * len(layers)))
+                for bits in widths
             ]
-            if not widths:
-                names = ", ".join(layer.name for layer in layers)
-                asked = "" if wanted is None else f" of {sorted(wanted)}"
-                msg = (
-                    f"every group must have a format that target '{self.name}' can store; "
-                    f"{names} has none{asked}: exclude it, untie it, or offer other bit-widths"
-                )
-                raise InvalidInput(msg, target=self.name, layers=[la.name for la in layers])
-            by_layer = [{f.weight_bits: f for f in formats} for formats in legal]
-            for bits in widths:
-                row = tuple(
-                    self._candidate(layer, formats[bits])
-                    for layer, formats in zip(layers, by_layer, strict=True)
-                )
-                rows.append(Row(group=group, candidates=row))
         return CandidateTable(rows=tuple(rows))
+
+    def _offered_widths(self, layers: Sequence[Layer], wanted: set[int] | None) -> list[int]:
+        """Return the bit-widths that all ``layers`` of one group can have and that are wanted."""
+        widths = [b for b in self.shared_widths(layers) if wanted is None or b in wanted]
+        if not widths:
+            names = ", ".join(layer.name for layer in layers)
+            asked = "" if wanted is None else f" of {sorted(wanted)}"
+            msg = (
+                f"every group must have a format that target '{self.name}' can store; "
+                f"{names} has none{asked}: exclude it, untie it, or offer other bit-widths"
+            )
+            raise InvalidInput(msg, target=self.name, layers=[la.name for la in layers])
+        return widths
 
     def candidates_at(
         self, layers: Sequence[Layer], weight_bits: Sequence[int]
