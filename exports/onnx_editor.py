@@ -10,6 +10,7 @@ from bitquota.candidates.layers import LayerKind
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat
 from bitquota.errors import InvalidPlan
 from bitquota.models.layout import TRANSPOSED_CONVOLUTIONS, from_matrix
+from bitquota.models.onnx.layers import readers
 from bitquota.quantizers.packing import pack_bits
 
 if TYPE_CHECKING:
@@ -25,6 +26,12 @@ BLOCKS = ".blocks"
 
 CONTRIB = "com.microsoft"
 
+_SUFFIXES = (
+    BLOCKS, ".codes", ".scales", ".scales.f32", ".zero_points", ".levels", ".levels.f32", ".index",
+    ".matrix", ".f32", ".shape0", ".shape1", ".shape2", ".step0", ".step1",
+)  # fmt: skip
+"""What the names of a weight's parts end with."""
+
 
 class GraphEditor:
     """Replaces float initializers of one graph by integers and DequantizeLinear nodes."""
@@ -37,16 +44,39 @@ class GraphEditor:
         self.removed: set[str] = set()
         self.replaced: dict[str, list[Any]] = {}
         self.names: dict[str, tuple[str, ...]] = {}
+        self.readers = readers(self.graph)
+        self._taken = {v.name for v in (*self.graph.input, *self.graph.output)}
+        self._taken.update(self.initializers, self.readers)
+        self._taken.update(name for node in self.graph.node for name in node.output)
         self._fold_shapes()
 
     def quantize(self, initializer: str, layer: Layer, weight: QuantizedWeight) -> None:
         """Store ``weight`` instead of ``initializer``."""
+        import onnx
+
+        kind = self.initializers[initializer].data_type
+        if kind == onnx.TensorProto.FLOAT:
+            self._write(initializer, initializer, layer, weight)
+            return
+        # Codes and scales make float32; the graph computes in another type.
+        wide = f"{self._stem(initializer)}.f32"
+        self._write(initializer, wide, layer, weight)
+        self.new_nodes.append(onnx.helper.make_node("Cast", [wide], [initializer], to=kind))
+
+    def _stem(self, initializer: str) -> str:
+        """Return what the names of the parts of a weight begin with: none of them is taken."""
+        stem = initializer
+        while any(f"{stem}{suffix}" in self._taken for suffix in _SUFFIXES):
+            stem += "_"
+        return stem
+
+    def _write(self, initializer: str, target: str, layer: Layer, weight: QuantizedWeight) -> None:
         if weight.scheme.grid is Grid.CODEBOOK:
-            self._look_up(initializer, layer, weight)
+            self._look_up(initializer, target, layer, weight)
             return
         codes, scales, zeros, axis, block, steps = _arrange(layer, weight)
-        output = initializer
-        transposes = self._only_transposes(initializer)
+        output = target
+        transposes = self._only_transposes(initializer) if target == initializer else []
         if transposes and codes.ndim == 2 and not steps and not _misread(weight):
             # Store what the matrix product reads: [columns, rows].
             codes, scales = codes.T, scales.T if scales.ndim == 2 else scales
@@ -57,7 +87,7 @@ class GraphEditor:
                 self._rename(node.output[0], output)
                 self.removed.add(node.output[0])
         names = self._store(initializer, weight, codes, scales, zeros)
-        self._dequantize(initializer, output, names, weight, axis, block, steps)
+        self._dequantize(self._stem(initializer), output, names, weight, axis, block, steps)
 
     def multiply_blocks(self, initializer: str, layer: Layer, weight: QuantizedWeight) -> bool:
         """Make every product with ``initializer`` a MatMulNBits node; say whether that can be.
@@ -67,25 +97,29 @@ class GraphEditor:
         """
         import onnx
 
-        if not fits_blocks(layer, weight):
+        floats = self.initializers[initializer].data_type == onnx.TensorProto.FLOAT
+        if not floats or not fits_blocks(layer, weight):
             return False
         transposes = self._only_transposes(initializer)
         places = {initializer: False} | {node.output[0]: True for node in transposes}
-        readers = [
-            node
-            for node in self.graph.node
-            if set(node.input) & set(places) and node not in transposes
-        ]
-        if not readers or not all(_is_product(node, places, layer) for node in readers):
+        known = {id(node) for node in transposes}
+        products = {
+            id(node): node
+            for name in places
+            for node in self.readers.get(name, ())
+            if id(node) not in known
+        }
+        if not products or not all(_is_product(n, places, layer) for n in products.values()):
             return False
-        names = f"{initializer}{BLOCKS}", f"{initializer}.scales"
+        stem = self._stem(initializer)
+        names = f"{stem}{BLOCKS}", f"{stem}.scales"
         self._add(names[0], onnx.TensorProto.UINT8, packed_blocks(weight))
         scales = weight.scales.detach().float().cpu().numpy().reshape(-1)
         self._add(names[1], onnx.TensorProto.FLOAT, scales)
         self.names[initializer] = names
         for node in transposes:
             self.removed.add(node.output[0])
-        for node in readers:
+        for node in products.values():
             self._replace_product(node, names, layer, weight)
         imported = {o.domain for o in self.model.opset_import}
         if CONTRIB not in imported:
@@ -148,7 +182,9 @@ class GraphEditor:
         self.model.producer_name, self.model.producer_version = "bitquota", ""
         return self.model
 
-    def _look_up(self, initializer: str, layer: Layer, weight: QuantizedWeight) -> None:
+    def _look_up(
+        self, initializer: str, target: str, layer: Layer, weight: QuantizedWeight
+    ) -> None:
         """Store codes and levels; the weight is what Gather finds.
 
         ONNX Runtime widens it once, when it loads the file: a smaller file, not smaller memory.
@@ -156,7 +192,8 @@ class GraphEditor:
         import onnx
 
         make = onnx.helper.make_node
-        names = (f"{initializer}.codes", f"{initializer}.levels")
+        stem = self._stem(initializer)
+        names = (f"{stem}.codes", f"{stem}.levels")
         own = weight.scheme.granularity is Granularity.CHANNEL
         codes = weight.codes.int() if own else from_matrix(weight.codes.int(), layer)
         levels = weight.scales if own else weight.scales.reshape(-1)
@@ -165,18 +202,18 @@ class GraphEditor:
         kind = _scale_type(onnx, weight.scheme.scale_format)
         self._add(names[1], kind, levels.float().cpu().numpy())
         self.names[initializer] = names
-        table, index = names[1], f"{initializer}.index"
+        table, index = names[1], f"{stem}.index"
         if weight.scheme.scale_format is not ScaleFormat.FP32:
             table = f"{table}.f32"
             self.new_nodes.append(make("Cast", [names[1]], [table], to=onnx.TensorProto.FLOAT))
         self.new_nodes.append(make("Cast", [names[0]], [index], to=onnx.TensorProto.INT32))
         if not own:
-            self.new_nodes.append(make("Gather", [table, index], [initializer], axis=0))
+            self.new_nodes.append(make("Gather", [table, index], [target], axis=0))
             return
         steps = _steps_back(layer)
-        first = f"{initializer}.matrix" if steps else initializer
+        first = f"{stem}.matrix" if steps else target
         self.new_nodes.append(make("GatherElements", [table, index], [first], axis=1))
-        self._follow(initializer, first, initializer, steps)
+        self._follow(stem, first, target, steps)
 
     def _store(
         self,
@@ -189,11 +226,12 @@ class GraphEditor:
         import onnx
 
         kind = tensor_types(onnx, weight.bits)[0 if zeros is None else 1]
-        names = [f"{initializer}.codes", f"{initializer}.scales"]
+        stem = self._stem(initializer)
+        names = [f"{stem}.codes", f"{stem}.scales"]
         self._add(names[0], kind, codes)
         self._add(names[1], _scale_type(onnx, weight.scheme.scale_format), scales)
         if zeros is not None:
-            names.append(f"{initializer}.zero_points")
+            names.append(f"{stem}.zero_points")
             self._add(names[2], kind, zeros)
         self.names[initializer] = tuple(names)
         return self.names[initializer]
@@ -207,7 +245,7 @@ class GraphEditor:
 
     def _dequantize(
         self,
-        initializer: str,
+        stem: str,
         output: str,
         names: tuple[str, ...],
         weight: QuantizedWeight,
@@ -226,7 +264,7 @@ class GraphEditor:
         settings = {} if axis is None else {"axis": axis}
         if block:
             settings["block_size"] = block
-        first = f"{initializer}.matrix" if steps else output
+        first = f"{stem}.matrix" if steps else output
         self.new_nodes.append(
             make(
                 "DequantizeLinear",
@@ -235,21 +273,21 @@ class GraphEditor:
                 **settings,
             )
         )
-        self._follow(initializer, first, output, steps)
+        self._follow(stem, first, output, steps)
 
     def _follow(
-        self, initializer: str, first: str, output: str, steps: list[tuple[str, list[int]]]
+        self, stem: str, first: str, output: str, steps: list[tuple[str, list[int]]]
     ) -> None:
         """Add the steps that lead from a matrix to the shape that the graph knows."""
         import onnx
 
         make = onnx.helper.make_node
         for k, (operator, values) in enumerate(steps):
-            target = output if k == len(steps) - 1 else f"{initializer}.step{k}"
+            target = output if k == len(steps) - 1 else f"{stem}.step{k}"
             if operator == "Transpose":
                 self.new_nodes.append(make("Transpose", [first], [target], perm=values))
             else:
-                shape = f"{initializer}.shape{k}"
+                shape = f"{stem}.shape{k}"
                 self._add(shape, onnx.TensorProto.INT64, np.array(values))
                 self.new_nodes.append(make("Reshape", [first, shape], [target]))
             first = target
@@ -269,12 +307,11 @@ class GraphEditor:
                 self.removed.add(node.output[0])
 
     def _only_transposes(self, initializer: str) -> list[Any]:
-        users = [
-            n
-            for n in self.graph.node
-            if initializer in n.input and not set(n.output) & self.removed
-        ]
+        users = [n for n in self.readers.get(initializer, ()) if not set(n.output) & self.removed]
         for node in users:
+            behind = self.readers.get(node.output[0], ())
+            if not all(node.output[0] in reader.input for reader in behind):
+                return []
             attributes = {a.name: list(a.ints) for a in node.attribute}
             if node.op_type != "Transpose" or attributes.get("perm", [1, 0]) != [1, 0]:
                 return []

@@ -26,7 +26,10 @@ from bitquota.exports.onnx_editor import BLOCKS, GraphEditor, fits_blocks, n_byt
 from bitquota.exports.onnx_tidy import absorb_batch_norms, fold_constants, shorten_names
 from bitquota.exports.prepared import widths_must_be
 from bitquota.exports.receipt import Receipt, describe_files
-from bitquota.models.onnx.module import OnnxModule, import_onnxruntime, read_onnx
+from bitquota.models.onnx.folding import restore_types
+from bitquota.models.onnx.module import OnnxModule, import_onnxruntime
+from bitquota.models.onnx.program import source_of
+from bitquota.models.onnx.reading import read_normalized, read_onnx
 from bitquota.models.pt2.module import dynamic_axes
 
 if TYPE_CHECKING:
@@ -34,11 +37,18 @@ if TYPE_CHECKING:
 
     from bitquota.canonical import JsonObject
     from bitquota.exports.prepared import PreparedExport
+    from bitquota.models.onnx.program import OnnxSource
 
 FILE = "model.onnx"
 OPSET = 21
 OPSET_2_BITS = 25
 WIDTHS = (2, 4, 8, 16)
+MAX_INLINE_BYTES = 2**31 - 2**27
+"""Bytes of tensors up to which a file holds them itself; protobuf ends at 2 GiB."""
+
+_LARGE = 2**16
+"""Bytes from which no tensor is a shape or an axis."""
+
 SESSION_OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 """At its default level 4 ONNX Runtime quantizes the activations of matrix products to int8."""
 
@@ -76,7 +86,7 @@ class OnnxQdq:
         if traced:
             shorten_names(model.graph)
         path = folder / FILE
-        path.write_bytes(model.SerializeToString(deterministic=True))
+        files = _save(model, path)
         sizes = _read_back(path, prepared, editor.names)
         receipts = tuple(
             prepared.tensor_receipt(
@@ -94,19 +104,18 @@ class OnnxQdq:
             target=prepared.target_name,
             plan_digest=prepared.plan.digest(),
             model_digest=prepared.plan.model_digest,
-            files=describe_files(folder, [path]),
+            files=describe_files(folder, files),
             tensors=receipts,
             unquantized_bits=held * 8 - payload,
             planned_unquantized_bits=prepared.planned_rest_bits,
-            container_bytes=path.stat().st_size - held,
+            container_bytes=sum(file.stat().st_size for file in files) - held,
             difference=prepared.difference(self.load(prepared, folder)),
             runtime=runtime(),
         )
 
     def load(self, prepared: PreparedExport, folder: Path) -> nn.Module:
         """Return the file as a module that runs in ONNX Runtime."""
-        del prepared
-        return OnnxFile(folder / FILE)
+        return OnnxFile(folder / FILE, source_of(prepared.module))
 
 
 class OnnxMatMulNBits(OnnxQdq):
@@ -122,10 +131,17 @@ class OnnxMatMulNBits(OnnxQdq):
 
 
 class OnnxFile(nn.Module):
-    """An ONNX file run as it is, with the session options of the receipt."""
+    """An ONNX file run as it is, with the session options of the receipt.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The file.
+        source: The graph that it was made of, if it was one: inputs go by its names and in its
+            fixed batch, and its output is returned.
+    """
+
+    def __init__(self, path: Path, source: OnnxSource | None = None) -> None:
         super().__init__()
+        self._source = source
         ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -148,6 +164,11 @@ class OnnxFile(nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Run the file."""
+        if self._source is not None:
+            wanted = [self._source.output]
+            parts = [self._session.run(wanted, p)[0] for p in self._source.pieces(inputs)]
+            joined = np.concatenate(parts)[: len(inputs[0])] if len(parts) > 1 else parts[0]
+            return torch.from_numpy(joined[: len(inputs[0])].astype(np.float32))
         feed = {
             given.name: tensor.detach().cpu().numpy().astype(self._types[given.type])
             for given, tensor in zip(self._session.get_inputs(), inputs, strict=True)
@@ -163,9 +184,11 @@ def float_graph(prepared: PreparedExport, opset: int) -> tuple[Any, dict[str, st
         ExportFailed: torch cannot express the model in ONNX, or a weight got lost on the way.
     """
     if isinstance(prepared.module, OnnxModule):
-        model = read_onnx(Path(prepared.model.source))
-        initializer_of = {la.name: la.initializer for la in prepared.module.layers}
+        model, stored = read_normalized(Path(prepared.model.source))
+        initializer_of = {la.name: la.initializer for la in prepared.module.onnx_layers}
         _write_back(model, prepared.module)
+        written = {initializer_of[name] for name in prepared.weights if name in initializer_of}
+        restore_types(model, {k: v for k, v in stored.items() if k not in written})
     else:
         model = _trace(prepared)
         held = {t.name for t in model.graph.initializer}
@@ -187,12 +210,43 @@ def at_opset(model: Any, opset: int) -> Any:  # noqa: ANN401  # onnx.ModelProto
     current = next(o.version for o in model.opset_import if o.domain in {"", "ai.onnx"})
     if current >= opset:
         return model
+    # The converter takes at most 2 GiB and reads no weights: large ones stand aside as inputs.
+    graph = model.graph
+    large = [t for t in graph.initializer if n_bytes(t) > _LARGE]
+    small = [t for t in graph.initializer if n_bytes(t) <= _LARGE]
+    declared = {v.name for v in graph.input}
+    added = {t.name for t in large} - declared
+    del graph.initializer[:]
+    graph.initializer.extend(small)
+    graph.input.extend(
+        onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
+        for t in large
+        if t.name in added
+    )
     try:
         converted = onnx.version_converter.convert_version(model, opset)
     except Exception as err:  # the converter raises RuntimeError and others
         msg = f"the graph cannot be converted from opset {current} to {opset}: {err}"
         raise ExportFailed(msg, opset=opset) from err
+    inputs = [v for v in converted.graph.input if v.name not in added]
+    del converted.graph.input[:]
+    converted.graph.input.extend(inputs)
+    converted.graph.initializer.extend(large)
     return converted
+
+
+def _save(model: Any, path: Path) -> list[Path]:  # noqa: ANN401  # onnx.ModelProto
+    """Write the model; its tensors go to a file beside it if they are too many for protobuf."""
+    import onnx
+
+    if sum(n_bytes(t) for t in model.graph.initializer) < MAX_INLINE_BYTES:
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        return [path]
+    data = path.with_name(f"{path.name}.data")
+    onnx.save_model(
+        model, str(path), save_as_external_data=True, location=data.name, size_threshold=1024
+    )
+    return [path, data]
 
 
 def runtime() -> JsonObject:

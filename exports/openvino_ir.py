@@ -15,6 +15,7 @@ from bitquota.exports.onnx_qdq import OPSET, float_graph
 from bitquota.exports.prepared import widths_must_be
 from bitquota.exports.receipt import Receipt, describe_files
 from bitquota.models.layout import TRANSPOSED_CONVOLUTIONS, from_matrix
+from bitquota.models.onnx.program import source_of
 from bitquota.quantizers.packing import pack_bits
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.layers import Layer
     from bitquota.exports.prepared import PreparedExport
+    from bitquota.models.onnx.program import OnnxSource
     from bitquota.quantizers.weights import QuantizedWeight
 
 XML, BIN = "model.xml", "model.bin"
@@ -65,7 +67,8 @@ class OpenvinoIr:
             stored_parts = _constants(ov, initializer, layer, weight)
             # One product per reader, so that each can be fused with what reads it.
             for reader in constants[initializer].output(0).get_target_inputs():
-                reader.replace_source_output(_dequantized(ov, stored_parts).output(0))
+                kind = constants[initializer].get_element_type()
+                reader.replace_source_output(_dequantized(ov, stored_parts, kind).output(0))
         ov.save_model(model, str(folder / XML), compress_to_fp16=False)
         stored = {
             node.get_friendly_name(): node
@@ -105,15 +108,20 @@ class OpenvinoIr:
 
     def load(self, prepared: PreparedExport, folder: Path) -> nn.Module:
         """Return the files as a module that runs in OpenVINO."""
-        del prepared
-        return OpenvinoFile(folder / XML)
+        return OpenvinoFile(folder / XML, source_of(prepared.module))
 
 
 class OpenvinoFile(nn.Module):
-    """An IR compiled for the CPU with the options of the receipt."""
+    """An IR compiled for the CPU with the options of the receipt.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The ``.xml``.
+        source: The ONNX graph that it was made of, if it was one (as of ``OnnxFile``).
+    """
+
+    def __init__(self, path: Path, source: OnnxSource | None = None) -> None:
         super().__init__()
+        self._source = source
         ov = _openvino()
         try:
             self._compiled = ov.Core().compile_model(str(path), "CPU", dict(OPTIONS))
@@ -123,6 +131,11 @@ class OpenvinoFile(nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Run the files."""
+        if self._source is not None:
+            wanted = self._compiled.output(self._source.output)
+            # The arrays of a result belong to the compiled model, which overwrites them.
+            parts = [np.array(self._compiled(p)[wanted]) for p in self._source.pieces(inputs)]
+            return torch.from_numpy(np.concatenate(parts)[: len(inputs[0])].astype(np.float32))
         results = self._compiled([tensor.detach().cpu().numpy() for tensor in inputs])
         return torch.from_numpy(np.array(results[0]))
 
@@ -147,13 +160,14 @@ def _constants(ov: Any, name: str, layer: Layer, weight: QuantizedWeight) -> tup
     return constant, zero, scale
 
 
-def _dequantized(ov: Any, parts: tuple[Any, Any, Any]) -> Any:  # noqa: ANN401
-    """Return a node for ``(codes - zero point) * scale``."""
+def _dequantized(ov: Any, parts: tuple[Any, Any, Any], kind: Any) -> Any:  # noqa: ANN401
+    """Return a node for ``(codes - zero point) * scale``, in the type ``kind``."""
     codes, zero, scale = parts
     value = ov.opset13.convert(codes, "f32")
     if zero is not None:
         value = ov.opset13.subtract(value, zero)
-    return ov.opset13.multiply(value, scale)
+    value = ov.opset13.multiply(value, scale)
+    return value if kind == ov.Type.f32 else ov.opset13.convert(value, kind.get_type_name())
 
 
 def _packed(codes: NDArray[Any], bits: int) -> NDArray[np.uint8]:

@@ -140,7 +140,8 @@ def model_fingerprint(module: nn.Module) -> str:
         shape = "x".join(map(str, tensor.shape))
         state.update(f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{shape}|".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        state.update(flat.view(torch.uint8).numpy().data)
+        if flat.numel():  # an empty one cannot be viewed as bytes
+            state.update(flat.view(torch.uint8).numpy().data)
     return f"sha256:{state.hexdigest()}"
 
 
@@ -247,6 +248,8 @@ def _n_macs(kind: LayerKind, weight: Tensor, groups: int, n_in: int, n_out: int)
     if kind is LayerKind.EXPERTS:
         return 0
     rows, columns = matrix_shape(kind, tuple(weight.shape), groups=groups)
+    if n_out * columns != n_in * rows and n_out * rows == n_in * columns:
+        return n_out * rows  # the other way round: a tied weight, transposed
     return n_out // rows * rows * columns
 
 
@@ -282,8 +285,8 @@ def _counting_hook(item: _Found, kind: LayerKind, n_samples: int) -> Callable[..
         result = _first_tensor(output)
         if not given or result is None:
             return
-        n_in = given[0].numel()
-        if given[0].is_floating_point():  # token ids are no activations
+        n_in, floating = given[0].numel(), given[0].is_floating_point()
+        if floating:  # token ids are no activations
             item.n_inputs += n_in // n_samples
         if kind is LayerKind.EXPERTS:
             # Arguments in transformers 5: tokens, chosen experts [tokens, k], weights.
@@ -292,6 +295,9 @@ def _counting_hook(item: _Found, kind: LayerKind, n_samples: int) -> Callable[..
             item.n_macs += tokens * chosen * math.prod(item.weight.shape[1:]) // n_samples
             return
         n_out = result.numel()
+        if kind is LayerKind.EMBEDDING and floating:  # a head that is tied to it
+            item.n_macs += n_in // item.weight.shape[1] * item.weight.numel() // n_samples
+            return
         if item.weight_name.endswith(("q_proj_weight", "k_proj_weight", "v_proj_weight")):
             n_out = n_in // item.weight.shape[1] * item.weight.shape[0]
         elif item.weight_name.endswith("in_proj_weight"):
@@ -446,6 +452,7 @@ def _unquantized(
 ) -> Iterator[UnquantizedTensor]:
     """Yield every other stored tensor once."""
     seen = set(quantized)
+    known: dict[str, str] = getattr(module, "reasons", {})
     for name, tensor in module.state_dict(keep_vars=True).items():
         if not isinstance(tensor, torch.Tensor) or name.endswith("num_batches_tracked"):
             continue
@@ -458,7 +465,7 @@ def _unquantized(
             shape=tuple(tensor.shape),
             format=_format_name(tensor.dtype),
             size_bits=tensor.numel() * tensor.element_size() * 8,
-            reason=_reason(name, tensor, is_parameter=key in names),
+            reason=known.get(name) or _reason(name, tensor, is_parameter=key in names),
         )
 
 

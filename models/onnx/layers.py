@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ TRANSPOSED: dict[int, type[nn.Module]] = {
 FLOATS: dict[int, Any] = {1: np.float32, 10: np.float16, 11: np.float64}
 """Element types of weights: ONNX's number to numpy's type."""
 
+BFLOAT16 = 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxLayer:
@@ -40,6 +42,7 @@ class OnnxLayer:
         kind: What the node does with it.
         initializer: The weight.
         nodes: Names (or output names) of all nodes that use it, in graph order.
+        inputs: The activation (or indices) that each of them reads.
         groups: Of a convolution.
     """
 
@@ -47,7 +50,18 @@ class OnnxLayer:
     kind: LayerKind
     initializer: str
     nodes: tuple[str, ...]
+    inputs: tuple[str, ...]
     groups: int = 1
+
+
+@dataclass(slots=True)
+class _Found:
+    """A weight while the graph is searched."""
+
+    kind: LayerKind
+    groups: int
+    nodes: list[str] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
 
 
 def find_layers(model: Any) -> tuple[OnnxLayer, ...]:  # noqa: ANN401  # onnx.ModelProto
@@ -65,71 +79,130 @@ def find_layers(model: Any) -> tuple[OnnxLayer, ...]:  # noqa: ANN401  # onnx.Mo
             "hand in the model from before quantization"
         )
         raise InvalidModel(msg, operators=quantized)
-    floats = {t.name: t for t in graph.initializer if t.data_type in FLOATS}
-    transposed: dict[str, str] = {}
-    found: dict[str, tuple[LayerKind, list[str], int]] = {}
+    floats = {t.name: t for t in graph.initializer if t.data_type in FLOATS and 0 not in t.dims}
+    views: dict[str, tuple[str, bool]] = {}
+    found: dict[str, _Found] = {}
     for node in graph.node:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        if node.op_type in ("Identity", "Transpose") and node.input[0] in floats:
-            source = floats[node.input[0]]
-            swaps = node.op_type == "Transpose" and len(source.dims) == 2
-            if swaps and list(attributes.get("perm", [1, 0])) == [1, 0]:
-                transposed[node.output[0]] = node.input[0]
+        # What folding left because the weight is read in two ways, as of a tied embedding.
+        if node.op_type in ("Identity", "Cast", "Transpose") and node.input:
+            source, turned = views.get(node.input[0], (node.input[0], False))
+            dims = floats[source].dims if source in floats else ()
+            turns = node.op_type == "Transpose"
+            plain = not turns or (len(dims) == 2 and list(attributes.get("perm", [1, 0])) == [1, 0])
+            if source in floats and plain and attributes.get("to", 1) in FLOATS:
+                views[node.output[0]] = (source, turned ^ turns)
             continue
-        place = _weight_place(node, attributes, floats, transposed)
+        place = _weight_place(node, attributes, floats, views)
         if place is None:
             continue
-        kind, initializer = place
-        label = node.name or node.output[0]
-        known = found.setdefault(initializer, (kind, [], int(attributes.get("group", 1))))
-        known[1].append(label)
+        kind, initializer, data = place
+        known = found.setdefault(initializer, _Found(kind, int(attributes.get("group", 1))))
+        known.nodes.append(node.name or node.output[0])
+        known.inputs.append(data)
     if not found:
-        msg = (
-            "an ONNX model must have Conv, ConvTranspose, Gemm, MatMul or Gather nodes with "
-            "constant weights; found none"
-        )
-        raise InvalidModel(msg)
+        raise _nothing_found(graph)
     taken: set[str] = set()
     layers = []
-    for initializer, (kind, nodes, groups) in found.items():
-        name = _layer_name(initializer, nodes[0], taken)
+    for initializer, item in found.items():
+        name = _layer_name(initializer, item.nodes[0], taken)
         taken.add(name)
         layers.append(
             OnnxLayer(
-                name=name, kind=kind, initializer=initializer, nodes=tuple(nodes), groups=groups
+                name=name,
+                kind=item.kind,
+                initializer=initializer,
+                nodes=tuple(item.nodes),
+                inputs=tuple(item.inputs),
+                groups=item.groups,
             )
         )
     return tuple(layers)
+
+
+def _nothing_found(graph: Any) -> InvalidModel:  # noqa: ANN401  # onnx.GraphProto
+    msg = (
+        "an ONNX model must have Conv, ConvTranspose, Gemm, MatMul or Gather nodes with "
+        "constant weights; found none"
+    )
+    halves = [t.name for t in graph.initializer if t.data_type == BFLOAT16 and len(t.dims) > 1]
+    if halves:
+        msg = (
+            f"the weights of an ONNX model must be float32, float16 or float64 where they are "
+            f"multiplied, because ONNX Runtime has no bfloat16 arithmetic on CPUs; '{halves[0]}' "
+            "is bfloat16: export the model in float32 or float16"
+        )
+    return InvalidModel(msg)
+
+
+def readers(graph: Any) -> dict[str, list[Any]]:  # noqa: ANN401  # onnx.GraphProto
+    """Return the nodes of the graph that read each value, for themselves or in their bodies."""
+    found: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in sources_of(node):
+            found.setdefault(name, []).append(node)
+    return found
+
+
+def sources_of(node: Any) -> tuple[str, ...]:  # noqa: ANN401  # onnx.NodeProto
+    """Return what a node reads, the outer values that its subgraphs use included."""
+    names = dict.fromkeys(name for name in node.input if name)
+    for attribute in node.attribute:
+        for graph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+            own = {v.name for v in graph.input} | {t.name for t in graph.initializer}
+            for inner in graph.node:
+                names.update(dict.fromkeys(s for s in sources_of(inner) if s not in own))
+                own.update(inner.output)
+            # A subgraph may return an outer value as it is.
+            names.update(dict.fromkeys(v.name for v in graph.output if v.name not in own))
+    return tuple(names)
+
+
+def reason_of(name: str, users: list[Any]) -> str:
+    """Return why the initializer ``name`` is no layer, as far as its readers tell."""
+    if not users:
+        return "read by no node"
+    node = users[0]
+    if name not in node.input:
+        return f"used inside the body of {node.op_type} '{node.name}'"
+    if node.op_type in ("BatchNormalization", "LayerNormalization", "GroupNormalization"):
+        return "scale, bias or statistics of a normalization"
+    if node.op_type in ("Conv", "ConvTranspose", "Gemm") and list(node.input).index(name) == 2:
+        return "bias"
+    return f"read by {node.op_type}, which multiplies no activations with it"
 
 
 def _weight_place(
     node: Any,  # noqa: ANN401  # onnx.NodeProto
     attributes: dict[str, Any],
     floats: dict[str, Any],
-    transposed: dict[str, str],
-) -> tuple[LayerKind, str] | None:
+    views: dict[str, tuple[str, bool]],
+) -> tuple[LayerKind, str, str] | None:
+    """Return what ``node`` does with which initializer, and the activation that it reads."""
     inputs = list(node.input)
-    if node.op_type in ("Conv", "ConvTranspose") and len(inputs) > 1 and inputs[1] in floats:
-        rank = len(floats[inputs[1]].dims)
+    if node.op_type in ("Conv", "ConvTranspose") and len(inputs) > 1:
+        name, _ = views.get(inputs[1], (inputs[1], False))
+        rank = len(floats[name].dims) if name in floats else 0
         if rank not in CONVOLUTIONS:
             return None
         prefix = "conv" if node.op_type == "Conv" else "conv_transpose"
-        return LayerKind(f"{prefix}{rank - 2}d"), inputs[1]
+        return LayerKind(f"{prefix}{rank - 2}d"), name, inputs[0]
     if node.op_type in ("Gemm", "MatMul"):
         for place in (1, 0):
             name = inputs[place]
             # A weight on the right is [in, out] unless it is transposed on the way.
-            swapped = name in transposed
-            name = transposed.get(name, name)
+            name, swapped = views.get(name, (name, False))
             if name not in floats or len(floats[name].dims) != 2:
                 continue
             swapped ^= bool(attributes.get("transB" if place else "transA", 0))
             outputs_first = swapped if place else not swapped
-            return LayerKind.LINEAR if outputs_first else LayerKind.LINEAR_TRANSPOSED, name
-    if node.op_type == "Gather" and inputs[0] in floats:
-        dims = floats[inputs[0]].dims
-        if len(dims) == 2 and attributes.get("axis", 0) == 0:
-            return LayerKind.EMBEDDING, inputs[0]
+            kind = LayerKind.LINEAR if outputs_first else LayerKind.LINEAR_TRANSPOSED
+            return kind, name, inputs[1 - place]
+    if node.op_type == "Gather":
+        name, swapped = views.get(inputs[0], (inputs[0], False))
+        dims = floats[name].dims if name in floats else ()
+        if len(dims) == 2 and attributes.get("axis", 0) == 0 and not swapped:
+            return LayerKind.EMBEDDING, name, inputs[1]
     return None
 
 

@@ -7,6 +7,7 @@ parameter is seen by the next forward pass without building a session anew.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from bitquota.errors import (
     InvalidModel,
     MeasurementFailed,
     MissingDependency,
-    UnsafeModel,
 )
 from bitquota.models.layer_calls import Conv1D
 from bitquota.models.loaded import LoadedModel, finish
@@ -30,17 +30,17 @@ from bitquota.models.onnx.layers import (
     FedTensor,
     OnnxLayer,
     find_layers,
+    readers,
+    reason_of,
 )
 from bitquota.models.onnx.program import OnnxSource, as_array, first_line
+from bitquota.models.onnx.reading import read_normalized
 from bitquota.models.onnx.shifts import added_of, shift_of, statistics_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
-
-MAX_OPSET = 25
-_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
 
 
 class _Sessions:
@@ -103,7 +103,8 @@ class OnnxModule(nn.Module):
     collecting inputs and outputs). What would change a layer's input or output is refused.
 
     Attributes:
-        layers: Where each quantizable weight stands.
+        onnx_layers: Where each quantizable weight stands.
+        reasons: Why other tensors are no layers, by their names in the module.
         onnx_source: The graph, as the ONNX Runtime runner takes it.
     """
 
@@ -111,43 +112,45 @@ class OnnxModule(nn.Module):
         super().__init__()
         import onnx
 
-        proto = read_onnx(path)
-        self.layers = find_layers(proto)
+        proto, self.stored = read_normalized(path)
+        found = find_layers(proto)
         initializers = {t.name: t for t in proto.graph.initializer}
         given = [v for v in proto.graph.input if v.name not in initializers]
         self._inputs = [(v.name, _numpy_type(v, path)) for v in given]
         self._fixed_batch = _fixed_batch(given)
+        self._example = _example(given, [dtype for _, dtype in self._inputs])
         outputs = [v.name for v in proto.graph.output]
         self._output = "logits" if "logits" in outputs else outputs[0]
-        nodes = {n.name or n.output[0]: n for n in proto.graph.node}
+        nodes = {n.name: n for n in proto.graph.node}
+        used = readers(proto.graph)
+        # Layers hold the weights, under names that are free in a module.
         self._calls: list[tuple[str, str, str]] = []
+        self.reasons: dict[str, str] = {}
         fed: dict[str, str] = {}
-        for layer in self.layers:
-            array = onnx.numpy_helper.to_array(initializers[layer.initializer])
-            users = [nodes[name] for name in layer.nodes]
+        placed = []
+        for item in found:
+            array = onnx.numpy_helper.to_array(initializers[item.initializer])
+            users = [nodes[name] for name in item.nodes]
             biases = {_bias(node, initializers) for node in users}
             bias = biases.pop() if len(biases) == 1 else None
             bias = None if bias in fed else bias
             values = None if bias is None else onnx.numpy_helper.to_array(initializers[bias])
-            self._add_layer(layer, array, values)
+            layer = replace(item, name=self._add_layer(item, array, values))
+            placed.append(layer)
             fed[layer.initializer] = f"{layer.name}.weight"
             if bias is not None:
                 fed[bias] = f"{layer.name}.bias"
-            for node in users:
-                data = _data_input(node, layer.initializer)
+            for node, data in zip(users, layer.inputs, strict=True):
                 self._calls.append((layer.name, data, node.output[0]))
+        self.onnx_layers = tuple(placed)
         # Statistics of batch norms may be estimated anew: they are inputs like weights.
-        used: dict[str, list[Any]] = {}
-        for node in proto.graph.node:
-            for name in node.input:
-                used.setdefault(name, []).append(node)
         movable = statistics_of(proto, initializers) | added_of(
-            self.layers, nodes, used, initializers
+            self.onnx_layers, nodes, used, initializers
         )
         for name, tensor in initializers.items():
             if name not in fed:
-                value = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
-                where = _register(self, name, value)
+                where = _register(self, name, _as_buffer(tensor))
+                self.reasons[where] = reason_of(name, used.get(name, []))
                 if name in movable:
                     fed[name] = where
         self._weights = [(k, v, FLOATS[initializers[k].data_type]) for k, v in fed.items()]
@@ -176,7 +179,7 @@ class OnnxModule(nn.Module):
             fed=tuple(FedTensor(name=k, path=v, dtype=d) for k, v, d in self._weights),
             shifts={
                 layer.name: shift
-                for layer in self.layers
+                for layer in self.onnx_layers
                 if (shift := shift_of(layer, nodes, used, fed, returned)) is not None
             },
         )
@@ -226,7 +229,7 @@ class OnnxModule(nn.Module):
 
     def _hooked(self) -> frozenset[str]:
         names = set()
-        for layer in self.layers:
+        for layer in self.onnx_layers:
             module = self.get_submodule(layer.name)
             if module._forward_pre_hooks:  # noqa: SLF001  # there is no public way to ask
                 raise _cannot_change(layer.name)
@@ -256,42 +259,65 @@ class OnnxModule(nn.Module):
                 return self._weight(path, dtype)
         return None
 
-    def example_inputs(self, path: Path) -> tuple[Tensor, ...] | None:
+    def example_inputs(self) -> tuple[Tensor, ...] | None:
         """Return zeros for two samples, if the file fixes every dimension but the first."""
-        initializers = {t.name for t in read_onnx(path).graph.initializer}
-        tensors = []
-        for value in read_onnx(path).graph.input:
-            if value.name in initializers:
-                continue
-            dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
-            if not dims or 0 in dims[1:]:
-                return None
-            dtype = torch.from_numpy(np.zeros(1, _numpy_type(value, path))).dtype
-            dtype = torch.float32 if dtype.is_floating_point else torch.int64
-            tensors.append(torch.zeros(2, *dims[1:], dtype=dtype))
-        return tuple(tensors)
+        return self._example
+
+    def stored_bits(self) -> int:
+        """Return the bits per weight that the file stores most layers' weights in: 16 or 32."""
+        types = {k: d for k, _, d in self._weights}
+        halves = 0
+        for layer in self.onnx_layers:
+            kept = self.stored.get(layer.initializer)
+            half = types[layer.initializer] is np.float16 if kept is None else kept.is_half
+            halves += half
+        return 16 if 2 * halves > len(self.onnx_layers) else 32
 
     def _weight(self, path: str, dtype: Any) -> NDArray[Any]:  # noqa: ANN401  # a numpy type
         owner, _, leaf = path.rpartition(".")
         data: Tensor = getattr(self.get_submodule(owner), leaf)
         return as_array(data, dtype)
 
-    def _add_layer(self, layer: OnnxLayer, array: NDArray[Any], bias: NDArray[Any] | None) -> None:
+    def _add_layer(self, layer: OnnxLayer, array: NDArray[Any], bias: NDArray[Any] | None) -> str:
+        """Add the module of a layer at its name, or as near to it as is free; return the name."""
         module = _layer_module(layer, array)
         module.weight = nn.Parameter(torch.from_numpy(array.astype(np.float32)))
         if bias is not None:
             module.bias = nn.Parameter(torch.from_numpy(bias.astype(np.float32)))
         *parents, last = layer.name.split(".")
         owner: nn.Module = self
+        path = []
         for part in parents:
-            if part not in owner._modules:  # noqa: SLF001
-                owner.add_module(part, nn.Module())
-            child = owner._modules[part]  # noqa: SLF001
-            assert child is not None  # noqa: S101  # added above
-            owner = child
-        for name, child in getattr(owner._modules.get(last), "_modules", {}).items():  # noqa: SLF001
+            owner, name = _part(owner, part)
+            path.append(name)
+        there = owner._modules.get(last)  # noqa: SLF001
+        inner = {} if there is None else dict(there._modules)  # noqa: SLF001
+        # A place that only holds other layers becomes this layer and keeps them.
+        while (
+            (there is not None and type(there) is not nn.Module)
+            or (there is None and hasattr(owner, last))
+            or any(hasattr(module, name) for name in inner)
+        ):
+            last += "_"
+            there, inner = owner._modules.get(last), {}  # noqa: SLF001
+        for name, child in inner.items():
             module.add_module(name, child)
         owner.add_module(last, module)
+        return ".".join([*path, last])
+
+
+def _part(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the child of ``owner`` called ``name``, made if need be, and what it is called.
+
+    A name that a module uses for itself, such as ``train`` or ``weight``, gets a ``_`` behind it.
+    """
+    while name not in owner._modules and hasattr(owner, name):  # noqa: SLF001
+        name += "_"
+    if name not in owner._modules:  # noqa: SLF001
+        owner.add_module(name, nn.Module())
+    child = owner._modules[name]  # noqa: SLF001
+    assert child is not None  # noqa: S101  # added above
+    return child, name
 
 
 def _cannot_change(layer: str) -> MeasurementFailed:
@@ -303,10 +329,25 @@ def _cannot_change(layer: str) -> MeasurementFailed:
 
 
 def _fixed_batch(given: list[Any]) -> int | None:
-    """Return the batch size that a graph was exported for, or ``None`` if any will do."""
+    """Return the batch size that a graph was exported for, or ``None`` if any will do.
+
+    Some exporters write -1 where any size will do.
+    """
     shapes = [v.type.tensor_type.shape.dim for v in given]
-    sizes = {dims[0].dim_value for dims in shapes if dims} - {0}
+    sizes = {dims[0].dim_value for dims in shapes if dims and dims[0].dim_value > 0}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def _example(given: list[Any], dtypes: list[Any]) -> tuple[Tensor, ...] | None:
+    tensors = []
+    for value, kind in zip(given, dtypes, strict=True):
+        dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
+        if not dims or min(dims[1:], default=1) < 1:
+            return None
+        floating = torch.from_numpy(np.zeros(1, kind)).dtype.is_floating_point
+        dtype = torch.float32 if floating else torch.int64
+        tensors.append(torch.zeros(2, *dims[1:], dtype=dtype))
+    return tuple(tensors)
 
 
 def _padded(array: NDArray[Any], batch: int) -> NDArray[Any]:
@@ -320,13 +361,6 @@ def _bias(node: Any, initializers: dict[str, Any]) -> str | None:  # noqa: ANN40
     tensor = initializers.get(node.input[2])
     plain = tensor is not None and len(tensor.dims) == 1 and tensor.data_type in FLOATS
     return node.input[2] if plain else None
-
-
-def _data_input(node: Any, initializer: str) -> str:  # noqa: ANN401  # onnx.NodeProto
-    if node.op_type == "Gather":
-        return str(node.input[1])
-    first, second = node.input[0], node.input[1]
-    return str(second if first == initializer else first)
 
 
 def load_onnx(path: Path) -> LoadedModel:
@@ -353,76 +387,14 @@ def load_onnx(path: Path) -> LoadedModel:
 
 def _load(path: Path) -> LoadedModel:
     module = OnnxModule(path)
-    halves = [d for _, _, d in module._weights if d is np.float16]  # noqa: SLF001  # our own
+    bits = module.stored_bits()
     return finish(
         module,
         source=str(path),
         architecture="ONNX graph",
-        example_inputs=module.example_inputs(path),
-        weight_format_bits=16 if 2 * len(halves) > len(module.layers) else 32,
+        example_inputs=module.example_inputs(),
+        weight_format_bits=bits,
     )
-
-
-def read_onnx(path: Path) -> Any:  # noqa: ANN401  # onnx.ModelProto
-    """Return the checked ``onnx.ModelProto`` of ``path``, external data included.
-
-    Raises:
-        InvalidModel: Not an ONNX file, truncated, or above opset 25.
-        UnsafeModel: Operators of unknown domains, or external data outside the file's folder.
-        MissingDependency: onnx is not installed.
-    """
-    try:
-        import onnx
-    except ImportError as err:
-        msg = "an ONNX model needs onnx; install it with: pip install bitquota[onnx]"
-        raise MissingDependency(msg) from err
-    try:
-        model = onnx.load(str(path))
-    except onnx.checker.ValidationError as err:
-        msg = f"external data of '{path.name}' must lie in its own folder: {first_line(err)}"
-        raise UnsafeModel(msg) from err
-    except Exception as err:  # protobuf and onnx raise kinds of their own
-        msg = f"an ONNX model must be a whole file; '{path.name}' cannot be read: {first_line(err)}"
-        raise InvalidModel(msg, source=str(path)) from err
-    if _names_a_file(model):
-        msg = (
-            f"all tensors of an ONNX model must be in the file or be initializers beside it; "
-            f"'{path.name}' names a file elsewhere in its graph: save it with its weights inside"
-        )
-        raise UnsafeModel(msg, source=str(path))
-    opsets = {o.domain: o.version for o in model.opset_import}
-    opset = opsets.get("", opsets.get("ai.onnx", 0))
-    if not model.graph.node or not 1 <= opset <= MAX_OPSET:
-        msg = (
-            f"an ONNX model must have nodes and an opset from 1 to {MAX_OPSET}; '{path.name}' has "
-            f"{len(model.graph.node)} nodes and opset {opset}"
-        )
-        raise InvalidModel(msg, opset=opset)
-    foreign = sorted({n.domain for n in model.graph.node} - _DOMAINS)
-    local = {f.domain for f in model.functions}
-    if foreign := [domain for domain in foreign if domain not in local]:
-        msg = f"an ONNX model must use standard operators; '{path.name}' uses domain '{foreign[0]}'"
-        raise UnsafeModel(msg, domains=foreign)
-    return model
-
-
-def _names_a_file(message: Any) -> bool:  # noqa: ANN401  # a protobuf message
-    """Whether a tensor is still to be read from a file, or from an address of the process.
-
-    ``onnx.load`` has read those of initializers and attributes, under its checks; ONNX Runtime
-    would read the others, in function bodies or sparse tensors, with fewer.
-    """
-    if getattr(message, "data_location", 0) == 1:  # TensorProto.EXTERNAL
-        return True
-    for field in message.DESCRIPTOR.fields:
-        if field.message_type is not None and field.name != "metadata_props":
-            value = getattr(message, field.name)
-            if field.is_repeated:
-                if any(_names_a_file(member) for member in value):
-                    return True
-            elif message.HasField(field.name) and _names_a_file(value):
-                return True
-    return False
 
 
 def _layer_module(layer: OnnxLayer, array: NDArray[Any]) -> nn.Module:
@@ -449,24 +421,36 @@ def _layer_module(layer: OnnxLayer, array: NDArray[Any]) -> nn.Module:
 def _register(root: nn.Module, name: str, tensor: Tensor) -> str:
     """Add a buffer under ``name``, or as near to it as there is room; return where it is."""
     *parents, last = [part for part in name.split(".") if part] or ["constant"]
-    owner = root
+    owner, path = root, []
     for part in parents:
-        if part in owner._parameters or part in owner._buffers:  # noqa: SLF001
-            break
-        if part not in owner._modules:  # noqa: SLF001
-            owner.add_module(part, nn.Module())
-        child = owner._modules[part]  # noqa: SLF001
-        assert child is not None  # noqa: S101  # added above
-        owner = child
-    while last in owner._parameters or last in owner._modules or hasattr(owner, last):  # noqa: SLF001
+        owner, found = _part(owner, part)
+        path.append(found)
+    while hasattr(owner, last):
         # A layer registers "bias" as absent: a graph's own bias takes that place.
         if owner._parameters.get(last, tensor) is None:  # noqa: SLF001
             del owner._parameters[last]  # noqa: SLF001
             break
         last += "_"
     owner.register_buffer(last, tensor)
-    place = next(name for name, part in root.named_modules() if part is owner)
-    return f"{place}.{last}" if place else last
+    return ".".join([*path, last])
+
+
+def _as_buffer(tensor: Any) -> Tensor:  # noqa: ANN401  # onnx.TensorProto
+    """Return a tensor's values; what torch has no type for becomes bytes, so that it is counted."""
+    import onnx
+
+    array = onnx.numpy_helper.to_array(tensor)
+    if array.dtype == object:
+        array = np.frombuffer(b"".join(map(bytes, tensor.string_data)), np.uint8)
+    elif array.dtype.kind not in "fiub":
+        # Types of ml_dtypes: below eight bits several values share a byte.
+        bits = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
+        name = onnx.TensorProto.DataType.Name(tensor.data_type)
+        narrow = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}.get(name, bits)
+        array = np.zeros(-(-array.size * narrow // 8), np.uint8)
+        data = np.frombuffer(tensor.raw_data, np.uint8)
+        array[: len(data)] = data[: len(array)]
+    return torch.from_numpy(array.copy())
 
 
 def _numpy_type(value: Any, path: Path) -> np.dtype[Any]:  # noqa: ANN401  # onnx.ValueInfoProto

@@ -24,6 +24,7 @@ from bitquota.errors import (
     InvalidModel,
     MissingDependency,
 )
+from bitquota.models.onnx.layers import sources_of
 from bitquota.models.onnx.rewrites import (
     BatchNormValues,
     import_onnx,
@@ -210,7 +211,7 @@ class OnnxProgram:
             self._model = with_right_means(self._model, source.shifts)
         graph = self._model.graph
         self.nodes = [
-            OnnxNode(k, node, _sources(node), tuple(name for name in node.output if name))
+            OnnxNode(k, node, sources_of(node), tuple(name for name in node.output if name))
             for k, node in enumerate(graph.node)
         ]
         self.maker = {name: node for node in self.nodes for name in node.results}
@@ -358,20 +359,6 @@ def macs_of(node: OnnxNode, values: Mapping[str, NDArray[Any]]) -> float:
     if proto.op_type == "Attention" and len(sizes) > 2 and len(sizes[1]) > 2:
         return float(sizes[1][-2]) * (math.prod(sizes[0]) + n_out)
     return 0.0
-
-
-def _sources(node: Any) -> tuple[str, ...]:  # noqa: ANN401  # onnx.NodeProto
-    """Return what a node reads, the outer values that its subgraphs use included."""
-    names = dict.fromkeys(name for name in node.input if name)
-    for attribute in node.attribute:
-        for graph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-            own = {v.name for v in graph.input} | {t.name for t in graph.initializer}
-            for inner in graph.node:
-                names.update(dict.fromkeys(s for s in _sources(inner) if s not in own))
-                own.update(inner.output)
-            # A subgraph may return an outer value as it is.
-            names.update(dict.fromkeys(v.name for v in graph.output if v.name not in own))
-    return tuple(names)
 
 
 def _to_array(tensor: Any) -> NDArray[Any]:  # noqa: ANN401  # onnx.TensorProto

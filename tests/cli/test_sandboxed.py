@@ -138,6 +138,13 @@ class TestSandboxed:
         assert (tmp_path / "out.json").read_text() == "new"
 
     @needs_bubblewrap
+    def test_a_former_file_in_a_kept_folder_is_replaced(self, probe, tmp_path):
+        """The folder of --ledger is written to itself: no former copy comes back over the file."""
+        (tmp_path / "out.json").write_text("former")
+        probe("open('out.json', 'w').write('new')", out=Path("out.json"), kept=Path())
+        assert (tmp_path / "out.json").read_text() == "new"
+
+    @needs_bubblewrap
     def test_new_folders(self, probe, tmp_path):
         """A folder that appears whole, in folders that are not there yet; and one kept open."""
         code, _ = probe(

@@ -55,6 +55,8 @@ def inspect(
     counts = Counter(entry.layer.group for entry in found.layers if not entry.kept)
     shared = [group for group, n in counts.items() if n > 1]
     numbers = {group: str(k) for k, group in enumerate(shared, 1)}
+    for line in report.quantizable_sentences(found.inventory):
+        output.console.print(line, markup=False, highlight=False)
     output.print_rows(
         [_row(found, entry, numbers) for entry in found.layers],
         title=f"{found.architecture} of {found.source}",

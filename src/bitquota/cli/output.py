@@ -134,6 +134,8 @@ def print_plan(
     frontier: Sequence[JsonObject] = (),
 ) -> None:
     """Print what a plan is and how it compares; a terminal gets it drawn."""
+    for sentence in report.quantizable_sentences(plan.inventory):
+        console.print(Text(sentence))
     if console.is_terminal:
         drawing.draw_plan(console, plan, frontier)
     else:

@@ -164,9 +164,11 @@ def _run_inside(
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bitquota-")))
         stand_ins: dict[Path, Path] = {}
-        for place in written:
+        # What lies in a folder that is written to itself (of --ledger) needs nothing to be moved.
+        apart = [p for p in written if not any(p.is_relative_to(folder) for folder in kept)]
+        for place in apart:
             _stand_in(place, stand_ins, stack)
-        for place in written:
+        for place in apart:
             stack.callback(_move, place, stand_ins)
         for folder in kept:
             if not folder.exists():

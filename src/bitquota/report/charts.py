@@ -21,6 +21,7 @@ from bitquota.report.text import (
     caution_sentences,
     format_size,
     proof_sentence,
+    quantizable_sentences,
     verdict,
 )
 
@@ -263,7 +264,9 @@ def plan_json(plan: Plan, *, digest: str | None = None) -> JsonObject:
             for b in plan.baselines
         ],
         "headline": headline(plan),
-        "verdict": " ".join([verdict(plan), *caution_sentences(plan)]),
+        "verdict": " ".join(
+            [*quantizable_sentences(plan.inventory), verdict(plan), *caution_sentences(plan)]
+        ),
         "proof": proof_sentence(plan),
         "digest": plan.digest() if digest is None else digest,
     }

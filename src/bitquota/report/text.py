@@ -11,12 +11,16 @@ from bitquota.plan import SOLVER
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from bitquota.candidates.layers import Inventory, UnquantizedTensor
     from bitquota.evaluate.scores import Estimate, Score
     from bitquota.plan import Baseline, MeasuredLoss, Plan
 
 CLEAR_DIFFERENCE = 2.0
 """Paired standard errors from which on a difference is called one."""
 
+
+USUAL_SHARE = 0.95
+"""Share of quantizable bytes from which on nothing need be said of the rest."""
 
 FEW_SAMPLES = 30
 """Hold-out samples below which a standard error is too uncertain to be read as one."""
@@ -38,6 +42,29 @@ def format_loss(measured: MeasuredLoss) -> str:
     if measured.n_samples == 1:
         return f"{measured.mean:.4g} (1 sample)"
     return f"{measured.mean:.4g} ± {measured.standard_error:.2g}"
+
+
+def quantizable_sentences(inventory: Inventory) -> list[str]:
+    """Return what share of a model's bytes can be quantized, and what holds the rest.
+
+    Empty from ``USUAL_SHARE`` on: then biases and norms are all that is left.
+    """
+    share = 1 - inventory.unquantized_bits / inventory.full_precision_bits
+    if share >= USUAL_SHARE:
+        return []
+    by_reason: dict[str, list[UnquantizedTensor]] = {}
+    for tensor in inventory.unquantized:
+        by_reason.setdefault(tensor.reason or "no layer", []).append(tensor)
+    sizes = {why: sum(t.size_bits for t in held) for why, held in by_reason.items()}
+    parts = []
+    for why in sorted(sizes, key=lambda why: -sizes[why])[:3]:
+        largest = max(by_reason[why], key=lambda t: t.size_bits)
+        more = len(by_reason[why]) - 1
+        others = f" and {more} more" if more else ""
+        parts.append(f"{format_size(sizes[why])} in {largest.name}{others}: {why}")
+    left = len(sizes) - len(parts)
+    tail = f"; and {left} other kinds of tensors" if left else ""
+    return [f"Quantizable: {100 * share:.3g} % of the bytes. The rest: {'; '.join(parts)}{tail}."]
 
 
 def best_uniform(plan: Plan) -> Baseline | None:
@@ -308,7 +335,8 @@ def render_markdown(
         known = accuracies[k] if accuracies else None
         asked = " + ".join(b.text or f"{b.limit} {b.unit}" for b in plan.budgets)
         parts.append(f"## Budget {_escape(asked)}\n")
-        parts.append(verdict(plan) + "\n")
+        opening = quantizable_sentences(plan.inventory)
+        parts.append(" ".join([*opening, verdict(plan)]) + "\n")
         facts = [
             (
                 f"Stored weights {format_size(plan.size_bits)}: {plan.average_bits:.3f} bits per "
