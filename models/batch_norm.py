@@ -77,14 +77,14 @@ def moved_statistics(
     return moved, (variance + (squared - 1) * (variance + eps)).clamp_min(0)
 
 
-def observed(call: BatchNormCall) -> Moments | None:
-    """Return the moments of a batch norm's input.
+def observed(call: BatchNormCall, around: Tensor | None = None) -> Moments | None:
+    """Return the moments of a batch norm's input, summed around ``around`` or the stored mean.
 
     ``None`` where there is nothing to follow: no stored statistics, or one value per channel.
     """
     if call.running_mean is None or call.running_var is None or not _varies(call.inputs):
         return None
-    return Moments.of(call.inputs, call.running_mean)
+    return Moments.of(call.inputs, call.running_mean if around is None else around)
 
 
 def _varies(x: Tensor) -> bool:
@@ -239,7 +239,10 @@ class batch_statistics(_following):  # noqa: N801  # used as a context manager
         """Run as in training."""
         if not _varies(call.inputs):
             return None
-        if (after := observed(call)) is not None:
+        # Around the batch's own mean: the stored one must not show in the last bits of what
+        # replaces it, or equal weights would get unequal statistics from epoch to epoch.
+        near = call.inputs.float().reshape(*call.inputs.shape[:2], -1).mean(dim=(0, 2))
+        if (after := observed(call, near)) is not None:
             self.follow(call, after)
         return functional.batch_norm(
             call.inputs, None, None, call.weight, call.bias, training=True, eps=call.eps

@@ -150,13 +150,13 @@ class TestFinetune:
         assert losses.index(min(losses)) == record.best_epoch
 
     def test_stops_early(self, model, data):
-        """Only batch statistics move, in their last bits: two epochs after the best it is over."""
+        """Nothing moves, so no epoch is better than the first."""
         inventory, plan = uniform(model, 3)
         still = replace(
             SETTINGS, epochs=12, patience=2, learning_rate=0.0, quantizer_learning_rate=0.0
         )
         record = finetune(model, inventory, plan, data, still).record
-        assert len(record.epochs) == record.best_epoch + 3 < 12
+        assert (0, 3) == (record.best_epoch, len(record.epochs))
 
     def test_equal_seeds_give_equal_weights(self, model, data):
         """And another seed gives others."""
