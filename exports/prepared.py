@@ -10,10 +10,8 @@ import torch
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Rounding
 from bitquota.errors import InvalidInput, InvalidPlan, StalePlan
 from bitquota.exports.receipt import Difference, TensorReceipt, describe_candidate
-from bitquota.models.layout import to_matrix
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.planned import folded_module, quantizers_of
-from bitquota.quantizers.weights import QuantizedWeight, quantize
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
     from bitquota.plan import Plan
+    from bitquota.quantizers.weights import QuantizedWeight
 
 VERIFY_SAMPLES = 64
 """Samples on which an export is compared with fake-quantization."""
@@ -166,15 +165,12 @@ def prepare_export(
             raise InvalidInput(msg, layer=candidate.layer)
     chosen = tuple(candidates.values())
     fitted = quantizers_of(plan, model, module, chosen, data)
+    for layer in layers.values():
+        _require_weight(module, layer)
     weights = {
-        name: quantize(
-            to_matrix(_weight(module, layer), layer),
-            candidates[name].weight_bits,
-            candidates[name].scheme,
-            importance=fitted.weights.importance.get(name),
-        )
-        for name, layer in layers.items()
-        if candidates[name].weight_bits != FULL_PRECISION_BITS
+        name: fitted.weights.stored(candidate)
+        for name, candidate in candidates.items()
+        if candidate.weight_bits != FULL_PRECISION_BITS
     }
     quantized = apply_plan(
         module,
@@ -233,11 +229,10 @@ def widths_must_be(prepared: PreparedExport, allowed: tuple[int, ...], what: str
         raise InvalidPlan(msg, layers=sorted(wrong))
 
 
-def _weight(module: nn.Module, layer: Layer) -> Tensor:
+def _require_weight(module: nn.Module, layer: Layer) -> None:
     owner, _, leaf = layer.weight_name.rpartition(".")
     try:
-        weight: Tensor = getattr(module.get_submodule(owner), leaf)
+        getattr(module.get_submodule(owner), leaf)
     except AttributeError as err:
         msg = f"the plan's layer '{layer.name}' must exist in the model; it does not"
         raise InvalidPlan(msg, layer=layer.name) from err
-    return weight.detach()

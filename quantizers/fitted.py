@@ -10,10 +10,11 @@ import torch
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Rounding
 from bitquota.canonical import digest_json
 from bitquota.errors import InvalidInput, MeasurementFailed
+from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.running import tensor_of
 from bitquota.quantizers.channel_fit import collect_by
 from bitquota.quantizers.input_moments import input_grams
-from bitquota.quantizers.weights import fake_quantize
+from bitquota.quantizers.weights import fake_quantize, quantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from bitquota.candidates.table import Candidate
     from bitquota.models.calibration import CalibrationSet
     from bitquota.quantizers.imatrix import Importance
+    from bitquota.quantizers.weights import QuantizedWeight
 
 BATCH = 64
 """Samples of one forward pass."""
@@ -81,14 +83,33 @@ class QuantizedWeights:
                     inputs_gram=self._grams.get(candidate.layer),
                     importance=self.importance.get(candidate.layer),
                 )
-            if not bool(torch.isfinite(quantized).all()):
-                msg = (
-                    f"the weights of layer '{candidate.layer}' must be finite after quantization "
-                    f"to {candidate.label}; they are not: check the layer's weights"
-                )
-                raise MeasurementFailed(msg, layer=candidate.layer)
-            self._cache[key] = quantized.to(original.dtype)
+            self._keep(candidate, quantized)
         return self._cache[key]
+
+    def stored(self, candidate: Candidate) -> QuantizedWeight:
+        """Return codes and scales of a candidate; its weight is known from then on.
+
+        Not for error feedback, nor for full precision.
+        """
+        layer = self.layer(candidate.layer)
+        found = quantize(
+            to_matrix(self.original(candidate.layer).detach(), layer),
+            candidate.weight_bits,
+            candidate.scheme,
+            importance=self.importance.get(candidate.layer),
+        )
+        self._keep(candidate, from_matrix(found.dequantize(), layer))
+        return found
+
+    def _keep(self, candidate: Candidate, quantized: Tensor) -> None:
+        if not bool(torch.isfinite(quantized).all()):
+            msg = (
+                f"the weights of layer '{candidate.layer}' must be finite after quantization "
+                f"to {candidate.label}; they are not: check the layer's weights"
+            )
+            raise MeasurementFailed(msg, layer=candidate.layer)
+        key = (candidate.layer, candidate.weight_bits, candidate.scheme)
+        self._cache[key] = quantized.to(self.original(candidate.layer).dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
