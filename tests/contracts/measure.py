@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -20,8 +22,58 @@ from bitquota.sensitivity.registry import measure_by_name
 from bitquota.sensitivity.runners.make import make_runner
 from sensitivity_networks import Residual, build, inventory_of, samples
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bitquota.candidates.table import CandidateTable
+    from bitquota.matrix import SensitivityMatrix
+    from bitquota.sensitivity.runners.base import Runner
+
 KL = loss_by_name("kl")
 WIDTHS = (2, 3, 4, 8, FULL_PRECISION_BITS)
+
+
+def prepare(engine, inventory=None, data=None):
+    """Return a fresh runner and a table."""
+    module = build(Residual)
+    found = inventory_of(module) if inventory is None else inventory
+    calibration = samples(Residual, n=13) if data is None else data
+    runner = make_runner(module, found, calibration, chunk_size=5, engine=engine)
+    return runner, enumerate_candidates(found, WIDTHS)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measurement, and what the runner and its model were before it.
+
+    Attributes:
+        declared: What the measure said that it would cost, in passes.
+        needed: What it took.
+        state: The model's tensors before.
+        wanted: Which parameters wanted gradients before.
+    """
+
+    runner: Runner
+    table: CandidateTable
+    matrix: SensitivityMatrix
+    ledger: MemoryLedger
+    declared: float
+    needed: float
+    state: dict[str, Tensor]
+    wanted: list[bool]
+
+
+@cache
+def measured(name: str, engine: str) -> Measured:
+    """Return the measurement that most tests look at; tests leave it as it is."""
+    runner, table = prepare(engine)
+    measure, ledger = measure_by_name(name), MemoryLedger()
+    state = {key: value.clone() for key, value in runner.module.state_dict().items()}
+    wanted = [p.requires_grad for p in runner.module.parameters()]
+    declared, before = measure.cost(runner, table), runner.passes.passes
+    matrix = measure.measure(runner, table, KL, context=Context(ledger=ledger))
+    needed = runner.passes.passes - before
+    return Measured(runner, table, matrix, ledger, declared, needed, state, wanted)
 
 
 class MeasureContract:
@@ -29,23 +81,18 @@ class MeasureContract:
 
     engine = "eager"
 
-    @classmethod
-    def prepare(cls, inventory=None, data=None, seed=0):
-        """Return a fresh runner and a table."""
-        module = build(Residual, seed)
-        found = inventory_of(module) if inventory is None else inventory
-        calibration = samples(Residual, n=13) if data is None else data
-        runner = make_runner(module, found, calibration, chunk_size=5, engine=cls.engine)
-        return runner, enumerate_candidates(found, WIDTHS)
+    @pytest.fixture
+    def known(self, measure):
+        """A measurement that these tests share."""
+        return measured(measure.name, self.engine)
 
     def test_is_found_by_its_name(self, measure):
         """What users write gives this measure."""
         assert type(measure_by_name(measure.name)) is type(measure)
 
-    def test_numbers_are_finite_and_zero_at_full_precision(self, measure):
+    def test_numbers_are_finite_and_zero_at_full_precision(self, measure, known):
         """One score per row; a candidate that changes nothing costs nothing, and surely so."""
-        runner, table = self.prepare()
-        matrix = measure.measure(runner, table, KL)
+        table, matrix = known.table, known.matrix
 
         assert matrix.diagonal.shape == (len(table.rows),)
         assert np.isfinite(matrix.diagonal).all()
@@ -58,10 +105,9 @@ class MeasureContract:
             assert matrix.diagonal_error.max() > 0
         assert (matrix.cross is not None) == measure.has_cross_terms
 
-    def test_growing_scores_are_flagged_and_kept(self, measure):
+    def test_growing_scores_are_flagged_and_kept(self, known):
         """Every row that exceeds one with fewer bits is flagged, and no other."""
-        runner, table = self.prepare()
-        matrix = measure.measure(runner, table, KL)
+        table, matrix = known.table, known.matrix
         expected = set()
         for r, row in enumerate(table.rows):
             bits = row.candidates[0].weight_bits
@@ -74,21 +120,17 @@ class MeasureContract:
 
         assert expected == {(f.group, f.label) for f in flags}
 
-    def test_without_a_budget_the_widest_rows_win(self, measure):
+    def test_without_a_budget_the_widest_rows_win(self, known):
         """The smallest score of every group is full precision."""
-        runner, table = self.prepare()
-        matrix = measure.measure(runner, table, KL)
-        grouped = matrix.diagonal.reshape(-1, len(WIDTHS))
+        grouped = known.matrix.diagonal.reshape(-1, len(WIDTHS))
 
         np.testing.assert_array_equal(len(WIDTHS) - 1, grouped.argmin(axis=1))
 
-    def test_order_of_layers_does_not_matter(self, measure):
+    def test_order_of_layers_does_not_matter(self, measure, known):
         """Reversing the inventory reverses the scores."""
-        runner, table = self.prepare()
-        plain = measure.measure(runner, table, KL)
-        inventory = runner.inventory
+        inventory = known.runner.inventory
         turned = Inventory(model_digest=inventory.model_digest, layers=inventory.layers[::-1])
-        other = measure.measure(*self.prepare(inventory=turned), KL)
+        other = measure.measure(*prepare(self.engine, inventory=turned), KL)
 
         def by_row(matrix):
             return {
@@ -96,65 +138,52 @@ class MeasureContract:
                 for r, v in zip(matrix.table.rows, matrix.diagonal, strict=True)
             }
 
-        expected, found = by_row(plain), by_row(other)
+        expected, found = by_row(known.matrix), by_row(other)
         assert expected.keys() == found.keys()
         for key, value in expected.items():
             assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-12)
 
-    def test_same_seed_gives_the_same_bits(self, measure):
-        """Two fresh runs agree to the last bit, errors and provenance included."""
-        one = measure.measure(*self.prepare(), KL)
-        two = measure.measure(*self.prepare(), KL)
+    def test_same_seed_gives_the_same_bits(self, measure, known):
+        """Two fresh runs agree to the last bit, errors and provenance included; also unrecorded."""
+        again = measure.measure(*prepare(self.engine), KL)
 
-        assert one.to_bytes() == two.to_bytes()
+        assert known.matrix.to_bytes() == again.to_bytes()
 
-    def test_resumes_from_the_ledger(self, measure):
+    def test_resumes_from_the_ledger(self, measure, known):
         """A second run measures nothing (but reference outputs) and gives the same bits."""
-        ledger = MemoryLedger()
-        one = measure.measure(*self.prepare(), KL, context=Context(ledger=ledger))
-        entries = len(ledger)
-        runner, table = self.prepare()
-        two = measure.measure(runner, table, KL, context=Context(ledger=ledger))
+        entries = len(known.ledger)
+        runner, table = prepare(self.engine)
+        two = measure.measure(runner, table, KL, context=Context(ledger=known.ledger))
 
-        assert one.to_bytes() == two.to_bytes()
-        assert entries == len(ledger)
+        assert known.matrix.to_bytes() == two.to_bytes()
+        assert entries == len(known.ledger)
         assert runner.passes.passes <= 1 + 1e-9
 
-    def test_costs_no_more_than_declared(self, measure):
+    def test_costs_no_more_than_declared(self, known):
         """The counter stays within ``cost``."""
-        runner, table = self.prepare()
-        declared, before = measure.cost(runner, table), runner.passes.passes
-        measure.measure(runner, table, KL)
+        assert known.needed <= known.declared + 1e-9
 
-        assert runner.passes.passes - before <= declared + 1e-9
-
-    def test_tied_layers_have_one_row(self, measure):
+    def test_tied_layers_have_one_row(self, measure, known):
         """A group is scored as a whole, and not as less than nothing."""
-        runner, _ = self.prepare()
-        inventory = runner.inventory.tie([["inner", "side"]])
-        matrix = measure.measure(*self.prepare(inventory=inventory), KL)
+        inventory = known.runner.inventory.tie([["inner", "side"]])
+        matrix = measure.measure(*prepare(self.engine, inventory=inventory), KL)
 
         assert (3 * len(WIDTHS),) == matrix.diagonal.shape
         assert (matrix.diagonal >= -1e-12).all()
 
-    def test_leaves_the_model_alone(self, measure):
+    def test_leaves_the_model_alone(self, known):
         """Weights, gradients' settings and mode are as before."""
-        runner, table = self.prepare()
-        before = {k: v.clone() for k, v in runner.module.state_dict().items()}
-        wanted = [p.requires_grad for p in runner.module.parameters()]
-        measure.measure(runner, table, KL)
-
-        after = runner.module.state_dict()
-        assert all(torch.equal(before[key], after[key]) for key in before)
-        assert wanted == [p.requires_grad for p in runner.module.parameters()]
-        assert all(p.grad is None for p in runner.module.parameters())
-        assert not runner.module.training
+        module = known.runner.module
+        after = module.state_dict()
+        assert all(torch.equal(known.state[key], after[key]) for key in after)
+        assert known.wanted == [p.requires_grad for p in module.parameters()]
+        assert all(p.grad is None for p in module.parameters())
+        assert not module.training
 
     def test_labels_are_demanded_exactly_when_needed(self, measure):
         """Without labels a measure works, or says that it needs them."""
         data = samples(Residual, n=13)
-        bare = CalibrationSet(inputs=data.inputs)
-        runner, table = self.prepare(data=bare)
+        runner, table = prepare(self.engine, data=CalibrationSet(inputs=data.inputs))
         if measure.needs_labels:
             with pytest.raises(InvalidCalibration, match="label"):
                 measure.measure(runner, table, KL)
@@ -163,18 +192,17 @@ class MeasureContract:
 
     def test_can_be_cancelled(self, measure):
         """A measure that runs the model stops when asked to."""
-        runner, table = self.prepare()
+        runner, table = prepare(self.engine)
         if measure.cost(runner, table) == 0:
             pytest.skip("never runs the model")
         with pytest.raises(Cancelled):
             measure.measure(runner, table, KL, context=Context(cancelled=lambda: True))
 
-    def test_says_where_it_comes_from(self, measure):
+    def test_says_where_it_comes_from(self, measure, known):
         """Measure, model and samples are in the provenance."""
-        runner, table = self.prepare()
-        matrix = measure.measure(runner, table, KL)
+        runner, provenance = known.runner, known.matrix.provenance
 
-        assert measure.name == matrix.provenance["measure"]
-        assert runner.inventory.model_digest == matrix.provenance["model_digest"]
-        assert runner.calibration.to_json() == matrix.provenance["calibration"]
-        assert replace(matrix).unit
+        assert measure.name == provenance["measure"]
+        assert runner.inventory.model_digest == provenance["model_digest"]
+        assert runner.calibration.to_json() == provenance["calibration"]
+        assert known.matrix.unit

@@ -32,6 +32,7 @@ from bitquota.training.qat import finetune_plan
 from bitquota.training.settings import TrainingSettings
 from format_networks import plan_with
 
+pytestmark = pytest.mark.slow  # whole chains
 FEEDBACK = Scheme(rounding=Rounding.ERROR_FEEDBACK)
 ALL = tuple(Correction)
 CPU = Context(device="cpu")

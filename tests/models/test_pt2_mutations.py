@@ -12,6 +12,7 @@ import pytest
 import mutation_runner
 from mutations import SUFFIXES, mutate
 
+pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent.parent
 SEEDS = 600
 

@@ -36,9 +36,14 @@ SMALL = PlanRequest(
 )  # fmt: skip
 
 
+KEPT = MemoryLedger()
+"""What one test has measured no other measures again, but those that are about ledgers."""
+
+
 def run(request=SMALL, loss=None, **context):
     known = trained()
-    return allocate(known.model, known.fit, request, context=Context(**context), loss=loss)
+    made = Context(**{"ledger": KEPT} | context)
+    return allocate(known.model, known.fit, request, context=made, loss=loss)
 
 
 class TestAllocate:
@@ -133,7 +138,7 @@ class TestAllocate:
 
     def test_kill_and_resume_gives_the_same_bytes(self, tmp_path):
         """A run cancelled half-way and repeated ends with the plan of an undisturbed run."""
-        undisturbed = run().plans[0].dumps()
+        undisturbed = run(ledger=MemoryLedger()).plans[0].dumps()
         steps = 0
 
         def cancelled() -> bool:
@@ -314,6 +319,8 @@ class TestEvaluatePlans:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_gpu_plan_is_close_to_the_cpu_plan():
     """The same request on a GPU measures the same losses up to float32 rounding."""
-    on_cpu, on_gpu = run(device="cpu").plans[0], run(device="cuda").plans[0]
+    on_cpu, on_gpu = (
+        run(device=device, ledger=MemoryLedger()).plans[0] for device in ("cpu", "cuda")
+    )
 
     assert on_gpu.measured.mean == pytest.approx(on_cpu.measured.mean, rel=0.05)
