@@ -73,3 +73,11 @@ def llama_folder(tmp_path_factory) -> Path:
     from format_networks import write_llama
 
     return write_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def digits_files(tmp_path_factory) -> tuple[Path, Path]:
+    """A trained network as ``.pt2`` and its calibration set as ``.npz``."""
+    from live_server import train_and_export
+
+    return train_and_export(tmp_path_factory.mktemp("digits"))

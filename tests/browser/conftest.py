@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from live_server import LiveServer, train_and_export
+from live_server import LiveServer
 from seeded_jobs import seed_model
 from waiting import PATIENCE_S
 
@@ -45,12 +45,6 @@ def screenshots(tmp_path_factory):
     folder = Path(named) if named else tmp_path_factory.mktemp("screenshots")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-@pytest.fixture(scope="session")
-def digits_files(tmp_path_factory):
-    """A trained network as .pt2 and its calibration set as .npz."""
-    return train_and_export(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ async ([files]) => {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with LiveServer(tmp_path_factory.mktemp("journey") / "data", nice=0) as running:
+    with LiveServer(tmp_path_factory.mktemp("journey") / "data") as running:
         yield running
 
 

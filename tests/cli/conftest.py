@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from bitquota.cli import main
-from format_networks import write_llama
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -32,9 +31,3 @@ def bitquota(monkeypatch, tmp_path, capsys):
         return code, captured.out, captured.err
 
     return run
-
-
-@pytest.fixture(scope="session")
-def llama_folder(tmp_path_factory):
-    """A tiny random Llama with a tied head, as transformers saves it."""
-    return write_llama(tmp_path_factory.mktemp("llama"))

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from bitquota.cli.sandboxed import OUTSIDE, Outside, sandboxed
 from bitquota.errors import InvalidInput
 from bitquota.service.security.sandbox import bubblewrap
 from onnx_graphs import image_graph
+from waiting import PATIENCE_S, wait_for
 
 needs_bubblewrap = pytest.mark.skipif(bubblewrap() is None, reason="no bubblewrap works here")
 
@@ -227,11 +227,14 @@ class TestCommandLine:
             cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
         ) as process:  # fmt: skip
-            while not list(tmp_path.glob("cache/bitquota/sandboxed/*/bitquota/ledger.sqlite")):
+
+            def has_begun():
                 assert process.poll() is None
-                time.sleep(0.05)
+                return list(tmp_path.glob("cache/bitquota/sandboxed/*/bitquota/ledger.sqlite"))
+
+            wait_for(has_begun, "the ledger")
             process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 130
         assert "interrupted" in errors
         assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "m.onnx", "samples.npz"]

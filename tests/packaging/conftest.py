@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from waiting import PATIENCE_S
+
 # What the outer make tells its children would make the inner one speak differently.
 _LEFT_OUT = {"PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES"}
 ENVIRONMENT = {name: text for name, text in os.environ.items() if name not in _LEFT_OUT}
@@ -25,7 +27,7 @@ def run(*command: object, cwd: Path, **variables: str) -> subprocess.CompletedPr
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=PATIENCE_S,
     )
 
 

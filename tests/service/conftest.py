@@ -4,13 +4,7 @@ import pytest
 
 from bitquota.service.store.database import Database
 from live_postgres import LivePostgres
-from live_server import LiveServer, train_and_export
-
-
-@pytest.fixture(scope="session")
-def digits_files(tmp_path_factory):
-    """A trained network as .pt2 and its calibration set as .npz."""
-    return train_and_export(tmp_path_factory.mktemp("digits"))
+from live_server import LiveServer
 
 
 @pytest.fixture(scope="session")
@@ -34,8 +28,8 @@ def migrated(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """One server for all tests of a module that leave it running."""
+    """One server for all tests that leave it running and need no settings of their own."""
     with LiveServer(tmp_path_factory.mktemp("server") / "data") as running:
         yield running

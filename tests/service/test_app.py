@@ -6,13 +6,12 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 
 import httpx
 import pytest
 
 from live_server import LiveServer, folder_zip, npz
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, wait_for
 
 SHA = "sha256:"
 
@@ -101,11 +100,7 @@ class TestUploads:
             head = b"PUT /v1/models HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
             raw.sendall(head + b"x" * 500_000)
         incoming = quiet.data_dir / "blobs" / "incoming"
-        for _ in range(200):
-            if not list(incoming.iterdir()):
-                break
-            threading.Event().wait(0.05)
-        assert list(incoming.iterdir()) == []
+        wait_for(lambda: not list(incoming.iterdir()), "the end of the broken upload")
 
     def test_list_pages_through_everything(self, http):
         ids = {http.put("/v1/datasets", content=npz(n)).json()["id"] for n in (20, 21, 22)}
@@ -130,17 +125,18 @@ class TestUploads:
             line = f"PUT /v1/datasets?sha256={sha}&total={len(data)} HTTP/1.1\r\n"
             head = f"{line}Host: 127.0.0.1\r\nContent-Length: {len(data)}\r\n\r\n"
             raw.sendall(head.encode() + data[:sent])
-            until = time.monotonic() + 60
-            while not http.get(where).json()["received"]:
-                assert time.monotonic() < until
+            wait_for(lambda: http.get(where).json()["received"], "the first bytes")
         query = f"sha256={sha}&total={len(data)}"
-        received = 0
-        while True:  # the server may still be busy with the connection that broke
+        tries = []
+
+        def goes_on():  # the server may still be busy with the connection that broke
             received = http.get(where).json()["received"]
             answer = http.put(f"/v1/datasets?{query}&offset={received}", content=data[received:])
-            if answer.status_code != 409:
-                break
-            assert time.monotonic() < until
+            tries.append((received, answer))
+            return answer.status_code != 409
+
+        wait_for(goes_on, "the end of the broken connection")
+        received, answer = tries[-1]
         assert 0 < received <= sent
         assert (answer.status_code, answer.json()["id"]) == (201, SHA + sha)
         assert http.get(where).json()["received"] == 0

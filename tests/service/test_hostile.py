@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from bitquota.request import PlanRequest
-from live_server import LiveServer, folder_zip, safetensors
+from live_server import folder_zip, safetensors
 from waiting import PATIENCE_S
 
 
@@ -204,14 +204,8 @@ DATASETS = {
 
 
 @pytest.fixture(scope="module")
-def hostile_server(tmp_path_factory):
-    with LiveServer(tmp_path_factory.mktemp("hostile") / "data") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def http(hostile_server):
-    with httpx.Client(base_url=hostile_server.url, timeout=PATIENCE_S) as client:
+def http(server):
+    with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client:
         yield client
 
 
@@ -252,19 +246,19 @@ def test_pickled_sample_inputs_are_never_opened(http, digits_files, tmp_path):
     assert not marker.exists(), "the upload ran code"
 
 
-def test_honest_job_afterwards(hostile_server, digits_files):
+def test_honest_job_afterwards(server, digits_files):
     model, calibration = digits_files
     request = PlanRequest(budgets=("3 bits",), weight_bits=(2, 4), samples=16, holdout_samples=16)
-    with hostile_server.client() as client:
+    with server.client() as client:
         job = client.submit(model=model, calibration=calibration, request=request)
         assert job.wait(timeout_s=PATIENCE_S).plan().average_bits <= 3
 
 
-def test_memory_stays_bounded(hostile_server, http, digits_files, tmp_path):
+def test_memory_stays_bounded(server, http, digits_files, tmp_path):
     """Refusing everything above once more costs the server no lasting memory."""
 
     def resident():
-        text = Path(f"/proc/{hostile_server.process.pid}/status").read_text()
+        text = Path(f"/proc/{server.process.pid}/status").read_text()
         return int(text.partition("VmRSS:")[2].split()[0]) * 1024
 
     before = resident()

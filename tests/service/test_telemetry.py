@@ -71,7 +71,7 @@ class TestTracing:
         request = PlanRequest(
             samples=64, holdout_samples=64, weight_bits=(2, 8), measure="diagonal"
         )
-        with LiveServer(tmp_path / "data", nice=0) as server, server.client() as client:
+        with LiveServer(tmp_path / "data") as server, server.client() as client:
             job = client.submit(
                 model=model, calibration=calibration, request=request, kind="measure"
             )

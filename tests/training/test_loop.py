@@ -16,6 +16,7 @@ from bitquota.training.finetune import finetune
 from bitquota.training.loop import optimizer_of, rate_factor
 from bitquota.training.settings import TrainingSettings
 from digits_network import N_TRAIN, accuracy, digits, trained_digits_net
+from waiting import PATIENCE_S
 
 SETTINGS = TrainingSettings(epochs=1, batch_size=100, learning_rate=3e-3)
 
@@ -97,7 +98,7 @@ with joined_group() as group:
         ):
             done = subprocess.run(
                 [sys.executable, *start, str(program), str(tmp_path / name)],
-                capture_output=True, text=True, check=False, timeout=200,
+                capture_output=True, text=True, check=False, timeout=PATIENCE_S,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr[-3000:]
         assert "2" == (tmp_path / "two.size").read_text()

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import contextlib
-import time
 
 import httpx
 
 from live_server import LiveServer, folder_zip, npz
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, wait_for
 
 
 class TestEventStreams:
@@ -29,12 +28,12 @@ class TestEventStreams:
             assert "at most 2 event streams" in refused.json()["detail"]
             assert http.get(f"/v1/jobs/{job}").status_code == 200
             streams[0].close()
-            until = time.monotonic() + 60
-            while True:
+
+            def may_open():
                 with http.stream("GET", f"/v1/jobs/{job}/events") as again:
-                    if again.status_code == 200:
-                        break
-                assert time.monotonic() < until
+                    return again.status_code == 200
+
+            wait_for(may_open, "another stream")
 
 
 def order(http):

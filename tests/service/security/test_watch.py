@@ -16,6 +16,7 @@ from bitquota.service.security.sandbox import (
     launch,
 )
 from bitquota.service.security.watch import Watch, descendants
+from waiting import PATIENCE_S
 
 pytestmark = pytest.mark.skipif(
     bubblewrap() is None, reason="bubblewrap is missing or user namespaces are forbidden here"
@@ -153,21 +154,21 @@ class TestWatch:
         other = start("other", IN_PEACE)
         assert other.process.stdout.readline() == "ready\n"
         job = start("job", program)
-        job.process.communicate(timeout=120)
+        job.process.communicate(timeout=PATIENCE_S)
         verdict = job.watch.verdict
         assert isinstance(verdict, LimitExceeded), "it ended by itself"
         assert verdict.details["resource"] == resource.value
         assert verdict.details["used"] >= verdict.details["limit"] * 0.98
         assert verdict.details["setting"] in verdict.message
         assert descendants(job.process.pid) == []
-        assert other.process.communicate("go\n", timeout=120)[0] == "done\n"
+        assert other.process.communicate("go\n", timeout=PATIENCE_S)[0] == "done\n"
         assert other.watch.verdict is None
 
     def test_files_in_memory_are_part_of_the_memory(self, start):
         small = replace(LIMITS, memory_bytes=2**26, tmp_bytes=2**30)
         program = "kept = bytearray(2**25)\n" + FILL_TMP
         job = start("job", program, small)
-        job.process.communicate(timeout=120)
+        job.process.communicate(timeout=PATIENCE_S)
         assert job.watch.verdict.details["resource"] == Resource.MEMORY.value
 
     def test_pages_that_forks_share_count_once(self, start):
@@ -194,7 +195,7 @@ class TestWatch:
         watch = Watch(process.pid, tmp_path, LIMITS, sandboxed=False)
         watch.start()
         try:
-            process.wait(timeout=120)
+            process.wait(timeout=PATIENCE_S)
             assert watch.verdict.details["resource"] == Resource.PROCESSES.value
         finally:
             watch.stop()

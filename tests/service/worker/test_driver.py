@@ -31,6 +31,7 @@ from bitquota.service.worker.engines import local
 from bitquota.service.worker.engines.local import LocalEngine
 from bitquota.service.worker.presentable_errors import MAX_MESSAGE, presentable
 from bitquota.service.worker.scoped_ledger import ScopedLedger
+from waiting import wait_for
 
 KEY = ledger_key("a")
 
@@ -275,9 +276,12 @@ class TestEvaluatorOfAStranger:
         engine.open()
         try:
             (scratch,) = (data / "scratch").iterdir()
-            while not (scratch / "work" / "results.json").exists():
+
+            def has_told():
                 assert engine._server.process.poll() is None
-                time.sleep(0.02)
+                return (scratch / "work" / "results.json").exists()
+
+            wait_for(has_told, "the results")
             results = json.loads((scratch / "work" / "results.json").read_text())
         finally:
             engine.close()

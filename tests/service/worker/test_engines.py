@@ -147,7 +147,7 @@ class TestHelpers:
         model, calibration = digits_files
         plans = []
         for workers in (1, 3):
-            settings = {"workers": workers, "nice": 0, "heartbeat_s": 0.1}
+            settings = {"workers": workers, "heartbeat_s": 0.1}
             with LiveServer(tmp_path / f"data{workers}", **settings) as server:
                 with server.client() as client:
                     job = client.submit(model=model, calibration=calibration, request=REQUEST)

@@ -55,7 +55,7 @@ class TestRayEngine:
         """Both nodes have measured; the plan is that of the local engine, byte for byte."""
         node = cluster.add_node()
         settings = {
-            "engine": "ray", "workers": 2, "ray_address": cluster.address, "nice": 0,
+            "engine": "ray", "workers": 2, "ray_address": cluster.address,
             "ray_token_file": cluster.token, "ray_scratch": cluster.folder / "nodes",
             "heartbeat_s": 0.1, "lease_s": 5, "log_level": "DEBUG",
         }  # fmt: skip
@@ -77,7 +77,7 @@ class TestRayEngine:
             found = job.wait(timeout_s=PATIENCE_S).plan_text()
             noticed = events(server.log, "helper lost") + events(server.log, "driver ended")
         assert noticed, "nobody noticed the death of a node"
-        with LiveServer(tmp_path / "local", nice=0) as server, server.client() as client:
+        with LiveServer(tmp_path / "local") as server, server.client() as client:
             job = submit(client, digits_files, seed)
             assert job.wait(timeout_s=PATIENCE_S).plan_text() == found
 
@@ -88,7 +88,7 @@ class TestCancel:
         files = endless_graph(tmp_path / "endless.onnx"), tmp_path / "data.npz"
         settings = {
             "engine": "ray", "ray_address": cluster.address, "ray_token_file": cluster.token,
-            "ray_scratch": cluster.folder / "nodes", "nice": 0,
+            "ray_scratch": cluster.folder / "nodes",
         }  # fmt: skip
         request = PlanRequest(budgets=("4 bits",), samples=8, holdout_samples=8)
         with LiveServer(tmp_path / "ray", **settings) as server, server.client() as client:
