@@ -16,6 +16,8 @@ def run_command(repository, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(repository))
+    # Sandboxed commands are other processes, which load torch anew: tests/cli/test_sandboxed.py.
+    monkeypatch.setenv("BITQUOTA_SANDBOX", "off")
 
     def run(command: str) -> None:
         monkeypatch.setattr(sys, "argv", shlex.split(command))
