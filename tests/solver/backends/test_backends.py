@@ -26,8 +26,9 @@ TESTS = Path(__file__).resolve().parents[2]
 
 
 class _External(SolverBackendContract):
-    """The contract, and many random problems in one process."""
+    """The contract, and many random problems in one process: each solve starts one."""
 
+    pytestmark = pytest.mark.slow
     name = ""
 
     @pytest.fixture
