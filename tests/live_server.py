@@ -20,6 +20,11 @@ from bitquota.client import Client
 from waiting import PATIENCE_S
 
 
+# One thread, as everywhere in the suite: several processes share the cores. Not nice: on a busy
+# machine nobody would ever measure anything. No reserve: five seconds of a processor for nobody.
+DEFAULTS = {"BITQUOTA_THREADS": "1", "BITQUOTA_NICE": "0", "BITQUOTA_RESERVE": "false"}
+
+
 class LiveServer:
     """``bitquota.service.serve`` on a free loopback port, over a data folder that outlives it."""
 
@@ -42,9 +47,7 @@ class LiveServer:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                # One thread, as everywhere in the suite: several processes share the cores. And not
-                # nice: on a busy machine nobody would ever measure anything.
-                env=os.environ | {"BITQUOTA_THREADS": "1", "BITQUOTA_NICE": "0"} | self.settings,
+                env=os.environ | DEFAULTS | self.settings,
             )
         line = self.process.stdout.readline()
         found = re.search(r"https?://[\w.:\[\]]+", line)
@@ -94,7 +97,7 @@ class LiveServer:
         return found
 
     def working(self, module: str) -> int | None:
-        """Return the pid of the oldest driver or evaluator: the others are in reserve."""
+        """Return the pid of the oldest driver or evaluator: others are in reserve."""
         pids = [pid for pid, named in self.children() if named == module]
         return min(pids, key=started, default=None)
 

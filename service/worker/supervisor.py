@@ -40,7 +40,7 @@ class _Running:
 
 
 class Supervisor:
-    """Keeps ``settings.slots`` jobs running and one started driver in reserve.
+    """Keeps ``settings.slots`` jobs running and, if wanted, one started driver in reserve.
 
     Drivers are killed with the thread that runs this, so a server that dies takes them along and
     the next one begins where the ledger ends.
@@ -140,16 +140,14 @@ class Supervisor:
                 self._store.requeue(job, epoch, self._settings.max_attempts, reason)
 
     def _fill(self) -> None:
-        slots = self._settings.slots
-        if slots and self._spare is None:
-            self._spare = self._start_driver()
-        while len(self._running) < slots and self._spare is not None:
-            if self._spare.poll() is not None:
+        slots, reserve = self._settings.slots, self._settings.reserve
+        while len(self._running) < slots:
+            if reserve and (self._spare is None or self._spare.poll() is not None):
                 self._spare = self._start_driver()
             job = self._store.claim(self.owner, self._settings.lease_s, self._settings.max_running)
             if job is None:
                 return
-            process, self._spare = self._spare, None
+            process, self._spare = self._spare or self._start_driver(), None
             self._running.append(_Running(job=job, process=process))
             _log.info("job started", job=job.id, epoch=job.epoch, driver=process.pid)
             try:
@@ -158,7 +156,8 @@ class Supervisor:
                 process.stdin.flush()
             except BrokenPipeError:
                 _log.warning("driver had ended", job=job.id, driver=process.pid)
-            self._spare = self._start_driver()
+            if reserve:
+                self._spare = self._start_driver()
 
     def _reap(self) -> None:
         for running in self._running[:]:

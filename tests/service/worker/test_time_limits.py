@@ -19,10 +19,12 @@ from bitquota.service.store.database import Database
 from bitquota.service.worker.time_limits import TimeLimits
 from live_server import LiveServer, npz
 from onnx_graphs import endless_graph
+from refusals import refused
 from waiting import PATIENCE_S, wait_for
 
 pytestmark = pytest.mark.slow
-STAGE_S = 15.0
+STAGE_S = 60.0
+"""Longer than an evaluator takes to start on a busy machine: that is a stage, too."""
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +101,15 @@ def patient(tmp_path_factory):
 
 
 class TestStage:
-    def test_loop_without_end_is_ended_with_the_stage_and_the_limit(self, patient, endless):
+    def test_silent_evaluator_is_ended_with_the_stage_and_the_limit(self, patient, endless):
+        """It is stopped, because an endless loop would take a processor from the other tests."""
         with patient.client() as client:
             job = submit(client, endless)
-            with pytest.raises(ServiceTimeout, match="the stage 'load' made none"):
+            wait_until_it_has_begun(job)
+            os.kill(patient.working("evaluator"), signal.SIGSTOP)
+            with refused(ServiceTimeout, stage="load", limit_s=STAGE_S):
                 job.wait(timeout_s=PATIENCE_S)
             assert (job.status, job.body["attempts"]) == ("expired", 1)
-            assert job.body["error"]["details"] == {"stage": "load", "limit_s": STAGE_S}
 
 
 class TestCancel:
