@@ -19,7 +19,6 @@ import numpy as np
 from bitquota.client import Client
 from waiting import PATIENCE_S
 
-
 # One thread, as everywhere in the suite: several processes share the cores. Not nice: on a busy
 # machine nobody would ever measure anything. No reserve: five seconds of a processor for nobody.
 DEFAULTS = {"BITQUOTA_THREADS": "1", "BITQUOTA_NICE": "0", "BITQUOTA_RESERVE": "false"}

@@ -14,6 +14,7 @@ from bitquota.candidates.layers import Inventory, Layer, LayerKind, UnquantizedT
 from bitquota.candidates.table import enumerate_candidates
 from bitquota.canonical import canonical_json
 from bitquota.errors import BudgetTooSmall, InvalidBudget, InvalidInput
+from refusals import refused
 from vocabulary_strategies import choices, inventories, schemes
 
 # 1,001 weights in fp32 and a bias of 10 fp32 values.
@@ -221,7 +222,7 @@ class TestCheck:
         )
         table = enumerate_candidates(two, [4], activation_bits=8)
         Budget.parse("act 25 B", two).check(table)
-        with pytest.raises(BudgetTooSmall, match="smallest plan, 200 bits"):
+        with refused(BudgetTooSmall, budget="act 24 B", limit=192, smallest=200):
             Budget.parse("act 24 B", two).check(table)
 
     def test_says_what_to_do(self):

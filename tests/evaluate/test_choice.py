@@ -15,6 +15,7 @@ from bitquota.quantizers.fitted import Fitted, QuantizedWeights
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.measures.choices import measure_choices
 from bitquota.sensitivity.runners.make import make_runner
+from refusals import refused
 from sensitivity_networks import (
     Attention,
     Branches,
@@ -87,7 +88,7 @@ class TestApplyPlan:
     def test_corrections_need_samples(self):
         """Statistics cannot be re-estimated on nothing."""
         module, inventory, candidates = chosen(Residual, (0, 0, 0, 0))
-        with pytest.raises(InvalidInput, match="need samples"):
+        with refused(InvalidInput, corrections=["batch_norm_statistics"]):
             apply_plan(
                 module, inventory, candidates, corrections=[Correction.BATCH_NORM_STATISTICS]
             )

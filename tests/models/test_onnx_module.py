@@ -22,6 +22,7 @@ from bitquota.models.onnx.layers import find_layers
 from bitquota.quantizers.apply import apply_plan
 from bitquota.sensitivity.runners.make import make_runner
 from onnx_graphs import image_graph, save, token_graph
+from refusals import refused
 
 
 def run(path, **feed) -> np.ndarray:
@@ -144,7 +145,7 @@ class TestLoadOnnx:
         from bitquota.models.samples import check_calibration
 
         loaded = load_model(str(image_graph(tmp_path / "m.onnx")))
-        with pytest.raises(InvalidCalibration, match=r"got \[1, 8, 8\] float32"):
+        with refused(InvalidCalibration, got="[1, 8, 8] float32"):
             check_calibration(loaded, CalibrationSet(inputs=(torch.zeros(4, 1, 8, 8),)))
 
     def test_truncated(self, tmp_path):
@@ -160,7 +161,7 @@ class TestLoadOnnx:
         model = onnx.load(path)
         model.opset_import[0].version = 99
         onnx.save(model, path)
-        with pytest.raises(InvalidModel, match=r"opset from 1 to 25; .* opset 99"):
+        with refused(InvalidModel, opset=99):
             load_model(str(path))
 
     def test_custom_operators(self, tmp_path):
@@ -172,7 +173,7 @@ class TestLoadOnnx:
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
         onnx.save(model, tmp_path / "m.onnx")
-        with pytest.raises(UnsafeModel, match=r"domain 'my\.ops'"):
+        with refused(UnsafeModel, domains=["my.ops"]):
             load_model(str(tmp_path / "m.onnx"))
 
     def test_external_data_elsewhere(self, tmp_path):
@@ -204,7 +205,7 @@ class TestLoadOnnx:
                 numpy_helper.from_array(np.float32(0.5), "s"),
             ],
         )
-        with pytest.raises(InvalidModel, match="before quantization"):
+        with refused(InvalidModel, operators=["DequantizeLinear"]):
             find_layers(onnx.load(save(graph, tmp_path / "m.onnx", 21)))
 
     def test_nothing_to_quantize(self, tmp_path):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from bitquota.codec import Document, Form, LowerBound, Seal, UpperBound
 from bitquota.errors import InvalidInput, InvalidPlan
+from refusals import refused
 
 
 class Colour(StrEnum):
@@ -161,7 +162,7 @@ class TestFromJson:
         assert {"size": -1, "at": "leaves[0]"} == caught.value.details
 
     def test_own_error_comes_as_it_is(self):
-        with pytest.raises(InvalidInput, match="^a size must not be negative"):
+        with refused(InvalidInput, size=-1):
             Leaf.from_json({"size": -1})
 
     @pytest.mark.parametrize("data", [None, [], "x", 3, {}, {"schema": "tree/2"}])

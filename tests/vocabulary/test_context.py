@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from bitquota.context import Context, MemoryLedger
 from bitquota.errors import Cancelled
 from bitquota.progress import Progress
+from refusals import refused
 
 
 class TestContext:
@@ -21,7 +21,7 @@ class TestContext:
         assert [Progress(stage="stage", done=1, total=2, reused=1)] == seen
 
     def test_stops(self):
-        with pytest.raises(Cancelled, match="during 'stage'"):
+        with refused(Cancelled, stage="stage"):
             Context(cancelled=lambda: True).check("stage")
 
     def test_each_has_a_ledger_of_its_own(self):

@@ -13,11 +13,12 @@ from bitquota.candidates.storage import Granularity, Scheme
 from bitquota.candidates.table import Candidate
 from bitquota.cli import output
 from bitquota.corrections import Correction
-from bitquota.errors import InvalidInput, InvalidPlan
+from bitquota.errors import InvalidInput, InvalidPlan, UnknownLayer
 from bitquota.plan import Assignment, Baseline, MeasuredLoss, Plan, Proof
 from bitquota.report import charts
 from bitquota.report import text as report
 from bitquota.request import PlanRequest
+from refusals import refused
 
 
 def layer(name: str, rows: int, columns: int) -> Layer:
@@ -101,7 +102,7 @@ class TestPlan:
         exact = Budget(resource="code_bits", limit=192, text="3 bits")
 
         assert plan(budgets=(exact,)).spent(exact) == 192
-        with pytest.raises(InvalidPlan, match="must keep its budget"):
+        with refused(InvalidPlan, spent=192, limit=191):
             plan(budgets=(replace(exact, limit=191),))
 
     def test_forged_size_is_refused(self):
@@ -297,7 +298,7 @@ class TestInventory:
         """A misspelt layer gets a suggestion."""
         inventory = Inventory(model_digest="x", layers=(layer("encoder.query", 2, 2),))
 
-        with pytest.raises(InvalidInput, match=r"did you mean 'encoder\.query'"):
+        with refused(UnknownLayer, pattern="encoder.qery", nearest=["encoder.query"]):
             inventory.exclude(["encoder.qery"])
 
     def test_half_precision_checkpoint(self):
