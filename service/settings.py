@@ -38,9 +38,9 @@ class Settings:
     )
     slots: int = _setting(1, "Jobs that run at the same time on this host.", below=0)
     reserve: bool = _setting(
-        True,
-        "Keep a driver and an evaluator (some 500 MB) ready for the next job, so that it starts "
-        "seconds earlier.",
+        default=True,
+        text="Keep a driver and an evaluator (some 500 MB) ready for the next job, so that it "
+        "starts seconds earlier.",
     )
     database_password_file: str = _setting(
         "", "File with the password of `BITQUOTA_DATABASE_URL`, so that the URL need not hold it."
