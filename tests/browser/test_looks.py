@@ -11,6 +11,7 @@ from bitquota.service.security.keys import KeyStore
 from bitquota.service.store.database import Database
 from live_server import LiveServer
 from seeded_jobs import inventory_of, matrix_of, plan_of, seed_job
+from waiting import wait_for
 
 WIDTHS = (360, 1280, 2560)
 HOSTILE = "<img src=x onerror=window.hurt=1><script>window.hurt=1</script>\"'{{7*7}}"
@@ -54,9 +55,12 @@ def test_sign_in_page(seeded, open_window, screenshots, tmp_path_factory):
         database.close()
         window = open_window()
         page = window.page
-        page.wait_for_timeout(2100)  # until the server asks again whether there are keys
-        page.goto(server.url)
-        assert "/sign-in" in page.url
+
+        def is_asked_for_one():  # the server looks every few seconds whether there are keys
+            page.goto(server.url)
+            return "/sign-in" in page.url
+
+        wait_for(is_asked_for_one, "the page to sign in")
         assert window.violations() == []
         page.screenshot(path=screenshots / "sign-in.png")
         page.fill("#key", "bq_wrong")

@@ -20,7 +20,7 @@ def run(repository, run_command, monkeypatch, capsys):
             if command.startswith("python -m examples.tiny_llama"):
                 from examples import tiny_llama
 
-                tiny_llama.main(["--steps", "60"])
+                tiny_llama.main(["--steps", "20"])
                 continue
             run_command(command)
         capsys.readouterr()

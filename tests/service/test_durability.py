@@ -104,14 +104,20 @@ class TestPlanJob:
 class TestKill:
     @pytest.mark.parametrize("victim", ["evaluator", "driver", "server"])
     def test_nothing_finished_is_measured_twice(self, tmp_path, digits_files, undisturbed, victim):
-        """The plan is the undisturbed one, byte for byte, and no ledger entry is written twice."""
+        """The plan is the undisturbed one, byte for byte, and no ledger entry is written twice.
+
+        A server that dies takes its children along.
+        """
         with LiveServer(tmp_path / "data", heartbeat_s=0.1, lease_s=5) as server:
             with server.client() as client:
                 job = submit(client, digits_files)
                 job_id = job.id
                 wait_for(lambda: ledger_size(server) >= 3, "the first measurements")
                 if victim == "server":
+                    pids = [pid for pid, _ in server.children()]
+                    assert pids
                     server.kill()
+                    wait_for(lambda: not any(alive(pid) for pid in pids), "the children's end")
                 else:
                     kill_working(server, victim)
             kept = ledger_size(server)
@@ -125,16 +131,6 @@ class TestKill:
             assert [e.data["status"] for e in story][-1] == "succeeded"
             assert [e.data["status"] for e in story].count("succeeded") == 1
             assert kept >= 3
-
-    def test_server_that_dies_takes_its_children_along(self, tmp_path, digits_files):
-        with LiveServer(tmp_path / "data") as server:
-            with server.client() as client:
-                submit(client, digits_files)
-                wait_for(lambda: ledger_size(server) >= 1, "the first measurement")
-            pids = [pid for pid, _ in server.children()]
-            assert pids
-            server.kill()
-            wait_for(lambda: not any(alive(pid) for pid in pids), "the end of the children")
 
 
 class TestStop:
@@ -154,16 +150,16 @@ class TestStop:
 
 
 class TestCancel:
-    def test_running_job_ends_and_keeps_its_measurements(self, tmp_path, digits_files):
-        with LiveServer(tmp_path / "data", heartbeat_s=0.1, lease_s=5) as server:
-            with server.client() as client:
-                job = submit(client, digits_files)
-                wait_for(lambda: ledger_size(server) >= 3, "the first measurements")
-                job.cancel()
-                with pytest.raises(Cancelled):
-                    job.wait(timeout_s=PATIENCE_S)
-                assert job.status == "cancelled"
-            assert ledger_size(server) >= 3
+    def test_running_job_ends_and_keeps_its_measurements(self, server, digits_files):
+        with server.client() as client:
+            enough = ledger_size(server) + 3
+            job = submit(client, digits_files, seed=11)
+            wait_for(lambda: ledger_size(server) >= enough, "the first measurements")
+            job.cancel()
+            with pytest.raises(Cancelled):
+                job.wait(timeout_s=PATIENCE_S)
+            assert job.status == "cancelled"
+        assert ledger_size(server) >= enough
 
 
 class TestDeadline:
