@@ -21,13 +21,14 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("BITQUOTA_DATA", ROOT.parent / "shared" / "data"))
 
 LONGEST = (
-    "service/test_durability.py", "service/jobs/test_kinds.py",
-    "service/jobs/test_training_kinds.py", "service/worker/test_time_limits.py",
-    "search/test_allocate.py", "training/test_learn.py",
-    "training/test_finetune.py", "cli/test_training.py", "docs/test_quickstarts.py",
-    "docs/test_training_page.py", "cli/test_remote.py", "browser/test_journey.py",
-    "sensitivity/metrics/test_contract.py", "sensitivity/metrics/test_resnet20.py",
-    "exports/test_exports.py",
+    "service/test_durability.py", "service/worker/test_ray_engine.py",
+    "service/worker/test_time_limits.py", "service/jobs/test_training_kinds.py",
+    "training/test_learn.py", "service/worker/test_engines.py", "cli/test_training.py",
+    "service/api/test_schema.py", "solver/backends/test_backends.py", "training/test_finetune.py",
+    "search/test_allocate.py", "service/jobs/test_kinds.py", "docs/test_quickstarts.py",
+    "browser/test_journey.py", "browser/test_looks.py", "cli/test_remote.py",
+    "sensitivity/metrics/test_resnet20.py", "exports/test_exports.py",
+    "solver/test_properties.py", "sensitivity/metrics/test_contract.py",
 )  # fmt: skip
 """Files below tests/, in the order in which they begin; after them come all others."""
 
