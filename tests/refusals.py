@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from bitquota.errors import BitquotaError
 
 
-def refused(kind: type[BitquotaError], **details: object) -> pytest.RaisesExc[BitquotaError]:
+def refused(kind: type[BitquotaError], /, **details: object) -> pytest.RaisesExc[BitquotaError]:
     """Expect an error of this very kind, no heir of it, with at least these details."""
 
     def fits(error: BitquotaError) -> bool:

@@ -13,12 +13,13 @@ import pytest
 from bitquota.errors import (
     BudgetTooSmall,
     Cancelled,
-    InvalidInput,
     MeasurementFailed,
     ServiceTimeout,
+    UnknownLayer,
 )
 from bitquota.request import PlanRequest
 from live_server import LiveServer
+from refusals import refused
 from waiting import PATIENCE_S, wait_for
 
 pytestmark = pytest.mark.slow
@@ -90,14 +91,14 @@ class TestPlanJob:
     def test_budget_below_the_minimum_is_one_sentence(self, server, digits_files):
         with server.client() as client:
             job = submit(client, digits_files, budgets=("1 bits",))
-            with pytest.raises(BudgetTooSmall, match="below the smallest plan") as caught:
+            with refused(BudgetTooSmall, budget="1 bits", limit=4168, smallest=8336) as caught:
                 job.wait(timeout_s=PATIENCE_S)
         assert caught.value.details["smallest"] > caught.value.details["limit"]
 
     def test_unknown_layer_is_named_with_the_nearest(self, server, digits_files):
         with server.client() as client:
             job = submit(client, digits_files, fixed={"nolayer": 8})
-            with pytest.raises(InvalidInput, match="nolayer"):
+            with refused(UnknownLayer, nearest=["0", "3", "6"], pattern="nolayer"):
                 job.wait(timeout_s=PATIENCE_S)
 
 
