@@ -91,9 +91,8 @@ class TestPlanJob:
     def test_budget_below_the_minimum_is_one_sentence(self, server, digits_files):
         with server.client() as client:
             job = submit(client, digits_files, budgets=("1 bits",))
-            with refused(BudgetTooSmall, budget="1 bits", limit=4168, smallest=8336) as caught:
+            with refused(BudgetTooSmall, budget="1 bits", limit=4168, smallest=8336):
                 job.wait(timeout_s=PATIENCE_S)
-        assert caught.value.details["smallest"] > caught.value.details["limit"]
 
     def test_unknown_layer_is_named_with_the_nearest(self, server, digits_files):
         with server.client() as client:
