@@ -108,7 +108,7 @@ class TestKill:
 
         A server that dies takes its children along.
         """
-        with LiveServer(tmp_path / "data", heartbeat_s=0.1, lease_s=5) as server:
+        with LiveServer(tmp_path / "data", heartbeat_s=0.1, lease_s=60) as server:
             with server.client() as client:
                 job = submit(client, digits_files)
                 job_id = job.id
@@ -177,7 +177,7 @@ class TestDeadline:
 class TestPoison:
     def test_job_that_kills_its_workers_fails_and_the_next_one_runs(self, tmp_path, digits_files):
         """Two attempts measure nothing, because somebody kills each worker as it starts."""
-        settings = {"max_attempts": 2, "heartbeat_s": 0.1, "lease_s": 5}
+        settings = {"max_attempts": 2, "heartbeat_s": 0.1, "lease_s": 60}
         with LiveServer(tmp_path / "data", **settings) as server, server.client() as client:
             # Not one measurement of this fits into the time that its workers live.
             job = submit(client, digits_files, samples=1400)

@@ -124,7 +124,7 @@ class TestKill:
         order = {"budgets": ["3 bits"], "epochs": 3, "batch_size": 16, "patience": 3}
         per_epoch = int(0.9 * 1500) // 16
         with (
-            LiveServer(tmp_path / "data", heartbeat_s=0.05, lease_s=5) as server,
+            LiveServer(tmp_path / "data", heartbeat_s=0.05, lease_s=60) as server,
             server.client() as client,
         ):
             job = client.order("learn", order, model=digits_files[0], dataset=digits_files[1])
