@@ -28,7 +28,7 @@ from bitquota.search.allocate import allocate
 from resnet_cifar import calibration, data_folder, images, resnet20
 
 if TYPE_CHECKING:
-    from bitquota.exports.export import Receipt
+    from bitquota.exports.export import ExportReport
     from bitquota.models.loaded import LoadedModel
     from bitquota.plan import Plan
 
@@ -78,7 +78,7 @@ def resnet(n_test: int, n_samples: int) -> list[Bar]:
     (plan,) = allocate(model, data, request, context=Context(ledger=MemoryLedger())).plans
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        receipt, same = export_twice(model, plan, folder, data.first(64))
+        report, same = export_twice(model, plan, folder, data.first(64))
         test, labels = images("test", n_test)
         scores = score_plans(
             model,
@@ -100,11 +100,11 @@ def resnet(n_test: int, n_samples: int) -> list[Bar]:
             got=f"{apart:.2f}",
             holds=apart <= LARGEST_POINT,
         ),
-        *_bytes("ResNet-20, ort-cpu", plan, receipt, same=same),
+        *_bytes("ResNet-20, ort-cpu", plan, report, same=same),
         Bar(
             name=f"container overhead below {100 * LARGEST_OVERHEAD:.0f} %",
-            got=f"{100 * receipt.container_overhead:.2f} % ({receipt.container_bytes:,} B)",
-            holds=receipt.container_overhead < LARGEST_OVERHEAD,
+            got=f"{100 * report.container_overhead:.2f} % ({report.container_bytes:,} B)",
+            holds=report.container_overhead < LARGEST_OVERHEAD,
         ),
     ]
 
@@ -127,19 +127,19 @@ def llama(n_windows: int) -> list[Bar]:
         (plan,) = allocate(model, data, request, context=Context(ledger=MemoryLedger())).plans
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            receipt, same = export_twice(model, plan, folder, data.first(8))
+            report, same = export_twice(model, plan, folder, data.first(8))
             module, _, _ = open_export(model, folder / "a")
             with torch.no_grad():
                 finite = bool(torch.isfinite(module(*data.first(2).inputs)).all())
-        gap = receipt.difference
+        gap = report.difference
         assert gap is not None
         bars += [
             Bar(
-                name=f"Llama, {target}: logits of {receipt.runtime['name']} within {LARGEST_LOGIT}",
+                name=f"Llama, {target}: logits of {report.runtime['name']} within {LARGEST_LOGIT}",
                 got=f"{gap.maximum:.2g}",
                 holds=finite and gap.maximum <= LARGEST_LOGIT,
             ),
-            *_bytes(f"Llama, {target}", plan, receipt, same=same),
+            *_bytes(f"Llama, {target}", plan, report, same=same),
             _agreement(target, plan),
         ]
     return bars
@@ -147,24 +147,24 @@ def llama(n_windows: int) -> list[Bar]:
 
 def export_twice(
     model: LoadedModel, plan: Plan, folder: Path, samples: CalibrationSet
-) -> tuple[Receipt, bool]:
-    """Export to ``a`` and ``b``; return the receipt and whether all bytes are equal."""
+) -> tuple[ExportReport, bool]:
+    """Export to ``a`` and ``b``; return the export report and whether all bytes are equal."""
     assert plan.target is not None
     for name in ("a", "b"):
-        receipt = export_plan(model, plan, folder / name, target=plan.target.name, samples=samples)
+        report = export_plan(model, plan, folder / name, target=plan.target.name, samples=samples)
     files = sorted(path.name for path in (folder / "a").iterdir())
     same = all((folder / "a" / f).read_bytes() == (folder / "b" / f).read_bytes() for f in files)
-    return receipt, same and len(files) == len(list((folder / "b").iterdir()))
+    return report, same and len(files) == len(list((folder / "b").iterdir()))
 
 
-def _bytes(what: str, plan: Plan, receipt: Receipt, *, same: bool) -> list[Bar]:
+def _bytes(what: str, plan: Plan, report: ExportReport, *, same: bool) -> list[Bar]:
     quantized = [a.candidate for a in plan.assignments if a.candidate.weight_bits < 32]
     planned = sum(c.size_bits for c in quantized)
     return [
         Bar(
             name=f"{what}: stored weights take the plan's bits",
-            got=f"{receipt.payload_bits:,} of {planned:,} in {len(receipt.tensors)} layers",
-            holds=receipt.payload_bits == planned and len(receipt.tensors) == len(quantized),
+            got=f"{report.payload_bits:,} of {planned:,} in {len(report.tensors)} layers",
+            holds=report.payload_bits == planned and len(report.tensors) == len(quantized),
         ),
         Bar(name=f"{what}: two exports are byte-identical", got=str(same), holds=same),
     ]

@@ -28,12 +28,8 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from bitquota.cli.demo import N_TEST, DigitsNet, digits, train_digits
-from bitquota.quantizers.differentiable import (
-    PowerOfTwoForm,
-    PowerOfTwoQuantizer,
-    UniformForm,
-    UniformQuantizer,
-)
+from bitquota.quantizers.differentiable import UniformForm, UniformQuantizer
+from power_of_two_quantizers import PowerOfTwoForm, PowerOfTwoQuantizer
 
 FORMS = (*UniformForm, *PowerOfTwoForm)
 N_TRAIN, BATCH, LEAST, MOST = 600, 50, 2.0, 8.0

@@ -235,17 +235,17 @@ def default_run(
             "choice": result.choice,
             "steps": [s.to_json() for s in result.steps],
         }
-        judged = {"plan": result.choice}
-        judged |= {k: v for k, v in starts.items() if k in scores and k != "size only"}
+        compared = {"plan": result.choice}
+        compared |= {k: v for k, v in starts.items() if k in scores and k != "size only"}
         uniform = [
             k
             for k, v in starts.items()
             if k.startswith("uniform W") and not k.endswith("W2") and limits.allow(case.table, v)
         ]
-        if uniform and starts[uniform[-1]] not in judged.values():
-            judged["uniform"] = starts[uniform[-1]]
+        if uniform and starts[uniform[-1]] not in compared.values():
+            compared["uniform"] = starts[uniform[-1]]
         measured = {}
-        for name, choice in judged.items():
+        for name, choice in compared.items():
             measured[name] = measure_choice(
                 case.module, case.inventory, case.table.decode(choice), case.test, KL,
                 corrections=corrections, correction_data=case.correcting,

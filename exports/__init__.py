@@ -1,1 +1,1 @@
-"""Plans out: one file for each runtime, each with a receipt."""
+"""Plans out: one file for each runtime, each with an export report."""

@@ -16,7 +16,6 @@ from bitquota.candidates.layers import LayerKind
 from bitquota.candidates.storage import Granularity
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
 from bitquota.exports.prepared import widths_must_be
-from bitquota.exports.receipt import Receipt, describe_files
 from bitquota.models.huggingface import return_tensor
 from bitquota.quantizers.packing import pack
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bitquota.canonical import JsonObject
+    from bitquota.exports.export_report import ExportReport
     from bitquota.exports.prepared import PreparedExport
     from bitquota.quantizers.weights import QuantizedWeight
 
@@ -46,12 +46,14 @@ class CompressedTensorsFolder:
     summary = "A Hugging Face folder of packed weights for transformers and vLLM (2 to 8 bits)."
     runs_here = True
 
-    def export(self, prepared: PreparedExport, folder: Path) -> Receipt:
+    def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the folder, read every tensor back, load it with transformers and run it."""
         from safetensors.torch import save_file
 
         source = _source_folder(prepared)
         self._check(prepared)
+
+        # Packed weights, the other tensors, the config and what else the source folder holds.
         tensors: dict[str, Tensor] = {}
         for name, weight in prepared.weights.items():
             tensors |= _layer_tensors(name, weight)
@@ -65,13 +67,15 @@ class CompressedTensorsFolder:
         paths = [path, folder / "config.json"]
         kept = [f for f in sorted(source.iterdir()) if _KEPT_FILES.fullmatch(f.name)]
         paths += [Path(shutil.copy(file, folder / file.name)) for file in kept]
-        receipts = []
+
+        # Read back what was written.
+        reports = []
         sizes = _stored_sizes(path)
         for name in prepared.weights:
             parts = [f"{name}.weight_{p}" for p in ("packed", "scale")]
             bits = _bits_of_layer(config, name)
-            receipts.append(
-                prepared.tensor_receipt(
+            reports.append(
+                prepared.exported_tensor(
                     name,
                     tensor=f"{name}.weight_packed",
                     stored=f"pack-quantized W{bits}",
@@ -80,18 +84,14 @@ class CompressedTensorsFolder:
             )
         held = sum(sizes.values())
         described = sum(sizes[k] for k in shapes)
-        payload = sum(r.actual_bits for r in receipts)
-        return Receipt(
-            exporter=self.name,
-            target=prepared.target_name,
-            plan_digest=prepared.plan.digest(),
-            model_digest=prepared.plan.model_digest,
-            files=describe_files(folder, paths),
-            tensors=tuple(receipts),
-            unquantized_bits=(held - described) * 8 - payload,
-            planned_unquantized_bits=prepared.planned_rest_bits,
+        return prepared.report(
+            self.name,
+            self.load(prepared, folder),
+            folder,
+            paths,
+            reports,
+            held_bytes=held - described,
             container_bytes=path.stat().st_size - held + described,
-            difference=prepared.difference(self.load(prepared, folder)),
             runtime=_runtime(),
             notes=("weight_shape and the file's header are counted as container",),
         )
@@ -210,7 +210,7 @@ def _bits_of_layer(config: JsonObject, name: str) -> int:
     for group in config["quantization_config"]["config_groups"].values():
         if name in group["targets"]:
             return int(group["weights"]["num_bits"])
-    msg = f"layer '{name}' must stand in a group of the written config; it does not"
+    msg = f"layer '{name}' must belong to a group of the written config; it does not"
     raise ExportFailed(msg, layer=name)
 
 

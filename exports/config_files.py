@@ -1,7 +1,7 @@
 """Configuration files for tools that quantize by themselves: one entry per layer, no weights.
 
 Each says what a tool must be told so that it uses the plan's bit-widths. The tools fit their own
-scales, so a receipt has no tensors and no difference: evaluate what they make.
+scales, so an export report has no tensors and no difference: evaluate what they make.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from bitquota.errors import InvalidInput
+from bitquota.exports.export_report import ExportReport, describe_files
 from bitquota.exports.prepared import widths_must_be
-from bitquota.exports.receipt import Receipt, describe_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,12 +50,12 @@ class ConfigFile:
         self.name, self.summary, self.file = name, summary, file
         self._render, self._widths = render, widths
 
-    def export(self, prepared: PreparedExport, folder: Path) -> Receipt:
+    def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the file."""
         widths_must_be(prepared, self._widths, self.name)
         path = folder / self.file
         path.write_text(self._render(prepared))
-        return Receipt(
+        return ExportReport(
             exporter=self.name,
             target=prepared.target_name,
             plan_digest=prepared.plan.digest(),

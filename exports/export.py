@@ -1,4 +1,4 @@
-"""Plans out: exporters by name, each with a receipt.
+"""Plans out: exporters by name, each with an export report.
 
 ``export_plan`` writes files, reads every quantized tensor back, compares sizes with the plan, and
 runs what can be run here against the fake-quantized model.
@@ -19,12 +19,12 @@ from bitquota.candidates.targets import target_by_name
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
 from bitquota.exports.compressed_tensors_folder import CompressedTensorsFolder
 from bitquota.exports.config_files import CONFIG_FILES
+from bitquota.exports.export_report import Difference, ExportedFile, ExportReport
 from bitquota.exports.gguf_file import GgufFile
 from bitquota.exports.names import check_folder, check_format, format_for
 from bitquota.exports.onnx_qdq import OnnxMatMulNBits, OnnxQdq
 from bitquota.exports.openvino_ir import OpenvinoIr
 from bitquota.exports.prepared import PreparedExport, prepare_export
-from bitquota.exports.receipt import Difference, FileReceipt, Receipt, TensorReceipt
 from bitquota.exports.ref_int import RefInt
 from bitquota.plan import Plan
 
@@ -37,11 +37,10 @@ if TYPE_CHECKING:
 __all__ = [
     "EXPORTERS",
     "Difference",
+    "ExportReport",
+    "ExportedFile",
     "Exporter",
-    "FileReceipt",
     "PreparedExport",
-    "Receipt",
-    "TensorReceipt",
     "export_plan",
     "exporter_by_name",
     "load_export",
@@ -57,14 +56,14 @@ class Exporter(Protocol):
         name: What ``--format`` takes.
         summary: One sentence.
         runs_here: Whether its files can be run by a package that installs from a wheel; then
-            ``load`` returns them as a module, and the receipt holds the difference.
+            ``load`` returns them as a module, and the export report holds the difference.
     """
 
     name: str
     summary: str
     runs_here: bool
 
-    def export(self, prepared: PreparedExport, folder: Path) -> Receipt:
+    def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the files into the empty ``folder``, read them back, and say what they hold."""
         ...
 
@@ -112,7 +111,7 @@ def check_grids(plan: Plan, format_name: str) -> None:
         grids = ", ".join(sorted(set(wrong.values())))
         able = ", ".join(name for name in GRIDS if set(wrong.values()) <= GRIDS[name])
         msg = (
-            f"format '{format_name}' has no way to read weights on the grid '{grids}', as layer "
+            f"format '{format_name}' cannot store weights on the grid '{grids}', as layer "
             f"'{next(iter(wrong))}' and {len(wrong) - 1} more have them; these formats have: {able}"
         )
         raise InvalidPlan(msg, layers=sorted(wrong), format=format_name)
@@ -133,8 +132,8 @@ def export_plan(
     target: str | None = None,
     samples: CalibrationSet | None = None,
     correction_data: CalibrationSet | None = None,
-) -> Receipt:
-    """Write ``plan`` as files that a runtime loads, prove it, and return the receipt.
+) -> ExportReport:
+    """Write ``plan`` as files that a runtime loads, verify them, and return the export report.
 
     The folder appears whole or not at all: files are written beside it and moved at the end.
 
@@ -165,16 +164,16 @@ def export_plan(
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        receipt = exporter.export(prepared, building)
-        if exporter.runs_here and receipt.difference is None:
-            note = "nothing was run: hand in samples to compare with fake-quantization"
-            receipt = replace(receipt, notes=(*receipt.notes, note))
+        report = exporter.export(prepared, building)
+        if exporter.runs_here and report.difference is None:
+            note = "nothing was run: provide samples to compare with fake-quantization"
+            report = replace(report, notes=(*report.notes, note))
         if any(a.candidate.activation_bits is not None for a in plan.assignments):
             note = "activations are quantized by the runtime, with ranges of its own calibration"
-            receipt = replace(receipt, notes=(*receipt.notes, note))
-        receipt.require()
+            report = replace(report, notes=(*report.notes, note))
+        report.require()
         plan.save(building / "plan.json")
-        receipt.save(building)
+        report.save(building)
         building.chmod(0o755)
         if folder.exists():
             folder.rmdir()
@@ -182,7 +181,7 @@ def export_plan(
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
-    return receipt
+    return report
 
 
 def load_export(
@@ -209,8 +208,8 @@ def load_export(
 
 def open_export(
     model: LoadedModel, folder: Path, *, correction_data: CalibrationSet | None = None
-) -> tuple[nn.Module, Plan, Receipt]:
-    """Return what lies in an export's folder: a module that runs it, its plan, its receipt.
+) -> tuple[nn.Module, Plan, ExportReport]:
+    """Return what lies in an export's folder: a module that runs it, its plan, its report.
 
     Args:
         model: The model that was exported.
@@ -220,19 +219,19 @@ def open_export(
     Raises:
         InvalidInput: No such folder, or a format that cannot be run here.
         StalePlan: The export is of another model.
-        ExportFailed: The files are not those of the receipt, or do not load.
+        ExportFailed: The files are not those of the export report, or do not load.
     """
-    receipt = Receipt.load(folder)
-    for expected in receipt.files:
+    report = ExportReport.load(folder)
+    for expected in report.files:
         path = folder / expected.name
-        if not path.is_file() or FileReceipt.of(path, folder) != expected:
+        if not path.is_file() or ExportedFile.of(path, folder) != expected:
             msg = (
-                f"an export's files must be those of its receipt; '{expected.name}' in '{folder}' "
+                f"an export's files must be those of its report; '{expected.name}' in '{folder}' "
                 "is missing or was changed: export again"
             )
             raise ExportFailed(msg, file=expected.name)
     plan = Plan.load(folder / "plan.json")
     module = load_export(
-        model, plan, folder, format_name=receipt.exporter, correction_data=correction_data
+        model, plan, folder, format_name=report.exporter, correction_data=correction_data
     )
-    return module, plan, receipt
+    return module, plan, report

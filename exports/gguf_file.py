@@ -16,13 +16,13 @@ from bitquota.candidates.storage import Granularity, Grid, ScaleFormat
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan, MissingDependency
 from bitquota.exports.gguf_blocks import BLOCK, K_TYPES, TYPES, blocks_of, type_name
 from bitquota.exports.prepared import widths_must_be
-from bitquota.exports.receipt import Receipt, describe_files
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
     from bitquota.canonical import JsonObject
+    from bitquota.exports.export_report import ExportReport
     from bitquota.exports.prepared import PreparedExport
     from bitquota.quantizers.weights import QuantizedWeight
 
@@ -44,7 +44,7 @@ class GgufFile:
     summary = "GGUF with Q2_K to Q6_K, Q4_0, Q5_0, Q8_0, and a --tensor-type-file for llama.cpp."
     runs_here = True
 
-    def export(self, prepared: PreparedExport, folder: Path) -> Receipt:
+    def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the file, read every type and value back, run the dequantized model in torch."""
         gguf = _gguf()
         config = _config(prepared)
@@ -53,6 +53,8 @@ class GgufFile:
         path = folder / FILE
         writer = gguf.GGUFWriter(str(path), _ARCHITECTURES[config["model_type"]])
         _write_metadata(writer, config)
+
+        # Quantized weights, in the order of rows that llama.cpp expects.
         recipe = []
         for name, weight in prepared.weights.items():
             layer = prepared.layers[name]
@@ -63,6 +65,8 @@ class GgufFile:
                 target, blocks_of(weight, order), raw_dtype=gguf.GGMLQuantizationType[kind]
             )
             recipe.append(f"^{re.escape(target)}$={kind.lower()}")
+
+        # Every other tensor, in float32.
         tied = bool(config.get("tie_word_embeddings"))
         held_names = {names[prepared.layers[n].weight_name] for n in prepared.weights}
         for name, tensor in prepared.unquantized_tensors().items():
@@ -81,9 +85,11 @@ class GgufFile:
         writer.write_tensors_to_file()
         writer.close()
         (folder / RECIPE).write_text("\n".join(recipe) + "\n")
+
+        # Read back what was written.
         reader = gguf.GGUFReader(str(path))
         tensors = {t.name: t for t in reader.tensors}
-        receipts = []
+        reports = []
         for name, weight in prepared.weights.items():
             target = names[prepared.layers[name].weight_name]
             found = tensors.get(target)
@@ -91,8 +97,8 @@ class GgufFile:
                 got = "nothing" if found is None else found.tensor_type.name
                 msg = f"'{target}' must be stored as {type_name(weight)}; the file has {got}"
                 raise ExportFailed(msg, layer=name)
-            receipts.append(
-                prepared.tensor_receipt(
+            reports.append(
+                prepared.exported_tensor(
                     name,
                     tensor=target,
                     stored=found.tensor_type.name,
@@ -100,17 +106,14 @@ class GgufFile:
                 )
             )
         held = sum(int(t.n_bytes) for t in reader.tensors)
-        return Receipt(
-            exporter=self.name,
-            target=prepared.target_name,
-            plan_digest=prepared.plan.digest(),
-            model_digest=prepared.plan.model_digest,
-            files=describe_files(folder, [path, folder / RECIPE]),
-            tensors=tuple(receipts),
-            unquantized_bits=held * 8 - sum(r.actual_bits for r in receipts),
-            planned_unquantized_bits=prepared.planned_rest_bits,
+        return prepared.report(
+            self.name,
+            self.load(prepared, folder),
+            folder,
+            [path, folder / RECIPE],
+            reports,
+            held_bytes=held,
             container_bytes=path.stat().st_size - held,
-            difference=prepared.difference(self.load(prepared, folder)),
             runtime={"name": "torch on dequantized tensors", "version": torch.__version__},
             notes=(
                 "the file has no tokenizer: llama.cpp needs one added",

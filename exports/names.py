@@ -43,5 +43,5 @@ def format_for(format_name: str | None, target: str | None) -> str:
 def check_folder(folder: Path) -> None:
     """Raise ``InvalidInput`` unless ``folder`` does not exist yet, or is empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        msg = f"an export needs a folder that is new or empty; '{folder}' is not: name another"
+        msg = f"an export needs a new or empty folder; '{folder}' is not empty: name another"
         raise InvalidInput(msg, folder=str(folder))

@@ -25,7 +25,6 @@ from bitquota.errors import ExportFailed, InvalidInput, MissingDependency
 from bitquota.exports.onnx_editor import BLOCKS, GraphEditor, fits_blocks, n_bytes, packed_blocks
 from bitquota.exports.onnx_tidy import absorb_batch_norms, fold_constants, shorten_names
 from bitquota.exports.prepared import widths_must_be
-from bitquota.exports.receipt import Receipt, describe_files
 from bitquota.models.onnx.folding import restore_types
 from bitquota.models.onnx.module import OnnxModule, import_onnxruntime
 from bitquota.models.onnx.program import source_of
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from bitquota.canonical import JsonObject
+    from bitquota.exports.export_report import ExportReport
     from bitquota.exports.prepared import PreparedExport
     from bitquota.models.onnx.program import OnnxSource
 
@@ -65,7 +65,7 @@ class OnnxQdq:
     runs_here = True
     blocked = False
 
-    def export(self, prepared: PreparedExport, folder: Path) -> Receipt:
+    def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the file, read every code back, run it in ONNX Runtime."""
         widths_must_be(prepared, WIDTHS, "ONNX")
         two_bits = any(
@@ -77,6 +77,8 @@ class OnnxQdq:
         traced = not isinstance(prepared.module, OnnxModule)
         if traced:
             weights = absorb_batch_norms(model, weights, prepared.layers, initializer_of)
+
+        # Put integers and their dequantization in the place of every weight.
         editor = GraphEditor(model)
         for name, weight in weights.items():
             initializer, layer = initializer_of[name], prepared.layers[name]
@@ -87,9 +89,11 @@ class OnnxQdq:
             shorten_names(model.graph)
         path = folder / FILE
         files = _save(model, path)
+
+        # Read back what was written.
         sizes = _read_back(path, prepared, editor.names)
-        receipts = tuple(
-            prepared.tensor_receipt(
+        reports = tuple(
+            prepared.exported_tensor(
                 name,
                 tensor=editor.names[initializer_of[name]][0],
                 stored=stored,
@@ -97,19 +101,15 @@ class OnnxQdq:
             )
             for name, (stored, bits) in sizes.items()
         )
-        payload = sum(r.actual_bits for r in receipts)
         held = sum(n_bytes(t) for t in read_onnx(path).graph.initializer)
-        return Receipt(
-            exporter=self.name,
-            target=prepared.target_name,
-            plan_digest=prepared.plan.digest(),
-            model_digest=prepared.plan.model_digest,
-            files=describe_files(folder, files),
-            tensors=receipts,
-            unquantized_bits=held * 8 - payload,
-            planned_unquantized_bits=prepared.planned_rest_bits,
+        return prepared.report(
+            self.name,
+            self.load(prepared, folder),
+            folder,
+            files,
+            reports,
+            held_bytes=held,
             container_bytes=sum(file.stat().st_size for file in files) - held,
-            difference=prepared.difference(self.load(prepared, folder)),
             runtime=runtime(),
         )
 
@@ -131,7 +131,7 @@ class OnnxMatMulNBits(OnnxQdq):
 
 
 class OnnxFile(nn.Module):
-    """An ONNX file run as it is, with the session options of the receipt.
+    """An ONNX file run as it is, with the session options of its report.
 
     Args:
         path: The file.
@@ -288,7 +288,7 @@ def _read_back(
 def _trace(prepared: PreparedExport) -> Any:  # noqa: ANN401  # onnx.ModelProto
     inputs = prepared.inputs or prepared.model.example_inputs
     if inputs is None:
-        msg = "a model that is no ONNX file needs a sample to be traced with; hand in samples"
+        msg = "a model that is not an ONNX file must be traced with a sample: provide samples"
         raise InvalidInput(msg)
     example = tuple(t[:2] for t in inputs)
     tokens = all(not t.is_floating_point() for t in example)

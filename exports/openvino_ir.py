@@ -13,7 +13,6 @@ from bitquota.candidates.storage import Granularity, ScaleFormat
 from bitquota.errors import ExportFailed, InvalidPlan, MissingDependency
 from bitquota.exports.onnx_qdq import OPSET, float_graph
 from bitquota.exports.prepared import widths_must_be
-from bitquota.exports.receipt import Receipt, describe_files
 from bitquota.models.layout import TRANSPOSED_CONVOLUTIONS, from_matrix
 from bitquota.models.onnx.program import source_of
 from bitquota.quantizers.packing import pack_bits
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bitquota.candidates.layers import Layer
+    from bitquota.exports.export_report import ExportReport
     from bitquota.exports.prepared import PreparedExport
     from bitquota.models.onnx.program import OnnxSource
     from bitquota.quantizers.weights import QuantizedWeight
@@ -45,7 +45,7 @@ class OpenvinoIr:
     summary = "OpenVINO IR with constants of 2, 4 and 8 bits, run by OpenVINO."
     runs_here = True
 
-    def export(self, prepared: PreparedExport, folder: Path) -> Receipt:
+    def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the files, read types and bytes back, run them."""
         ov = _openvino()
         widths_must_be(prepared, (2, 4, 8), "OpenVINO")
@@ -58,6 +58,8 @@ class OpenvinoIr:
             for node in model.get_ops()
             if node.get_type_name() == "Constant"
         }
+
+        # Put integers and their dequantization in the place of every weight.
         for name, weight in prepared.weights.items():
             initializer = initializer_of[name]
             if initializer not in constants:
@@ -75,15 +77,17 @@ class OpenvinoIr:
             for node in core.read_model(str(folder / XML)).get_ops()
             if node.get_type_name() == "Constant"
         }
-        receipts = []
+
+        # Read back what was written.
+        reports = []
         for name in prepared.weights:
             parts = [f"{initializer_of[name]}{suffix}" for suffix in (_SUFFIX, ".scales")]
             if missing := [part for part in parts if part not in stored]:
                 msg = f"the written IR must hold '{missing[0]}'; it does not"
                 raise ExportFailed(msg, layer=name)
             kind = stored[parts[0]].get_element_type().get_type_name()
-            receipts.append(
-                prepared.tensor_receipt(
+            reports.append(
+                prepared.exported_tensor(
                     name,
                     tensor=parts[0],
                     stored=kind,
@@ -92,17 +96,14 @@ class OpenvinoIr:
             )
         held = sum(int(node.get_byte_size()) for node in stored.values())
         files = [folder / XML, folder / BIN]
-        return Receipt(
-            exporter=self.name,
-            target=prepared.target_name,
-            plan_digest=prepared.plan.digest(),
-            model_digest=prepared.plan.model_digest,
-            files=describe_files(folder, files),
-            tensors=tuple(receipts),
-            unquantized_bits=held * 8 - sum(r.actual_bits for r in receipts),
-            planned_unquantized_bits=prepared.planned_rest_bits,
+        return prepared.report(
+            self.name,
+            self.load(prepared, folder),
+            folder,
+            files,
+            reports,
+            held_bytes=held,
             container_bytes=sum(f.stat().st_size for f in files) - held,
-            difference=prepared.difference(self.load(prepared, folder)),
             runtime={"name": "openvino", "version": ov.__version__, "options": dict(OPTIONS)},
         )
 
@@ -112,7 +113,7 @@ class OpenvinoIr:
 
 
 class OpenvinoFile(nn.Module):
-    """An IR compiled for the CPU with the options of the receipt.
+    """An IR compiled for the CPU with the options of its report.
 
     Args:
         path: The ``.xml``.

@@ -9,16 +9,26 @@ import torch
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Rounding
 from bitquota.errors import InvalidInput, InvalidPlan, StalePlan
-from bitquota.exports.receipt import Difference, TensorReceipt, describe_candidate
+from bitquota.exports.export_report import (
+    Difference,
+    ExportedTensor,
+    ExportReport,
+    describe_candidate,
+    describe_files,
+)
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.planned import folded_module, quantizers_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from bitquota.candidates.layers import Layer
     from bitquota.candidates.table import Candidate
     from bitquota.candidates.targets import Target
+    from bitquota.canonical import JsonObject
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
     from bitquota.plan import Plan
@@ -80,12 +90,53 @@ class PreparedExport:
             n_samples=len(self.inputs[0]),
         )
 
-    def tensor_receipt(
+    def report(
+        self,
+        exporter: str,
+        module: nn.Module,
+        folder: Path,
+        files: Sequence[Path],
+        tensors: Sequence[ExportedTensor],
+        *,
+        held_bytes: int,
+        container_bytes: int,
+        runtime: JsonObject,
+        notes: tuple[str, ...] = (),
+    ) -> ExportReport:
+        """Return the report of written files; what was read from them is run on the samples.
+
+        Args:
+            exporter: What wrote them.
+            module: What it reads from them.
+            folder: Where they are.
+            files: All of them.
+            tensors: Every quantized weight, as it was read back.
+            held_bytes: Bytes of all tensors in the files.
+            container_bytes: Bytes of everything else in the files that hold tensors.
+            runtime: What ran them, its version and options.
+            notes: What a user should know.
+        """
+        return ExportReport(
+            exporter=exporter,
+            target=self.target_name,
+            plan_digest=self.plan.digest(),
+            model_digest=self.plan.model_digest,
+            files=describe_files(folder, files),
+            tensors=tuple(tensors),
+            unquantized_bits=held_bytes * 8 - sum(t.actual_bits for t in tensors),
+            planned_unquantized_bits=self.planned_rest_bits,
+            container_bytes=container_bytes,
+            difference=self.difference(module),
+            runtime=runtime,
+            notes=notes,
+        )
+
+    def exported_tensor(
         self, name: str, *, tensor: str, stored: str, actual_bits: int
-    ) -> TensorReceipt:
-        """Return the receipt of one layer's weight."""
+    ) -> ExportedTensor:
+        """Return the export report of one layer's weight."""
         candidate = self.candidates[name]
-        return TensorReceipt(
+        return ExportedTensor(
             layer=name,
             tensor=tensor,
             planned=describe_candidate(candidate),
@@ -163,6 +214,8 @@ def prepare_export(
                 f"'{candidate.layer}' is: plan with rounding 'nearest'"
             )
             raise InvalidInput(msg, layer=candidate.layer)
+
+    # The weights as the plan quantizes them, and the model that has them.
     chosen = tuple(candidates.values())
     fitted = quantizers_of(plan, model, module, chosen, data)
     for layer in layers.values():
@@ -180,6 +233,8 @@ def prepare_export(
         correction_data=data,
         fitted=fitted,
     )
+
+    # What exported files will be compared with.
     inputs = verifying_inputs(model, samples)
     reference = None
     if inputs is not None:

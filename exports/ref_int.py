@@ -11,7 +11,6 @@ import torch
 from bitquota.candidates.storage import Scheme
 from bitquota.canonical import canonical_json
 from bitquota.errors import ExportFailed
-from bitquota.exports.receipt import Receipt, describe_files
 from bitquota.models.layout import from_matrix
 from bitquota.quantizers.packing import PackedWeight, pack, unpack
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bitquota.candidates.layers import Layer
+    from bitquota.exports.export_report import ExportReport
     from bitquota.exports.prepared import PreparedExport
     from bitquota.quantizers.weights import QuantizedWeight
 
@@ -40,7 +40,7 @@ class RefInt:
     summary = "Packed integers in safetensors, any width, any layer; read back by bitquota."
     runs_here = True
 
-    def export(self, prepared: PreparedExport, folder: Path) -> Receipt:
+    def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write ``model.safetensors``, read it back, run it."""
         from safetensors.torch import save_file
 
@@ -60,14 +60,16 @@ class RefInt:
         path = folder / FILE
         save_file(tensors, path, metadata={"bitquota": metadata})
         stored = read_ref_int(path, prepared.layers)
-        receipts = []
+
+        # Every weight must read back as it was packed.
+        reports = []
         for name, weight in prepared.weights.items():
             if not same_weight(weight, stored[name]):
                 msg = f"layer '{name}' does not read back as it was written"
                 raise ExportFailed(msg, layer=name)
             parts = [f"{name}.{part}" for part in _PARTS]
-            receipts.append(
-                prepared.tensor_receipt(
+            reports.append(
+                prepared.exported_tensor(
                     name,
                     tensor=f"{name}.codes",
                     stored=f"{weight.bits}-bit codes, {weight.scales.numel()} scales",
@@ -75,17 +77,14 @@ class RefInt:
                 )
             )
         held = sum(t.nbytes for t in tensors.values())
-        return Receipt(
-            exporter=self.name,
-            target=prepared.target_name,
-            plan_digest=prepared.plan.digest(),
-            model_digest=prepared.plan.model_digest,
-            files=describe_files(folder, [path]),
-            tensors=tuple(receipts),
-            unquantized_bits=held * 8 - sum(r.actual_bits for r in receipts),
-            planned_unquantized_bits=prepared.planned_rest_bits,
+        return prepared.report(
+            self.name,
+            self.load(prepared, folder),
+            folder,
+            [path],
+            reports,
+            held_bytes=held,
             container_bytes=path.stat().st_size - held,
-            difference=prepared.difference(self.load(prepared, folder)),
             runtime={"name": "torch", "version": torch.__version__, "options": {}},
         )
 

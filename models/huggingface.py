@@ -162,7 +162,7 @@ def _read_config(path: Path) -> JsonObject:
     if config.get("quantization_config"):
         msg = (
             f"the weights of a model must be in floating point to be measured; '{path.name}' is "
-            "already quantized (quantization_config): hand in the original checkpoint"
+            "already quantized (quantization_config): provide the original checkpoint"
         )
         raise InvalidModel(msg, source=str(path))
     model_type = config.get("model_type")

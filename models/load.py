@@ -39,7 +39,7 @@ def load_model(spec: str, *, allow_pt2: bool = True, allow_factory: bool = True)
     path = Path(spec)
     match model_source(spec):
         case ModelSource.FACTORY if not allow_factory:
-            msg = f"a factory runs code and is for local use only; got '{spec}': hand in a file"
+            msg = f"a factory runs code and is for local use only; got '{spec}': provide a file"
             raise InvalidInput(msg, source=spec)
         case ModelSource.FACTORY:
             return _from_factory(spec)
@@ -48,7 +48,7 @@ def load_model(spec: str, *, allow_pt2: bool = True, allow_factory: bool = True)
         case ModelSource.PT2 if not allow_pt2:
             msg = (
                 f"a .pt2 is not accepted here, because it cannot be run without a sandbox; got "
-                f"'{path.name}': hand in a Hugging Face folder with safetensors, or an .onnx file"
+                f"'{path.name}': provide a Hugging Face folder with safetensors, or an .onnx file"
             )
             raise InvalidInput(msg, source=spec)
         case ModelSource.PT2:

@@ -72,10 +72,10 @@ def model_source(spec: str) -> ModelSource:
     if path.suffix in PICKLES:
         msg = (
             f"a model must not be a pickle, which runs code when it is read; got '{path.name}': "
-            f"hand in {MODEL_WAYS}"
+            f"provide {MODEL_WAYS}"
         )
         raise UnsafeModel(msg, source=spec)
-    hint = ": hand in the folder that holds it" if path.suffix == ".safetensors" else ""
+    hint = ": provide the folder that holds it" if path.suffix == ".safetensors" else ""
     msg = f"a model must be {MODEL_WAYS}; got the file '{path.name}'{hint}"
     raise InvalidModel(msg, source=spec)
 

@@ -88,7 +88,7 @@ def apply_plan(
     wanted = [c for c in corrections if c is not Correction.FOLD_BATCH_NORM]
     if wanted and correction_data is None:
         msg = (
-            f"the corrections {', '.join(wanted)} need samples and got none; hand in correction "
+            f"the corrections {', '.join(wanted)} need samples and got none; provide correction "
             "data, such as the calibration set"
         )
         raise InvalidInput(msg, corrections=[str(c) for c in wanted])

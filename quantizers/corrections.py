@@ -281,7 +281,10 @@ def reestimate_batch_norm(
     known = {} if known is None else known
     if source_of(module) is not None:
         if reference is None:
-            msg = "statistics of an ONNX graph are moved from those in full precision; hand that in"
+            msg = (
+                "correcting the statistics of an ONNX graph needs the full-precision model: "
+                "provide it"
+            )
             raise InvalidInput(msg)
         reestimate_onnx(module, _batches(data, batch_size), reference, known)
         return

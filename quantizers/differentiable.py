@@ -1,21 +1,17 @@
 """Differentiable quantizers: straight-through rounding with learnable grids.
 
-``UniformQuantizer`` and ``PowerOfTwoQuantizer`` come in the three parametrizations of [DQ] each, so
-that its claim can be shown: only with step and range learned (U3), or smallest and largest
-magnitude (P3), are the gradients bounded and decoupled. ``lsq`` and ``tqt`` are the reference
-quantizers for training at a given bit-width.
+``UniformQuantizer`` comes in the three parametrizations of [DQ], so that its claim can be shown:
+only with step and range learned (U3) are the gradients bounded and decoupled. ``lsq`` is the
+reference quantizer for training at a given bit-width.
 
 References:
     [DQ] S. Uhlich et al., "Mixed Precision DNNs: All you need is a good parametrization", ICLR
     2020, arXiv 1905.11452.
     [LSQ] S. Esser et al., "Learned Step Size Quantization", ICLR 2020, arXiv 1902.08153.
-    [TQT] S. Jain et al., "Trained Quantization Thresholds for Accurate and Efficient Fixed-Point
-    Inference of Deep Neural Networks", MLSys 2020, arXiv 1903.08066.
 """
 
 from __future__ import annotations
 
-import math
 from enum import StrEnum
 
 import torch
@@ -45,14 +41,6 @@ class UniformForm(StrEnum):
     BITS_STEP = "U1"
     BITS_RANGE = "U2"
     STEP_RANGE = "U3"
-
-
-class PowerOfTwoForm(StrEnum):
-    """What is learned of a power-of-two quantizer; the third follows."""
-
-    BITS_LARGEST = "P1"
-    BITS_SMALLEST = "P2"
-    SMALLEST_LARGEST = "P3"
 
 
 class UniformQuantizer(nn.Module):
@@ -159,93 +147,6 @@ class UniformQuantizer(nn.Module):
         self.second.clamp_(2.0**-8, 127.0 if self.signed else 255.0)
 
 
-class PowerOfTwoQuantizer(nn.Module):
-    """Levels ``+-2^k`` between ``q_min`` and ``q_max`` [DQ, equation 4].
-
-    ``sign(x) q_min`` below ``q_min``, ``sign(x) 2^floor(1/2 + log2|x|)`` up to ``q_max``,
-    ``sign(x) q_max`` above, with ``q_max = 2^(2^(b-1) - 1) q_min``. With ``with_zero`` one code
-    stands for zero: values below ``q_min / sqrt 2`` become 0 (activations); weights have no zero.
-    Both ends are rounded to powers of two, straight-through.
-
-    Gradients: ``dQ/dx = 2^floor(1/2 + log2|x|) / |x|`` inside, 0 outside; P3 has (1, 0), (0, 0),
-    (0, 1) times ``sign(x)`` in the three regions (equation 6).
-
-    Args:
-        largest: Initial ``q_max``.
-        bits: Initial ``b``.
-        form: Which two are learned.
-        signed: Whether negative values are kept.
-        with_zero: Whether one code stands for zero.
-        power_of_two_ends: Round the ends; off only to look at gradients.
-    """
-
-    def __init__(
-        self,
-        largest: float,
-        bits: float,
-        form: PowerOfTwoForm = PowerOfTwoForm.SMALLEST_LARGEST,
-        *,
-        signed: bool = True,
-        with_zero: bool = False,
-        power_of_two_ends: bool = True,
-    ) -> None:
-        super().__init__()
-        if largest <= 0 or bits < 1:
-            msg = (
-                "a power-of-two quantizer must start with a positive range and at least one bit; "
-                f"got {largest}, {bits} bits"
-            )
-            raise InvalidInput(msg)
-        self.form, self.signed, self.with_zero = form, signed, with_zero
-        self.power_of_two_ends = power_of_two_ends
-        smallest = largest / 2.0 ** (2.0 ** (bits - 1) - 1)
-        start = {
-            PowerOfTwoForm.BITS_LARGEST: (bits, largest),
-            PowerOfTwoForm.BITS_SMALLEST: (bits, smallest),
-            PowerOfTwoForm.SMALLEST_LARGEST: (smallest, largest),
-        }[form]
-        self.first = nn.Parameter(torch.tensor(float(start[0])))
-        self.second = nn.Parameter(torch.tensor(float(start[1])))
-
-    def ends(self) -> tuple[Tensor, Tensor]:
-        """Return ``(q_min, q_max)``, differentiable."""
-        if self.form is PowerOfTwoForm.SMALLEST_LARGEST:
-            smallest: Tensor = self.first
-            largest: Tensor = self.second
-        else:
-            span = 2.0 ** (2.0 ** (self.first - 1) - 1)
-            if self.form is PowerOfTwoForm.BITS_LARGEST:
-                smallest, largest = self.second / span, self.second
-            else:
-                smallest, largest = self.second, self.second * span
-        if not self.power_of_two_ends:
-            return smallest, largest
-        return 2.0 ** ste_round(torch.log2(smallest)), 2.0 ** ste_round(torch.log2(largest))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the quantized ``x``."""
-        smallest, largest = self.ends()
-        if not self.signed:
-            x = torch.relu(x)
-        size = x.abs()
-        safe = size.clamp(min=1e-30)
-        level = 2.0 ** torch.floor(0.5 + torch.log2(safe))
-        # Straight-through on the floor: 2^(log2 |x| + c) has the derivative 2^(...)/|x|.
-        middle = size * (level / safe).detach()
-        out = torch.where(size <= smallest, smallest, torch.where(size > largest, largest, middle))
-        if self.with_zero:
-            out = torch.where(size < smallest.detach() / math.sqrt(2), torch.zeros_like(out), out)
-        # Zero has no sign; a weight grid without zero takes it for positive.
-        sign = torch.where(x < 0, -1.0, 1.0).to(x)
-        return sign * out
-
-    def bits(self) -> Tensor:
-        """Return ``ceil(log2(log2(q_max/q_min) + 1) + 1)``: the last bit is sign or zero."""
-        smallest, largest = self.ends()
-        span = ste_round(torch.log2(largest / smallest))
-        return ste_ceil(torch.log2(span.clamp(min=0) + 1) + 1)
-
-
 def lsq(
     values: Tensor,
     step: Tensor,
@@ -280,13 +181,3 @@ def binary(values: Tensor, step: Tensor, *, gradient_scale: float = 1.0) -> Tens
     v = torch.clamp(values / s, -2.0, 2.0)
     sign = torch.where(v >= 0, 1.0, -1.0).to(v)
     return (v + (sign - v).detach()) * s
-
-
-def tqt(values: Tensor, log2_threshold: Tensor, bits: int, *, signed: bool = True) -> Tensor:
-    """Return values on a grid whose power-of-two step follows a learnable threshold [TQT].
-
-    ``s = 2^ceil(log2 t) / 2^(b-1)`` (``2^b`` unsigned), ceil straight-through (equations 4 to 6).
-    """
-    levels = 2 ** (bits - 1) if signed else 2**bits
-    step = 2.0 ** ste_ceil(log2_threshold) / levels
-    return lsq(values, step, -levels if signed else 0, levels - 1)

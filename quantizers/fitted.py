@@ -162,7 +162,7 @@ def fit_quantizers(
     if needs_ranges or needs_grams:
         if samples is None:
             what = "ranges of activations are" if needs_ranges else "error feedback is"
-            msg = f"{what} fitted on samples; hand in correction data, such as the calibration set"
+            msg = f"{what} fitted on samples: provide correction data, such as the calibration set"
             raise InvalidInput(msg)
         origin = digest_json(samples.to_json())
         batches = [b.inputs for b in samples.batches(BATCH)]

@@ -112,5 +112,5 @@ def _example(model: LoadedModel, data: CalibrationSet | None) -> tuple[Tensor, .
         return tuple(t[:2] for t in data.inputs)
     if model.example_inputs is not None:
         return model.example_inputs
-    msg = "folding batch norms needs one sample to follow the graph; hand in samples"
+    msg = "folding batch norms needs one sample to trace the graph: provide samples"
     raise InvalidInput(msg)

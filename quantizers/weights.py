@@ -115,6 +115,8 @@ def quantize(
     if not least <= bits <= most:
         msg = f"the grid '{scheme.grid}' takes {least} to {most} bits; got {bits}"
         raise InvalidInput(msg, weight_bits=bits, grid=str(scheme.grid))
+
+    # Grids whose codes come with their parameters.
     if scheme.grid is Grid.K_BLOCKS:
         if values.shape[1] % K_BLOCK:
             msg = f"the grid '{scheme.grid}' needs {K_BLOCK} to divide the row; got {values.shape}"
@@ -141,6 +143,8 @@ def quantize(
             bits=bits,
             scheme=scheme,
         )
+
+    # Scales, by the rule of the grid.
     if scheme.grid is Grid.CODEBOOK:
         scale = fit_levels(lines, bits, line_weight)
     elif scheme.grid is Grid.POWER_OF_TWO:
@@ -149,6 +153,8 @@ def quantize(
         scale, zero = asymmetric_scale(lines, bits, scheme.scale_rule, line_weight)
     else:
         scale = symmetric_scale(lines, bits, scheme.scale_rule, line_weight)
+
+    # Scales as they are stored, then the codes that are best for them.
     stored = _store_scale(scale, scheme.scale_format)
     shape = (1, -1) if scheme.granularity is Granularity.TENSOR else (len(values), -1)
     scales = stored.reshape(shape)

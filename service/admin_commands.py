@@ -57,7 +57,7 @@ def _opened(data_dir: Path | None, *, make: bool = False) -> Iterator[tuple[Sett
         settings.data_dir.mkdir(parents=True, exist_ok=True)
     elif not settings.has_database:
         msg = (
-            f"a server's data must be there to be looked after; '{settings.data_dir}' holds none: "
+            f"a server's data must exist to be administered; '{settings.data_dir}' holds none: "
             "name its folder with --data-dir or BITQUOTA_DATA_DIR"
         )
         raise InvalidInput(msg, path=str(settings.data_dir))
@@ -84,7 +84,7 @@ def create_key(
     ] = None,
     days: Annotated[float | None, typer.Option("--days", help="Days until it expires.")] = None,
     max_priority: Annotated[
-        int, typer.Option("--max-priority", help="Highest priority of the jobs it orders.")
+        int, typer.Option("--max-priority", help="Highest priority of the jobs it submits.")
     ] = 0,
     data_dir: DataDir = None,
 ) -> None:
@@ -273,7 +273,7 @@ def make_backup(
     target: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
     data_dir: DataDir = None,
 ) -> None:
-    """Copy everything into a folder from which ``bitquota serve --data-dir`` can start.
+    """Copy everything into a folder that 'bitquota serve --data-dir' can start from.
 
     A PostgreSQL database and files at BITQUOTA_BLOB_URL are not in it; it says so.
     """

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 _ORDERS_AT_ONCE = 8
 _DESCRIPTION = """Certified mixed-precision bit allocation: upload a model and a calibration set,
-order a job with budgets, get the best bit-width of every layer with proof of how good it is."""
+submit a job with budgets, get the best bit-width of every layer with proof of how good it is."""
 
 
 def create_app(settings: Settings | None = None, *, tracing: Tracing | None = None) -> FastAPI:
@@ -57,6 +57,8 @@ def create_app(settings: Settings | None = None, *, tracing: Tracing | None = No
     database.create()
     jobs = JobStore(database, time.time)
     keys = KeyStore(database, time.time)
+
+    # Everything that requests share.
     state = State(
         settings=chosen,
         database=database,
@@ -101,6 +103,7 @@ def create_app(settings: Settings | None = None, *, tracing: Tracing | None = No
         await run_in_threadpool(state.tracing.close)
         database.close()
 
+    # The application: middleware around routers.
     app = FastAPI(
         title="Bitquota",
         version=bitquota.__version__,

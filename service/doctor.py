@@ -134,7 +134,7 @@ def _engine(settings: Settings) -> Finding:
     torch = importlib.util.find_spec("torch") is not None
     detail = f"{settings.engine}: {workers}"
     if not known:
-        detail = f"{settings.engine}: there is no such engine; choose {', '.join(ENGINES)}"
+        detail = f"{settings.engine}: there is no such engine: choose one of {', '.join(ENGINES)}"
     elif settings.slots and not torch:
         detail += "; torch is missing: pip install 'bitquota[worker]', or BITQUOTA_SLOTS=0"
     return Finding(what="engine", good=known and (torch or not settings.slots), detail=detail)

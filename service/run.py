@@ -85,8 +85,8 @@ def serve(
     print(f"bitquota serves http://{shown}:{port} (data in {chosen.data_dir})", flush=True)  # noqa: T201
     if not has_keys:
         print("no API keys: every program of this machine may use it", flush=True)  # noqa: T201
-    # Threads that write orders would otherwise keep the event loop from the interpreter for 5 ms
-    # each time it comes back from the network, and polls would queue up behind that.
+    # Threads that write submissions would otherwise keep the event loop from the interpreter for
+    # 5 ms each time it comes back from the network, and polls would queue up behind that.
     sys.setswitchinterval(SWITCH_S)
     # uvicorn raises the signal that ended it once more; the work is done by then, so exit with 0.
     for number in (signal.SIGTERM, signal.SIGINT):

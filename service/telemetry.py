@@ -3,7 +3,7 @@
 Nothing is imported unless the standard variables ask for an exporter
 (``OTEL_EXPORTER_OTLP_ENDPOINT``, ``OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`` or
 ``OTEL_TRACES_EXPORTER``) and the extra ``otel`` is installed. The context of the request that
-ordered a job lies with the job's first event, so a driver continues that trace wherever and
+submitted a job lies with the job's first event, so a driver continues that trace wherever and
 whenever it runs; models and their evaluators know nothing of it.
 
 Design: docs/design/jobs.md

@@ -28,7 +28,7 @@ from bitquota.ci.lock import Limits, Lock, make_lock
 from bitquota.context import Context
 from bitquota.corrections import Correction
 from bitquota.evaluate.scores import Estimate, Score
-from bitquota.exports.receipt import Difference, FileReceipt, Receipt, TensorReceipt
+from bitquota.exports.export_report import Difference, ExportedFile, ExportedTensor, ExportReport
 from bitquota.matrix import SensitivityMatrix
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.discovery import discover, model_fingerprint
@@ -212,16 +212,16 @@ def compared() -> Comparison:
         return found
 
 
-def receipt(plan: Plan) -> Receipt:
-    """Return a receipt of an export that nobody made."""
-    return Receipt(
+def report(plan: Plan) -> ExportReport:
+    """Return the report of an export that nobody made."""
+    return ExportReport(
         exporter="onnx-qdq",
         target=None,
         plan_digest=plan.digest(),
         model_digest=plan.model_digest,
-        files=(FileReceipt(name="a/ü.onnx", size_bytes=123, digest="sha256:" + "2" * 64),),
+        files=(ExportedFile(name="a/ü.onnx", size_bytes=123, digest="sha256:" + "2" * 64),),
         tensors=(
-            TensorReceipt(
+            ExportedTensor(
                 layer="conv", tensor="conv.weight", planned="W4 channel", stored="int4",
                 planned_bits=1120, actual_bits=1120,
             ),
@@ -237,7 +237,7 @@ def receipt(plan: Plan) -> Receipt:
 
 @cache
 def locks() -> dict[str, Lock]:
-    """Return locks with and without limits, receipts and volatile facts."""
+    """Return locks with and without limits, export reports and volatile facts."""
     bare, grouped = plans()["bare"], plans()["corrections"]
     limits = Limits(max_kl=0.2, max_drop=0.5, max_bytes=10_000, not_worse_than="uniform")
     return {
@@ -245,7 +245,7 @@ def locks() -> dict[str, Lock]:
         "full": make_lock(
             grouped,
             limits=limits,
-            receipts=(receipt(grouped),),
+            reports=(report(grouped),),
             volatile={"created": "2026-11-28", "wall_s": 3.5},
         ),
     }
@@ -391,7 +391,7 @@ def texts() -> dict[str, str]:
     found = {f"plan-{name}.json": plan.dumps() for name, plan in plans().items()}
     found |= {f"lock-{name}.json": lock.dumps() for name, lock in locks().items()}
     bodies: dict[str, Any] = {
-        "receipt": receipt(plans()["bare"]).to_json(),
+        "receipt": report(plans()["bare"]).to_json(),
         "scores": {name: score.to_json() for name, score in scores().items()},
         "inventory": inventory().to_json(),
         "candidates": rows_of(),

@@ -58,7 +58,8 @@ def hold_input_quantizers(
             node.update_arg(places[0], _quantized(program.graph, node, source, quantizers[name]))
     if missing := sorted(set(quantizers) - found):
         msg = (
-            "a .pt2 must hold the quantizer of every input; the exported program does not multiply "
+            "a .pt2 must contain the quantizer of every input; the exported program does not "
+            "multiply "
             f"with {', '.join(missing[:3])} as a layer does: take trained.safetensors, which has "
             "them all"
         )

@@ -101,6 +101,8 @@ def train(
     base_rates = [group["lr"] for group in optimizer.param_groups]
     record, best, best_loss = TrainingRecord(), None, math.inf
     total = settings.epochs * run.steps_per_epoch
+
+    # Go on where a checkpoint ends.
     start, running = 0, 0.0
     if checkpoint is not None and checkpoint.exists():
         progress, restored = load_checkpoint(checkpoint, trainee, optimizer, digest)
@@ -122,6 +124,7 @@ def train(
             save_checkpoint(checkpoint, trainee, optimizer, progress, best=best)
         run.group.wait()
 
+    # Step by step; after each epoch the hold-out part decides what is kept.
     for step in range(start, total):
         if run.agreed(context):
             save(step)

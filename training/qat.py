@@ -116,6 +116,8 @@ def finetune_plan(
     module, inventory = folded_module(placed, plan, samples), plan.inventory
     stored = tuple(_stored_assignment(a, method) for a in plan.assignments)
     _check_budgets(plan, stored, method)
+
+    # Train under the plan.
     trained = finetune(
         module,
         inventory,
@@ -130,6 +132,8 @@ def finetune_plan(
         context=context,
     )
     fit, holdout = samples.split(settings.holdout_fraction, settings.seed)
+
+    # The plan of what was trained, measured on the hold-out part.
     made = Plan(
         model_digest=model_fingerprint(trained.module),
         assignments=stored,
@@ -205,6 +209,8 @@ def learn_plan(
         inventory = inventory.exclude(exclude)
     if ties:
         inventory = inventory.tie(ties)
+
+    # Learn and train.
     texts = [part for text in budgets for part in text.split("+")]
     learned = learn(
         module,
@@ -222,6 +228,8 @@ def learn_plan(
         checkpoint_folder=checkpoint_folder,
         context=context,
     )
+
+    # The request that would make such a plan, for solving again.
     request = PlanRequest(
         budgets=("+".join(texts),),
         weight_bits=tuple(weight_bits),
@@ -290,6 +298,8 @@ def solve_around(
         msg = "solving again needs the plan's budgets as they were asked for; this plan has none"
         raise InvalidPlan(msg)
     request = replace(request, budgets=(budgets,))
+
+    # Allocate anew around the trained weights, on samples that training has seen.
     latents = trained.model.latents
     fit, holdout = data.split(settings.holdout_fraction, settings.seed)
     wanted = request.samples + request.holdout_samples
@@ -305,6 +315,8 @@ def solve_around(
         context=context,
     )
     (plan,) = found.plans
+
+    # Train under the new plan; the better of the two on the hold-out stays.
     again = finetune_plan(
         model,
         replace(plan, model_digest=model.digest, measured=None, baselines=(), proof=None),
@@ -349,7 +361,7 @@ def _ready(
     if not output.requires_grad:
         msg = (
             f"training needs a model that torch can differentiate; '{model.source}' "
-            f"({model.architecture}) can only be run: hand in a .pt2, a Hugging Face folder or a "
+            f"({model.architecture}) can only be run: provide a .pt2, a Hugging Face folder or a "
             "factory"
         )
         raise InvalidInput(msg, source=model.source)

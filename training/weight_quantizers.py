@@ -11,7 +11,7 @@ Design: docs/design/training.md
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,22 +27,6 @@ from bitquota.quantizers.weights import SCALE_DTYPES, QuantizedWeight, quantize
 
 if TYPE_CHECKING:
     from bitquota.candidates.layers import Layer
-
-
-class TrainableWeight(Protocol):
-    """How a layer's latent weight becomes the weight that the model runs with."""
-
-    def fake(self, latent: Tensor) -> Tensor:
-        """Return the quantized weight, differentiable, in the shape of ``latent``."""
-        ...
-
-    def after_step(self, latent: Tensor) -> None:
-        """Do what must follow an optimizer step; may change ``latent`` in place."""
-        ...
-
-    def stored(self, latent: Tensor) -> QuantizedWeight:
-        """Return what is written to disk."""
-        ...
 
 
 class LearnedSteps(nn.Module):

@@ -76,7 +76,7 @@ def find_layers(model: Any) -> tuple[OnnxLayer, ...]:  # noqa: ANN401  # onnx.Mo
     if quantized := sorted({n.op_type for n in graph.node} & _QUANTIZED):
         msg = (
             f"a model must be in floating point to be measured; this one has {quantized[0]} nodes: "
-            "hand in the model from before quantization"
+            "provide the model from before quantization"
         )
         raise InvalidModel(msg, operators=quantized)
     floats = {t.name: t for t in graph.initializer if t.data_type in FLOATS and 0 not in t.dims}

@@ -323,7 +323,7 @@ def _part(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _cannot_change(layer: str) -> MeasurementFailed:
     msg = (
         f"an ONNX model runs as a whole in ONNX Runtime, so the input and output of layer "
-        f"'{layer}' cannot be changed: leave out activation bits, or hand in the model as .pt2"
+        f"'{layer}' cannot be changed: leave out activation bits, or provide the model as .pt2"
     )
     return MeasurementFailed(msg, layer=layer)
 

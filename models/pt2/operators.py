@@ -112,7 +112,7 @@ def vet_operator(target: object) -> None:
     shown = f"'{target:.120}'" if isinstance(target, str) else f"{target!r:.120}"
     msg = (
         f"a .pt2 may only call aten operators of a forward pass and arithmetic on sizes; got "
-        f"{shown}: export the model in eval mode and without custom operators, or hand in a "
+        f"{shown}: export the model in eval mode and without custom operators, or provide a "
         "Hugging Face folder"
     )
     raise UnsafeModel(msg, operator=str(target)[:200])
@@ -140,8 +140,12 @@ def vet_call(node: JsonObject) -> None:
         if len(arguments) != SIZE_OPERATORS[target] or any(k not in allowed for k, _ in arguments):
             raise _bad_call(target, f"it takes {SIZE_OPERATORS[target]} numbers")
         return
+    _vet_arguments(target, [item.get("name") for item in inputs], arguments)
+
+
+def _vet_arguments(target: str, given: list[Any], arguments: list[tuple[str, Any]]) -> None:
+    """Check names, types and sizes of arguments against what the operator declares."""
     parameters = parameters_of(target)
-    given = [item.get("name") for item in inputs]
     for name, (kind, value) in zip(given, arguments, strict=True):
         parameter = parameters.get(name) if isinstance(name, str) else None
         if parameter is None or given.count(name) > 1:

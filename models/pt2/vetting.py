@@ -40,7 +40,7 @@ SCHEMA_MAJOR = 8
 
 _SAFE_WAY = (
     "; export it with torch.export.save(torch.export.export(model, (example,)), 'model.pt2'), "
-    "or hand in a Hugging Face folder with safetensors"
+    "or provide a Hugging Face folder with safetensors"
 )
 
 _ALLOWED_MEMBERS = tuple(
@@ -161,7 +161,7 @@ def _vet_directory(archive: zipfile.ZipFile, path: Path) -> tuple[str, dict[str,
     if any(name.endswith(("/constants.pkl", "/data.pkl")) for name in archive.namelist()):
         msg = (
             f"'{path.name}' is TorchScript or a pickled checkpoint, which run code when they are "
-            f"read; hand in {MODEL_WAYS}"
+            f"read; provide {MODEL_WAYS}"
         )
         raise UnsafeModel(msg, source=str(path))
     for info in archive.infolist():

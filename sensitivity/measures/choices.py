@@ -69,6 +69,8 @@ def measure_choices(
         only=chunks,
         shared=Shared(task=task, measure=one_chunk),
     )
+
+    # Chunk by chunk: every choice, from the centre's activations where there is one.
     changes = [base_change(table, choice) for choice in choices]
     base = base_change(table, centre)
     values = np.empty((len(choices), len(recorder.positions)))

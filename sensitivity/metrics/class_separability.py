@@ -77,6 +77,8 @@ class ClassSeparability(Metric):
             msg = f"class separability needs one class label per sample; got {got}"
             raise InvalidCalibration(msg, measure=self.name)
         n_classes = int(labels.max()) + 1
+
+        # Chunk by chunk: sums of each channel's activity over each class.
         sums: list[list[NDArray[np.float64]]] = []
         counts = np.zeros((len(runner.chunks), n_classes))
         for chunk, span in enumerate(runner.chunks):
@@ -105,6 +107,8 @@ class ClassSeparability(Metric):
             arrays = work.recorder.shard(keys, run)
             sums.append([arrays[key] for key in keys])
             np.add.at(counts[chunk], own[kept], 1.0)
+
+        # The jackknife over chunks gives the errors.
         chunks = range(len(sums))
         gamma = self._gammas(sums, counts, list(chunks))
         errors = np.zeros(len(layers))

@@ -160,6 +160,8 @@ class GpfqError(Metric):
         per_candidate: dict[tuple[str, int, Scheme], list[NDArray[np.float64]]] = {
             key: [] for key in candidates
         }
+
+        # Chunk by chunk: energy of each layer's output, and of its error under each candidate.
         for chunk in range(len(runner.chunks)):
             keys = {
                 key: work.key(
@@ -187,6 +189,8 @@ class GpfqError(Metric):
             arrays = work.recorder.shard(list(keys.values()), run) if keys else {}
             for key, name in keys.items():
                 per_candidate[key].append(arrays[name])
+
+        # Errors relative to outputs, summed over the layers of a group.
         relative = {key: _ratio(np.concatenate(v, axis=1)) for key, v in per_candidate.items()}
 
         def pick(candidate: Candidate) -> tuple[float, float]:

@@ -62,7 +62,7 @@ class HessianTrace(Metric):
     no negative curvature (for networks of piecewise linear activations and in expectation). With
     ``cross_entropy`` it is that of the papers.
 
-    Pitfalls: ignores the direction of the change; dear (six passes per probe); noisy, 8-35 %
+    Pitfalls: ignores the direction of the change; expensive (six passes per probe); noisy, 8-35 %
     relative standard error per layer on ResNet-20 with 64 probes; a trace of a labelled loss may
     come out negative: it is clamped to zero in the score and kept as it is in the provenance.
     Batch norm is in eval mode, sums are float64.

@@ -134,7 +134,7 @@ class LearnedIndicators(Metric):
                     output.reshape(-1, output.shape[-1]), batch.labels.reshape(-1)
                 )
                 if not bool(torch.isfinite(loss)):
-                    msg = "the loss of the joint training must stay finite; it does not"
+                    msg = "the loss of the joint training must stay finite; it did not"
                     raise MeasurementFailed(msg, measure=self.name)
                 loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_value_(joint.parameters(), GRADIENT_LIMIT)

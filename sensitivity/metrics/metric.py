@@ -210,8 +210,9 @@ def must_run_in_torch(runner: Runner, metric: str) -> None:
     module = getattr(runner, "module", None)
     if module is not None and source_of(module) is not None:
         msg = (
-            "metrics that look inside a model need it in torch, and an ONNX file runs outside: use "
-            "'gram', 'pairs', 'diagonal', 'relative_mse' or 'weight_mse', or hand in a .pt2"
+            "metrics that look inside a model need a torch module, and an ONNX file is not "
+            "one: use "
+            "'gram', 'pairs', 'diagonal', 'relative_mse' or 'weight_mse', or provide a .pt2"
         )
         raise InvalidModel(msg, measure=metric, engine=runner.engine)
 

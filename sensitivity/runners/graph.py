@@ -70,7 +70,7 @@ class Observed:
     """What corrections compare with on one chunk in full precision.
 
     Attributes:
-        means: Mean per channel of each layer's output that a bias could put right.
+        means: Mean per channel of each layer's output that a bias could correct.
         moments: Of the input of each batch norm.
     """
 
@@ -212,13 +212,13 @@ class GraphRunner(RunnerBase):
         changed = tuple(sorted(change))
         before: tuple[Any, ...] = ("start", len(rows)) if state is None else state.signature
         signature = (*before, changed, keep_for)
-        behind = frozenset(graph.by_node) if state is None else graph.behind_all(changed)
+        whole, store = state is None, {} if state is None else state.store
+        behind = frozenset(graph.by_node) if whole else graph.behind_all(changed)
         wanted = self._kept(graph, len(rows), keep_for) if keep_for != () else frozenset()
-        store = {} if state is None else state.store
         if signature not in self._schedules:
-            known = {node for node in store if node not in behind}
+            known = store.keys() - behind
             # A static value may depend on a weight's placeholder only if it is behind it.
-            known.update(n for n in graph.static_values if state is None or n not in behind)
+            known |= graph.static_values.keys() - (frozenset() if whole else behind)
             self._schedules[signature] = make_schedule(graph, known, wanted)
         schedule = self._schedules[signature]
 

@@ -100,7 +100,7 @@ def make_runner(
     fallback = ""
     is_onnx = source_of(module) is not None
     if is_onnx and precision != "fp32":
-        msg = "an ONNX file runs in its own precision; leave 'bf16' out, or hand in a .pt2"
+        msg = "an ONNX file runs in its own precision; leave out 'bf16', or provide a .pt2"
         raise InvalidInput(msg, precision=precision)
     given = RunnerOptions(
         batch_norm=batch_norm,

@@ -108,7 +108,7 @@ class OnnxRunner(RunnerBase):
         RunnerBase.__post_init__(self)
         source = source_of(self.module)
         if source is None:
-            msg = "the engine 'onnxruntime' runs ONNX files; hand in an .onnx, or use 'auto'"
+            msg = "the engine 'onnxruntime' runs ONNX files: provide an .onnx file, or use 'auto'"
             raise InvalidModel(msg)
         self._source = source
         self._program = source.program(self.batch_norm, right_means=self.bias_correction)
@@ -300,6 +300,6 @@ class OnnxRunner(RunnerBase):
 def _no_activations(layer: str) -> MeasurementFailed:
     msg = (
         f"the input of layer '{layer}' cannot be quantized in an ONNX graph: leave out activation "
-        "bits, or hand in the model as .pt2"
+        "bits, or provide the model as .pt2"
     )
     return MeasurementFailed(msg, layer=layer)

@@ -1,4 +1,4 @@
-"""Endpoints for jobs: order, look, cancel, and fetch what came out."""
+"""Endpoints for jobs: submit, look, cancel, and fetch what came out."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def create_job(
         str | None, Header(min_length=1, max_length=255, description="Makes a repeat harmless.")
     ] = None,
 ) -> JobView:
-    """Order a job; it is looked at every second under `Location` until it has ended."""
+    """Submit a job; it is looked at every second under `Location` until it has ended."""
     job, replayed = await anyio.to_thread.run_sync(
         _create, order, service, caller, request_id, idempotency_key, limiter=service.writers
     )
@@ -151,7 +151,7 @@ def _labels(texts: list[str]) -> dict[str, str]:
     for text in texts:
         name, separator, value = text.partition("=")
         if not separator or not name:
-            msg = f"a label must read name=value, such as team=vision; got '{text}'"
+            msg = f"a label must have the form name=value, such as team=vision; got '{text}'"
             raise InvalidInput(msg, label=text)
         found[name] = value
     return found
@@ -256,7 +256,7 @@ def get_plan(
     """Return the plans of a job, or the plan of one budget in its canonical bytes."""
     digests = results_of(service, caller.tenant, job_id).get("plans", [])
     if not digests:
-        msg = "a job must make plans to have any; this one left none"
+        msg = "a job must produce plans to have any; this one produced none"
         raise NotFound(msg, job=job_id)
     if budget is not None and budget >= len(digests):
         msg = f"the job must have a plan at position {budget}; it has {len(digests)}, from 0"

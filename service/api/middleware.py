@@ -66,6 +66,7 @@ class Envelope:
         scope["request_id"] = request_id
         began = time.perf_counter()
 
+        # Every answer has the request's id, and is counted.
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = list(message.get("headers", ()))
@@ -84,6 +85,8 @@ class Envelope:
         if scope["method"] == "PUT" or scope["path"] in self.streamed:
             await self.app(scope, receive, send_with_headers)
             return
+
+        # Other bodies are read whole, checked, and handed on.
         body = await self._body(receive)
         try:
             if body is None:

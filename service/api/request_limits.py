@@ -1,7 +1,7 @@
 """How much one request may ask for: every count and length in one place.
 
 Depth, values and digits of any body are bounded before it is parsed (``json_limits.REQUEST``);
-what is here are the lists and texts of orders, which end up in the database and in the work.
+what is here are the lists and texts of submissions, which end up in the database and in the work.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def _files(service: State, tenant: str, need: JsonObject) -> JsonObject:
         return {"matrix": str(service.blobs.path(stored.digest)), "inventory": None}
     results = results_of(service, tenant, need["job"])
     if "matrix" not in results:
-        msg = "the job must have left a matrix; it left none"
+        msg = "the job must have produced a matrix; it produced none"
         raise NotFound(msg, job=need["job"])
     inventory = results.get("inventory")
     return {

@@ -1,4 +1,4 @@
-"""The task behind ``POST /v1/solve``: parses the order, reads the matrix, solves every budget."""
+"""The task behind ``POST /v1/solve``: parses the body, reads the matrix, solves every budget."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _parse(arguments: JsonObject) -> SolveOrder:
     if seconds > LONGEST_SOLVE_S:
         msg = (
             f"all budgets of one request may take at most {LONGEST_SOLVE_S:g} s together; "
-            f"{len(order.budgets)} of {order.time_limit_s:g} s take {seconds:g}: order a "
+            f"{len(order.budgets)} of {order.time_limit_s:g} s take {seconds:g}: submit a "
             "'frontier' job, or send fewer"
         )
         raise InvalidInput(msg, seconds=seconds)

@@ -42,7 +42,7 @@ _LOCAL = Caller(
 )
 _SAFE = frozenset({"GET", "HEAD"})
 _LOCAL_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
-_FOREIGN = frozenset({"cross-site", "same-site"})
+_OTHER_SITES = frozenset({"cross-site", "same-site"})
 """What browsers say of requests from elsewhere; another port of this machine is the same site."""
 _bearer = HTTPBearer(auto_error=False, description="An API key; none is needed while none exists.")
 
@@ -68,7 +68,7 @@ class State:
     readers: TaskPool
     solvers: TaskPool
     writers: anyio.CapacityLimiter
-    """Orders at the same time; without it a flood of orders that wait for the database would
+    """Submissions at the same time; without it a flood of them that waits for the database would
     take every thread, and polls would wait behind them."""
 
 
@@ -119,7 +119,7 @@ async def _any_key(keys: KeyStore) -> bool:
 def _check_local(request: Request) -> None:
     """Refuse what a web page of somebody else could send to a server without keys."""
     host = request.url.hostname or ""
-    if host not in _LOCAL_HOSTS or request.headers.get("sec-fetch-site") in _FOREIGN:
+    if host not in _LOCAL_HOSTS or request.headers.get("sec-fetch-site") in _OTHER_SITES:
         msg = (
             "without API keys this server answers only to programs of this machine; the request "
             f"was for the host '{host}' or came from another site: create a key"

@@ -86,6 +86,7 @@ def _add(kind: ArtifactKind, path: str) -> None:
         With `sha256` and `total` an upload that breaks off can be resumed: `/upload` below its
         digest says how much arrived, and the next request begins there.
         """
+        # Receive, check and keep the bytes; a broken upload may keep what arrived.
         incoming = await run_in_threadpool(_begin, service, caller, kind, sha256, offset, total)
         try:
             if content_length is not None:

@@ -64,7 +64,7 @@ class NewJob:
         ]
 
     def fingerprint(self) -> str:
-        """Return the digest that tells two orders under one idempotency key apart."""
+        """Return the digest that tells two submissions under one idempotency key apart."""
         return digest_json(
             [
                 self.kind,
@@ -114,7 +114,7 @@ class Job:
 
 
 def digests_by_role(job: NewJob | Job) -> dict[str, list[str]]:
-    """Return the digests of all uploads of a job, by their role in the order."""
+    """Return the digests of all uploads of a job, by their role in the submission."""
     named = {"model": job.model, "dataset": job.dataset}
     return {role: [digest] for role, digest in named.items() if digest is not None} | job.inputs
 

@@ -1,4 +1,4 @@
-"""The job store as clients see it: orders, looks, lists, events, the wish to cancel.
+"""The job store as clients see it: submissions, looks, lists, events, the wish to cancel.
 
 The half that supervisors and drivers work with is its base, ``bitquota.service.jobs.leases``.
 
@@ -69,11 +69,11 @@ class JobStore(Leases):
 
         Args:
             new: What is asked for.
-            key: Orders under one key are one job.
+            key: Submissions under one key are one job.
             also: Called with the connection and the job's id, in the same transaction.
 
         Raises:
-            InvalidInput: ``key`` was used for another order.
+            InvalidInput: ``key`` was used for another submission.
             NotFound: The model or the dataset is not there (or is another tenant's).
         """
         now = self._clock()
@@ -84,6 +84,8 @@ class JobStore(Leases):
                 known = self._replay(connection, new, key)
                 if known is not None:
                     return known, known.id != job_id
+
+            # Its uploads must be there, and stay.
             for kind, digest in new.uploads():
                 self._touch(connection, new.tenant, kind, digest, now)
             row = connection.execute(
@@ -115,6 +117,8 @@ class JobStore(Leases):
                         "created_at": now,
                     },
                 )
+
+            # Its first event, and what else belongs to the same transaction.
             said = {"status": JobStatus.QUEUED.value} | ({"trace": new.trace} if new.trace else {})
             add_event(connection, job_id, "status", said, now)
             also(connection, job_id)
@@ -123,10 +127,10 @@ class JobStore(Leases):
         return self._db.write(work)
 
     def replay(self, new: NewJob, key: str) -> Job | None:
-        """Return the job that was ordered under ``key``, if there is one.
+        """Return the job that was submitted under ``key``, if there is one.
 
         Raises:
-            InvalidInput: It was another order.
+            InvalidInput: It was another submission.
         """
         return self._db.read(lambda connection: self._replay(connection, new, key))
 
@@ -137,8 +141,8 @@ class JobStore(Leases):
             return None
         if known.fingerprint != new.fingerprint():
             msg = (
-                "an Idempotency-Key must be used for one order only; this one was used for job "
-                f"{known.job} with another body: take a new key"
+                "an Idempotency-Key must be used for a single job; this one was used for job "
+                f"{known.job} with another body: use a new key"
             )
             raise InvalidInput(msg, job=known.job)
         return self._get(connection, new.tenant, known.job)

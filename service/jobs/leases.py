@@ -359,7 +359,8 @@ _ADD_EVENT = events.insert().values(
     data=sa.bindparam("of_data"),
     at=sa.bindparam("of_time"),
 )
-"""Statements that every order needs are built once: building one takes longer than running it."""
+"""Statements that every submission needs are built once: building one takes longer than "
+"running it."""
 
 
 def add_event(connection: Connection, job_id: str, kind: str, data: JsonObject, now: float) -> None:

@@ -34,7 +34,7 @@ _FIND_TENANT = sa.select(tenants).where(tenants.c.tenant == sa.bindparam("of_ten
 
 @cache
 def _usage_query() -> sa.Select[Any]:
-    """Return one statement for all that is asked before every order, built once."""
+    """Return one statement for all that is asked before every submission, built once."""
     own = jobs.c.tenant == sa.bindparam("of_tenant")
 
     def count(status: str) -> sa.ScalarSelect[Any]:
@@ -147,7 +147,7 @@ class Quotas:
         )
 
     def check_order(self, tenant: str) -> None:
-        """Raise ``QuotaExceeded`` if a tenant may not order another job now."""
+        """Raise ``QuotaExceeded`` if a tenant may not submit another job now."""
 
         def work(connection: Connection) -> tuple[Quota, TenantUsage]:
             return self._of(connection, tenant), self._usage(connection, tenant)

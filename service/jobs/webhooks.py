@@ -143,6 +143,8 @@ class Webhooks:
         most = self._settings.webhook_in_flight
         if len(under_way) >= _OF_ALL * most:
             return None
+
+        # Who has as many deliveries under way as allowed.
         of_tenant = Counter(row["tenant"] for row in under_way)
         of_host = Counter(row["host"] for row in under_way)
         busy = [tenant for tenant, count in of_tenant.items() if count >= most]
@@ -181,6 +183,7 @@ class Webhooks:
                 )
             return row
 
+        # Of the tenants that wait, the one with the fewest under way.
         found = self._db.read(find)
         if not found:
             return None

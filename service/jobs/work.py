@@ -130,7 +130,7 @@ class Work:
 
 @dataclass(slots=True)
 class Loaded:
-    """Inputs of the order that every evaluator needs; pages are shared until one writes to them.
+    """Inputs of the job that every evaluator needs; pages are shared until one writes to them.
 
     Attributes:
         inputs: What was loaded, or why it could not be, by path.

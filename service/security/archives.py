@@ -143,7 +143,7 @@ def check_arrays(
             if claimed > present:
                 msg = (
                     f"array '{name}' must hold the {claimed:,} bytes of its shape {list(shape)}; "
-                    f"the archive has {present:,}: it is torn, write it again"
+                    f"the archive has {present:,}: it is truncated, write it again"
                 )
                 raise InvalidCalibration(msg, member=name)
             shapes[name] = shape

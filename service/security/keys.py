@@ -31,7 +31,7 @@ _TENANT = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _KEY = re.compile(r"bq_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 _SECRET_BYTES = 32
 LOWEST_PRIORITY, HIGHEST_PRIORITY = -100, 100
-"""Of jobs.  A key orders up to a priority of its own, 0 unless its maker says otherwise."""
+"""Of jobs.  A key submits up to a priority of its own, 0 unless its maker says otherwise."""
 
 _REMEMBERED = 4096
 MEMORY_S = 2.0
@@ -45,7 +45,7 @@ class Scope(StrEnum):
     READ = "read"
     """Look at jobs, plans and uploads."""
     WRITE = "write"
-    """Upload, order and cancel."""
+    """Upload, submit and cancel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ class Caller:
     max_priority: int = 0
 
     def check_priority(self, priority: int) -> None:
-        """Raise ``Forbidden`` if the caller's key may not order jobs of ``priority``."""
+        """Raise ``Forbidden`` if the caller's key may not submit jobs of ``priority``."""
         if priority > self.max_priority:
             msg = (
                 f"a job of this key must have a priority of at most {self.max_priority}; got "

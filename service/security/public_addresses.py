@@ -59,7 +59,7 @@ def check_url(url: str, *, allow_private: bool) -> None:
     """Check what can be said of a webhook's address without asking the network.
 
     Args:
-        url: As it was ordered.
+        url: As it was submitted.
         allow_private: Whether any address and port will do, and plain http.
 
     Raises:

@@ -101,7 +101,7 @@ class TaskPool:
         self,
         tenant: str,
         task: str,
-        order: JsonObject,
+        arguments: JsonObject,
         *,
         what: str,
         resolve: Callable[[JsonObject], JsonObject] | None = None,
@@ -111,7 +111,7 @@ class TaskPool:
         Args:
             tenant: Whose task it is.
             task: Its name.
-            order: Its arguments, as JSON.
+            arguments: Of the task, as JSON.
             what: What it reads, for errors: ``the upload``.
             resolve: Answers what the task asks back, in a thread.
 
@@ -132,7 +132,7 @@ class TaskPool:
                 try:
                     # The limit on threads is the pool's own: its tasks take none from others.
                     return await anyio.to_thread.run_sync(
-                        lambda: self._work(task, order, what, resolve),
+                        lambda: self._work(task, arguments, what, resolve),
                         limiter=anyio.CapacityLimiter(1),
                     )
                 finally:
@@ -160,7 +160,7 @@ class TaskPool:
     def _work(
         self,
         task: str,
-        order: JsonObject,
+        arguments: JsonObject,
         what: str,
         resolve: Callable[[JsonObject], JsonObject] | None,
     ) -> tuple[JsonObject, bytes]:
@@ -171,7 +171,7 @@ class TaskPool:
         reusable = False
         failure: BitquotaError | None = None
         try:
-            wire.send(process.sink, {"task": task, "order": order})
+            wire.send(process.sink, {"task": task, "arguments": arguments})
             while (received := wire.receive(process.source)) is not None:
                 head, parts = received
                 if head["type"] != "need":

@@ -83,7 +83,7 @@ def _answer(
 
     try:
         task: Task = getattr(importlib.import_module(TASKS[name]), f"{name}_task")
-        verdict, data = task(message["order"], ask)
+        verdict, data = task(message["arguments"], ask)
     except _AbandonedError:
         error: BitquotaError = Unavailable("the server answered already")
     except BitquotaError as known:

@@ -53,13 +53,13 @@ _DTYPE_BITS = {
 }  # fmt: skip
 
 
-def inspect_task(order: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
+def inspect_task(arguments: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
     """Return the format of the upload at ``path`` that is to be of ``kind``, or raise."""
-    path = Path(order["path"])
-    limits = {"max_ratio": order["max_ratio"], "max_bytes": order["max_bytes"]}
-    kind = ArtifactKind(order["kind"])
+    path = Path(arguments["path"])
+    limits = {"max_ratio": arguments["max_ratio"], "max_bytes": arguments["max_bytes"]}
+    kind = ArtifactKind(arguments["kind"])
     inspect: dict[ArtifactKind, Callable[[], Any]] = {
-        ArtifactKind.MODEL: lambda: inspect_model(path, max_ratio=order["max_ratio"]),
+        ArtifactKind.MODEL: lambda: inspect_model(path, max_ratio=arguments["max_ratio"]),
         ArtifactKind.DATASET: lambda: inspect_dataset(path, **limits),
         ArtifactKind.PLAN: lambda: inspect_plan(path),
         ArtifactKind.MATRIX: lambda: inspect_matrix(path, **limits),
@@ -89,7 +89,7 @@ def inspect_model(path: Path, *, max_ratio: int) -> ModelFormat:
     if _looks_like_safetensors(start, path):
         check_safetensors(path, InvalidModel)
         msg = (
-            "weights need to say what network they belong to; got a safetensors file alone: "
+            "weights must come with the network they belong to; got a safetensors file alone: "
             "upload a zip of the folder with its config.json, or a .pt2"
         )
         raise InvalidModel(msg, format="safetensors")

@@ -84,7 +84,7 @@ class Watch:
     ) -> None:
         self._root, self._work, self._limits = root, work, limits
         self._sandboxed = sandboxed
-        self._foreign_verdict = verdict
+        self._other_verdict = verdict
         self._over = threading.Event()
         self._looks = 0
         self._first: int | None = None
@@ -129,7 +129,7 @@ class Watch:
         ):
             if got > limit:
                 return exceeded(resource, limit, got)
-        return self._foreign_verdict()
+        return self._other_verdict()
 
     def end(self) -> None:
         """Kill every process of the job.

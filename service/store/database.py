@@ -79,7 +79,7 @@ jobs = sa.Table(
     # Whose turn it is, and how many jobs of a tenant wait and run.
     sa.Index("jobs_by_turn", "status", "tenant", "priority", "id"),
     sa.Index("jobs_by_deadline", "status", "deadline"),
-    # What quotas ask before every order must not read every job that is kept.
+    # What quotas ask before every submission must not read every job that is kept.
     sa.Index("jobs_of_tenant_by_end", "tenant", "finished_at"),
     sa.Index(
         "jobs_of_tenant_with_results",
@@ -287,7 +287,7 @@ class Database:
                 if self.read(lambda connection: connection.execute(recovering).scalar()):
                     return "it only answers reads"
                 return None
-            # A connection of its own, which does not wait as long for the lock as orders do.
+            # A connection of its own, which does not wait as long for the lock as submissions do.
             with contextlib.closing(
                 sqlite3.connect(
                     str(self.engine.url.database), timeout=_LOOK_S, isolation_level=None

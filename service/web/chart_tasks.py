@@ -35,36 +35,36 @@ _REPORT_S = 5.0
 _recent: OrderedDict[str, Any] = OrderedDict()
 
 
-def charts_task(order: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
+def charts_task(arguments: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
     """Return what the model page draws, without the cross-layer maps."""
-    return {}, _json(_document(order))
+    return {}, _json(_document(arguments))
 
 
-def cross_task(order: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
+def cross_task(arguments: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
     """Return one map of cross-layer terms; raises ``NotFound``."""
-    matrix = _matrix(order)
+    matrix = _matrix(arguments)
     if matrix is None:
         msg = "a map needs a sensitivity matrix; this job left none"
-        raise NotFound(msg, job=order["job"])
-    plans = _plans(order)
-    return {}, _json(cross_map(matrix, order["at"], plans[0][0] if plans else None))
+        raise NotFound(msg, job=arguments["job"])
+    plans = _plans(arguments)
+    return {}, _json(cross_map(matrix, arguments["at"], plans[0][0] if plans else None))
 
 
-def report_task(order: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
+def report_task(arguments: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
     """Return the model page as one file that needs no network."""
-    found = _document(order)
-    matrix = _matrix(order)
+    found = _document(arguments)
+    matrix = _matrix(arguments)
     maps = {}
     if matrix is not None:
         found |= {"frontier": frontier_of(matrix, time_limit_s=_REPORT_S)}
-        plans = _plans(order)
+        plans = _plans(arguments)
         maps = maps_of(matrix, plans[0][0] if plans else None)
     return {}, render_html(found, maps).encode()
 
 
-def model_page_task(order: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
+def model_page_task(arguments: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
     """Return what the model page says of its plans, and what can be exported."""
-    plans = _plans(order)
+    plans = _plans(arguments)
     exports = export_choices([plan for plan, _ in plans])
     return {"plans": [shown for _, shown in plans], "exports": exports}, b""
 
@@ -83,30 +83,30 @@ def export_choices(plans: Sequence[Plan]) -> list[JsonObject]:
     return kept + [{"name": name, "request": {"format": name}} for name in formats]
 
 
-def _document(order: JsonObject) -> JsonObject:
-    plans = _plans(order)
-    comparison = order["comparison"]
+def _document(arguments: JsonObject) -> JsonObject:
+    plans = _plans(arguments)
+    comparison = arguments["comparison"]
     found = document(
-        title=order["title"],
+        title=arguments["title"],
         plans=[plan for plan, _ in plans],
         plan_documents=[shown for _, shown in plans],
-        matrix=_matrix(order),
+        matrix=_matrix(arguments),
         comparison=None if comparison is None else json.loads(Path(comparison).read_bytes()),
     )
-    if not plans and order["frontier"] is not None:
-        rows = frontier_rows(json.loads(Path(order["frontier"]).read_bytes()))
+    if not plans and arguments["frontier"] is not None:
+        rows = frontier_rows(json.loads(Path(arguments["frontier"]).read_bytes()))
         found |= {name: rows[name] for name in ("layers", "frontier")}
     return found
 
 
-def _matrix(order: JsonObject) -> SensitivityMatrix | None:
-    path = order["matrix"]
+def _matrix(arguments: JsonObject) -> SensitivityMatrix | None:
+    path = arguments["matrix"]
     return None if path is None else _read(path, SensitivityMatrix.from_bytes)
 
 
-def _plans(order: JsonObject) -> list[tuple[Plan, JsonObject]]:
+def _plans(arguments: JsonObject) -> list[tuple[Plan, JsonObject]]:
     """Return the plans, one for each budget, and what charts show of each."""
-    return [_read(path, _plan) for path in order["plans"]]
+    return [_read(path, _plan) for path in arguments["plans"]]
 
 
 def _plan(data: bytes) -> tuple[Plan, JsonObject]:

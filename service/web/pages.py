@@ -1,4 +1,4 @@
-"""The web pages: sign in, upload and order, watch a job, look at a model, choose a plan.
+"""The web pages: sign in, upload and submit, watch a job, look at a model, choose a plan.
 
 They are HTML around the REST API: what they change, they change through it. Nothing is inline and
 nothing comes from elsewhere, so the content security policy allows only our own files.

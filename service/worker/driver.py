@@ -1,8 +1,8 @@
 """The driver: one process for one job, between the database and the evaluator.
 
 It holds the lease, keeps the ledger, checks every result, and alone writes to the database. It
-gets its engine ready first and then waits for an order, so that one can be kept warm. It imports
-no torch and no model.
+gets its engine ready first and then waits for an assignment, so that one can be kept warm. It
+imports no torch and no model.
 
 Design: docs/design/sandbox.md
 """
@@ -401,7 +401,7 @@ def _share(settings: Settings) -> int:
 
 
 def _traced(driver: Driver, job: Job, store: JobStore, tracing: Tracing) -> int:
-    """Run a job below the request that ordered it, in the same trace."""
+    """Run a job below the request that submitted it, in the same trace."""
     if not tracing.on:
         return driver.run()
     first = json.loads(store.events(job.id, 0, limit=1)[0][2])
@@ -447,7 +447,7 @@ def _order(engine: Engine, settings: Settings, store: JobStore) -> Job | None:
 
 
 def main() -> None:
-    """Get an engine ready, wait for one order on standard input, run it."""
+    """Get an engine ready, wait for one assignment on standard input, run it."""
     die_with_parent(int(os.environ.get("BITQUOTA_PARENT_PID", "0")))
     # Ctrl-C reaches the whole process group; the server tells its drivers by SIGTERM itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,9 +1,9 @@
 """The evaluator: the one process that loads an uploaded model and runs it.
 
-It is forked from a fork server, gets one order over a socket, asks the driver for ledger entries,
-hands it every new one at once, and answers with results; or it helps another evaluator of the
-same job to measure. It opens no database and no network, so that it can live in a
-sandbox; whatever a model does in here, it can only send messages that the driver checks.
+It is forked from a fork server, gets one assignment over a socket, asks the driver for ledger
+entries, hands it every new one at once, and answers with results; or it helps another evaluator of
+the same job to measure. It opens no database and no network, so that it can live in a sandbox;
+whatever a model does in here, it can only send messages that the driver checks.
 
 Design: docs/design/sandbox.md
 """
@@ -148,26 +148,26 @@ def main() -> None:
     warm_up()
     parent = os.getpid()
 
-    def work(order: JsonObject, source: BinaryIO, sink: BinaryIO, loaded: Loaded) -> None:
+    def work(assignment: JsonObject, source: BinaryIO, sink: BinaryIO, loaded: Loaded) -> None:
         die_with_parent(parent)
-        answer(order, Channel(source, sink), loaded)
+        answer(assignment, Channel(source, sink), loaded)
 
     with socket.socket(fileno=int(sys.argv[4])) as control:
         serve(control, work)
 
 
-def answer(order: JsonObject, channel: Channel, loaded: Loaded) -> None:
-    """Carry out one order and tell how it ended."""
+def answer(assignment: JsonObject, channel: Channel, loaded: Loaded) -> None:
+    """Carry out one assignment and tell how it ended."""
     import torch
 
     channel.start()
-    if order["threads"]:
-        torch.set_num_threads(order["threads"])
+    if assignment["threads"]:
+        torch.set_num_threads(assignment["threads"])
     try:
-        if order.get("helper"):
-            help_out(order, channel, loaded)
+        if assignment.get("helper"):
+            help_out(assignment, channel, loaded)
         else:
-            carry_out(order, channel, loaded)
+            carry_out(assignment, channel, loaded)
     except BitquotaError as error:
         channel.send(Failed(error=error))
     except MemoryError:
@@ -207,21 +207,21 @@ def warm_up() -> None:
     allocate(model, samples, request, context=Context(device="cpu"))
 
 
-def carry_out(order: JsonObject, channel: Channel, loaded: Loaded) -> None:
-    """Run one order and send its results in pieces and messages of type ``result``."""
-    work = _work(order, channel, loaded)
-    kind_by_name(order["kind"]).run(work)
+def carry_out(assignment: JsonObject, channel: Channel, loaded: Loaded) -> None:
+    """Run one assignment and send its results in pieces and messages of type ``result``."""
+    work = _work(assignment, channel, loaded)
+    kind_by_name(assignment["kind"]).run(work)
 
 
-def help_out(order: JsonObject, channel: Channel, loaded: Loaded) -> None:
+def help_out(assignment: JsonObject, channel: Channel, loaded: Loaded) -> None:
     """Measure what the driver asks for, task after task, into its ledger."""
     from bitquota.sensitivity.measures.parts import carry_out as run_task
     from bitquota.setting import prepare
 
-    work = _work(order, channel, loaded)
+    work = _work(assignment, channel, loaded)
     context = work.context.part()
     setting = prepare(
-        work.model(), work.samples(), PlanRequest.from_json(order["request"]), context=context
+        work.model(), work.samples(), PlanRequest.from_json(assignment["request"]), context=context
     )
     runner = setting.runner()
     head, _ = channel.ask(Idle())
@@ -231,27 +231,27 @@ def help_out(order: JsonObject, channel: Channel, loaded: Loaded) -> None:
         head, _ = channel.ask(Idle(done=head["number"]))
 
 
-def _work(order: JsonObject, channel: Channel, loaded: Loaded) -> Work:
+def _work(assignment: JsonObject, channel: Channel, loaded: Loaded) -> Work:
     return Work(
-        request=order["request"],
-        inputs=order["inputs"],
+        request=assignment["request"],
+        inputs=assignment["inputs"],
         loaded=loaded,
         ledger=RemoteLedger(channel),
         send=channel.send,
         cancelled=channel.cancelled.is_set,
-        device=_device(order),
+        device=_device(assignment),
         scratch=Path.cwd(),
-        executor=partial(measure_ahead, channel) if order.get("helped") else None,
+        executor=partial(measure_ahead, channel) if assignment.get("helped") else None,
     )
 
 
-def _device(order: JsonObject) -> str:
+def _device(assignment: JsonObject) -> str:
     """Return the device of this evaluator; helpers on one host take its GPUs in turn."""
     import torch
 
-    rank = int(order.get("rank", 0))
-    if order["device"] != "auto" or not rank or not torch.cuda.is_available():
-        return str(order["device"])
+    rank = int(assignment.get("rank", 0))
+    if assignment["device"] != "auto" or not rank or not torch.cuda.is_available():
+        return str(assignment["device"])
     return f"cuda:{rank % torch.cuda.device_count()}"
 
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
 
 
-def preload(order: JsonObject, loaded: Loaded) -> None:
-    """Load the one model and the one calibration set of an order, if it has them."""
+def preload(assignment: JsonObject, loaded: Loaded) -> None:
+    """Load the one model and the one calibration set of an assignment, if it has them."""
     from bitquota.models.load import load_model
     from bitquota.models.samples import load_calibration
 
@@ -33,7 +33,7 @@ def preload(order: JsonObject, loaded: Loaded) -> None:
         "dataset": load_calibration,
     }
     for role, how in ways.items():
-        paths = order["inputs"].get(role, ())
+        paths = assignment["inputs"].get(role, ())
         if len(paths) == 1:
             try:
                 loaded.load(paths[0], how)
@@ -48,7 +48,7 @@ def serve(
 
     Args:
         control: Where sockets to drivers arrive.
-        work: What a fork does with its order, over its two streams; then it ends.
+        work: What a fork does with its assignment, over its two streams; then it ends.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies: nobody asks how a fork ended
     loaded = Loaded()
@@ -71,14 +71,14 @@ def serve(
 
 def _become_evaluator(
     work: Callable[[JsonObject, BinaryIO, BinaryIO, Loaded], None],
-    order: JsonObject,
+    assignment: JsonObject,
     source: BinaryIO,
     sink: BinaryIO,
     loaded: Loaded,
 ) -> None:
     status = 1
     try:
-        work(order, source, sink, loaded)
+        work(assignment, source, sink, loaded)
         status = 0
     finally:
         os._exit(status)  # never back into the loop of the fork server

@@ -77,7 +77,7 @@ class ResultReceiver:
         except MeasurementFailed:
             raise
         except UNSOUND as err:
-            msg = f"a worker must return a whole {name}; what it returned does not hold: {err}"
+            msg = f"a worker must return a whole {name}; what it returned is invalid: {err}"
             raise MeasurementFailed(msg) from err
         size = incoming.size
         self._add(name, self._blobs.keep(incoming), size)
@@ -120,7 +120,7 @@ class ResultReceiver:
         try:
             return self._kind.derive(given)
         except UNSOUND as err:
-            msg = f"the results of a worker must agree with each other; they do not: {err}"
+            msg = f"the results of a worker must be consistent; they are not: {err}"
             raise MeasurementFailed(msg) from err
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """The part of a tenant's ledger that one job may use: what was measured of its own models.
 
 An evaluator computes the keys itself, and a driver cannot tell what one stands for. So keys are
-kept together with the digests of the models that the job was ordered for: whatever an evaluator
+kept together with the digests of the models that the job was submitted for: whatever an evaluator
 writes, jobs on other models never find it.
 """
 

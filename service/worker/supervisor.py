@@ -206,7 +206,7 @@ class Supervisor:
 
     def _drain(self) -> None:
         if self._spare is not None:
-            _close(self._spare)  # it waits for an order; the end of its input ends it
+            _close(self._spare)  # it waits for an assignment; the end of its input ends it
         for running in self._running:
             running.process.send_signal(signal.SIGTERM)
         until = time.monotonic() + self._settings.grace_s + 2.0

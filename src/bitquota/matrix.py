@@ -172,7 +172,7 @@ class SensitivityMatrix:
             msg = f"a matrix file must be the .npz that 'bitquota measure' writes; got {found}"
             raise InvalidMatrix(msg) from err
         if meta.get("format") != _FORMAT:
-            msg = f"a matrix file must say format '{_FORMAT}'; got '{meta.get('format')}'"
+            msg = f"a matrix file must have format '{_FORMAT}'; got '{meta.get('format')}'"
             raise InvalidMatrix(msg)
         try:
             base_point = meta["base_point"]

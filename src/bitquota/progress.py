@@ -31,11 +31,6 @@ class Progress(Document):
             msg = f"progress must satisfy 0 <= reused <= done <= total; got {self}"
             raise InvalidInput(msg)
 
-    @property
-    def fraction(self) -> float:
-        """Share of the stage that is done; an empty stage is done."""
-        return self.done / self.total if self.total else 1.0
-
 
 OnProgress = Callable[[Progress], None]
 """Called after each unit of work, from the thread that does the work."""

@@ -54,7 +54,7 @@ class PlanRequest(Document):
         correction_samples: Samples that corrections are fitted on.
         loss: Name of the loss whose increase is minimised.
         measure: How the matrix around full precision is measured: ``gram`` (also ``auto``),
-            ``pairs`` (exact, dear), ``diagonal``, ``tangent``, or a metric of ``bitquota
+            ``pairs`` (exact, expensive), ``diagonal``, ``tangent``, or a metric of ``bitquota
             compare``, whose plan is then one start of the refinement (or, without it, the plan).
         refine: Whether to go on from there: measure anew around the plan found, solve again, and
             try swaps on the true loss.

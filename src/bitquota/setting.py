@@ -154,6 +154,8 @@ def prepare(
     module = sharing_weights(model.module).to(where).eval()
     if Correction.FOLD_BATCH_NORM in request.corrections:
         module = fold_batch_norm(module, few.inputs)
+
+    # What may become of each layer.
     inventory = inventory_of(module, model, few)
     target = None if request.target is None else target_by_name(request.target)
     inventory = prepare_inventory(inventory, target, exclude=request.exclude, ties=request.ties)
@@ -165,12 +167,16 @@ def prepare(
         activation_bits=request.activation_bits,
         fixed=request.fixed,
     )
+
+    # Disjoint samples: to measure on, to decide on, in reserve.
     wanted = request.samples + request.holdout_samples
     drawn = calibration.subset(min(wanted, len(calibration)), request.seed)
     parts = drawn.split(request.holdout_samples / wanted, request.seed)
     fit, holdout = (part.placed(where) for part in parts)
     spare = tuple(part.placed(where) for part in _blocks(calibration, drawn, len(holdout), request))
     n_correcting = min(request.correction_samples, len(calibration))
+
+    # Quantizers, fitted where candidates need samples.
     importance = None if model.imatrix is None else importance_of(model.imatrix, inventory)
     fitted = fit_quantizers(
         module,

@@ -52,7 +52,7 @@ def images() -> CalibrationSet:
 
 @pytest.fixture(scope="module")
 def exported(model, plan, tmp_path_factory):
-    """Folder and receipt of an export."""
+    """Folder and export report of an export."""
     folder = tmp_path_factory.mktemp("export") / "out"
     return folder, export_plan(model, plan, folder, target="ref-int", samples=images())
 
@@ -61,7 +61,7 @@ def exported(model, plan, tmp_path_factory):
 def lock(plan, exported) -> Lock:
     """A lock with generous limits."""
     limits = Limits(max_kl=0.2, max_bytes=10_000, not_worse_than="uniform")
-    return make_lock(plan, target="ref-int", limits=limits, receipts=(exported[1],))
+    return make_lock(plan, target="ref-int", limits=limits, reports=(exported[1],))
 
 
 class TestLock:
@@ -80,7 +80,7 @@ class TestLock:
 
     def test_two_runs_are_byte_identical(self, plan, exported):
         """Nothing in a lock depends on when or where it was made."""
-        first, second = (make_lock(plan, receipts=(exported[1],)) for _ in range(2))
+        first, second = (make_lock(plan, reports=(exported[1],)) for _ in range(2))
         assert first.dumps() == second.dumps()
 
     def test_edited_by_hand(self, lock, tmp_path):
@@ -103,10 +103,10 @@ class TestLock:
         with pytest.raises(InvalidPlan, match="ort-cpu"):
             make_lock(plan, target="ort-cpu")
 
-    def test_receipt_of_another_plan(self, plan, exported):
-        """Receipts must belong to the plan."""
+    def test_export_report_of_another_plan(self, plan, exported):
+        """Export reports must belong to the plan."""
         with pytest.raises(InvalidInput, match="of its plan"):
-            make_lock(replace(plan, selected="uniform 3 bits"), receipts=(exported[1],))
+            make_lock(replace(plan, selected="uniform 3 bits"), reports=(exported[1],))
 
     def test_negative_limit(self):
         """Limits that nothing keeps are refused."""
@@ -220,7 +220,7 @@ class TestCheckLock:
         report = check_lock(lock, folders=(exported[0],), limits=Limits(max_file_bytes=100))
         assert report.exit_code == 1
 
-    def test_files_without_receipt(self, plan, exported):
+    def test_files_without_a_report(self, plan, exported):
         """A lock that knows of no export cannot vouch for files: stale, 4."""
         assert check_lock(make_lock(plan), folders=(exported[0],)).exit_code == 4
 

@@ -104,9 +104,9 @@ class TestOnnxInOnnxOut:
         for out in ("a", "b"):
             code, text, err = bitquota("export", model, "plan.json", "--out", out, "--json")
             assert code == 0, err
-        receipt = json.loads(text)
-        assert receipt["payload_bits"] == plan.size_bits
-        assert receipt["difference"]["relative"] < 1e-6
+        made = json.loads(text)
+        assert made["payload_bits"] == plan.size_bits
+        assert made["difference"]["relative"] < 1e-6
         for file in (tmp_path / "a").iterdir():
             assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
@@ -133,7 +133,7 @@ class TestOnnxInOnnxOut:
         assert scores["uniform"]["size_bits"] <= plan.size_bits
         assert scores["uniform"]["name"] in scores["plan"]["differences"]
 
-    def test_table_of_a_receipt(self, bitquota, tmp_path, images):
+    def test_table_of_a_report(self, bitquota, tmp_path, images):
         """Planned and stored sizes, overhead, difference and options in a few lines."""
         model = images / "camera.onnx"
         bitquota("plan", model, images / "calibration.npz", "-b", "8 bits", "-t", "ort-cpu", *FAST)
@@ -192,7 +192,7 @@ class TestExport:
         assert not (tmp_path / "x").exists()
 
     def test_changed_files(self, bitquota, tmp_path, images):
-        """Exported files that are no longer those of the receipt are not scored."""
+        """Exported files that are no longer those of the export report are not scored."""
         model = images / "camera.onnx"
         bitquota("plan", model, images / "calibration.npz", "-b", "8 bits", "-t", "ort-cpu", *FAST)
         bitquota("export", model, "plan.json", "-o", "a")

@@ -88,11 +88,11 @@ def at(plan: Plan, bits: int, **changes) -> Plan:
 
 class TestLock:
     def test_content(self, gate, tmp_path):
-        """Plan, target, limits and receipt are held; a date only under ``volatile``."""
+        """Plan, target, limits and export report are held; a date only under ``volatile``."""
         held = Lock.load(tmp_path / "bitquota.lock.json")
         assert held.plan == Plan.load(tmp_path / "plan.json")
         assert (held.target, held.limits.max_bytes) == ("ref-int", 1 << 20)
-        assert [receipt["exporter"] for receipt in held.exports] == ["ref-int"]
+        assert [report["exporter"] for report in held.exports] == ["ref-int"]
         assert set(held.volatile) == {"bitquota", "written"}
 
     def test_renewed(self, gate, tmp_path):
@@ -244,7 +244,7 @@ class TestCheck:
         assert len(ET.parse(tmp_path / "j.xml").getroot()) == 2  # noqa: S314  # our own text
         code, _, err = gate("check", *files, "--base", "b.lock.json")
         assert code == 2
-        assert "one lock file" in err
+        assert "single lock file" in err
 
     def test_step_summary(self, gate, tmp_path, monkeypatch):
         """Appended to the file that GitHub names."""

@@ -1,4 +1,4 @@
-"""Commands that open foreign models run themselves again in a sandbox."""
+"""Commands that open untrusted models run themselves again in a sandbox."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ class TestUpload:
 
 class TestOrder:
     def test_input_that_is_none(self, run, quiet):
-        with pytest.raises(errors.InvalidInput, match="inputs of an order"):
+        with pytest.raises(errors.InvalidInput, match="inputs of a job"):
             run(quiet.url, lambda c: c.order("plan", REQUEST, melody=b""))
 
     def test_error_of_the_server_is_raised_as_itself(self, run, quiet):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bitquota.exports.receipt import Receipt
+from bitquota.exports.export_report import ExportReport
 from bitquota.plan import Plan
 from markdown_pages import blocks
 
@@ -36,10 +36,10 @@ class TestQuickstartCnn:
         """The file runs in ONNX Runtime alone and takes the plan's bytes."""
         printed = run("quickstart-cnn.md")
         plan = Plan.load(tmp_path / "plan.json")
-        receipt = Receipt.load(tmp_path / "exported")
+        report = ExportReport.load(tmp_path / "exported")
         assert "(1, 10)" in printed
         assert plan.average_bits <= 3.5
-        assert plan.size_bits == receipt.payload_bits
+        assert plan.size_bits == report.payload_bits
 
 
 class TestQuickstartLlm:
@@ -51,10 +51,10 @@ class TestQuickstartLlm:
             ("plan.json", "tiny-llama-gguf"),
             ("packed.json", "tiny-llama-packed"),
         ):
-            plan, receipt = Plan.load(tmp_path / name), Receipt.load(tmp_path / folder)
+            plan, report = Plan.load(tmp_path / name), ExportReport.load(tmp_path / folder)
             quantized = [a for a in plan.assignments if a.candidate.weight_bits < 32]
-            assert sum(a.candidate.size_bits for a in quantized) == receipt.payload_bits
-            assert receipt.difference.maximum < 1e-5
+            assert sum(a.candidate.size_bits for a in quantized) == report.payload_bits
+            assert report.difference.maximum < 1e-5
             if name == "packed.json":
                 recipe = (tmp_path / "recipe" / "recipe.yaml").read_text()
                 assert all(a.layer.name in recipe for a in quantized)

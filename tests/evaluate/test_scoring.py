@@ -189,11 +189,11 @@ class TestQuantizedModule:
 
 class TestOpenExport:
     def test_missing_file(self, net, plan, tmp_path):
-        """Files are held to the receipt before anything is loaded."""
+        """Files are held to the export report before anything is loaded."""
         export_plan(net, plan, tmp_path / "o", format_name="ref-int", samples=IMAGES)
-        module, same, receipt = open_export(net, tmp_path / "o")
+        module, same, report = open_export(net, tmp_path / "o")
         assert plan == same
-        assert "ref-int" == receipt.exporter
+        assert "ref-int" == report.exporter
         with torch.no_grad():
             assert module(*IMAGES.inputs).shape == (40, 10)
         (tmp_path / "o" / "model.safetensors").unlink()

@@ -57,19 +57,17 @@ class TestExportPlan:
         """ONNX Runtime computes what fake-quantization does, from the plan's own bytes."""
         pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
         plan = plan_of(model, samples, SCHEMES[scheme], (2, 4, 8))
-        receipt = export_plan(
-            model, plan, tmp_path / "out", format_name="onnx-qdq", samples=samples
-        )
-        assert plan.size_bits == sum(t.actual_bits for t in receipt.tensors)
-        assert receipt.difference.relative < 1e-5
+        report = export_plan(model, plan, tmp_path / "out", format_name="onnx-qdq", samples=samples)
+        assert plan.size_bits == sum(t.actual_bits for t in report.tensors)
+        assert report.difference.relative < 1e-5
 
     @pytest.mark.parametrize("scheme", [*SCHEMES.values(), POWERS], ids=[*SCHEMES, "powers"])
     def test_ref_int_holds_every_grid(self, model, samples, scheme, tmp_path):
         """Any width, read back by us."""
         plan = plan_of(model, samples, scheme, (2, 3, 5))
-        receipt = export_plan(model, plan, tmp_path / "out", format_name="ref-int", samples=samples)
-        assert plan.size_bits == sum(t.actual_bits for t in receipt.tensors)
-        assert 0.0 == receipt.difference.relative
+        report = export_plan(model, plan, tmp_path / "out", format_name="ref-int", samples=samples)
+        assert plan.size_bits == sum(t.actual_bits for t in report.tensors)
+        assert 0.0 == report.difference.relative
 
     @pytest.mark.parametrize(
         ("scheme", "format_name", "able"),

@@ -16,8 +16,8 @@ from bitquota.candidates.targets import TARGETS
 from bitquota.corrections import Correction
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan, StalePlan
 from bitquota.exports.export import EXPORTERS, export_plan, load_export, prepare_export
+from bitquota.exports.export_report import Difference
 from bitquota.exports.names import EXPORT_FORMATS
-from bitquota.exports.receipt import Difference
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.discovery import discover
 from bitquota.models.load import load_model
@@ -94,16 +94,16 @@ class TestEveryRuntime:
         """Stored bits equal the plan's, outputs equal fake-quantization's."""
         model = request.getfixturevalue(source)
         plan = target_plan(model, samples, target, seed=len(source) + len(target))
-        receipt = export_plan(model, plan, tmp_path / "out", target=target, samples=samples)
+        report = export_plan(model, plan, tmp_path / "out", target=target, samples=samples)
         quantized = [a for a in plan.assignments if a.candidate.weight_bits < 32]
-        assert [a.layer.name for a in quantized] == [t.layer for t in receipt.tensors]
-        assert sum(a.candidate.size_bits for a in quantized) == receipt.payload_bits
-        assert receipt.difference.relative < 2e-6
-        assert receipt.difference.maximum < 1e-5
+        assert [a.layer.name for a in quantized] == [t.layer for t in report.tensors]
+        assert sum(a.candidate.size_bits for a in quantized) == report.payload_bits
+        assert report.difference.relative < 2e-6
+        assert report.difference.maximum < 1e-5
         written = {
             p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*")
         }
-        assert {f.name for f in receipt.files} | {"plan.json", "receipt.json"} == written
+        assert {f.name for f in report.files} | {"plan.json", "receipt.json"} == written
         assert plan == Plan.load(tmp_path / "out" / "plan.json")
 
 
@@ -118,7 +118,7 @@ class TestDeterminism:
         ],
     )
     def test_two_exports_are_byte_identical(self, request, tmp_path, source, target, samples):
-        """The same plan gives the same bytes, receipt included."""
+        """The same plan gives the same bytes, export report included."""
         model = request.getfixturevalue(source)
         plan = target_plan(model, samples, target, seed=5)
         for name in ("a", "b"):
@@ -134,9 +134,9 @@ class TestRefInt:
         """Widths and grids that no other format has."""
         scheme = Scheme(grid=grid, granularity=Granularity.GROUP, group_size=5)
         plan = plan_with(net, IMAGES.inputs, bits=(bits,), scheme=scheme)
-        receipt = export_plan(net, plan, tmp_path / "o", format_name="ref-int", samples=IMAGES)
-        assert plan.size_bits == receipt.payload_bits
-        assert receipt.difference.maximum == 0.0
+        report = export_plan(net, plan, tmp_path / "o", format_name="ref-int", samples=IMAGES)
+        assert plan.size_bits == report.payload_bits
+        assert report.difference.maximum == 0.0
 
     def test_corrections_are_in_the_file(self, net, tmp_path):
         """Folded batch norms and corrected biases are exported, and the difference is still 0."""
@@ -144,7 +144,7 @@ class TestRefInt:
             plan_of_folded(net),
             corrections=(Correction.FOLD_BATCH_NORM, Correction.BIAS_CORRECTION),
         )
-        receipt = export_plan(
+        report = export_plan(
             net,
             folded,
             tmp_path / "o",
@@ -152,7 +152,7 @@ class TestRefInt:
             samples=IMAGES,
             correction_data=IMAGES,
         )
-        assert receipt.difference.maximum == 0.0
+        assert report.difference.maximum == 0.0
         loaded = load_export(
             net, folded, tmp_path / "o", format_name="ref-int", correction_data=IMAGES
         )
@@ -205,19 +205,19 @@ class TestOnnxQdq:
     def test_schemes(self, onnx_images, tmp_path, scheme, bits):
         """Scales per tensor, zero points, and half-precision scales."""
         plan = plan_with(onnx_images, IMAGES.inputs, bits=(bits,), scheme=scheme)
-        receipt = export_plan(
+        report = export_plan(
             onnx_images, plan, tmp_path / "o", format_name="onnx-qdq", samples=IMAGES
         )
-        assert plan.size_bits == receipt.payload_bits
-        assert receipt.difference.maximum < 1e-5
+        assert plan.size_bits == report.payload_bits
+        assert report.difference.maximum < 1e-5
 
     def test_two_bits_with_rows_that_do_not_fill_bytes(self, onnx_images, tmp_path):
         """Ten outputs at two bits, which ONNX Runtime reads wrongly without a Transpose."""
         plan = plan_with(onnx_images, IMAGES.inputs, bits=(2,))
-        receipt = export_plan(
+        report = export_plan(
             onnx_images, plan, tmp_path / "o", format_name="onnx-qdq", samples=IMAGES
         )
-        assert receipt.difference.maximum < 1e-5
+        assert report.difference.maximum < 1e-5
         nodes = onnx.load(tmp_path / "o" / "model.onnx").graph.node
         assert [n.op_type for n in nodes].count("Transpose") == 1
 
@@ -226,9 +226,9 @@ class TestOnnxQdq:
         model = load_model("format_networks:upsampler")
         samples = CalibrationSet(inputs=(torch.randn(3, 4, 5, 5),))
         plan = plan_with(model, samples.inputs, bits=(4,))
-        receipt = export_plan(model, plan, tmp_path / "o", format_name="onnx-qdq", samples=samples)
-        assert receipt.difference.maximum < 1e-5
-        assert plan.size_bits == receipt.payload_bits
+        report = export_plan(model, plan, tmp_path / "o", format_name="onnx-qdq", samples=samples)
+        assert report.difference.maximum < 1e-5
+        assert plan.size_bits == report.payload_bits
 
     def test_width_without_a_type(self, net, tmp_path):
         """Three bits have no ONNX type; the layers are named and nothing is written."""
@@ -240,7 +240,7 @@ class TestOnnxQdq:
     def test_needs_a_sample_to_trace(self, net, tmp_path):
         """A module without an example cannot be traced."""
         plan = plan_with(net, IMAGES.inputs, bits=(4,))
-        with pytest.raises(InvalidInput, match="hand in samples"):
+        with pytest.raises(InvalidInput, match="provide samples"):
             export_plan(net, plan, tmp_path / "o", format_name="onnx-qdq")
 
 
@@ -251,7 +251,7 @@ class TestMatMulNBits:
         """Products with blocks are nodes of their own, at the plan's bytes; the rest is QDQ."""
         model = request.getfixturevalue(source)
         plan = target_plan(model, TOKENS, "ort-cpu", seed=1, bits=(bits,))
-        receipt = export_plan(
+        report = export_plan(
             model, plan, tmp_path / "o", format_name="onnx-matmulnbits", samples=TOKENS
         )
         blocked = [a for a in plan.assignments if a.candidate.scheme.group_size]
@@ -260,19 +260,19 @@ class TestMatMulNBits:
         assert len(blocked) == len(written)
         assert len(blocked) < len(plan.assignments)
         assert {bits} == {a.i for n in written for a in n.attribute if a.name == "bits"}
-        assert plan.size_bits == receipt.payload_bits
-        assert receipt.difference.relative < 2e-6
+        assert plan.size_bits == report.payload_bits
+        assert report.difference.relative < 2e-6
 
     def test_gemm_with_a_bias(self, tmp_path):
         """A Gemm becomes a product and an Add."""
         model = load_model(str(image_graph(tmp_path / "m.onnx", channels=32)))
         plan = target_plan(model, IMAGES, "ort-cpu", seed=1, bits=(4,))
-        receipt = export_plan(
+        report = export_plan(
             model, plan, tmp_path / "o", format_name="onnx-matmulnbits", samples=IMAGES
         )
         nodes = [n.op_type for n in onnx.load(tmp_path / "o" / "model.onnx").graph.node]
         assert nodes[-2:] == ["MatMulNBits", "Add"]
-        assert receipt.difference.relative < 2e-6
+        assert report.difference.relative < 2e-6
 
 
 class TestCompressedTensors:
@@ -375,17 +375,17 @@ class TestGgufK:
 
         model = load_model(str(write_llama(tmp_path / "m", width=256, inner=320)))
         plan = target_plan(model, TOKENS, "gguf-k", seed=2)
-        receipt = export_plan(model, plan, tmp_path / "o", target="gguf-k", samples=TOKENS)
-        assert plan.size_bits - receipt.payload_bits == sum(
+        report = export_plan(model, plan, tmp_path / "o", target="gguf-k", samples=TOKENS)
+        assert plan.size_bits - report.payload_bits == sum(
             a.candidate.size_bits for a in plan.assignments if a.candidate.weight_bits == 32
         )
-        assert receipt.difference.maximum == 0.0
+        assert report.difference.maximum == 0.0
         types = {
             t.name: t.tensor_type.name
             for t in gguf.GGUFReader(str(tmp_path / "o" / "model.gguf")).tensors
         }
         planned = {a.layer.name: a.candidate for a in plan.assignments}
-        stored = {t.layer: types[t.tensor] for t in receipt.tensors}
+        stored = {t.layer: types[t.tensor] for t in report.tensors}
         for name, kind in stored.items():
             wide = planned[name].scheme.group_size == 256
             suffix = "_K" if wide else "_0"
@@ -416,7 +416,7 @@ class TestConfigFiles:
     def test_every_layer_is_named(self, llama, tmp_path, format_name, file):
         """Each quantized layer stands in the file, with its own width where it differs."""
         plan = plan_with(llama, TOKENS.inputs, target="ct-vllm-marlin", bits=(4, 8), seed=3)
-        receipt = export_plan(llama, plan, tmp_path / "o", format_name=format_name)
+        report = export_plan(llama, plan, tmp_path / "o", format_name=format_name)
         text = (tmp_path / "o" / file).read_text()
         json.loads(text)
         common = 4 if format_name == "gptqmodel-config" else None
@@ -426,8 +426,8 @@ class TestConfigFiles:
             assert widths == {4, 8}
             if common is None:
                 assert name in text
-        assert receipt.difference is None
-        assert receipt.notes
+        assert report.difference is None
+        assert report.notes
 
     @pytest.mark.parametrize(
         ("target", "file"),
@@ -440,9 +440,9 @@ class TestConfigFiles:
     def test_targets_of_other_tools(self, llama, tmp_path, target, file):
         """The target's own plan, with its own grid, becomes its configuration."""
         plan = plan_with(llama, TOKENS.inputs, target=target, bits=(4, 8), seed=3)
-        receipt = export_plan(llama, plan, tmp_path / "o", target=target)
+        report = export_plan(llama, plan, tmp_path / "o", target=target)
         text = (tmp_path / "o" / file).read_text()
-        assert TARGETS[target].exporter == receipt.exporter
+        assert TARGETS[target].exporter == report.exporter
         assert all(f'"{a.layer.name}"' in text for a in plan.assignments)
 
     def test_gptq_rules_are_anchored(self, llama, tmp_path):
@@ -518,29 +518,29 @@ class TestExportPlan:
         assert prepared.difference(module).maximum > 0
 
 
-class TestReceipt:
+class TestExportReport:
     def test_wrong_size_names_the_layer(self, net, tmp_path):
         """A weight of other bytes than planned is an error."""
         plan = plan_with(net, IMAGES.inputs, bits=(4,))
-        receipt = export_plan(net, plan, tmp_path / "o", format_name="ref-int")
-        wrong = replace(receipt.tensors[1], actual_bits=8)
+        report = export_plan(net, plan, tmp_path / "o", format_name="ref-int")
+        wrong = replace(report.tensors[1], actual_bits=8)
         with pytest.raises(ExportFailed, match=r"1 of 3 weights do not: depthwise"):
-            replace(receipt, tensors=(receipt.tensors[0], wrong, receipt.tensors[2])).require()
+            replace(report, tensors=(report.tensors[0], wrong, report.tensors[2])).require()
 
     def test_wrong_output(self, net, tmp_path):
         """Outputs that differ by more than rounding are an error."""
         plan = plan_with(net, IMAGES.inputs, bits=(4,))
-        receipt = export_plan(net, plan, tmp_path / "o", format_name="ref-int")
+        report = export_plan(net, plan, tmp_path / "o", format_name="ref-int")
         for relative in (0.01, float("nan")):
             gap = Difference(maximum=1.0, relative=relative, n_samples=6)
             with pytest.raises(ExportFailed, match="differ by"):
-                replace(receipt, difference=gap).require()
+                replace(report, difference=gap).require()
 
     def test_container_is_what_is_left(self, net, tmp_path):
         """Payload, other tensors and container make up the file."""
         plan = plan_with(net, IMAGES.inputs, bits=(4,))
-        receipt = export_plan(net, plan, tmp_path / "o", format_name="ref-int")
-        held = (receipt.payload_bits + receipt.unquantized_bits) // 8
-        assert receipt.total_bytes == held + receipt.container_bytes
-        assert tiny_net().norm.weight.numel() * 32 * 4 <= receipt.unquantized_bits
+        report = export_plan(net, plan, tmp_path / "o", format_name="ref-int")
+        held = (report.payload_bits + report.unquantized_bits) // 8
+        assert report.total_bytes == held + report.container_bytes
+        assert tiny_net().norm.weight.numel() * 32 * 4 <= report.unquantized_bits
         assert Path(tmp_path / "o" / "receipt.json").read_text().endswith("}\n")

@@ -18,7 +18,7 @@ from bitquota.candidates.table import CandidateTable
 from bitquota.canonical import canonical_json
 from bitquota.ci.lock import Lock
 from bitquota.evaluate.scores import Score
-from bitquota.exports.receipt import Receipt
+from bitquota.exports.export_report import ExportReport
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
 from bitquota.report.comparison import Comparison
@@ -97,7 +97,7 @@ class TestReadAndWritten:
 
     @pytest.mark.parametrize(
         ("name", "kind"),
-        [("receipt", Receipt), ("inventory", Inventory), ("comparison", Comparison)],
+        [("receipt", ExportReport), ("inventory", Inventory), ("comparison", Comparison)],
     )
     def test_document(self, name, kind):
         text = read(f"{name}.json")

@@ -114,8 +114,8 @@ def round_trip(path, x, folder, bits=4):
     model = load_model(str(path))
     samples = CalibrationSet(inputs=(torch.from_numpy(x.astype(np.float32)),))
     plan = planned(model, samples, bits)
-    receipt = export_plan(model, plan, folder, format_name="onnx-qdq", samples=samples)
-    return plan.inventory, receipt
+    report = export_plan(model, plan, folder, format_name="onnx-qdq", samples=samples)
+    return plan.inventory, report
 
 
 class TestWeightsBehindOtherNodes:
@@ -128,12 +128,12 @@ class TestWeightsBehindOtherNodes:
         model = load_model(str(path))
         with torch.no_grad():
             assert np.allclose(run(path, x), model.module(torch.from_numpy(x)), atol=1e-5)
-        inventory, receipt = round_trip(path, x, tmp_path / "out")
+        inventory, report = round_trip(path, x, tmp_path / "out")
         (layer,) = inventory.layers
         assert {layer.rows, layer.columns} == {24, 16}
         assert layer.rows == 24
         assert layer.n_macs == 24 * 16
-        assert receipt.difference.relative < 1e-5
+        assert report.difference.relative < 1e-5
         gap = np.abs(run(path, x) - run(tmp_path / "out/model.onnx", x)).max()
         assert 1e-4 < gap < 1  # 4 bits are seen
 
@@ -146,10 +146,8 @@ class TestWeightsBehindOtherNodes:
         samples = CalibrationSet(inputs=(x,))
         plan = planned(model, samples, 32)
         assert plan.inventory.full_precision_bits == 16 * 24 * 16
-        receipt = export_plan(
-            model, plan, tmp_path / "out", format_name="onnx-qdq", samples=samples
-        )
-        assert receipt.unquantized_bits == receipt.planned_unquantized_bits == 16 * 24 * 16
+        report = export_plan(model, plan, tmp_path / "out", format_name="onnx-qdq", samples=samples)
+        assert report.unquantized_bits == report.planned_unquantized_bits == 16 * 24 * 16
         assert np.allclose(run(path, x.numpy()), run(tmp_path / "out/model.onnx", x.numpy()))
 
     def test_tied_in_two_layouts_stays_one(self, tmp_path):
@@ -160,9 +158,9 @@ class TestWeightsBehindOtherNodes:
             node("MatMul", ["h", "v"], ["y"], "out"),
         ]
         path = written(tmp_path / "m.onnx", nodes, [("w", numbers(16, 24))])
-        inventory, receipt = round_trip(path, numbers(6, 16, seed=2), tmp_path / "out")
+        inventory, report = round_trip(path, numbers(6, 16, seed=2), tmp_path / "out")
         assert [la.n_macs for la in inventory.layers] == [2 * 16 * 24]
-        assert receipt.difference.relative < 1e-5
+        assert report.difference.relative < 1e-5
 
 
 class TestTensorTypes:
@@ -173,8 +171,8 @@ class TestTensorTypes:
         path = written(
             tmp_path / "m.onnx", behind(), [("w", numbers(16, 24, kind=kind))], kind=number
         )
-        _, receipt = round_trip(path, numbers(6, 16, seed=2), tmp_path / "out")
-        assert receipt.difference.relative < 1e-3
+        _, report = round_trip(path, numbers(6, 16, seed=2), tmp_path / "out")
+        assert report.difference.relative < 1e-3
         assert run(tmp_path / "out/model.onnx", numbers(6, 16, kind=kind)).dtype == kind
 
     def test_bfloat16_arithmetic_is_refused(self, tmp_path):
@@ -206,9 +204,9 @@ class TestWhereWeightsStand:
         value = numpy_helper.from_array(numbers(16, 24), "any")
         nodes = [node("Constant", [], ["w"], value=value), *behind()]
         path = written(tmp_path / "m.onnx", nodes, [])
-        inventory, receipt = round_trip(path, numbers(6, 16, seed=2), tmp_path / "out")
+        inventory, report = round_trip(path, numbers(6, 16, seed=2), tmp_path / "out")
         assert [(la.name, la.n_weights) for la in inventory.layers] == [("product", 16 * 24)]
-        assert receipt.difference.relative < 1e-5
+        assert report.difference.relative < 1e-5
 
     def test_sparse_initializers(self, tmp_path):
         """They become dense, and are counted so."""
@@ -252,9 +250,9 @@ class TestWhereWeightsStand:
             node("Block", ["h"], ["y"], domain="own"),
         ]
         path = written(tmp_path / "m.onnx", nodes, [], functions=[function])
-        inventory, receipt = round_trip(path, numbers(6, 16, seed=2), tmp_path / "out")
+        inventory, report = round_trip(path, numbers(6, 16, seed=2), tmp_path / "out")
         assert [(la.n_weights, la.n_macs) for la in inventory.layers] == [(256, 512)]
-        assert receipt.difference.relative < 1e-5
+        assert report.difference.relative < 1e-5
 
     def test_functions_that_explode_are_refused(self, tmp_path):
         """Twenty functions that each call the next one twice are a million nodes."""
@@ -302,12 +300,12 @@ class TestWhereWeightsStand:
         ]
         tensors = [("w", numbers(16, 24)), ("own", numbers(24, 8)), ("zero", np.float32(0))]
         path = written(tmp_path / "m.onnx", nodes, tensors)
-        inventory, receipt = round_trip(path, numbers(6, 16, seed=2), tmp_path / "out")
+        inventory, report = round_trip(path, numbers(6, 16, seed=2), tmp_path / "out")
         assert [la.name for la in inventory.layers] == ["first"]
         held = {t.name: (t.size_bits, t.reason) for t in inventory.unquantized}
         inside = "used inside the body of If 'branch'"
         assert held["inner"] == held["own"] == (24 * 8 * 32, inside)
-        assert receipt.difference.relative < 1e-5
+        assert report.difference.relative < 1e-5
 
     def test_foreign_operators_in_bodies_are_refused(self, tmp_path):
         """The list of domains holds for bodies and for functions too."""
@@ -337,9 +335,9 @@ class TestNames:
             ("head.weight", numbers(24, 4)),
         ]  # fmt: skip
         path = written(tmp_path / "m.onnx", nodes, tensors)
-        inventory, receipt = round_trip(path, numbers(6, 16, seed=2), tmp_path / "out")
+        inventory, report = round_trip(path, numbers(6, 16, seed=2), tmp_path / "out")
         assert len(inventory.layers) == 2
-        assert receipt.difference.relative < 1e-5
+        assert report.difference.relative < 1e-5
         held = {t.name for t in onnx.load(str(tmp_path / "out/model.onnx")).graph.initializer}
         assert {f"{first}.weight.codes", f"{first}.bias"} <= held
 
@@ -350,9 +348,9 @@ class TestNames:
             node("MatMul", ["h", "b"], ["y"], "same"),
         ]
         path = written(tmp_path / "m.onnx", nodes, [("a", numbers(16, 24)), ("b", numbers(24, 4))])
-        inventory, receipt = round_trip(path, numbers(6, 16, seed=2), tmp_path / "out")
+        inventory, report = round_trip(path, numbers(6, 16, seed=2), tmp_path / "out")
         assert [la.n_macs for la in inventory.layers] == [16 * 24, 24 * 4]
-        assert receipt.difference.relative < 1e-5
+        assert report.difference.relative < 1e-5
 
     def test_names_of_scales_are_taken(self, tmp_path):
         """The export finds others."""
@@ -362,8 +360,8 @@ class TestNames:
         ]  # fmt: skip
         tensors = [("w", numbers(16, 24)), ("w.scales", numbers(24)), ("v", numbers(24, 4))]
         path = written(tmp_path / "m.onnx", nodes, tensors)
-        _, receipt = round_trip(path, numbers(6, 16, seed=2), tmp_path / "out")
-        assert receipt.difference.relative < 1e-5
+        _, report = round_trip(path, numbers(6, 16, seed=2), tmp_path / "out")
+        assert report.difference.relative < 1e-5
 
 
 class TestShapes:
@@ -378,6 +376,6 @@ class TestShapes:
     def test_fixed_batch_is_exported(self, tmp_path):
         """The file keeps its batch; it is verified in pieces."""
         path = written(tmp_path / "m.onnx", behind(), [("w", numbers(16, 24))], batch=4)
-        _, receipt = round_trip(path, numbers(6, 16, seed=2), tmp_path / "out")
-        assert receipt.difference.relative < 1e-5
-        assert receipt.difference.n_samples == 6
+        _, report = round_trip(path, numbers(6, 16, seed=2), tmp_path / "out")
+        assert report.difference.relative < 1e-5
+        assert report.difference.n_samples == 6

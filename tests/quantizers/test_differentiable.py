@@ -9,15 +9,12 @@ from hypothesis import strategies as st
 
 from bitquota.errors import InvalidInput
 from bitquota.quantizers.differentiable import (
-    PowerOfTwoForm,
-    PowerOfTwoQuantizer,
     UniformForm,
     UniformQuantizer,
     binary,
     lsq,
     ste_ceil,
     ste_round,
-    tqt,
 )
 
 STEP, BITS = 0.3, 4
@@ -147,47 +144,6 @@ class TestUniformQuantizer:
             UniformQuantizer(0.1, 1)
 
 
-class TestPowerOfTwoQuantizer:
-    def test_is_equation_4(self):
-        """Nearest power of two in the logarithm, no zero."""
-        quantizer = PowerOfTwoQuantizer(1.0, 3)  # 2^-3 .. 1
-        x = torch.tensor([-9.0, -0.3, 0.01, 0.0, 0.5, 0.72])
-        expected = [-1.0, -0.25, 0.125, 0.125, 0.5, 1.0]
-        assert expected == quantizer(x).tolist()
-
-    def test_with_zero_small_values_vanish(self):
-        """One code stands for exact zero."""
-        quantizer = PowerOfTwoQuantizer(1.0, 3, with_zero=True, signed=False)
-        x = torch.tensor([-9.0, 0.05, 0.1, 0.3])
-        assert [0.0, 0.0, 0.125, 0.25] == quantizer(x).tolist()
-
-    def test_p3_gradients(self):
-        """Equation 6: (1, 0), (0, 0), (0, 1) in the three regions."""
-        quantizer = PowerOfTwoQuantizer(1.0, 3, power_of_two_ends=False)
-        assert (-1.0, 0.0, 0.0) == pytest.approx(gradients(quantizer, -0.01))
-        assert (0.0, 1.0, 0.0) == pytest.approx(gradients(quantizer, 9.0))
-        assert (0.0, 0.0, 0.25 / 0.3) == pytest.approx(gradients(quantizer, 0.3))
-
-    @pytest.mark.parametrize("form", [PowerOfTwoForm.BITS_LARGEST, PowerOfTwoForm.BITS_SMALLEST])
-    def test_p1_and_p2_are_coupled(self, form):
-        """Some value moves both parameters at once."""
-        quantizer = PowerOfTwoQuantizer(1.0, 3, form, power_of_two_ends=False)
-        both = [g for x in (0.01, 9.0) if all((g := gradients(quantizer, x))[:2])]
-        assert both
-
-    @pytest.mark.parametrize("bits", [2, 3, 4])
-    def test_bits_follow_from_the_ends(self, bits):
-        """The inverse of how the ends were made."""
-        assert bits == PowerOfTwoQuantizer(1.0, bits).bits().item()
-
-    def test_all_forms_start_alike(self):
-        """Only what is learned differs."""
-        x = torch.linspace(-2, 2, 41)
-        outputs = [PowerOfTwoQuantizer(1.0, 3, form)(x) for form in PowerOfTwoForm]
-        assert torch.allclose(outputs[0], outputs[1])
-        assert torch.allclose(outputs[0], outputs[2])
-
-
 class TestLsq:
     def test_gradient_to_the_step_is_equation_3(self):
         """Q - v inside, the end level outside, times the gradient scale."""
@@ -212,34 +168,3 @@ class TestBinary:
         """Two values, zero counted as positive."""
         x = torch.tensor([-3.0, 0.0, 0.1])
         assert [-0.5, 0.5, 0.5] == binary(x, torch.tensor(0.5)).tolist()
-
-
-class TestTqt:
-    def test_steps_are_powers_of_two(self):
-        """Threshold 0.9 covers up to 1: steps of 1/8 at 4 bits."""
-        out = tqt(torch.tensor([0.3, 5.0, -5.0]), torch.tensor(0.9).log2(), 4)
-        assert [0.25, 0.875, -1.0] == out.tolist()
-
-
-class TestSizesOfResnet20:
-    """Sizes of the ResNet-20 of Uhlich et al. 2020 (arXiv 1905.11452), counted by hand."""
-
-    @staticmethod
-    def network():
-        widths = [(3, 16)] + [(16, 16)] * 6 + [(16, 32)] + [(32, 32)] * 5
-        widths += [(32, 64)] + [(64, 64)] * 5
-        return [9 * a * b for a, b in widths] + [64 * 10]
-
-    def test_weights(self):
-        """268,346 quantized numbers with the linear bias; 65.51 kB at two bits."""
-        weights = sum(self.network()) + 10
-        assert 268_346 == weights
-        assert 65.514 == pytest.approx(weights * 2 / 8 / 1024, abs=5e-4)
-        assert 131.028 == pytest.approx(weights * 4 / 8 / 1024, abs=5e-4)
-
-    def test_activations(self):
-        """19 rectified feature maps: 92.0 kB together, 8.0 kB the largest, at four bits."""
-        maps = [16 * 32 * 32] * 7 + [32 * 16 * 16] * 6 + [64 * 8 * 8] * 6
-        assert 188_416 == sum(maps)
-        assert 92.0 == sum(maps) * 4 / 8 / 1024
-        assert 8.0 == max(maps) * 4 / 8 / 1024

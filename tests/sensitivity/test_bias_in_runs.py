@@ -1,4 +1,4 @@
-"""Runs that put the means of outputs right see what a corrected plan will ship."""
+"""Runs that correct the means of outputs see what a corrected plan will ship."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ class TestBiasCorrection:
 
     @pytest.mark.parametrize("engine", ["graph", "eager"])
     def test_full_precision_stays_as_it_is(self, engine):
-        """Nothing to put right: the same bits."""
+        """Nothing to correct: the same bits."""
         runner = a_runner(Residual, engine)
         torch.testing.assert_close(
             runner.start(0, {}).output, runner.reference(0), rtol=0.0, atol=0.0

@@ -116,12 +116,12 @@ class TestFinetunePlan:
         pytest.importorskip("onnxruntime")
         found = finetune_plan(model, plan_of(model, 4, activation_bits=3), data, SETTINGS)
         write_pt2(found, data, tmp_path / "trained.pt2")
-        receipt = export_plan(
+        report = export_plan(
             load_model(str(tmp_path / "trained.pt2")), found.plan, tmp_path / "out",
             format_name="onnx-qdq", samples=CalibrationSet(inputs=(digits()[0][N_TRAIN:],)),
         )  # fmt: skip
         # A value in the middle between two codes may take the other one.
-        assert receipt.difference.relative < 0.05
+        assert report.difference.relative < 0.05
 
     def test_a_pt2_can_be_trained(self, model, data, tmp_path):
         """What comes back from training is such a file, too."""
@@ -172,7 +172,7 @@ class TestLearnPlan:
 
     @pytest.mark.parametrize("recipe", RECIPES)
     def test_the_exported_model_keeps_the_budget(self, model, data, tmp_path, recipe):
-        """Bytes of the file, counted by the receipt, scales included; outputs those of training."""
+        """Bytes of the file, scales included, by the export report; outputs those of training."""
         found = learn_plan(
             model, data, ["2.9 bpw"], (2, 3, 4, 6, 8), recipe=recipe,
             settings=replace(default_settings(recipe), epochs=1),
@@ -181,13 +181,13 @@ class TestLearnPlan:
         trained = LoadedModel(
             module=module, digest=model_fingerprint(module), source="trained", architecture="Net"
         )
-        receipt = export_plan(
+        report = export_plan(
             trained, found.plan, tmp_path / "out", format_name="ref-int",
             samples=CalibrationSet(inputs=(digits()[0][N_TRAIN:],)),
         )  # fmt: skip
         (budget,) = found.plan.budgets
-        assert receipt.payload_bits == found.plan.size_bits <= budget.limit
-        assert receipt.difference.relative < 1e-5
+        assert report.payload_bits == found.plan.size_bits <= budget.limit
+        assert report.difference.relative < 1e-5
 
     def test_excluded_layers_stay(self, model, data):
         """And count as unquantized."""

@@ -1,4 +1,4 @@
-"""``export``: a plan as files that a runtime loads, with the receipt that proves them."""
+"""``export``: a plan as files that a runtime loads, verified by an export report."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bitquota.canonical import canonical_json
 from bitquota.errors import InvalidInput
+from bitquota.exports.export_report import ExportReport
 from bitquota.exports.names import format_for
-from bitquota.exports.receipt import Receipt
 from bitquota.service.jobs.kinds.kind import CORRECTION_DATA, MODEL, Input, JobKind, Result
 from bitquota.service.jobs.kinds.results import ARCHIVE, read_json
 from bitquota.service.store.formats import ArtifactKind
@@ -41,14 +41,14 @@ class ExportRequest(BaseModel):
 
 
 def run(work: Work) -> None:
-    """Hand over a zip of the exported folder, and its receipt."""
+    """Hand over a zip of the exported folder, and its export report."""
     from bitquota.exports.export import export_plan
 
     (plan,) = work.plans("plan")
     model = work.model()
     work.say("export")
     folder = work.scratch / "export"
-    receipt = export_plan(
+    report = export_plan(
         model,
         plan,
         folder,
@@ -60,7 +60,7 @@ def run(work: Work) -> None:
     packed = work.scratch / "export.zip"
     pack(folder, packed)
     work.give("archive", packed)
-    work.give("receipt", canonical_json(receipt.to_json()).encode())
+    work.give("receipt", canonical_json(report.to_json()).encode())
 
 
 def pack(folder: Path, target: Path) -> None:
@@ -82,23 +82,23 @@ def accept(request: JsonObject) -> JsonObject:
 
 
 def agree(given: Mapping[str, Sequence[Path]]) -> dict[str, bytes]:
-    """Hold every file of the archive to the receipt; raises ``InvalidInput``."""
-    receipt = Receipt.from_json(read_json(given["receipt"][0]))
+    """Hold every file of the archive to the export report; raises ``InvalidInput``."""
+    report = ExportReport.from_json(read_json(given["receipt"][0]))
     with zipfile.ZipFile(given["archive"][0]) as archive:
-        for file in receipt.files:
+        for file in report.files:
             state = hashlib.sha256()
             with archive.open(file.name) as member:
                 while piece := member.read(2**20):
                     state.update(piece)
             if f"sha256:{state.hexdigest()}" != file.digest:
-                msg = f"'{file.name}' must be the file of the receipt; it is another"
+                msg = f"'{file.name}' must be the file that the export report names; it differs"
                 raise InvalidInput(msg, file=file.name)
     return {}
 
 
 KIND = JobKind(
     name="export",
-    summary="Write a plan as files that a runtime loads, proved by a receipt.",
+    summary="Write a plan as files that a runtime loads, verified by an export report.",
     inputs=(
         MODEL,
         Input(
@@ -126,7 +126,7 @@ KIND = JobKind(
         Result(
             name="receipt",
             text="Files, sizes and differences, as read back from what was written.",
-            check=lambda path: Receipt.from_json(read_json(path)),
+            check=lambda path: ExportReport.from_json(read_json(path)),
             path="receipt",
         ),
     ),

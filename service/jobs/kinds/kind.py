@@ -1,4 +1,4 @@
-"""What a kind of job is: what a client orders, the work, and the results that are kept.
+"""What a kind of job is: what a client submits, the work, and the results that are kept.
 
 A kind is one value of ``JobKind``, made in a file of its own beside this one and listed once in
 ``bitquota.service.jobs.kinds.KINDS``. Submissions, OpenAPI, storage, the way into the sandbox and
@@ -30,14 +30,14 @@ ZIP = "application/zip"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
-    """An upload that an order names by its digest.
+    """An upload that a submission names by its digest.
 
     Attributes:
-        role: Member of the order.
+        role: Member of the submission.
         artifact: What kind of upload it must be.
         text: One sentence for OpenAPI.
-        many: Whether the order names a list of them.
-        optional: Whether the order may leave it out.
+        many: Whether the submission names a list of them.
+        optional: Whether the submission may leave it out.
     """
 
     role: str
@@ -63,7 +63,7 @@ class Result:
         many: Whether there may be several, in order.
         optional: Whether a job may succeed without it.
         max_bytes: Largest size of one.
-        keep_as: The upload that it becomes, so that another order can name it.
+        keep_as: The upload that it becomes, so that another submission can name it.
     """
 
     name: str
@@ -83,11 +83,11 @@ class JobKind:
     """A kind of job.
 
     Attributes:
-        name: What the order's ``kind`` says.
+        name: What the submission's ``kind`` says.
         summary: One sentence.
-        inputs: Uploads that the order names.
+        inputs: Uploads that the submission names.
         request: The order's ``request`` as a type that pydantic knows.
-        example: An order, without its ``kind``, for OpenAPI.
+        example: A submission, without its ``kind``, for OpenAPI.
         results: What it leaves.
         run: The work; it runs in the sandbox, loads torch only there, and ends by returning.
         accept: Returns the request as it is stored, or raises what is wrong with it as far as

@@ -39,7 +39,7 @@ class _AsPlanRequest:
 
 @cache
 def _adapter() -> TypeAdapter[PlanRequest]:
-    # Making one takes longer than everything else that an order costs.
+    # Making one takes longer than everything else that a submission costs.
     return TypeAdapter(PlanRequest)
 
 

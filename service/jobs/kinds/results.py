@@ -104,7 +104,7 @@ REPORT = Result(
 )
 ARCHIVE = Result(
     name="archive",
-    text="A zip of the exported files, their receipt and the plan.",
+    text="A zip of the exported files, their export report and the plan.",
     check=check_archive,
     path="archive",
     media_type=ZIP,

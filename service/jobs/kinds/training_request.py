@@ -1,4 +1,4 @@
-"""What orders to train have in common: how to train, and the results."""
+"""What training jobs have in common: how to train, and the results."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ SETTINGS = (
 def check_names(request: JsonObject, **own: Sequence[str]) -> None:
     """Raise ``InvalidInput`` for a method, an augmentation or an ``own`` name that there is not.
 
-    ``own`` lists what a kind of job has besides: the known names by member of its order.
+    ``own`` lists what a kind of job has besides: the known names by member of its submission.
     """
     named: dict[str, Sequence[str]] = {"method": TRAINING_METHODS, "augmentation": AUGMENTATIONS}
     for member, known in (named | own).items():
@@ -71,7 +71,7 @@ def check_names(request: JsonObject, **own: Sequence[str]) -> None:
 
 
 def settings_from(request: JsonObject, defaults: TrainingSettings) -> TrainingSettings:
-    """Return the defaults with what the order says."""
+    """Return the defaults with what the submission says."""
     from dataclasses import replace
 
     given: dict[str, Any] = {k: request[k] for k in SETTINGS if request[k] is not None}
@@ -132,7 +132,7 @@ WEIGHTS = Result(
 )
 TRAINED_MODEL = Result(
     name="trained_model",
-    text="The trained model as a `.pt2`, for other orders to name, where one can be made of it.",
+    text="The trained model as a `.pt2`, for other jobs to name, where one can be made of it.",
     check=vet_pt2,
     path="trained-model",
     media_type=BINARY,

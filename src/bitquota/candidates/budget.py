@@ -139,13 +139,16 @@ class Budget(Document):
             found["act"] or unit in _BIT_OPS_UNITS or (averaged and scope is Scope.MODEL)
         ):
             msg = (
-                "only sizes and shares speak of 'weights' or of the whole 'model', averages of the "
+                "only sizes and shares can apply to 'weights' or to the whole 'model', "
+                "averages of the "
                 f"weights alone; got '{text}': leave out 'of {found['scope']}', or give a size"
             )
             raise InvalidBudget(msg, budget=text)
         if value <= 0:
             msg = f"a budget must be positive; got '{text}'"
             raise InvalidBudget(msg, budget=text)
+
+        # By what the unit measures: inputs, averages, work, or bytes.
         if found["act"]:
             if unit not in _BYTE_UNITS:
                 raise _unreadable(text)

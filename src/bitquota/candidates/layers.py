@@ -267,7 +267,8 @@ def _tie_groups(patterns: Sequence[str], layers: Sequence[Layer]) -> list[list[s
         text = ",".join(patterns)
         msg = (
             f"a tie must join at least two layers; '{text}' matches {', '.join(names)} and no two "
-            "of them stand in one block: name every layer of the tie, in full if they stand apart"
+            "of them stand in one block: name every layer of the tie, in full if they are in "
+            "different blocks"
         )
         raise InvalidInput(msg, tie=list(patterns), layers=names)
     return groups

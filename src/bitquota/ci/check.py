@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 from bitquota.candidates.targets import target_by_name
 from bitquota.codec import Document, Form
 from bitquota.errors import GateFailed, InvalidInput, InvalidPlan, StalePlan
-from bitquota.exports.receipt import FileReceipt, Receipt
+from bitquota.exports.export_report import ExportedFile, ExportReport
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -141,7 +141,7 @@ def check_lock(
         lock: The file in git.
         model_digest: Fingerprint of the model as it is now.
         plan: A plan just made, which the lock must hold (else it is stale).
-        folders: Exports, each of which must hold the files of one of the lock's receipts.
+        folders: Exports, each of which must hold the files of one of the lock's export reports.
         quality: A fresh measurement; without one the plan's own record is held to the limits.
         limits: Override the lock's own.
         base: The lock of the branch that this one is merged into: the model must not grow.
@@ -271,26 +271,26 @@ def _files(lock: Lock, folders: Sequence[Path], limits: Limits) -> Sequence[Outc
     check = "exported files"
     if not folders:
         return [_skipped(check, "no folder was given")]
-    known = {(receipt["exporter"], receipt["target"]): receipt for receipt in lock.exports}
+    known = {(report["exporter"], report["target"]): report for report in lock.exports}
     outcomes = []
     total = 0
     for folder in folders:
         try:
-            found = Receipt.load(folder)
+            found = ExportReport.load(folder)
         except InvalidInput as err:
             outcomes.append(_outcome(check, holds=False, message=f"{err}: export again"))
             continue
-        receipt = known.get((found.exporter, found.target))
-        if receipt is None:
+        report = known.get((found.exporter, found.target))
+        if report is None:
             text = (
-                f"the lock holds no receipt of an export to {found.target or found.exporter} as in "
+                f"the lock holds no export to {found.target or found.exporter} like that of "
                 f"'{folder}': write the lock with --exported {folder}"
             )
             outcomes.append(_outcome(check, holds=False, message=text, stale=True))
             continue
-        wrong, size = _differences(folder, receipt["files"])
+        wrong, size = _differences(folder, report["files"])
         total += size
-        text = "; ".join(wrong) or f"{len(receipt['files'])} files are those of the receipt"
+        text = "; ".join(wrong) or f"{len(report['files'])} files are those of the export report"
         if wrong:
             text = f"in '{folder}' {text}: export again"
         outcomes.append(_outcome(check, holds=not wrong, message=text))
@@ -311,7 +311,7 @@ def _differences(folder: Path, expected: Sequence[JsonObject]) -> tuple[list[str
         if not path.is_file():
             wrong.append(f"{name} is missing")
             continue
-        actual = FileReceipt.of(path, folder)
+        actual = ExportedFile.of(path, folder)
         total += actual.size_bytes
         if actual.size_bytes != item["size_bytes"]:
             wrong.append(f"{name} has {actual.size_bytes:,} bytes, not {item['size_bytes']:,}")
@@ -343,7 +343,7 @@ def _drop(lock: Lock, quality: Quality | None, limits: Limits) -> Outcome:
     del lock
     full = None if quality is None else quality.full_precision
     if quality is None or full is None or None in (quality.measured.accuracy, full.accuracy):
-        text = "a drop in accuracy needs labelled samples: hand in an evaluation set with labels"
+        text = "a drop in accuracy needs labelled samples: provide an evaluation set with labels"
         return _outcome(check, holds=False, message=text)
     assert quality.measured.accuracy is not None  # noqa: S101  # checked above
     assert full.accuracy is not None  # noqa: S101  # checked above

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bitquota.codec import Document
-from bitquota.exports.receipt import describe_candidate
+from bitquota.exports.export_report import describe_candidate
 
 if TYPE_CHECKING:
     from bitquota.plan import Assignment, Plan

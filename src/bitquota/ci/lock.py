@@ -1,6 +1,6 @@
 """``bitquota.lock.json``: what was decided, in git, byte-stable.
 
-The file holds the plan, the target, the limits that it must keep, and the receipts of its
+The file holds the plan, the target, the limits that it must keep, and the export reports of its
 exports. Everything that may differ between two runs of the same plan stands under ``volatile``,
 which no digest covers.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from bitquota.exports.receipt import Receipt
+    from bitquota.exports.export_report import ExportReport
 
 SCHEMA = "bitquota/lock/1"
 LOCK_FILE = "bitquota.lock.json"
@@ -68,7 +68,7 @@ class Lock(Document):
         plan: What was decided.
         target: Name of the deployment target, if one was named.
         limits: What ``bitquota check`` holds the plan to.
-        exports: Receipts of the exports, as plain JSON.
+        exports: Reports of the exports, as plain JSON.
         volatile: Dates, durations, machine: covered by no digest.
     """
 
@@ -112,27 +112,27 @@ def make_lock(
     *,
     target: str | None = None,
     limits: Limits | None = None,
-    receipts: tuple[Receipt, ...] = (),
+    reports: tuple[ExportReport, ...] = (),
     volatile: Mapping[str, Any] | None = None,
 ) -> Lock:
     """Return the lock of a plan and what was exported from it.
 
     Raises:
-        InvalidInput: A receipt is of another plan, or the target is unknown.
+        InvalidInput: An export report is of another plan, or the target is unknown.
         InvalidPlan: The plan breaks the target's rules.
     """
     if target is None and plan.target is not None:
         target = plan.target.name
     if target is not None:
         plan.require(target_by_name(target))
-    for receipt in receipts:
-        if receipt.plan_digest != plan.digest():
-            msg = f"a lock's receipts must be of its plan; one is of {receipt.plan_digest[:19]}…"
+    for report in reports:
+        if report.plan_digest != plan.digest():
+            msg = f"the exports of a lock must be of its plan; one is of {report.plan_digest[:19]}…"
             raise InvalidInput(msg, plan=plan.digest())
     return Lock(
         plan=plan,
         target=target,
         limits=limits or Limits(),
-        exports=tuple(receipt.to_json() for receipt in receipts),
+        exports=tuple(report.to_json() for report in reports),
         volatile=dict(volatile or {}),
     )

@@ -99,7 +99,7 @@ def _sentence(err: OSError) -> str:
     reason = (err.strerror or type(err).__name__).lower()
     return (
         "files and folders of a command must be there, and writable where it writes; "
-        f"'{err.filename}': {reason}: name another path, or mend its permissions"
+        f"'{err.filename}': {reason}: name another path, or fix its permissions"
     )
 
 

@@ -65,8 +65,8 @@ def compare(
     ]
     options = {"metrics": metrics, "plans": plans, "max_passes": affordable}
     if here.server is not None:
-        order = options | {"plan": request.to_json()}
-        found = remote.comparison(here.server, here.api_key, order, model, calibration)
+        body = options | {"plan": request.to_json()}
+        found = remote.comparison(here.server, here.api_key, body, model, calibration)
     else:
         found = _compare_here(model, calibration, request, here, options)
     _write(found, f"Comparison on {model}", *files)

@@ -165,11 +165,15 @@ def run(out: Path, *, seed: int = 0) -> None:
     x_test, y_test, x_train, y_train = x[:N_TEST], y[:N_TEST], x[N_TEST:], y[N_TEST:]
     say("Training a small residual network on scikit-learn's digits …")
     model = train_digits(x_train, y_train, seed=seed)
+
+    # What a user would provide: a model and two sets of images.
     model_file, calibration_file = out / "digits.pt2", out / "calibration.npz"
     test_file = out / "test.npz"
     export(model, torch.from_numpy(x_train[:2]), model_file)
     np.savez(calibration_file, x=x_train, y=y_train)
     np.savez(test_file, x=x_test, y=y_test)
+
+    # One job for two budgets, through the REST API.
     request = PlanRequest(
         budgets=BUDGETS,
         weight_bits=WEIGHT_BITS,
@@ -195,6 +199,8 @@ def run(out: Path, *, seed: int = 0) -> None:
         correction_data=load_calibration(str(calibration_file)),
         with_baselines=True,
     )
+
+    # What plans and baselines score on images that no step has seen.
     accuracies: list[dict[str, float]] = [{} for _ in plans]
     for e in evaluations:
         for k, known in enumerate(accuracies):

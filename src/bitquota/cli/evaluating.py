@@ -13,7 +13,7 @@ from bitquota.cli import output, remote
 from bitquota.cli.loading import check_sources, load_samples
 from bitquota.context import Context
 from bitquota.errors import InvalidInput
-from bitquota.exports.receipt import Receipt
+from bitquota.exports.export_report import ExportReport
 from bitquota.plan import Plan
 from bitquota.report import text as report
 
@@ -42,8 +42,8 @@ def evaluate(
     original: Annotated[
         str | None,
         typer.Option(
-            help="Of a trained MODEL, what it was trained from: full precision and uniform are "
-            "this model's."
+            help="Model that MODEL was trained from; full precision and uniform plans are then "
+            "those of this one."
         ),
     ] = None,
     correction_data: Annotated[
@@ -88,7 +88,9 @@ def evaluate(
         check_sources(original, server=server)
     loaded_plans = {str(path): Plan.load(path) for path in plans or []}
     for folder in exported or []:
-        Receipt.load(folder)  # raises where nothing was exported
+        ExportReport.load(folder)  # raises where nothing was exported
+
+    # Measure, on a server or here.
     if server is not None:
         if exported or metrics or imatrix:
             msg = (

@@ -19,7 +19,7 @@ from bitquota.plan import Plan
 from bitquota.report import text as report
 
 if TYPE_CHECKING:
-    from bitquota.exports.export import Receipt
+    from bitquota.exports.export import ExportReport
 
 
 def export(
@@ -81,6 +81,8 @@ def export(
     check_sources(
         model, samples, correction_data, tokenizer=tokenizer, imatrix=imatrix, server=server
     )
+
+    # Export, on a server or here.
     if server is not None:
         if imatrix is not None or tokenizer is not None:
             msg = (
@@ -88,7 +90,7 @@ def export(
                 "them"
             )
             raise InvalidInput(msg)
-        receipt = remote.export(
+        made = remote.export(
             server,
             api_key,
             {"format": format_name, "target": target},
@@ -110,7 +112,7 @@ def export(
             correcting = load_samples(
                 correction_data, model=model, tokenizer=tokenizer, length=length
             )
-        receipt = export_plan(
+        made = export_plan(
             loaded,
             plan,
             out,
@@ -121,21 +123,21 @@ def export(
         )
     output.messages.print(f"wrote {out}", highlight=False)
     if as_json:
-        output.print_json(receipt.to_json())
+        output.print_json(made.to_json())
         return
-    print_receipt(receipt)
+    print_report(made)
 
 
-def print_receipt(receipt: Receipt) -> None:
+def print_report(made: ExportReport) -> None:
     """Print what was written, read back and compared, in a few lines."""
     output.print_rows(
         [
             {"file": f.name, "bytes": f"{f.size_bytes:,}", "sha256": f.digest[7:19]}
-            for f in receipt.files
+            for f in made.files
         ]
     )
     kinds: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for tensor in receipt.tensors:
+    for tensor in made.tensors:
         key = tensor.planned, re.sub(r" \d+(x\d+)*$", "", tensor.stored)
         kinds.setdefault(key, []).append((tensor.planned_bits, tensor.actual_bits))
     output.print_rows(
@@ -150,27 +152,27 @@ def print_receipt(receipt: Receipt) -> None:
             for (planned, stored), sizes in kinds.items()
         ]
     )
-    for line in _sentences(receipt):
+    for line in _sentences(made):
         output.console.print(line, markup=False, highlight=False)
 
 
-def _sentences(receipt: Receipt) -> list[str]:
+def _sentences(made: ExportReport) -> list[str]:
     lines = []
-    if receipt.tensors:
+    if made.tensors:
         lines.append(
-            f"Quantized weights {report.format_size(receipt.payload_bits)} as planned; other "
-            f"tensors {report.format_size(receipt.unquantized_bits)} (planned "
-            f"{report.format_size(receipt.planned_unquantized_bits)}); headers and graph "
-            f"{receipt.container_bytes:,} B ({100 * receipt.container_overhead:.1f} %)."
+            f"Quantized weights {report.format_size(made.payload_bits)} as planned; other "
+            f"tensors {report.format_size(made.unquantized_bits)} (planned "
+            f"{report.format_size(made.planned_unquantized_bits)}); headers and graph "
+            f"{made.container_bytes:,} B ({100 * made.container_overhead:.1f} %)."
         )
-    gap = receipt.difference
+    gap = made.difference
     if gap is not None:
         lines.append(
-            f"Run by {receipt.runtime['name']} {receipt.runtime['version']} on {gap.n_samples} "
+            f"Run by {made.runtime['name']} {made.runtime['version']} on {gap.n_samples} "
             f"samples: differs from fake-quantization by at most {gap.maximum:.2g} "
             f"({gap.relative:.2g} of the norm)."
         )
-    if options := receipt.runtime.get("options"):
+    if options := made.runtime.get("options"):
         given = ", ".join(f"{key}={value}" for key, value in options.items())
         lines.append(f"Options that must be set when it is run: {given}.")
-    return lines + [f"Note: {note}." for note in receipt.notes]
+    return lines + [f"Note: {note}." for note in made.notes]

@@ -24,7 +24,7 @@ from bitquota.cli.loading import check_sources
 from bitquota.cli.written import Written
 from bitquota.context import Context
 from bitquota.errors import InvalidInput, InvalidPlan
-from bitquota.exports.receipt import Receipt
+from bitquota.exports.export_report import ExportReport
 from bitquota.plan import Plan
 from bitquota.report import tracking
 
@@ -90,7 +90,7 @@ def lock(
         Plan.load(plan_file),
         target=target,
         limits=limits,
-        receipts=tuple(Receipt.load(folder) for folder in exported or ()),
+        reports=tuple(ExportReport.load(folder) for folder in exported or ()),
         volatile={
             "bitquota": bitquota.__version__,
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -158,34 +158,29 @@ def check(
     plan are checked. The table is also appended to the file that GITHUB_STEP_SUMMARY names.
     """
     files = lock_files or [LOCK_FILE]
-    if data is not None and model is None:
-        msg = "--data measures the plan on a model: name it with --model"
-        raise InvalidInput(msg, data=data)
     if len(files) > 1 and (plan_file or exported or base):
-        msg = f"--plan, --exported and --base speak of one lock file; got {len(files)} of them"
+        msg = f"--plan, --exported and --base apply to a single lock file; got {len(files)}"
         raise InvalidInput(msg, locks=[str(path) for path in files])
     if log_to is not None:
         tracking.require_tracker(log_to)
 
     # Everything that is given, read before anything is measured.
     limits = _limits(max_kl, max_drop, max_size, max_file_size, not_worse_than)
+    locks = {path: Lock.load(path) for path in files}
     plan = None if plan_file is None else Plan.load(plan_file)
     base_lock = None if base is None else Lock.load(base)
-    locks = {path: Lock.load(path) for path in files}
     written = {
         option: Written.at(path, option)
         for option, path in (("--junit", junit), ("--summary", summary))
         if path is not None
     }
-    loaded = None if model is None else _loaded(model, data, correction_data)
+    loaded = _loaded(model, data, correction_data)
 
     # Each lock file by itself, measured where there are samples and the model is the plan's.
     reports: dict[str, CheckReport] = {}
     for path, held in locks.items():
-        quality = None
-        if loaded is not None and data is not None and loaded.digest == held.plan.model_digest:
-            wanted = held.limits.override(limits)
-            quality = _measure(loaded, data, correction_data, held, wanted, device)
+        wanted = held.limits.override(limits)
+        quality = _measure(loaded, data, correction_data, held, wanted, device)
         reports[str(path)] = check_lock(
             held,
             model_digest=None if loaded is None else loaded.digest,
@@ -214,8 +209,13 @@ def check(
         raise typer.Exit(code)
 
 
-def _loaded(model: str, data: str | None, correction_data: str | None) -> LoadedModel:
-    """Return the model, once it is known that the samples are there too."""
+def _loaded(model: str | None, data: str | None, correction_data: str | None) -> LoadedModel | None:
+    """Return the model if one is named, once it is known that the samples are there too."""
+    if model is None:
+        if data is not None:
+            msg = "--data measures the plan on a model: name it with --model"
+            raise InvalidInput(msg, data=data)
+        return None
     check_sources(model, data, correction_data)
     from bitquota.models.load import load_model
 
@@ -273,14 +273,19 @@ def _limits(
 
 
 def _measure(
-    model: LoadedModel,
-    data: str,
+    model: LoadedModel | None,
+    data: str | None,
     correction_data: str | None,
     held: Lock,
     limits: Limits,
     device: str,
-) -> Quality:
-    """Run the locked plan, and the baselines it must not lose to, on ``data``."""
+) -> Quality | None:
+    """Run the locked plan, and the baselines it must not lose to, on ``data``.
+
+    ``None`` without samples, or where the model is not the one that the plan was made for.
+    """
+    if model is None or data is None or model.digest != held.plan.model_digest:
+        return None
     from bitquota.evaluate.scoring import evaluate_plans
     from bitquota.models.samples import load_calibration
 

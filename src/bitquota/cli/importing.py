@@ -102,7 +102,8 @@ def _limit(measurement: ImportedMeasurement, budget: str | None, largest: int) -
         bytes_too = ", bytes such as '12 MiB'," if in_bits else ""
         msg = (
             f"a budget for {measurement.source}'s measurement must be a number ({unit}){bytes_too} "
-            f"or a share of the dearest choice such as '0.6x'; got {budget or 'none'}: give it "
+            f"or a share of the most expensive choice such as '0.6x'; got {budget or 'none'}: "
+            "give it "
             "with --budget"
         )
         raise InvalidBudget(msg, budget=budget)

@@ -24,7 +24,10 @@ Archive = Annotated[Path, typer.Argument(help="Archive of measurements.")]
 def _existing(path: Path | None) -> Path:
     found = path or opt.default_ledger()
     if not found.is_file():
-        msg = f"a ledger must exist to be read; '{found}' does not: measure something first"
+        msg = (
+            f"the measurement cache must exist to be read; '{found}' does not: measure "
+            "something first"
+        )
         raise InvalidInput(msg, path=str(found))
     return found
 

@@ -46,8 +46,8 @@ Budgets = Annotated[
     typer.Option(
         "--budget",
         "-b",
-        help="'3 bits', '3.6 bpw', '12 MiB', '0.25x', '2 GBitOps'; join with + what must hold "
-        "together; repeat for several plans.",
+        help="'3 bits', '3.6 bpw', '12 MiB', '0.25x', '2 GBitOps'; use + for "
+        "several that must hold together; repeat for several plans.",
     ),
 ]
 Bits = Annotated[

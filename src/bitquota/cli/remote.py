@@ -1,4 +1,4 @@
-"""Commands on a server instead of here: upload what it lacks, order, wait, fetch."""
+"""Commands on a server instead of here: upload what it lacks, submit, wait, fetch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bitquota.canonical import write_whole
 from bitquota.cli import output
 from bitquota.errors import InvalidInput, NotFound
 from bitquota.evaluate.scores import Score
-from bitquota.exports.receipt import Receipt
+from bitquota.exports.export_report import ExportReport
 from bitquota.matrix import SensitivityMatrix
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def export(
     *,
     samples: str | None,
     correction_data: str | None,
-) -> Receipt:
+) -> ExportReport:
     """Run ``bitquota export`` there; the files come into ``folder``, which is new or empty."""
     with (
         opened(server, api_key) as client,
@@ -210,22 +210,22 @@ def export(
         folder.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(archive) as packed:
             packed.extractall(folder)
-    return Receipt.load(folder)
+    return ExportReport.load(folder)
 
 
 def solution(
-    file: Path, order: JsonObject, server: str, api_key: str | None, *, certified: bool
+    file: Path, request: JsonObject, server: str, api_key: str | None, *, certified: bool
 ) -> tuple[JsonObject, bytes | None]:
     """Run ``bitquota solve`` there; returns the certificate too if ``certified``."""
     with opened(server, api_key) as client:
-        job = done(client.order("solve", order, matrix=file_of(str(file))))
+        job = done(client.order("solve", request, matrix=file_of(str(file))))
         found: JsonObject = job.result("solution")
         return found, job.certificate() if certified and found["choice"] is not None else None
 
 
-def frontier(file: Path, order: JsonObject, server: str, api_key: str | None) -> list[Any]:
+def frontier(file: Path, request: JsonObject, server: str, api_key: str | None) -> list[Any]:
     """Run ``bitquota frontier`` there."""
     with opened(server, api_key) as client:
-        job = done(client.order("frontier", order, matrix=file_of(str(file))))
+        job = done(client.order("frontier", request, matrix=file_of(str(file))))
         found: list[Any] = job.result("frontier")
         return found

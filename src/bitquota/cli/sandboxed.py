@@ -37,7 +37,7 @@ from bitquota.models.sources import FACTORY
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-FOREIGN = (".pt2", ".onnx")
+UNTRUSTED = (".pt2", ".onnx")
 _WEIGHTS = (".data", ".bin", ".weight", ".weights")
 """Suffixes under which an ONNX file keeps weights beside it, unless named after it."""
 
@@ -68,7 +68,7 @@ OUTSIDE: ContextVar[Outside | None] = ContextVar("outside", default=None)
 def sandboxed(
     *, files: Sequence[str] = (), folders: Sequence[str] = (), reads: Sequence[Path] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a command run in a sandbox where it opens a foreign model.
+    """Make a command run in a sandbox where it opens an untrusted model.
 
     Args:
         files: Parameters that name files, or folders that appear whole, which it writes.
@@ -81,11 +81,11 @@ def sandboxed(
         def run(**values: Any) -> None:  # noqa: ANN401  # whatever the options hold
             outside = OUTSIDE.get()
             inputs = [v for name, v in values.items() if name not in {*files, *folders}]
-            foreign = [place for place in _existing(inputs) if place.suffix in FOREIGN]
-            if outside is None or not foreign or values.get("server") is not None:
+            untrusted = [place for place in _existing(inputs) if place.suffix in UNTRUSTED]
+            if outside is None or not untrusted or values.get("server") is not None:
                 command(**values)
                 return
-            program = _bubblewrap(outside.mode, values, foreign[0])
+            program = _bubblewrap(outside.mode, values, untrusted[0])
             if program is None:
                 command(**values)
                 return
@@ -102,7 +102,7 @@ def sandboxed(
             elif "ledger" in values:
                 # The user's ledger serves other models: what a stranger's code wrote into it
                 # would be believed there.
-                cache = _own_cache(foreign[0])
+                cache = _own_cache(untrusted[0])
                 kept.append(cache)
             kept += _existing([os.environ.get("GITHUB_STEP_SUMMARY")])
             shown = _with_weights(_existing([*inputs, *reads]))

@@ -86,7 +86,8 @@ def solve_file(
     as_json: AsJson = False,
 ) -> None:
     """Solve the allocation problem of FILE for one budget, with a bound on the optimum."""
-    order: JsonObject = {
+    # What is asked for: the best loss within a budget, or the smallest size within a loss.
+    request: JsonObject = {
         "budget": budget, "budget_index": budget_index, "gap": gap, "time_limit_s": time_limit,
         "seed": seed,
     }  # fmt: skip
@@ -99,30 +100,40 @@ def solve_file(
         if any(ignored.values()):
             names = ", ".join(name for name, given in ignored.items() if given)
             msg = (
-                f"--tolerance must go without {names}: our own solver looks for the smallest size "
+                f"--tolerance cannot be combined with {names}: our own solver looks for the "
+                "smallest size "
                 "by several proofs; solve again at the size found for these"
             )
             raise InvalidInput(msg, options=names)
-        order["tolerance"] = tolerance
+        request["tolerance"] = tolerance
     else:
-        order |= {
+        request |= {
             "solver": solver, "node_limit": node_limit, "top": top, "explain": explain,
             "cross_check": cross_check,
         }  # fmt: skip
+
+    # Solve, here or on a server, and keep the certificate.
     kept = None
     if certificate is not None:
         if solver not in {"auto", "bitquota"}:
-            msg = f"--certificate must go without --solver {solver}: only our own solver gives one"
+            msg = (
+                f"--certificate cannot be combined with --solver {solver}: only the built-in "
+                "solver issues certificates"
+            )
             raise InvalidInput(msg)
         kept = Written.at(certificate, "--certificate", former=former_certificate)
     if server:
-        document, proof = remote.solution(file, order, server, api_key, certified=kept is not None)
+        document, proof = remote.solution(
+            file, request, server, api_key, certified=kept is not None
+        )
     else:
-        document, proof = _solve_here(file, order, certified=kept is not None)
+        document, proof = _solve_here(file, request, certified=kept is not None)
     if kept is not None and proof is not None:
         kept.save(partial(write_whole, data=proof))
     if as_json:
         output.print_json(document)
+
+    # Tell what was found, and fail where nothing was.
     if document["choice"] is None:
         _fail_without_choice(document, tolerance)
     if not as_json:
@@ -141,13 +152,13 @@ def solve_file(
 
 
 def _solve_here(
-    file: Path, order: JsonObject, *, certified: bool
+    file: Path, request: JsonObject, *, certified: bool
 ) -> tuple[JsonObject, bytes | None]:
     from bitquota.solver.archive import certificate_file
     from bitquota.solver.document import smallest_document, solve_document
     from bitquota.solver.files import matrix_digest
 
-    options = dict(order)
+    options = dict(request)
     problem = importing.read_any_problem(
         file, budget_index=options.pop("budget_index"), budget=options.pop("budget")
     )
@@ -234,21 +245,23 @@ def frontier(
     """
     if budget is None and budget_index is None:
         budget = "1x" if file.suffix == ".json" else "32 bits"
-    order: JsonObject = {
+    request: JsonObject = {
         "points": points, "budget": budget, "budget_index": budget_index, "certify": certify,
         "gap": gap, "time_limit_s": time_limit, "node_limit": node_limit, "seed": seed,
     }  # fmt: skip
-    found = remote.frontier(file, order, server, api_key) if server else _frontier_here(file, order)
+    found = (
+        remote.frontier(file, request, server, api_key) if server else _frontier_here(file, request)
+    )
     if as_json:
         output.print_json(found)
         return
     output.print_rows([_point_row(point) for point in found], title=f"Frontier of {file}")
 
 
-def _frontier_here(file: Path, order: JsonObject) -> list[JsonObject]:
+def _frontier_here(file: Path, request: JsonObject) -> list[JsonObject]:
     from bitquota.solver.document import frontier_document
 
-    options = dict(order)
+    options = dict(request)
     problem = importing.read_any_problem(
         file, budget_index=options.pop("budget_index"), budget=options.pop("budget")
     )

@@ -1,4 +1,4 @@
-"""Files that a command writes: judged before the work, and what they replaced is said after it.
+"""Files that a command writes: checked before the work; what they replaced is reported after it.
 
 Design: docs/design/client.md
 """

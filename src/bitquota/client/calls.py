@@ -58,7 +58,7 @@ _PLACES = {
     "plans": "plans",
     "matrix": "matrices",
 }
-"""Where the uploads of an order's inputs go, by role."""
+"""Where the uploads of a submission's inputs go, by role."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ class Event:
 class Requests:
     """Sends requests, and repeats them while the server cannot be reached or is busy.
 
-    Every request of this client may be repeated: orders carry a key, uploads say where they go on.
+    Every request of this client may be repeated: submissions carry a key, uploads their offset.
 
     Attributes:
         base_url: Of the server.
@@ -147,7 +147,7 @@ class ServerCalls(Requests, Generic[J]):
         idempotency_key: str | None = None,
         **inputs: Upload | Sequence[Upload] | None,
     ) -> Steps[J]:
-        """Upload what the server does not have yet, and order a job of any kind.
+        """Upload what the server does not have yet, and submit a job of any kind.
 
         Args:
             kind: plan, measure, solve, frontier, evaluate, export, compare, …
@@ -156,7 +156,7 @@ class ServerCalls(Requests, Generic[J]):
             priority: Higher runs earlier.
             deadline_s: Seconds until the job must have ended.
             webhook: URL that is told when the job has ended.
-            idempotency_key: Orders under one key are one job; the default is a new key.
+            idempotency_key: Submissions under one key are one job; the default is a new key.
             **inputs: Uploads by role: ``model``, ``original``, ``dataset``,
                 ``correction_data``, ``plan``, ``plans``, ``matrix``; each a file, ``sha256:…``,
                 bytes or a plan.
@@ -175,7 +175,7 @@ class ServerCalls(Requests, Generic[J]):
             if given is None:
                 continue
             if role not in _PLACES:
-                msg = f"the inputs of an order are {', '.join(_PLACES)}; got '{role}'"
+                msg = f"the inputs of a job are {', '.join(_PLACES)}; got '{role}'"
                 raise InvalidInput(msg, role=role)
             where = f"/v1/{_PLACES[role]}"
             if isinstance(given, list | tuple):
@@ -204,7 +204,7 @@ class ServerCalls(Requests, Generic[J]):
         kind: str = "plan",
         **options: Any,  # noqa: ANN401  # those of order
     ) -> Steps[J]:
-        """Order a plan.
+        """Submit a job that plans.
 
         Args:
             model: A file, or ``sha256:…`` of an upload.
@@ -434,7 +434,7 @@ class JobCalls:
         """
         if by_events:
             if timeout_s is not None:
-                msg = "a wait by events has no time limit; leave timeout_s out, or by_events"
+                msg = "waiting for events has no time limit: leave out timeout_s or by_events"
                 raise InvalidInput(msg)
             yield from self._wait_by_events(on_progress)
         else:

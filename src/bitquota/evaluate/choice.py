@@ -137,6 +137,7 @@ def measure_choice(
         rows = list(calibration.indices[chunk.start : chunk.stop])
         return ledger_key({**common, "indices": rows, "variant": variant})
 
+    # Chunk by chunk: losses in full precision and under the choice, measured where not known.
     quantized: nn.Module | None = None
     increases: list[NDArray[np.float64]] = []
     correct: list[NDArray[np.float64]] = []

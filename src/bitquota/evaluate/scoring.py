@@ -6,7 +6,7 @@ Design: docs/design/evaluation.md
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from bitquota.candidates.targets import target_by_name
@@ -110,76 +110,28 @@ def score_plans(
     check_calibration(model, data)
     context = context or Context()
     where = choose_device(context.device)
-    model = _on(model, where)
-    untrained = model if original is None else _on(original, where)
-    correcting = None if correction_data is None else correction_data.to(where)
-    fitting = None if fit_data is None else fit_data.to(where)
-    entries = {
-        FULL_PRECISION: _Entry(
-            kind=FULL_PRECISION, module=_running(untrained.module.eval(), where), size_bits=None
-        )
-    }
+    here = _on(model, where)
 
-    def add(
-        name: str, what: str, plan: Plan, chosen: Sequence[Candidate], beside: tuple[str, ...]
-    ) -> str:
-        source = model if what == "plan" else untrained
-        module = quantized_module(
-            source,
-            plan,
-            chosen,
-            correction_data=correcting,
-            fit_data=fitting,
-            example=data.first(2).to(where),
-        )
-        size = sum(c.size_bits for c in chosen)
-        entries[name] = _Entry(
-            kind=what, module=_running(module, where), size_bits=size, beside=beside
-        )
-        return name
-
-    references: dict[str, tuple[str, ...]] = {}
-    uniforms: dict[str, tuple[Plan, tuple[Candidate, ...]]] = {}
-
-    def beside_of(plan: Plan, label: str) -> tuple[str, ...]:
-        key = plan.digest()
-        if key not in references:
-            _check_layers(plan, untrained)
-            found = [FULL_PRECISION]
-            uniform = uniform_candidates(plan) if with_uniform else None
-            if uniform is not None:
-                width, chosen = uniform
-                found.append(f"uniform W{width} ({label})")
-                uniforms[found[-1]] = plan, chosen
-            references[key] = tuple(found)
-        return references[key]
-
-    known: dict[str, str] = {}
+    # Everything that is run, by name: full precision, plans and baselines, exports, uniform plans.
+    lineup = _Lineup(
+        model=here,
+        original=here if original is None else _on(original, where),
+        where=where,
+        correction_data=None if correction_data is None else correction_data.to(where),
+        fit_data=None if fit_data is None else fit_data.to(where),
+        example=data.first(2).to(where),
+        with_uniform=with_uniform,
+    )
     for name, plan in (plans or {}).items():
-        check_model(plan, model)
-        beside = beside_of(plan, name)
-        known[plan.digest()] = add(
-            name, "plan", plan, [a.candidate for a in plan.assignments], beside
-        )
-        for baseline in plan.baselines if with_baselines else ():
-            chosen = plan.candidates_at(baseline.weight_bits)
-            add(f"{baseline.name} of {name}", "baseline", plan, chosen, (FULL_PRECISION, name))
+        lineup.add_plan(name, plan, with_baselines=with_baselines)
     for folder in exported:
-        module, plan, _ = open_export(model, folder, correction_data=correction_data)
-        beside = beside_of(plan, str(folder))
-        if plan.digest() in known:
-            beside = (*beside, known[plan.digest()])
-        name = str(folder)
-        if name in entries:
-            msg = f"every plan and export needs a name of its own; '{name}' was given twice"
-            raise InvalidInput(msg, name=name)
-        entries[name] = _Entry(
-            kind="exported", module=module, size_bits=plan.size_bits, beside=beside
-        )
-    for name, (plan, chosen) in uniforms.items():
-        add(name, "uniform", plan, chosen, (FULL_PRECISION,))
+        module, plan, _ = open_export(here, folder, correction_data=correction_data)
+        lineup.add_export(str(folder), plan, module)
+    lineup.add_uniforms()
+
+    # All of them on the same samples, each shown beside what it is to be compared with.
     scores = compare_models(
-        {name: entry.module for name, entry in entries.items()},
+        {name: entry.module for name, entry in lineup.entries.items()},
         data,
         kind=kind,
         custom=custom,
@@ -196,8 +148,102 @@ def score_plans(
             perplexity=found.perplexity,
             differences={other: found.differences[other] for other in entry.beside},
         )
-        for (name, entry), found in zip(entries.items(), scores, strict=True)
+        for (name, entry), found in zip(lineup.entries.items(), scores, strict=True)
     ]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Lineup:
+    """What is compared, and beside what each is shown.
+
+    Attributes:
+        model: What the plans were made for.
+        original: What it was trained from, or itself.
+        where: Device of all torch models.
+        correction_data: For corrections.
+        fit_data: For activation ranges and error feedback.
+        example: Two samples.
+        with_uniform: Whether uniform plans are shown beside plans.
+        entries: Everything that is run, by name.
+    """
+
+    model: LoadedModel
+    original: LoadedModel
+    where: torch.device
+    correction_data: CalibrationSet | None
+    fit_data: CalibrationSet | None
+    example: CalibrationSet
+    with_uniform: bool
+    entries: dict[str, _Entry] = field(default_factory=dict)
+    _references: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _uniforms: dict[str, tuple[Plan, tuple[Candidate, ...]]] = field(default_factory=dict)
+    _names: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Begin with full precision."""
+        self.entries[FULL_PRECISION] = _Entry(
+            kind=FULL_PRECISION, module=_running(self.original.module.eval(), self.where)
+        )
+
+    def add_plan(self, name: str, plan: Plan, *, with_baselines: bool) -> None:
+        """Add a plan, and the baselines that it was measured beside."""
+        check_model(plan, self.model)
+        beside = self._beside(plan, name)
+        self._names[plan.digest()] = name
+        self._add(name, "plan", plan, [a.candidate for a in plan.assignments], beside)
+        for baseline in plan.baselines if with_baselines else ():
+            chosen = plan.candidates_at(baseline.weight_bits)
+            beside = (FULL_PRECISION, name)
+            self._add(f"{baseline.name} of {name}", "baseline", plan, chosen, beside)
+
+    def add_export(self, name: str, plan: Plan, module: Callable[..., Tensor]) -> None:
+        """Add exported files, shown also beside the plan that they were made from."""
+        beside = self._beside(plan, name)
+        if plan.digest() in self._names:
+            beside = (*beside, self._names[plan.digest()])
+        if name in self.entries:
+            msg = f"every plan and export needs a name of its own; '{name}' was given twice"
+            raise InvalidInput(msg, name=name)
+        self.entries[name] = _Entry(
+            kind="exported", module=module, size_bits=plan.size_bits, beside=beside
+        )
+
+    def add_uniforms(self) -> None:
+        """Add the uniform plans that were named beside others."""
+        for name, (plan, chosen) in self._uniforms.items():
+            self._add(name, "uniform", plan, chosen, (FULL_PRECISION,))
+
+    def _add(
+        self, name: str, kind: str, plan: Plan, chosen: Sequence[Candidate], beside: tuple[str, ...]
+    ) -> None:
+        module = quantized_module(
+            self.model if kind == "plan" else self.original,
+            plan,
+            chosen,
+            correction_data=self.correction_data,
+            fit_data=self.fit_data,
+            example=self.example,
+        )
+        self.entries[name] = _Entry(
+            kind=kind,
+            module=_running(module, self.where),
+            size_bits=sum(c.size_bits for c in chosen),
+            beside=beside,
+        )
+
+    def _beside(self, plan: Plan, label: str) -> tuple[str, ...]:
+        """Return what is shown beside a plan: full precision, and a uniform plan if wanted."""
+        key = plan.digest()
+        if key not in self._references:
+            _check_layers(plan, self.original)
+            found = [FULL_PRECISION]
+            uniform = uniform_candidates(plan) if self.with_uniform else None
+            if uniform is not None:
+                width, chosen = uniform
+                found.append(f"uniform W{width} ({label})")
+                self._uniforms[found[-1]] = plan, chosen
+            self._references[key] = tuple(found)
+        return self._references[key]
 
 
 def evaluate_plans(

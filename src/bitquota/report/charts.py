@@ -287,7 +287,7 @@ def headline(plan: Plan) -> str:
     """Return one sentence without a standard error in it: does mixing bit-widths help here?
 
     It speaks of points of accuracy where the samples were labelled, else of the loss. Whether a
-    difference is one is judged by the loss, which is paired and finer.
+    difference is one is decided by the loss, which is paired and finer.
     """
     uniform = best_uniform(plan)
     if plan.selected.startswith("uniform"):
@@ -402,6 +402,8 @@ def comparison_json(comparison: JsonObject) -> JsonObject:
         for together in comparison["budgets"]
     ]
     entries = comparison["entries"]
+
+    # Which entry measured best at each budget, in words.
     verdicts = []
     for k in range(len(budgets)):
         ranked = sorted(

@@ -189,7 +189,7 @@ def _comparison_of(k: int) -> Any:  # noqa: ANN401  # a function of matplotlib's
 
 
 def _plain(value: float, _position: int | None = None) -> str:
-    """Return a tick without mathematics, which is switched off for the sake of foreign names."""
+    """Return a tick without mathematics, which is switched off because names come from users."""
     return f"{value:g}"
 
 

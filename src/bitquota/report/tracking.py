@@ -151,7 +151,7 @@ def _log(
                 mlflow.log_text(text, file)
             return str(run.info.run_id)
     except (MlflowException, OSError) as err:
-        msg = f"{tracker} must take the run '{name}'; it said: {err}"
+        msg = f"{tracker} must accept the run '{name}'; it answered: {err}"
         raise ServiceError(msg, tracker=tracker) from err
 
 

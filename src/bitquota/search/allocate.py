@@ -233,7 +233,7 @@ class _Outcome:
 
 
 def _room(problem: Problem) -> float:
-    """Return how much a budget allows: the smallest limit, as a share of the dearest choice."""
+    """Return how much a budget allows: the smallest limit as a share of the highest cost."""
     starts = problem.offsets[:-1]
     dearest = np.maximum.reduceat(problem.costs, starts, axis=1).sum(axis=1)
     return float(min(problem.limits / np.maximum(dearest, 1), default=1.0))

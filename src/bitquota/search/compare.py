@@ -113,6 +113,8 @@ def compare(
         request,
         context=context,
     )
+
+    # Matrices of all measures, and what each would choose.
     work = _Comparing(
         setting=setting,
         budgets=tuple(setting.budgets(text) for text in request.budgets),
@@ -125,6 +127,8 @@ def compare(
     if REFINE in names:
         drafts += work.refined(drafts, skipped)
     drafts += work.baselines()
+
+    # Losses of the choices and of further plans, for rank correlations.
     ranked = [work.ranked_plans(k, drafts, plans) for k in range(len(work.budgets))]
     losses = [work.measured(k, drafts, ranked[k]) for k in range(len(work.budgets))]
     return Comparison(
@@ -181,7 +185,7 @@ class _Comparing:
             measure = offered[source]
             try:
                 cost = measure.cost(runner, setting.table)
-                if self._too_dear(name, cost, skipped):
+                if self._too_expensive(name, cost, skipped):
                     continue
                 before, start = runner.passes.passes, self.clock()
                 matrix = measure.measure(
@@ -208,7 +212,7 @@ class _Comparing:
             )
         return drafts, skipped
 
-    def _too_dear(self, name: str, cost: float, skipped: dict[str, str]) -> bool:
+    def _too_expensive(self, name: str, cost: float, skipped: dict[str, str]) -> bool:
         if self.explicit or cost <= self.affordable:
             return False
         skipped[name] = (
@@ -259,15 +263,19 @@ class _Comparing:
         setting = self.setting
         runner = setting.runner()
         cost = measures()["gram"].cost(runner, setting.table)
-        if self._too_dear(REFINE, 4 * cost, skipped):
+        if self._too_expensive(REFINE, 4 * cost, skipped):
             return []
         start = self.clock()
+
+        # One measurement serves all budgets.
         first = measure_differences(
             runner,
             setting.table,
             setting.loss,
             context=setting.context,
         )
+
+        # Budget by budget: refine from the starts that cost nothing.
         matrices: list[SensitivityMatrix | None] = []
         choices: list[Choice | None] = []
         simple = baseline_choices(setting.table)
@@ -353,6 +361,7 @@ def _entry(
     ranked: Sequence[Sequence[Choice]],
     losses: Sequence[dict[Choice, ChoiceLoss]],
 ) -> Entry:
+    # Budget by budget: the plan, and how the predictions rank.
     plans: list[Measured | None] = []
     predicted: list[float] = []
     measured: list[float] = []
@@ -382,6 +391,8 @@ def _entry(
                 rank_correlation=spearman(within, true) if within else None,
             )
         )
+
+    # What a reader should know of the measure itself.
     flags: tuple[JsonObject, ...] = ()
     if draft.kind == "measure" and draft.matrices[0] is not None:
         flags = tuple(flag.to_json() for flag in find_flags(draft.matrices[0]))

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runners.base import Runner
 
-CLEAR_ERRORS = 2.0
-"""Paired standard errors from which on a difference is called one."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point(Document):
@@ -135,6 +132,7 @@ def gather_evidence(
 
     Cost: a pass for each random plan, about half a pass for each neighbour.
     """
+    # Plans near the chosen one, and random ones: measured.
     rng = np.random.default_rng(seed)
     close = neighbours(table, limits, choice)
     drawn = sorted(rng.permutation(len(close))[:n_near].tolist())
@@ -154,6 +152,8 @@ def gather_evidence(
         if chosen
     ]
     losses = np.concatenate(values)
+
+    # Each with what was predicted for it.
     kinds = ["plan", *["near"] * (len(near) - 1), *["random"] * len(distant)]
     points = tuple(
         Point(
@@ -165,6 +165,8 @@ def gather_evidence(
         )
         for kind, chosen, row in zip(kinds, [*near, *distant], losses, strict=True)
     )
+
+    # How predictions and losses rank, and where the plan stands among random ones.
     around = [p for p in points if p.kind != "random"]
     random = np.array([p.measured for p in points if p.kind == "random"] or [np.nan])
     own = points[0].measured

@@ -100,7 +100,7 @@ class TestCreate:
 
     def test_same_key_for_another_order_is_refused(self, store):
         store.create(order(), "key")
-        with pytest.raises(InvalidInput, match="one order only"):
+        with pytest.raises(InvalidInput, match="a single job"):
             store.create(order(priority=1), "key")
 
     def test_keys_belong_to_a_tenant(self, store):

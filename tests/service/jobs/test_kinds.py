@@ -11,7 +11,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from bitquota.errors import InvalidBudget, InvalidInput, MeasurementFailed, NotFound
-from bitquota.exports.receipt import Receipt
+from bitquota.exports.export_report import ExportReport
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
 from bitquota.request import PlanRequest
@@ -131,7 +131,7 @@ class TestSolve:
         assert found["objective"] == pytest.approx(matrix.predict(found["choice"]))
         assert found["bound"] <= found["objective"] + 1e-12
         assert found["explanation"]["groups"]
-        with pytest.raises(NotFound, match="left a matrix"):
+        with pytest.raises(NotFound, match="produced a matrix"):
             client.solve(job=job.id, budgets=["4 bits"])
         assert found["top"][0]["objective"] == pytest.approx(found["objective"])
 
@@ -202,13 +202,13 @@ class TestExport:
             plan=planned.results["plans"][0],
             dataset=files[1],
         ).wait(timeout_s=PATIENCE_S)
-        receipt = Receipt.from_json(job.result("receipt"))
+        report = ExportReport.from_json(job.result("receipt"))
         archive = job.save("archive", tmp_path / "export.zip")
         with zipfile.ZipFile(archive) as packed:
-            assert {f.name for f in receipt.files} <= set(packed.namelist())
+            assert {f.name for f in report.files} <= set(packed.namelist())
             data = packed.read("model.onnx")
-        assert receipt.difference is not None
-        assert receipt.difference.relative < 1e-3
+        assert report.difference is not None
+        assert report.difference.relative < 1e-3
         session = onnxruntime.InferenceSession(data)
         x = np.load(files[1])["x"][:4]
         plain = onnxruntime.InferenceSession(files[0])
@@ -274,10 +274,10 @@ class TestResultReceiver:
         with pytest.raises(MeasurementFailed, match="inside its folder"):
             self.give(receiver, "archive", packed({"../x": b"1"}))
 
-    def test_archive_with_another_file_than_its_receipt(self, blobs):
+    def test_archive_with_another_file_than_its_report_names(self, blobs):
         receiver = ResultReceiver(kind_by_name("export"), blobs)
         digest = "sha256:" + hashlib.sha256(b"honest").hexdigest()
-        receipt = {
+        report = {
             "schema": "bitquota/receipt/1", "exporter": "x", "target": None, "plan_digest": "",
             "model_digest": "", "tensors": [], "unquantized_bits": 0,
             "planned_unquantized_bits": 0, "container_bytes": 0, "difference": None,
@@ -285,8 +285,8 @@ class TestResultReceiver:
             "files": [{"name": "w.bin", "size_bytes": 6, "digest": digest}],
         }  # fmt: skip
         self.give(receiver, "archive", packed({"w.bin": b"forged"}))
-        self.give(receiver, "receipt", json.dumps(receipt).encode())
-        with pytest.raises(MeasurementFailed, match="file of the receipt"):
+        self.give(receiver, "receipt", json.dumps(report).encode())
+        with pytest.raises(MeasurementFailed, match="file that the export report names"):
             receiver.complete()
 
     def test_what_was_refused_leaves_no_file(self, blobs):

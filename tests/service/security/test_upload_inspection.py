@@ -161,7 +161,7 @@ class TestInspectDataset:
         described = {"descr": "<f8", "fortran_order": False, "shape": (1000,)}
         np.lib.format.write_array_header_1_0(head, described)
         zipped(tmp_path / "c.npz", {"x.npy": head.getvalue() + b"\0" * 80})
-        with pytest.raises(InvalidCalibration, match="torn"):
+        with pytest.raises(InvalidCalibration, match="truncated"):
             inspect_dataset(tmp_path / "c.npz", **SMALL)
 
     def test_pickle(self, tmp_path):

@@ -114,7 +114,7 @@ class TestHostileEvaluator:
             (({"type": "shutdown"}, []), "one of ledger_get"),
             (({"type": "end", "status": "succeeded"}, []), "the members none"),
             (Whole(name="database"), "a plan job leaves"),
-            (Whole(name="plans"), "does not hold"),
+            (Whole(name="plans"), "is invalid"),
             (Ended(), "must return the matrix"),
             (LedgerPut(entries={KEY: np.array([np.inf])}), "finite"),
             (LedgerPut(entries={KEY: np.zeros(2**18)}), "BITQUOTA_MAX_SCRATCH_BYTES"),

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from bitquota.candidates.table import Candidate
 
 SCHEMA = "bitquota/receipt/1"
-RECEIPT_FILE = "receipt.json"
+REPORT_FILE = "receipt.json"
 TOLERANCE = 1e-3
 """Largest relative difference of outputs: far above rounding, far below a wrong scale."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FileReceipt:
+class ExportedFile:
     """One file of an export."""
 
     name: str
@@ -47,7 +47,7 @@ class FileReceipt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TensorReceipt:
+class ExportedTensor:
     """One quantized weight, as the plan has it and as it was read back.
 
     Attributes:
@@ -78,7 +78,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Receipt(Document):
+class ExportReport(Document):
     """An export, verified.
 
     Attributes:
@@ -86,7 +86,7 @@ class Receipt(Document):
         target: For which target, if for one.
         plan_digest: Of the plan.
         model_digest: Of the full-precision model.
-        files: All files but this receipt.
+        files: All files but this report.
         tensors: Every quantized weight.
         unquantized_bits: Size of everything else as stored.
         planned_unquantized_bits: The same in the plan (corrections may add biases).
@@ -98,7 +98,7 @@ class Receipt(Document):
     """
 
     FORM: ClassVar[Form] = Form(
-        what="a receipt",
+        what="an export report",
         schema=SCHEMA,
         derived=("payload_bits", "total_bytes", "container_overhead"),
     )
@@ -107,8 +107,8 @@ class Receipt(Document):
     target: str | None
     plan_digest: str
     model_digest: str
-    files: tuple[FileReceipt, ...]
-    tensors: tuple[TensorReceipt, ...]
+    files: tuple[ExportedFile, ...]
+    tensors: tuple[ExportedTensor, ...]
     unquantized_bits: int = 0
     planned_unquantized_bits: int = 0
     container_bytes: int = 0
@@ -156,26 +156,26 @@ class Receipt(Document):
 
     def save(self, folder: Path) -> None:
         """Write ``receipt.json`` (canonical JSON)."""
-        (folder / RECEIPT_FILE).write_text(canonical_json(self.to_json()) + "\n")
+        (folder / REPORT_FILE).write_text(canonical_json(self.to_json()) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read the receipt in an export's folder; raises ``InvalidInput``."""
-        path = folder / RECEIPT_FILE
+        """Read the export report in an export's folder; raises ``InvalidInput``."""
+        path = folder / REPORT_FILE
         try:
             data = json.loads(path.read_text())
         except (OSError, ValueError) as err:
             msg = (
-                f"an export's folder must hold a readable {RECEIPT_FILE}; '{path}' "
+                f"an export's folder must hold a readable {REPORT_FILE}; '{path}' "
                 f"{why_unreadable(err)}: name a folder that 'bitquota export' wrote"
             )
             raise InvalidInput(msg, folder=str(folder)) from err
         return cls.from_json(data)
 
 
-def describe_files(folder: Path, paths: Sequence[Path]) -> tuple[FileReceipt, ...]:
+def describe_files(folder: Path, paths: Sequence[Path]) -> tuple[ExportedFile, ...]:
     """Hash files, sorted by name."""
-    return tuple(sorted((FileReceipt.of(p, folder) for p in paths), key=lambda f: f.name))
+    return tuple(sorted((ExportedFile.of(p, folder) for p in paths), key=lambda f: f.name))
 
 
 def describe_candidate(candidate: Candidate) -> str:
