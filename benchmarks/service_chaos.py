@@ -101,7 +101,7 @@ def main() -> None:
     print(f"{len(twins)} undisturbed plans, {count(folder / 'calm', 'entries')} measurements")
 
     settings: dict[str, object] = {
-        "slots": options.slots, "heartbeat_s": 0.2, "lease_s": 5, "max_attempts": 100,
+        "slots": options.slots, "heartbeat_s": 0.2, "lease_s": 30, "max_attempts": 100,
     }  # fmt: skip
     cluster = None
     if options.postgres:
