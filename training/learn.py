@@ -10,7 +10,7 @@ Design: docs/design/training.md
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from bitquota.candidates.budget import Budget
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Scheme
@@ -116,6 +116,32 @@ def following_settings(settings: TrainingSettings) -> TrainingSettings:
     )
 
 
+class LearnOptions(TypedDict, total=False):
+    """How bit-widths are learned; what is left out has its default.
+
+    Attributes:
+        scheme: How the final weights are stored; by default per output channel.
+        recipe: ``stabilised`` (default), ``ellipsoid``, ``bitpruning``, ``bsq``, or ``uhlich2020``
+            (as published).
+        method: How the second phase trains (``finetune``), by default ``lsq``.
+        activation_bits: Bit-widths on offer to layers' inputs; by default 2, 3, 4, 5, 6 and 8 where
+            a budget limits them, otherwise inputs stay in full precision.
+        settings: The first phase; by default ``default_settings``.
+        finetuning: The second phase; by default ``following_settings`` of the first.
+        checkpoint_folder: Folder for the checkpoints of both phases.
+        context: Whom to tell, when to stop, and where to run.
+    """
+
+    scheme: Scheme | None
+    recipe: str
+    method: str
+    activation_bits: Sequence[int]
+    settings: TrainingSettings | None
+    finetuning: TrainingSettings | None
+    checkpoint_folder: Path | None
+    context: Context | None
+
+
 def learn(
     module: nn.Module,
     inventory: Inventory,
@@ -123,15 +149,8 @@ def learn(
     budget: Budget | Sequence[Budget],
     weight_bits: Sequence[int],
     *,
-    scheme: Scheme | None = None,
-    recipe: str = "stabilised",
-    method: str = "lsq",
-    activation_bits: Sequence[int] = (),
     start: Sequence[Candidate] | None = None,
-    settings: TrainingSettings | None = None,
-    finetuning: TrainingSettings | None = None,
-    checkpoint_folder: Path | None = None,
-    context: Context | None = None,
+    **options: Unpack[LearnOptions],
 ) -> LearnedBits:
     """Learn bit-widths and weights in one run.
 
@@ -143,17 +162,8 @@ def learn(
             the inputs of layers: ``activation_bits_total``, ``activation_bits_max``. All are met
             exactly.
         weight_bits: Bit-widths on offer, at least two of 2 to 16.
-        scheme: How the final weights are stored; by default per output channel.
-        recipe: ``stabilised``, ``ellipsoid``, ``bitpruning``, ``bsq``, or ``uhlich2020`` (as
-            published).
-        method: How the second phase trains (``finetune``).
-        activation_bits: Bit-widths on offer to layers' inputs; by default 2, 3, 4, 5, 6 and 8 where
-            a budget limits them, otherwise inputs stay in full precision.
         start: A plan's candidates to start from, by default the recipe's own bit-widths.
-        settings: The first phase; by default ``default_settings``.
-        finetuning: The second phase; by default ``following_settings`` of the first.
-        checkpoint_folder: Folder for the checkpoints of both phases.
-        context: Whom to tell, and when to stop.
+        **options: How; see ``LearnOptions``.
 
     Raises:
         BudgetTooSmall: Even the smallest bit-widths do not fit.
@@ -166,13 +176,16 @@ def learn(
     Cost: the training of both phases. The limits are met exactly; that the bit-widths are good is
     for a measurement to say.
     """
+    recipe, method = options.get("recipe", "stabilised"), options.get("method", "lsq")
     if recipe not in RECIPES:
         msg = f"a recipe must be one of {', '.join(RECIPES)}; got '{recipe}'"
         raise InvalidInput(msg, recipe=recipe)
-    scheme = Scheme() if scheme is None else scheme
-    settings = default_settings(recipe) if settings is None else settings
-    finetuning = following_settings(settings) if finetuning is None else finetuning
-    offer = _offer(inventory, budget, weight_bits, activation_bits, scheme, method)
+    scheme = options.get("scheme") or Scheme()
+    settings = options.get("settings") or default_settings(recipe)
+    finetuning = options.get("finetuning") or following_settings(settings)
+    folder, context = options.get("checkpoint_folder"), options.get("context")
+    inputs = options.get("activation_bits", ())
+    offer = _offer(inventory, budget, weight_bits, inputs, scheme, method)
     learner = _learner(module, inventory, offer, recipe, start, data, settings)
     identity = {
         "model": inventory.model_digest,
@@ -192,7 +205,7 @@ def learn(
         data,
         phase,
         identity=identity,
-        checkpoint=None if checkpoint_folder is None else checkpoint_folder / "learn.safetensors",
+        checkpoint=None if folder is None else folder / "learn.safetensors",
         stage="learn",
         keep_last=recipe != "uhlich2020",
         context=context,
@@ -209,9 +222,7 @@ def learn(
         finetuning,
         method=method,
         start=learner.model,
-        checkpoint=None
-        if checkpoint_folder is None
-        else checkpoint_folder / "finetune.safetensors",
+        checkpoint=None if folder is None else folder / "finetune.safetensors",
         context=context,
     )
     _, holdout = data.split(finetuning.holdout_fraction, finetuning.seed)

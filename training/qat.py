@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 
@@ -30,7 +30,7 @@ from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate
 from bitquota.training.exported_inputs import hold_input_quantizers
 from bitquota.training.finetune import TrainedModel, finetune, measure_trained
-from bitquota.training.learn import default_settings, learn
+from bitquota.training.learn import LearnOptions, learn
 from bitquota.training.saved import save_trained
 from bitquota.training.settings import TrainingSettings
 from bitquota.training.weight_quantizers import trained_candidate
@@ -162,17 +162,10 @@ def learn_plan(
     budgets: Sequence[str],
     weight_bits: Sequence[int],
     *,
-    scheme: Scheme | None = None,
-    recipe: str = "stabilised",
-    method: str = "lsq",
-    activation_bits: Sequence[int] = (),
     start: Plan | None = None,
     ties: Sequence[Sequence[str]] = (),
     exclude: Sequence[str] = (),
-    settings: TrainingSettings | None = None,
-    finetuning: TrainingSettings | None = None,
-    checkpoint_folder: Path | None = None,
-    context: Context | None = None,
+    **options: Unpack[LearnOptions],
 ) -> Trained:
     """Learn bit-widths for ``model`` within ``budgets``, and fine-tune under what was learned.
 
@@ -182,17 +175,10 @@ def learn_plan(
         budgets: One on weights, such as ``2.5 bits``, and perhaps on inputs, such as
             ``act total 96 KiB``; they hold together.
         weight_bits: Bit-widths on offer.
-        scheme: How weights are stored.
-        recipe: See ``training.learn.RECIPES``.
-        method: How the second phase trains.
-        activation_bits: Bit-widths on offer to inputs.
         start: A solved plan of the same model to start from.
         ties: Layers that must share a bit-width.
         exclude: Layers that stay in full precision.
-        settings: The first phase.
-        finetuning: The second phase.
-        checkpoint_folder: Folder for the checkpoints of both phases.
-        context: Whom to tell, when to stop, and where to run.
+        **options: How; see ``training.learn.LearnOptions``.
 
     Raises:
         StalePlan: ``start`` is a plan of another model.
@@ -203,7 +189,7 @@ def learn_plan(
     """
     if start is not None:
         check_model(start, model)
-    module, samples = _ready(model, data, context)
+    module, samples = _ready(model, data, options.get("context"))
     inventory = inventory_of(module, model, samples)
     if exclude:
         inventory = inventory.exclude(exclude)
@@ -218,22 +204,15 @@ def learn_plan(
         samples,
         [Budget.parse(text, inventory) for text in texts],
         weight_bits,
-        scheme=scheme,
-        recipe=recipe,
-        method=method,
-        activation_bits=activation_bits,
         start=None if start is None else [a.candidate for a in start.assignments],
-        settings=default_settings(recipe) if settings is None else settings,
-        finetuning=finetuning,
-        checkpoint_folder=checkpoint_folder,
-        context=context,
+        **options,
     )
 
     # The request that would make such a plan, for solving again.
     request = PlanRequest(
         budgets=("+".join(texts),),
         weight_bits=tuple(weight_bits),
-        scheme=Scheme() if scheme is None else scheme,
+        scheme=options.get("scheme") or Scheme(),
         ties=tuple(tuple(tie) for tie in ties),
         exclude=tuple(exclude),
         corrections=(Correction.BATCH_NORM_STATISTICS,),

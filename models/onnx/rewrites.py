@@ -55,6 +55,8 @@ def with_moved_statistics(
     model = onnx.ModelProto()
     model.CopyFrom(source)
     version = next((o.version for o in model.opset_import if o.domain in {"", "ai.onnx"}), 0)
+
+    # Every batch norm with stored statistics becomes the nodes that adjust them.
     found: list[BatchNormValues] = []
     nodes = []
     for node in source.graph.node:
@@ -84,6 +86,8 @@ def with_moved_statistics(
             "out, or export with batch norms kept"
         )
         raise InvalidInput(msg, batch_norms=len(found), opset=version)
+
+    # The new nodes, and the shapes and axes that they share.
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     numbers = {"columns": np.array([0, 0, -1]), "channels": np.array([1, -1, 1])}
@@ -115,14 +119,17 @@ def _batch_norm_nodes(node: Any, values: BatchNormValues, version: int) -> list[
 
     tensor = onnx.helper.make_tensor(named("epsilon value"), 1, [1], [values.epsilon])
     return [
+        # Mean m' and variance v' of this batch.
         make("Reshape", [x, "batch norm/columns"], [named("x")]),
         average(named("x"), values.mean),
         make("Sub", [named("x"), values.mean], [named("centred")]),
         make("Mul", [named("centred"), named("centred")], [named("squares")]),
         average(named("squares"), values.variance),
+        # Whether it has more than one value for each channel.
         make("Size", [x], [named("n")]),
         make("Size", [mean], [named("n channels")]),
         make("Greater", [named("n"), named("n channels")], [named("enough")]),
+        # The stored statistics M and V, scaled and shifted as the batch was since m and v.
         per_channel(mean, named("stored mean")),
         per_channel(variance, named("stored variance")),
         make("Constant", [], [named("epsilon")], value=tensor),
@@ -141,6 +148,7 @@ def _batch_norm_nodes(node: Any, values: BatchNormValues, version: int) -> list[
         make("Max", [named("a²(V+eps)"), named("eps")], [named("moved variance")]),
         make("Where", [named("enough"), named("moved mean"), named("stored mean")], [named("m")]),
         make("Where", [named("enough"), named("moved variance"), named("V+eps")], [named("s²")]),
+        # The batch norm itself, with these or the stored ones.
         make("Sub", [named("x"), named("m")], [named("shifted")]),
         make("Sqrt", [named("s²")], [named("deviation")]),
         make("Div", [named("shifted"), named("deviation")], [named("normal")]),
