@@ -168,6 +168,8 @@ def export_plan(
         if exporter.runs_here and report.difference is None:
             note = "nothing was run: provide samples to compare with fake-quantization"
             report = replace(report, notes=(*report.notes, note))
+        if prepared.identity_note:
+            report = replace(report, notes=(*report.notes, prepared.identity_note))
         if any(a.candidate.activation_bits is not None for a in plan.assignments):
             note = "activations are quantized by the runtime, with ranges of its own calibration"
             report = replace(report, notes=(*report.notes, note))

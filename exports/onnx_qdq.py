@@ -163,17 +163,28 @@ class OnnxFile(nn.Module):
         }
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Run the file."""
+        """Run the file and return its primary output."""
+        found = self.all_outputs(*inputs)
+        return next(iter(found.values())) if self._source is None else found[self._source.output]
+
+    def all_outputs(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run the file and return every output by name."""
+        names = [value.name for value in self._session.get_outputs()]
         if self._source is not None:
-            wanted = [self._source.output]
-            parts = [self._session.run(wanted, p)[0] for p in self._source.pieces(inputs)]
-            joined = np.concatenate(parts)[: len(inputs[0])] if len(parts) > 1 else parts[0]
-            return torch.from_numpy(joined[: len(inputs[0])].astype(np.float32))
+            parts = [self._session.run(None, p) for p in self._source.pieces(inputs)]
+            whole = [
+                np.concatenate(k) if len(parts) > 1 else k[0] for k in zip(*parts, strict=True)
+            ]
+            n = len(inputs[0])
+            values = [v[:n] if v.ndim else v for v in whole]
+            values = [v.astype(np.float32) if v.dtype.kind == "f" else v for v in values]
+            return {k: torch.from_numpy(v) for k, v in zip(names, values, strict=True)}
         feed = {
             given.name: tensor.detach().cpu().numpy().astype(self._types[given.type])
             for given, tensor in zip(self._session.get_inputs(), inputs, strict=True)
         }
-        return torch.from_numpy(self._session.run(None, feed)[0])
+        values = self._session.run(None, feed)
+        return {k: torch.from_numpy(v) for k, v in zip(names, values, strict=True)}
 
 
 def float_graph(prepared: PreparedExport, opset: int) -> tuple[Any, dict[str, str]]:

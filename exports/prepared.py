@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Rounding
-from bitquota.errors import InvalidInput, InvalidPlan, StalePlan
+from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.exports.export_report import (
     Difference,
     ExportedTensor,
@@ -16,6 +16,8 @@ from bitquota.exports.export_report import (
     describe_candidate,
     describe_files,
 )
+from bitquota.models.loaded import check_model
+from bitquota.models.running import primary_output
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.planned import folded_module, quantizers_of
 
@@ -52,6 +54,7 @@ class PreparedExport:
         weights: Integer codes and scales of every quantized layer.
         inputs: A few samples, or ``None``: then nothing is run.
         reference: Output of ``module`` on them.
+        identity_note: What must be said of the digest that the plan names its model by.
     """
 
     model: LoadedModel
@@ -63,6 +66,7 @@ class PreparedExport:
     weights: dict[str, QuantizedWeight]
     inputs: tuple[Tensor, ...] | None = None
     reference: Tensor | None = None
+    identity_note: str = ""
 
     @property
     def planned_rest_bits(self) -> int:
@@ -80,7 +84,7 @@ class PreparedExport:
         if self.inputs is None or self.reference is None:
             return None
         with torch.no_grad():
-            output = module(*self.inputs).double()
+            output = primary_output(module(*self.inputs)).double()
         expected = self.reference.double()
         gap = output - expected
         norm = float(expected.norm())
@@ -189,12 +193,7 @@ def prepare_export(
         InvalidInput: Corrections without data, or error feedback, whose codes depend on the
             measurement's inputs.
     """
-    if plan.model_digest != model.digest:
-        msg = (
-            f"a plan can only be exported with the model it was made for; it says "
-            f"{plan.model_digest[:19]}…, the model is {model.digest[:19]}…: plan again"
-        )
-        raise StalePlan(msg, planned=plan.model_digest, got=model.digest)
+    note = check_model(plan, model)
     if target is not None:
         plan.require(target)
     data = correction_data if correction_data is not None else samples
@@ -239,7 +238,7 @@ def prepare_export(
     reference = None
     if inputs is not None:
         with torch.no_grad():
-            reference = quantized(*inputs)
+            reference = primary_output(quantized(*inputs))
     return PreparedExport(
         model=model,
         plan=plan,
@@ -250,6 +249,7 @@ def prepare_export(
         weights=weights,
         inputs=inputs,
         reference=reference,
+        identity_note=note,
     )
 
 

@@ -14,7 +14,6 @@ loading and take no storage.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from torch import fx, nn
 from bitquota.candidates.layers import Inventory, Layer, LayerKind, UnquantizedTensor
 from bitquota.errors import InvalidInput, InvalidModel
 from bitquota.models.calls import tensor_key
+from bitquota.models.identity import model_fingerprint
 from bitquota.models.layout import matrix_shape
 
 if TYPE_CHECKING:
@@ -126,23 +126,6 @@ def discover(
         layers=layers,
         unquantized=tuple(_unquantized(module, names, set(found))),
     )
-
-
-def model_fingerprint(module: nn.Module) -> str:
-    """Return ``sha256:…`` over ``name|dtype|shape|bytes`` of all stored tensors, sorted by name.
-
-    Tied weights are hashed under each of their names. Independent of the device.
-    """
-    state = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        shape = "x".join(map(str, tensor.shape))
-        state.update(f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{shape}|".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        if flat.numel():  # an empty one cannot be viewed as bytes
-            state.update(flat.view(torch.uint8).numpy().data)
-    return f"sha256:{state.hexdigest()}"
 
 
 def _tensor_names(module: nn.Module) -> dict[tuple[Any, ...], list[str]]:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitquota.canonical import digest_json
 from bitquota.errors import InvalidModel, MissingDependency, UnsafeModel
+from bitquota.models.identity import Computation
 from bitquota.models.loaded import LoadedModel, finish
 
 if TYPE_CHECKING:
@@ -34,6 +36,11 @@ MODEL_TYPES = frozenset(
     }
 )  # fmt: skip
 """``model_type`` values whose classes ship with transformers and take ids or pixels alone."""
+
+_WITHOUT_EFFECT = frozenset(
+    {"_name_or_path", "dtype", "id2label", "label2id", "torch_dtype", "transformers_version"}
+)
+"""Entries of a config that change no output: every model is run in float32."""
 
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
 
@@ -103,7 +110,11 @@ def load_folder_module(path: Path) -> nn.Module:
     if wrong := sorted(str(k) for k in info.get("mismatched_keys", ())):
         msg = f"the weights of '{path.name}' must have the shapes of its config; {wrong[0]} has not"
         raise InvalidModel(msg, mismatched=wrong[:20])
-    return return_tensor(model)
+    module = return_tensor(model)
+    described = {k: v for k, v in config.items() if k not in _WITHOUT_EFFECT}
+    found = Computation(digest=digest_json([type(model).__name__, described]))
+    type(module).computation = lambda _: found  # type: ignore[attr-defined]
+    return module
 
 
 def return_tensor(model: nn.Module) -> nn.Module:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from bitquota.errors import InvalidModel, StalePlan
-from bitquota.models.discovery import discover, model_fingerprint
+from bitquota.models.discovery import discover
+from bitquota.models.identity import (
+    NOT_TRACED,
+    computation_of,
+    model_fingerprint,
+    weights_fingerprint,
+)
+from bitquota.plan import ONLY_WEIGHTS, Plan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,7 +24,6 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.layers import Inventory
     from bitquota.models.calibration import CalibrationSet
-    from bitquota.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -26,7 +33,7 @@ class LoadedModel:
     Attributes:
         module: In eval mode, float32, on the CPU; ``module(*inputs)`` returns one tensor of
             logits or embeddings.
-        digest: Fingerprint of its tensors.
+        digest: Fingerprint of its tensors and of what it computes with them.
         source: What the user named.
         architecture: Class or model type, for a person.
         example_inputs: A batch of two samples, where the source tells what it looks like.
@@ -34,6 +41,7 @@ class LoadedModel:
         imatrix: llama.cpp's importance matrix of this model (see ``sensitivity.foreign``); with
             ``dataclasses.replace(model, imatrix=path)`` scales are fitted with it everywhere, and
             plans say so.
+        identity_note: What ``digest`` does not cover, for a person; empty where it covers all.
     """
 
     module: nn.Module
@@ -43,6 +51,28 @@ class LoadedModel:
     example_inputs: tuple[Tensor, ...] | None = None
     weight_format_bits: int = 32
     imatrix: Path | None = None
+    identity_note: str = ""
+
+
+class Recognised(Enum):
+    """Whether a digest that a plan or lock file names is that of a model."""
+
+    SAME = auto()
+    SAME_WEIGHTS = auto()
+    """An earlier release wrote it, of these tensors; it says nothing of the graph."""
+    OTHER = auto()
+
+
+def recognise(digest: str, model: LoadedModel) -> Recognised:
+    """Return whether ``digest`` is that of ``model``.
+
+    Cost: none if it is; otherwise one hash over all weights.
+    """
+    if digest == model.digest:
+        return Recognised.SAME
+    if digest == weights_fingerprint(model.module):
+        return Recognised.SAME_WEIGHTS
+    return Recognised.OTHER
 
 
 def finish(
@@ -56,9 +86,11 @@ def finish(
     """Put ``module`` into eval mode and float32, check its weights, take its fingerprint."""
     module = module.cpu().float().eval()
     check_finite(module)
+    computation = computation_of(module)
     return LoadedModel(
         module=module,
-        digest=model_fingerprint(module),
+        digest=model_fingerprint(module, computation),
+        identity_note="" if computation.traced else NOT_TRACED,
         source=source,
         architecture=architecture,
         example_inputs=example_inputs,
@@ -85,14 +117,24 @@ def check_finite(module: nn.Module) -> None:
                 raise InvalidModel(msg, tensor=name, values=n_bad)
 
 
-def check_model(plan: Plan, model: LoadedModel) -> None:
-    """Raise ``StalePlan`` unless ``plan`` was made for exactly this model."""
-    if plan.model_digest != model.digest:
-        msg = (
-            f"a plan must be used with the model it was made for, {plan.model_digest}; "
-            f"'{model.source}' is {model.digest}: make a new plan for it"
-        )
-        raise StalePlan(msg, plan=plan.model_digest, model=model.digest)
+def check_model(plan: Plan, model: LoadedModel) -> str:
+    """Return what to tell about the plan's digest, if anything.
+
+    Raises:
+        StalePlan: ``plan`` was made for another model, in its weights or in what it computes.
+    """
+    match recognise(plan.model_digest, model):
+        case Recognised.SAME:
+            return ""
+        case Recognised.SAME_WEIGHTS:
+            return ONLY_WEIGHTS
+        case Recognised.OTHER:
+            msg = (
+                f"a plan must be used with the model it was made for, {plan.model_digest}; "
+                f"'{model.source}' has other weights or computes something else "
+                f"({model.digest}): make a new plan for it"
+            )
+            raise StalePlan(msg, plan=plan.model_digest, model=model.digest)
 
 
 def inventory_of(module: torch.nn.Module, model: LoadedModel, samples: CalibrationSet) -> Inventory:

@@ -90,20 +90,13 @@ def check_calibration(
             each; the message says what the set holds and, where it is known, what is expected.
     """
     module = model if isinstance(model, nn.Module) else model.module
-    example = None if isinstance(model, nn.Module) else model.example_inputs
     batch = tuple(tensor[:2] for tensor in calibration.inputs)
     got = ", ".join(_describe(tensor) for tensor in batch)
-    expected = "" if example is None else f" (expected {', '.join(map(_describe, example))})"
     try:
         with torch.no_grad():
             output = module(*batch)
     except Exception as err:  # whatever the model raises is about its input
-        reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-        msg = (
-            f"the model must accept the calibration samples; got {got} per sample{expected} and "
-            f"it failed: {reason}: save the inputs in the shape and data type that the model takes"
-        )
-        raise InvalidCalibration(msg, got=got, reason=reason) from err
+        raise samples_refused(model, calibration, err) from err
     if not isinstance(output, Tensor) or output.ndim == 0 or len(output) != len(batch[0]):
         what = (
             f"shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
@@ -117,6 +110,21 @@ def check_calibration(
         msg = f"the model's output must be finite; for samples of {got} it is not: check both"
         raise InvalidCalibration(msg, got=got)
     return tuple(output.shape[1:])
+
+
+def samples_refused(
+    model: LoadedModel | nn.Module, calibration: CalibrationSet, error: Exception
+) -> InvalidCalibration:
+    """Return the error of a model that failed on samples: what they are, and what it takes."""
+    example = None if isinstance(model, nn.Module) else model.example_inputs
+    got = ", ".join(_describe(tensor) for tensor in calibration.inputs)
+    expected = "" if example is None else f" (expected {', '.join(map(_describe, example))})"
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    msg = (
+        f"the model must accept the calibration samples; got {got} per sample{expected} and "
+        f"it failed: {reason}: save the inputs in the shape and data type that the model takes"
+    )
+    return InvalidCalibration(msg, got=got, reason=reason)
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_FORMAT = 1
+_FORMAT = 2
+"""In format 1 keys named models by their weights alone, so that another graph found them too."""
 _BUSY_TIMEOUT_S = 60.0
 _KEYS_PER_QUERY = 500
 
@@ -50,6 +51,9 @@ class SqliteLedger:
     def __init__(self, path: Path) -> None:
         """Open ``path``, creating it if it is not there.
 
+        ``superseded`` is the number of entries that an earlier release wrote, when the file is
+        opened for the first time since: nothing asks for them any more.
+
         Raises:
             InvalidInput: The file is not such a ledger.
         """
@@ -63,14 +67,15 @@ class SqliteLedger:
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=NORMAL")
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, _FORMAT):
-                msg = f"a ledger must have format {_FORMAT}; '{path}' has {version}"
+            if version not in (0, 1, _FORMAT):
+                msg = f"a ledger must have format {_FORMAT} or older; '{path}' has {version}"
                 raise InvalidInput(msg, path=str(path))
             self._connection.execute(
                 "CREATE TABLE IF NOT EXISTS entries "
                 "(key TEXT PRIMARY KEY, shape TEXT NOT NULL, data BLOB NOT NULL) WITHOUT ROWID"
             )
             self._connection.execute(f"PRAGMA user_version={_FORMAT}")
+            self.superseded = len(self) if version == 1 else 0
         except sqlite3.DatabaseError as err:
             msg = f"a ledger must be an SQLite file that Bitquota wrote; '{path}': {err}"
             raise InvalidInput(msg, path=str(path)) from err

@@ -6,6 +6,7 @@ that differences of nearly equal losses survive.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -147,6 +148,93 @@ class CosineDistance:
         return _mean_over_positions(distance)
 
 
+@dataclass(frozen=True, slots=True)
+class BinaryKullbackLeibler:
+    """``Σ_c KL(Bernoulli(p_c) ‖ Bernoulli(q_c))``, p = sigmoid(reference), q = sigmoid(output).
+
+    Every column answers a question of its own; one column is allowed.
+    """
+
+    name: ClassVar[str] = "binary_kl"
+    unit: ClassVar[str] = "nats/sample"
+    needs_labels: ClassVar[bool] = False
+
+    def per_sample(self, output: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:
+        """Return ``f64[N]``: the sum over columns, the mean over inner positions."""
+        del labels
+        z, r = output.double(), reference.double()
+        p = r.sigmoid()
+        # log(p/q) = softplus(-z) - softplus(-r): no logarithm of a probability near 0 or 1.
+        yes = functional.softplus(-z) - functional.softplus(-r)
+        no = functional.softplus(z) - functional.softplus(r)
+        columns = (p * yes + (1 - p) * no).reshape(len(z), -1, z.shape[-1] if z.ndim > 1 else 1)
+        return columns.sum(dim=-1).mean(dim=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelativeSquaredError:
+    """Mean squared difference to the reference, over the variance of the reference.
+
+    Attributes:
+        scale: That variance, of the reference on the first calibration samples.
+    """
+
+    scale: float = 1.0
+    name: ClassVar[str] = "relative_mse"
+    unit: ClassVar[str] = "of the variance/sample"
+    needs_labels: ClassVar[bool] = False
+
+    def per_sample(self, output: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:
+        """Return ``f64[N]``."""
+        return MeanSquaredError().per_sample(output, reference, labels) / self.scale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SumOfLosses:
+    """``Σ_k weight_k loss_k`` over outputs that stand flattened beside each other, ``[N, E]``.
+
+    Attributes:
+        name: ``NAME=LOSS`` of every output.
+        key: Everything that the values depend on; part of every key of the measurement cache.
+        parts: Weight, loss and shape of one sample of each output, in order.
+        unit: Of the values.
+    """
+
+    name: str
+    key: str
+    parts: tuple[tuple[float, Loss, tuple[int, ...]], ...]
+    unit: str = "weighted loss/sample"
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether any of the losses does."""
+        return any(loss.needs_labels for _, loss, _ in self.parts)
+
+    def split(self, joined: Tensor) -> list[Tensor]:
+        """Return the outputs in their own shapes; a single one is as it is."""
+        if len(self.parts) == 1:
+            return [joined]
+        sizes = [math.prod(shape) for _, _, shape in self.parts]
+        pieces = torch.split(joined, sizes, dim=1)
+        return [
+            piece.reshape(len(joined), *shape)
+            for piece, (_, _, shape) in zip(pieces, self.parts, strict=True)
+        ]
+
+    def per_sample(self, output: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:
+        """Return ``f64[N]``."""
+        total = torch.zeros(len(output), dtype=torch.float64, device=output.device)
+        pairs = zip(self.split(output), self.split(reference), self.parts, strict=True)
+        for mine, other, (weight, loss, _) in pairs:
+            total = total + weight * loss.per_sample(mine, other, labels)
+        return total
+
+
+def key_of(loss: Loss) -> str:
+    """Return what a key of the measurement cache must know of a loss."""
+    return str(getattr(loss, "key", loss.name))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CustomLoss:
     """A callable of the user's: ``function(output, reference, labels) -> [N]``."""
@@ -174,7 +262,14 @@ class CustomLoss:
 
 LOSSES: dict[str, Loss] = {
     loss.name: loss
-    for loss in (KullbackLeibler(), CrossEntropy(), MeanSquaredError(), CosineDistance())
+    for loss in (
+        KullbackLeibler(),
+        BinaryKullbackLeibler(),
+        CrossEntropy(),
+        RelativeSquaredError(),
+        MeanSquaredError(),
+        CosineDistance(),
+    )
 }
 """Losses by name; the first is the default."""
 
@@ -189,6 +284,31 @@ def loss_by_name(name: str) -> Loss:
         msg = f"a loss must be one of {', '.join(LOSSES)}; got '{name}'"
         raise InvalidInput(msg, loss=name)
     return LOSSES[name]
+
+
+def losses_of(loss: Loss, output: Tensor) -> list[tuple[Tensor, Loss]]:
+    """Return each output with the loss that is measured on it."""
+    if isinstance(loss, SumOfLosses):
+        parts = zip(loss.split(output), loss.parts, strict=True)
+        return [(piece, own) for piece, (_, own, _) in parts]
+    return [(output, loss)]
+
+
+def n_right(loss: Loss, output: Tensor, labels: Tensor) -> Tensor | None:
+    """Return ``f64[N]``, the share of right answers of each sample, of the first output with any.
+
+    Classes are answered by the arg-max, a single logit by its side of 0; ``None`` where the labels
+    fit no output.
+    """
+    if labels.is_floating_point() and not bool(((labels == 0) | (labels == 1)).all()):
+        return None
+    for piece, own in losses_of(loss, output):
+        if own.name == "binary_kl" and labels.numel() == piece.numel():
+            right = (piece.reshape(labels.shape) > 0) == (labels > 0)
+            return _mean_over_positions(right.double())
+        if piece.ndim > 1 and piece.shape[-1] > 1 and labels.shape == piece.shape[:-1]:
+            return None if labels.is_floating_point() else n_correct(piece, labels)
+    return None
 
 
 def n_correct(output: Tensor, labels: Tensor) -> Tensor:

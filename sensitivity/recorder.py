@@ -16,6 +16,7 @@ from bitquota.errors import InvalidCalibration, MeasurementFailed
 from bitquota.quantizers.apply import as_change
 from bitquota.sensitivity.base import CODE_VERSION
 from bitquota.sensitivity.cache import ledger_key
+from bitquota.sensitivity.losses import key_of
 from bitquota.sensitivity.runners.base import describe_change
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class Recorder:
                 "model": self.runner.inventory.model_digest,
                 "data": calibration.digest,
                 "indices": list(calibration.indices[rows.start : rows.stop]),
-                "loss": self.loss.name,
+                "loss": key_of(self.loss),
                 "runner": self.runner.describe(),
                 "variant": variant,
             }

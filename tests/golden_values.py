@@ -31,7 +31,8 @@ from bitquota.evaluate.scores import Estimate, Score
 from bitquota.exports.export_report import Difference, ExportedFile, ExportedTensor, ExportReport
 from bitquota.matrix import SensitivityMatrix
 from bitquota.models.calibration import CalibrationSet
-from bitquota.models.discovery import discover, model_fingerprint
+from bitquota.models.discovery import discover
+from bitquota.models.identity import model_fingerprint
 from bitquota.models.inspection import inspect_model
 from bitquota.models.loaded import LoadedModel
 from bitquota.plan import Assignment, Baseline, MeasuredLoss, Plan, PlanTarget, Proof

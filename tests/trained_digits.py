@@ -11,7 +11,7 @@ import torch
 
 from bitquota.cli.demo import digits, export, train_digits
 from bitquota.models.calibration import CalibrationSet
-from bitquota.models.discovery import model_fingerprint
+from bitquota.models.identity import model_fingerprint
 from bitquota.models.loaded import LoadedModel
 
 if TYPE_CHECKING:

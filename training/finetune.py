@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.errors import InvalidInput
 from bitquota.evaluate.metrics import measure_module
-from bitquota.models.discovery import model_fingerprint
+from bitquota.models.identity import model_fingerprint
 from bitquota.models.layout import from_matrix
 from bitquota.quantizers.activations import quantized_inputs
 from bitquota.training.input_quantizers import LearnedInputSteps, calibrated_inputs

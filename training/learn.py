@@ -16,7 +16,7 @@ from bitquota.candidates.budget import Budget
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Scheme
 from bitquota.candidates.table import Candidate
 from bitquota.errors import BudgetTooSmall, InvalidInput
-from bitquota.models.discovery import model_fingerprint
+from bitquota.models.identity import model_fingerprint
 from bitquota.plan import Assignment, Plan
 from bitquota.quantizers.activations import ACTIVATION_BITS
 from bitquota.training.bit_learners import (

@@ -18,7 +18,8 @@ from bitquota.context import Context
 from bitquota.corrections import Correction
 from bitquota.errors import BudgetTooSmall, InvalidInput, InvalidPlan
 from bitquota.evaluate.metrics import measure_module
-from bitquota.models.discovery import model_fingerprint
+from bitquota.models.identity import model_fingerprint
+from bitquota.models.load import load_model
 from bitquota.models.loaded import LoadedModel, check_model, inventory_of
 from bitquota.models.pt2.module import dynamic_axes
 from bitquota.models.running import choose_device, primary_output
@@ -312,13 +313,15 @@ def solve_around(
     return again if again.plan.measured.mean < before.mean else trained
 
 
-def write_pt2(trained: Trained, data: CalibrationSet, path: Path) -> None:
+def write_pt2(trained: Trained, data: CalibrationSet, path: Path) -> Trained:
     """Write the trained model as a ``.pt2`` that takes any batch size, for every other command.
 
-    Where inputs are quantized, their trained quantizers are part of the program.
+    Where inputs are quantized, their trained quantizers are part of the program. The plan that is
+    returned names the model in the file, whose graph is that of the export.
 
     Raises:
         InvalidPlan: See ``training.exported_inputs.hold_input_quantizers``.
+        InvalidModel: What was exported cannot be read back; then there is no file.
     """
     inputs = tuple(t.cpu() for t in data.first(2).inputs)
     module = copy.deepcopy(trained.model.module).cpu().eval()
@@ -326,7 +329,13 @@ def write_pt2(trained: Trained, data: CalibrationSet, path: Path) -> None:
     program = torch.export.export(module, inputs, dynamic_shapes=batch)
     layers = {la.name: la.weight_name for la in trained.model.inventory.layers}
     hold_input_quantizers(program, {layers[k]: q for k, q in trained.model.inputs.items()})
-    torch.export.save(program, path)
+    try:
+        torch.export.save(program, path)
+        digest = load_model(str(path)).digest
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return replace(trained, plan=replace(trained.plan, model_digest=digest))
 
 
 def _ready(

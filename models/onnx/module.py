@@ -21,8 +21,10 @@ from bitquota.errors import (
     MeasurementFailed,
     MissingDependency,
 )
+from bitquota.models.identity import Computation
 from bitquota.models.layer_calls import Conv1D
 from bitquota.models.loaded import LoadedModel, finish
+from bitquota.models.onnx.identity import graph_digest
 from bitquota.models.onnx.layers import (
     CONVOLUTIONS,
     FLOATS,
@@ -34,7 +36,7 @@ from bitquota.models.onnx.layers import (
     reason_of,
 )
 from bitquota.models.onnx.program import OnnxSource, as_array, first_line
-from bitquota.models.onnx.reading import read_normalized
+from bitquota.models.onnx.reading import normalized, read_onnx
 from bitquota.models.onnx.shifts import added_of, shift_of, statistics_of
 
 if TYPE_CHECKING:
@@ -112,7 +114,9 @@ class OnnxModule(nn.Module):
         super().__init__()
         import onnx
 
-        proto, self.stored = read_normalized(path)
+        proto = read_onnx(path)
+        self._computation = Computation(digest=graph_digest(proto), has_weights=True)
+        proto, self.stored = normalized(proto)
         found = find_layers(proto)
         initializers = {t.name: t for t in proto.graph.initializer}
         given = [v for v in proto.graph.input if v.name not in initializers]
@@ -175,6 +179,7 @@ class OnnxModule(nn.Module):
             model=proto,
             inputs=tuple(self._inputs),
             output=self._output,
+            outputs=tuple(outputs),
             fixed_batch=self._fixed_batch,
             fed=tuple(FedTensor(name=k, path=v, dtype=d) for k, v, d in self._weights),
             shifts={
@@ -183,6 +188,15 @@ class OnnxModule(nn.Module):
                 if (shift := shift_of(layer, nodes, used, fed, returned)) is not None
             },
         )
+
+    def end_in(self, source: OnnxSource) -> None:
+        """Return another value of the same graph from now on; see ``models.onnx.outputs``."""
+        self._output, self.onnx_source = source.output, source
+        self._sessions = _Sessions(source.model, self._sessions.observed)
+
+    def computation(self) -> Computation:
+        """Return what the file computes, with the weights that it was loaded with."""
+        return self._computation
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Run the graph on ``inputs`` (in graph order) with the parameters as they are now.

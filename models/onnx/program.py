@@ -67,6 +67,7 @@ class OnnxSource:
         model: ``onnx.ModelProto`` with all fed tensors as inputs.
         inputs: Name and numpy type of what a sample consists of.
         output: Name of the primary output.
+        outputs: Names of all that the file declares.
         fixed_batch: Batch size that the graph was exported for, or ``None`` if any will do.
         fed: Tensors of the module that are inputs.
         shifts: Where bias correction can act, by layer.
@@ -77,6 +78,7 @@ class OnnxSource:
     output: str
     fixed_batch: int | None
     fed: tuple[FedTensor, ...]
+    outputs: tuple[str, ...] = ()
     shifts: Mapping[str, Shift] = field(default_factory=dict)
     _programs: dict[tuple[str, bool], OnnxProgram] = field(default_factory=dict, init=False)
 

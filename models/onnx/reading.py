@@ -89,7 +89,11 @@ def read_normalized(path: Path) -> tuple[Any, dict[str, Stored]]:
         InvalidModel: Also if functions call themselves, or grow beyond ``MAX_NODES``.
         UnsafeModel: As ``read_onnx``.
     """
-    model = read_onnx(path)
+    return normalized(read_onnx(path))
+
+
+def normalized(model: Any) -> tuple[Any, dict[str, Stored]]:  # noqa: ANN401  # onnx.ModelProto
+    """Return ``model``, which is changed, as ``read_normalized`` does; raises what it raises."""
     _densify(model)
     model = _flattened(model)
     stored = fold_weights(model)

@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from bitquota.errors import BitquotaError, InvalidModel, UnsafeModel
 from bitquota.models.layer_calls import module_for_call
-from bitquota.models.pt2.module import ExportedModel
+from bitquota.models.pt2.module import OPERATOR, ExportedModel
 from bitquota.models.pt2.operators import (
     FLOAT_WORDS,
     SIZE_OPERATORS,
@@ -71,7 +71,7 @@ class Pt2Model:
     """A rebuilt graph.
 
     Attributes:
-        module: Takes the user inputs in order, returns one tensor.
+        module: Takes the user inputs in order, returns one tensor, or a tuple of several.
         n_inputs: Number of user inputs.
         parameter_formats: Data type of each parameter as stored.
     """
@@ -85,8 +85,8 @@ def build_pt2(archive: Pt2Archive) -> Pt2Model:
     """Return the module of a vetted archive, in eval mode.
 
     Raises:
-        InvalidModel: A graph that is inconsistent, returns several tensors, or was exported in
-            training mode.
+        InvalidModel: A graph that is inconsistent, returns no tensor, or was exported in training
+            mode.
         UnsafeModel: A name or operator outside the allowlists.
 
     Cost: reads every tensor once.
@@ -207,7 +207,9 @@ class _Builder:
         values = {i["name"]: self._value(i["arg"]) for i in inputs}
         positional, named = split_arguments(target, list(values))
         args = tuple(values[name] for name in positional)
-        return self.graph.call_function(_operator(target), args, {n: values[n] for n in named})
+        call = self.graph.call_function(_operator(target), args, {n: values[n] for n in named})
+        call.meta[OPERATOR] = target  # the dispatcher's functions have no name
+        return call
 
     def _layer_call(self, node: JsonObject) -> fx.Node | None:
         """Call a module instead of an operator where a layer's weight is a parameter."""
@@ -309,7 +311,7 @@ class _Builder:
                 self.device = self.graph.call_function(_device_of, (first,))
         return self.device
 
-    def _output(self, specs: list[JsonObject]) -> fx.Node:
+    def _output(self, specs: list[JsonObject]) -> fx.Node | tuple[fx.Node, ...]:
         tensors = []
         for spec in specs:
             (kind, body), *_ = [(k, v) for k, v in spec.items() if v is not None]
@@ -317,15 +319,11 @@ class _Builder:
                 tensors.append(self._value(body["arg"]))
             elif kind in ("buffer_mutation", "parameter_mutation", "user_input_mutation"):
                 raise _training_mode(kind)
-        if len(tensors) != 1:
-            msg = (
-                f"a model must return one tensor (logits or an embedding); this one returns "
-                f"{len(tensors)}: export a wrapper that returns only the logits"
-            )
-            raise InvalidModel(msg, outputs=len(tensors))
-        output = tensors[0]
-        assert isinstance(output, fx.Node)  # noqa: S101  # _value of a tensor is a node
-        return output
+        if not tensors:
+            msg = "a model must return a tensor; this one returns none: export it with an output"
+            raise InvalidModel(msg, outputs=0)
+        assert all(isinstance(t, fx.Node) for t in tensors)  # noqa: S101  # _value of a tensor
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
 def _training_mode(where: str) -> InvalidModel:

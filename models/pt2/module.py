@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
+from bitquota.canonical import digest_json
+from bitquota.models.identity import Computation, Description
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+
+OPERATOR = "operator"
+"""Key of a node's metadata under which the name of its function stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +36,7 @@ class Step:
         args: Constants and earlier values.
         kwargs: Likewise.
         free: Values that nothing after this step reads.
+        operator: Name of the function, where it does not know its own.
     """
 
     kind: str
@@ -36,6 +44,7 @@ class Step:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any]
     free: tuple[int, ...] = ()
+    operator: str = ""
 
 
 def dynamic_axes(module: nn.Module, n_inputs: int, axes: Mapping[int, Any]) -> tuple[Any, ...]:
@@ -64,8 +73,22 @@ class ExportedModel(nn.Module):
             self.register_buffer(name, buffer)
         self._steps, self._result = _steps(graph)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Run all calls on ``inputs`` and return the graph's output."""
+    def computation(self) -> Computation:
+        """Return what the calls compute, for the digest of the model."""
+        describe, stored = Description(), set(self.state_dict(keep_vars=True))
+        rows = []
+        for step in self._steps:
+            target = step.target
+            if step.kind == "tensor":
+                target = describe.tensor(self, target, stored)
+            elif step.kind == "module":
+                target = [target, describe.module(self.get_submodule(target))]
+            name = step.operator or describe(target)
+            rows.append([step.kind, name, describe(step.args), describe(step.kwargs)])
+        return Computation(digest=digest_json([rows, self._result]))
+
+    def forward(self, *inputs: Tensor) -> Any:  # noqa: ANN401  # a tensor, or a tuple of them
+        """Run all calls on ``inputs`` and return the graph's output, or a tuple of several."""
         values: dict[int, Any] = {}
 
         def resolve(arg: Any) -> Any:  # noqa: ANN401  # an operator's argument
@@ -93,14 +116,17 @@ class ExportedModel(nn.Module):
                 values[index] = call(*[resolve(arg) for arg in step.args], **kwargs)
             for done in step.free:
                 del values[done]
+        if isinstance(self._result, tuple):
+            return tuple(values[k] for k in self._result)
         result: Tensor = values[self._result]
         return result
 
 
-def _steps(graph: fx.Graph) -> tuple[tuple[Step, ...], int]:
+def _steps(graph: fx.Graph) -> tuple[tuple[Step, ...], int | tuple[int, ...]]:
     nodes = [node for node in graph.nodes if node.op != "output"]
     index = {node: k for k, node in enumerate(nodes)}
     output = next(node for node in graph.nodes if node.op == "output").args[0]
+    returned = output if isinstance(output, (tuple, list)) else (output,)
     last_use = {source: node for node in nodes for source in node.all_input_nodes}
     n_inputs = 0
     steps = []
@@ -108,9 +134,9 @@ def _steps(graph: fx.Graph) -> tuple[tuple[Step, ...], int]:
         free = [
             s
             for s in dict.fromkeys(node.all_input_nodes)
-            if last_use[s] is node and s is not output
+            if last_use[s] is node and s not in returned
         ]
-        if node not in last_use and node is not output:
+        if node not in last_use and node not in returned:
             free.append(node)  # computed for nothing
         kind = {"placeholder": "input", "get_attr": "tensor", "call_module": "module"}
         target: Any = node.target
@@ -124,8 +150,11 @@ def _steps(graph: fx.Graph) -> tuple[tuple[Step, ...], int]:
                 args=tuple(_refer(arg, index) for arg in node.args),
                 kwargs={name: _refer(arg, index) for name, arg in node.kwargs.items()},
                 free=tuple(index[s] for s in free),
+                operator=node.meta.get(OPERATOR, ""),
             )
         )
+    if returned is output:
+        return tuple(steps), tuple(index[node] for node in returned)
     return tuple(steps), index[output]
 
 

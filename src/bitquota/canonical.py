@@ -135,4 +135,6 @@ def digest_array(array: np.ndarray[Any, Any]) -> str:
         msg = f"an array to digest must hold numbers; got dtype {array.dtype}: convert it first"
         raise TypeError(msg)
     header = f"{array.dtype.str}|{array.shape}|".encode()
-    return digest_bytes([header, array.tobytes()])
+    # A view of the bytes where they lie in order: weights of gigabytes are not copied.
+    flat = array.reshape(-1) if array.flags.c_contiguous else array.flatten()
+    return digest_bytes([header, flat.view("u1").data])

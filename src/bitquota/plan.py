@@ -35,6 +35,11 @@ SCHEMA = "bitquota/plan/1"
 SOLVER = "solver"
 """``Plan.selected`` when the solver's own plan measured best."""
 
+ONLY_WEIGHTS = (
+    "an earlier release wrote the plan and named the model by its weights alone: they are the "
+    "same, but the graph cannot be compared; plan again to have it covered"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredLoss(Document):
@@ -46,6 +51,41 @@ class MeasuredLoss(Document):
     unit: str = "nats/sample"
     accuracy: float | None = None
     """Top-1 accuracy on the same samples when they are labelled, between 0 and 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOutput(Document):
+    """One output of the model: what it was taken for, and how far the plan changes it.
+
+    Attributes:
+        name: As the model names it: a key, a position in a tuple, or ``output`` where it is alone.
+        kind: What it was taken for (``sensitivity.outputs.Kind``).
+        loss: The loss that is measured on it.
+        weight: What its loss counts for in the sum over outputs.
+        undone: ``softmax``, ``sigmoid`` or ``argmax`` at the end of the network that the loss is
+            measured before, or empty.
+        axis: Which axis of the output holds classes.
+        shape: Of one sample of what the loss is measured on.
+        scale: Variance of the reference, which a relative error is relative to.
+        changed: Share of answers (arg-max, or side of one half) that the plan changes on the
+            hold-out samples; ``None`` where the output is no answer.
+        relative_error: Norm of the change over the norm of the reference there.
+        correlation: Pearson's, of all elements with their reference there.
+    """
+
+    FORM: ClassVar[Form] = Form(what="an output")
+
+    name: str
+    kind: str
+    loss: str
+    weight: float = 1.0
+    undone: str = ""
+    axis: int = -1
+    shape: tuple[int, ...] = ()
+    scale: float | None = None
+    changed: float | None = None
+    relative_error: float | None = None
+    correlation: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +169,8 @@ class Plan(Document):
     """The bit-width of every layer, and all that is known about how good that is.
 
     Attributes:
-        model_digest: Fingerprint of the weights it was made for.
+        model_digest: Fingerprint of the model it was made for: its weights, and what is
+            computed with them.
         assignments: One per quantizable layer, in module order.
         unquantized: What ships as it is.
         budgets: Limits that the plan keeps.
@@ -143,6 +184,7 @@ class Plan(Document):
         loss: Name of the loss.
         provenance: Digests, seed, samples, versions, request; no clock, no machine.
         target: The deployment target that it was made for, if for one.
+        outputs: Which outputs the loss was measured on, and how far the plan changes them.
         evidence: Predicted and measured losses of the plan, of neighbours and of random plans
             within the budget, with rank correlations (``Evidence.to_json``).
     """
@@ -153,7 +195,11 @@ class Plan(Document):
         schema=SCHEMA,
         advice="name a file that 'bitquota plan' wrote",
         derived=("totals",),
-        left_out=("target", "evidence"),  # plans without keep the bytes that they always had
+        left_out=(
+            "target",
+            "evidence",
+            "outputs",
+        ),  # plans without keep the bytes that they always had
         seal=Seal(
             may_lack=True,
             remedy="write it with 'bitquota plan', or remove the digest to have it computed anew",
@@ -174,6 +220,7 @@ class Plan(Document):
     provenance: JsonObject = field(default_factory=dict)
     target: PlanTarget | None = None
     evidence: JsonObject | None = None
+    outputs: tuple[PlanOutput, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check names, sizes and budgets from first principles."""

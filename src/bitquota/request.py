@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -29,7 +30,9 @@ RECIPES = ("stabilised", "ellipsoid", "bitpruning", "bsq", "uhlich2020")
 """As ``bitquota.training.learn`` has them; that module loads torch."""
 
 PRECISIONS = ("fp32", "bf16")
-LOSSES = ("kl", "cross_entropy", "mse", "cosine")
+LOSSES = ("kl", "binary_kl", "cross_entropy", "relative_mse", "mse", "cosine")
+AUTO_LOSS = "auto"
+"""The loss follows from what the output is (``sensitivity.outputs``)."""
 ACTIVATION_FITS = ("mse", "joint", "chan", "irls")
 DEFAULT_WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
 
@@ -52,7 +55,11 @@ class PlanRequest(Document):
         exclude: Layer patterns that stay in full precision (and count at that size).
         corrections: What ships with the plan, measured with it.
         correction_samples: Samples that corrections are fitted on.
-        loss: Name of the loss whose increase is minimised.
+        loss: Name of the loss whose increase is minimised: one of ``LOSSES``, or ``auto``, which
+            follows what the output is; for several outputs also ``NAME=LOSS`` for each, joined
+            by commas.
+        outputs: Outputs that count, each ``NAME`` or ``NAME=WEIGHT``; all with weight 1 if left
+            out.
         measure: How the matrix around full precision is measured: ``gram`` (also ``auto``),
             ``pairs`` (exact, expensive), ``diagonal``, ``tangent``, or a metric of ``bitquota
             compare``, whose plan is then one start of the refinement (or, without it, the plan).
@@ -72,7 +79,8 @@ class PlanRequest(Document):
             may become of each layer.
     """
 
-    FORM: ClassVar[Form] = Form(what="a request")
+    # Requests that name no outputs keep the bytes that they always had.
+    FORM: ClassVar[Form] = Form(what="a request", left_out=("outputs",))
 
     budgets: tuple[str, ...] = ()
     weight_bits: tuple[int, ...] = ()
@@ -84,7 +92,7 @@ class PlanRequest(Document):
     exclude: tuple[str, ...] = ()
     corrections: tuple[Correction, ...] = ()
     correction_samples: int = 1024
-    loss: str = "kl"
+    loss: str = AUTO_LOSS
     measure: str = "auto"
     refine: bool = True
     samples: int = 512
@@ -95,6 +103,7 @@ class PlanRequest(Document):
     time_limit_s: float | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     target: str | None = None
+    outputs: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without the model."""
@@ -109,7 +118,8 @@ class PlanRequest(Document):
         _one_of("measure", self.measure, MEASURES)
         if self.measure == "tangent" and set(self.corrections) - {Correction.FOLD_BATCH_NORM}:
             raise InvalidInput(SAMPLES_DEPEND, measure=self.measure)
-        _one_of("loss", self.loss, LOSSES)
+        parse_losses(self.loss)
+        parse_outputs(self.outputs or ())
         check_solver(self.solver)
         _one_of("precision", self.precision, PRECISIONS)
         for bits in self.weight_bits:
@@ -134,6 +144,50 @@ class PlanRequest(Document):
         if self.time_limit_s is not None and self.time_limit_s <= 0:
             msg = f"time_limit_s must be positive, or left out; got {self.time_limit_s}"
             raise InvalidInput(msg)
+
+
+def parse_losses(text: str) -> str | dict[str, str]:
+    """Return one loss for all outputs, or the loss of each output that is named.
+
+    Raises:
+        InvalidInput: There is no such loss.
+    """
+    if "=" not in text:
+        _one_of("loss", text, (AUTO_LOSS, *LOSSES))
+        return text
+    found = {}
+    for part in text.split(","):
+        name, _, loss = part.strip().rpartition("=")
+        if not name:
+            msg = f"losses of several outputs must be 'NAME=LOSS,NAME=LOSS'; got '{text}'"
+            raise InvalidInput(msg, loss=text)
+        _one_of("loss", loss, (AUTO_LOSS, *LOSSES))
+        found[name] = loss
+    return found
+
+
+def parse_outputs(texts: tuple[str, ...]) -> dict[str, float]:
+    """Return the weight of each output that is named; none named means all.
+
+    Raises:
+        InvalidInput: A weight that is no positive number, or a name given twice.
+    """
+    weights: dict[str, float] = {}
+    for text in texts:
+        name, found, number = text.rpartition("=")
+        name, number = (name, number) if found else (text, "1")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if not name or name in weights or not 0 < weight < math.inf:
+            msg = (
+                f"an output must be given once, as NAME or NAME=WEIGHT with a positive weight; got "
+                f"'{text}'"
+            )
+            raise InvalidInput(msg, output=text)
+        weights[name] = weight
+    return weights
 
 
 def check_solver(name: str) -> None:

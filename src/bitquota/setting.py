@@ -17,14 +17,16 @@ from bitquota.candidates.targets import target_by_name
 from bitquota.context import Context
 from bitquota.corrections import Correction
 from bitquota.evaluate.choice import ChoiceLoss, measure_choice
+from bitquota.evaluate.effects import output_effects
 from bitquota.models.loaded import inventory_of
 from bitquota.models.references import References
 from bitquota.models.running import choose_device
 from bitquota.models.samples import check_calibration
+from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.corrections import fold_batch_norm
 from bitquota.quantizers.fitted import fit_quantizers
 from bitquota.quantizers.imatrix import importance_of
-from bitquota.sensitivity.losses import loss_by_name
+from bitquota.sensitivity.outputs import read_outputs
 from bitquota.sensitivity.runners.make import make_runner
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from bitquota.candidates.targets import Target
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
+    from bitquota.plan import PlanOutput
     from bitquota.quantizers.fitted import Fitted
     from bitquota.quantizers.imatrix import Importance
     from bitquota.request import PlanRequest
@@ -64,6 +67,9 @@ class Setting:
         context: Where measurements are kept, whom to tell, when to stop, where to run.
         target: The deployment target that candidates come from, if the request names one.
         references: Full-precision outputs on ``holdout``, computed once for all choices.
+        outputs: The outputs that the loss is about, and what they were taken for; empty with a
+            loss of one's own.
+        identity_note: What the model's digest does not cover, if anything.
     """
 
     request: PlanRequest
@@ -80,6 +86,8 @@ class Setting:
     importance: Importance | None = None
     spare: tuple[CalibrationSet, ...] = ()
     references: References = field(default_factory=References)
+    outputs: tuple[PlanOutput, ...] = ()
+    identity_note: str = ""
 
     def runner(self, samples: CalibrationSet | None = None) -> Runner:
         """Return a runner on ``samples`` (by default ``fit``) that sees what corrections repair."""
@@ -128,6 +136,21 @@ class Setting:
             references=self.references,
         )
 
+    def effects(self, choice: Sequence[int]) -> tuple[PlanOutput, ...] | None:
+        """Return the outputs with what a choice changes in them on the hold-out samples."""
+        if not self.outputs:
+            return None
+        quantized = apply_plan(
+            self.module,
+            self.inventory,
+            self.table.decode(choice),
+            corrections=self.request.corrections,
+            correction_data=self.correcting,
+            fitted=self.fitted,
+            references=self.references,
+        )
+        return output_effects(quantized, self.module, self.holdout, self.loss, self.outputs)
+
 
 def prepare(
     model: LoadedModel,
@@ -149,6 +172,10 @@ def prepare(
     """
     context = context or Context()
     where = choose_device(context.device)
+    outputs: tuple[PlanOutput, ...] = ()
+    if loss is None:
+        read = read_outputs(model, calibration, loss=request.loss, outputs=request.outputs or ())
+        model, loss, outputs = read.model, read.loss, read.outputs
     check_calibration(model, calibration)
     few = calibration.first(2).to(where)
     module = sharing_weights(model.module).to(where).eval()
@@ -191,7 +218,8 @@ def prepare(
         module=module,
         inventory=inventory,
         table=table,
-        loss=loss or loss_by_name(request.loss),
+        loss=loss,
+        outputs=outputs,
         fit=fit,
         holdout=holdout,
         spare=spare,
@@ -200,6 +228,7 @@ def prepare(
         importance=importance,
         context=context,
         target=target,
+        identity_note=model.identity_note,
     )
 
 

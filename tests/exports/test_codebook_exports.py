@@ -9,7 +9,8 @@ from bitquota.candidates.table import Candidate
 from bitquota.errors import InvalidPlan
 from bitquota.exports.export import export_plan
 from bitquota.models.calibration import CalibrationSet
-from bitquota.models.discovery import discover, model_fingerprint
+from bitquota.models.discovery import discover
+from bitquota.models.identity import model_fingerprint
 from bitquota.models.loaded import LoadedModel
 from bitquota.plan import Assignment, Plan
 from digits_network import digits, trained_digits_net

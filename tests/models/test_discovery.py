@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bitquota.candidates.layers import LayerKind
 from bitquota.errors import InvalidModel
-from bitquota.models.discovery import discover, model_fingerprint
+from bitquota.models.discovery import discover
 from refusals import refused
 from sensitivity_networks import Attention, Residual, build, samples
 
@@ -258,33 +258,3 @@ class TestDiscoverExported:
         assert [(la.name, la.kind, la.rows) for la in plain.layers] == [
             (la.name, la.kind, la.rows) for la in graph.layers
         ]
-
-
-class TestModelFingerprint:
-    def test_is_the_documented_hash(self):
-        """sha256 over name, dtype, shape and bytes, sorted by name."""
-        import hashlib
-
-        module = nn.Linear(2, 1)
-        state = hashlib.sha256()
-        for name in ("bias", "weight"):
-            tensor = getattr(module, name).detach()
-            shape = "x".join(map(str, tensor.shape))
-            state.update(f"{name}|float32|{shape}|".encode() + tensor.numpy().tobytes())
-        assert f"sha256:{state.hexdigest()}" == model_fingerprint(module)
-
-    def test_sees_a_single_changed_weight(self):
-        """Any byte counts, buffers included."""
-        module = build(Residual)
-        before = model_fingerprint(module)
-        assert before == model_fingerprint(copy.deepcopy(module))
-        module.norm.running_mean[0] += 1e-6
-        assert before != model_fingerprint(module)
-
-    def test_does_not_depend_on_the_mode_or_memory_layout(self):
-        """Only on the values."""
-        module = build(Residual)
-        before = model_fingerprint(module)
-        module.train()
-        module.inner.weight.data = module.inner.weight.data.to(memory_format=torch.channels_last)
-        assert before == model_fingerprint(module)

@@ -163,15 +163,17 @@ class TestBuildPt2:
         with torch.no_grad():
             assert torch.equal(net(a, b), built.module(a, b))
 
-    def test_several_outputs_are_refused(self, tmp_path):
-        """The message says to return the logits alone."""
+    def test_several_outputs(self, tmp_path):
+        """They come back as a tuple, in order."""
 
         class Pair(nn.Module):
             def forward(self, x):
                 return x + 1, x + 2
 
-        with refused(InvalidModel, outputs=2):
-            build_pt2(vet_pt2(write_pt2(Pair(), (torch.randn(3, 4),), tmp_path / "m.pt2")))
+        x = torch.randn(3, 4)
+        first, second = build_pt2(vet_pt2(write_pt2(Pair(), (x,), tmp_path / "m.pt2"))).module(x)
+        assert torch.equal(first, x + 1)
+        assert torch.equal(second, x + 2)
 
     def test_training_mode_is_refused(self, tmp_path):
         """A batch norm that updates its statistics was exported in training mode."""

@@ -100,7 +100,9 @@ class TestCustomLoss:
 class TestLossByName:
     def test_unknown(self):
         """The message lists what there is."""
-        with pytest.raises(InvalidInput, match="kl, cross_entropy, mse, cosine"):
+        with pytest.raises(
+            InvalidInput, match="kl, binary_kl, cross_entropy, relative_mse, mse, cosine"
+        ):
             loss_by_name("hinge")
 
 

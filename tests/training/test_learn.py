@@ -13,7 +13,8 @@ from bitquota.candidates.storage import Granularity, Scheme
 from bitquota.candidates.table import Candidate
 from bitquota.errors import BudgetTooSmall, InvalidInput
 from bitquota.models.calibration import CalibrationSet
-from bitquota.models.discovery import discover, model_fingerprint
+from bitquota.models.discovery import discover
+from bitquota.models.identity import model_fingerprint
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.packing import pack
 from bitquota.training.bit_learners import (

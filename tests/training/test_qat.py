@@ -14,7 +14,8 @@ from bitquota.corrections import Correction
 from bitquota.errors import BudgetTooSmall, InvalidInput, InvalidPlan, StalePlan
 from bitquota.exports.export import export_plan
 from bitquota.models.calibration import CalibrationSet
-from bitquota.models.discovery import discover, model_fingerprint
+from bitquota.models.discovery import discover
+from bitquota.models.identity import model_fingerprint
 from bitquota.models.load import load_model
 from bitquota.models.loaded import LoadedModel
 from bitquota.plan import Assignment, Plan
@@ -96,7 +97,7 @@ class TestFinetunePlan:
         saved = load_trained(tmp_path / "trained.safetensors")
         assert saved.inputs == found.model.inputs
         assert {3} == {q.bits for q in saved.inputs.values()}
-        write_pt2(found, data, tmp_path / "trained.pt2")
+        found = write_pt2(found, data, tmp_path / "trained.pt2")
         loaded = load_model(str(tmp_path / "trained.pt2"))
         assert loaded.digest == found.plan.model_digest
         x = digits()[0][N_TRAIN:]
@@ -108,14 +109,14 @@ class TestFinetunePlan:
         assert (plain - trained).abs().amax(dim=1).median() > 0.1
         again = finetune_plan(loaded, replace(found.plan, baselines=()), data, SETTINGS)
         assert again.plan.measured.accuracy > found.plan.measured.accuracy - 0.05
-        write_pt2(again, data, tmp_path / "again.pt2")
+        again = write_pt2(again, data, tmp_path / "again.pt2")
         assert load_model(str(tmp_path / "again.pt2")).digest == again.plan.model_digest
 
     def test_exported_files_compute_what_was_trained(self, model, data, tmp_path):
         """ONNX Runtime runs the quantizers of inputs, too."""
         pytest.importorskip("onnxruntime")
         found = finetune_plan(model, plan_of(model, 4, activation_bits=3), data, SETTINGS)
-        write_pt2(found, data, tmp_path / "trained.pt2")
+        found = write_pt2(found, data, tmp_path / "trained.pt2")
         report = export_plan(
             load_model(str(tmp_path / "trained.pt2")), found.plan, tmp_path / "out",
             format_name="onnx-qdq", samples=CalibrationSet(inputs=(digits()[0][N_TRAIN:],)),
@@ -126,7 +127,7 @@ class TestFinetunePlan:
     def test_a_pt2_can_be_trained(self, model, data, tmp_path):
         """What comes back from training is such a file, too."""
         found = finetune_plan(model, plan_of(model, 3), data, SETTINGS)
-        write_pt2(found, data, tmp_path / "once.pt2")
+        found = write_pt2(found, data, tmp_path / "once.pt2")
         loaded = load_model(str(tmp_path / "once.pt2"))
         assert loaded.digest == found.plan.model_digest
         again = finetune_plan(loaded, found.plan, data, SETTINGS)

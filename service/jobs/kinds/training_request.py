@@ -85,6 +85,10 @@ def hand_over(work: Work, found: Trained) -> None:
     from bitquota.training.qat import write_pt2
     from bitquota.training.saved import save_trained
 
+    program = work.scratch / "trained.pt2"
+    # A courtesy, as on the command line: without it the weights are still complete.
+    with contextlib.suppress(Exception):
+        found = write_pt2(found, work.samples(), program)
     path = work.scratch / "trained.safetensors"
     save_trained(found.model, path)
     work.give("plans", found.plan.dumps().encode())
@@ -94,10 +98,6 @@ def hand_over(work: Work, found: Trained) -> None:
         "finetuning": asdict(found.model.record),
     }
     work.give("training", canonical_json(history).encode())
-    program = work.scratch / "trained.pt2"
-    # A courtesy, as on the command line: without it the weights are still complete.
-    with contextlib.suppress(Exception):
-        write_pt2(found, work.samples(), program)
     if program.exists():
         work.give("trained_model", program)
 

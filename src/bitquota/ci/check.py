@@ -12,6 +12,7 @@ from bitquota.candidates.targets import target_by_name
 from bitquota.codec import Document, Form
 from bitquota.errors import GateFailed, InvalidInput, InvalidPlan, StalePlan
 from bitquota.exports.export_report import ExportedFile, ExportReport
+from bitquota.plan import ONLY_WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -129,6 +130,7 @@ def check_lock(
     lock: Lock,
     *,
     model_digest: str | None = None,
+    weights_digest: str | None = None,
     plan: Plan | None = None,
     folders: Sequence[Path] = (),
     quality: Quality | None = None,
@@ -140,6 +142,7 @@ def check_lock(
     Args:
         lock: The file in git.
         model_digest: Fingerprint of the model as it is now.
+        weights_digest: Of its weights alone, by which earlier releases named a model.
         plan: A plan just made, which the lock must hold (else it is stale).
         folders: Exports, each of which must hold the files of one of the lock's export reports.
         quality: A fresh measurement; without one the plan's own record is held to the limits.
@@ -150,7 +153,7 @@ def check_lock(
     """
     wanted = lock.limits if limits is None else lock.limits.override(limits)
     outcomes = [
-        _fingerprint(lock, model_digest),
+        _fingerprint(lock, model_digest, weights_digest),
         _same_plan(lock, plan),
         _target(lock),
         _bytes(lock, wanted, base),
@@ -209,18 +212,20 @@ def _skipped(check: str, why: str) -> Outcome:
     return Outcome(check=check, status=Status.SKIPPED, message=why)
 
 
-def _fingerprint(lock: Lock, digest: str | None) -> Outcome:
+def _fingerprint(lock: Lock, digest: str | None, weights_digest: str | None) -> Outcome:
     check = "model fingerprint"
     if digest is None:
         return _skipped(check, "no model was given")
-    same = digest == lock.plan.model_digest
+    planned = lock.plan.model_digest
+    if planned == digest:
+        return _outcome(check, holds=True, message="the model is the one the plan was made for")
+    if planned == weights_digest:
+        return _outcome(check, holds=True, message=ONLY_WEIGHTS)
     text = (
-        "the weights are those that the plan was made for"
-        if same
-        else f"the plan was made for {lock.plan.model_digest[:19]}…, the model is now "
-        f"{digest[:19]}…: plan again and commit the new lock file"
+        f"the plan was made for {planned[:19]}…, the model is now {digest[:19]}…: its weights or "
+        "what it computes with them changed, plan again and commit the new lock file"
     )
-    return _outcome(check, holds=same, message=text, stale=True)
+    return _outcome(check, holds=False, message=text, stale=True)
 
 
 def _same_plan(lock: Lock, plan: Plan | None) -> Outcome:

@@ -112,11 +112,15 @@ def evaluate(
         from bitquota.evaluate.scoring import score_plans
         from bitquota.models.factory import find_function
         from bitquota.models.load import load_model
+        from bitquota.models.loaded import check_model
 
         custom = {
             spec.partition(":")[2]: find_function(spec, InvalidInput) for spec in metrics or []
         }
         loaded = replace(load_model(model), imatrix=imatrix)
+        for path, plan in loaded_plans.items():
+            if note := check_model(plan, loaded):
+                output.say(f"{path}: {note}")
         samples = load_samples(data, model=model, tokenizer=tokenizer, length=length)
         correcting = None
         if correction_data is not None:

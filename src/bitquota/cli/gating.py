@@ -179,11 +179,14 @@ def check(
     # Each lock file by itself, measured where there are samples and the model is the plan's.
     reports: dict[str, CheckReport] = {}
     for path, held in locks.items():
+        same, weights = (False, None) if loaded is None else _recognised(held, loaded)
         wanted = held.limits.override(limits)
-        quality = _measure(loaded, data, correction_data, held, wanted, device)
+        measurable = loaded if same else None
+        quality = _measure(measurable, data, correction_data, held, wanted, device)
         reports[str(path)] = check_lock(
             held,
             model_digest=None if loaded is None else loaded.digest,
+            weights_digest=weights,
             plan=plan,
             folders=tuple(exported or ()),
             quality=quality,
@@ -272,6 +275,15 @@ def _limits(
     )
 
 
+def _recognised(held: Lock, model: LoadedModel) -> tuple[bool, str | None]:
+    """Return whether the plan is of ``model``, and the digest of its weights if it names these."""
+    from bitquota.models.loaded import Recognised, recognise
+
+    planned = held.plan.model_digest
+    found = recognise(planned, model)
+    return found is not Recognised.OTHER, planned if found is Recognised.SAME_WEIGHTS else None
+
+
 def _measure(
     model: LoadedModel | None,
     data: str | None,
@@ -284,7 +296,7 @@ def _measure(
 
     ``None`` without samples, or where the model is not the one that the plan was made for.
     """
-    if model is None or data is None or model.digest != held.plan.model_digest:
+    if model is None or data is None:
         return None
     from bitquota.evaluate.scoring import evaluate_plans
     from bitquota.models.samples import load_calibration

@@ -24,7 +24,14 @@ from bitquota.cli.loading import check_sources, load_samples
 from bitquota.context import Context
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
-from bitquota.request import DEFAULT_WEIGHT_BITS, LOSSES, MEASURES, PRECISIONS, PlanRequest
+from bitquota.request import (
+    AUTO_LOSS,
+    DEFAULT_WEIGHT_BITS,
+    LOSSES,
+    MEASURES,
+    PRECISIONS,
+    PlanRequest,
+)
 from bitquota.sensitivity.cache import SqliteLedger
 
 if TYPE_CHECKING:
@@ -105,7 +112,22 @@ Holdout = Annotated[
         "--holdout", help="Number of further samples on which plans and baselines are compared."
     ),
 ]
-LossName = Annotated[str, typer.Option("--loss", help=f"One of {', '.join(LOSSES)}.")]
+LossName = Annotated[
+    str,
+    typer.Option(
+        "--loss",
+        help=f"auto (follows what the output is) or one of {', '.join(LOSSES)}; for several "
+        "outputs also NAME=LOSS,NAME=LOSS.",
+    ),
+]
+Outputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--output",
+        help="An output that counts, NAME or NAME=WEIGHT (all with weight 1 if left out). "
+        "Repeatable.",
+    ),
+]
 MeasureName = Annotated[
     str,
     typer.Option("--measure", help=f"One of {', '.join(MEASURES)}; see 'bitquota compare'."),
@@ -285,6 +307,12 @@ class Here:
             SqliteLedger(place) as kept,
             output.progress_bars() as on_progress,
         ):
+            if kept.superseded:
+                output.say(
+                    f"{kept.superseded:,} measurements in {place} are of a release that told "
+                    "models apart by their weights alone; they are not used again: delete the "
+                    "file to free its space"
+                )
             try:
                 yield Context(ledger=kept, on_progress=on_progress, device=self.device)
             except KeyboardInterrupt:
@@ -304,7 +332,8 @@ _REQUEST: dict[str, tuple[Any, Any]] = {
     "corrections": (Corrections, None),
     "samples": (Samples, 512),
     "holdout": (Holdout, 512),
-    "loss": (LossName, "kl"),
+    "loss": (LossName, AUTO_LOSS),
+    "outputs": (Outputs, None),
     "measure_name": (MeasureName, "auto"),
     "refine": (Refine, True),
     "seed": (Seed, 0),
@@ -397,6 +426,7 @@ def plan_request(options: Mapping[str, Any]) -> PlanRequest:
         exclude=tuple(options["exclude"] or ()),
         corrections=tuple(options["corrections"] or ()),
         loss=options["loss"],
+        outputs=tuple(options["outputs"]) if options["outputs"] else None,
         measure=options["measure_name"],
         refine=options["refine"],
         samples=options["samples"],

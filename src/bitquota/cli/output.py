@@ -146,7 +146,11 @@ def print_plan(
     print_rows(report.comparison_rows(plan, accuracies), title="Measured beside it")
     # As Text: Rich would colour the numbers of a sentence piece by piece.
     console.print(Text(report.verdict(plan)))
-    for sentence in (*report.caution_sentences(plan), *report.hint_sentences(plan)):
+    for sentence in (
+        *report.output_sentences(plan),
+        *report.caution_sentences(plan),
+        *report.hint_sentences(plan),
+    ):
         console.print(Text(sentence))
     console.print(Text(report.proof_sentence(plan)))
     for sentence in report.evidence_sentences(plan):

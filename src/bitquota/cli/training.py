@@ -241,15 +241,16 @@ def _finish(found: Trained, data: CalibrationSet, file: Written) -> None:
     from bitquota.training.qat import write_pt2
 
     out = file.path.parent
-    file.save(lambda path: found.save(path.parent))
     written = ["trained.safetensors"]
     # The .pt2 is a courtesy: what cannot be exported is still complete without it.
     try:
-        write_pt2(found, data, out / "trained.pt2")
+        out.mkdir(parents=True, exist_ok=True)
+        found = write_pt2(found, data, out / "trained.pt2")
         written.append("trained.pt2")
     except Exception as err:  # noqa: BLE001  # torch.export raises what it likes
         reason = str(err).splitlines()[0] if str(err) else type(err).__name__
         output.messages.print(f"no trained.pt2: {reason}", highlight=False, markup=False)
+    file.save(lambda path: found.save(path.parent))
     if found.learning is not None:
         output.print_rows(
             _epoch_rows(found.learning), title="Learning bit-widths (* kept, else the last)"

@@ -23,7 +23,7 @@ from bitquota.plan import MeasuredLoss
 from bitquota.quantizers.apply import apply_plan, as_change
 from bitquota.sensitivity.base import CODE_VERSION
 from bitquota.sensitivity.cache import ledger_key
-from bitquota.sensitivity.losses import n_correct
+from bitquota.sensitivity.losses import key_of, n_right
 from bitquota.sensitivity.recorder import checked_losses, standard_error
 from bitquota.sensitivity.runners.base import describe_change
 
@@ -124,7 +124,7 @@ def measure_choice(
         "code": CODE_VERSION,
         "model": inventory.model_digest,
         "data": calibration.digest,
-        "loss": loss.name,
+        "loss": key_of(loss),
     }
     plan = {
         "change": describe_change(as_change(candidates)),
@@ -164,8 +164,9 @@ def measure_choice(
                     )
                 output = run_module(quantized, inputs)
             rows = [loss.per_sample(output, reference, labels)]
-            if labels is not None and labels.shape == output.shape[:-1]:
-                rows.append(n_correct(output, labels))
+            right = None if labels is None else n_right(loss, output, labels)
+            if right is not None:
+                rows.append(right)
             measured[name] = np.stack(checked_losses(torch.stack(rows), loss.name))
         if measured:
             context.ledger.put_many(measured)

@@ -10,10 +10,18 @@ import numpy as np
 import torch
 
 from bitquota.errors import InvalidInput, MeasurementFailed
+from bitquota.evaluate.effects import changed_answers
 from bitquota.evaluate.scores import FULL_PRECISION, Estimate, ModelScores
 from bitquota.models.running import run_module
 from bitquota.plan import MeasuredLoss
-from bitquota.sensitivity.losses import CrossEntropy, divergence, loss_by_name, n_correct
+from bitquota.sensitivity.losses import (
+    CrossEntropy,
+    divergence,
+    loss_by_name,
+    losses_of,
+    n_correct,
+    n_right,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
     from bitquota.sensitivity.losses import Loss
 
 BATCH = 64
+KINDS = ("logits", "embedding", "outputs")
 TAIL = 0.999
 """Quantile of the per-position KL that is reported beside the mean."""
 
@@ -48,7 +57,7 @@ def compare_models(
         data: Samples; labels ``[N]`` or, for logits ``[N, T, V]``, ``[N, T]`` with -100 where
             nothing counts. Without labels, integer inputs ``[N, T]`` that logits ``[N, T, V]``
             belong to are their own labels, shifted by one.
-        kind: ``logits`` or ``embedding``.
+        kind: ``logits``, ``embedding``, or ``outputs``: what ``loss`` says.
         custom: Own metrics: ``f(output, labels) -> [N]``.
         loss: A loss to score as well, under its name.
         batch_size: Samples per pass.
@@ -62,8 +71,8 @@ def compare_models(
 
     Cost: one pass of every model.
     """
-    if not models or kind not in ("logits", "embedding"):
-        msg = f"a comparison needs models and the kind 'logits' or 'embedding'; got '{kind}'"
+    if not models or kind not in KINDS or (kind == "outputs" and loss is None):
+        msg = f"a comparison needs models, a loss, and one of the kinds {KINDS}; got '{kind}'"
         raise InvalidInput(msg, kind=kind)
 
     # Batch by batch: every metric of every model, sample by sample.
@@ -82,7 +91,10 @@ def compare_models(
                 )
                 raise MeasurementFailed(msg, model=name)
             labels = _labels(part, output)
-            found, positions = _metrics(output, reference, labels, kind)
+            if kind == "outputs" and loss is not None:
+                found, positions = _output_metrics(output, reference, part.labels, loss), None
+            else:
+                found, positions = _metrics(output, reference, labels, kind)
             if loss is not None and loss.name not in found:
                 found[loss.name] = loss.per_sample(output, reference, labels)
             found |= {metric: own(output, labels) for metric, own in (custom or {}).items()}
@@ -187,6 +199,25 @@ def _labels(part: CalibrationSet, output: Tensor) -> Tensor | None:
         labels[:, :-1] = tokens[:, 1:]
         return labels
     return None
+
+
+def _output_metrics(
+    output: Tensor, reference: Tensor, labels: Tensor | None, loss: Loss
+) -> dict[str, Tensor]:
+    """Return the loss, and of every output what changed; of several, under their numbers."""
+    found = {loss.name: loss.per_sample(output, reference, labels)}
+    pairs = list(zip(losses_of(loss, output), losses_of(loss, reference), strict=True))
+    for k, ((mine, own), (other, _)) in enumerate(pairs):
+        prefix = f"output {k + 1}: " if len(pairs) > 1 else ""
+        changed = changed_answers(own, mine, other)
+        if changed is not None:
+            found[f"{prefix}same_top"] = 1 - changed
+            continue
+        a, b = mine.reshape(len(mine), -1), other.reshape(len(other), -1)
+        norms = b.norm(dim=1)
+        found[f"{prefix}relative_error"] = (a - b).norm(dim=1) / norms.clamp_min(1e-300)
+    right = None if labels is None else n_right(loss, output, labels)
+    return found if right is None else found | {"top1": right}
 
 
 def _metrics(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bitquota.candidates.targets import target_by_name
 from bitquota.codec import Document
@@ -17,11 +17,13 @@ from bitquota.evaluate.metrics import compare_models, measured_loss
 from bitquota.evaluate.scores import FULL_PRECISION, Score
 from bitquota.exports.export import open_export
 from bitquota.models.loaded import check_model
+from bitquota.models.outputs import joined, measuring
 from bitquota.models.running import choose_device, run_module
 from bitquota.models.samples import check_calibration
 from bitquota.plan import MeasuredLoss
 from bitquota.quantizers.planned import quantized_module
-from bitquota.sensitivity.losses import loss_by_name
+from bitquota.request import AUTO_LOSS
+from bitquota.sensitivity.outputs import Read, read_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -76,6 +78,7 @@ def score_plans(
     kind: str = "logits",
     custom: Mapping[str, Callable[[Tensor, Tensor | None], Tensor]] | None = None,
     loss: Loss | None = None,
+    read: Read | None = None,
     context: Context | None = None,
 ) -> list[Score]:
     """Run full precision, plans and exported files on ``data`` and compare them pairwise.
@@ -95,6 +98,8 @@ def score_plans(
         kind: ``logits`` or ``embedding``.
         custom: Own metrics: ``f(output, labels) -> [N]``.
         loss: A loss to score as well, under its name.
+        read: What the outputs are, if that is known; by default what the plans say, or what the
+            answers on ``data`` show.
         context: Whom to tell after each batch, when to stop, and where torch runs; exported
             files run on the CPU.
 
@@ -107,10 +112,17 @@ def score_plans(
 
     Cost: one pass of every model; its corrections' passes besides.
     """
-    check_calibration(model, data)
     context = context or Context()
     where = choose_device(context.device)
-    here = _on(model, where)
+    if read is None:
+        read = _reading(model, data, tuple((plans or {}).values()), kind=kind)
+    if kind == "logits":
+        loss = read.loss if loss is None else loss
+        kind = "logits" if read.has_classes else "outputs"
+    check_calibration(read.model, data)
+    here = _on(read.model, where)
+    if original is not None and read.model is not model:
+        original = replace(original, module=measuring(original.module, read.outputs))
 
     # Everything that is run, by name: full precision, plans and baselines, exports, uniform plans.
     lineup = _Lineup(
@@ -125,8 +137,9 @@ def score_plans(
     for name, plan in (plans or {}).items():
         lineup.add_plan(name, plan, with_baselines=with_baselines)
     for folder in exported:
-        module, plan, _ = open_export(here, folder, correction_data=correction_data)
-        lineup.add_export(str(folder), plan, module)
+        module, plan, _ = open_export(model, folder, correction_data=correction_data)
+        run = module if read.model is model else _reading_of(module, read)
+        lineup.add_export(str(folder), plan, run)
     lineup.add_uniforms()
 
     # All of them on the same samples, each shown beside what it is to be compared with.
@@ -253,7 +266,7 @@ def evaluate_plans(
     *,
     correction_data: CalibrationSet | None = None,
     with_baselines: bool = False,
-    loss: str = "kl",
+    loss: str = AUTO_LOSS,
     context: Context | None = None,
 ) -> list[Evaluation]:
     """Measure one loss in full precision and under each plan on ``data``; see ``score_plans``.
@@ -265,7 +278,7 @@ def evaluate_plans(
         correction_data: Unlabelled samples for corrections, activation ranges and error
             feedback; ``data`` itself is never used for them.
         with_baselines: Also evaluate every baseline of every plan, with the plan's corrections.
-        loss: Name of the loss.
+        loss: Name of the loss, for plans that do not say what they were measured by.
         context: Whom to tell, when to stop, and where to run.
 
     Raises:
@@ -274,7 +287,8 @@ def evaluate_plans(
 
     Cost: a forward pass over ``data`` for full precision and for each choice.
     """
-    function = loss_by_name(loss)
+    read = _reading(model, data, plans, loss=loss)
+    function = read.loss
     scores = score_plans(
         model,
         data,
@@ -283,6 +297,7 @@ def evaluate_plans(
         with_uniform=False,
         with_baselines=with_baselines,
         loss=function,
+        read=read,
         context=context,
     )
     names: list[tuple[int | None, str]] = [(None, FULL_PRECISION)]
@@ -298,6 +313,27 @@ def evaluate_plans(
         )
         for (k, name), score in zip(names, scores, strict=True)
     ]
+
+
+def _reading(
+    model: LoadedModel,
+    data: CalibrationSet,
+    plans: Sequence[Plan],
+    *,
+    loss: str = AUTO_LOSS,
+    kind: str = "logits",
+) -> Read:
+    """Return what the outputs are: as a plan says, else as the answers show."""
+    known = next((plan.outputs for plan in plans if plan.outputs), None)
+    if kind == "embedding":
+        return read_outputs(model, data, loss="mse")
+    return read_outputs(model, data, loss=loss, known=known, demand=False)
+
+
+def _reading_of(module: Callable[..., Any], read: Read) -> Callable[..., Tensor]:
+    """Return an exported module in the space of the loss."""
+    run = getattr(module, "all_outputs", module)
+    return lambda *inputs: joined(run(*inputs), read.outputs)
 
 
 def _check_layers(plan: Plan, original: LoadedModel) -> None:

@@ -171,21 +171,50 @@ def evidence_sentences(plan: Plan) -> list[str]:
 
 
 def caution_sentences(plan: Plan) -> list[str]:
-    """Return what a reader must know where few hold-out samples stand behind the figures.
+    """Return what a reader must know: what identifies the model, and if samples are few.
 
     The standard error of ``n`` samples of a normal distribution is itself uncertain by about
     ``1 / sqrt(2 (n - 1))`` of its value.
     """
+    identity = plan.provenance.get("identity")
+    first = [f"Caution: {identity}."] if identity else []
     n = 0 if plan.measured is None else plan.measured.n_samples
     if not 1 < n < FEW_SAMPLES:
-        return []
+        return first
     share = round(100 / math.sqrt(2 * (n - 1)))
     sentence = (
         f"Caution: only {n} hold-out samples stand behind these figures. Their standard errors are "
         f"themselves uncertain by about {share} %: read nothing into small differences, or give "
         f"more samples ({FEW_SAMPLES} to hold out at least)."
     )
-    return [sentence]
+    return [*first, sentence]
+
+
+def output_sentences(plan: Plan) -> list[str]:
+    """Return what each output was taken for, and how far the plan changes the answers."""
+    several = len(plan.outputs or ()) > 1
+    lines = []
+    for output in plan.outputs or ():
+        what = f"Output '{output.name}'" if several else "The output"
+        text = f"{what} was taken for {output.kind}, measured in {output.loss}"
+        if output.undone:
+            text += f" before the {_ENDS[output.undone]}"
+        if several:
+            text += f" with weight {output.weight:g}"
+        effects = []
+        if output.changed is not None:
+            effects.append(f"{100 * output.changed:.2f} % of answers changed")
+        if output.relative_error is not None:
+            effects.append(f"relative error {100 * output.relative_error:.2f} %")
+        if output.correlation is not None:
+            effects.append(f"correlation {output.correlation:.5f}")
+        if effects:
+            text += f"; under the plan {', '.join(effects)}"
+        lines.append(f"{text}.")
+    return lines
+
+
+_ENDS = {"softmax": "softmax", "sigmoid": "sigmoid", "argmax": "arg-max"}
 
 
 def hint_sentences(plan: Plan) -> list[str]:
@@ -343,6 +372,7 @@ def render_markdown(
                 f"weight in codes, {plan.effective_bits:.3f} with scales, zero points and padding; "
                 f"whole model {format_size(plan.model_bits)}."
             ),
+            *output_sentences(plan),
             *caution_sentences(plan),
             *hint_sentences(plan),
             proof_sentence(plan),

@@ -360,9 +360,11 @@ def _plan(
             "matrix": source.matrix.provenance,
             "bitquota": bitquota.__version__,
         }
-        | ({"importance": setting.importance.digest} if setting.importance else {}),
+        | ({"importance": setting.importance.digest} if setting.importance else {})
+        | ({"identity": setting.identity_note} if setting.identity_note else {}),
         target=None if setting.target is None else PlanTarget.of(setting.target),
         evidence=evidence.to_json(),
+        outputs=setting.effects(choices[best]),
     )
 
 

@@ -146,7 +146,8 @@ def compare(
             "correcting": setting.correcting.to_json() if request.corrections else None,
             "plans": plans,
             "bitquota": bitquota.__version__,
-        },
+        }
+        | ({"identity": setting.identity_note} if setting.identity_note else {}),
     )
 
 

@@ -1,0 +1,124 @@
+"""Outputs of an ONNX graph, and graphs that end where a loss is measured.
+
+Design: docs/design/outputs.md
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from bitquota.models.onnx.rewrites import import_onnx
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from bitquota.models.onnx.program import OnnxSource
+    from bitquota.plan import PlanOutput
+
+_TINY = float(np.finfo(np.float32).tiny)
+_ENDS = {"softmax": "Softmax", "sigmoid": "Sigmoid", "argmax": "ArgMax"}
+
+
+def onnx_outputs(
+    module: nn.Module, source: OnnxSource, inputs: tuple[Tensor, ...]
+) -> dict[str, Tensor]:
+    """Return every output of the graph by name; those that no node makes are left out."""
+    program = source.program("eval")
+    names = [name for name in source.outputs if name in program.maker]
+    needed = program.needed(names, ())
+    pieces: list[dict[str, Any]] = [
+        program.run(needed, names, {}, source.feeds(module) | piece)
+        for piece in source.pieces(inputs)
+    ]
+    n = len(inputs[0])
+    found = {}
+    for name in names:
+        parts = [piece[name] for piece in pieces]
+        if not isinstance(parts[0], np.ndarray):
+            continue  # a sequence or map of ONNX-ML
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if source.fixed_batch is not None and whole.ndim:
+            whole = whole[:n]
+        kept = whole.astype(np.float32) if np.issubdtype(whole.dtype, np.floating) else whole
+        found[name] = torch.from_numpy(np.ascontiguousarray(kept)).to(inputs[0].device)
+    return found
+
+
+def measuring_onnx(
+    module: nn.Module, source: OnnxSource, outputs: Sequence[PlanOutput], *, before: bool
+) -> nn.Module:
+    """Return the module with a graph that ends in what ``outputs`` say; see ``measuring``."""
+    onnx = import_onnx()
+    model = onnx.ModelProto()
+    model.CopyFrom(source.model)
+    graph = model.graph
+    maker = {name: node for node in graph.node for name in node.output if name}
+    opset = next((o.version for o in model.opset_import if o.domain in {"", "ai.onnx"}), 0)
+    taken = set(maker) | {v.name for v in graph.input} | {t.name for t in graph.initializer}
+
+    def fresh(text: str) -> str:
+        name = text
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        return name
+
+    def add(op: str, given: list[str], **attributes: Any) -> str:  # noqa: ANN401
+        made = fresh(f"bitquota.{op}")
+        graph.node.append(onnx.helper.make_node(op, given, [made], made, **attributes))
+        return made
+
+    def constant(value: float) -> str:
+        name = fresh("bitquota.constant")
+        graph.initializer.append(onnx.numpy_helper.from_array(np.float32(value), name))
+        return name
+
+    values = []
+    for read in outputs:
+        node = maker[read.name]
+        while node.op_type == "Identity" and node.input[0] in maker:
+            node = maker[node.input[0]]
+        axis = read.axis
+        if before and node.op_type == _ENDS.get(read.undone):
+            value = node.input[0]
+            axis = _axis(node, read, opset)
+        else:
+            value = read.name
+            if read.undone:
+                value = add("Cast", [value], to=onnx.TensorProto.FLOAT)
+            if read.undone == "softmax":
+                value = add("Log", [add("Max", [value, constant(_TINY)])])
+            elif read.undone == "sigmoid":
+                p = add("Min", [value, constant(1 - float(np.finfo(np.float32).eps) / 2)])
+                p = add("Max", [p, constant(_TINY)])
+                rest = add("Log", [add("Sub", [constant(1.0), p])])
+                value = add("Sub", [add("Log", [p]), rest])
+        if axis != -1 and read.undone != "sigmoid":
+            rank = len(read.shape) + 1
+            order = [k for k in range(rank) if k != axis % rank] + [axis % rank]
+            value = add("Transpose", [value], perm=order)
+        values.append(value)
+    if len(values) > 1:
+        flat = [add("Flatten", [add("Cast", [v], to=onnx.TensorProto.FLOAT)]) for v in values]
+        values = [add("Concat", flat, axis=1)]
+    (output,) = values
+    del graph.output[:]
+    graph.output.append(onnx.ValueInfoProto(name=output))
+    other = copy.copy(module)
+    other.end_in(replace(source, model=model, output=output))  # type: ignore[operator]
+    return other
+
+
+def _axis(node: Any, read: PlanOutput, opset: int) -> int:  # noqa: ANN401  # onnx.NodeProto
+    """Return over which axis a node goes, -1 for the last."""
+    default = {"ArgMax": 0, "Softmax": -1 if opset >= 13 else 1}.get(node.op_type, -1)
+    axis = next((int(a.i) for a in node.attribute if a.name == "axis"), default)
+    rank = len(read.shape) + 1
+    return -1 if axis in (-1, rank - 1) else axis
