@@ -114,6 +114,8 @@ def load_folder_module(path: Path) -> nn.Module:
     described = {k: v for k, v in config.items() if k not in _WITHOUT_EFFECT}
     found = Computation(digest=digest_json([type(model).__name__, described]))
     type(module).computation = lambda _: found  # type: ignore[attr-defined]
+    headless = str(config["architectures"][0]).endswith("Model")
+    type(module).output_name = "embedding" if headless else "logits"  # type: ignore[attr-defined]
     return module
 
 

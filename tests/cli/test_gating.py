@@ -15,6 +15,7 @@ from bitquota.candidates.table import Candidate
 from bitquota.ci.lock import Lock, make_lock
 from bitquota.exports.export import export_plan
 from bitquota.models.calibration import CalibrationSet
+from bitquota.models.identity import weights_fingerprint
 from bitquota.models.load import load_model
 from bitquota.plan import Baseline, MeasuredLoss, Plan
 from format_networks import plan_with, samples
@@ -107,6 +108,22 @@ class TestLock:
         assert (held.limits.max_kl, held.limits.not_worse_than) == (0.3, "uniform")
         assert held.exports == ()
 
+    @pytest.mark.parametrize(
+        ("arguments", "text"),
+        [
+            (["--max-size", "100 B"], "bytes of the model"),
+            (["--max-kl", "0.05"], "loss increase"),
+            (["--exported", "export", "--max-file-size", "10 B"], "bytes of the files"),
+        ],
+    )
+    def test_refuses_limits_that_the_plan_breaks(self, gate, tmp_path, arguments, text):
+        """1, and the lock file stays as it was."""
+        before = (tmp_path / "bitquota.lock.json").read_bytes()
+        code, _, err = gate("lock", "plan.json", *arguments)
+        assert code == 1
+        assert text in err
+        assert (tmp_path / "bitquota.lock.json").read_bytes() == before
+
     def test_twice_the_same(self, gate, tmp_path):
         """Two runs differ under ``volatile`` alone."""
         first = json.loads((tmp_path / "bitquota.lock.json").read_text())
@@ -150,6 +167,33 @@ class TestCheck:
         assert "skipped" not in out
         assert out.splitlines()[-1] == "bitquota.lock.json: passed"
         assert (tmp_path / "s.md").read_text().startswith("### Bitquota check of bitquota.lock")
+
+    def test_files_that_the_lock_names_are_hashed(self, gate, tmp_path):
+        """Without --exported: a changed byte is seen, a folder elsewhere is said to be."""
+        assert Lock.load(tmp_path / "bitquota.lock.json").folders == ("export",)
+        code, out, _ = gate("check")
+        assert code == 0
+        assert "files are those of the receipt" in out
+        (file,) = [f for f in (tmp_path / "export").iterdir() if f.suffix != ".json"]
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        code, out, _ = gate("check")
+        assert code == 1
+        assert "has other content" in out
+        shutil.rmtree(tmp_path / "export")
+        code, out, _ = gate("check")
+        assert code == 0
+        assert "'export' is not here: name it with --exported" in out
+
+    def test_a_lock_of_an_earlier_release(self, gate, tmp_path):
+        """It names the model by its weights alone: they are compared, and that is said."""
+        plan = Plan.load(tmp_path / "plan.json")
+        old = replace(plan, model_digest=weights_fingerprint(load_model(MODEL).module))
+        rewrite(tmp_path / "bitquota.lock.json", plan=old, exports=(), folders=None)
+        code, out, _ = gate("check", "--model", MODEL)
+        assert code == 0
+        assert "named the model by its weights alone" in out
 
     def test_changed_weight(self, gate, tmp_path, monkeypatch):
         """1: one weight of the model changed: stale, 4; nothing is measured on it."""

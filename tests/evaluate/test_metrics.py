@@ -88,7 +88,7 @@ class TestCompareModels:
 
     def test_nothing_to_compare(self):
         """No model or an unknown kind."""
-        with pytest.raises(InvalidInput, match="'logits' or 'embedding'"):
+        with pytest.raises(InvalidInput, match="needs models and one of the kinds"):
             compare_models({}, DATA)
 
     def test_one_sample_has_no_error(self):

@@ -14,9 +14,9 @@ OPTIONAL = "the extra 'service': without it an error says what to install"
 LATE = {
     START: {
         "cli.comparing": {"search.compare"},
-        "cli.evaluating": {"evaluate.scoring", "models.factory", "models.load"},
+        "cli.evaluating": {"evaluate.scoring", "models.factory", "models.load", "models.loaded"},
         "cli.exporting": {"exports.export", "models.load"},
-        "cli.gating": {"evaluate.scoring", "models.load", "models.samples"},
+        "cli.gating": {"evaluate.scoring", "models.load", "models.loaded", "models.samples"},
         "cli.importing": {"solver", "solver.files"},
         "cli.inspecting": {"models.inspection", "models.load"},
         "cli.loading": {"models.samples", "models.text"},

@@ -1,7 +1,7 @@
 import pytest
 
 from bitquota.candidates.table import enumerate_candidates
-from bitquota.search.baselines import baseline_choices, size_only, weight_mse
+from bitquota.search.baselines import baseline_choices, size_only, uniform_mixes, weight_mse
 from bitquota.sensitivity.runners.make import make_runner
 from sensitivity_networks import Residual, build, inventory_of, samples, table_of
 
@@ -28,6 +28,33 @@ class TestBaselineChoices:
         assert choices["uniform W2"] == (0, 0, 0, 0)
         assert len(set(choices.values())) == len(choices)
         assert "first and last W8, rest W4" not in choices
+
+
+class TestUniformMixes:
+    def test_uses_the_bytes_of_the_plan(self):
+        """Two neighbouring widths; nothing more fits, nothing is exceeded."""
+        table = table_of(inventory_of(build(Residual)), (2, 4, 8))
+        sizes = [sum(c.size_bits for c in row.candidates) for row in table.rows]
+        at = lambda choice: sum(  # noqa: E731
+            sizes[table.offsets[g] + k] for g, k in enumerate(choice)
+        )
+        low, high = at((0,) * 4), at((1,) * 4)
+        mixes = uniform_mixes(table, (low + high) // 2)
+        assert mixes
+        for name, choice in mixes.items():
+            assert name.startswith("uniform W2/W4 mix, ")
+            assert {0, 1} == set(choice)
+            assert low < at(choice) <= (low + high) // 2
+            for g in range(4):  # no further group could be wider
+                wider = [1 if k == g else c for k, c in enumerate(choice)]
+                assert choice[g] == 1 or at(wider) > (low + high) // 2
+        assert len(set(mixes.values())) == len(mixes)
+
+    def test_none_outside_of_the_uniform_plans(self):
+        """Below the smallest, at the largest."""
+        table = table_of(inventory_of(build(Residual)), (2, 4))
+        assert uniform_mixes(table, 10) == {}
+        assert uniform_mixes(table, 10**9) == {}
 
 
 class TestSizeOnly:

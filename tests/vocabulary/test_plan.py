@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from bitquota.candidates.budget import Budget
@@ -150,7 +151,47 @@ class TestVerdict:
         made = plan(measured=measured(0.2), baselines=(baseline("uniform 3", 0.6, 0.4, 0.02),))
 
         assert report.verdict(made).startswith("Mixed precision helps")
-        assert "3.0 times less" in report.verdict(made)
+        assert "3.0 ± 0.2 times less" in report.verdict(made)
+
+    def test_a_plan_that_loses_nothing(self):
+        """Nothing is divided by it."""
+        made = plan(measured=measured(0.0), baselines=(baseline("uniform 3", 0.6, 0.6, 0.02),))
+        assert report.verdict(made).startswith("Mixed precision helps")
+        assert "times" not in report.verdict(made)
+        assert "loses nothing" in charts.headline(made)
+
+    def test_compares_at_equal_bytes(self):
+        """Not with a larger uniform plan, where one of no more bytes was measured."""
+        near = baseline("uniform W3/W4 mix, first wider", 0.4, 0.2, 0.02)
+        size = plan().size_bits
+        larger = replace(baseline("uniform 4", 0.3, 0.1, 0.02), size_bits=size + 8)
+        made = plan(measured=measured(0.2), baselines=(larger, replace(near, size_bits=size)))
+        assert "uniform W3/W4 mix" in report.verdict(made)
+        assert "at no more bytes" in charts.headline(made)
+        only = replace(made, baselines=(larger,))
+        assert "uniform 4" in report.verdict(only)
+        assert "which takes" in charts.headline(only)
+
+    def test_error_of_the_factor(self):
+        """That of a quotient of paired means, against the jackknife of the samples."""
+        rng = np.random.default_rng(0)
+        ours = rng.gamma(2, 0.1, 500)
+        theirs = 3 * ours + rng.normal(0, 0.1, 500)
+        error = lambda x: float(x.std(ddof=1)) / 500**0.5  # noqa: E731
+        made = plan(measured=replace(
+            measured(0.2), mean=float(ours.mean()), standard_error=error(ours), n_samples=500
+        ))  # fmt: skip
+        other = replace(
+            baseline("uniform 3", 0.0, 0.0, error(theirs - ours)),
+            measured=replace(
+                measured(0.2), mean=float(theirs.mean()), standard_error=error(theirs)
+            ),
+        )
+        ratio, found = report.times_less(made, other)
+        left_out = (theirs.sum() - theirs) / (ours.sum() - ours)
+        jackknife = (499 / 500 * ((left_out - left_out.mean()) ** 2).sum()) ** 0.5
+        assert ratio == pytest.approx(theirs.mean() / ours.mean())
+        assert found == pytest.approx(jackknife, rel=0.02)
 
     def test_not_clear(self):
         """A difference within two standard errors is not."""

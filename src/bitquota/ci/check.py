@@ -136,6 +136,7 @@ def check_lock(
     quality: Quality | None = None,
     limits: Limits | None = None,
     base: Lock | None = None,
+    root: Path | None = None,
 ) -> CheckReport:
     """Check a lock file against whatever is given.
 
@@ -144,10 +145,12 @@ def check_lock(
         model_digest: Fingerprint of the model as it is now.
         weights_digest: Of its weights alone, by which earlier releases named a model.
         plan: A plan just made, which the lock must hold (else it is stale).
-        folders: Exports, each of which must hold the files of one of the lock's export reports.
+        folders: Exports, each of which must hold the files of one of the lock's export reports; by
+            default those that the lock names, as far as they are there.
         quality: A fresh measurement; without one the plan's own record is held to the limits.
         limits: Override the lock's own.
         base: The lock of the branch that this one is merged into: the model must not grow.
+        root: Folder of the lock file, where the folders that it names are looked for.
 
     Cost: hashes the files of ``folders``.
     """
@@ -157,7 +160,7 @@ def check_lock(
         _same_plan(lock, plan),
         _target(lock),
         _bytes(lock, wanted, base),
-        *_files(lock, folders, wanted),
+        *_files(lock, folders or _named_folders(lock, root), wanted),
         _loss(lock, quality, wanted),
         _drop(lock, quality, wanted),
         _baselines(lock, quality, wanted),
@@ -272,10 +275,46 @@ def _bytes(lock: Lock, limits: Limits, base: Lock | None) -> Outcome:
     )
 
 
+def _named_folders(lock: Lock, root: Path | None) -> tuple[Path, ...]:
+    """Return the folders of exports that the lock names and that are there."""
+    if root is None:
+        return ()
+    return tuple(root / name for name in lock.folders or () if (root / name).is_dir())
+
+
+def require_limits(lock: Lock) -> None:
+    """Raise ``GateFailed`` if the plan, as it is recorded, breaks a limit of its own lock.
+
+    What cannot be told without samples, such as a drop in accuracy, is left to ``check_lock``.
+    """
+    limits, plan = lock.limits, lock.plan
+    outcomes = [_bytes(lock, limits, None)]
+    if limits.max_file_bytes is not None and lock.exports:
+        sizes = [item["size_bytes"] for report in lock.exports for item in report["files"]]
+        outcomes.append(_file_bytes(sum(sizes), limits.max_file_bytes))
+    if plan.measured is not None:
+        outcomes.append(_loss(lock, None, limits))
+        prefix = limits.not_worse_than
+        if prefix is not None and any(b.name.startswith(prefix) for b in plan.baselines):
+            outcomes.append(_baselines(lock, None, limits))
+    broken = [o for o in outcomes if o.status is Status.FAILED]
+    if broken:
+        found = "; ".join(f"{o.check}: {o.message}" for o in broken)
+        msg = f"a plan must keep the limits that it is locked with; {found}; or set other limits"
+        raise GateFailed(msg, checks=[o.check for o in broken])
+
+
+def _file_bytes(total: int, limit: int) -> Outcome:
+    text = f"{total:,} bytes in files, the limit is {limit:,}"
+    return _outcome("bytes of the files", holds=total <= limit, message=text)
+
+
 def _files(lock: Lock, folders: Sequence[Path], limits: Limits) -> Sequence[Outcome]:
     check = "exported files"
     if not folders:
-        return [_skipped(check, "no folder was given")]
+        named = ", ".join(lock.folders or ())
+        why = f"'{named}' is not here" if named else "no folder was given"
+        return [_skipped(check, f"{why}: name it with --exported" if named else why)]
     known = {(report["exporter"], report["target"]): report for report in lock.exports}
     outcomes = []
     total = 0
@@ -300,9 +339,7 @@ def _files(lock: Lock, folders: Sequence[Path], limits: Limits) -> Sequence[Outc
             text = f"in '{folder}' {text}: export again"
         outcomes.append(_outcome(check, holds=not wrong, message=text))
     if limits.max_file_bytes is not None:
-        fits = total <= limits.max_file_bytes
-        text = f"{total:,} bytes in files, the limit is {limits.max_file_bytes:,}"
-        outcomes.append(_outcome("bytes of the files", holds=fits, message=text))
+        outcomes.append(_file_bytes(total, limits.max_file_bytes))
     return outcomes
 
 

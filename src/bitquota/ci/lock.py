@@ -69,6 +69,8 @@ class Lock(Document):
         target: Name of the deployment target, if one was named.
         limits: What ``bitquota check`` holds the plan to.
         exports: Reports of the exports, as plain JSON.
+        folders: Where each of them lay when the file was written, relative to it; ``None`` in files
+            of earlier releases.
         volatile: Dates, durations, machine: covered by no digest.
     """
 
@@ -76,6 +78,7 @@ class Lock(Document):
         what="a lock file",
         error=InvalidPlan,
         schema=SCHEMA,
+        left_out=("folders",),
         seal=Seal(leaves_out=("volatile",), remedy="write it anew with 'bitquota lock'"),
     )
 
@@ -84,6 +87,7 @@ class Lock(Document):
     limits: Limits = field(default_factory=Limits)
     exports: tuple[JsonObject, ...] = ()
     volatile: JsonObject = field(default_factory=dict)
+    folders: tuple[str, ...] | None = None
 
     def digest(self) -> str:
         """Return the content digest."""
@@ -114,6 +118,7 @@ def make_lock(
     limits: Limits | None = None,
     reports: tuple[ExportReport, ...] = (),
     volatile: Mapping[str, Any] | None = None,
+    folders: tuple[str, ...] | None = None,
 ) -> Lock:
     """Return the lock of a plan and what was exported from it.
 
@@ -135,4 +140,5 @@ def make_lock(
         limits=limits or Limits(),
         exports=tuple(report.to_json() for report in reports),
         volatile=dict(volatile or {}),
+        folders=folders or None,
     )

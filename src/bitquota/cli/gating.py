@@ -15,7 +15,14 @@ from rich.text import Text
 import bitquota
 from bitquota.candidates.budget import parse_bytes
 from bitquota.canonical import read_json
-from bitquota.ci.check import Quality, append_step_summary, check_lock, to_junit, worst_exit_code
+from bitquota.ci.check import (
+    Quality,
+    append_step_summary,
+    check_lock,
+    require_limits,
+    to_junit,
+    worst_exit_code,
+)
 from bitquota.ci.diff import diff_plans
 from bitquota.ci.lock import SCHEMA, Limits, Lock, make_lock
 from bitquota.cli import options as opt
@@ -91,11 +98,15 @@ def lock(
         target=target,
         limits=limits,
         reports=tuple(ExportReport.load(folder) for folder in exported or ()),
+        folders=tuple(
+            Path(os.path.relpath(folder, out.parent)).as_posix() for folder in exported or ()
+        ),
         volatile={
             "bitquota": bitquota.__version__,
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
+    require_limits(made)
     out.parent.mkdir(parents=True, exist_ok=True)
     made.save(out)
     note = _short(made)
@@ -192,6 +203,7 @@ def check(
             quality=quality,
             limits=limits,
             base=base_lock,
+            root=path.parent,
         )
         if log_to is not None:
             _log(path, reports[str(path)], quality, log_to)

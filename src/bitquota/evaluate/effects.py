@@ -1,4 +1,7 @@
-"""What a plan changes in the answers, in terms that need no knowledge of a loss."""
+"""What a plan changes in the answers, in terms that need no knowledge of a loss.
+
+Design: docs/design/outputs.md
+"""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def compare_models(
     Cost: one pass of every model.
     """
     if not models or kind not in KINDS or (kind == "outputs" and loss is None):
-        msg = f"a comparison needs models, a loss, and one of the kinds {KINDS}; got '{kind}'"
+        msg = f"a comparison needs models and one of the kinds {', '.join(KINDS)}; got '{kind}'"
         raise InvalidInput(msg, kind=kind)
 
     # Batch by batch: every metric of every model, sample by sample.

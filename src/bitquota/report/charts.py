@@ -22,6 +22,7 @@ from bitquota.report.text import (
     format_size,
     proof_sentence,
     quantizable_sentences,
+    times_less,
     verdict,
 )
 
@@ -284,7 +285,7 @@ def _measured(measured: MeasuredLoss | None) -> JsonObject | None:
 
 
 def headline(plan: Plan) -> str:
-    """Return one sentence without a standard error in it: does mixing bit-widths help here?
+    """Return one short sentence: does mixing bit-widths help here?
 
     It speaks of points of accuracy where the samples were labelled, else of the loss. Whether a
     difference is one is decided by the loss, which is paired and finer.
@@ -299,14 +300,17 @@ def headline(plan: Plan) -> str:
         return "One hold-out sample cannot say whether mixed precision helps here."
     if uniform.paired_difference <= CLEAR_DIFFERENCE * uniform.paired_error:
         return f"Mixed precision does not clearly help here: {name} does as well."
+    same = uniform.size_bits <= plan.size_bits
+    where = " at no more bytes" if same else f", which takes {format_size(uniform.size_bits)}"
     ours, theirs = plan.measured.accuracy, uniform.measured.accuracy
     if ours is not None and theirs is not None and round(100 * (ours - theirs), 1) > 0:
         gain = 100 * (ours - theirs)
-        return f"Mixed precision gains {gain:.1f} points over {name} within the same budget."
-    if plan.measured.mean <= 0:
+        return f"Mixed precision gains {gain:.1f} points over {name}{where}."
+    found = times_less(plan, uniform)
+    if found is None:
         return f"Mixed precision loses nothing; {name} loses {uniform.measured.mean:.3g}."
-    ratio = uniform.measured.mean / plan.measured.mean
-    return f"Mixed precision loses {ratio:.1f} times less than {name} within the same budget."
+    ratio, error = found
+    return f"Mixed precision loses {ratio:.1f} ± {error:.1g} times less than {name}{where}."
 
 
 def frontier_point(

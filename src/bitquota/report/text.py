@@ -68,9 +68,31 @@ def quantizable_sentences(inventory: Inventory) -> list[str]:
 
 
 def best_uniform(plan: Plan) -> Baseline | None:
-    """Return the uniform baseline with the smallest measured loss, if there is one."""
+    """Return the best uniform baseline at the plan's bytes, if there is one.
+
+    Mixes of two widths count as uniform. Only where none takes at most the plan's bytes is a
+    larger one returned.
+    """
     uniform = [b for b in plan.baselines if b.name.startswith("uniform")]
-    return min(uniform, key=lambda b: b.measured.mean, default=None)
+    fair = [b for b in uniform if b.size_bits <= plan.size_bits]
+    return min(fair or uniform, key=lambda b: b.measured.mean, default=None)
+
+
+def times_less(plan: Plan, baseline: Baseline) -> tuple[float, float] | None:
+    """Return how many times less the plan loses than ``baseline``, and the standard error of that.
+
+    The error of a quotient ``r = u / p`` of means over the same samples is, to first order, that of
+    the mean of ``u - r p``, over ``p``; covariance follows from the paired difference. ``None``
+    where the plan loses nothing.
+    """
+    if plan.measured is None or plan.measured.mean <= 0:
+        return None
+    p, u = plan.measured, baseline.measured
+    ratio = u.mean / p.mean
+    squares = p.standard_error**2, u.standard_error**2, baseline.paired_error**2
+    covariance = (squares[0] + squares[1] - squares[2]) / 2
+    variance = squares[1] + ratio**2 * squares[0] - 2 * ratio * covariance
+    return ratio, math.sqrt(max(0.0, variance)) / p.mean
 
 
 def verdict(plan: Plan) -> str:
@@ -84,7 +106,6 @@ def verdict(plan: Plan) -> str:
     if uniform is None:
         return "No uniform plan fits this budget, so there is nothing uniform to compare with."
     gain, error = uniform.paired_difference, uniform.paired_error
-    ratio = uniform.measured.mean / plan.measured.mean if plan.measured else 0.0
     fewer = f"{uniform.name} ({format_size(uniform.size_bits)})"
     if uniform.measured.n_samples == 1:
         return (
@@ -100,7 +121,10 @@ def verdict(plan: Plan) -> str:
             f"Mixed precision is not clearly better than {fewer} here: the loss is lower by "
             f"{gain:.3g} ± {error:.2g}."
         )
-    times = f", {ratio:.1f} times less" if ratio > 1 else ""
+    found = times_less(plan, uniform)
+    times = ""
+    if found is not None and found[0] > 1:
+        times = f", {found[0]:.1f} ± {found[1]:.1g} times less"
     return (
         f"Mixed precision helps: the loss increase is lower than that of {fewer} by "
         f"{gain:.3g} ± {error:.2g}{times}."

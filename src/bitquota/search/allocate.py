@@ -12,7 +12,7 @@ import bitquota
 from bitquota.errors import InvalidInput
 from bitquota.evaluate.choice import ChoiceLoss
 from bitquota.plan import SOLVER, Assignment, Baseline, Plan, PlanTarget, Proof
-from bitquota.search.baselines import baseline_choices, size_only, weight_mse
+from bitquota.search.baselines import baseline_choices, size_only, uniform_mixes, weight_mse
 from bitquota.search.evidence import gather_evidence
 from bitquota.search.problems import choice_of, limits_of, proposer, solved
 from bitquota.search.projection import project
@@ -300,6 +300,17 @@ def _plan(
     refined = min(own, key=lambda name: measured[name].mean)
     choices = {SOLVER: own[refined], **outcome.baselines}
     measured[SOLVER] = measured[refined]
+    # What is uniform at the same bytes: the best of a few mixes of two widths.
+    size = sum(c.size_bits for c in setting.table.decode(own[refined]))
+    mixes = {
+        name: choice
+        for name, choice in uniform_mixes(setting.table, size).items()
+        if problem.is_feasible(choice) and choice not in choices.values()
+    }
+    if mixes:
+        losses = _measure_choices(setting, mixes, f"{stage}, uniform mixes")
+        mix = min(mixes, key=lambda name: losses[name].mean)
+        choices[mix], measured[mix] = mixes[mix], losses[mix]
     best = min(choices, key=lambda name: measured[name].mean)
     solution = outcome.optimum
     objective = problem.evaluate(choices[best])

@@ -46,6 +46,41 @@ def baseline_choices(table: CandidateTable) -> dict[str, tuple[int, ...]]:
     return {name: choice for choice, name in distinct.items()}
 
 
+def uniform_mixes(table: CandidateTable, size_bits: int) -> dict[str, tuple[int, ...]]:
+    """Return mixes of two neighbouring uniform plans that take at most ``size_bits``, by name.
+
+    From the widest uniform plan that fits, groups take the next width, in the order of the model,
+    from its end, or the smallest first, each where it still fits. No measurement decides which.
+    """
+    offsets = table.offsets
+    n = len(offsets) - 1
+    groups = [table.rows[offsets[g] : offsets[g + 1]] for g in range(n)]
+    sizes = [[sum(c.size_bits for c in row.candidates) for row in rows] for rows in groups]
+    widths = sorted({_bits(row) for row in table.rows})
+    plans = [tuple(_nearest(rows, bits) for rows in groups) for bits in widths]
+    taken = [sum(sizes[g][k] for g, k in enumerate(plan)) for plan in plans]
+    fitting = [k for k, size in enumerate(taken) if size <= size_bits]
+    if not fitting or fitting[-1] + 1 == len(widths):
+        return {}
+    low, high = plans[fitting[-1]], plans[fitting[-1] + 1]
+    name = f"uniform W{widths[fitting[-1]]}/W{widths[fitting[-1] + 1]} mix"
+    orders = {
+        "first": list(range(n)),
+        "last": list(range(n))[::-1],
+        "smallest": sorted(range(n), key=lambda g: sizes[g][low[g]]),
+    }
+    found: dict[tuple[int, ...], str] = {}
+    for which, order in orders.items():
+        choice, size = list(low), taken[fitting[-1]]
+        for g in order:
+            more = size + sizes[g][high[g]] - sizes[g][choice[g]]
+            if more <= size_bits:
+                choice[g], size = high[g], more
+        if tuple(choice) != low:
+            found.setdefault(tuple(choice), f"{name}, {which} wider")
+    return {label: choice for choice, label in found.items()}
+
+
 def _bits(row: Row) -> int:
     return max(candidate.weight_bits for candidate in row.candidates)
 
