@@ -173,7 +173,7 @@ class TestCheck:
         assert Lock.load(tmp_path / "bitquota.lock.json").folders == ("export",)
         code, out, _ = gate("check")
         assert code == 0
-        assert "files are those of the receipt" in out
+        assert "files are those of the export report" in out
         (file,) = [f for f in (tmp_path / "export").iterdir() if f.suffix != ".json"]
         data = bytearray(file.read_bytes())
         data[-1] ^= 1
