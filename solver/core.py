@@ -65,6 +65,12 @@ class Core:
         full[full < 0] = self.rows[cur]
         return full
 
+    def lower(self, rows: Ints) -> Ints:
+        """Return the core's rows for the problem's, -1 where a row is not the core's."""
+        index = np.full(int(max(rows.max(), self.rows.max(initial=0))) + 1, -1, dtype=np.int64)
+        index[self.rows] = np.arange(self.n)
+        return index[rows[self.full < 0]]
+
     def value(self, cur: Ints) -> float:
         """Return the objective of the core's rows ``cur``, the constant included."""
         pair = float(self.C[np.ix_(cur, cur)].sum()) if len(self.C) else 0.0
@@ -116,6 +122,15 @@ def reduce(problem: Problem, keep: Bools) -> Core:
         pairs=index[pairs[both]],
         feasible=not clash and bool((b >= 0).all()),
     )
+
+
+def propagated(problem: Problem, keep: Bools) -> Bools | None:
+    """Return what ``propagate_steps`` leaves of ``keep``; ``None`` when no choice is left."""
+    for step in propagate_steps(problem, keep):
+        if step is None:
+            return None
+        keep = step
+    return keep
 
 
 def propagate_steps(problem: Problem, keep: Bools) -> Iterator[Bools | None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.errors import InvalidProblem
-from bitquota.solver.core import propagate_steps, reduce
+from bitquota.solver.core import propagated, reduce
 from bitquota.solver.dispatch import GAP, solve
 from bitquota.solver.native import is_knapsack, verified
 from bitquota.solver.search import Effort, meets_all, repaired, search
@@ -134,7 +134,7 @@ def _with_limit(problem: Problem, resource: int, limit: int) -> Problem:
 
 
 def _hopeless(problem: Problem) -> bool:
-    return any(step is None for step in propagate_steps(problem, problem.allowed))
+    return propagated(problem, problem.allowed) is None
 
 
 def _heuristic(problem: Problem, choice: Ints | None) -> Solution:
@@ -176,20 +176,16 @@ def _least(problem: Problem, first: Ints | None, second: Ints | None) -> Ints | 
 
 
 def _improve(problem: Problem, near: Ints | None, seed: int) -> Ints | None:
-    keep = problem.allowed
-    for step in propagate_steps(problem, keep):
-        if step is None:
-            return None
-        keep = step
+    keep = propagated(problem, problem.allowed)
+    if keep is None:
+        return None
     core = reduce(problem, keep)
     if core.n_groups == 0:
         rows = core.lift(np.zeros(0, dtype=np.int64))
     else:
         starts = []
         if near is not None:
-            index = np.full(problem.n_rows, -1, dtype=np.int64)
-            index[core.rows] = np.arange(core.n)
-            cur = index[problem.rows(near)[core.full < 0]]
+            cur = core.lower(problem.rows(near))
             if bool((cur >= 0).all()):
                 starts.append(cur)
         found, _ = search(core, effort=_QUICK, seed=seed, starts=starts)
@@ -206,8 +202,7 @@ def _better(problem: Problem, own: Ints | None, above: Ints | None, seed: int) -
         return own
     if problem.is_feasible(above):
         return _least(problem, own, above)
-    choice = repaired(problem, above, seed)
-    return _least(problem, own, choice)
+    return _least(problem, own, repaired(problem, above, seed))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -23,6 +23,7 @@ from bitquota.solver.linear_relaxation import linear_relaxation
 from bitquota.solver.search import DENSE_ROWS, Effort, rounded, search
 from bitquota.solver.semidefinite import DualPoint, dual_point, interior_point
 from bitquota.solver.solution import Limit, Solution, Stats, Status
+from bitquota.solver.tree_kernels import OPEN, SINGLE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -162,14 +163,14 @@ class Quadratic:
         core = reduce(self.problem, region.keep)
         if core.n_groups == 0:
             return
-        starts = [] if self.incumbent.rows is None else [_inside(core, self.incumbent.rows)]
+        starts = [] if self.incumbent.rows is None else [core.lower(self.incumbent.rows)]
         if not len(core.C):
             starts += rounded(core, self._linear(core)[1])
         cur, value = search(
             core,
             effort=default_effort(int(region.keep.sum())),
             seed=self.control.options.seed,
-            starts=[s for s in starts if s is not None],
+            starts=[s for s in starts if (s >= 0).all()],
             on_better=lambda cur, value: self._offer(value, core.lift(cur)),
             stop=self.control.stopped,
         )
@@ -180,28 +181,20 @@ class Quadratic:
         """Bound and search a region; returns what is left of it, split in two."""
         strong = region.strong
         plain_gap, last_gap = math.inf, math.inf
-        while True:
-            if not self._propagate(region):
-                return []
-            core = reduce(self.problem, region.keep)
-            if core.n_groups == 0:
-                self._single(region, core)
-                return []
-            if region.priced and len(core.pairs):
-                core.C = np.zeros((core.n, core.n))  # pairs deserve the semidefinite bound
-            separable = not len(core.C)
+        while (core := self._core(region)) is not None:
+            # Bound.
             point = self._point(core, region, strong=strong)
             if point is None:
                 return [region]
             convex = convexify(core, point)
-            index = self.record.convexify(core, convex)
-            tree = Tree(core, convex)
+            index, tree = self.record.convexify(core, convex), Tree(core, convex)
             z = np.clip(point.row_values, 1e-6, None)
-            code = tree.root(self.incumbent, z, point.multipliers)
-            if self._took(region, tree, index, code):
+            if self._closed(region, tree, index, z, point.multipliers):
                 return []
+            separable = not len(core.C)
             if separable and self._priced(region, tree):
                 continue
+            # Fix.
             dropped = tree.probe(self.incumbent, PROBE_ROUNDS) if core.n <= PROBE_ROWS else []
             if dropped:
                 region.keep = region.keep.copy()
@@ -209,29 +202,49 @@ class Quadratic:
                 region.node = self.record.probed(
                     region.node, core, dropped, index, self.incumbent.cutoff
                 )
-                code = tree.root(self.incumbent, tree.point[0].astype(np.float64), tree.lam[0])
-                if self._took(region, tree, index, code):
+                z = tree.point[0].astype(np.float64)
+                if self._closed(region, tree, index, z, tree.lam[0]):
                     return []
+            # Branch, cheaply.
             self._grow(tree, None if separable else TREE_NODES)
-            if tree.done(self.incumbent) or self.control.limit is not None:
-                self._attach(region, tree, index)
-                region.bound = max(region.bound, min(tree.open_bound(), self.incumbent.cutoff))
+            if self._finished(region, tree, index):
                 return [] if tree.done(self.incumbent) else [region]
-            if self.memory < SPARE_MEMORY_BYTES and tree.open_bound() > float(tree.bound[0]):
-                self.record.spare[region.node] = (index, tree)
-                self.memory += tree.memory_bytes
-                region.bound = max(region.bound, min(tree.open_bound(), self.incumbent.cutoff))
+            # Bound again where that has paid or was not tried, or split.
             gap = self.incumbent.objective - float(tree.bound[0])
             region.cuts = self._cuts(core, point)
             shrunk = len(dropped) > 0.15 * core.n
-            if not strong:
-                plain_gap = gap
-            again = shrunk or not strong or gap < 0.75 * last_gap
-            last_gap = gap if strong else math.inf
-            strong = True
-            if again:
-                continue
-            return self._split(region, tree, strong=gap < 0.7 * plain_gap)
+            if strong and not shrunk and not gap < 0.75 * last_gap:
+                return self._split(region, tree, strong=gap < 0.7 * plain_gap)
+            if strong:
+                last_gap = gap
+            else:
+                plain_gap, strong = gap, True
+        return []
+
+    def _core(self, region: Region) -> Core | None:
+        """Return what is to be decided; ``None`` when that is nothing, which is recorded."""
+        if not self._propagate(region):
+            return None
+        core = reduce(self.problem, region.keep)
+        if core.n_groups == 0:
+            self._single(region, core)
+            return None
+        if region.priced and len(core.pairs):
+            core.C = np.zeros((core.n, core.n))  # pairs deserve the semidefinite bound
+        return core
+
+    def _finished(self, region: Region, tree: Tree, index: int) -> bool:
+        """Record what a grown tree proves; returns whether it is done or a limit struck."""
+        finished = tree.done(self.incumbent) or self.control.limit is not None
+        if finished:
+            self.record.attach(region.node, tree, index)
+        elif self.memory < SPARE_MEMORY_BYTES and tree.open_bound() > float(tree.bound[0]):
+            self.record.spare[region.node] = (index, tree)
+        else:
+            return False
+        self.memory += tree.memory_bytes
+        region.bound = max(region.bound, min(tree.open_bound(), self.incumbent.cutoff))
+        return finished
 
     def _priced(self, region: Region, tree: Tree) -> bool:
         """Drop the rows that a separable region's root excludes; returns whether to start anew."""
@@ -250,22 +263,19 @@ class Quadratic:
         region.priced = True
         return True
 
-    def _took(self, region: Region, tree: Tree, index: int, code: int) -> bool:
-        """Enter a tree's root into the record; returns whether the region is closed."""
+    def _closed(self, region: Region, tree: Tree, index: int, z: Floats, lam: Floats) -> bool:
+        """Bound a tree's root from ``z`` and ``lam``; returns whether that closes the region."""
+        code = tree.root(self.incumbent, z, lam)
         self.nodes += 1
         self.record.formula(region.node, tree, index)
         region.bound = max(region.bound, float(tree.bound[0]))
         self.current = region.bound
         if region.node <= 1 or self.root_bound == -math.inf:
             self.root_bound = max(self.root_bound, min(region.bound, self.incumbent.cutoff))
-        if code == 2:
+        if code == SINGLE:
             self._tell("incumbent")
         self._tell("bound")
-        return code != 1
-
-    def _attach(self, region: Region, tree: Tree, index: int) -> None:
-        self.record.attach(region.node, tree, index)
-        self.memory += tree.memory_bytes
+        return code != OPEN
 
     def _split(self, region: Region, tree: Tree, *, strong: bool) -> list[Region]:
         g, t = int(tree.group[0]), int(tree.split[0])
@@ -318,7 +328,7 @@ class Quadratic:
         self.iterations += iterations
         if self.control.limit is not None and self.record.own[region.node] > -math.inf:
             return None
-        return dual_point(lifted, state, iterations)
+        return dual_point(lifted, state)
 
     def _cuts(self, core: Core, point: DualPoint) -> Ints:
         """Return the cuts of the next bound in the problem's rows: active and violated ones."""
@@ -408,13 +418,6 @@ def _rounded_down(problem: Problem, rows: Ints) -> float:
     return math.nextafter(math.fsum(terms), -math.inf)
 
 
-def _inside(core: Core, rows: Ints) -> Ints | None:
-    index = np.full(int(max(rows.max(), core.rows.max())) + 1, -1, dtype=np.int64)
-    index[core.rows] = np.arange(core.n)
-    cur: Ints = index[rows[core.full < 0]]
-    return None if bool((cur < 0).any()) else cur
-
-
 def _flat(core: Core, prices: Floats, x: Floats) -> DualPoint:
     """Return the dual point of a problem without cross terms: no shift is needed."""
     empty = np.zeros(0, dtype=np.int64)
@@ -426,8 +429,6 @@ def _flat(core: Core, prices: Floats, x: Floats) -> DualPoint:
         cut_values=np.zeros(0),
         products=np.zeros((m, core.n)),
         multipliers=prices,
-        bound=-math.inf,
-        iterations=0,
         row_values=x,
         pair_values=np.zeros((0, 0)),
     )

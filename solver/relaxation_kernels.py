@@ -3,6 +3,9 @@
 Shared notation, here and in ``tree_kernels``: the fields of ``Relaxed``, ``s = l + Qz`` f64[n],
 ``ok`` u8[n] rows of a node's region, ``lam`` f64[m] multipliers.
 
+Small functions take single arrays: all fields of a ``Relaxed`` would be handed over at each call,
+which cost a tenth of the time of a node.
+
 A bound computed here subtracts an allowance for its own rounding (see ``node_bound``).
 """
 
@@ -64,45 +67,50 @@ class Relaxed(NamedTuple):
 
 
 @compiled
+def priced(F: Floats, s: Floats, lam: Floats, p: int) -> float:
+    """Return ``s_p + λF_p``."""
+    value: float = s[p]
+    for j in range(len(lam)):
+        value += lam[j] * F[j, p]
+    return value
+
+
+@compiled
 def lagrangian(
-    s: Floats, ok: Bytes, off: Ints, F: Floats, f: Floats, lam: Floats, k: int
+    off: Ints, F: Floats, f: Floats, s: Floats, ok: Bytes, lam: Floats, k: int
 ) -> tuple[float, float]:
     """Return ``Σ_g min(s + λF) - λ·f`` and its slope in ``lam[k]`` (the least on ties)."""
-    m = len(f)
     total, use = 0.0, 0.0
     for g in range(len(off) - 1):
         best, best_cost = np.inf, 0.0
         for p in range(off[g], off[g + 1]):
             if ok[p]:
-                value = s[p]
-                for j in range(m):
-                    value += lam[j] * F[j, p]
-                cost = F[k, p]
+                value, cost = priced(F, s, lam, p), F[k, p]
                 if value < best or (value == best and cost < best_cost):
                     best, best_cost = value, cost
         total += best
         use += best_cost
-    for j in range(m):
+    for j in range(len(f)):
         total -= lam[j] * f[j]
     return total, use - f[k]
 
 
 @compiled
 def best_multiplier(
-    s: Floats, ok: Bytes, off: Ints, F: Floats, f: Floats, lam: Floats, k: int
+    off: Ints, F: Floats, f: Floats, s: Floats, ok: Bytes, lam: Floats, k: int
 ) -> float:
     """Maximise ``lagrangian`` over ``lam[k] >= 0`` in place and return the maximum.
 
     The function is concave and piecewise linear: a bracket's two lines meet above the maximum,
     and the meeting point is the next trial (finitely many, usually below ten).
     """
-    start = lam[k]
+    high = lam[k]
     lam[k] = 0.0
-    v0, g0 = lagrangian(s, ok, off, F, f, lam, k)
-    if g0 <= 0.0:
-        return v0
-    low, v_low, g_low = 0.0, v0, g0
-    high = start
+    low = 0.0
+    v_low, g_low = lagrangian(off, F, f, s, ok, lam, k)
+    if g_low <= 0.0:
+        return v_low
+    # Bracket the maximum: the slope is positive at low and not at high.
     if high <= 0.0:
         spread = 0.0
         for p in range(len(s)):
@@ -112,13 +120,14 @@ def best_multiplier(
     v_high, g_high = 0.0, 1.0
     for _ in range(200):
         lam[k] = high
-        v_high, g_high = lagrangian(s, ok, off, F, f, lam, k)
+        v_high, g_high = lagrangian(off, F, f, s, ok, lam, k)
         if g_high <= 0.0:
             break
         low, v_low, g_low = high, v_high, g_high
         high *= 4.0
     if g_high > 0.0:
         return v_high
+    # Narrow it.
     best, best_lam = v_high, high
     if v_low > best:
         best, best_lam = v_low, low
@@ -129,7 +138,7 @@ def best_multiplier(
         if not (low < middle < high):
             break
         lam[k] = middle
-        value, slope = lagrangian(s, ok, off, F, f, lam, k)
+        value, slope = lagrangian(off, F, f, s, ok, lam, k)
         if value > best:
             best, best_lam = value, middle
         top = v_low + g_low * (middle - low)
@@ -144,48 +153,54 @@ def best_multiplier(
 
 
 @compiled
-def gradient(Q: Floats, l: Floats, z: Floats, s: Floats) -> None:  # noqa: E741
+def gradient(core: Relaxed, z: Floats, s: Floats) -> None:
     """Fill ``s = l + Qz``."""
-    n = len(l)
+    n = len(s)
     for p in range(n):
-        s[p] = l[p]
-    if not len(Q):
+        s[p] = core.l[p]
+    if not len(core.Q):
         return
     for q in range(n):
         if z[q] != 0.0:
-            weight, row = z[q], Q[q]
+            weight, row = z[q], core.Q[q]
             for p in range(n):
                 s[p] += weight * row[p]
 
 
 @compiled
-def descend(
-    Q: Floats, s: Floats, z: Floats, ok: Bytes, off: Ints, F: Floats, lam: Floats, sweeps: int
-) -> float:
+def extremes(
+    off: Ints, F: Floats, s: Floats, z: Floats, ok: Bytes, lam: Floats, g: int
+) -> tuple[int, int, float]:
+    """Return the row of a group that is worth most weight, the one worth least, and the slope.
+
+    The second row is one with weight, or -1.
+    """
+    low, low_value, high, high_value = -1, np.inf, -1, -np.inf
+    for p in range(off[g], off[g + 1]):
+        if ok[p]:
+            value = priced(F, s, lam, p)
+            if value < low_value:
+                low, low_value = p, value
+            if z[p] > 0.0 and value > high_value:
+                high, high_value = p, value
+    return low, high, high_value - low_value
+
+
+@compiled
+def descend(core: Relaxed, s: Floats, z: Floats, ok: Bytes, lam: Floats, sweeps: int) -> None:
     """Lower ``q(z) + λ·Fz`` by moving weight between two rows of a group at a time.
 
-    Exact line search for each pair; ``s`` is kept up to date. Returns the decrease of the last
-    sweep.
+    Exact line search for each pair; ``s`` is kept up to date.
     """
-    n, m = len(s), F.shape[0]
-    gain = 0.0
+    Q, off, F, n = core.Q, core.off, core.F, len(s)
     for _ in range(sweeps):
         gain = 0.0
         for g in range(len(off) - 1):
             for _inner in range(3):
-                low, low_value, high, high_value = -1, np.inf, -1, -np.inf
-                for p in range(off[g], off[g + 1]):
-                    if ok[p]:
-                        value = s[p]
-                        for j in range(m):
-                            value += lam[j] * F[j, p]
-                        if value < low_value:
-                            low, low_value = p, value
-                        if z[p] > 0.0 and value > high_value:
-                            high, high_value = p, value
-                slope = high_value - low_value
+                low, high, slope = extremes(off, F, s, z, ok, lam, g)
                 if high < 0 or low == high or slope <= 0.0:
                     break
+                # Step to the minimum along the line, or until the row has no weight left.
                 curve = 0.0
                 if len(Q):
                     curve = Q[low, low] + Q[high, high] - 2.0 * Q[low, high]
@@ -197,16 +212,12 @@ def descend(
                 if decrease <= 0.02 * gain / (g + 1.0) * 0.1 and step < z[high]:
                     break
                 z[low] += step
-                if step == z[high]:
-                    z[high] = 0.0
-                else:
-                    z[high] -= step
+                z[high] -= step
                 if len(Q):
                     row_low, row_high = Q[low], Q[high]
                     for p in range(n):
                         s[p] += step * (row_low[p] - row_high[p])
                 gain += decrease
-    return gain
 
 
 @compiled
@@ -217,6 +228,7 @@ def node_bound(core: Relaxed, z: Floats, s: Floats, ok: Bytes, lam: Floats, work
     """
     l, e, off, F, f = core.l, core.e, core.off, core.F, core.f  # noqa: E741
     n, m = len(l), len(f)
+    # The part that does not depend on multipliers.
     base, size = core.const, abs(core.const)
     for p in range(n):
         work[p] = s[p] - e[p]
@@ -224,6 +236,7 @@ def node_bound(core: Relaxed, z: Floats, s: Floats, ok: Bytes, lam: Floats, work
             term = 0.5 * (l[p] - s[p]) * z[p]
             base += term
             size += abs(term) + 0.5 * e[p] * z[p] / EPS / (n + 10.0)
+    # The best multipliers, one budget after the other.
     total = 0.0
     if m == 0:
         for g in range(len(off) - 1):
@@ -232,15 +245,13 @@ def node_bound(core: Relaxed, z: Floats, s: Floats, ok: Bytes, lam: Floats, work
                 if ok[p] and work[p] < best:
                     best = work[p]
             total += best
-    elif m == 1:
-        total = best_multiplier(work, ok, off, F, f, lam, 0)
-    else:
-        for _ in range(3):
-            before = total
-            for k in range(m):
-                total = best_multiplier(work, ok, off, F, f, lam, k)
-            if total - before <= 1e-9 * abs(total):
-                break
+    for _ in range(3 if m > 1 else m):
+        before = total
+        for k in range(m):
+            total = best_multiplier(off, F, f, work, ok, lam, k)
+        if total - before <= 1e-9 * abs(total):
+            break
+    # What rounding may have done.
     for j in range(m):
         size += 3.0 * lam[j] * f[j]
     size += abs(total)
@@ -294,39 +305,29 @@ def relax(
     ``z`` and ``lam`` are warm starts and hold the certificate's values afterwards; ``s`` is the
     gradient at ``z``.
     """
-    Q, l, off, F = core.Q, core.l, core.off, core.F  # noqa: E741
-    n, m = len(l), len(core.f)
-    restrict(z, s, ok, off)
-    gradient(Q, l, z, s)
+    restrict(z, s, ok, core.off)
+    gradient(core, z, s)
     trial, best_lam, best_z = lam.copy(), lam.copy(), z.copy()
     best = -np.inf
     stalled = 0
     for step in range(rounds):
+        # Descend at the trial multipliers, then take the best ones there.
         if step > 0:
-            descend(Q, s, z, ok, off, F, trial, 2)
-        for k in range(m):
-            lam[k] = trial[k]
+            descend(core, s, z, ok, trial, 2)
+        lam[:] = trial
         bound = node_bound(core, z, s, ok, lam, work)
+        stalled += 1
         if bound > best:
-            gained = bound > best + 0.05 * (cutoff - best)
+            if bound > best + 0.05 * (cutoff - best):
+                stalled = 0
             best = bound
-            for k in range(m):
-                best_lam[k] = lam[k]
-            for p in range(n):
-                best_z[p] = z[p]
-        else:
-            gained = False
-        if best >= cutoff:
+            best_lam[:], best_z[:] = lam, z
+        if best >= cutoff or stalled >= 3:
             break
-        stalled = 0 if gained else stalled + 1
-        if stalled >= 3:
-            break
-        for k in range(m):
+        for k in range(len(lam)):
             trial[k] += 0.5 * (lam[k] - trial[k])
-    for k in range(m):
-        lam[k] = best_lam[k]
-    for p in range(n):
-        z[p] = best_z[p]
-    store(z, ok, off, point)
-    gradient(Q, l, z, s)
+    # Bound again at the point as the certificate will hold it.
+    lam[:], z[:] = best_lam, best_z
+    store(z, ok, core.off, point)
+    gradient(core, z, s)
     return node_bound(core, z, s, ok, lam, work)

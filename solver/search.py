@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.solver import search_kernels as kernels
-from bitquota.solver.core import propagate_steps, reduce
+from bitquota.solver.core import propagated, reduce
+from bitquota.solver.search_kernels import Space
 from bitquota.solver.ties import collapsed, expanded, partners
 
 if TYPE_CHECKING:
@@ -68,46 +69,43 @@ def meets_all(core: Core, cur: Ints) -> bool:
     return not bool((chosen[core.pairs[:, 0]] & chosen[core.pairs[:, 1]]).any())
 
 
-def lagrangian_start(
-    core: Core, C: Floats, effort: Effort, start: Ints | None = None
-) -> list[Ints]:
+def space_of(core: Core) -> Space:
+    """Return what the kernels search."""
+    return Space(core.d, penalised(core), core.off, core.grp, core.A, core.b)
+
+
+def lagrangian_start(core: Core, space: Space, effort: Effort) -> list[Ints]:
     """Return feasible starts along a bisection on the price of the budgets.
 
     Each price is followed by single swaps that ignore the budgets, then by a repair. Several
     budgets share one price; a budget that the last point exceeds gets more weight.
     """
-    n, m, G = core.n, len(core.b), core.n_groups
-    h, used = np.empty(n), np.empty(m, dtype=np.int64)
-    span = np.maximum(core.b - np.minimum.reduceat(core.A, core.off[:-1], axis=1).sum(axis=1), 1)
+    starts = core.off[:-1]
+    span = np.maximum(core.b - np.minimum.reduceat(core.A, starts, axis=1).sum(axis=1), 1)
     weight = 1.0 / span.astype(np.float64)
-    cur = np.array(
-        [core.off[g] + int(np.argmin(core.d[core.off[g] : core.off[g + 1]])) for g in range(G)],
-        dtype=np.int64,
-    )
-    if start is not None:
-        cur = start.copy()
+    cur = _first_least(core, core.d)
     found: list[Ints] = []
 
     def descend(price: float) -> bool:
-        kernels.fields(core.d, C, core.A, cur, h, used)
-        kernels.relax_descent(price * (weight @ core.A), C, core.off, core.A, cur, h, used)
-        return bool((used <= core.b).all())
+        at = kernels.place(space, cur)
+        kernels.relax_descent(space, at, price * (weight @ core.A))
+        return bool((at.used <= core.b).all())
 
     def keep() -> None:
-        kernels.fields(core.d, C, core.A, cur, h, used)
-        if kernels.repair(C, core.off, core.A, core.b, cur, h, used, weight):
+        if kernels.repair(space, kernels.place(space, cur), weight):
             found.append(cur.copy())
 
+    # A price at which the budgets hold.
     if descend(0.0):
         found.append(cur.copy())
-    if m == 0:
+    if not len(core.b):
         return found
-    scale = float(np.abs(core.d).max(initial=0.0)) or 1.0
-    low, high = 0.0, scale
+    low, high = 0.0, float(np.abs(core.d).max(initial=0.0)) or 1.0
     for _ in range(60):
         if descend(high):
             break
         low, high = high, high * 8.0
+    # The least such price.
     for step in range(effort.bisections):
         # The price spans orders of magnitude: halve its logarithm once it is bounded below.
         middle = 0.5 * (low + high) if step > 40 else np.sqrt(max(low, high * 1e-6) * high)
@@ -116,34 +114,33 @@ def lagrangian_start(
             found.append(cur.copy())
         else:
             low = middle
-            over = used > core.b
-            if m > 1 and step % 4 == 3:
+            over = core.A[:, cur].sum(axis=1) > core.b
+            if len(core.b) > 1 and step % 4 == 3:
                 weight[over] *= 1.5
             if step >= effort.bisections - 6:
                 keep()
     keep()
     if not found:
-        cheapest = [
-            core.off[g] + int(np.argmin((weight @ core.A)[core.off[g] : core.off[g + 1]]))
-            for g in range(G)
-        ]
-        cur[:] = cheapest
+        cur[:] = _first_least(core, weight @ core.A)
         keep()
     return found
 
 
-def _pass_on(core: Core, cur: Ints, on_better: Callable[[Ints, float], None]) -> None:
-    on_better(cur, core.value(cur))
+def _first_least(core: Core, values: Floats) -> Ints:
+    """Return the row of every group with the least of ``values``, the first of equal ones."""
+    return np.lexsort((values, core.grp))[core.off[:-1]].astype(np.int64)
 
 
 def rounded(core: Core, x: Floats) -> list[Ints]:
     """Return the heaviest row of every group by weights ``x``, brought within the budgets."""
-    cur = np.lexsort((-x, core.grp))[core.off[:-1]].astype(np.int64)
-    C = penalised(core)
-    h, used = np.empty(core.n), np.empty(len(core.b), dtype=np.int64)
-    kernels.fields(core.d, C, core.A, cur, h, used)
+    cur = _first_least(core, -x)
+    return [cur] if _repair(core, space_of(core), cur) else []
+
+
+def _repair(core: Core, space: Space, cur: Ints) -> bool:
+    """Bring ``cur`` within the budgets, in place; returns whether that succeeded."""
     weight = 1.0 / np.maximum(core.b, 1).astype(np.float64)
-    return [cur] if kernels.repair(C, core.off, core.A, core.b, cur, h, used, weight) else []
+    return bool(kernels.repair(space, kernels.place(space, cur), weight))
 
 
 def search(
@@ -152,51 +149,38 @@ def search(
     effort: Effort,
     seed: int,
     starts: Iterable[Ints] = (),
-    on_better: Callable[[Ints, float], None] | None = None,
-    stop: Callable[[], bool] | None = None,
+    on_better: Callable[[Ints, float], object] = lambda _cur, _value: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Ints | None, float]:
     """Return the best feasible rows found and their objective, or ``(None, inf)``.
 
     A heuristic: nothing is proved. Ties between restarts are broken by order.
     """
-    table = partners(core)
-    if table is not None:
-        row_of = np.zeros(core.n, dtype=np.int64)
-        row_of[table[table >= 0]] = np.nonzero(table >= 0)[0]
-        small = collapsed(core, table)
-        first = core.grp[table[small.off[:-1], 0]]
-        inner, _ = search(
-            small,
-            effort=effort,
-            seed=seed,
-            starts=[row_of[s[first]] for s in starts if meets_all(core, s)],
-            on_better=None
-            if on_better is None
-            else lambda cur, _: _pass_on(core, expanded(table, cur, core), on_better),
-            stop=stop,
-        )
-        if inner is None:
-            return None, np.inf
-        cur = expanded(table, inner, core)
-        return cur, core.value(cur)
-    C = penalised(core)
-    if len(core.pairs) and not len(C):
-        core = _pairs_as_budgets(core)
-    # Moves of two groups cost O(n²): large problems take them in the last polish only.
-    large, huge = core.n > 700, core.n > SINGLE_ROWS
     points = [s for s in starts if meets_all(core, s)]
-    points += lagrangian_start(core, C, effort)
+    if (table := partners(core)) is not None:
+        return _search_tied(
+            core, table, points, effort=effort, seed=seed, on_better=on_better, stop=stop
+        )
+    space = space_of(core)
+    if len(core.pairs) and not len(space.C):
+        core = _pairs_as_budgets(core)
+        space = space._replace(A=core.A, b=core.b)
+    # Start.
+    points += lagrangian_start(core, space, effort)
     if not points:
         return None, np.inf
     unique = {point.tobytes(): point for point in points}
-    ranked = sorted(unique.values(), key=lambda p: (_value(core, C, p), p.tobytes()))
-    best, best_value = ranked[0].copy(), _value(core, C, ranked[0])
-    if on_better is not None and meets_all(core, best):
+    ranked = sorted(unique.values(), key=lambda p: (_value(core, space, p), p.tobytes()))
+    best, best_value = ranked[0].copy(), _value(core, space, ranked[0])
+    if meets_all(core, best):
         on_better(best, core.value(best))
+    # Moves of two groups cost O(n²): large problems take them in the last polish only.
+    large, huge = core.n > 700, core.n > SINGLE_ROWS
     tried = ranked[: 1 if huge else 3 if large else 4]
     for index in range(len(tried) + (0 if huge else effort.restarts)):
-        if stop is not None and stop():
+        if stop():
             break
+        # Take the next start, or kick the best choice.
         if index < len(tried):
             cur = tried[index].copy()
         else:
@@ -204,25 +188,56 @@ def search(
             # Few changes at a time: kicks of two to eight groups found the best known choice at
             # 224 layers twice as fast as kicks of up to a sixth of the groups.
             strength = 2 + (index - len(tried)) % 7
-            kernels.kick(core.off, core.A, core.b, cur, strength, seed * 7919 + index)
-        _run(core, C, cur, 4 * effort.patience, 0, seed + index)
+            kernels.kick(space, cur, strength, seed * 7919 + index)
+        # Descend.
+        _descend(space, cur, 4 * effort.patience, 0, seed + index)
         if huge:
-            value = _value(core, C, cur)
+            value = _value(core, space, cur)
         else:
-            value = _run(core, C, cur, 3 if large else effort.patience, 1, seed + index)
+            value = _descend(space, cur, 3 if large else effort.patience, 1, seed + index)
         if value < best_value - 1e-12 * abs(best_value):
             best, best_value = cur.copy(), value
-            if on_better is not None and meets_all(core, best):
+            if meets_all(core, best):
                 on_better(best, core.value(best))
-    if not meets_all(core, best):
-        return None, np.inf
-    return best, core.value(best)
+    return (best, core.value(best)) if meets_all(core, best) else (None, np.inf)
 
 
-def _run(core: Core, C: Floats, cur: Ints, patience: int, pairs: int, seed: int) -> float:
-    value: float = kernels.tabu_search(
-        core.d, C, core.off, core.grp, core.A, core.b, cur, patience, 100_000, pairs, seed
+def _search_tied(
+    core: Core,
+    table: Ints,
+    starts: list[Ints],
+    *,
+    effort: Effort,
+    seed: int,
+    on_better: Callable[[Ints, float], object],
+    stop: Callable[[], bool],
+) -> tuple[Ints | None, float]:
+    """Search the core whose tied groups (``ties.partners``) are one group each."""
+    small = collapsed(core, table)
+    row_of = np.zeros(core.n, dtype=np.int64)
+    row_of[table[table >= 0]] = np.nonzero(table >= 0)[0]
+    first = core.grp[table[small.off[:-1], 0]]
+
+    def pass_on(inner: Ints, _value: float) -> None:
+        cur = expanded(table, inner, core)
+        on_better(cur, core.value(cur))
+
+    inner, _ = search(
+        small,
+        effort=effort,
+        seed=seed,
+        starts=[row_of[s[first]] for s in starts],
+        on_better=pass_on,
+        stop=stop,
     )
+    if inner is None:
+        return None, np.inf
+    cur = expanded(table, inner, core)
+    return cur, core.value(cur)
+
+
+def _descend(space: Space, cur: Ints, patience: int, pairs: int, seed: int) -> float:
+    value: float = kernels.tabu_search(space, cur, patience, 100_000, pairs, seed)
     return value
 
 
@@ -239,34 +254,24 @@ def _pairs_as_budgets(core: Core) -> Core:
     )
 
 
-def _value(core: Core, C: Floats, cur: Ints) -> float:
-    pair = float(C[np.ix_(cur, cur)].sum()) if len(C) else 0.0
+def _value(core: Core, space: Space, cur: Ints) -> float:
+    pair = float(space.C[np.ix_(cur, cur)].sum()) if len(space.C) else 0.0
     return float(core.d[cur].sum()) + 0.5 * pair
 
 
 def repaired(problem: Problem, choice: Ints, seed: int) -> Ints | None:
     """Return ``choice`` brought within the budgets and improved, or ``None`` if that fails."""
-    keep = problem.allowed
-    for step in propagate_steps(problem, keep):
-        if step is None:
-            return None
-        keep = step
+    keep = propagated(problem, problem.allowed)
+    if keep is None:
+        return None
     core = reduce(problem, keep)
-    index = np.full(problem.n_rows, -1, dtype=np.int64)
-    index[core.rows] = np.arange(core.n)
-    cur = index[problem.rows(choice)[core.full < 0]]
     if core.n_groups == 0 or not len(core.b):
         return None
+    cur = core.lower(problem.rows(choice))
     # A row that went is replaced by its group's cheapest.
-    cheapest = core.off[:-1]
-    cur = np.where(cur >= 0, cur, cheapest)
-    C = penalised(core)
-    h, used = np.empty(core.n), np.empty(len(core.b), dtype=np.int64)
-    kernels.fields(core.d, C, core.A, cur, h, used)
-    weight = 1.0 / np.maximum(core.b, 1).astype(np.float64)
-    if not kernels.repair(C, core.off, core.A, core.b, cur, h, used, weight):
+    cur = np.where(cur >= 0, cur, core.off[:-1])
+    space = space_of(core)
+    if not _repair(core, space, cur):
         return None
-    _run(core, C, cur, 12, 1, seed)
-    if not meets_all(core, cur):
-        return None
-    return core.lift(cur) - problem.offsets[:-1]
+    _descend(space, cur, 12, 1, seed)
+    return core.lift(cur) - problem.offsets[:-1] if meets_all(core, cur) else None

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
 
+MOST_ITERATIONS = 60
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class DualPoint:
@@ -45,8 +47,6 @@ class DualPoint:
     cut_values: Floats
     products: Floats
     multipliers: Floats
-    bound: float
-    iterations: int
     row_values: Floats
     """f64[n], the primal ``x``."""
     pair_values: Floats
@@ -106,7 +106,7 @@ def _most_negative(core: Core, p: Floats) -> float:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class State:
-    """An interior point: primal ``M`` and slacks ``s``, dual ``y`` and ``S``."""
+    """An interior point, or a change of one: primal ``M``, slacks ``s``, dual ``y`` and ``S``."""
 
     M: Floats
     S: Floats
@@ -197,12 +197,7 @@ def _length_linear(z: Floats, dz: Floats) -> float:
 
 
 def interior_point(
-    lifted: Lifted,
-    *,
-    tolerance: float,
-    most: int = 60,
-    state: State | None = None,
-    stop: Callable[[float], bool] | None = None,
+    lifted: Lifted, *, tolerance: float, stop: Callable[[float], bool]
 ) -> tuple[State, int]:
     """Solve the lifted problem to relative gap ``tolerance``; returns the state and iterations.
 
@@ -210,79 +205,129 @@ def interior_point(
     first iterate on. ``stop`` sees the dual value after each iteration. Each iteration costs
     ``O(K³ + N³)`` for K constraints and N free rows.
     """
-    state = state or start(lifted)
-    M, S, y, s = state.M, state.S, state.y, state.s
-    N, ne, K = lifted.size, lifted.n_equal, len(lifted.u)
-    right = np.zeros(K)
-    right[0] = 1.0
-    done = 0
-    B = np.zeros((K, K))
-    for _iteration in range(most):
-        w = y[ne:]
+    state = start(lifted)
+    B = np.zeros((len(lifted.u), len(lifted.u)))
+    for done in range(MOST_ITERATIONS):
+        newton = _Newton.at(lifted, state, tolerance, B)
+        if newton is None:
+            return state, done
+        state, longest = newton.step()
+        if stop(float(state.y[0]) + lifted.core.constant) or longest < 1e-5:
+            return state, done + 1
+    return state, MOST_ITERATIONS
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Newton:
+    """The linear system of one iteration, factored.
+
+    Attributes:
+        lifted, state: What it is a system of.
+        L_S, L_M: Lower Cholesky factors.
+        W: Inverse of ``S``.
+        AM, AW: f64[K], the constraints' values at ``M`` and ``W``.
+        residual: f64[K], what ``M`` and ``s`` lack of feasibility.
+        gap: ``<M, S> + s·w``.
+        ratio: ``s / w``.
+        factor, unit: Of the scaled Schur matrix, and its scale.
+    """
+
+    lifted: Lifted
+    state: State
+    L_S: NDArray[np.floating[Any]]
+    L_M: NDArray[np.floating[Any]]
+    W: Floats
+    AM: Floats
+    AW: Floats
+    residual: Floats
+    gap: float
+    ratio: Floats
+    factor: Floats
+    unit: Floats
+
+    @classmethod
+    def at(cls, lifted: Lifted, state: State, tolerance: float, B: Floats) -> _Newton | None:
+        """Return the system at ``state``; ``None`` where it is solved, or cannot be factored.
+
+        ``B`` f64[K, K] is room for the Schur matrix.
+        """
+        M, S, s, ne, K = state.M, state.S, state.s, lifted.n_equal, len(lifted.u)
+        w = state.y[ne:]
         try:
-            LS, LM = np.linalg.cholesky(S), np.linalg.cholesky(M)
+            L_S, L_M = np.linalg.cholesky(S), np.linalg.cholesky(M)
         except np.linalg.LinAlgError:
-            break
-        W = _inverse(LS)
+            return None
+        W = _inverse(L_S)
         HM, HW = lifted.expand(M), lifted.expand(W)
         AM, AW = lifted.read(HM), lifted.read(HW)
-        residual = right - AM
+        # Solved?
+        residual = -AM
+        residual[0] += 1.0
         residual[ne:] += s
         gap = float((M * S).sum()) + float(s @ w)
-        infeasible = float(np.abs(residual).max())
-        if infeasible < 1e-6 and gap <= tolerance * abs(y[0]):
-            break
-        mu = gap / (N + K - ne)
+        if float(np.abs(residual).max()) < 1e-6 and gap <= tolerance * abs(state.y[0]):
+            return None
+        # The Schur matrix.
         schur(HM, HW, lifted.u, lifted.v, lifted.less, B)
         ratio = s / w
         B[np.arange(ne, K), np.arange(ne, K)] += ratio
         if not (np.isfinite(B.diagonal()).all() and B.diagonal().min() > 1e-280):
-            break
+            return None
         unit = 1.0 / np.sqrt(np.diag(B))
         factor = _factor(B, unit)
         if factor is None:
-            break
+            return None
+        return cls(
+            lifted=lifted, state=state, L_S=L_S, L_M=L_M, W=W, AM=AM, AW=AW, residual=residual,
+            gap=gap, ratio=ratio, factor=factor, unit=unit,
+        )  # fmt: skip
 
-        def direction(
-            target: float, second: Floats | None, cross: Floats | float, /,
-            M: Floats = M, W: Floats = W, AM: Floats = AM, AW: Floats = AW, s: Floats = s,
-            w: Floats = w, residual: Floats = residual, ratio: Floats = ratio,
-            factor: Floats = factor, unit: Floats = unit,
-        ) -> tuple[Floats, Floats, Floats, Floats]:  # fmt: skip
-            rhs = residual - (target * AW - AM)
-            if second is not None:
-                rhs += lifted.apply(second)
-            extra = (target - s * w - cross) / w
-            rhs[ne:] += extra
-            dy = unit * sla.cho_solve((factor, False), unit * rhs, check_finite=False)
-            dS = -lifted.combine(dy)
-            half = _times(M, dS) @ W
-            dM = target * W - M - 0.5 * (half + half.T)
-            if second is not None:
-                dM -= second
-            return dy, dS, dM, extra - ratio * dy[ne:]
-
-        dy, dS, dM, ds = direction(0.0, None, 0.0)
-        primal = 0.98 * min(_length(LM, dM), _length_linear(s, ds))
-        dual = 0.98 * min(_length(LS, dS), _length_linear(w, dy[ne:]))
-        after = float(((M + primal * dM) * (S + dual * dS)).sum())
-        after += float((s + primal * ds) @ (w + dual * dy[ne:]))
-        sigma = min(1.0, max(1e-4, (after / gap) ** 2))
+    def step(self) -> tuple[State, float]:
+        """Return the next state, and the longer of the primal and the dual step."""
+        state, lifted = self.state, self.lifted
+        ne, w = lifted.n_equal, state.y[lifted.n_equal :]
+        # Predict: how far does the gap fall on the way to zero?
+        d = self._direction(0.0, None, 0.0)
+        primal, dual = self._lengths(d, 0.98)
+        after = float(((state.M + primal * d.M) * (state.S + dual * d.S)).sum())
+        after += float((state.s + primal * d.s) @ (w + dual * d.y[ne:]))
+        sigma = min(1.0, max(1e-4, (after / self.gap) ** 2))
         if min(primal, dual) < 0.1:
             sigma = max(sigma, 0.3)
-        half = _times(dM, dS) @ W
-        dy, dS, dM, ds = direction(sigma * mu, 0.5 * (half + half.T), ds * dy[ne:])
-        primal = 0.95 * min(_length(LM, dM), _length_linear(s, ds))
-        dual = 0.95 * min(_length(LS, dS), _length_linear(w, dy[ne:]))
-        M, s = M + primal * dM, s + primal * ds
-        y = y + dual * dy
+        # Correct, and aim at a part of the gap.
+        target = sigma * (self.gap / (lifted.size + len(lifted.u) - ne))
+        half = _times(d.M, d.S) @ self.W
+        d = self._direction(target, 0.5 * (half + half.T), d.s * d.y[ne:])
+        primal, dual = self._lengths(d, 0.95)
+        y = state.y + dual * d.y
         S = lifted.objective - lifted.combine(y)
-        done += 1
-        if stop is not None and stop(float(y[0]) + lifted.core.constant):
-            break
-        if max(primal, dual) < 1e-5:
-            break
-    return State(M=M, S=S, y=y, s=s), done
+        after_step = State(M=state.M + primal * d.M, S=S, y=y, s=state.s + primal * d.s)
+        return after_step, max(primal, dual)
+
+    def _lengths(self, d: State, part: float) -> tuple[float, float]:
+        """Return ``part`` of the longest primal and dual steps within the cone."""
+        w, dw = (y[self.lifted.n_equal :] for y in (self.state.y, d.y))
+        return (
+            part * min(_length(self.L_M, d.M), _length_linear(self.state.s, d.s)),
+            part * min(_length(self.L_S, d.S), _length_linear(w, dw)),
+        )
+
+    def _direction(self, target: float, second: Floats | None, cross: Floats | float) -> State:
+        """Return the direction to complementarity ``target``, second-order terms taken off."""
+        lifted, state, W, ne = self.lifted, self.state, self.W, self.lifted.n_equal
+        w = state.y[ne:]
+        rhs = self.residual - (target * self.AW - self.AM)
+        if second is not None:
+            rhs += lifted.apply(second)
+        extra = (target - state.s * w - cross) / w
+        rhs[ne:] += extra
+        dy = self.unit * sla.cho_solve((self.factor, False), self.unit * rhs, check_finite=False)
+        dS = -lifted.combine(dy)
+        half = _times(state.M, dS) @ W
+        dM = target * W - state.M - 0.5 * (half + half.T)
+        if second is not None:
+            dM -= second
+        return State(M=dM, S=dS, y=dy, s=extra - self.ratio * dy[ne:])
 
 
 def _times(Z: Floats, dS: Floats) -> Floats:
@@ -326,7 +371,7 @@ def _factor(B: Floats, unit: Floats) -> Floats | None:
     return None
 
 
-def dual_point(lifted: Lifted, state: State, iterations: int) -> DualPoint:
+def dual_point(lifted: Lifted, state: State) -> DualPoint:
     """Read shifts, cuts and products out of a state, in the core's rows."""
     core, free = lifted.core, lifted.free
     n, m, r, ne = core.n, len(core.b), len(free), lifted.n_equal
@@ -355,8 +400,6 @@ def dual_point(lifted: Lifted, state: State, iterations: int) -> DualPoint:
         cut_values=amounts,
         products=products,
         multipliers=np.maximum(y[ne : ne + m], 0.0) / lifted.unit,
-        bound=float(y[0]) + core.constant,
-        iterations=iterations,
         row_values=np.diag(X).copy(),
         pair_values=X,
     )

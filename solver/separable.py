@@ -14,14 +14,16 @@ Design: docs/design/solver.md
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bitquota.errors import InvalidProblem
 from bitquota.solver import separable_kernels as kernels
+from bitquota.solver.separable_kernels import States
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -116,6 +118,7 @@ class Knapsack:
         choice: i64[G].
         objective: Its value.
         bound: Proved by the recursion where ``exact``, else by the relaxation.
+        relaxed_bound: Proved by the relaxation.
         price: Loss per unit of cost at the budget (the shadow price).
         exact: Whether the recursion was completed (or not needed for the gap).
         states: Largest number of states.
@@ -131,7 +134,7 @@ class Knapsack:
 
 
 def solve_knapsack(
-    problem: Problem, *, gap: float, stop: Callable[[], bool] | None = None
+    problem: Problem, *, gap: float, stop: Callable[[], bool] = lambda: False
 ) -> Knapsack:
     """Solve a separable problem with at most one budget and no pairs to relative gap ``gap``.
 
@@ -144,57 +147,54 @@ def solve_knapsack(
     if problem.cross is not None or len(problem.limits) > 1 or len(problem.all_forbidden_pairs()):
         msg = "a knapsack must be separable with one budget and no pairs; got another problem"
         raise InvalidProblem(msg)
-    d, starts, group = problem.diagonal, problem.offsets[:-1], problem.group_of_row
+    d = problem.diagonal
     if not len(problem.limits):
         loss = np.where(problem.allowed, d, np.inf)
-        choice = _first_least(loss, problem.offsets)
-        value = problem.evaluate(choice)
-        return _exact(problem, choice, value)
+        return _exact(problem, _first_least(loss, problem.offsets))
+    # The relaxation: its break step, price and bound.
     cost, budget = problem.costs[0], int(problem.limits[0])
     frontier = hull(problem)
     taken = int(np.searchsorted(frontier.cost, budget, side="right")) - 1
     choice = frontier.choice(problem, taken)
     if taken == len(frontier.steps):
-        return _exact(problem, choice, problem.evaluate(choice))
+        return _exact(problem, choice)
     lam = float(frontier.slope[taken])
     priced = np.where(problem.allowed, d + lam * cost.astype(np.float64), np.inf)
-    least = np.minimum.reduceat(priced, starts)
+    least = np.minimum.reduceat(priced, problem.offsets[:-1])
     relaxed = problem.constant + math.fsum(least) - lam * float(budget)
     relaxed -= 1e-15 * (math.fsum(np.abs(least)) + lam * float(budget))
+    # A choice nearby, and whether it is good enough.
     choice = _fill(problem, frontier, taken, choice, budget)
     objective = problem.evaluate(choice)
     tolerance = max(gap * abs(objective), ROUNDING * float(np.abs(d[problem.allowed]).max()))
-    if objective - relaxed <= tolerance:
-        return Knapsack(
-            choice=choice, objective=objective, bound=min(relaxed, objective),
-            relaxed_bound=relaxed, price=lam, exact=True, states=0,
-        )  # fmt: skip
-    reduced = priced - least[group]
-    result = _core(problem, reduced, lam, budget, choice, objective - relaxed, tolerance, stop)
-    if result is None:
-        return Knapsack(
-            choice=choice, objective=objective, bound=relaxed, relaxed_bound=relaxed, price=lam,
-            exact=False, states=MOST_STATES,
-        )  # fmt: skip
-    better, states = result
-    if problem.evaluate(better) < objective:
-        choice, objective = better, problem.evaluate(better)
-    bound = max(relaxed, objective - tolerance)
-    return Knapsack(
-        choice=choice, objective=objective, bound=min(bound, objective), relaxed_bound=relaxed,
-        price=lam, exact=True, states=states,
+    answer = Knapsack(
+        choice=choice, objective=objective, bound=min(relaxed, objective), relaxed_bound=relaxed,
+        price=lam, exact=False, states=MOST_STATES,
     )  # fmt: skip
-
-
-def _exact(problem: Problem, choice: Ints, value: float) -> Knapsack:
-    """Every group takes its best row: the sum, rounded down, is a bound."""
-    rows = problem.rows(choice)
-    bound = math.nextafter(
-        math.fsum([problem.constant, *problem.diagonal[rows].tolist()]), -math.inf
+    if objective - relaxed <= tolerance:
+        return replace(answer, exact=True, states=0)
+    # The best choice.
+    reduced = priced - least[problem.group_of_row]
+    result = _core(problem, reduced, lam, choice, objective - relaxed, tolerance, stop)
+    if result is None:
+        return answer
+    better, states = result
+    if (value := problem.evaluate(better)) < objective:
+        choice, objective = better, value
+    bound = min(max(relaxed, objective - tolerance), objective)
+    return replace(
+        answer, choice=choice, objective=objective, bound=bound, exact=True, states=states
     )
+
+
+def _exact(problem: Problem, choice: Ints) -> Knapsack:
+    """Every group takes its best row: the sum, rounded down, is a bound."""
+    value = problem.evaluate(choice)
+    terms = [problem.constant, *problem.diagonal[problem.rows(choice)].tolist()]
+    bound = min(math.nextafter(math.fsum(terms), -math.inf), value)
     return Knapsack(
-        choice=choice, objective=value, bound=min(bound, value), relaxed_bound=min(bound, value),
-        price=0.0, exact=True, states=0,
+        choice=choice, objective=value, bound=bound, relaxed_bound=bound, price=0.0, exact=True,
+        states=0,
     )  # fmt: skip
 
 
@@ -220,80 +220,99 @@ def _fill(problem: Problem, frontier: Hull, taken: int, choice: Ints, budget: in
     return rows - problem.offsets[:-1]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Undecided:
+    """A group of which several rows can be in a better choice.
+
+    Attributes:
+        rows: i64[k], by cost.
+        cost: i64[k], less that of the base row.
+        price: f64[k], reduced costs.
+        saves: Least reduced cost of a unit of cost saved; ``inf`` when none can be.
+        spends: Likewise of a unit spent.
+    """
+
+    rows: Ints
+    cost: Ints
+    price: Floats
+    saves: float
+    spends: float
+
+    @classmethod
+    def of(cls, rows: Ints, cost: Ints, price: Floats) -> _Undecided:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rate = np.where(cost != 0, price / np.abs(cost).astype(np.float64), np.inf)
+        return cls(
+            rows=rows,
+            cost=cost,
+            price=price,
+            saves=float(rate[cost < 0].min(initial=np.inf)),
+            spends=float(rate[cost > 0].min(initial=np.inf)),
+        )
+
+
 def _core(
-    problem: Problem, reduced: Floats, lam: float, budget: int, choice: Ints, limit: float,
-    tolerance: float, stop: Callable[[], bool] | None,
+    problem: Problem, reduced: Floats, lam: float, choice: Ints, limit: float,
+    tolerance: float, stop: Callable[[], bool],
 ) -> tuple[Ints, int] | None:  # fmt: skip
     """Run the recursion over the core; returns the best choice, or ``None`` when it was stopped.
 
     ``limit`` is the best choice's distance to the relaxation: better ones are below it.
     """
-    offsets, cost = problem.offsets, problem.costs[0]
+    offsets, cost, budget = problem.offsets, problem.costs[0], int(problem.limits[0])
+    # The core: groups with several rows below the limit, those of small prices first.
     inside = reduced < limit
     counts = np.add.reduceat(inside.astype(np.int64), offsets[:-1])
     base = offsets[:-1] + _first_least(np.where(problem.allowed, reduced, np.inf), offsets)
-    total = int(cost[base].sum())
-    groups = np.flatnonzero(counts > 1)
-    options, rates_down, rates_up = [], [], []
-    for g in groups.tolist():
+    groups = []
+    for g in np.flatnonzero(counts > 1).tolist():
         rows = offsets[g] + np.flatnonzero(inside[offsets[g] : offsets[g + 1]])
         rows = rows[np.lexsort((reduced[rows], cost[rows]))]
-        da, dp = cost[rows] - cost[base[g]], reduced[rows]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            rate = np.where(da != 0, dp / np.abs(da).astype(np.float64), np.inf)
-        rates_down.append(float(rate[da < 0].min(initial=np.inf)))
-        rates_up.append(float(rate[da > 0].min(initial=np.inf)))
-        options.append((rows, da, dp))
-    order = np.argsort(np.minimum(rates_down, rates_up), kind="stable")
-    down = _suffix_least(np.array(rates_down)[order])
-    up = _suffix_least(np.array(rates_up)[order])
-    states_cost, states_price = np.array([total], dtype=np.int64), np.zeros(1)
-    history: list[tuple[Ints, Ints, Ints]] = []
-    best, best_at, largest = limit, None, 1
+        groups.append(_Undecided.of(rows, cost[rows] - cost[base[g]], reduced[rows]))
+    groups.sort(key=lambda group: min(group.saves, group.spends))
+    down = _suffix_least([group.saves for group in groups])
+    up = _suffix_least([group.spends for group in groups])
+    # The recursion, one group after the other.
+    total, none = int(cost[base].sum()), np.zeros(1, dtype=np.int64)
+    states = States(np.array([total], dtype=np.int64), np.zeros(1), none, none)
+    history: list[tuple[Ints, Ints]] = []
+    best, best_at, largest = limit, (-1, 0), 1
     if total <= budget and lam * float(budget - total) < best:
         best, best_at = lam * float(budget - total), (0, 0)
-    for t, index in enumerate(order.tolist()):
-        if stop is not None and stop():
+    for t, group in enumerate(groups, start=1):
+        if stop():
             return None
-        rows, da, dp = options[index]
-        room = min(len(states_cost) * len(rows), MOST_STATES)
-        out_cost, out_price = np.empty(room, dtype=np.int64), np.empty(room)
-        parent, option = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int64)
-        n = int(
-            kernels.extend(
-                states_cost, states_price, da, dp, budget, lam, best - tolerance * 0.5,
-                down[t + 1], up[t + 1], out_cost, out_price, parent, option,
-            )
-        )  # fmt: skip
+        room = min(len(states.cost) * len(group.rows), MOST_STATES)
+        whole = np.empty((3, room), dtype=np.int64)
+        out = States(whole[0], np.empty(room), whole[1], whole[2])
+        prices = kernels.Prices(lam, down[t], up[t])
+        most = best - tolerance * 0.5
+        n = kernels.extend(states, group.cost, group.price, budget, prices, most, out)
         if n < 0:
             return None
-        history.append((parent[:n].copy(), option[:n].copy(), rows))
-        states_cost, states_price = out_cost[:n].copy(), out_price[:n].copy()
+        states = States._make([array[:n].copy() for array in out])
+        history.append((states.parent, states.option))
         largest = max(largest, n)
         if n == 0:
             break
-        fits = states_cost <= budget
-        value = np.where(
-            fits, states_price + lam * (budget - states_cost).astype(np.float64), np.inf
-        )
+        left = budget - states.cost
+        value = np.where(left >= 0, states.price + lam * left.astype(np.float64), np.inf)
         at = int(np.argmin(value))
         if value[at] < best:
-            best, best_at = float(value[at]), (t + 1, at)
-    rows_best = offsets[:-1] + choice
-    if best_at is not None:
-        rows_best = base.copy()
-        stage, state = best_at
-        while stage > 0:
-            parent, option, rows = history[stage - 1]
-            row = int(rows[option[state]])
-            rows_best[int(groups[order[stage - 1]])] = row
-            state, stage = int(parent[state]), stage - 1
-    return rows_best - offsets[:-1], largest
+            best, best_at = float(value[at]), (t, at)
+    # Follow the best state back.
+    stage, state = best_at
+    if stage < 0:
+        return choice, largest
+    chosen = base.copy()
+    for t in range(stage, 0, -1):
+        parent, option = history[t - 1]
+        row = int(groups[t - 1].rows[option[state]])
+        chosen[np.searchsorted(offsets, row, side="right") - 1] = row
+        state = int(parent[state])
+    return chosen - offsets[:-1], largest
 
 
-def _suffix_least(values: Floats) -> Floats:
+def _suffix_least(values: list[float]) -> list[float]:
     """Return ``out[t] = min(values[t:])`` with ``inf`` at the end."""
-    out = np.full(len(values) + 1, np.inf)
-    if len(values):
-        out[:-1] = np.minimum.accumulate(values[::-1])[::-1]
-    return out
+    return list(itertools.accumulate([*values, math.inf][::-1], min))[::-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -43,6 +43,7 @@ def group_hulls(
                 i -= 1
             rows[i] = p
             size += 1
+        # Keep what lies below the line between its neighbours.
         count = start
         for i in range(start, start + size):
             p = rows[i]
@@ -64,24 +65,55 @@ def group_hulls(
     return count
 
 
+class States(NamedTuple):
+    """Partial choices, by cost.
+
+    Attributes:
+        cost: i64[s], total cost.
+        price: f64[s], total reduced cost.
+        parent: i64[s], the state of the step before that each extends.
+        option: i64[s], and with which option.
+    """
+
+    cost: Ints
+    price: Floats
+    parent: Ints
+    option: Ints
+
+
+class Prices(NamedTuple):
+    """What a unit of cost is worth.
+
+    Attributes:
+        lam: The price of the relaxation.
+        down: Least reduced cost of saving a unit in the groups to come.
+        up: Likewise of spending one.
+    """
+
+    lam: float
+    down: float
+    up: float
+
+
 @compiled
 def extend(
-    cost: Ints, price: Floats, da: Ints, dp: Floats, budget: int, lam: float, limit: float,
-    down: float, up: float, out_cost: Ints, out_price: Floats, parent: Ints, option: Ints,
-) -> int:  # fmt: skip
+    states: States, da: Ints, dp: Floats, budget: int, prices: Prices, limit: float, out: States
+) -> int:
     """Add one group's options to all states; returns the number of states kept, -1 if too many.
 
-    A state is a total cost and a price (reduced cost), sorted by cost. Options are sorted by
-    ``da``. A state goes when another is no dearer and no more costly, or when its price with the
-    cheapest way to use (``up``, ``lam``) or to save (``down``) the rest of the budget reaches
-    ``limit``. Dominance compares ``price - lam * cost``, the loss itself.
+    Options are sorted by ``da``, their cost; ``dp`` is their reduced cost. A state goes when
+    another is no dearer and no more costly, or when its price with the cheapest way to use or to
+    save the rest of the budget reaches ``limit``. Dominance compares ``price - lam * cost``, the
+    loss itself.
     """
+    cost, price, lam = states.cost, states.price, prices.lam
     n, k = len(cost), len(da)
     at = np.zeros(k, np.int64)
     count = 0
     best_loss = np.inf
     last_cost = np.int64(-1)
     while True:
+        # Merge: the least cost among the next states of all options.
         pick, least, least_loss = -1, np.int64(9223372036854775807), np.inf
         for j in range(k):
             if at[j] < n:
@@ -92,19 +124,20 @@ def extend(
                         pick, least, least_loss = j, c, loss
         if pick < 0:
             return count
+        # Keep it unless it leads nowhere.
         state = at[pick]
         at[pick] += 1
         value = price[state] + dp[pick]
         over = least - budget
         if over > 0:
-            bound = value + down * np.float64(over)
+            bound = value + prices.down * np.float64(over)
         else:
-            bound = value + min(lam, up) * np.float64(-over)
+            bound = value + min(lam, prices.up) * np.float64(-over)
         if bound >= limit or least_loss >= best_loss or least == last_cost:
             continue
-        if count >= len(out_cost):
+        if count >= len(out.cost):
             return -1
         best_loss, last_cost = least_loss, least
-        out_cost[count], out_price[count] = least, value
-        parent[count], option[count] = state, pick
+        out.cost[count], out.price[count] = least, value
+        out.parent[count], out.option[count] = state, pick
         count += 1

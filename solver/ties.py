@@ -28,36 +28,47 @@ def partners(core: Core) -> Ints | None:
     """
     if not len(core.pairs):
         return None
-    counts = np.diff(core.off)
-    leader = np.arange(core.n_groups)
-    match = {g: {p: {g: p} for p in range(core.off[g], core.off[g + 1])} for g in leader.tolist()}
-    tied = False
-    by_groups: dict[tuple[int, int], set[tuple[int, int]]] = {}
-    for a, b in core.pairs.tolist():
-        p, q = (a, b) if core.grp[a] < core.grp[b] else (b, a)
-        by_groups.setdefault((int(core.grp[p]), int(core.grp[q])), set()).add((p, q))
-    for (g, h), apart in sorted(by_groups.items()):
-        size = int(counts[g])
-        if counts[h] != size or len(apart) != size * (size - 1) or leader[g] == leader[h]:
+    # match[g]: for the groups tied to g, each row of g with its partners by group.
+    match = {
+        g: {p: {g: p} for p in range(*core.off[g : g + 2].tolist())} for g in range(core.n_groups)
+    }
+    leader = list(range(core.n_groups))
+    for (g, h), apart in sorted(_pairs_by_groups(core).items()):
+        partner = _one_to_one(core, g, h, apart)
+        first, second = leader[g], leader[h]
+        if partner is None or first == second:
             continue
-        rows = range(core.off[g], core.off[g + 1])
-        others = range(core.off[h], core.off[h + 1])
-        left = {p: [q for q in others if (p, q) not in apart] for p in rows}
-        if any(len(qs) != 1 for qs in left.values()) or len({q for (q,) in left.values()}) != size:
-            continue
-        first, second = int(leader[g]), int(leader[h])
         of_second = {members[h]: members for members in match.pop(second).values()}
         for members in match[first].values():
-            members.update(of_second[left[members[g]][0]])
-        leader[leader == second] = first
-        tied = True
-    if not tied:
+            members.update(of_second[partner[members[g]]])
+        leader = [first if one == second else one for one in leader]
+    if len(match) == core.n_groups:
         return None
     listed = [sorted(members.values()) for g in sorted(match) for members in match[g].values()]
     out = np.full((len(listed), max(map(len, listed))), -1, dtype=np.int64)
     for i, together in enumerate(listed):
         out[i, : len(together)] = together
     return out
+
+
+def _pairs_by_groups(core: Core) -> dict[tuple[int, int], set[tuple[int, int]]]:
+    """Return the forbidden pairs of each pair of groups, rows of the first group first."""
+    found: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    for a, b in core.pairs.tolist():
+        p, q = (a, b) if core.grp[a] < core.grp[b] else (b, a)
+        found.setdefault((int(core.grp[p]), int(core.grp[q])), set()).add((p, q))
+    return found
+
+
+def _one_to_one(core: Core, g: int, h: int, apart: set[tuple[int, int]]) -> dict[int, int] | None:
+    """Return the partner in group ``h`` that ``apart`` leaves each row of ``g``, or ``None``."""
+    rows, others = (range(*core.off[k : k + 2].tolist()) for k in (g, h))
+    if len(rows) != len(others) or len(apart) != len(rows) * (len(rows) - 1):
+        return None
+    left = {p: [q for q in others if (p, q) not in apart] for p in rows}
+    if any(len(qs) != 1 for qs in left.values()) or len({q for (q,) in left.values()}) < len(rows):
+        return None
+    return {p: q for p, (q,) in left.items()}
 
 
 def collapsed(core: Core, table: Ints) -> Core:

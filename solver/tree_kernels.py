@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from bitquota.solver.compiled import compiled
-from bitquota.solver.relaxation_kernels import EPS, Relaxed, relax
-from bitquota.solver.search_kernels import fields, repair, tabu_search
+from bitquota.solver.relaxation_kernels import EPS, Relaxed, priced, relax
+from bitquota.solver.search_kernels import Space, place, repair, tabu_search
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     Bytes = NDArray[np.uint8]
 
 
+NO_ROW = 2**62
+"""Above every budget."""
 CLOSED, OPEN, SINGLE = 0, 1, 2
 """What ``evaluate_node`` finds: a region that needs no branching, one that does, one choice."""
 
@@ -59,37 +61,46 @@ class Nodes(NamedTuple):
 
 
 @compiled
-def empty(A: Ints, b: Ints, off: Ints, ok: Bytes) -> bool:
-    """Return whether a group has no row or the cheapest rows exceed a budget, in integers."""
-    m = len(b)
-    for g in range(len(off) - 1):
-        some = False
-        for p in range(off[g], off[g + 1]):
-            if ok[p]:
-                some = True
-        if not some:
-            return True
-    for k in range(m):
-        total = 0
-        for g in range(len(off) - 1):
-            least = 4611686018427387904
-            for p in range(off[g], off[g + 1]):
-                if ok[p] and A[k, p] < least:
-                    least = A[k, p]
-            total += least
-        if total > b[k]:
-            return True
-    return False
+def cheapest(A: Ints, off: Ints, ok: Bytes, k: int, g: int) -> int:
+    """Return the least cost of a row of a group; more than any budget where it has no row."""
+    least = NO_ROW
+    for p in range(off[g], off[g + 1]):
+        if ok[p]:
+            least = min(least, A[k, p])
+    return least
 
 
 @compiled
-def clash(pairs: Ints, grp: Ints, off: Ints, ok: Bytes) -> bool:
-    """Return whether two groups with one row each are left with a forbidden pair."""
+def empty(core: Relaxed, ok: Bytes) -> bool:
+    """Return whether no choice is left visibly: by rows, by a budget in integers, or by a pair."""
+    off, grp, pairs = core.off, core.grp, core.pairs
+    for g in range(len(off) - 1):
+        some = 0
+        for p in range(off[g], off[g + 1]):
+            some += ok[p]
+        if some == 0:
+            return True
+    for k in range(len(core.b)):
+        total = 0
+        for g in range(len(off) - 1):
+            total += cheapest(core.A, off, ok, k, g)
+        if total > core.b[k]:
+            return True
+    # Two groups with one row each that must not go together.
     for t in range(len(pairs)):
         i, j = pairs[t, 0], pairs[t, 1]
         if ok[i] and ok[j] and alone(grp, off, ok, i) and alone(grp, off, ok, j):
             return True
     return False
+
+
+@compiled
+def alone(grp: Ints, off: Ints, ok: Bytes, row: int) -> bool:
+    """Return whether ``ok`` has no other row of the group of ``row``."""
+    for p in range(off[grp[row]], off[grp[row] + 1]):  # noqa: SIM110  # as numba compiles it
+        if ok[p] and p != row:
+            return False
+    return True
 
 
 @compiled
@@ -102,8 +113,7 @@ def shrink(
     cheapest other rows exceed a budget, or when it meets a certain row that it must not meet.
     All reasons refer to ``ok``, so that a certificate can repeat them.
     """
-    for p in range(len(s)):
-        kept[p] = ok[p]
+    kept[:] = ok
     drop_by_bound(core, s, lam, ok, bound, cutoff, kept)
     drop_by_cost(core, ok, kept)
     # A row whose partner is the only one left of its group is out.
@@ -120,24 +130,18 @@ def drop_by_bound(
     core: Relaxed, s: Floats, lam: Floats, ok: Bytes, bound: float, cutoff: float, kept: Bytes
 ) -> None:
     """Drop from ``kept`` the rows that raise ``bound`` to ``cutoff`` when they are chosen."""
-    e, off, F = core.e, core.off, core.F
-    m = len(core.b)
+    off = core.off
     margin = 1e-12 * abs(cutoff)
+    low = s - core.e
     for g in range(len(off) - 1):
         least = np.inf
         for p in range(off[g], off[g + 1]):
             if ok[p]:
-                value = s[p] - e[p]
-                for j in range(m):
-                    value += lam[j] * F[j, p]
-                least = min(least, value)
+                low[p] = priced(core.F, low, lam, p)
+                least = min(least, low[p])
         for p in range(off[g], off[g + 1]):
-            if ok[p]:
-                value = s[p] - e[p]
-                for j in range(m):
-                    value += lam[j] * F[j, p]
-                if bound + (value - least) * (1.0 - 1e-9) - margin >= cutoff:
-                    kept[p] = 0
+            if ok[p] and bound + (low[p] - least) * (1.0 - 1e-9) - margin >= cutoff:
+                kept[p] = 0
 
 
 @compiled
@@ -148,10 +152,7 @@ def drop_by_cost(core: Relaxed, ok: Bytes, kept: Bytes) -> None:
     for k in range(len(core.b)):
         slack = core.b[k]
         for g in range(len(off) - 1):
-            least[g] = 4611686018427387904
-            for p in range(off[g], off[g + 1]):
-                if ok[p]:
-                    least[g] = min(least[g], A[k, p])
+            least[g] = cheapest(A, off, ok, k, g)
             slack -= least[g]
         for g in range(len(off) - 1):
             for p in range(off[g], off[g + 1]):
@@ -160,65 +161,62 @@ def drop_by_cost(core: Relaxed, ok: Bytes, kept: Bytes) -> None:
 
 
 @compiled
-def alone(grp: Ints, off: Ints, ok: Bytes, row: int) -> bool:
-    """Return whether ``ok`` has no other row of the group of ``row``."""
-    for p in range(off[grp[row]], off[grp[row] + 1]):  # noqa: SIM110  # as numba compiles it
-        if ok[p] and p != row:
-            return False
-    return True
+def mixing(Q: Floats, kept: Bytes, z: Floats, start: int, stop: int) -> float:
+    """Return what the convex function loses by mixing the rows of a group as ``z`` does."""
+    value = 0.0
+    if len(Q):
+        for p in range(start, stop):
+            if kept[p]:
+                value += 0.5 * Q[p, p] * z[p]
+                for q in range(start, stop):
+                    value -= 0.5 * Q[p, q] * z[p] * z[q]
+    return max(value, 0.0)
 
 
 @compiled
-def choose_branch(
-    Q: Floats, F: Floats, off: Ints, kept: Bytes, z: Floats, lam: Floats
-) -> tuple[int, int]:
+def held(
+    F: Floats, kept: Bytes, z: Floats, lam: Floats, first: int, stop: int
+) -> tuple[float, float]:
+    """Return the weight on the rows from ``first`` to ``stop``, and the price of their cost."""
+    weight, price = 0.0, 0.0
+    for p in range(first, stop):
+        if kept[p]:
+            weight += z[p]
+            for k in range(len(lam)):
+                price += lam[k] * F[k, p] * z[p]
+    return weight, price
+
+
+@compiled
+def choose_branch(core: Relaxed, kept: Bytes, z: Floats, lam: Floats) -> tuple[int, int]:
     """Return a group and the first row of its upper part.
 
     Heavy layers first: rows of a group are in order of cost; a split's score is the geometric
     mean of the weights on both sides times the price of the cost between them, plus what the
     convex function loses by mixing rows of the group.
     """
+    F = core.F
     best_g, best_t, best_score = -1, -1, -1.0
-    m = F.shape[0]
-    for g in range(len(off) - 1):
-        first, last, count = -1, -1, 0
-        for p in range(off[g], off[g + 1]):
-            if kept[p]:
-                if first < 0:
-                    first = p
-                last = p
-                count += 1
+    for g in range(len(core.off) - 1):
+        start, stop = core.off[g], core.off[g + 1]
+        count = 0
+        for p in range(start, stop):
+            count += kept[p]
         if count < 2:
             continue
-        mixing = 0.0
-        weight = 0.0
-        for p in range(off[g], off[g + 1]):
-            if kept[p]:
-                weight += z[p]
-                if len(Q):
-                    mixing += 0.5 * Q[p, p] * z[p]
-                    for q in range(off[g], off[g + 1]):
-                        mixing -= 0.5 * Q[p, q] * z[p] * z[q]
-        below, below_cost = 0.0, 0.0
-        for t in range(first + 1, last + 1):
-            if kept[t - 1]:
-                below += z[t - 1]
-                for k in range(m):
-                    below_cost += lam[k] * F[k, t - 1] * z[t - 1]
-            if not kept[t]:
+        mixed = mixing(core.Q, kept, z, start, stop)
+        seen = 0
+        for t in range(start, stop):
+            seen += kept[t]
+            if not kept[t] or seen < 2:
                 continue
-            above, above_cost = 0.0, 0.0
-            for p in range(t, last + 1):
-                if kept[p]:
-                    above += z[p]
-                    for k in range(m):
-                        above_cost += lam[k] * F[k, p] * z[p]
+            below, below_price = held(F, kept, z, lam, start, t)
+            above, above_price = held(F, kept, z, lam, t, stop)
             share = below * above
-            if share <= 0.0:
-                score = 1e-300 * count
-            else:
-                distance = abs(above_cost / above - below_cost / below)
-                score = np.sqrt(share) * distance + max(mixing, 0.0) * 4.0 * share
+            score = 1e-300 * count
+            if share > 0.0:
+                distance = abs(above_price / above - below_price / below)
+                score = np.sqrt(share) * distance + mixed * 4.0 * share
             if score > best_score:
                 best_g, best_t, best_score = g, t, score
     return best_g, best_t
@@ -259,19 +257,8 @@ def pop(keys: Floats, ids: Ints, size: int) -> int:
 
 
 @compiled
-def value_of(core: Relaxed, cur: Ints) -> float:
-    """Return the objective of the choice ``cur``."""
-    value = core.constant
-    for i in range(len(cur)):
-        value += core.d[cur[i]]
-        for j in range(i if len(core.C) else 0):
-            value += core.C[cur[i], cur[j]]
-    return value
-
-
-@compiled
-def safe_value(core: Relaxed, cur: Ints) -> float:
-    """Return the objective of the choice ``cur``, rounded down."""
+def value_of(core: Relaxed, cur: Ints) -> tuple[float, float]:
+    """Return the objective of the choice ``cur``, and the same rounded down."""
     C, d = core.C, core.d
     value, size = core.constant, abs(core.constant)
     for g in range(len(cur)):
@@ -282,7 +269,7 @@ def safe_value(core: Relaxed, cur: Ints) -> float:
             size += abs(C[cur[g], cur[i]])
     # A sum of k terms is off by at most about k roundings of the sum of their sizes; the
     # terms of fixed groups have been summed into d and constant before.
-    return value - EPS * (len(d) + 0.5 * len(cur) * len(cur) + 10.0) * size
+    return value, value - EPS * (len(d) + 0.5 * len(cur) * len(cur) + 10.0) * size
 
 
 @compiled
@@ -295,21 +282,18 @@ def evaluate_node(
     For a single choice ``cur`` holds it, and the node's bound is its objective, rounded down.
     """
     off, ok = core.off, nodes.allowed[node]
-    if empty(core.A, core.b, off, ok) or clash(core.pairs, core.grp, off, ok):
+    if empty(core, ok):
         nodes.bound[node] = np.inf
         nodes.kind[node] = 0
         return CLOSED
-    single = True
+    count = 0
     for g in range(len(off) - 1):
-        count = 0
         for p in range(off[g], off[g + 1]):
             if ok[p]:
                 count += 1
                 cur[g] = p
-        if count > 1:
-            single = False
-    if single:
-        nodes.bound[node] = safe_value(core, cur)
+    if count == len(cur):
+        nodes.bound[node] = value_of(core, cur)[1]
         nodes.kind[node] = 2
         return SINGLE
     # Bound.
@@ -321,8 +305,7 @@ def evaluate_node(
         return CLOSED
     # Fix, then choose where to branch.
     shrink(core, s, lam, ok, bound, cutoff, nodes.kept[node])
-    g, t = choose_branch(core.Q, core.F, off, nodes.kept[node], z, lam)
-    nodes.group[node], nodes.split[node] = g, t
+    nodes.group[node], nodes.split[node] = choose_branch(core, nodes.kept[node], z, lam)
     return OPEN
 
 
@@ -348,7 +331,7 @@ def probe(
         only[:] = ok
         only[off[grp[p]] : off[grp[p] + 1]] = 0
         only[p] = 1
-        if empty(core.A, core.b, off, only) or clash(core.pairs, grp, off, only):
+        if empty(core, only):
             points[count, :] = 0.0
             lams[count, :] = 0.0
         else:
@@ -389,33 +372,29 @@ def make_child(core: Relaxed, nodes: Nodes, node: int, half: int) -> int:
     child: int = nodes.counts[0]
     nodes.counts[0] += 1
     nodes.parent[child] = node
-    for p in range(off[len(off) - 1]):
-        nodes.allowed[child, p] = nodes.kept[node, p]
+    nodes.allowed[child, :] = nodes.kept[node]
+    nodes.lam[child, :] = nodes.lam[node]
     if g >= 0:
         for p in range(off[g], off[g + 1]):
             if (p < t) == (half == 1):
                 nodes.allowed[child, p] = 0
-    for k in range(len(core.b)):
-        nodes.lam[child, k] = nodes.lam[node, k]
     return child
 
 
 @compiled
-def round_up(
-    core: Relaxed, ok: Bytes, z: Floats, h: Floats, used: Ints, weight: Floats, cur: Ints
-) -> bool:
+def round_up(core: Relaxed, ok: Bytes, z: Floats, weight: Floats, cur: Ints) -> bool:
     """Set ``cur`` to a choice near ``z``, improved by search; returns whether one was found."""
-    off, A, b, P, d = core.off, core.A, core.b, core.P, core.d
+    off = core.off
     for i in range(len(cur)):
         top = -1
         for p in range(off[i], off[i + 1]):
             if ok[p] and (top < 0 or z[p] > z[top]):
                 top = p
         cur[i] = top
-    fields(d, P, A, cur, h, used)
-    if not repair(P, off, A, b, cur, h, used, weight):
+    space = Space(core.d, core.P, off, core.grp, core.A, core.b)
+    if not repair(space, place(space, cur), weight):
         return False
-    tabu_search(d, P, off, core.grp, A, b, cur, 0, 200, 1, 1)
+    tabu_search(space, cur, 0, 200, 1, 1)
     return True
 
 
@@ -428,12 +407,9 @@ def grow(
 
     Node 0 must be evaluated and in the heap. ``best`` is (objective, cutoff).
     """
-    n, m, G = len(core.l), len(core.b), len(core.off) - 1
-    z, s, work = np.zeros(n), np.zeros(n), np.zeros(n)
-    h, used, cur = np.zeros(n), np.zeros(m, np.int64), np.zeros(G, np.int64)
-    weight = np.zeros(m)
-    for k in range(m):
-        weight[k] = 1.0 / (core.f[k] + 1.0)
+    n = len(core.l)
+    z, s, work, cur = np.zeros(n), np.zeros(n), np.zeros(n), best_cur.copy()
+    weight = 1.0 / (core.f + 1.0)
     counts, bound = nodes.counts, nodes.bound
     for _ in range(most):
         # Take the open node of the least bound.
@@ -456,12 +432,10 @@ def grow(
                 key = max(bound[child], bound[node])
                 counts[1] = push(nodes.keys, nodes.ids, counts[1], key, child)
                 # Now and then look for a better choice near the relaxation's point.
-                if counts[3] % 8 == 1:
-                    ok = nodes.allowed[child]
-                    if round_up(core, ok, z, h, used, weight, cur):
-                        code = SINGLE
+                if counts[3] % 8 == 1 and round_up(core, nodes.allowed[child], z, weight, cur):
+                    code = SINGLE
             if code == SINGLE:
-                value = value_of(core, cur)
+                value = value_of(core, cur)[0]
                 if improves(core, cur, value, best[0]):
                     best[0] = value
                     best[1] = value - max(gap * abs(value), floor)
