@@ -194,34 +194,42 @@ class Tree:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Record:
-    """What becomes a certificate: a tree of regions, with the trees of their cores below them.
+class Entry:
+    """A node of the record.
 
     Attributes:
-        own: What each node's own formula proves; ``+inf`` for a region that is visibly empty.
+        parent: Its parent's index, -1 for the root.
+        allowed: bool[n of the problem].
+        own: What its own formula proves; ``+inf`` for a region that is visibly empty.
+        convexification: The formula's convex function; -1 for a node without a formula.
+        point: f32[n of the problem], where the formula is computed.
+        multipliers: f64[m], likewise.
     """
+
+    parent: int
+    allowed: Bools
+    own: float = -math.inf
+    convexification: int = -1
+    point: NDArray[np.float32] | None = None
+    multipliers: Floats | None = None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Record:
+    """What becomes a certificate: a tree of regions, with the trees of their cores below them."""
 
     problem: Problem
     convexifications: list[Convexification] = field(default_factory=list)
-    parent: list[int] = field(default_factory=list)
-    allowed: list[Bools] = field(default_factory=list)
-    own: list[float] = field(default_factory=list)
-    convexification: list[int] = field(default_factory=list)
-    point: list[NDArray[np.float32] | None] = field(default_factory=list)
-    multipliers: list[Floats | None] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
     trees: list[tuple[int, int, Tree]] = field(default_factory=list)
+    """Node, convex function, and the tree whose root that node is."""
     spare: dict[int, tuple[int, Tree]] = field(default_factory=dict)
     """Unfinished trees of regions that were taken further: used where they prove more."""
 
-    def node(self, parent: int, allowed: Bools) -> int:
+    def node(self, parent: int, allowed: Bools, own: float = -math.inf) -> int:
         """Append a region below ``parent``, without a formula of its own; returns its index."""
-        self.parent.append(parent)
-        self.allowed.append(allowed)
-        self.own.append(-math.inf)
-        self.convexification.append(-1)
-        self.point.append(None)
-        self.multipliers.append(None)
-        return len(self.parent) - 1
+        self.entries.append(Entry(parent=parent, allowed=allowed, own=own))
+        return len(self.entries) - 1
 
     def convexify(self, core: Core, convex: Convex) -> int:
         """Append a convex function; returns its index."""
@@ -230,14 +238,14 @@ class Record:
 
     def formula(self, node: int, tree: Tree, convexification: int) -> None:
         """Give ``node`` the formula of ``tree``'s root, if that proves more than it has."""
-        own = float(tree.bound[0])
-        if own <= self.own[node]:
+        own, entry = float(tree.bound[0]), self.entries[node]
+        if own <= entry.own:
             return
-        self.own[node] = own
+        entry.own = own
         if tree.kind[0] == 1:
-            self.convexification[node] = convexification
-            self.point[node] = self._lift(tree.core, tree.point[0])
-            self.multipliers[node] = tree.lam[0].copy()
+            entry.convexification = convexification
+            entry.point = self._lift(tree.core, tree.point[:1])[0]
+            entry.multipliers = tree.lam[0].copy()
 
     def probed(
         self, node: int, core: Core, dropped: list[Probed], convexification: int, cutoff: float
@@ -245,17 +253,14 @@ class Record:
         """Append a leaf for each dropped row; returns the node of the region without them."""
         for probe in dropped:
             row = int(core.rows[probe.row])
-            group = self.problem.group_of_row == self.problem.group_of_row[row]
-            here = self.allowed[node]
-            alone = here & ~group
+            here = self.entries[node].allowed
+            alone = here & (self.problem.group_of_row != self.problem.group_of_row[row])
             alone[row] = True
-            leaf = self.node(node, alone)
-            self.own[leaf] = math.inf
+            leaf = self.entries[self.node(node, alone, math.inf)]
             if probe.point.any():
-                self.own[leaf] = cutoff
-                self.convexification[leaf] = convexification
-                self.point[leaf] = self._lift(core, probe.point)
-                self.multipliers[leaf] = probe.multipliers
+                leaf.own, leaf.convexification = cutoff, convexification
+                leaf.point = self._lift(core, probe.point[None])[0]
+                leaf.multipliers = probe.multipliers
             rest = here.copy()
             rest[row] = False
             node = self.node(node, rest)
@@ -269,21 +274,19 @@ class Record:
     def _compress(self, use: Bools) -> None:
         """Keep the nodes ``use`` only."""
         new = np.cumsum(use) - 1
-        picked = np.flatnonzero(use).tolist()
-        self.parent = [int(new[self.parent[i]]) if self.parent[i] >= 0 else -1 for i in picked]
-        for name in ("allowed", "own", "convexification", "point", "multipliers"):
-            values = getattr(self, name)
-            setattr(self, name, [values[i] for i in picked])
+        self.entries = [entry for entry, used in zip(self.entries, use, strict=True) if used]
+        for entry in self.entries:
+            entry.parent = int(new[entry.parent]) if entry.parent >= 0 else -1
         self.trees = [(int(new[node]), index, tree) for node, index, tree in self.trees]
         self.spare = {}
 
-    def _settle(self, cutoff: float) -> tuple[Floats, Bools]:
-        """Put spare trees where they prove more than the nodes below; returns values, and use.
+    def _settle(self, cutoff: float) -> Bools:
+        """Put spare trees where they prove more than the nodes below; returns which are in use.
 
         A node whose region a spare tree takes over loses its other descendants.
         """
-        parent = np.array(self.parent, dtype=np.int64)
-        own = np.array(self.own)
+        parent = np.array([entry.parent for entry in self.entries], dtype=np.int64)
+        own = np.array([entry.own for entry in self.entries])
         for node, _, tree in self.trees:
             own[node] = max(own[node], min(tree.open_bound(), cutoff))
         use = np.ones(len(parent), dtype=np.bool_)
@@ -301,17 +304,15 @@ class Record:
             use &= ~gone
             self.trees = [t for t in self.trees if not gone[t[0]]]
             self.trees.append((node, index, tree))
-            own[node] = bound
-            parent = np.where(gone, np.arange(len(parent)) - 1, parent)
-            own = np.where(gone, np.inf, own)
-            parent[gone] = -1
+            own[node], own[gone], parent[gone] = bound, np.inf, -1
             value = kernels.settle(parent, own, cutoff)
-        return value, use
+        return use
 
-    def _lift(self, core: Core, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        full = np.zeros(self.problem.n_rows, dtype=np.float32)
-        full[core.rows] = values
-        full[core.full[core.full >= 0]] = 1.0
+    def _lift(self, core: Core, points: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return ``points`` [k, n of the core] in the problem's rows."""
+        full = np.zeros((len(points), self.problem.n_rows), dtype=np.float32)
+        full[:, core.rows] = points
+        full[:, core.full[core.full >= 0]] = 1.0
         return full
 
     def finish(self, cutoff: float) -> Certificate:
@@ -322,8 +323,8 @@ class Record:
         """
         n, m = self.problem.n_rows, len(self.problem.limits)
         if self.spare:
-            self._compress(self._settle(cutoff)[1])
-        base = len(self.parent)
+            self._compress(self._settle(cutoff))
+        base = len(self.entries)
         total = base + sum(tree.n_nodes - 1 for _, _, tree in self.trees)
         parent = np.full(total, -1, dtype=np.int64)
         masks = np.zeros((total, n), dtype=np.bool_)
@@ -331,30 +332,25 @@ class Record:
         conv = np.full(total, -1, dtype=np.int64)
         point = np.zeros((total, n), dtype=np.float32)
         lam = np.zeros((total, m))
-        parent[:base], masks[:base], own[:base] = self.parent, self.allowed, self.own
-        conv[:base] = self.convexification
-        for i, (values, prices) in enumerate(zip(self.point, self.multipliers, strict=True)):
-            if values is not None and prices is not None:
-                point[i], lam[i] = values, prices
+        # The regions.
+        for i, entry in enumerate(self.entries):
+            parent[i], masks[i], own[i] = entry.parent, entry.allowed, entry.own
+            conv[i] = entry.convexification
+            if entry.point is not None and entry.multipliers is not None:
+                point[i], lam[i] = entry.point, entry.multipliers
+        # The nodes of their trees, whose roots are regions.
         at = base
         for node, convexification, tree in self.trees:
-            core, count = tree.core, tree.n_nodes
-            new = slice(at, at + count - 1)
-            fixed = core.full[core.full >= 0]
-            inner = np.zeros((count - 1, n), dtype=np.bool_)
-            inner[:, core.rows] = tree.allowed[1:count] > 0
-            inner[:, fixed] = True
-            masks[new] = inner
-            above = tree.parent[1:count]
+            core, inner = tree.core, slice(1, tree.n_nodes)
+            new = slice(at, at + tree.n_nodes - 1)
+            masks[new, core.rows] = tree.allowed[inner] > 0
+            masks[new, core.full[core.full >= 0]] = True
+            above = tree.parent[inner]
             parent[new] = np.where(above == 0, node, above + at - 1)
-            conv[new] = np.where(tree.kind[1:count] == 1, convexification, -1)
-            values = np.zeros((count - 1, n), dtype=np.float32)
-            values[:, core.rows] = tree.point[1:count]
-            values[:, fixed] = 1.0
-            point[new] = values
-            lam[new] = tree.lam[1:count]
-            own[new] = tree.bound[1:count]
-            at += count - 1
+            conv[new] = np.where(tree.kind[inner] == 1, convexification, -1)
+            point[new], lam[new] = self._lift(core, tree.point[inner]), tree.lam[inner]
+            own[new] = tree.bound[inner]
+            at = new.stop
         point[conv < 0] = 0.0
         lam[conv < 0] = 0.0
         return Certificate(

@@ -31,7 +31,7 @@ def n_choices(problem: Problem) -> int:
 
 
 def feasible_choices(
-    problem: Problem, *, largest: int = LARGEST
+    problem: Problem,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
     """Yield all feasible choices in lexicographic order, in chunks.
 
@@ -39,18 +39,19 @@ def feasible_choices(
         ``i64[k, G]`` choices and ``f64[k]`` objectives; ``k`` may be 0.
 
     Raises:
-        InvalidProblem: More than ``largest`` choices.
+        InvalidProblem: More than ``LARGEST`` choices.
 
     Cost: ``O(choices · G²)``.
     """
     total = n_choices(problem)
-    if total > largest:
+    if total > LARGEST:
         msg = (
-            f"enumeration takes at most {largest:,} choices; this problem has {total:,}: use "
+            f"enumeration takes at most {LARGEST:,} choices; this problem has {total:,}: use "
             "another solver"
         )
-        raise InvalidProblem(msg, choices=total, largest=largest)
+        raise InvalidProblem(msg, choices=total, largest=LARGEST)
     starts = problem.offsets[:-1]
+    # A choice's number in lexicographic order gives its rows.
     locals_of = [
         np.flatnonzero(problem.allowed[a:b])
         for a, b in zip(starts.tolist(), problem.offsets[1:].tolist(), strict=True)
@@ -62,6 +63,7 @@ def feasible_choices(
         for g in reversed(range(len(sizes))):
             index, digit = np.divmod(index, sizes[g])
             choices[:, g] = locals_of[g][digit]
+        # Those that meet every constraint.
         rows = choices + starts
         fits = np.ones(len(rows), dtype=np.bool_)
         for cost, limit in zip(problem.costs, problem.limits, strict=True):
@@ -72,6 +74,7 @@ def feasible_choices(
             fits &= ~(chosen[:, a] & chosen[:, b])
         for a, b in problem.required_pairs.tolist():
             fits &= ~chosen[:, a] | chosen[:, b]
+        # Their objectives.
         choices, rows = choices[fits], rows[fits]
         values = problem.constant + problem.diagonal[rows].sum(axis=1)
         if problem.cross is not None:
@@ -81,53 +84,37 @@ def feasible_choices(
         yield choices, values
 
 
-def enumerate_all(
-    problem: Problem,
-    *,
-    largest: int = LARGEST,
-    cancelled: Callable[[], bool] | None = None,
-) -> Solution:
+def enumerate_all(problem: Problem, *, cancelled: Callable[[], bool] = lambda: False) -> Solution:
     """Return the best choice, found by looking at all of them.
 
     Exact up to the rounding of one sum: two choices whose objectives differ by less than that
     count as equal, and the lexicographically first is returned.
 
     Raises:
-        InvalidProblem: More than ``largest`` choices.
+        InvalidProblem: More than ``LARGEST`` choices.
     """
     started = time.process_time()
     best: NDArray[np.int64] | None = None
     best_value, seen = math.inf, 0
     stopped = False
-    for choices, values in feasible_choices(problem, largest=largest):
-        if cancelled is not None and cancelled():
+    for choices, values in feasible_choices(problem):
+        if cancelled():
             stopped = True
             break
         seen += len(values)
         if len(values) and float(values.min()) < best_value:
             at = int(np.argmin(values))
             best, best_value = choices[at], float(values[at])
-    stats = Stats(cpu_seconds=time.process_time() - started, details={"feasible": float(seen)})
-    if stopped:
-        found = best is not None
-        return Solution(
-            status=Status.FEASIBLE if found else Status.UNKNOWN,
-            limit=Limit.CANCELLED,
-            choice=best,
-            objective=math.inf if best is None else problem.evaluate(best),
-            backend="brute_force",
-            stats=stats,
-        )
+    value = math.inf if best is None else problem.evaluate(best)
+    proved, unproved = Status.OPTIMAL, Status.FEASIBLE
     if best is None:
-        return Solution(
-            status=Status.INFEASIBLE, bound=math.inf, backend="brute_force", stats=stats
-        )
-    value = problem.evaluate(best)
+        proved, unproved = Status.INFEASIBLE, Status.UNKNOWN
     return Solution(
-        status=Status.OPTIMAL,
+        status=unproved if stopped else proved,
+        limit=Limit.CANCELLED if stopped else None,
         choice=best,
         objective=value,
-        bound=value,
+        bound=-math.inf if stopped else value,
         backend="brute_force",
-        stats=stats,
+        stats=Stats(cpu_seconds=time.process_time() - started, details={"feasible": float(seen)}),
     )

@@ -57,6 +57,7 @@ def build_problem(
     limits: list[int] = []
     resources: list[str] = []
     allowed = np.ones(n, dtype=np.bool_)
+    # Budgets, and the limits on how many groups may use a bit-width.
     for budget in budgets:
         if budget.resource == "latency_ns":
             if latency_ns is None:
@@ -80,6 +81,7 @@ def build_problem(
         costs.append(np.array(uses, dtype=np.int64))
         limits.append(int(most))
         resources.append(f"groups at {bits} bits")
+    # Rules: rows that are left.
     for rule in fixed:
         rows, groups = _rows(table, rule)
         in_groups = np.isin(table.group_of_row, groups)

@@ -90,12 +90,14 @@ def check_certificate(
     if method not in METHODS:
         msg = f"'method' must be one of {', '.join(METHODS)}; got '{method}'"
         raise InvalidInput(msg, method=method)
+    # What the nodes prove.
     checker = None
     try:
         checker = _Checker(problem, certificate, method)
         proved = checker.prove()
     except _Broken as broken:
         return Verdict(holds=False, proved=-math.inf, reason=str(broken))
+    # Whether that is enough.
     holds = (
         proved >= Fraction(certificate.bound)
         if _finite(certificate.bound)
@@ -125,6 +127,7 @@ def check_solution(problem: Problem, solution: Solution, *, method: str = "auto"
     the rounding of a sum, and the certificate must prove its own bound. ``solution.bound`` itself
     must not exceed what is proved by more than that rounding.
     """
+    # The choice and its value.
     arithmetic = _Arithmetic(problem)
     if solution.choice is not None:
         reason = arithmetic.broken_constraint(solution.choice)
@@ -137,6 +140,7 @@ def check_solution(problem: Problem, solution: Solution, *, method: str = "auto"
                 f"got {solution.objective:.17g}"
             )
             return Verdict(holds=False, proved=-math.inf, reason=reason)
+    # The bound.
     if solution.certificate is None:
         holds = solution.bound == -math.inf
         reason = "" if holds else "a bound must come with a certificate to be checked; got none"

@@ -225,12 +225,14 @@ class ExactBounds:
         linear, Q, exponent = self._terms
         (z,), _ = dyadic(point)
         sums = np.add.reduceat(z, starts)
+        # z as integers over one denominator.
         denominator = 1
         for total in sums.tolist():
             denominator *= total
         counts = np.diff(problem.offsets)
         u = z * np.repeat(denominator // sums, counts)  # z = u / denominator
         quadratic = u * 0 if Q is None else Q @ u
+        # Multipliers and what they price.
         (prices,), fine = dyadic(multipliers)
         (costs, limits), _ = dyadic(problem.costs, problem.limits)
         priced = prices @ costs if len(prices) else u * 0
@@ -240,6 +242,7 @@ class ExactBounds:
             (priced * denominator) << (fine - low)
         )
         unit = Fraction(2) ** low / denominator
+        # The sum over the groups, and with each removed row chosen.
         least = [
             min(rows[a:b][mask[a:b]].tolist())
             for a, b in zip(starts.tolist(), problem.offsets[1:].tolist(), strict=True)
@@ -331,6 +334,7 @@ class OutwardBounds:
         problem, starts = self.problem, self.problem.offsets[:-1]
         _check_points(points, starts, self.frame.support)
         linear, size, Q, Q_size, roundings = self._terms
+        # Row values, and the sizes that went into them.
         counts = np.diff(problem.offsets)
         given = self._real(points)
         z = given / np.repeat(np.add.reduceat(given, starts, axis=1), counts, axis=1)
@@ -352,6 +356,7 @@ class OutwardBounds:
         factor = self._gamma(
             roundings + 2 * (int(counts.max()) + 2) + 2 * n + 2 * m + len(starts) + 16
         )
+        # The sum over the groups, every value at the low end of its error.
         lower = rows - factor * rows_size - self.real(TINY)
         infinite = self.real(np.inf)
         least = np.minimum.reduceat(np.where(masks, lower, infinite), starts, axis=1)
@@ -359,6 +364,7 @@ class OutwardBounds:
         total = constant - square - prices @ limits + least.sum(axis=1)
         lost = np.abs(constant) + square_size + spent + np.abs(least).sum(axis=1)
         total = total - factor * lost - self.real(TINY)
+        # The same with each removed row chosen.
         node = np.repeat(np.arange(len(z)), list(map(len, removed)))
         row = np.array(list(itertools.chain.from_iterable(removed)), dtype=np.int64)
         floor = least[node, np.repeat(np.arange(len(starts)), counts)[row]]

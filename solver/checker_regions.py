@@ -82,6 +82,7 @@ class Regions:
         opened = masks & ~kept & parents[:, None]
         for block in blocks(np.arange(len(masks)), len(enemies)):
             mask = masks[block]
+            # Rows left per group, and pairs with rows that are certain.
             rows = np.add.reduceat(mask.astype(np.int64), starts, axis=1)
             single[block] = (rows == 1).all(axis=1)
             lost = (rows == 0).any(axis=1)
@@ -91,6 +92,7 @@ class Regions:
                 met = alone.astype(np.float32) @ meets > 0
                 lost |= (alone & met).any(axis=1)
                 opened[block] &= ~met
+            # Budgets: the cheapest rows, and each row beside them.
             for cost, limit in zip(problem.costs, problem.limits.tolist(), strict=True):
                 # Groups without rows count nothing: their regions are empty already.
                 priced = np.where(mask, cost, np.iinfo(np.int64).max)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from bitquota.errors import InvalidProblem
 from bitquota.solver.solution import Event, Limit
@@ -16,6 +16,22 @@ if TYPE_CHECKING:
 
 OnEvent = Callable[[Event], None]
 Cancelled = Callable[[], bool]
+
+
+class Wishes(TypedDict, total=False):
+    """Options of ``bitquota.solver.solve`` that callers hand on as they are; explained there."""
+
+    gap: float
+    node_limit: int | None
+    seed: int
+    cancelled: Cancelled | None
+
+
+class Limits(Wishes, total=False):
+    """The same, with the time limit of each solve."""
+
+    time_limit_s: float | None
+    clock: Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -82,6 +82,7 @@ def reduce(problem: Problem, keep: Bools) -> Core:
 
     Every group must keep a row. ``O(n²)``, ``O(n)`` for a separable problem.
     """
+    # Groups with one row are fixed, the others stay.
     group = problem.group_of_row
     counts = np.bincount(group[keep], minlength=problem.n_groups)
     single = counts == 1
@@ -92,6 +93,7 @@ def reduce(problem: Problem, keep: Bools) -> Core:
     # Branching splits a group between cheap and dear rows, so they are put in order of cost.
     share = problem.costs / np.maximum(problem.limits, 1)[:, None]
     rows = rows[np.lexsort((problem.diagonal[rows] * -1.0, share.sum(axis=0)[rows], group[rows]))]
+    # The objective, with what fixed rows contribute.
     d = problem.diagonal[rows].copy()
     constant = problem.constant + float(problem.diagonal[fixed].sum())
     if problem.cross is None:
@@ -100,6 +102,7 @@ def reduce(problem: Problem, keep: Bools) -> Core:
         C = np.ascontiguousarray(problem.cross[np.ix_(rows, rows)])
         d += problem.cross[np.ix_(rows, fixed)].sum(axis=1)
         constant += 0.5 * float(problem.cross[np.ix_(fixed, fixed)].sum())
+    # Constraints, likewise.
     sizes = counts[counts > 1]
     off = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     index = np.full(problem.n_rows, -1, dtype=np.int64)

@@ -109,6 +109,7 @@ def cross_check(
     names = [backend_by_name(name).name for name in backends or ()]
     if backends is None:
         names = [backend.name for backend in usable(problem) if backend.name != solution.backend]
+    # The certificate, then one solver after the other.
     verdict = None if solution.certificate is None else check_solution(problem, solution)
     comparisons = []
     for name in names:
@@ -140,6 +141,7 @@ def compare(
     rounding = _ROUNDING * (scale + abs(problem.constant))
     tolerance = other.stats.details.get("bound_tolerance", 0.0) + rounding
     own_tolerance = ours.stats.details.get("bound_tolerance", 0.0) + rounding
+    # Is there a choice at all?
     if other.choice is not None and ours.status is Status.INFEASIBLE:
         return Outcome.CONTRADICTS, "it found a choice where ours says there is none"
     if other.status is Status.INFEASIBLE:
@@ -148,6 +150,7 @@ def compare(
         if ours.status is Status.INFEASIBLE:
             return Outcome.CONFIRMS, "both proved that no choice exists"
         return Outcome.CONSISTENT, "it proved that no choice exists; ours did not finish"
+    # Does either bound contradict the other's choice?
     if other.objective < ours.bound - own_tolerance:
         return (
             Outcome.CONTRADICTS,
@@ -158,6 +161,7 @@ def compare(
             Outcome.CONTRADICTS,
             f"its bound {other.bound:.12g} is above our choice's {ours.objective:.12g}",
         )
+    # Did both prove the same?
     slack = gap * max(abs(ours.objective), abs(other.objective))
     slack += (ours.objective - ours.bound) + tolerance
     if other.status is not Status.OPTIMAL or ours.choice is None:

@@ -6,7 +6,6 @@ import time
 from typing import TYPE_CHECKING
 
 from bitquota.errors import InvalidInput
-from bitquota.solver.backends import BACKENDS, installed_backend
 from bitquota.solver.control import Options
 from bitquota.solver.native import solve_native, verified
 
@@ -63,10 +62,14 @@ def solve(
         SolverFailed: The answer does not survive the check from first principles.
     """
     options = Options(gap=gap, time_limit_s=time_limit_s, node_limit=node_limit, seed=seed)
+    # Our own solver.
     if backend in {"auto", "bitquota"}:
         return solve_native(
             problem, options, on_event=on_event, cancelled=cancelled, start=start, clock=clock
         )
+    # Another one, which may not keep every limit.
+    from bitquota.solver.backends import BACKENDS, installed_backend
+
     other = installed_backend(backend)
     if node_limit is not None and not other.counts_nodes:
         msg = (

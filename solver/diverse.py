@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
 from bitquota.errors import Infeasible, InvalidProblem
-from bitquota.solver.dispatch import GAP, solve
+from bitquota.solver.dispatch import solve
 from bitquota.solver.solution import Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
+    from bitquota.solver.control import Wishes
     from bitquota.solver.problem import Problem
     from bitquota.solver.solution import Solution
 
@@ -32,61 +33,26 @@ def top_k(
     *,
     distance: int = 1,
     weights: Sequence[int] | None = None,
-    gap: float = GAP,
     time_limit_s: float | None = None,
-    seed: int = 0,
-    cancelled: Callable[[], bool] | None = None,
     clock: Callable[[], float] = time.monotonic,
+    **wishes: Unpack[Wishes],
 ) -> tuple[Solution, ...]:
-    """Return up to ``k`` solutions, best first, each far enough from those before.
-
-    All that ``diverse`` yields with a choice; arguments and errors are the same.
-    """
-    found = diverse(
-        problem,
-        k,
-        distance=distance,
-        weights=weights,
-        gap=gap,
-        time_limit_s=time_limit_s,
-        seed=seed,
-        cancelled=cancelled,
-        clock=clock,
-    )
-    return tuple(solution for solution in found if solution.choice is not None)
-
-
-def diverse(
-    problem: Problem,
-    k: int,
-    *,
-    distance: int = 1,
-    weights: Sequence[int] | None = None,
-    gap: float = GAP,
-    time_limit_s: float | None = None,
-    seed: int = 0,
-    cancelled: Callable[[], bool] | None = None,
-    clock: Callable[[], float] = time.monotonic,
-) -> Iterator[Solution]:
-    """Yield up to ``k`` solutions, each the best that differs enough from all before it.
+    """Return up to ``k`` solutions, each the best that differs enough from all before it.
 
     "Differs enough" is one more row of zeros and weights per earlier choice: the groups that agree
-    with it weigh at most the total less ``distance``. So each solution is exact (within ``gap``),
+    with it weigh at most the total less ``distance``. So each solution is exact (within the gap),
     and its certificate is one for ``excluding(problem, earlier, …)``. With ``distance`` 1 and no
     weights these are the ``k`` best choices.
 
     Args:
         problem: What to solve.
         k: How many solutions at most. Fewer come when no other choice is left, or after the
-            first that a limit stopped: it may be worse than one that would follow. When there is
-            none at all, the solution that says so is the only one.
+            first that a limit stopped: it may be worse than one that would follow.
         distance: Least total weight of the groups in which two solutions differ.
         weights: What each group counts, such as its number of weights; 1 each by default.
-        gap: Relative gap of each.
         time_limit_s: Seconds by ``clock`` in all.
-        seed: For the search.
-        cancelled: ``True`` stops.
         clock: What the time limit is measured with.
+        wishes: For each solve; see ``bitquota.solver.solve``.
 
     Raises:
         InvalidProblem: ``k`` or ``distance`` below 1, or weights that are negative or do not fit
@@ -96,27 +62,25 @@ def diverse(
     if k < 1:
         msg = f"'k' must be at least 1; got {k}"
         raise InvalidProblem(msg)
+    # Solve, exclude what is too near to the choice, solve again.
     begin = clock()
-    found: list[Ints] = []
+    found: list[Solution] = []
     while len(found) < k:
-        rest = excluding(problem, found, distance=distance, weights=weights)
+        choices = [solution.choice for solution in found if solution.choice is not None]
+        rest = excluding(problem, choices, distance=distance, weights=weights)
         left = None if time_limit_s is None else max(0.0, time_limit_s - (clock() - begin))
         try:
-            solution = solve(
-                rest, gap=gap, time_limit_s=left, seed=seed, cancelled=cancelled, clock=clock
-            )
+            solution = solve(rest, time_limit_s=left, clock=clock, **wishes)
         except Infeasible:
             if not found:
                 raise
-            return
+            break
         if solution.choice is None:
-            if not found:
-                yield solution
-            return
-        found.append(solution.choice)
-        yield solution
+            break
+        found.append(solution)
         if solution.status is not Status.OPTIMAL:
-            return
+            break
+    return tuple(found)
 
 
 def excluding(
@@ -129,7 +93,7 @@ def excluding(
     """Return ``problem`` with the choices nearer than ``distance`` to any of ``choices`` excluded.
 
     Raises:
-        InvalidProblem: See ``diverse``.
+        InvalidProblem: See ``top_k``.
     """
     weight = np.ones(problem.n_groups, dtype=np.int64)
     if weights is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from bitquota.errors import InvalidInput
 from bitquota.solver.conflicts import explain_infeasible
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bitquota.canonical import JsonObject
+    from bitquota.solver.control import Limits
     from bitquota.solver.frontiers import FrontierPoint, Smallest
     from bitquota.solver.problem import Problem
     from bitquota.solver.solution import Certificate, Solution
@@ -26,52 +27,38 @@ def solve_document(
     problem: Problem,
     *,
     solver: str = "auto",
-    gap: float = GAP,
-    time_limit_s: float | None = None,
-    node_limit: int | None = None,
-    seed: int = 0,
     top: int = 1,
     explain: bool = False,
     cross_check: bool = False,
-    cancelled: Callable[[], bool] | None = None,
     on_certificate: Callable[[Certificate], None] | None = None,
+    **limits: Unpack[Limits],
 ) -> JsonObject:
     """Solve ``problem`` and return everything about the answer.
 
     Args:
         problem: What to solve.
         solver: Backend.
-        gap: Relative gap to stop at.
-        time_limit_s: Seconds for one solve.
-        node_limit: Branch-and-bound nodes; unlike seconds, reproducible.
-        seed: Of the search.
         top: Also list this many different choices, best first, under ``top``.
         explain: Add ``explanation``: the price of each budget, and what each group's bits buy.
         cross_check: Add ``cross_check``: the certificate verified, every other solver asked.
-        cancelled: Asked now and then.
         on_certificate: Called with the certificate of the bound; other solvers than ours give none.
+        limits: Of each solve; see ``bitquota.solver.solve``.
 
     A problem that has no choice gets ``conflict`` instead: what conflicts, and which budget must
     be raised how far.
     """
-    solution = solve(
-        problem,
-        backend=solver,
-        gap=gap,
-        time_limit_s=time_limit_s,
-        node_limit=node_limit,
-        seed=seed,
-        cancelled=cancelled,
-    )
+    solution = solve(problem, backend=solver, **limits)
     if on_certificate is not None and solution.certificate is not None:
         on_certificate(solution.certificate)
+    # The answer, or why there is none.
     document = solution_json(problem, solution)
     if solution.choice is None:
         if solution.status is Status.INFEASIBLE:
             document["conflict"] = explain_infeasible(problem).to_json()
         return document
+    # What else was asked for.
     if top > 1:
-        others = top_k(problem, top, gap=gap, time_limit_s=time_limit_s, seed=seed)
+        others = top_k(problem, top, **limits)
         document["top"] = [solution_json(problem, other) for other in others]
     if explain:
         document["explanation"] = explained(problem, solution).to_json()
@@ -90,7 +77,7 @@ def smallest_document(
 ) -> JsonObject:
     """Return the smallest size whose loss is at most ``tolerance``; arguments as above."""
     found = smallest(problem, tolerance, gap=gap, time_limit_s=time_limit_s, seed=seed)
-    return _smallest_json(problem, found)
+    return _named(problem, found) | {"resource": problem.resources[0]}
 
 
 def frontier_document(
@@ -98,12 +85,8 @@ def frontier_document(
     points: int,
     *,
     certify: bool = True,
-    gap: float = GAP,
-    time_limit_s: float | None = None,
-    node_limit: int | None = None,
-    seed: int = 0,
     on_point: Callable[[FrontierPoint], None] | None = None,
-    cancelled: Callable[[], bool] | None = None,
+    **limits: Unpack[Limits],
 ) -> list[JsonObject]:
     """Solve ``problem`` at many budgets of its first resource and return one object for each.
 
@@ -111,12 +94,8 @@ def frontier_document(
         problem: What to solve.
         points: Budgets, evenly spaced from the smallest choice to the largest.
         certify: Prove a bound for every point.
-        gap: Relative gap to stop at.
-        time_limit_s: Seconds for all points together.
-        node_limit: Nodes for each point.
-        seed: Of the search.
         on_point: Called with each finished point.
-        cancelled: Asked now and then.
+        limits: Seconds for all points together, the rest for each of them; see ``frontier``.
 
     Raises:
         InvalidInput: Fewer than two points.
@@ -124,17 +103,8 @@ def frontier_document(
     if points < 2:
         msg = f"a frontier must have at least 2 points; got {points}"
         raise InvalidInput(msg, points=points)
-    found = frontier(
-        problem,
-        even_limits(problem, points),
-        certify=certify,
-        gap=gap,
-        time_limit_s=time_limit_s,
-        node_limit=node_limit,
-        seed=seed,
-        on_point=on_point,
-        cancelled=cancelled,
-    )
+    levels = even_limits(problem, points)
+    found = frontier(problem, levels, certify=certify, on_point=on_point, **limits)
     rows = []
     for point in found:
         row = solution_json(problem, point.solution)
@@ -145,30 +115,19 @@ def frontier_document(
 
 def solution_json(problem: Problem, solution: Solution) -> JsonObject:
     """Return a solution in the words of its problem; infinite numbers become ``null``."""
-    labels = spent = None
+    spent = None
     if solution.choice is not None:
-        labels = [problem.labels[row] for row in problem.rows(solution.choice)]
-        spent = [int(amount) for amount in problem.spent(solution.choice)]
-    return solution.to_json() | {
-        "groups": list(problem.groups),
-        "labels": labels,
-        "spent": spent and dict(zip(problem.resources, spent, strict=True)),
+        amounts = problem.spent(solution.choice).tolist()
+        spent = dict(zip(problem.resources, amounts, strict=True))
+    return _named(problem, solution) | {
+        "spent": spent,
         "limits": dict(zip(problem.resources, map(int, problem.limits), strict=True)),
     }
 
 
-def _smallest_json(problem: Problem, found: Smallest) -> JsonObject:
+def _named(problem: Problem, found: Solution | Smallest) -> JsonObject:
+    """Return an answer with the names of the groups and of the rows that it chooses."""
     labels = None
     if found.choice is not None:
         labels = [problem.labels[row] for row in problem.rows(found.choice)]
-    return {
-        "status": str(found.status),
-        "limit": None if found.limit is None else str(found.limit),
-        "choice": None if found.choice is None else [int(c) for c in found.choice],
-        "groups": list(problem.groups),
-        "labels": labels,
-        "cost": found.cost,
-        "bound": found.bound,
-        "objective": found.objective if found.choice is not None else None,
-        "resource": problem.resources[0],
-    }
+    return found.to_json() | {"groups": list(problem.groups), "labels": labels}

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
 from bitquota.codec import Document, UpperBound
 from bitquota.errors import Infeasible, InvalidProblem
-from bitquota.solver.dispatch import GAP, solve
-from bitquota.solver.problem import Problem
+from bitquota.solver.dispatch import solve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from bitquota.solver.control import Limits
+    from bitquota.solver.problem import Problem
     from bitquota.solver.solution import Solution
 
     Ints = NDArray[np.int64]
@@ -158,10 +159,7 @@ def explain(
     solution: Solution,
     *,
     steps: Mapping[str, int] | None = None,
-    gap: float = GAP,
-    time_limit_s: float | None = None,
-    seed: int = 0,
-    cancelled: Callable[[], bool] | None = None,
+    **limits: Unpack[Limits],
 ) -> Explanation:
     """Return what each budget is worth and what each group's bits cost and buy.
 
@@ -170,10 +168,7 @@ def explain(
         solution: Its solution, with a choice.
         steps: For a resource, by how much to change its limit; 1 KiB for resources in bits and a
             hundredth of the limit for others by default.
-        gap: Of the solutions at the changed limits.
-        time_limit_s: Seconds for each of them.
-        seed: For the search.
-        cancelled: ``True`` stops each of them.
+        limits: Of each solve at a changed limit; see ``bitquota.solver.solve``.
 
     Raises:
         InvalidProblem: The solution has no choice, a step is below 1, or names no budget.
@@ -194,17 +189,8 @@ def explain(
             raise InvalidProblem(msg)
 
     def at(k: int, limit: int) -> Change:
-        limits = problem.limits.copy()
-        limits[k] = limit
         try:
-            other = solve(
-                with_limits(problem, limits),
-                gap=gap,
-                time_limit_s=time_limit_s,
-                seed=seed,
-                cancelled=cancelled,
-                start=choice,
-            )
+            other = solve(problem.within(k, limit), start=choice, **limits)
         except Infeasible:
             return Change(limit=limit, objective=math.inf, bound=math.inf, moves=())
         moves = () if other.choice is None else moves_between(problem, choice, other.choice)
@@ -213,6 +199,7 @@ def explain(
             return Change(limit=limit, objective=solution.objective, bound=other.bound, moves=())
         return Change(limit=limit, objective=other.objective, bound=other.bound, moves=moves)
 
+    # Every budget a little larger and a little smaller.
     spent = problem.spent(choice)
     budgets = []
     for k, name in enumerate(problem.resources):
@@ -278,10 +265,8 @@ def group_accounts(problem: Problem, choice: Sequence[int] | Ints) -> tuple[Grou
 
 def next_upgrade(problem: Problem, choice: Sequence[int] | Ints, k: int) -> Upgrade | None:
     """Return the single change that buys most per unit that budget ``k`` lacks, or ``None``."""
-    limits = problem.limits.copy()
-    limit = int(limits[k])
-    limits[k] = np.iinfo(np.int64).max
-    free = with_limits(problem, limits)
+    limit = int(problem.limits[k])
+    free = problem.within(k, np.iinfo(np.int64).max)
     total = problem.evaluate(choice)
     best: tuple[float, Upgrade] | None = None
     for g, (start, stop) in enumerate(
@@ -316,9 +301,3 @@ def moves_between(
         for g, (a, b) in enumerate(pairs)
         if a != b
     )
-
-
-def with_limits(problem: Problem, limits: Ints) -> Problem:
-    """Return ``problem`` with other limits."""
-    given = {name: getattr(problem, name) for name in Problem.__slots__}
-    return Problem(**given | {"limits": limits})

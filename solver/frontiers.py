@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 
+from bitquota.codec import Document, Form, UpperBound
 from bitquota.errors import InvalidProblem
 from bitquota.solver.core import propagated, reduce
 from bitquota.solver.dispatch import GAP, solve
@@ -20,8 +22,7 @@ from bitquota.solver.solution import Limit, Solution, Stats, Status
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from numpy.typing import NDArray
-
+    from bitquota.solver.control import Wishes
     from bitquota.solver.problem import Problem
     from bitquota.solver.solution import Event
 
@@ -59,13 +60,10 @@ def frontier(
     *,
     resource: int = 0,
     certify: bool = True,
-    gap: float = GAP,
     time_limit_s: float | None = None,
-    node_limit: int | None = None,
-    seed: int = 0,
     on_point: Callable[[FrontierPoint], None] | None = None,
-    cancelled: Callable[[], bool] | None = None,
     clock: Callable[[], float] = time.monotonic,
+    **wishes: Unpack[Wishes],
 ) -> tuple[FrontierPoint, ...]:
     """Solve ``problem`` at every budget of one resource, in rising order.
 
@@ -77,14 +75,12 @@ def frontier(
         limits: Budgets; those below the cheapest choice give infeasible points.
         resource: Index of the resource that varies.
         certify: Prove every point; otherwise answers are heuristic, without bounds.
-        gap: Relative gap to prove at each point.
         time_limit_s: Seconds by ``clock`` for all points together; what is left is shared evenly
             by the points to come.
-        node_limit: Nodes per point.
-        seed: For the search.
         on_point: Called with each finished point.
-        cancelled: Asked now and then; points not reached stay heuristic.
         clock: What the time limit is measured with.
+        wishes: For each point; see ``bitquota.solver.solve``. Points that are not reached before
+            ``cancelled`` stay heuristic.
 
     Raises:
         InvalidProblem: The problem has no such resource.
@@ -92,10 +88,12 @@ def frontier(
     if not 0 <= resource < len(problem.limits):
         msg = f"a frontier needs a resource from 0 to {len(problem.limits) - 1}; got {resource}"
         raise InvalidProblem(msg)
-    begin = clock()
+    begin, cancelled = clock(), wishes.get("cancelled")
+    # Search at all budgets, each from its neighbours' choices.
     levels = sorted({int(limit) for limit in limits})
-    problems = [_with_limit(problem, resource, limit) for limit in levels]
-    choices = _sweep(problems, seed)
+    problems = [problem.within(resource, limit) for limit in levels]
+    choices = _sweep(problems, wishes.get("seed", 0))
+    # Prove one after the other.
     points: list[FrontierPoint] = []
     for index, (limit, one) in enumerate(zip(levels, problems, strict=True)):
         start = choices[index]
@@ -111,26 +109,11 @@ def frontier(
         elif not certify or (cancelled is not None and cancelled()):
             solution = _heuristic(one, start)
         else:
-            solution = solve(
-                one,
-                gap=gap,
-                time_limit_s=left,
-                node_limit=node_limit,
-                seed=seed,
-                start=start,
-                cancelled=cancelled,
-                clock=clock,
-            )
+            solution = solve(one, time_limit_s=left, start=start, clock=clock, **wishes)
         points.append(FrontierPoint(limit=limit, solution=solution))
         if on_point is not None:
             on_point(points[-1])
     return tuple(points)
-
-
-def _with_limit(problem: Problem, resource: int, limit: int) -> Problem:
-    limits = problem.limits.copy()
-    limits[resource] = limit
-    return replace(problem, limits=limits)
 
 
 def _hopeless(problem: Problem) -> bool:
@@ -206,7 +189,7 @@ def _better(problem: Problem, own: Ints | None, above: Ints | None, seed: int) -
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Smallest:
+class Smallest(Document):
     """The smallest cost whose loss is within a tolerance.
 
     Attributes:
@@ -220,12 +203,14 @@ class Smallest:
         stats: Effort.
     """
 
+    FORM: ClassVar[Form] = Form(what="a smallest cost", unwritten=("stats",))
+
     status: Status
     limit: Limit | None
-    choice: Ints | None
+    choice: NDArray[np.int64] | None
     cost: int | None
     bound: int
-    objective: float
+    objective: UpperBound
     stats: Stats
 
 
@@ -265,22 +250,23 @@ def smallest(
     problem.check_budgets()
     begin, cpu = clock(), time.process_time()
     nodes = 0
+    # Between a cost that is too low and one that does.
     least = int(even_limits(problem, 2, resource=resource)[0])
     low, high = least - 1, int(problem.limits[resource])
     best: Ints | None = None
     limit: Limit | None = None
     trial = high
     while True:
-        one = _with_limit(problem, resource, trial)
+        one = problem.within(resource, trial)
         left = None if time_limit_s is None else max(0.0, time_limit_s - (clock() - begin))
         met, solution = _meets(one, tolerance, left, seed, best, cancelled, clock)
         nodes += solution.stats.nodes
         if met is None:
-            limit = solution.limit if solution.limit is not Limit.CANCELLED else Limit.CANCELLED
+            limit = solution.limit
             break
-        if met:
+        if met and solution.choice is not None:
             best = solution.choice
-            high = int(one.spent(best)[resource]) if best is not None else trial
+            high = int(one.spent(best)[resource])
         else:
             low = trial
             if best is None:
@@ -288,20 +274,18 @@ def smallest(
         if high - low <= max(1, math.floor(gap * high)):
             break
         trial = (low + high) // 2
+    # What is known by then.
     stats = Stats(nodes=nodes, cpu_seconds=time.process_time() - cpu)
+    done, stopped = Status.OPTIMAL, Status.FEASIBLE
     if best is None:
-        status = Status.INFEASIBLE if limit is None else Status.UNKNOWN
-        return Smallest(
-            status=status, limit=limit, choice=None, cost=None, bound=low + 1,
-            objective=math.inf, stats=stats,
-        )  # fmt: skip
+        done, stopped = Status.INFEASIBLE, Status.UNKNOWN
     return Smallest(
-        status=Status.OPTIMAL if limit is None else Status.FEASIBLE,
+        status=done if limit is None else stopped,
         limit=limit,
         choice=best,
-        cost=int(problem.spent(best)[resource]),
+        cost=None if best is None else int(problem.spent(best)[resource]),
         bound=low + 1,
-        objective=problem.evaluate(best),
+        objective=math.inf if best is None else problem.evaluate(best),
         stats=stats,
     )
 

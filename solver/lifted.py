@@ -67,6 +67,7 @@ class Lifted:
         is_last = np.zeros(n, dtype=np.bool_)
         is_last[self.last] = True
         self.free = np.flatnonzero(~is_last)
+        # Rows in terms of the unit and the free rows, and budgets in terms of rows.
         r = len(self.free)
         self.size = r + 1
         self.free_group = core.grp[self.free]
@@ -81,6 +82,7 @@ class Lifted:
         self.unit = np.maximum(core.b, 1).astype(np.float64)
         self.share = core.A / self.unit[:, None]
         self.room = core.b / self.unit
+        # Constraints: equations, then budgets and their products with rows.
         pairs = [
             (p, q)
             for a, b in zip(core.off[:-1], core.off[1:], strict=True)
@@ -103,6 +105,7 @@ class Lifted:
         self.less = np.zeros(len(self.u))
         self.less[1 : 1 + r] = 1.0
         self.cuts = np.zeros((0, 2), dtype=np.int64)
+        # The objective.
         Y = np.zeros((n + 1 + m, n + 1 + m))
         Y[1 : n + 1, 1 : n + 1] = 0.5 * core.C
         Y[0, 1 : n + 1] = 0.5 * core.d

@@ -64,6 +64,7 @@ def is_knapsack(problem: Problem) -> bool:
 def _knapsack(problem: Problem, control: Control) -> Solution:
     """Solve by hull and core; the certificate is one node, and a recursion for the checker."""
     answer = solve_knapsack(problem, gap=control.options.gap, stop=control.stopped)
+    # The certificate: no shift is needed, and the point is the choice.
     n, m = problem.n_rows, len(problem.limits)
     z = np.zeros((1, n), dtype=np.float32)
     z[0, problem.rows(answer.choice)] = 1.0
@@ -88,6 +89,7 @@ def _knapsack(problem: Problem, control: Control) -> Solution:
         multipliers=np.full((1, m), answer.price),
         recursion=recursion,
     )
+    # The answer.
     solution = Solution(
         status=Status.OPTIMAL if answer.exact else Status.FEASIBLE,
         limit=None if answer.exact else (control.limit or Limit.MEMORY),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -154,6 +154,12 @@ class Problem:
     def group_of_row(self) -> NDArray[np.int64]:
         """``i64[n]``: the group that each row belongs to."""
         return np.repeat(np.arange(self.n_groups), np.diff(self.offsets))
+
+    def within(self, k: int, limit: int) -> Problem:
+        """Return the same problem with another limit of resource ``k``."""
+        limits = self.limits.copy()
+        limits[k] = limit
+        return replace(self, limits=limits)
 
     def all_forbidden_pairs(self) -> NDArray[np.int64]:
         """Return ``i64[k, 2]``: all pairs that cannot both be chosen, first below second.

@@ -153,7 +153,7 @@ class Quadratic:
         """Drop rows by integer reasoning; returns ``False`` when no choice is left."""
         for step in propagate_steps(self.problem, region.keep):
             if step is None:
-                self.record.own[region.node] = math.inf
+                self.record.entries[region.node].own = math.inf
                 return False
             region.keep = step
             region.node = self.record.node(region.node, step)
@@ -294,10 +294,10 @@ class Quadratic:
     def _single(self, region: Region, core: Core) -> None:
         """All groups have one row left: the region's value is exact."""
         if not core.feasible:
-            self.record.own[region.node] = math.inf
+            self.record.entries[region.node].own = math.inf
             return
         rows = core.lift(np.zeros(0, dtype=np.int64))
-        self.record.own[region.node] = _rounded_down(self.problem, rows)
+        self.record.entries[region.node].own = _rounded_down(self.problem, rows)
         self._offer(core.constant, rows)
 
     def _linear(self, core: Core) -> tuple[Floats, Floats]:
@@ -326,7 +326,7 @@ class Quadratic:
         tolerance = BOUND_TOLERANCE if core.n <= LARGE_ROWS else LARGE_TOLERANCE
         state, iterations = interior_point(lifted, tolerance=tolerance, stop=enough)
         self.iterations += iterations
-        if self.control.limit is not None and self.record.own[region.node] > -math.inf:
+        if self.control.limit is not None and self.record.entries[region.node].own > -math.inf:
             return None
         return dual_point(lifted, state)
 

@@ -80,6 +80,7 @@ def solve_with_covers(
             best, best_value = chosen, value
             report(chosen)
 
+    # Solve, cut off what exceeds a budget, solve again.
     covers: list[NDArray[np.int64]] = []
     bound, nodes = -float("inf"), 0
     for rounds in range(MOST_ROUNDS):
@@ -98,6 +99,7 @@ def solve_with_covers(
         covers.append(cover)
         if answer.limit is not None:
             break
+    # Stopped before a choice that meets the budgets was optimal: the best of those on the way.
     if best is None:
         status = answer.status if answer.chosen is None else "unknown"
         return replace(answer, status=status, chosen=None)

@@ -74,6 +74,7 @@ class External(Backend):
         model = Model.of(problem)
         if model is None or bool((problem.limits < 0).any()):
             return Solution(status=Status.INFEASIBLE, bound=math.inf, backend=self.name)
+        # Every choice is checked and valued here, those on the way too.
         best = math.inf
 
         def on_incumbent(chosen: NDArray[np.int64]) -> None:

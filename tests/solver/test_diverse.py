@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitquota.errors import BudgetTooSmall, InvalidProblem
-from bitquota.solver import Status
 from bitquota.solver.brute_force import feasible_choices
 from bitquota.solver.checker import check_solution
-from bitquota.solver.diverse import diverse, excluding, top_k
+from bitquota.solver.diverse import excluding, top_k
 from contracts.solver_backend import small
 from strategies import problems
 
@@ -29,13 +26,13 @@ def ranked(problem):
     return sorted(pairs)
 
 
-class TestDiverse:
+class TestTopK:
     @settings(max_examples=30)
     @given(problems(max_groups=4, max_rows=3), st.integers(1, 6))
     def test_distance_one_lists_the_best_choices(self, problem, count):
         """The k best objectives of all choices, each choice once, in order."""
         best = ranked(problem)[:count]
-        found = list(diverse(problem, count, gap=GAP))
+        found = top_k(problem, count, gap=GAP)
         assert len(best) == len(found)
         scale = float(np.abs(problem.diagonal).max()) * 10 + 1
         assert [v for v, _ in best] == pytest.approx(
@@ -50,7 +47,7 @@ class TestDiverse:
         weights = [data.draw(st.integers(0, 3)) for _ in range(problem.n_groups)]
         before: list[np.ndarray] = []
         scale = float(np.abs(problem.diagonal).max()) * 10 + 1
-        for solution in diverse(problem, 3, distance=distance, weights=weights, gap=GAP):
+        for solution in top_k(problem, 3, distance=distance, weights=weights, gap=GAP):
             for other in before:
                 differ = solution.choice != other
                 assert int(np.array(weights)[differ].sum()) >= distance
@@ -70,18 +67,17 @@ class TestDiverse:
     def test_ends_when_nothing_is_left(self):
         """Two choices in all: two solutions, however many are asked for."""
         allowed = np.array([1, 1, 0, 1, 0, 0, 1, 0, 0], dtype=bool)
-        assert 2 == len(list(diverse(small(allowed=allowed), 5)))
+        assert 2 == len(top_k(small(allowed=allowed), 5))
 
     def test_infeasible_problem_says_so(self):
         """A problem without solution is told as by ``solve``."""
         with pytest.raises(BudgetTooSmall):
-            list(diverse(small(limits=np.array([1])), 2))
+            top_k(small(limits=np.array([1])), 2)
         jointly = small(
             costs=np.array([[2, 4, 8, 4, 8, 16, 2, 4, 8], [8, 4, 2, 16, 8, 4, 8, 4, 2]]),
             limits=np.array([9, 9]),
         )
-        (only,) = diverse(jointly, 2)
-        assert (Status.INFEASIBLE, math.inf) == (only.status, only.bound)
+        assert () == top_k(jointly, 2)
 
     @pytest.mark.parametrize(
         ("options", "word"),
@@ -95,19 +91,7 @@ class TestDiverse:
     def test_bad_options_are_named(self, options, word):
         """The message names the option."""
         with pytest.raises(InvalidProblem, match=word):
-            list(diverse(small(), options.pop("k"), **options))
-
-
-class TestTopK:
-    def test_is_what_diverse_yields(self):
-        """The same solutions, as a tuple; none for an infeasible problem."""
-        values = [s.objective for s in diverse(small(), 4)]
-        assert values == [s.objective for s in top_k(small(), 4)] == sorted(values)
-        jointly = small(
-            costs=np.array([[2, 4, 8, 4, 8, 16, 2, 4, 8], [8, 4, 2, 16, 8, 4, 8, 4, 2]]),
-            limits=np.array([9, 9]),
-        )
-        assert () == top_k(jointly, 2)
+            top_k(small(), options.pop("k"), **options)
 
     def test_time_is_for_all(self):
         """Time is shared: once it is used up no further solution is sought."""
