@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bitquota.errors import InvalidProblem
-from bitquota.solver.solution import Limit, Solution, Stats, Status
+from bitquota.solver.control import Control
+from bitquota.solver.solution import Solution, Stats, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
@@ -84,7 +84,7 @@ def feasible_choices(
         yield choices, values
 
 
-def enumerate_all(problem: Problem, *, cancelled: Callable[[], bool] = lambda: False) -> Solution:
+def enumerate_all(problem: Problem, control: Control | None = None) -> Solution:
     """Return the best choice, found by looking at all of them.
 
     Exact up to the rounding of one sum: two choices whose objectives differ by less than that
@@ -93,13 +93,11 @@ def enumerate_all(problem: Problem, *, cancelled: Callable[[], bool] = lambda: F
     Raises:
         InvalidProblem: More than ``LARGEST`` choices.
     """
-    started = time.process_time()
+    control = control or Control()
     best: NDArray[np.int64] | None = None
     best_value, seen = math.inf, 0
-    stopped = False
     for choices, values in feasible_choices(problem):
-        if cancelled():
-            stopped = True
+        if control.stopped():
             break
         seen += len(values)
         if len(values) and float(values.min()) < best_value:
@@ -110,11 +108,11 @@ def enumerate_all(problem: Problem, *, cancelled: Callable[[], bool] = lambda: F
     if best is None:
         proved, unproved = Status.INFEASIBLE, Status.UNKNOWN
     return Solution(
-        status=unproved if stopped else proved,
-        limit=Limit.CANCELLED if stopped else None,
+        status=proved if control.limit is None else unproved,
+        limit=control.limit,
         choice=best,
         objective=value,
-        bound=-math.inf if stopped else value,
+        bound=value if control.limit is None else -math.inf,
         backend="brute_force",
-        stats=Stats(cpu_seconds=time.process_time() - started, details={"feasible": float(seen)}),
+        stats=Stats(cpu_seconds=control.cpu_seconds(), details={"feasible": float(seen)}),
     )

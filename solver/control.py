@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
 
 from bitquota.errors import InvalidProblem
@@ -13,6 +13,7 @@ from bitquota.solver.solution import Event, Limit
 if TYPE_CHECKING:
     from bitquota.solver.branch import Incumbent
     from bitquota.solver.problem import Problem
+    from bitquota.solver.solution import Solution
 
 OnEvent = Callable[[Event], None]
 Cancelled = Callable[[], bool]
@@ -62,7 +63,7 @@ class Options:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Control:
-    """What may stop a solve, and who listens to it.
+    """One solve from its start: what it is for, what may stop it, and who listens to it.
 
     Attributes:
         options: Goal and limits; seconds by ``clock``.
@@ -72,15 +73,15 @@ class Control:
         limit: What stopped the solve, once something has.
     """
 
-    options: Options
+    options: Options = field(default_factory=Options)
     on_event: OnEvent | None = None
     cancelled: Cancelled | None = None
     clock: Callable[[], float] = time.monotonic
-    begin: float = 0.0
-    cpu_begin: float = 0.0
     limit: Limit | None = None
+    begin: float = field(init=False)
+    cpu_begin: float = field(init=False)
 
-    def start(self) -> None:
+    def __post_init__(self) -> None:
         """Note the time."""
         self.begin, self.cpu_begin = self.clock(), time.process_time()
 
@@ -100,6 +101,19 @@ class Control:
     def cpu_seconds(self) -> float:
         """CPU seconds of this process since the start."""
         return time.process_time() - self.cpu_begin
+
+    def tell_of(self, solution: Solution) -> None:
+        """Send the choice of a solution, if there is one and anyone listens."""
+        if self.on_event is not None and solution.choice is not None:
+            self.on_event(
+                Event(
+                    kind="incumbent",
+                    objective=solution.objective,
+                    bound=solution.bound,
+                    cpu_seconds=solution.cpu_seconds,
+                    choice=tuple(solution.choice.tolist()),
+                )
+            )
 
     def tell(
         self, kind: str, incumbent: Incumbent, bound: float, nodes: int, problem: Problem

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from bitquota.codec import Document, Form
 from bitquota.errors import BitquotaError
-from bitquota.solver.backends import BACKENDS, Options, backend_by_name, usable
+from bitquota.solver.backends import BACKENDS, backend_by_name, usable
 from bitquota.solver.checker import Verdict, check_solution
+from bitquota.solver.control import Control, Options
 from bitquota.solver.solution import Solution, Status
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def cross_check(
         if cancelled is not None and cancelled():
             break
         try:
-            other = BACKENDS[name].solve(problem, options, cancelled=cancelled)
+            other = BACKENDS[name].solve(problem, Control(options=options, cancelled=cancelled))
         except BitquotaError as err:
             comparison = Comparison(backend=name, outcome=Outcome.FAILED, reason=err.message)
         else:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from bitquota.errors import InvalidInput
-from bitquota.solver.control import Options
-from bitquota.solver.native import solve_native, verified
+from bitquota.solver.backends import BACKENDS, installed_backend
+from bitquota.solver.control import Control, Options
+from bitquota.solver.native import verified
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from bitquota.solver.control import Cancelled, OnEvent
@@ -62,14 +64,6 @@ def solve(
         SolverFailed: The answer does not survive the check from first principles.
     """
     options = Options(gap=gap, time_limit_s=time_limit_s, node_limit=node_limit, seed=seed)
-    # Our own solver.
-    if backend in {"auto", "bitquota"}:
-        return solve_native(
-            problem, options, on_event=on_event, cancelled=cancelled, start=start, clock=clock
-        )
-    # Another one, which may not keep every limit.
-    from bitquota.solver.backends import BACKENDS, installed_backend
-
     other = installed_backend(backend)
     if node_limit is not None and not other.counts_nodes:
         msg = (
@@ -78,4 +72,6 @@ def solve(
         )
         raise InvalidInput(msg, solver=backend, node_limit=node_limit)
     problem.check_budgets()
-    return verified(problem, other.solve(problem, options, on_event=on_event, cancelled=cancelled))
+    control = Control(options=options, on_event=on_event, cancelled=cancelled, clock=clock)
+    first = None if start is None else np.asarray(start, dtype=np.int64)
+    return verified(problem, other.solve(problem, control, first))

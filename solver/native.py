@@ -5,20 +5,17 @@ Design: docs/design/solver.md
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bitquota.errors import SolverFailed
-from bitquota.solver.control import Control
 from bitquota.solver.one_thread import one_thread
 from bitquota.solver.quadratic import Quadratic
 from bitquota.solver.separable import solve_knapsack
 from bitquota.solver.solution import (
     Certificate,
     Convexification,
-    Event,
     Limit,
     Solution,
     Stats,
@@ -26,33 +23,26 @@ from bitquota.solver.solution import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from numpy.typing import NDArray
 
-    from bitquota.solver.control import Cancelled, OnEvent, Options
+    from bitquota.solver.control import Control
     from bitquota.solver.problem import Problem
 
 
 def solve_native(
-    problem: Problem,
-    options: Options,
-    *,
-    on_event: OnEvent | None = None,
-    cancelled: Cancelled | None = None,
-    start: Sequence[int] | NDArray[np.int64] | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    problem: Problem, control: Control, start: NDArray[np.int64] | None = None
 ) -> Solution:
-    """Return the best choice and a bound; arguments and errors of ``bitquota.solver.solve``."""
-    problem.check_budgets()
-    control = Control(options=options, on_event=on_event, cancelled=cancelled, clock=clock)
-    control.start()
-    starts = () if start is None else (np.asarray(start, dtype=np.int64),)
+    """Return the best choice and a bound that no choice is below.
+
+    Args:
+        problem: Budgets already checked one by one (``Problem.check_budgets``).
+        control: Goal, limits and callbacks.
+        start: A choice to begin with; ignored when it is infeasible.
+    """
     if is_knapsack(problem):
-        return verified(problem, _knapsack(problem, control))
+        return _knapsack(problem, control)
     with one_thread():
-        found = Quadratic(problem, control).run(starts)
-    return verified(problem, found)
+        return Quadratic(problem, control).run(start)
 
 
 def is_knapsack(problem: Problem) -> bool:
@@ -103,8 +93,7 @@ def _knapsack(problem: Problem, control: Control) -> Solution:
         ),
         certificate=certificate,
     )
-    if control.on_event is not None:
-        control.on_event(Event.of(solution))
+    control.tell_of(solution)
     return solution
 
 

@@ -106,16 +106,15 @@ class Quadratic:
         self.memory = 0
         self.root_bound = -math.inf
 
-    def run(self, starts: tuple[Ints, ...] = ()) -> Solution:
+    def run(self, start: Ints | None = None) -> Solution:
         """Solve to the relative gap asked for, or as far as the limits allow. Exact.
 
         Args:
-            starts: Choices to begin with; infeasible ones are ignored.
+            start: A choice to begin with; ignored when it is infeasible.
         """
         root = Region(node=self.record.node(-1, self.problem.allowed), keep=self.problem.allowed)
-        for start in starts:
-            if self.problem.is_feasible(start):
-                self._offer(self.problem.evaluate(start), self.problem.rows(start))
+        if start is not None and self.problem.is_feasible(start):
+            self._offer(self.problem.evaluate(start), self.problem.rows(start))
         if not self._propagate(root):
             self.current = math.inf
             return self._solution()

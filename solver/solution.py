@@ -254,15 +254,3 @@ class Event:
     nodes: int = 0
     cpu_seconds: float = 0.0
     choice: tuple[int, ...] | None = None
-
-    @classmethod
-    def of(cls, solution: Solution) -> Event:
-        """Return the event that tells of a solution's choice."""
-        choice = () if solution.choice is None else solution.choice.tolist()
-        return cls(
-            kind="incumbent",
-            objective=solution.objective,
-            bound=solution.bound,
-            cpu_seconds=solution.cpu_seconds,
-            choice=tuple(choice),
-        )

@@ -9,12 +9,11 @@ from bitquota.request import check_solver
 from bitquota.solver.backends.backend import Backend
 from bitquota.solver.backends.external import External
 from bitquota.solver.backends.own import BruteForce, Own
-from bitquota.solver.control import Options
 
 if TYPE_CHECKING:
     from bitquota.solver.problem import Problem
 
-__all__ = ["BACKENDS", "Backend", "Options", "backend_by_name", "installed_backend", "usable"]
+__all__ = ["BACKENDS", "Backend", "backend_by_name", "installed_backend", "usable"]
 
 BACKENDS: dict[str, Backend] = {
     "bitquota": Own(),

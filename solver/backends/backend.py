@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bitquota.solver.control import Cancelled, OnEvent, Options
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from bitquota.solver.control import Control
     from bitquota.solver.problem import Problem
     from bitquota.solver.solution import Solution
 
@@ -40,14 +43,14 @@ class Backend(ABC):
 
     @abstractmethod
     def solve(
-        self,
-        problem: Problem,
-        options: Options,
-        *,
-        on_event: OnEvent | None = None,
-        cancelled: Cancelled | None = None,
+        self, problem: Problem, control: Control, start: NDArray[np.int64] | None = None
     ) -> Solution:
         """Solve ``problem``. An infeasible one is a solution of status ``infeasible``.
+
+        Args:
+            problem: What to solve.
+            control: Goal, limits and callbacks; the time runs from its making.
+            start: A choice to begin with; most take none.
 
         Raises:
             SolverFailed: The backend died or gave an answer that does not hold.

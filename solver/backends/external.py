@@ -16,14 +16,16 @@ from bitquota.errors import InvalidProblem, SolverFailed
 from bitquota.solver.backends.backend import Backend
 from bitquota.solver.backends.model import Model
 from bitquota.solver.backends.process import run_child
-from bitquota.solver.solution import Event, Limit, Solution, Stats, Status
+from bitquota.solver.solution import Limit, Solution, Stats, Status
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bitquota.solver.backends.process import Outcome
-    from bitquota.solver.control import Cancelled, OnEvent, Options
+    from bitquota.solver.control import Control, Options
     from bitquota.solver.problem import Problem
+
+    Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +60,8 @@ class External(Backend):
     def solve(
         self,
         problem: Problem,
-        options: Options,
-        *,
-        on_event: OnEvent | None = None,
-        cancelled: Cancelled | None = None,
+        control: Control,
+        start: Ints | None = None,  # noqa: ARG002 - theirs to find
     ) -> Solution:
         """Solve ``problem`` in a child process; see ``Backend.solve``. Its packages are there.
 
@@ -77,30 +77,31 @@ class External(Backend):
         # Every choice is checked and valued here, those on the way too.
         best = math.inf
 
-        def on_incumbent(chosen: NDArray[np.int64]) -> None:
+        def on_incumbent(chosen: Ints) -> None:
             nonlocal best
             choice = self._checked(problem, model, chosen)
             objective = problem.evaluate(choice)
-            if on_event is None or objective >= best:
-                return
-            best = objective
-            on_event(
-                Event(
-                    kind="incumbent",
-                    objective=objective,
-                    bound=-math.inf,
-                    choice=tuple(choice.tolist()),
+            if objective < best:
+                best = objective
+                control.tell_of(
+                    Solution(
+                        status=Status.FEASIBLE,
+                        limit=Limit.METHOD,
+                        choice=choice,
+                        objective=objective,
+                    )
                 )
-            )
 
         outcome = run_child(
-            self.name, model, options, on_incumbent=on_incumbent, cancelled=cancelled
+            self.name,
+            model,
+            control.options,
+            on_incumbent=on_incumbent,
+            cancelled=control.cancelled,
         )
-        return self._solution(problem, model, options, outcome)
+        return self._solution(problem, model, control.options, outcome)
 
-    def _checked(
-        self, problem: Problem, model: Model, chosen: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    def _checked(self, problem: Problem, model: Model, chosen: Ints) -> Ints:
         """Return the choice after checking it in integers on the problem itself."""
         if chosen.shape == (model.n_groups,):
             inside = (model.offsets[:-1] <= chosen) & (chosen < model.offsets[1:])

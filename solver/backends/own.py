@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bitquota.errors import Infeasible
 from bitquota.solver.backends.backend import Backend
 from bitquota.solver.brute_force import LARGEST, enumerate_all, n_choices
-from bitquota.solver.native import solve_native
-from bitquota.solver.solution import Event, Limit, Solution, Status
+from bitquota.solver.native import solve_native, verified
+from bitquota.solver.solution import Solution, Status
 
 if TYPE_CHECKING:
-    from bitquota.solver.control import Cancelled, OnEvent, Options
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from bitquota.solver.control import Control
     from bitquota.solver.problem import Problem
+
+    Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,19 +29,13 @@ class Own(Backend):
     name: str = "bitquota"
     counts_nodes: bool = True
 
-    def solve(
-        self,
-        problem: Problem,
-        options: Options,
-        *,
-        on_event: OnEvent | None = None,
-        cancelled: Cancelled | None = None,
-    ) -> Solution:
+    def solve(self, problem: Problem, control: Control, start: Ints | None = None) -> Solution:
         """Solve ``problem``; see ``bitquota.solver.solve``."""
         try:
-            return solve_native(problem, options, on_event=on_event, cancelled=cancelled)
+            problem.check_budgets()
         except Infeasible:
             return Solution(status=Status.INFEASIBLE, bound=math.inf, backend=self.name)
+        return verified(problem, solve_native(problem, control, start))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,23 +57,10 @@ class BruteForce(Backend):
     def solve(
         self,
         problem: Problem,
-        options: Options,
-        *,
-        on_event: OnEvent | None = None,
-        cancelled: Cancelled | None = None,
+        control: Control,
+        start: Ints | None = None,  # noqa: ARG002 - all choices are looked at
     ) -> Solution:
         """Enumerate; exact, so that gap and seed do not matter."""
-        begin, late = time.monotonic(), False
-
-        def stopped() -> bool:
-            nonlocal late
-            limit = options.time_limit_s
-            late = limit is not None and time.monotonic() - begin >= limit
-            return late or (cancelled is not None and cancelled())
-
-        solution = enumerate_all(problem, cancelled=stopped)
-        if late and solution.limit is not None:
-            solution = replace(solution, limit=Limit.TIME)
-        if on_event is not None and solution.choice is not None:
-            on_event(Event.of(solution))
+        solution = enumerate_all(problem, control)
+        control.tell_of(solution)
         return solution

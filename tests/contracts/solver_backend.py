@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from bitquota.solver import Limit, Problem, Status
-from bitquota.solver.backends import Options
 from bitquota.solver.brute_force import enumerate_all
 from bitquota.solver.checker import check_solution
+from bitquota.solver.control import Control, Options
 
 OPTIONS = Options(gap=1e-6)
 
@@ -62,7 +62,7 @@ class SolverBackendContract:
         assert backend.missing() is None
         assert backend.refuses(problem) is None
         best = enumerate_all(problem)
-        solution = backend.solve(problem, options)
+        solution = backend.solve(problem, Control(options=options))
         assert best.status == solution.status
         assert backend.name == solution.backend
         if best.status is Status.INFEASIBLE:
@@ -144,21 +144,21 @@ class SolverBackendContract:
         problem = small()
         scaled = small(diagonal=problem.diagonal * unit, cross=problem.cross * unit)
         best = enumerate_all(problem)
-        solution = backend.solve(scaled, OPTIONS)
+        solution = backend.solve(scaled, Control(options=OPTIONS))
         assert Status.OPTIMAL == solution.status
         assert best.choice.tolist() == solution.choice.tolist()
         assert best.objective * unit == pytest.approx(solution.bound, rel=1e-4)
 
     def test_cancellation(self, backend):
         """Cancelled before it begins: whatever it says names the limit and claims no proof."""
-        solution = backend.solve(small(), OPTIONS, cancelled=lambda: True)
+        solution = backend.solve(small(), Control(options=OPTIONS, cancelled=lambda: True))
         assert Limit.CANCELLED == solution.limit
         assert solution.status in {Status.UNKNOWN, Status.FEASIBLE}
 
     def test_same_seed_same_answer(self, backend):
         """Two runs give one choice."""
         problem, options = small(), Options(gap=1e-6, seed=3)
-        first, second = (backend.solve(problem, options) for _ in range(2))
+        first, second = (backend.solve(problem, Control(options=options)) for _ in range(2))
         assert first.choice.tolist() == second.choice.tolist()
         assert first.bound == second.bound
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from bitquota.errors import InvalidProblem
 from bitquota.solver import Limit, Problem, Status
 from bitquota.solver.brute_force import enumerate_all, feasible_choices, n_choices
+from bitquota.solver.control import Control
 from strategies import any_problems, planted_problems
 
 
@@ -70,5 +71,5 @@ class TestEnumerateAll:
             costs=np.array([[3, 4]]),
             limits=np.array([4]),
         )
-        solution = enumerate_all(problem, cancelled=lambda: True)
+        solution = enumerate_all(problem, Control(cancelled=lambda: True))
         assert (Status.UNKNOWN, Limit.CANCELLED) == (solution.status, solution.limit)

@@ -15,12 +15,12 @@ from bitquota.request import FORMER_SOLVERS, SOLVERS
 from bitquota.solver import Limit, Problem, Status, solve
 from bitquota.solver.backends import (
     BACKENDS,
-    Options,
     backend_by_name,
     usable,
 )
 from bitquota.solver.backends.external import External
-from contracts.solver_backend import OPTIONS, SolverBackendContract, small
+from bitquota.solver.control import Control
+from contracts.solver_backend import SolverBackendContract, small
 
 TESTS = Path(__file__).resolve().parents[2]
 
@@ -71,7 +71,7 @@ class TestBruteForce(SolverBackendContract):
         assert "3,486,784,401 choices" not in (backend.refuses(small()) or "")
         assert "3,486,784,401" in backend.refuses(_large())
         with pytest.raises(InvalidProblem, match="enumeration"):
-            backend.solve(_large(), OPTIONS)
+            backend.solve(_large(), Control())
 
 
 class TestGurobi(_External):
@@ -159,7 +159,7 @@ class TestUsable:
         few = External(name="cp_sat", packages=("ortools",), largest_products=3)
         assert "at most 3" in few.refuses(small())
         with pytest.raises(InvalidProblem, match="at most 3"):
-            few.solve(small(), Options())
+            few.solve(small(), Control())
 
 
 def _large() -> Problem:

@@ -10,11 +10,12 @@ import pytest
 
 from bitquota.errors import SolverFailed
 from bitquota.solver import Limit, Status
-from bitquota.solver.backends import Options, external, process
+from bitquota.solver.backends import external, process
 from bitquota.solver.backends.answer import Answer
 from bitquota.solver.backends.external import External
 from bitquota.solver.backends.model import Model
 from bitquota.solver.backends.process import run_child
+from bitquota.solver.control import Control, Options
 from contracts.solver_backend import small
 
 ANSWER = Answer(status="optimal", chosen=np.array([0, 3, 6]), bound=1.5, tolerance=0.25, nodes=7)
@@ -138,7 +139,7 @@ class TestExternal:
 
     def solve(self, monkeypatch, outcome, **fields):
         monkeypatch.setattr(external, "run_child", lambda *_, **__: outcome)
-        return self.BACKEND.solve(small(**fields), Options(gap=1e-3))
+        return self.BACKEND.solve(small(**fields), Control(options=Options(gap=1e-3)))
 
     def outcome(self, answer):
         return process.Outcome(answer=answer, cpu_seconds=1.0)
@@ -196,7 +197,7 @@ class TestExternal:
             return self.outcome(last)
 
         monkeypatch.setattr(external, "run_child", child)
-        self.BACKEND.solve(small(), Options(), on_event=events.append)
+        self.BACKEND.solve(small(), Control(on_event=events.append))
         values = [small().evaluate(e.choice) for e in events]
         assert values == [e.objective for e in events]
         assert values == sorted(values, reverse=True)
