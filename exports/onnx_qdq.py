@@ -195,11 +195,12 @@ def float_graph(prepared: PreparedExport, opset: int) -> tuple[Any, dict[str, st
         ExportFailed: torch cannot express the model in ONNX, or a weight got lost on the way.
     """
     if isinstance(prepared.module, OnnxModule):
-        model, stored = read_normalized(Path(prepared.model.source))
+        graph = read_normalized(Path(prepared.model.source))
+        model = graph.model
         initializer_of = {la.name: la.initializer for la in prepared.module.onnx_layers}
         _write_back(model, prepared.module)
         written = {initializer_of[name] for name in prepared.weights if name in initializer_of}
-        restore_types(model, {k: v for k, v in stored.items() if k not in written})
+        restore_types(model, {k: v for k, v in graph.stored.items() if k not in written})
     else:
         model = _trace(prepared)
         held = {t.name for t in model.graph.initializer}
@@ -305,7 +306,8 @@ def _trace(prepared: PreparedExport) -> Any:  # noqa: ANN401  # onnx.ModelProto
     tokens = all(not t.is_floating_point() for t in example)
     axes = {0: torch.export.Dim.DYNAMIC}
     if tokens:
-        axes[1] = torch.export.Dim.DYNAMIC
+        # Recurrent modules are traced step by step, which fixes the length of the sample.
+        axes[1] = torch.export.Dim.AUTO
     try:
         import onnxscript  # noqa: F401  # torch's exporter needs it, and says so less clearly
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bitquota.candidates.layers import LayerKind
+from bitquota.candidates.layers import MATRICES, LayerKind
 from bitquota.candidates.storage import Granularity, ScaleFormat
 from bitquota.errors import ExportFailed, InvalidPlan, MissingDependency
 from bitquota.exports.onnx_qdq import OPSET, float_graph
@@ -196,7 +196,7 @@ def _check(prepared: PreparedExport) -> None:
         or w.scheme.scale_format is not ScaleFormat.FP32
         or w.zero_points is not None
         or prepared.layers[name].kind in TRANSPOSED_CONVOLUTIONS
-        or prepared.layers[name].kind is LayerKind.EXPERTS
+        or prepared.layers[name].kind in {LayerKind.EXPERTS, *MATRICES}
     ]
     if wrong:
         msg = (

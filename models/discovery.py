@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from bitquota.candidates.layers import Inventory, Layer, LayerKind, UnquantizedTensor
 from bitquota.errors import InvalidInput, InvalidModel
 from bitquota.models.calls import tensor_key
 from bitquota.models.identity import model_fingerprint
+from bitquota.models.layer_calls import MatrixOfOperator
 from bitquota.models.layout import matrix_shape
+from bitquota.models.plain_weights import GatedRecurrent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -184,6 +187,9 @@ def _search_modules(
 
 def _quantizable(owner: nn.Module) -> Iterator[tuple[str, LayerKind]]:
     """Yield attribute and kind of each quantizable weight that ``owner`` holds itself."""
+    if isinstance(owner, MatrixOfOperator):
+        yield "weight", owner.kind
+        return
     for kind_of_module, kind in _MODULES.items():
         if isinstance(owner, kind_of_module):
             if isinstance(getattr(owner, "weight", None), nn.Parameter):
@@ -198,7 +204,9 @@ def _quantizable(owner: nn.Module) -> Iterator[tuple[str, LayerKind]]:
             if isinstance(getattr(owner, attribute, None), nn.Parameter):
                 yield attribute, LayerKind.LINEAR
         return
-    if any(isinstance(child, nn.Linear) for child in owner.children()):
+    if isinstance(owner, nn.Bilinear) or any(
+        isinstance(child, nn.Linear) for child in owner.children()
+    ):
         return
     for attribute, parameter in owner.named_parameters(recurse=False):
         # One matrix per expert; a first dimension of one is a bias or a position table.
@@ -231,7 +239,8 @@ def _n_macs(kind: LayerKind, weight: Tensor, groups: int, n_in: int, n_out: int)
     if kind is LayerKind.EXPERTS:
         return 0
     rows, columns = matrix_shape(kind, tuple(weight.shape), groups=groups)
-    if n_out * columns != n_in * rows and n_out * rows == n_in * columns:
+    swaps = kind in (LayerKind.LINEAR, LayerKind.LINEAR_TRANSPOSED)
+    if swaps and n_out * columns != n_in * rows and n_out * rows == n_in * columns:
         return n_out * rows  # the other way round: a tied weight, transposed
     return n_out // rows * rows * columns
 
@@ -245,6 +254,14 @@ def _count_by_hooks(
     n_samples = _n_samples(example_inputs)
     handles = []
     for owner in module.modules():
+        if isinstance(owner, GatedRecurrent):
+            items = [found[tensor_key(matrix.weight)] for matrix in owner.matrices()]
+            handles.append(owner.register_forward_hook(_steps_hook(items, n_samples)))
+        if isinstance(owner, nn.MultiheadAttention):
+            # Attention multiplies with the projection's weight and never calls the module.
+            item = found[tensor_key(owner.out_proj.weight)]
+            hook = _counting_hook(item, LayerKind.LINEAR, n_samples)
+            handles.append(owner.register_forward_hook(hook, with_kwargs=True))
         for attribute, kind in _quantizable(owner):
             item = found[tensor_key(getattr(owner, attribute))]
             hook = _counting_hook(item, kind, n_samples)
@@ -286,6 +303,20 @@ def _counting_hook(item: _Found, kind: LayerKind, n_samples: int) -> Callable[..
         elif item.weight_name.endswith("in_proj_weight"):
             n_out *= 3
         item.n_macs += _n_macs(kind, item.weight, item.groups, n_in, n_out) // n_samples
+
+    return hook
+
+
+def _steps_hook(items: list[_Found], n_samples: int) -> Callable[..., None]:
+    """Count a recurrent module: each step of each sample multiplies with each matrix once."""
+
+    def hook(owner: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
+        del owner, output
+        given = args[0].data if isinstance(args[0], PackedSequence) else args[0]
+        steps = given.numel() // given.shape[-1]
+        for item in items:
+            item.n_macs += steps * item.weight.numel() // n_samples
+            item.n_inputs += steps * item.weight.shape[1] // n_samples
 
     return hook
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from bitquota.candidates.layers import LayerKind
 
 _CONVOLUTIONS: dict[str, tuple[type[nn.Module], int]] = {
     "torch.ops.aten.conv1d.default": (nn.Conv1d, 1),
@@ -45,6 +48,20 @@ class Conv1D(nn.Module):
         """Return ``x @ weight + bias`` for ``x: [..., n_inputs]``."""
         flat = torch.addmm(self.bias, x.reshape(-1, self.nx), self.weight)
         return flat.reshape(*x.shape[:-1], self.nf)
+
+
+class MatrixOfOperator(nn.Linear):
+    """A matrix ``[outputs, inputs]`` that an operator reads among others, as of an LSTM's gate.
+
+    It holds the weight under a name and is never called.
+
+    Attributes:
+        kind: What the operator does with it.
+    """
+
+    def __init__(self, kind: LayerKind, n_inputs: int, n_outputs: int) -> None:
+        super().__init__(n_inputs, n_outputs, bias=False)
+        self.kind = kind
 
 
 def module_for_call(

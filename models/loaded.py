@@ -15,6 +15,7 @@ from bitquota.models.identity import (
     weights_fingerprint,
 )
 from bitquota.plan import ONLY_WEIGHTS, Plan
+from bitquota.models.plain_weights import with_plain_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,8 +84,11 @@ def finish(
     example_inputs: tuple[Tensor, ...] | None = None,
     weight_format_bits: int = 32,
 ) -> LoadedModel:
-    """Put ``module`` into eval mode and float32, check its weights, take its fingerprint."""
-    module = module.cpu().float().eval()
+    """Put ``module`` into eval mode and float32, check its weights, take its fingerprint.
+
+    Weights that it computes become parameters (see ``plain_weights``).
+    """
+    module = with_plain_weights(module.cpu().float().eval())
     check_finite(module)
     computation = computation_of(module)
     return LoadedModel(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from bitquota.candidates.layers import LayerKind
+from bitquota.candidates.layers import MATRICES, LayerKind
 from bitquota.models.calls import LayerWatcher, tensor_key
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def input_grams(
 
     Cost: one forward pass over the batches, and O(positions columns^2) for each layer.
     """
-    skipped = {LayerKind.EMBEDDING, LayerKind.EXPERTS}
+    skipped = {LayerKind.EMBEDDING, LayerKind.EXPERTS, *MATRICES}
     wanted = {
         tensor_key(module.get_parameter(layer.weight_name)): layer
         for layer in inventory.layers

@@ -31,5 +31,7 @@ LAYERS = {
     LayerKind.LINEAR_TRANSPOSED: layer_of(LayerKind.LINEAR_TRANSPOSED, (7, 5)),
     LayerKind.EMBEDDING: layer_of(LayerKind.EMBEDDING, (11, 6)),
     LayerKind.EXPERTS: layer_of(LayerKind.EXPERTS, (3, 4, 5), transposed=True),
+    LayerKind.RECURRENT: layer_of(LayerKind.RECURRENT, (8, 6)),
+    LayerKind.CONTRACTION: layer_of(LayerKind.CONTRACTION, (12, 5)),
 }
 """One layer of each kind, none of them square."""

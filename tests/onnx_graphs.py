@@ -6,10 +6,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+def numbers(*shape: int, seed: int = 0, kind: object = np.float32) -> np.ndarray:
+    """Return normal numbers of any type."""
+    return (np.random.default_rng(seed).normal(size=shape) * 0.3).astype(kind)
+
+
+def run(path, x) -> np.ndarray:
+    """Run a file as it is."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0]
 
 
 def image_graph(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
 from bitquota.candidates.layers import LayerKind
 from bitquota.errors import InvalidModel
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from bitquota.models.onnx.matrices import Matrix
 
 _QUANTIZED = frozenset(
     {"DequantizeLinear", "QuantizeLinear", "MatMulNBits", "QLinearConv", "QLinearMatMul",
@@ -64,8 +69,15 @@ class _Found:
     inputs: list[str] = field(default_factory=list)
 
 
-def find_layers(model: Any) -> tuple[OnnxLayer, ...]:  # noqa: ANN401  # onnx.ModelProto
+def find_layers(
+    model: Any,  # noqa: ANN401  # onnx.ModelProto
+    matrices: Mapping[str, Matrix] | None = None,
+) -> tuple[OnnxLayer, ...]:
     """Return the quantizable weights of a graph: Conv, ConvTranspose, Gemm, MatMul, Gather.
+
+    Args:
+        model: The graph.
+        matrices: Further ones, by initializer (see ``matrices``).
 
     Raises:
         InvalidModel: The graph is already quantized, or has none.
@@ -100,12 +112,22 @@ def find_layers(model: Any) -> tuple[OnnxLayer, ...]:  # noqa: ANN401  # onnx.Mo
         known = found.setdefault(initializer, _Found(kind, int(attributes.get("group", 1))))
         known.nodes.append(node.name or node.output[0])
         known.inputs.append(data)
+    labels: dict[str, str] = {}
+    for initializer, matrix in (matrices or {}).items():
+        item = _Found(matrix.kind, 1)
+        item.nodes.append(matrix.node)
+        item.inputs.append(matrix.data)
+        found[initializer], labels[initializer] = item, matrix.name
     if not found:
         raise _nothing_found(graph)
     taken: set[str] = set()
     layers = []
     for initializer, item in found.items():
-        name = _layer_name(initializer, item.nodes[0], taken)
+        name = _layer_name(
+            "" if initializer in labels else initializer,
+            labels.get(initializer, item.nodes[0]),
+            taken,
+        )
         taken.add(name)
         layers.append(
             OnnxLayer(
@@ -122,8 +144,8 @@ def find_layers(model: Any) -> tuple[OnnxLayer, ...]:  # noqa: ANN401  # onnx.Mo
 
 def _nothing_found(graph: Any) -> InvalidModel:  # noqa: ANN401  # onnx.GraphProto
     msg = (
-        "an ONNX model must have Conv, ConvTranspose, Gemm, MatMul or Gather nodes with "
-        "constant weights; found none"
+        "an ONNX model must have Conv, ConvTranspose, Gemm, MatMul, Einsum, Gather, LSTM, GRU or "
+        "RNN nodes with constant weights; found none"
     )
     halves = [t.name for t in graph.initializer if t.data_type == BFLOAT16 and len(t.dims) > 1]
     if halves:

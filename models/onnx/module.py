@@ -7,6 +7,7 @@ parameter is seen by the next forward pass without building a session anew.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from bitquota.errors import (
     MissingDependency,
 )
 from bitquota.models.identity import Computation
-from bitquota.models.layer_calls import Conv1D
+from bitquota.models.layer_calls import Conv1D, MatrixOfOperator
 from bitquota.models.loaded import LoadedModel, finish
 from bitquota.models.onnx.identity import graph_digest
 from bitquota.models.onnx.layers import (
@@ -116,8 +117,9 @@ class OnnxModule(nn.Module):
 
         proto = read_onnx(path)
         self._computation = Computation(digest=graph_digest(proto), has_weights=True)
-        proto, self.stored = normalized(proto)
-        found = find_layers(proto)
+        graph = normalized(proto)
+        proto, self.stored = graph.model, graph.stored
+        found = find_layers(proto, graph.matrices)
         initializers = {t.name: t for t in proto.graph.initializer}
         given = [v for v in proto.graph.input if v.name not in initializers]
         self._inputs = [(v.name, _numpy_type(v, path)) for v in given]
@@ -145,7 +147,8 @@ class OnnxModule(nn.Module):
             if bias is not None:
                 fed[bias] = f"{layer.name}.bias"
             for node, data in zip(users, layer.inputs, strict=True):
-                self._calls.append((layer.name, data, node.output[0]))
+                made = data if layer.kind is LayerKind.RECURRENT else node.output[0]
+                self._calls.append((layer.name, data, made))
         self.onnx_layers = tuple(placed)
         # Statistics of batch norms may be estimated anew: they are inputs like weights.
         movable = statistics_of(proto, initializers) | added_of(
@@ -256,11 +259,16 @@ class OnnxModule(nn.Module):
             if name not in watched:
                 continue
             module = self.get_submodule(name)
-            result = torch.from_numpy(values[made])
+            taken, result = torch.from_numpy(values[given]), torch.from_numpy(values[made])
+            if isinstance(module, MatrixOfOperator) and module.kind is LayerKind.RECURRENT:
+                # What a gate takes and gives at each step is not seen: only how much it is.
+                steps = math.prod(taken.shape[:2])
+                taken = torch.zeros(1).expand(steps, module.in_features)
+                result = torch.zeros(1).expand(steps, module.out_features)
             # Calling the module runs its hooks; what it would compute, the graph has computed.
             module.forward = lambda *_, result=result: result
             try:
-                returned = module(torch.from_numpy(values[given]))
+                returned = module(taken)
             finally:
                 del module.forward
             if returned is not result:
@@ -424,6 +432,8 @@ def _layer_module(layer: OnnxLayer, array: NDArray[Any]) -> nn.Module:
             return kind(shape[0], shape[1] * groups, shape[2:], groups=groups, bias=False)  # type: ignore[no-any-return]
         if layer.kind is LayerKind.EMBEDDING:
             return nn.Embedding(shape[0], shape[1])
+        if layer.kind in (LayerKind.RECURRENT, LayerKind.CONTRACTION):
+            return MatrixOfOperator(layer.kind, shape[1], shape[0])
         if layer.kind is LayerKind.LINEAR:
             return nn.Linear(shape[1], shape[0], bias=False)
     module = Conv1D(shape[1], shape[0])

@@ -9,12 +9,14 @@ Design: docs/design/models.md
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bitquota.errors import InvalidModel, UnsafeModel
 from bitquota.models.onnx.folding import Stored, fold_weights
+from bitquota.models.onnx.matrices import Matrix, expose_matrices
 from bitquota.models.onnx.program import first_line
 from bitquota.models.onnx.rewrites import import_onnx
 
@@ -74,16 +76,29 @@ def read_onnx(path: Path) -> Any:  # noqa: ANN401  # onnx.ModelProto
     return model
 
 
-def read_normalized(path: Path) -> tuple[Any, dict[str, Stored]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormalizedGraph:
+    """A graph whose weights are initializers that their operators read.
+
+    Attributes:
+        model: ``onnx.ModelProto``.
+        stored: How the file stores initializers that were folded.
+        matrices: Initializers that were taken out of weights of recurrent layers and contractions.
+    """
+
+    model: Any
+    stored: dict[str, Stored]
+    matrices: dict[str, Matrix]
+
+
+def read_normalized(path: Path) -> NormalizedGraph:
     """Return the graph of ``path`` with every weight as an initializer that its operator reads.
 
     The same function for the same file wherever it is read: local functions are inlined, constants
     (of If and Loop bodies too) and sparse tensors become initializers of the graph, and casts,
-    transposes and other arithmetic on a weight alone is done (see ``folding``). Inputs, outputs
-    and nodes keep their names; a node without a name of its own gets that of its first output.
-
-    Returns:
-        The ``onnx.ModelProto``, and what was folded, by initializer.
+    transposes and other arithmetic on a weight alone is done (see ``folding``), gates and tensors
+    of contractions become matrices (see ``matrices``). Inputs, outputs and nodes keep their names;
+    a node without a name of its own gets that of its first output.
 
     Raises:
         InvalidModel: Also if functions call themselves, or grow beyond ``MAX_NODES``.
@@ -92,7 +107,7 @@ def read_normalized(path: Path) -> tuple[Any, dict[str, Stored]]:
     return normalized(read_onnx(path))
 
 
-def normalized(model: Any) -> tuple[Any, dict[str, Stored]]:  # noqa: ANN401  # onnx.ModelProto
+def normalized(model: Any) -> NormalizedGraph:  # noqa: ANN401  # onnx.ModelProto
     """Return ``model``, which is changed, as ``read_normalized`` does; raises what it raises."""
     _densify(model)
     model = _flattened(model)
@@ -104,7 +119,7 @@ def normalized(model: Any) -> tuple[Any, dict[str, Stored]]:  # noqa: ANN401  # 
             node.name = _free(next(filter(None, node.output), node.op_type), taken)
             taken.add(node.name)
         seen.add(node.name)
-    return model, stored
+    return NormalizedGraph(model=model, stored=stored, matrices=expose_matrices(model))
 
 
 def _free(name: str, taken: set[str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -19,13 +18,9 @@ from bitquota.models.load import load_model
 from bitquota.models.loaded import inventory_of
 from bitquota.models.onnx import reading
 from bitquota.plan import Assignment, Plan
+from onnx_graphs import numbers, run
 
 node = helper.make_node
-
-
-def numbers(*shape: int, seed: int = 0, kind: object = np.float32) -> np.ndarray:
-    """Return normal numbers of any type."""
-    return (np.random.default_rng(seed).normal(size=shape) * 0.3).astype(kind)
 
 
 def written(path, nodes, tensors, *, n_in=16, kind=TensorProto.FLOAT, batch="n", functions=()):
@@ -49,12 +44,6 @@ def written(path, nodes, tensors, *, n_in=16, kind=TensorProto.FLOAT, batch="n",
     )
     onnx.save(model, str(path))
     return path
-
-
-def run(path, x) -> np.ndarray:
-    """Run a file as it is."""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": x})[0]
 
 
 def behind(*steps, end=("MatMul", {})):

@@ -32,6 +32,10 @@ class LayerKind(StrEnum):
     EMBEDDING = "embedding"
     EXPERTS = "experts"
     """A three-dimensional parameter that holds one matrix per expert."""
+    RECURRENT = "recurrent"
+    """The matrix of one gate of an LSTM, GRU or RNN: one row per hidden unit."""
+    CONTRACTION = "contraction"
+    """The constant side of an Einsum or a batched product, as one row per output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,5 +278,8 @@ def _tie_groups(patterns: Sequence[str], layers: Sequence[Layer]) -> list[list[s
     return groups
 
 
-WITHOUT_BIAS = frozenset({LayerKind.EMBEDDING, LayerKind.EXPERTS})
+MATRICES = frozenset({LayerKind.RECURRENT, LayerKind.CONTRACTION})
+"""Matrices inside a larger operator, whose own inputs and outputs no call shows."""
+
+WITHOUT_BIAS = frozenset({LayerKind.EMBEDDING, LayerKind.EXPERTS}) | MATRICES
 """Layers whose outputs no bias can correct."""
