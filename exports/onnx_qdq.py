@@ -306,8 +306,7 @@ def _trace(prepared: PreparedExport) -> Any:  # noqa: ANN401  # onnx.ModelProto
     tokens = all(not t.is_floating_point() for t in example)
     axes = {0: torch.export.Dim.DYNAMIC}
     if tokens:
-        # Recurrent modules are traced step by step, which fixes the length of the sample.
-        axes[1] = torch.export.Dim.AUTO
+        axes[1] = torch.export.Dim.DYNAMIC
     try:
         import onnxscript  # noqa: F401  # torch's exporter needs it, and says so less clearly
 

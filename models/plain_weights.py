@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize, prune
 
 from bitquota.candidates.layers import LayerKind
 from bitquota.models.layer_calls import MatrixOfOperator
+from bitquota.models.recurrent_trace import traced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,6 +105,10 @@ class GatedRecurrent(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # as the module itself
         """Return what the recurrent module returns."""
         (recurrent,) = self._plain
+        if torch.onnx.is_in_onnx_export() and isinstance(recurrent, nn.RNNBase):
+            x, states = args[0], args[1] if len(args) > 1 else kwargs.get("hx")
+            if isinstance(x, torch.Tensor) and x.ndim == 3 and not recurrent.proj_size:
+                return traced(recurrent, self._gates, self._parameters, x, states)
         recurrent.training = self.training
         stacked = {name: self._stacked(name) for name in self._order}
         if isinstance(recurrent, nn.RNNBase):
@@ -125,9 +130,12 @@ class GatedRecurrent(nn.Module):
     def _stacked(self, name: str) -> Tensor | None:
         if name in self._parameters:
             return self._parameters[name]
-        holder = self.get_submodule(name)
-        parts = [m.weight for m in holder.children() if isinstance(m, MatrixOfOperator)]
+        parts = self._gates(name)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _gates(self, name: str) -> list[Tensor]:
+        holder = self.get_submodule(name)
+        return [m.weight for m in holder.children() if isinstance(m, MatrixOfOperator)]
 
     def flatten_parameters(self) -> None:
         """Do nothing: the weights are stacked on each pass."""
