@@ -16,6 +16,7 @@ from bitquota.exports.export_report import (
     describe_candidate,
     describe_files,
 )
+from bitquota.models.binding import bound
 from bitquota.models.loaded import check_model
 from bitquota.models.running import primary_output
 from bitquota.quantizers.apply import apply_plan
@@ -196,6 +197,8 @@ def prepare_export(
     note = check_model(plan, model)
     if target is not None:
         plan.require(target)
+    samples = None if samples is None else bound(model, samples)
+    correction_data = None if correction_data is None else bound(model, correction_data)
     data = correction_data if correction_data is not None else samples
     module = folded_module(model, plan, data)
     layers = {a.layer.name: a.layer for a in plan.assignments}

@@ -6,7 +6,7 @@ Design: docs/design/models.md
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 Moved = tuple[tuple["Tensor", ...], "Tensor | None"]
 """Inputs and labels of some samples."""
 
+GENERIC_NAMES = ("x", "inputs", "input_ids", "pixel_values")
+"""Names that mean a model's first input, whatever the model calls it."""
+
 RESIDENT_BYTES = 2**30
 """Samples up to this size live on the device; larger sets are copied chunk by chunk."""
 
@@ -34,6 +37,8 @@ class CalibrationSet:
 
     Attributes:
         inputs: Positional arguments of the model, each ``[N, ...]``.
+        names: What the inputs are called, where that is known; then they go to the model's inputs
+            of these names (see ``binding``).
         labels: ``i64[N]`` classes, ``i64[N, T]`` tokens, or any targets ``[N, ...]``; or ``None``.
         digest: Content digest of the **whole** set that this one was cut from.
         indices: Positions of these samples in that set.
@@ -42,6 +47,7 @@ class CalibrationSet:
     """
 
     inputs: tuple[Tensor, ...]
+    names: tuple[str, ...] = ()
     labels: Tensor | None = None
     digest: str = ""
     indices: tuple[int, ...] = ()
@@ -54,6 +60,11 @@ class CalibrationSet:
         if not self.inputs:
             msg = "a calibration set must have at least one input tensor; got none"
             raise InvalidCalibration(msg)
+        if self.names and (
+            len(set(self.names)) != len(self.names) or len(self.names) != len(self.inputs)
+        ):
+            msg = f"each input must have a name of its own; got {', '.join(self.names)}"
+            raise InvalidCalibration(msg, names=list(self.names))
         named = [(f"input {k}", tensor) for k, tensor in enumerate(self.inputs)]
         if self.labels is not None:
             named.append(("labels", self.labels))
@@ -79,7 +90,10 @@ class CalibrationSet:
         if not self.digest:
             tensors = [digest_array(t.detach().cpu().contiguous().numpy()) for _, t in named]
             labelled = self.labels is not None
-            object.__setattr__(self, "digest", digest_json({"tensors": tensors, "l": labelled}))
+            content: dict[str, Any] = {"tensors": tensors, "l": labelled}
+            if self.names[1:] not in {(), ("attention_mask",)}:
+                content["names"] = list(self.names)  # they decide which input a tensor goes to
+            object.__setattr__(self, "digest", digest_json(content))
         if not self.indices:
             object.__setattr__(self, "indices", tuple(range(n)))
         if len(self.indices) != n:

@@ -129,11 +129,18 @@ def return_tensor(model: nn.Module) -> nn.Module:
     if hasattr(config, "use_cache"):
         config.use_cache = False
 
-    def forward(self: Any, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # noqa: ANN401
+    def forward(  # inputs by the names of transformers, but the main one
+        self: Any,  # noqa: ANN401
+        inputs: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
         name = self.main_input_name
         keywords = {name: inputs}
         if attention_mask is not None:
             keywords["attention_mask"] = attention_mask
+        if token_type_ids is not None:
+            keywords["token_type_ids"] = token_type_ids
         output = kind.forward(self, **keywords)
         logits: Tensor | None = getattr(output, "logits", None)
         if logits is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from bitquota.candidates.architectures import Suggestion, prepare_inventory, suggest
 from bitquota.candidates.table import Candidate
 from bitquota.codec import Document
+from bitquota.models.binding import bound
 from bitquota.models.discovery import discover
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ def inspect_model(
     """
     example = model.example_inputs
     if samples is not None:
+        samples = bound(model, samples)
         example = tuple(tensor[:2] for tensor in samples.inputs)
     found = discover(model.module, example, model_digest=model.digest)
     found = found.stored_in(model.weight_format_bits)

@@ -14,8 +14,8 @@ from bitquota.models.identity import (
     model_fingerprint,
     weights_fingerprint,
 )
-from bitquota.plan import ONLY_WEIGHTS, Plan
 from bitquota.models.plain_weights import with_plain_weights
+from bitquota.plan import ONLY_WEIGHTS, Plan
 
 if TYPE_CHECKING:
     from pathlib import Path

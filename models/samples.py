@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bitquota.errors import InvalidCalibration
-from bitquota.models.calibration import CalibrationSet
+from bitquota.models.calibration import GENERIC_NAMES, CalibrationSet
 from bitquota.models.factory import call_factory
 from bitquota.models.sources import HOW_TO_SAVE, SampleSource, sample_source
 from bitquota.models.text import DEFAULT_LENGTH, load_text
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bitquota.models.loaded import LoadedModel
-
-INPUT_NAMES = ("x", "inputs", "input_ids", "pixel_values")
-"""Members that hold the model's first argument; exactly one of them."""
 
 MASK_NAMES = ("attention_mask",)
 LABEL_NAMES = ("y", "labels")
@@ -53,10 +50,10 @@ def load_calibration(
     tokens. Images in uint8 are refused rather than guessed at.
 
     Args:
-        spec: An ``.npz`` (members ``x``, ``inputs``, ``input_ids`` or ``pixel_values``, optional
-            ``attention_mask``, optional ``y`` or ``labels``), a ``.safetensors`` with the same
-            names, a ``.txt`` or ``.jsonl`` text, or a local factory ``package.module:function``
-            that returns ``inputs`` or ``(inputs, labels)``.
+        spec: An ``.npz`` (members called as the model's inputs, or ``x`` where there is one;
+            optional ``y`` or ``labels``), a ``.safetensors`` with the same names, a ``.txt`` or
+            ``.jsonl`` text, or a local factory ``package.module:function`` that returns
+            ``inputs`` or ``(inputs, labels)``, inputs being a tensor, a tuple, or a dict by name.
         n: Draw this many samples, in their original order; all if left out.
         seed: Of that draw.
         tokenizer: For texts: a folder with ``tokenizer.json``, or ``bytes``.
@@ -229,25 +226,33 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _from_members(
     members: Mapping[str, NDArray[Any]] | Mapping[str, Tensor], source: str
 ) -> CalibrationSet:
-    names = [name for name in INPUT_NAMES if name in members]
-    known = (*INPUT_NAMES, *MASK_NAMES, *LABEL_NAMES)
-    unknown = sorted(set(members) - set(known))
-    if len(names) != 1 or unknown:
+    usual = [name for name in (*GENERIC_NAMES, *MASK_NAMES) if name in members]
+    others = [name for name in members if name not in {*usual, *LABEL_NAMES}]
+    names = [*usual, *others]
+    if not set(names) - set(MASK_NAMES):
         held = ", ".join(sorted(members)) or "nothing"
         msg = (
-            f"a calibration set must hold one of {', '.join(INPUT_NAMES)}, and may hold "
-            f"attention_mask, y or labels; '{source}' holds {held}: {HOW_TO_SAVE}"
+            f"a calibration set must hold the model's inputs by their names (or {GENERIC_NAMES[0]} "
+            f"where there is one), and may hold y or labels; '{source}' holds {held}: {HOW_TO_SAVE}"
         )
         raise InvalidCalibration(msg, members=sorted(members))
-    inputs = [_input(names[0], members[names[0]])]
-    masks = [name for name in MASK_NAMES if name in members]
-    inputs += [_tensor(name, members[name]).to(torch.int64) for name in masks]
+    inputs = [_named_input(name, members[name]) for name in names]
     labels = [name for name in LABEL_NAMES if name in members]
     if len(labels) > 1:
         msg = "a calibration set must hold y or labels, not both"
         raise InvalidCalibration(msg, members=labels)
     target = _labels(_tensor(labels[0], members[labels[0]])) if labels else None
-    return CalibrationSet(inputs=tuple(inputs), labels=target)
+    return CalibrationSet(inputs=tuple(inputs), names=tuple(names), labels=target)
+
+
+def _named_input(name: str, value: object) -> Tensor:
+    """Return an input; those of no usual name may be flags."""
+    tensor = _tensor(name, value)
+    if name in MASK_NAMES:
+        return tensor.to(torch.int64)
+    return (
+        tensor if tensor.dtype == torch.bool and name not in GENERIC_NAMES else _input(name, value)
+    )
 
 
 def _from_factory(spec: str) -> CalibrationSet:
@@ -255,6 +260,13 @@ def _from_factory(spec: str) -> CalibrationSet:
     if isinstance(value, CalibrationSet):
         return value
     inputs, labels = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    if isinstance(inputs, dict):
+        members = inputs if labels is None else inputs | {"labels": labels}
+        try:
+            return _from_members(members, spec)
+        except TypeError as err:
+            msg = f"the factory '{spec}' must return tensors or arrays by name: {err}"
+            raise InvalidCalibration(msg, source=spec) from err
     parts = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     try:
         tensors = [_input("inputs", parts[0])]

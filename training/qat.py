@@ -18,6 +18,7 @@ from bitquota.context import Context
 from bitquota.corrections import Correction
 from bitquota.errors import BudgetTooSmall, InvalidInput, InvalidPlan
 from bitquota.evaluate.metrics import measure_module
+from bitquota.models.binding import bound
 from bitquota.models.identity import model_fingerprint
 from bitquota.models.load import load_model
 from bitquota.models.loaded import LoadedModel, check_model, inventory_of
@@ -342,6 +343,7 @@ def _ready(
     model: LoadedModel, data: CalibrationSet, context: Context | None
 ) -> tuple[nn.Module, CalibrationSet]:
     where = choose_device((context or Context()).device)
+    data = bound(model, data)
     check_calibration(model, data)
     module, samples = copy.deepcopy(model.module).to(where).eval(), data.to(where)
     with torch.enable_grad():

@@ -14,8 +14,6 @@ from bitquota.errors import InvalidModel
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from bitquota.models.onnx.matrices import Matrix
-
 _QUANTIZED = frozenset(
     {"DequantizeLinear", "QuantizeLinear", "MatMulNBits", "QLinearConv", "QLinearMatMul",
      "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "QGemm", "GatherBlockQuantized"}
@@ -57,6 +55,23 @@ class OnnxLayer:
     nodes: tuple[str, ...]
     inputs: tuple[str, ...]
     groups: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """One matrix ``[outputs, inputs]`` that was taken out of a weight.
+
+    Attributes:
+        name: Of the layer.
+        kind: ``RECURRENT`` or ``CONTRACTION``.
+        node: Name of the node that multiplies with it.
+        data: The activation that the node reads.
+    """
+
+    name: str
+    kind: LayerKind
+    node: str
+    data: str
 
 
 @dataclass(slots=True)

@@ -11,13 +11,12 @@ Design: docs/design/models.md
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bitquota.candidates.layers import LayerKind
-from bitquota.models.onnx.layers import FLOATS
+from bitquota.models.onnx.layers import FLOATS, Matrix, readers
 from bitquota.models.onnx.rewrites import import_onnx
 
 if TYPE_CHECKING:
@@ -27,23 +26,6 @@ if TYPE_CHECKING:
 
 _GATES = {"LSTM": ("i", "o", "f", "c"), "GRU": ("z", "r", "h"), "RNN": ("h",)}
 """Gates in the order in which ONNX stacks them; of both directions, the forward one first."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Matrix:
-    """One matrix ``[outputs, inputs]`` that was taken out of a weight.
-
-    Attributes:
-        name: Of the layer.
-        kind: ``RECURRENT`` or ``CONTRACTION``.
-        node: Name of the node that multiplies with it.
-        data: The activation that the node reads.
-    """
-
-    name: str
-    kind: LayerKind
-    node: str
-    data: str
 
 
 def expose_matrices(model: Any) -> dict[str, Matrix]:  # noqa: ANN401  # onnx.ModelProto
@@ -70,8 +52,6 @@ def expose_matrices(model: Any) -> dict[str, Matrix]:  # noqa: ANN401  # onnx.Mo
 
 class _Splitter:
     def __init__(self, model: Any) -> None:  # noqa: ANN401  # onnx.ModelProto
-        from bitquota.models.onnx.layers import readers
-
         self.graph = model.graph
         self.held = {t.name: t for t in self.graph.initializer}
         self.readers = readers(self.graph)

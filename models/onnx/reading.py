@@ -16,13 +16,15 @@ import numpy as np
 
 from bitquota.errors import InvalidModel, UnsafeModel
 from bitquota.models.onnx.folding import Stored, fold_weights
-from bitquota.models.onnx.matrices import Matrix, expose_matrices
+from bitquota.models.onnx.matrices import expose_matrices
 from bitquota.models.onnx.program import first_line
 from bitquota.models.onnx.rewrites import import_onnx
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from bitquota.models.onnx.layers import Matrix
 
 MAX_OPSET = 25
 MAX_NODES = 200_000

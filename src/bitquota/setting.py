@@ -18,6 +18,7 @@ from bitquota.context import Context
 from bitquota.corrections import Correction
 from bitquota.evaluate.choice import ChoiceLoss, measure_choice
 from bitquota.evaluate.effects import output_effects
+from bitquota.models.binding import bound
 from bitquota.models.loaded import inventory_of
 from bitquota.models.references import References
 from bitquota.models.running import choose_device
@@ -172,6 +173,7 @@ def prepare(
     """
     context = context or Context()
     where = choose_device(context.device)
+    calibration = bound(model, calibration)
     outputs: tuple[PlanOutput, ...] = ()
     if loss is None:
         read = read_outputs(model, calibration, loss=request.loss, outputs=request.outputs or ())

@@ -6,11 +6,16 @@ import io
 import zipfile
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
 from bitquota.errors import InvalidCalibration
+from bitquota.models.binding import bound
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.load import load_model
 from bitquota.models.samples import check_calibration, load_calibration
 from format_networks import tiny_net
 from refusals import refused
@@ -97,8 +102,7 @@ class TestLoadCalibration:
     @pytest.mark.parametrize(
         ("members", "sentence"),
         [
-            ({"images": np.zeros((2, 3), np.float32)}, "holds images"),
-            ({"x": np.zeros((2, 3)), "inputs": np.zeros((2, 3))}, "one of x, inputs"),
+            ({"attention_mask": np.zeros((2, 3), int)}, "holds attention_mask"),
             ({"x": np.zeros((2, 3)), "y": np.zeros(2), "labels": np.zeros(2)}, "not both"),
             ({"x": np.zeros((2, 3)), "y": np.zeros(3, int)}, "same first dimension"),
             ({"x": np.zeros((2, 3), complex)}, "must be numbers"),
@@ -222,3 +226,108 @@ class TestCheckCalibration:
         data = load_calibration(npz(tmp_path / "c.npz", x=images))
         with pytest.raises(InvalidCalibration, match="one row per sample"):
             check_calibration(Mean(), data)
+
+
+class TestBound:
+    @staticmethod
+    def graph(path, order, kind=TensorProto.INT64):
+        """Write a graph that declares its inputs in this order."""
+        rng = np.random.default_rng(0)
+        value = helper.make_tensor_value_info
+        nodes = [
+            helper.make_node("Gather", ["emb", "input_ids"], ["e"]),
+            helper.make_node("Cast", ["attention_mask"], ["m"], to=TensorProto.FLOAT),
+            helper.make_node("Unsqueeze", ["m", "axis"], ["u"]),
+            helper.make_node("Mul", ["e", "u"], ["h"]),
+            helper.make_node("MatMul", ["h", "w"], ["y"], "w"),
+        ]
+        tensors = [
+            numpy_helper.from_array(rng.normal(size=(50, 8)).astype(np.float32), "emb"),
+            numpy_helper.from_array(rng.normal(size=(8, 4)).astype(np.float32), "w"),
+            numpy_helper.from_array(np.array([2]), "axis"),
+        ]
+        inputs = [value(name, kind, ["n", "s"]) for name in order]
+        outputs = [value("y", TensorProto.FLOAT, None)]
+        graph = helper.make_graph(nodes, "g", inputs, outputs, tensors)
+        opsets = [helper.make_opsetid("", 21)]
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), str(path))
+        return load_model(str(path))
+
+    @staticmethod
+    def samples(path, **more):
+        """Write tokens and a mask."""
+        rng = np.random.default_rng(1)
+        ids, mask = rng.integers(2, 50, (6, 5)), rng.integers(0, 2, (6, 5))
+        np.savez(path, input_ids=ids, attention_mask=mask, **more)
+        return load_calibration(str(path)), ids, mask
+
+    def test_names_decide_not_the_order(self, tmp_path):
+        """The same file goes to the same inputs, in whatever order they are declared."""
+        samples, ids, mask = self.samples(tmp_path / "c.npz")
+        outputs = []
+        for order in (["input_ids", "attention_mask"], ["attention_mask", "input_ids"]):
+            model = self.graph(tmp_path / "m.onnx", order)
+            found = bound(model, samples)
+            assert found.names == tuple(order)
+            given = {"input_ids": ids, "attention_mask": mask}
+            for name, tensor in zip(order, found.inputs, strict=True):
+                assert np.array_equal(given[name], tensor)
+            outputs.append(model.module(*found.inputs))
+        assert torch.equal(*outputs)
+
+    def test_missing_and_extra_are_named(self, tmp_path):
+        """With what the model declares."""
+        model = self.graph(tmp_path / "m.onnx", ["attention_mask", "input_ids"])
+        samples, ids, _ = self.samples(tmp_path / "c.npz", token_type_ids=np.zeros((6, 5), int))
+        with pytest.raises(InvalidCalibration, match="'token_type_ids' is none.*attention_mask"):
+            bound(model, samples)
+        np.savez(tmp_path / "d.npz", input_ids=ids)
+        with pytest.raises(InvalidCalibration, match="'attention_mask' is missing"):
+            bound(model, load_calibration(str(tmp_path / "d.npz")))
+
+    def test_wrong_type(self, tmp_path):
+        """Floating point is not cut to integers."""
+        model = self.graph(tmp_path / "m.onnx", ["input_ids", "attention_mask"])
+        _, ids, mask = self.samples(tmp_path / "c.npz")
+        np.savez(tmp_path / "d.npz", input_ids=ids / 2, attention_mask=mask)
+        with pytest.raises(InvalidCalibration, match="integers"):
+            bound(model, load_calibration(str(tmp_path / "d.npz")))
+
+    def test_parameters_of_a_forward_pass(self):
+        """Names of a torch module; what has a default may be left out, but not before another."""
+
+        class Two(torch.nn.Module):
+            def forward(self, left, right, scale=None, shift=None):
+                return left - right if shift is None else left + shift
+
+        left, right = torch.ones(3, 2), torch.zeros(3, 2)
+        swapped = CalibrationSet(inputs=(right, left), names=("right", "left"))
+        assert torch.equal(Two()(*bound(Two(), swapped).inputs), left)
+        gap = CalibrationSet(inputs=(left, right, left), names=("left", "right", "shift"))
+        with pytest.raises(InvalidCalibration, match="'scale' must be there too"):
+            bound(Two(), gap)
+        two = CalibrationSet(inputs=(left, right), names=("x", "inputs"))
+        with pytest.raises(InvalidCalibration, match="'left' is missing"):
+            bound(Two(), two)
+        usual = CalibrationSet(inputs=(left, right), names=("x", "right"))
+        assert bound(Two(), usual).names == ("left", "right")
+
+    def test_names_are_part_of_the_digest(self):
+        """They decide what is computed."""
+        a, b = torch.ones(3, 2), torch.zeros(3, 2)
+        one = CalibrationSet(inputs=(a, b), names=("left", "right"))
+        assert one.digest != CalibrationSet(inputs=(a, b), names=("right", "left")).digest
+        assert (
+            CalibrationSet(inputs=(a,), names=("x",)).digest == CalibrationSet(inputs=(a,)).digest
+        )
+
+    def test_factory_of_a_dict(self, tmp_path, monkeypatch):
+        """By name, with labels or without."""
+        (tmp_path / "own_samples.py").write_text(
+            "import torch\n"
+            "def plain(): return {'left': torch.ones(3, 2), 'right': torch.zeros(3, 2)}\n"
+            "def labelled(): return plain(), torch.arange(3)\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        assert load_calibration("own_samples:plain").names == ("left", "right")
+        assert torch.equal(load_calibration("own_samples:labelled").labels, torch.arange(3))

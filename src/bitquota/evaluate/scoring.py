@@ -16,6 +16,7 @@ from bitquota.errors import InvalidInput
 from bitquota.evaluate.metrics import compare_models, measured_loss
 from bitquota.evaluate.scores import FULL_PRECISION, Score
 from bitquota.exports.export import open_export
+from bitquota.models.binding import bound
 from bitquota.models.loaded import check_model
 from bitquota.models.outputs import joined, measuring
 from bitquota.models.running import choose_device, run_module
@@ -112,6 +113,7 @@ def score_plans(
 
     Cost: one pass of every model; its corrections' passes besides.
     """
+    data = bound(model, data)
     context = context or Context()
     where = choose_device(context.device)
     if read is None:
@@ -120,6 +122,8 @@ def score_plans(
         loss = read.loss if loss is None else loss
         kind = "logits" if read.has_classes else "outputs"
     check_calibration(read.model, data)
+    correction_data = None if correction_data is None else bound(model, correction_data)
+    fit_data = None if fit_data is None else bound(model, fit_data)
     here = _on(read.model, where)
     if original is not None and read.model is not model:
         original = replace(original, module=measuring(original.module, read.outputs))
@@ -287,6 +291,7 @@ def evaluate_plans(
 
     Cost: a forward pass over ``data`` for full precision and for each choice.
     """
+    data = bound(model, data)
     read = _reading(model, data, plans, loss=loss)
     function = read.loss
     scores = score_plans(

@@ -1,0 +1,105 @@
+"""Samples to the inputs of a model, by name.
+
+Design: docs/design/models.md
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from bitquota.errors import InvalidCalibration
+from bitquota.models.calibration import GENERIC_NAMES
+from bitquota.models.onnx.program import source_of
+
+if TYPE_CHECKING:
+    from bitquota.models.calibration import CalibrationSet
+    from bitquota.models.loaded import LoadedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeclaredInput:
+    """An input that a model declares.
+
+    Attributes:
+        name: As the graph or the forward pass calls it.
+        integer: Whether it must hold integers (or may not), if that is declared.
+        required: Whether the model cannot run without it.
+    """
+
+    name: str
+    integer: bool | None = None
+    required: bool = True
+
+    def __str__(self) -> str:
+        """Return the name, with the type where it is declared."""
+        kind = {None: "", True: " (integers)", False: " (floating point)"}[self.integer]
+        return f"{self.name}{kind}" if self.required else f"[{self.name}{kind}]"
+
+
+def declared_inputs(module: nn.Module) -> tuple[DeclaredInput, ...]:
+    """Return what ``module`` takes, in its order; empty if it does not say."""
+    source = source_of(module)
+    if source is not None:
+        return tuple(
+            DeclaredInput(name=name, integer=dtype.kind in "iu" if dtype.kind in "iuf" else None)
+            for name, dtype in source.inputs
+        )
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return ()
+    return tuple(
+        DeclaredInput(name=p.name, required=p.default is inspect.Parameter.empty)
+        for p in parameters
+        if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    )
+
+
+def bound(model: LoadedModel | nn.Module, samples: CalibrationSet) -> CalibrationSet:
+    """Return ``samples`` with their inputs in the order in which ``model`` takes them.
+
+    Samples without names are taken as they are. A single input may have any of the usual names
+    (``x``, ``inputs``, ``input_ids``, ``pixel_values``); so may the first of a torch module.
+
+    Raises:
+        InvalidCalibration: An input that the model needs is missing, one that it does not declare
+            is there, or it has the wrong type; the message says what is declared.
+    """
+    module = model if isinstance(model, nn.Module) else model.module
+    declared = declared_inputs(module)
+    names = list(samples.names)
+    if not names or not declared:
+        return samples
+    known = {entry.name for entry in declared}
+    needed = [entry.name for entry in declared if entry.required]
+    first = declared[0].name
+    # "x" and its like say "the input" where there is one, or where a torch module has its own name.
+    takes_any = source_of(module) is None or len(declared) == len(names) == 1
+    generic = [n for n in names if n in GENERIC_NAMES and n not in known]
+    if takes_any and first not in names and len(generic) == 1:
+        names = [first if n == generic[0] else n for n in names]
+    says = f"the model takes {', '.join(map(str, declared))}; the samples hold {', '.join(names)}"
+    if missing := [name for name in needed if name not in names]:
+        msg = f"samples must have every input of the model; '{missing[0]}' is missing: {says}"
+        raise InvalidCalibration(msg, missing=missing)
+    if extra := [name for name in names if name not in known]:
+        msg = f"samples must have no input that the model lacks; '{extra[0]}' is none: {says}"
+        raise InvalidCalibration(msg, extra=extra)
+    order = [entry for entry in declared if entry.name in names]
+    if order != list(declared[: len(order)]):
+        gap = next(e.name for e in declared if e.name not in names)
+        msg = f"inputs are given in order, so '{gap}' must be there too: {says}"
+        raise InvalidCalibration(msg, missing=[gap])
+    tensors = dict(zip(names, samples.inputs, strict=True))
+    for entry in order:
+        if entry.integer and tensors[entry.name].is_floating_point():
+            msg = f"'{entry.name}' must hold integers, as the model declares; it is floating point"
+            raise InvalidCalibration(msg, input=entry.name)
+    return replace(
+        samples,
+        inputs=tuple(tensors[entry.name] for entry in order),
+        names=tuple(entry.name for entry in order),
+    )
