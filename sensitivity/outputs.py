@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 N_SAMPLES = 64
 """Answers that the diagnosis looks at."""
 
+MAX_ELEMENTS = 2**24
+"""Elements of one output that it looks at; two samples in any case. Vocabularies are large."""
+
 _SUM_TOLERANCE = 2e-3
 """How far probabilities may be from adding up to 1: half-precision outputs have three digits."""
 
@@ -120,15 +123,9 @@ def read_outputs(
         InvalidInput: The loss does not fit the output, or cannot be chosen; the message names those
             that fit. Or there is no such output.
 
-    Cost: two passes over 64 samples at most.
+    Cost: two passes over 64 samples at most, over two where answers are large.
     """
-    few = calibration.first(min(N_SAMPLES, len(calibration)))
-    try:
-        found = outputs_of(model.module, few.inputs)
-    except BitquotaError:
-        raise
-    except Exception as err:  # whatever the model raises is about its input
-        raise samples_refused(model, few, err) from err
+    few, found = _first_answers(model, calibration)
     if known is None:
         losses, weights = parse_losses(loss), parse_outputs(tuple(outputs))
         chosen = _chosen(found, few, losses, weights, demand=demand)
@@ -142,6 +139,25 @@ def read_outputs(
         loss=loss_of(chosen),
         outputs=tuple(chosen),
     )
+
+
+def _first_answers(
+    model: LoadedModel, calibration: CalibrationSet
+) -> tuple[CalibrationSet, dict[str, Tensor]]:
+    """Return the first samples and what the model answers: two, and more if answers are small."""
+    few = calibration.first(min(2, len(calibration)))
+    try:
+        found = outputs_of(model.module, few.inputs)
+        largest = max((value.numel() for value in found.values()), default=1) // len(few)
+        n = min(N_SAMPLES, len(calibration), MAX_ELEMENTS // max(1, largest))
+        if n > len(few):
+            few = calibration.first(n)
+            found = outputs_of(model.module, few.inputs)
+    except BitquotaError:
+        raise
+    except Exception as err:  # whatever the model raises is about its input
+        raise samples_refused(model, few, err) from err
+    return few, found
 
 
 def loss_of(outputs: Sequence[PlanOutput]) -> Loss:

@@ -186,6 +186,17 @@ class TestDiagnosis:
         assert read.model is model
         assert read.loss is loss_by_name("kl")
 
+    def test_large_answers_are_looked_at_on_two_samples(self, monkeypatch):
+        """A vocabulary at every position of 64 texts would fill the memory."""
+        seen = []
+        model = model_of(lambda x: seen.append(len(x)) or x)
+        read_outputs(model, samples())
+        assert seen == [2, 64]
+        monkeypatch.setattr("bitquota.sensitivity.outputs.MAX_ELEMENTS", 9)
+        seen.clear()
+        read_outputs(model, samples())
+        assert seen == [2]
+
     def test_unknown_outputs_are_named(self):
         """With those that there are."""
         with pytest.raises(InvalidInput, match="one of output; got 'boxes'"):
