@@ -96,6 +96,8 @@ def run(folder: Path, first: int, count: int) -> dict[str, Any]:
         ``counts`` (``KIND refused|loaded|ran`` to number), ``violations`` and ``crashes`` (seed
         and what happened, both empty if all is well), ``worst_s`` and ``worst``, ``peak_mib``.
     """
+    import onnx.reference  # noqa: F401  # imported when a constant of a graph is computed
+
     from mutations import SUFFIXES, mutate
 
     files = sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES)

@@ -169,8 +169,8 @@ class Leases:
         if job.fruitless >= max_attempts:
             msg = (
                 f"a job must measure something new within {max_attempts} attempts; its worker "
-                f"ended each time before it did (last: {reason}). The model or a layer of it "
-                "probably needs more memory than there is"
+                f"ended each time before it did (last: {reason}). Either the model or a layer of "
+                "it needs more memory than there is, or the machine is too busy for its slots"
             )
             error = MeasurementFailed(msg, attempts=job.attempts)
             finish(connection, job, JobStatus.FAILED, now, error)

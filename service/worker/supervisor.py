@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _log = logger("supervisor")
 _TICK_S = 0.2
 _LOST_CHECK_S = 1.0
+_START_S = 60.0
+"""Seconds beyond a lease that a driver may take to start on a busy machine, until its first
+heartbeat. A driver that dies meanwhile, or a server, is noticed without a lease."""
 _CANCEL_S = 1.2
 """Seconds that a driver gets to end a job that was cancelled, its evaluator's included; with the
 ticks before and after, a cancelled job has ended within two seconds, whatever they are doing."""
@@ -144,7 +147,8 @@ class Supervisor:
         while len(self._running) < slots:
             if reserve and (self._spare is None or self._spare.poll() is not None):
                 self._spare = self._start_driver()
-            job = self._store.claim(self.owner, self._settings.lease_s, self._settings.max_running)
+            lease_s = self._settings.lease_s + _START_S
+            job = self._store.claim(self.owner, lease_s, self._settings.max_running)
             if job is None:
                 return
             process, self._spare = self._spare or self._start_driver(), None
