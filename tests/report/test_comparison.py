@@ -9,6 +9,7 @@ from bitquota.errors import InvalidInput, MissingDependency
 from bitquota.plan import MeasuredLoss
 from bitquota.report.comparison import Comparison, Entry, Measured
 from bitquota.report.comparison_plot import plot_comparison
+from refusals import refused
 
 
 def loss(mean, error=0.1, accuracy=0.9):
@@ -160,5 +161,5 @@ class TestPlotComparison:
             return real(name, *args, **kwargs)
 
         monkeypatch.setattr(builtins, "__import__", without)
-        with pytest.raises(MissingDependency, match=r"bitquota\[plot\]"):
+        with refused(MissingDependency, extra="plot"):
             plot_comparison(comparison, tmp_path / "c.png")
