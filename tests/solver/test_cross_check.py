@@ -37,6 +37,7 @@ NOTHING = Solution(status=Status.INFEASIBLE, bound=math.inf)
 
 
 class TestCrossCheck:
+    @pytest.mark.slow
     def test_solvers_agree(self):
         """The certificate holds, and a convex, an integer and an exhaustive solver confirm."""
         problem = small()

@@ -123,7 +123,9 @@ class TestSolve:
                     solve(small(), backend=name, node_limit=3)
         assert solve(small(), backend="bitquota", node_limit=0).limit in {None, Limit.NODE}
 
-    @pytest.mark.parametrize("name", ["brute_force", "cp_sat"])
+    @pytest.mark.parametrize(
+        "name", ["brute_force", pytest.param("cp_sat", marks=pytest.mark.slow)]
+    )
     def test_solve_passes_everything_on(self, name):
         """Through the front door: cancellation, a time limit of nothing, and events."""
         if BACKENDS[name].missing() is not None:
