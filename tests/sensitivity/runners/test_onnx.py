@@ -24,6 +24,7 @@ from bitquota.sensitivity.registry import measure_by_name, measures
 from bitquota.sensitivity.runners.make import make_runner
 from bitquota.sensitivity.runners.onnx import OnnxRunner
 from onnx_graphs import image_graph, odd_graph, residual_graph, token_graph
+from refusals import refused
 from sensitivity_networks import Residual, build, samples
 
 pytest.importorskip("onnxruntime")
@@ -139,7 +140,7 @@ class TestOnnxRunner:
     def test_batch_statistics_need_a_free_batch(self, tmp_path):
         """Statistics of one sample stand for nothing."""
         path = residual_graph(tmp_path / "m.onnx", build(Residual), batch=1)
-        with pytest.raises(InvalidInput, match="dynamic first dimension"):
+        with refused(InvalidInput, fixed_batch=1):
             prepared(load_model(str(path)).module, samples(Residual), batch_norm="moved")
 
     def test_means_behind_products(self, tmp_path):
@@ -173,7 +174,7 @@ class TestOnnxRunner:
     def test_batch_statistics_need_batch_norms(self, tmp_path):
         """A graph whose exporter folded them says so, rather than ignore the correction."""
         module = load_model(str(image_graph(tmp_path / "m.onnx"))).module
-        with pytest.raises(InvalidInput, match="fold them into the convolutions"):
+        with refused(InvalidInput, batch_norms=0, opset=21):
             prepared(module, samples(Residual), batch_norm="moved")
 
     def test_operators_that_torch_does_not_know(self, tmp_path):
@@ -215,7 +216,7 @@ class TestOnnxRunner:
         """Asked for by name on a torch module, it is one sentence."""
         with pytest.raises(InvalidModel, match=r"runs ONNX files"):
             prepared(residual[0], samples(Residual), engine="onnxruntime")
-        with pytest.raises(InvalidInput, match="engine 'onnxruntime'"):
+        with refused(InvalidInput, engine="eager"):
             prepared(residual[1], samples(Residual), engine="eager", batch_norm="moved")
 
     def test_wrong_samples(self, residual):
