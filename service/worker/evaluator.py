@@ -215,19 +215,19 @@ def carry_out(assignment: JsonObject, channel: Channel, loaded: Loaded) -> None:
 
 def help_out(assignment: JsonObject, channel: Channel, loaded: Loaded) -> None:
     """Measure what the driver asks for, task after task, into its ledger."""
+    from bitquota.measurement_setup import build_setup
     from bitquota.sensitivity.measures.parts import carry_out as run_task
-    from bitquota.setting import prepare
 
     work = _work(assignment, channel, loaded)
     context = work.context.part()
-    setting = prepare(
+    setup = build_setup(
         work.model(), work.samples(), PlanRequest.from_json(assignment["request"]), context=context
     )
-    runner = setting.runner()
+    runner = setup.runner()
     head, _ = channel.ask(Idle())
     while head["type"] == "task":
         task = Task.from_json(head["task"])
-        run_task(task, runner, setting.table, setting.loss, context=context)
+        run_task(task, runner, setup.table, setup.loss, context=context)
         head, _ = channel.ask(Idle(done=head["number"]))
 
 

@@ -17,6 +17,7 @@ from bitquota.cli import main
 from bitquota.context import Context, MemoryLedger
 from bitquota.corrections import Correction
 from bitquota.evaluate.scoring import evaluate_plans, score_plans
+from bitquota.measurement_setup import build_setup
 from bitquota.models.load import load_model
 from bitquota.models.samples import load_calibration
 from bitquota.plan import PlanTarget
@@ -27,7 +28,6 @@ from bitquota.search.compare import compare
 from bitquota.service.jobs.kinds import kind_by_name
 from bitquota.service.jobs.messages import Piece
 from bitquota.service.jobs.work import Loaded, Work
-from bitquota.setting import prepare
 from bitquota.training.qat import finetune_plan
 from bitquota.training.settings import TrainingSettings
 from format_networks import plan_with
@@ -178,13 +178,13 @@ class TestSearched:
             refine=False, **REQUESTS[kind],
         )  # fmt: skip
         (plan,) = allocate(model, everything, request, context=CPU).plans
-        setting = prepare(model, everything, request, context=CPU)
+        setup = build_setup(model, everything, request, context=CPU)
         found = score_plans(
             model,
-            setting.holdout,
+            setup.holdout,
             plans={"p": plan},
-            fit_data=setting.fit,
-            correction_data=setting.correcting,
+            fit_data=setup.fit,
+            correction_data=setup.correcting,
             with_uniform=False,
             with_baselines=True,
         )

@@ -66,7 +66,7 @@ LATE = {
             "models.loaded",
             "search.allocate",
             "sensitivity.measures.parts",
-            "setting",
+            "measurement_setup",
         },
         "service.worker.forkserver": {"models.load", "models.samples"},
     },

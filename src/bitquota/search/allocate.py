@@ -11,6 +11,7 @@ import numpy as np
 import bitquota
 from bitquota.errors import InvalidInput
 from bitquota.evaluate.choice import ChoiceLoss
+from bitquota.measurement_setup import Setup, build_setup
 from bitquota.plan import SOLVER, Assignment, Baseline, Plan, PlanTarget, Proof
 from bitquota.search.baselines import baseline_choices, size_only, uniform_mixes, weight_mse
 from bitquota.search.evidence import gather_evidence
@@ -19,7 +20,6 @@ from bitquota.search.projection import project
 from bitquota.search.refine import RefineSettings, refine
 from bitquota.sensitivity.measures.gram import measure_differences
 from bitquota.sensitivity.registry import measure_by_name
-from bitquota.setting import Setting, prepare
 from bitquota.solver import Problem, Status, build_problem
 from bitquota.solver.archive import certificate_file
 
@@ -109,19 +109,19 @@ def allocate(
     if not request.budgets:
         msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
         raise InvalidInput(msg)
-    setting = prepare(model, calibration, request, context=context, loss=loss)
-    budgets = [setting.budgets(text) for text in request.budgets]
-    runner = setting.runner()
-    source = _measure(setting, runner)
+    setup = build_setup(model, calibration, request, context=context, loss=loss)
+    budgets = [setup.budgets(text) for text in request.budgets]
+    runner = setup.runner()
+    source = _measure(setup, runner)
     made = [runner]
 
     def runner_on(samples: CalibrationSet) -> Runner:
-        made.append(setting.runner(samples))
+        made.append(setup.runner(samples))
         return made[-1]
 
     # Samples that decide: the hold-out part, then further ones, then those of the measurement.
-    holdout = runner_on(setting.holdout)
-    further: list[Callable[[], Runner]] = [cache(partial(runner_on, s)) for s in setting.spare]
+    holdout = runner_on(setup.holdout)
+    further: list[Callable[[], Runner]] = [cache(partial(runner_on, s)) for s in setup.spare]
     deciding: tuple[Runner | Callable[[], Runner], ...] = (holdout, *further, runner)
     problems = [build_problem(source.matrix, together) for together in budgets]
     outcomes: dict[int, _Outcome] = {}
@@ -129,13 +129,11 @@ def allocate(
     # Downwards: what was measured around the plan of a larger budget proposes one for the next.
     for k in sorted(range(len(budgets)), key=lambda k: -_room(problems[k])):
         known = [outcome.choice for outcome in outcomes.values()]
-        outcomes[k] = _search(
-            setting, runner, deciding, source, budgets[k], problems[k], known, warm
-        )
+        outcomes[k] = _search(setup, runner, deciding, source, budgets[k], problems[k], known, warm)
         warm = outcomes[k].last
     choices = [outcomes[k].choice for k in range(len(budgets))]
     plans = tuple(
-        _plan(setting, holdout, source, together, problems[k], outcomes[k], choices,
+        _plan(setup, holdout, source, together, problems[k], outcomes[k], choices,
               f"budget {k + 1} of {len(budgets)}")
         for k, together in enumerate(budgets)
     )  # fmt: skip
@@ -149,8 +147,8 @@ def allocate(
         plans=plans,
         certificates=certificates,
         matrix=source.matrix,
-        inventory=setting.inventory,
-        passes=sum(r.passes.passes * len(r.calibration) for r in made) / len(setting.fit),
+        inventory=setup.inventory,
+        passes=sum(r.passes.passes * len(r.calibration) for r in made) / len(setup.fit),
     )
 
 
@@ -163,8 +161,8 @@ def measure_matrix(
     loss: Loss | None = None,
 ) -> SensitivityMatrix:
     """Measure the sensitivity matrix of ``request`` alone; arguments and errors of ``allocate``."""
-    setting = prepare(model, calibration, request, context=context, loss=loss)
-    return _measure(setting, setting.runner()).matrix
+    setup = build_setup(model, calibration, request, context=context, loss=loss)
+    return _measure(setup, setup.runner()).matrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -182,37 +180,37 @@ class _Source:
     scores: dict[str, SensitivityMatrix]
 
 
-def _measure(setting: Setting, runner: Runner) -> _Source:
+def _measure(setup: Setup, runner: Runner) -> _Source:
     differences = None
-    if setting.request.measure in ("auto", GRAM):
+    if setup.request.measure in ("auto", GRAM):
         matrix, differences = measure_differences(
             runner,
-            setting.table,
-            setting.loss,
-            context=setting.context,
+            setup.table,
+            setup.loss,
+            context=setup.context,
         )
     else:
-        matrix = measure_by_name(setting.request.measure).measure(
+        matrix = measure_by_name(setup.request.measure).measure(
             runner,
-            setting.table,
-            setting.loss,
-            context=setting.context,
+            setup.table,
+            setup.loss,
+            context=setup.context,
         )
     scores = {
-        "size only": size_only(setting.table),
+        "size only": size_only(setup.table),
         "weight MSE": weight_mse(
-            setting.module, setting.inventory, setting.table, weights=setting.fitted.weights
+            setup.module, setup.inventory, setup.table, weights=setup.fitted.weights
         ),
-        _named(setting): replace(matrix, cross=None, cross_error=None),
+        _named(setup): replace(matrix, cross=None, cross_error=None),
     }
     return _Source(matrix=matrix, differences=differences, scores=scores)
 
 
-def _named(setting: Setting) -> str:
+def _named(setup: Setup) -> str:
     """Return what the diagonal of the measured matrix is called among the baselines."""
-    if setting.request.measure in MEASURES_OF_THE_LOSS:
-        return f"one-layer {setting.loss.name}"
-    return setting.request.measure
+    if setup.request.measure in MEASURES_OF_THE_LOSS:
+        return f"one-layer {setup.loss.name}"
+    return setup.request.measure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -240,7 +238,7 @@ def _room(problem: Problem) -> float:
 
 
 def _search(
-    setting: Setting,
+    setup: Setup,
     runner: Runner,
     deciding: Sequence[Runner | Callable[[], Runner]],
     source: _Source,
@@ -250,40 +248,40 @@ def _search(
     warm: Linearisation | None,
 ) -> _Outcome:
     """Solve one budget, and refine the best of that and of all simpler choices."""
-    optimum = solved(setting, problem)
-    simple = baseline_choices(setting.table)
+    optimum = solved(setup, problem)
+    simple = baseline_choices(setup.table)
     baselines = {name: choice for name, choice in simple.items() if problem.is_feasible(choice)}
     for name, score in source.scores.items():
-        baselines[name] = choice_of(solved(setting, build_problem(score, budgets)))
+        baselines[name] = choice_of(solved(setup, build_problem(score, budgets)))
     starts = {"matrix": choice_of(optimum)} | baselines
     starts |= {f"of another budget {k + 1}": choice for k, choice in enumerate(known)}
     if source.matrix.cross is not None:
         # The exact optimum of a noisy matrix stacks its errors; that of the tamer projection is
         # often better in truth. Both are only proposals: measurements decide.
-        tamed = solved(setting, build_problem(project(source.matrix), budgets))
+        tamed = solved(setup, build_problem(project(source.matrix), budgets))
         starts["projected"] = choice_of(tamed)
 
     found = refine(
         runner,
-        setting.table,
-        setting.loss,
+        setup.table,
+        setup.loss,
         limits=limits_of(problem),
-        solve=proposer(setting, problem),
+        solve=proposer(setup, problem),
         starts=starts,
         holdout=deciding,
         first=(source.matrix, source.differences),
         warm=warm,
         # Around a plan without alternatives there is nothing to measure.
         settings=_REFINEMENT[
-            setting.request.refine and len(setting.table.rows) > len(setting.table.groups)
+            setup.request.refine and len(setup.table.rows) > len(setup.table.groups)
         ],
-        context=setting.context,
+        context=setup.context,
     )
     return _Outcome(choice=found.choice, baselines=baselines, optimum=optimum, last=found.last)
 
 
 def _plan(
-    setting: Setting,
+    setup: Setup,
     holdout: Runner,
     source: _Source,
     budgets: tuple[Budget, ...],
@@ -295,20 +293,20 @@ def _plan(
     """Measure what was found and the baselines on the hold-out, return the best as a plan."""
     own = {f"refined {k}": c for k, c in enumerate(dict.fromkeys((outcome.choice, *others)))}
     own = {name: choice for name, choice in own.items() if problem.is_feasible(choice)}
-    measured = _measure_choices(setting, own | outcome.baselines, stage)
+    measured = _measure_choices(setup, own | outcome.baselines, stage)
     # Ties go to the refined choice, which comes first.
     refined = min(own, key=lambda name: measured[name].mean)
     choices = {SOLVER: own[refined], **outcome.baselines}
     measured[SOLVER] = measured[refined]
     # What is uniform at the same bytes: the best of a few mixes of two widths.
-    size = sum(c.size_bits for c in setting.table.decode(own[refined]))
+    size = sum(c.size_bits for c in setup.table.decode(own[refined]))
     mixes = {
         name: choice
-        for name, choice in uniform_mixes(setting.table, size).items()
+        for name, choice in uniform_mixes(setup.table, size).items()
         if problem.is_feasible(choice) and choice not in choices.values()
     }
     if mixes:
-        losses = _measure_choices(setting, mixes, f"{stage}, uniform mixes")
+        losses = _measure_choices(setup, mixes, f"{stage}, uniform mixes")
         mix = min(mixes, key=lambda name: losses[name].mean)
         choices[mix], measured[mix] = mixes[mix], losses[mix]
     best = min(choices, key=lambda name: measured[name].mean)
@@ -317,35 +315,33 @@ def _plan(
     status = solution.status
     if choices[best] != choice_of(solution):
         # A choice that measured better need not be the optimum of the matrix.
-        within = objective - solution.bound <= setting.request.gap * abs(objective)
+        within = objective - solution.bound <= setup.request.gap * abs(objective)
         status = Status.OPTIMAL if within else Status.FEASIBLE
     evidence = gather_evidence(
         holdout,
-        setting.table,
-        setting.loss,
+        setup.table,
+        setup.loss,
         limits=limits_of(problem),
         choice=choices[best],
         predict=source.matrix.predict,
-        seed=setting.request.seed,
-        context=setting.context,
+        seed=setup.request.seed,
+        context=setup.context,
     )
-    chosen = setting.table.decode(choices[best])
+    chosen = setup.table.decode(choices[best])
     by_layer = {candidate.layer: candidate for candidate in chosen}
     return Plan(
-        model_digest=setting.inventory.model_digest,
+        model_digest=setup.inventory.model_digest,
         assignments=tuple(
             Assignment(layer=layer, candidate=by_layer[layer.name])
-            for layer in setting.inventory.layers
+            for layer in setup.inventory.layers
         ),
-        unquantized=setting.inventory.unquantized,
+        unquantized=setup.inventory.unquantized,
         budgets=budgets,
-        corrections=setting.request.corrections,
+        corrections=setup.request.corrections,
         selected=best,
         # A metric's score is in its own unit: no loss increase.
         predicted=(
-            source.matrix.predict(choices[best])
-            if source.matrix.loss == setting.loss.name
-            else None
+            source.matrix.predict(choices[best]) if source.matrix.loss == setup.loss.name else None
         ),
         measured=measured[best].measured,
         proof=Proof(
@@ -358,36 +354,34 @@ def _plan(
             certified=solution.certificate is not None,
         ),
         baselines=tuple(
-            _baseline(setting, name, choices[name], measured[name], measured[best])
+            _baseline(setup, name, choices[name], measured[name], measured[best])
             for name in choices
             if name != SOLVER or best != SOLVER
         ),
-        loss=setting.loss.name,
+        loss=setup.loss.name,
         provenance={
-            "request": setting.request.to_json(),
-            "fit": setting.fit.to_json(),
-            "holdout": setting.holdout.to_json(),
-            "correcting": setting.correcting.to_json() if setting.request.corrections else None,
+            "request": setup.request.to_json(),
+            "fit": setup.fit.to_json(),
+            "holdout": setup.holdout.to_json(),
+            "correcting": setup.correcting.to_json() if setup.request.corrections else None,
             "matrix": source.matrix.provenance,
             "bitquota": bitquota.__version__,
         }
-        | ({"importance": setting.importance.digest} if setting.importance else {})
-        | ({"identity": setting.identity_note} if setting.identity_note else {}),
-        target=None if setting.target is None else PlanTarget.of(setting.target),
+        | ({"importance": setup.importance.digest} if setup.importance else {})
+        | ({"identity": setup.identity_note} if setup.identity_note else {}),
+        target=None if setup.target is None else PlanTarget.of(setup.target),
         evidence=evidence.to_json(),
-        outputs=setting.effects(choices[best]),
+        outputs=setup.effects(choices[best]),
     )
 
 
-def _measure_choices(
-    setting: Setting, choices: dict[str, Choice], stage: str
-) -> dict[str, ChoiceLoss]:
+def _measure_choices(setup: Setup, choices: dict[str, Choice], stage: str) -> dict[str, ChoiceLoss]:
     """Measure every distinct choice on the hold-out samples."""
     distinct: dict[Choice, ChoiceLoss] = {}
     n_distinct = len(set(choices.values()))
     # One bar over all choices says more than one for each.
-    context = setting.context
-    quiet = replace(setting, context=replace(context, on_progress=None))
+    context = setup.context
+    quiet = replace(setup, context=replace(context, on_progress=None))
     for choice in choices.values():
         if choice not in distinct:
             distinct[choice] = quiet.measure_choice(choice, stage=stage)
@@ -396,17 +390,17 @@ def _measure_choices(
 
 
 def _baseline(
-    setting: Setting,
+    setup: Setup,
     name: str,
     choice: Choice,
     measured: ChoiceLoss,
     best: ChoiceLoss,
 ) -> Baseline:
-    candidates = {c.layer: c for c in setting.table.decode(choice)}
+    candidates = {c.layer: c for c in setup.table.decode(choice)}
     difference, error = measured.paired(best)
     return Baseline(
         name=name,
-        weight_bits=tuple(candidates[la.name].weight_bits for la in setting.inventory.layers),
+        weight_bits=tuple(candidates[la.name].weight_bits for la in setup.inventory.layers),
         size_bits=sum(c.size_bits for c in candidates.values()),
         measured=measured.measured,
         paired_difference=difference,

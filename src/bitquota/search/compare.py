@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import bitquota
 from bitquota.errors import InvalidInput
+from bitquota.measurement_setup import build_setup
 from bitquota.report.comparison import Comparison, Entry, Measured
 from bitquota.search.agreement import near_choices, random_choices, spearman
 from bitquota.search.baselines import baseline_choices, size_only
@@ -20,7 +21,6 @@ from bitquota.search.threshold import threshold_within
 from bitquota.sensitivity.measures.gram import measure_differences
 from bitquota.sensitivity.metrics import METRICS, find_flags
 from bitquota.sensitivity.registry import measures
-from bitquota.setting import prepare
 from bitquota.solver import build_problem
 
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from bitquota.context import Context
     from bitquota.evaluate.choice import ChoiceLoss
     from bitquota.matrix import SensitivityMatrix
+    from bitquota.measurement_setup import Setup
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
     from bitquota.request import PlanRequest
     from bitquota.search.neighborhood import Choice
-    from bitquota.setting import Setting
 
 AFFORDABLE_PASSES = 500.0
 """A measure that nobody asked for by name is left out above this declared cost."""
@@ -107,7 +107,7 @@ def compare(
         )
         raise InvalidInput(msg, plans=plans)
     names = _checked_names(metrics)
-    setting = prepare(
+    setup = build_setup(
         model,
         calibration,
         request,
@@ -116,8 +116,8 @@ def compare(
 
     # Matrices of all measures, and what each would choose.
     work = _Comparing(
-        setting=setting,
-        budgets=tuple(setting.budgets(text) for text in request.budgets),
+        setup=setup,
+        budgets=tuple(setup.budgets(text) for text in request.budgets),
         explicit=metrics is not None,
         affordable=affordable_passes,
         clock=cpu_clock,
@@ -132,22 +132,22 @@ def compare(
     ranked = [work.ranked_plans(k, drafts, plans) for k in range(len(work.budgets))]
     losses = [work.measured(k, drafts, ranked[k]) for k in range(len(work.budgets))]
     return Comparison(
-        model_digest=setting.inventory.model_digest,
+        model_digest=setup.inventory.model_digest,
         budgets=work.budgets,
-        full_precision=setting.measure_choice(None, stage="full precision").measured,
-        loss=setting.loss.name,
-        entries=tuple(_entry(setting, draft, ranked, losses) for draft in drafts),
+        full_precision=setup.measure_choice(None, stage="full precision").measured,
+        loss=setup.loss.name,
+        entries=tuple(_entry(setup, draft, ranked, losses) for draft in drafts),
         skipped=skipped,
         n_ranked=tuple(len(found) for found in ranked),
         provenance={
             "request": request.to_json(),
-            "fit": setting.fit.to_json(),
-            "holdout": setting.holdout.to_json(),
-            "correcting": setting.correcting.to_json() if request.corrections else None,
+            "fit": setup.fit.to_json(),
+            "holdout": setup.holdout.to_json(),
+            "correcting": setup.correcting.to_json() if request.corrections else None,
             "plans": plans,
             "bitquota": bitquota.__version__,
         }
-        | ({"identity": setting.identity_note} if setting.identity_note else {}),
+        | ({"identity": setup.identity_note} if setup.identity_note else {}),
     )
 
 
@@ -167,7 +167,7 @@ class _Draft:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Comparing:
-    setting: Setting
+    setup: Setup
     budgets: tuple[tuple[Budget, ...], ...]
     explicit: bool
     affordable: float
@@ -175,8 +175,8 @@ class _Comparing:
 
     def measure_all(self, names: Sequence[str]) -> tuple[list[_Draft], dict[str, str]]:
         """Measure every metric; what cannot be measured here is skipped with its reason."""
-        setting, offered = self.setting, measures()
-        runner = setting.runner()
+        setup, offered = self.setup, measures()
+        runner = setup.runner()
         skipped: dict[str, str] = {}
         drafts: list[_Draft] = []
         for name in names:
@@ -185,15 +185,15 @@ class _Comparing:
                 continue
             measure = offered[source]
             try:
-                cost = measure.cost(runner, setting.table)
+                cost = measure.cost(runner, setup.table)
                 if self._too_expensive(name, cost, skipped):
                     continue
                 before, start = runner.passes.passes, self.clock()
                 matrix = measure.measure(
                     runner,
-                    setting.table,
-                    setting.loss,
-                    context=setting.context,
+                    setup.table,
+                    setup.loss,
+                    context=setup.context,
                 )
             except InvalidInput as err:
                 if self.explicit:
@@ -234,18 +234,18 @@ class _Comparing:
                     found = threshold_within(matrix, limits_of(problem))
                     draft.choices[k] = None if found is None else found[0]
                 else:
-                    draft.choices[k] = choice_of(solved(self.setting, problem))
+                    draft.choices[k] = choice_of(solved(self.setup, problem))
             draft.cpu_seconds += self.clock() - start
 
     def baselines(self) -> list[_Draft]:
         """Return size-only and the uniform plans that fit some budget."""
-        table, n = self.setting.table, len(self.budgets)
+        table, n = self.setup.table, len(self.budgets)
         matrix = size_only(table)
         drafts = [
             _Draft(name=SIZE_ONLY, kind="baseline", matrices=[matrix] * n, choices=[None] * n)
         ]
         drafts[0].choices = [
-            choice_of(solved(self.setting, build_problem(matrix, b))) for b in self.budgets
+            choice_of(solved(self.setup, build_problem(matrix, b))) for b in self.budgets
         ]
         limits = [limits_of(build_problem(matrix, b)) for b in self.budgets]
         for name, choice in baseline_choices(table).items():
@@ -261,9 +261,9 @@ class _Comparing:
 
         The hold-out samples stay unseen, so refinement is judged like everything else.
         """
-        setting = self.setting
-        runner = setting.runner()
-        cost = measures()["gram"].cost(runner, setting.table)
+        setup = self.setup
+        runner = setup.runner()
+        cost = measures()["gram"].cost(runner, setup.table)
         if self._too_expensive(REFINE, 4 * cost, skipped):
             return []
         start = self.clock()
@@ -271,28 +271,28 @@ class _Comparing:
         # One measurement serves all budgets.
         first = measure_differences(
             runner,
-            setting.table,
-            setting.loss,
-            context=setting.context,
+            setup.table,
+            setup.loss,
+            context=setup.context,
         )
 
         # Budget by budget: refine from the starts that cost nothing.
         matrices: list[SensitivityMatrix | None] = []
         choices: list[Choice | None] = []
-        simple = baseline_choices(setting.table)
+        simple = baseline_choices(setup.table)
         for k, together in enumerate(self.budgets):
-            problem = build_problem(size_only(setting.table), together)
-            starts = {SIZE_ONLY: choice_of(solved(self.setting, problem)), **simple}
+            problem = build_problem(size_only(setup.table), together)
+            starts = {SIZE_ONLY: choice_of(solved(self.setup, problem)), **simple}
             starts |= {d.name: c for d in drafts if d.name in _CHEAP_STARTS and (c := d.choices[k])}
             refinement = refine(
                 runner,
-                setting.table,
-                setting.loss,
+                setup.table,
+                setup.loss,
                 limits=limits_of(problem),
-                solve=proposer(setting, problem),
+                solve=proposer(setup, problem),
                 starts=starts,
                 first=first,
-                context=setting.context,
+                context=setup.context,
             )
             matrices.append(first[0])
             choices.append(refinement.choice)
@@ -311,7 +311,7 @@ class _Comparing:
         """Return random and near-good plans within budget ``k``; none of them is a draft's."""
         if not n:
             return []
-        table, seed = self.setting.table, self.setting.request.seed
+        table, seed = self.setup.table, self.setup.request.seed
         limits = limits_of(build_problem(size_only(table), self.budgets[k]))
         good = list(dict.fromkeys(c for d in drafts if (c := d.choices[k]) is not None))
         found = random_choices(table, limits, n - n // 2, seed + k)
@@ -327,7 +327,7 @@ class _Comparing:
         wanted |= dict.fromkeys(ranked)
         stage = f"plans of budget {k + 1} of {len(self.budgets)}"
         return {
-            choice: self.setting.measure_choice(choice, stage=f"{stage}, {done + 1}/{len(wanted)}")
+            choice: self.setup.measure_choice(choice, stage=f"{stage}, {done + 1}/{len(wanted)}")
             for done, choice in enumerate(wanted)
         }
 
@@ -357,7 +357,7 @@ def _checked_names(metrics: Sequence[str] | None) -> list[str]:
 
 
 def _entry(
-    setting: Setting,
+    setup: Setup,
     draft: _Draft,
     ranked: Sequence[Sequence[Choice]],
     losses: Sequence[dict[Choice, ChoiceLoss]],
@@ -379,11 +379,11 @@ def _entry(
             continue
         best = min((losses[k][c] for c in losses[k] if c not in ranked[k]), key=lambda c: c.mean)
         worse_by, worse_error = losses[k][choice].paired(best)
-        candidates = {c.layer: c for c in setting.table.decode(choice)}
+        candidates = {c.layer: c for c in setup.table.decode(choice)}
         plans.append(
             Measured(
                 choice=choice,
-                labels=tuple(candidates[la.name].label for la in setting.inventory.layers),
+                labels=tuple(candidates[la.name].label for la in setup.inventory.layers),
                 size_bits=sum(c.size_bits for c in candidates.values()),
                 predicted=None if matrix is None else matrix.predict(choice),
                 loss=losses[k][choice].measured,

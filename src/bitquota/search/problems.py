@@ -1,4 +1,4 @@
-"""Solver problems of a setting: how they are solved, and what bounds a refinement of them."""
+"""Solver problems of a setup: how they are solved, and what bounds a refinement of them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bitquota.solver import Problem, solve
 
 if TYPE_CHECKING:
     from bitquota.matrix import SensitivityMatrix
+    from bitquota.measurement_setup import Setup
     from bitquota.search.neighborhood import Choice
     from bitquota.search.refinement import Solve
-    from bitquota.setting import Setting
     from bitquota.solver import Solution
 
 PROPOSAL_GAP = 1e-3
@@ -27,7 +27,7 @@ PROPOSAL_NODES = 200
 """Branch-and-bound nodes for one proposal; a count, so that plans do not depend on speed."""
 
 
-def solved(setting: Setting, problem: Problem) -> Solution:
+def solved(setup: Setup, problem: Problem) -> Solution:
     """Return the solver's answer, which has a choice.
 
     Raises:
@@ -35,12 +35,12 @@ def solved(setting: Setting, problem: Problem) -> Solution:
     """
     solution = solve(
         problem,
-        backend=setting.request.solver,
-        gap=setting.request.gap,
+        backend=setup.request.solver,
+        gap=setup.request.gap,
         node_limit=SOLVER_NODES,
-        time_limit_s=setting.request.time_limit_s,
-        seed=setting.request.seed,
-        cancelled=setting.context.cancelled,
+        time_limit_s=setup.request.time_limit_s,
+        seed=setup.request.seed,
+        cancelled=setup.context.cancelled,
     )
     if solution.choice is None:
         msg = (
@@ -65,7 +65,7 @@ def limits_of(problem: Problem) -> Limits:
     )
 
 
-def proposer(setting: Setting, problem: Problem) -> Solve:
+def proposer(setup: Setup, problem: Problem) -> Solve:
     """Return how a refinement solves other matrices over the same groups within other limits."""
 
     def propose(matrix: SensitivityMatrix, limits: Limits) -> Choice | None:
@@ -82,11 +82,11 @@ def proposer(setting: Setting, problem: Problem) -> Solve:
         try:
             solution = solve(
                 other,
-                backend=setting.request.solver,
-                gap=max(PROPOSAL_GAP, setting.request.gap),
+                backend=setup.request.solver,
+                gap=max(PROPOSAL_GAP, setup.request.gap),
                 node_limit=PROPOSAL_NODES,
-                seed=setting.request.seed,
-                cancelled=setting.context.cancelled,
+                seed=setup.request.seed,
+                cancelled=setup.context.cancelled,
             )
         except (BudgetTooSmall, Infeasible):
             return None  # a trust region may leave nothing

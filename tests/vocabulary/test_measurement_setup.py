@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bitquota.setting import sharing_weights
+from bitquota.measurement_setup import sharing_weights
 
 
 class TestSharingWeights:

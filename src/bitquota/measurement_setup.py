@@ -50,7 +50,7 @@ SPARE_BLOCKS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class Setup:
     """A request made concrete for one model and one calibration set.
 
     Attributes:
@@ -153,15 +153,15 @@ class Setting:
         return output_effects(quantized, self.module, self.holdout, self.loss, self.outputs)
 
 
-def prepare(
+def build_setup(
     model: LoadedModel,
     calibration: CalibrationSet,
     request: PlanRequest,
     *,
     context: Context | None = None,
     loss: Loss | None = None,
-) -> Setting:
-    """Return the setting of ``request``; draws the samples by its seed.
+) -> Setup:
+    """Return the setup of ``request``; draws the samples by its seed.
 
     ``loss`` takes the place of the one that the request names.
 
@@ -215,7 +215,7 @@ def prepare(
         activation_fit=request.activation_fit,
         importance=importance,
     )
-    return Setting(
+    return Setup(
         request=request,
         module=module,
         inventory=inventory,
