@@ -76,8 +76,9 @@ def same(old: Any, new: Any, path: str = "$") -> None:
 
 
 class TestReadAndWritten:
-    @pytest.mark.parametrize("name", names("plan-*.json"))
+    @pytest.mark.parametrize("name", names("*plan-*.json"))
     def test_plan(self, name):
+        """Also of rules of a target before they spoke of recurrent layers and contractions."""
         assert Plan.from_json(json.loads(read(name))).dumps() == read(name)
 
     @pytest.mark.parametrize("name", names("lock-*.json"))
@@ -132,7 +133,12 @@ class TestReadAndWritten:
 
 class TestMadeAgain:
     @pytest.mark.parametrize(
-        "name", [n for n in names("*.json") if n not in (*MEASURED, "ledger-keys.json")]
+        "name",
+        [
+            n
+            for n in names("*.json")
+            if n not in (*MEASURED, "ledger-keys.json") and not n.startswith("earlier-")
+        ],
     )
     def test_text(self, name):
         """From the same values, to the byte."""
