@@ -53,7 +53,7 @@ class TestReestimateOnnx:
 
     def test_needs_the_full_precision_graph(self, pair):
         """Nothing to move from without it."""
-        with pytest.raises(InvalidInput, match="hand that in"):
+        with pytest.raises(InvalidInput, match="full-precision model"):
             reestimate_batch_norm(pair[1], samples(Residual))
 
     def test_ships_with_a_plan(self, pair):

@@ -97,7 +97,7 @@ class TestMeasure:
         assert job.body["measured"] == 0
         with refused(NotFound, kind="measure"):
             job.report()
-        with pytest.raises(NotFound, match="make plans"):
+        with pytest.raises(NotFound, match="produce plans"):
             job.plans()
 
 
