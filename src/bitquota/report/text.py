@@ -144,8 +144,8 @@ def proof_sentence(plan: Plan) -> str:
     # A metric scores in its own unit.
     what = "gives a score" if plan.predicted is None else "predicts a loss increase"
     found = (
-        f"The matrix around full precision {what} of {proof.objective:.4g}, and "
-        f"below {proof.bound:.4g} for no choice within the budget ({how}; gap {gap}; "
+        f"The matrix around full precision {what} of {proof.objective:.4g}; no choice within the "
+        f"budget is predicted below {proof.bound:.4g} ({how}; gap {gap}; "
         f"{proof.solver}, {proof.status})."
     )
     if proof.status == "optimal":
