@@ -91,8 +91,8 @@ class CompressedTensorsFolder:
             paths,
             reports,
             held_bytes=held - described,
-            container_bytes=path.stat().st_size - held + described,
             runtime=_runtime(),
+            weight_files=[path],
             notes=("weight_shape and the file's header are counted as container",),
         )
 

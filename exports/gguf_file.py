@@ -113,8 +113,8 @@ class GgufFile:
             [path, folder / RECIPE],
             reports,
             held_bytes=held,
-            container_bytes=path.stat().st_size - held,
             runtime={"name": "torch on dequantized tensors", "version": torch.__version__},
+            weight_files=[path],
             notes=(
                 "the file has no tokenizer: llama.cpp needs one added",
                 "llama.cpp also quantizes activations to 8 bits",

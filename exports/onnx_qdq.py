@@ -109,7 +109,6 @@ class OnnxQdq:
             files,
             reports,
             held_bytes=held,
-            container_bytes=sum(file.stat().st_size for file in files) - held,
             runtime=runtime(),
         )
 

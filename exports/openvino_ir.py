@@ -103,7 +103,6 @@ class OpenvinoIr:
             files,
             reports,
             held_bytes=held,
-            container_bytes=sum(f.stat().st_size for f in files) - held,
             runtime={"name": "openvino", "version": ov.__version__, "options": dict(OPTIONS)},
         )
 

@@ -104,8 +104,8 @@ class PreparedExport:
         tensors: Sequence[ExportedTensor],
         *,
         held_bytes: int,
-        container_bytes: int,
         runtime: JsonObject,
+        weight_files: Sequence[Path] | None = None,
         notes: tuple[str, ...] = (),
     ) -> ExportReport:
         """Return the report of written files; what was read from them is run on the samples.
@@ -117,10 +117,12 @@ class PreparedExport:
             files: All of them.
             tensors: Every quantized weight, as it was read back.
             held_bytes: Bytes of all tensors in the files.
-            container_bytes: Bytes of everything else in the files that hold tensors.
             runtime: What ran them, its version and options.
+            weight_files: Those that hold tensors, whose other bytes are the container's; all
+                unless given.
             notes: What a user should know.
         """
+        weight_files = files if weight_files is None else weight_files
         return ExportReport(
             exporter=exporter,
             target=self.target_name,
@@ -130,7 +132,7 @@ class PreparedExport:
             tensors=tuple(tensors),
             unquantized_bits=held_bytes * 8 - sum(t.actual_bits for t in tensors),
             planned_unquantized_bits=self.planned_rest_bits,
-            container_bytes=container_bytes,
+            container_bytes=sum(file.stat().st_size for file in weight_files) - held_bytes,
             difference=self.difference(module),
             runtime=runtime,
             notes=notes,

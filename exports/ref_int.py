@@ -84,7 +84,6 @@ class RefInt:
             [path],
             reports,
             held_bytes=held,
-            container_bytes=path.stat().st_size - held,
             runtime={"name": "torch", "version": torch.__version__, "options": {}},
         )
 
