@@ -32,9 +32,17 @@ LONGEST = (
 )  # fmt: skip
 """Files below tests/, in the order in which they begin; after them come all others."""
 
+LIVE = ("browser", "cli", "client", "service")
+"""Folders of tests that start, stop and kill processes. On a busy machine the operating system
+may decide such a test, not the product; it gets a second try, and the summary lists the first."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first, and skip what needs shared networks where they are missing."""
+    live = tuple(ROOT / "tests" / name for name in LIVE)
+    for item in items:
+        if any(folder in item.path.parents for folder in live):
+            item.add_marker(pytest.mark.flaky(reruns=1))
     place = {ROOT / "tests" / name: k for k, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
     if DATA.is_dir():
