@@ -26,9 +26,10 @@ from bitquota.exports.onnx_editor import BLOCKS, GraphEditor, fits_blocks, n_byt
 from bitquota.exports.onnx_tidy import absorb_batch_norms, fold_constants, shorten_names
 from bitquota.exports.prepared import widths_must_be
 from bitquota.models.onnx.folding import restore_types
-from bitquota.models.onnx.module import OnnxModule, import_onnxruntime
+from bitquota.models.onnx.module import OnnxModule
 from bitquota.models.onnx.program import source_of
 from bitquota.models.onnx.reading import read_normalized, read_onnx
+from bitquota.models.onnx.sessions import import_onnxruntime
 from bitquota.models.pt2.module import dynamic_axes
 
 if TYPE_CHECKING:

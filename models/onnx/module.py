@@ -20,7 +20,6 @@ from bitquota.errors import (
     BitquotaError,
     InvalidModel,
     MeasurementFailed,
-    MissingDependency,
 )
 from bitquota.models.identity import Computation
 from bitquota.models.layer_calls import Conv1D, MatrixOfOperator
@@ -36,8 +35,9 @@ from bitquota.models.onnx.layers import (
     readers,
     reason_of,
 )
-from bitquota.models.onnx.program import OnnxSource, as_array, first_line
+from bitquota.models.onnx.program import OnnxSource, as_array
 from bitquota.models.onnx.reading import normalized, read_onnx
+from bitquota.models.onnx.sessions import first_line, import_onnxruntime, make_session
 from bitquota.models.onnx.shifts import added_of, shift_of, statistics_of
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class _Sessions:
     def __init__(self, model: Any, observed: tuple[str, ...]) -> None:  # noqa: ANN401
         self.model = model
         self.observed = observed
-        self.plain = _session(model)
+        self.plain = make_session(model)
         self._watched: Any = None
 
     @property
@@ -70,33 +70,12 @@ class _Sessions:
             for name in self.observed:
                 if name not in names:
                     model.graph.output.append(onnx.ValueInfoProto(name=name))
-            self._watched = _session(model)
+            self._watched = make_session(model)
         return self._watched
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Sessions:
         """Return the same object."""
         return self
-
-
-def _session(model: Any) -> Any:  # noqa: ANN401  # onnx.ModelProto to InferenceSession
-    ort = import_onnxruntime()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    try:
-        data = model.SerializeToString()
-    except ValueError as err:
-        msg = f"an ONNX model must be below 2 GiB without its layers' weights; it is not: {err}"
-        raise InvalidModel(msg) from err
-    try:
-        # Its fallback would print to standard output and try the same again.
-        return ort.InferenceSession(
-            data, options, providers=["CPUExecutionProvider"], enable_fallback=0
-        )
-    except Exception as err:  # onnxruntime raises its own kinds
-        msg = f"ONNX Runtime must be able to run the model; it says: {first_line(err)}"
-        raise InvalidModel(msg) from err
 
 
 class OnnxModule(nn.Module):
@@ -486,17 +465,3 @@ def _numpy_type(value: Any, path: Path) -> np.dtype[Any]:  # noqa: ANN401  # onn
         raise InvalidModel(msg, input=value.name)
     dtype: np.dtype[Any] = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
     return dtype
-
-
-def import_onnxruntime() -> Any:  # noqa: ANN401  # a module
-    """Return the onnxruntime module.
-
-    Raises:
-        MissingDependency: It is not installed.
-    """
-    try:
-        import onnxruntime
-    except ImportError as err:
-        msg = "an ONNX model needs onnxruntime; install it with: pip install bitquota[onnx]"
-        raise MissingDependency(msg) from err
-    return onnxruntime

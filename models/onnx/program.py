@@ -16,13 +16,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from bitquota.errors import (
     InvalidCalibration,
     InvalidInput,
-    InvalidModel,
-    MissingDependency,
 )
 from bitquota.models.onnx.layers import sources_of
 from bitquota.models.onnx.rewrites import (
@@ -31,6 +28,7 @@ from bitquota.models.onnx.rewrites import (
     with_moved_statistics,
     with_right_means,
 )
+from bitquota.models.onnx.sessions import first_line, make_session
 from bitquota.models.running import (
     DEFAULT_CHUNK,
     tensor_of,
@@ -304,7 +302,7 @@ class OnnxProgram:
         if key not in self._sessions:
             if len(self._sessions) >= _MAX_SESSIONS:
                 self._sessions.pop(next(iter(self._sessions)))
-            self._sessions[key] = _session(self._part(nodes, targets))
+            self._sessions[key] = make_session(self._part(nodes, targets), optimize=False)
         return self._sessions[key]
 
     def _part(self, indices: frozenset[int], targets: tuple[str, ...]) -> Any:  # noqa: ANN401
@@ -366,34 +364,6 @@ def macs_of(node: OnnxNode, values: Mapping[str, NDArray[Any]]) -> float:
 def _to_array(tensor: Any) -> NDArray[Any]:  # noqa: ANN401  # onnx.TensorProto
     array: NDArray[Any] = import_onnx().numpy_helper.to_array(tensor)
     return array
-
-
-def _session(model: Any) -> Any:  # noqa: ANN401  # onnx.ModelProto to InferenceSession
-    try:
-        import onnxruntime as ort
-    except ImportError as err:
-        msg = "an ONNX model needs onnxruntime; install it with: pip install bitquota[onnx]"
-        raise MissingDependency(msg) from err
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        return ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as err:  # onnxruntime raises its own kinds
-        msg = (
-            f"ONNX Runtime must be able to run every part of the model; it says: {first_line(err)}"
-        )
-        raise InvalidModel(msg) from err
-
-
-def first_line(err: BaseException) -> str:
-    """Return the first line of an error's text, or its type."""
-    text = str(err).strip()
-    return text.splitlines()[0] if text else type(err).__name__
 
 
 def check_batch(source: OnnxSource, wanted: int) -> None:

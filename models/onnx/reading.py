@@ -17,8 +17,8 @@ import numpy as np
 from bitquota.errors import InvalidModel, UnsafeModel
 from bitquota.models.onnx.folding import Stored, fold_weights
 from bitquota.models.onnx.matrices import expose_matrices
-from bitquota.models.onnx.program import first_line
 from bitquota.models.onnx.rewrites import import_onnx
+from bitquota.models.onnx.sessions import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
