@@ -80,12 +80,20 @@ class Observed:
 
 _NOTHING = Observed()
 
+Graphs = dict[tuple[tuple[tuple[int, ...], torch.dtype], ...], Graph]
+"""Graphs of one module by shapes and types of its inputs; valid while nobody changes the module."""
+
 
 @dataclass(slots=True)
 class GraphRunner(RunnerBase):
-    """Runs the exported graph, suffix by suffix; see the module docstring."""
+    """Runs the exported graph, suffix by suffix; see the module docstring.
+
+    Attributes:
+        graphs: What was exported of the same module, also for other runners.
+    """
 
     engine: str = "graph"
+    graphs: Graphs = field(default_factory=dict)
     _graphs: dict[int, Graph] = field(default_factory=dict)
     _schedules: dict[Any, Schedule] = field(default_factory=dict)
     _keeps: dict[Any, frozenset[fx.Node]] = field(default_factory=dict)
@@ -102,6 +110,7 @@ class GraphRunner(RunnerBase):
             # A base state and one state on top of it are alive together.
             if 2 * kept <= self.memory_limit_bytes or size == 1 or self.batch_norm == "moved":
                 break
+            self.graphs.pop(self._shapes(size))
             self._graphs.pop(size)
             size = max(1, min(size // 2, int(size * self.memory_limit_bytes / (2 * kept))))
         self.chunk_size = size
@@ -176,9 +185,16 @@ class GraphRunner(RunnerBase):
     def graph(self, size: int) -> Graph:
         """Return the exported graph for chunks of ``size`` samples."""
         if size not in self._graphs:
-            inputs = inputs_of(self.calibration, range(size))
-            self._graphs[size] = Graph(self.module, self.inventory, inputs)
+            key = self._shapes(size)
+            if key not in self.graphs:
+                inputs = inputs_of(self.calibration, range(size))
+                self.graphs[key] = Graph(self.module, self.inventory, inputs)
+            self._graphs[size] = self.graphs[key]
         return self._graphs[size]
+
+    def _shapes(self, size: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        inputs = inputs_of(self.calibration, range(size))
+        return tuple((tuple(x.shape), x.dtype) for x in inputs)
 
     def fed(self, graph: Graph, chunk: int) -> dict[fx.Node, Any]:
         """Return the inputs of the graph on a chunk."""

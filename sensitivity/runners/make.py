@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.layers import Inventory
     from bitquota.models.calibration import CalibrationSet
-    from bitquota.quantizers.fitted import QuantizedWeights
+    from bitquota.quantizers.fitted import Fitted
+    from bitquota.sensitivity.runners.graph import Graphs
 
 
 class RunnerOptions(TypedDict):
@@ -53,8 +54,8 @@ def make_runner(
     bias_correction: bool = False,
     precision: Precision = "fp32",
     activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None,
-    weights: QuantizedWeights | None = None,
-    origin: str = "",
+    fitted: Fitted | None = None,
+    graphs: Graphs | None = None,
     engine: Literal["auto", "graph", "eager", "onnxruntime"] = "auto",
     chunk_size: int | None = None,
     memory_limit_bytes: int = DEFAULT_MEMORY_BYTES,
@@ -72,9 +73,9 @@ def make_runner(
         precision: ``bf16`` runs layers in bfloat16 where that is accurate enough (twice as fast
             or more on a GPU, slower on most CPUs); ONNX files run as they are.
         activations: Input quantizers for candidates with activation bits.
-        weights: Quantized weights of ``module``, when they need more than the weights themselves.
-        origin: Digest of the samples that ``activations`` and ``weights`` were fitted on; part of
-            every ledger key.
+        fitted: Quantizers of ``module``, instead of ``activations``, when weights need more than
+            themselves; the digest of the samples is part of every ledger key.
+        graphs: Exported graphs of ``module`` to use and to add to, as it is.
         engine: ``graph`` re-executes suffixes of the exported graph, ``onnxruntime`` those of an
             ONNX file, ``eager`` calls the module; ``auto`` takes the graph that there is and
             falls back.
@@ -106,10 +107,10 @@ def make_runner(
         batch_norm=batch_norm,
         bias_correction=bias_correction,
         precision=precision,
-        activations=activations,
+        activations=activations if fitted is None else fitted.activations,
         chunk_size=size,
         memory_limit_bytes=memory_limit_bytes,
-        origin=origin,
+        origin="" if fitted is None else fitted.origin,
     )
     if engine == "onnxruntime" or (engine == "auto" and is_onnx):
         runner = OnnxRunner(module, inventory, calibration, **given)
@@ -118,13 +119,14 @@ def make_runner(
         raise InvalidInput(msg, engine=engine)
     elif engine != "eager":
         try:
-            runner = GraphRunner(module, inventory, calibration, **given)
+            known = {} if graphs is None else graphs
+            runner = GraphRunner(module, inventory, calibration, graphs=known, **given)
         except InvalidModel as err:
             if engine == "graph":
                 raise
             fallback = err.message
     if runner is None:
         runner = EagerRunner(module, inventory, calibration, fallback=fallback, **given)
-    if weights is not None:
-        runner.weights = weights
+    if fitted is not None:
+        runner.weights = fitted.weights
     return runner

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from bitquota.request import PlanRequest
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runners.base import Runner
+    from bitquota.sensitivity.runners.graph import Graphs
 
 SPARE_BLOCKS = 2
 """Blocks of further samples at most, beyond those that a request asks for."""
@@ -67,6 +68,7 @@ class Setup:
         importance: What the columns of weights count for in the fit of scales, if not alike.
         context: Where measurements are kept, whom to tell, when to stop, where to run.
         target: The deployment target that candidates come from, if the request names one.
+        graphs: What runners exported of ``module``: they run it on chunks of the same size.
         references: Full-precision outputs on ``holdout``, computed once for all choices.
         outputs: The outputs that the loss is about, and what they were taken for; empty with a
             loss of one's own.
@@ -86,6 +88,7 @@ class Setup:
     target: Target | None = None
     importance: Importance | None = None
     spare: tuple[CalibrationSet, ...] = ()
+    graphs: Graphs = field(default_factory=dict)
     references: References = field(default_factory=References)
     outputs: tuple[PlanOutput, ...] = ()
     identity_note: str = ""
@@ -99,9 +102,8 @@ class Setup:
             self.fit if samples is None else samples,
             batch_norm="moved" if repaired else "eval",
             bias_correction=Correction.BIAS_CORRECTION in self.request.corrections,
-            activations=self.fitted.activations,
-            weights=self.fitted.weights,
-            origin=self.fitted.origin,
+            fitted=self.fitted,
+            graphs=self.graphs,
             precision=self.request.precision,
             memory_limit_bytes=self.context.memory_bytes,
         )

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import typer
 
@@ -20,7 +19,8 @@ from bitquota.cli.app import app, main
 from bitquota.cli.sandboxed import OUTSIDE, Outside, sandboxed
 from bitquota.errors import InvalidInput
 from bitquota.service.security.sandbox import bubblewrap
-from onnx_graphs import image_graph
+from live_server import npz
+from onnx_graphs import endless_graph, image_graph
 from waiting import PATIENCE_S, wait_for
 
 needs_bubblewrap = pytest.mark.skipif(bubblewrap() is None, reason="no bubblewrap works here")
@@ -190,14 +190,6 @@ class TestSandboxed:
             probe("", **values)
 
 
-@pytest.fixture
-def valid_samples(tmp_path) -> str:
-    """The name of enough samples for a measurement that takes a while."""
-    rng = np.random.default_rng(0)
-    np.savez(tmp_path / "samples.npz", x=rng.normal(size=(8000, 3, 8, 8)).astype(np.float32))
-    return "samples.npz"
-
-
 @needs_bubblewrap
 class TestCommandLine:
     def test_equal_outside_and_inside(self, tmp_path):
@@ -218,10 +210,14 @@ class TestCommandLine:
         assert done.returncode == 2
         assert done.stderr.startswith("error: a .pt2 model must be the whole archive")
 
-    def test_interrupted(self, tmp_path, valid_samples):
-        """Ctrl-C ends the command inside too, and leaves no folder that stood in for another."""
-        image_graph(tmp_path / "m.onnx")
-        line = ["plan", "m.onnx", valid_samples, "--budget", "4 bits", "--samples", "4000"]
+    def test_interrupted(self, tmp_path):
+        """Ctrl-C ends the command inside too, and leaves no folder that stood in for another.
+
+        Inside, a model never ends: the command cannot be over before the signal arrives.
+        """
+        endless_graph(tmp_path / "m.onnx")
+        (tmp_path / "samples.npz").write_bytes(npz(16))
+        line = ["plan", "m.onnx", "samples.npz", "--budget", "4 bits", "--samples", "8"]
         with subprocess.Popen(
             [sys.executable, "-m", "bitquota", "--sandbox", "require", *line],
             cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

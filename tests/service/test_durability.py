@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sqlite3
-import time
 
 import pytest
 
-from bitquota.errors import (
-    BudgetTooSmall,
-    Cancelled,
-    MeasurementFailed,
-    ServiceTimeout,
-)
+from bitquota.errors import BudgetTooSmall, Cancelled
 from bitquota.request import PlanRequest
 from live_server import LiveServer
 from refusals import refused
@@ -158,37 +151,6 @@ class TestCancel:
                 job.wait(timeout_s=PATIENCE_S)
             assert job.status == "cancelled"
         assert ledger_size(server) >= enough
-
-
-class TestDeadline:
-    def test_job_that_takes_too_long_expires(self, server, digits_files):
-        """Some 400 passes over 1,400 samples do not end within two seconds."""
-        model, calibration = digits_files
-        long = request(samples=1400, weight_bits=(2, 3, 4, 5, 6, 8), seed=7)
-        with server.client() as client:
-            job = client.submit(model=model, calibration=calibration, request=long, deadline_s=2.0)
-            with pytest.raises(ServiceTimeout, match="deadline"):
-                job.wait(timeout_s=PATIENCE_S)
-        assert job.status == "expired"
-
-
-class TestPoison:
-    def test_job_that_kills_its_workers_fails_and_the_next_one_runs(self, tmp_path, digits_files):
-        """Two attempts measure nothing, because somebody kills each worker as it starts."""
-        settings = {"max_attempts": 2, "heartbeat_s": 0.1, "lease_s": 60}
-        with LiveServer(tmp_path / "data", **settings) as server, server.client() as client:
-            # Not one measurement of this fits into the time that its workers live.
-            job = submit(client, digits_files, samples=1400)
-            while not job.refresh().ended:
-                if job.status == "running" and (pid := server.working("evaluator")):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                time.sleep(0.05)
-            with pytest.raises(MeasurementFailed, match="measure something new within 2"):
-                job.raise_unless_succeeded()
-            assert job.body["attempts"] == 2
-            few = {"samples": 32, "holdout_samples": 32, "measure": "diagonal"}
-            assert submit(client, digits_files, **few).wait(timeout_s=PATIENCE_S).plans()
 
 
 def kill_working(server, module):

@@ -3,7 +3,22 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bitquota.measurement_setup import sharing_weights
+from bitquota.measurement_setup import build_setup, sharing_weights
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.loaded import finish
+from bitquota.request import PlanRequest
+
+
+class TestSetup:
+    def test_runners_share_what_was_exported(self):
+        """One graph for chunks of one size, whoever runs them; another size has its own."""
+        torch.manual_seed(0)
+        model = finish(nn.Linear(4, 4).eval(), source="test", architecture="test")
+        request = PlanRequest(budgets=("4 bits",), samples=16, holdout_samples=16)
+        setup = build_setup(model, CalibrationSet(inputs=(torch.randn(40, 4),)), request)
+        runners = setup.runner(), setup.runner(setup.holdout)
+        assert runners[0].graph(16) is runners[1].graph(16)
+        assert runners[0].graph(8) is not runners[0].graph(16)
 
 
 class TestSharingWeights:

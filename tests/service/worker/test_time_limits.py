@@ -1,7 +1,8 @@
-"""Models that never end, on real servers."""
+"""Models that never end, jobs that take too long or kill their workers, on real servers."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from bitquota.errors import Cancelled, ServiceTimeout
+from bitquota.errors import Cancelled, MeasurementFailed, ServiceTimeout
 from bitquota.request import PlanRequest
 from bitquota.service.jobs.job import NewJob
 from bitquota.service.jobs.job_store import JobStore
@@ -94,22 +95,27 @@ class TestTimeLimits:
 
 @pytest.fixture(scope="module")
 def patient(tmp_path_factory):
-    """A server that ends a stage after some seconds, and does not miss a silent driver soon."""
-    folder = tmp_path_factory.mktemp("patient")
-    with LiveServer(folder / "data", max_stage_s=STAGE_S, lease_s=60) as running:
+    """A server that does not miss a silent driver soon."""
+    with LiveServer(tmp_path_factory.mktemp("patient") / "data", lease_s=60) as running:
         yield running
 
 
-class TestStage:
-    def test_silent_evaluator_is_ended_with_the_stage_and_the_limit(self, patient, endless):
-        """It is stopped, because an endless loop would take a processor from the other tests."""
-        with patient.client() as client:
-            job = submit(client, endless)
-            wait_until_it_has_begun(job)
-            os.kill(patient.working("evaluator"), signal.SIGSTOP)
-            with refused(ServiceTimeout, stage="load", limit_s=STAGE_S):
-                job.wait(timeout_s=PATIENCE_S)
-            assert (job.status, job.body["attempts"]) == ("expired", 1)
+@pytest.fixture(scope="module", autouse=True)
+def silent(tmp_path_factory, endless):
+    """A job whose evaluator says nothing, on a server that ends a stage after a minute.
+
+    The minute passes while other tests run. The evaluator is stopped, because an endless loop would
+    take a processor from them.
+    """
+    folder = tmp_path_factory.mktemp("silent")
+    with (
+        LiveServer(folder / "data", max_stage_s=STAGE_S, lease_s=60) as server,
+        server.client() as client,
+    ):
+        job = submit(client, endless)
+        wait_until_it_has_begun(job)
+        os.kill(server.working("evaluator"), signal.SIGSTOP)
+        yield job
 
 
 class TestCancel:
@@ -136,6 +142,52 @@ class TestCancel:
             with pytest.raises(Cancelled):
                 job.wait(timeout_s=PATIENCE_S)
             assert not alive(working)
+
+
+class TestDeadline:
+    def test_job_that_takes_too_long_expires(self, server, digits_files):
+        """Some 400 passes over 1,400 samples do not end within two seconds."""
+        long = PlanRequest(
+            budgets=("3 bits",), weight_bits=(2, 3, 4, 5, 6, 8), samples=1400,
+            holdout_samples=256, measure="pairs", seed=7,
+        )  # fmt: skip
+        with server.client() as client:
+            job = client.submit(
+                model=digits_files[0], calibration=digits_files[1], request=long, deadline_s=2.0
+            )
+            with pytest.raises(ServiceTimeout, match="deadline"):
+                job.wait(timeout_s=PATIENCE_S)
+        assert job.status == "expired"
+
+
+class TestAttempts:
+    def test_job_that_kills_its_workers_fails_and_the_next_one_runs(self, tmp_path, digits_files):
+        """Two attempts measure nothing, because somebody kills each worker as it starts."""
+        settings = {"max_attempts": 2, "heartbeat_s": 0.1, "lease_s": 60}
+        model, calibration = digits_files
+        few = PlanRequest(budgets=("3 bits",), weight_bits=(2, 4, 8), samples=32,
+                          holdout_samples=32, measure="diagonal")  # fmt: skip
+        with LiveServer(tmp_path / "data", **settings) as server, server.client() as client:
+            # Not one measurement of this fits into the time that its workers live.
+            many = replace(few, samples=1400, measure="pairs")
+            job = client.submit(model=model, calibration=calibration, request=many)
+            while not job.refresh().ended:
+                if job.status == "running" and (pid := server.working("evaluator")):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                time.sleep(0.05)
+            with pytest.raises(MeasurementFailed, match="measure something new within 2"):
+                job.raise_unless_succeeded()
+            assert job.body["attempts"] == 2
+            job = client.submit(model=model, calibration=calibration, request=few)
+            assert job.wait(timeout_s=PATIENCE_S).plans()
+
+
+class TestStage:
+    def test_silent_evaluator_is_ended_with_the_stage_and_the_limit(self, silent):
+        with refused(ServiceTimeout, stage="load", limit_s=STAGE_S):
+            silent.wait(timeout_s=PATIENCE_S)
+        assert (silent.status, silent.body["attempts"]) == ("expired", 1)
 
 
 def alive(pid):
