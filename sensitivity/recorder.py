@@ -62,7 +62,7 @@ class Recorder:
 
     A *shard* is a fixed list of variants on one chunk. It is stored in one transaction, and
     measured again as a whole if any part of it is missing, so that an interrupted measurement
-    continues to the same bits.
+    continues to the same bits; unless its *parts* have the same bits alone.
 
     Attributes:
         runner: Executes the model.
@@ -136,6 +136,30 @@ class Recorder:
         measure: Callable[[], Sequence[NDArray[np.float64]]],
     ) -> dict[str, NDArray[np.float64]]:
         """Return the arrays of ``keys``, from the ledger or by calling ``measure``."""
+        return self._filled(keys, lambda _: dict(zip(keys, measure(), strict=True)))
+
+    def parts(
+        self,
+        keys: Sequence[str],
+        measure: Callable[[list[int]], Sequence[NDArray[np.float64]]],
+    ) -> dict[str, NDArray[np.float64]]:
+        """Return the arrays of ``keys``, where each has the same bits alone.
+
+        ``measure`` is told the positions of the keys that the ledger does not hold.
+        """
+
+        def missing(found: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+            places = {key: k for k, key in enumerate(keys) if key not in found}
+            return dict(zip(places, measure(list(places.values())), strict=True))
+
+        return self._filled(keys, missing)
+
+    def _filled(
+        self,
+        keys: Sequence[str],
+        measure: Callable[[Mapping[str, NDArray[np.float64]]], dict[str, NDArray[np.float64]]],
+    ) -> dict[str, NDArray[np.float64]]:
+        """Return what the ledger holds of ``keys`` and, if that is not all, what is measured."""
         self.context.check(self.stage)
         found = self.context.ledger.get_many(keys)
         if len(found) < len(set(keys)) and self._measured_ahead():
@@ -143,7 +167,7 @@ class Recorder:
         if len(found) == len(set(keys)):
             self.reused += 1
         else:
-            arrays = dict(zip(keys, measure(), strict=True))
+            arrays = measure(found)
             self.context.ledger.put_many(
                 {key: array for key, array in arrays.items() if key not in found}
             )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from bitquota.candidates.table import Candidate, CandidateTable
     from bitquota.sensitivity.losses import Loss
@@ -49,7 +50,8 @@ def measure_choices(
         stage: Name for progress.
         chunks: Which chunks to measure on, by default all; ``N`` counts their samples.
 
-    Cost: one pass for the centre and, for each choice, the suffix behind its first difference.
+    Cost: one pass for the centre and, for each choice, the suffix behind its first difference;
+    what is known already is not run again.
     """
     context = context or Context()
     task = Task(
@@ -78,10 +80,14 @@ def measure_choices(
         reference_key = recorder.key(chunk, "reference", "loss")
         keys = recorder.keys(chunk, [merged(base, change) for change in changes])
 
-        def run(chunk: int = chunk) -> list[NDArray[np.float64]]:
+        def run(places: list[int], chunk: int = chunk) -> list[NDArray[np.float64]]:
             state: State | None = None
-            outputs = [runner.reference(chunk)]
-            for change in changes:
+            outputs: list[Tensor] = []
+            for place in places:
+                if place == 0:
+                    outputs.append(runner.reference(chunk))
+                    continue
+                change = changes[place - 1]
                 if centre is None:
                     outputs.append(runner.start(chunk, change).output)
                     continue
@@ -91,7 +97,7 @@ def measure_choices(
                 outputs.append(runner.output(state, different) if different else state.output)
             return recorder.losses(chunk, outputs)
 
-        found = recorder.shard([reference_key, *keys], run)
+        found = recorder.parts([reference_key, *keys], run)
         for k, key in enumerate(keys):
             values[k, where] = found[key] - found[reference_key]
     return values
