@@ -222,6 +222,8 @@ class TestCommandLine:
             [sys.executable, "-m", "bitquota", "--sandbox", "require", *line],
             cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+            # Tests that were started in the background ignore Ctrl-C, and so would the command.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
         ) as process:  # fmt: skip
 
             def has_begun():
