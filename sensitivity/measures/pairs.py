@@ -11,7 +11,7 @@ point may be measured around, and only the suffix behind the later change of a p
 
 from __future__ import annotations
 
-import itertools
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Unpack
 
@@ -129,15 +129,51 @@ def _order(runner: Runner, table: CandidateTable) -> list[int]:
     return sorted(range(len(shares)), key=lambda g: (-shares[g], g))
 
 
-def _cost(runner: Runner, table: CandidateTable, *, pairs: bool) -> float:
-    offsets = table.offsets
-    shares = [runner.share([c.layer for c in table.rows[a].candidates]) for a in offsets[:-1]]
-    counts = [int(b - a) for a, b in itertools.pairwise(offsets)]
-    total = 2.0 + sum(s * k for s, k in zip(shares, counts, strict=True))
-    if pairs:
-        for g, h in itertools.combinations(range(len(shares)), 2):
-            total += counts[g] * counts[h] * min(shares[g], shares[h])
+Shard = tuple[int, list[int]]
+"""A row that is measured alone, and the rows behind it that are measured together with it."""
+
+
+def _shards(
+    runner: Runner, table: CandidateTable, base_point: Sequence[int] | None, *, pairs: bool
+) -> list[Shard]:
+    """Return what is measured on each chunk: a shard for each row that the base point lacks."""
+    offsets, order = table.offsets, _order(runner, table)
+    free = free_rows(table, base_point)
+    rows_of = [[r for r in free if offsets[g] <= r < offsets[g + 1]] for g in range(len(order))]
+    return [
+        (row, [r for h in order[k + 1 :] for r in rows_of[h]] if pairs else [])
+        for k, g in enumerate(order)
+        for row in rows_of[g]
+    ]
+
+
+def passes_of_shards(runner: Runner, table: CandidateTable, shards: Sequence[Shard]) -> float:
+    """Return the forward-equivalents of ``shards`` where the ledger holds nothing.
+
+    They are scheduled as the measurement schedules them. Rows of one group change the same
+    layers, so one of each is scheduled. Cost: O(groups²) schedules for pairs, O(groups) else.
+    """
+    group_of = table.group_of_row.tolist()
+    layers = [tuple(c.layer for c in row.candidates) for row in table.rows]
+    start = runner.schedule(None, (), None)
+    total = runner.passes_before + start.passes
+    known: dict[int, float] = {}
+    for row, partners in shards:
+        group = group_of[row]
+        if group not in known:
+            later = tuple(sorted({name for partner in partners for name in layers[partner]}))
+            front = runner.schedule(start, layers[row], later)
+            counts = Counter(group_of[partner] for partner in partners)
+            behind = {group_of[p]: layers[p] for p in partners}
+            known[group] = front.passes + sum(
+                n * runner.schedule(front, behind[h]).passes for h, n in counts.items()
+            )
+        total += known[group]
     return total
+
+
+def _cost(runner: Runner, table: CandidateTable, *, pairs: bool) -> float:
+    return passes_of_shards(runner, table, _shards(runner, table, None, pairs=pairs))
 
 
 def _measure(
@@ -152,16 +188,9 @@ def _measure(
     chunks: Sequence[int] | None = None,
 ) -> SensitivityMatrix:
     context = context or Context()
-    offsets, n = table.offsets, len(table.rows)
+    n = len(table.rows)
     changes, base = row_changes(table), base_change(table, base_point)
-    free, order = free_rows(table, base_point), _order(runner, table)
-    rows_of = [[r for r in free if offsets[g] <= r < offsets[g + 1]] for g in range(len(order))]
-    # One shard per chunk and row in front: the row alone and, for pairs, with all rows behind it.
-    shards = [
-        (row, [r for h in order[k + 1 :] for r in rows_of[h]] if pairs else [])
-        for k, g in enumerate(order)
-        for row in rows_of[g]
-    ]
+    shards = _shards(runner, table, base_point, pairs=pairs)
 
     def one_chunk(chunk: int) -> None:
         alone = context.part()

@@ -81,6 +81,17 @@ class PassCounter:
         return self.macs / self.macs_per_pass if self.macs_per_pass else 0.0
 
 
+class Scheduled(Protocol):
+    """A run that was scheduled and need not have happened.
+
+    Attributes:
+        passes: What it takes, in passes over the samples of its chunk.
+    """
+
+    @property
+    def passes(self) -> float: ...  # noqa: D102
+
+
 class State(Protocol):
     """A model at some point on one chunk, with activations kept for later runs."""
 
@@ -147,6 +158,27 @@ class Runner(Protocol):
 
     def share(self, layers: Collection[str]) -> float:
         """Return what re-running behind ``layers`` costs, as a share of a full pass."""
+        ...
+
+    def schedule(
+        self,
+        before: Scheduled | None,
+        layers: Collection[str],
+        keep_for: Collection[str] | None = (),
+    ) -> Scheduled:
+        """Return what a run of the first chunk would take, without running anything.
+
+        Args:
+            before: The run that it would start from, or ``None`` for the whole model (``start``).
+            layers: Which layers it changes.
+            keep_for: Layers whose later changes must find their inputs; ``None`` for all, as
+                ``start`` has it.
+        """
+        ...
+
+    @property
+    def passes_before(self) -> float:
+        """Passes over a chunk for what all runs are compared with: its full-precision output."""
         ...
 
     def describe(self) -> JsonObject:
@@ -224,6 +256,20 @@ class RunnerBase:
     @abstractmethod
     def _full_precision(self, chunk: int) -> Tensor:
         """Run without changes and corrections."""
+
+    @abstractmethod
+    def schedule(
+        self,
+        before: Scheduled | None,
+        layers: Collection[str],
+        keep_for: Collection[str] | None = (),
+    ) -> Scheduled:
+        """Return what a run of the first chunk would take; see ``Runner.schedule``."""
+
+    @property
+    def passes_before(self) -> float:
+        """Passes over a chunk for what all runs are compared with."""
+        return 1.0
 
     def _groups(self, names: Collection[str] | None = None) -> list[list[str]]:
         """Return the layers, or those of ``names``, by their groups."""

@@ -17,6 +17,7 @@ from bitquota.quantizers.corrections import output_means
 from bitquota.sensitivity.runners.base import (
     Change,
     RunnerBase,
+    Scheduled,
     State,
     in_precision,
 )
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.table import Candidate
     from bitquota.quantizers.fitted import QuantizedWeights
+
+
+@dataclass(frozen=True, slots=True)
+class WholePass:
+    """A run of the whole model."""
+
+    passes: float = 1.0
 
 
 @dataclass(slots=True)
@@ -63,6 +71,21 @@ class EagerRunner(RunnerBase):
 
     def _full_precision(self, chunk: int) -> Tensor:
         return self._output(chunk, {})
+
+    def schedule(
+        self,
+        before: Scheduled | None,
+        layers: Collection[str],
+        keep_for: Collection[str] | None = (),
+    ) -> WholePass:
+        """Every run is a full pass."""
+        del before, layers, keep_for
+        return WholePass()
+
+    @property
+    def passes_before(self) -> float:
+        """The reference, and what corrections compare with."""
+        return 1.0 + (self.batch_norm == "moved" or self.bias_correction)
 
     def share(self, layers: Collection[str]) -> float:
         """Every run is a full pass."""

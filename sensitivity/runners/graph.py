@@ -33,6 +33,7 @@ from bitquota.quantizers.apply import input_quantizer
 from bitquota.sensitivity.runners.base import (
     Change,
     RunnerBase,
+    Scheduled,
     State,
     in_precision,
     own_state,
@@ -54,6 +55,28 @@ _INPUT_FIRST = (
 """Operations whose first argument is the layer's input."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ScheduledRun:
+    """What a run executes and keeps.
+
+    Attributes:
+        passes: What it takes, in passes over its chunk.
+        schedule: The operations.
+        signature: What the schedule follows from.
+        carried: Values of the state before that stay valid and are kept.
+    """
+
+    passes: float
+    schedule: Schedule
+    signature: tuple[Any, ...]
+    carried: frozenset[fx.Node]
+
+    @property
+    def kept(self) -> frozenset[fx.Node]:
+        """Values that the state after the run has."""
+        return self.schedule.keep | self.carried
+
+
 @dataclass(slots=True, eq=False)
 class GraphState:
     """A point of the model on one chunk: its change, output, and kept activations."""
@@ -62,7 +85,7 @@ class GraphState:
     change: dict[str, Candidate]
     output: Tensor
     store: dict[fx.Node, Any]
-    signature: tuple[Any, ...]
+    run: ScheduledRun
 
 
 @dataclass(slots=True, eq=False)
@@ -95,7 +118,7 @@ class GraphRunner(RunnerBase):
     engine: str = "graph"
     graphs: Graphs = field(default_factory=dict)
     _graphs: dict[int, Graph] = field(default_factory=dict)
-    _schedules: dict[Any, Schedule] = field(default_factory=dict)
+    _scheduled: dict[Any, ScheduledRun] = field(default_factory=dict)
     _keeps: dict[Any, frozenset[fx.Node]] = field(default_factory=dict)
     _observed: dict[int, Observed] = field(default_factory=dict)
 
@@ -212,6 +235,41 @@ class GraphRunner(RunnerBase):
             self._keeps[key] = thin_out(graph, self._all_reads(graph, names), limit)
         return self._keeps[key]
 
+    def schedule(
+        self,
+        before: Scheduled | None,
+        layers: Collection[str],
+        keep_for: Collection[str] | None = (),
+    ) -> ScheduledRun:
+        """Return what a run of the first chunk would take."""
+        assert before is None or isinstance(before, ScheduledRun)  # noqa: S101  # made here
+        names = None if keep_for is None else tuple(keep_for)
+        return self._schedule(before, len(self.chunks[0]), tuple(sorted(layers)), names)
+
+    def _schedule(
+        self,
+        before: ScheduledRun | None,
+        n_rows: int,
+        changed: tuple[str, ...],
+        keep_for: tuple[str, ...] | None,
+    ) -> ScheduledRun:
+        """Return what follows from where a run starts, what changes and what is kept."""
+        start: tuple[Any, ...] = ("start", n_rows) if before is None else before.signature
+        signature = (*start, changed, keep_for)
+        if signature in self._scheduled:
+            return self._scheduled[signature]
+        graph = self.graph(n_rows)
+        wanted = self._kept(graph, n_rows, keep_for) if keep_for != () else frozenset()
+        behind = frozenset(graph.by_node) if before is None else graph.behind_all(changed)
+        stored: frozenset[fx.Node] = frozenset() if before is None else before.kept
+        # A static value may depend on a weight's placeholder only if it is behind it.
+        static = graph.static_values.keys() - (frozenset() if before is None else behind)
+        schedule = make_schedule(graph, (stored - behind) | static, wanted)
+        carried = (stored & wanted) - behind
+        run = ScheduledRun(schedule.macs / graph.macs, schedule, signature, carried)
+        self._scheduled[signature] = run
+        return run
+
     def _run(
         self,
         given: State | None,
@@ -224,19 +282,9 @@ class GraphRunner(RunnerBase):
         graph = self.graph(len(rows))
         both = dict(change) if state is None else {**state.change, **change}
 
-        # What is executed follows from where the run starts, what changes and what is kept.
-        changed = tuple(sorted(change))
-        before: tuple[Any, ...] = ("start", len(rows)) if state is None else state.signature
-        signature = (*before, changed, keep_for)
-        whole, store = state is None, {} if state is None else state.store
-        behind = frozenset(graph.by_node) if whole else graph.behind_all(changed)
-        wanted = self._kept(graph, len(rows), keep_for) if keep_for != () else frozenset()
-        if signature not in self._schedules:
-            known = store.keys() - behind
-            # A static value may depend on a weight's placeholder only if it is behind it.
-            known |= graph.static_values.keys() - (frozenset() if whole else behind)
-            self._schedules[signature] = make_schedule(graph, known, wanted)
-        schedule = self._schedules[signature]
+        before = None if state is None else state.run
+        run = self._schedule(before, len(rows), tuple(sorted(change)), keep_for)
+        schedule, store = run.schedule, {} if state is None else state.store
 
         # Run, and drop values after their last use.
         constants, quantizers = self._replaced(graph, both)
@@ -265,9 +313,9 @@ class GraphRunner(RunnerBase):
         results = {node: lookup(node) if node not in constants else constants[node]
                    for node in graph.output_nodes}  # fmt: skip
         output = checked_output(graph.restore(results), len(rows))
-        kept = {node: values[node] for node in schedule.keep if node in values}
-        kept.update({n: v for n, v in store.items() if n in wanted and n not in behind})
-        return GraphState(chunk, both, output, kept, signature)
+        kept = {node: values[node] for node in schedule.keep}
+        kept.update({node: store[node] for node in run.carried})
+        return GraphState(chunk, both, output, kept, run)
 
     def _replaced(
         self, graph: Graph, change: Change

@@ -25,6 +25,7 @@ from bitquota.models.running import (
 from bitquota.sensitivity.runners.base import (
     Change,
     RunnerBase,
+    Scheduled,
     State,
     own_state,
 )
@@ -37,6 +38,14 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.table import Candidate
     from bitquota.models.onnx.program import Arrays, OnnxProgram, OnnxSource
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScheduledNodes:
+    """What a run takes, in passes over its chunk, and the values that its state keeps."""
+
+    passes: float
+    kept: frozenset[str]
 
 
 @dataclass(slots=True, eq=False)
@@ -151,6 +160,27 @@ class OnnxRunner(RunnerBase):
         self.passes.calls += 1
         self.passes.macs += self._costs.macs * len(rows)
         return self._joined(pieces, len(rows))
+
+    def schedule(
+        self,
+        before: Scheduled | None,
+        layers: Collection[str],
+        keep_for: Collection[str] | None = (),
+    ) -> ScheduledNodes:
+        """Return what a run of the first chunk would take."""
+        assert before is None or isinstance(before, ScheduledNodes)  # noqa: S101  # made here
+        names = None if keep_for is None else tuple(keep_for)
+        wanted = self._kept(len(self.chunks[0]), names) if names != () else frozenset()
+        if before is None:
+            return ScheduledNodes(1.0, wanted)
+        known = before.kept - self._behind_all(layers)
+        nodes = self._schedule(known, (self._source.output, *sorted(wanted)))
+        return ScheduledNodes(self._costs.of(nodes) / self._costs.macs, wanted)
+
+    @property
+    def passes_before(self) -> float:
+        """The reference, and what each correction compares with."""
+        return 1.0 + (self.batch_norm == "moved") + self.bias_correction
 
     def share(self, layers: Collection[str]) -> float:
         """Return what re-running behind ``layers`` costs, as a share of a full pass."""
