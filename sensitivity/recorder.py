@@ -72,6 +72,8 @@ class Recorder:
         shards: How many shards a chunk has.
         only: Which chunks to measure on, by default all.
         shared: How its chunks can be measured apart, if they can.
+        passes: Returns what the measurement takes over all chunks, in passes, where that is
+            known; asked only where somebody is told of the whole job.
         chunks: The chunks, in order.
     """
 
@@ -82,6 +84,8 @@ class Recorder:
     shards: int = 1
     only: Sequence[int] | None = None
     shared: Shared | None = None
+    passes: Callable[[], float] | None = None
+    weight: float | None = field(init=False, default=None)
     chunks: Sequence[int] = field(init=False)
     done: int = 0
     reused: int = 0
@@ -90,6 +94,9 @@ class Recorder:
         """Fix what every key depends on."""
         every = range(len(self.runner.chunks))
         self.chunks = every if self.only is None else sorted(set(self.only))
+        if self.passes is not None and self.context.course is not None:
+            # Courses count in passes over single samples: stages run on different sets of them.
+            self.weight = self.passes() * sum(len(self.runner.chunks[c]) for c in self.chunks)
         if self.loss.needs_labels and self.runner.calibration.labels is None:
             msg = (
                 f"the loss '{self.loss.name}' needs labels; the calibration set has none: add "
@@ -173,15 +180,19 @@ class Recorder:
             )
             found = arrays | found
         self.done += 1
-        total = max(1, self.shards * len(self.chunks))
-        self.context.report(self.stage, self.done, total, self.reused)
+        self._report()
         return found
+
+    def _report(self) -> None:
+        total = max(1, self.shards * len(self.chunks))
+        self.context.report(self.stage, self.done, total, self.reused, weight=self.weight)
 
     def _measured_ahead(self) -> bool:
         """Have all chunks measured at once, where that is possible; at the first gap only."""
         shared, self.shared = self.shared, None
         if shared is None or self.context.executor is None:
             return False
+        self._report()  # so that who carries out the tasks knows where the job is meanwhile
         tasks = [replace(shared.task, chunk=chunk) for chunk in self.chunks]
         self.context.executor(tasks, lambda task: shared.measure(task.chunk))
         return True

@@ -69,6 +69,7 @@ def measure_choices(
         stage=stage,
         context=context,
         only=chunks,
+        passes=lambda: runner.passes_before + passes_of(runner, table, choices, centre),
         shared=Shared(task=task, measure=one_chunk),
     )
 

@@ -24,7 +24,7 @@ import torch
 from bitquota.context import Context
 from bitquota.matrix import SensitivityMatrix
 from bitquota.sensitivity.curvature import curvature_products
-from bitquota.sensitivity.measures.pairs import DiagonalMeasure
+from bitquota.sensitivity.measures.pairs import DiagonalMeasure, passes_of_shards
 from bitquota.sensitivity.recorder import (
     Recorder,
     Shared,
@@ -216,6 +216,7 @@ def measure_differences(
         stage=stage,
         context=context,
         only=chunks,
+        passes=lambda: passes_of_shards(runner, table, [(row, []) for row in rows]),
         shared=None
         if only or chunks
         else Shared(task=Task(measure="gram", chunk=0, point=point), measure=one_chunk),

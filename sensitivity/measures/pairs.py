@@ -206,6 +206,7 @@ def _measure(
         context=context,
         shards=1 + len(shards),
         only=chunks,
+        passes=lambda: passes_of_shards(runner, table, shards),
         shared=Shared(
             task=Task(measure=name, chunk=0, point=as_point(base_point)), measure=one_chunk
         ),

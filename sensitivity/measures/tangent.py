@@ -37,7 +37,7 @@ from bitquota.sensitivity.recorder import (
 )
 from bitquota.sensitivity.runners.base import describe_change
 from bitquota.sensitivity.runners.graph import GraphRunner
-from bitquota.sensitivity.runners.reverse import linear_responses
+from bitquota.sensitivity.runners.reverse import linear_responses, local_passes
 from bitquota.sensitivity.tasks import as_point
 
 if TYPE_CHECKING:
@@ -72,11 +72,16 @@ class TangentMeasure:
     seed: int = 0
 
     def cost(self, runner: Runner, table: CandidateTable) -> float:
-        """Return forward passes, local operations of every row, and backward passes."""
+        """Return two forward passes, local operations of every row, and backward passes.
+
+        Raises:
+            InvalidInput: As ``measure``, where the runner has no graph.
+        """
+        graph_runner = _with_graph(runner)
         elements = runner.reference(0)[0].numel()
         backward = elements if elements <= EXACT_OUTPUTS else self.directions + 1
-        counts = np.bincount(table.group_of_row)
-        return 3.0 + float(counts.max()) + backward
+        layers = [c.layer for row in table.rows for c in row.candidates]
+        return 2.0 + local_passes(graph_runner, layers) + backward
 
     def measure(
         self,
@@ -94,14 +99,7 @@ class TangentMeasure:
                 samples of a chunk depend on each other, or a large output comes with a loss whose
                 Hessian has no known factor.
         """
-        if not isinstance(runner, GraphRunner):
-            msg = (
-                "reverse-mode sensitivities need a graph of torch; this model is run by the engine "
-                f"'{runner.engine}': use the measure 'gram' or 'pairs'"
-            )
-            raise InvalidInput(msg)
-        if runner.batch_norm != "eval" or runner.bias_correction:
-            raise InvalidInput(SAMPLES_DEPEND)
+        runner = _with_graph(runner)
         changes, base = row_changes(table), base_change(table, base_point)
         n, rows = len(table.rows), free_rows(table, base_point)
 
@@ -187,6 +185,19 @@ class TangentMeasure:
         moments = torch.stack([grams.sum(dim=0), grams.square().sum(dim=0)])
         single = first + 0.5 * second
         return [part.cpu().numpy() for part in (losses, single, moments)]
+
+
+def _with_graph(runner: Runner) -> GraphRunner:
+    """Return a runner that can be differentiated; raises ``InvalidInput``."""
+    if not isinstance(runner, GraphRunner):
+        msg = (
+            "reverse-mode sensitivities need a graph of torch; this model is run by the engine "
+            f"'{runner.engine}': use the measure 'gram' or 'pairs'"
+        )
+        raise InvalidInput(msg)
+    if runner.batch_norm != "eval" or runner.bias_correction:
+        raise InvalidInput(SAMPLES_DEPEND)
+    return runner
 
 
 def _gradient(loss: Loss, output: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:

@@ -142,7 +142,7 @@ class GpfqError(Metric):
         chunks = self._fit_chunks(runner)
         fitted = sum(len(runner.chunks[c]) for c in chunks) / len(runner.calibration)
         grams = len(_batches(runner, layers)) * FORWARD + self._unfolding(runner, layers)
-        return fitted * grams + 2 * FORWARD + local_cost(runner, table)
+        return fitted * grams + FORWARD + local_cost(runner, table)
 
     def scores(self, work: Work) -> Scores:
         """Score every row."""

@@ -69,9 +69,17 @@ class LearnedIndicators(Metric):
     needs_gradients: ClassVar[bool] = True
 
     def cost(self, runner: Runner, table: CandidateTable) -> float:
-        """Return one pass forwards and backwards for every width and the mixture, each epoch."""
-        del runner
-        return self.epochs * (len(_widths(table)) + 1) * (FORWARD + BACKWARD)
+        """Return one pass forwards and backwards for every width and the mixture, each epoch.
+
+        Epochs are of whole batches.
+        """
+        n = len(runner.calibration)
+        share = self._steps(n) * min(self.batch_size, n) / n
+        return share * (len(_widths(table)) + 1) * (FORWARD + BACKWARD)
+
+    def _steps(self, n_samples: int) -> int:
+        """Return the number of batches of the whole training."""
+        return self.epochs * max(1, n_samples // self.batch_size)
 
     def scores(self, work: Work) -> Scores:
         """Train, and score every row."""
@@ -111,8 +119,7 @@ class LearnedIndicators(Metric):
     ) -> dict[tuple[str, int], float]:
         joint = _Joint(work.runner.module, layers, widths)
         samples = work.runner.calibration
-        per_epoch = max(1, len(samples) // self.batch_size)
-        total = self.epochs * per_epoch
+        total = self._steps(len(samples))
         optimizer = torch.optim.SGD(joint.parameters(), lr=self.rate, momentum=0.9)
         generator = torch.Generator().manual_seed(self.seed)
         order: list[int] = []
@@ -139,7 +146,7 @@ class LearnedIndicators(Metric):
                 loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_value_(joint.parameters(), GRADIENT_LIMIT)
             optimizer.step()
-            work.charge(0, (len(widths) + 1) * (FORWARD + BACKWARD))
+            work.charge_samples(len(batch), (len(widths) + 1) * (FORWARD + BACKWARD))
             work.recorder.context.report(self.name, step + 1, total)
         return joint.indicators()
 

@@ -104,9 +104,12 @@ class Work:
 
     def charge(self, chunk: int, passes: float) -> None:
         """Count work on one chunk, given in passes over that chunk."""
+        self.charge_samples(len(self.runner.chunks[chunk]), passes)
+
+    def charge_samples(self, n: int, passes: float) -> None:
+        """Count work on ``n`` samples, given in passes over them."""
         counter = self.runner.passes
-        share = len(self.runner.chunks[chunk]) / len(self.runner.calibration)
-        counter.macs += passes * share * counter.macs_per_pass
+        counter.macs += passes * n / len(self.runner.calibration) * counter.macs_per_pass
         counter.calls += 1
 
 

@@ -117,6 +117,17 @@ def linear_responses(
     return output.detach(), responses
 
 
+def local_passes(runner: GraphRunner, layers: Sequence[str]) -> float:
+    """Return the passes of running the operations of each of ``layers`` once, by themselves.
+
+    Raises:
+        InvalidModel: A weight is transformed before it meets the data.
+    """
+    graph = runner.graph(len(runner.chunks[0]))
+    own = {name: sum(op.macs for op in _readers(graph, name)) for name in set(layers)}
+    return sum(own[name] for name in layers) / graph.macs
+
+
 def _constants(runner: GraphRunner, graph: Graph, base: Change) -> dict[fx.Node, Any]:
     """Return the constants of the graph at the base point."""
     constants = dict(graph.constants)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from bitquota.errors import Cancelled, InvalidInput
-from bitquota.progress import IsCancelled, OnProgress, Progress
+from bitquota.progress import Course, IsCancelled, OnProgress, Progress
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -102,6 +102,7 @@ class Context:
         device: ``auto`` takes a GPU where there is one; otherwise a device of torch.
         memory_bytes: What the activations may take that a measurement keeps for later runs.
         executor: Has several parts of a measurement carried out at once, where it can be.
+        course: Where the whole job is; without one, a stage counts as the whole.
     """
 
     ledger: Ledger = field(default_factory=MemoryLedger)
@@ -110,11 +111,34 @@ class Context:
     device: str = "auto"
     memory_bytes: int = 2**30
     executor: Executor | None = None
+    course: Course | None = None
 
-    def report(self, stage: str, done: int, total: int, reused: int = 0) -> None:
-        """Tell how far a stage is."""
-        if self.on_progress is not None:
-            self.on_progress(Progress(stage=stage, done=done, total=total, reused=reused))
+    def report(
+        self, stage: str, done: int, total: int, reused: int = 0, *, weight: float | None = None
+    ) -> None:
+        """Tell how far a stage is.
+
+        Args:
+            stage: Stable name; ``progress.stage_words`` says it to people.
+            done: Finished units.
+            total: Units of the stage.
+            reused: How many of ``done`` were found in the ledger.
+            weight: What the stage takes, in the unit of the course; by default a whole phase.
+        """
+        if self.on_progress is None:
+            return
+        course = Course([1.0]) if self.course is None else self.course
+        fraction, until = course.at(stage, done, total, weight)
+        self.on_progress(
+            Progress(
+                stage=stage, done=done, total=total, reused=reused, fraction=fraction, until=until
+            )
+        )
+
+    def next_phase(self) -> None:
+        """Note that the next phase of the whole job begins."""
+        if self.course is not None:
+            self.course.next_phase()
 
     def check(self, stage: str) -> None:
         """Raise ``Cancelled`` if the work is to stop."""
@@ -123,7 +147,7 @@ class Context:
 
     def part(self) -> Context:
         """Return the context of a part of a measurement: it tells nobody, and is not shared out."""
-        return replace(self, on_progress=None, executor=None)
+        return replace(self, on_progress=None, executor=None, course=None)
 
 
 def cancelled_during(stage: str) -> Cancelled:

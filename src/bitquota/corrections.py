@@ -20,6 +20,9 @@ class Correction(StrEnum):
     """Shift each layer's bias by the mean output error per channel after quantizing."""
 
 
+SAMPLES_REPAIR = frozenset({Correction.BATCH_NORM_STATISTICS, Correction.BIAS_CORRECTION})
+"""Corrections that run the model on the correction samples."""
+
 SAMPLES_DEPEND = (
     "reverse-mode sensitivities (the measure 'tangent') need samples that do not depend on each "
     "other; batch_norm_statistics and bias_correction take means over them: use the measure "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,7 +31,7 @@ from bitquota.sensitivity.outputs import read_outputs
 from bitquota.sensitivity.runners.make import make_runner
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from bitquota.candidates.layers import Inventory
     from bitquota.candidates.table import CandidateTable
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
     from bitquota.plan import PlanOutput
+    from bitquota.progress import Course
     from bitquota.quantizers.fitted import Fitted
     from bitquota.quantizers.imatrix import Importance
     from bitquota.request import PlanRequest
@@ -92,6 +93,12 @@ class Setup:
     references: References = field(default_factory=References)
     outputs: tuple[PlanOutput, ...] = ()
     identity_note: str = ""
+
+    def on_course(self, course: Callable[[], Course]) -> Setup:
+        """Return this setup, where whoever is told of the work is told how much of it is done."""
+        if self.context.on_progress is None:
+            return self
+        return replace(self, context=replace(self.context, course=course()))
 
     def runner(self, samples: CalibrationSet | None = None) -> Runner:
         """Return a runner on ``samples`` (by default ``fit``) that sees what corrections repair."""

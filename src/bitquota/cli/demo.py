@@ -186,7 +186,7 @@ def run(out: Path, *, seed: int = 0) -> None:
     with running_server(out / "service") as url, Client(url) as client:
         say(f"Submitting the job to {url} …", highlight=False)
         job = client.submit(model=model_file, calibration=calibration_file, request=request)
-        with output.progress_bars() as on_progress:
+        with output.shown_progress() as on_progress:
             job.wait(on_progress=on_progress)
         plans = job.plans()
     for path, plan in zip((out / "plan-1.json", out / "plan-2.json"), plans, strict=True):

@@ -305,7 +305,7 @@ class Here:
         place.parent.mkdir(parents=True, exist_ok=True)
         with (
             SqliteLedger(place) as kept,
-            output.progress_bars() as on_progress,
+            output.shown_progress() as on_progress,
         ):
             if kept.superseded:
                 output.say(

@@ -1,26 +1,33 @@
-"""What the command line shows: tables, progress with rate and time left, JSON."""
+"""What the command line shows: tables, progress with time left, JSON.
+
+Design: docs/design/progress.md
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
-    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.progress import Progress as Bars
+from rich.table import Column, Table
 from rich.text import Text
 
 from bitquota.cli import drawing
+from bitquota.progress import Pace, lasting, stage_words
 from bitquota.report import text as report
 
 if TYPE_CHECKING:
@@ -28,6 +35,7 @@ if TYPE_CHECKING:
 
     from bitquota.canonical import JsonObject
     from bitquota.plan import Plan
+    from bitquota.progress import OnProgress
     from bitquota.progress import Progress as Step
 
 _WHOLE = 20
@@ -39,40 +47,111 @@ console = Console()
 messages = Console(stderr=True)
 
 
-class _RateColumn(TextColumn):
-    """Steps per second, once there is something to divide."""
+LINE_S = 5.0
+"""Seconds between two lines of progress where there is no terminal."""
 
-    def __init__(self) -> None:
-        super().__init__("")
+
+@dataclass(slots=True)
+class _Told:
+    """What was last told of a job, in words."""
+
+    clock: Callable[[], float]
+    stage: str = "load"
+    counts: str = ""
+    fraction: float = 0.0
+    pace: Pace = field(init=False)
+    started: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pace, self.started = Pace(self.clock), self.clock()
+        self.pace.told(0.0)
+
+    def take(self, step: Step) -> None:
+        """Note one report."""
+        self.stage = step.stage
+        self.counts = f"{step.done:,} of {step.total:,}" if step.total > 1 else ""
+        if step.fraction is not None:
+            self.fraction = max(self.fraction, step.fraction)
+            self.pace.told(self.fraction)
+
+    @property
+    def left(self) -> str:
+        """How long the job will still take, about."""
+        left_s = self.pace.left_s
+        return "" if left_s is None else f"about {lasting(left_s)} left"
+
+    def line(self) -> str:
+        """Everything in one line."""
+        counts = f" ({self.counts})" if self.counts else ""
+        passed = f"{lasting(self.clock() - self.started)} so far"
+        parts = [f"{100 * self.fraction:.0f} %", stage_words(self.stage) + counts, passed]
+        return ", ".join([*parts, self.left] if self.left else parts)
+
+
+class _LeftColumn(ProgressColumn):
+    """Time left of the whole job, computed when it is drawn."""
+
+    def __init__(self, told: _Told) -> None:
+        super().__init__()
+        self._told = told
 
     def render(self, task: object) -> Text:
-        """Return ``12.3/s`` or nothing."""
-        speed = getattr(task, "finished_speed", None) or getattr(task, "speed", None)
-        return Text(f"{speed:.1f}/s" if speed else "", style="progress.data.speed")
+        """Return ``about 3 min left`` or nothing."""
+        del task
+        return Text(self._told.left, style="progress.remaining")
 
 
 @contextmanager
-def progress_bars() -> Iterator[Callable[[Step], None]]:
-    """Show one bar for each stage on standard error; yields the callback that moves them."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(),
+def shown_progress(
+    *, every_s: float = LINE_S, clock: Callable[[], float] = time.monotonic
+) -> Iterator[OnProgress]:
+    """Show on standard error how far the whole job is; yields the callback that tells it.
+
+    A terminal gets one bar; anything else a line every ``every_s`` seconds, so that a log shows
+    that something happens, and a quick command prints none.
+    """
+    told = _Told(clock)
+    with _bar(told) if sys.stderr.isatty() else _lines(told, every_s) as tell:
+        yield tell
+
+
+@contextmanager
+def _bar(told: _Told) -> Iterator[OnProgress]:
+    words = Column(ratio=3, no_wrap=True, overflow="ellipsis")
+    with Bars(
+        TextColumn("{task.description}", table_column=words),
+        BarColumn(bar_width=None, table_column=Column(ratio=2)),
+        TaskProgressColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        _LeftColumn(told),
         console=messages,
-        disable=not sys.stderr.isatty(),
+        expand=True,
     ) as bars:
-        tasks = {}
+        task = bars.add_task(stage_words(told.stage), total=1.0)
 
         def move(step: Step) -> None:
-            if step.stage not in tasks:
-                tasks[step.stage] = bars.add_task(step.stage, total=step.total)
-            bars.update(tasks[step.stage], completed=step.done, total=step.total)
+            told.take(step)
+            bars.update(task, description=stage_words(step.stage), completed=told.fraction)
 
         yield move
+        bars.update(task, description=stage_words("done"), completed=1.0)
+
+
+@contextmanager
+def _lines(told: _Told, every_s: float) -> Iterator[OnProgress]:
+    over = threading.Event()
+
+    def speak() -> None:
+        while not over.wait(every_s):
+            say(told.line())
+
+    speaker = threading.Thread(target=speak, name="progress", daemon=True)
+    speaker.start()
+    try:
+        yield told.take
+    finally:
+        over.set()
+        speaker.join()
 
 
 def print_rows(rows: Sequence[Mapping[str, str]], title: str = "") -> None:

@@ -93,7 +93,7 @@ def done(job: Job) -> Job:
     """Show a job's page and progress until it has succeeded, and return it; Ctrl-C cancels it."""
     output.say(f"job {job.id}: {job.page}")
     try:
-        with output.progress_bars() as on_progress:
+        with output.shown_progress() as on_progress:
             job.wait(on_progress=on_progress)
     except KeyboardInterrupt:
         job.cancel()

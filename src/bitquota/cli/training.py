@@ -201,7 +201,7 @@ def _run(checkpoints: Path, device: str) -> Iterator[tuple[Context, bool]]:
         if not group.is_first:
             yield Context(device=device), False
             return
-        with output.progress_bars() as on_progress:
+        with output.shown_progress() as on_progress:
             try:
                 yield Context(device=device, on_progress=on_progress), True
             except KeyboardInterrupt:

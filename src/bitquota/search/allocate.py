@@ -15,9 +15,16 @@ from bitquota.measurement_setup import Setup, build_setup
 from bitquota.plan import SOLVER, Assignment, Baseline, Plan, PlanTarget, Proof
 from bitquota.search.baselines import baseline_choices, size_only, uniform_mixes, weight_mse
 from bitquota.search.evidence import gather_evidence
+from bitquota.search.phases import (
+    choices_phase,
+    course_of,
+    measure_phase,
+    plan_phases,
+    refinement_settings,
+)
 from bitquota.search.problems import choice_of, limits_of, proposer, solved
 from bitquota.search.projection import project
-from bitquota.search.refine import RefineSettings, refine
+from bitquota.search.refine import refine
 from bitquota.sensitivity.measures.gram import measure_differences
 from bitquota.sensitivity.registry import measure_by_name
 from bitquota.solver import Problem, Status, build_problem
@@ -36,6 +43,7 @@ if TYPE_CHECKING:
     from bitquota.request import PlanRequest
     from bitquota.search.neighborhood import Choice
     from bitquota.search.refine import Linearisation
+    from bitquota.sensitivity.base import Measure
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.measures.gram import OutputDifferences
     from bitquota.sensitivity.runners.base import Runner
@@ -46,9 +54,6 @@ GRAM = "gram"
 
 MEASURES_OF_THE_LOSS = frozenset({"auto", GRAM, "pairs", "diagonal"})
 """Measures whose diagonal is the measured loss of single rows."""
-
-_REFINEMENT = {True: RefineSettings(), False: RefineSettings(iterations=0, swap_rounds=0)}
-"""Without refinement what is left are the proposals from one matrix, measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +117,8 @@ def allocate(
     setup = build_setup(model, calibration, request, context=context, loss=loss)
     budgets = [setup.budgets(text) for text in request.budgets]
     runner = setup.runner()
+    measure = measure_of(request)
+    setup = setup.on_course(lambda: course_of(plan_phases(setup, runner, budgets, measure)))
     source = _measure(setup, runner)
     made = [runner]
 
@@ -128,6 +135,7 @@ def allocate(
     warm: Linearisation | None = None
     # Downwards: what was measured around the plan of a larger budget proposes one for the next.
     for k in sorted(range(len(budgets)), key=lambda k: -_room(problems[k])):
+        setup.context.next_phase()
         known = [outcome.choice for outcome in outcomes.values()]
         outcomes[k] = _search(setup, runner, deciding, source, budgets[k], problems[k], known, warm)
         warm = outcomes[k].last
@@ -162,7 +170,15 @@ def measure_matrix(
 ) -> SensitivityMatrix:
     """Measure the sensitivity matrix of ``request`` alone; arguments and errors of ``allocate``."""
     setup = build_setup(model, calibration, request, context=context, loss=loss)
-    return _measure(setup, setup.runner()).matrix
+    runner = setup.runner()
+    measure = measure_of(request)
+    setup = setup.on_course(lambda: course_of([measure_phase(setup, runner, measure)]))
+    return _measure(setup, runner).matrix
+
+
+def measure_of(request: PlanRequest) -> Measure:
+    """Return the measure that a request means."""
+    return measure_by_name(GRAM if request.measure == "auto" else request.measure)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -182,20 +198,12 @@ class _Source:
 
 def _measure(setup: Setup, runner: Runner) -> _Source:
     differences = None
-    if setup.request.measure in ("auto", GRAM):
-        matrix, differences = measure_differences(
-            runner,
-            setup.table,
-            setup.loss,
-            context=setup.context,
-        )
+    measure = measure_of(setup.request)
+    given = runner, setup.table, setup.loss
+    if measure.name == GRAM:
+        matrix, differences = measure_differences(*given, context=setup.context)
     else:
-        matrix = measure_by_name(setup.request.measure).measure(
-            runner,
-            setup.table,
-            setup.loss,
-            context=setup.context,
-        )
+        matrix = measure.measure(*given, context=setup.context)
     scores = {
         "size only": size_only(setup.table),
         "weight MSE": weight_mse(
@@ -271,10 +279,7 @@ def _search(
         holdout=deciding,
         first=(source.matrix, source.differences),
         warm=warm,
-        # Around a plan without alternatives there is nothing to measure.
-        settings=_REFINEMENT[
-            setup.request.refine and len(setup.table.rows) > len(setup.table.groups)
-        ],
+        settings=refinement_settings(setup),
         context=setup.context,
     )
     return _Outcome(choice=found.choice, baselines=baselines, optimum=optimum, last=found.last)
@@ -291,6 +296,7 @@ def _plan(
     stage: str,
 ) -> Plan:
     """Measure what was found and the baselines on the hold-out, return the best as a plan."""
+    setup.context.next_phase()
     own = {f"refined {k}": c for k, c in enumerate(dict.fromkeys((outcome.choice, *others)))}
     own = {name: choice for name, choice in own.items() if problem.is_feasible(choice)}
     measured = _measure_choices(setup, own | outcome.baselines, stage)
@@ -317,6 +323,7 @@ def _plan(
         # A choice that measured better need not be the optimum of the matrix.
         within = objective - solution.bound <= setup.request.gap * abs(objective)
         status = Status.OPTIMAL if within else Status.FEASIBLE
+    setup.context.next_phase()
     evidence = gather_evidence(
         holdout,
         setup.table,
@@ -379,13 +386,14 @@ def _measure_choices(setup: Setup, choices: dict[str, Choice], stage: str) -> di
     """Measure every distinct choice on the hold-out samples."""
     distinct: dict[Choice, ChoiceLoss] = {}
     n_distinct = len(set(choices.values()))
-    # One bar over all choices says more than one for each.
+    # One stage over all choices says more than one for each.
+    weight = choices_phase(setup, stage, n_distinct).samples
     context = setup.context
     quiet = replace(setup, context=replace(context, on_progress=None))
     for choice in choices.values():
         if choice not in distinct:
             distinct[choice] = quiet.measure_choice(choice, stage=stage)
-            context.report(f"hold-out, {stage}", len(distinct), n_distinct)
+            context.report(f"hold-out, {stage}", len(distinct), n_distinct, weight=weight)
     return {name: distinct[choice] for name, choice in choices.items()}
 
 

@@ -103,6 +103,23 @@ def random_choices(table: CandidateTable, limits: Limits, n: int, seed: int) -> 
     return found
 
 
+def drawn_choices(
+    table: CandidateTable,
+    limits: Limits,
+    choice: Choice,
+    *,
+    n_random: int = 8,
+    n_near: int = 8,
+    seed: int = 0,
+) -> tuple[list[Choice], list[Choice]]:
+    """Return ``choice`` with neighbours drawn at random, and random choices."""
+    rng = np.random.default_rng(seed)
+    close = neighbours(table, limits, choice)
+    drawn = sorted(rng.permutation(len(close))[:n_near].tolist())
+    near = [choice, *(close[k] for k in drawn)]
+    return near, random_choices(table, limits, n_random, seed)
+
+
 def gather_evidence(
     runner: Runner,
     table: CandidateTable,
@@ -133,11 +150,9 @@ def gather_evidence(
     Cost: a pass for each random plan, about half a pass for each neighbour.
     """
     # Plans near the chosen one, and random ones: measured.
-    rng = np.random.default_rng(seed)
-    close = neighbours(table, limits, choice)
-    drawn = sorted(rng.permutation(len(close))[:n_near].tolist())
-    near = [choice, *(close[k] for k in drawn)]
-    distant = random_choices(table, limits, n_random, seed)
+    near, distant = drawn_choices(
+        table, limits, choice, n_random=n_random, n_near=n_near, seed=seed
+    )
     values = [
         measure_choices(
             runner,

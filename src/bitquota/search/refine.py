@@ -113,7 +113,7 @@ class _Search:
 
     def linearise(self, point: Choice | None, number: int, *, far: bool = True) -> Linearisation:
         """Measure singles and Gram terms around ``point``, the ``number``-th of the refinement."""
-        rows, taken = self.extent(point, far=far)
+        rows, taken = _extent(self.settings, self.runner, self.table, point, far=far)
         n = len(self.runner.chunks)
         chunks = [(k + number * taken) % n for k in range(taken)]
         matrix, differences = measure_differences(
@@ -128,26 +128,6 @@ class _Search:
         )
         return Linearisation(point=point, matrix=matrix, differences=differences, rows=tuple(rows))
 
-    def extent(self, point: Choice | None, *, far: bool) -> tuple[list[int], int]:
-        """Return the rows that a linearisation measures, and the number of chunks."""
-        settings, n = self.settings, len(self.runner.chunks)
-        everything = list(range(len(self.table.rows)))
-        if point is None:
-            return everything, n
-        share = settings.far_share if far else settings.near_share
-        chunks = min(n, max(1, round(share * n)))
-        if far or settings.reach is None:
-            return everything, chunks
-        return rows_near(self.table, point, settings.reach), chunks
-
-    def cost_of_linearisation(self, point: Choice, *, far: bool) -> float:
-        """Return an upper estimate of the passes that linearising at ``point`` takes."""
-        rows, chunks = self.extent(point, far=far)
-        others = set(rows).difference(_rows_of(self.table, point))
-        layers = [[c.layer for c in self.table.rows[row].candidates] for row in others]
-        whole = 2.0 + sum(self.runner.share(names) for names in layers)
-        return whole * chunks / len(self.runner.chunks)
-
 
 _CONTENDERS = 2
 """Proposals at most that are measured on more samples, so that the best of many is not luck."""
@@ -158,6 +138,79 @@ _MORE_BLOCKS = 2
 
 _NOT_MUCH_WORSE = 2.0
 """A start with more than so many times the loss of the best is not worth a linearisation."""
+
+
+def _extent(
+    settings: RefineSettings,
+    runner: Runner,
+    table: CandidateTable,
+    point: Choice | None,
+    *,
+    far: bool,
+) -> tuple[list[int], int]:
+    """Return the rows that a linearisation measures, and the number of chunks."""
+    n, everything = len(runner.chunks), list(range(len(table.rows)))
+    if point is None:
+        return everything, n
+    chunks = min(n, max(1, round((settings.far_share if far else settings.near_share) * n)))
+    if far or settings.reach is None:
+        return everything, chunks
+    return rows_near(table, point, settings.reach), chunks
+
+
+def _cost_of_linearisation(
+    settings: RefineSettings, runner: Runner, table: CandidateTable, point: Choice, *, far: bool
+) -> float:
+    """Return an upper estimate of the passes that linearising at ``point`` takes."""
+    rows, chunks = _extent(settings, runner, table, point, far=far)
+    others = set(rows).difference(_rows_of(table, point))
+    layers = [[c.layer for c in table.rows[row].candidates] for row in others]
+    return (2.0 + sum(runner.share(names) for names in layers)) * chunks / len(runner.chunks)
+
+
+def _limit(settings: RefineSettings, runner: Runner, table: CandidateTable) -> float:
+    """Return the passes beyond which no linearisation and no round of swaps is begun."""
+    if settings.effort is None:
+        return np.inf
+    return max(LEAST_PASSES, settings.effort * GramMeasure().cost(runner, table))
+
+
+def expected_passes(
+    settings: RefineSettings,
+    runner: Runner,
+    table: CandidateTable,
+    point: Choice,
+    *,
+    starts: int,
+    share: float,
+) -> tuple[float, float]:
+    """Return what a refinement usually takes and what it takes at most, before anything is known.
+
+    Usually: every step is tried once and nothing improves. In passes over the samples of
+    ``runner``.
+
+    Args:
+        settings: How much work.
+        runner: Executes the model on the samples that predictions are fitted to.
+        table: What may become of each group.
+        point: A choice within the limits, to linearise around.
+        starts: Number of its starts, which are measured in any case.
+        share: Samples of a block that decides, as a share of those of ``runner``.
+    """
+    # A start that the first block leaves open is measured on further ones, beside its rivals.
+    least, open_ = starts * share, _MORE_BLOCKS * (2 + _CONTENDERS) * share
+    if not settings.iterations and not settings.swap_rounds:
+        return least, least + open_
+    far, near = (
+        _cost_of_linearisation(settings, runner, table, point, far=far) for far in (True, False)
+    )
+    proposed, swapped = (1 + settings.proposals) * share, (1 + settings.swaps) * share
+    n_far = min(settings.starts, settings.iterations)
+    usual = least + n_far * (far + proposed) + near + proposed + settings.patience * swapped
+    # What is begun within the limit still measures its proposals.
+    last = max(proposed, swapped + 3 * share)
+    most = max(_limit(settings, runner, table), least + open_) + last
+    return min(usual, most), most
 
 
 def _open(gain: tuple[float, float], errors: float) -> bool:
@@ -219,8 +272,7 @@ def refine(
         context=context,
     )
     search.passes_before = runner.passes.passes
-    if settings.effort is not None:
-        search.limit = max(LEAST_PASSES, settings.effort * GramMeasure().cost(runner, table))
+    search.limit = _limit(settings, runner, table)
     if first is None:
         at = search.linearise(None, 0)
     else:
@@ -297,7 +349,8 @@ def _move(
     search: _Search, point: Choice, current: Choice, at: Linearisation, *, far: bool
 ) -> tuple[Linearisation, Choice]:
     """Linearise around ``point`` if that may still be afforded, and step to what it proposes."""
-    number, cost = search.n_linearised + 1, search.cost_of_linearisation(point, far=far)
+    number = search.n_linearised + 1
+    cost = _cost_of_linearisation(search.settings, search.runner, search.table, point, far=far)
     if number > search.settings.iterations or not search.affords(cost):
         return at, current
     search.n_linearised = number
