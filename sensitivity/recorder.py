@@ -56,6 +56,16 @@ class Shared:
     measure: Callable[[int], object]
 
 
+def check_labels(loss: Loss, runner: Runner) -> None:
+    """Raise ``InvalidCalibration`` if ``loss`` needs labels and the samples have none."""
+    if loss.needs_labels and runner.calibration.labels is None:
+        msg = (
+            f"the loss '{loss.name}' needs labels; the calibration set has none: add "
+            "labels, or use the loss 'kl'"
+        )
+        raise InvalidCalibration(msg, loss=loss.name)
+
+
 @dataclass(slots=True, kw_only=True)
 class Recorder:
     """Looks up and stores per-sample losses, chunk by chunk, and reports progress.
@@ -97,12 +107,7 @@ class Recorder:
         if self.passes is not None and self.context.course is not None:
             # Courses count in passes over single samples: stages run on different sets of them.
             self.weight = self.passes() * sum(len(self.runner.chunks[c]) for c in self.chunks)
-        if self.loss.needs_labels and self.runner.calibration.labels is None:
-            msg = (
-                f"the loss '{self.loss.name}' needs labels; the calibration set has none: add "
-                "labels, or use the loss 'kl'"
-            )
-            raise InvalidCalibration(msg, loss=self.loss.name)
+        check_labels(self.loss, self.runner)
 
     @property
     def positions(self) -> list[int]:

@@ -23,7 +23,7 @@ from bitquota.errors import InvalidInput, InvalidModel
 from bitquota.matrix import SensitivityMatrix
 from bitquota.models.onnx.program import source_of
 from bitquota.sensitivity.losses import CrossEntropy
-from bitquota.sensitivity.recorder import Recorder, provenance
+from bitquota.sensitivity.recorder import Recorder, check_labels, provenance
 from bitquota.sensitivity.runners.base import Runner, describe_change
 
 if TYPE_CHECKING:
@@ -145,6 +145,17 @@ class Metric(ABC):
     def scores(self, work: Work) -> Scores:
         """Score every row; ``measure`` has checked the arguments."""
 
+    def check(self, runner: Runner, loss: Loss) -> None:
+        """Raise what can be told before anything is run.
+
+        Raises:
+            InvalidModel: The model is not a torch module.
+            InvalidCalibration: Labels are missing.
+        """
+        if self.needs_data:
+            must_run_in_torch(runner, self.name)
+        check_labels(self.judged_by(loss), runner)
+
     def judged_by(self, loss: Loss) -> Loss:
         """Return the loss that the scores are made from, given the one that was asked for.
 
@@ -181,8 +192,7 @@ class Metric(ABC):
                 "leave it out, or measure 'gram', 'pairs' or 'diagonal' there"
             )
             raise InvalidInput(msg, measure=self.name)
-        if self.needs_data:
-            must_run_in_torch(runner, self.name)
+        self.check(runner, loss)
         judged = self.judged_by(loss)
         recorder = Recorder(
             runner=runner, loss=judged, stage=self.name, context=context or Context()

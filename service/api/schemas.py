@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitquota.errors import InvalidInput
+from bitquota.progress import stage_words
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from bitquota.canonical import JsonObject
     from bitquota.service.jobs.job import Job
     from bitquota.service.store.artifacts import Artifact
 
@@ -24,10 +26,20 @@ Digest = Annotated[str, Field(pattern=DIGEST)]
 class ProgressView(BaseModel):
     """How far a job is."""
 
-    stage: str
-    done: int
-    total: int
-    reused: int = 0
+    stage: str = Field(description="Stable name of what is being done.")
+    text: str = Field(description="The same for people.")
+    done: int = Field(description="Finished units of the stage.")
+    total: int = Field(description="Units of the stage.")
+    reused: int = Field(default=0, description="How many of them were in the ledger.")
+    fraction: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="How much of the whole job is done; never less than before, 1 at its end.",
+    )
+    left_s: float | None = Field(
+        default=None, ge=0, description="Seconds that it will still take, about; null if unknown."
+    )
 
 
 class JobView(BaseModel):
@@ -199,11 +211,16 @@ def job_view(job: Job) -> JobView:
         cancel_requested=job.cancel_requested,
         attempts=job.attempts,
         measured=job.measured,
-        progress=None if job.progress is None else ProgressView(**job.progress),
+        progress=None if job.progress is None else ProgressView(**progress_said(job.progress)),
         results=job.results or {},
         plans=len((job.results or {}).get("plans", ())),
         error=job.error,
     )
+
+
+def progress_said(progress: JsonObject) -> JsonObject:
+    """Return progress as clients see it; that of an earlier release has no words."""
+    return {"text": stage_words(progress["stage"])} | progress
 
 
 def artifact_view(artifact: Artifact) -> ArtifactView:

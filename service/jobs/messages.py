@@ -207,12 +207,26 @@ def _read_idle(head: JsonObject, parts: Sequence[bytes]) -> Idle:
     return Idle(done=None if done is None else _count(done))
 
 
+_OF_WHOLE = ("fraction", "until")
+
+
 def _read_progress(head: JsonObject, parts: Sequence[bytes]) -> Progressed:
     _alone(head, parts, "progress")
     told = dict(head["progress"])
-    _only({"type": "", **told}, "stage", "done", "total", "reused")
+    of_whole = [name for name in _OF_WHOLE if name in told]
+    _only({"type": "", **told}, "stage", "done", "total", "reused", *of_whole)
     counts = {name: _count(told[name]) for name in ("done", "total", "reused")}
-    return Progressed(progress=Progress(stage=_name(told["stage"]), **counts))
+    fraction, until = (_share(told[name]) if name in told else None for name in _OF_WHOLE)
+    return Progressed(
+        progress=Progress(
+            stage=_name(told["stage"]),
+            done=counts["done"],
+            total=counts["total"],
+            reused=counts["reused"],
+            fraction=fraction,
+            until=until,
+        )
+    )
 
 
 def _read_piece(head: JsonObject, parts: Sequence[bytes]) -> Piece:
@@ -305,6 +319,12 @@ def _count(value: Any) -> int:  # noqa: ANN401  # not trusted
     if type(value) is not int or not 0 <= value <= _MAX_COUNT:
         raise _refused("a count", value)
     return value
+
+
+def _share(value: Any) -> float:  # noqa: ANN401  # not trusted
+    if type(value) not in {int, float} or not 0 <= value <= 1:
+        raise _refused("a number between 0 and 1", value)
+    return float(value)
 
 
 def _name(value: Any) -> str:  # noqa: ANN401  # not trusted

@@ -68,12 +68,14 @@ from bitquota.service.worker.presentable_errors import presentable
 from bitquota.service.worker.result_receiver import ResultReceiver
 from bitquota.service.worker.scoped_ledger import ScopedLedger
 from bitquota.service.worker.time_limits import TimeLimits
+from bitquota.service.worker.whole_job import WholeJob
 from bitquota.service.worker.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
     from types import FrameType
 
     from bitquota.canonical import JsonObject
+    from bitquota.progress import Progress
     from bitquota.service.jobs.job import Job
     from bitquota.service.jobs.messages import Message
     from bitquota.service.store.artifacts import Artifact
@@ -115,7 +117,8 @@ class Driver:
         self._scoped = ScopedLedger(self._ledger, models, settings.max_scratch_bytes)
         self._measured = 0
         self._progress: JsonObject | None = None
-        self._told: JsonObject | None = None
+        self._told: Progress | None = None
+        self._whole = WholeJob(job.progress)
         kind = kind_by_name(job.kind)
         self._receiver = ResultReceiver(
             kind, self._blobs, most=len(job.request.get("budgets", "1"))
@@ -191,7 +194,7 @@ class Driver:
             self._pool.recruit(settings.workers - 1)
 
     def _beating(self, stage: str) -> Heartbeats:
-        return Heartbeats(self._store, self._job, self._settings, stage)
+        return Heartbeats(self._store, self._job, self._settings, self._whole.aside(stage))
 
     def _unreachable(self, error: BitquotaError) -> int:
         """Queue the job again after a while: the engine may come back."""
@@ -282,10 +285,10 @@ class Driver:
             case Ahead(tasks=tasks):
                 self._pool.begin(self._evaluator, [task.to_json() for task in tasks])
             case Progressed(progress=told):
-                progress = told.to_json()
-                if progress != self._told:
+                if told != self._told:
                     self._limits.progressed(told.stage)
-                self._progress = self._told = progress
+                self._told = told
+                self._progress = self._whole.told(told)
             case Piece(data=data, checkpoint=checkpoint):
                 self._limits.progressed()
                 (self._checkpoints if checkpoint else self._receiver).piece([data])
@@ -334,8 +337,8 @@ class Driver:
             case Idle(done=done):
                 progress = self._pool.idle(worker, done)
                 if progress is not None:
-                    self._progress = {"reused": 0} | progress
-                    self._limits.progressed(progress["stage"])
+                    self._progress = self._whole.shared(*progress)
+                    self._limits.progressed(progress[0])
             case _:
                 return False
         return True
@@ -376,7 +379,7 @@ class Driver:
         job = self._job
         with self._beating("keep"):
             results, kept = self._receiver.complete()
-        self._progress = {"stage": "done", "done": 1, "total": 1}
+        self._progress = self._whole.ended()
 
         def finish() -> None:
             self._heartbeat(0.0)
@@ -431,7 +434,8 @@ def _order(engine: Engine, settings: Settings, store: JobStore) -> Job | None:
             if line:
                 order = json.loads(line)
                 job = store.get(order["tenant"], order["job"])
-                with Heartbeats(store, job, settings, "connect"):
+                connecting = WholeJob(job.progress).aside("connect")
+                with Heartbeats(store, job, settings, connecting):
                     ready.wait()
         finally:
             arrived.put(job)

@@ -11,6 +11,7 @@ from bitquota.service.logs import logger
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from bitquota.canonical import JsonObject
     from bitquota.service.jobs.job import Job
     from bitquota.service.jobs.job_store import JobStore
     from bitquota.service.settings import Settings
@@ -28,12 +29,12 @@ class Heartbeats:
         store: Where the lease is.
         job: As it was claimed.
         settings: Say how often.
-        stage: What the job's progress says meanwhile.
+        progress: What clients are told meanwhile.
     """
 
-    def __init__(self, store: JobStore, job: Job, settings: Settings, stage: str) -> None:
+    def __init__(self, store: JobStore, job: Job, settings: Settings, progress: JsonObject) -> None:
         self._store, self._job, self._settings = store, job, settings
-        self._progress = {"stage": stage, "done": 0, "total": 1}
+        self._progress = progress
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeats", daemon=True)
 

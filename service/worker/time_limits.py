@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from bitquota.errors import ServiceTimeout
+from bitquota.progress import stage_words
 
 if TYPE_CHECKING:
     from bitquota.service.jobs.job import Job
@@ -46,21 +47,20 @@ class TimeLimits:
 
     def passed(self) -> ServiceTimeout | None:
         """Return which limit has passed, if one has."""
-        now = time.monotonic()
+        now, words = time.monotonic(), stage_words(self._stage)
         if self._deadline is not None and now > self._deadline:
             msg = "a job must end before its deadline; this one did not: give it more time"
             return ServiceTimeout(msg)
         if 0 < self._job_s < self._worker_s:
             msg = (
                 f"a job must end within {self._job_s:,.0f} worker seconds; this one was in the "
-                f"stage '{self._stage}' then: ask for less, or have the operator raise "
-                "BITQUOTA_MAX_JOB_S"
+                f"stage '{words}' then: ask for less, or have the operator raise BITQUOTA_MAX_JOB_S"
             )
             return ServiceTimeout(msg, stage=self._stage, limit_s=self._job_s)
         if 0 < self._stage_s < now - self._progressed_at:
             msg = (
                 f"a stage of a job must make progress within {self._stage_s:,.0f} s; the stage "
-                f"'{self._stage}' made none. The model may not terminate; if it is only slow, have "
+                f"'{words}' made none. The model may not terminate; if it is only slow, have "
                 "the operator raise BITQUOTA_MAX_STAGE_S"
             )
             return ServiceTimeout(msg, stage=self._stage, limit_s=self._stage_s)

@@ -101,10 +101,10 @@ class WorkerPool:
                 self._give(helper)
         self._next_for_main()
 
-    def idle(self, worker: Worker, done: object) -> JsonObject | None:
+    def idle(self, worker: Worker, done: object) -> tuple[str, int, int] | None:
         """Note that ``worker`` is through with task number ``done``, if it had one.
 
-        Returns what to tell of the progress, if anything was done.
+        Returns what is measured, and how many of how many tasks are done, if anything was.
         """
         task = self._doing.pop(worker, None)
         if task is not None and task.number == done:
@@ -121,7 +121,7 @@ class WorkerPool:
         if task is None:
             return None
         done_now = min(self._done, self._total)
-        return {"stage": str(task.what.get("measure")), "done": done_now, "total": self._total}
+        return str(task.what.get("measure")), done_now, self._total
 
     def lost(self, worker: Worker, why: str) -> None:
         """Note that a helper has died or failed; what it did is done again by others."""

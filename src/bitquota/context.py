@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from bitquota.errors import Cancelled, InvalidInput
-from bitquota.progress import Course, IsCancelled, OnProgress, Progress
+from bitquota.progress import Course, IsCancelled, OnProgress, Progress, stage_words
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -152,5 +152,5 @@ class Context:
 
 def cancelled_during(stage: str) -> Cancelled:
     """Return the error of work that was to stop."""
-    msg = f"the work was cancelled during '{stage}'; what was measured until then is kept"
+    msg = f"the work was cancelled while {stage_words(stage)}; what was measured until then is kept"
     return Cancelled(msg, stage=stage)

@@ -31,7 +31,7 @@ from bitquota.sensitivity.outputs import read_outputs
 from bitquota.sensitivity.runners.make import make_runner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from bitquota.candidates.layers import Inventory
     from bitquota.candidates.table import CandidateTable
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runners.base import Runner
     from bitquota.sensitivity.runners.graph import Graphs
+
+Choice = tuple[int, ...]
 
 SPARE_BLOCKS = 2
 """Blocks of further samples at most, beyond those that a request asks for."""
@@ -146,6 +148,22 @@ class Setup:
             references=self.references,
         )
 
+    def measure_choices(
+        self, choices: Iterable[Choice], *, stage: str, weight: float | None = None
+    ) -> dict[Choice, ChoiceLoss]:
+        """Measure every distinct choice on the hold-out samples, as one stage.
+
+        ``weight`` is what the stage takes of the course, by default a whole phase.
+        """
+        distinct = list(dict.fromkeys(choices))
+        # One stage over all choices says more than one for each.
+        quiet = replace(self, context=replace(self.context, on_progress=None))
+        found: dict[Choice, ChoiceLoss] = {}
+        for choice in distinct:
+            found[choice] = quiet.measure_choice(choice, stage=stage)
+            self.context.report(stage, len(found), len(distinct), weight=weight)
+        return found
+
     def effects(self, choice: Sequence[int]) -> tuple[PlanOutput, ...] | None:
         """Return the outputs with what a choice changes in them on the hold-out samples."""
         if not self.outputs:
@@ -169,10 +187,12 @@ def build_setup(
     *,
     context: Context | None = None,
     loss: Loss | None = None,
+    fit: bool = True,
 ) -> Setup:
     """Return the setup of ``request``; draws the samples by its seed.
 
-    ``loss`` takes the place of the one that the request names.
+    ``loss`` takes the place of the one that the request names. Without ``fit`` no quantizer is
+    fitted to samples: nothing can be measured that needs one, but everything can be counted.
 
     Raises:
         InvalidInput: The request does not fit the model or the calibration set.
@@ -210,7 +230,7 @@ def build_setup(
     wanted = request.samples + request.holdout_samples
     drawn = calibration.subset(min(wanted, len(calibration)), request.seed)
     parts = drawn.split(request.holdout_samples / wanted, request.seed)
-    fit, holdout = (part.placed(where) for part in parts)
+    measured, holdout = (part.placed(where) for part in parts)
     spare = tuple(part.placed(where) for part in _blocks(calibration, drawn, len(holdout), request))
     n_correcting = min(request.correction_samples, len(calibration))
 
@@ -219,8 +239,8 @@ def build_setup(
     fitted = fit_quantizers(
         module,
         inventory,
-        (candidate for row in table.rows for candidate in row.candidates),
-        fit,
+        (candidate for row in table.rows for candidate in row.candidates) if fit else (),
+        measured,
         activation_fit=request.activation_fit,
         importance=importance,
     )
@@ -231,7 +251,7 @@ def build_setup(
         table=table,
         loss=loss,
         outputs=outputs,
-        fit=fit,
+        fit=measured,
         holdout=holdout,
         spare=spare,
         correcting=calibration.subset(n_correcting, request.seed).to(where),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bitquota.errors import InvalidInput
 from bitquota.service.jobs.kinds import (
     compare,
+    estimate,
     evaluate,
     export,
     finetune,
@@ -20,6 +21,7 @@ KINDS: dict[str, JobKind] = {
     module.KIND.name: module.KIND
     for module in (
         plan,
+        estimate,
         measure,
         solve,
         frontier,

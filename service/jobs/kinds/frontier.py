@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from bitquota.canonical import canonical_json
-from bitquota.progress import Progress
 from bitquota.service.jobs.kinds.kind import MATRIX, JobKind, Result
 from bitquota.service.jobs.kinds.results import check_rows
 from bitquota.service.jobs.kinds.solving_request import SolvingRequest, problem_of
@@ -33,13 +32,14 @@ def run(work: Work) -> None:
     from bitquota.solver.document import frontier_document
 
     problem = problem_of(work)
+    context = work.context
     options = {k: v for k, v in work.request.items() if k not in {"budget", "budget_index"}}
     points, done = options["points"], 0
 
     def on_point(_point: FrontierPoint) -> None:
         nonlocal done
         done += 1
-        work.on_progress(Progress(stage="frontier", done=done, total=points))
+        context.report("frontier", done, points)
 
     rows = frontier_document(problem, **options, on_point=on_point, cancelled=work.cancelled)
     work.give("frontier", canonical_json(rows).encode())

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitquota.cli import estimating, output, remote
 from bitquota.cli import options as opt
-from bitquota.cli import output, remote
 from bitquota.cli.written import Written
 from bitquota.report.comparison_plot import check_plot, plot_comparison
 from bitquota.request import PlanRequest
@@ -54,16 +54,20 @@ def compare(
     plot_file: Annotated[
         Path | None, typer.Option("--plot", help="Plot to write: .png, .svg or .pdf.")
     ] = None,
+    dry_run: opt.DryRun = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Measure MODEL with every metric, solve every budget with each, and measure all the plans."""
+    options = {"metrics": metrics, "plans": plans, "max_passes": affordable}
+    if dry_run:
+        estimating.dry_run("compare", model, calibration, request, here, as_json=as_json, **options)
+        return
     if plot_file is not None:
         check_plot(plot_file)  # before the work, not after it
     files = [
         None if path is None else Written.at(path, option)
         for path, option in ((out, "--out"), (report_file, "--report"), (plot_file, "--plot"))
     ]
-    options = {"metrics": metrics, "plans": plans, "max_passes": affordable}
     if here.server is not None:
         body = options | {"plan": request.to_json()}
         found = remote.comparison(here.server, here.api_key, body, model, calibration)

@@ -142,6 +142,13 @@ Imatrix = Annotated[
     Path | None,
     typer.Option("--imatrix", help="llama.cpp importance matrix (.dat) to fit scales with."),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Measure nothing: say how many passes, how long and how much memory it would take.",
+    ),
+]
 Refine = Annotated[
     bool,
     typer.Option(

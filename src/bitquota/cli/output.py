@@ -61,6 +61,7 @@ class _Told:
     fraction: float = 0.0
     pace: Pace = field(init=False)
     started: float = field(init=False)
+    server_left_s: float | None = None
 
     def __post_init__(self) -> None:
         self.pace, self.started = Pace(self.clock), self.clock()
@@ -73,11 +74,12 @@ class _Told:
         if step.fraction is not None:
             self.fraction = max(self.fraction, step.fraction)
             self.pace.told(self.fraction)
+        self.server_left_s = step.left_s
 
     @property
     def left(self) -> str:
         """How long the job will still take, about."""
-        left_s = self.pace.left_s
+        left_s = self.pace.left_s if self.server_left_s is None else self.server_left_s
         return "" if left_s is None else f"about {lasting(left_s)} left"
 
     def line(self) -> str:

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from bitquota.canonical import JsonObject, write_whole
+from bitquota.cli import estimating, output, remote
 from bitquota.cli import options as opt
-from bitquota.cli import output, remote
 from bitquota.cli.written import Written, former_certificate, former_matrix, former_plan
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
@@ -41,6 +41,7 @@ def plan(
         Path | None, typer.Option("--matrix", help="Also write the sensitivity matrix (.npz).")
     ] = None,
     log_to: opt.LogTo = None,
+    dry_run: opt.DryRun = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plans as JSON instead of tables.")
     ] = False,
@@ -49,6 +50,9 @@ def plan(
 
     The certificate beside a plan (plan.certificate.npz) proves its bound: see 'bitquota verify'.
     """
+    if dry_run:
+        estimating.dry_run("plan", model, calibration, request, here, as_json=as_json)
+        return
     files = [
         Written.at(path, "--out", former=former_plan)
         for path in _numbered(out, len(request.budgets))
@@ -120,8 +124,15 @@ def measure(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Sensitivity matrix to write (.npz).")
     ] = Path("sensitivity.npz"),
+    dry_run: opt.DryRun = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --dry-run: print the estimate as JSON.")
+    ] = False,
 ) -> None:
     """Measure the sensitivity matrix of MODEL on CALIBRATION and write it."""
+    if dry_run:
+        estimating.dry_run("measure", model, calibration, request, here, as_json=as_json)
+        return
     file = Written.at(out, "--out", former=former_matrix)
     if here.server is not None:
         matrix = remote.matrix(here.server, here.api_key, request, model, calibration)

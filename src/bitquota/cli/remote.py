@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
     from bitquota.cli.written import Written
     from bitquota.client import Client, Job
+    from bitquota.estimate import JobEstimate
     from bitquota.plan import Plan
     from bitquota.report.comparison import Comparison
     from bitquota.request import PlanRequest
@@ -149,6 +150,14 @@ def comparison(
     """Run ``bitquota compare`` there."""
     with measured(server, api_key, "compare", request, model, data) as job:
         return job.comparison()
+
+
+def estimate(
+    server: str, api_key: str | None, request: JsonObject, model: str, data: str
+) -> JobEstimate:
+    """Run ``--dry-run`` there."""
+    with measured(server, api_key, "estimate", request, model, data) as job:
+        return job.estimate()
 
 
 def scores(

@@ -31,6 +31,7 @@ from bitquota.client.effects import (
 from bitquota.client.problems import error_in, error_of
 from bitquota.client.sources import source_of
 from bitquota.errors import Cancelled, InvalidInput, MeasurementFailed, ServiceError, ServiceTimeout
+from bitquota.estimate import JobEstimate
 from bitquota.plan import Plan
 from bitquota.progress import Progress
 from bitquota.report.comparison import Comparison
@@ -216,6 +217,33 @@ class ServerCalls(Requests, Generic[J]):
         return (
             yield from ServerCalls.order.steps(
                 self, kind, request, model=model, dataset=calibration, **options
+            )
+        )
+
+    @Call
+    def estimate(
+        self,
+        /,
+        *,
+        model: Upload,
+        calibration: Upload,
+        request: PlanRequest,
+        job: str = "plan",
+        **options: Any,  # noqa: ANN401  # those of order
+    ) -> Steps[J]:
+        """Submit a job that says what another would take; ``Job.estimate`` fetches the answer.
+
+        Args:
+            model: A file, or ``sha256:…`` of an upload.
+            calibration: A file, or ``sha256:…`` of an upload.
+            request: What the other job would do.
+            job: The other job: ``plan``, ``measure`` or ``compare``.
+            **options: Those of ``order``.
+        """
+        body = {"job": job, "plan": request.to_json()}
+        return (
+            yield from ServerCalls.order.steps(
+                self, "estimate", body, model=model, dataset=calibration, **options
             )
         )
 
@@ -576,6 +604,11 @@ class JobCalls:
         return Comparison.from_json(json.loads((yield from self._below("comparison")).content))
 
     @Call
+    def estimate(self) -> Steps[JobEstimate]:
+        """Return what an estimate job found."""
+        return JobEstimate.from_json(json.loads((yield from self._below("estimate")).content))
+
+    @Call
     def save(self, path: str, target: Path | str) -> Steps[Path]:
         """Write a result of any size to a file, such as the ``archive`` of an export."""
         place = Path(target)
@@ -586,7 +619,12 @@ class JobCalls:
 
 def _progress(body: Mapping[str, Any]) -> Progress:
     return Progress(
-        stage=body["stage"], done=body["done"], total=body["total"], reused=body.get("reused", 0)
+        stage=body["stage"],
+        done=body["done"],
+        total=body["total"],
+        reused=body.get("reused", 0),
+        fraction=body.get("fraction"),
+        left_s=body.get("left_s"),
     )
 
 

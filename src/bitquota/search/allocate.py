@@ -383,18 +383,11 @@ def _plan(
 
 
 def _measure_choices(setup: Setup, choices: dict[str, Choice], stage: str) -> dict[str, ChoiceLoss]:
-    """Measure every distinct choice on the hold-out samples."""
-    distinct: dict[Choice, ChoiceLoss] = {}
-    n_distinct = len(set(choices.values()))
-    # One stage over all choices says more than one for each.
-    weight = choices_phase(setup, stage, n_distinct).samples
-    context = setup.context
-    quiet = replace(setup, context=replace(context, on_progress=None))
-    for choice in choices.values():
-        if choice not in distinct:
-            distinct[choice] = quiet.measure_choice(choice, stage=stage)
-            context.report(f"hold-out, {stage}", len(distinct), n_distinct, weight=weight)
-    return {name: distinct[choice] for name, choice in choices.items()}
+    """Measure every distinct choice on the hold-out samples, by name."""
+    stage = f"hold-out, {stage}"
+    weight = choices_phase(setup, stage, len(set(choices.values()))).samples
+    found = setup.measure_choices(choices.values(), stage=stage, weight=weight)
+    return {name: found[choice] for name, choice in choices.items()}
 
 
 def _baseline(
