@@ -25,10 +25,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse, RedirectResponse
 
 from bitquota.candidates.storage import WEIGHT_BITS
+from bitquota.candidates.targets import TARGETS
 from bitquota.errors import BitquotaError, Forbidden, NotFound, Unauthorized
 from bitquota.report.page import SCRIPTS
 from bitquota.report.text import format_size
-from bitquota.request import DEFAULT_WEIGHT_BITS
+from bitquota.request import AUTO_LOSS, DEFAULT_WEIGHT_BITS, LOSSES
 from bitquota.service.api.schemas import job_view
 from bitquota.service.api.state import Calling, Service, State, caller_of, state_of
 from bitquota.service.security.keys import Caller, Scope  # FastAPI reads them
@@ -280,6 +281,8 @@ def home(viewer: Viewing, service: Service) -> Response:
         rows=pages_data.job_rows(service, tenant, found),
         widths=DEFAULT_WEIGHT_BITS,
         all_widths=WEIGHT_BITS,
+        targets=TARGETS,
+        losses=(AUTO_LOSS, *LOSSES),
         limit=format_size(8 * service.settings.max_upload_bytes).partition(" (")[0],
     )
 
@@ -299,6 +302,7 @@ def job_page(job_id: str, viewer: Viewing, service: Service) -> Response:
         links=pages_data.result_links(job),
         last=log[-1]["number"] if log else 0,
         has_charts=pages_data.has_charts(job),
+        estimate=pages_data.estimate_of(service, job),
     )
 
 

@@ -13,8 +13,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
 from bitquota.errors import BitquotaError, Conflict, NotFound
+from bitquota.estimate import JobEstimate
 from bitquota.report.charts import LARGEST
+from bitquota.report.estimate import estimate_rows, estimate_sentences, stage_rows
 from bitquota.service.api.job_routes import MOST_EVENTS
+from bitquota.service.api.schemas import progress_said
 from bitquota.service.api.state import Calling, Service, State  # noqa: TC001  # FastAPI reads them
 from bitquota.service.jobs.job import JobStatus
 from bitquota.service.jobs.kinds import KINDS
@@ -56,7 +59,7 @@ def job_rows(service: State, tenant: str, jobs: Sequence[Job]) -> list[JsonObjec
             "created_at": job.created_at,
             "started_at": job.started_at,
             "finished_at": job.finished_at,
-            "progress": job.progress,
+            "progress": None if job.progress is None else progress_said(job.progress),
             "cancel_requested": job.cancel_requested,
             "version": job.version,
             "charts": has_charts(job),
@@ -148,6 +151,32 @@ def require_charts(job: Job) -> None:
             f"there must be something to draw; this {job.kind} job left no measurement and no plan"
         )
         raise NotFound(msg, job=job.id)
+
+
+# -------------------------------------------------------------------------------- estimates
+
+
+def estimate_of(service: State, job: Job) -> JsonObject | None:
+    """Return an estimate in words, if the job left one."""
+    digest = (job.results or {}).get("estimate")
+    if not digest:
+        return None
+    found = JobEstimate.from_json(json.loads(service.blobs.read(digest)))
+    return {
+        "rows": estimate_rows(found),
+        "stages": stage_rows(found),
+        "sentences": estimate_sentences(found),
+    }
+
+
+@router.get("/jobs/{job_id}/estimate.json")
+def estimate(job_id: str, service: Service, caller: Calling) -> Response:
+    """Return what the form for a new job shows of an estimate."""
+    found = estimate_of(service, service.jobs.get(caller.tenant, job_id))
+    if found is None:
+        msg = "the job must be an estimate that succeeded; this one left none"
+        raise NotFound(msg, job=job_id)
+    return Response(json.dumps(found), media_type="application/json")
 
 
 # -------------------------------------------------------------------------------- charts

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from bitquota.service.jobs.work import Work
 
 
+_MAX_BYTES = 4 * 2**20
+"""A tensor that ships as it is takes some hundred bytes."""
+
+
 class EstimateRequest(CompareRequest):
     """A plan request, and which job with it is estimated."""
 
@@ -84,6 +88,7 @@ KIND = JobKind(
             text="Passes, seconds and memory that are expected, and what the job is about.",
             check=lambda path: JobEstimate.from_json(read_json(path)),
             path="estimate",
+            max_bytes=_MAX_BYTES,
         ),
         REPORT,
     ),

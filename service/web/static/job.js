@@ -1,11 +1,10 @@
-/* Job page: progress with rate and time left, the log as it grows, cancel. */
+/* Job page: progress of the whole job with time left, the log as it grows, cancel. */
 (() => {
   "use strict";
 
   const { make } = globalThis.Bitquota;
   const { call, clock, lasting, data } = globalThis.Pages;
   const FINAL = new Set(["succeeded", "failed", "cancelled", "expired"]);
-  const WINDOW_S = 20;
   const MOST_LINES = 500;
 
   const section = document.getElementById("job");
@@ -18,10 +17,13 @@
 
   let lastStage = null;
 
+  /** A stage as a person reads it; a release before sent its name alone. */
+  const words = ({ text, stage }) => text || stage;
+
   function textOf({ type, data: said }) {
     if (type === "progress") {
       const reused = said.reused ? `, ${said.reused} from the ledger` : "";
-      return `${said.stage}: ${said.done} of ${said.total}${reused}`;
+      return `${words(said)}: ${said.done} of ${said.total}${reused}`;
     }
     if (type === "status") {
       const why = said.reason || (said.error && said.error.detail);
@@ -49,23 +51,11 @@
 
   // ------------------------------------------------------------------ progress
 
-  let seen = [];
-
-  /** Say how fast the stage goes and how long it will take, from the last seconds. */
-  function pace(progress) {
-    const now = performance.now() / 1000;
-    if (seen.length && (seen[0].stage !== progress.stage || seen.at(-1).done > progress.done)) {
-      seen = [];
-    }
-    if (!seen.length || seen.at(-1).done !== progress.done) {
-      seen.push({ stage: progress.stage, done: progress.done, at: now });
-    }
-    while (seen.length > 2 && now - seen[0].at > WINDOW_S) seen.shift();
-    const [a, b] = [seen[0], seen.at(-1)];
-    const rate = (b.done - a.done) / (b.at - a.at);
-    if (!(rate > 0)) return "";
-    const shown = rate >= 1 ? `${rate.toFixed(1)} a second` : `${(rate * 60).toFixed(1)} a minute`;
-    return `${shown}, about ${lasting((progress.total - progress.done) / rate)} left in this stage`;
+  /** Say how much of the whole job is done, and how long the rest will take. */
+  function pace({ fraction, left_s: left }) {
+    if (!fraction) return "";
+    const done = `${Math.floor(100 * fraction)} % of the job`;
+    return left === null || left === undefined ? done : `${done}, about ${lasting(left)} left`;
   }
 
   let told = "";
@@ -78,10 +68,11 @@
     const bar = find("progress");
     bar.hidden = !running;
     find("stage").textContent = running
-      ? `${job.progress.stage}, ${job.progress.done} of ${job.progress.total}` : "";
+      ? `${words(job.progress)}, ${job.progress.done} of ${job.progress.total}` : "";
     if (running) {
-      bar.max = Math.max(1, job.progress.total);
-      bar.value = job.progress.done;
+      // Without a value the bar moves to and fro: nobody knows yet.
+      if (job.progress.fraction) bar.value = job.progress.fraction;
+      else bar.removeAttribute("value");
       find("pace").textContent = pace(job.progress);
     } else if (job.finished_at && job.started_at) {
       find("pace").textContent = `took ${lasting(job.finished_at - job.started_at)}`;
@@ -112,8 +103,10 @@
     const answer = await fetch(location.href, { credentials: "same-origin" });
     if (!answer.ok) return;
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-    const fresh = page.getElementById("results");
-    if (fresh) find("results").replaceWith(document.adoptNode(fresh));
+    for (const name of ["results", "estimate"]) {
+      const fresh = page.getElementById(name);
+      if (fresh) find(name).replaceWith(document.adoptNode(fresh));
+    }
   }
 
   // ------------------------------------------------------------------ live

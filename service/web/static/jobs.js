@@ -14,9 +14,10 @@
 
   function row(job) {
     const name = job.labels.name || job.model || job.id;
-    const share = job.progress && job.progress.total && job.status === "running"
-      ? make("progress", { max: job.progress.total, value: job.progress.done,
-        "aria-label": `Progress of ${job.progress.stage}` }) : null;
+    const { fraction, text } = job.progress || {};
+    const share = fraction && job.status === "running"
+      ? make("progress", { max: 1, value: fraction, title: text,
+        "aria-label": `Progress of the job, now: ${text}` }) : null;
     return make("tr", { "data-job": job.id },
       make("th", { scope: "row" }, make("a", { href: `/jobs/${job.id}` }, name),
         make("div", { class: "soft" }, job.labels.name ? `${job.kind}, ${job.model}` : job.kind)),
@@ -211,30 +212,101 @@
     return Promise.reject(new Error(`Choose ${what}, or drop it here.`));
   }
 
-  form.addEventListener("submit", async (event) => {
-    event.preventDefault();
+  const value = (id) => document.getElementById(id).value.trim();
+  const parts = (text, comma) => text.split(comma).map((part) => part.trim()).filter(Boolean);
+
+  /** What the form says, as the request of a plan; raises what is missing. */
+  function planRequest() {
+    const widths = [...form.querySelectorAll("input[name=bits]:checked")].map((b) => +b.value);
+    const target = value("target");
+    if (!target && !widths.length) throw new Error("Offer at least one bit-width.");
+    const request = {
+      budgets: parts(value("budgets"), /,(?!\d{3}\b)/),
+      samples: Number(value("samples")),
+      loss: value("loss") || "auto",
+    };
+    // A target brings all bit-widths that it stores.
+    if (target) request.target = target;
+    else request.weight_bits = widths;
+    const outputs = parts(value("outputs"), ",");
+    if (outputs.length) request.outputs = outputs;
+    return request;
+  }
+
+  document.getElementById("target").addEventListener("change", (event) => {
+    document.getElementById("widths").disabled = Boolean(event.target.value);
+  });
+
+  /** Upload what is missing, and submit a job of `kind` that `say` makes of the request. */
+  async function submit(kind, say, labels) {
     complain("");
     uploads.replaceChildren();
-    const widths = [...form.querySelectorAll("input[name=bits]:checked")].map((b) => +b.value);
-    if (!widths.length) {
-      complain("Offer at least one bit-width.");
-      return;
-    }
-    go.disabled = true;
+    const request = say(planRequest());
+    const model = await idOf("model");
+    const dataset = await idOf("dataset");
+    return call("/v1/jobs", { method: "POST", body: { kind, model, dataset, request, labels } });
+  }
+
+  /** Run `act` with the buttons disabled; a problem is said, and they work again. */
+  async function busy(act) {
+    go.disabled = estimate.disabled = true;
     try {
-      const model = await idOf("model");
-      const dataset = await idOf("dataset");
-      const name = document.getElementById("name").value.trim();
-      const budgets = document.getElementById("budgets").value.split(/,(?!\d{3}\b)/)
-        .map((b) => b.trim()).filter(Boolean);
-      const job = await call("/v1/jobs", { method: "POST", body: {
-        kind: "plan", model, dataset, request: { budgets, weight_bits: widths },
-        labels: name ? { name } : {},
-      } });
-      location.assign(`/jobs/${job.id}`);
+      await act();
     } catch (reason) {
       complain(reason.message);
-      go.disabled = false;
     }
+    go.disabled = estimate.disabled = false;
+  }
+
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    busy(async () => {
+      const name = value("name");
+      const job = await submit("plan", (plan) => plan, name ? { name } : {});
+      location.assign(`/jobs/${job.id}`);
+    });
   });
+
+  // ------------------------------------------------------------------ the estimate
+
+  const estimate = document.getElementById("estimate");
+  const found = document.getElementById("estimated");
+
+  function facts(rows, name) {
+    const list = make("dl", { class: "facts", "aria-label": name });
+    for (const row of rows) {
+      const [what, ...said] = Object.values(row);
+      list.append(make("dt", {}, what), make("dd", {}, said.join("; ")));
+    }
+    return list;
+  }
+
+  /** Wait for a job and return it; what it does meanwhile is said. */
+  async function ended(job) {
+    while (job.status === "queued" || job.status === "running") {
+      found.replaceChildren(make("p", { class: "soft" },
+        job.progress ? `${job.progress.text} …` : "waits for its turn …"));
+      await new Promise((wake) => setTimeout(wake, 500));
+      job = await call(`/v1/jobs/${job.id}`);
+    }
+    if (job.status !== "succeeded") throw new Error((job.error || {}).detail || job.status);
+    return job;
+  }
+
+  estimate.addEventListener("click", () => busy(async () => {
+    found.hidden = false;
+    found.replaceChildren();
+    try {
+      const job = await ended(await submit("estimate", (plan) => ({ plan }), {}));
+      const said = await call(`/jobs/${job.id}/estimate.json`);
+      found.replaceChildren(
+        make("h3", {}, "What this would take"), facts(said.rows, "Estimate"),
+        make("details", {}, make("summary", {}, "In its parts"),
+          facts(said.stages, "Estimate of the parts"),
+          ...said.sentences.map((line) => make("p", { class: "soft" }, line))));
+    } catch (reason) {
+      found.hidden = true;
+      throw reason;
+    }
+  }));
 })();

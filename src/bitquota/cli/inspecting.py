@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from bitquota.models.inspection import LayerSummary, ModelSummary
 
 
+_SPARE = ("kind", "weights", "MACs", "tie", "least bpw")
+"""Columns that a narrow terminal does without, the first one first."""
+
+
 def inspect(
     model: opt.Model,
     target: opt.TargetName = None,
@@ -60,6 +64,7 @@ def inspect(
     output.print_rows(
         [_row(found, entry, numbers) for entry in found.layers],
         title=f"{found.architecture} of {found.source}",
+        spare=_SPARE,
     )
     for line in _sentences(found, numbers):
         output.console.print(line, markup=False, highlight=False)

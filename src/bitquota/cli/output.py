@@ -27,7 +27,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from bitquota.cli import drawing
-from bitquota.progress import Pace, lasting, stage_words
+from bitquota.progress import Pace, Progress, lasting, stage_words
 from bitquota.report import text as report
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
     from bitquota.plan import Plan
     from bitquota.progress import OnProgress
-    from bitquota.progress import Progress as Step
 
 _WHOLE = 20
 """Words up to this length are not broken while there is room elsewhere."""
@@ -67,7 +66,7 @@ class _Told:
         self.pace, self.started = Pace(self.clock), self.clock()
         self.pace.told(0.0)
 
-    def take(self, step: Step) -> None:
+    def take(self, step: Progress) -> None:
         """Note one report."""
         self.stage = step.stage
         self.counts = f"{step.done:,} of {step.total:,}" if step.total > 1 else ""
@@ -79,6 +78,8 @@ class _Told:
     @property
     def left(self) -> str:
         """How long the job will still take, about."""
+        if self.fraction == 1:
+            return ""
         left_s = self.pace.left_s if self.server_left_s is None else self.server_left_s
         return "" if left_s is None else f"about {lasting(left_s)} left"
 
@@ -119,7 +120,7 @@ def shown_progress(
 
 @contextmanager
 def _bar(told: _Told) -> Iterator[OnProgress]:
-    words = Column(ratio=3, no_wrap=True, overflow="ellipsis")
+    words = Column(ratio=5, no_wrap=True, overflow="ellipsis")
     with Bars(
         TextColumn("{task.description}", table_column=words),
         BarColumn(bar_width=None, table_column=Column(ratio=2)),
@@ -131,11 +132,12 @@ def _bar(told: _Told) -> Iterator[OnProgress]:
     ) as bars:
         task = bars.add_task(stage_words(told.stage), total=1.0)
 
-        def move(step: Step) -> None:
+        def move(step: Progress) -> None:
             told.take(step)
             bars.update(task, description=stage_words(step.stage), completed=told.fraction)
 
         yield move
+        told.take(Progress(stage="done", done=1, total=1, fraction=1.0))
         bars.update(task, description=stage_words("done"), completed=1.0)
 
 
@@ -156,20 +158,56 @@ def _lines(told: _Told, every_s: float) -> Iterator[OnProgress]:
         speaker.join()
 
 
-def print_rows(rows: Sequence[Mapping[str, str]], title: str = "") -> None:
-    """Print rows with equal keys as a table, or as several when the columns need more room."""
+def print_rows(
+    rows: Sequence[Mapping[str, str]], title: str = "", *, spare: Sequence[str] = ()
+) -> None:
+    """Print rows with equal keys as a table, or as several when the columns need more room.
+
+    What is no terminal has all the room that it needs. In a terminal, columns of ``spare`` are
+    left out, the first one first, until the others fit without a break; a line says which.
+    """
     if not rows:
         return
+    keys = list(rows[0])
+    room = console.width if console.is_terminal else max(console.width, _whole_width(keys, rows))
+    left_out = []
+    for key in spare:
+        if key in keys and _whole_width(keys, rows) > room:
+            keys.remove(key)
+            left_out.append(key)
     # Names fold rather than vanish: a cut layer name is no layer name. Short ones stay whole.
-    widths = {key: min(_longest_word(key, rows), _WHOLE) for key in rows[0]}
-    for part, keys in enumerate(_that_fit(widths, console.width)):
-        table = Table(title=(title or None) if part == 0 else None, title_justify="left")
-        for key, width in _squeezed(keys, rows, widths, console.width).items():
-            table.add_column(key, overflow="fold", width=width)
-        for row in rows:
-            # Text, not markup: a layer may be called "[red]".
-            table.add_row(*(Text(row[key]) for key in keys))
-        console.print(table)
+    widths = {key: min(_longest_word(key, rows), _WHOLE) for key in keys}
+    with _of_width(room):
+        for part, some in enumerate(_that_fit(widths, room)):
+            table = Table(title=(title or None) if part == 0 else None, title_justify="left")
+            for key, width in _squeezed(some, rows, widths, room).items():
+                table.add_column(key, overflow="fold", width=width)
+            for row in rows:
+                # Text, not markup: a layer may be called "[red]".
+                table.add_row(*(Text(row[key]) for key in some))
+            console.print(table)
+    if left_out:
+        console.print(
+            Text(f"Not shown in {room} columns: {', '.join(left_out)}; a wider terminal and --json "
+                 "have them.", style="dim")
+        )  # fmt: skip
+
+
+def _whole_width(keys: Sequence[str], rows: Sequence[Mapping[str, str]]) -> int:
+    """Return the columns of the screen that a table takes if nothing in it is broken."""
+    cells = (max(cell_len(text) for text in (key, *(row[key] for row in rows))) for key in keys)
+    return sum(width + _FRAME for width in cells) + 1
+
+
+@contextmanager
+def _of_width(room: int) -> Iterator[None]:
+    """Let the console be so wide meanwhile."""
+    before = console.width
+    console.width = room
+    try:
+        yield
+    finally:
+        console.width = before
 
 
 def _longest_word(key: str, rows: Sequence[Mapping[str, str]]) -> int:
