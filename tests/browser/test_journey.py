@@ -199,3 +199,33 @@ def test_wrong_file_is_explained(server, open_window, tmp_path):
     # The browser itself logs refused requests; nothing else may be there.
     assert all("422" in text for text in window.complaints), window.complaints
     window.complaints.clear()
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_estimate_before_submitting(server, digits_files, open_window, screenshots, width):
+    """The form says what a plan would take, in words; the estimate's own page says the same."""
+    window = open_window(viewport={"width": width, "height": 900})
+    page = window.page
+    page.goto(server.url)
+    for role, path in zip(("model", "dataset"), digits_files, strict=True):
+        page.set_input_files(f"#{role}", path)
+    page.fill("#budgets", "3 bits")
+    page.fill("#samples", "32")
+    page.select_option("#target", "ort-cpu")
+    assert page.is_disabled("#widths input >> nth=0")
+    page.click("#estimate")
+
+    page.wait_for_selector("#estimated dl", timeout=JOB_MS)
+    said = page.inner_text("#estimated")
+    assert "about" in said
+    assert "at 3 bits" in said
+    page.click("#estimated summary")
+    page.screenshot(path=screenshots / f"estimate-{width}.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert [] == window.violations()
+    assert page.is_enabled("#go")
+
+    page.click("#rows a >> nth=0")
+    page.wait_for_selector("#estimate dl")
+    assert "measuring each candidate" in page.text_content("#estimate")
+    page.screenshot(path=screenshots / f"estimate-job-{width}.png", full_page=True)
