@@ -264,7 +264,7 @@ def diagnose(name: str, answers: Tensor, labels: Tensor | None) -> tuple[Kind, i
     lower = name.lower()
     if y.ndim == 2 and len(y) > 1 and bool(((norms - 1).abs() < _SUM_TOLERANCE).all()):
         return Kind.EMBEDDING, -1
-    if any(word in lower for word in ("embed", "hidden", "pooler")):
+    if any(word in lower for word in ("embed", "hidden", "pooler", "state")):
         return Kind.EMBEDDING, -1
     return (Kind.FEATURE_MAP if y.ndim > 3 else Kind.LOGITS), -1
 

@@ -124,6 +124,7 @@ class TestDiagnosis:
             (lambda x: softmax(x)[..., None, None], 5, Kind.PROBABILITIES, "kl", "softmax"),
             (lambda x: x.reshape(-1, 5, 2, 2), 20, Kind.FEATURE_MAP, "relative_mse", ""),
             (lambda x: {"pooler_output": x}, 5, Kind.EMBEDDING, "cosine", ""),
+            (lambda x: {"stateN": x}, 5, Kind.EMBEDDING, "cosine", ""),
             (lambda x: x.argmax(-1), 5, Kind.CHOICE, "kl", "argmax"),
         ],
     )  # fmt: skip
