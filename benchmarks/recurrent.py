@@ -110,8 +110,8 @@ def main() -> None:
         plan = planned(model, data, settings.samples, PlanRequest(target="ort-cpu"))
         receipt = export_plan(model, plan, Path(name) / "export", target="ort-cpu", samples=data)
     (uniform,) = [b for b in free.baselines if b.name == "uniform W3"]
-    weights = 32 * plan.totals.n_weights
-    share = weights / (weights + plan.totals.unquantized_bits)
+    weights = 32 * plan.totals["n_weights"]
+    share = weights / (weights + plan.totals["unquantized_bits"])
     difference = receipt.difference
     bars = {
         f"quantizable {share:.1%} of the bytes": share >= 0.95,

@@ -44,7 +44,7 @@ def curvature_products(
         q = functional.softmax(output.double(), dim=-1)
         positions = _positions(loss, output, labels)
         centred = differences - (differences * q).sum(dim=-1, keepdim=True)
-        return centred * q * positions
+        return centred.mul_(q).mul_(positions)
     if loss.name == "mse":
         return differences * (2.0 / (output.numel() / n))
 

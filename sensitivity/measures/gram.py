@@ -24,6 +24,7 @@ import torch
 from bitquota.context import Context
 from bitquota.matrix import SensitivityMatrix
 from bitquota.sensitivity.curvature import curvature_products
+from bitquota.sensitivity.measures.kept_outputs import KeptOutputs
 from bitquota.sensitivity.measures.pairs import DiagonalMeasure, passes_of_shards
 from bitquota.sensitivity.recorder import (
     Recorder,
@@ -330,20 +331,38 @@ class _Chunk:
         def run() -> list[NDArray[np.float64]]:
             state = runner.start(chunk, self._base)
             base_output = state.output.double()
-            outputs = [runner.output(state, changes[r]) for r in self._rows]
             reference, labels = runner.reference(chunk), runner.labels(chunk)
-            results = [reference, state.output, *outputs]
-            losses = torch.stack([loss.per_sample(o, reference, labels) for o in results])
-            differences = torch.stack(outputs).double() - base_output
-            products = curvature_products(loss, state.output, reference, labels, differences)
-            left = differences.reshape(k, n, -1).transpose(0, 1)  # [n, k, E]
-            right = products.reshape(k, n, -1).permute(1, 2, 0)  # [n, E, k]
-            grams = left @ right  # [n, k, k]
-            moments = torch.stack([grams.sum(dim=0), grams.square().sum(dim=0)])
-            arrays = [*checked_losses(losses, loss.name), moments.cpu().numpy()]
+            # A difference and its product with the curvature are float64, and each is computed
+            # through one more tensor of its size.
+            limit = recorder.context.memory_bytes
+            step = max(1, min(n, limit // max(1, 32 * k * n_elements)))
+            losses = [loss.per_sample(o, reference, labels) for o in (reference, state.output)]
+            grams, flat = [], []
+            with KeptOutputs(k, state.output, limit) as outputs:
+                for row in self._rows:
+                    outputs.append(output := runner.output(state, changes[row]))
+                    losses.append(loss.per_sample(output, reference, labels))
+                for start in range(0, n, step):
+                    at = slice(start, start + step)
+                    differences = outputs.samples(at).double() - base_output[at]
+                    products = curvature_products(
+                        loss,
+                        state.output[at],
+                        reference[at],
+                        None if labels is None else labels[at],
+                        differences,
+                    )
+                    left = differences.reshape(k, -1, n_elements).transpose(0, 1)  # [step, k, E]
+                    right = products.reshape(k, -1, n_elements).permute(1, 2, 0)  # [step, E, k]
+                    grams.append(left @ right)
+                    if keep:
+                        flat.append(left)
+            gram = torch.cat(grams)  # [n, k, k]
+            moments = torch.stack([gram.sum(dim=0), gram.square().sum(dim=0)])
+            arrays = [*checked_losses(torch.stack(losses), loss.name), moments.cpu().numpy()]
             if keep:
-                flat = torch.stack([base_output, *differences]).reshape(k + 1, n, -1)
-                arrays.append(flat.cpu().numpy())
+                base = base_output.reshape(1, n, n_elements)
+                arrays.append(torch.cat([base, torch.cat(flat).transpose(0, 1)]).cpu().numpy())
             return arrays
 
         found = recorder.shard(wanted, run)

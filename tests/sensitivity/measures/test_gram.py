@@ -73,6 +73,20 @@ class TestMeasureGram:
         assert torch.equal(first.differences, second.differences)
         assert runner.passes.passes <= 1
 
+    @pytest.mark.parametrize("name", ["kl", "mse", "cosine"])
+    @pytest.mark.parametrize("memory_bytes", [1, 5_000])
+    def test_little_memory_gives_the_same_numbers(self, name, memory_bytes):
+        """Outputs in a file, a sample at a time or a few."""
+        loss = loss_by_name(name)
+        plenty, first = measure_differences(*prepare(Attention), loss)
+        little, second = measure_differences(
+            *prepare(Attention), loss, context=Context(memory_bytes=memory_bytes)
+        )
+
+        np.testing.assert_array_equal(little.diagonal, plenty.diagonal)
+        np.testing.assert_allclose(little.cross, plenty.cross, rtol=1e-12)
+        assert torch.equal(first.differences, second.differences)
+
     def test_cost_is_declared(self):
         """One suffix per row."""
         runner, table = prepare(Residual, engine="graph")
