@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Rounding
 from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.exports.export_report import (
+    HALF_TOLERANCE,
     Difference,
     ExportedTensor,
     ExportReport,
@@ -18,6 +20,7 @@ from bitquota.exports.export_report import (
 )
 from bitquota.models.binding import bound
 from bitquota.models.loaded import check_model
+from bitquota.models.onnx.program import source_of
 from bitquota.models.running import primary_output
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.planned import folded_module, quantizers_of
@@ -134,6 +137,7 @@ class PreparedExport:
             planned_unquantized_bits=self.planned_rest_bits,
             container_bytes=sum(file.stat().st_size for file in weight_files) - held_bytes,
             difference=self.difference(module),
+            tolerance=HALF_TOLERANCE if self._in_half else None,
             runtime=runtime,
             notes=notes,
         )
@@ -151,6 +155,12 @@ class PreparedExport:
             planned_bits=candidate.size_bits,
             actual_bits=actual_bits,
         )
+
+    @property
+    def _in_half(self) -> bool:
+        """Whether a graph computes in float16; torch modules compute in float32."""
+        source = source_of(self.module)
+        return source is not None and any(tensor.dtype == np.float16 for tensor in source.fed)
 
     def unquantized_tensors(self) -> dict[str, Tensor]:
         """Return every other tensor of the corrected model that ships, each stored once."""

@@ -74,6 +74,16 @@ def bound(model: LoadedModel | nn.Module, samples: CalibrationSet) -> Calibratio
     if not names or not declared:
         return samples
     known = {entry.name for entry in declared}
+    if samples.labels is not None and samples.label_name in known.difference(names):
+        # A member called y or labels is an input where the model has one of that name.
+        names.append(samples.label_name)
+        samples = replace(
+            samples,
+            inputs=(*samples.inputs, samples.labels),
+            names=tuple(names),
+            labels=None,
+            label_name="",
+        )
     needed = [entry.name for entry in declared if entry.required]
     first = declared[0].name
     # "x" and its like say "the input" where there is one, or where a torch module has its own name.

@@ -40,6 +40,8 @@ class CalibrationSet:
         names: What the inputs are called, where that is known; then they go to the model's inputs
             of these names (see ``binding``).
         labels: ``i64[N]`` classes, ``i64[N, T]`` tokens, or any targets ``[N, ...]``; or ``None``.
+        label_name: What the labels are called, where that is known: a model may take an input of
+            that name.
         digest: Content digest of the **whole** set that this one was cut from.
         indices: Positions of these samples in that set.
         seed: What the indices were drawn with, if they were.
@@ -49,6 +51,7 @@ class CalibrationSet:
     inputs: tuple[Tensor, ...]
     names: tuple[str, ...] = ()
     labels: Tensor | None = None
+    label_name: str = ""
     digest: str = ""
     indices: tuple[int, ...] = ()
     seed: int | None = None

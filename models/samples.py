@@ -242,7 +242,12 @@ def _from_members(
         msg = "a calibration set must hold y or labels, not both"
         raise InvalidCalibration(msg, members=labels)
     target = _labels(_tensor(labels[0], members[labels[0]])) if labels else None
-    return CalibrationSet(inputs=tuple(inputs), names=tuple(names), labels=target)
+    return CalibrationSet(
+        inputs=tuple(inputs),
+        names=tuple(names),
+        labels=target,
+        label_name=labels[0] if labels else "",
+    )
 
 
 def _named_input(name: str, value: object) -> Tensor:
@@ -304,7 +309,8 @@ def _input(name: str, value: object) -> Tensor:
         msg = (
             f"inputs must be float32 as the model takes them, or integer tokens; '{name}' is "
             f"uint8 of shape {shape}: normalise images as in training, for example "
-            f"((x / 255 - mean) / std).astype('float32'){layout}; save bytes of text as int64"
+            f"((x / 255 - mean) / std).astype('float32'){layout}; save bytes of text, and what a "
+            "model takes as uint8, as int64"
         )
         raise InvalidCalibration(msg, member=name, shape=shape)
     if tensor.dtype == torch.bool:

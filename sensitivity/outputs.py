@@ -47,6 +47,9 @@ _SUM_TOLERANCE = 2e-3
 """How far probabilities may be from adding up to 1: half-precision outputs have three digits."""
 
 _UNDO_TOLERANCE = 1e-4
+_HALF_TOLERANCE = 2e-3
+"""How far probabilities may be from what their undoing leads back to, of the largest of them: in
+float32, and in half precision or from their logarithms."""
 
 
 class Kind(StrEnum):
@@ -337,7 +340,7 @@ def _ending_in(
                 with torch.no_grad():
                     value = alone(*few.inputs)
                 shaped.append(replace(output, shape=tuple(value.shape[1:])))
-                ends.append(_same(output, value, found[output.name]))
+                ends.append(_same(output, value, found[output.name], before=before))
         except BitquotaError as err:
             last = next((o for o in chosen if o.undone == "argmax"), None)
             if last is None:
@@ -345,11 +348,17 @@ def _ending_in(
             raise _only_choices(last.name) from err
         if all(ends):
             return measuring(model.module, shaped, before=before), shaped
-    name = next(o.name for o, end in zip(chosen, ends, strict=True) if not end)
-    raise _only_choices(name)
+    wrong = next(o for o, end in zip(chosen, ends, strict=True) if not end)
+    if wrong.undone == "argmax":
+        raise _only_choices(wrong.name)
+    msg = (
+        f"the {wrong.undone} at the end of '{wrong.name}' cannot be undone: what stands before it "
+        "does not lead to its values; hand in a model that returns the logits, or name another loss"
+    )
+    raise InvalidInput(msg, output=wrong.name)
 
 
-def _same(output: PlanOutput, value: Tensor, returned: Tensor) -> bool:
+def _same(output: PlanOutput, value: Tensor, returned: Tensor, *, before: bool) -> bool:
     """Whether ``value`` leads to what the model returns."""
     if output.undone == "argmax":
         return bool((value.argmax(dim=-1).reshape(-1) == returned.reshape(-1)).all())
@@ -360,8 +369,12 @@ def _same(output: PlanOutput, value: Tensor, returned: Tensor) -> bool:
         again, expected = value.double().sigmoid(), returned.double()
     else:
         return True
+    if again.numel() != expected.numel():
+        return False
+    half = not before or bool((returned == returned.half().to(returned.dtype)).all())
     gap = (again.reshape(-1) - expected.reshape(-1)).abs().max() if again.numel() else 0.0
-    return again.numel() == expected.numel() and float(gap) < _UNDO_TOLERANCE
+    scale = float(expected.abs().max()) if again.numel() else 1.0
+    return float(gap) <= (_HALF_TOLERANCE if half else _UNDO_TOLERANCE) * scale
 
 
 def _only_choices(name: str) -> InvalidInput:

@@ -217,7 +217,16 @@ class _Folder:
         given = [f"i{k}" if array is not None else "" for k, array in enumerate(inputs)]
         plain.input[:] = given
         plain.output[:] = [f"o{k}" for k in range(len(node.output))]
-        evaluator = ReferenceEvaluator(plain, opsets={"": self.opset})
+        # A whole model: for a node alone the evaluator takes the operators of the newest opset.
+        make = onnx.helper.make_tensor_value_info
+        graph = onnx.helper.make_graph(
+            [plain],
+            "folded",
+            [make(name, 1, None) for name in dict.fromkeys(given) if name],
+            [make(name, 1, None) for name in plain.output],
+        )
+        imports = [onnx.helper.make_opsetid("", self.opset)]
+        evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=imports))
         feed = {name: array for name, array in zip(given, inputs, strict=True) if name}
         return [np.asarray(array) for array in evaluator.run(None, feed)]
 
@@ -231,7 +240,13 @@ class _Folder:
         shapes = {name: list(t.dims) for name, t in self.held.items()}
         # Types and shapes that were written down may be those of tensors that are no more.
         described = [v for v in graph.value_info if v.name in alive]
-        inputs = [v for v in graph.input if shapes.get(v.name, _dims(v)) == _dims(v)]
+        # So may inputs that a file declares beside its initializers.
+        folded = {t.name for t in graph.initializer} - set(self.held)
+        inputs = [
+            v
+            for v in graph.input
+            if v.name not in folded and shapes.get(v.name, _dims(v)) == _dims(v)
+        ]
         for field, values in (
             (graph.node, nodes),
             (graph.initializer, list(self.held.values())),

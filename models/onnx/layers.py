@@ -217,14 +217,16 @@ def _weight_place(
 ) -> tuple[LayerKind, str, str] | None:
     """Return what ``node`` does with which initializer, and the activation that it reads."""
     inputs = list(node.input)
-    if node.op_type in ("Conv", "ConvTranspose") and len(inputs) > 1:
+    # What ONNX Runtime's optimiser writes multiplies in the same way.
+    operator = node.op_type.removeprefix("Fused")
+    if operator in ("Conv", "ConvTranspose") and len(inputs) > 1:
         name, _ = views.get(inputs[1], (inputs[1], False))
         rank = len(floats[name].dims) if name in floats else 0
         if rank not in CONVOLUTIONS:
             return None
-        prefix = "conv" if node.op_type == "Conv" else "conv_transpose"
+        prefix = "conv" if operator == "Conv" else "conv_transpose"
         return LayerKind(f"{prefix}{rank - 2}d"), name, inputs[0]
-    if node.op_type in ("Gemm", "MatMul"):
+    if operator in ("Gemm", "MatMul"):
         for place in (1, 0):
             name = inputs[place]
             # A weight on the right is [in, out] unless it is transposed on the way.

@@ -177,7 +177,8 @@ class _Splitter:
 
     def _node(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> None:  # noqa: ANN401
         make = import_onnx().helper.make_node
-        self.new_nodes.append(make(operator, inputs, [output], name=output, **attributes))
+        # Without a name of its own: any could be that of another node.
+        self.new_nodes.append(make(operator, inputs, [output], **attributes))
 
     def _free(self, name: str) -> str:
         while name in self.taken:

@@ -46,6 +46,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_RESERVED = frozenset(
+    {"onnx_source", "onnx_layers", "_weights", "_sessions", "output_name", "is_transposed", "nf"}
+)
+"""Attributes that a module gets later, or that others ask of any module."""
+
+
 class _Sessions:
     """The ONNX Runtime sessions of one graph; copies of a module share them.
 
@@ -296,8 +302,8 @@ class OnnxModule(nn.Module):
         # A place that only holds other layers becomes this layer and keeps them.
         while (
             (there is not None and type(there) is not nn.Module)
-            or (there is None and hasattr(owner, last))
-            or any(hasattr(module, name) for name in inner)
+            or (there is None and _is_taken(owner, last))
+            or any(_is_taken(module, name) for name in inner)
         ):
             last += "_"
             there, inner = owner._modules.get(last), {}  # noqa: SLF001
@@ -312,13 +318,17 @@ def _part(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
 
     A name that a module uses for itself, such as ``train`` or ``weight``, gets a ``_`` behind it.
     """
-    while name not in owner._modules and hasattr(owner, name):  # noqa: SLF001
+    while name not in owner._modules and _is_taken(owner, name):  # noqa: SLF001
         name += "_"
     if name not in owner._modules:  # noqa: SLF001
         owner.add_module(name, nn.Module())
     child = owner._modules[name]  # noqa: SLF001
     assert child is not None  # noqa: S101  # added above
     return child, name
+
+
+def _is_taken(owner: nn.Module, name: str) -> bool:
+    return name in _RESERVED or hasattr(owner, name)
 
 
 def _cannot_change(layer: str) -> MeasurementFailed:
@@ -428,7 +438,7 @@ def _register(root: nn.Module, name: str, tensor: Tensor) -> str:
     for part in parents:
         owner, found = _part(owner, part)
         path.append(found)
-    while hasattr(owner, last):
+    while _is_taken(owner, last):
         # A layer registers "bias" as absent: a graph's own bias takes that place.
         if owner._parameters.get(last, tensor) is None:  # noqa: SLF001
             del owner._parameters[last]  # noqa: SLF001

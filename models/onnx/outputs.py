@@ -72,7 +72,7 @@ def measuring_onnx(
 
     def add(op: str, given: list[str], **attributes: Any) -> str:  # noqa: ANN401
         made = fresh(f"bitquota.{op}")
-        graph.node.append(onnx.helper.make_node(op, given, [made], made, **attributes))
+        graph.node.append(onnx.helper.make_node(op, given, [made], **attributes))
         return made
 
     def constant(value: float) -> str:

@@ -105,7 +105,7 @@ class OnnxSource:
 
     def layer_outputs(self, program: OnnxProgram) -> dict[str, str]:
         """Return, for each layer with a shift, the name of its output in ``program``."""
-        made = {node.proto.name or node.results[0]: node for node in program.nodes if node.results}
+        made = {node.proto.name: node for node in program.nodes}
         return {layer: made[shift.node].results[0] for layer, shift in self.shifts.items()}
 
     def moments(self, module: nn.Module, piece: Arrays) -> Arrays:
@@ -216,7 +216,8 @@ class OnnxProgram:
         ]
         self.maker = {name: node for node in self.nodes for name in node.results}
         self._constants = {t.name: t for t in graph.initializer}
-        self._given = {v.name: v for v in graph.input}
+        # An initializer that the file also declares as an input is no input.
+        self._given = {v.name: v for v in graph.input if v.name not in self._constants}
         moving = set(self._given)
         for node in self.nodes:
             if moving.intersection(node.sources):
@@ -230,10 +231,12 @@ class OnnxProgram:
         self._sessions: dict[Any, Any] = {}
         everything = [name for name in self.maker if name not in self.static]
         self.kept_types: dict[str, int] = {}
+        self._ranks: dict[str, int] = {}
         session = self._session(frozenset(n.index for n in self.nodes), tuple(everything))
         for value in session.get_outputs():
             if value.type in _TENSOR_TYPES:
                 self.kept_types[value.name] = _TENSOR_TYPES[value.type]
+                self._ranks[value.name] = len(value.shape)
 
     def is_constant(self, name: str) -> bool:
         """Whether ``name`` is an initializer that never changes."""
@@ -323,14 +326,19 @@ class OnnxProgram:
             elif name in self._constants and name not in self._large:
                 model.graph.initializer.append(self._constants[name])
             else:
-                kind = (
-                    self._constants[name].data_type
-                    if name in self._large
-                    else self.kept_types[name]
-                )
-                model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, None))
+                model.graph.input.append(self._declared(name))
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in targets)
         return model
+
+
+    def _declared(self, name: str) -> Any:  # noqa: ANN401  # onnx.ValueInfoProto
+        """Return type and, where it is known, rank of a value that is handed in."""
+        make = import_onnx().helper.make_tensor_value_info
+        if name in self._large:
+            return make(name, self._constants[name].data_type, list(self._constants[name].dims))
+        # ONNX Runtime gives an unknown rank as 0; the body of a Scan needs to be told.
+        rank = self._ranks[name]
+        return make(name, self.kept_types[name], [None] * rank if rank else None)
 
 
 def macs_of(node: OnnxNode, values: Mapping[str, NDArray[Any]]) -> float:
@@ -347,11 +355,12 @@ def macs_of(node: OnnxNode, values: Mapping[str, NDArray[Any]]) -> float:
     if out is None:
         return 0.0
     n_out = float(out.size)
-    if proto.op_type == "Conv":
+    operator = proto.op_type.removeprefix("Fused")
+    if operator == "Conv":
         return n_out * math.prod(sizes[1][1:])
     if proto.op_type == "ConvTranspose":
         return float(math.prod(sizes[0])) * math.prod(sizes[1][1:])
-    if proto.op_type in {"MatMul", "Gemm", "FusedMatMul"}:
+    if operator in {"MatMul", "Gemm"}:
         return n_out * int(sizes[0][-2 if flags.get("transA") else -1])
     if proto.op_type in {"LSTM", "GRU", "RNN"}:
         steps = math.prod(sizes[0][:2])

@@ -185,7 +185,7 @@ def with_right_means(model: Any, shifts: Mapping[str, Shift]) -> Any:  # noqa: A
     layer_of = {shift.node: layer for layer, shift in shifts.items()}
     nodes = []
     for node in model.graph.node:
-        layer = layer_of.get(node.name or (node.output[0] if node.output else ""))
+        layer = layer_of.get(node.name)
         if layer is None:
             nodes.append(node)
             continue
