@@ -20,7 +20,7 @@ export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types imports pytest bench docs serve format constraints docker-check clean
+.PHONY: help demo test check lint types imports pytest bench fuzz docs serve format constraints docker-check clean
 .DELETE_ON_ERROR:
 
 help: ## List these targets
@@ -87,6 +87,13 @@ BENCHMARKS ?= sensitivity metrics training parametrizations solver solver_proper
 
 bench: $(INSTALLED) ## Run every benchmark at a small size
 	@set -e; $(foreach name,$(BENCHMARKS),echo "== $(name) $(SMALL_$(name))"; $(BIN)/python benchmarks/$(name).py $(SMALL_$(name));)
+
+FUZZ_SEEDS ?= 200
+FUZZ_SECONDS ?= 300
+FUZZ_FIRST ?= 0
+
+fuzz: $(INSTALLED) ## Random models through plan and export: FUZZ_SEEDS from FUZZ_FIRST, in FUZZ_SECONDS
+	@$(BIN)/python tests/model_fuzzer.py --first $(FUZZ_FIRST) --seeds $(FUZZ_SEEDS) --seconds $(FUZZ_SECONDS)
 
 docs: $(INSTALLED) ## Build the documentation site into build/site
 	@# Not quiet: a warning that is not logged is not counted either.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from model_fuzzer import Invalid, TOLERANCE, GraphRun, compare, planned, run_file, written_samples
+from model_fuzzer import TOLERANCE, GraphRun, Invalid, compare, planned, run_file, written_samples
 
 if TYPE_CHECKING:
     from bitquota.models.calibration import CalibrationSet
@@ -21,10 +21,9 @@ class ModuleRun(GraphRun):
 
     def go(self) -> None:
         """Take the module through all stages; raises what ``GraphRun.go`` raises."""
-        from random_modules import random_module
-
         from bitquota.models.load import load_model
         from bitquota.models.outputs import named_outputs, outputs_of
+        from random_modules import random_module
 
         made = random_module(self.seed)
         self.features = made.features

@@ -330,7 +330,6 @@ class OnnxProgram:
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in targets)
         return model
 
-
     def _declared(self, name: str) -> Any:  # noqa: ANN401  # onnx.ValueInfoProto
         """Return type and, where it is known, rank of a value that is handed in."""
         make = import_onnx().helper.make_tensor_value_info
