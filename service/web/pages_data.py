@@ -69,7 +69,8 @@ def job_rows(service: State, tenant: str, jobs: Sequence[Job]) -> list[JsonObjec
 
 
 def _budgets(job: Job) -> list[object]:
-    found = job.request.get("budgets", ())
+    plan = job.request.get("plan")
+    found = (plan if isinstance(plan, dict) else job.request).get("budgets", ())
     return list(found) if isinstance(found, list | tuple) else []
 
 

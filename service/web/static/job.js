@@ -20,10 +20,13 @@
   /** A stage as a person reads it; a release before sent its name alone. */
   const words = ({ text, stage }) => text || stage;
 
+  /** How many units of a stage are done; one alone says nothing. */
+  const counts = ({ done, total }) => (total > 1 ? `, ${done} of ${total}` : "");
+
   function textOf({ type, data: said }) {
     if (type === "progress") {
       const reused = said.reused ? `, ${said.reused} from the ledger` : "";
-      return `${words(said)}: ${said.done} of ${said.total}${reused}`;
+      return `${words(said)}${counts(said)}${reused}`;
     }
     if (type === "status") {
       const why = said.reason || (said.error && said.error.detail);
@@ -68,7 +71,7 @@
     const bar = find("progress");
     bar.hidden = !running;
     find("stage").textContent = running
-      ? `${words(job.progress)}, ${job.progress.done} of ${job.progress.total}` : "";
+      ? words(job.progress) + counts(job.progress) : "";
     if (running) {
       // Without a value the bar moves to and fro: nobody knows yet.
       if (job.progress.fraction) bar.value = job.progress.fraction;

@@ -272,12 +272,9 @@
   const estimate = document.getElementById("estimate");
   const found = document.getElementById("estimated");
 
-  function facts(rows, name) {
+  function facts(pairs, name) {
     const list = make("dl", { class: "facts", "aria-label": name });
-    for (const row of rows) {
-      const [what, ...said] = Object.values(row);
-      list.append(make("dt", {}, what), make("dd", {}, said.join("; ")));
-    }
+    for (const [what, said] of pairs) list.append(make("dt", {}, what), make("dd", {}, said));
     return list;
   }
 
@@ -300,9 +297,11 @@
       const job = await ended(await submit("estimate", (plan) => ({ plan }), {}));
       const said = await call(`/jobs/${job.id}/estimate.json`);
       found.replaceChildren(
-        make("h3", {}, "What this would take"), facts(said.rows, "Estimate"),
+        make("h3", {}, "What this would take"),
+        facts(said.rows.map((row) => [row.what, row.estimate]), "Estimate"),
         make("details", {}, make("summary", {}, "In its parts"),
-          facts(said.stages, "Estimate of the parts"),
+          facts(said.stages.map((row) => [row.part, `${row.passes} passes; ${row.time}`]),
+            "Estimate of the parts"),
           ...said.sentences.map((line) => make("p", { class: "soft" }, line))));
     } catch (reason) {
       found.hidden = true;
