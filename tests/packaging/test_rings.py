@@ -14,6 +14,7 @@ OPTIONAL = "the extra 'service': without it an error says what to install"
 LATE = {
     START: {
         "cli.comparing": {"search.compare"},
+        "cli.estimating": {"search.estimating"},
         "cli.evaluating": {"evaluate.scoring", "models.factory", "models.load", "models.loaded"},
         "cli.exporting": {"exports.export", "models.load"},
         "cli.gating": {"evaluate.scoring", "models.load", "models.loaded", "models.samples"},
@@ -47,6 +48,7 @@ LATE = {
         },
         "service.api.solve_task": {"solver"},
         "service.jobs.kinds.compare": {"search.compare"},
+        "service.jobs.kinds.estimate": {"search.estimating"},
         "service.jobs.kinds.evaluate": {"evaluate.scoring"},
         "service.jobs.kinds.export": {"exports.export"},
         "service.jobs.kinds.finetune": {"quantizers.channel_fit", "training.qat"},

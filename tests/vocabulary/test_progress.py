@@ -119,5 +119,8 @@ class TestStageWords:
 
 def _stages_in(path: Path) -> set[str]:
     text = path.read_text()
-    named = r'(?:stage=|\.report\(\s*|work\.say\(|\.aside\(|_beating\(|check\()f?"([a-z][^"{]*)'
+    named = (
+        r"(?:stage=|\.report\(\s*|(?:work|self)\.say\(|\.aside\("
+        r'|_beating\(|check\()f?"([a-z][^"{]*)'
+    )
     return {name.strip(" ,") for name in re.findall(named, text) if " " not in name.strip(" ,")}
