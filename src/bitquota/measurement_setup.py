@@ -17,13 +17,11 @@ from bitquota.candidates.targets import target_by_name
 from bitquota.context import Context
 from bitquota.corrections import Correction
 from bitquota.evaluate.choice import ChoiceLoss, measure_choice
-from bitquota.evaluate.effects import output_effects
 from bitquota.models.binding import bound
 from bitquota.models.loaded import inventory_of
 from bitquota.models.references import References
 from bitquota.models.running import choose_device
 from bitquota.models.samples import check_calibration
-from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.corrections import fold_batch_norm
 from bitquota.quantizers.fitted import fit_quantizers
 from bitquota.quantizers.imatrix import importance_of
@@ -129,10 +127,13 @@ class Setup:
             budget.check(self.table)
         return found
 
-    def measure_choice(self, choice: Sequence[int] | None, *, stage: str) -> ChoiceLoss:
+    def measure_choice(
+        self, choice: Sequence[int] | None, *, stage: str, with_outputs: bool = False
+    ) -> ChoiceLoss:
         """Measure a choice on the hold-out samples, corrections included; two passes.
 
         ``None`` measures full precision, without corrections: its accuracy, and no increase.
+        ``with_outputs`` also says what changes in the outputs, if the setup has any.
         """
         return measure_choice(
             self.module,
@@ -146,6 +147,8 @@ class Setup:
             context=self.context,
             stage=stage,
             references=self.references,
+            outputs=() if choice is None else self.outputs,
+            with_outputs=with_outputs and bool(self.outputs),
         )
 
     def measure_choices(
@@ -163,21 +166,6 @@ class Setup:
             found[choice] = quiet.measure_choice(choice, stage=stage)
             self.context.report(stage, len(found), len(distinct), weight=weight)
         return found
-
-    def effects(self, choice: Sequence[int]) -> tuple[PlanOutput, ...] | None:
-        """Return the outputs with what a choice changes in them on the hold-out samples."""
-        if not self.outputs:
-            return None
-        quantized = apply_plan(
-            self.module,
-            self.inventory,
-            self.table.decode(choice),
-            corrections=self.request.corrections,
-            correction_data=self.correcting,
-            fitted=self.fitted,
-            references=self.references,
-        )
-        return output_effects(quantized, self.module, self.holdout, self.loss, self.outputs)
 
 
 def build_setup(

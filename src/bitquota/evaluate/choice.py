@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from bitquota.context import Context
+from bitquota.evaluate.effects import effect_sums, with_effects
 from bitquota.models.references import References
 from bitquota.models.running import (
     DEFAULT_CHUNK,
@@ -31,14 +32,19 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
-    from torch import nn
+    from torch import Tensor, nn
 
     from bitquota.candidates.layers import Inventory
     from bitquota.candidates.table import Candidate
     from bitquota.corrections import Correction
     from bitquota.models.calibration import CalibrationSet
+    from bitquota.plan import PlanOutput
     from bitquota.quantizers.fitted import Fitted
     from bitquota.sensitivity.losses import Loss
+
+
+SMALL_OUTPUT = 2**22
+"""Elements of the outputs of a chunk up to which their sums cost little beside the pass itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -49,11 +55,13 @@ class ChoiceLoss:
         per_sample: f64[N], loss of the quantized model minus that of the full-precision model.
         correct: f64[N], share of right answers of each sample, or ``None`` without labels.
         unit: Unit of ``per_sample``.
+        outputs: The outputs with what the choice changes in them, where that was asked for.
     """
 
     per_sample: NDArray[np.float64]
     correct: NDArray[np.float64] | None = None
     unit: str = "nats/sample"
+    outputs: tuple[PlanOutput, ...] | None = None
 
     @property
     def mean(self) -> float:
@@ -101,6 +109,8 @@ def measure_choice(
     stage: str = "choice",
     batch_size: int = DEFAULT_CHUNK,
     references: References | None = None,
+    outputs: Sequence[PlanOutput] = (),
+    with_outputs: bool = False,
 ) -> ChoiceLoss:
     """Measure the loss increase of a choice on ``calibration``, corrections included.
 
@@ -108,7 +118,9 @@ def measure_choice(
     ledger holds is not run again, nor the full precision that ``references`` keep: one value for
     all choices on the same module, samples, correction data and batch size. Exact up to the
     model's own arithmetic. Arguments as in ``apply_plan``; ``candidates`` may be empty for the
-    full-precision model.
+    full-precision model. What changes in ``outputs`` is noted in the ledger on the way where they
+    are small, and returned if ``with_outputs``: then the choice is run again only where they are
+    large.
 
     Raises:
         InvalidCalibration: The model does not accept the samples, or labels are missing.
@@ -137,41 +149,54 @@ def measure_choice(
         rows = list(calibration.indices[chunk.start : chunk.stop])
         return ledger_key({**common, "indices": rows, "variant": variant})
 
+    @cache
+    def quantized() -> nn.Module:
+        return apply_plan(
+            module,
+            inventory,
+            candidates,
+            corrections=corrections,
+            correction_data=correction_data,
+            fitted=fitted,
+            references=references,
+        )
+
+    def losses(output: Tensor, reference: Tensor, labels: Tensor | None) -> NDArray[np.float64]:
+        rows = [loss.per_sample(output, reference, labels)]
+        right = None if labels is None else n_right(loss, output, labels)
+        if right is not None:
+            rows.append(right)
+        return np.stack(checked_losses(torch.stack(rows), loss.name))
+
     # Chunk by chunk: losses in full precision and under the choice, measured where not known.
-    quantized: nn.Module | None = None
     increases: list[NDArray[np.float64]] = []
     correct: list[NDArray[np.float64]] = []
+    sums: list[NDArray[np.float64]] = []
     for done, chunk in enumerate(chunks):
         context.check(stage)
         inputs, labels = inputs_of(calibration, chunk), labels_of(calibration, chunk)
-        keys = key(chunk, "reference"), key(chunk, plan)
-        found = context.ledger.get_many(keys)
-        measured = {}
-        for name in keys:
-            if name in found:
-                continue
-            output = reference = references.get(done, partial(run_module, module, inputs))
-            if name == keys[1]:
-                if quantized is None:
-                    quantized = apply_plan(
-                        module,
-                        inventory,
-                        candidates,
-                        corrections=corrections,
-                        correction_data=correction_data,
-                        fitted=fitted,
-                        references=references,
-                    )
-                output = run_module(quantized, inputs)
-            rows = [loss.per_sample(output, reference, labels)]
-            right = None if labels is None else n_right(loss, output, labels)
-            if right is not None:
-                rows.append(right)
-            measured[name] = np.stack(checked_losses(torch.stack(rows), loss.name))
+        first, own = key(chunk, "reference"), key(chunk, plan)
+        changed = key(chunk, plan | {"of": "outputs"})
+        found = context.ledger.get_many((first, own, changed))
+        measured: dict[str, NDArray[np.float64]] = {}
+
+        def reference(done: int = done, inputs: tuple[Tensor, ...] = inputs) -> Tensor:
+            return references.get(done, partial(run_module, module, inputs))
+
+        if first not in found:
+            measured[first] = losses(reference(), reference(), labels)
+        if own not in found or (with_outputs and changed not in found):
+            output = run_module(quantized(), inputs)
+            if own not in found:
+                measured[own] = losses(output, reference(), labels)
+            if outputs and (with_outputs or output.numel() <= SMALL_OUTPUT):
+                measured[changed] = effect_sums(loss, output, reference())
         if measured:
             context.ledger.put_many(measured)
             found |= measured
-        start, end = found[keys[0]], found[keys[1]]
+        start, end = found[first], found[own]
+        if with_outputs:
+            sums.append(found[changed])
         increases.append(end[0] - start[0])
         if len(end) > 1:
             correct.append(end[1])
@@ -180,4 +205,5 @@ def measure_choice(
         per_sample=np.concatenate(increases),
         correct=np.concatenate(correct) if correct else None,
         unit=loss.unit,
+        outputs=with_effects(outputs, np.sum(sums, axis=0)) if sums and outputs else None,
     )

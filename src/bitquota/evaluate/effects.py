@@ -5,20 +5,20 @@ Design: docs/design/outputs.md
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from bitquota.models.running import DEFAULT_CHUNK, cut, inputs_of, run_module
 from bitquota.sensitivity.losses import losses_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor, nn
+    from numpy.typing import NDArray
+    from torch import Tensor
 
-    from bitquota.models.calibration import CalibrationSet
     from bitquota.plan import PlanOutput
     from bitquota.sensitivity.losses import Loss
 
@@ -37,61 +37,45 @@ def changed_answers(loss: Loss, output: Tensor, reference: Tensor) -> Tensor | N
     return different.reshape(len(output), -1).double().mean(dim=1)
 
 
-@dataclass(slots=True)
-class _Sums:
-    """Sums over elements, from which norms and correlation follow."""
+def effect_sums(loss: Loss, output: Tensor, reference: Tensor) -> NDArray[np.float64]:
+    """Return ``f64[k, 9]``: for each output sums over elements and samples, which add up.
 
-    changed: list[Tensor] = field(default_factory=list)
-    moments: Tensor = field(default_factory=lambda: torch.zeros(7, dtype=torch.float64))
-
-    def add(self, loss: Loss, output: Tensor, reference: Tensor) -> None:
-        found = changed_answers(loss, output, reference)
-        if found is not None:
-            self.changed.append(found.cpu())
-        o, r = output.double().reshape(-1).cpu(), reference.double().reshape(-1).cpu()
-        if loss.name in {"kl", "cross_entropy"}:
-            # A constant added to all logits changes nothing.
-            o = (output.double() - output.double().mean(dim=-1, keepdim=True)).reshape(-1).cpu()
-            r = (reference.double() - reference.double().mean(dim=-1, keepdim=True)).reshape(-1)
-            r = r.cpu()
-        self.moments += torch.stack(
-            [
-                torch.tensor(float(len(o)), dtype=torch.float64),
-                o.sum(), r.sum(), o.square().sum(), r.square().sum(), (o * r).sum(),
-                (o - r).square().sum(),
-            ]
-        )  # fmt: skip
-
-    def of(self, output: PlanOutput) -> PlanOutput:
-        """Return ``output`` with what was found."""
-        n, o, r, oo, rr, both, gap = self.moments.tolist()
-        spread = max(0.0, oo - o * o / n) * max(0.0, rr - r * r / n)
-        return replace(
-            output,
-            changed=float(torch.cat(self.changed).mean()) if self.changed else None,
-            relative_error=(gap / rr) ** 0.5 if rr else None,
-            correlation=max(-1.0, min(1.0, (both - o * r / n) / spread**0.5))
-            if spread > 0
-            else None,
-        )
-
-
-def output_effects(
-    quantized: nn.Module,
-    module: nn.Module,
-    data: CalibrationSet,
-    loss: Loss,
-    outputs: Sequence[PlanOutput],
-) -> tuple[PlanOutput, ...]:
-    """Return ``outputs`` with what ``quantized`` changes in each on ``data``.
-
-    Cost: one pass of each of the two modules.
+    Of ``o`` (the output) and ``r`` (the reference): the number of elements, ``Σo``, ``Σr``,
+    ``Σo²``, ``Σr²``, ``Σor``, ``Σ(o - r)²``; then the sum of ``changed_answers``, and the number of
+    samples that have answers.
     """
-    sums = [_Sums() for _ in outputs]
-    for chunk in cut(len(data), DEFAULT_CHUNK):
-        inputs = inputs_of(data, chunk)
-        mine, other = (run_module(m, inputs) for m in (quantized, module))
-        pairs = zip(losses_of(loss, mine), losses_of(loss, other), sums, strict=True)
-        for (output, own), (reference, _), total in pairs:
-            total.add(own, output, reference)
-    return tuple(total.of(output) for total, output in zip(sums, outputs, strict=True))
+    pairs = zip(losses_of(loss, output), losses_of(loss, reference), strict=True)
+    return np.stack([_sums(own, mine, other) for (mine, own), (other, _) in pairs])
+
+
+def _sums(loss: Loss, output: Tensor, reference: Tensor) -> NDArray[np.float64]:
+    found = changed_answers(loss, output, reference)
+    o, r = output.double(), reference.double()
+    if loss.name in {"kl", "cross_entropy"}:
+        # A constant added to all logits changes nothing.
+        o, r = o - o.mean(dim=-1, keepdim=True), r - r.mean(dim=-1, keepdim=True)
+    o, r = o.reshape(-1).cpu(), r.reshape(-1).cpu()
+    moments = [
+        torch.tensor(float(len(o)), dtype=torch.float64),
+        o.sum(), r.sum(), o.square().sum(), r.square().sum(), (o * r).sum(), (o - r).square().sum(),
+    ]  # fmt: skip
+    answers = [0.0, 0.0] if found is None else [float(found.sum()), float(len(found))]
+    return np.array([*(float(m) for m in moments), *answers])
+
+
+def with_effects(
+    outputs: Sequence[PlanOutput], sums: NDArray[np.float64]
+) -> tuple[PlanOutput, ...]:
+    """Return ``outputs`` with what ``effect_sums``, added up over all samples, say of each."""
+    return tuple(_with_effect(o, row) for o, row in zip(outputs, sums.tolist(), strict=True))
+
+
+def _with_effect(output: PlanOutput, sums: Sequence[float]) -> PlanOutput:
+    n, o, r, oo, rr, both, gap, changed, n_answers = sums
+    spread = max(0.0, oo - o * o / n) * max(0.0, rr - r * r / n)
+    return replace(
+        output,
+        changed=changed / n_answers if n_answers else None,
+        relative_error=(gap / rr) ** 0.5 if rr else None,
+        correlation=max(-1.0, min(1.0, (both - o * r / n) / spread**0.5)) if spread > 0 else None,
+    )

@@ -24,7 +24,7 @@ from bitquota.sensitivity.losses import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -46,6 +46,7 @@ def compare_models(
     kind: str = "logits",
     custom: Mapping[str, Callable[[Tensor, Tensor | None], Tensor]] | None = None,
     loss: Loss | None = None,
+    names: Sequence[str] = (),
     batch_size: int = BATCH,
     context: Context | None = None,
 ) -> list[ModelScores]:
@@ -60,6 +61,7 @@ def compare_models(
         kind: ``logits``, ``embedding``, or ``outputs``: what ``loss`` says.
         custom: Own metrics: ``f(output, labels) -> [N]``.
         loss: A loss to score as well, under its name.
+        names: Of the outputs that ``loss`` sums over, for the names of their metrics.
         batch_size: Samples per pass.
         context: Whom to tell after each batch, and when to stop.
 
@@ -92,7 +94,10 @@ def compare_models(
                 raise MeasurementFailed(msg, model=name)
             labels = _labels(part, output)
             if kind == "outputs" and loss is not None:
-                found, positions = _output_metrics(output, reference, part.labels, loss), None
+                found, positions = (
+                    _output_metrics(output, reference, part.labels, loss, names),
+                    None,
+                )
             else:
                 found, positions = _metrics(output, reference, labels, kind)
             if loss is not None and loss.name not in found:
@@ -202,13 +207,14 @@ def _labels(part: CalibrationSet, output: Tensor) -> Tensor | None:
 
 
 def _output_metrics(
-    output: Tensor, reference: Tensor, labels: Tensor | None, loss: Loss
+    output: Tensor, reference: Tensor, labels: Tensor | None, loss: Loss, names: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Return the loss, and of every output what changed; of several, under their numbers."""
+    """Return the loss, and of every output what changed; of several, under their names."""
     found = {loss.name: loss.per_sample(output, reference, labels)}
     pairs = list(zip(losses_of(loss, output), losses_of(loss, reference), strict=True))
     for k, ((mine, own), (other, _)) in enumerate(pairs):
-        prefix = f"output {k + 1}: " if len(pairs) > 1 else ""
+        name = names[k] if k < len(names) else f"output {k + 1}"
+        prefix = f"{name}: " if len(pairs) > 1 else ""
         changed = changed_answers(own, mine, other)
         if changed is not None:
             found[f"{prefix}same_top"] = 1 - changed

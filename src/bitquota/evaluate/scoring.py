@@ -153,6 +153,7 @@ def score_plans(
         kind=kind,
         custom=custom,
         loss=loss,
+        names=[output.name for output in read.outputs],
         context=context,
     )
     return [

@@ -302,7 +302,7 @@ def score_sentences(scores: Sequence[Score]) -> list[str]:
     return [
         f"{score.name} minus {other}: "
         + ", ".join(
-            f"{_TITLES.get(name, name)} {_format_estimate(name, estimate, signed=True)}"
+            f"{_title(name)} {_format_estimate(name, estimate, signed=True)}"
             for name, estimate in score.differences[other].items()
         )
         for score in scores
@@ -317,7 +317,14 @@ _TITLES = {
     "cross_entropy": "cross entropy",
     "embedding_cosine": "cosine",
     "embedding_correlation": "correlation",
+    "relative_error": "relative error",
 }
+
+
+def _title(metric: str) -> str:
+    """Return what a metric is called; those of one of several outputs begin with its name."""
+    of, colon, name = metric.rpartition(": ")
+    return of + colon + _TITLES.get(name, name)
 
 
 def _score_column(score: Score) -> dict[str, str]:
@@ -325,7 +332,7 @@ def _score_column(score: Score) -> dict[str, str]:
     if score.size_bits is not None:
         column["weights"] = format_size(score.size_bits)
     for name, estimate in score.metrics.items():
-        column[_TITLES.get(name, name)] = _format_estimate(name, estimate)
+        column[_title(name)] = _format_estimate(name, estimate)
     if score.kl_tail is not None:
         column["KL, 99.9 %"] = f"{score.kl_tail:.4g}"
     if score.perplexity is not None:
@@ -335,7 +342,7 @@ def _score_column(score: Score) -> dict[str, str]:
 
 def _format_estimate(name: str, estimate: Estimate, *, signed: bool = False) -> str:
     sign = "+" if signed else ""
-    if name in SHARES:
+    if name.rpartition(": ")[2] in SHARES:
         return f"{100 * estimate.mean:{sign}.2f} ± {100 * estimate.standard_error:.2f} %"
     return f"{estimate.mean:{sign}.4g} ± {estimate.standard_error:.2g}"
 

@@ -378,7 +378,7 @@ def _plan(
         | ({"identity": setup.identity_note} if setup.identity_note else {}),
         target=None if setup.target is None else PlanTarget.of(setup.target),
         evidence=evidence.to_json(),
-        outputs=setup.effects(choices[best]),
+        outputs=setup.measure_choice(choices[best], stage="evidence", with_outputs=True).outputs,
     )
 
 
