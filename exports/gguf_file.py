@@ -15,6 +15,7 @@ from bitquota.candidates.layers import LayerKind
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan, MissingDependency
 from bitquota.exports.gguf_blocks import BLOCK, K_TYPES, TYPES, blocks_of, type_name
+from bitquota.exports.gguf_metadata import ROPE_FACTORS, add_metadata, rope_of, window_notes
 from bitquota.exports.prepared import widths_must_be
 
 if TYPE_CHECKING:
@@ -49,10 +50,11 @@ class GgufFile:
         gguf = _gguf()
         config = _config(prepared)
         self._check(prepared)
+        rope = rope_of(prepared.module, config, _ARCHITECTURES[config["model_type"]])
         names = _tensor_names(prepared, config)
         path = folder / FILE
         writer = gguf.GGUFWriter(str(path), _ARCHITECTURES[config["model_type"]])
-        _write_metadata(writer, config)
+        add_metadata(writer, config, rope)
 
         # Quantized weights, in the order of rows that llama.cpp expects.
         recipe = []
@@ -80,6 +82,8 @@ class GgufFile:
             if values.ndim > 1:
                 recipe.append(f"^{re.escape(names[name])}$=f32")
             held_names.add(names[name])
+        if rope.factors is not None:
+            writer.add_tensor(ROPE_FACTORS, rope.factors)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -118,6 +122,7 @@ class GgufFile:
             notes=(
                 "the file has no tokenizer: llama.cpp needs one added",
                 "llama.cpp also quantizes activations to 8 bits",
+                *window_notes(config),
             ),
         )
 
@@ -130,6 +135,8 @@ class GgufFile:
         state = module.state_dict()
         with torch.no_grad():
             for found in gguf.GGUFReader(str(folder / FILE)).tensors:
+                if found.name == ROPE_FACTORS:
+                    continue
                 name = back[found.name]
                 values = gguf.quants.dequantize(found.data, found.tensor_type)
                 order = _row_order(name, config)
@@ -196,22 +203,6 @@ def _tensor_names(prepared: PreparedExport, config: JsonObject) -> dict[str, str
             raise ExportFailed(msg, tensor=name)
         names[name] = found
     return names
-
-
-def _write_metadata(writer: Any, config: JsonObject) -> None:  # noqa: ANN401
-    heads = config["num_attention_heads"]
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(config.get("head_dim") or config["hidden_size"] // heads)
-    rope = config.get("rope_parameters") or {}
-    writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0))
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
 
 
 def _row_order(name: str, config: JsonObject) -> NDArray[np.int64] | None:

@@ -371,24 +371,41 @@ def _arrange(layer: Layer, weight: QuantizedWeight) -> _Arranged:
 
     # In the stored shape, where one axis of it tells the scale.
     transposed = layer.kind is LayerKind.LINEAR_TRANSPOSED
-    turned = transposed and _misread(weight)
     convolved = layer.kind in TRANSPOSED_CONVOLUTIONS
     grouped = convolved and layer.rows != layer.weight_shape[1]
     whole = from_matrix(weight.codes.int(), layer).cpu().numpy()
+    by_column = int(convolved or transposed)
+    found = None
     if granularity is Granularity.TENSOR:
-        return _Arranged(whole, *shaped(lambda a: a.reshape(())), None, 0, [])
-    if granularity is Granularity.CHANNEL and not grouped and not turned:
-        by_column = int(convolved or transposed)
-        return _Arranged(whole, *shaped(lambda a: a.reshape(-1)), by_column, 0, [])
-    if granularity is Granularity.GROUP and transposed and not turned:
-        return _Arranged(whole, *shaped(lambda a: a.T), 0, block, [])
+        found = _Arranged(whole, *shaped(lambda a: a.reshape(())), None, 0, [])
+    elif granularity is Granularity.CHANNEL and not grouped:
+        found = _Arranged(whole, *shaped(lambda a: a.reshape(-1)), by_column, 0, [])
+    elif granularity is Granularity.GROUP and transposed:
+        found = _Arranged(whole, *shaped(lambda a: a.T), 0, block, [])
+    if found is not None:
+        return _hidden(found) if transposed and _misread(weight) else found
 
     # As a matrix of output channels, brought to the stored shape afterwards.
     matrix = weight.codes.int().cpu().numpy()
-    steps = _steps_back(layer) if turned or not transposed else []
+    steps = _steps_back(layer)
     if granularity is Granularity.CHANNEL:
         return _Arranged(matrix, *shaped(lambda a: a.reshape(-1)), 0, 0, steps)
     return _Arranged(matrix, scales, zeros, 1, block, steps)
+
+
+def _hidden(plain: _Arranged) -> _Arranged:
+    """Return the same behind a Reshape, so that ONNX Runtime sees no matrix that it can fuse."""
+    scales, zeros, axis = plain.scales, plain.zero_points, plain.axis
+    if plain.block:
+        scales, zeros = scales[None], None if zeros is None else zeros[None]
+    shape = list(plain.codes.shape)
+    return plain._replace(
+        codes=plain.codes[None],
+        scales=scales,
+        zero_points=zeros,
+        axis=None if axis is None else axis + 1,
+        steps=[("Reshape", shape)],
+    )
 
 
 def _steps_back(layer: Layer) -> list[tuple[str, list[int]]]:
@@ -468,7 +485,8 @@ def _misread(weight: QuantizedWeight) -> bool:
     """Whether ONNX Runtime would read the weight wrongly as ``[columns, rows]``.
 
     Its MatMulNBits fusion (1.31) takes int2 rows to start at bytes, which they do only if four
-    divides their length; the result is wrong without an error. Behind a Transpose it is right.
+    divides their length; the result is wrong without an error. So it is through a Transpose, over
+    which it pulls the codes, but not through a Reshape.
     """
     return weight.bits == 2 and weight.codes.shape[0] % 4 != 0
 

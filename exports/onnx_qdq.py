@@ -15,7 +15,7 @@ import logging
 import warnings
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -73,7 +73,9 @@ class OnnxQdq:
             w.bits == 2 and not (self.blocked and fits_blocks(prepared.layers[name], w))
             for name, w in prepared.weights.items()
         )
-        model, initializer_of = float_graph(prepared, OPSET_2_BITS if two_bits else OPSET)
+        graph = float_graph(prepared, OPSET_2_BITS if two_bits else OPSET)
+        model, initializer_of = graph.model, graph.initializer_of
+        prepared = prepared.without(graph.unused)
         weights = prepared.weights
         traced = not isinstance(prepared.module, OnnxModule)
         if traced:
@@ -187,13 +189,28 @@ class OnnxFile(nn.Module):
         return {k: torch.from_numpy(v) for k, v in zip(names, values, strict=True)}
 
 
-def float_graph(prepared: PreparedExport, opset: int) -> tuple[Any, dict[str, str]]:
-    """Return the graph with the corrected weights in floating point, and each layer's initializer.
+class FloatGraph(NamedTuple):
+    """A graph with the corrected weights in floating point.
+
+    Attributes:
+        model: ``onnx.ModelProto``.
+        initializer_of: The weight of each layer.
+        unused: Layers to quantize whose weights no node reads, so that the graph lacks them.
+    """
+
+    model: Any
+    initializer_of: dict[str, str]
+    unused: tuple[str, ...]
+
+
+def float_graph(prepared: PreparedExport, opset: int) -> FloatGraph:
+    """Return the graph of a prepared plan, at ``opset`` or above, before it is quantized.
 
     Raises:
         InvalidInput: The model is no ONNX file and there is no sample to trace it with.
         ExportFailed: torch cannot express the model in ONNX, or a weight got lost on the way.
     """
+    unread: frozenset[str] = frozenset()
     if isinstance(prepared.module, OnnxModule):
         graph = read_normalized(Path(prepared.model.source))
         model = graph.model
@@ -202,17 +219,19 @@ def float_graph(prepared: PreparedExport, opset: int) -> tuple[Any, dict[str, st
         written = {initializer_of[name] for name in prepared.weights if name in initializer_of}
         restore_types(model, {k: v for k, v in graph.stored.items() if k not in written})
     else:
-        model = _trace(prepared)
+        model, unread = _trace(prepared)
         held = {t.name for t in model.graph.initializer}
         initializer_of = {}
         for name, layer in prepared.layers.items():
             names = [n for n in (layer.weight_name, *layer.aliases) if n in held]
             if names:
                 initializer_of[name] = names[0]
-    if lost := sorted(set(prepared.weights) - set(initializer_of)):
+    missing = sorted(set(prepared.weights) - set(initializer_of))
+    unused = [name for name in missing if prepared.layers[name].weight_name in unread]
+    if lost := sorted(set(missing) - set(unused)):
         msg = f"every planned weight must be an initializer of the ONNX graph; {lost[0]} is not"
         raise ExportFailed(msg, layers=lost)
-    return at_opset(model, opset), initializer_of
+    return FloatGraph(at_opset(model, opset), initializer_of, tuple(unused))
 
 
 def at_opset(model: Any, opset: int) -> Any:  # noqa: ANN401  # onnx.ModelProto
@@ -297,7 +316,8 @@ def _read_back(
     return found
 
 
-def _trace(prepared: PreparedExport) -> Any:  # noqa: ANN401  # onnx.ModelProto
+def _trace(prepared: PreparedExport) -> tuple[Any, frozenset[str]]:
+    """Return the graph that torch makes of the module, and the parameters that it never reads."""
     inputs = prepared.inputs or prepared.model.example_inputs
     if inputs is None:
         msg = "a model that is not an ONNX file must be traced with a sample: provide samples"
@@ -330,7 +350,15 @@ def _trace(prepared: PreparedExport) -> Any:  # noqa: ANN401  # onnx.ModelProto
     if program is None:
         msg = "torch.onnx must return a program; it returned none"
         raise ExportFailed(msg)
-    return fold_constants(program)
+    exported = program.exported_program
+    parameters = exported.graph_signature.inputs_to_parameters
+    unread = {
+        parameters[node.name]
+        for node in exported.graph.nodes
+        if node.op == "placeholder" and node.name in parameters and not node.users
+    }
+    with _quiet():
+        return fold_constants(program), frozenset(unread)
 
 
 def _write_back(model: Any, module: OnnxModule) -> None:  # noqa: ANN401  # onnx.ModelProto
@@ -345,12 +373,15 @@ def _write_back(model: Any, module: OnnxModule) -> None:  # noqa: ANN401  # onnx
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep what torch's exporter and onnxscript tell of their inner steps from the user."""
+    levels = {logging.getLogger(name): 0 for name in ("torch.onnx", "onnxscript")}
+    for logger in levels:
+        levels[logger] = logger.level
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)

@@ -1,14 +1,18 @@
-"""OpenVINO IR with compressed constants of 2, 4 and 8 bits, run by OpenVINO on the CPU."""
+"""OpenVINO IR with compressed constants of 2, 4 and 8 bits, run by OpenVINO on the CPU.
+
+Design: docs/design/targets.md
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from bitquota.candidates.layers import MATRICES, LayerKind
+from bitquota.candidates.layers import LayerKind
 from bitquota.candidates.storage import Granularity, ScaleFormat
 from bitquota.errors import ExportFailed, InvalidPlan, MissingDependency
 from bitquota.exports.onnx_qdq import OPSET, float_graph
@@ -50,9 +54,10 @@ class OpenvinoIr:
         ov = _openvino()
         widths_must_be(prepared, (2, 4, 8), "OpenVINO")
         _check(prepared)
-        float_model, initializer_of = float_graph(prepared, OPSET)
+        graph = float_graph(prepared, OPSET)
+        initializer_of, prepared = graph.initializer_of, prepared.without(graph.unused)
         core = ov.Core()
-        model = core.read_model(float_model.SerializeToString(), b"")
+        model = core.read_model(graph.model.SerializeToString(), b"")
         constants = {
             node.get_friendly_name(): node
             for node in model.get_ops()
@@ -67,10 +72,11 @@ class OpenvinoIr:
                 raise ExportFailed(msg, layer=name)
             layer = prepared.layers[name]
             stored_parts = _constants(ov, initializer, layer, weight)
+            kind = constants[initializer].get_element_type()
             # One product per reader, so that each can be fused with what reads it.
             for reader in constants[initializer].output(0).get_target_inputs():
-                kind = constants[initializer].get_element_type()
-                reader.replace_source_output(_dequantized(ov, stored_parts, kind).output(0))
+                made = _dequantized(ov, stored_parts, kind, layer.weight_shape)
+                reader.replace_source_output(made.output(0))
         ov.save_model(model, str(folder / XML), compress_to_fp16=False)
         stored = {
             node.get_friendly_name(): node
@@ -140,12 +146,30 @@ class OpenvinoFile(nn.Module):
         return torch.from_numpy(np.array(results[0]))
 
 
-def _constants(ov: Any, name: str, layer: Layer, weight: QuantizedWeight) -> tuple[Any, Any, Any]:  # noqa: ANN401
-    """Return the constants of codes, zero point (or ``None``) and scales."""
-    codes = from_matrix(weight.codes.int(), layer).cpu().numpy()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """The constants of one weight.
+
+    Attributes:
+        codes: In ``shape``, or flat.
+        zero_point: Of codes without a sign.
+        scales: One for each output channel, in a shape that meets ``shape``.
+        shape: In which codes and scales are multiplied.
+    """
+
+    codes: Any
+    zero_point: Any | None
+    scales: Any
+    shape: tuple[int, ...]
+
+
+def _constants(ov: Any, name: str, layer: Layer, weight: QuantizedWeight) -> _Parts:  # noqa: ANN401
+    """Return the constants that stand for ``weight``."""
+    codes = _split(from_matrix(weight.codes.int(), layer).cpu().numpy(), layer)
     kind = {2: ov.Type.u2, 4: ov.Type.i4, 8: ov.Type.i8}[weight.bits]
     # A tensor over a numpy array does not own its memory; one made by shape does.
-    tensor = ov.Tensor(kind, ov.Shape(codes.shape))
+    flat = _misread(layer, weight)
+    tensor = ov.Tensor(kind, ov.Shape([codes.size] if flat else codes.shape))
     packed = _packed(codes, weight.bits)
     tensor.data.reshape(-1).view(np.uint8)[: len(packed)] = packed
     constant = ov.op.Constant(tensor)
@@ -154,20 +178,34 @@ def _constants(ov: Any, name: str, layer: Layer, weight: QuantizedWeight) -> tup
     if weight.bits == 2:
         zero = ov.opset13.constant(np.float32(2.0))
         zero.set_friendly_name(f"{name}.zero_point")
-    scales = weight.scales.float().cpu().numpy().reshape(_scale_shape(layer, weight, codes.ndim))
+    scales = weight.scales.float().cpu().numpy().reshape(_scale_shape(layer, weight, codes.shape))
     scale = ov.opset13.constant(scales)
     scale.set_friendly_name(f"{name}.scales")
-    return constant, zero, scale
+    return _Parts(codes=constant, zero_point=zero, scales=scale, shape=codes.shape)
 
 
-def _dequantized(ov: Any, parts: tuple[Any, Any, Any], kind: Any) -> Any:  # noqa: ANN401
-    """Return a node for ``(codes - zero point) * scale``, in the type ``kind``."""
-    codes, zero, scale = parts
-    value = ov.opset13.convert(codes, "f32")
-    if zero is not None:
-        value = ov.opset13.subtract(value, zero)
-    value = ov.opset13.multiply(value, scale)
-    return value if kind == ov.Type.f32 else ov.opset13.convert(value, kind.get_type_name())
+def _dequantized(ov: Any, parts: _Parts, kind: Any, shape: tuple[int, ...]) -> Any:  # noqa: ANN401
+    """Return a node for ``(codes - zero point) * scale``, of type ``kind`` and in ``shape``."""
+    make = ov.opset13
+    value = make.convert(parts.codes, "f32")
+    if tuple(parts.codes.get_output_shape(0)) != parts.shape:
+        value = make.reshape(value, np.array(parts.shape), special_zero=False)
+    if parts.zero_point is not None:
+        value = make.subtract(value, parts.zero_point)
+    value = make.multiply(value, parts.scales)
+    if parts.shape != shape:
+        value = make.reshape(value, np.array(shape), special_zero=False)
+    return value if kind == ov.Type.f32 else make.convert(value, kind.get_type_name())
+
+
+def _misread(layer: Layer, weight: QuantizedWeight) -> bool:
+    """Whether OpenVINO would read the codes wrongly as a matrix.
+
+    Its matrix products on compressed weights (2026.4, from five samples on) take the codes of an
+    output channel to start at a byte; the result is wrong without an error. Codes stored flat are
+    widened when the model is compiled instead.
+    """
+    return len(layer.weight_shape) == 2 and layer.columns * weight.bits % 8 != 0
 
 
 def _packed(codes: NDArray[Any], bits: int) -> NDArray[np.uint8]:
@@ -179,12 +217,27 @@ def _packed(codes: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     return pack_bits(unsigned.astype(np.uint16).reshape(1, -1), bits)
 
 
-def _scale_shape(layer: Layer, weight: QuantizedWeight, n_dims: int) -> list[int]:
-    shape = [1] * n_dims
-    if weight.scheme.granularity is Granularity.CHANNEL:
-        by_column = layer.kind is LayerKind.LINEAR_TRANSPOSED
-        shape[int(by_column)] = layer.rows
-    return shape
+def _split(codes: NDArray[Any], layer: Layer) -> NDArray[Any]:
+    """Return the codes with an axis for the groups of a transposed convolution.
+
+    Its output channels lie on two axes, ``[groups, in, out, ...]``.
+    """
+    if layer.kind not in TRANSPOSED_CONVOLUTIONS:
+        return codes
+    groups = layer.rows // codes.shape[1]
+    return codes.reshape(groups, -1, *codes.shape[1:])
+
+
+def _scale_shape(layer: Layer, weight: QuantizedWeight, shape: tuple[int, ...]) -> list[int]:
+    """Return the shape in which scales meet codes of ``shape``."""
+    axes = {0}
+    if weight.scheme.granularity is Granularity.TENSOR:
+        axes = set()
+    elif layer.kind is LayerKind.LINEAR_TRANSPOSED:
+        axes = {1}
+    elif layer.kind in TRANSPOSED_CONVOLUTIONS:
+        axes = {0, 2}
+    return [n if axis in axes else 1 for axis, n in enumerate(shape)]
 
 
 def _check(prepared: PreparedExport) -> None:
@@ -194,14 +247,13 @@ def _check(prepared: PreparedExport) -> None:
         if w.scheme.granularity is Granularity.GROUP
         or w.scheme.scale_format is not ScaleFormat.FP32
         or w.zero_points is not None
-        or prepared.layers[name].kind in TRANSPOSED_CONVOLUTIONS
-        or prepared.layers[name].kind in {LayerKind.EXPERTS, *MATRICES}
+        or prepared.layers[name].kind is LayerKind.EXPERTS
     ]
     if wrong:
         msg = (
-            "the OpenVINO export stores symmetric codes with fp32 scales per channel in "
-            f"convolutions, linear layers and embeddings; {', '.join(wrong[:8])} are planned "
-            "otherwise: plan with --target openvino-cpu"
+            "the OpenVINO export stores symmetric codes with fp32 scales per channel or tensor, "
+            f"and no experts; {', '.join(wrong[:8])} are planned otherwise: plan with --target "
+            "openvino-cpu"
         )
         raise InvalidPlan(msg, layers=wrong)
 

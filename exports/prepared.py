@@ -59,6 +59,7 @@ class PreparedExport:
         inputs: A few samples, or ``None``: then nothing is run.
         reference: Output of ``module`` on them.
         identity_note: What must be said of the digest that the plan names its model by.
+        unused: Quantized layers that compute nothing, which a traced graph therefore lacks.
     """
 
     model: LoadedModel
@@ -71,11 +72,18 @@ class PreparedExport:
     inputs: tuple[Tensor, ...] | None = None
     reference: Tensor | None = None
     identity_note: str = ""
+    unused: tuple[str, ...] = ()
+
+    def without(self, unused: Sequence[str]) -> PreparedExport:
+        """Return the same without layers that the file lacks because nothing reads them."""
+        weights = {k: v for k, v in self.weights.items() if k not in unused}
+        return replace(self, weights=weights, unused=tuple(unused))
 
     @property
     def planned_rest_bits(self) -> int:
         """What the plan leaves as it is: other tensors, and layers in full precision."""
-        kept = [c.size_bits for c in self.candidates.values() if c.layer not in self.weights]
+        written = {*self.weights, *self.unused}
+        kept = [c.size_bits for c in self.candidates.values() if c.layer not in written]
         return self.plan.unquantized_bits + sum(kept)
 
     @property
@@ -126,6 +134,8 @@ class PreparedExport:
             notes: What a user should know.
         """
         weight_files = files if weight_files is None else weight_files
+        if self.unused:
+            notes = (*notes, f"left out, because nothing reads them: {', '.join(self.unused)}")
         return ExportReport(
             exporter=exporter,
             target=self.target_name,

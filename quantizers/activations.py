@@ -166,7 +166,7 @@ class CalibratedInputs:
 
     Attributes:
         histograms: By layer name; layers whose input is integer are missing.
-        passing: Layers whose input is integer: it is never quantized.
+        passing: Layers whose input is never quantized: it is integer, or no sample reaches them.
         rule: How ranges are chosen.
         grid: Symmetric or asymmetric.
     """
@@ -285,7 +285,12 @@ def collect_inputs(
             with InputWatcher(weights_of(module, inventory), look):
                 for inputs in kept:
                     module(*inputs)
-    passing = {layer.name for layer in inventory.layers if layer.kind is LayerKind.EMBEDDING}
+    # A layer that no sample reaches has no range, and needs none.
+    passing = {
+        layer.name
+        for layer in inventory.layers
+        if layer.kind is LayerKind.EMBEDDING or layer.n_macs == 0
+    }
     return CalibratedInputs(
         histograms=found, passing=frozenset(passing - set(found)), rule=rule, grid=grid
     )

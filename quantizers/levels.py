@@ -33,7 +33,7 @@ def fit_levels(values: Tensor, bits: int, importance: Tensor | None = None) -> T
 
     Cost: ``LLOYD_STEPS`` sweeps over the values.
     """
-    ordered, order = values.sort(dim=1)
+    ordered, order = values.contiguous().sort(dim=1)
     weight = torch.ones_like(ordered) if importance is None else importance.gather(1, order)
     n_levels = 2**bits
     n = ordered.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bitquota.candidates.layers import MATRICES
 from bitquota.candidates.storage import Scheme
 from bitquota.candidates.targets.target import (
     CONVOLUTIONS,
@@ -17,7 +18,7 @@ TARGET = Target(
     summary="OpenVINO IR with compressed constants, run on CPUs.",
     versions={"openvino": "2026.4"},
     formats=(
-        *per_width((2, 4, 8), Scheme(), name="i{bits}", kinds=CONVOLUTIONS | LINEAR | EMBEDDINGS),
+        *per_width((2, 4, 8), Scheme(), name="i{bits}", kinds=CONVOLUTIONS | LINEAR | EMBEDDINGS | MATRICES),
         full_precision("f32"),
     ),
     exporter="openvino",
