@@ -16,6 +16,7 @@ from bitquota.candidates.storage import Granularity, Grid, ScaleFormat
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan, MissingDependency
 from bitquota.exports.gguf_blocks import BLOCK, K_TYPES, TYPES, blocks_of, type_name
 from bitquota.exports.gguf_metadata import ROPE_FACTORS, add_metadata, rope_of, window_notes
+from bitquota.exports.gguf_tokenizer import add_tokenizer
 from bitquota.exports.prepared import widths_must_be
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class GgufFile:
         path = folder / FILE
         writer = gguf.GGUFWriter(str(path), _ARCHITECTURES[config["model_type"]])
         add_metadata(writer, config, rope)
+        folder_notes = add_tokenizer(writer, Path(prepared.model.source), config["vocab_size"])
 
         # Quantized weights, in the order of rows that llama.cpp expects.
         recipe = []
@@ -120,7 +122,7 @@ class GgufFile:
             runtime={"name": "torch on dequantized tensors", "version": torch.__version__},
             weight_files=[path],
             notes=(
-                "the file has no tokenizer: llama.cpp needs one added",
+                *folder_notes,
                 "llama.cpp also quantizes activations to 8 bits",
                 *window_notes(config),
             ),

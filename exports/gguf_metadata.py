@@ -158,7 +158,6 @@ def add_metadata(writer: Any, config: JsonObject, rope: Rope) -> None:  # noqa: 
         writer.add_rope_scaling_yarn_beta_slow(rope.betas["beta_slow"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_tokenizer_model("no_vocab")
 
 
 def window_notes(config: JsonObject) -> tuple[str, ...]:

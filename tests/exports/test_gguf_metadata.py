@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 
 from bitquota.errors import InvalidInput
 from bitquota.exports.export import export_plan
+from bitquota.exports.export_report import ExportReport
+from bitquota.exports.gguf_tokenizer import SPLITS
 from bitquota.models.load import load_model
 from format_networks import plan_with
 
@@ -109,6 +112,58 @@ class TestPositions:
         with pytest.raises(InvalidInput, match="llama.cpp"):
             export(model, tmp_path / "o")
         assert not (tmp_path / "o").exists()
+
+
+def tokenizer(split: str | None = None) -> Any:
+    """Return a byte-level BPE of 300 tokens that splits like GPT-2, or by ``split``."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split is not None:
+        steps = [
+            pre_tokenizers.Split(Regex(split), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+        made.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(["the cat sat on the mat, and the hat sat on the cat"] * 9, trainer)
+    return made
+
+
+class TestTokenizer:
+    @pytest.mark.parametrize(
+        ("split", "rule"), [(None, "gpt-2"), (next(iter(SPLITS)), "llama-bpe")]
+    )
+    def test_tokens_and_merges_are_the_folders(self, tmp_path, split, rule):
+        """All tokens in order, filled up to the embedding, and the merges by rank."""
+        path, made = folder(tmp_path / "m", vocab_size=320, bos_token_id=0), tokenizer(split)
+        made.save(str(path / "tokenizer.json"))
+        said = entries(export(load_model(str(path)), tmp_path / "o"))
+        n = made.get_vocab_size()
+        assert [made.id_to_token(k) for k in range(n)] == said["ggml.tokens"][:n]
+        assert len(said["ggml.tokens"]) == len(said["ggml.token_type"]) == 320
+        assert ("gpt2", rule, 0, False) == tuple(
+            said[f"ggml.{k}"] for k in ("model", "pre", "bos_token_id", "add_bos_token")
+        )
+        merges = json.loads(made.to_str())["model"]["merges"]
+        assert [" ".join(pair) for pair in merges] == said["ggml.merges"]
+        assert [3, 3, 1] == said["ggml.token_type"][:3]
+
+    def test_another_rule_is_left_out_and_said(self, tmp_path):
+        """llama.cpp would split otherwise without an error."""
+        path = folder(tmp_path / "m", vocab_size=320)
+        tokenizer("[a-z]+").save(str(path / "tokenizer.json"))
+        said = entries(export(load_model(str(path)), tmp_path / "o"))
+        assert "no_vocab" == said["ggml.model"]
+        notes = ExportReport.load(tmp_path / "o").notes
+        assert any("no rule that splits" in note for note in notes)
 
 
 class TestSizes:

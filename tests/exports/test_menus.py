@@ -28,6 +28,7 @@ from bitquota.models.load import load_model
 from bitquota.models.loaded import inventory_of
 from bitquota.models.onnx.module import OnnxModule
 from bitquota.plan import Assignment, Plan
+from format_networks import write_llama
 from menu_graphs import WIDTH, menu_graph
 from refusals import refused
 
@@ -253,6 +254,58 @@ class TestTorchModules:
         folder, name = tmp_path / "out", rules.exporter
         prepared = menu.export(plan, folder, format_name=name, target=rules)
         assert {} == menu.wrong_segments(prepared, folder, format_name=name, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("target", ["gguf-py", "gguf-k", "ct-vllm-humming", "ct-vllm-marlin"])
+class TestFolders:
+    def test_every_format_of_every_layer(self, tmp_path, target, dtype):
+        """Weights that are read from the files are the planned ones; rows of 256, 64 and 80."""
+        rules = TARGETS[target]
+        path = write_llama(tmp_path / "m", width=256 if target == "gguf-k" else 64, inner=80)
+        if dtype == "bfloat16":
+            stored_in_halves(path)
+        model = load_model(str(path))
+        ids = torch.arange(12).reshape(2, 6)
+        everything = inventory_of(model.module, model, CalibrationSet(inputs=(ids,)))
+        inventory = prepare_inventory(everything, rules)
+        menu = Menu(model=model, inventory=everything, segments={})
+        widths = {f.weight_bits for la in inventory.layers for f in rules.formats_for(la)} - {32}
+        groups: dict[str, list[Layer]] = {}
+        for layer in inventory.layers:
+            groups.setdefault(layer.group, []).append(layer)
+        chosen = {}
+        for k, layers in enumerate(groups.values()):
+            legal = [bits for bits in rules.shared_widths(layers) if bits < 32]
+            bits = [legal[k % len(legal)]] * len(layers)
+            chosen |= {c.layer: c for c in rules.candidates_at(layers, bits)}
+        assert widths == {c.weight_bits for c in chosen.values()}
+        samples = CalibrationSet(inputs=(ids,))
+        plan = menu.plan(inventory, chosen)
+        prepared = prepare_export(model, plan, target=rules, samples=samples)
+        folder = tmp_path / "out"
+        folder.mkdir()
+        report = EXPORTERS[rules.exporter].export(prepared, folder)
+        report.require()
+        assert report.difference.relative < 1e-5
+        written = EXPORTERS[rules.exporter].load(prepared, folder)
+        for name, weight in prepared.weights.items():
+            layer = prepared.layers[name]
+            found = written.get_parameter(layer.weight_name).detach().float()
+            assert torch.equal(from_matrix(weight.dequantize(), layer), found), name
+
+
+def stored_in_halves(path: Path) -> None:
+    """Store a folder's weights in bfloat16, as most language models come."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    file = path / "model.safetensors"
+    tensors = {k: v.bfloat16() for k, v in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
 
 
 CHANNEL, TENSOR, GROUP = Granularity
