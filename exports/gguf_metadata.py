@@ -4,7 +4,7 @@ llama.cpp computes rotary positions from these entries alone, so a scaling that 
 another model. Keys and values are those of llama.cpp's converter.
 
 References:
-    GGUF: ggml-org/ggml, docs/gguf.md; ggml-org/llama.cpp, conversion/base.py, conversion/llama.py
+    GGUF: ggml-org/ggml, its page on GGUF; ggml-org/llama.cpp, conversion/base.py and llama.py
     YaRN: Peng et al., YaRN: Efficient Context Window Extension, 2023, arXiv:2309.00071
 
 Design: docs/design/targets.md

@@ -289,7 +289,7 @@ def collect_inputs(
     passing = {
         layer.name
         for layer in inventory.layers
-        if layer.kind is LayerKind.EMBEDDING or layer.n_macs == 0
+        if layer.kind is LayerKind.EMBEDDING or (kept and layer.n_macs == 0)
     }
     return CalibratedInputs(
         histograms=found, passing=frozenset(passing - set(found)), rule=rule, grid=grid

@@ -18,7 +18,9 @@ TARGET = Target(
     summary="OpenVINO IR with compressed constants, run on CPUs.",
     versions={"openvino": "2026.4"},
     formats=(
-        *per_width((2, 4, 8), Scheme(), name="i{bits}", kinds=CONVOLUTIONS | LINEAR | EMBEDDINGS | MATRICES),
+        *per_width(
+            (2, 4, 8), Scheme(), name="i{bits}", kinds=CONVOLUTIONS | LINEAR | EMBEDDINGS | MATRICES
+        ),
         full_precision("f32"),
     ),
     exporter="openvino",
