@@ -347,7 +347,7 @@ def _trace(prepared: PreparedExport) -> tuple[Any, frozenset[str]]:
     except Exception as err:  # the exporter raises whatever it meets
         msg = f"torch.onnx must be able to export the model; it says: {err}"
         raise ExportFailed(msg) from err
-    if program is None:
+    if program is None or program.exported_program is None:
         msg = "torch.onnx must return a program; it returned none"
         raise ExportFailed(msg)
     exported = program.exported_program
