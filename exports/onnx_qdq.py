@@ -323,10 +323,10 @@ def _trace(prepared: PreparedExport) -> tuple[Any, frozenset[str]]:
         msg = "a model that is not an ONNX file must be traced with a sample: provide samples"
         raise InvalidInput(msg)
     example = tuple(t[:2] for t in inputs)
-    tokens = all(not t.is_floating_point() for t in example)
+    tokens = all(not t.is_floating_point() and t.ndim > 1 for t in example)
     axes = {0: torch.export.Dim.DYNAMIC}
     if tokens:
-        axes[1] = torch.export.Dim.DYNAMIC
+        axes[1] = torch.export.Dim.AUTO  # a model may fix the length
     try:
         import onnxscript  # noqa: F401  # torch's exporter needs it, and says so less clearly
 

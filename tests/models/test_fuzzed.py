@@ -9,18 +9,20 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from bitquota.exports.export import export_plan
 from bitquota.models.binding import bound
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import load_model
-from bitquota.models.loaded import inventory_of
+from bitquota.models.loaded import finish, inventory_of
 from bitquota.models.outputs import outputs_of
 from bitquota.models.samples import load_calibration
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate
 from bitquota.sensitivity.outputs import read_outputs
 from bitquota.sensitivity.runners.make import make_runner
+from format_networks import TiedTokens
 from model_fuzzer import in_children, report, run_file
 from onnx_graphs import numbers
 
@@ -221,3 +223,31 @@ class TestFusedOperators:
         (layer,) = inventory_of(model.module, model, samples).layers
         places = math.prod(x[2:])
         assert (layer.n_weights, layer.n_macs) == (32, 32 * places)
+
+
+class FixedLength(nn.Module):
+    """Six tokens, no more and no less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(17, 4), nn.Linear(24, 3)
+
+    def forward(self, ids):
+        return self.head(self.embed(ids).flatten(1))
+
+
+@pytest.mark.slow
+class TestLengths:
+    @pytest.mark.parametrize(("make", "fixed"), [(FixedLength, True), (TiedTokens, False)])
+    def test_an_export_takes_the_lengths_that_the_model_takes(self, tmp_path, make, fixed):
+        model = finish(make(), source="m", architecture="m")
+        samples = CalibrationSet(inputs=(torch.arange(54).reshape(9, 6) % 17,))
+        request = PlanRequest(
+            budgets=("8 bits",), target="ort-cpu", refine=False, samples=4, holdout_samples=4
+        )
+        (plan,) = allocate(model, samples, request).plans
+        export_plan(model, plan, tmp_path / "out", target="ort-cpu", samples=samples)
+        (given,) = onnx.load(tmp_path / "out" / "model.onnx").graph.input
+        batch, length = given.type.tensor_type.shape.dim
+        assert not batch.dim_value
+        assert length.dim_value == (6 if fixed else 0)
