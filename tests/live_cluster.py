@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Self
 
+from bitquota.service.security.watch import descendants
 from waiting import PATIENCE_S
 
 _STORE_BYTES = 100_000_000
@@ -92,19 +93,6 @@ class LiveCluster:
         for node in self.nodes:
             self.kill(node)
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def descendants(pid: int) -> list[int]:
-    """Return every process below another one."""
-    found, waiting = [], [pid]
-    while waiting:
-        listed = subprocess.run(
-            ["pgrep", "-P", str(waiting.pop())], capture_output=True, text=True, check=False
-        )
-        below = [int(text) for text in listed.stdout.split()]
-        found += below
-        waiting += below
-    return found
 
 
 def evaluators(pid: int) -> list[int]:

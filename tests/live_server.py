@@ -17,6 +17,7 @@ from typing import Self
 import numpy as np
 
 from bitquota.client import Client
+from bitquota.service.security.watch import descendants
 from waiting import PATIENCE_S
 
 # One thread, as everywhere in the suite: several processes share the cores. Not nice: on a busy
@@ -79,20 +80,14 @@ class LiveServer:
 
     def children(self) -> list[tuple[int, str]]:
         """Return pid and module of every driver and evaluator below this server."""
-        found, waiting = [], [self.process.pid]
-        while waiting:
-            pid = waiting.pop()
-            below = subprocess.run(
-                ["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False
-            ).stdout.split()
-            for child in map(int, below):
-                waiting.append(child)
-                try:
-                    command = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
-                except OSError:
-                    continue
-                if named := re.search(r"python\S* -m bitquota\.service\.(?:\w+\.)?(\w+)", command):
-                    found.append((child, named[1]))
+        found = []
+        for pid in descendants(self.process.pid):
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+            except OSError:
+                continue
+            if named := re.search(r"python\S* -m bitquota\.service\.(?:\w+\.)?(\w+)", command):
+                found.append((pid, named[1]))
         return found
 
     def working(self, module: str) -> int | None:

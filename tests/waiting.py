@@ -17,4 +17,4 @@ def wait_for(condition: Callable[[], object], what: object) -> None:
     until = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < until, f"waited in vain for {what}"
-        time.sleep(0.02)
+        time.sleep(0.05)

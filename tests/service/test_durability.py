@@ -93,51 +93,43 @@ class TestPlanJob:
 
 
 class TestKill:
-    @pytest.mark.parametrize("victim", ["evaluator", "driver", "server"])
-    def test_nothing_finished_is_measured_twice(self, tmp_path, digits_files, undisturbed, victim):
-        """The plan is the undisturbed one, byte for byte, and no ledger entry is written twice.
+    """The plans are the undisturbed ones, byte for byte."""
 
-        A server that dies takes its children along.
-        """
-        with LiveServer(tmp_path / "data", heartbeat_s=0.1, lease_s=60) as server:
-            with server.client() as client:
-                job = submit(client, digits_files)
-                job_id = job.id
-                wait_for(lambda: ledger_size(server) >= 3, "the first measurements")
-                if victim == "server":
-                    pids = [pid for pid, _ in server.children()]
-                    assert pids
-                    server.kill()
-                    wait_for(lambda: not any(alive(pid) for pid in pids), "the children's end")
-                else:
-                    kill_working(server, victim)
-            kept = ledger_size(server)
-            if victim == "server":
-                server.start()
-            with server.client() as client:
-                job = client.job(job_id).wait(timeout_s=PATIENCE_S)
-                assert plan_texts(job) == undisturbed
-                assert job.body["attempts"] >= 2
-                story = [e for e in job.events() if e.kind == "status"]
-            assert [e.data["status"] for e in story][-1] == "succeeded"
-            assert [e.data["status"] for e in story].count("succeeded") == 1
-            assert kept >= 3
+    def test_evaluator_and_driver(self, tmp_path, digits_files, undisturbed):
+        """Each attempt goes on where the one before was killed, and the job ends once."""
+        settings = {"heartbeat_s": 0.1, "lease_s": 60}
+        with LiveServer(tmp_path / "data", **settings) as server, server.client() as client:
+            job = submit(client, digits_files)
+            for attempt, victim in enumerate(("evaluator", "driver"), 1):
+                wait_for_measurements(server, job, attempt)
+                kill_working(server, victim)
+            job.wait(timeout_s=PATIENCE_S)
+            assert plan_texts(job) == undisturbed
+            assert job.body["attempts"] >= 3
+            story = [e.data["status"] for e in job.events() if e.kind == "status"]
+        assert story[-1] == "succeeded"
+        assert story.count("succeeded") == 1
 
-
-class TestStop:
-    def test_hands_the_job_back_and_the_next_server_finishes(
-        self, tmp_path, digits_files, undisturbed
-    ):
-        server = LiveServer(tmp_path / "data")
+    def test_server(self, tmp_path, digits_files, undisturbed):
+        """It takes its children along; the next one is stopped, and the third finishes the job."""
+        server = LiveServer(tmp_path / "data", heartbeat_s=0.1, lease_s=60).start()
+        with server.client() as client:
+            job = submit(client, digits_files)
+            wait_for_measurements(server, job, 1)
+        pids = [pid for pid, _ in server.children()]
+        assert pids
+        server.kill()
+        wait_for(lambda: not any(alive(pid) for pid in pids), "the children's end")
         with server, server.client() as client:
-            job_id = submit(client, digits_files).id
-            wait_for(lambda: ledger_size(server) >= 3, "the first measurements")
+            wait_for_measurements(server, client.job(job.id), 2)
             assert server.stop() == 0
         with server, server.client() as client:
-            job = client.job(job_id)
-            assert plan_texts(job.wait(timeout_s=PATIENCE_S)) == undisturbed
+            job = client.job(job.id).wait(timeout_s=PATIENCE_S)
+            assert plan_texts(job) == undisturbed
+            assert job.body["attempts"] >= 2
             story = [e.data for e in job.events() if e.kind == "status"]
         assert {"status": "queued", "reason": "the server was stopped"} in story
+        assert [event["status"] for event in story].count("succeeded") == 1
 
 
 class TestCancel:
@@ -151,6 +143,19 @@ class TestCancel:
                 job.wait(timeout_s=PATIENCE_S)
             assert job.status == "cancelled"
         assert ledger_size(server) >= enough
+
+
+def wait_for_measurements(server, job, attempt):
+    """Return once this attempt of a job has measured something; it must not be over by then."""
+
+    def attempts():
+        body = job.refresh().body
+        assert not job.ended, body
+        return body["attempts"]
+
+    wait_for(lambda: attempts() >= attempt, f"attempt {attempt}")
+    enough = ledger_size(server) + 3
+    wait_for(lambda: attempts() and ledger_size(server) >= enough, "measurements")
 
 
 def kill_working(server, module):

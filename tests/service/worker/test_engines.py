@@ -14,11 +14,11 @@ from bitquota.canonical import digest_bytes
 from bitquota.errors import InvalidInput, ServiceError, UnsafeModel
 from bitquota.request import PlanRequest
 from bitquota.service.security.limits import Group, group_of, limits_of
+from bitquota.service.security.watch import descendants
 from bitquota.service.settings import Settings
 from bitquota.service.worker.engines import ENGINES, Assignment, InputFile, engine_of
 from bitquota.service.worker.engines.local import LocalEngine
 from bitquota.service.worker.worker_pool import WorkerPool
-from live_cluster import descendants
 from live_server import LiveServer, started
 from waiting import PATIENCE_S, wait_for
 
