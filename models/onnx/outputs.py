@@ -63,6 +63,7 @@ def measuring_onnx(
     opset = next((o.version for o in model.opset_import if o.domain in {"", "ai.onnx"}), 0)
     taken = set(maker) | {v.name for v in graph.input} | {t.name for t in graph.initializer}
 
+    # Nodes and constants under names that the graph does not have yet.
     def fresh(text: str) -> str:
         name = text
         while name in taken:
@@ -80,6 +81,7 @@ def measuring_onnx(
         graph.initializer.append(onnx.numpy_helper.from_array(np.float32(value), name))
         return name
 
+    # Each output with its softmax or sigmoid undone: what went into it, or else the logarithm.
     values = []
     for read in outputs:
         node = maker[read.name]
@@ -105,6 +107,8 @@ def measuring_onnx(
             order = [k for k in range(rank) if k != axis % rank] + [axis % rank]
             value = add("Transpose", [value], perm=order)
         values.append(value)
+
+    # Several outputs become one row for each sample, and the graph ends there.
     if len(values) > 1:
         flat = [add("Flatten", [add("Cast", [v], to=onnx.TensorProto.FLOAT)]) for v in values]
         values = [add("Concat", flat, axis=1)]

@@ -397,6 +397,8 @@ def render_markdown(
         parts.append(f"## Budget {_escape(asked)}\n")
         opening = quantizable_sentences(plan.inventory)
         parts.append(" ".join([*opening, verdict(plan)]) + "\n")
+
+        # What every plan has to say, then what only some have.
         facts = [
             (
                 f"Stored weights {format_size(plan.size_bits)}: {plan.average_bits:.3f} bits per "
@@ -427,6 +429,8 @@ def render_markdown(
         if known and "full precision" in known:
             facts.append(f"Full precision scores {100 * known['full precision']:.2f} % on test.")
         parts.append("\n".join(f"- {fact}" for fact in facts) + "\n")
+
+        # Baselines beside it, and layer by layer.
         parts.append(markdown_table(comparison_rows(plan, known)))
         parts.append("<details><summary>Layers</summary>\n\n" + markdown_table(layer_rows(plan)))
         parts.append("</details>\n")

@@ -11,6 +11,7 @@ down_revision = None
 
 def upgrade() -> None:
     """Go to this form."""
+    # Keys, of which only the digests are kept.
     op.create_table(
         "api_keys",
         sa.Column("id", sa.String(length=32), nullable=False),
@@ -26,6 +27,7 @@ def upgrade() -> None:
     with op.batch_alter_table("api_keys", schema=None) as batch_op:
         batch_op.create_index("api_keys_by_tenant", ["tenant"], unique=False)
 
+    # Uploads; their bytes lie in the blob store.
     op.create_table(
         "artifacts",
         sa.Column("tenant", sa.String(length=64), nullable=False),
@@ -38,6 +40,7 @@ def upgrade() -> None:
         sa.Column("used_at", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("tenant", "kind", "digest"),
     )
+    # Who did what.
     op.create_table(
         "audit",
         sa.Column("id", sa.String(length=40), nullable=False),
@@ -52,6 +55,7 @@ def upgrade() -> None:
     with op.batch_alter_table("audit", schema=None) as batch_op:
         batch_op.create_index("audit_by_tenant", ["tenant", "id"], unique=False)
 
+    # Webhooks, delivered and due.
     op.create_table(
         "deliveries",
         sa.Column("id", sa.String(length=40), nullable=False),
@@ -69,6 +73,7 @@ def upgrade() -> None:
     with op.batch_alter_table("deliveries", schema=None) as batch_op:
         batch_op.create_index("deliveries_due", ["next_at"], unique=False)
 
+    # What each job has told, in order.
     op.create_table(
         "events",
         sa.Column("job", sa.String(length=40), nullable=False),
@@ -78,6 +83,7 @@ def upgrade() -> None:
         sa.Column("at", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("job", "seq"),
     )
+    # Jobs by the key that a client gave its request.
     op.create_table(
         "idempotency",
         sa.Column("tenant", sa.String(length=64), nullable=False),
@@ -87,6 +93,7 @@ def upgrade() -> None:
         sa.Column("created_at", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("tenant", "key"),
     )
+    # Jobs with their leases, progress and results.
     op.create_table(
         "jobs",
         sa.Column("id", sa.String(length=40), nullable=False),
@@ -122,6 +129,7 @@ def upgrade() -> None:
         batch_op.create_index("jobs_of_tenant_by_status", ["tenant", "status"], unique=False)
         batch_op.create_index("jobs_to_claim", ["status", "priority", "id"], unique=False)
 
+    # Quotas and webhook secrets.
     op.create_table(
         "tenants",
         sa.Column("tenant", sa.String(length=64), nullable=False),
