@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 PATIENCE_S = 800.0
 """Below pytest's own limit of a test, which says less about what was waited for."""
 
+PATIENTLY = {"timeout_s": PATIENCE_S, "poll_s": 0.2}
+"""How a client waits for a job: it looks more often than a server asks for."""
+
 
 def wait_for(condition: Callable[[], object], what: object) -> None:
     """Return once ``condition`` is true; after ``PATIENCE_S`` the test fails with ``what``."""

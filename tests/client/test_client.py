@@ -10,7 +10,7 @@ from bitquota import errors
 from bitquota.client import AsyncClient, Client, Job, error_of
 from bitquota.request import PlanRequest
 from live_server import LiveServer, folder_zip, npz
-from waiting import PATIENCE_S
+from waiting import PATIENTLY
 
 REQUEST = PlanRequest(budgets=("3 bits",))
 
@@ -104,7 +104,7 @@ class TestWait:
     def test_cancelled(self, client, files):
         job = client.submit(**files, request=REQUEST).cancel()
         with pytest.raises(errors.Cancelled):
-            job.wait(timeout_s=PATIENCE_S)
+            job.wait(**PATIENTLY)
 
     def test_plan_before_the_end(self, client, files):
         with pytest.raises(errors.Conflict):
@@ -127,7 +127,7 @@ class TestWait:
             back = threading.Timer(0.5, revive)
             back.start()
             with pytest.raises(errors.Cancelled):
-                job.wait(timeout_s=PATIENCE_S)
+                job.wait(**PATIENTLY)
             back.join()
         server.stop()
 
@@ -176,7 +176,7 @@ class TestAsyncClient:
                 )
                 await asyncio.gather(*(job.cancel() for job in jobs))
                 ends = await asyncio.gather(
-                    *(job.wait(timeout_s=PATIENCE_S) for job in jobs), return_exceptions=True
+                    *(job.wait(**PATIENTLY) for job in jobs), return_exceptions=True
                 )
             return {type(end) for end in ends}
 

@@ -12,7 +12,7 @@ from bitquota.errors import BudgetTooSmall, Cancelled
 from bitquota.request import PlanRequest
 from live_server import LiveServer
 from refusals import refused
-from waiting import PATIENCE_S, wait_for
+from waiting import PATIENTLY, wait_for
 
 pytestmark = pytest.mark.slow
 BITS = (2, 4, 8)
@@ -29,7 +29,7 @@ def finished(server, digits_files):
     """The job of ``request()`` on a server that nobody disturbs, and its progress while it ran."""
     with server.client() as client:
         seen = []
-        yield submit(client, digits_files).wait(on_progress=seen.append, timeout_s=PATIENCE_S), seen
+        yield submit(client, digits_files).wait(on_progress=seen.append, **PATIENTLY), seen
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ class TestPlanJob:
         with server.client() as client:
             job = submit(client, digits_files, budgets=("1 bits",))
             with refused(BudgetTooSmall, budget="1 bits", limit=4168, smallest=8336):
-                job.wait(timeout_s=PATIENCE_S)
+                job.wait(**PATIENTLY)
 
 
 class TestKill:
@@ -103,7 +103,7 @@ class TestKill:
             for attempt, victim in enumerate(("evaluator", "driver"), 1):
                 wait_for_measurements(server, job, attempt)
                 kill_working(server, victim)
-            job.wait(timeout_s=PATIENCE_S)
+            job.wait(**PATIENTLY)
             assert plan_texts(job) == undisturbed
             assert job.body["attempts"] >= 3
             story = [e.data["status"] for e in job.events() if e.kind == "status"]
@@ -124,7 +124,7 @@ class TestKill:
             wait_for_measurements(server, client.job(job.id), 2)
             assert server.stop() == 0
         with server, server.client() as client:
-            job = client.job(job.id).wait(timeout_s=PATIENCE_S)
+            job = client.job(job.id).wait(**PATIENTLY)
             assert plan_texts(job) == undisturbed
             assert job.body["attempts"] >= 2
             story = [e.data for e in job.events() if e.kind == "status"]
@@ -140,7 +140,7 @@ class TestCancel:
             wait_for(lambda: ledger_size(server) >= enough, "the first measurements")
             job.cancel()
             with pytest.raises(Cancelled):
-                job.wait(timeout_s=PATIENCE_S)
+                job.wait(**PATIENTLY)
             assert job.status == "cancelled"
         assert ledger_size(server) >= enough
 

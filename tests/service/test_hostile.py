@@ -17,7 +17,7 @@ import pytest
 
 from bitquota.request import PlanRequest
 from live_server import folder_zip, safetensors
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, PATIENTLY
 
 
 class Payload:
@@ -251,7 +251,7 @@ def test_honest_job_afterwards(server, digits_files):
     request = PlanRequest(budgets=("3 bits",), weight_bits=(2, 4), samples=16, holdout_samples=16)
     with server.client() as client:
         job = client.submit(model=model, calibration=calibration, request=request)
-        assert job.wait(timeout_s=PATIENCE_S).plan().average_bits <= 3
+        assert job.wait(**PATIENTLY).plan().average_bits <= 3
 
 
 def test_memory_stays_bounded(server, http, digits_files, tmp_path):

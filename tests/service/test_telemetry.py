@@ -15,7 +15,7 @@ from bitquota.request import PlanRequest
 from bitquota.service import telemetry
 from bitquota.service.telemetry import Tracing, described, wanted
 from live_server import LiveServer
-from waiting import PATIENCE_S
+from waiting import PATIENTLY
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("opentelemetry") is None
@@ -75,7 +75,7 @@ class TestTracing:
             job = client.submit(
                 model=model, calibration=calibration, request=request, kind="measure"
             )
-            job.wait(timeout_s=PATIENCE_S)
+            job.wait(**PATIENTLY)
         by_name = {span.name: span for span in spans}
         ordered, worked = by_name["POST /v1/jobs"], by_name["job measure"]
         assert ordered.trace_id == worked.trace_id

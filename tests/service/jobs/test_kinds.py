@@ -20,7 +20,7 @@ from bitquota.service.jobs.kinds import KINDS, kind_by_name
 from bitquota.service.store.blobs import BlobStore
 from bitquota.service.worker.result_receiver import ResultReceiver
 from refusals import refused
-from waiting import PATIENCE_S
+from waiting import PATIENTLY
 
 REQUEST = PlanRequest(
     budgets=("4 bits",), weight_bits=(2, 4, 8), samples=32, holdout_samples=32, refine=False
@@ -49,7 +49,7 @@ def client(server):
 @pytest.fixture(scope="module")
 def planned(client, files):
     job = client.submit(model=files[0], calibration=files[1], request=REQUEST)
-    return job.wait(timeout_s=PATIENCE_S)
+    return job.wait(**PATIENTLY)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
@@ -92,7 +92,7 @@ class TestMeasure:
             calibration=planned.body["dataset"],
             request=REQUEST,
             kind="measure",
-        ).wait(timeout_s=PATIENCE_S)
+        ).wait(**PATIENTLY)
         assert job.sensitivity() == planned.sensitivity()
         assert job.body["measured"] == 0
         with refused(NotFound, kind="measure"):
@@ -125,7 +125,7 @@ class TestSolve:
             "solve",
             {"budget": "4 bits", "explain": True, "top": 2},
             matrix=planned.results["matrix"],
-        ).wait(timeout_s=PATIENCE_S)
+        ).wait(**PATIENTLY)
         found = job.result("solution")
         matrix = SensitivityMatrix.from_bytes(planned.sensitivity())
         assert found["objective"] == pytest.approx(matrix.predict(found["choice"]))
@@ -138,11 +138,7 @@ class TestSolve:
     def test_smallest_for_a_tolerance(self, client, planned):
         matrix = planned.results["matrix"]
         order = {"budget": "8 bits", "tolerance": 1e6}
-        found = (
-            client.order("solve", order, matrix=matrix)
-            .wait(timeout_s=PATIENCE_S)
-            .result("solution")
-        )
+        found = client.order("solve", order, matrix=matrix).wait(**PATIENTLY).result("solution")
         assert set(found["labels"]) == {"W2"}
 
     def test_order_without_a_budget(self, client, planned):
@@ -157,7 +153,7 @@ class TestSolve:
 class TestFrontier:
     def test_larger_budgets_never_lose(self, client, planned):
         job = client.order("frontier", {"points": 6}, matrix=planned.results["matrix"])
-        rows = job.wait(timeout_s=PATIENCE_S).result("frontier")
+        rows = job.wait(**PATIENTLY).result("frontier")
         objectives = [row["objective"] for row in rows]
         assert objectives == sorted(objectives, reverse=True)
         assert len(rows) > 2
@@ -171,7 +167,7 @@ class TestEvaluate:
             model=planned.body["model"],
             dataset=files[1],
             plans=[planned.plan()],
-        ).wait(timeout_s=PATIENCE_S)
+        ).wait(**PATIENTLY)
         found = job.result("evaluation")
         assert found["n_samples"] == 64
         names = [score["name"] for score in found["scores"]]
@@ -184,7 +180,7 @@ class TestCompare:
         request = {"plan": REQUEST.to_json(), "metrics": ["gram", "diagonal"], "plans": 0}
         job = client.order(
             "compare", request, model=planned.body["model"], dataset=planned.body["dataset"]
-        ).wait(timeout_s=PATIENCE_S)
+        ).wait(**PATIENTLY)
         found = job.comparison()
         assert {"gram", "diagonal"} <= {entry.name for entry in found.entries}
         assert job.report() == found.render_markdown()
@@ -201,7 +197,7 @@ class TestExport:
             model=planned.body["model"],
             plan=planned.results["plans"][0],
             dataset=files[1],
-        ).wait(timeout_s=PATIENCE_S)
+        ).wait(**PATIENTLY)
         report = ExportReport.from_json(job.result("receipt"))
         archive = job.save("archive", tmp_path / "export.zip")
         with zipfile.ZipFile(archive) as packed:

@@ -16,7 +16,7 @@ from bitquota.service.jobs.kinds import training_request
 from bitquota.training import learn, weight_quantizers
 from bitquota.training.saved import load_trained
 from live_server import LiveServer
-from waiting import PATIENCE_S, wait_for
+from waiting import PATIENTLY, wait_for
 
 REQUEST = PlanRequest(
     budgets=("3 bits",), weight_bits=(2, 3, 4, 8), samples=32, holdout_samples=32, refine=False
@@ -32,7 +32,7 @@ def client(server):
 @pytest.fixture(scope="module")
 def planned(client, digits_files):
     job = client.submit(model=digits_files[0], calibration=digits_files[1], request=REQUEST)
-    return job.wait(timeout_s=PATIENCE_S)
+    return job.wait(**PATIENTLY)
 
 
 class TestFinetune:
@@ -44,7 +44,7 @@ class TestFinetune:
             model=planned.body["model"],
             dataset=digits_files[1],
             plan=planned.results["plans"][0],
-        ).wait(timeout_s=PATIENCE_S)
+        ).wait(**PATIENTLY)
         plan = job.plan()
         assert plan.selected == "trained:direct"
         assert plan.baselines[0].name == "before training"
@@ -63,7 +63,7 @@ class TestFinetune:
             "evaluate", {"uniform": False}, model=job.results["trained_model"],
             original=planned.body["model"], dataset=digits_files[1],
             plans=[job.results["plans"][0]],
-        ).wait(timeout_s=PATIENCE_S)  # fmt: skip
+        ).wait(**PATIENTLY)  # fmt: skip
         original, trained = beside.result("evaluation")["scores"]
         assert original["metrics"]["kl"]["mean"] == pytest.approx(0, abs=1e-9)
         assert trained["metrics"]["kl"]["mean"] > 1e-4
@@ -97,7 +97,7 @@ class TestLearn:
             model=planned.body["model"],
             dataset=digits_files[1],
             plan=planned.results["plans"][0],
-        ).wait(timeout_s=PATIENCE_S)
+        ).wait(**PATIENTLY)
         plan = job.plan()
         assert isinstance(plan, Plan)
         assert plan.average_bits <= 3
@@ -126,13 +126,13 @@ class TestKill:
                 os.kill(server.working(victim), signal.SIGKILL)
                 attempt = 2 if victim == "driver" else 3
                 wait_for(lambda n=attempt: has_attempt(job, n), "the next attempt")
-            job.wait(timeout_s=PATIENCE_S)
+            job.wait(**PATIENTLY)
             assert job.body["attempts"] == 3
             assert not folder.exists()
             story = [e.data for e in job.events()]
             twin = client.order(
                 "learn", order, model=digits_files[0], dataset=digits_files[1]
-            ).wait(timeout_s=PATIENCE_S)
+            ).wait(**PATIENTLY)
         assert job.results["weights"] == twin.results["weights"]
         assert job.results["plans"] == twin.results["plans"]
         starts = [k for k, event in enumerate(story) if event.get("status") == "running"]

@@ -20,7 +20,7 @@ from bitquota.service.worker.engines import ENGINES, Assignment, InputFile, engi
 from bitquota.service.worker.engines.local import LocalEngine
 from bitquota.service.worker.worker_pool import WorkerPool
 from live_server import LiveServer, started
-from waiting import PATIENCE_S, wait_for
+from waiting import PATIENCE_S, PATIENTLY, wait_for
 
 REQUEST = PlanRequest(
     budgets=("3 bits",), weight_bits=(2, 3, 4, 8), samples=512, holdout_samples=128,
@@ -147,13 +147,13 @@ class TestHelpers:
         model, calibration = digits_files
         with server.client() as client:
             alone = client.submit(model=model, calibration=calibration, request=REQUEST)
-            expected = alone.wait(timeout_s=PATIENCE_S).plan_text()
+            expected = alone.wait(**PATIENTLY).plan_text()
         with LiveServer(tmp_path / "data", workers=3, heartbeat_s=0.1) as helped:
             with helped.client() as client:
                 job = client.submit(model=model, calibration=calibration, request=REQUEST)
                 wait_for(lambda: len(forks_of(helped)) >= 3, "helpers")
                 os.kill(forks_of(helped)[-1], signal.SIGKILL)
-                assert job.wait(timeout_s=PATIENCE_S).plan_text() == expected
+                assert job.wait(**PATIENTLY).plan_text() == expected
                 assert job.body["attempts"] == 1
             log = helped.log.read_text()
         assert "helper lost" in log

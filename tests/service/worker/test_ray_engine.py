@@ -15,7 +15,7 @@ from bitquota.service.worker.engines.ray_cluster import connect
 from live_cluster import LiveCluster, evaluators
 from live_server import LiveServer, npz
 from onnx_graphs import endless_graph
-from waiting import PATIENCE_S, wait_for
+from waiting import PATIENTLY, wait_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -74,14 +74,14 @@ class TestRayEngine:
                 both = not ended(job)
                 assert not both or evaluators(node.pid), "the node has evaluators"
                 cluster.kill(node)
-                found = job.wait(timeout_s=PATIENCE_S).plan_text()
+                found = job.wait(**PATIENTLY).plan_text()
                 if both and events(server.log, "helper lost") + events(server.log, "driver ended"):
                     break
             else:
                 pytest.fail(f"no node died with work in hand in {TRIES} tries")
         with LiveServer(tmp_path / "local") as server, server.client() as client:
             job = submit(client, digits_files, seed)
-            assert job.wait(timeout_s=PATIENCE_S).plan_text() == found
+            assert job.wait(**PATIENTLY).plan_text() == found
 
 
 class TestCancel:
@@ -98,7 +98,7 @@ class TestCancel:
             wait_for(lambda: job.refresh().progress and job.progress.stage == "load", "the model")
             job.cancel()
             with pytest.raises(Cancelled):
-                job.wait(timeout_s=PATIENCE_S)
+                job.wait(**PATIENTLY)
             nodes = [node.pid for node in cluster.nodes]
             wait_for(lambda: not any(evaluators(pid) for pid in nodes), "the end of the evaluator")
 

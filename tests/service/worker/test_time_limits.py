@@ -21,7 +21,7 @@ from bitquota.service.worker.time_limits import TimeLimits
 from live_server import LiveServer, npz
 from onnx_graphs import endless_graph
 from refusals import refused
-from waiting import PATIENCE_S, wait_for
+from waiting import PATIENTLY, wait_for
 
 pytestmark = pytest.mark.slow
 STAGE_S = 60.0
@@ -128,7 +128,7 @@ class TestCancel:
             working = patient.working("evaluator")
             job.cancel()
             with pytest.raises(Cancelled):
-                job.wait(timeout_s=PATIENCE_S)
+                job.wait(**PATIENTLY)
             assert not alive(working)
 
     @pytest.mark.parametrize("module", ["driver", "evaluator"])
@@ -140,7 +140,7 @@ class TestCancel:
             os.kill(working, signal.SIGSTOP)
             job.cancel()
             with pytest.raises(Cancelled):
-                job.wait(timeout_s=PATIENCE_S)
+                job.wait(**PATIENTLY)
             assert not alive(working)
 
 
@@ -156,7 +156,7 @@ class TestDeadline:
                 model=digits_files[0], calibration=digits_files[1], request=long, deadline_s=2.0
             )
             with pytest.raises(ServiceTimeout, match="deadline"):
-                job.wait(timeout_s=PATIENCE_S)
+                job.wait(**PATIENTLY)
         assert job.status == "expired"
 
 
@@ -180,13 +180,13 @@ class TestAttempts:
                 job.raise_unless_succeeded()
             assert job.body["attempts"] == 2
             job = client.submit(model=model, calibration=calibration, request=few)
-            assert job.wait(timeout_s=PATIENCE_S).plans()
+            assert job.wait(**PATIENTLY).plans()
 
 
 class TestStage:
     def test_silent_evaluator_is_ended_with_the_stage_and_the_limit(self, silent):
         with refused(ServiceTimeout, stage="load", limit_s=STAGE_S):
-            silent.wait(timeout_s=PATIENCE_S)
+            silent.wait(**PATIENTLY)
         assert (silent.status, silent.body["attempts"]) == ("expired", 1)
 
 
