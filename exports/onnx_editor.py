@@ -9,7 +9,7 @@ import numpy as np
 from bitquota.candidates.layers import LayerKind
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat
 from bitquota.errors import InvalidPlan
-from bitquota.models.layout import TRANSPOSED_CONVOLUTIONS, from_matrix
+from bitquota.models.layout import TRANSPOSED_CONVOLUTIONS, back_to_stored, from_matrix
 from bitquota.models.onnx.layers import readers
 from bitquota.quantizers.packing import pack_bits
 
@@ -378,7 +378,7 @@ def _arrange(layer: Layer, weight: QuantizedWeight) -> _Arranged:
     found = None
     if granularity is Granularity.TENSOR:
         found = _Arranged(whole, *shaped(lambda a: a.reshape(())), None, 0, [])
-    elif granularity is Granularity.CHANNEL and not grouped:
+    elif granularity is Granularity.CHANNEL and not grouped and layer.axes is None:
         found = _Arranged(whole, *shaped(lambda a: a.reshape(-1)), by_column, 0, [])
     elif granularity is Granularity.GROUP and transposed:
         found = _Arranged(whole, *shaped(lambda a: a.T), 0, block, [])
@@ -420,6 +420,9 @@ def _steps_back(layer: Layer) -> list[tuple[str, list[int]]]:
         ]
     if layer.kind is LayerKind.LINEAR_TRANSPOSED:
         return [("Transpose", [1, 0])]
+    if layer.axes is not None:
+        turned = [layer.weight_shape[k] for k in layer.axes]
+        return [("Reshape", turned), ("Transpose", back_to_stored(layer.axes))]
     if len(layer.weight_shape) > 2:
         return [("Reshape", list(layer.weight_shape))]
     return []

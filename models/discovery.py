@@ -5,11 +5,12 @@ Two ways: by module type, for ordinary modules; and by operator, for graphs that
 left.
 
 What counts. A parameter is quantizable if a layer multiplies with it: convolutions, transposed
-convolutions, linear layers, embeddings, transformers' ``Conv1D``, and three-dimensional expert
-parameters. Everything else that a checkpoint stores ships as it is and is counted with its exact
-bits: biases, normalisation, positions, persistent buffers. ``num_batches_tracked`` is left out:
-it is a counter of training that no inference reads. Non-persistent buffers are rebuilt on
-loading and take no storage.
+convolutions, linear layers, embeddings, transformers' ``Conv1D``, three-dimensional expert
+parameters, and, where there is a sample to run, parameters that matrix products outside of any
+layer read (see ``products``). Everything else that a checkpoint stores ships as it is and is
+counted with its exact bits: biases, normalisation, positions, persistent buffers.
+``num_batches_tracked`` is left out: it is a counter of training that no inference reads.
+Non-persistent buffers are rebuilt on loading and take no storage.
 """
 
 from __future__ import annotations
@@ -28,12 +29,18 @@ from bitquota.models.calls import tensor_key
 from bitquota.models.identity import model_fingerprint
 from bitquota.models.layer_calls import MatrixOfOperator
 from bitquota.models.layout import matrix_shape
+from bitquota.models.onnx.program import source_of
 from bitquota.models.plain_weights import GatedRecurrent
+from bitquota.models.products import watch_products
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
+
+    from bitquota.models.products import ProductWatcher
+
+_ELEMENTWISE = frozenset({"add", "add_", "sub", "rsub", "mul", "div", "cat"})
 
 _MODULES: dict[type[nn.Module], LayerKind] = {
     nn.Conv1d: LayerKind.CONV1D,
@@ -84,6 +91,8 @@ class _Found:
     aliases: list[str] = field(default_factory=list)
     n_macs: int = 0
     n_inputs: int = 0
+    axes: tuple[int, ...] | None = None
+    columns: int | None = None
 
 
 def discover(
@@ -121,13 +130,15 @@ def discover(
         found = _search_graph(module, example_inputs, names)
     else:
         found = _search_modules(module, names)
+    reasons: dict[str, str] = {}
     if example_inputs is not None and not _is_exported(module):
-        _count_by_hooks(module, example_inputs, found)
+        watcher = _count_by_hooks(module, example_inputs, found)
+        reasons = _add_bare_parameters(watcher, found, names, _n_samples(example_inputs))
     layers = tuple(_layer(item) for item in found.values())
     return Inventory(
         model_digest=model_fingerprint(module) if model_digest is None else model_digest,
         layers=layers,
-        unquantized=tuple(_unquantized(module, names, set(found))),
+        unquantized=tuple(_unquantized(module, names, set(found), reasons)),
     )
 
 
@@ -249,8 +260,11 @@ def _count_by_hooks(
     module: nn.Module,
     example_inputs: tuple[Tensor, ...],
     found: dict[tuple[Any, ...], _Found],
-) -> None:
-    """Run once and count; experts are counted by the share of tokens that reach each."""
+) -> ProductWatcher:
+    """Run once and count, and watch products outside of modules.
+
+    Experts are counted by the share of tokens that reach each.
+    """
     n_samples = _n_samples(example_inputs)
     handles = []
     for owner in module.modules():
@@ -269,13 +283,59 @@ def _count_by_hooks(
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
-        with torch.no_grad():
-            module(*example_inputs)
+        # ONNX Runtime's products are not torch's, and its file lists all of its weights.
+        watched = [p for p in module.parameters() if p.ndim > 1 and source_of(module) is None]
+        return watch_products(lambda: module(*example_inputs), watched)
     finally:
         for handle in handles:
             handle.remove()
         for part, mode in modes:
             part.training = mode
+
+
+def _add_bare_parameters(
+    watcher: ProductWatcher,
+    found: dict[tuple[Any, ...], _Found],
+    names: dict[tuple[Any, ...], list[str]],
+    n_samples: int,
+) -> dict[str, str]:
+    """Add the parameters that are multiplied outside of modules; say why the rest are no layers."""
+    reasons = {}
+    for key, use in watcher.uses.items():
+        full, *aliases = names[key]
+        axes = use.axes
+        if key in found:
+            # By its shape alone it was taken for experts, of which a product reads one at a time.
+            whole = axes is not None and 0 in use.rows | use.columns
+            added = bool(use.others) and use.others <= _ELEMENTWISE and not use.columns
+            if found[key].kind is not LayerKind.EXPERTS or not (whole or added):
+                continue
+            del found[key]
+        if use.looked_up:
+            kind, axes = LayerKind.EMBEDDING, None
+        elif axes is not None:
+            kind = LayerKind.CONTRACTION
+        else:
+            reasons[full] = use.reason
+            continue
+        owner, _, attribute = full.rpartition(".")
+        found[key] = _Found(
+            name=(owner if attribute == "weight" else full) or full,
+            kind=kind,
+            weight_name=full,
+            weight=use.parameter,
+            aliases=aliases,
+            n_macs=use.n_macs // n_samples,
+            n_inputs=use.n_inputs // n_samples,
+            axes=None if axes is None or list(axes) == sorted(axes) else axes,
+        )
+        if kind is LayerKind.CONTRACTION:
+            found[key].columns = use.n_columns
+    order = {key: k for k, key in enumerate(names)}
+    in_order = sorted(found.items(), key=lambda item: order[item[0]])
+    found.clear()
+    found.update(in_order)
+    return reasons
 
 
 def _counting_hook(item: _Found, kind: LayerKind, n_samples: int) -> Callable[..., None]:
@@ -446,6 +506,8 @@ def _search_graph(
 def _layer(item: _Found) -> Layer:
     shape = tuple(item.weight.shape)
     rows, columns = matrix_shape(item.kind, shape, groups=item.groups, transposed=item.transposed)
+    if item.columns is not None:
+        rows, columns = item.weight.numel() // item.columns, item.columns
     return Layer(
         name=item.name,
         kind=item.kind,
@@ -458,15 +520,19 @@ def _layer(item: _Found) -> Layer:
         n_inputs=item.n_inputs,
         weight_format_bits=item.weight.element_size() * 8,
         aliases=tuple(item.aliases),
+        axes=item.axes,
     )
 
 
 def _unquantized(
-    module: nn.Module, names: dict[tuple[Any, ...], list[str]], quantized: set[tuple[Any, ...]]
+    module: nn.Module,
+    names: dict[tuple[Any, ...], list[str]],
+    quantized: set[tuple[Any, ...]],
+    reasons: dict[str, str],
 ) -> Iterator[UnquantizedTensor]:
     """Yield every other stored tensor once."""
     seen = set(quantized)
-    known: dict[str, str] = getattr(module, "reasons", {})
+    known: dict[str, str] = getattr(module, "reasons", {}) or reasons
     for name, tensor in module.state_dict(keep_vars=True).items():
         if not isinstance(tensor, torch.Tensor) or name.endswith("num_batches_tracked"):
             continue

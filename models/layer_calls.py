@@ -91,6 +91,8 @@ def module_for_call(
         return None
     module, names = build
     path = _module_path(names["weight"] if "weight" in names else names["running_mean"])
+    if _is_tensor(root, path):
+        return None  # a bare parameter of this name: it stays the operator's argument
     place = _child(root, path)
     if place is not None and type(place) is not nn.Module:
         return path if _same(place, module, root, names) else None
@@ -215,6 +217,12 @@ def _same(there: nn.Module, built: nn.Module, root: nn.Module, names: dict[str, 
         if have is not want:
             return False
     return True
+
+
+def _is_tensor(root: nn.Module, path: str) -> bool:
+    parent, _, last = path.rpartition(".")
+    owner = _child(root, parent) if parent else root
+    return owner is not None and (last in owner._parameters or last in owner._buffers)  # noqa: SLF001
 
 
 def _child(root: nn.Module, path: str) -> nn.Module | None:

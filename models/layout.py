@@ -71,6 +71,8 @@ def to_matrix(weight: Tensor, layer: Layer) -> Tensor:
         return split.transpose(1, 2).reshape(layer.rows, layer.columns)
     if layer.kind is LayerKind.LINEAR_TRANSPOSED:
         return weight.t()
+    if layer.axes is not None:
+        return weight.permute(layer.axes).reshape(layer.rows, layer.columns)
     if layer.kind is LayerKind.EXPERTS and _experts_transposed(layer):
         return weight.transpose(1, 2).reshape(layer.rows, layer.columns)
     return weight.reshape(layer.rows, layer.columns)
@@ -96,9 +98,17 @@ def from_matrix(matrix: Tensor, layer: Layer) -> Tensor:
         return split.transpose(1, 2).reshape(shape).contiguous()
     if layer.kind is LayerKind.LINEAR_TRANSPOSED:
         return matrix.t().contiguous()
+    if layer.axes is not None:
+        turned = matrix.reshape([shape[k] for k in layer.axes])
+        return turned.permute(back_to_stored(layer.axes)).contiguous()
     if layer.kind is LayerKind.EXPERTS and _experts_transposed(layer):
         return matrix.reshape(shape[0], shape[2], shape[1]).transpose(1, 2).contiguous()
     return matrix.reshape(shape).contiguous()
+
+
+def back_to_stored(axes: tuple[int, ...]) -> list[int]:
+    """Return the permutation that undoes ``axes``."""
+    return sorted(range(len(axes)), key=axes.__getitem__)
 
 
 def _experts_transposed(layer: Layer) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bitquota.candidates.layers import LayerKind
+from bitquota.candidates.layers import MATRICES, LayerKind
 from bitquota.candidates.storage import Grid
 from bitquota.errors import InvalidInput, MeasurementFailed
 from bitquota.models.calls import LayerWatcher, tensor_key, with_input
@@ -231,7 +231,11 @@ class InputWatcher(LayerWatcher[str]):
 
 def weights_of(module: nn.Module, inventory: Inventory) -> dict[tuple[Any, ...], str]:
     """Return the name of each layer by ``tensor_key`` of its weight."""
-    return {tensor_key(module.get_parameter(la.weight_name)): la.name for la in inventory.layers}
+    return {
+        tensor_key(module.get_parameter(la.weight_name)): la.name
+        for la in inventory.layers
+        if la.kind not in MATRICES  # no module's call shows what they are multiplied with
+    }
 
 
 def collect_inputs(

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from bitquota.codec import Document
+from bitquota.codec import Document, Form
 from bitquota.errors import InvalidInput, InvalidModel, UnknownLayer
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class LayerKind(StrEnum):
     RECURRENT = "recurrent"
     """The matrix of one gate of an LSTM, GRU or RNN: one row per hidden unit."""
     CONTRACTION = "contraction"
-    """The constant side of an Einsum or a batched product, as one row per output."""
+    """The constant side of an Einsum or matrix product outside of a layer: one row per output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +56,8 @@ class Layer(Document):
         weight_format_bits: Bits per weight as the checkpoint stores it (32 or 16).
         group: Name of the decision group; layers of one group share a candidate.
         aliases: Other parameter names that share the same storage (tied weights).
+        axes: Axes of the stored weight, those of its rows first, where a contraction stores them
+            in another order.
     """
 
     name: str
@@ -70,6 +72,9 @@ class Layer(Document):
     weight_format_bits: int = 32
     group: str = ""
     aliases: tuple[str, ...] = ()
+    axes: tuple[int, ...] | None = None
+
+    FORM: ClassVar[Form] = Form(left_out=("axes",))
 
     def __post_init__(self) -> None:
         """Check the counts against each other; a layer without a group is its own group."""
@@ -83,6 +88,12 @@ class Layer(Document):
             msg = (
                 f"layer '{self.name}': rows x columns must equal n_weights={self.n_weights}; "
                 f"got {self.rows} x {self.columns}"
+            )
+            raise InvalidModel(msg, layer=self.name)
+        if self.axes is not None and sorted(self.axes) != list(range(len(self.weight_shape))):
+            msg = (
+                f"layer '{self.name}': axes must be those of a weight of shape "
+                f"{list(self.weight_shape)}, each once; got {list(self.axes)}"
             )
             raise InvalidModel(msg, layer=self.name)
         if not self.group:
