@@ -29,7 +29,6 @@ from bitquota.models.calls import tensor_key
 from bitquota.models.identity import model_fingerprint
 from bitquota.models.layer_calls import MatrixOfOperator
 from bitquota.models.layout import matrix_shape
-from bitquota.models.onnx.program import source_of
 from bitquota.models.plain_weights import GatedRecurrent
 from bitquota.models.products import watch_products
 
@@ -283,8 +282,7 @@ def _count_by_hooks(
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
-        # ONNX Runtime's products are not torch's, and its file lists all of its weights.
-        watched = [p for p in module.parameters() if p.ndim > 1 and source_of(module) is None]
+        watched = [p for p in module.parameters() if p.ndim > 1]
         return watch_products(lambda: module(*example_inputs), watched)
     finally:
         for handle in handles:
