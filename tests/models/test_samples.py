@@ -63,6 +63,12 @@ class TestLoadCalibration:
         assert [t.dtype for t in data.inputs] == [torch.int64, torch.int64]
         assert data.inputs[0].tolist() == ids.tolist()
 
+    def test_names_that_only_onnx_knows(self, tmp_path, images):
+        """TensorFlow's exports call their input ``serving_default_input:0``."""
+        members = {"serving_default_input_2:0": images, "onnx::Gather.1": np.arange(10)}
+        data = load_calibration(npz(tmp_path / "c.npz", **members))
+        assert set(data.names) == set(members)
+
     def test_safetensors(self, tmp_path, images):
         """The same names in safetensors give the same set."""
         save_file(
