@@ -357,6 +357,15 @@ def _trace(prepared: PreparedExport) -> tuple[Any, frozenset[str]]:
         for node in exported.graph.nodes
         if node.op == "placeholder" and node.name in parameters and not node.users
     }
+    # A length that the model fixes is a symbol of one value to torch, and should be that value.
+    fixed = {
+        str(symbol): int(values.lower)
+        for symbol, values in exported.range_constraints.items()
+        if values.lower == values.upper
+    }
+    for given in program.model.graph.inputs:
+        for axis, size in enumerate(given.shape):
+            given.shape[axis] = fixed.get(str(size), size)
     with _quiet():
         return fold_constants(program), frozenset(unread)
 
