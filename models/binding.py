@@ -9,11 +9,13 @@ import inspect
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from bitquota.errors import InvalidCalibration
 from bitquota.models.calibration import GENERIC_NAMES
 from bitquota.models.onnx.program import source_of
+from bitquota.models.pt2.module import ExportedModel
 
 if TYPE_CHECKING:
     from bitquota.models.calibration import CalibrationSet
@@ -28,11 +30,13 @@ class DeclaredInput:
         name: As the graph or the forward pass calls it.
         integer: Whether it must hold integers (or may not), if that is declared.
         required: Whether the model cannot run without it.
+        dtype: The type that its operators compute with, where samples must have it.
     """
 
     name: str
     integer: bool | None = None
     required: bool = True
+    dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
         """Return the name, with the type where it is declared."""
@@ -47,6 +51,15 @@ def declared_inputs(module: nn.Module) -> tuple[DeclaredInput, ...]:
         return tuple(
             DeclaredInput(name=name, integer=dtype.kind in "iu" if dtype.kind in "iuf" else None)
             for name, dtype in source.inputs
+        )
+    if isinstance(module, ExportedModel):
+        return tuple(
+            DeclaredInput(
+                name=entry.name,
+                integer=None if entry.dtype == torch.bool else not entry.dtype.is_floating_point,
+                dtype=entry.dtype,
+            )
+            for entry in module.declared
         )
     parameters = inspect.signature(module.forward).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
@@ -106,8 +119,13 @@ def bound(model: LoadedModel | nn.Module, samples: CalibrationSet) -> Calibratio
     tensors = dict(zip(names, samples.inputs, strict=True))
     for entry in order:
         if entry.integer and tensors[entry.name].is_floating_point():
-            msg = f"'{entry.name}' must hold integers, as the model declares; it is floating point"
+            msg = (
+                f"'{entry.name}' must hold integers, as the model declares; it is floating point: "
+                f"{says}"
+            )
             raise InvalidCalibration(msg, input=entry.name)
+        if entry.dtype is not None:
+            tensors[entry.name] = tensors[entry.name].to(entry.dtype)
     return replace(
         samples,
         inputs=tuple(tensors[entry.name] for entry in order),

@@ -1,4 +1,4 @@
-"""Calibration sets in: ``.npz``, ``.safetensors``, token texts, or a local factory."""
+"""Calibration sets in: ``.npz``, ``.safetensors``, tables, texts, or a local factory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from bitquota.errors import InvalidCalibration
 from bitquota.models.calibration import GENERIC_NAMES, CalibrationSet
 from bitquota.models.factory import call_factory
 from bitquota.models.sources import HOW_TO_SAVE, SampleSource, sample_source
-from bitquota.models.text import DEFAULT_LENGTH, load_text
+from bitquota.models.tables import read_table
+from bitquota.models.text import DEFAULT_LENGTH, load_text, text_windows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,9 +52,10 @@ def load_calibration(
 
     Args:
         spec: An ``.npz`` (members called as the model's inputs, or ``x`` where there is one;
-            optional ``y`` or ``labels``), a ``.safetensors`` with the same names, a ``.txt`` or
-            ``.jsonl`` text, or a local factory ``package.module:function`` that returns
-            ``inputs`` or ``(inputs, labels)``, inputs being a tensor, a tuple, or a dict by name.
+            optional ``y`` or ``labels``), a ``.safetensors``, ``.jsonl`` or ``.parquet`` with the
+            same names, a ``.txt`` (or a table with a column ``text``), or a local factory
+            ``package.module:function`` that returns ``inputs`` or ``(inputs, labels)``, inputs
+            being a tensor, a tuple, or a dict by name.
         n: Draw this many samples, in their original order; all if left out.
         seed: Of that draw.
         tokenizer: For texts: a folder with ``tokenizer.json``, or ``bytes``.
@@ -68,6 +70,11 @@ def load_calibration(
     match sample_source(spec):
         case SampleSource.TEXT:
             return load_text(path, tokenizer=tokenizer, length=length, n=n, seed=seed)
+        case SampleSource.TABLE:
+            table = read_table(path)
+            if isinstance(table, str):
+                return text_windows(table, path, tokenizer=tokenizer, length=length, n=n, seed=seed)
+            whole = _from_members(table, spec)
         case SampleSource.FACTORY:
             whole = _from_factory(spec)
         case SampleSource.NPZ:

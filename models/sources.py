@@ -17,16 +17,16 @@ FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*
 PICKLES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle", ".joblib", ".ckpt", ".model"})
 """Suffixes of files that run code when they are read."""
 
-TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
-"""Suffixes of texts, which become samples by a tokenizer."""
+TABLE_SUFFIXES = (".jsonl", ".parquet")
+"""Suffixes of tables: their columns are inputs, or a text, which takes a tokenizer."""
 
 MODEL_WAYS = (
     "a Hugging Face folder (config.json and .safetensors), a .pt2 written by torch.export.save, "
     "an .onnx file, or, on this machine, a factory 'package.module:function'"
 )
 SAMPLE_WAYS = (
-    "an .npz or .safetensors file of arrays, a .txt, .jsonl or .parquet text, or, on this machine, "
-    "a factory 'package.module:function'"
+    "an .npz or .safetensors file of arrays, a .jsonl or .parquet of columns or of a 'text', a "
+    ".txt, or, on this machine, a factory 'package.module:function'"
 )
 HOW_TO_SAVE = (
     "save it with numpy.savez('calibration.npz', x=inputs, y=labels), x being what the model "
@@ -49,6 +49,7 @@ class SampleSource(StrEnum):
     FACTORY = "factory"
     NPZ = "npz"
     SAFETENSORS = "safetensors"
+    TABLE = "table"
     TEXT = "text"
 
 
@@ -89,7 +90,9 @@ def sample_source(spec: str) -> SampleSource:
         got = "is a folder" if path.is_dir() else "does not exist"
         msg = f"a calibration set must be {SAMPLE_WAYS}; '{spec}' {got}"
         raise InvalidCalibration(msg, source=spec)
-    if path.suffix in TEXT_SUFFIXES:
+    if path.suffix in TABLE_SUFFIXES:
+        return SampleSource.TABLE
+    if path.suffix == ".txt":
         return SampleSource.TEXT
     if path.suffix in (".npz", ".safetensors"):
         return SampleSource(path.suffix[1:])

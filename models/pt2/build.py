@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from bitquota.errors import BitquotaError, InvalidModel, UnsafeModel
 from bitquota.models.layer_calls import module_for_call
-from bitquota.models.pt2.module import OPERATOR, ExportedModel
+from bitquota.models.pt2.module import OPERATOR, ExportedModel, GraphInput
 from bitquota.models.pt2.operators import (
     FLOAT_WORDS,
     SIZE_OPERATORS,
@@ -72,12 +72,10 @@ class Pt2Model:
 
     Attributes:
         module: Takes the user inputs in order, returns one tensor, or a tuple of several.
-        n_inputs: Number of user inputs.
         parameter_formats: Data type of each parameter as stored.
     """
 
     module: ExportedModel
-    n_inputs: int
     parameter_formats: dict[str, str]
 
 
@@ -117,12 +115,12 @@ class _Builder:
         formats = self._register_tensors()
         graph_module = self.archive.program["graph_module"]
         signature, graph = graph_module["signature"], graph_module["graph"]
-        n_inputs = self._add_inputs(signature["input_specs"])
+        declared = self._add_inputs(signature["input_specs"], graph["tensor_values"])
         self._add_nodes(graph)
         self.graph.output(self._output(signature["output_specs"]))
         self.graph.lint()
-        module = ExportedModel(self.root, self.graph).eval()
-        return Pt2Model(module=module, n_inputs=n_inputs, parameter_formats=formats)
+        module = ExportedModel(self.root, self.graph, declared).eval()
+        return Pt2Model(module=module, parameter_formats=formats)
 
     def _register_tensors(self) -> dict[str, str]:
         files = {}
@@ -158,8 +156,8 @@ class _Builder:
                     owner.register_buffer(attribute, tensor)
         return formats
 
-    def _add_inputs(self, specs: list[JsonObject]) -> int:
-        n_inputs = 0
+    def _add_inputs(self, specs: list[JsonObject], tensors: JsonObject) -> tuple[GraphInput, ...]:
+        declared: list[GraphInput] = []
         for spec in specs:
             (kind, body), *_ = [(k, v) for k, v in spec.items() if v is not None]
             if kind in ("parameter", "buffer", "tensor_constant"):
@@ -171,15 +169,16 @@ class _Builder:
                 self.parameter_of_value[_value_name(body["arg"]["name"])] = target
             elif kind == "user_input" and "as_tensor" in body["arg"]:
                 name = _value_name(body["arg"]["as_tensor"]["name"])
-                self.values[name] = self.graph.placeholder(f"input_{n_inputs}")
-                n_inputs += 1
+                self.values[name] = self.graph.placeholder(f"input_{len(declared)}")
+                dtype = _computed_in(_DTYPES[tensors[name]["dtype"]])
+                declared.append(GraphInput(name, dtype))
             elif kind not in ("user_input", "constant_input", "token"):
                 msg = f"a model must take tensors; this one has an input of kind '{kind}'"
                 raise InvalidModel(msg, kind=kind)
-        if n_inputs == 0:
+        if not declared:
             msg = "a model must take at least one tensor; this one takes none"
             raise InvalidModel(msg)
-        return n_inputs
+        return tuple(declared)
 
     def _add_nodes(self, graph: JsonObject) -> None:
         for name, meta in graph["tensor_values"].items():
@@ -292,9 +291,7 @@ class _Builder:
             wrap = kind == "as_tensors"
             return [self._value({"as_tensor": v} if wrap else v) for v in value]
         if kind == "as_scalar_type":
-            # Half precision was turned into float32 with the weights.
-            dtype = _DTYPES[value]
-            return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+            return _computed_in(_DTYPES[value])
         if kind == "as_memory_format":
             return _MEMORY_FORMATS[value]
         if kind == "as_layout":
@@ -382,6 +379,11 @@ def _operator(target: str) -> Callable[..., Any]:
         msg = f"this torch ({torch.__version__}) has no operator '{target}'"
         raise InvalidModel(msg, operator=target)
     return found[0]  # type: ignore[no-any-return]
+
+
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which ``dtype`` is computed: half precision became float32."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _device_of(tensor: torch.Tensor) -> torch.device:

@@ -6,6 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from bitquota.canonical import digest_json
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
 
 OPERATOR = "operator"
 """Key of a node's metadata under which the name of its function stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphInput:
+    """An input that an exported graph declares: its name, and the type of its tensor."""
+
+    name: str
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +67,16 @@ def dynamic_axes(module: nn.Module, n_inputs: int, axes: Mapping[int, Any]) -> t
 
 
 class ExportedModel(nn.Module):
-    """Holds the layers and tensors of a graph under their names, and runs its calls in order."""
+    """Holds the layers and tensors of a graph under their names, and runs its calls in order.
 
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+    Attributes:
+        declared: What it takes, in order.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, declared: tuple[GraphInput, ...]) -> None:
         """Take over what ``root`` holds and the calls of ``graph``."""
         super().__init__()
+        self.declared = declared
         used = {str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")}
         for name, child in root.named_children():
             if any(target == name or target.startswith(name + ".") for target in used):
@@ -85,7 +99,10 @@ class ExportedModel(nn.Module):
                 target = [target, describe.module(self.get_submodule(target))]
             name = step.operator or describe(target)
             rows.append([step.kind, name, describe(step.args), describe(step.kwargs)])
-        return Computation(digest=digest_json([rows, self._result]))
+        described: list[Any] = [rows, self._result]
+        if len(self.declared) > 1:  # their names decide which samples go where
+            described.append([entry.name for entry in self.declared])
+        return Computation(digest=digest_json(described))
 
     def forward(self, *inputs: Tensor) -> Any:  # noqa: ANN401  # a tensor, or a tuple of them
         """Run all calls on ``inputs`` and return the graph's output, or a tuple of several."""
@@ -98,9 +115,9 @@ class ExportedModel(nn.Module):
                 return [resolve(a) for a in arg]
             return arg
 
-        n_inputs = sum(step.kind == "input" for step in self._steps)
-        if len(inputs) != n_inputs:
-            msg = f"the model takes {n_inputs} inputs; got {len(inputs)}"
+        if len(inputs) != len(self.declared):
+            names = ", ".join(entry.name for entry in self.declared)
+            msg = f"the model takes {len(self.declared)} inputs ({names}); got {len(inputs)}"
             raise TypeError(msg)
         for index, step in enumerate(self._steps):
             if step.kind == "input":

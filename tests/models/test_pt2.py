@@ -158,7 +158,7 @@ class TestBuildPt2:
 
         net, a, b = Two().eval(), torch.randn(3, 4), torch.randn(3, 4)
         built = build_pt2(vet_pt2(write_pt2(net, (a, b), tmp_path / "m.pt2")))
-        assert built.n_inputs == 2
+        assert [entry.name for entry in built.module.declared] == ["a", "b"]
         assert [n for n, m in built.module.named_modules() if type(m) is nn.Linear] == ["shared"]
         with torch.no_grad():
             assert torch.equal(net(a, b), built.module(a, b))

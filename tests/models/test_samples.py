@@ -17,7 +17,7 @@ from bitquota.models.binding import bound
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import load_model
 from bitquota.models.samples import check_calibration, load_calibration
-from format_networks import tiny_net
+from format_networks import tiny_net, write_pt2
 from refusals import refused
 
 
@@ -317,6 +317,64 @@ class TestBound:
             bound(Two(), two)
         usual = CalibrationSet(inputs=(left, right), names=("x", "right"))
         assert bound(Two(), usual).names == ("left", "right")
+
+    @staticmethod
+    def exported(path, order):
+        """Write a ``.pt2`` whose forward pass takes tokens and flags in this order."""
+
+        class Masked(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                torch.manual_seed(0)
+                self.embed = torch.nn.Embedding(50, 8)
+                self.head = torch.nn.Linear(8, 4)
+
+            def both(self, ids, mask):
+                return self.head(self.embed(ids) * mask.unsqueeze(-1)).sum(1)
+
+        class Swapped(Masked):
+            def forward(self, attention_mask, input_ids):
+                return self.both(input_ids, attention_mask)
+
+        class Usual(Masked):
+            def forward(self, input_ids, attention_mask):
+                return self.both(input_ids, attention_mask)
+
+        net = (Usual() if order[0] == "input_ids" else Swapped()).eval()
+        given = {"input_ids": torch.ones(2, 5).long(), "attention_mask": torch.ones(2, 5).bool()}
+        write_pt2(net, tuple(given[name] for name in order), path)
+        return load_model(str(path)), net
+
+    def test_inputs_of_a_pt2(self, tmp_path):
+        """They go by name too, in their exported types, and the order is part of the model."""
+        samples, _, mask = self.samples(tmp_path / "c.npz")
+        orders = ["input_ids", "attention_mask"], ["attention_mask", "input_ids"]
+        found = []
+        for order in orders:
+            model, net = self.exported(tmp_path / "m.pt2", order)
+            few = bound(model, samples)
+            assert few.names == tuple(order)
+            flags = few.inputs[order.index("attention_mask")]
+            assert flags.dtype == torch.bool
+            assert np.array_equal(mask.astype(bool), flags)
+            with torch.no_grad():
+                found.append((model.digest, model.module(*few.inputs)))
+                assert torch.equal(net(*few.inputs), found[-1][1])
+        assert torch.equal(found[0][1], found[1][1])
+        assert found[0][0] != found[1][0]
+
+    def test_refusals_of_a_pt2(self, tmp_path):
+        """They say what it declares."""
+        model, _ = self.exported(tmp_path / "m.pt2", ["input_ids", "attention_mask"])
+        ids = torch.ones(3, 5).long()
+        with refused(InvalidCalibration, missing=["attention_mask"]):
+            bound(model, CalibrationSet(inputs=(ids,), names=("x",)))
+        three = CalibrationSet(inputs=(ids,) * 3, names=("input_ids", "attention_mask", "types"))
+        with refused(InvalidCalibration, extra=["types"]):
+            bound(model, three)
+        wrong = CalibrationSet(inputs=(ids / 2, ids), names=("input_ids", "attention_mask"))
+        with pytest.raises(InvalidCalibration, match=r"the model takes input_ids \(integers\)"):
+            bound(model, wrong)
 
     def test_names_are_part_of_the_digest(self):
         """They decide what is computed."""

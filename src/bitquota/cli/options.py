@@ -46,7 +46,7 @@ Model = Annotated[
 ]
 Calibration = Annotated[
     str,
-    typer.Argument(help=".npz (no pickle), .safetensors, .txt, .jsonl, .parquet, or factory."),
+    typer.Argument(help=".npz (no pickle), .safetensors, .jsonl, .parquet, .txt, or factory."),
 ]
 Budgets = Annotated[
     list[str] | None,
