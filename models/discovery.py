@@ -557,6 +557,6 @@ def _format_name(dtype: torch.dtype) -> str:
 def _reason(name: str, tensor: Tensor, *, is_parameter: bool) -> str:
     if not is_parameter:
         return "buffer"
-    if name.endswith("bias"):
+    if name.endswith("bias") or name.rpartition(".")[2].startswith("bias_"):
         return "bias"
     return "scale of a normalisation" if tensor.ndim <= 1 else "not multiplied by a known layer"

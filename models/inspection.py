@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 from bitquota.candidates.architectures import Suggestion, prepare_inventory, suggest
 from bitquota.candidates.table import Candidate
 from bitquota.codec import Document
+from bitquota.errors import BitquotaError
 from bitquota.models.binding import bound
 from bitquota.models.discovery import discover
+from bitquota.models.samples import samples_refused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -151,6 +153,7 @@ def inspect_model(
         UnknownLayer: A pattern matches nothing.
         InvalidInput: A tie joins nothing, or part of a fused group is excluded.
         InvalidModel: Nothing to quantize.
+        InvalidCalibration: The model cannot take the samples.
 
     Cost: one forward pass over two samples at most.
     """
@@ -158,7 +161,14 @@ def inspect_model(
     if samples is not None:
         samples = bound(model, samples)
         example = tuple(tensor[:2] for tensor in samples.inputs)
-    found = discover(model.module, example, model_digest=model.digest)
+    try:
+        found = discover(model.module, example, model_digest=model.digest)
+    except BitquotaError:
+        raise
+    except Exception as err:  # whatever the model raises is about its input
+        if samples is None:
+            raise
+        raise samples_refused(model, samples, err) from err
     found = found.stored_in(model.weight_format_bits)
     prepared = prepare_inventory(found, target, exclude=exclude, ties=ties)
     live = {layer.name: layer for layer in prepared.layers}

@@ -29,6 +29,16 @@ _BATCH_NORMS: dict[int, type[nn.Module]] = {
     4: nn.BatchNorm2d,
     5: nn.BatchNorm3d,
 }
+_RECURRENT: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "torch.ops.aten.lstm.input": (nn.LSTM, {}),
+    "torch.ops.aten.gru.input": (nn.GRU, {}),
+    "torch.ops.aten.rnn_tanh.input": (nn.RNN, {"nonlinearity": "tanh"}),
+    "torch.ops.aten.rnn_relu.input": (nn.RNN, {"nonlinearity": "relu"}),
+    "torch.ops.aten.lstm_cell.default": (nn.LSTMCell, {}),
+    "torch.ops.aten.gru_cell.default": (nn.GRUCell, {}),
+    "torch.ops.aten.rnn_tanh_cell.default": (nn.RNNCell, {"nonlinearity": "tanh"}),
+    "torch.ops.aten.rnn_relu_cell.default": (nn.RNNCell, {"nonlinearity": "relu"}),
+}
 
 
 class Conv1D(nn.Module):
@@ -110,6 +120,76 @@ def module_for_call(
     owner = root.get_submodule(parent) if parent else root
     owner.add_module(last, module.eval())
     return path
+
+
+def recurrent_for_call(
+    target: str, root: nn.Module, weights: list[str], arguments: dict[str, Any]
+) -> str | None:
+    """Put an LSTM, GRU or RNN (or one cell of such) into ``root`` for a call, and return its path.
+
+    Args:
+        target: Full name of the operator.
+        root: Holds the parameters under their names.
+        weights: Those that the call reads, in its order.
+        arguments: Its settings, where they are no tensors.
+
+    Returns:
+        The path, or ``None`` if this is no such call, or its weights are not those of one module
+        under torch's own names.
+    """
+    if target not in _RECURRENT:
+        return None
+    kind, settings = _RECURRENT[target]
+    owner = weights[0].rpartition(".")[0] if weights else ""
+    path, names = owner or "layer", [name.rpartition(".")[2] for name in weights]
+    source = _child(root, owner) if owner else root
+    if source is None or weights != [f"{owner}.{name}".strip(".") for name in names]:
+        return None
+    tensors = dict(zip(names, (_tensor(root, name) for name in weights), strict=True))
+    module = _recurrent(kind, settings, arguments, tensors)
+    if module is None:
+        return None
+    if type(source) is kind:  # called before
+        return path if source.extra_repr() == module.extra_repr() else None
+    if type(source) is not nn.Module or (not owner and _is_tensor(root, path)):
+        return None
+    for name, tensor in tensors.items():
+        setattr(module, name, tensor)
+    if owner:
+        _keep_the_rest(source, module, dict(zip(names, weights, strict=True)), path)
+    else:
+        for name in names:
+            del root._parameters[name]  # noqa: SLF001
+    parent, _, last = path.rpartition(".")
+    (root.get_submodule(parent) if parent else root).add_module(last, module.eval())
+    return path
+
+
+def _recurrent(
+    kind: type[nn.Module],
+    settings: dict[str, Any],
+    arguments: dict[str, Any],
+    tensors: dict[str, Tensor],
+) -> nn.Module | None:
+    """Return a module of ``kind`` whose parameters have these names and shapes, if one has."""
+    given = ("num_layers", "bidirectional", "batch_first")
+    layers: dict[str, Any] = {name: arguments[name] for name in given if name in arguments}
+    suffix = "_l0" if layers else ""
+    matrices = [tensors.get(f"weight_{part}{suffix}") for part in ("ih", "hh", "hr")]
+    if any(t is None or t.ndim != 2 for t in matrices[:2]):
+        return None
+    inputs, hidden, projection = matrices
+    assert inputs is not None and hidden is not None  # noqa: S101, PT018  # looked at above
+    width = hidden.shape[1]
+    if projection is not None:
+        layers["proj_size"], width = projection.shape
+    bias = any(name.startswith("bias") for name in tensors)
+    module = _on_meta(kind, inputs.shape[1], width, bias=bias, **settings, **layers)
+    declared = {name: parameter.shape for name, parameter in module.named_parameters()}
+    fits = list(declared) == list(tensors) and all(
+        isinstance(t, nn.Parameter) and t.shape == declared[name] for name, t in tensors.items()
+    )
+    return module if fits else None
 
 
 def _layer(

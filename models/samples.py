@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bitquota.errors import InvalidCalibration
 from bitquota.models.calibration import GENERIC_NAMES, CalibrationSet
 from bitquota.models.factory import call_factory
+from bitquota.models.pt2.module import ExportedModel
 from bitquota.models.sources import HOW_TO_SAVE, SampleSource, sample_source
 from bitquota.models.tables import read_table
 from bitquota.models.text import DEFAULT_LENGTH, load_text, text_windows
@@ -124,9 +125,16 @@ def samples_refused(
     got = ", ".join(_describe(tensor) for tensor in calibration.inputs)
     expected = "" if example is None else f" (expected {', '.join(map(_describe, example))})"
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    advice = "save the inputs in the shape and data type that the model takes"
+    module = model if isinstance(model, nn.Module) else model.module
+    if isinstance(module, ExportedModel) and (n := module.declared[0].n_samples) is not None:
+        advice += (
+            f", or, since this .pt2 was exported for {n} at a time, export it with a dynamic first "
+            "dimension (dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))"
+        )
     msg = (
         f"the model must accept the calibration samples; got {got} per sample{expected} and "
-        f"it failed: {reason}: save the inputs in the shape and data type that the model takes"
+        f"it failed: {reason}: {advice}"
     )
     return InvalidCalibration(msg, got=got, reason=reason)
 

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from bitquota.errors import BitquotaError, InvalidModel, UnsafeModel
-from bitquota.models.layer_calls import module_for_call
+from bitquota.models.layer_calls import module_for_call, recurrent_for_call
 from bitquota.models.pt2.module import OPERATOR, ExportedModel, GraphInput
 from bitquota.models.pt2.operators import (
     FLOAT_WORDS,
@@ -90,7 +90,10 @@ def build_pt2(archive: Pt2Archive) -> Pt2Model:
     Cost: reads every tensor once.
     """
     try:
-        return _Builder(archive).build()
+        try:
+            return _Builder(archive).build()
+        except _ReadElsewhere:
+            return _Builder(archive, recurrent=False).build()
     except BitquotaError:
         raise
     except Exception as err:  # whatever the readers of a stranger's bytes raise
@@ -101,9 +104,21 @@ def build_pt2(archive: Pt2Archive) -> Pt2Model:
         raise InvalidModel(msg, path=str(archive.path)) from err
 
 
+class _ReadElsewhere(Exception):  # a reason to build it otherwise, no error
+    """A weight of a recurrent module is also read by another operator."""
+
+
 class _Builder:
-    def __init__(self, archive: Pt2Archive) -> None:
+    """Builds one module.
+
+    Attributes:
+        recurrent: Whether LSTM, GRU and RNN become modules, whose weights nothing else can read.
+    """
+
+    def __init__(self, archive: Pt2Archive, *, recurrent: bool = True) -> None:
         self.archive = archive
+        self.recurrent = recurrent
+        self.weights_inside: set[str] = set()
         self.root = nn.Module()
         self.graph = fx.Graph()
         self.values: dict[str, Any] = {}
@@ -118,6 +133,9 @@ class _Builder:
         declared = self._add_inputs(signature["input_specs"], graph["tensor_values"])
         self._add_nodes(graph)
         self.graph.output(self._output(signature["output_specs"]))
+        read = {n.target for n in self.graph.nodes if n.op == "get_attr" and n.users}
+        if read & self.weights_inside:
+            raise _ReadElsewhere
         self.graph.lint()
         module = ExportedModel(self.root, self.graph, declared).eval()
         return Pt2Model(module=module, parameter_formats=formats)
@@ -171,7 +189,8 @@ class _Builder:
                 name = _value_name(body["arg"]["as_tensor"]["name"])
                 self.values[name] = self.graph.placeholder(f"input_{len(declared)}")
                 dtype = _computed_in(_DTYPES[tensors[name]["dtype"]])
-                declared.append(GraphInput(name, dtype))
+                first = (tensors[name]["sizes"] or [{}])[0].get("as_int")
+                declared.append(GraphInput(name, dtype, first if isinstance(first, int) else None))
             elif kind not in ("user_input", "constant_input", "token"):
                 msg = f"a model must take tensors; this one has an input of kind '{kind}'"
                 raise InvalidModel(msg, kind=kind)
@@ -193,10 +212,8 @@ class _Builder:
             if target.startswith("torch.ops.higher_order."):
                 self._inline(node)
                 continue
-            result = self._layer_call(node)
-            if result is None:
-                result = self._call(node)
-            self._bind(node["outputs"], result)
+            call = self._recurrent_call(node) or self._layer_call(node) or self._call(node)
+            self._bind(node["outputs"], call)
 
     def _call(self, node: JsonObject) -> fx.Node:
         target, inputs = node["target"], node["inputs"]
@@ -229,6 +246,29 @@ class _Builder:
             return None
         call = module_for_call(node["target"], self.root, tensors, arguments, rank)
         return None if call is None else self.graph.call_module(call, (data,))
+
+    def _recurrent_call(self, node: JsonObject) -> fx.Node | None:
+        """Call an LSTM, GRU or RNN (or a cell) where the weights of an operator are all its own."""
+        if not self.recurrent:
+            return None
+        given = {item["name"]: item["arg"] for item in node["inputs"]}
+        parts = [given[n] for n in ("w_ih", "w_hh", "b_ih", "b_hh") if n in given]
+        read = [_tensor_name(arg) for arg in parts]
+        read += [tensor["name"] for tensor in given.get("params", {}).get("as_tensors") or ()]
+        weights = [self.parameter_of_value.get(str(name), "") for name in read if name is not None]
+        plain = {n: self._value(a) for n, a in given.items() if n not in ("input", "hx", "params")
+                 and a not in parts}  # fmt: skip
+        if "" in weights:
+            return None
+        path = recurrent_for_call(node["target"], self.root, weights, plain)
+        if path is None:
+            return None
+        self.weights_inside.update(weights)
+        states = self._value(given["hx"])
+        hidden = tuple(states) if isinstance(states, list) else states
+        call = self.graph.call_module(path, (self._value(given["input"]), hidden))
+        # The module returns the states of an LSTM as a pair, the operator one by one.
+        return self.graph.call_function(_flattened, (call,))
 
     def _inline(self, node: JsonObject) -> None:
         """Inline a subgraph that only switches gradients or autocast off."""
@@ -384,6 +424,14 @@ def _operator(target: str) -> Callable[..., Any]:
 def _computed_in(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which ``dtype`` is computed: half precision became float32."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _flattened(result: torch.Tensor | tuple[Any, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Return ``(output, (hidden, cell))`` as ``(output, hidden, cell)``, and a tensor as it is."""
+    if isinstance(result, torch.Tensor):
+        return result
+    first, last = result
+    return (first, *last) if isinstance(last, (tuple, list)) else (first, last)
 
 
 def _device_of(tensor: torch.Tensor) -> torch.device:

@@ -22,10 +22,17 @@ OPERATOR = "operator"
 
 @dataclass(frozen=True, slots=True)
 class GraphInput:
-    """An input that an exported graph declares: its name, and the type of its tensor."""
+    """An input that an exported graph declares.
+
+    Attributes:
+        name: As the forward pass called it.
+        dtype: Of its tensor.
+        n_samples: The only first dimension that it was exported for, if there is one.
+    """
 
     name: str
     dtype: torch.dtype
+    n_samples: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,11 @@ from bitquota.candidates.table import Candidate
 from bitquota.exports.export import export_plan, load_export
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.discovery import discover
+from bitquota.models.load import load_model
 from bitquota.models.loaded import finish, inventory_of
 from bitquota.plan import Assignment, Plan
 from bitquota.sensitivity.runners.make import make_runner
+from format_networks import write_pt2
 
 
 class Words(nn.Module):
@@ -177,6 +179,91 @@ class TestRecurrent:
         assert receipt.difference.relative < 1e-5
         exported = load_export(model, plan, tmp_path / "o", format_name="onnx-qdq")
         assert exported(torch.randint(20, (3, 11))).shape == (3, 11, 20)
+
+
+class TestRecurrentOfPt2:
+    @pytest.mark.parametrize(
+        ("kind", "settings"),
+        [
+            (nn.LSTM, {}), (nn.GRU, {"bias": False}), (nn.RNN, {"nonlinearity": "relu"}),
+            (nn.LSTM, {"bidirectional": True, "num_layers": 2}), (nn.LSTM, {"proj_size": 4}),
+        ],
+    )  # fmt: skip
+    @pytest.mark.filterwarnings("ignore:The tensor attributes", "ignore:LSTM with projections")
+    def test_as_of_the_module(self, tmp_path, kind, settings):
+        """An exported program has the layers of the module, and computes the same."""
+        net = Words(kind, **settings).eval()
+        model = load_model(str(write_pt2(net, (IDS,), tmp_path / "m.pt2")))
+        other = IDS[:3]
+        assert torch.equal(net(other), model.module(other))
+        samples = CalibrationSet(inputs=(IDS,))
+        own = finish(net, source="s", architecture="a")
+        expected = [(la.name, la.n_macs) for la in inventory_of(own.module, own, samples).layers]
+        found = inventory_of(model.module, model, samples).layers
+        assert expected == [(la.name, la.n_macs) for la in found]
+
+    @pytest.mark.filterwarnings("ignore:The tensor attributes")
+    def test_cells_called_twice_and_one_at_the_root(self, tmp_path):
+        """A cell is one module however often it is called; a model may be nothing but one."""
+
+        class Steps(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                torch.manual_seed(0)
+                self.lstm, self.gru, self.rnn = (
+                    nn.LSTMCell(6, 8), nn.GRUCell(8, 5), nn.RNNCell(5, 4)
+                )  # fmt: skip
+
+            def forward(self, x):
+                state, cell = self.lstm(x[:, 1], self.lstm(x[:, 0]))
+                return self.rnn(self.gru(state, cell[:, :5]), cell[:, :4])
+
+        x, n = torch.randn(4, 2, 6), 4 * 8 * (6 + 8) + 3 * 5 * (8 + 5) + 4 * (5 + 4)
+        for net in (Steps().eval(), nn.GRUCell(6, 8).eval()):
+            given = x if isinstance(net, Steps) else x[:, 0]
+            model = load_model(str(write_pt2(net, (given,), tmp_path / "m.pt2")))
+            assert torch.allclose(net(given[:3]), model.module(given[:3]), atol=1e-6)
+            layers = inventory_of(model.module, model, CalibrationSet(inputs=(given,))).layers
+            assert {la.kind for la in layers} == {LayerKind.RECURRENT}
+            assert sum(la.n_weights for la in layers) == n
+            n = 3 * 8 * (6 + 8)
+
+    @pytest.mark.filterwarnings("ignore:The tensor attributes")
+    def test_weights_that_are_also_read_elsewhere(self, tmp_path):
+        """They stay what the operator reads: nothing is computed with another copy."""
+
+        class Both(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                torch.manual_seed(0)
+                self.cell = nn.GRU(6, 8, batch_first=True)
+
+            def forward(self, x):
+                return self.cell(x)[0] + self.cell.weight_hh_l0[:8, 0]
+
+        net, x = Both().eval(), torch.randn(4, 3, 6)
+        model = load_model(str(write_pt2(net, (x,), tmp_path / "m.pt2")))
+        assert torch.allclose(net(x), model.module(x), atol=1e-6)
+        with torch.no_grad():
+            net.cell.weight_hh_l0.add_(0.1)
+            model.module.get_parameter("cell.weight_hh_l0").add_(0.1)
+        assert torch.allclose(net(x), model.module(x), atol=1e-6)
+
+    @pytest.mark.filterwarnings("ignore:The tensor attributes")
+    def test_runner_and_export(self, tmp_path):
+        """A gate is measured alone, and the plan is exported and runs in ONNX Runtime."""
+        model = load_model(str(write_pt2(Words().eval(), (IDS,), tmp_path / "m.pt2")))
+        samples = CalibrationSet(inputs=(IDS,))
+        inventory = inventory_of(model.module, model, samples)
+        runner = make_runner(model.module, inventory, samples)
+        gate = inventory.layer("cell.weight_hh_l0.f")
+        changed = runner.start(0, {gate.name: Candidate.of(gate, 2, Scheme())}).output
+        assert not torch.allclose(changed, runner.reference(0), atol=1e-4)
+        plan = planned(model, samples)
+        for name in ("ref-int", "onnx-qdq"):
+            folder = tmp_path / name
+            report = export_plan(model, plan, folder, format_name=name, samples=samples)
+            assert report.difference.relative < 1e-5
 
 
 class TestWhatIsNoLayer:

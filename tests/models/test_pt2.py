@@ -14,7 +14,10 @@ import torch
 from torch import nn
 from torch.export import export, save
 
-from bitquota.errors import InvalidModel, UnsafeModel
+from bitquota.errors import InvalidCalibration, InvalidModel, UnsafeModel
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.inspection import inspect_model
+from bitquota.models.load import load_model
 from bitquota.models.pt2.build import build_pt2
 from bitquota.models.pt2.module import dynamic_axes
 from bitquota.models.pt2.vetting import vet_expression, vet_pt2
@@ -162,6 +165,22 @@ class TestBuildPt2:
         assert [n for n, m in built.module.named_modules() if type(m) is nn.Linear] == ["shared"]
         with torch.no_grad():
             assert torch.equal(net(a, b), built.module(a, b))
+
+    def test_fixed_batch_is_said(self, tmp_path):
+        """A program that was exported for three samples at a time cannot take two."""
+
+        class Three(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(4, 6)
+
+            def forward(self, x):
+                return self.layer(x).reshape(len(x), 3, 2)
+
+        save(export(Three().eval(), (torch.randn(3, 4),)), tmp_path / "m.pt2")
+        model = load_model(str(tmp_path / "m.pt2"))
+        with pytest.raises(InvalidCalibration, match="exported for 3 at a time"):
+            inspect_model(model, samples=CalibrationSet(inputs=(torch.randn(6, 4),)))
 
     def test_several_outputs(self, tmp_path):
         """They come back as a tuple, in order."""
