@@ -5,11 +5,13 @@ Design: docs/design/grids-and-scales.md
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from bitquota.candidates.storage import Granularity, Grid
+from bitquota.candidates.storage import K_BLOCKS, Granularity, Grid
+from bitquota.quantizers.kquants import k_block_steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,27 +28,160 @@ def levels(bits: int) -> tuple[int, int]:
     return (-1, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MatrixGrid:
+    """What each code of one matrix stands for.
+
+    On a codebook code ``k`` stands for ``table[row, k]``. On every other grid it stands for
+    ``step * u(k - zero) + offset`` with ``u`` the identity, or ``+-2^-k`` on powers of two.
+
+    Attributes:
+        grid: Which of them.
+        bits: Bit-width.
+        step: Broadcastable to ``[rows, columns]``; 0 where all codes stand for one value.
+        zero: Likewise; ``None`` for 0.
+        offset: Likewise; ``None`` for 0.
+        table: ``[rows or 1, 2^bits]``, ascending; of a codebook only.
+    """
+
+    grid: Grid
+    bits: int
+    step: Tensor
+    zero: Tensor | None = None
+    offset: Tensor | None = None
+    table: Tensor | None = None
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """Return i32: the code nearest to each of ``[rows, columns]``, ties to even."""
+        if self.table is not None:
+            return _nearest_levels(values, self.table).int()
+        if self.grid is Grid.POWER_OF_TWO:
+            return power_codes(values / self._divisor, self.bits)
+        whole = self._whole(values)
+        return (whole if self.zero is None else whole + self.zero).int()
+
+    def read(self, codes: Tensor) -> Tensor:
+        """Return the values that codes ``[rows, columns]`` stand for, in the dtype of the grid."""
+        if self.table is not None:
+            return self.table.expand(len(codes), -1).gather(1, codes.long())
+        if self.grid is Grid.POWER_OF_TWO:
+            return self.step * power_values(codes, self.bits).to(self.step.dtype)
+        whole = codes.to(self.step.dtype)
+        if self.zero is not None:
+            whole = whole - self.zero
+        return whole * self.step if self.offset is None else whole * self.step + self.offset
+
+    def snap(self, values: Tensor) -> Tensor:
+        """Return the nearest value of the grid: ``read(nearest(values))`` in one step.
+
+        Also of a ``line``, for ``values: [rows]``.
+        """
+        if self.table is not None:
+            codes = _nearest_levels(values[:, None], self.table)
+            return self.table.expand(len(values), -1).gather(1, codes)[:, 0]
+        if self.grid is Grid.POWER_OF_TWO:
+            return self.step * power_values(
+                power_codes(values / self._divisor, self.bits), self.bits
+            )
+        level = self._whole(values) * self.step
+        return level if self.offset is None else level + self.offset
+
+    def turned(self, rows: slice, order: Tensor, dtype: torch.dtype) -> MatrixGrid:
+        """Return the grid of some rows, columns in ``order``, laid out columns first.
+
+        For rounders that go through the columns: see ``line``.
+        """
+
+        def turn(part: Tensor | None) -> Tensor | None:
+            if part is None:
+                return None
+            part = part[rows] if len(part) > 1 else part
+            part = part[:, order] if part.shape[1] > 1 else part
+            return part.t().to(dtype).contiguous()
+
+        step = turn(self.step)
+        assert step is not None  # noqa: S101  # it was given
+        table = self.table
+        if table is not None:
+            table = (table[rows] if len(table) > 1 else table).to(dtype).contiguous()
+        return replace(self, step=step, zero=turn(self.zero), offset=turn(self.offset), table=table)
+
+    def line(self, column: int) -> MatrixGrid:
+        """Return the grid of one column of a grid that was ``turned``: ``[rows or 1]`` each."""
+
+        def pick(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part[column if len(part) > 1 else 0]
+
+        step = pick(self.step)
+        assert step is not None  # noqa: S101  # it was given
+        return replace(self, step=step, zero=pick(self.zero), offset=pick(self.offset))
+
+    @property
+    def _divisor(self) -> Tensor:
+        # Where there is no step, every value is the zero of the grid.
+        return torch.where(self.step == 0, torch.inf, self.step)
+
+    def _whole(self, values: Tensor) -> Tensor:
+        """Return the nearest whole number of steps: the code less its zero point."""
+        if self.bits == 1 and self.grid is Grid.SYMMETRIC:
+            return torch.where(values >= 0, 1.0, -1.0).to(values.dtype)
+        moved = values if self.offset is None else values - self.offset
+        least, most = code_range(self.grid, self.bits)
+        whole = torch.round(moved / self._divisor)
+        if self.zero is None:
+            return whole.clamp(least, most)
+        return torch.minimum(torch.maximum(whole, least - self.zero), most - self.zero)
+
+
+def matrix_grid(
+    scales: Tensor,
+    zero_points: Tensor | None,
+    bits: int,
+    scheme: Scheme,
+    columns: int,
+    dtype: torch.dtype = torch.float64,
+) -> MatrixGrid:
+    """Return the grid that stored parameters describe.
+
+    Args:
+        scales: As ``QuantizedWeight`` stores them.
+        zero_points: Likewise.
+        bits: Bit-width.
+        scheme: Grid and granularity.
+        columns: Of the matrix.
+        dtype: To compute in; float32 reads values exactly as runtimes do.
+    """
+    rows = len(scales)
+    if scheme.grid is Grid.CODEBOOK:
+        table = scales.to(dtype)
+        return MatrixGrid(grid=scheme.grid, bits=bits, step=table[:, :1], table=table)
+    if scheme.grid is Grid.K_BLOCKS:
+        step, offset = (
+            part.to(dtype).repeat_interleave(K_BLOCKS[bits].sub_block, dim=1)
+            for part in k_block_steps(scales, bits)
+        )
+        return MatrixGrid(grid=scheme.grid, bits=bits, step=step, offset=offset)
+    if scheme.grid is Grid.OFFSET:
+        pairs = scales.to(dtype).reshape(rows, -1, 2)
+        step, offset = (spread(part, columns, scheme) for part in pairs.unbind(2))
+        return MatrixGrid(grid=scheme.grid, bits=bits, step=step, offset=offset)
+    zero = None if zero_points is None else spread(zero_points.to(dtype), columns, scheme)
+    step = spread(scales.to(dtype), columns, scheme)
+    return MatrixGrid(grid=scheme.grid, bits=bits, step=step, zero=zero)
+
+
+def code_range(grid: Grid, bits: int) -> tuple[int, int]:
+    """Return the least and the largest code."""
+    if grid is Grid.SYMMETRIC or (grid is Grid.K_BLOCKS and not K_BLOCKS[bits].affine):
+        return levels(bits)
+    return 0, 2**bits - 1
+
+
 def nearest_codes(
     values: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, scheme: Scheme
 ) -> Tensor:
-    """Return i32[rows, columns]: the code nearest to each value (ties to even).
-
-    ``scales`` are the levels of a codebook, ``[rows or 1, 2^bits]``, ascending.
-    """
-    columns = values.shape[1]
-    if scheme.grid is Grid.CODEBOOK:
-        return _nearest_levels(values, scales.double()).int()
-    scale = spread(scales.double(), columns, scheme)
-    step = torch.where(scale != 0, scale, 1.0)
-    if scheme.grid is Grid.POWER_OF_TWO:
-        return power_codes(values / step, bits)
-    if zero_points is not None:
-        zero = spread(zero_points.double(), columns, scheme)
-        return (torch.round(values / step) + zero).clamp(0, 2**bits - 1).int()
-    if bits == 1:
-        return torch.where(values >= 0, 1, -1).int()
-    lowest, highest = levels(bits)
-    return torch.round(values / step).clamp(lowest, highest).int()
+    """Return i32[rows, columns]: the code nearest to each value (ties to even)."""
+    return matrix_grid(scales, zero_points, bits, scheme, values.shape[1]).nearest(values)
 
 
 def _nearest_levels(values: Tensor, table: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ affine widths (2, 4 and 5 bits) an integer minimum; one or two fp16 numbers give
 
     w = (d s) q - (d_min m)
 
-Scales and minima are fitted by least squares and rounded to their integers before the codes are
-chosen, so codes are the best for what a reader computes.
+Scales and minima are fitted by least squares and rounded to their integers before codes are chosen
+(by any rounder), so codes are the best for what a reader computes.
 
 Design: docs/design/grids-and-scales.md
 """
@@ -25,10 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def fit_k_blocks(
-    values: Tensor, bits: int, importance: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return codes ``i32[rows, columns]`` and parameters ``f16[rows, blocks * n]``.
+def fit_k_blocks(values: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
+    """Return the parameters of every block, ``f16[rows, blocks * n]``.
 
     Args:
         values: f64[rows, columns], 256 dividing the columns.
@@ -41,7 +39,6 @@ def fit_k_blocks(
     before scales are rounded.
     """
     kind = K_BLOCKS[bits]
-    rows = len(values)
     lines = values.reshape(-1, kind.sub_block)
     weight = None if importance is None else importance.reshape(lines.shape)
     n_sub = K_BLOCK // kind.sub_block
@@ -54,30 +51,20 @@ def fit_k_blocks(
         scale = symmetric_scale(lines, bits, ScaleRule.LEAST_SQUARES, weight)
         unit, whole = _integers(scale.reshape(-1, n_sub), -kind.largest - 1, kind.largest)
         parts = [unit, whole]
-    parameters = torch.cat(parts, dim=1).half()
-    step, offset = (t.double().reshape(-1, 1) for t in _effective(parameters, bits))
-    least, most = code_range(bits)
-    safe = torch.where(step == 0, torch.ones_like(step), step)
-    codes = ((lines + offset) / safe).round().clamp(least, most)
-    codes = torch.where(step == 0, torch.zeros_like(codes), codes)
-    return codes.int().reshape(rows, -1), parameters.reshape(rows, -1)
+    return torch.cat(parts, dim=1).half().reshape(len(values), -1)
 
 
-def read_k_blocks(codes: Tensor, parameters: Tensor, bits: int) -> Tensor:
-    """Return f32[rows, columns], computed as readers of GGUF do."""
+def k_block_steps(parameters: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return step and offset of every sub-block, f32[rows, sub-blocks], as readers compute them.
+
+    A code ``q`` stands for ``step * q + offset``: ``step = d s``, ``offset = - d_min m``.
+    """
     kind = K_BLOCKS[bits]
-    n_sub = K_BLOCK // kind.sub_block
-    n_parameters = (2 if kind.affine else 1) * (1 + n_sub)
-    step, offset = _effective(parameters.reshape(-1, n_parameters), bits)
-    lines = codes.reshape(-1, kind.sub_block).float()
-    return (step.reshape(-1, 1) * lines - offset.reshape(-1, 1)).reshape(codes.shape)
-
-
-def code_range(bits: int) -> tuple[int, int]:
-    """Return the least and the largest code of a width."""
-    if K_BLOCKS[bits].affine:
-        return 0, 2**bits - 1
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    units, scales, minima = split_parameters(parameters, bits)
+    step = units[:, :1].float() * scales.float()
+    offset = -(units[:, 1:].float() * minima.float()) if kind.affine else torch.zeros_like(step)
+    rows = len(parameters)
+    return step.reshape(rows, -1), offset.reshape(rows, -1)
 
 
 def split_parameters(parameters: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,15 +78,6 @@ def split_parameters(parameters: Tensor, bits: int) -> tuple[Tensor, Tensor, Ten
     blocks = parameters.reshape(-1, n_units * (1 + n_sub))
     units, whole = blocks[:, :n_units], blocks[:, n_units:].float().int()
     return units, whole[:, :n_sub], whole[:, n_sub:]
-
-
-def _effective(parameters: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return ``d s`` and ``d_min m`` of every sub-block, f32[blocks, sub-blocks]."""
-    units, scales, minima = split_parameters(parameters, bits)
-    step = units[:, :1].float() * scales.float()
-    if not K_BLOCKS[bits].affine:
-        return step, torch.zeros_like(step)
-    return step, units[:, 1:].float() * minima.float()
 
 
 def _integers(values: Tensor, least: int, most: int) -> tuple[Tensor, Tensor]:

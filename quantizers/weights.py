@@ -14,17 +14,16 @@ from bitquota.candidates.storage import (
     WEIGHT_BITS,
     Granularity,
     Grid,
-    Rounding,
     ScaleFormat,
     Scheme,
 )
 from bitquota.errors import InvalidInput, InvalidModel
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.quantizers.affine_fit import fit_affine
-from bitquota.quantizers.gptq import error_feedback_codes
-from bitquota.quantizers.grid import nearest_codes, power_values, spread
-from bitquota.quantizers.kquants import fit_k_blocks, read_k_blocks
+from bitquota.quantizers.grid import matrix_grid
+from bitquota.quantizers.kquants import fit_k_blocks
 from bitquota.quantizers.levels import fit_levels, fit_power_scale
+from bitquota.quantizers.rounders import Rounder, checked_gram, round_codes, rounder_of
 from bitquota.quantizers.scales import asymmetric_scale, symmetric_scale
 
 if TYPE_CHECKING:
@@ -37,6 +36,9 @@ SCALE_DTYPES = {
     ScaleFormat.FP16: torch.float16,
     ScaleFormat.BF16: torch.bfloat16,
 }
+
+LEAST_IMPORTANCE = 1e-6
+"""Share of the mean importance that every column has at least (as of an importance matrix)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,22 +65,15 @@ class QuantizedWeight:
 
     def dequantize(self) -> Tensor:
         """Return f32[rows, columns]: ``scale * (code - zero_point)``, or the code's level."""
-        rows, columns = self.codes.shape
-        if self.scheme.grid is Grid.CODEBOOK:
-            return self.scales.float().expand(rows, -1).gather(1, self.codes.long())
-        if self.scheme.grid is Grid.POWER_OF_TWO:
-            scale = spread(self.scales.float(), columns, self.scheme)
-            return scale * power_values(self.codes, self.bits)
-        if self.scheme.grid is Grid.OFFSET:
-            pairs = self.scales.float().reshape(len(self.scales), -1, 2)
-            steps, offsets = (spread(part, columns, self.scheme) for part in pairs.unbind(2))
-            return steps * self.codes.float() + offsets
-        if self.scheme.grid is Grid.K_BLOCKS:
-            return read_k_blocks(self.codes, self.scales, self.bits)
-        levels = self.codes.float()
-        if self.zero_points is not None:
-            levels = levels - spread(self.zero_points.float(), columns, self.scheme)
-        return levels * spread(self.scales.float(), columns, self.scheme)
+        grid = matrix_grid(
+            self.scales,
+            self.zero_points,
+            self.bits,
+            self.scheme,
+            self.codes.shape[1],
+            torch.float32,
+        )
+        return grid.read(self.codes)
 
 
 def quantize(
@@ -88,6 +83,7 @@ def quantize(
     *,
     importance: Tensor | None = None,
     inputs_gram: Tensor | None = None,
+    rounding: Rounder | str | None = None,
 ) -> QuantizedWeight:
     """Quantize ``matrix`` to ``bits``.
 
@@ -95,57 +91,71 @@ def quantize(
     best for the scale that a runtime will read.
 
     Args:
-        matrix: Floating-point ``[rows, columns]``, finite.
+        matrix: Floating-point ``[rows, columns]``, finite. To make up for changed inputs, pass
+            the moved weights of ``qep.propagated``, with the Gram of the changed inputs.
         bits: 1 to 8, or 16.
         scheme: Grid, granularity, scale rule and format, rounding.
         importance: Not negative, broadcastable to ``[rows, columns]``: weighs the squared errors
-            of the least-squares rule. Other rules ignore it.
+            of the least-squares rule. Other rules ignore it. By default the diagonal of the Gram
+            where the rounder has feedback, else all weights count alike.
         inputs_gram: ``X^T X`` of the layer's inputs, ``[columns, columns]``, or one per group of
-            rows ``[groups, columns, columns]``. Needed by, and only used by, error feedback.
+            rows ``[groups, columns, columns]``; its unit does not matter. Needed by, and only
+            used by, rounders with feedback.
+        rounding: A ``Rounder``; by default what the scheme says, whose error feedback is GPTQ.
 
     Raises:
-        InvalidInput: A bit-width off the list, a wrong shape, or error feedback without a Gram.
+        InvalidInput: A bit-width off the list, a wrong shape, an unknown rounder, feedback
+            without a Gram.
         InvalidModel: The weights are not finite.
+
+    Cost: the fit of the scales (see ``scales``) and of ``rounders.round_codes``.
     """
     _check(matrix, bits, importance)
     values = matrix.detach().double()
-    weight = None if importance is None else importance.detach().double().expand_as(values)
-    zero: Tensor | None = None
     least, most = GRID_BITS.get(scheme.grid, (1, FULL_PRECISION_BITS))
     if not least <= bits <= most:
         msg = f"the grid '{scheme.grid}' takes {least} to {most} bits; got {bits}"
         raise InvalidInput(msg, weight_bits=bits, grid=str(scheme.grid))
+    rounder = rounder_of(rounding, scheme)
+    gram = None
+    if rounder is not Rounder.NEAREST:
+        gram = checked_gram(inputs_gram, rounder, values)
+    weight = None if importance is None else importance.detach().double().expand_as(values)
+    if weight is None and gram is not None:
+        weight = _diagonal_importance(gram, values)
 
-    # Grids whose codes come with their parameters.
+    # Parameters of the grid, as they are stored; then the codes that are best for them.
+    scales, zeros = _parameters(values, bits, scheme, weight)
+    grid = matrix_grid(scales, zeros, bits, scheme, values.shape[1])
+    codes = round_codes(values, grid, rounder, gram)
+    return QuantizedWeight(codes=codes, scales=scales, zero_points=zeros, bits=bits, scheme=scheme)
+
+
+def _diagonal_importance(gram: Tensor, values: Tensor) -> Tensor | None:
+    """Return f64[rows, columns]: the mean squared input of each weight, up to a factor."""
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(dim=1, keepdim=True)
+    if not bool((mean > 0).all()):
+        return None
+    # A column that no sample reached still counts a little.
+    relative = torch.maximum(diagonal / mean, torch.full_like(mean, LEAST_IMPORTANCE))
+    return relative.repeat_interleave(len(values) // len(gram), dim=0)
+
+
+def _parameters(
+    values: Tensor, bits: int, scheme: Scheme, weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return scales and zero points as ``QuantizedWeight`` stores them."""
     if scheme.grid is Grid.K_BLOCKS:
         if values.shape[1] % K_BLOCK:
             msg = f"the grid '{scheme.grid}' needs {K_BLOCK} to divide the row; got {values.shape}"
             raise InvalidInput(msg, columns=values.shape[1])
-        codes, parameters = fit_k_blocks(values, bits, weight)
-        return QuantizedWeight(
-            codes=codes, scales=parameters, zero_points=None, bits=bits, scheme=scheme
-        )
+        return fit_k_blocks(values, bits, weight), None
     lines, line_weight = _lines(values, weight, scheme)
+    zero: Tensor | None = None
     if scheme.grid is Grid.OFFSET:
-        pairs = torch.stack(fit_affine(lines, bits, line_weight), dim=1)
-        pairs = _store_scale(pairs, scheme.scale_format)
-        n = 1 if scheme.granularity is Granularity.TENSOR else len(values)
-        steps, offsets = (
-            spread(part.double(), values.shape[1], scheme)
-            for part in pairs.reshape(n, -1, 2).unbind(2)
-        )
-        safe = torch.where(steps == 0, torch.ones_like(steps), steps)
-        codes = ((values - offsets) / safe).round().clamp(0, 2**bits - 1)
-        return QuantizedWeight(
-            codes=torch.where(steps == 0, torch.zeros_like(codes), codes).int(),
-            scales=pairs.reshape(n, -1),
-            zero_points=None,
-            bits=bits,
-            scheme=scheme,
-        )
-
-    # Scales, by the rule of the grid.
-    if scheme.grid is Grid.CODEBOOK:
+        scale = torch.stack(fit_affine(lines, bits, line_weight), dim=1)
+    elif scheme.grid is Grid.CODEBOOK:
         scale = fit_levels(lines, bits, line_weight)
     elif scheme.grid is Grid.POWER_OF_TWO:
         scale = fit_power_scale(lines, bits, line_weight)
@@ -153,23 +163,9 @@ def quantize(
         scale, zero = asymmetric_scale(lines, bits, scheme.scale_rule, line_weight)
     else:
         scale = symmetric_scale(lines, bits, scheme.scale_rule, line_weight)
-
-    # Scales as they are stored, then the codes that are best for them.
-    stored = _store_scale(scale, scheme.scale_format)
     shape = (1, -1) if scheme.granularity is Granularity.TENSOR else (len(values), -1)
-    scales = stored.reshape(shape)
-    zeros = None if zero is None else zero.reshape(shape).int()
-    if scheme.rounding is Rounding.ERROR_FEEDBACK:
-        if inputs_gram is None:
-            msg = (
-                "error-feedback rounding needs inputs_gram, the second moment of the layer's "
-                "inputs; got none: collect it on the calibration set, or round to nearest"
-            )
-            raise InvalidInput(msg)
-        codes = error_feedback_codes(values, scales, zeros, bits, scheme, inputs_gram)
-    else:
-        codes = nearest_codes(values, scales, zeros, bits, scheme)
-    return QuantizedWeight(codes=codes, scales=scales, zero_points=zeros, bits=bits, scheme=scheme)
+    scales = _store_scale(scale, scheme.scale_format).reshape(shape)
+    return scales, None if zero is None else zero.reshape(shape).int()
 
 
 def fake_quantize(
@@ -180,6 +176,7 @@ def fake_quantize(
     *,
     importance: Tensor | None = None,
     inputs_gram: Tensor | None = None,
+    rounding: Rounder | str | None = None,
 ) -> Tensor:
     """Return ``weight`` as it is after storing it at ``bits`` and reading it back.
 
@@ -190,6 +187,7 @@ def fake_quantize(
         scheme: Everything else about the quantization.
         importance: As in ``quantize``, or in the shape of ``weight``.
         inputs_gram: As in ``quantize``.
+        rounding: As in ``quantize``.
 
     Returns:
         Same shape and dtype as ``weight``, detached.
@@ -210,7 +208,9 @@ def fake_quantize(
         raise InvalidModel(msg, layer=layer.name, n_bad=bad)
     if importance is not None and importance.shape == weight.shape:
         importance = to_matrix(importance, layer)
-    stored = quantize(matrix, bits, scheme, importance=importance, inputs_gram=inputs_gram)
+    stored = quantize(
+        matrix, bits, scheme, importance=importance, inputs_gram=inputs_gram, rounding=rounding
+    )
     return from_matrix(stored.dequantize().to(weight.dtype), layer)
 
 

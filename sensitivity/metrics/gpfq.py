@@ -7,18 +7,18 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 
-from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Rounding, Scheme
+from bitquota.candidates.storage import FULL_PRECISION_BITS, Scheme
 from bitquota.errors import InvalidInput
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.running import inputs_of
-from bitquota.quantizers.grid import nearest_codes, spread
 from bitquota.quantizers.input_moments import input_grams
+from bitquota.quantizers.rounders import Rounder
 from bitquota.quantizers.weights import quantize
 from bitquota.sensitivity.metrics.layer_trace import trace_layers
 from bitquota.sensitivity.metrics.metric import (
@@ -43,80 +43,15 @@ if TYPE_CHECKING:
 GRAM_BYTES = 2**30
 """Input Grams kept at a time; more layers take another pass."""
 
-_PER_COLUMN = Scheme(granularity=Granularity.CHANNEL)
-
-
-def follow_path(
-    values: Tensor,
-    scales: Tensor,
-    zero_points: Tensor | None,
-    bits: int,
-    scheme: Scheme,
-    gram: Tensor,
-) -> Tensor:
-    """Return i32[rows, columns]: codes chosen column by column against the error so far [GPFQ].
-
-    Column ``t`` takes the grid point nearest to ``⟨X_t, u + w_t X_t⟩ / ‖X_t‖²`` and leaves
-    ``u ← u + (w_t - q_t) X_t``, ``u`` the output error so far. Written with ``G = XᵀX`` the target
-    is ``w_t + Σ_{s<t} (w_s - q_s) G_st / G_tt``, so the samples are not needed.
-
-    We differ from the paper in three things: the grid and its scales are those of the candidate
-    (theirs has ``2^b + 1`` levels, which do not fit ``b`` bits); inputs are those of the
-    full-precision model, as one layer is looked at alone; and a row that ends up worse than by
-    rounding to nearest, which greed does not exclude, keeps the nearest codes.
-
-    Args:
-        values: f64[rows, columns].
-        scales: As stored, ``[rows or 1, n]``.
-        zero_points: Shaped like ``scales``, or ``None``.
-        bits: Bit-width.
-        scheme: Grid and granularity.
-        gram: f64[groups, columns, columns]; each group of consecutive rows has its own inputs.
-
-    Cost: O(rows columns²).
-    """
-    rows, columns = values.shape
-    per_group = rows // len(gram)
-    step = spread(scales.double(), columns, scheme).expand(rows, columns)
-    zero = None
-    if zero_points is not None:
-        zero = spread(zero_points, columns, scheme).expand(rows, columns)
-    nearest = nearest_codes(values, scales, zero_points, bits, scheme)
-    offset = 0.0 if zero is None else zero.double()
-    codes = nearest.clone()
-    own = gram.repeat_interleave(per_group, dim=0) if len(gram) > 1 else gram
-    carried = torch.zeros_like(values)  # Σ_{s<t} (w_s - q_s) G_st, for every t still to come
-    for t in range(columns):
-        energy = own[:, t, t]
-        repaid = torch.where(energy > 0, carried[:, t] / energy.clamp_min(1e-300), 0.0)
-        codes[:, t] = nearest_codes(
-            (values[:, t] + repaid)[:, None],
-            step[:, t : t + 1],
-            None if zero is None else zero[:, t : t + 1],
-            bits,
-            _PER_COLUMN,
-        )[:, 0]
-        level = codes[:, t].double() - (0.0 if zero is None else zero[:, t].double())
-        error = values[:, t] - level * step[:, t]
-        carried[:, t + 1 :] += error[:, None] * own[:, t, t + 1 :]
-
-    def output_error(chosen: Tensor) -> Tensor:
-        error = values - (chosen.double() - offset) * step
-        blocks = error.reshape(len(gram), per_group, columns)
-        return ((blocks @ gram) * blocks).sum(dim=2).reshape(rows)
-
-    better = output_error(codes) < output_error(nearest)
-    return torch.where(better[:, None], codes, nearest)
-
 
 @dataclass(frozen=True, slots=True)
 class GpfqError(Metric):
     """``s = Σ ‖X W - X Q‖² / Σ ‖X W‖²`` with ``Q`` from greedy path following [GPFQ].
 
     The relative error of a layer's own output on its full-precision inputs that is left after
-    error-feedback rounding, in the candidate's grid (see ``follow_path``). The error is evaluated
-    on all samples, codes are fitted to the Gram of the first ``fit_samples`` of them. The model
-    itself is not changed: plans still round as their scheme says.
+    error-feedback rounding, in the candidate's grid (see ``quantizers.gpfq``). The error is
+    evaluated on all samples, codes are fitted to the Gram of the first ``fit_samples`` of them. The
+    model itself is not changed: plans still round as their scheme says.
 
     Pitfalls: the loss is ignored, as by weight errors; the last layers' outputs matter more than
     their relative error says; weights only.
@@ -248,12 +183,15 @@ class GpfqError(Metric):
                 layer = runner.inventory.layer(key[0])
                 original = runner.weights.original(key[0]).detach()
                 matrix = to_matrix(original, layer)
-                plain = replace(key[2], rounding=Rounding.NEAREST)
-                stored = quantize(matrix, key[1], plain)
                 gram = grams.get(key[0])
-                if gram is not None:
-                    grid = (stored.scales, stored.zero_points, key[1], plain)
-                    stored = replace(stored, codes=follow_path(matrix.double(), *grid, gram))
+                stored = quantize(
+                    matrix,
+                    key[1],
+                    key[2],
+                    importance=torch.ones(()),  # the candidate's own scales
+                    inputs_gram=gram,
+                    rounding=Rounder.NEAREST if gram is None else Rounder.GPFQ,
+                )
                 rounded = stored.dequantize().to(original.dtype)
                 deltas[key] = from_matrix(rounded, layer) - original
         return deltas

@@ -56,8 +56,10 @@ class TestErrorFeedbackCodes:
             granularity=Granularity.GROUP, group_size=10, rounding=Rounding.ERROR_FEEDBACK
         )
         gram = inputs.T @ inputs
+        power = gram.diagonal()
         errors = [
-            matrix.double() - quantize(matrix, 2, s, inputs_gram=gram).dequantize().double()
+            matrix.double()
+            - quantize(matrix, 2, s, importance=power, inputs_gram=gram).dequantize().double()
             for s in (scheme, fed_scheme)
         ]
         nearest, fed = ((inputs @ e.T).square().sum(dim=0) for e in errors)
@@ -65,14 +67,11 @@ class TestErrorFeedbackCodes:
 
     def test_is_nearest_when_inputs_are_uncorrelated(self):
         """With a diagonal Gram there is nothing to repay."""
-        matrix = torch.randn(8, 20, generator=torch.Generator().manual_seed(1))
-        plain = quantize(matrix, 3, Scheme())
-        fed = quantize(
-            matrix,
-            3,
-            FEEDBACK,
-            inputs_gram=torch.diag(torch.rand(20)),
-        )
+        generator = torch.Generator().manual_seed(1)
+        matrix = torch.randn(8, 20, generator=generator)
+        power = torch.rand(20, generator=generator)
+        plain = quantize(matrix, 3, Scheme(), importance=power)
+        fed = quantize(matrix, 3, FEEDBACK, inputs_gram=torch.diag(power))
         assert torch.equal(plain.codes, fed.codes)
 
     def test_matches_a_plain_implementation(self):

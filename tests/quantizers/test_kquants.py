@@ -10,13 +10,13 @@ from bitquota.candidates.storage import (
     K_BLOCKS,
     Granularity,
     Grid,
-    Rounding,
     ScaleFormat,
     Scheme,
     storage_size,
 )
 from bitquota.errors import InvalidInput
-from bitquota.quantizers.kquants import code_range, split_parameters
+from bitquota.quantizers.grid import code_range
+from bitquota.quantizers.kquants import split_parameters
 from bitquota.quantizers.weights import quantize
 from refusals import refused
 
@@ -67,7 +67,7 @@ class TestFitKBlocks:
         """No other code of a weight's own sub-block is closer to it."""
         x = matrix()
         stored = quantize(x, bits, SCHEME)
-        least, most = code_range(bits)
+        least, most = code_range(Grid.K_BLOCKS, bits)
         assert least <= int(stored.codes.min())
         assert int(stored.codes.max()) <= most
         gap = (stored.dequantize() - x).abs()
@@ -120,7 +120,6 @@ class TestScheme:
             {"group_size": 128},
             {"scale_format": ScaleFormat.FP32},
             {"row_alignment_bits": 32},
-            {"rounding": Rounding.ERROR_FEEDBACK},
         ],
     )
     def test_other_groups(self, changes):

@@ -2,7 +2,6 @@
 
 from itertools import product
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +9,6 @@ from hypothesis import strategies as st
 from bitquota.candidates.storage import (
     Granularity,
     Grid,
-    Rounding,
     ScaleFormat,
     Scheme,
     n_scales,
@@ -109,11 +107,9 @@ class TestQuantize:
 
 class TestScheme:
     def test_refuses_what_makes_no_sense(self):
-        """Levels for every group, and integers' rounding."""
+        """Levels for every group."""
         with refused(InvalidInput, granularity="group"):
             Scheme(grid=Grid.CODEBOOK, granularity=Granularity.GROUP, group_size=8)
-        with pytest.raises(InvalidInput, match="rounds to integer grids"):
-            Scheme(grid=Grid.POWER_OF_TWO, rounding=Rounding.ERROR_FEEDBACK)
 
 
 class TestFitLevels:

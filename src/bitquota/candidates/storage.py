@@ -167,9 +167,6 @@ class Scheme(Document):
         if self.group_size is not None and self.group_size < 1:
             msg = f"group_size must be at least 1; got {self.group_size}"
             raise InvalidInput(msg, group_size=self.group_size)
-        if not self.grid.is_integer and self.rounding is Rounding.ERROR_FEEDBACK:
-            msg = f"error feedback rounds to integer grids; got the grid '{self.grid}'"
-            raise InvalidInput(msg, grid=str(self.grid))
         if self.grid is Grid.CODEBOOK and self.granularity is Granularity.GROUP:
             msg = (
                 "a codebook belongs to a tensor or an output channel; levels for every group "

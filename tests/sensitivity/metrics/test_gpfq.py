@@ -2,102 +2,20 @@ import numpy as np
 import pytest
 import torch
 
-from bitquota.candidates.storage import Granularity, Grid, Scheme
+from bitquota.candidates.storage import Scheme
 from bitquota.errors import InvalidInput
-from bitquota.quantizers.grid import nearest_codes
 from bitquota.quantizers.weights import quantize
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.metrics import GpfqError
-from bitquota.sensitivity.metrics.gpfq import follow_path
 from bitquota.sensitivity.runners.make import make_runner
 from sensitivity_networks import Residual, build, inventory_of, samples, table_of
 
 KL = loss_by_name("kl")
-SCHEMES = {
-    "channel": Scheme(),
-    "asymmetric": Scheme(grid=Grid.ASYMMETRIC),
-    "groups of 5": Scheme(granularity=Granularity.GROUP, group_size=5),
-    "tensor": Scheme(granularity=Granularity.TENSOR),
-}
 
 
-def problem(seed=0, rows=8, columns=24, samples_=200):
-    """Correlated inputs after ReLU, and random weights."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
-    latent = torch.randn(samples_, columns, generator=generator, dtype=torch.float64)
-    x = torch.relu(latent @ mixing / columns**0.5 + 0.5)
-    w = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-    return x, w
-
-
-def relative_error(x, w, stored, codes):
-    from dataclasses import replace
-
-    error = (w - replace(stored, codes=codes).dequantize().double()) @ x.T
+def relative_error(x, w, stored):
+    error = (w - stored.dequantize().double()) @ x.T
     return float(error.square().sum() / (w @ x.T).square().sum())
-
-
-class TestFollowPath:
-    @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
-    @pytest.mark.parametrize("name", list(SCHEMES))
-    def test_beats_rounding_to_nearest_and_fits_its_bits(self, bits, name):
-        """A smaller output error at every width, from at most 2^b levels."""
-        x, w = problem()
-        stored = quantize(w, bits, SCHEMES[name])
-        grid = (stored.scales, stored.zero_points, bits, SCHEMES[name])
-        codes = follow_path(w, *grid, (x.T @ x)[None])
-
-        assert relative_error(x, w, stored, codes) < relative_error(x, w, stored, stored.codes)
-        assert len(codes.unique()) <= 2**bits
-        low, high = (
-            (0, 2**bits - 1) if stored.zero_points is not None else (-(2 ** (bits - 1)),) * 2
-        )
-        if stored.zero_points is None:
-            high = 1 if bits == 1 else -low - 1
-        assert low <= int(codes.min())
-        assert int(codes.max()) <= high
-
-    def test_by_hand(self):
-        """Two equal inputs: what the first column loses, the second repays."""
-        w = torch.tensor([[0.4, 0.4]], dtype=torch.float64)
-        gram = torch.ones(1, 2, 2, dtype=torch.float64)
-        one = torch.ones(1, 1)
-        codes = follow_path(w, one, None, 4, Scheme(), gram)
-
-        # 0.4 -> 0, then 0.4 + 0.4 -> 1: the sum 0.8 becomes 1, not 0.
-        assert [[0, 1]] == codes.tolist()
-        assert [[0, 0]] == nearest_codes(w, one, None, 4, Scheme()).tolist()
-
-    def test_uncorrelated_inputs_round_to_nearest(self):
-        """Nothing can be repaid."""
-        _, w = problem()
-        stored = quantize(w, 3, Scheme())
-        codes = follow_path(w, stored.scales, None, 3, Scheme(), torch.eye(24).double()[None])
-
-        assert torch.equal(stored.codes, codes)
-
-    def test_inputs_that_are_always_zero(self):
-        """No energy, no division."""
-        _, w = problem()
-        stored = quantize(w, 3, Scheme())
-        gram = torch.zeros(1, 24, 24, dtype=torch.float64)
-        codes = follow_path(w, stored.scales, None, 3, Scheme(), gram)
-
-        assert torch.equal(stored.codes, codes)
-
-    def test_every_group_has_its_own_inputs(self):
-        """Two groups of rows equal two calls."""
-        (x, w), (y, _) = problem(0), problem(1)
-        stored = quantize(w, 3, Scheme())
-        grams = torch.stack([x.T @ x, y.T @ y])
-        both = follow_path(w, stored.scales, None, 3, Scheme(), grams)
-        parts = [
-            follow_path(w[rows], stored.scales[rows], None, 3, Scheme(), grams[k : k + 1])
-            for k, rows in enumerate((slice(0, 4), slice(4, 8)))
-        ]
-
-        assert torch.equal(torch.cat(parts), both)
 
 
 class TestGpfqError:
@@ -121,9 +39,9 @@ class TestGpfqError:
 
         for r in range(12, 16):
             bits = table.rows[r].candidates[0].weight_bits
-            stored = quantize(w.float(), bits, Scheme())
-            codes = follow_path(w, stored.scales, None, bits, Scheme(), (h.T @ h)[None])
-            expected = relative_error(h, w, stored, codes)
+            fed = quantize(w.float(), bits, Scheme(), importance=torch.ones(()),
+                           inputs_gram=h.T @ h, rounding="gpfq")  # fmt: skip
+            expected = relative_error(h, w, fed)
             assert matrix.diagonal[r] == pytest.approx(expected, rel=1e-3)
 
     def test_is_at_most_the_error_of_rounding(self):

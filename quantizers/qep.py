@@ -1,0 +1,63 @@
+"""Weights moved so that a layer makes up for what earlier layers' quantization did to its inputs.
+
+References:
+    [QEP] Y. Arai, Y. Ichikawa, "Quantization Error Propagation: Revisiting Layer-Wise Post-Training
+    Quantization", 2025, arXiv 2504.09629.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from bitquota.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STRENGTH = 0.5
+"""Share of the correction that is applied; all of it fits the calibration set better and other
+data worse."""
+
+DAMPING = 0.01
+"""Added to the diagonal of the Gram, as a share of its mean."""
+
+
+def propagated(weights: Tensor, gram_hat: Tensor, cross: Tensor) -> Tensor:
+    """Return ``V = W + a W (C - G)(G + d mean(diag G) I)^-1``, f64[rows, columns] [QEP].
+
+    With ``X`` the inputs in the full-precision model and ``Y`` those in the model whose earlier
+    layers are quantized, ``G = Y^T Y`` and ``C = X^T Y``. At ``a = 1``, ``d = 0`` it minimises
+    ``||X W^T - Y V^T||``. We take ``a = STRENGTH`` and ``d = DAMPING``.
+
+    Args:
+        weights: ``W``, f64[rows, columns].
+        gram_hat: ``G``, f64[columns, columns], or one per group of consecutive rows,
+            f64[groups, columns, columns].
+        cross: ``C``, shaped likewise and in the same unit.
+
+    Raises:
+        InvalidInput: The shapes do not fit.
+
+    Cost: O(groups columns^3 + rows columns^2).
+    """
+    rows, columns = weights.shape
+    gram, both = ((part[None] if part.ndim == 2 else part).double() for part in (gram_hat, cross))
+    shape = (len(gram), columns, columns)
+    if gram.shape != shape or both.shape != shape or not len(gram) or rows % len(gram):
+        msg = (
+            f"gram_hat and cross must be [{columns}, {columns}], or [groups, {columns}, "
+            f"{columns}] with groups dividing the {rows} rows; got {list(gram_hat.shape)} and "
+            f"{list(cross.shape)}"
+        )
+        raise InvalidInput(msg, gram_hat=list(gram_hat.shape), cross=list(cross.shape))
+    grouped = weights.detach().double().reshape(len(gram), -1, columns)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    damping = DAMPING * diagonal.mean(dim=1)
+    # Where no input ever differed from zero there is nothing to make up for.
+    damping = torch.where(damping > 0, damping, 1.0)
+    damped = gram + torch.diag_embed(damping[:, None].expand_as(diagonal))
+    moved = torch.linalg.solve(damped, grouped @ (both - gram), left=False)
+    found: Tensor = grouped + STRENGTH * moved
+    return found.reshape(rows, columns)
