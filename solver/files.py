@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ def _plain_arrays(path: Path) -> dict[str, Any] | None:
             names = set(archive.files)
             plain: dict[str, Any] = {}
             if {"G", "sizes"} <= names:
-                wanted = names & {"G", "sizes", "bits", "params", "budgets", "budget_names"}
+                wanted = names & {"G", "sizes", "bits", "params", "budgets"}
                 plain = {name: archive[name] for name in wanted}
     except (ValueError, KeyError, OSError, zipfile.BadZipFile, EOFError) as err:
         msg = (
@@ -102,6 +103,10 @@ def _plain_arrays(path: Path) -> dict[str, Any] | None:
             f"'{path}' {why_unreadable(err)}"
         )
         raise InvalidMatrix(msg, path=str(path)) from err
+    for name, array in plain.items():
+        if array.dtype.kind not in "iufb":
+            msg = f"the arrays of a problem file must be numbers; '{name}' is {array.dtype}"
+            raise InvalidMatrix(msg, path=str(path), array=name)
     if plain:
         return plain
     if "meta" not in names:
@@ -189,20 +194,28 @@ def _plain_limit(
         if not 0 <= index < len(budgets):
             msg = f"the budget index must be 0 to {len(budgets) - 1} for this file; got {index}"
             raise InvalidBudget(msg, budget_index=index)
-        return int(np.floor(budgets[index]))
+        return _limit(float(budgets[index]), f"{budgets[index]}")
     text = str(budget).strip()
     number, _, unit = text.replace("bits", " bits").replace("bpw", " bpw").partition(" ")
     try:
         value = float(number)
     except ValueError:
         value = -1.0
-    if value <= 0 or unit.strip() not in {"", "bit", "bits", "bpw"}:
+    if not value > 0 or unit.strip() not in {"", "bit", "bits", "bpw"}:
         msg = f"a budget must be an integer limit or an average such as '3 bits'; got '{text}'"
         raise InvalidBudget(msg, budget=text)
     if not unit:
-        return int(value)
+        return int(number) if number.isdigit() else _limit(value, text)
     params = np.ravel(arrays.get("params", []))
     if len(params) != n_groups:
         msg = "an average needs the file's 'params' (weights per layer); it has none: use an index"
         raise InvalidBudget(msg, budget=text)
-    return int(np.floor(value * float(np.sum(params))))
+    return _limit(value * float(np.sum(params)), text)
+
+
+def _limit(value: float, text: str) -> int:
+    """Return ``value``, rounded down, if it is a limit at all."""
+    if not abs(value) < 2.0**62:  # NaN too
+        msg = f"a budget must be a finite number below 2**62; got '{text}'"
+        raise InvalidBudget(msg, budget=text)
+    return math.floor(value)
