@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from bitquota.errors import InvalidInput
+from bitquota.sensitivity.losses import RelativeSquaredError, SumOfLosses
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -60,6 +63,55 @@ def curvature_products(
         (product,) = torch.autograd.grad(gradient, z, grad_outputs=d, retain_graph=True)
         products.append(product)
     return torch.stack(products)
+
+
+def curvature_factor(loss: Loss, output: Tensor, noise: Tensor) -> Tensor:
+    """Return ``B ξ`` with ``B Bᵀ = H``, each sample's own Hessian, for random ``ξ``.
+
+    If the elements of ``ξ`` are independent with mean 0 and variance 1, the products ``(B ξ)·d``
+    have the second moments ``d_iᵀ H d_j``. For a softmax ``B = diag(√q) - q √qᵀ``; positions of a
+    sequence are independent and weigh ``1/T`` in the loss, hence ``1/√T`` here.
+
+    Args:
+        loss: The loss.
+        output: ``[n, ..., C]``, where the Hessian is taken.
+        noise: ``f64[r, n, ..., C]``, ``ξ``.
+
+    Returns:
+        ``f64[r, n, ..., C]``.
+
+    Raises:
+        InvalidInput: No factor of the loss's Hessian is known.
+    """
+    n = len(output)
+    if isinstance(loss, SumOfLosses):
+        r = len(noise)
+        outputs, noises = loss.split(output), loss.split(noise.flatten(0, 1))
+        factors = [
+            curvature_factor(own, z, xi.reshape(r, n, *z.shape[1:])) * weight**0.5
+            for z, xi, (weight, own, _) in zip(outputs, noises, loss.parts, strict=True)
+        ]
+        joined: Tensor = torch.cat([f.reshape(r, n, -1) for f in factors], dim=2)
+        return joined.reshape(noise.shape)
+    positions = output.numel() // output.shape[-1] // n if output.ndim > 1 else 1
+    if loss.name in SOFTMAX_LOSSES:
+        q = functional.softmax(output.double(), dim=-1)
+        spread: Tensor = q.sqrt() * noise
+        spread = spread - q * spread.sum(dim=-1, keepdim=True)
+        scaled: Tensor = spread / float(positions) ** 0.5
+        return scaled
+    if loss.name == "binary_kl":
+        yes = output.double().sigmoid()
+        return noise * (yes * (1 - yes) / positions).sqrt()
+    if loss.name in {"mse", "relative_mse"}:
+        scale = loss.scale if isinstance(loss, RelativeSquaredError) else 1.0
+        even: Tensor = noise * float(2.0 * n / output.numel() / scale) ** 0.5
+        return even
+    msg = (
+        f"the loss '{loss.name}' has no known factor of its Hessian, which random directions "
+        "need: use 'kl' or 'mse', or the measure 'gram'"
+    )
+    raise InvalidInput(msg, loss=loss.name)
 
 
 def _positions(loss: Loss, output: Tensor, labels: Tensor | None) -> Tensor | float:

@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from bitquota.context import Context
 from bitquota.corrections import SAMPLES_DEPEND
 from bitquota.errors import InvalidInput
 from bitquota.matrix import SensitivityMatrix
-from bitquota.sensitivity.curvature import SOFTMAX_LOSSES, curvature_products
+from bitquota.sensitivity.curvature import curvature_factor, curvature_products
 from bitquota.sensitivity.recorder import (
     Recorder,
     base_change,
@@ -165,7 +164,7 @@ class TangentMeasure:
             shape = (self.directions, *output.shape)
             noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(output.device)
             slope = _gradient(loss, output, reference, labels)
-            return torch.cat([_factor(loss, output, noise), slope[None]])
+            return torch.cat([curvature_factor(loss, output, noise), slope[None]])
 
         output, responses = linear_responses(runner, chunk, base, rows, seeds)  # type: ignore[arg-type]
         start = loss.per_sample(reference, reference, labels)
@@ -206,28 +205,3 @@ def _gradient(loss: Loss, output: Tensor, reference: Tensor, labels: Tensor | No
         z = output.detach().double().requires_grad_()
         (slope,) = torch.autograd.grad(loss.per_sample(z, reference, labels).sum(), z)
     return slope
-
-
-def _factor(loss: Loss, output: Tensor, noise: Tensor) -> Tensor:
-    """Return ``B ξ`` with ``B Bᵀ = H``, for ``noise: f64[r, n, ..., C]``.
-
-    For a softmax ``B = diag(√q) - q √qᵀ``; positions of a sequence are independent and weigh
-    ``1/T`` in the loss, hence ``1/√T`` here.
-    """
-    n = len(output)
-    if loss.name in SOFTMAX_LOSSES:
-        q = functional.softmax(output.double(), dim=-1)
-        positions = output.numel() // output.shape[-1] // n
-        root = q.sqrt()
-        spread: Tensor = root * noise
-        spread = spread - q * spread.sum(dim=-1, keepdim=True)
-        scaled: Tensor = spread / float(positions) ** 0.5
-        return scaled
-    if loss.name == "mse":
-        even: Tensor = noise * float(2.0 * n / output.numel()) ** 0.5
-        return even
-    msg = (
-        f"the loss '{loss.name}' has no known factor of its Hessian, which a large output needs: "
-        "use 'kl' or 'mse', or the measure 'gram'"
-    )
-    raise InvalidInput(msg, loss=loss.name)

@@ -10,6 +10,7 @@ from bitquota.sensitivity.metrics.first_order import FirstOrder
 from bitquota.sensitivity.metrics.fisher import EmpiricalFisher, OutputFisher
 from bitquota.sensitivity.metrics.flags import Flag, FlagKind, find_flags
 from bitquota.sensitivity.metrics.gpfq import GpfqError
+from bitquota.sensitivity.metrics.gram_weighted import GramWeightedError
 from bitquota.sensitivity.metrics.hessian_trace import HessianTrace
 from bitquota.sensitivity.metrics.kronecker import KroneckerFisher
 from bitquota.sensitivity.metrics.learned_steps import LearnedIndicators
@@ -18,6 +19,7 @@ from bitquota.sensitivity.metrics.orthogonality import Orthogonality
 from bitquota.sensitivity.metrics.weight_error import RelativeWeightMse, WeightMse
 
 METRICS: dict[str, Metric] = {
+    "gram_weighted": GramWeightedError(),
     "empirical_fisher": EmpiricalFisher(),
     "output_fisher": OutputFisher(),
     "kronecker": KroneckerFisher(),
@@ -40,6 +42,7 @@ __all__ = [
     "Flag",
     "FlagKind",
     "GpfqError",
+    "GramWeightedError",
     "HessianTrace",
     "KroneckerFisher",
     "LearnedIndicators",

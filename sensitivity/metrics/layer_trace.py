@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from bitquota.errors import InvalidModel
-from bitquota.models.calls import layer_call, operator_name, tensor_key, tensors_in
+from bitquota.models.calls import batch_norm_call, layer_call, operator_name, tensor_key, tensors_in
 from bitquota.models.running import checked_output, inputs_of, labels_of
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class TracedCall:
         gradient: Of the summed loss with respect to the output, ``[n, ...]``, if asked for.
         feature: What the model made of the output before the next layer ran, ``[n, ...]``.
         output_dims: Number of dimensions of the output.
+        normalised: Whether a batch norm is the next to read the output.
     """
 
     layer: str
@@ -61,6 +62,7 @@ class TracedCall:
     output_dims: int
     gradient: Tensor | None = None
     feature: Tensor | None = None
+    normalised: bool = False
     _function: Callable[..., Any]
     _args: tuple[Any, ...]
     _kwargs: dict[str, Any]
@@ -107,6 +109,7 @@ class _Recorder(TorchFunctionMode):
     probes: list[Tensor] = field(default_factory=list)
     _tainted: dict[int, Tensor] = field(default_factory=dict)
     _last: Tensor | None = None
+    _output: Tensor | None = None
 
     def __torch_function__(
         self,
@@ -124,9 +127,12 @@ class _Recorder(TorchFunctionMode):
             weight = next((t for t in tensors_in((args, named)) if self._layer_of(t)), None)
         if weight is not None and self.features:
             self._end_feature()
+        normalisation = None if self._output is None else batch_norm_call(name, args, named)
+        if normalisation is not None and normalisation.inputs is self._output:
+            self.calls[-1].normalised = True
         result = func(*args, **named)
         if weight is not None:
-            result = self._layer(func, name, args, named, weight, result)
+            result = self._output = self._layer(func, name, args, named, weight, result)
         elif self.features and self._tainted:
             self._follow(args, named, result)
         return result
@@ -134,6 +140,7 @@ class _Recorder(TorchFunctionMode):
     def finish(self) -> None:
         """Close the last layer's feature."""
         self._end_feature()
+        self._output = None
 
     def _layer_of(self, tensor: Tensor) -> str | None:
         if not isinstance(tensor, torch.nn.Parameter) and tensor.grad_fn is not None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bitquota.candidates.table import Candidate, CandidateTable, Row
+    from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.metrics.layer_trace import TracedCall
     from bitquota.sensitivity.metrics.metric import Work
     from bitquota.sensitivity.runners.base import Runner
@@ -73,8 +74,12 @@ def per_sample_dot(gradient: Tensor, response: Tensor) -> Tensor:
     return (gradient.double() * response.double()).reshape(n, -1).sum(dim=1)
 
 
-def measure_rows(work: Work, score: RowScore) -> list[NDArray[np.float64]]:
+def measure_rows(
+    work: Work, score: RowScore, loss_of: Callable[[int], Loss] | None = None
+) -> list[NDArray[np.float64]]:
     """Return for every chunk ``f64[n_rows, k]``, ``k`` being what ``score`` returns.
+
+    Gradients are those of ``loss_of(chunk)``, by default of the loss of the work.
 
     A row that changes nothing scores zero and is not computed. What the ledger holds is reused
     row by row; only a chunk that lacks something is run again.
@@ -86,14 +91,14 @@ def measure_rows(work: Work, score: RowScore) -> list[NDArray[np.float64]]:
         keys = [work.row_key(chunk, r, "row") for r in rows]
 
         def run(chunk: int = chunk) -> list[NDArray[np.float64]]:
-            calls = trace_layers(
-                runner, chunk, work.layers, str(work.settings["metric"]), loss=work.loss
-            )
+            loss = work.loss if loss_of is None else loss_of(chunk)
+            metric = str(work.settings["metric"])
+            calls = trace_layers(runner, chunk, work.layers, metric, loss=loss)
             values = torch.stack([score(work, calls, table.rows[r]) for r in rows])
             shares = layer_shares(runner, work.layers)
             local = sum(shares[c.layer] for r in rows for c in table.rows[r].candidates)
             work.charge(chunk, FORWARD + BACKWARD + local)
-            return checked_losses(values, str(work.settings["metric"]))
+            return checked_losses(values, metric)
 
         arrays = work.recorder.shard(keys, run) if rows else {}
         width = len(next(iter(arrays.values()))) if arrays else 1

@@ -29,7 +29,7 @@ from bitquota.candidates.targets import TARGETS
 from bitquota.errors import BitquotaError, Forbidden, NotFound, Unauthorized
 from bitquota.report.page import SCRIPTS
 from bitquota.report.text import format_size
-from bitquota.request import AUTO_LOSS, DEFAULT_WEIGHT_BITS, LOSSES
+from bitquota.request import AUTO_LOSS, DEFAULT_WEIGHT_BITS, EFFORTS, LOSSES
 from bitquota.service.api.schemas import job_view
 from bitquota.service.api.state import Calling, Service, State, caller_of, state_of
 from bitquota.service.security.keys import Caller, Scope  # FastAPI reads them
@@ -283,6 +283,7 @@ def home(viewer: Viewing, service: Service) -> Response:
         all_widths=WEIGHT_BITS,
         targets=TARGETS,
         losses=(AUTO_LOSS, *LOSSES),
+        efforts=EFFORTS,
         limit=format_size(8 * service.settings.max_upload_bytes).partition(" (")[0],
     )
 

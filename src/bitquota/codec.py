@@ -93,7 +93,7 @@ class Form:
         schema_key: Under which name.
         names: The names of members in the document, where they are others.
         derived: Properties that are written too; where they are read they must hold.
-        left_out: Members that are not written while they are ``None``.
+        left_out: Members that are not written while they have their default.
         unwritten: Members that are never written.
         seal: Its digest, if it has one.
     """
@@ -232,13 +232,14 @@ def _writer(kind: type, converter: Converter) -> Callable[[Any], JsonObject]:
         kind, converter, **_overrides(kind, form)
     )
     derived = _derived(kind, form, converter)
+    defaults = {f.name: f.default for f in fields(kind) if f.name in form.left_out}
 
     def write(value: Any) -> JsonObject:  # noqa: ANN401  # a ``kind``
         body = members(value)
         if form.schema:
             body = {form.schema_key: form.schema} | body
         for name in form.left_out:
-            if body[name] is None:
+            if body[name] == defaults[name]:
                 del body[name]
         for name, write_one in derived.items():
             body[name] = write_one(getattr(value, name))

@@ -176,6 +176,7 @@ _WORDS = {
     "pairs": "measuring pairs of candidates",
     "diagonal": "measuring each candidate alone",
     "tangent": "differentiating by each candidate",
+    "gram_weighted": "scoring by weighted output error",
     "empirical_fisher": "scoring by empirical Fisher",
     "output_fisher": "scoring by output Fisher",
     "kronecker": "scoring by Kronecker Fisher",

@@ -13,6 +13,7 @@ from bitquota.errors import InvalidInput
 
 MEASURES = (
     "auto", "gram", "pairs", "diagonal", "tangent",
+    "gram_weighted",
     "empirical_fisher", "output_fisher", "kronecker", "relative_mse", "gpfq", "weight_mse",
     "first_order", "hessian_trace", "class_separability", "orthogonality", "limpq",
 )  # fmt: skip
@@ -28,6 +29,9 @@ TRAINING_METHODS = ("lsq", "tqt", "direct")
 
 RECIPES = ("stabilised", "ellipsoid", "bitpruning", "bsq", "uhlich2020")
 """As ``bitquota.training.learn`` has them; that module loads torch."""
+
+EFFORTS = ("quick", "normal", "thorough")
+"""How much work a plan may take, the least first."""
 
 PRECISIONS = ("fp32", "bf16")
 LOSSES = ("kl", "binary_kl", "cross_entropy", "relative_mse", "mse", "cosine")
@@ -60,9 +64,12 @@ class PlanRequest(Document):
             by commas.
         outputs: Outputs that count, each ``NAME`` or ``NAME=WEIGHT``; all with weight 1 if left
             out.
-        measure: How the matrix around full precision is measured: ``gram`` (also ``auto``),
-            ``pairs`` (exact, expensive), ``diagonal``, ``tangent``, or a metric of ``bitquota
-            compare``, whose plan is then one start of the refinement (or, without it, the plan).
+        measure: How the matrix around full precision is measured: ``gram`` (also ``auto``, unless
+            the effort is quick), ``pairs`` (exact, expensive), ``diagonal``, ``tangent``, or a
+            metric of ``bitquota compare``, whose plan is then one start of the refinement (or,
+            without it, the plan).
+        effort: ``quick`` measures the plans that scores of a few passes propose, ``normal`` also
+            measures every candidate and searches around the best plan, ``thorough`` does so longer.
         refine: Whether to go on from there: measure anew around the plan found, solve again, and
             try swaps on the true loss.
         samples: Calibration samples for the measurement.
@@ -79,8 +86,8 @@ class PlanRequest(Document):
             may become of each layer.
     """
 
-    # Requests that name no outputs keep the bytes that they always had.
-    FORM: ClassVar[Form] = Form(what="a request", left_out=("outputs",))
+    # Requests that use neither outputs nor effort keep the bytes that they always had.
+    FORM: ClassVar[Form] = Form(what="a request", left_out=("outputs", "effort"))
 
     budgets: tuple[str, ...] = ()
     weight_bits: tuple[int, ...] = ()
@@ -104,6 +111,7 @@ class PlanRequest(Document):
     precision: Literal["fp32", "bf16"] = "fp32"
     target: str | None = None
     outputs: tuple[str, ...] | None = None
+    effort: str = "normal"
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without the model."""
@@ -118,6 +126,7 @@ class PlanRequest(Document):
         _one_of("measure", self.measure, MEASURES)
         if self.measure == "tangent" and set(self.corrections) - {Correction.FOLD_BATCH_NORM}:
             raise InvalidInput(SAMPLES_DEPEND, measure=self.measure)
+        _one_of("effort", self.effort, EFFORTS)
         parse_losses(self.loss)
         parse_outputs(self.outputs or ())
         check_solver(self.solver)

@@ -199,7 +199,7 @@ class TestRefine:
         alone = [c for c in found.measured if 0 < sum(k > 0 for k in c) <= 2]
         assert min(found.measured[c] for c in together) < min(found.measured[c] for c in alone)
 
-    def test_effort_bounds_the_passes(self, monkeypatch):
+    def test_effort_bounds_the_passes(self):
         """No linearisation or round of swaps begins beyond the limit; without one all are done."""
         module = build(Residual)
         inventory = inventory_of(module)
@@ -207,14 +207,13 @@ class TestRefine:
         limits = Limits(
             costs=table.costs("code_bits")[None], limits=[int(3.0 * inventory.n_weights)]
         )
-        monkeypatch.setattr("bitquota.search.refine.LEAST_PASSES", 0.0)
         kinds = {}
         for effort in (1e-3, None):
             runner = make_runner(module, inventory, samples(Residual, 24), engine="eager")
             first = measure_differences(runner, table, KL)
             found = refine(
                 runner, table, KL, limits=limits, solve=brute_force, starts={"s": (0, 0, 0, 0)},
-                first=first, settings=RefineSettings(effort=effort),
+                first=first, settings=RefineSettings(effort=effort, least=0.0),
             )  # fmt: skip
             kinds[effort] = {step.kind for step in found.steps}
 

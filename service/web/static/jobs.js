@@ -224,6 +224,7 @@
       budgets: parts(value("budgets"), /,(?!\d{3}\b)/),
       samples: Number(value("samples")),
       loss: value("loss") || "auto",
+      effort: value("effort"),
     };
     // A target brings all bit-widths that it stores.
     if (target) request.target = target;

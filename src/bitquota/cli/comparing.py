@@ -21,7 +21,7 @@ _WIDE = 140
 """Columns from which tables say everything."""
 
 
-@opt.with_options(measure_name="auto", refine=True)
+@opt.with_options(measure_name="auto", effort="normal", refine=True)
 def compare(
     model: opt.Model,
     calibration: opt.Calibration,

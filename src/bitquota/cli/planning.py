@@ -115,7 +115,9 @@ def _plan_here(
     return result.plans, result.certificates
 
 
-@opt.with_options(budgets=None, holdout=1, refine=False, solver="auto", gap=1e-4, time_limit=None)
+@opt.with_options(
+    budgets=None, holdout=1, effort="normal", refine=False, solver="auto", gap=1e-4, time_limit=None
+)
 def measure(
     model: opt.Model,
     calibration: opt.Calibration,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from bitquota.errors import InvalidInput
 from bitquota.evaluate.choice import ChoiceLoss
 from bitquota.measurement_setup import Setup, build_setup
 from bitquota.plan import SOLVER, Assignment, Baseline, Plan, PlanTarget, Proof
-from bitquota.search.baselines import baseline_choices, size_only, uniform_mixes, weight_mse
+from bitquota.search.baselines import baseline_choices, uniform_mixes
 from bitquota.search.evidence import gather_evidence
 from bitquota.search.phases import (
     choices_phase,
@@ -22,11 +22,15 @@ from bitquota.search.phases import (
     plan_phases,
     refinement_settings,
 )
+from bitquota.search.portfolio import (
+    gather_portfolio,
+    leading_measure,
+    measure_leading,
+    measuring_runner,
+    raced_samples,
+)
 from bitquota.search.problems import choice_of, limits_of, proposer, solved
-from bitquota.search.projection import project
 from bitquota.search.refine import refine
-from bitquota.sensitivity.measures.gram import measure_differences
-from bitquota.sensitivity.registry import measure_by_name
 from bitquota.solver import Problem, Status, build_problem
 from bitquota.solver.archive import certificate_file
 
@@ -42,18 +46,11 @@ if TYPE_CHECKING:
     from bitquota.models.loaded import LoadedModel
     from bitquota.request import PlanRequest
     from bitquota.search.neighborhood import Choice
+    from bitquota.search.portfolio import Portfolio
     from bitquota.search.refine import Linearisation
-    from bitquota.sensitivity.base import Measure
     from bitquota.sensitivity.losses import Loss
-    from bitquota.sensitivity.measures.gram import OutputDifferences
     from bitquota.sensitivity.runners.base import Runner
     from bitquota.solver import Solution
-
-GRAM = "gram"
-"""The measure that ``auto`` stands for."""
-
-MEASURES_OF_THE_LOSS = frozenset({"auto", GRAM, "pairs", "diagonal"})
-"""Measures whose diagonal is the measured loss of single rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,20 +103,20 @@ def allocate(
         MeasurementFailed: A loss is not finite.
         Cancelled: ``cancelled`` answered true; the ledger keeps what was measured.
 
-    Cost: that of the measure around full precision once; for each budget about ten passes of
-    measured proposals, thirteen of evidence and ten over the hold-out samples; with
-    ``request.refine`` at most ``RefineSettings.effort`` times the measure around full precision
-    more, for linearisations around plans and measured swaps.
+    Cost: that of the portfolio (``gather_portfolio``) once; for each budget a race of about ten
+    choices, and at least two choices over the hold-out samples. Unless ``request.effort`` is
+    ``quick`` also thirteen passes of evidence and about ten choices over the hold-out samples for
+    each budget, and with ``request.refine`` what ``refinement.EFFORTS`` allows for linearisations
+    around plans and measured swaps.
     """
     if not request.budgets:
         msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
         raise InvalidInput(msg)
     setup = build_setup(model, calibration, request, context=context, loss=loss)
     budgets = [setup.budgets(text) for text in request.budgets]
-    runner = setup.runner()
-    measure = measure_of(request)
-    setup = setup.on_course(lambda: course_of(plan_phases(setup, runner, budgets, measure)))
-    source = _measure(setup, runner)
+    runner = measuring_runner(setup)
+    setup = setup.on_course(lambda: course_of(plan_phases(setup, runner, budgets)))
+    source = gather_portfolio(setup, runner)
     made = [runner]
 
     def runner_on(samples: CalibrationSet) -> Runner:
@@ -127,9 +124,11 @@ def allocate(
         return made[-1]
 
     # Samples that decide: the hold-out part, then further ones, then those of the measurement.
-    holdout = runner_on(setup.holdout)
+    holdout = runner_on(raced_samples(setup))
     further: list[Callable[[], Runner]] = [cache(partial(runner_on, s)) for s in setup.spare]
     deciding: tuple[Runner | Callable[[], Runner], ...] = (holdout, *further, runner)
+    if request.effort == "quick":
+        deciding = (holdout,)
     problems = [build_problem(source.matrix, together) for together in budgets]
     outcomes: dict[int, _Outcome] = {}
     warm: Linearisation | None = None
@@ -171,54 +170,9 @@ def measure_matrix(
     """Measure the sensitivity matrix of ``request`` alone; arguments and errors of ``allocate``."""
     setup = build_setup(model, calibration, request, context=context, loss=loss)
     runner = setup.runner()
-    measure = measure_of(request)
+    measure = leading_measure(setup, runner)
     setup = setup.on_course(lambda: course_of([measure_phase(setup, runner, measure)]))
-    return _measure(setup, runner).matrix
-
-
-def measure_of(request: PlanRequest) -> Measure:
-    """Return the measure that a request means."""
-    return measure_by_name(GRAM if request.measure == "auto" else request.measure)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Source:
-    """What was measured around full precision.
-
-    Attributes:
-        matrix: Singles, and cross terms if the measure has them.
-        differences: Output differences, when refinement will want them.
-        scores: Simpler matrices whose solutions are the baselines, by name.
-    """
-
-    matrix: SensitivityMatrix
-    differences: OutputDifferences | None
-    scores: dict[str, SensitivityMatrix]
-
-
-def _measure(setup: Setup, runner: Runner) -> _Source:
-    differences = None
-    measure = measure_of(setup.request)
-    given = runner, setup.table, setup.loss
-    if measure.name == GRAM:
-        matrix, differences = measure_differences(*given, context=setup.context)
-    else:
-        matrix = measure.measure(*given, context=setup.context)
-    scores = {
-        "size only": size_only(setup.table),
-        "weight MSE": weight_mse(
-            setup.module, setup.inventory, setup.table, weights=setup.fitted.weights
-        ),
-        _named(setup): replace(matrix, cross=None, cross_error=None),
-    }
-    return _Source(matrix=matrix, differences=differences, scores=scores)
-
-
-def _named(setup: Setup) -> str:
-    """Return what the diagonal of the measured matrix is called among the baselines."""
-    if setup.request.measure in MEASURES_OF_THE_LOSS:
-        return f"one-layer {setup.loss.name}"
-    return setup.request.measure
+    return measure_leading(setup, runner)[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -249,7 +203,7 @@ def _search(
     setup: Setup,
     runner: Runner,
     deciding: Sequence[Runner | Callable[[], Runner]],
-    source: _Source,
+    source: Portfolio,
     budgets: tuple[Budget, ...],
     problem: Problem,
     known: Sequence[Choice],
@@ -261,14 +215,13 @@ def _search(
     baselines = {name: choice for name, choice in simple.items() if problem.is_feasible(choice)}
     for name, score in source.scores.items():
         baselines[name] = choice_of(solved(setup, build_problem(score, budgets)))
-    starts = {"matrix": choice_of(optimum)} | baselines
+    # In order of trust: among choices that measurements cannot tell apart the first one leads.
+    starts = {
+        name: choice_of(solved(setup, build_problem(matrix, budgets)))
+        for name, matrix in source.proposals.items()
+    }
+    starts |= {"matrix": choice_of(optimum)} | baselines
     starts |= {f"of another budget {k + 1}": choice for k, choice in enumerate(known)}
-    if source.matrix.cross is not None:
-        # The exact optimum of a noisy matrix stacks its errors; that of the tamer projection is
-        # often better in truth. Both are only proposals: measurements decide.
-        tamed = solved(setup, build_problem(project(source.matrix), budgets))
-        starts["projected"] = choice_of(tamed)
-
     found = refine(
         runner,
         setup.table,
@@ -282,13 +235,21 @@ def _search(
         settings=refinement_settings(setup),
         context=setup.context,
     )
+    if setup.request.effort == "quick":
+        baselines = _widest(setup, {n: c for n, c in baselines.items() if n in simple})
     return _Outcome(choice=found.choice, baselines=baselines, optimum=optimum, last=found.last)
+
+
+def _widest(setup: Setup, choices: dict[str, Choice]) -> dict[str, Choice]:
+    """Return the largest of ``choices``, if there is one."""
+    sizes = {n: sum(c.size_bits for c in setup.table.decode(k)) for n, k in choices.items()}
+    return {n: choices[n] for n in sorted(sizes, key=lambda n: -sizes[n])[:1]}
 
 
 def _plan(
     setup: Setup,
     holdout: Runner,
-    source: _Source,
+    source: Portfolio,
     budgets: tuple[Budget, ...],
     problem: Problem,
     outcome: _Outcome,
@@ -297,7 +258,9 @@ def _plan(
 ) -> Plan:
     """Measure what was found and the baselines on the hold-out, return the best as a plan."""
     setup.context.next_phase()
-    own = {f"refined {k}": c for k, c in enumerate(dict.fromkeys((outcome.choice, *others)))}
+    quick = setup.request.effort == "quick"
+    found = (outcome.choice,) if quick else (outcome.choice, *others)
+    own = {f"refined {k}": c for k, c in enumerate(dict.fromkeys(found))}
     own = {name: choice for name, choice in own.items() if problem.is_feasible(choice)}
     measured = _measure_choices(setup, own | outcome.baselines, stage)
     # Ties go to the refined choice, which comes first.
@@ -308,7 +271,7 @@ def _plan(
     size = sum(c.size_bits for c in setup.table.decode(own[refined]))
     mixes = {
         name: choice
-        for name, choice in uniform_mixes(setup.table, size).items()
+        for name, choice in ({} if quick else uniform_mixes(setup.table, size)).items()
         if problem.is_feasible(choice) and choice not in choices.values()
     }
     if mixes:
@@ -324,15 +287,19 @@ def _plan(
         within = objective - solution.bound <= setup.request.gap * abs(objective)
         status = Status.OPTIMAL if within else Status.FEASIBLE
     setup.context.next_phase()
-    evidence = gather_evidence(
-        holdout,
-        setup.table,
-        setup.loss,
-        limits=limits_of(problem),
-        choice=choices[best],
-        predict=source.matrix.predict,
-        seed=setup.request.seed,
-        context=setup.context,
+    evidence = (
+        None
+        if quick
+        else gather_evidence(
+            holdout,
+            setup.table,
+            setup.loss,
+            limits=limits_of(problem),
+            choice=choices[best],
+            predict=source.matrix.predict,
+            seed=setup.request.seed,
+            context=setup.context,
+        )
     )
     chosen = setup.table.decode(choices[best])
     by_layer = {candidate.layer: candidate for candidate in chosen}
@@ -374,10 +341,11 @@ def _plan(
             "matrix": source.matrix.provenance,
             "bitquota": bitquota.__version__,
         }
+        | ({"skipped": source.skipped} if source.skipped else {})
         | ({"importance": setup.importance.digest} if setup.importance else {})
         | ({"identity": setup.identity_note} if setup.identity_note else {}),
         target=None if setup.target is None else PlanTarget.of(setup.target),
-        evidence=evidence.to_json(),
+        evidence=None if evidence is None else evidence.to_json(),
         outputs=setup.measure_choice(choices[best], stage="evidence", with_outputs=True).outputs,
     )
 

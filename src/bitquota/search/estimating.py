@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Rounding
 from bitquota.estimate import BudgetEstimate, JobEstimate, Refusal, StageEstimate
 from bitquota.measurement_setup import build_setup
-from bitquota.search.allocate import GRAM, measure_of
 from bitquota.search.comparing import (
     AFFORDABLE_PASSES,
     PLANS,
@@ -28,6 +27,7 @@ from bitquota.search.comparing import (
     checked_names,
 )
 from bitquota.search.phases import Phase, measure_phase, plan_phases, widest_choice
+from bitquota.search.portfolio import GRAM, leading_measure, measuring_runner
 from bitquota.sensitivity.measures.gram import KEPT_DIFFERENCE_BYTES
 from bitquota.sensitivity.metrics import Metric
 
@@ -67,8 +67,9 @@ def estimate_plan(
     """
     setup = build_setup(model, calibration, request, context=context, fit=False)
     budgets = [setup.budgets(text) for text in request.budgets]
-    runner = setup.runner()
-    phases = plan_phases(setup, runner, budgets, _checked_measure(setup, runner))
+    runner = measuring_runner(setup)
+    _checked_measure(setup, runner)
+    phases = plan_phases(setup, runner, budgets)
     return _estimate("plan", setup, runner, phases, clock)
 
 
@@ -114,7 +115,7 @@ def estimate_compare(
 
 
 def _checked_measure(setup: Setup, runner: Runner) -> Measure:
-    measure = measure_of(setup.request)
+    measure = leading_measure(setup, runner)
     if isinstance(measure, Metric):
         measure.check(runner, setup.loss)
     return measure
@@ -128,7 +129,7 @@ def _estimate(
     clock: Callable[[], float],
     skipped: Mapping[str, str] | None = None,
 ) -> JobEstimate:
-    grams = job == "compare" or measure_of(setup.request).name == GRAM
+    grams = job == "compare" or leading_measure(setup, runner).name == GRAM
     timed = _timed(setup, runner, clock)
     n, table, inventory = len(setup.fit), setup.table, setup.inventory
     counts = [int(b - a) for a, b in zip(table.offsets, table.offsets[1:], strict=False)]

@@ -16,9 +16,10 @@ from bitquota.corrections import SAMPLES_REPAIR
 from bitquota.progress import Course
 from bitquota.search.baselines import baseline_choices, size_only
 from bitquota.search.evidence import drawn_choices
+from bitquota.search.portfolio import leading_measure, proposing_metrics, raced_samples
 from bitquota.search.problems import choice_of, limits_of, solved
 from bitquota.search.refine import expected_passes
-from bitquota.search.refinement import RefineSettings
+from bitquota.search.refinement import EFFORTS, RefineSettings
 from bitquota.sensitivity.measures.choices import passes_of
 from bitquota.solver import build_problem
 
@@ -66,15 +67,15 @@ def course_of(phases: Sequence[Phase]) -> Course:
 def refinement_settings(setup: Setup) -> RefineSettings:
     """Return how much a search may do: around a plan without alternatives there is nothing."""
     if setup.request.refine and len(setup.table.rows) > len(setup.table.groups):
-        return RefineSettings()
-    # What is left are the proposals from one matrix, measured.
-    return RefineSettings(iterations=0, swap_rounds=0)
+        return EFFORTS[setup.request.effort]
+    # What is left are the proposals, measured.
+    return EFFORTS["quick"]
 
 
 def measure_phase(setup: Setup, runner: Runner, measure: Measure) -> Phase:
     """Return the measurement around full precision; exact where no candidate is full precision."""
     passes = measure.cost(runner, setup.table)
-    samples = passes * len(setup.fit)
+    samples = passes * len(runner.calibration)
     return Phase(stage=measure.name, samples=samples, most=samples)
 
 
@@ -88,7 +89,7 @@ def widest_choice(setup: Setup, budgets: Sequence[Budget]) -> Choice:
 
 
 def plan_phases(
-    setup: Setup, runner: Runner, budgets: Sequence[Sequence[Budget]], measure: Measure
+    setup: Setup, runner: Runner, budgets: Sequence[Sequence[Budget]]
 ) -> tuple[Phase, ...]:
     """Return the phases of ``allocate`` in their order.
 
@@ -98,23 +99,34 @@ def plan_phases(
     n = len(budgets)
     problems = [build_problem(size_only(setup.table), together) for together in budgets]
     simple = baseline_choices(setup.table).values()
-    known = [SCORES + sum(p.is_feasible(choice) for choice in simple) for p in problems]
+    metrics, _ = proposing_metrics(setup, runner)
+    fitting = [sum(p.is_feasible(choice) for choice in simple) for p in problems]
+    known = [SCORES + n_simple for n_simple in fitting]
+    quick = setup.request.effort == "quick"
     settings = refinement_settings(setup)
     points = [widest_choice(setup, together) for together in budgets]
     labels = [f"budget {k + 1} of {n}" for k in range(n)]
     searches = [
         search_phase(
-            setup, runner, f"search, {labels[k]}", points[k], known[k] + PROPOSED + n - 1, settings
+            setup,
+            runner,
+            f"search, {labels[k]}",
+            points[k],
+            known[k] + len(metrics) + PROPOSED + n - 1,
+            settings,
         )
         for k in range(n)
     ]
     checks: list[Phase] = []
     for k, (problem, point) in enumerate(zip(problems, points, strict=True)):
         # The refined choices of all budgets, the baselines, mixes of the plan's size.
-        n_choices = n + known[k] + MIXES
+        n_choices = 1 + min(1, fitting[k]) if quick else n + known[k] + MIXES
         checks.append(
             choices_phase(setup, f"hold-out, {labels[k]}", n_choices, full_precision=k == 0)
         )
+        if quick:
+            checks.append(Phase(stage=f"evidence, {labels[k]}", samples=0.0, most=0.0))
+            continue
         near, distant = drawn_choices(
             setup.table, limits_of(problem), point, seed=setup.request.seed
         )
@@ -123,7 +135,8 @@ def plan_phases(
         # Where the plan stands is not known yet, and so not what its neighbours re-run.
         most = (1 + len(near) + len(distant)) * len(setup.holdout)
         checks.append(Phase(stage=f"evidence, {labels[k]}", samples=samples, most=most))
-    return (measure_phase(setup, runner, measure), *searches, *checks)
+    measured = [leading_measure(setup, runner), *metrics.values()]
+    return (*(measure_phase(setup, runner, m) for m in measured), *searches, *checks)
 
 
 def choices_phase(
@@ -153,8 +166,8 @@ def search_phase(
 
     ``on_fit`` says that the samples of the measurement also decide.
     """
-    fit = len(setup.fit)
-    holdout = fit if on_fit else len(setup.holdout)
+    fit = len(runner.calibration)
+    holdout = fit if on_fit else len(raced_samples(setup))
     usual, most = expected_passes(
         settings or RefineSettings(),
         runner,
@@ -165,5 +178,6 @@ def search_phase(
     )
     # Each block of deciding samples is run in full precision once.
     once = runner.passes_before * holdout
-    blocks = once * (1 if on_fit else 1 + len(setup.spare))
+    alone = on_fit or setup.request.effort == "quick"
+    blocks = once * (1 if alone else 1 + len(setup.spare))
     return Phase(stage=stage, samples=usual * fit + once, most=most * fit + blocks)

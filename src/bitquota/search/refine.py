@@ -18,8 +18,8 @@ import numpy as np
 
 from bitquota.errors import Infeasible
 from bitquota.search.neighborhood import Choice, Limits, neighbours, rows_near
+from bitquota.search.race import leader, race
 from bitquota.search.refinement import (
-    LEAST_PASSES,
     Linearisation,
     Refinement,
     RefineSettings,
@@ -57,6 +57,7 @@ class _Search:
     linearised: float = 0.0
     passes_before: float = 0.0
     limit: float = np.inf
+    best: Choice | None = None
 
     @property
     def passes(self) -> float:
@@ -64,6 +65,11 @@ class _Search:
         own = self.runner.passes.passes - self.passes_before
         n = len(self.runner.calibration)
         return own + self.holdout.samples_run(besides=self.runner) / n
+
+    @property
+    def so_far(self) -> str:
+        """What the stages of the search tell of the best plan so far."""
+        return "" if self.best is None else f", best so far {self.holdout.mean(self.best):.3g}"
 
     def affords(self, passes: float) -> bool:
         """Whether that many more passes stay within the limit.
@@ -93,7 +99,8 @@ class _Search:
                 break
             if not self.affords(len(again) + 1.0):
                 break
-            holdout.measure(again, current, f"{kind}, more samples", blocks=block + 1)
+            stage = f"{kind}, more samples{self.so_far}"
+            holdout.measure(again, current, stage, blocks=block + 1)
             best = holdout.best(contenders)
             gain, error = holdout.gain(best, current)
         accepted = gain > 0 and gain > errors * error
@@ -109,7 +116,8 @@ class _Search:
                 passes=self.passes,
             )
         )
-        return best if accepted else current
+        self.best = best if accepted else current
+        return self.best
 
     def linearise(self, point: Choice | None, number: int, *, far: bool = True) -> Linearisation:
         """Measure singles and Gram terms around ``point``, the ``number``-th of the refinement."""
@@ -122,7 +130,7 @@ class _Search:
             self.loss,
             base_point=point,
             context=self.context,
-            stage=f"linearisation {number}",
+            stage=f"linearisation {number}{self.so_far}",
             only=rows,
             chunks=None if point is None else chunks,
         )
@@ -172,7 +180,7 @@ def _limit(settings: RefineSettings, runner: Runner, table: CandidateTable) -> f
     """Return the passes beyond which no linearisation and no round of swaps is begun."""
     if settings.effort is None:
         return np.inf
-    return max(LEAST_PASSES, settings.effort * GramMeasure().cost(runner, table))
+    return max(settings.least, settings.effort * GramMeasure().cost(runner, table))
 
 
 def expected_passes(
@@ -281,12 +289,12 @@ def refine(
 
     # Where to begin: the best of the given starts and of what the matrices propose.
     proposals = _first_choices(search, starts, at, warm)
-    search.holdout.measure(list(proposals), None, "starts")
-    current = search.holdout.best(list(proposals))
-    current = search.step("start", current, proposals)
+    alive = race(search.holdout, proposals, keep=search.settings.starts)
+    current = leader(search.holdout, alive, proposals)
+    current = search.step("start", current, {choice: proposals[choice] for choice in alive})
 
     # The best start need not lead to the best end: far from several, then near to the best.
-    for point in _promising(search, list(proposals)):
+    for point in _promising(search, alive):
         at, current = _move(search, point, current, at, far=True)
     while True:
         before = current
@@ -317,7 +325,10 @@ def _first_choices(
         Infeasible: There is none within the limits.
     """
     limits, solve = search.limits, search.solve
-    proposals = {c: name for name, c in starts.items() if limits.allow(search.table, c)}
+    proposals: dict[Choice, str] = {}
+    for name, choice in starts.items():
+        if limits.allow(search.table, choice):
+            proposals.setdefault(choice, name)
     if (diagonal := solve(replace(at.matrix, cross=None, cross_error=None), limits)) is not None:
         proposals.setdefault(diagonal, "diagonal")
     for known, prefix in ((at, ""), (warm, "larger budget, ")):
@@ -358,7 +369,7 @@ def _move(
     at = search.linearise(point, number, far=far)
     around = _proposals(search, point, at)
     if around:
-        search.holdout.measure(list(around), point, f"proposals {number}")
+        search.holdout.measure(list(around), point, f"proposals {number}{search.so_far}")
         current = search.step("linearised", current, around)
     return at, current
 
@@ -394,10 +405,10 @@ def _swap(search: _Search, current: Choice, at: Linearisation) -> Choice:
         if not near or failed == settings.patience or not search.affords(settings.swaps + 1.0):
             break
         order = _ranked(near, current, at)[: settings.swaps]
-        search.holdout.measure(order, current, f"swaps {round_ + 1}")
+        search.holdout.measure(order, current, f"swaps {round_ + 1}{search.so_far}")
         offered = dict.fromkeys(order, "swap")
         if together := _together(search, current, order):
-            search.holdout.measure(together, current, f"swaps {round_ + 1} together")
+            search.holdout.measure(together, current, f"swaps {round_ + 1} together{search.so_far}")
             offered |= dict.fromkeys(together, "swaps together")
         following = search.step("swap", current, offered)
         failed = failed + 1 if following == current else 0

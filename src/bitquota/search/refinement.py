@@ -52,9 +52,10 @@ class RefineSettings:
         swaps: Swaps measured in each round.
         accept_errors: A step must improve by this many paired standard errors.
         effort: No linearisation or round of swaps is begun that would lead beyond this many times
-            the forward-equivalents of a linearisation around full precision, or beyond
-            ``LEAST_PASSES`` where that is more. What the ledger holds counts as if it were run,
+            the forward-equivalents of a linearisation around full precision, or beyond ``least``
+            where that is more. What the ledger holds counts as if it were run,
             so that a run that was interrupted ends with the same plan. ``None`` for no limit.
+        least: Passes that it may always spend.
     """
 
     iterations: int = 12
@@ -69,6 +70,7 @@ class RefineSettings:
     swaps: int = 8
     accept_errors: float = 1.0
     effort: float | None = 2.0
+    least: float = LEAST_PASSES
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -83,6 +85,16 @@ class RefineSettings:
         if not self.radii or not all(0 < r <= 1 for r in self.radii):
             msg = f"trust radii must be shares between 0 and 1; got {self.radii}"
             raise InvalidInput(msg)
+
+
+EFFORTS = {
+    "quick": RefineSettings(iterations=0, starts=1, swap_rounds=0),
+    "normal": RefineSettings(
+        iterations=6, starts=2, swap_rounds=2, patience=1, effort=0.75, least=LEAST_PASSES / 2
+    ),
+    "thorough": RefineSettings(),
+}
+"""How much a refinement does, by the effort of a request; without refinement as ``quick``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,180 @@
+"""The loss's own curvature at every layer's output, against the full second moments of its input.
+
+With ``H`` the Hessian of each sample's loss in the model's output and ``v = B ξ``, ``B Bᵀ = H``,
+``ξ`` random signs, one backward pass with ``v`` gives ``g`` at every layer's output, and
+``E[g gᵀ]`` is the Gauss-Newton matrix there: for KL the true Fisher matrix. So no labels are
+needed, and all candidates of all layers take one pass forwards and backwards and one run of each
+candidate's own layer.
+
+References:
+    [CASA] Activation-aware bit allocation for language models with swap search on the loss, 2026.
+    [KFC] R. Grosse, J. Martens. A Kronecker-factored approximate Fisher matrix for convolution
+    layers. ICML 2016. arXiv 1602.01407.
+
+Design: docs/design/measures.md
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+
+from bitquota.sensitivity.curvature import curvature_factor
+from bitquota.sensitivity.metrics.local_response import measure_rows, response_to
+from bitquota.sensitivity.metrics.metric import (
+    BACKWARD,
+    FORWARD,
+    Metric,
+    Scores,
+    Work,
+    changes_anything,
+    chunk_weights,
+    local_cost,
+    over_chunks,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bitquota.candidates.table import CandidateTable, Row
+    from bitquota.sensitivity.losses import Loss
+    from bitquota.sensitivity.metrics.layer_trace import TracedCall
+    from bitquota.sensitivity.metrics.local_response import Calls
+    from bitquota.sensitivity.runners.base import Runner
+
+SEED = 0
+"""Of the random signs, which depend on nothing but the chunk and the shape of the output."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Direction:
+    """A linear loss whose gradient in the output is one random direction ``v`` per sample."""
+
+    of: Loss
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return self.of.name
+
+    @property
+    def unit(self) -> str:
+        return self.of.unit
+
+    @property
+    def needs_labels(self) -> bool:
+        return False
+
+    def per_sample(self, output: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:
+        """Return ``f64[n]``: ``v · output``."""
+        del reference, labels
+        generator = torch.Generator().manual_seed(self.seed)
+        signs = torch.randint(0, 2, (1, *output.shape), generator=generator)
+        noise = (2.0 * signs - 1.0).double().to(output.device)
+        direction = curvature_factor(self.of, output.detach(), noise)[0]
+        return (direction * output.double()).reshape(len(output), -1).sum(dim=1)
+
+
+class _Channels:
+    """What is needed of a call for every candidate of its layer: sums over each output channel."""
+
+    def __init__(self, work: Work, call: TracedCall) -> None:
+        assert call.gradient is not None  # noqa: S101  # traced with a loss
+        self.call, axis = call, call.channel_axis % call.output_dims
+        self.others = [d for d in range(call.output_dims) if d != axis]
+        squared = call.gradient.square().mean(dim=self.others, dtype=torch.float64)
+        self.curvature = squared / len(call.gradient)
+        self.output: Tensor | None = None
+        if call.normalised and work.runner.describe()["batch_norm"] == "moved":
+            self.output = call.respond(work.runner.weights.original(call.layer).detach())
+            self.n = self.output.numel() // len(self.curvature)
+            self.mean = self._sum(self.output) / self.n
+            self.energy = self._sum(self.output.square()) - self.n * self.mean.square()
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return values.sum(dim=self.others, dtype=torch.float64)
+
+    def squared_change(self, moved: Tensor) -> Tensor:
+        """Return ``f64[channels]``, the summed squares of a change of the output.
+
+        Where a batch norm follows whose statistics are adjusted, of what is left of the change
+        once the channel's mean and variance are those of full precision again: with ``y`` and
+        ``m`` the output and the change without their means, ``Σ (s (y + m) - y)²`` is ``2 Σ y² -
+        2 s Σ y (y + m)``, ``s² = Σ y² / Σ (y + m)²``.
+        """
+        squares = self._sum(moved.square())
+        if self.output is None:
+            return squares
+        mean = self._sum(moved) / self.n
+        product = self._sum(self.output * moved) - self.n * self.mean * mean
+        now = self.energy + 2 * product + squares - self.n * mean.square()
+        scale = torch.where(now > 0, self.energy / now.clamp_min(1e-300), 1.0).sqrt()
+        return (2 * self.energy - 2 * scale * (self.energy + product)).clamp_min(0.0)
+
+
+class _Score:
+    """Scores one row on one chunk: ``f64[1]``."""
+
+    def __init__(self) -> None:
+        self._calls: Calls | None = None
+        self._channels: dict[int, _Channels] = {}
+
+    def __call__(self, work: Work, calls: Calls, row: Row) -> Tensor:
+        if calls is not self._calls:
+            self._calls, self._channels = calls, {}
+        total = torch.zeros((), dtype=torch.float64)
+        for candidate in filter(changes_anything, row.candidates):
+            for call in calls[candidate.layer]:
+                known = self._channels.get(id(call))
+                if known is None:
+                    known = self._channels[id(call)] = _Channels(work, call)
+                change = known.squared_change(response_to(work, call, candidate))
+                total = total.to(change.device) + 0.5 * (known.curvature @ change)
+        return total[None]
+
+
+@dataclass(frozen=True, slots=True)
+class GramWeightedError(Metric):
+    """``s = ½ Σ_r E[g_r²] e_r G e_rᵀ``, ``e_r`` row ``r`` of ``Q(W) - W``, ``G = E[Σ x xᵀ]``.
+
+    The Kronecker score with the **full** second moments of the inputs [CASA, KFC]: ``e_r G e_rᵀ``
+    is the mean squared change of output channel ``r``, summed over positions, so errors that
+    correlated inputs cancel or add up count as they are. ``g`` is the gradient in a random
+    direction of the loss's curvature, see the module; ``E[g_r²]`` is over samples and positions
+    of a chunk. The score is the mean over chunks and its standard error theirs.
+
+    Where the statistics of batch norms are adjusted to what quantization does, a layer that one
+    follows counts with what is left of its change.
+
+    Pitfall: gradient and change are taken to be uncorrelated within a channel.
+    """
+
+    name: ClassVar[str] = "gram_weighted"
+    known_as: ClassVar[str] = "Gram-weighted error (Bitquota)"
+    needs_gradients: ClassVar[bool] = True
+    sees_activations: ClassVar[bool] = True
+    estimates_loss: ClassVar[bool] = True
+
+    def cost(self, runner: Runner, table: CandidateTable) -> float:
+        """Return one pass forwards and backwards, and each row's own layers once."""
+        return FORWARD + BACKWARD + local_cost(runner, table)
+
+    def scores(self, work: Work) -> Scores:
+        """Score every row.
+
+        Raises:
+            InvalidInput: No factor of the loss's Hessian is known.
+        """
+        found = measure_rows(
+            work, _Score(), lambda chunk: _Direction(of=work.loss, seed=SEED + chunk)
+        )
+        per_chunk = np.concatenate(found, axis=1).T  # f64[C, n_rows]
+        return Scores(
+            diagonal=chunk_weights(work.runner) @ per_chunk,
+            error=over_chunks(per_chunk),
+            loss=work.loss.name,
+            unit=work.loss.unit,
+        )
