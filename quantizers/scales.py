@@ -10,25 +10,29 @@ Design: docs/design/grids-and-scales.md
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bitquota.candidates.storage import ScaleRule
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 PERCENTILE = 0.995
 """Share of weights that the percentile rule keeps inside the grid."""
 
-BREAKPOINTS_AT_ONCE = 1 << 22
-"""Breakpoints that the exact fit sorts at a time: bounds its memory to about 300 MB."""
+VALUES_AT_ONCE = 1 << 15
+"""Values whose scales are fitted together: what they need stays in the processor's cache."""
 
-EXACT_LIMIT_BREAKPOINTS = 1 << 28
-"""Above it (8 bits on a large weight of a language model) the fit is a refined scan."""
+EXACT_LIMIT_BREAKPOINTS = 1 << 23
+"""Above it (6 bits and more on a weight of a language model) the fit of a matrix is a scan."""
 
-EXACT_LIMIT_LEVELS = 256
-"""Above it (16 bits) too: the error is about 1e-9 of the weights whatever the scale."""
+SCAN_POINTS = 48
+LATTICE_POINTS = 3
 
-SCAN_POINTS = 128
+BISECTIONS = 8
 
 
 def symmetric_scale(
@@ -62,13 +66,12 @@ def symmetric_scale(
         total = weight.sum(dim=1)
         return (weight * values.abs()).sum(dim=1) / torch.where(total > 0, total, 1.0)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    positive = least_squares_scale(values, low, high, importance)
     if rule is ScaleRule.LEAST_SQUARES_POSITIVE:
-        return positive
+        return least_squares_scale(values, low, high, importance)
     # The grid has one level more below zero than above. Rounding -w on it is rounding w on the
     # grid turned around, at the same cost in bits.
-    negative = least_squares_scale(-values, low, high, importance)
-    turned = grid_error(-values, negative, low, high, importance)
+    positive, negative = least_squares_scales(values, [(low, high), (-high, -low)], importance)
+    turned = grid_error(values, negative, -high, -low, importance)
     # Where neither clips, both fit alike: rounding noise must not decide the sign.
     better = turned < (1 - 1e-9) * grid_error(values, positive, low, high, importance)
     return torch.where(better, -negative, positive)
@@ -100,8 +103,8 @@ def asymmetric_scale(
         tried = [torch.full_like(best_zero, z) for z in range(top + 1)]
     else:
         tried = _likely_zero_points(values, low, high, top, importance)
-    for zero in tried:
-        scale = least_squares_scale(values, -zero, top - zero, importance)
+    fitted = least_squares_scales(values, [(-z, top - z) for z in tried], importance)
+    for zero, scale in zip(tried, fitted, strict=True):
         error = grid_error(values, scale, -zero, top - zero, importance)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
@@ -116,58 +119,57 @@ def least_squares_scale(
     highest: Tensor | int,
     importance: Tensor | None = None,
 ) -> Tensor:
-    """Return ``f64[g]``: the scale that minimises ``sum h (w - s q)^2``, ``q = clip(round(w/s))``.
+    """Return ``f64[g]``: the scale for levels from ``lowest`` to ``highest``.
 
-    With ``t = 1/s``, the codes change only at the breakpoints ``t = (k - 1/2) / |w|``. Between two
+    See ``least_squares_scales``.
+    """
+    return least_squares_scales(values, [(lowest, highest)], importance)[0]
+
+
+def least_squares_scales(
+    values: Tensor,
+    ranges: Sequence[tuple[Tensor | int, Tensor | int]],
+    importance: Tensor | None = None,
+) -> list[Tensor]:
+    """Return for each range ``f64[g]``: the scale with the smallest squared error on its levels.
+
+    The error is ``sum h (w - s q)^2`` with ``q = clip(round(w/s))``. With ``t = 1/s``, the codes change only at the breakpoints ``t = (k - 1/2) / |w|``. Between two
     of them ``q`` is fixed and the best scale is ``A/B`` with ``A = sum h w q``, ``B = sum h q^2``,
     leaving ``sum h w^2 - A^2/B``. Both sums follow from cumulative sums over the sorted
     breakpoints, so the largest ``A^2/B`` is the exact optimum over all scales: rounding again at
     ``A/B`` can only lower the error of its segment, and no segment's error lies below its
     ``- A^2/B``. Scales so small that clipping alone costs more than the absmax scale does are
-    left out.
+    left out. Breakpoints are sorted once for all ranges.
 
-    Exact up to ``EXACT_LIMIT_BREAKPOINTS`` breakpoints and ``EXACT_LIMIT_LEVELS`` levels a side;
-    above that a scan of ``SCAN_POINTS`` scales, the promising ones refined by alternating codes
-    and scale, no worse than the scan itself.
+    Exact up to ``EXACT_LIMIT_BREAKPOINTS`` breakpoints. Above that ``A^2/B`` is looked at for
+    ``SCAN_POINTS`` scales, from the smallest that could pay to absmax, and for the few that put
+    the smallest value on a low level: weights that lie on a grid already are found by one or the
+    other. At 6 bits and more, where breakpoints become that many, this costs up to
+    7 % of the error.
 
     Args:
         values: f64[g, n].
-        lowest: Lowest level, not above 0: an int or i64[g].
-        highest: Highest level, not below 0: an int or i64[g].
+        ranges: Lowest level, not above 0, and highest, not below 0: ints or i64[g].
         importance: ``h``, f64[g, n], or ``None`` for ones.
 
-    Cost: O(K log K) for ``K`` breakpoints, at most ``g n 2^(b-1)``.
+    Cost: O(K log K) for ``K`` breakpoints, at most ``n 2^(b-1)`` a line; the scan O(n).
     """
-    lines = len(values)
-    low = torch.as_tensor(lowest, device=values.device).expand(lines)
-    high = torch.as_tensor(highest, device=values.device).expand(lines)
-    magnitude = values.abs()
-    if importance is not None:
-        magnitude = torch.where(importance > 0, magnitude, 0.0)
-    caps = torch.where(values >= 0, high[:, None], -low[:, None]).double()
-    if int(caps.max()) > EXACT_LIMIT_LEVELS:
-        return _refined_scan(values, magnitude, low, high, importance)
-    counts, limit = _breakpoint_counts(values, magnitude, caps, low, high, importance)
-    per_line = counts.sum(dim=1)
-    if int(per_line.sum()) > EXACT_LIMIT_BREAKPOINTS:
-        return _refined_scan(values, magnitude, low, high, importance)
-    scale = torch.zeros(lines, dtype=torch.float64, device=values.device)
-    start = 0
-    ends = per_line.cumsum(0).tolist()
-    while start < lines:
-        base = ends[start - 1] if start else 0
-        stop = start + 1
-        while stop < lines and ends[stop] - base <= BREAKPOINTS_AT_ONCE:
-            stop += 1
-        part = slice(start, stop)
-        scale[part] = _best_segment(
-            magnitude[part],
-            counts[part],
-            limit[part],
-            None if importance is None else importance[part],
-        )
-        start = stop
-    return scale
+    lines, n = values.shape
+    bounds = torch.stack(
+        [
+            torch.stack([torch.as_tensor(end, device=values.device).expand(lines) for end in pair])
+            for pair in ranges
+        ]
+    ).double()  # [ranges, 2, lines]
+    top = float(torch.maximum(-bounds[:, 0], bounds[:, 1]).max())
+    fit = _scanned_scales if top * values.numel() > EXACT_LIMIT_BREAKPOINTS else _exact_scales
+    at_once = max(1, VALUES_AT_ONCE // n)
+    parts = []
+    for start in range(0, lines, at_once):
+        part = slice(start, start + at_once)
+        weight = None if importance is None else importance[part]
+        parts.append(fit(values[part], bounds[:, :, part], weight))
+    return list(torch.cat(parts, dim=1))
 
 
 def grid_error(
@@ -204,91 +206,123 @@ def _range_to_grid(low: Tensor, high: Tensor, top: int) -> tuple[Tensor, Tensor]
     return scale, torch.round(-low / step).long().clamp(0, top)
 
 
-def _breakpoint_counts(
-    values: Tensor,
-    magnitude: Tensor,
-    caps: Tensor,
-    low: Tensor,
-    high: Tensor,
-    importance: Tensor | None,
+def _smallest_scale(
+    magnitude: Tensor, caps: Tensor, known: Tensor, importance: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return how many breakpoints of each value matter, and the largest ``t`` of each line."""
-    weight = importance if importance is not None else torch.ones((), dtype=torch.float64)
-    weight = weight.to(values.device)
-    reach = torch.where(caps > 0, magnitude / caps.clamp(min=1.0), 0.0).amax(dim=1)
-    known = grid_error(values, reach, low, high, importance)
-    # Clipping only grows as the scale falls: bisect for where it alone exceeds the known error.
+    """Return two scales of each line: none below the first can be the best, the second is absmax.
+
+    Clipping only grows as the scale falls: bisect for where it alone exceeds the known error.
+    """
+    reach = (magnitude / caps).amax(dim=1)
     lower, upper = torch.zeros_like(reach), reach.clone()
-    for _ in range(24):
+    for _ in range(BISECTIONS):
         middle = (lower + upper) / 2
-        clipped = (magnitude - caps * middle[:, None]).clamp(min=0.0).square()
-        too_small = (weight * clipped).sum(dim=1) > known
+        clipped = (magnitude - caps * middle[:, None]).clamp_(min=0.0).square_()
+        if importance is not None:
+            clipped *= importance
+        too_small = clipped.sum(dim=1) > known
         lower = torch.where(too_small, middle, lower)
         upper = torch.where(too_small, upper, middle)
-    # Slightly beyond the bound, for rounding; where nothing is clipped at all there is no bound,
-    # and twice the reciprocal reach holds every breakpoint up to the cap of the largest value.
-    limit = torch.where(lower > 0, 1.0 / lower.clamp(min=1e-300), 2.0 / reach.clamp(min=1e-300))
-    limit = torch.where(reach > 0, limit * (1 + 1e-9), 0.0)
-    counts = torch.floor(magnitude * limit[:, None] + 0.5).clamp(min=0.0)
-    return torch.minimum(counts, caps).long(), limit
+    # Slightly beyond the bound, for rounding.
+    least = torch.where(lower > 0, lower, reach / 2**BISECTIONS) * (1 - 1e-9)
+    return least, reach
 
 
-def _best_segment(
-    magnitude: Tensor, counts: Tensor, limit: Tensor, importance: Tensor | None
-) -> Tensor:
-    lines, n = magnitude.shape
-    flat = counts.reshape(-1)
-    total = int(flat.sum())
-    scale = torch.zeros(lines, dtype=torch.float64, device=magnitude.device)
-    if total == 0:
-        return scale
-    owner = torch.repeat_interleave(torch.arange(lines * n, device=flat.device), flat)
-    first = flat.cumsum(0) - flat
-    level = torch.arange(total, device=flat.device) - first[owner] + 1  # 1..count of each value
-    size = magnitude.reshape(-1)[owner]
-    line = torch.div(owner, n, rounding_mode="floor")
-    # One sort for all lines: the line number is the whole part of the key.
-    key = line + ((level - 0.5) / (size * limit[line])).clamp(max=1.0 - 1e-12)
-    order = key.argsort()
-    line, size, level = line[order], size[order], level[order].double()
-    gain = 2.0 * level - 1.0
+def _start(
+    values: Tensor, bounds: Tensor, importance: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return magnitudes, their highest level in any range, and what ``_smallest_scale`` does."""
+    magnitude = values.abs()
     if importance is not None:
-        weight = importance.reshape(-1)[owner[order]]
+        magnitude = torch.where(importance > 0, magnitude, 0.0)
+    known = torch.zeros(len(values), dtype=torch.float64, device=values.device)
+    for low, high in bounds:
+        own = torch.where(values >= 0, high[:, None], -low[:, None])
+        reach = torch.where(own > 0, magnitude / own.clamp(min=1.0), 0.0).amax(dim=1)
+        known = torch.maximum(known, grid_error(values, reach, low, high, importance))
+    caps = torch.where(values >= 0, bounds[:, 1].amax(0)[:, None], -bounds[:, 0].amin(0)[:, None])
+    caps = caps.clamp(min=1.0)
+    return magnitude, caps, *_smallest_scale(magnitude, caps, known, importance)
+
+
+def _exact_scales(values: Tensor, bounds: Tensor, importance: Tensor | None) -> Tensor:
+    """Return f64[ranges, g]."""
+    lines, n = values.shape
+    magnitude, caps, least, _ = _start(values, bounds, importance)
+    safe = torch.where(least > 0, least, 1.0)[:, None]
+    counts = torch.minimum(torch.floor(magnitude / safe + 0.5), caps).long()
+    flat, per_line = counts.reshape(-1), counts.sum(dim=1)
+    total, width = int(per_line.sum()), int(per_line.max())
+    found = torch.zeros(len(bounds), lines, dtype=torch.float64, device=values.device)
+    if total == 0:
+        return found
+
+    # One entry for each breakpoint, in rows as long as the longest line's.
+    owner = torch.repeat_interleave(torch.arange(lines * n, device=flat.device), flat)
+    count = torch.arange(total, device=flat.device)
+    level = (count - (flat.cumsum(0) - flat)[owner] + 1).double()  # 1..count of each value
+    line = torch.div(owner, n, rounding_mode="floor")
+    slot = line * width + count - (per_line.cumsum(0) - per_line)[line]
+    size, gain = magnitude.reshape(-1)[owner], 2.0 * level - 1.0
+    key = values.new_full((lines * width,), torch.inf).index_put_((slot,), (level - 0.5) / size)
+    order = key.reshape(lines, width).argsort(dim=1)
+    if importance is not None:
+        weight = importance.reshape(-1)[owner]
         size, gain = size * weight, gain * weight
-    a, b = size.cumsum(0), gain.cumsum(0)
-    ends = counts.sum(dim=1).cumsum(0)
-    before = ends - counts.sum(dim=1)
-    a = a - torch.cat([a.new_zeros(1), a])[before][line]
-    b = b - torch.cat([b.new_zeros(1), b])[before][line]
-    explained = torch.where(b > 0, a * a / b.clamp(min=1e-300), 0.0)
-    best = torch.zeros(lines, dtype=torch.float64, device=flat.device)
-    best.scatter_reduce_(0, line, explained, "amax")
-    found = torch.nonzero(explained >= best[line])[:, 0]
-    ratio = torch.where(b[found] > 0, a[found] / b[found].clamp(min=1e-300), 0.0)
-    return scale.scatter_reduce(0, line[found], ratio, "amax")
+    signed = torch.where(values.reshape(-1)[owner] >= 0, level, -level)
+    size, gain, signed = (
+        values.new_zeros(lines * width)
+        .index_put_((slot,), part)
+        .reshape(lines, width)
+        .gather(1, order)
+        for part in (size, gain, signed)
+    )
+
+    # The best segment of each line in each range.
+    for k, (low, high) in enumerate(bounds):
+        inside = (signed >= low[:, None]) & (signed <= high[:, None])
+        a, b = (size * inside).cumsum(dim=1), (gain * inside).cumsum(dim=1)
+        safe = b.clamp(min=1e-300)
+        explained = a * a / safe
+        best = explained.amax(dim=1, keepdim=True)
+        found[k] = torch.where((explained >= best) & (b > 0), a / safe, 0.0).amax(dim=1)
+    return found
 
 
-def _refined_scan(
-    values: Tensor, magnitude: Tensor, low: Tensor, high: Tensor, importance: Tensor | None
-) -> Tensor:
-    caps = torch.where(values >= 0, high[:, None], -low[:, None]).double().clamp(min=1.0)
-    reach = (magnitude / caps).amax(dim=1)
-    best, best_error = reach, grid_error(values, reach, low, high, importance)
-    for share in torch.linspace(1.0 / SCAN_POINTS, 1.1, SCAN_POINTS).tolist():
-        scale = reach * share
-        for _ in range(2):
-            error = grid_error(values, scale, low, high, importance)
-            better = error < best_error
-            best, best_error = torch.where(better, scale, best), torch.minimum(error, best_error)
-            if not bool((error <= 1.05 * best_error).any()):
-                break
-            step = torch.where(scale != 0, scale, 1.0)[:, None]
-            levels = torch.round(values / step).clamp(low[:, None].double(), high[:, None].double())
-            weighted = levels if importance is None else importance * levels
-            power = (weighted * levels).sum(dim=1)
-            dot = (weighted * values).sum(dim=1)
-            scale = torch.where(power > 0, dot / power.clamp(min=1e-300), scale)
-    return best
+def _scanned_scales(values: Tensor, bounds: Tensor, importance: Tensor | None) -> Tensor:
+    """Return f64[ranges, g]: the best of some segments for each line."""
+    magnitude, _, least, reach = _start(values, bounds, importance)
+    # In float32, which is exact enough to compare segments; the scale itself is float64.
+    small = values.float()
+    weight = None if importance is None else importance.float()
+    weighted = small if weight is None else small * weight
+    some = torch.where(magnitude > 0, magnitude, torch.inf).amin(dim=1)
+    shares = torch.linspace(0, 1, SCAN_POINTS, dtype=torch.float64, device=values.device)
+    most = 1.02 * torch.where(reach > 0, reach, 1.0)
+    ratio = torch.where(reach > 0, least, 1.0) / most
+    tried = [most * ratio ** float(share) for share in shares]
+    tried += [torch.where(some < torch.inf, some / k, 1.0) for k in range(1, LATTICE_POINTS + 1)]
+    found = []
+    for low, high in bounds.float():
+        best = torch.full((len(values),), -1.0, device=values.device)
+        scale = reach.clone()
+        for point in tried:
+            q = (small * (1 / point).float()[:, None]).round_()
+            q = torch.maximum(torch.minimum(q, high[:, None], out=q), low[:, None], out=q)
+            a = (q * weighted).sum(dim=1)
+            b = (q.square_() if weight is None else q.square_().mul_(weight)).sum(dim=1)
+            explained = torch.where(b > 0, a * a / b.clamp(min=1e-30), -1.0)
+            better = explained > best
+            best = torch.where(better, explained, best)
+            scale = torch.where(better, point, scale)
+        # The best scale for the codes of the best point.
+        step = torch.where(scale > 0, scale, 1.0)[:, None]
+        levels = torch.round(values / step).clamp(low[:, None].double(), high[:, None].double())
+        heavy = levels if importance is None else importance * levels
+        power = (heavy * levels).sum(dim=1)
+        dot = (heavy * values).sum(dim=1)
+        found.append(torch.where(power > 0, dot / power.clamp(min=1e-300), scale))
+    return torch.stack(found)
 
 
 def _likely_zero_points(

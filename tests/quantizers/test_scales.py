@@ -92,25 +92,56 @@ class TestLeastSquaresScale:
         """Cutting the work into small parts gives the same scales."""
         values = random_lines(7, lines=9)
         whole = least_squares_scale(values, -8, 7)
-        monkeypatch.setattr(scales, "BREAKPOINTS_AT_ONCE", 50)
+        monkeypatch.setattr(scales, "VALUES_AT_ONCE", 80)
         assert torch.allclose(whole, least_squares_scale(values, -8, 7), rtol=1e-12)
 
     def test_all_zero_weights_have_scale_zero(self):
         """There is nothing to fit."""
         assert [0.0] == least_squares_scale(torch.zeros(1, 4).double(), -4, 3).tolist()
 
-    @pytest.mark.parametrize("bits", [4, 8, 16])
-    def test_the_refined_scan_is_never_worse_than_its_scan(self, bits, monkeypatch):
-        """Where breakpoints are too many, no scale of a scan as dense does better."""
-        values = random_lines(8)
+    @pytest.mark.parametrize(("bits", "most"), [(6, 1.06), (8, 1.12)])
+    @pytest.mark.parametrize("n", [64, 500])
+    def test_the_scan_loses_little(self, bits, most, n, monkeypatch):
+        """Where breakpoints are too many; and next to nothing against absmax."""
+        values = random_lines(8, lines=40, n=n, heavy=True)
+        importance = torch.rand(40, n, generator=torch.Generator().manual_seed(9)).double()
         low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        for weight in (None, importance):
+            exact = grid_error(
+                values, least_squares_scale(values, low, high, weight), low, high, weight
+            )
+            with monkeypatch.context() as patch:
+                patch.setattr(scales, "EXACT_LIMIT_BREAKPOINTS", 0)
+                found = grid_error(
+                    values, least_squares_scale(values, low, high, weight), low, high, weight
+                )
+            assert float(found.sum()) <= most * float(exact.sum())
+            reach = torch.where(values >= 0, values / high, values / low).amax(dim=1)
+            assert bool((found <= grid_error(values, reach, low, high, weight) * 1.001).all())
+
+    @pytest.mark.parametrize("share", [1.0, 0.4])
+    @pytest.mark.parametrize("bits", [6, 8])
+    def test_the_scan_finds_the_grid_that_weights_lie_on(self, bits, share, monkeypatch):
+        """As of a trained model, whether it uses all levels or a part of them."""
+        top = 2 ** (bits - 1) - 1
+        generator = torch.Generator().manual_seed(0)
+        codes = (torch.randn(20, 256, generator=generator).double() * top / 3).round()
+        codes = (codes.clamp(-top, top) * share).round()
+        codes[:, 0] = round(top * share)
         monkeypatch.setattr(scales, "EXACT_LIMIT_BREAKPOINTS", 0)
-        found = grid_error(values, least_squares_scale(values, low, high), low, high)
-        caps = torch.where(values >= 0, high, -low)
-        reach = (values.abs() / caps).amax(dim=1)
-        for share in torch.linspace(1 / scales.SCAN_POINTS, 1.1, scales.SCAN_POINTS).tolist():
-            error = grid_error(values, reach * share, low, high)
-            assert bool((found <= error * (1 + 1e-12)).all())
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        found = least_squares_scale(codes * 0.37, low, high)
+        assert bool((grid_error(codes * 0.37, found, low, high) < 1e-12).all())
+
+    def test_ranges_are_fitted_together_as_apart(self):
+        """Breakpoints are shared, results are not."""
+        values = random_lines(3, lines=7)
+        pairs = [(-4, 3), (-3, 4), (0, 7), (-7, 0), (torch.arange(-7, 0), torch.arange(0, 7))]
+        for (low, high), scale in zip(
+            pairs, scales.least_squares_scales(values, pairs), strict=True
+        ):
+            alone = grid_error(values, least_squares_scale(values, low, high), low, high)
+            assert torch.allclose(alone, grid_error(values, scale, low, high), rtol=1e-12)
 
 
 class TestSymmetricScale:
