@@ -133,19 +133,20 @@ def least_squares_scales(
 ) -> list[Tensor]:
     """Return for each range ``f64[g]``: the scale with the smallest squared error on its levels.
 
-    The error is ``sum h (w - s q)^2`` with ``q = clip(round(w/s))``. With ``t = 1/s``, the codes change only at the breakpoints ``t = (k - 1/2) / |w|``. Between two
-    of them ``q`` is fixed and the best scale is ``A/B`` with ``A = sum h w q``, ``B = sum h q^2``,
-    leaving ``sum h w^2 - A^2/B``. Both sums follow from cumulative sums over the sorted
-    breakpoints, so the largest ``A^2/B`` is the exact optimum over all scales: rounding again at
-    ``A/B`` can only lower the error of its segment, and no segment's error lies below its
-    ``- A^2/B``. Scales so small that clipping alone costs more than the absmax scale does are
-    left out. Breakpoints are sorted once for all ranges.
+    The error is ``sum h (w - s q)^2`` with ``q = clip(round(w/s))``. With ``t = 1/s``, the codes
+    change only at the breakpoints ``t = (k - 1/2) / |w|``. Between two of them ``q`` is fixed and
+    the best scale is ``A/B`` with ``A = sum h w q``, ``B = sum h q^2``, leaving
+    ``sum h w^2 - A^2/B``. Both sums follow from cumulative sums over the sorted breakpoints, so the
+    largest ``A^2/B`` is the exact optimum over all scales: rounding again at ``A/B`` can only lower
+    the error of its segment, and no segment's error lies below its ``- A^2/B``. Scales so small
+    that clipping alone costs more than the absmax scale does are left out. Breakpoints are sorted
+    once for all ranges.
 
     Exact up to ``EXACT_LIMIT_BREAKPOINTS`` breakpoints. Above that ``A^2/B`` is looked at for
     ``SCAN_POINTS`` scales, from the smallest that could pay to absmax, and for the few that put
     the smallest value on a low level: weights that lie on a grid already are found by one or the
-    other. At 6 bits and more, where breakpoints become that many, this costs up to
-    7 % of the error.
+    other. At 6 bits and more, where breakpoints become that many, this costs up to 7 % of the
+    error.
 
     Args:
         values: f64[g, n].
