@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from bitquota.candidates.layers import MATRICES, LayerKind
 from bitquota.models.calls import LayerWatcher, tensor_key
+from bitquota.quantizers.product_moments import product_grams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -39,22 +40,28 @@ def input_grams(
         layers: Only these; all by default. A Gram takes ``groups x columns^2`` float64.
 
     Returns:
-        f64[groups, columns, columns] by layer name. Embeddings and experts are missing: their
-        inputs are not multiplied with whole rows at the operator's call.
+        f64[groups, columns, columns] by layer name. Embeddings are missing: their rows are looked
+        up, so no error of one column can be repaid by another.
 
-    Cost: one forward pass over the batches, and O(positions columns^2) for each layer.
+    Cost: one forward pass over the batches (two where there are experts, recurrent layers or
+    contractions, see ``product_moments``), and O(positions columns^2) for each layer.
     """
-    skipped = {LayerKind.EMBEDDING, LayerKind.EXPERTS, *MATRICES}
+    asked = [la for la in inventory.layers if layers is None or la.name in layers]
+    inside = [la for la in asked if la.kind is LayerKind.EXPERTS or la.kind in MATRICES]
     wanted = {
         tensor_key(module.get_parameter(layer.weight_name)): layer
-        for layer in inventory.layers
-        if layer.kind not in skipped and (layers is None or layer.name in layers)
+        for layer in asked
+        if layer not in inside and layer.kind is not LayerKind.EMBEDDING
     }
+    batches = list(batches) if inside and wanted else batches
+    grams = product_grams(module, inside, batches) if inside else {}
+    if not wanted:
+        return grams
     watcher = _GramWatcher(wanted)
     with torch.no_grad(), watcher:
         for inputs in batches:
             module(*inputs)
-    return watcher.grams
+    return grams | watcher.grams
 
 
 class _GramWatcher(LayerWatcher["Layer"]):
