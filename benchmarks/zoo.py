@@ -4,8 +4,9 @@
 that look like what the network reads (lines of text in several fonts, crops of photographs, files
 of this machine, synthetic sounds), and runs the command line as a user would: one ``plan`` for 4
 bits and for the widest width of ONNX Runtime's menu, and an ``export`` of each, which ONNX Runtime
-runs. It prints one row per network and ends with code 1 if fewer than nine go all the way within
-4 GB and ten minutes of processor time.
+runs. Nothing measured before is reused: each network has a measurement cache of its own. It prints
+one row per network and ends with code 1 if fewer than nine go all the way within 4 GB and ten
+minutes of processor time.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def row(network: Network, cache: Path) -> bool:
             plan, out = folder / f"{bits[0]}.json", folder / bits[0]
             for arguments in (
                 ("plan", source, folder / "samples.npz", "--target", target, "--budget", bits,
-                 *menu, "--samples", network.n, "--holdout", network.n, "--out", plan),
+                 *menu, "--samples", network.n, "--holdout", network.n, "--out", plan,
+                 "--ledger", folder / "ledger.sqlite"),
                 ("export", source, plan, "--out", out, "--samples", folder / "samples.npz"),
             ):  # fmt: skip
                 cost = run(environment, *arguments)
@@ -106,7 +108,7 @@ def row(network: Network, cache: Path) -> bool:
             receipt = json.loads((out / "receipt.json").read_text())
             differences.append(receipt["difference"]["relative"])
     seconds, n_bytes = sum(cost[0] for cost in costs), max(cost[1] for cost in costs)
-    changed = [max(share(output) for output in plan["outputs"]) for plan in plans]
+    changed, texts = zip(*(effect(plan["outputs"]) for plan in plans), strict=True)
     held = (
         seconds <= MOST_SECONDS and n_bytes <= MOST_BYTES and max(differences) <= LARGEST_DIFFERENCE
     )
@@ -117,7 +119,7 @@ def row(network: Network, cache: Path) -> bool:
     measured = plans[0]["measured"]
     print(
         f"| {network.name} | {quantizable:.0%} | {measured['mean']:.3g} ± "
-        f"{measured['standard_error']:.1g} | {changed[0]:.1%} | {changed[1]:.1%} | "
+        f"{measured['standard_error']:.1g} | {texts[0]} | {texts[1]} | "
         f"{max(differences):.1g} | {seconds:.0f} | {n_bytes / 1e9:.1f} | "
         f"{'runs' if held else 'NO'}{lost} |",
         flush=True,
@@ -125,10 +127,17 @@ def row(network: Network, cache: Path) -> bool:
     return held
 
 
-def share(output: dict[str, Any]) -> float:
-    """Return the share of answers that a plan changes, or its relative error where none are."""
-    changed = output["changed"]
-    return float(output["relative_error"] if changed is None else changed)
+def effect(outputs: list[dict[str, Any]]) -> tuple[float, str]:
+    """Return what a plan does to the output that changes most, and the text of it.
+
+    The share of answers that it changes or, in brackets, the relative error where an output has no
+    answers.
+    """
+    found = []
+    for output in outputs:
+        changed, error = output["changed"], output["relative_error"]
+        found.append((error, f"({error:.1%})") if changed is None else (changed, f"{changed:.1%}"))
+    return max(found)
 
 
 def run(environment: dict[str, str], *arguments: object) -> tuple[float, int] | str:
@@ -297,11 +306,17 @@ def frames(rng: np.random.Generator, n: int) -> dict[str, NDArray[Any]]:
 
 
 def spectra(rng: np.random.Generator, n: int) -> dict[str, NDArray[Any]]:
-    """Draw mel spectrograms (40 bands, 80 frames) for resemblyzer."""
+    """Draw mel spectrograms (40 bands, 160 frames) for resemblyzer.
+
+    As loud as recorded speech, -30 dB below full scale (which the package raises quieter sounds to)
+    to -20.
+    """
     found = []
     for _ in range(n):
-        power = np.abs(np.fft.rfft(np.lib.stride_tricks.sliding_window_view(
-            voice(rng, 400 + 79 * 160), 400)[::160] * np.hanning(400), axis=1)) ** 2  # fmt: skip
+        sound = voice(rng, 400 + 159 * 160)
+        sound *= 10 ** (rng.uniform(-30, -20) / 20) / np.sqrt(np.square(sound).mean())
+        windows = np.lib.stride_tricks.sliding_window_view(sound, 400)[::160]
+        power = np.abs(np.fft.rfft(windows * np.hanning(400), axis=1)) ** 2
         edges = 700 * (10 ** (np.linspace(0, 2.84, 42) / 2.595) - 1) / 40
         bins = np.arange(power.shape[1])
         bands = [np.interp(bins, edges[k : k + 3], [0, 1, 0], 0, 0) for k in range(40)]
