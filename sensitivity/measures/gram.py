@@ -332,9 +332,10 @@ class _Chunk:
             state = runner.start(chunk, self._base)
             base_output = state.output.double()
             reference, labels = runner.reference(chunk), runner.labels(chunk)
+            # Half of the memory is for what the runner keeps, the rest for outputs and differences.
+            limit = recorder.context.memory_bytes // 4
             # A difference and its product with the curvature are float64, and each is computed
             # through one more tensor of its size.
-            limit = recorder.context.memory_bytes
             step = max(1, min(n, limit // max(1, 32 * k * n_elements)))
             losses = [loss.per_sample(o, reference, labels) for o in (reference, state.output)]
             grams, flat = [], []

@@ -100,7 +100,8 @@ class Context:
         cancelled: Asked between units of work; once it answers true, ``Cancelled`` is raised and
             the ledger (of a training its checkpoint) keeps what was done.
         device: ``auto`` takes a GPU where there is one; otherwise a device of torch.
-        memory_bytes: What the activations may take that a measurement keeps for later runs.
+        memory_bytes: What a measurement may keep: half of it activations for later runs, a quarter
+            each outputs of variants and what is computed of their differences.
         executor: Has several parts of a measurement carried out at once, where it can be.
         course: Where the whole job is; without one, a stage counts as the whole.
     """

@@ -268,8 +268,11 @@ def _counted_bytes(setup: Setup, runner: Runner, *, grams: bool) -> int:
         for c in row.candidates
         if c.weight_bits != FULL_PRECISION_BITS
     )
-    # Outputs of all rows on a chunk: as they are, their differences, and products with those.
-    outputs = rows * n_chunk * elements * (4 + 8 + 8)
+    # Outputs of all rows on a chunk, beyond the limit in a file; then what is computed of their
+    # differences, a few samples at a time.
+    limit, sample = setup.context.memory_bytes // 4, 32 * rows * elements
+    outputs = min(limit, 4 * rows * n_chunk * elements)
+    outputs += min(n_chunk * sample, max(limit, sample))
     # Differences on all samples, where they are kept, and while they are joined.
     differences = 4 * (rows + 1) * len(setup.fit) * elements
     if differences > KEPT_DIFFERENCE_BYTES:
