@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 
 import bitquota.evaluate.choice as choice_module
 from bitquota.candidates.storage import Scheme
@@ -11,6 +12,7 @@ from bitquota.candidates.table import Candidate
 from bitquota.context import Context
 from bitquota.corrections import Correction
 from bitquota.evaluate.choice import measure_choice
+from bitquota.evaluate.effects import effect_sums, with_effects
 from bitquota.plan import PlanOutput
 from bitquota.quantizers.apply import apply_plan
 from bitquota.sensitivity.losses import loss_by_name
@@ -76,6 +78,18 @@ class TestOutputsOfAChoice:
         )
         both = torch.stack([mine.reshape(-1), other.reshape(-1)])
         assert found.correlation == pytest.approx(float(torch.corrcoef(both)[0, 1]), rel=1e-6)
+
+    def test_an_embedding_has_an_error_that_fits_its_cosine(self):
+        """Of unit vectors the squared relative error is twice the mean cosine distance."""
+        torch.manual_seed(0)
+        one, other = (functional.normalize(torch.rand(6, 9), dim=1) for _ in range(2))
+        output = PlanOutput(name="voice", kind="embedding", loss="cosine", shape=(9,))
+        loss = loss_by_name("cosine")
+        (found,) = with_effects([output], effect_sums(loss, one, other))
+        distance = float(1 - (one * other).sum(1).double().mean())
+        assert found.changed is None
+        assert found.relative_error**2 == pytest.approx(2 * distance, rel=1e-5)
+        assert loss.per_sample(one, other, None).mean() == pytest.approx(distance, rel=1e-5)
 
     def test_cost_nothing_once_the_choice_was_measured(self, passes):
         """Neither a pass nor the corrections are repeated."""

@@ -19,6 +19,8 @@ from bitquota.models.discovery import discover
 from bitquota.models.load import load_model
 from bitquota.models.loaded import finish, inventory_of
 from bitquota.plan import Assignment, Plan
+from bitquota.quantizers.apply import apply_plan
+from bitquota.quantizers.weights import quantize
 from bitquota.sensitivity.runners.make import make_runner
 from format_networks import write_pt2
 
@@ -146,6 +148,23 @@ class TestRecurrent:
             other.cell.weight_hh_l0.f.weight.zero_()
         assert not torch.allclose(before, other(IDS))
         assert torch.equal(before, model.module(IDS))
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_gates_are_rounded_as_rows_of_the_whole(self, bits):
+        """A plan changes an LSTM as rounding each row of its stacked matrices does, no more."""
+        net = Words().eval()
+        plain = copy.deepcopy(net)
+        model = finish(net, source="s", architecture="a")
+        inventory = inventory_of(model.module, model, CalibrationSet(inputs=(IDS,)))
+        gates = [la for la in inventory.layers if la.kind is LayerKind.RECURRENT]
+        changed = apply_plan(
+            model.module, inventory, [Candidate.of(la, bits, Scheme()) for la in gates]
+        )
+        with torch.no_grad():
+            for weight in (plain.cell.weight_ih_l0, plain.cell.weight_hh_l0):
+                weight.copy_(quantize(weight, bits, Scheme()).dequantize())
+        assert torch.allclose(plain(IDS), changed(IDS), atol=1e-6)
+        assert not torch.allclose(model.module(IDS), changed(IDS), atol=1e-6)
 
     def test_runner_and_export(self, tmp_path):
         """A gate is measured alone, and the plan is exported and runs in ONNX Runtime."""
