@@ -2,19 +2,29 @@
 
 Measuring one graph takes a session for each distinct part of it. With an arena each, the
 activations of one pass are kept in memory as often as there are sessions (PP-OCR's orientation
-classifier, 128 samples: 6 GB); with a shared one, once.
+classifier, 128 samples: 6 GB); with a shared one, once. What sessions keep would also break up the
+places in the heap that large tensors leave (PP-OCR's recognition, 8 samples: 1 GB of gaps after 60
+sessions), so those are kept out of the heap.
 
 Design: docs/design/runners.md
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from functools import cache
 from typing import Any
 
 import torch
 
 from bitquota.errors import InvalidModel, MissingDependency
+
+_MMAP_THRESHOLD = -3
+"""Number of the setting in glibc's malloc.h."""
+
+_LARGE_BLOCK = 4 * 2**20
+"""Bytes from which a block has pages of its own. Left alone, glibc raises this to 32 MiB."""
 
 
 def import_onnxruntime() -> Any:  # noqa: ANN401  # a module
@@ -48,6 +58,7 @@ def make_session(
     """
     ort = import_onnxruntime()
     _share_arena()
+    _keep_large_blocks_apart()
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
@@ -81,6 +92,17 @@ def _share_arena() -> None:
     ort.create_and_register_allocator(
         place, ort.OrtArenaCfg(no_limit, as_requested, default, default)
     )
+
+
+@cache
+def _keep_large_blocks_apart() -> None:
+    """Let large blocks go back to the system when they are freed; nothing where malloc is another.
+
+    A large block that is freed in the heap is cut up by the small ones of the next session, and the
+    next large one of that size no longer fits.
+    """
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 def first_line(err: BaseException) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
+import torch
 from onnx import TensorProto, helper
 
 from bitquota.models.onnx.sessions import make_session
@@ -35,3 +38,28 @@ def test_twenty_sessions_keep_the_memory_of_one():
     for session in sessions:
         session.run(None, {"v0": x})
     assert resident_bytes() - before < 200 * MIB
+
+
+class MallocInfo(ctypes.Structure):
+    """What glibc says of its memory, ``struct mallinfo2``."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks",
+                     "uordblks", "fordblks", "keepcost")
+    )  # fmt: skip
+
+
+def test_large_tensors_stay_out_of_the_heap():
+    """Sessions would break up the places that they leave there."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("malloc is not that of glibc")
+    libc.mallinfo2.restype = MallocInfo
+    make_session(chain())
+    torch.empty(
+        16 * MIB, dtype=torch.uint8
+    )  # from here on glibc would take half of it from the heap
+    before = libc.mallinfo2().hblkhd
+    tensor = torch.empty(8 * MIB, dtype=torch.uint8)
+    assert libc.mallinfo2().hblkhd - before >= len(tensor)

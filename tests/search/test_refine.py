@@ -6,7 +6,7 @@ import pytest
 from bitquota.context import Context, MemoryLedger
 from bitquota.errors import Infeasible, InvalidInput
 from bitquota.search.neighborhood import Limits
-from bitquota.search.refine import RefineSettings, predicted_descent, refine
+from bitquota.search.refine import RefineSettings, refine
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.measures.choices import measure_choices
 from bitquota.sensitivity.measures.gram import measure_differences
@@ -263,23 +263,6 @@ class TestRefine:
         none = Limits(costs=table.costs("code_bits")[None], limits=[1])
         with pytest.raises(Infeasible, match="within the limits"):
             refine(runner, table, KL, limits=none, solve=brute_force, starts={"s": (0, 0, 0, 0)})
-
-
-class TestPredictedDescent:
-    def test_ends_where_no_move_is_predicted_to_help(self):
-        """A local optimum of the prediction, within the limits."""
-        runner, table, limits = setting()
-        _, differences = measure_differences(runner, table, KL)
-        end = predicted_descent(differences, limits, (0, 0, 0, 0))
-        value = differences.predict([end])[0]
-
-        assert limits.allow(table, end)
-        assert value < differences.predict([(0, 0, 0, 0)])[0]
-        for g in range(4):
-            for k in range(4):
-                other = (*end[:g], k, *end[g + 1 :])
-                if limits.allow(table, other):
-                    assert differences.predict([other])[0] >= value - 1e-6
 
 
 class TestRefineSettings:

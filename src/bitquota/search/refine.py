@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.errors import Infeasible
+from bitquota.search.descent import predicted_descent
 from bitquota.search.neighborhood import Choice, Limits, neighbours, rows_near
 from bitquota.search.race import leader, race
 from bitquota.search.refinement import (
@@ -452,36 +453,11 @@ def _best_predicted(differences: OutputDifferences, choices: Sequence[Choice]) -
     return choices[int(differences.predict(choices).argmin())]
 
 
-def predicted_descent(
-    differences: OutputDifferences, limits: Limits, start: Choice, *, max_steps: int = 64
-) -> Choice:
-    """Walk downhill on the sum-of-differences prediction by one- and two-group moves.
-
-    Returns:
-        The end of the walk; ``start`` itself where no move is predicted to improve.
-
-    Cost: one prediction per neighbour and step; no passes.
-    """
-    current = start
-    value = float(differences.predict([current])[0])
-    for _ in range(max_steps):
-        near = neighbours(differences.table, limits, current)
-        if not near:
-            break
-        predicted = differences.predict_near(current, near)
-        best = int(predicted.argmin())
-        if not predicted[best] < value - 1e-12:
-            break
-        current, value = near[best], float(predicted[best])
-    return current
-
-
 __all__ = [
     "Linearisation",
     "RefineSettings",
     "Refinement",
     "Solve",
     "Step",
-    "predicted_descent",
     "refine",
 ]
