@@ -12,8 +12,6 @@ import numpy as np
 from bitquota.search.neighborhood import Choice, Limits, neighbours
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from bitquota.sensitivity.measures.gram import OutputDifferences
 
 STEP_ELEMENTS = 2**28
@@ -50,8 +48,8 @@ def predicted_descent(
 
 
 def _worth_predicting(
-    differences: OutputDifferences, current: Choice, near: Sequence[Choice]
-) -> Sequence[Choice]:
+    differences: OutputDifferences, current: Choice, near: list[Choice]
+) -> list[Choice]:
     """Return those of ``near`` that a step has time for: the best by the sum of single moves."""
     most = max(1, STEP_ELEMENTS // differences.base_output.numel())
     if len(near) <= most:
