@@ -11,9 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
-from bitquota.quantizers.gptq import path
+from bitquota.quantizers.column_path import path, path_feedback
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,8 +40,5 @@ def gpfq(values: Tensor, grid: MatrixGrid, rows: slice, gram: Tensor) -> Tensor:
     Cost: O(n columns^2).
     """
     order = gram.diagonal().argsort(descending=True, stable=True)
-    ordered = gram[order][:, order]
-    energy = ordered.diagonal()
-    feedback = torch.where(energy > 0, -ordered / energy.clamp_min(1e-300), 0.0)
     turned = grid.turned(rows, order, values.dtype)
-    return path(values, turned, order, feedback, None)
+    return path(values, turned, order, path_feedback(gram, order))

@@ -5,6 +5,7 @@ import torch
 
 from bitquota.candidates.storage import Granularity, Grid, Rounding, Scheme
 from bitquota.errors import InvalidInput
+from bitquota.quantizers import gptq
 from bitquota.quantizers.weights import quantize
 from refusals import refused
 
@@ -74,8 +75,9 @@ class TestErrorFeedbackCodes:
         fed = quantize(matrix, 3, FEEDBACK, inputs_gram=torch.diag(power))
         assert torch.equal(plain.codes, fed.codes)
 
-    def test_matches_a_plain_implementation(self):
+    def test_matches_a_plain_implementation(self, monkeypatch):
         """Column by column with an explicit inverse, as in the paper, without blocks."""
+        monkeypatch.setattr(gptq, "SWEEPS", 0)
         inputs = correlated(columns=12)
         matrix = torch.randn(5, 12, generator=torch.Generator().manual_seed(2)).double()
         gram = inputs.T @ inputs
@@ -101,6 +103,42 @@ class TestErrorFeedbackCodes:
         same = (expected.int() == weight.codes).all(dim=1)
         assert int(same.sum()) >= 4  # rows where nearest was better keep nearest
         assert bool((ours <= found * (1 + 1e-5)).all())
+
+    @pytest.mark.parametrize("bits", [2, 3])
+    def test_coordinate_descent_lowers_the_error(self, bits, monkeypatch):
+        """With each sweep, on the inputs and on others of the same kind."""
+        matrix = torch.randn(16, 48, generator=torch.Generator().manual_seed(1)).double()
+        inputs = correlated(n=2000)
+        fit, other = inputs[:1000], inputs[1000:]
+        errors = []
+        for sweeps in (0, 1, 2):
+            monkeypatch.setattr(gptq, "SWEEPS", sweeps)
+            back = quantize(matrix, bits, FEEDBACK, inputs_gram=fit.T @ fit).dequantize()
+            error = matrix - back.double()
+            errors.append([float((x @ error.T).square().sum()) for x in (fit, other)])
+        assert errors[2][0] <= errors[1][0] * (1 + 1e-5)
+        assert errors[1][0] < 0.99 * errors[0][0]
+        assert errors[2][1] < errors[0][1]
+
+    def test_coordinate_descent_ends_where_no_single_code_helps(self, monkeypatch):
+        """Each code up or down alone: no smaller error."""
+        monkeypatch.setattr(gptq, "SWEEPS", 50)
+        matrix = torch.randn(3, 12, generator=torch.Generator().manual_seed(2)).double()
+        inputs = correlated(columns=12)
+        gram = inputs.T @ inputs
+        stored = quantize(matrix, 3, FEEDBACK, inputs_gram=gram)
+        scale, codes = stored.scales.double(), stored.codes.double()
+
+        def row_errors(tried):
+            error = matrix - tried * scale
+            return ((error @ gram) * error).sum(dim=1)
+
+        best = row_errors(codes)
+        for column in range(12):
+            for step in (-1, 1):
+                tried = codes.clone()
+                tried[:, column] = (tried[:, column] + step).clamp(-4, 3)
+                assert bool((row_errors(tried) >= best * (1 - 1e-6)).all())
 
     def test_groups_of_rows_have_their_own_inputs(self):
         """A Gram per group equals quantizing each group alone."""
