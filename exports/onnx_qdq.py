@@ -227,7 +227,8 @@ def float_graph(prepared: PreparedExport, opset: int) -> FloatGraph:
             if names:
                 initializer_of[name] = names[0]
     missing = sorted(set(prepared.weights) - set(initializer_of))
-    unused = [name for name in missing if prepared.layers[name].weight_name in unread]
+    layers = prepared.layers
+    unused = [n for n in missing if unread.issuperset([layers[n].weight_name, *layers[n].aliases])]
     if lost := sorted(set(missing) - set(unused)):
         msg = f"every planned weight must be an initializer of the ONNX graph; {lost[0]} is not"
         raise ExportFailed(msg, layers=lost)
@@ -352,11 +353,13 @@ def _trace(prepared: PreparedExport) -> tuple[Any, frozenset[str]]:
         raise ExportFailed(msg)
     exported = program.exported_program
     parameters = exported.graph_signature.inputs_to_parameters
-    unread = {
+    read = {
         parameters[node.name]
         for node in exported.graph.nodes
-        if node.op == "placeholder" and node.name in parameters and not node.users
+        if node.op == "placeholder" and node.name in parameters and node.users
     }
+    # torch leaves some that are not read out of the signature, and others in.
+    unread = {n for n, _ in prepared.module.named_parameters(remove_duplicate=False)} - read
     # A length that the model fixes is a symbol of one value to torch, and should be that value.
     fixed = {
         str(symbol): int(values.lower)

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 def fold_constants(program: Any) -> Any:  # noqa: ANN401  # ONNXProgram to onnx.ModelProto
     """Return the program's graph with everything computed that depends on no input and no weight.
 
+    Biases of zeros that torch made up for convolutions without one are left out: those of three
+    dimensions have a shape that ONNX Runtime refuses.
+
     Raises:
         MissingDependency: onnxscript is not installed.
     """
@@ -38,6 +41,7 @@ def fold_constants(program: Any) -> Any:  # noqa: ANN401  # ONNXProgram to onnx.
         msg = "exporting a torch model to ONNX needs onnxscript: pip install bitquota[onnx]"
         raise MissingDependency(msg) from err
     model = program.model
+    own = set(model.graph.initializers)
     weights = {
         name for name, value in model.graph.initializers.items() if len(value.shape or ()) > 1
     }
@@ -47,8 +51,14 @@ def fold_constants(program: Any) -> Any:  # noqa: ANN401  # ONNXProgram to onnx.
         return False if reads_weight and node.op_type != "Shape" else None
 
     optimizer.fold_constants(model, should_fold=should_fold)
-    common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    for node in model.graph:
+        bias = node.inputs[2] if node.op_type == "Conv" and len(node.inputs) > 2 else None
+        if bias is None or bias.name in own or bias.const_value is None:
+            continue
+        if not bias.const_value.numpy().any():
+            node.resize_inputs(2)
+    common.RemoveUnusedNodesPass()(model)
     common.DeduplicateInitializersPass()(model)
     return onnx_ir.to_proto(model)
 

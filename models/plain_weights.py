@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize, prune
 
 from bitquota.candidates.layers import LayerKind
 from bitquota.models.layer_calls import MatrixOfOperator
-from bitquota.models.recurrent_trace import traced
+from bitquota.models.recurrent_trace import in_steps, traced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +107,9 @@ class GatedRecurrent(nn.Module):
         (recurrent,) = self._plain
         if torch.onnx.is_in_onnx_export() and isinstance(recurrent, nn.RNNBase):
             x, states = args[0], args[1] if len(args) > 1 else kwargs.get("hx")
-            if isinstance(x, torch.Tensor) and x.ndim == 3 and not recurrent.proj_size:
+            if isinstance(x, torch.Tensor) and x.ndim == 3:
+                if recurrent.proj_size:
+                    return in_steps(recurrent, self._stacked, x, states)
                 return traced(recurrent, self._gates, self._parameters, x, states)
         recurrent.training = self.training
         stacked = {name: self._stacked(name) for name in self._order}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import linear
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -77,6 +78,57 @@ def traced(
     joined = tuple(torch.cat(parts) for parts in last)
     result = value.transpose(0, 1) if recurrent.batch_first else value
     return result, joined if operator == "LSTM" else joined[0]
+
+
+def in_steps(
+    lstm: nn.RNNBase,
+    tensors: Callable[[str], Tensor | None],
+    x: Tensor,
+    states: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return what an LSTM with a projection returns, which no operator of ONNX computes.
+
+    Every step is written out, so the number of steps is that of ``x``.
+
+    Args:
+        lstm: Its settings.
+        tensors: Its weights and biases (``None`` where it has none) by torch's names.
+        x: As ``traced`` takes it.
+        states: Initial hidden and cell state, or ``None``.
+    """
+    value = x.transpose(0, 1) if lstm.batch_first else x  # [steps, batch, inputs]
+    ways = ("", "_reverse") if lstm.bidirectional else ("",)
+    hiddens, cells = [], []
+    for layer in range(lstm.num_layers):
+        outputs = []
+        for k, way in enumerate(ways):
+            input_weight, state_weight, input_bias, state_bias, projection = (
+                tensors(f"{part}_l{layer}{way}") if lstm.bias or part.startswith("weight") else None
+                for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+            )
+            assert input_weight is not None  # noqa: S101  # its parameters
+            assert state_weight is not None  # noqa: S101
+            assert projection is not None  # noqa: S101
+            place = layer * len(ways) + k
+            if states is None:
+                hidden = value.new_zeros(value.shape[1], lstm.proj_size)
+                cell = value.new_zeros(value.shape[1], lstm.hidden_size)
+            else:
+                hidden, cell = states[0][place], states[1][place]
+            made = []
+            for step in value.flip(0).unbind(0) if way else value.unbind(0):
+                gates = linear(step, input_weight, input_bias)
+                gates = gates + linear(hidden, state_weight, state_bias)
+                enter, forget, new, leave = gates.chunk(4, 1)
+                cell = forget.sigmoid() * cell + enter.sigmoid() * new.tanh()
+                hidden = linear(leave.sigmoid() * cell.tanh(), projection)
+                made.append(hidden)
+            outputs.append(torch.stack(made[::-1] if way else made))
+            hiddens.append(hidden)
+            cells.append(cell)
+        value = torch.cat(outputs, 2)
+    result = value.transpose(0, 1) if lstm.batch_first else value
+    return result, (torch.stack(hiddens), torch.stack(cells))
 
 
 def _bias(

@@ -187,8 +187,11 @@ def _check_directory(archive: zipfile.ZipFile, path: Path) -> None:
     total = 0
     for info in archive.infolist():
         # Nothing is written under a member's name, and an ONNX input may be called almost anything.
-        if not (info.filename.isprintable() and re.fullmatch(r".{1,200}\.npy", info.filename)):
-            msg = f"members of an .npz must be plain arrays; '{path.name}' holds '{info.filename}'"
+        if not (info.filename.isprintable() and re.fullmatch(r".{1,1000}\.npy", info.filename)):
+            msg = (
+                f"members of an .npz must be plain arrays, with names of at most 1,000 characters; "
+                f"'{path.name}' holds '{info.filename:.100}'"
+            )
             raise InvalidCalibration(msg, member=info.filename)
         total += info.file_size
         if info.file_size > MAX_RATIO * max(info.compress_size, 1024) or total > MAX_BYTES:

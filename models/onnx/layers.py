@@ -204,7 +204,10 @@ def reason_of(name: str, users: list[Any]) -> str:
         return f"used inside the body of {node.op_type} '{node.name}'"
     if node.op_type in ("BatchNormalization", "LayerNormalization", "GroupNormalization"):
         return "scale, bias or statistics of a normalization"
-    if node.op_type in ("Conv", "ConvTranspose", "Gemm") and list(node.input).index(name) == 2:
+    place = list(node.input).index(name)
+    if (node.op_type in ("Conv", "ConvTranspose", "Gemm") and place == 2) or (
+        node.op_type in ("LSTM", "GRU", "RNN") and place == 3
+    ):
         return "bias"
     return f"read by {node.op_type}, which multiplies no activations with it"
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitquota.errors import InvalidModel, UnsafeModel
+from bitquota.models.onnx.branches import resolve_branches
 from bitquota.models.onnx.folding import Stored, fold_weights
 from bitquota.models.onnx.matrices import expose_matrices
 from bitquota.models.onnx.rewrites import import_onnx
@@ -158,6 +159,7 @@ def _flattened(model: Any) -> Any:  # noqa: ANN401  # onnx.ModelProto
     common.InlinePass()(converted)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(converted)
     common.LiftSubgraphInitializersToMainGraphPass()(converted)
+    resolve_branches(converted)
     # A function that is called twice has one weight, not two.
     known: dict[int, Any] = {}
     held = converted.graph.initializers

@@ -11,6 +11,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from bitquota.candidates.storage import Scheme
+from bitquota.candidates.table import Candidate
 from bitquota.exports.export import export_plan
 from bitquota.models.binding import bound
 from bitquota.models.calibration import CalibrationSet
@@ -18,6 +20,7 @@ from bitquota.models.load import load_model
 from bitquota.models.loaded import finish, inventory_of
 from bitquota.models.outputs import outputs_of
 from bitquota.models.samples import load_calibration
+from bitquota.plan import Assignment, Plan
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate
 from bitquota.sensitivity.outputs import read_outputs
@@ -251,3 +254,57 @@ class TestLengths:
         batch, length = given.type.tensor_type.shape.dim
         assert not batch.dim_value
         assert length.dim_value == (6 if fixed else 0)
+
+
+class Unread(nn.Module):
+    """A layer that never runs, in a module that torch traces from its source code only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.Parameter(torch.randn(1, 16))
+        self.never = nn.Linear(3, 2)
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x):
+        product = torch.bmm(x.reshape(len(x), -1, 1), self.w.expand(len(x), -1, -1))
+        return self.head(product.reshape(*x.shape[:-1], -1))
+
+
+class Volume(nn.Module):
+    """Convolutions without a bias, for which torch's exporter makes one up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv3d(1, 2, 2, bias=False)
+        self.second = nn.Conv3d(2, 3, 1, stride=2, bias=False, padding_mode="circular")
+
+    def forward(self, x):
+        return self.second(self.first(x)).flatten(1)
+
+
+@pytest.mark.slow
+class TestWhatTorchWrites:
+    @pytest.mark.parametrize(
+        ("net", "shape"),
+        [(Unread(), (9, 1)), (Volume(), (9, 1, 4, 3, 4))],
+        ids=["unread", "conv3d"],
+    )
+    def test_is_exported(self, tmp_path, net, shape):
+        """Whatever torch's exporter leaves out or makes up."""
+        model = finish(net.eval(), source="m", architecture="m")
+        samples = CalibrationSet(inputs=(torch.from_numpy(numbers(*shape)),))
+        inventory = inventory_of(model.module, model, samples)
+        plan = Plan(
+            model_digest=model.digest,
+            assignments=tuple(
+                Assignment(layer=la, candidate=Candidate.of(la, 8, Scheme()))
+                for la in inventory.layers
+            ),
+            unquantized=inventory.unquantized,
+        )
+        report = export_plan(model, plan, tmp_path / "out", format_name="onnx-qdq", samples=samples)
+        assert report.difference.relative < 1e-5
+        written = {tensor.layer for tensor in report.tensors}
+        assert written == {la.name for la in inventory.layers if la.n_macs}

@@ -199,6 +199,20 @@ class TestRecurrent:
         exported = load_export(model, plan, tmp_path / "o", format_name="onnx-qdq")
         assert exported(torch.randint(20, (3, 11))).shape == (3, 11, 20)
 
+    @pytest.mark.filterwarnings("ignore:LSTM with projections")
+    @pytest.mark.parametrize(
+        "settings", [{}, {"bidirectional": True, "num_layers": 2}, {"bias": False}]
+    )
+    def test_projections_are_exported_in_steps(self, tmp_path, settings):
+        """No operator of ONNX has one."""
+        net = Words(nn.LSTM, proj_size=4, **settings)
+        net.head = nn.Linear(8 if settings.get("bidirectional") else 4, 20)
+        model = finish(net.eval(), source="s", architecture="a")
+        samples = CalibrationSet(inputs=(IDS,))
+        plan = planned(model, samples)
+        report = export_plan(model, plan, tmp_path / "o", format_name="onnx-qdq", samples=samples)
+        assert report.difference.relative < 1e-5
+
 
 class TestRecurrentOfPt2:
     @pytest.mark.parametrize(
