@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bitquota.quantizers.grid import MatrixGrid
+    from bitquota.quantizers.grid import GridColumns
 
 BLOCK = 128
 """Columns whose updates are applied to the rest of the matrix at once."""
@@ -22,7 +22,7 @@ BLOCK = 128
 
 def path(
     values: Tensor,
-    grid: MatrixGrid,
+    grid: GridColumns,
     order: Tensor,
     feedback: Tensor,
     *,
@@ -33,7 +33,7 @@ def path(
 
     Args:
         values: ``W``, [n, columns].
-        grid: Turned and in ``order``.
+        grid: In ``order``.
         order: i64[columns], the order of rounding.
         feedback: ``F``, [columns, columns] in ``order``; only what is right of the diagonal counts.
         divisor: ``d``, [columns] in ``order``: ``e_s = (x_s - q_s) / d_s``. Without it
@@ -61,7 +61,7 @@ def path(
             x = work[j]
             if k:
                 x = torch.addmv(x, errors[:k].t(), inside[k, :k], alpha=-1)
-            chosen[j] = grid.line(j).snap(x)
+            chosen[j] = grid.snap(j, x)
             if per_column is None:
                 torch.sub(original[j], chosen[j], out=errors[k])
             else:
@@ -85,7 +85,7 @@ def path_feedback(gram: Tensor, order: Tensor) -> Tensor:
 
 
 def descend(
-    values: Tensor, found: Tensor, grid: MatrixGrid, order: Tensor, feedback: Tensor
+    values: Tensor, found: Tensor, grid: GridColumns, order: Tensor, feedback: Tensor
 ) -> Tensor:
     """Return ``found`` after each column, in turn, took its best level given all the others.
 

@@ -40,5 +40,5 @@ def gpfq(values: Tensor, grid: MatrixGrid, rows: slice, gram: Tensor) -> Tensor:
     Cost: O(n columns^2).
     """
     order = gram.diagonal().argsort(descending=True, stable=True)
-    turned = grid.turned(rows, order, values.dtype)
-    return path(values, turned, order, path_feedback(gram, order))
+    columns = grid.columns(rows, order, values.dtype)
+    return path(values, columns, order, path_feedback(gram, order))

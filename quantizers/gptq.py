@@ -54,12 +54,12 @@ def gptq(values: Tensor, grid: MatrixGrid, rows: slice, gram: Tensor) -> Tensor:
     # float32 chooses the same codes but for a few at middles, in two thirds of the time.
     dtype = torch.float32 if grid.bits <= 8 else torch.float64
     # Column j moves by err_s U_sj for every s before it, with err_s = (w_s - q_s) / U_ss.
-    turned = grid.turned(rows, order, dtype)
+    columns = grid.columns(rows, order, dtype)
     low = values.to(dtype)
-    found = path(low, turned, order, factor.to(dtype), divisor=factor.diagonal())
+    found = path(low, columns, order, factor.to(dtype), divisor=factor.diagonal())
     feedback = path_feedback(gram, order).to(dtype)
     for _ in range(SWEEPS):
-        found = descend(low, found, turned, order, feedback)
+        found = descend(low, found, columns, order, feedback)
     return found.to(values.dtype)
 
 

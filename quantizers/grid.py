@@ -5,7 +5,7 @@ Design: docs/design/grids-and-scales.md
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,7 +56,7 @@ class MatrixGrid:
         if self.table is not None:
             return _nearest_levels(values, self.table).int()
         if self.grid is Grid.POWER_OF_TWO:
-            return power_codes(values / self._divisor, self.bits)
+            return power_codes(values / self.divisor, self.bits)
         whole = self._whole(values)
         return (whole if self.zero is None else whole + self.zero).int()
 
@@ -71,54 +71,13 @@ class MatrixGrid:
             whole = whole - self.zero
         return whole * self.step if self.offset is None else whole * self.step + self.offset
 
-    def snap(self, values: Tensor) -> Tensor:
-        """Return the nearest value of the grid: ``read(nearest(values))`` in one step.
-
-        Also of a ``line``, for ``values: [rows]``.
-        """
-        if self.table is not None:
-            codes = _nearest_levels(values[:, None], self.table)
-            return self.table.expand(len(values), -1).gather(1, codes)[:, 0]
-        if self.grid is Grid.POWER_OF_TWO:
-            return self.step * power_values(
-                power_codes(values / self._divisor, self.bits), self.bits
-            )
-        level = self._whole(values) * self.step
-        return level if self.offset is None else level + self.offset
-
-    def turned(self, rows: slice, order: Tensor, dtype: torch.dtype) -> MatrixGrid:
-        """Return the grid of some rows, columns in ``order``, laid out columns first.
-
-        For rounders that go through the columns: see ``line``.
-        """
-
-        def turn(part: Tensor | None) -> Tensor | None:
-            if part is None:
-                return None
-            part = part[rows] if len(part) > 1 else part
-            part = part[:, order] if part.shape[1] > 1 else part
-            return part.t().to(dtype).contiguous()
-
-        step = turn(self.step)
-        assert step is not None  # noqa: S101  # it was given
-        table = self.table
-        if table is not None:
-            table = (table[rows] if len(table) > 1 else table).to(dtype).contiguous()
-        return replace(self, step=step, zero=turn(self.zero), offset=turn(self.offset), table=table)
-
-    def line(self, column: int) -> MatrixGrid:
-        """Return the grid of one column of a grid that was ``turned``: ``[rows or 1]`` each."""
-
-        def pick(part: Tensor | None) -> Tensor | None:
-            return None if part is None else part[column if len(part) > 1 else 0]
-
-        step = pick(self.step)
-        assert step is not None  # noqa: S101  # it was given
-        return replace(self, step=step, zero=pick(self.zero), offset=pick(self.offset))
+    def columns(self, rows: slice, order: Tensor, dtype: torch.dtype) -> GridColumns:
+        """Return the columns of some rows, in an order: to be rounded one after the other."""
+        return GridColumns(self, rows, order, dtype)
 
     @property
-    def _divisor(self) -> Tensor:
-        # Where there is no step, every value is the zero of the grid.
+    def divisor(self) -> Tensor:
+        """What values are divided by: where there is no step, every value is the grid's zero."""
         return torch.where(self.step == 0, torch.inf, self.step)
 
     def _whole(self, values: Tensor) -> Tensor:
@@ -127,10 +86,64 @@ class MatrixGrid:
             return torch.where(values >= 0, 1.0, -1.0).to(values.dtype)
         moved = values if self.offset is None else values - self.offset
         least, most = code_range(self.grid, self.bits)
-        whole = torch.round(moved / self._divisor)
+        whole = torch.round(moved / self.divisor)
         if self.zero is None:
             return whole.clamp(least, most)
         return torch.minimum(torch.maximum(whole, least - self.zero), most - self.zero)
+
+
+class GridColumns:
+    """The grid of some rows of a matrix, column by column.
+
+    Args:
+        grid: Of the whole matrix.
+        rows: Which rows of it.
+        order: i64[columns]: column ``j`` here is column ``order[j]`` there.
+        dtype: To compute in.
+    """
+
+    def __init__(self, grid: MatrixGrid, rows: slice, order: Tensor, dtype: torch.dtype) -> None:
+        def turn(part: Tensor) -> list[Tensor]:
+            part = part[rows] if len(part) > 1 else part
+            part = part[:, order] if part.shape[1] > 1 else part
+            lines = list(part.t().to(dtype).contiguous().unbind(0))
+            return lines if len(lines) > 1 else lines * len(order)
+
+        self._bits = grid.bits
+        self._power = grid.grid is Grid.POWER_OF_TWO
+        self._signs = grid.bits == 1 and grid.grid is Grid.SYMMETRIC
+        self._table: Tensor | None = None
+        if grid.table is not None:
+            table = (grid.table[rows] if len(grid.table) > 1 else grid.table).to(dtype)
+            self._table = table.contiguous()
+            return
+        self._step, self._divisor = turn(grid.step), turn(grid.divisor)
+        self._offset = None if grid.offset is None else turn(grid.offset)
+        self._least, self._most = code_range(grid.grid, grid.bits)
+        self._ends: tuple[list[Tensor], list[Tensor]] | None = None
+        if grid.zero is not None:
+            self._ends = turn(self._least - grid.zero), turn(self._most - grid.zero)
+
+    def snap(self, column: int, values: Tensor) -> Tensor:
+        """Return the value of the grid nearest to each of ``[rows]``, for one column."""
+        if self._table is not None:
+            codes = _nearest_levels(values[:, None], self._table)
+            return self._table.expand(len(values), -1).gather(1, codes)[:, 0]
+        step = self._step[column]
+        if self._power:
+            return step * power_values(
+                power_codes(values / self._divisor[column], self._bits), self._bits
+            )
+        if self._signs:
+            return torch.where(values >= 0, step, -step)
+        moved = values if self._offset is None else values - self._offset[column]
+        whole = (moved / self._divisor[column]).round_()
+        if self._ends is None:
+            whole.clamp_(self._least, self._most)
+        else:
+            whole.clamp_(self._ends[0][column], self._ends[1][column])
+        whole.mul_(step)
+        return whole if self._offset is None else whole.add_(self._offset[column])
 
 
 def matrix_grid(
