@@ -127,15 +127,19 @@ def _traced(module: nn.Module) -> list[Any] | None:
 
 
 def _described_graph(root: nn.Module, graph: fx.Graph) -> list[Any]:
-    """Return the calls of ``graph`` in order; values are numbered, not named."""
+    """Return the calls of ``graph`` in order; values are numbered, not named.
+
+    Several inputs are named, because their names decide which samples go where.
+    """
     index = {node: k for k, node in enumerate(graph.nodes)}
     stored = set(root.state_dict(keep_vars=True))
     describe = Description(values=index)
     rows: list[Any] = []
+    n_inputs = sum(node.op == "placeholder" for node in graph.nodes)
     for node in graph.nodes:
         target: Any = node.target
         if node.op == "placeholder":
-            target = "input"
+            target = "input" if n_inputs == 1 else ["input", str(target)]
         elif node.op == "get_attr":
             target = describe.tensor(root, str(target), stored)
         elif node.op == "call_module":

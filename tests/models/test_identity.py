@@ -128,6 +128,20 @@ class TestModelFingerprint:
         assert model_fingerprint(one) != model_fingerprint(two)
         assert model_fingerprint(one) == model_fingerprint(kind(nn.ReLU()).eval())
 
+    def test_sees_which_input_has_which_name(self):
+        """Samples go to inputs by their names."""
+
+        class Left(Scaled):
+            def forward(self, left, right):
+                return self.inner(left) - right
+
+        class Right(Scaled):
+            def forward(self, right, left):
+                return self.inner(right) - left
+
+        act = nn.Identity()
+        assert model_fingerprint(Left(act)) != model_fingerprint(Right(act))
+
     def test_sees_a_hook(self):
         """It changes what a layer returns."""
         net = tiny_net()
