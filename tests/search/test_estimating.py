@@ -154,3 +154,18 @@ class TestProgressOfAWholeJob:
         assert 0 < fractions[0] < 0.5
         assert 0.8 < fractions[-1] <= ALMOST
         assert all(p.fraction <= p.until <= ALMOST for p in told)
+
+
+class TestEffort:
+    @pytest.mark.parametrize("effort", ["quick", "thorough"])
+    def test_bounds_what_is_run(self, model, data, effort):
+        """Every effort is estimated by the schedule that it follows."""
+        request = replace(REQUEST, effort=effort)
+        found = estimate_plan(model, data, request)
+        run = allocate(model, data, request)
+
+        counted = [s for s in found.stages if not s.stage.startswith("hold-out")]
+        assert run.passes <= sum(s.most_passes for s in counted)
+        assert run.passes >= found.stages[0].passes
+        stage = "gram_weighted" if effort == "quick" else "gram"
+        assert stage == found.stages[0].stage
