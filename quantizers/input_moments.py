@@ -43,8 +43,9 @@ def input_grams(
         f64[groups, columns, columns] by layer name. Embeddings are missing: their rows are looked
         up, so no error of one column can be repaid by another.
 
-    Cost: one forward pass over the batches (two where there are experts, recurrent layers or
-    contractions, see ``product_moments``), and O(positions columns^2) for each layer.
+    Cost: one forward pass over the batches (two where there are experts, recurrent layers,
+    contractions or torch's attention, see ``product_moments``), and O(positions columns^2) for each
+    layer.
     """
     asked = [la for la in inventory.layers if layers is None or la.name in layers]
     inside = [la for la in asked if la.kind is LayerKind.EXPERTS or la.kind in MATRICES]
@@ -53,15 +54,19 @@ def input_grams(
         for layer in asked
         if layer not in inside and layer.kind is not LayerKind.EMBEDDING
     }
-    batches = list(batches) if inside and wanted else batches
-    grams = product_grams(module, inside, batches) if inside else {}
-    if not wanted:
-        return grams
+    batches = list(batches)
     watcher = _GramWatcher(wanted)
-    with torch.no_grad(), watcher:
-        for inputs in batches:
-            module(*inputs)
-    return grams | watcher.grams
+    if wanted:
+        with torch.no_grad(), watcher:
+            for inputs in batches:
+                module(*inputs)
+    # Functions that call others inside, as torch's attention, show their layers to products only.
+    inside += [
+        layer
+        for layer in wanted.values()
+        if layer.name not in watcher.grams and not layer.kind.name.startswith("CONV")
+    ]
+    return watcher.grams | (product_grams(module, inside, batches) if inside else {})
 
 
 class _GramWatcher(LayerWatcher["Layer"]):

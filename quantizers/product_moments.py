@@ -44,7 +44,7 @@ def product_grams(
 
     Args:
         module: The model in eval mode.
-        layers: Experts, gates of recurrent layers, contractions.
+        layers: Experts, gates of recurrent layers, contractions, linear layers of any kind.
         batches: Positional arguments of forward passes.
 
     Returns:
@@ -57,7 +57,9 @@ def product_grams(
     each layer.
     """
     watcher = _ProductMoments(module, layers)
-    # Fused kernels of recurrent layers would hide their products.
+    # Fused kernels of recurrent layers and of attention would hide their products.
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     (enabled, *_) = torch.backends.mkldnn.set_flags(_enabled=False)  # type: ignore[no-untyped-call]
     try:
         with torch.no_grad():
@@ -66,6 +68,7 @@ def product_grams(
                     module(*inputs)
                 watcher.forget_copies()
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         torch.backends.mkldnn.set_flags(_enabled=enabled)  # type: ignore[no-untyped-call]
     return {
         layer.name: gram
@@ -247,6 +250,8 @@ def _places(layer: Layer, flat: Tensor) -> tuple[Tensor, Tensor]:
     axes = layer.axes or tuple(range(len(shape)))
     if layer.kind is LayerKind.EXPERTS and layer.columns != shape[2]:
         axes = (0, 2, 1)
+    elif layer.kind is LayerKind.LINEAR_TRANSPOSED:
+        axes = (1, 0)
     at = torch.unravel_index(flat, shape)
     position = torch.zeros_like(flat)
     for axis in axes:

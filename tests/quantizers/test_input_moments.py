@@ -53,6 +53,18 @@ class TestInputGrams:
         grams = input_grams(module, discover(module, data.inputs), [data.inputs])
         assert {"q", "k", "v", "o"} == set(grams)
 
+    def test_projections_of_fused_attention(self):
+        """Torch's attention in eval mode hides none of its layers."""
+        module = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+        x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+        inventory = discover(module, (x,))
+        grams = input_grams(module, inventory, [(x,)])
+        assert {layer.name for layer in inventory.layers} == set(grams)
+        flat = x.double().reshape(-1, 8)
+        (name,) = (layer.name for layer in inventory.layers if "in_proj" in layer.name)
+        assert torch.allclose(flat.T @ flat, grams[name][0], rtol=1e-4, atol=1e-4)
+        assert torch.backends.mha.get_fastpath_enabled()
+
     def test_only_the_layers_asked_for(self):
         """A Gram is large; it need not be kept for all layers."""
         module = build(Residual)
