@@ -199,9 +199,10 @@ class TestRecurrent:
         exported = load_export(model, plan, tmp_path / "o", format_name="onnx-qdq")
         assert exported(torch.randint(20, (3, 11))).shape == (3, 11, 20)
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:LSTM with projections")
     @pytest.mark.parametrize(
-        "settings", [{}, {"bidirectional": True, "num_layers": 2}, {"bias": False}]
+        "settings", [{"bias": False}, {"bidirectional": True, "num_layers": 2}]
     )
     def test_projections_are_exported_in_steps(self, tmp_path, settings):
         """No operator of ONNX has one."""
@@ -282,6 +283,7 @@ class TestRecurrentOfPt2:
             model.module.get_parameter("cell.weight_hh_l0").add_(0.1)
         assert torch.allclose(net(x), model.module(x), atol=1e-6)
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:The tensor attributes")
     def test_runner_and_export(self, tmp_path):
         """A gate is measured alone, and the plan is exported and runs in ONNX Runtime."""
