@@ -35,8 +35,8 @@ def gptq(values: Tensor, grid: MatrixGrid, rows: slice, gram: Tensor) -> Tensor:
     Scales are fixed before (static groups), so the order of columns leaves no trace in the file.
 
     Unlike the paper, ``SWEEPS`` rounds of coordinate descent follow: each column in turn takes the
-    level that is best given all others, earlier ones too. On correlated inputs they take 10 to
-    25 % off the error at 2 and 3 bits, on data of the Gram as on others, and 1 % at 4 bits.
+    level that is best given all others, earlier ones too. On layers of a small Llama they take
+    22 % off the error on unseen text at 2 bits and 10 % at 3.
 
     Args:
         values: f64[n, columns], the rows ``rows`` of a matrix.
