@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bitquota.candidates.storage import FULL_PRECISION_BITS, Rounding
-from bitquota.errors import InvalidInput, InvalidPlan
+from bitquota.errors import InvalidPlan
 from bitquota.exports.export_report import (
     HALF_TOLERANCE,
     Difference,
@@ -24,6 +23,7 @@ from bitquota.models.onnx.program import source_of
 from bitquota.models.running import primary_output
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.planned import folded_module, quantizers_of
+from bitquota.quantizers.quantized_model import shipped_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -213,8 +213,7 @@ def prepare_export(
     Raises:
         StalePlan: The plan was made for another model.
         InvalidPlan: The plan breaks the target's rules, or names layers that the model lacks.
-        InvalidInput: Corrections without data, or error feedback, whose codes depend on the
-            measurement's inputs.
+        InvalidInput: Corrections or error feedback without data.
     """
     note = check_model(plan, model)
     if target is not None:
@@ -228,35 +227,27 @@ def prepare_export(
     candidates = {
         a.layer.name: replace(a.candidate, activation_bits=None) for a in plan.assignments
     }
-    for candidate in candidates.values():
-        if (
-            candidate.weight_bits != FULL_PRECISION_BITS
-            and candidate.scheme.rounding is Rounding.ERROR_FEEDBACK
-        ):
-            msg = (
-                f"weights rounded with error feedback cannot be exported yet; layer "
-                f"'{candidate.layer}' is: plan with rounding 'nearest'"
-            )
-            raise InvalidInput(msg, layer=candidate.layer)
-
-    # The weights as the plan quantizes them, and the model that has them.
-    chosen = tuple(candidates.values())
-    fitted = quantizers_of(plan, model, module, chosen, data)
     for layer in layers.values():
         _require_weight(module, layer)
-    weights = {
-        name: fitted.weights.stored(candidate)
-        for name, candidate in candidates.items()
-        if candidate.weight_bits != FULL_PRECISION_BITS
-    }
-    quantized = apply_plan(
-        module,
-        plan.inventory,
-        chosen,
-        corrections=plan.corrections,
-        correction_data=data,
-        fitted=fitted,
-    )
+
+    # The weights that were written beside the plan, or as it quantizes them now; and the model
+    # that has them.
+    weights: dict[str, QuantizedWeight] = {}
+    shipped = shipped_weights(plan, model)
+    if shipped is not None:
+        weights.update(shipped.weights)
+        quantized = replace(shipped, activations={}).put_into(module, plan.inventory)
+    else:
+        chosen = tuple(candidates.values())
+        quantized = apply_plan(
+            module,
+            plan.inventory,
+            chosen,
+            corrections=plan.corrections,
+            correction_data=data,
+            fitted=quantizers_of(plan, model, module, chosen, data),
+            stored=weights,
+        )
 
     # What exported files will be compared with.
     inputs = verifying_inputs(model, samples)

@@ -29,7 +29,7 @@ _BATCH_NORMS: dict[int, type[nn.Module]] = {
     4: nn.BatchNorm2d,
     5: nn.BatchNorm3d,
 }
-_RECURRENT: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+RECURRENT: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "torch.ops.aten.lstm.input": (nn.LSTM, {}),
     "torch.ops.aten.gru.input": (nn.GRU, {}),
     "torch.ops.aten.rnn_tanh.input": (nn.RNN, {"nonlinearity": "tanh"}),
@@ -137,9 +137,9 @@ def recurrent_for_call(
         The path, or ``None`` if this is no such call, or its weights are not those of one module
         under torch's own names.
     """
-    if target not in _RECURRENT:
+    if target not in RECURRENT:
         return None
-    kind, settings = _RECURRENT[target]
+    kind, settings = RECURRENT[target]
     owner = weights[0].rpartition(".")[0] if weights else ""
     path, names = owner or "layer", [name.rpartition(".")[2] for name in weights]
     source = _child(root, owner) if owner else root

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
 from bitquota.models.running import (
     put_in_eval_mode,
 )
 from bitquota.quantizers.corrections import bias_correction, reestimate_batch_norm
-from bitquota.quantizers.fitted import Fitted, QuantizedWeights
+from bitquota.quantizers.fitted import Fitted
+from bitquota.quantizers.quantized_weights import QuantizedWeights
+from bitquota.quantizers.sequential import round_in_sequence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from bitquota.candidates.table import Candidate
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.references import References
+    from bitquota.quantizers.weights import QuantizedWeight
 
 
 def as_change(candidates: Sequence[Candidate]) -> dict[str, Candidate]:
@@ -57,6 +61,7 @@ def apply_plan(
     correction_data: CalibrationSet | None = None,
     fitted: Fitted | None = None,
     references: References | None = None,
+    stored: dict[str, QuantizedWeight] | None = None,
 ) -> nn.Module:
     """Return a copy of ``module`` with fake-quantized weights and the corrections applied.
 
@@ -69,22 +74,21 @@ def apply_plan(
         correction_data: Unlabelled samples for the corrections.
         fitted: Quantizers of ``module``, when candidates need more than the weights themselves.
         references: Keeps what corrections see of ``module`` on ``correction_data``.
+        stored: Takes codes and scales of every quantized layer, by name.
 
     Raises:
         InvalidInput: A correction needs samples and got none.
     """
     quantized = put_in_eval_mode(copy.deepcopy(module))
     fitted = Fitted(weights=QuantizedWeights(module, inventory)) if fitted is None else fitted
-    own = QuantizedWeights(quantized, inventory)
-    for name, candidate in as_change(candidates).items():
-        # The same storage may be reached under several names (tied weights): copy in place.
-        with torch.no_grad():
-            own.original(name).copy_(fitted.weights(candidate))
+    chosen = as_change(candidates)
+    for name, candidate in chosen.items():
         if candidate.activation_bits is not None:
             quantizer = input_quantizer(fitted.activations, name, candidate.activation_bits)
             quantized.get_submodule(name).register_forward_pre_hook(
                 lambda _, args, q=quantizer: (q(args[0]), *args[1:])
             )
+    _put_weights(module, quantized, inventory, chosen, fitted, stored)
     wanted = [c for c in corrections if c is not Correction.FOLD_BATCH_NORM]
     if wanted and correction_data is None:
         msg = (
@@ -99,3 +103,29 @@ def apply_plan(
             known = None if references is None else references.statistics
             reestimate_batch_norm(quantized, correction_data, reference=module, known=known)
     return quantized
+
+
+def _put_weights(
+    module: nn.Module,
+    quantized: nn.Module,
+    inventory: Inventory,
+    chosen: dict[str, Candidate],
+    fitted: Fitted,
+    stored: dict[str, QuantizedWeight] | None,
+) -> None:
+    """Put quantized weights into ``quantized``, rounded in order or each by itself."""
+    if fitted.order is not None:
+        order = fitted.order
+        found = round_in_sequence(
+            module, quantized, chosen, order.batches, fitted.weights, rounding=order.rounding
+        )
+        if stored is not None:
+            stored.update(found)
+        return
+    own = QuantizedWeights(quantized, inventory)
+    for name, candidate in chosen.items():
+        if stored is not None and candidate.weight_bits != FULL_PRECISION_BITS:
+            stored[name] = fitted.weights.stored(candidate)
+        # The same storage may be reached under several names (tied weights): copy in place.
+        with torch.no_grad():
+            own.original(name).copy_(fitted.weights(candidate))

@@ -3,113 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Rounding
 from bitquota.canonical import digest_json
-from bitquota.errors import InvalidInput, MeasurementFailed
-from bitquota.models.layout import from_matrix, to_matrix
-from bitquota.models.running import tensor_of
+from bitquota.errors import InvalidInput
+from bitquota.models.onnx.program import source_of
 from bitquota.quantizers.channel_fit import collect_by
 from bitquota.quantizers.input_moments import input_grams
-from bitquota.quantizers.weights import fake_quantize, quantize
+from bitquota.quantizers.quantized_weights import QuantizedWeights
+from bitquota.quantizers.rounders import Rounder
+from bitquota.quantizers.sequential import rounder_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor, nn
 
-    from bitquota.candidates.layers import Inventory, Layer
+    from bitquota.candidates.layers import Inventory
     from bitquota.candidates.table import Candidate
     from bitquota.models.calibration import CalibrationSet
     from bitquota.quantizers.imatrix import Importance
-    from bitquota.quantizers.weights import QuantizedWeight
 
 BATCH = 64
 """Samples of one forward pass."""
 
 
-class QuantizedWeights:
-    """The fake-quantized weight of every candidate, computed once each.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RoundingOrder:
+    """How the weights that ship are rounded, layer after layer.
 
-    Args:
-        module: The full-precision model.
-        inventory: Its layers.
-        grams: Second moments of layer inputs by layer name (see ``input_grams``), for schemes
-            that round with error feedback.
-        importance: Weight of each column's squared error in the fit of scales, f64[columns] by
-            layer name (see ``imatrix.importance_of``).
+    Attributes:
+        rounding: One of ``request.ROUNDINGS``, not ``nearest``.
+        batches: Positional arguments of the passes whose inputs count.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        inventory: Inventory,
-        grams: Mapping[str, Tensor] | None = None,
-        importance: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self._module = module
-        self._grams = grams or {}
-        self.importance = importance or {}
-        self._layers = {layer.name: layer for layer in inventory.layers}
-        self._cache: dict[tuple[Any, ...], Tensor] = {}
-
-    def layer(self, name: str) -> Layer:
-        """Return the layer; raises ``InvalidInput`` for a name that the inventory lacks."""
-        if name not in self._layers:
-            msg = f"a change must name layers of the inventory; got '{name}'"
-            raise InvalidInput(msg, layer=name)
-        return self._layers[name]
-
-    def original(self, name: str) -> Tensor:
-        """Return the full-precision weight."""
-        return tensor_of(self._module, self.layer(name).weight_name)
-
-    def __call__(self, candidate: Candidate) -> Tensor:
-        """Return the weight of ``candidate``'s layer as that candidate stores it."""
-        original = self.original(candidate.layer)
-        if candidate.weight_bits == FULL_PRECISION_BITS:
-            return original
-        key = (candidate.layer, candidate.weight_bits, candidate.scheme)
-        if key not in self._cache:
-            with torch.no_grad():
-                quantized = fake_quantize(
-                    original.detach(),
-                    self.layer(candidate.layer),
-                    candidate.weight_bits,
-                    candidate.scheme,
-                    inputs_gram=self._grams.get(candidate.layer),
-                    importance=self.importance.get(candidate.layer),
-                )
-            self._keep(candidate, quantized)
-        return self._cache[key]
-
-    def stored(self, candidate: Candidate) -> QuantizedWeight:
-        """Return codes and scales of a candidate; its weight is known from then on.
-
-        Not for error feedback, nor for full precision.
-        """
-        layer = self.layer(candidate.layer)
-        found = quantize(
-            to_matrix(self.original(candidate.layer).detach(), layer),
-            candidate.weight_bits,
-            candidate.scheme,
-            importance=self.importance.get(candidate.layer),
-        )
-        self._keep(candidate, from_matrix(found.dequantize(), layer))
-        return found
-
-    def _keep(self, candidate: Candidate, quantized: Tensor) -> None:
-        if not bool(torch.isfinite(quantized).all()):
-            msg = (
-                f"the weights of layer '{candidate.layer}' must be finite after quantization "
-                f"to {candidate.label}; they are not: check the layer's weights"
-            )
-            raise MeasurementFailed(msg, layer=candidate.layer)
-        key = (candidate.layer, candidate.weight_bits, candidate.scheme)
-        self._cache[key] = quantized.to(self.original(candidate.layer).dtype)
+    rounding: str
+    batches: Sequence[tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -120,11 +50,13 @@ class Fitted:
         weights: Quantized weights.
         activations: Calibrated input quantizers, when candidates quantize inputs.
         origin: Digest of what both were fitted on, or empty: part of keys of the cache.
+        order: How weights that ship are rounded, if not each by itself.
     """
 
     weights: QuantizedWeights
     activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None
     origin: str = ""
+    order: RoundingOrder | None = None
 
 
 def fit_quantizers(
@@ -135,6 +67,7 @@ def fit_quantizers(
     *,
     activation_fit: str = "mse",
     importance: Importance | None = None,
+    rounding: str | None = None,
 ) -> Fitted:
     """Fit what any of ``candidates`` needs on ``samples``.
 
@@ -145,19 +78,19 @@ def fit_quantizers(
         samples: Unlabelled samples; ``None`` will do where nothing is fitted to inputs.
         activation_fit: How input ranges are chosen (``channel_fit.collect_by``).
         importance: What the columns of weights count for, if not alike.
+        rounding: One of ``request.ROUNDINGS``; to nearest if left out.
 
     Raises:
-        InvalidInput: Activation ranges or error feedback, and no samples.
+        InvalidInput: Activation ranges or feedback, and no samples; feedback in an ONNX graph.
 
     Cost: two passes over the samples for input ranges, one for error feedback, else none.
     """
     offered = list(candidates)
     needs_ranges = any(c.activation_bits is not None for c in offered)
-    needs_grams = any(
-        c.scheme.rounding is Rounding.ERROR_FEEDBACK and c.weight_bits != FULL_PRECISION_BITS
-        for c in offered
-    )
-    grams = activations = None
+    rounded = [c for c in offered if c.weight_bits != FULL_PRECISION_BITS]
+    in_order = rounding not in (None, Rounder.NEAREST) and bool(rounded)
+    needs_grams = in_order or any(c.scheme.rounding is Rounding.ERROR_FEEDBACK for c in rounded)
+    grams = activations = order = None
     origin = ""
     if needs_ranges or needs_grams:
         if samples is None:
@@ -167,16 +100,33 @@ def fit_quantizers(
         origin = digest_json(samples.to_json())
         batches = [b.inputs for b in samples.batches(BATCH)]
         if needs_grams:
+            if source_of(module) is not None:
+                msg = (
+                    "rounding with feedback needs the inputs of every layer, which ONNX graphs do "
+                    "not show yet: leave rounding out, or plan the torch model"
+                )
+                raise InvalidInput(msg, rounding=rounding)
             grams = input_grams(module, inventory, batches)
         if needs_ranges:
             activations = collect_by(activation_fit, module, inventory, batches)
             if activation_fit != "mse":
                 origin = digest_json([origin, activation_fit])
+        if in_order:
+            assert rounding is not None  # noqa: S101
+            order = RoundingOrder(rounding=rounding, batches=batches)
+            origin = digest_json([origin, {"rounding": rounding}])
     if importance is not None:
         origin = digest_json([origin, importance.digest])
     columns = None if importance is None else importance.columns
     return Fitted(
-        weights=QuantizedWeights(module, inventory, grams, columns),
+        weights=QuantizedWeights(
+            module,
+            inventory,
+            grams,
+            columns,
+            Rounder.NEAREST if order is None else rounder_in(order.rounding),
+        ),
         activations=activations,
         origin=origin,
+        order=order,
     )

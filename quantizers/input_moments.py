@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from bitquota.models.calls import LayerWatcher, tensor_key
 from bitquota.quantizers.product_moments import product_grams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from torch import Tensor, nn
 
@@ -83,7 +84,7 @@ class _GramWatcher(LayerWatcher["Layer"]):
         kwargs: dict[str, Any],
     ) -> Any:  # noqa: ANN401
         name = call.operator
-        settings = _settings(name, args, kwargs) if name.startswith("conv") else {}
+        settings = call_settings(name, args, kwargs)
         rows = patches(call.inputs, known, settings)  # [groups, positions, columns]
         gram = (rows.transpose(1, 2) @ rows).double()
         before = self.grams.get(known.name)
@@ -91,7 +92,10 @@ class _GramWatcher(LayerWatcher["Layer"]):
         return func(*args, **kwargs)
 
 
-def _settings(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def call_settings(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return stride, padding and the like of a convolution's call; nothing of other operators."""
+    if not name.startswith("conv"):
+        return {}
     order = ["stride", "padding", "dilation", "groups"]
     if name.startswith("conv_transpose"):
         order = ["stride", "padding", "output_padding", "groups", "dilation"]
@@ -99,13 +103,16 @@ def _settings(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     return given | {k: v for k, v in kwargs.items() if k in order}
 
 
-def patches(inputs: Tensor, layer: Layer, settings: dict[str, Any]) -> Tensor:
+def patches(
+    inputs: Tensor, layer: Layer, settings: dict[str, Any], limit: int | None = None
+) -> Tensor:
     """Return ``[groups, positions, columns]``: what each output of the layer is a product with.
 
     Args:
         inputs: The layer's input.
         layer: The layer.
         settings: Stride, padding, dilation, groups and output padding of a convolution.
+        limit: Of a convolution with more positions, so many drawn at random.
     """
     if not layer.kind.name.startswith("CONV"):
         return inputs.reshape(1, -1, inputs.shape[-1])
@@ -133,20 +140,40 @@ def patches(inputs: Tensor, layer: Layer, settings: dict[str, Any]) -> Tensor:
     # functional.pad lists the last axis first; negative padding crops.
     pads = [p for b, a in zip(reversed(before), reversed(after), strict=True) for p in (b, a)]
     x = functional.pad(x, pads)
+    windows = []  # i64[positions, taps] of each axis: where each output reads
     for axis in range(n_axes):
-        size, window = x.shape[2 + axis], reach[axis] + 1
-        starts = torch.arange(0, size - window + 1, stride[axis], device=x.device)
-        offsets = torch.arange(0, window, dilation[axis], device=x.device)
+        offsets = torch.arange(0, reach[axis] + 1, dilation[axis], device=x.device)
         if transposed:
             offsets = offsets.flip(0)  # a transposed convolution reads its kernel backwards
-        index = (starts[:, None] + offsets).reshape(-1)
-        x = x.index_select(2 + axis, index)
-        x = x.reshape(*x.shape[: 2 + axis], len(starts), len(offsets), *x.shape[3 + axis :])
+        starts = torch.arange(0, x.shape[2 + axis] - reach[axis], stride[axis], device=x.device)
+        windows.append(starts[:, None] + offsets)
+    places = [len(x), *(len(w) for w in windows)]
+    if limit is not None and math.prod(places) > limit:
+        return _sampled(x, windows, places, groups, limit)
+    for axis, window in enumerate(windows):
+        x = x.index_select(2 + axis, window.reshape(-1))
+        x = x.reshape(*x.shape[: 2 + axis], *window.shape, *x.shape[3 + axis :])
         x = x.movedim(3 + axis, -1)  # [n, channels, positions..., taps...]
     n, channels = x.shape[:2]
     x = x.reshape(n, groups, channels // groups, -1, *kernel)
     x = x.movedim(3, 1)  # [n, positions, groups, channels, taps...]
     return x.reshape(-1, groups, layer.columns).transpose(0, 1)
+
+
+def _sampled(
+    x: Tensor, windows: Sequence[Tensor], places: Sequence[int], groups: int, limit: int
+) -> Tensor:
+    """Return the patches of ``limit`` positions drawn at random, the same for equal shapes."""
+    drawn = torch.randperm(math.prod(places), generator=torch.Generator().manual_seed(0))
+    sample, *positions = torch.unravel_index(drawn[:limit].sort().values.to(x.device), places)
+    index = [sample.reshape(-1, *[1] * len(windows))]
+    for axis, (window, position) in enumerate(zip(windows, positions, strict=True)):
+        shape = [1] * len(windows)
+        shape[axis] = window.shape[1]
+        index.append(window[position].reshape(-1, *shape))
+    found = x.movedim(1, -1)[tuple(index)]  # [limit, taps..., channels]
+    found = found.movedim(-1, 1)
+    return found.reshape(len(found), groups, -1).transpose(0, 1)
 
 
 def _spread_out(x: Tensor, stride: tuple[int, ...]) -> Tensor:

@@ -11,6 +11,7 @@ from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.corrections import fold_batch_norm
 from bitquota.quantizers.fitted import fit_quantizers
 from bitquota.quantizers.imatrix import check_importance
+from bitquota.quantizers.quantized_model import shipped_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,6 +67,7 @@ def quantizers_of(
         samples,
         activation_fit=request.get("activation_fit", "mse"),
         importance=check_importance(plan, model.imatrix),
+        rounding=request.get("rounding"),
     )
 
 
@@ -80,6 +82,9 @@ def quantized_module(
 ) -> nn.Module:
     """Return a copy of the model under a plan, fake-quantized, with the plan's corrections.
 
+    The weights are those that were written beside the plan, with what corrections changed, if it
+    names any; else they are quantized now.
+
     Args:
         model: The model that the plan was made for, on the device where it will run.
         plan: What to apply.
@@ -91,12 +96,17 @@ def quantized_module(
     Raises:
         StalePlan: The plan was made with another importance matrix, or with one and got none.
         InvalidInput: Corrections, activation ranges or error feedback, and no data for them.
+        InvalidPlan: The file of quantized weights is not what the plan says.
 
-    Cost: the passes of ``fit_quantizers`` and of the corrections.
+    Cost: none with quantized weights beside the plan; else the passes of ``fit_quantizers`` and
+    of the corrections.
     """
     fit_data = correction_data if fit_data is None else fit_data
     module = folded_module(model, plan, example if fit_data is None else fit_data)
-    chosen = tuple(a.candidate for a in plan.assignments) if candidates is None else candidates
+    own = tuple(a.candidate for a in plan.assignments)
+    chosen = own if candidates is None else tuple(candidates)
+    if chosen == own and (shipped := shipped_weights(plan, model)) is not None:
+        return shipped.put_into(module, plan.inventory)
     return apply_plan(
         module,
         plan.inventory,

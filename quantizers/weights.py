@@ -198,20 +198,30 @@ def fake_quantize(
     """
     if bits == FULL_PRECISION_BITS:
         return weight
-    matrix = to_matrix(weight.detach(), layer)
-    if not bool(torch.isfinite(matrix).all()):
-        bad = int((~torch.isfinite(matrix)).sum())
-        msg = (
-            f"the weights of layer '{layer.name}' must be finite; {bad} of {layer.n_weights} are "
-            "NaN or infinite: repair the checkpoint"
-        )
-        raise InvalidModel(msg, layer=layer.name, n_bad=bad)
+    matrix = finite_matrix(weight, layer)
     if importance is not None and importance.shape == weight.shape:
         importance = to_matrix(importance, layer)
     stored = quantize(
         matrix, bits, scheme, importance=importance, inputs_gram=inputs_gram, rounding=rounding
     )
     return from_matrix(stored.dequantize().to(weight.dtype), layer)
+
+
+def finite_matrix(weight: Tensor, layer: Layer) -> Tensor:
+    """Return a layer's weight as ``[rows, columns]``.
+
+    Raises:
+        InvalidModel: It has another shape than ``layer``, or is not finite.
+    """
+    matrix = to_matrix(weight.detach(), layer)
+    bad = int((~torch.isfinite(matrix)).sum())
+    if bad:
+        msg = (
+            f"the weights of layer '{layer.name}' must be finite; {bad} of {layer.n_weights} are "
+            "NaN or infinite: repair the checkpoint"
+        )
+        raise InvalidModel(msg, layer=layer.name, n_bad=bad)
+    return matrix
 
 
 def _check(matrix: Tensor, bits: int, importance: Tensor | None) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from bitquota.errors import BitquotaError, InvalidModel, UnsafeModel
-from bitquota.models.layer_calls import module_for_call, recurrent_for_call
+from bitquota.models.layer_calls import RECURRENT, module_for_call, recurrent_for_call
 from bitquota.models.pt2.module import OPERATOR, ExportedModel, GraphInput
 from bitquota.models.pt2.operators import (
     FLOAT_WORDS,
@@ -249,7 +249,7 @@ class _Builder:
 
     def _recurrent_call(self, node: JsonObject) -> fx.Node | None:
         """Call an LSTM, GRU or RNN (or a cell) where the weights of an operator are all its own."""
-        if not self.recurrent:
+        if not self.recurrent or node["target"] not in RECURRENT:
             return None
         given = {item["name"]: item["arg"] for item in node["inputs"]}
         parts = [given[n] for n in ("w_ih", "w_hh", "b_ih", "b_hh") if n in given]

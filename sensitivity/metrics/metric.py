@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.table import Candidate, CandidateTable
     from bitquota.canonical import JsonObject
-    from bitquota.quantizers.fitted import QuantizedWeights
+    from bitquota.quantizers.quantized_weights import QuantizedWeights
     from bitquota.sensitivity.losses import Loss
 
 METRIC_VERSION = 1

@@ -22,7 +22,7 @@ import torch
 from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.models.references import References
 from bitquota.models.running import DEFAULT_CHUNK, labels_of, put_in_eval_mode
-from bitquota.quantizers.fitted import QuantizedWeights
+from bitquota.quantizers.quantized_weights import QuantizedWeights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bitquota.candidates.table import Candidate
-    from bitquota.quantizers.fitted import QuantizedWeights
+    from bitquota.quantizers.quantized_weights import QuantizedWeights
 
 
 @dataclass(frozen=True, slots=True)

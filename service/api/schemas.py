@@ -82,7 +82,7 @@ class JobPage(BaseModel):
 class ArtifactView(BaseModel):
     """An upload, or a plan or matrix that a job left."""
 
-    object: Literal["model", "dataset", "plan", "matrix"]
+    object: Literal["model", "dataset", "plan", "matrix", "quantized"]
     id: str = Field(description="Digest of the content.")
     format: str
     name: str

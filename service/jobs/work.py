@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -84,12 +84,13 @@ class Work:
         from bitquota.models.load import load_model
 
         self.say("load")
-        return cast(
+        found = cast(
             "LoadedModel",
             self.loaded.load(
                 str(self._one(role)), lambda path: load_model(path, allow_factory=False)
             ),
         )
+        return replace(found, weights=self.paths("quantized"))
 
     def samples(self, role: str = "dataset") -> CalibrationSet:
         """Load a dataset that must be there."""

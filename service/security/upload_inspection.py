@@ -63,6 +63,7 @@ def inspect_task(arguments: JsonObject, _ask: object) -> tuple[JsonObject, bytes
         ArtifactKind.DATASET: lambda: inspect_dataset(path, **limits),
         ArtifactKind.PLAN: lambda: inspect_plan(path),
         ArtifactKind.MATRIX: lambda: inspect_matrix(path, **limits),
+        ArtifactKind.QUANTIZED: lambda: check_safetensors(path, InvalidPlan),
     }
     found = inspect[kind]()
     return {"format": FORMATS_OF_RESULTS[kind] if found is None else str(found)}, b""

@@ -6,17 +6,19 @@ from enum import StrEnum
 
 
 class ArtifactKind(StrEnum):
-    """What an upload is for; plans and matrices are also left by jobs."""
+    """What an upload is for; plans, their quantized weights and matrices are also left by jobs."""
 
     MODEL = "model"
     DATASET = "dataset"
     PLAN = "plan"
     MATRIX = "matrix"
+    QUANTIZED = "quantized"
 
 
 FORMATS_OF_RESULTS = {
     ArtifactKind.PLAN: "json",
     ArtifactKind.MATRIX: "npz",
+    ArtifactKind.QUANTIZED: "safetensors",
     ArtifactKind.MODEL: "pt2",
 }
 """What jobs leave, by the upload that it becomes."""

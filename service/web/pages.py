@@ -328,4 +328,5 @@ def _model_page(job_id: str, viewer: Viewer, service: State, found: JsonObject) 
         links=pages_data.result_links(job),
         exports=found["exports"],
         plan_uploads=(job.results or {}).get("plans", ()),
+        quantized_uploads=(job.results or {}).get("quantized", ()),
     )

@@ -22,9 +22,12 @@ from bitquota.models.loaded import inventory_of
 from bitquota.models.references import References
 from bitquota.models.running import choose_device
 from bitquota.models.samples import check_calibration
+from bitquota.quantizers.activations import ActivationQuantizer
+from bitquota.quantizers.apply import apply_plan, input_quantizer
 from bitquota.quantizers.corrections import fold_batch_norm
 from bitquota.quantizers.fitted import fit_quantizers
 from bitquota.quantizers.imatrix import importance_of
+from bitquota.quantizers.quantized_model import QuantizedModel, changed_tensors
 from bitquota.sensitivity.outputs import read_outputs
 from bitquota.sensitivity.runners.make import make_runner
 
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from bitquota.candidates.layers import Inventory
-    from bitquota.candidates.table import CandidateTable
+    from bitquota.candidates.table import Candidate, CandidateTable
     from bitquota.candidates.targets import Target
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from bitquota.progress import Course
     from bitquota.quantizers.fitted import Fitted
     from bitquota.quantizers.imatrix import Importance
+    from bitquota.quantizers.weights import QuantizedWeight
     from bitquota.request import PlanRequest
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runners.base import Runner
@@ -151,6 +155,40 @@ class Setup:
             with_outputs=with_outputs and bool(self.outputs),
         )
 
+    def quantized_model(self, choice: Choice) -> QuantizedModel | None:
+        """Return what a choice ships as, or ``None`` where weights are rounded to nearest."""
+        order = self.fitted.order
+        if order is None:
+            return None
+        chosen = self.table.decode(choice)
+        stored: dict[str, QuantizedWeight] = {}
+        module = apply_plan(
+            self.module,
+            self.inventory,
+            chosen,
+            corrections=self.request.corrections,
+            correction_data=self.correcting,
+            fitted=self.fitted,
+            references=self.references,
+            stored=stored,
+        )
+        return QuantizedModel(
+            model_digest=self.inventory.model_digest,
+            rounding=order.rounding,
+            weights=stored,
+            tensors=changed_tensors(self.module, module, self.inventory),
+            activations=self._input_grids(chosen),
+        )
+
+    def _input_grids(self, chosen: Sequence[Candidate]) -> dict[str, ActivationQuantizer]:
+        grids = {
+            c.layer: input_quantizer(self.fitted.activations, c.layer, c.activation_bits)
+            for c in chosen
+            if c.activation_bits is not None
+        }
+        # An input that is never quantized has none.
+        return {k: grid for k, grid in grids.items() if isinstance(grid, ActivationQuantizer)}
+
     def measure_choices(
         self, choices: Iterable[Choice], *, stage: str, weight: float | None = None
     ) -> dict[Choice, ChoiceLoss]:
@@ -231,6 +269,7 @@ def build_setup(
         measured,
         activation_fit=request.activation_fit,
         importance=importance,
+        rounding=request.rounding,
     )
     return Setup(
         request=request,

@@ -35,6 +35,9 @@ SCHEMA = "bitquota/plan/1"
 SOLVER = "solver"
 """``Plan.selected`` when the solver's own plan measured best."""
 
+WEIGHTS_SUFFIX = ".weights.safetensors"
+"""Takes the place of ``.json`` in the name of a plan's file of quantized weights."""
+
 ONLY_WEIGHTS = (
     "an earlier release wrote the plan and named the model by its weights alone: they are the "
     "same, but the graph cannot be compared; plan again to have it covered"
@@ -165,6 +168,21 @@ class PlanTarget(Document):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlanWeights(Document):
+    """The file of quantized weights that belongs to a plan (``quantizers.quantized_model``).
+
+    Attributes:
+        rounding: How codes were chosen: ``gptq`` or ``qep``.
+        digest: SHA-256 of the file.
+        n_bytes: Its size; codes take a byte each there, whatever their width.
+    """
+
+    rounding: str
+    digest: str
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan(Document):
     """The bit-width of every layer, and all that is known about how good that is.
 
@@ -187,6 +205,8 @@ class Plan(Document):
         outputs: Which outputs the loss was measured on, and how far the plan changes them.
         evidence: Predicted and measured losses of the plan, of neighbours and of random plans
             within the budget, with rank correlations (``Evidence.to_json``).
+        weights: The file of quantized weights that it was measured with; without one, weights are
+            rounded to nearest wherever the plan is applied.
     """
 
     FORM: ClassVar[Form] = Form(
@@ -199,6 +219,7 @@ class Plan(Document):
             "target",
             "evidence",
             "outputs",
+            "weights",
         ),  # plans without keep the bytes that they always had
         seal=Seal(
             may_lack=True,
@@ -221,6 +242,7 @@ class Plan(Document):
     target: PlanTarget | None = None
     evidence: JsonObject | None = None
     outputs: tuple[PlanOutput, ...] | None = None
+    weights: PlanWeights | None = None
 
     def __post_init__(self) -> None:
         """Check names, sizes and budgets from first principles."""
@@ -386,3 +408,12 @@ class Plan(Document):
     def load(cls, path: Path) -> Self:
         """Read a plan file; raises ``InvalidPlan``."""
         return cls.from_json(read_json(path, "a plan file", cls.FORM.advice, InvalidPlan))
+
+
+def weights_near(files: Iterable[Path]) -> tuple[Path, ...]:
+    """Return the files of quantized weights in the folders of plans or lock files.
+
+    Plans name theirs by digest, so that it does not matter which is which.
+    """
+    folders = dict.fromkeys(file.resolve().parent for file in files)
+    return tuple(path for f in folders for path in sorted(f.glob(f"*{WEIGHTS_SUFFIX}")))

@@ -33,6 +33,13 @@ RECIPES = ("stabilised", "ellipsoid", "bitpruning", "bsq", "uhlich2020")
 EFFORTS = ("quick", "normal", "thorough")
 """How much work a plan may take, the least first."""
 
+ROUNDINGS = ("nearest", "gpfq", "gptq", "qep")
+"""``nearest``; ``gpfq`` and ``gptq``: with feedback, layer after layer; ``qep``: as ``gptq``, and
+each layer also makes up for part of what quantization did to its inputs."""
+
+FORMER_ROUNDINGS = {"error_feedback": "gptq"}
+"""What commands called roundings before, and what they are called now."""
+
 PRECISIONS = ("fp32", "bf16")
 LOSSES = ("kl", "binary_kl", "cross_entropy", "relative_mse", "mse", "cosine")
 AUTO_LOSS = "auto"
@@ -84,10 +91,11 @@ class PlanRequest(Document):
             on a GPU. Plans are compared on the hold-out samples in float32 in any case.
         target: Deployment target, whose formats, legal shapes, ties and exclusions decide what
             may become of each layer.
+        rounding: How weights are rounded, one of ``ROUNDINGS``; to nearest if left out.
     """
 
-    # Requests that use neither outputs nor effort keep the bytes that they always had.
-    FORM: ClassVar[Form] = Form(what="a request", left_out=("outputs", "effort"))
+    # Requests without these keep the bytes that they always had.
+    FORM: ClassVar[Form] = Form(what="a request", left_out=("outputs", "effort", "rounding"))
 
     budgets: tuple[str, ...] = ()
     weight_bits: tuple[int, ...] = ()
@@ -112,6 +120,7 @@ class PlanRequest(Document):
     target: str | None = None
     outputs: tuple[str, ...] | None = None
     effort: str = "normal"
+    rounding: str | None = None
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without the model."""
@@ -120,7 +129,7 @@ class PlanRequest(Document):
         if self.target is not None and self.scheme != Scheme():
             msg = (
                 f"a target brings its own quantizer, so a scheme must not be given with "
-                f"'{self.target}'; leave grid, granularity, scales and rounding out"
+                f"'{self.target}'; leave grid, granularity and scales out"
             )
             raise InvalidInput(msg, target=self.target)
         _one_of("measure", self.measure, MEASURES)
@@ -130,6 +139,8 @@ class PlanRequest(Document):
         parse_losses(self.loss)
         parse_outputs(self.outputs or ())
         check_solver(self.solver)
+        if self.rounding is not None:
+            _one_of("rounding", self.rounding, ROUNDINGS)
         _one_of("precision", self.precision, PRECISIONS)
         for bits in self.weight_bits:
             _one_of("weight_bits", bits, WEIGHT_BITS)

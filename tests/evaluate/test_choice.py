@@ -11,7 +11,8 @@ from bitquota.evaluate.choice import measure_choice
 from bitquota.models.references import References
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.corrections import reestimate_batch_norm
-from bitquota.quantizers.fitted import Fitted, QuantizedWeights
+from bitquota.quantizers.fitted import Fitted
+from bitquota.quantizers.quantized_weights import QuantizedWeights
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.measures.choices import measure_choices
 from bitquota.sensitivity.runners.make import make_runner

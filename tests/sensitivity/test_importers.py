@@ -9,8 +9,8 @@ from bitquota.candidates.layers import Inventory, Layer, LayerKind
 from bitquota.candidates.storage import Scheme
 from bitquota.candidates.table import Candidate
 from bitquota.errors import InvalidInput
-from bitquota.quantizers.fitted import QuantizedWeights
 from bitquota.quantizers.imatrix import importance_of, layer_name, read_imatrix
+from bitquota.quantizers.quantized_weights import QuantizedWeights
 from bitquota.sensitivity.importers import read_measurement
 from bitquota.solver import Problem, solve
 

@@ -10,7 +10,15 @@ from bitquota.canonical import canonical_json
 from bitquota.errors import InvalidInput
 from bitquota.evaluate.scores import Score
 from bitquota.report.text import markdown_table, score_rows, score_sentences
-from bitquota.service.jobs.kinds.kind import CORRECTION_DATA, DATASET, MODEL, Input, JobKind, Result
+from bitquota.service.jobs.kinds.kind import (
+    CORRECTION_DATA,
+    DATASET,
+    MODEL,
+    QUANTIZED,
+    Input,
+    JobKind,
+    Result,
+)
 from bitquota.service.jobs.kinds.results import REPORT, read_json
 from bitquota.service.store.formats import ArtifactKind
 
@@ -97,6 +105,7 @@ KIND = JobKind(
             many=True,
             optional=True,
         ),
+        QUANTIZED,
         Input(
             role="original",
             artifact=ArtifactKind.MODEL,

@@ -12,7 +12,14 @@ from bitquota.canonical import canonical_json
 from bitquota.errors import InvalidInput
 from bitquota.exports.export_report import ExportReport
 from bitquota.exports.names import format_for
-from bitquota.service.jobs.kinds.kind import CORRECTION_DATA, MODEL, Input, JobKind, Result
+from bitquota.service.jobs.kinds.kind import (
+    CORRECTION_DATA,
+    MODEL,
+    QUANTIZED,
+    Input,
+    JobKind,
+    Result,
+)
 from bitquota.service.jobs.kinds.results import ARCHIVE, read_json
 from bitquota.service.store.formats import ArtifactKind
 
@@ -106,6 +113,7 @@ KIND = JobKind(
             artifact=ArtifactKind.PLAN,
             text="Digest of a plan of this model: uploaded, or left by a job.",
         ),
+        QUANTIZED,
         Input(
             role="dataset",
             artifact=ArtifactKind.DATASET,

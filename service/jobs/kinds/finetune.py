@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from bitquota.request import ACTIVATION_FITS
-from bitquota.service.jobs.kinds.kind import DATASET, MODEL, Input, JobKind
+from bitquota.service.jobs.kinds.kind import DATASET, MODEL, QUANTIZED, Input, JobKind
 from bitquota.service.jobs.kinds.results import PLANS, REPORT, report_of_plans
 from bitquota.service.jobs.kinds.training_request import (
     TRAINED_MODEL,
@@ -83,6 +83,7 @@ KIND = JobKind(
             artifact=ArtifactKind.PLAN,
             text="Digest of a plan of this model: uploaded, or left by a job.",
         ),
+        QUANTIZED,
     ),
     request=FinetuneBody,
     example={

@@ -131,6 +131,14 @@ CORRECTION_DATA = Input(
     text="Digest of an unlabelled set that the plans' corrections are fitted on.",
     optional=True,
 )
+QUANTIZED = Input(
+    role="quantized",
+    artifact=ArtifactKind.QUANTIZED,
+    text="Digests of the quantized weights that the plans name under `weights`: uploaded, or left "
+    "by jobs.",
+    many=True,
+    optional=True,
+)
 MATRIX = Input(
     role="matrix",
     artifact=ArtifactKind.MATRIX,

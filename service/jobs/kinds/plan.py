@@ -13,6 +13,7 @@ from bitquota.service.jobs.kinds.results import (
     INVENTORY,
     MATRIX,
     PLANS,
+    QUANTIZED_WEIGHTS,
     REPORT,
     report_of_plans,
 )
@@ -38,6 +39,9 @@ def run(work: Work) -> None:
     for certificate in found.certificates:
         if certificate is not None:
             work.give("certificates", certificate)
+    for weights in found.weights:
+        if weights is not None:
+            work.give("quantized", weights)
 
 
 KIND = JobKind(
@@ -51,7 +55,7 @@ KIND = JobKind(
         "request": {"budgets": ["3 bits", "12 MiB"], "weight_bits": [2, 4, 8]},
         "labels": {"team": "vision"},
     },
-    results=(MATRIX, INVENTORY, PLANS, CERTIFICATES, REPORT),
+    results=(MATRIX, INVENTORY, PLANS, CERTIFICATES, QUANTIZED_WEIGHTS, REPORT),
     run=run,
     accept=with_budgets,
     derive_from=("plans",),

@@ -10,6 +10,7 @@ from bitquota.candidates.layers import Inventory
 from bitquota.errors import InvalidInput
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
+from bitquota.quantizers.quantized_model import QuantizedModel
 from bitquota.report.text import render_markdown
 from bitquota.service.jobs.kinds.kind import BINARY, MARKDOWN, ZIP, Result
 from bitquota.service.security.archives import check_zip
@@ -93,6 +94,18 @@ CERTIFICATES = Result(
     suffix=".npz",
     many=True,
     optional=True,
+)
+QUANTIZED_WEIGHTS = Result(
+    name="quantized",
+    text="For each plan the file of its quantized weights, if weights are not rounded to nearest.",
+    check=QuantizedModel.load,
+    path="quantized",
+    media_type=BINARY,
+    suffix=".safetensors",
+    many=True,
+    optional=True,
+    keep_as=ArtifactKind.QUANTIZED,
+    max_bytes=16 * 2**30,
 )
 REPORT = Result(
     name="report",

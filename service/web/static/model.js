@@ -77,7 +77,9 @@
       if (mayWrite && job.model && job.dataset && job.kind === "plan") {
         hooks.measure = async (average) => {
           try {
-            const made = await call("/v1/jobs", { method: "POST", body: {
+            const plan = document.getElementById("export-plan");
+        const { quantized } = plan.selectedOptions[0].dataset;
+        const made = await call("/v1/jobs", { method: "POST", body: {
               kind: "plan", model: job.model, dataset: job.dataset,
               request: { ...job.request, budgets: [`${average.toFixed(2)} bits`] },
               labels: job.labels,
@@ -108,7 +110,7 @@
       try {
         const made = await call("/v1/jobs", { method: "POST", body: {
           kind: "export", model: job.model, dataset: job.dataset, labels: job.labels,
-          plan: document.getElementById("export-plan").value,
+          plan: plan.value, quantized: quantized ? [quantized] : [],
           request: JSON.parse(document.getElementById("export-target").value),
         } });
         location.assign(`/jobs/${made.id}`);

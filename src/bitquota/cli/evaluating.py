@@ -14,7 +14,7 @@ from bitquota.cli.loading import check_sources, load_samples
 from bitquota.context import Context
 from bitquota.errors import InvalidInput
 from bitquota.exports.export_report import ExportReport
-from bitquota.plan import Plan
+from bitquota.plan import Plan, weights_near
 from bitquota.report import text as report
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def evaluate(
         custom = {
             spec.partition(":")[2]: find_function(spec, InvalidInput) for spec in metrics or []
         }
-        loaded = replace(load_model(model), imatrix=imatrix)
+        loaded = replace(load_model(model), imatrix=imatrix, weights=weights_near(plans or ()))
         for path, plan in loaded_plans.items():
             if note := check_model(plan, loaded):
                 output.say(f"{path}: {note}")

@@ -15,7 +15,7 @@ from bitquota.cli.loading import check_sources, load_samples
 from bitquota.cli.written import require_folder
 from bitquota.errors import InvalidInput
 from bitquota.exports.names import check_folder, format_for
-from bitquota.plan import Plan
+from bitquota.plan import Plan, weights_near
 from bitquota.report import text as report
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def export(
         from bitquota.exports.export import export_plan
         from bitquota.models.load import load_model
 
-        loaded = replace(load_model(model), imatrix=imatrix)
+        loaded = replace(load_model(model), imatrix=imatrix, weights=weights_near([plan_file]))
         data = correcting = None
         if samples is not None:
             data = load_samples(samples, model=model, tokenizer=tokenizer, length=length)

@@ -32,7 +32,7 @@ from bitquota.cli.written import Written
 from bitquota.context import Context
 from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.exports.export_report import ExportReport
-from bitquota.plan import Plan
+from bitquota.plan import Plan, weights_near
 from bitquota.report import tracking
 
 if TYPE_CHECKING:
@@ -186,6 +186,8 @@ def check(
         if path is not None
     }
     loaded = _loaded(model, data, correction_data)
+    if loaded is not None:
+        loaded = replace(loaded, weights=weights_near(files))
 
     # Each lock file by itself, measured where there are samples and the model is the plan's.
     reports: dict[str, CheckReport] = {}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bitquota.candidates.budget import check_budgets
-from bitquota.candidates.storage import Granularity, Grid, Rounding, ScaleFormat, ScaleRule, Scheme
+from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, ScaleRule, Scheme
 from bitquota.candidates.targets import target_by_name
 from bitquota.cli import output
 from bitquota.cli.bundles import Bundle, with_bundles
@@ -28,6 +28,7 @@ from bitquota.request import (
     AUTO_LOSS,
     DEFAULT_WEIGHT_BITS,
     EFFORTS,
+    FORMER_ROUNDINGS,
     LOSSES,
     MEASURES,
     PRECISIONS,
@@ -175,7 +176,15 @@ ScaleRuleName = Annotated[ScaleRule, typer.Option("--scale-rule", help="How scal
 ScaleFormatName = Annotated[
     ScaleFormat, typer.Option("--scale-format", help="How scales are stored.")
 ]
-RoundingName = Annotated[Rounding, typer.Option("--rounding", help="How weights are rounded.")]
+RoundingName = Annotated[
+    str | None,
+    typer.Option(
+        "--rounding",
+        help="How weights are rounded: nearest (default); gptq or gpfq: with error feedback, layer "
+        "after layer; qep: gptq that also makes up for the error of earlier layers. All but "
+        "nearest write the quantized weights beside the plan.",
+    ),
+]
 SolverName = Annotated[str, typer.Option("--solver", help="Solver backend.")]
 Gap = Annotated[float, typer.Option("--gap", help="Stop at this relative optimality gap.")]
 TimeLimit = Annotated[
@@ -358,7 +367,7 @@ _REQUEST: dict[str, tuple[Any, Any]] = {
     "group_size": (GroupSize, None),
     "scale_rule": (ScaleRuleName, ScaleRule.LEAST_SQUARES),
     "scale_format": (ScaleFormatName, ScaleFormat.FP32),
-    "rounding": (RoundingName, Rounding.NEAREST),
+    "rounding": (RoundingName, None),
     "precision": (Precision, "fp32"),
     "solver": (SolverName, "auto"),
     "gap": (Gap, 1e-4),
@@ -435,8 +444,8 @@ def plan_request(options: Mapping[str, Any]) -> PlanRequest:
             group_size=options["group_size"],
             scale_rule=options["scale_rule"],
             scale_format=options["scale_format"],
-            rounding=options["rounding"],
         ),
+        rounding=FORMER_ROUNDINGS.get(options["rounding"], options["rounding"]),
         fixed=parse_fixed(options["fix"]),
         ties=parse_ties(options["tie"]),
         exclude=tuple(options["exclude"] or ()),

@@ -11,9 +11,15 @@ import typer
 from bitquota.canonical import JsonObject, write_whole
 from bitquota.cli import estimating, output, remote
 from bitquota.cli import options as opt
-from bitquota.cli.written import Written, former_certificate, former_matrix, former_plan
+from bitquota.cli.written import (
+    Written,
+    former_certificate,
+    former_matrix,
+    former_plan,
+    former_weights,
+)
 from bitquota.matrix import SensitivityMatrix
-from bitquota.plan import Plan
+from bitquota.plan import WEIGHTS_SUFFIX, Plan
 from bitquota.report import text as report
 from bitquota.report import tracking
 from bitquota.report.charts import frontier_of
@@ -49,6 +55,8 @@ def plan(
     """Measure MODEL on CALIBRATION and write the best plan for each budget.
 
     The certificate beside a plan (plan.certificate.npz) proves its bound: see 'bitquota verify'.
+    With --rounding the quantized weights stand there too (plan.weights.safetensors): 'evaluate',
+    'check', 'export' and 'finetune' take them from there, and so the files belong together.
     """
     if dry_run:
         estimating.dry_run("plan", model, calibration, request, here, as_json=as_json)
@@ -62,6 +70,10 @@ def plan(
         Written.at(path, "--out", former=former_certificate)
         for path in (file.path.with_suffix(".certificate.npz") for file in files)
     ] if out.is_file() or not out.exists() else []  # fmt: skip
+    rounded = [
+        Written.at(path, "--out", former=former_weights)
+        for path in (file.path.with_suffix(WEIGHTS_SUFFIX) for file in files)
+    ] if request.rounding not in (None, "nearest") and kept else []  # fmt: skip
     reported = None if report_file is None else Written.at(report_file, "--report")
     matrix_out = None
     if matrix_file is not None:
@@ -69,14 +81,17 @@ def plan(
     if log_to is not None:
         tracking.require_tracker(log_to)
     if here.server is not None:
-        plans, certificates = remote.plans(
+        plans, certificates, weights = remote.plans(
             here.server, here.api_key, request, model, calibration, matrix_out
         )
     else:
-        plans, certificates = _plan_here(model, calibration, request, here, matrix_out)
+        plans, certificates, weights = _plan_here(model, calibration, request, here, matrix_out)
     for beside, certificate in zip(kept, certificates, strict=False):
         if certificate is not None:
             beside.save(partial(write_whole, data=certificate))
+    for beside, content in zip(rounded, weights, strict=False):
+        if content is not None:
+            beside.save(partial(write_whole, data=content))
     for file, made in zip(files, plans, strict=True):
         file.save(made.save)
     if reported is not None:
@@ -104,7 +119,7 @@ def _plan_here(
     request: PlanRequest,
     here: opt.Here,
     matrix_out: Written | None,
-) -> tuple[tuple[Plan, ...], tuple[bytes | None, ...]]:
+) -> tuple[tuple[Plan, ...], tuple[bytes | None, ...], tuple[bytes | None, ...]]:
     with here.measuring() as context:
         from bitquota.search.allocate import allocate
 
@@ -112,7 +127,7 @@ def _plan_here(
         result = allocate(loaded, samples, request, context=context)
     if matrix_out is not None:
         matrix_out.save(result.matrix.save)
-    return result.plans, result.certificates
+    return result.plans, result.certificates, result.weights
 
 
 @opt.with_options(

@@ -14,6 +14,7 @@ from bitquota.errors import InvalidInput, NotFound
 from bitquota.evaluate.scores import Score
 from bitquota.exports.export_report import ExportReport
 from bitquota.matrix import SensitivityMatrix
+from bitquota.plan import WEIGHTS_SUFFIX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -56,6 +57,12 @@ def file_of(text: str) -> Path:
         )
         raise InvalidInput(msg, path=text)
     return path
+
+
+def _quantized(plan_files: Sequence[Path]) -> list[Path]:
+    """Return the quantized weights that stand beside plans."""
+    beside = [path.with_suffix(WEIGHTS_SUFFIX) for path in plan_files]
+    return [path for path in beside if path.is_file()]
 
 
 def check_files(model: str, *samples: str) -> None:
@@ -124,16 +131,21 @@ def plans(
     model: str,
     data: str,
     matrix_file: Written | None,
-) -> tuple[tuple[Plan, ...], tuple[bytes | None, ...]]:
-    """Run ``bitquota plan`` there; returns a certificate for each plan too, or none at all."""
+) -> tuple[tuple[Plan, ...], tuple[bytes | None, ...], tuple[bytes | None, ...]]:
+    """Run ``bitquota plan`` there; returns certificates and quantized weights too, if any."""
     with measured(server, api_key, "plan", request, model, data) as job:
         if matrix_file is not None:
             matrix_file.save(lambda path: write_whole(path, job.sensitivity()))
         made = job.plans()
+        weights = tuple(
+            None if plan.weights is None else job.quantized(budget)
+            for budget, plan in enumerate(made)
+        )
         try:
-            return made, tuple(job.certificate(budget) for budget in range(len(made)))
+            certificates = tuple(job.certificate(budget) for budget in range(len(made)))
         except NotFound:  # solvers other than ours give none
-            return made, ()
+            certificates = ()
+        return made, certificates, weights
 
 
 def matrix(
@@ -183,6 +195,7 @@ def scores(
             model=path,
             dataset=file_of(data),
             plans=[file_of(str(file)) for file in plan_files],
+            quantized=_quantized(plan_files),
             original=untrained,
             correction_data=None if correction_data is None else file_of(correction_data),
         )
@@ -212,6 +225,7 @@ def export(
             request,
             model=path,
             plan=file_of(str(plan_file)),
+            quantized=_quantized([plan_file]),
             dataset=None if samples is None else file_of(samples),
             correction_data=None if correction_data is None else file_of(correction_data),
         )

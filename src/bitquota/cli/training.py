@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +18,7 @@ from bitquota.cli.training_options import Training, with_training
 from bitquota.cli.written import Written, former_plan, require_folder
 from bitquota.context import Context
 from bitquota.errors import InvalidInput
-from bitquota.plan import Plan
+from bitquota.plan import Plan, weights_near
 from bitquota.report import text as report
 from bitquota.request import ACTIVATION_FITS, DEFAULT_WEIGHT_BITS, check_training
 from bitquota.training.settings import TrainingSettings
@@ -83,6 +84,7 @@ def finetune(
     from bitquota.training.qat import finetune_plan
 
     loaded, samples = training.load(model, train)
+    loaded = replace(loaded, weights=weights_near([plan]))
     folder = training.checkpoints or out / "checkpoints"
     with _run(folder, training.device) as (context, is_first):
         found = finetune_plan(

@@ -122,6 +122,18 @@ def former_certificate(path: Path) -> str:
     return "another certificate"
 
 
+def former_weights(path: Path) -> str:
+    """Return that a file holds quantized weights; raises ``InvalidInput`` where it does not."""
+    try:
+        with path.open("rb") as file:
+            known = b"bitquota/weights/" in file.read(2**12)
+    except OSError:
+        known = False
+    if not known:
+        raise _other(path, "a file of quantized weights")
+    return "other quantized weights"
+
+
 def _other(path: Path, what: str) -> InvalidInput:
     msg = (
         f"only {what} is replaced by {what}; '{path}' is something else: name another file, or "

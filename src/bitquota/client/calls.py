@@ -58,6 +58,7 @@ _PLACES = {
     "plan": "plans",
     "plans": "plans",
     "matrix": "matrices",
+    "quantized": "quantized",
 }
 """Where the uploads of a submission's inputs go, by role."""
 
@@ -159,8 +160,8 @@ class ServerCalls(Requests, Generic[J]):
             webhook: URL that is told when the job has ended.
             idempotency_key: Submissions under one key are one job; the default is a new key.
             **inputs: Uploads by role: ``model``, ``original``, ``dataset``,
-                ``correction_data``, ``plan``, ``plans``, ``matrix``; each a file, ``sha256:…``,
-                bytes or a plan.
+                ``correction_data``, ``plan``, ``plans``, ``matrix``, ``quantized``; each a
+                file, ``sha256:…``, bytes or a plan.
 
         Raises:
             InvalidInput: The server cannot use what was handed in (the subclass says what).
@@ -587,6 +588,11 @@ class JobCalls:
     def certificate(self, budget: int = 0) -> Steps[bytes]:
         """Return the certificate of a plan's or a solution's bound, for ``bitquota verify``."""
         return (yield from self._below("certificate", budget=budget)).content
+
+    @Call
+    def quantized(self, budget: int = 0) -> Steps[bytes]:
+        """Return the quantized weights of a plan that names some, as a safetensors file."""
+        return (yield from self._below("quantized", budget=budget)).content
 
     @Call
     def report(self) -> Steps[str]:

@@ -13,6 +13,7 @@ from bitquota.errors import InvalidInput
 from bitquota.evaluate.choice import ChoiceLoss
 from bitquota.measurement_setup import Setup, build_setup
 from bitquota.plan import SOLVER, Assignment, Baseline, Plan, PlanTarget, Proof
+from bitquota.quantizers.quantized_model import named
 from bitquota.search.baselines import baseline_choices, uniform_mixes
 from bitquota.search.evidence import gather_evidence
 from bitquota.search.phases import (
@@ -61,6 +62,8 @@ class Allocation:
         plans: One for each budget of the request.
         certificates: For each plan the file that proves its bound (``bitquota verify``); ``None``
             from solvers that give no certificate.
+        weights: For each plan the file of its quantized weights, which the plan names by digest;
+            ``None`` where weights are rounded to nearest.
         matrix: The sensitivity matrix around full precision.
         inventory: The model's tensors.
         passes: Forward-equivalents that this call ran for matrix, refinement and evidence, in
@@ -69,6 +72,7 @@ class Allocation:
 
     plans: tuple[Plan, ...]
     certificates: tuple[bytes | None, ...]
+    weights: tuple[bytes | None, ...]
     matrix: SensitivityMatrix
     inventory: Inventory
     passes: float
@@ -139,11 +143,11 @@ def allocate(
         outcomes[k] = _search(setup, runner, deciding, source, budgets[k], problems[k], known, warm)
         warm = outcomes[k].last
     choices = [outcomes[k].choice for k in range(len(budgets))]
-    plans = tuple(
+    made_plans = [
         _plan(setup, holdout, source, together, problems[k], outcomes[k], choices,
               f"budget {k + 1} of {len(budgets)}")
         for k, together in enumerate(budgets)
-    )  # fmt: skip
+    ]  # fmt: skip
     digest = source.matrix.digest()
     certificates = tuple(
         None if (proof := outcomes[k].optimum.certificate) is None
@@ -151,8 +155,9 @@ def allocate(
         for k, problem in enumerate(problems)
     )  # fmt: skip
     return Allocation(
-        plans=plans,
+        plans=tuple(plan for plan, _ in made_plans),
         certificates=certificates,
+        weights=tuple(weights for _, weights in made_plans),
         matrix=source.matrix,
         inventory=setup.inventory,
         passes=sum(r.passes.passes * len(r.calibration) for r in made) / len(setup.fit),
@@ -255,8 +260,11 @@ def _plan(
     outcome: _Outcome,
     others: Sequence[Choice],
     stage: str,
-) -> Plan:
-    """Measure what was found and the baselines on the hold-out, return the best as a plan."""
+) -> tuple[Plan, bytes | None]:
+    """Measure what was found and the baselines on the hold-out.
+
+    Returns the best as a plan, with the file of its quantized weights if it has one.
+    """
     setup.context.next_phase()
     quick = setup.request.effort == "quick"
     found = (outcome.choice,) if quick else (outcome.choice, *others)
@@ -303,7 +311,9 @@ def _plan(
     )
     chosen = setup.table.decode(choices[best])
     by_layer = {candidate.layer: candidate for candidate in chosen}
-    return Plan(
+    quantized = setup.quantized_model(choices[best])
+    weights = None if quantized is None else quantized.to_bytes()
+    plan = Plan(
         model_digest=setup.inventory.model_digest,
         assignments=tuple(
             Assignment(layer=layer, candidate=by_layer[layer.name])
@@ -347,7 +357,9 @@ def _plan(
         target=None if setup.target is None else PlanTarget.of(setup.target),
         evidence=None if evidence is None else evidence.to_json(),
         outputs=setup.measure_choice(choices[best], stage="evidence", with_outputs=True).outputs,
+        weights=None if weights is None else named(weights, str(setup.request.rounding)),
     )
+    return plan, weights
 
 
 def _measure_choices(setup: Setup, choices: dict[str, Choice], stage: str) -> dict[str, ChoiceLoss]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bitquota.matrix import SensitivityMatrix
-from bitquota.quantizers.fitted import QuantizedWeights
+from bitquota.quantizers.quantized_weights import QuantizedWeights
 
 if TYPE_CHECKING:
     from torch import nn

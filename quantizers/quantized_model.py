@@ -1,0 +1,246 @@
+"""The quantized model as a file: codes and scales of every layer, and what corrections changed.
+
+A plan says which bit-width each layer gets; this says which numbers. It is written once, when the
+plan is made, and whatever evaluates, checks or exports the plan reads it instead of quantizing
+again: what was measured is what ships.
+
+Design: docs/design/rounding.md
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+import safetensors
+import safetensors.torch
+import torch
+
+from bitquota.candidates.storage import FULL_PRECISION_BITS, Scheme
+from bitquota.errors import InvalidPlan, StalePlan
+from bitquota.models.calls import parameter_owners, tensor_key
+from bitquota.models.layout import from_matrix
+from bitquota.models.running import tensor_of
+from bitquota.plan import WEIGHTS_SUFFIX, PlanWeights
+from bitquota.quantizers.activations import ActivationQuantizer
+from bitquota.quantizers.corrections import ensure_bias
+from bitquota.quantizers.weights import QuantizedWeight
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+    from typing import Self
+
+    from torch import Tensor, nn
+
+    from bitquota.candidates.layers import Inventory, Layer
+    from bitquota.models.loaded import LoadedModel
+    from bitquota.plan import Plan
+
+SCHEMA = "bitquota/weights/1"
+ADVICE = "name the file that 'bitquota plan' wrote beside the plan"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QuantizedModel:
+    """What a plan makes of a model.
+
+    Attributes:
+        model_digest: The model.
+        rounding: How codes were chosen.
+        weights: Codes and scales of each quantized layer.
+        tensors: Other parameters and buffers that corrections changed or added, by name.
+        activations: Grids of inputs by layer.
+    """
+
+    model_digest: str
+    rounding: str
+    weights: Mapping[str, QuantizedWeight]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    activations: Mapping[str, ActivationQuantizer] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the file; equal values give equal bytes."""
+        held: dict[str, Tensor] = {}
+        for name, weight in self.weights.items():
+            held[f"codes:{name}"] = _smallest(weight.codes)
+            held[f"scales:{name}"] = weight.scales.cpu().contiguous()
+            if weight.zero_points is not None:
+                held[f"zero_points:{name}"] = _smallest(weight.zero_points)
+        held |= {f"tensor:{k}": v.detach().cpu().contiguous() for k, v in self.tensors.items()}
+        # One entry only: safetensors writes several in an order that changes.
+        about = {
+            "schema": SCHEMA,
+            "model": self.model_digest,
+            "rounding": self.rounding,
+            "layers": {
+                name: {"bits": weight.bits, "scheme": weight.scheme.to_json()}
+                for name, weight in self.weights.items()
+            },
+            "activations": {name: asdict(grid) for name, grid in self.activations.items()},
+        }
+        text = json.dumps(about, sort_keys=True, separators=(",", ":"))
+        content: bytes = safetensors.torch.save(held, metadata={"bitquota": text})
+        return content
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a file of quantized weights.
+
+        Raises:
+            InvalidPlan: The file cannot be read, or is something else.
+        """
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {})["bitquota"])
+                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if about["schema"] != SCHEMA:
+                raise KeyError(about["schema"])  # noqa: TRY301
+            return cls(
+                model_digest=about["model"],
+                rounding=about["rounding"],
+                weights={
+                    name: QuantizedWeight(
+                        codes=held[f"codes:{name}"].int(),
+                        scales=held[f"scales:{name}"],
+                        zero_points=(
+                            held[f"zero_points:{name}"].int()
+                            if f"zero_points:{name}" in held
+                            else None
+                        ),
+                        bits=layer["bits"],
+                        scheme=Scheme.from_json(layer["scheme"]),
+                    )
+                    for name, layer in about["layers"].items()
+                },
+                tensors={
+                    name.removeprefix("tensor:"): tensor
+                    for name, tensor in held.items()
+                    if name.startswith("tensor:")
+                },
+                activations={
+                    name: ActivationQuantizer(**grid) for name, grid in about["activations"].items()
+                },
+            )
+        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as err:
+            msg = f"'{path}' must be a file of quantized weights ({SCHEMA}); {ADVICE}: {err}"
+            raise InvalidPlan(msg, path=str(path)) from err
+
+    def put_into(self, module: nn.Module, inventory: Inventory) -> nn.Module:
+        """Change ``module``, in full precision, to what this file holds; returns it.
+
+        Its batch norms must be folded already, if the plan says so.
+
+        Raises:
+            InvalidPlan: The file holds tensors that the model has no place for.
+        """
+        layers = {layer.name: layer for layer in inventory.layers}
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                place = tensor_of(module, layers[name].weight_name)
+                place.copy_(from_matrix(weight.dequantize().to(place.dtype), layers[name]))
+            for name, tensor in self.tensors.items():
+                _place_for(module, name, layers).copy_(tensor)
+        for name, grid in self.activations.items():
+            module.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, grid=grid: (grid(args[0]), *args[1:])
+            )
+        return module
+
+
+def changed_tensors(before: nn.Module, after: nn.Module, inventory: Inventory) -> dict[str, Tensor]:
+    """Return what corrections changed in ``after``, a copy of ``before``, or added to it."""
+    apart = {n for layer in inventory.layers for n in (layer.weight_name, *layer.aliases)}
+    old = before.state_dict()
+    return {
+        name: tensor
+        for name, tensor in after.state_dict().items()
+        if name not in apart and not (name in old and torch.equal(old[name], tensor))
+    }
+
+
+def shipped_weights(plan: Plan, model: LoadedModel) -> QuantizedModel | None:
+    """Return the quantized model that belongs to a plan, or ``None`` if the plan names none.
+
+    Raises:
+        StalePlan: It was not given with the model, or is not the one that the plan names.
+        InvalidPlan: It is no such file, or does not hold what the plan says.
+    """
+    if plan.weights is None:
+        return None
+    wanted, size = plan.weights.digest, plan.weights.n_bytes
+    path = next(
+        (p for p in model.weights if p.stat().st_size == size and _digest_of(p) == wanted), None
+    )
+    if path is None:
+        given = ", ".join(f"'{p}'" for p in model.weights) or "none"
+        msg = (
+            f"a plan is used with the quantized weights that were written beside it ({wanted}); "
+            f"got {given}: keep the file that ends in {WEIGHTS_SUFFIX} in the plan's folder, or "
+            "plan again"
+        )
+        raise StalePlan(msg, wanted=wanted)
+    found = QuantizedModel.load(path)
+    planned = {
+        a.layer.name: (a.candidate.weight_bits, a.candidate.scheme)
+        for a in plan.assignments
+        if a.candidate.weight_bits != FULL_PRECISION_BITS
+    }
+    held = {name: (weight.bits, weight.scheme) for name, weight in found.weights.items()}
+    shapes = {a.layer.name: (a.layer.rows, a.layer.columns) for a in plan.assignments}
+    wrong = sorted(
+        name
+        for name in planned.keys() | held.keys()
+        if planned.get(name) != held.get(name)
+        or tuple(found.weights[name].codes.shape) != shapes[name]
+    )
+    if wrong:
+        msg = (
+            f"'{path}' must hold every layer as the plan has it; it does not hold "
+            f"{', '.join(wrong[:5])} so: plan again"
+        )
+        raise InvalidPlan(msg, layers=wrong)
+    return found
+
+
+def _digest_of(path: Path) -> str:
+    """Return the digest of a file as plans name it."""
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def named(content: bytes, rounding: str) -> PlanWeights:
+    """Return what a plan says of a file of quantized weights."""
+    digest = "sha256:" + hashlib.sha256(content).hexdigest()
+    return PlanWeights(rounding=rounding, digest=digest, n_bytes=len(content))
+
+
+def _smallest(codes: Tensor) -> Tensor:
+    """Return integers in the smallest type that holds them."""
+    low, high = (int(codes.min()), int(codes.max())) if codes.numel() else (0, 0)
+    for dtype in (torch.int8, torch.uint8, torch.int16):
+        limits = torch.iinfo(dtype)
+        if limits.min <= low and high <= limits.max:
+            return codes.to(dtype).cpu().contiguous()
+    return codes.int().cpu().contiguous()
+
+
+def _place_for(module: nn.Module, name: str, layers: Mapping[str, Layer]) -> Tensor:
+    """Return the tensor ``name``; a bias that corrections added is made."""
+    owner, _, leaf = name.rpartition(".")
+    found = None
+    with contextlib.suppress(AttributeError):
+        found = getattr(module.get_submodule(owner), leaf, None)
+    if isinstance(found, torch.Tensor):
+        return found
+    for layer in layers.values():
+        if leaf == "bias" and layer.weight_name == f"{owner}.weight".lstrip("."):
+            places = parameter_owners(module)[tensor_key(tensor_of(module, layer.weight_name))]
+            for holder, attribute, full in places:
+                if full == layer.weight_name:
+                    return ensure_bias(module, holder, attribute, full, rows=layer.rows)
+    msg = f"the quantized weights hold '{name}', which the model has no place for: plan again"
+    raise InvalidPlan(msg, tensor=name)

@@ -1,0 +1,101 @@
+"""The quantized weight of every candidate of a model, computed once each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bitquota.candidates.storage import FULL_PRECISION_BITS
+from bitquota.errors import InvalidInput, MeasurementFailed
+from bitquota.models.layout import from_matrix
+from bitquota.models.running import tensor_of
+from bitquota.quantizers.rounders import Rounder
+from bitquota.quantizers.weights import finite_matrix, quantize
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+    from bitquota.candidates.layers import Inventory, Layer
+    from bitquota.candidates.table import Candidate
+    from bitquota.quantizers.weights import QuantizedWeight
+
+
+class QuantizedWeights:
+    """The fake-quantized weight of every candidate, computed once each.
+
+    Args:
+        module: The full-precision model.
+        inventory: Its layers.
+        grams: Second moments of layer inputs by layer name (see ``input_grams``), for schemes
+            that round with error feedback.
+        importance: Weight of each column's squared error in the fit of scales, f64[columns] by
+            layer name (see ``imatrix.importance_of``).
+        rounding: How weights are rounded where the scheme does not say so itself.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inventory: Inventory,
+        grams: Mapping[str, Tensor] | None = None,
+        importance: Mapping[str, Tensor] | None = None,
+        rounding: Rounder = Rounder.NEAREST,
+    ) -> None:
+        self._module = module
+        self._rounding = rounding
+        self._grams = grams or {}
+        self.importance = importance or {}
+        self._layers = {layer.name: layer for layer in inventory.layers}
+        self._cache: dict[tuple[Any, ...], Tensor] = {}
+
+    def layer(self, name: str) -> Layer:
+        """Return the layer; raises ``InvalidInput`` for a name that the inventory lacks."""
+        if name not in self._layers:
+            msg = f"a change must name layers of the inventory; got '{name}'"
+            raise InvalidInput(msg, layer=name)
+        return self._layers[name]
+
+    def original(self, name: str) -> Tensor:
+        """Return the full-precision weight."""
+        return tensor_of(self._module, self.layer(name).weight_name)
+
+    def __call__(self, candidate: Candidate) -> Tensor:
+        """Return the weight of ``candidate``'s layer as that candidate stores it."""
+        if candidate.weight_bits == FULL_PRECISION_BITS:
+            return self.original(candidate.layer)
+        key = (candidate.layer, candidate.weight_bits, candidate.scheme)
+        if key not in self._cache:
+            self.stored(candidate)
+        return self._cache[key]
+
+    def stored(self, candidate: Candidate) -> QuantizedWeight:
+        """Return codes and scales of a candidate other than full precision.
+
+        Its weight is known from then on.
+        """
+        layer = self.layer(candidate.layer)
+        gram = self._grams.get(layer.name)
+        found = quantize(
+            finite_matrix(self.original(layer.name), layer),
+            candidate.weight_bits,
+            candidate.scheme,
+            importance=self.importance.get(layer.name),
+            inputs_gram=gram,
+            # Where no Gram could be seen, weights are rounded to nearest.
+            rounding=None if gram is None or self._rounding is Rounder.NEAREST else self._rounding,
+        )
+        self._keep(candidate, from_matrix(found.dequantize(), layer))
+        return found
+
+    def _keep(self, candidate: Candidate, quantized: Tensor) -> None:
+        if not bool(torch.isfinite(quantized).all()):
+            msg = (
+                f"the weights of layer '{candidate.layer}' must be finite after quantization "
+                f"to {candidate.label}; they are not: check the layer's weights"
+            )
+            raise MeasurementFailed(msg, layer=candidate.layer)
+        key = (candidate.layer, candidate.weight_bits, candidate.scheme)
+        self._cache[key] = quantized.to(self.original(candidate.layer).dtype)

@@ -1,0 +1,168 @@
+"""Round layer after layer: each to what its inputs are once the earlier layers are rounded.
+
+References:
+    [QEP] Y. Arai, Y. Ichikawa, "Quantization Error Propagation: Revisiting Layer-Wise
+    Post-Training Quantization", 2025, arXiv 2504.09629.
+    [GPTQ] arXiv 2210.17323.
+
+Design: docs/design/rounding.md
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bitquota.candidates.layers import MATRICES, LayerKind
+from bitquota.candidates.storage import FULL_PRECISION_BITS
+from bitquota.models.calls import LayerWatcher, tensor_key
+from bitquota.models.layout import from_matrix, to_matrix
+from bitquota.models.running import tensor_of
+from bitquota.quantizers.input_moments import call_settings, patches
+from bitquota.quantizers.qep import propagated
+from bitquota.quantizers.rounders import Rounder
+from bitquota.quantizers.walk import walk_layers
+from bitquota.quantizers.weights import quantize
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from bitquota.candidates.layers import Layer
+    from bitquota.candidates.table import Candidate
+    from bitquota.models.calls import LayerCall
+    from bitquota.quantizers.quantized_weights import QuantizedWeights
+    from bitquota.quantizers.walk import Meeting
+    from bitquota.quantizers.weights import QuantizedWeight
+
+APART = frozenset({LayerKind.EMBEDDING, LayerKind.EXPERTS, *MATRICES})
+"""Kinds whose weights no watched operator multiplies with whole rows."""
+
+QEP = "qep"
+
+POSITIONS = 2**17
+"""Positions of an input whose moments are taken, or 64 for each column if that is more: a random
+choice of them where there are more."""
+
+
+def rounder_in(rounding: str) -> Rounder:
+    """Return what rounds a single layer where plans are rounded as ``rounding`` says."""
+    return Rounder.GPTQ if rounding == QEP else Rounder(rounding)
+
+
+def round_in_sequence(
+    module: nn.Module,
+    quantized: nn.Module,
+    candidates: Mapping[str, Candidate],
+    batches: Sequence[tuple[Tensor, ...]],
+    weights: QuantizedWeights,
+    *,
+    rounding: str,
+) -> dict[str, QuantizedWeight]:
+    """Quantize the weights of ``quantized`` in place, one layer after the other as they run.
+
+    Each layer is rounded with error feedback to the second moment of the inputs that it gets in
+    the model whose earlier layers are quantized already; with ``qep`` what it is rounded to also
+    makes up for part of what they did to its inputs. Layers that no single call shows (embeddings,
+    experts, gates of recurrent layers, weights that are used several times in a pass) are
+    quantized beforehand, by themselves.
+
+    Args:
+        module: The full-precision model in eval mode.
+        quantized: A copy of it; its inputs are quantized already, where they will be.
+        candidates: What each layer becomes, by name; layers in full precision may be left out.
+        batches: Positional arguments of forward passes.
+        weights: Quantizers of single layers.
+        rounding: ``gpfq``, ``gptq`` or ``qep``.
+
+    Returns:
+        Codes and scales by layer name.
+
+    Cost: one forward pass of each model over the batches, and for each layer the moments of its
+    inputs and the rounding itself. Deterministic.
+    """
+    chosen = {k: c for k, c in candidates.items() if c.weight_bits != FULL_PRECISION_BITS}
+    layers = {name: weights.layer(name) for name in chosen}
+    once = _called_once(module, layers, batches[0])
+    found: dict[str, QuantizedWeight] = {}
+
+    def put(name: str, stored: QuantizedWeight) -> None:
+        found[name] = stored
+        place = tensor_of(quantized, layers[name].weight_name)
+        with torch.no_grad():
+            place.copy_(from_matrix(stored.dequantize().to(place.dtype), layers[name]))
+
+    for name, candidate in chosen.items():
+        if name not in once:
+            put(name, weights.stored(candidate))
+    walked = {name: layer for name, layer in layers.items() if name in once}
+    for meeting in walk_layers(module, quantized, walked, batches, call_settings):
+        name = meeting.layer
+        layer, candidate = layers[name], chosen[name]
+        gram, cross = _moments(meeting, layer)
+        matrix = to_matrix(weights.original(name).detach(), layer).double()
+        stored = quantize(
+            propagated(matrix, gram, cross) if rounding == QEP else matrix,
+            candidate.weight_bits,
+            candidate.scheme,
+            importance=weights.importance.get(name),
+            inputs_gram=gram,
+            rounding=rounder_in(rounding),
+        )
+        put(name, stored)
+    # What the samples never reach is rounded by itself.
+    for name in walked:
+        if name not in found:
+            put(name, weights.stored(chosen[name]))
+    return found
+
+
+def _moments(meeting: Meeting, layer: Layer) -> tuple[Tensor, Tensor]:
+    """Return ``Xq^T Xq`` and ``X^T Xq``, f64[groups, columns, columns]."""
+    gram = cross = None
+    limit = -(-max(POSITIONS, 64 * layer.columns) // len(meeting.inputs))
+    for full, quantized in meeting.inputs:
+        x, xq = (patches(part, layer, meeting.settings, limit) for part in (full, quantized))
+        own, other = (xq.transpose(1, 2) @ xq).double(), (x.transpose(1, 2) @ xq).double()
+        gram = own if gram is None else gram + own
+        cross = other if cross is None else cross + other
+    assert gram is not None  # noqa: S101  # a meeting has inputs
+    assert cross is not None  # noqa: S101
+    return gram, cross
+
+
+class _Counting(LayerWatcher[str]):
+    def __init__(self, names: dict[tuple[Any, ...], str]) -> None:
+        super().__init__(names)
+        self.calls: dict[str, int] = dict.fromkeys(names.values(), 0)
+
+    def around(
+        self,
+        known: str,
+        call: LayerCall,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:  # noqa: ANN401
+        """Count the call."""
+        del call
+        self.calls[known] += 1
+        return func(*args, **kwargs)
+
+
+def _called_once(
+    module: nn.Module, layers: Mapping[str, Layer], batch: tuple[Tensor, ...]
+) -> set[str]:
+    """Return the layers that one call of a pass multiplies with; costs a pass over a sample."""
+    counting = _Counting(
+        {
+            tensor_key(tensor_of(module, layer.weight_name)): name
+            for name, layer in layers.items()
+            if layer.kind not in APART
+        }
+    )
+    with torch.no_grad(), counting:
+        module(*(tensor[:2] for tensor in batch))
+    return {name for name, calls in counting.calls.items() if calls == 1}

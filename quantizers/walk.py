@@ -1,0 +1,187 @@
+"""Run two models side by side over the same samples, from one layer to the next.
+
+Rounding layer after layer needs, at every layer, its inputs in full precision and its inputs in the
+model whose earlier layers are quantized already. Each model runs on each batch in a thread of its
+own that stops at every layer; one thread runs at a time. So both models run once, whatever the
+number of layers, and hold no more than the activations between two layers.
+
+Design: docs/design/rounding.md
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bitquota.models.calls import LayerWatcher, tensor_key
+from bitquota.models.running import tensor_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from bitquota.candidates.layers import Layer
+    from bitquota.models.calls import LayerCall
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Meeting:
+    """One layer, and what it is about to be multiplied with in both models.
+
+    Attributes:
+        layer: Name of the layer.
+        operator: Bare name of the operator that multiplies.
+        settings: Its other arguments, as ``input_moments.call_settings`` reads them.
+        inputs: For each batch the layer's input in full precision and in the quantized model.
+    """
+
+    layer: str
+    operator: str
+    settings: dict[str, Any]
+    inputs: tuple[tuple[Tensor, Tensor], ...]
+
+
+def walk_layers(
+    module: nn.Module,
+    quantized: nn.Module,
+    layers: Mapping[str, Layer],
+    batches: Sequence[tuple[Tensor, ...]],
+    settings_of: Callable[[str, tuple[Any, ...], dict[str, Any]], dict[str, Any]],
+) -> Iterator[Meeting]:
+    """Yield each layer before either model runs it; what the caller writes into it counts.
+
+    Both models run as they are when the caller goes on: it puts the quantized weight of the layer
+    into ``quantized`` (in place), and later layers see what it does. A layer that runs again
+    later in the pass is not yielded twice.
+
+    Args:
+        module: The full-precision model in eval mode.
+        quantized: A copy of it.
+        layers: Layers to stop at, by name.
+        batches: Positional arguments of forward passes.
+        settings_of: Reads the other arguments of a layer's call.
+
+    Cost: one forward pass of each model; memory for the activations of all batches between two
+    layers.
+    """
+    pairs = [(_Lane(module, layers, batch), _Lane(quantized, layers, batch)) for batch in batches]
+    lanes = [lane for pair in pairs for lane in pair]
+    done: set[str] = set()
+    try:
+        for lane in lanes:
+            lane.go_on()
+        while waiting := [lane.stop for lane in lanes if lane.stop is not None]:
+            name = waiting[0].layer
+            together = [
+                (first.stop, second.stop)
+                for first, second in pairs
+                if first.stop is not None
+                and second.stop is not None
+                and first.stop.layer == second.stop.layer == name
+            ]
+            if name not in done and together:
+                done.add(name)
+                call, args, kwargs = together[0][0].call, together[0][0].args, together[0][0].kwargs
+                yield Meeting(
+                    layer=name,
+                    operator=call.operator,
+                    settings=settings_of(call.operator, args, kwargs),
+                    inputs=tuple((a.call.inputs, b.call.inputs) for a, b in together),
+                )
+            for lane in lanes:
+                if lane.stop is not None and lane.stop.layer == name:
+                    lane.go_on()
+    finally:
+        for lane in lanes:
+            lane.end()
+
+
+class _Ended(BaseException):
+    """Unwinds a lane that is no longer wanted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Stop:
+    layer: str
+    call: LayerCall
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Lane:
+    """One model on one batch, in a thread that stops at each layer until it is told to go on."""
+
+    def __init__(
+        self, module: nn.Module, layers: Mapping[str, Layer], inputs: tuple[Tensor, ...]
+    ) -> None:
+        names = {
+            tensor_key(tensor_of(module, layer.weight_name)): name for name, layer in layers.items()
+        }
+        self.stop: _Stop | None = None
+        self._turn = threading.Semaphore(0)
+        self._back = threading.Semaphore(0)
+        self._ended = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(
+            target=self._run, args=(module, names, inputs), name="rounding lane", daemon=True
+        )
+        self._thread.start()
+
+    def go_on(self) -> None:
+        """Run to the next layer, or to the end: then ``stop`` is ``None``."""
+        self.stop = None
+        self._turn.release()
+        self._back.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def end(self) -> None:
+        """Give up what is left of the pass."""
+        self._ended = True
+        self._turn.release()
+        self._thread.join()
+
+    def _run(
+        self, module: nn.Module, names: dict[tuple[Any, ...], str], inputs: tuple[Tensor, ...]
+    ) -> None:
+        self._turn.acquire()
+        try:
+            if not self._ended:
+                with torch.no_grad(), _Stopping(names, self._wait):
+                    module(*inputs)
+        except _Ended:
+            pass
+        except BaseException as err:  # noqa: BLE001  # raised again where the walk is
+            self._error = err
+        finally:
+            self.stop = None
+            self._back.release()
+
+    def _wait(self, stop: _Stop) -> None:
+        self.stop = stop
+        self._back.release()
+        self._turn.acquire()
+        if self._ended:
+            raise _Ended
+
+
+class _Stopping(LayerWatcher[str]):
+    def __init__(self, names: dict[tuple[Any, ...], str], wait: Callable[[_Stop], None]) -> None:
+        super().__init__(names)
+        self._wait = wait
+
+    def around(
+        self,
+        known: str,
+        call: LayerCall,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:  # noqa: ANN401
+        """Stop, then run the call with what the weight is by then."""
+        self._wait(_Stop(layer=known, call=call, args=args, kwargs=kwargs))
+        return func(*args, **kwargs)
