@@ -1,0 +1,169 @@
+"""Rounding layer after layer: the walk, what it rounds to, and what it leaves alone."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from bitquota.candidates.storage import Scheme
+from bitquota.candidates.table import Candidate
+from bitquota.models.discovery import discover
+from bitquota.models.layout import from_matrix, to_matrix
+from bitquota.quantizers.input_moments import call_settings, input_grams, patches
+from bitquota.quantizers.qep import propagated
+from bitquota.quantizers.quantized_weights import QuantizedWeights
+from bitquota.quantizers.rounders import Rounder
+from bitquota.quantizers.sequential import round_in_sequence
+from bitquota.quantizers.walk import walk_layers
+from bitquota.quantizers.weights import quantize
+
+
+class Net(nn.Module):
+    """Convolutions with groups and a residual sum, and a linear layer that runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.twice = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = functional.relu(self.first(x))
+        x = x + functional.relu(self.second(x))
+        x = self.up(x).mean(dim=(2, 3))
+        return self.head(self.twice(functional.relu(self.twice(x))))
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    module = Net().eval()
+    mix = torch.randn(3, 3)
+    x = torch.einsum("nchw,cd->ndhw", torch.randn(48, 3, 6, 6), mix)
+    return module, discover(module, (x[:2],)), x
+
+
+def loss(module, other, x):
+    with torch.no_grad():
+        return float((module(x) - other(x)).square().mean())
+
+
+def rounded(net, rounding, *, batch=16, bits=3):
+    module, inventory, x = net
+    copied = copy.deepcopy(module)
+    candidates = {la.name: Candidate.of(la, bits, Scheme()) for la in inventory.layers}
+    grams = input_grams(module, inventory, [(x,)])
+    weights = QuantizedWeights(module, inventory, grams, rounding=Rounder.GPTQ)
+    batches = [(part,) for part in x.split(batch)]
+    found = round_in_sequence(module, copied, candidates, batches, weights, rounding=rounding)
+    return copied, found
+
+
+class TestWalk:
+    def test_stops_at_every_layer_once_with_the_inputs_of_both_models(self, net):
+        module, inventory, x = net
+        changed = copy.deepcopy(module)
+        layers = {la.name: la for la in inventory.layers}
+        seen = []
+        for meeting in walk_layers(module, changed, layers, [(x[:8],), (x[8:],)], call_settings):
+            seen.append(meeting.layer)
+            same = [torch.equal(full, other) for full, other in meeting.inputs]
+            assert len(same) == 2
+            assert all(same) == (meeting.layer == "first")
+            if meeting.layer == "first":
+                with torch.no_grad():
+                    changed.first.weight.mul_(0.5)
+        assert seen == ["first", "second", "up", "twice", "head"]
+
+    def test_threads_end_when_it_is_given_up(self, net):
+        module, inventory, x = net
+        layers = {la.name: la for la in inventory.layers}
+        walk = walk_layers(module, copy.deepcopy(module), layers, [(x,)], call_settings)
+        next(walk)
+        walk.close()
+        assert not [t for t in threading.enumerate() if t.name == "rounding lane"]
+
+    def test_errors_of_the_model_come_out(self, net):
+        module, inventory, x = net
+        layers = {la.name: la for la in inventory.layers}
+        wrong = [(x[:, :2],)]
+        with pytest.raises(RuntimeError, match="channels"):
+            list(walk_layers(module, copy.deepcopy(module), layers, wrong, call_settings))
+
+
+class TestRoundInSequence:
+    def test_each_step_improves_on_the_one_before(self, net):
+        module, inventory, x = net
+        nearest = copy.deepcopy(module)
+        weights = QuantizedWeights(module, inventory)
+        with torch.no_grad():
+            for la in inventory.layers:
+                place = nearest.get_parameter(la.weight_name)
+                place.copy_(weights(Candidate.of(la, 3, Scheme())))
+        by_gptq, by_qep = (loss(module, rounded(net, r)[0], x) for r in ("gptq", "qep"))
+        assert by_qep < by_gptq < 0.7 * loss(module, nearest, x)
+
+    def test_batches_only_order_the_sums(self, net):
+        module, _, x = net
+        one, several = (rounded(net, "qep", batch=n)[0] for n in (48, 16))
+        assert loss(module, one, x) == pytest.approx(loss(module, several, x), rel=0.05)
+
+    def test_equal_runs_give_equal_codes(self, net):
+        first, second = (rounded(net, "qep")[1] for _ in range(2))
+        assert all(torch.equal(first[k].codes, second[k].codes) for k in first)
+
+    def test_the_second_layer_by_hand(self, net):
+        module, inventory, x = net
+        copied, found = rounded(net, "qep", batch=48)
+        layers = {la.name: la for la in inventory.layers}
+        layer = layers["second"]
+        half = copy.deepcopy(module)
+        half.first.load_state_dict(copied.first.state_dict())
+        with torch.no_grad():
+            inputs = [functional.relu(m.first(x)) for m in (module, half)]
+        full, changed = (patches(t, layer, {"padding": 1, "groups": 2}) for t in inputs)
+        gram = (changed.transpose(1, 2) @ changed).double()
+        cross = (full.transpose(1, 2) @ changed).double()
+        matrix = to_matrix(module.second.weight.detach(), layer).double()
+        expected = quantize(
+            propagated(matrix, gram, cross), 3, Scheme(), inputs_gram=gram, rounding="gptq"
+        )
+        assert torch.equal(found["second"].codes, expected.codes)
+        read_back = from_matrix(expected.dequantize(), layer)
+        assert torch.equal(copied.second.weight.detach(), read_back)
+
+    def test_a_layer_that_runs_twice_is_rounded_by_itself(self, net):
+        module, inventory, x = net
+        _, found = rounded(net, "gptq")
+        weights = QuantizedWeights(
+            module, inventory, input_grams(module, inventory, [(x,)]), rounding=Rounder.GPTQ
+        )
+        layers = {la.name: la for la in inventory.layers}
+        alone = weights.stored(Candidate.of(layers["twice"], 3, Scheme()))
+        assert torch.equal(alone.codes, found["twice"].codes)
+        assert set(found) == set(layers)
+
+
+class TestSampledPositions:
+    @pytest.mark.parametrize("name", ["first", "second", "up"])
+    def test_are_rows_of_all_patches(self, net, name):
+        module, inventory, x = net
+        layer = {la.name: la for la in inventory.layers}[name]
+        part = getattr(module, name)
+        keys = ("stride", "padding", "dilation", "groups", "output_padding")
+        settings = {k: getattr(part, k) for k in keys}
+        inputs = torch.randn(4, part.in_channels, 6, 6)
+        every = patches(inputs, layer, settings)
+        some = patches(inputs, layer, settings, 40)
+        assert some.shape == (len(every), 40, layer.columns)
+        rows = {tuple(row) for row in every[0].tolist()}
+        assert all(tuple(row) in rows for row in some[0].tolist())
+        # Groups are drawn at the same positions, in the order of all.
+        at = [[tuple(r) for r in every[0].tolist()].index(tuple(row)) for row in some[0].tolist()]
+        assert at == sorted(at)
+        assert torch.equal(every[-1][at], some[-1])
