@@ -72,6 +72,7 @@ pytest: $(INSTALLED)
 SMALL_sensitivity := --tiny
 SMALL_metrics := --small
 SMALL_portfolio := --tiny
+SMALL_rounding := --tiny
 SMALL_rounding_cost := --small
 SMALL_training := run --rows full,uniform-2,uniform-2-direct,stabilised --images 512 --epochs 2 --test 256 --results build/training-small.json
 SMALL_solver := --quick
@@ -87,7 +88,7 @@ SMALL_pages := --small
 SMALL_zoo := --only magika silero-vad
 SMALL_recurrent := --steps 200 --samples 32
 SMALL_parametrizations := --epochs 1 --seeds 1 --rates 0.1
-BENCHMARKS ?= sensitivity metrics portfolio training parametrizations solver solver_properties service_load service_chaos service_fairness service_upload pages service_latency service_fuzz exports zoo recurrent rounding_cost
+BENCHMARKS ?= sensitivity metrics portfolio training parametrizations solver solver_properties service_load service_chaos service_fairness service_upload pages service_latency service_fuzz exports zoo recurrent rounding rounding_cost
 
 bench: $(INSTALLED) ## Run every benchmark at a small size
 	@set -e; $(foreach name,$(BENCHMARKS),echo "== $(name) $(SMALL_$(name))"; $(BIN)/python benchmarks/$(name).py $(SMALL_$(name));)

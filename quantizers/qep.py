@@ -3,6 +3,8 @@
 References:
     [QEP] Y. Arai, Y. Ichikawa, "Quantization Error Propagation: Revisiting Layer-Wise Post-Training
     Quantization", 2025, arXiv 2504.09629.
+
+Design: docs/design/rounding.md
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ class TestOneNumber:
 
 class TestFile:
     def test_reads_back_as_it_was(self, made, tmp_path):
-        plan, model, folder = made("all together")
+        plan, _, folder = made("all together")
         path = folder / f"plan{WEIGHTS_SUFFIX}"
         found = QuantizedModel.load(path)
         assert found.to_bytes() == path.read_bytes()

@@ -152,7 +152,7 @@ class TestRoundInSequence:
 class TestSampledPositions:
     @pytest.mark.parametrize("name", ["first", "second", "up"])
     def test_are_rows_of_all_patches(self, net, name):
-        module, inventory, x = net
+        module, inventory, _ = net
         layer = {la.name: la for la in inventory.layers}[name]
         part = getattr(module, name)
         keys = ("stride", "padding", "dilation", "groups", "output_padding")

@@ -10,11 +10,10 @@ from bitquota.candidates.layers import Inventory
 from bitquota.errors import InvalidInput
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
-from bitquota.quantizers.quantized_model import QuantizedModel
 from bitquota.report.text import render_markdown
 from bitquota.service.jobs.kinds.kind import BINARY, MARKDOWN, ZIP, Result
 from bitquota.service.security.archives import check_zip
-from bitquota.service.security.upload_inspection import MAX_PLAN_BYTES
+from bitquota.service.security.upload_inspection import MAX_PLAN_BYTES, check_safetensors
 from bitquota.service.store.formats import ArtifactKind
 from bitquota.solver.archive import CertificateFile
 
@@ -98,7 +97,7 @@ CERTIFICATES = Result(
 QUANTIZED_WEIGHTS = Result(
     name="quantized",
     text="For each plan the file of its quantized weights, if weights are not rounded to nearest.",
-    check=QuantizedModel.load,
+    check=lambda path: check_safetensors(path, InvalidInput),
     path="quantized",
     media_type=BINARY,
     suffix=".safetensors",
