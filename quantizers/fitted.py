@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Rounding
 from bitquota.canonical import digest_json
 from bitquota.errors import InvalidInput
-from bitquota.models.onnx.program import source_of
 from bitquota.quantizers.channel_fit import collect_by
 from bitquota.quantizers.input_moments import input_grams
 from bitquota.quantizers.quantized_weights import QuantizedWeights
@@ -81,7 +80,7 @@ def fit_quantizers(
         rounding: One of ``request.ROUNDINGS``; to nearest if left out.
 
     Raises:
-        InvalidInput: Activation ranges or feedback, and no samples; feedback in an ONNX graph.
+        InvalidInput: Activation ranges or feedback, and no samples.
 
     Cost: two passes over the samples for input ranges, one for error feedback, else none.
     """
@@ -100,12 +99,6 @@ def fit_quantizers(
         origin = digest_json(samples.to_json())
         batches = [b.inputs for b in samples.batches(BATCH)]
         if needs_grams:
-            if source_of(module) is not None:
-                msg = (
-                    "rounding with feedback needs the inputs of every layer, which ONNX graphs do "
-                    "not show yet: leave rounding out, or plan the torch model"
-                )
-                raise InvalidInput(msg, rounding=rounding)
             grams = input_grams(module, inventory, batches)
         if needs_ranges:
             activations = collect_by(activation_fit, module, inventory, batches)

@@ -10,7 +10,9 @@ from torch.nn import functional
 
 from bitquota.candidates.layers import MATRICES, LayerKind
 from bitquota.models.calls import LayerWatcher, tensor_key
+from bitquota.models.onnx.program import source_of
 from bitquota.quantizers.product_moments import product_grams
+from bitquota.quantizers.walk import walk_onnx
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -49,6 +51,8 @@ def input_grams(
     layer.
     """
     asked = [la for la in inventory.layers if layers is None or la.name in layers]
+    if source_of(module) is not None:
+        return _onnx_grams(module, asked, batches)
     inside = [la for la in asked if la.kind is LayerKind.EXPERTS or la.kind in MATRICES]
     wanted = {
         tensor_key(module.get_parameter(layer.weight_name)): layer
@@ -68,6 +72,20 @@ def input_grams(
         if layer.name not in watcher.grams and not layer.kind.name.startswith("CONV")
     ]
     return watcher.grams | (product_grams(module, inside, batches) if inside else {})
+
+
+def _onnx_grams(
+    module: nn.Module, layers: Iterable[Layer], batches: Iterable[tuple[Tensor, ...]]
+) -> dict[str, Tensor]:
+    grams: dict[str, Tensor] = {}
+    by_name = {layer.name: layer for layer in layers}
+    for meeting in walk_onnx([module], by_name, batches):
+        for (inputs,) in meeting.inputs:
+            rows = patches(inputs, by_name[meeting.layer], meeting.settings)
+            gram = (rows.transpose(1, 2) @ rows).double()
+            before = grams.get(meeting.layer)
+            grams[meeting.layer] = gram if before is None else before + gram
+    return grams
 
 
 class _GramWatcher(LayerWatcher["Layer"]):
@@ -111,7 +129,8 @@ def patches(
     Args:
         inputs: The layer's input.
         layer: The layer.
-        settings: Stride, padding, dilation, groups and output padding of a convolution.
+        settings: Stride, padding, dilation, groups and output padding of a convolution; also
+            ``padding_after``, where that differs.
         limit: Of a convolution with more positions, so many drawn at random.
     """
     if not layer.kind.name.startswith("CONV"):
@@ -129,7 +148,7 @@ def patches(
         after = [r - r // 2 for r in reach]
     else:
         before = list(_spread(0 if padding == "valid" else padding, n_axes))
-        after = list(before)
+        after = list(_spread(settings.get("padding_after", tuple(before)), n_axes))
     x = inputs if inputs.ndim == n_axes + 2 else inputs[None]
     if transposed:
         extra = _spread(settings.get("output_padding", 0), n_axes)

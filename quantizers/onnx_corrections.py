@@ -14,6 +14,7 @@ from bitquota.errors import InvalidInput
 from bitquota.models.batch_norm import Followed, Moments
 from bitquota.models.onnx.program import OnnxSource, check_batch, source_of
 from bitquota.models.onnx.rewrites import no_shifts
+from bitquota.models.onnx.steps import Steps
 from bitquota.models.running import tensor_of
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.onnx.layers import Shift
-    from bitquota.models.onnx.program import Arrays, OnnxProgram
+    from bitquota.models.onnx.program import OnnxProgram
 
 
 def reestimate_onnx(
@@ -112,10 +113,9 @@ class _Means:
         module: nn.Module,
         data: CalibrationSet,
     ) -> None:
-        self._program, self._source, self._module = program, source, module
-        (self._piece,) = source.pieces(data.inputs)
-        self._known: Arrays = {}
-        self._done: frozenset[int] = frozenset()
+        (piece,) = source.pieces(data.inputs)
+        self._module = module
+        self._steps = Steps(program, source, module, piece)
         self._outputs = {
             source.shifts[layer].node: name for layer, name in source.layer_outputs(program).items()
         }
@@ -126,19 +126,7 @@ class _Means:
 
     def next(self, shift: Shift) -> NDArray[np.float64]:
         """Return the mean output per channel of the layer of ``shift``."""
-        target = self._outputs[shift.node]
-        program = self._program
-        nodes = program.needed([target], self._known)
-        self._done |= nodes
-        # Whatever a later node will read is kept; everything else is forgotten.
-        later = [n for n in program.nodes if n.index not in self._done]
-        read = {s for n in later for s in n.sources if s in program.kept_types}
-        made = {r for k in nodes for r in program.nodes[k].results}
-        targets = [target, *sorted((read & made) - {target})]
-        feeds = self._source.feeds(self._module) | self._piece
-        fresh = program.run(nodes, targets, self._known, feeds)
-        self._known = {k: v for k, v in (self._known | fresh).items() if k in read or k == target}
-        output = np.moveaxis(self._known[target], shift.channel_axis, 0)
+        output = np.moveaxis(self._steps.upto(self._outputs[shift.node]), shift.channel_axis, 0)
         mean: NDArray[np.float64] = output.reshape(len(output), -1).mean(axis=1, dtype=np.float64)
         return mean
 
@@ -149,10 +137,10 @@ class _Means:
             tensor.add_(torch.from_numpy(change * shift.factor).to(tensor.dtype))
         target = self._outputs[shift.node]
         if shift.applies_at_once:
-            output = self._known[target]
+            output = self._steps.upto(target)
             shape = [1] * output.ndim
             shape[shift.channel_axis] = -1
-            self._known[target] = output + change.astype(output.dtype).reshape(shape)
+            self._steps.replace(target, output + change.astype(output.dtype).reshape(shape))
 
 
 def refuse_folding(module: nn.Module) -> None:

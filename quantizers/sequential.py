@@ -18,11 +18,12 @@ from bitquota.candidates.layers import MATRICES, LayerKind
 from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.models.calls import LayerWatcher, tensor_key
 from bitquota.models.layout import from_matrix, to_matrix
+from bitquota.models.onnx.program import source_of
 from bitquota.models.running import tensor_of
 from bitquota.quantizers.input_moments import call_settings, patches
 from bitquota.quantizers.qep import propagated
 from bitquota.quantizers.rounders import Rounder
-from bitquota.quantizers.walk import walk_layers
+from bitquota.quantizers.walk import walk_layers, walk_onnx
 from bitquota.quantizers.weights import quantize
 
 if TYPE_CHECKING:
@@ -85,7 +86,9 @@ def round_in_sequence(
     """
     chosen = {k: c for k, c in candidates.items() if c.weight_bits != FULL_PRECISION_BITS}
     layers = {name: weights.layer(name) for name in chosen}
-    once = _called_once(module, layers, batches[0])
+    onnx = source_of(module) is not None
+    # In an ONNX graph the walk itself knows where a weight is read once.
+    once = set(layers) if onnx else _called_once(module, layers, batches[0])
     found: dict[str, QuantizedWeight] = {}
 
     def put(name: str, stored: QuantizedWeight) -> None:
@@ -98,7 +101,12 @@ def round_in_sequence(
         if name not in once:
             put(name, weights.stored(candidate))
     walked = {name: layer for name, layer in layers.items() if name in once}
-    for meeting in walk_layers(module, quantized, walked, batches, call_settings):
+    meetings = (
+        walk_onnx([module, quantized], walked, batches)
+        if onnx
+        else walk_layers(module, quantized, walked, batches, call_settings)
+    )
+    for meeting in meetings:
         name = meeting.layer
         layer, candidate = layers[name], chosen[name]
         gram, cross = _moments(meeting, layer)

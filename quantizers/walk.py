@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitquota.models.calls import LayerWatcher, tensor_key
+from bitquota.models.onnx.program import source_of
+from bitquota.models.onnx.steps import Steps, layer_inputs
 from bitquota.models.running import tensor_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -36,13 +38,13 @@ class Meeting:
         layer: Name of the layer.
         operator: Bare name of the operator that multiplies.
         settings: Its other arguments, as ``input_moments.call_settings`` reads them.
-        inputs: For each batch the layer's input in full precision and in the quantized model.
+        inputs: For each batch the layer's input in each model.
     """
 
     layer: str
     operator: str
     settings: dict[str, Any]
-    inputs: tuple[tuple[Tensor, Tensor], ...]
+    inputs: tuple[tuple[Tensor, ...], ...]
 
 
 def walk_layers(
@@ -98,6 +100,40 @@ def walk_layers(
     finally:
         for lane in lanes:
             lane.end()
+
+
+def walk_onnx(
+    modules: Sequence[nn.Module],
+    layers: Mapping[str, Layer],
+    batches: Iterable[tuple[Tensor, ...]],
+) -> Iterator[Meeting]:
+    """Yield each layer of ONNX graphs before any of the models runs it, as ``walk_layers``.
+
+    Args:
+        modules: Models of one graph, whose weights may differ.
+        layers: Layers to stop at; those that no single product multiplies with are passed over.
+        batches: Positional arguments of forward passes.
+
+    Cost: one forward pass of each model; memory for the activations of all batches between two
+    layers.
+    """
+    source = source_of(modules[0])
+    assert source is not None  # noqa: S101  # callers ask first
+    program = source.program("eval")
+    paths = {layer.weight_name: name for name, layer in layers.items()}
+    pieces = [piece for batch in batches for piece in source.pieces(batch)]
+    runs = [[Steps(program, source, module, piece) for module in modules] for piece in pieces]
+    for place in layer_inputs(program, source, paths):
+        inputs = []
+        for together in runs:
+            values = [torch.from_numpy(steps.upto(place.value)).float() for steps in together]
+            inputs.append(tuple(v.transpose(-1, -2) if place.turned else v for v in values))
+        yield Meeting(
+            layer=place.layer,
+            operator=place.operator,
+            settings=place.settings,
+            inputs=tuple(inputs),
+        )
 
 
 class _Ended(BaseException):

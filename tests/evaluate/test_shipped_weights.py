@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from bitquota.cli import main
 from bitquota.context import Context, MemoryLedger
 from bitquota.corrections import Correction
-from bitquota.errors import InvalidInput, InvalidPlan, StalePlan
+from bitquota.errors import InvalidPlan, StalePlan
 from bitquota.evaluate.scoring import score_plans
 from bitquota.exports.export import export_plan, open_export
 from bitquota.measurement_setup import build_setup
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import load_model
+from bitquota.models.loaded import finish
 from bitquota.models.samples import load_calibration
 from bitquota.plan import WEIGHTS_SUFFIX, Plan, weights_near
 from bitquota.quantizers.planned import quantized_module
@@ -31,7 +33,6 @@ from bitquota.service.jobs.messages import Piece
 from bitquota.service.jobs.work import Loaded, Work
 from bitquota.training.qat import finetune_plan
 from bitquota.training.settings import TrainingSettings
-from onnx_graphs import save
 
 pytestmark = pytest.mark.slow  # whole chains
 CPU = Context(device="cpu")
@@ -210,19 +211,36 @@ class TestTrained:
         assert trained.plan.weights is None
 
 
-class TestGraphs:
-    def test_onnx_graphs_are_refused_in_a_sentence(self, tmp_path):
-        w = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
-        graph = helper.make_graph(
-            [helper.make_node("MatMul", ["x", "w"], ["y"])], "g",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8])],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])],
-            [numpy_helper.from_array(w, "w")],
+class TestOnnx:
+    def test_a_graph_is_rounded_as_the_torch_module_that_it_came_from(self, tmp_path):
+        """The same codes but for float noise, on asymmetric padding, groups and Gemm."""
+        torch.manual_seed(0)
+        module = nn.Sequential(
+            nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.ReLU(),
+            nn.ConvTranspose2d(8, 4, 2, stride=2), nn.Flatten(), nn.Linear(4 * 64, 10),
+        ).eval()  # fmt: skip
+        x = torch.randn(60, 3, 8, 8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own trees
+            torch.onnx.export(
+                module, (x[:2],), tmp_path / "m.onnx", dynamo=True, verbose=False,
+                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            )  # fmt: skip
+        samples = CalibrationSet(inputs=(x,))
+        request = PlanRequest(
+            budgets=("6 bits",), weight_bits=(4,), rounding="qep", samples=40, holdout_samples=20,
+            refine=False,
         )  # fmt: skip
-        save(graph, tmp_path / "m.onnx", 21)
-        x = np.random.default_rng(1).normal(size=(12, 8)).astype(np.float32)
-        samples = CalibrationSet(inputs=(torch.from_numpy(x),))
-        request = PlanRequest(budgets=("6 bits",), rounding="qep", samples=4, holdout_samples=4)
-        with pytest.raises(InvalidInput) as refused:
-            allocate(load_model(str(tmp_path / "m.onnx")), samples, request, context=CPU)
-        assert refused.value.details["rounding"] == "qep"
+        graph = load_model(str(tmp_path / "m.onnx"))
+        torch_model = finish(module, source="m", architecture="m")
+        found = [allocate(m, samples, request, context=CPU) for m in (graph, torch_model)]
+        kl, expected = (f.plans[0].measured.mean for f in found)
+        assert kl == pytest.approx(expected, rel=0.05)
+        plan = found[0].plans[0]
+        (tmp_path / f"p{WEIGHTS_SUFFIX}").write_bytes(found[0].weights[0])
+        ready = replace(graph, weights=(tmp_path / f"p{WEIGHTS_SUFFIX}",))
+        nearest = allocate(graph, samples, replace(request, rounding=None), context=CPU)
+        assert plan.measured.mean < 0.6 * nearest.plans[0].measured.mean
+        report = export_plan(ready, plan, tmp_path / "out", format_name="onnx-qdq", samples=samples)
+        assert report.difference.relative < 1e-3
