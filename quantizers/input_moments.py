@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from bitquota.candidates.layers import Inventory, Layer
     from bitquota.models.calls import LayerCall
 
+POSITIONS = 2**17
+"""Positions of a convolution's input whose moments are taken, or 64 for each column if that is
+more: drawn at random where there are more."""
+
 
 def input_grams(
     module: nn.Module,
@@ -30,11 +34,12 @@ def input_grams(
     *,
     layers: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Return ``X^T X`` of every layer's inputs, summed over all samples and positions.
+    """Return ``X^T X`` of every layer's inputs, summed over samples and positions.
 
     A column of ``X`` is one column of the layer's weight matrix (see ``quantizers.layout``): for a
     convolution ``X`` holds the patches that each output is computed from; for a transposed one,
-    those of the equal convolution over the input spread out with zeros.
+    those of the equal convolution over the input spread out with zeros. Of a convolution with very
+    many positions, ``POSITIONS`` or 64 for each column are drawn at random.
 
     Args:
         module: The full-precision model, or one whose earlier layers are quantized already.
@@ -60,7 +65,7 @@ def input_grams(
         if layer not in inside and layer.kind is not LayerKind.EMBEDDING
     }
     batches = list(batches)
-    watcher = _GramWatcher(wanted)
+    watcher = _GramWatcher(wanted, len(batches))
     if wanted:
         with torch.no_grad(), watcher:
             for inputs in batches:
@@ -80,8 +85,10 @@ def _onnx_grams(
     grams: dict[str, Tensor] = {}
     by_name = {layer.name: layer for layer in layers}
     for meeting in walk_onnx([module], by_name, batches):
+        layer = by_name[meeting.layer]
+        limit = positions_of(layer, len(meeting.inputs))
         for (inputs,) in meeting.inputs:
-            rows = patches(inputs, by_name[meeting.layer], meeting.settings)
+            rows = patches(inputs, layer, meeting.settings, limit)
             gram = (rows.transpose(1, 2) @ rows).double()
             before = grams.get(meeting.layer)
             grams[meeting.layer] = gram if before is None else before + gram
@@ -89,8 +96,9 @@ def _onnx_grams(
 
 
 class _GramWatcher(LayerWatcher["Layer"]):
-    def __init__(self, wanted: dict[tuple[Any, ...], Layer]) -> None:
+    def __init__(self, wanted: dict[tuple[Any, ...], Layer], n_batches: int) -> None:
         super().__init__(wanted)
+        self.n_batches = n_batches
         self.grams: dict[str, Tensor] = {}
 
     def around(
@@ -103,11 +111,17 @@ class _GramWatcher(LayerWatcher["Layer"]):
     ) -> Any:  # noqa: ANN401
         name = call.operator
         settings = call_settings(name, args, kwargs)
-        rows = patches(call.inputs, known, settings)  # [groups, positions, columns]
+        limit = positions_of(known, self.n_batches)
+        rows = patches(call.inputs, known, settings, limit)  # [groups, positions, columns]
         gram = (rows.transpose(1, 2) @ rows).double()
         before = self.grams.get(known.name)
         self.grams[known.name] = gram if before is None else before + gram
         return func(*args, **kwargs)
+
+
+def positions_of(layer: Layer, n_batches: int) -> int:
+    """Return at how many positions of each batch a layer's input is looked at, at most."""
+    return -(-max(POSITIONS, 64 * layer.columns) // n_batches)
 
 
 def call_settings(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from bitquota.models.calls import LayerWatcher, tensor_key
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.onnx.program import source_of
 from bitquota.models.running import tensor_of
-from bitquota.quantizers.input_moments import call_settings, patches
+from bitquota.quantizers.input_moments import call_settings, patches, positions_of
 from bitquota.quantizers.qep import propagated
 from bitquota.quantizers.rounders import Rounder
 from bitquota.quantizers.walk import walk_layers, walk_onnx
@@ -42,10 +42,6 @@ APART = frozenset({LayerKind.EMBEDDING, LayerKind.EXPERTS, *MATRICES})
 """Kinds whose weights no watched operator multiplies with whole rows."""
 
 QEP = "qep"
-
-POSITIONS = 2**17
-"""Positions of an input whose moments are taken, or 64 for each column if that is more: a random
-choice of them where there are more."""
 
 
 def rounder_in(rounding: str) -> Rounder:
@@ -130,7 +126,7 @@ def round_in_sequence(
 def _moments(meeting: Meeting, layer: Layer) -> tuple[Tensor, Tensor]:
     """Return ``Xq^T Xq`` and ``X^T Xq``, f64[groups, columns, columns]."""
     gram = cross = None
-    limit = -(-max(POSITIONS, 64 * layer.columns) // len(meeting.inputs))
+    limit = positions_of(layer, len(meeting.inputs))
     for full, quantized in meeting.inputs:
         x, xq = (patches(part, layer, meeting.settings, limit) for part in (full, quantized))
         own, other = (xq.transpose(1, 2) @ xq).double(), (x.transpose(1, 2) @ xq).double()

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 
-from bitquota.errors import InvalidModel
 from bitquota.models.running import checked_output, inputs_of
+from bitquota.sensitivity.metrics.gradients import gradients_at
 from bitquota.sensitivity.metrics.hessian_trace import trainable
 from bitquota.sensitivity.metrics.metric import (
     BACKWARD,
@@ -114,13 +114,7 @@ class FirstOrder(Metric):
                 value = runner.module(*inputs_of(runner.calibration, span))
                 output = checked_output(value, len(span))
                 loss = work.loss.per_sample(output, reference, runner.labels(chunk)).mean()
-            if not loss.requires_grad:
-                msg = (
-                    f"the metric '{self.name}' needs gradients, and none reach the model's output: "
-                    "it runs outside torch or detaches; use 'diagonal', 'gram' or 'pairs'"
-                )
-                raise InvalidModel(msg, measure=self.name)
-            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+            gradients = gradients_at(loss, weights, self.name)
         slopes = dict(zip(names, gradients, strict=True))
         found = []
         for r in point.scored:

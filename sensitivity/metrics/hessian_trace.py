@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bitquota.errors import InvalidInput, InvalidModel
+from bitquota.errors import InvalidInput
 from bitquota.models.running import checked_output, inputs_of
+from bitquota.sensitivity.metrics.gradients import gradients_at
 from bitquota.sensitivity.metrics.metric import (
     BACKWARD,
     FORWARD,
@@ -139,19 +140,13 @@ class HessianTrace(Metric):
             # Fused attention has no second derivative; the plain one has.
             output = checked_output(runner.module(*inputs_of(runner.calibration, span)), len(span))
             loss = work.loss.per_sample(output, output.detach(), runner.labels(chunk)).mean()
-            if not loss.requires_grad:
-                msg = (
-                    f"the metric '{self.name}' needs gradients, and none reach the model's output: "
-                    "it runs outside torch or detaches; use 'diagonal', 'gram' or 'pairs'"
-                )
-                raise InvalidModel(msg, measure=self.name)
-            gradients = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+            gradients = gradients_at(loss, weights, self.name, create_graph=True)
             used = [k for k, g in enumerate(gradients) if g is not None and g.requires_grad]
             values = torch.zeros(len(layers), self.probes, dtype=torch.float64)
             for probe in range(self.probes if used else 0):
                 signs = [self._signs(layers[k], weights[k], chunk, probe) for k in used]
                 products = torch.autograd.grad(
-                    [gradients[k] for k in used],
+                    [g for g in map(gradients.__getitem__, used) if g is not None],
                     [weights[k] for k in used],
                     grad_outputs=signs,
                     retain_graph=probe + 1 < self.probes,

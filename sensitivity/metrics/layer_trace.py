@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map
 from bitquota.errors import InvalidModel
 from bitquota.models.calls import batch_norm_call, layer_call, operator_name, tensor_key, tensors_in
 from bitquota.models.running import checked_output, inputs_of, labels_of
+from bitquota.sensitivity.metrics.gradients import gradients_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -266,12 +267,6 @@ def trace_layers(
 def _take_gradients(recorder: _Recorder, total: Tensor, metric: str) -> None:
     if not recorder.probes:
         return
-    if not total.requires_grad:
-        msg = (
-            f"the metric '{metric}' needs gradients, and none reach the model's output: it runs "
-            "outside torch or detaches; use 'diagonal', 'gram' or 'pairs'"
-        )
-        raise InvalidModel(msg, measure=metric)
-    gradients = torch.autograd.grad(total, recorder.probes, allow_unused=True)
+    gradients = gradients_at(total, recorder.probes, metric)
     for call, probe, gradient in zip(recorder.calls, recorder.probes, gradients, strict=True):
         call.gradient = torch.zeros_like(probe) if gradient is None else gradient

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from bitquota.context import Context
 from bitquota.errors import InvalidInput
 from bitquota.measurement_setup import build_setup
+from bitquota.models.calibration import CalibrationSet
 from bitquota.models.loaded import finish
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate
@@ -33,7 +35,29 @@ def gathered(setup):
     return gather_portfolio(setup, measuring_runner(setup))
 
 
+class Overwriting(nn.Module):
+    """Adds in place to what a ReLU returned, whose gradient needs it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        hidden = torch.relu(self.first(x))
+        hidden += 1
+        return self.last(hidden)
+
+
 class TestGatherPortfolio:
+    def test_a_model_that_overwrites_what_gradients_need_is_planned_without_them(self):
+        torch.manual_seed(0)
+        model = finish(Overwriting(), source="m", architecture="m")
+        data = CalibrationSet(inputs=(torch.randn(48, 6),), labels=torch.arange(48) % 4)
+        found = gathered(build_setup(model, data, REQUEST))
+        assert {} == {k: v for k, v in found.proposals.items() if k != "projected"}
+        assert {"gram_weighted", "output_fisher"} == set(found.skipped)
+        assert allocate(model, data, REQUEST).plans[0].measured is not None
+
     def test_normal_effort_has_cross_terms_and_metrics(self):
         found = gathered(prepared())
 
