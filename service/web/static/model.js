@@ -77,9 +77,7 @@
       if (mayWrite && job.model && job.dataset && job.kind === "plan") {
         hooks.measure = async (average) => {
           try {
-            const plan = document.getElementById("export-plan");
-        const { quantized } = plan.selectedOptions[0].dataset;
-        const made = await call("/v1/jobs", { method: "POST", body: {
+            const made = await call("/v1/jobs", { method: "POST", body: {
               kind: "plan", model: job.model, dataset: job.dataset,
               request: { ...job.request, budgets: [`${average.toFixed(2)} bits`] },
               labels: job.labels,
@@ -108,6 +106,8 @@
     exporting.addEventListener("submit", async (event) => {
       event.preventDefault();
       try {
+        const plan = document.getElementById("export-plan");
+        const { quantized } = plan.selectedOptions[0].dataset;
         const made = await call("/v1/jobs", { method: "POST", body: {
           kind: "export", model: job.model, dataset: job.dataset, labels: job.labels,
           plan: plan.value, quantized: quantized ? [quantized] : [],
