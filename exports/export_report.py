@@ -5,13 +5,12 @@ Design: docs/design/targets.md
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS
-from bitquota.canonical import JsonObject, canonical_json, why_unreadable
+from bitquota.canonical import JsonObject, canonical_json, digest_file, why_unreadable
 from bitquota.codec import Document, Form
 from bitquota.errors import ExportFailed, InvalidInput
 
@@ -40,12 +39,8 @@ class ExportedFile:
     @classmethod
     def of(cls, path: Path, folder: Path) -> Self:
         """Hash the file at ``path``, named relative to ``folder``."""
-        state = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                state.update(chunk)
         name = path.relative_to(folder).as_posix()
-        return cls(name=name, size_bytes=path.stat().st_size, digest=f"sha256:{state.hexdigest()}")
+        return cls(name=name, size_bytes=path.stat().st_size, digest=digest_file(path))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

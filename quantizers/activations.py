@@ -238,6 +238,15 @@ def weights_of(module: nn.Module, inventory: Inventory) -> dict[tuple[Any, ...],
     }
 
 
+def quantize_inputs_of(
+    module: nn.Module, layer: str, quantizer: Callable[[Tensor], Tensor]
+) -> None:
+    """Let ``layer`` of ``module`` see its first input through ``quantizer`` from now on."""
+    module.get_submodule(layer).register_forward_pre_hook(
+        lambda _, args: (quantizer(args[0]), *args[1:])
+    )
+
+
 def collect_inputs(
     module: nn.Module,
     inventory: Inventory,

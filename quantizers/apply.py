@@ -13,6 +13,7 @@ from bitquota.errors import InvalidInput
 from bitquota.models.running import (
     put_in_eval_mode,
 )
+from bitquota.quantizers.activations import quantize_inputs_of
 from bitquota.quantizers.corrections import bias_correction, reestimate_batch_norm
 from bitquota.quantizers.fitted import Fitted
 from bitquota.quantizers.quantized_weights import QuantizedWeights
@@ -85,9 +86,7 @@ def apply_plan(
     for name, candidate in chosen.items():
         if candidate.activation_bits is not None:
             quantizer = input_quantizer(fitted.activations, name, candidate.activation_bits)
-            quantized.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, q=quantizer: (q(args[0]), *args[1:])
-            )
+            quantize_inputs_of(quantized, name, quantizer)
     _put_weights(module, quantized, inventory, chosen, fitted, stored)
     wanted = [c for c in corrections if c is not Correction.FOLD_BATCH_NORM]
     if wanted and correction_data is None:

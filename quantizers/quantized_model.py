@@ -10,7 +10,6 @@ Design: docs/design/rounding.md
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
@@ -20,12 +19,13 @@ import safetensors.torch
 import torch
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Scheme
+from bitquota.canonical import digest_bytes, digest_file
 from bitquota.errors import InvalidPlan, StalePlan
 from bitquota.models.calls import parameter_owners, tensor_key
 from bitquota.models.layout import from_matrix
 from bitquota.models.running import tensor_of
 from bitquota.plan import WEIGHTS_SUFFIX, PlanWeights
-from bitquota.quantizers.activations import ActivationQuantizer
+from bitquota.quantizers.activations import ActivationQuantizer, quantize_inputs_of
 from bitquota.quantizers.corrections import ensure_bias
 from bitquota.quantizers.weights import QuantizedWeight
 
@@ -145,9 +145,7 @@ class QuantizedModel:
             for name, tensor in self.tensors.items():
                 _place_for(module, name, layers).copy_(tensor)
         for name, grid in self.activations.items():
-            module.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, grid=grid: (grid(args[0]), *args[1:])
-            )
+            quantize_inputs_of(module, name, grid)
         return module
 
 
@@ -173,7 +171,7 @@ def shipped_weights(plan: Plan, model: LoadedModel) -> QuantizedModel | None:
         return None
     wanted, size = plan.weights.digest, plan.weights.n_bytes
     path = next(
-        (p for p in model.weights if p.stat().st_size == size and _digest_of(p) == wanted), None
+        (p for p in model.weights if p.stat().st_size == size and digest_file(p) == wanted), None
     )
     if path is None:
         given = ", ".join(f"'{p}'" for p in model.weights) or "none"
@@ -206,16 +204,9 @@ def shipped_weights(plan: Plan, model: LoadedModel) -> QuantizedModel | None:
     return found
 
 
-def _digest_of(path: Path) -> str:
-    """Return the digest of a file as plans name it."""
-    with path.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def named(content: bytes, rounding: str) -> PlanWeights:
     """Return what a plan says of a file of quantized weights."""
-    digest = "sha256:" + hashlib.sha256(content).hexdigest()
-    return PlanWeights(rounding=rounding, digest=digest, n_bytes=len(content))
+    return PlanWeights(rounding=rounding, digest=digest_bytes([content]), n_bytes=len(content))
 
 
 def _smallest(codes: Tensor) -> Tensor:

@@ -36,13 +36,11 @@ class Meeting:
 
     Attributes:
         layer: Name of the layer.
-        operator: Bare name of the operator that multiplies.
-        settings: Its other arguments, as ``input_moments.call_settings`` reads them.
+        settings: Other arguments of its call, as ``input_moments.call_settings`` reads them.
         inputs: For each batch the layer's input in each model.
     """
 
     layer: str
-    operator: str
     settings: dict[str, Any]
     inputs: tuple[tuple[Tensor, ...], ...]
 
@@ -90,7 +88,6 @@ def walk_layers(
                 call, args, kwargs = together[0][0].call, together[0][0].args, together[0][0].kwargs
                 yield Meeting(
                     layer=name,
-                    operator=call.operator,
                     settings=settings_of(call.operator, args, kwargs),
                     inputs=tuple((a.call.inputs, b.call.inputs) for a, b in together),
                 )
@@ -130,7 +127,6 @@ def walk_onnx(
             inputs.append(tuple(v.transpose(-1, -2) if place.turned else v for v in values))
         yield Meeting(
             layer=place.layer,
-            operator=place.operator,
             settings=place.settings,
             inputs=tuple(inputs),
         )

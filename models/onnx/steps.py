@@ -66,7 +66,6 @@ class LayerInput:
 
     Attributes:
         layer: Name of the layer.
-        operator: As torch calls it: ``conv2d``, ``conv_transpose2d``, ``linear``.
         value: What the node reads beside the weight.
         turned: Whether the axes of ``value``, a matrix, are to be swapped.
         settings: Stride, padding and the like of a convolution, as ``input_moments.patches``
@@ -74,7 +73,6 @@ class LayerInput:
     """
 
     layer: str
-    operator: str
     value: str
     turned: bool
     settings: dict[str, Any]
@@ -120,13 +118,7 @@ def _input_of(
     if operator in ("Gemm", "MatMul"):
         # Columns of the weight are what is summed over: the last axis of a left factor.
         turned = bool(given.get("transB" if place == 0 else "transA", 0)) ^ (place == 0)
-        return LayerInput(
-            layer=layer,
-            operator="linear",
-            value=proto.input[1 - place],
-            turned=turned,
-            settings={},
-        )
+        return LayerInput(layer=layer, value=proto.input[1 - place], turned=turned, settings={})
     if place != 1 or given.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
         return None
     kernel = given.get("kernel_shape")
@@ -145,13 +137,4 @@ def _input_of(
         if "output_shape" in given:
             return None
         settings["output_padding"] = tuple(given.get("output_padding", [0] * n))
-        return LayerInput(
-            layer=layer,
-            operator=f"conv_transpose{n}d",
-            value=proto.input[0],
-            turned=False,
-            settings=settings,
-        )
-    return LayerInput(
-        layer=layer, operator=f"conv{n}d", value=proto.input[0], turned=False, settings=settings
-    )
+    return LayerInput(layer=layer, value=proto.input[0], turned=False, settings=settings)

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from bitquota.canonical import digest_file
 from bitquota.errors import Conflict, NotFound, ServiceError, StorageFull, TooLarge
 from bitquota.service.store.remote_storage import FsspecStorage, Storage
 from bitquota.service.store.storage_errors import FULL, storage_told
@@ -275,12 +276,3 @@ def storage_of(settings: Settings) -> Storage | None:
     if not settings.blob_url:
         return None
     return FsspecStorage(settings.blob_url)
-
-
-def digest_file(path: Path) -> str:
-    """Return ``sha256:…`` of a file, read in pieces."""
-    state = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_READ):
-            state.update(chunk)
-    return _PREFIX + state.hexdigest()

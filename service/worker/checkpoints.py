@@ -12,12 +12,12 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
+from bitquota.canonical import digest_file
 from bitquota.errors import MeasurementFailed
 from bitquota.service.jobs.training_checkpoints import (
     PREFIX,
     ROLE,
 )
-from bitquota.service.store.blobs import digest_file
 from bitquota.service.worker.engines.engine import InputFile
 
 if TYPE_CHECKING:

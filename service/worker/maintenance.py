@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from bitquota.canonical import digest_file
 from bitquota.codec import Document
 from bitquota.errors import BitquotaError, Conflict, InvalidInput
 from bitquota.service.jobs.job import JobStatus
 from bitquota.service.jobs.training_checkpoints import FOLDER
-from bitquota.service.store.blobs import BlobStore, blob_store, digest_file
+from bitquota.service.store.blobs import BlobStore, blob_store
 from bitquota.service.store.database import artifacts, deliveries, events, idempotency, jobs
 from bitquota.service.worker.processes import remove_abandoned
 

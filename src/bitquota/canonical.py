@@ -125,6 +125,12 @@ def digest_bytes(chunks: Iterable[bytes | memoryview]) -> str:
     return f"sha256:{state.hexdigest()}"
 
 
+def digest_file(path: Path) -> str:
+    """Return ``sha256:…`` of a file, read in pieces."""
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
 def digest_array(array: np.ndarray[Any, Any]) -> str:
     """Return a digest over dtype, shape and bytes of ``array`` (made C-contiguous first).
 

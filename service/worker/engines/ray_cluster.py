@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from bitquota.canonical import digest_file
 from bitquota.errors import (
     BitquotaError,
     InvalidInput,
@@ -30,7 +31,7 @@ from bitquota.errors import (
 )
 from bitquota.service.jobs.messages import Failed, encode
 from bitquota.service.settings import Settings
-from bitquota.service.store.blobs import BlobStore, digest_file, trim_copies
+from bitquota.service.store.blobs import BlobStore, trim_copies
 from bitquota.service.worker.engines.local import LocalEngine
 from bitquota.service.worker.processes import remove_abandoned
 
