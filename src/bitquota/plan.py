@@ -38,6 +38,9 @@ SOLVER = "solver"
 WEIGHTS_SUFFIX = ".weights.safetensors"
 """Takes the place of ``.json`` in the name of a plan's file of quantized weights."""
 
+BESIDE = (".certificate.npz", WEIGHTS_SUFFIX)
+"""What takes the place of ``.json`` in the names of files that 'bitquota plan' writes beside it."""
+
 ONLY_WEIGHTS = (
     "an earlier release wrote the plan and named the model by its weights alone: they are the "
     "same, but the graph cannot be compared; plan again to have it covered"

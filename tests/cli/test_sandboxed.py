@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 
@@ -202,6 +203,23 @@ class TestCommandLine:
         assert done["require"].returncode == 0, done["require"].stderr
         assert json.loads(done["require"].stdout) == json.loads(done["off"].stdout)
         assert done["require"].stderr == ""
+
+    def test_what_stands_beside_a_plan_lands_and_is_read(self, tmp_path):
+        image_graph(tmp_path / "m.onnx")
+        x = np.random.default_rng(0).normal(size=(24, 3, 8, 8)).astype(np.float32)
+        np.savez(tmp_path / "x.npz", x=x)
+        made = run(
+            tmp_path, "--sandbox", "require", "plan", "m.onnx", "x.npz", "--budget", "6 bits",
+            "--effort", "quick", "--rounding", "qep", "--samples", "12", "--holdout", "12",
+        )  # fmt: skip
+        assert made.returncode == 0, made.stderr
+        assert (tmp_path / "plan.certificate.npz").is_file()
+        assert (tmp_path / "plan.weights.safetensors").is_file()
+        told = run(
+            tmp_path, "--sandbox", "require", "evaluate", "m.onnx", "x.npz", "--plan", "plan.json",
+            "--no-uniform", "--json",
+        )  # fmt: skip
+        assert told.returncode == 0, told.stderr
 
     def test_errors_come_out(self, tmp_path):
         """The sentence and its exit code."""

@@ -33,6 +33,7 @@ from bitquota.cli import output
 from bitquota.cli.options import default_ledger
 from bitquota.errors import InvalidInput
 from bitquota.models.sources import FACTORY
+from bitquota.plan import BESIDE, weights_near
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -223,6 +224,8 @@ def _removed(folder: str) -> Any:  # noqa: ANN401  # a context of the folder's n
 def _move(place: Path, stand_ins: dict[Path, Path]) -> None:
     """Move what was written as ``place`` (or ``place``-1, …) from the stand-in to where it is due.
 
+    With it goes what a plan has beside it.
+
     Only plain files and folders of such: a link could lead a later reader anywhere.
     """
     folder = next((f for f in stand_ins if place.is_relative_to(f)), None)
@@ -230,7 +233,8 @@ def _move(place: Path, stand_ins: dict[Path, Path]) -> None:
         return
     made = stand_ins[folder] / place.parent.relative_to(folder)
     for found in sorted(made.iterdir()) if made.is_dir() else ():
-        named = found.name.startswith(place.stem) and found.suffix == place.suffix
+        kind = found.suffix == place.suffix or found.name.endswith(BESIDE)
+        named = found.name.startswith(place.stem) and kind
         due = place.parent / found.name
         if not named or not _is_plain(found) or _is_same(found, due):
             continue
@@ -270,7 +274,7 @@ def _flat(values: Iterable[Any]) -> list[Any]:
 
 
 def _with_weights(places: list[Path]) -> list[Path]:
-    """Add the weights that lie beside ONNX files, and what links of a folder lead to."""
+    """Add the weights that lie beside ONNX files and plans, and what links of a folder lead to."""
     found = list(places)
     for place in places:
         if place.suffix == ".onnx":
@@ -279,6 +283,8 @@ def _with_weights(places: list[Path]) -> list[Path]:
                 for other in place.parent.iterdir()
                 if other.name.startswith(place.stem) or other.suffix in _WEIGHTS
             ]
+        elif place.suffix == ".json":
+            found += weights_near([place])
         elif place.is_dir():
             found += [m.resolve() for m in place.iterdir() if m.is_symlink() and m.exists()]
     return list(dict.fromkeys(found))
