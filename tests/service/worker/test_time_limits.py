@@ -161,16 +161,15 @@ class TestDeadline:
 
 
 class TestAttempts:
-    def test_job_that_kills_its_workers_fails_and_the_next_one_runs(self, tmp_path, digits_files):
-        """Two attempts measure nothing, because somebody kills each worker as it starts."""
+    def test_job_that_kills_its_workers_fails_and_the_next_one_runs(
+        self, tmp_path, endless, digits_files
+    ):
+        """Two attempts measure nothing: their model never ends, and somebody kills each worker."""
         settings = {"max_attempts": 2, "heartbeat_s": 0.1, "lease_s": 60}
-        model, calibration = digits_files
         few = PlanRequest(budgets=("3 bits",), weight_bits=(2, 4, 8), samples=32,
                           holdout_samples=32, measure="diagonal")  # fmt: skip
         with LiveServer(tmp_path / "data", **settings) as server, server.client() as client:
-            # Not one measurement of this fits into the time that its workers live.
-            many = replace(few, samples=1400, measure="pairs")
-            job = client.submit(model=model, calibration=calibration, request=many)
+            job = submit(client, endless)
             while not job.refresh().ended:
                 if job.status == "running" and (pid := server.working("evaluator")):
                     with contextlib.suppress(ProcessLookupError):
@@ -179,7 +178,7 @@ class TestAttempts:
             with pytest.raises(MeasurementFailed, match="measure something new within 2"):
                 job.raise_unless_succeeded()
             assert job.body["attempts"] == 2
-            job = client.submit(model=model, calibration=calibration, request=few)
+            job = client.submit(model=digits_files[0], calibration=digits_files[1], request=few)
             assert job.wait(**PATIENTLY).plans()
 
 
