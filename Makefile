@@ -7,17 +7,20 @@ INSTALLED := $(VENV)/.installed
 # The demonstration needs fewer packages; where all are installed they serve it too.
 DEMO_INSTALLED := $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(VENV)/.installed-demo)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-# Files are handed out in the order of tests/conftest.py: the longest first.
-PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+# Files are handed out in the order of tests/conftest.py: the longest first. For two cores; the whole
+# suite takes a third process, because those with live servers wait for these most of the time.
+PYTEST_ARGS ?= --dist loadfile --no-loadscope-reorder
 # The parts of the library one by one. What starts servers, processes or a browser, trains, or runs a
 # whole chain is left to `make test`; within these folders such tests are marked `slow`.
 FAST := $(addprefix tests/,candidates ci evaluate exports golden models quantizers report sensitivity solver vocabulary)
 HOST ?= 127.0.0.1
 PORT ?= 8000
-# One thread per process: the suite runs two processes, and results do not depend on the machine.
+# One thread per process: the suite runs several processes, and results do not depend on the machine.
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
+# Programs that are started again and again must not compile again what they import.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint types imports pytest bench fuzz docs serve format constraints docker-check clean
@@ -51,7 +54,7 @@ test: lint types imports pytest ## Everything that must hold: lint, types, impor
 
 check: $(INSTALLED) ## Lint, types, imports and the fast tests: two minutes, for use while working
 	@$(MAKE) --no-print-directory -j 2 lint types imports
-	@$(BIN)/pytest $(PYTEST_ARGS) -m "not slow and not shared_data" $(FAST)
+	@$(BIN)/pytest -n 2 $(PYTEST_ARGS) -m "not slow and not shared_data" $(FAST)
 
 lint: $(INSTALLED) ## Check style and formatting with ruff
 	@$(BIN)/ruff check --quiet --output-format concise .
@@ -66,7 +69,7 @@ imports: $(INSTALLED)
 	@tail -1 .imports.log | sed 's/^/imports: /'; sed -n '/Contracts:/p' .imports.log; rm -f .imports.log
 
 pytest: $(INSTALLED)
-	@$(BIN)/pytest $(PYTEST_ARGS)
+	@$(BIN)/pytest -n 3 $(PYTEST_ARGS)
 
 # Sizes that only show that each one runs; the files say how to run them in full.
 SMALL_sensitivity := --tiny

@@ -90,16 +90,41 @@ class LiveServer:
                 found.append((pid, named[1]))
         return found
 
+    def forks(self) -> list[int]:
+        """Return the pids of the evaluators that have work, in order of their start.
+
+        They are forks of the process that was started as an evaluator. That one and its sandbox
+        have the same command line, but compute nothing.
+        """
+        evaluators = {pid for pid, named in self.children() if named == "evaluator"}
+        found = []
+        for pid in sorted(evaluators, key=started):  # pids begin again from the front
+            try:
+                parent = int(status(pid)[1])
+                line = Path(f"/proc/{parent}/cmdline").read_bytes()
+            except OSError:
+                continue
+            if parent in evaluators and b"python" in line.split(b"\0")[0]:
+                found.append(pid)
+        return found
+
     def working(self, module: str) -> int | None:
-        """Return the pid of the oldest driver or evaluator: others are in reserve."""
+        """Return the pid of the oldest driver, or evaluator with work: others are in reserve."""
+        if module == "evaluator":
+            return next(iter(self.forks()), None)
         pids = [pid for pid, named in self.children() if named == module]
         return min(pids, key=started, default=None)
+
+
+def status(pid: int) -> list[str]:
+    """Return the fields of ``/proc/PID/stat`` after the name: state, parent, ..."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def started(pid: int) -> int:
     """Return when a process started, in clock ticks since boot."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        return int(status(pid)[19])
     except OSError:
         return 2**63
 

@@ -19,7 +19,7 @@ from bitquota.service.settings import Settings
 from bitquota.service.worker.engines import ENGINES, Assignment, InputFile, engine_of
 from bitquota.service.worker.engines.local import LocalEngine
 from bitquota.service.worker.worker_pool import WorkerPool
-from live_server import LiveServer, started
+from live_server import LiveServer
 from waiting import PATIENCE_S, PATIENTLY, wait_for
 
 REQUEST = PlanRequest(
@@ -151,28 +151,13 @@ class TestHelpers:
         with LiveServer(tmp_path / "data", workers=3, heartbeat_s=0.1) as helped:
             with helped.client() as client:
                 job = client.submit(model=model, calibration=calibration, request=REQUEST)
-                wait_for(lambda: len(forks_of(helped)) >= 3, "helpers")
-                os.kill(forks_of(helped)[-1], signal.SIGKILL)
+                wait_for(lambda: len(helped.forks()) >= 3, "helpers")
+                os.kill(helped.forks()[-1], signal.SIGKILL)
                 assert job.wait(**PATIENTLY).plan_text() == expected
                 assert job.body["attempts"] == 1
             log = helped.log.read_text()
         assert "helper lost" in log
         assert '"event": "measured"' in log
-
-
-def forks_of(server):
-    """Processes whose parent is an evaluator too: those that work."""
-    evaluators = {pid for pid, name in server.children() if name == "evaluator"}
-    found = []
-    for pid in sorted(evaluators, key=started):  # pids begin again from the front
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            parent = Path(f"/proc/{int(stat[1])}/cmdline").read_bytes().split(b"\0")[0]
-        except OSError:
-            continue
-        if int(stat[1]) in evaluators and b"python" in parent:
-            found.append(pid)
-    return found
 
 
 class Worker:

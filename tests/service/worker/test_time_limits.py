@@ -42,7 +42,7 @@ def submit(client, files, **options):
 
 
 def wait_until_it_has_begun(job):
-    """Return once the evaluator has begun: nothing more will be heard of it."""
+    """Return once the evaluator loads the model: nothing more will be heard of it."""
 
     def begun():
         stage = (job.refresh().body["progress"] or {}).get("stage")
@@ -129,7 +129,7 @@ class TestCancel:
             job.cancel()
             with pytest.raises(Cancelled):
                 job.wait(**PATIENTLY)
-            assert not alive(working)
+            wait_for(lambda: not alive(working), "its end")
 
     @pytest.mark.parametrize("module", ["driver", "evaluator"])
     def test_process_that_does_not_listen(self, patient, endless, module):
@@ -141,7 +141,7 @@ class TestCancel:
             job.cancel()
             with pytest.raises(Cancelled):
                 job.wait(**PATIENTLY)
-            assert not alive(working)
+            wait_for(lambda: not alive(working), "its end")
 
 
 class TestDeadline:
