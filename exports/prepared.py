@@ -22,7 +22,7 @@ from bitquota.models.loaded import check_model
 from bitquota.models.onnx.program import source_of
 from bitquota.models.running import primary_output
 from bitquota.quantizers.apply import apply_plan
-from bitquota.quantizers.planned import folded_module, quantizers_of
+from bitquota.quantizers.planned import full_precision_module, quantizers_of
 from bitquota.quantizers.quantized_model import shipped_weights
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def prepare_export(
     samples = None if samples is None else bound(model, samples)
     correction_data = None if correction_data is None else bound(model, correction_data)
     data = correction_data if correction_data is not None else samples
-    module = folded_module(model, plan, data)
+    module = full_precision_module(model, plan, data)
     layers = {a.layer.name: a.layer for a in plan.assignments}
     # What a runtime calibrates for itself is in no file: only weights are written and compared.
     candidates = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS
-from bitquota.corrections import Correction
+from bitquota.corrections import BEFORE_QUANTIZING, Correction
 from bitquota.errors import InvalidInput
 from bitquota.models.running import (
     put_in_eval_mode,
@@ -67,8 +67,8 @@ def apply_plan(
     """Return a copy of ``module`` with fake-quantized weights and the corrections applied.
 
     Args:
-        module: The full-precision model in eval mode. Where ``fold_batch_norm`` is among the
-            corrections it must be folded already: the inventory speaks of the folded weights.
+        module: The full-precision model in eval mode, with the corrections of
+            ``BEFORE_QUANTIZING``: the inventory speaks of folded weights.
         inventory: Its layers.
         candidates: One for each layer that changes.
         corrections: Applied in this order: bias correction, then batch-norm statistics.
@@ -88,7 +88,7 @@ def apply_plan(
             quantizer = input_quantizer(fitted.activations, name, candidate.activation_bits)
             quantize_inputs_of(quantized, name, quantizer)
     _put_weights(module, quantized, inventory, chosen, fitted, stored)
-    wanted = [c for c in corrections if c is not Correction.FOLD_BATCH_NORM]
+    wanted = [c for c in corrections if c not in BEFORE_QUANTIZING]
     if wanted and correction_data is None:
         msg = (
             f"the corrections {', '.join(wanted)} need samples and got none; provide correction "

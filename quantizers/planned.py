@@ -6,12 +6,13 @@ import copy
 from typing import TYPE_CHECKING
 
 from bitquota.corrections import Correction
-from bitquota.errors import InvalidInput
+from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.corrections import fold_batch_norm
 from bitquota.quantizers.fitted import fit_quantizers
 from bitquota.quantizers.imatrix import check_importance
 from bitquota.quantizers.quantized_model import shipped_weights
+from bitquota.quantizers.smoothing import scale_channels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,18 +26,33 @@ if TYPE_CHECKING:
     from bitquota.quantizers.fitted import Fitted
 
 
-def folded_module(model: LoadedModel, plan: Plan, samples: CalibrationSet | None) -> nn.Module:
-    """Return a copy of the model in eval mode, its batch norms folded if the plan says so.
+def full_precision_module(
+    model: LoadedModel, plan: Plan, samples: CalibrationSet | None
+) -> nn.Module:
+    """Return a copy of the model in eval mode as it is before the plan quantizes it.
 
-    Two of ``samples`` show how the graph runs, by default the model's own example.
+    Batch norms are folded and channels scaled, if the plan says so. Two of ``samples`` show how the
+    graph runs, by default the model's own example.
 
     Raises:
         InvalidInput: Batch norms are to be folded and there is no sample.
+        StalePlan: Channels are to be scaled, and the plan's quantized weights were not given.
+        InvalidPlan: They are not those of such a plan.
     """
     module = copy.deepcopy(model.module).eval()
-    if Correction.FOLD_BATCH_NORM not in plan.corrections:
-        return module
-    return fold_batch_norm(module, _example(model, samples))
+    if Correction.FOLD_BATCH_NORM in plan.corrections:
+        module = fold_batch_norm(module, _example(model, samples))
+    if Correction.SMOOTHING in plan.corrections:
+        shipped = shipped_weights(plan, model)
+        if shipped is None:
+            msg = (
+                "a plan with the correction 'smoothing' must name its quantized weights, which say "
+                "how channels were scaled; this one names none: plan again"
+            )
+            raise InvalidPlan(msg)
+        for scaling in shipped.scalings:
+            scale_channels(module, plan.inventory, scaling)
+    return module
 
 
 def quantizers_of(
@@ -51,7 +67,7 @@ def quantizers_of(
     Args:
         plan: Whose request and importance matrix count.
         model: The model that the plan was made for.
-        module: From ``folded_module``.
+        module: From ``full_precision_module``.
         candidates: The plan's, or others for its layers.
         samples: Unlabelled samples; ``None`` will do where nothing is fitted to inputs.
 
@@ -102,7 +118,7 @@ def quantized_module(
     of the corrections.
     """
     fit_data = correction_data if fit_data is None else fit_data
-    module = folded_module(model, plan, example if fit_data is None else fit_data)
+    module = full_precision_module(model, plan, example if fit_data is None else fit_data)
     own = tuple(a.candidate for a in plan.assignments)
     chosen = own if candidates is None else tuple(candidates)
     if chosen == own and (shipped := shipped_weights(plan, model)) is not None:

@@ -22,11 +22,13 @@ from bitquota.candidates.storage import FULL_PRECISION_BITS, Scheme
 from bitquota.canonical import digest_bytes, digest_file
 from bitquota.errors import InvalidPlan, StalePlan
 from bitquota.models.calls import parameter_owners, tensor_key
+from bitquota.models.channel_flow import ChannelPair
 from bitquota.models.layout import from_matrix
 from bitquota.models.running import tensor_of
 from bitquota.plan import WEIGHTS_SUFFIX, PlanWeights
 from bitquota.quantizers.activations import ActivationQuantizer, quantize_inputs_of
 from bitquota.quantizers.corrections import ensure_bias
+from bitquota.quantizers.smoothing import Scaling
 from bitquota.quantizers.weights import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bitquota.candidates.layers import Inventory, Layer
+    from bitquota.canonical import JsonObject
     from bitquota.models.loaded import LoadedModel
     from bitquota.plan import Plan
 
@@ -54,6 +57,7 @@ class QuantizedModel:
         weights: Codes and scales of each quantized layer.
         tensors: Other parameters and buffers that corrections changed or added, by name.
         activations: Grids of inputs by layer.
+        scalings: Where channels were scaled before anything was quantized.
     """
 
     model_digest: str
@@ -61,6 +65,7 @@ class QuantizedModel:
     weights: Mapping[str, QuantizedWeight]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     activations: Mapping[str, ActivationQuantizer] = field(default_factory=dict)
+    scalings: tuple[Scaling, ...] = ()
 
     def to_bytes(self) -> bytes:
         """Return the content of the file; equal values give equal bytes."""
@@ -71,8 +76,9 @@ class QuantizedModel:
             if weight.zero_points is not None:
                 held[f"zero_points:{name}"] = _smallest(weight.zero_points)
         held |= {f"tensor:{k}": v.detach().cpu().contiguous() for k, v in self.tensors.items()}
+        held |= {f"factors:{s.pair.weight}": s.factors.cpu().contiguous() for s in self.scalings}
         # One entry only: safetensors writes several in an order that changes.
-        about = {
+        about: JsonObject = {
             "schema": SCHEMA,
             "model": self.model_digest,
             "rounding": self.rounding,
@@ -82,6 +88,8 @@ class QuantizedModel:
             },
             "activations": {name: asdict(grid) for name, grid in self.activations.items()},
         }
+        if self.scalings:
+            about["scalings"] = [asdict(scaling.pair) for scaling in self.scalings]
         text = json.dumps(about, sort_keys=True, separators=(",", ":"))
         content: bytes = safetensors.torch.save(held, metadata={"bitquota": text})
         return content
@@ -124,6 +132,10 @@ class QuantizedModel:
                 activations={
                     name: ActivationQuantizer(**grid) for name, grid in about["activations"].items()
                 },
+                scalings=tuple(
+                    Scaling(pair=ChannelPair.of(pair), factors=held[f"factors:{pair['weight']}"])
+                    for pair in about.get("scalings", ())
+                ),
             )
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as err:
             msg = f"'{path}' must be a file of quantized weights ({SCHEMA}); {ADVICE}: {err}"
@@ -132,7 +144,8 @@ class QuantizedModel:
     def put_into(self, module: nn.Module, inventory: Inventory) -> nn.Module:
         """Change ``module``, in full precision, to what this file holds; returns it.
 
-        Its batch norms must be folded already, if the plan says so.
+        Its batch norms must be folded and its channels scaled already, if the plan says so
+        (``planned.full_precision_module``).
 
         Raises:
             InvalidPlan: The file holds tensors that the model has no place for.

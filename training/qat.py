@@ -27,7 +27,7 @@ from bitquota.models.running import choose_device, primary_output
 from bitquota.models.samples import check_calibration
 from bitquota.plan import Assignment, Baseline, Plan
 from bitquota.quantizers.corrections import reestimate_batch_norm
-from bitquota.quantizers.planned import folded_module, quantized_module
+from bitquota.quantizers.planned import full_precision_module, quantized_module
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate
 from bitquota.training.exported_inputs import hold_input_quantizers
@@ -115,7 +115,7 @@ def finetune_plan(
     settings = TrainingSettings() if settings is None else settings
     module, samples = _ready(model, data, context)
     placed = replace(model, module=module)
-    module, inventory = folded_module(placed, plan, samples), plan.inventory
+    module, inventory = full_precision_module(placed, plan, samples), plan.inventory
     stored = tuple(_stored_assignment(a, method) for a in plan.assignments)
     _check_budgets(plan, stored, method)
 

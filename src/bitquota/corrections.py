@@ -18,6 +18,12 @@ class Correction(StrEnum):
     """Move running mean and variance by what quantizing did to them on unlabelled data."""
     BIAS_CORRECTION = "bias_correction"
     """Shift each layer's bias by the mean output error per channel after quantizing."""
+    SMOOTHING = "smoothing"
+    """Scale channels between layers, before quantizing, so that the weights round better."""
+
+
+BEFORE_QUANTIZING = frozenset({Correction.FOLD_BATCH_NORM, Correction.SMOOTHING})
+"""Corrections of the full-precision model: it computes what it did."""
 
 
 SAMPLES_REPAIR = frozenset({Correction.BATCH_NORM_STATISTICS, Correction.BIAS_CORRECTION})

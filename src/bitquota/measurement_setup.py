@@ -13,7 +13,9 @@ import torch
 from bitquota.candidates.architectures import prepare_inventory
 from bitquota.candidates.budget import Budget
 from bitquota.candidates.offered import offered_candidates
+from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.candidates.targets import target_by_name
+from bitquota.canonical import digest_json
 from bitquota.context import Context
 from bitquota.corrections import Correction
 from bitquota.evaluate.choice import ChoiceLoss, measure_choice
@@ -25,9 +27,10 @@ from bitquota.models.samples import check_calibration
 from bitquota.quantizers.activations import ActivationQuantizer
 from bitquota.quantizers.apply import apply_plan, input_quantizer
 from bitquota.quantizers.corrections import fold_batch_norm
-from bitquota.quantizers.fitted import fit_quantizers
+from bitquota.quantizers.fitted import BATCH, fit_quantizers
 from bitquota.quantizers.imatrix import importance_of
 from bitquota.quantizers.quantized_model import QuantizedModel, changed_tensors
+from bitquota.quantizers.smoothing import smooth
 from bitquota.sensitivity.outputs import read_outputs
 from bitquota.sensitivity.runners.make import make_runner
 
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from bitquota.progress import Course
     from bitquota.quantizers.fitted import Fitted
     from bitquota.quantizers.imatrix import Importance
+    from bitquota.quantizers.smoothing import Smoothing
     from bitquota.quantizers.weights import QuantizedWeight
     from bitquota.request import PlanRequest
     from bitquota.sensitivity.losses import Loss
@@ -61,7 +65,8 @@ class Setup:
 
     Attributes:
         request: What was asked for.
-        module: Own copy of the model on its device, batch norm folded if that was asked for.
+        module: Own copy of the model on its device, batch norm folded and channels scaled if that
+            was asked for.
         inventory: Its tensors, exclusions and ties applied.
         table: What may become of each group.
         loss: What is minimised.
@@ -78,6 +83,7 @@ class Setup:
         outputs: The outputs that the loss is about, and what they were taken for; empty with a
             loss of one's own.
         identity_note: What the model's digest does not cover, if anything.
+        smoothing: How channels were scaled, if that was asked for.
     """
 
     request: PlanRequest
@@ -97,6 +103,7 @@ class Setup:
     references: References = field(default_factory=References)
     outputs: tuple[PlanOutput, ...] = ()
     identity_note: str = ""
+    smoothing: Smoothing | None = None
 
     def on_course(self, course: Callable[[], Course]) -> Setup:
         """Return this setup, where whoever is told of the work is told how much of it is done."""
@@ -156,9 +163,9 @@ class Setup:
         )
 
     def quantized_model(self, choice: Choice) -> QuantizedModel | None:
-        """Return what a choice ships as, or ``None`` where weights are rounded to nearest."""
+        """Return what a choice ships as, or ``None`` where its plan has no such file."""
         order = self.fitted.order
-        if order is None:
+        if order is None and self.smoothing is None:
             return None
         chosen = self.table.decode(choice)
         stored: dict[str, QuantizedWeight] = {}
@@ -174,10 +181,11 @@ class Setup:
         )
         return QuantizedModel(
             model_digest=self.inventory.model_digest,
-            rounding=order.rounding,
+            rounding="nearest" if order is None else order.rounding,
             weights=stored,
             tensors=changed_tensors(self.module, module, self.inventory),
             activations=self._input_grids(chosen),
+            scalings=() if self.smoothing is None else self.smoothing.scalings,
         )
 
     def _input_grids(self, chosen: Sequence[Candidate]) -> dict[str, ActivationQuantizer]:
@@ -260,6 +268,13 @@ def build_setup(
     spare = tuple(part.placed(where) for part in _blocks(calibration, drawn, len(holdout), request))
     n_correcting = min(request.correction_samples, len(calibration))
 
+    # Channels scaled for about the widths that layers will have.
+    smoothing = None
+    if fit and Correction.SMOOTHING in request.corrections:
+        batches = [batch.inputs for batch in measured.batches(BATCH)]
+        smoothing = smooth(module, inventory, _typical(table), batches)
+        module = smoothing.module
+
     # Quantizers, fitted where candidates need samples.
     importance = None if model.imatrix is None else importance_of(model.imatrix, inventory)
     fitted = fit_quantizers(
@@ -271,6 +286,8 @@ def build_setup(
         importance=importance,
         rounding=request.rounding,
     )
+    if smoothing is not None:
+        fitted = replace(fitted, origin=digest_json([fitted.origin, smoothing.digest()]))
     return Setup(
         request=request,
         module=module,
@@ -287,7 +304,21 @@ def build_setup(
         context=context,
         target=target,
         identity_note=model.identity_note,
+        smoothing=smoothing,
     )
+
+
+def _typical(table: CandidateTable) -> dict[str, Candidate]:
+    """Return a candidate of each layer in the middle of those that quantize its weights."""
+    found: dict[str, list[Candidate]] = {}
+    for row in table.rows:
+        for candidate in row.candidates:
+            if candidate.weight_bits != FULL_PRECISION_BITS:
+                found.setdefault(candidate.layer, []).append(candidate)
+    return {
+        name: sorted(offered, key=lambda c: c.weight_bits)[(len(offered) - 1) // 2]
+        for name, offered in found.items()
+    }
 
 
 def _blocks(

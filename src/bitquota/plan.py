@@ -175,7 +175,7 @@ class PlanWeights(Document):
     """The file of quantized weights that belongs to a plan (``quantizers.quantized_model``).
 
     Attributes:
-        rounding: How codes were chosen: ``gptq`` or ``qep``.
+        rounding: How codes were chosen, one of ``request.ROUNDINGS``.
         digest: SHA-256 of the file.
         n_bytes: Its size; codes take a byte each there, whatever their width.
     """

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from bitquota.candidates.storage import WEIGHT_BITS, Scheme
 from bitquota.codec import Document, Form
-from bitquota.corrections import SAMPLES_DEPEND, Correction
+from bitquota.corrections import BEFORE_QUANTIZING, SAMPLES_DEPEND, Correction
 from bitquota.errors import InvalidInput
 
 MEASURES = (
@@ -133,7 +133,7 @@ class PlanRequest(Document):
             )
             raise InvalidInput(msg, target=self.target)
         _one_of("measure", self.measure, MEASURES)
-        if self.measure == "tangent" and set(self.corrections) - {Correction.FOLD_BATCH_NORM}:
+        if self.measure == "tangent" and set(self.corrections) - BEFORE_QUANTIZING:
             raise InvalidInput(SAMPLES_DEPEND, measure=self.measure)
         _one_of("effort", self.effort, EFFORTS)
         parse_losses(self.loss)
@@ -164,6 +164,11 @@ class PlanRequest(Document):
         if self.time_limit_s is not None and self.time_limit_s <= 0:
             msg = f"time_limit_s must be positive, or left out; got {self.time_limit_s}"
             raise InvalidInput(msg)
+
+    @property
+    def ships_weights(self) -> bool:
+        """Whether a file of quantized weights belongs to each plan."""
+        return self.rounding not in (None, "nearest") or Correction.SMOOTHING in self.corrections
 
 
 def parse_losses(text: str) -> str | dict[str, str]:

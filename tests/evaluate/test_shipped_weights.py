@@ -40,6 +40,7 @@ KINDS = {
     "gptq": {"rounding": "gptq"},
     "qep": {"rounding": "qep"},
     "all together": {"rounding": "qep", "activation_bits": 8, "corrections": tuple(Correction)},
+    "smoothing": {"corrections": (Correction.SMOOTHING,)},
     "statistics": {"rounding": "qep", "corrections": (Correction.BATCH_NORM_STATISTICS,)},
 } | {
     target: {"rounding": "qep", "target": target}

@@ -55,8 +55,9 @@ def plan(
     """Measure MODEL on CALIBRATION and write the best plan for each budget.
 
     The certificate beside a plan (plan.certificate.npz) proves its bound: see 'bitquota verify'.
-    With --rounding the quantized weights stand there too (plan.weights.safetensors): 'evaluate',
-    'check', 'export' and 'finetune' take them from there, and so the files belong together.
+    With --rounding or '--correction smoothing' the quantized weights stand there too
+    (plan.weights.safetensors): 'evaluate', 'check', 'export' and 'finetune' take them from there,
+    and so the files belong together.
     """
     if dry_run:
         estimating.dry_run("plan", model, calibration, request, here, as_json=as_json)
@@ -73,7 +74,7 @@ def plan(
     rounded = [
         Written.at(path, "--out", former=former_weights)
         for path in (file.path.with_suffix(WEIGHTS_SUFFIX) for file in files)
-    ] if request.rounding not in (None, "nearest") and kept else []  # fmt: skip
+    ] if request.ships_weights and kept else []  # fmt: skip
     reported = None if report_file is None else Written.at(report_file, "--report")
     matrix_out = None
     if matrix_file is not None:

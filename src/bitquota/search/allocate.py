@@ -312,7 +312,10 @@ def _plan(
     chosen = setup.table.decode(choices[best])
     by_layer = {candidate.layer: candidate for candidate in chosen}
     quantized = setup.quantized_model(choices[best])
-    weights = None if quantized is None else quantized.to_bytes()
+    weights, shipped = None, None
+    if quantized is not None:
+        weights = quantized.to_bytes()
+        shipped = named(weights, quantized.rounding)
     plan = Plan(
         model_digest=setup.inventory.model_digest,
         assignments=tuple(
@@ -353,11 +356,12 @@ def _plan(
         }
         | ({"skipped": source.skipped} if source.skipped else {})
         | ({"importance": setup.importance.digest} if setup.importance else {})
-        | ({"identity": setup.identity_note} if setup.identity_note else {}),
+        | ({"identity": setup.identity_note} if setup.identity_note else {})
+        | ({"smoothing": setup.smoothing.to_json()} if setup.smoothing else {}),
         target=None if setup.target is None else PlanTarget.of(setup.target),
         evidence=None if evidence is None else evidence.to_json(),
         outputs=setup.measure_choice(choices[best], stage="evidence", with_outputs=True).outputs,
-        weights=None if weights is None else named(weights, str(setup.request.rounding)),
+        weights=shipped,
     )
     return plan, weights
 
