@@ -261,6 +261,7 @@ class _Flow(_Watching):
         self.producers: dict[str, _Producer] = {}
         self.inputs: dict[str, Tensor] = {}
         self._seen: set[str] = set()
+        self._elsewhere: set[str] = set()
         self._sources: dict[int, frozenset[str]] = {}
         self._alive: list[Any] = []
 
@@ -283,6 +284,7 @@ class _Flow(_Watching):
             not producer.dropped
             and len(producer.readers) <= MOST_READERS
             and all(len(owners) == 1 for owners in held)
+            and producer.layer not in self._elsewhere
             and all(self._owned_once(reader) for reader in producer.readers)
         )
 
@@ -292,7 +294,7 @@ class _Flow(_Watching):
 
     def _owned_once(self, layer: str) -> bool:
         key = next(key for key, known in self.layers.items() if known.name == layer)
-        return len(self.owners.get(key, [])) == 1
+        return layer not in self._elsewhere and len(self.owners.get(key, [])) == 1
 
     def at_layer(
         self,
@@ -370,6 +372,10 @@ class _Flow(_Watching):
         own = [self.sources_in(tensor) for tensor in tensors_in((args, kwargs))]
         sources = frozenset[str]().union(*own)
         result = func(*args, **kwargs)
+        if next(tensors_in(result), None) is not None:
+            # A weight that another operator reads, as an embedding reads that of a tied head.
+            keys = [tensor_key(tensor) for tensor in tensors_in((args, kwargs))]
+            self._elsewhere.update(self.layers[key].name for key in keys if key in self.layers)
         if operator in _SUMS or result is None:
             self.drop(name for name in sources if any(name not in part for part in own))
         if result is None:  # written into, as by x[...] = y

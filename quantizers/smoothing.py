@@ -31,13 +31,12 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity
-from bitquota.canonical import digest_json
 from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.models.channel_flow import channel_pairs
 from bitquota.models.layout import from_matrix, to_matrix
@@ -101,12 +100,6 @@ class Smoothing:
         """Return what a plan says of it."""
         told: JsonObject = {"places": [scaling.pair.weight for scaling in self.scalings]}
         return told | ({"undone": self.undone} if self.undone else {})
-
-    def digest(self) -> str:
-        """Return what keys of the measurement cache must know."""
-        return digest_json(
-            [[asdict(s.pair), [float(f).hex() for f in s.factors]] for s in self.scalings]
-        )
 
 
 def smooth(

@@ -32,6 +32,7 @@ from bitquota.quantizers.imatrix import importance_of
 from bitquota.quantizers.quantized_model import QuantizedModel, changed_tensors
 from bitquota.quantizers.smoothing import smooth
 from bitquota.sensitivity.outputs import read_outputs
+from bitquota.sensitivity.runners.base import describe_change
 from bitquota.sensitivity.runners.make import make_runner
 
 if TYPE_CHECKING:
@@ -272,7 +273,8 @@ def build_setup(
     smoothing = None
     if fit and Correction.SMOOTHING in request.corrections:
         batches = [batch.inputs for batch in measured.batches(BATCH)]
-        smoothing = smooth(module, inventory, _typical(table), batches)
+        typical = _typical(table)
+        smoothing = smooth(module, inventory, typical, batches)
         module = smoothing.module
 
     # Quantizers, fitted where candidates need samples.
@@ -287,7 +289,9 @@ def build_setup(
         rounding=request.rounding,
     )
     if smoothing is not None:
-        fitted = replace(fitted, origin=digest_json([fitted.origin, smoothing.digest()]))
+        # What it was fitted to, not what came out: another machine may round differently.
+        made_for = {"smoothing": measured.to_json(), "for": describe_change(typical)}
+        fitted = replace(fitted, origin=digest_json([fitted.origin, made_for]))
     return Setup(
         request=request,
         module=module,

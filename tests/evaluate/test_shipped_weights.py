@@ -199,6 +199,32 @@ class TestFile:
         assert again.weights[0] == (folder / f"plan{WEIGHTS_SUFFIX}").read_bytes()
 
 
+class TestLanguageModel:
+    @pytest.mark.parametrize("target", ["gguf-py", "ct-vllm-humming"])
+    def test_smoothed_norms_travel(self, target, llama_folder, tmp_path):
+        """What was measured is in the exported folder, with norms that are not the model's."""
+        llama = load_model(str(llama_folder))
+        tokens = CalibrationSet(
+            inputs=(torch.randint(0, 64, (24, 12), generator=torch.Generator().manual_seed(0)),)
+        )
+        request = PlanRequest(
+            budgets=("6 bits",), target=target, corrections=(Correction.SMOOTHING,),
+            samples=12, holdout_samples=12, refine=False, effort="quick",
+        )  # fmt: skip
+        found = allocate(llama, tokens, request, context=CPU)
+        (plan,) = found.plans
+        path = tmp_path / f"plan{WEIGHTS_SUFFIX}"
+        path.write_bytes(found.weights[0])
+        assert any("norm" in s.pair.weight for s in QuantizedModel.load(path).scalings)
+        ready = replace(llama, weights=(path,))
+        report = export_plan(ready, plan, tmp_path / "out", target=target, samples=tokens)
+        assert report.difference.relative < 1e-3
+        run, _, _ = open_export(ready, tmp_path / "out")
+        with torch.no_grad():
+            gap = run(*tokens.inputs) - quantized_module(ready, plan)(*tokens.inputs)
+        assert float(gap.abs().max()) < 1e-3
+
+
 class TestTrained:
     def test_training_begins_with_the_plan_as_it_ships(self, loaded, made):
         plan, model, _ = made("qep")

@@ -153,3 +153,19 @@ class TestChannelPairs:
 
         assert places(Twice(tied=True), ROWS) == {}
         assert places(Twice(tied=False), ROWS) == {}
+
+    def test_not_into_heads_that_share_the_embedding(self):
+        class Tied(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed, self.a, self.norm = (
+                    nn.Embedding(30, 16), nn.Linear(16, 16), nn.LayerNorm(16)
+                )  # fmt: skip
+
+            def forward(self, x):
+                x = self.norm(functional.gelu(self.a(self.embed(x))))
+                return functional.linear(x, self.embed.weight)
+
+        tokens = torch.arange(20).reshape(4, 5)
+        exported = torch.export.export(Tied().eval(), (tokens,)).module()
+        assert places(Tied(), tokens) == places(exported, tokens) == {}
