@@ -6,7 +6,8 @@
     python benchmarks/rounding.py --tiny          # untrained, a few images, no shared data
 
 A case is ``uniform B`` or ``mixed B`` (average bits), with ``g64`` behind it for groups of 64
-weights. Uniform weights are rounded and run; mixed rows are plans that ``allocate`` made with the
+weights, ``tensor`` for one scale for each tensor, ``a8`` for inputs of 8 bits. A rounding with
+``+smoothing`` behind it scales channels first. Uniform weights are rounded and run; mixed rows are plans that ``allocate`` made with the
 given rounding, run from their file of quantized weights. KL is that to full precision, with its
 standard error over samples; "paired" is against the first rounding of the same case. Language
 models read the last tenth of tinyshakespeare.txt and are calibrated on the rest; their embeddings
@@ -147,20 +148,30 @@ def request_of(
     case: str, rounding: str, subject: Subject, options: argparse.Namespace
 ) -> PlanRequest:
     """Return what a case means."""
-    kind, bits, *group = case.split()
-    scheme = Scheme()
-    if group:
-        scheme = Scheme(
-            granularity=Granularity.GROUP,
-            group_size=int(group[0].removeprefix("g")),
-            scale_format=ScaleFormat.FP16,
-        )
+    kind, bits, *more = case.split()
+    scheme, activation_bits = Scheme(), None
+    for word in more:
+        if word == "tensor":
+            scheme = Scheme(granularity=Granularity.TENSOR)
+        elif word.startswith("a"):
+            activation_bits = int(word[1:])
+        else:
+            scheme = Scheme(
+                granularity=Granularity.GROUP,
+                group_size=int(word.removeprefix("g")),
+                scale_format=ScaleFormat.FP16,
+            )
+    rounding, _, smoothing = rounding.partition("+")
+    corrections = [Correction.SMOOTHING] if smoothing else []
+    if options.moved:
+        corrections.append(Correction.BATCH_NORM_STATISTICS)
     return PlanRequest(
         budgets=(f"{bits} bits",),
         weight_bits=(int(bits),) if kind == "uniform" else (2, 3, 4, 5, 6, 8),
         scheme=scheme,
         exclude=subject.exclude,
-        corrections=(Correction.BATCH_NORM_STATISTICS,) if options.moved else (),
+        activation_bits=activation_bits,
+        corrections=tuple(corrections),
         rounding=rounding,
         refine=kind == "mixed" and options.effort == "normal",
         samples=subject.samples,
@@ -240,7 +251,7 @@ def main() -> None:
         else f", {100 * judged(subject.model.module, subject)[1]:.2f} % right"
     )
     print(f"{subject.name} in full precision: {len(subject.test)} samples{right}")
-    print("case            rounding  KL                 bar    accuracy   CPU s  paired")
+    print("case            rounding          KL                 bar    accuracy   CPU s  paired")
     context = Context(ledger=MemoryLedger())
     for case in (options.cases or subject.cases).split(","):
         first: torch.Tensor | None = None
@@ -255,7 +266,7 @@ def main() -> None:
             error, paired = (float(part.std()) / len(kl) ** 0.5 for part in (kl, gap))
             bar = BARS.get((subject.name, case)) if rounding == "qep" else None
             print(
-                f"{case:15s} {rounding:8s}  {float(kl.mean()):.4f} +- {error:.4f}"
+                f"{case:15s} {rounding:17s} {float(kl.mean()):.4f} +- {error:.4f}"
                 f"  {'' if bar is None else f'{bar:.3f}':5s}  {100 * accuracy:6.2f} %"
                 f"  {seconds:6.0f}  {float(gap.mean()):+.4f} +- {paired:.4f}",
                 flush=True,

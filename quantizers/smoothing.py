@@ -12,7 +12,9 @@ For each producer we try
 
 with a few ``a`` and ``b``, and keep what gives the smallest output error, ``tr(E G E^T)`` with
 ``E`` the error of the readers' rounded weights and ``G`` the second moment of their inputs, if it
-is smaller than that of ``s = 1``. ``b = 0`` is [AWQ]; ``a = b`` divides the range of inputs and
+is smaller than that of ``s = 1``. Where inputs are quantized to ``b`` bits too, an error of
+``(2 p)^2 max_c G_cc / (12 * 4^b)`` in each of them counts as well, ``p = PEAK``: large channels set
+the range for all. ``b = 0`` is [AWQ]; ``a = b`` divides the range of inputs and
 weights evenly as [SmoothQuant] does; ``a = 0, b = 1`` evens out the weights' ranges as [Nagel19]
 does. Unlike [Nagel19] the producer's own error counts only if its rows share one scale.
 
@@ -64,6 +66,9 @@ ROWS = 64
 
 UNCHANGED = 1e-4
 """Relative change of the outputs in full precision from which on nothing is scaled."""
+
+PEAK = 4.0
+"""Largest input of a layer, as a multiple of the root mean square of its largest channel."""
 
 LEAST_SQUARE = 1e-6
 """Mean square of a channel at least, as a share of the mean over channels."""
@@ -264,7 +269,13 @@ class _Part:
         found = ((errors @ gram) * errors).sum(dim=2)
         if self.counts is not None:
             found = found * (self.counts * factors.square()).reshape(found.shape)
-        return float(found.sum())
+        total = float(found.sum())
+        bits = self.candidate.activation_bits
+        if bits is not None and self.reader is not None:
+            # A step of (largest - least) / 2^bits, an error of step^2 / 12 in every input.
+            largest = float(gram.diagonal(dim1=1, dim2=2).max())
+            total += largest * PEAK**2 / (3 * 4**bits) * float(rows.square().sum())
+        return total
 
 
 def _parts(

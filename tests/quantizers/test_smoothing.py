@@ -12,10 +12,12 @@ from torch.nn import functional
 from bitquota.candidates.storage import Granularity, Scheme
 from bitquota.candidates.table import Candidate
 from bitquota.errors import InvalidInput, InvalidModel
+from bitquota.models.calibration import CalibrationSet
 from bitquota.models.discovery import discover
 from bitquota.models.load import load_model
 from bitquota.quantizers import smoothing
 from bitquota.quantizers.apply import apply_plan
+from bitquota.quantizers.fitted import fit_quantizers
 from bitquota.quantizers.smoothing import scale_channels, smooth
 
 X = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
@@ -36,12 +38,15 @@ class Uneven(nn.Module):
         return self.down(self.between(self.up(x)))
 
 
-def made(between=functional.relu, granularity=Granularity.CHANNEL):
+def made(between=functional.relu, granularity=Granularity.CHANNEL, bits=3, activation_bits=None):
     torch.manual_seed(0)
     module = Uneven(between).eval()
     inventory = discover(module, (X,))
     scheme = Scheme(granularity=granularity)
-    return module, inventory, {la.name: Candidate.of(la, 3, scheme) for la in inventory.layers}
+    candidates = {
+        la.name: Candidate.of(la, bits, scheme, activation_bits) for la in inventory.layers
+    }
+    return module, inventory, candidates
 
 
 def rounded(module, inventory, candidates):
@@ -70,6 +75,23 @@ class TestSmooth:
             for m in (module, found.module)
         )
         assert smoothed < 0.5 * plain
+
+    def test_quantized_inputs_lose_less(self):
+        """One range for all inputs, which large channels set, fits channels of one size."""
+        module, inventory, candidates = made(bits=8, activation_bits=4)
+        found = smooth(module, inventory, candidates, [(X,)])
+        data = CalibrationSet(inputs=(X,))
+        plain, smoothed = (
+            functional.mse_loss(
+                apply_plan(
+                    m, inventory, [candidates["down"]],
+                    fitted=fit_quantizers(m, inventory, [candidates["down"]], data),
+                )(X),
+                module(X),
+            )
+            for m in (module, found.module)
+        )  # fmt: skip
+        assert smoothed < 0.1 * plain
 
     def test_scalings_make_the_smoothed_model_again(self):
         module, inventory, candidates = made()
