@@ -7,12 +7,13 @@
 
 A case is ``uniform B`` or ``mixed B`` (average bits), with ``g64`` behind it for groups of 64
 weights, ``tensor`` for one scale for each tensor, ``a8`` for inputs of 8 bits. A rounding with
-``+smoothing`` behind it scales channels first. Uniform weights are rounded and run; mixed rows are plans that ``allocate`` made with the
-given rounding, run from their file of quantized weights. KL is that to full precision, with its
-standard error over samples; "paired" is against the first rounding of the same case. Language
-models read the last tenth of tinyshakespeare.txt and are calibrated on the rest; their embeddings
-and heads stay in full precision, KL is per token, and the accuracy is how often the most likely
-token stays. ``--model FOLDER`` takes a Hugging Face folder with its tokenizer.
+``+smoothing`` behind it scales channels first. Uniform weights are rounded and run; mixed rows are
+plans that ``allocate`` made with the given rounding, run from their file of quantized weights. KL
+is that to full precision, with its standard error over samples; "paired" is against the first
+rounding of the same case. Language models read the last tenth of tinyshakespeare.txt and are
+calibrated on the rest; their embeddings and heads stay in full precision, KL is per token, and the
+accuracy is how often the most likely token stays. ``--model FOLDER`` takes a Hugging Face folder
+with its tokenizer.
 """
 
 from __future__ import annotations
