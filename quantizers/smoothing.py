@@ -40,7 +40,7 @@ import torch
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity
 from bitquota.errors import InvalidInput, InvalidPlan
-from bitquota.models.channel_flow import channel_pairs
+from bitquota.models.channel_flow import FARTHEST, channel_pairs
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.onnx.program import source_of
 from bitquota.models.running import put_in_eval_mode, run_module, tensor_of
@@ -70,8 +70,9 @@ UNCHANGED = 1e-4
 PEAK = 4.0
 """Largest input of a layer, as a multiple of the root mean square of its largest channel."""
 
-LEAST_SQUARE = 1e-6
-"""Mean square of a channel at least, as a share of the mean over channels."""
+LEAST_SQUARE = 1e-4
+"""Mean square of a channel at least, as a share of the mean over channels: one that the samples do
+not reach may be reached by others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -337,6 +338,8 @@ def _best_factors(
     for a, b in powers:
         factors = inputs ** (a / 2) / weights ** (b / 2)
         factors = factors / factors.log().mean().exp()
+        # Functions between were tried within this range.
+        factors = factors.clamp(2.0**-FARTHEST, 2.0**FARTHEST)
         total = sum(part.error(factors) / own for part, own in zip(parts, alone, strict=True))
         if total < least:
             least, best = total, factors
