@@ -33,12 +33,12 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity
+from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, ScaleRule
 from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.models.channel_flow import FARTHEST, channel_pairs
 from bitquota.models.layout import from_matrix, to_matrix
@@ -63,6 +63,10 @@ POWERS = tuple((a, b) for a in (0.0, 0.25, 0.5, 0.75, 1.0) for b in (0.0, 0.5, 1
 
 ROWS = 64
 """Rows of a reader on which errors are compared, where rows have scales of their own."""
+
+FINE_BITS = 6
+"""Bit-width from which on scales of the comparison are not searched for: it would take most of the
+time, and change nothing."""
 
 UNCHANGED = 1e-4
 """Relative change of the outputs in full precision from which on nothing is scaled."""
@@ -263,19 +267,20 @@ class _Part:
             rows = self.rows * columns[:, None]
             gram = self.gram / (columns[:, :, None] * columns[:, None, :])
         flat = rows.reshape(-1, rows.shape[2])
-        stored = quantize(
-            flat, self.candidate.weight_bits, self.candidate.scheme, rounding=Rounder.NEAREST
-        )
+        bits, scheme = self.candidate.weight_bits, self.candidate.scheme
+        if bits >= FINE_BITS:
+            scheme = replace(scheme, scale_rule=ScaleRule.ABSMAX)
+        stored = quantize(flat, bits, scheme, rounding=Rounder.NEAREST)
         errors = (stored.dequantize().double() - flat).reshape(rows.shape)
         found = ((errors @ gram) * errors).sum(dim=2)
         if self.counts is not None:
             found = found * (self.counts * factors.square()).reshape(found.shape)
         total = float(found.sum())
-        bits = self.candidate.activation_bits
-        if bits is not None and self.reader is not None:
+        input_bits = self.candidate.activation_bits
+        if input_bits is not None and self.reader is not None:
             # A step of (largest - least) / 2^bits, an error of step^2 / 12 in every input.
             largest = float(gram.diagonal(dim1=1, dim2=2).max())
-            total += largest * PEAK**2 / (3 * 4**bits) * float(rows.square().sum())
+            total += largest * PEAK**2 / (3 * 4**input_bits) * float(rows.square().sum())
         return total
 
 
