@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Rounding
 from bitquota.canonical import digest_json
 from bitquota.errors import InvalidInput
 from bitquota.quantizers.channel_fit import collect_by
-from bitquota.quantizers.input_moments import input_grams
+from bitquota.quantizers.input_moments import input_grams, moment_bytes
 from bitquota.quantizers.quantized_weights import QuantizedWeights
 from bitquota.quantizers.rounders import Rounder
-from bitquota.quantizers.sequential import rounder_in
+from bitquota.quantizers.sequential import AUTO, QEP, rounder_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -33,7 +33,7 @@ class RoundingOrder:
     """How the weights that ship are rounded, layer after layer.
 
     Attributes:
-        rounding: One of ``request.ROUNDINGS``, not ``nearest``.
+        rounding: ``gpfq``, ``gptq`` or ``qep``.
         batches: Positional arguments of the passes whose inputs count.
     """
 
@@ -49,13 +49,19 @@ class Fitted:
         weights: Quantized weights.
         activations: Calibrated input quantizers, when candidates quantize inputs.
         origin: Digest of what both were fitted on, or empty: part of keys of the cache.
+        nearest_origin: The same where weights are rounded to nearest.
         order: How weights that ship are rounded, if not each by itself.
     """
 
     weights: QuantizedWeights
     activations: Callable[[str, int], Callable[[Tensor], Tensor]] | None = None
     origin: str = ""
+    nearest_origin: str = ""
     order: RoundingOrder | None = None
+
+    def nearest(self) -> Fitted:
+        """Return the same quantizers, but for weights that are rounded to nearest."""
+        return replace(self, weights=self.weights.nearest(), origin=self.nearest_origin, order=None)
 
 
 def fit_quantizers(
@@ -66,7 +72,8 @@ def fit_quantizers(
     *,
     activation_fit: str = "mse",
     importance: Importance | None = None,
-    rounding: str | None = None,
+    rounding: str = Rounder.NEAREST,
+    memory_bytes: int = 2**30,
 ) -> Fitted:
     """Fit what any of ``candidates`` needs on ``samples``.
 
@@ -77,7 +84,9 @@ def fit_quantizers(
         samples: Unlabelled samples; ``None`` will do where nothing is fitted to inputs.
         activation_fit: How input ranges are chosen (``channel_fit.collect_by``).
         importance: What the columns of weights count for, if not alike.
-        rounding: One of ``request.ROUNDINGS``; to nearest if left out.
+        rounding: One of ``request.ROUNDINGS``.
+        memory_bytes: What the moments of inputs may take where ``rounding`` is ``auto``; where they
+            would take more, weights are rounded to nearest.
 
     Raises:
         InvalidInput: Activation ranges or feedback, and no samples.
@@ -87,39 +96,41 @@ def fit_quantizers(
     offered = list(candidates)
     needs_ranges = any(c.activation_bits is not None for c in offered)
     rounded = [c for c in offered if c.weight_bits != FULL_PRECISION_BITS]
-    in_order = rounding not in (None, Rounder.NEAREST) and bool(rounded)
-    needs_grams = in_order or any(c.scheme.rounding is Rounding.ERROR_FEEDBACK for c in rounded)
+    if rounding == AUTO:
+        fits = moment_bytes(inventory, rounded) <= memory_bytes
+        rounding = QEP if fits else Rounder.NEAREST
+    in_order = rounding != Rounder.NEAREST and bool(rounded)
+    fed = any(c.scheme.rounding is Rounding.ERROR_FEEDBACK for c in rounded)
     grams = activations = order = None
-    origin = ""
-    if needs_ranges or needs_grams:
+    if needs_ranges or in_order or fed:
         if samples is None:
             what = "ranges of activations are" if needs_ranges else "error feedback is"
             msg = f"{what} fitted on samples: provide correction data, such as the calibration set"
             raise InvalidInput(msg)
-        origin = digest_json(samples.to_json())
         batches = [b.inputs for b in samples.batches(BATCH)]
-        if needs_grams:
+        if in_order or fed:
             grams = input_grams(module, inventory, batches)
         if needs_ranges:
             activations = collect_by(activation_fit, module, inventory, batches)
-            if activation_fit != "mse":
-                origin = digest_json([origin, activation_fit])
         if in_order:
-            assert rounding is not None  # noqa: S101
             order = RoundingOrder(rounding=rounding, batches=batches)
-            origin = digest_json([origin, {"rounding": rounding}])
-    if importance is not None:
-        origin = digest_json([origin, importance.digest])
+
+    def origin(order: RoundingOrder | None) -> str:
+        found = ""
+        if samples is not None and (needs_ranges or fed or order is not None):
+            found = digest_json(samples.to_json())
+        if needs_ranges and activation_fit != "mse":
+            found = digest_json([found, activation_fit])
+        if order is not None:
+            found = digest_json([found, {"rounding": order.rounding}])
+        return found if importance is None else digest_json([found, importance.digest])
+
     columns = None if importance is None else importance.columns
+    rounder = Rounder.NEAREST if order is None else rounder_in(order.rounding)
     return Fitted(
-        weights=QuantizedWeights(
-            module,
-            inventory,
-            grams,
-            columns,
-            Rounder.NEAREST if order is None else rounder_in(order.rounding),
-        ),
+        weights=QuantizedWeights(module, inventory, grams, columns, rounder),
         activations=activations,
-        origin=origin,
+        origin=origin(order),
+        nearest_origin=origin(None),
         order=order,
     )

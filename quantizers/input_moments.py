@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bitquota.candidates.layers import Inventory, Layer
+    from bitquota.candidates.table import Candidate
     from bitquota.models.calls import LayerCall
 
-POSITIONS = 2**17
-"""Positions of a convolution's input whose moments are taken, or 64 for each column if that is
+POSITIONS = 2**15
+"""Positions of a convolution's input whose moments are taken, or 32 for each column if that is
 more: drawn at random where there are more."""
 
 
@@ -39,7 +40,7 @@ def input_grams(
     A column of ``X`` is one column of the layer's weight matrix (see ``quantizers.layout``): for a
     convolution ``X`` holds the patches that each output is computed from; for a transposed one,
     those of the equal convolution over the input spread out with zeros. Of a convolution with very
-    many positions, ``POSITIONS`` or 64 for each column are drawn at random.
+    many positions, ``POSITIONS`` or 32 for each column are drawn at random.
 
     Args:
         module: The full-precision model, or one whose earlier layers are quantized already.
@@ -77,6 +78,19 @@ def input_grams(
         if layer.name not in watcher.grams and not layer.kind.name.startswith("CONV")
     ]
     return watcher.grams | (product_grams(module, inside, batches) if inside else {})
+
+
+def moment_bytes(inventory: Inventory, candidates: Iterable[Candidate]) -> int:
+    """Return the bytes of the Grams that ``input_grams`` takes of the candidates' layers.
+
+    Those of grouped convolutions, whose columns are few, count as one.
+    """
+    layers = [inventory.layer(name) for name in {candidate.layer for candidate in candidates}]
+    return sum(
+        8 * layer.columns**2 * (layer.weight_shape[0] if layer.kind is LayerKind.EXPERTS else 1)
+        for layer in layers
+        if layer.kind is not LayerKind.EMBEDDING
+    )
 
 
 def _onnx_grams(
@@ -121,7 +135,7 @@ class _GramWatcher(LayerWatcher["Layer"]):
 
 def positions_of(layer: Layer, n_batches: int) -> int:
     """Return at how many positions of each batch a layer's input is looked at, at most."""
-    return -(-max(POSITIONS, 64 * layer.columns) // n_batches)
+    return -(-max(POSITIONS, 32 * layer.columns) // n_batches)
 
 
 def call_settings(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

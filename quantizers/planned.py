@@ -83,7 +83,7 @@ def quantizers_of(
         samples,
         activation_fit=request.get("activation_fit", "mse"),
         importance=check_importance(plan, model.imatrix),
-        rounding=request.get("rounding"),
+        rounding=plan.rounding,
     )
 
 

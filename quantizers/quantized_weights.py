@@ -48,8 +48,15 @@ class QuantizedWeights:
         self._rounding = rounding
         self._grams = grams or {}
         self.importance = importance or {}
+        self._inventory = inventory
         self._layers = {layer.name: layer for layer in inventory.layers}
         self._cache: dict[tuple[Any, ...], Tensor] = {}
+
+    def nearest(self) -> QuantizedWeights:
+        """Return the same, but for weights that are rounded to nearest."""
+        return QuantizedWeights(
+            self._module, self._inventory, self._grams, self.importance, Rounder.NEAREST
+        )
 
     def layer(self, name: str) -> Layer:
         """Return the layer; raises ``InvalidInput`` for a name that the inventory lacks."""

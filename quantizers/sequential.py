@@ -42,6 +42,8 @@ APART = frozenset({LayerKind.EMBEDDING, LayerKind.EXPERTS, *MATRICES})
 """Kinds whose weights no watched operator multiplies with whole rows."""
 
 QEP = "qep"
+AUTO = "auto"
+"""As ``qep`` where that is possible and better, else to nearest."""
 
 
 def rounder_in(rounding: str) -> Rounder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -60,6 +61,20 @@ SPARE_BLOCKS = 2
 """Blocks of further samples at most, beyond those that a request asks for."""
 
 
+@dataclass(slots=True, eq=False)
+class Kept:
+    """The quantized model of the best choice so far: it is the one that is asked for again."""
+
+    choice: Choice | None = None
+    loss: float = math.inf
+    model: QuantizedModel | None = None
+
+    def offer(self, choice: Choice, loss: float, model: QuantizedModel) -> None:
+        """Keep a choice if it is better than the one that is kept."""
+        if loss < self.loss:
+            self.choice, self.loss, self.model = choice, loss, model
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     """A request made concrete for one model and one calibration set.
@@ -81,6 +96,7 @@ class Setup:
         target: The deployment target that candidates come from, if the request names one.
         graphs: What runners exported of ``module``: they run it on chunks of the same size.
         references: Full-precision outputs on ``holdout``, computed once for all choices.
+        kept: What was rounded last, layer after layer.
         outputs: The outputs that the loss is about, and what they were taken for; empty with a
             loss of one's own.
         identity_note: What the model's digest does not cover, if anything.
@@ -102,6 +118,7 @@ class Setup:
     spare: tuple[CalibrationSet, ...] = ()
     graphs: Graphs = field(default_factory=dict)
     references: References = field(default_factory=References)
+    kept: Kept = field(default_factory=Kept)
     outputs: tuple[PlanOutput, ...] = ()
     identity_note: str = ""
     smoothing: Smoothing | None = None
@@ -147,7 +164,14 @@ class Setup:
         ``None`` measures full precision, without corrections: its accuracy, and no increase.
         ``with_outputs`` also says what changes in the outputs, if the setup has any.
         """
-        return measure_choice(
+        made: list[QuantizedModel] = []
+
+        def make() -> torch.nn.Module:
+            assert choice is not None  # noqa: S101  # nothing is rounded in full precision
+            made.append(self._rounded(tuple(choice)))
+            return made[0].put_into(copy.deepcopy(self.module), self.inventory)
+
+        found = measure_choice(
             self.module,
             self.inventory,
             () if choice is None else self.table.decode(choice),
@@ -161,13 +185,27 @@ class Setup:
             references=self.references,
             outputs=() if choice is None else self.outputs,
             with_outputs=with_outputs and bool(self.outputs),
+            make=None if self.fitted.order is None or choice is None else make,
         )
+        if made and choice is not None:
+            self.kept.offer(tuple(choice), found.mean, made[0])
+        return found
 
     def quantized_model(self, choice: Choice) -> QuantizedModel | None:
         """Return what a choice ships as, or ``None`` where its plan has no such file."""
-        order = self.fitted.order
-        if order is None and self.smoothing is None:
+        if self.fitted.order is None and self.smoothing is None:
             return None
+        return self._rounded(choice)
+
+    def rounded_to_nearest(self) -> Setup:
+        """Return this setup for weights that are rounded to nearest."""
+        return replace(self, fitted=self.fitted.nearest(), kept=Kept())
+
+    def _rounded(self, choice: Choice) -> QuantizedModel:
+        """Quantize a choice as its plan says, unless it is the one that was kept."""
+        if self.kept.choice == choice and self.kept.model is not None:
+            return self.kept.model
+        order = self.fitted.order
         chosen = self.table.decode(choice)
         stored: dict[str, QuantizedWeight] = {}
         module = apply_plan(
@@ -287,11 +325,16 @@ def build_setup(
         activation_fit=request.activation_fit,
         importance=importance,
         rounding=request.rounding,
+        memory_bytes=context.memory_bytes,
     )
     if smoothing is not None:
         # What it was fitted to, not what came out: another machine may round differently.
         made_for = {"smoothing": measured.to_json(), "for": describe_change(typical)}
-        fitted = replace(fitted, origin=digest_json([fitted.origin, made_for]))
+        fitted = replace(
+            fitted,
+            origin=digest_json([fitted.origin, made_for]),
+            nearest_origin=digest_json([fitted.nearest_origin, made_for]),
+        )
     return Setup(
         request=request,
         module=module,

@@ -349,6 +349,11 @@ class Plan(Document):
             )
 
     @property
+    def rounding(self) -> str:
+        """How its weights are rounded."""
+        return "nearest" if self.weights is None else self.weights.rounding
+
+    @property
     def n_weights(self) -> int:
         """Quantizable weights."""
         return sum(a.layer.n_weights for a in self.assignments)

@@ -33,9 +33,10 @@ RECIPES = ("stabilised", "ellipsoid", "bitpruning", "bsq", "uhlich2020")
 EFFORTS = ("quick", "normal", "thorough")
 """How much work a plan may take, the least first."""
 
-ROUNDINGS = ("nearest", "gpfq", "gptq", "qep")
+ROUNDINGS = ("auto", "nearest", "gpfq", "gptq", "qep")
 """``nearest``; ``gpfq`` and ``gptq``: with feedback, layer after layer; ``qep``: as ``gptq``, and
-each layer also makes up for part of what quantization did to its inputs."""
+each layer also makes up for part of what quantization did to its inputs; ``auto``: ``qep`` where
+its moments fit into memory and the hold-out samples do not prefer ``nearest``."""
 
 FORMER_ROUNDINGS = {"error_feedback": "gptq"}
 """What commands called roundings before, and what they are called now."""
@@ -91,11 +92,11 @@ class PlanRequest(Document):
             on a GPU. Plans are compared on the hold-out samples in float32 in any case.
         target: Deployment target, whose formats, legal shapes, ties and exclusions decide what
             may become of each layer.
-        rounding: How weights are rounded, one of ``ROUNDINGS``; to nearest if left out.
+        rounding: How weights are rounded, one of ``ROUNDINGS``.
     """
 
     # Requests without these keep the bytes that they always had.
-    FORM: ClassVar[Form] = Form(what="a request", left_out=("outputs", "effort", "rounding"))
+    FORM: ClassVar[Form] = Form(what="a request", left_out=("outputs", "effort"))
 
     budgets: tuple[str, ...] = ()
     weight_bits: tuple[int, ...] = ()
@@ -120,7 +121,7 @@ class PlanRequest(Document):
     target: str | None = None
     outputs: tuple[str, ...] | None = None
     effort: str = "normal"
-    rounding: str | None = None
+    rounding: str = "auto"
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without the model."""
@@ -139,8 +140,7 @@ class PlanRequest(Document):
         parse_losses(self.loss)
         parse_outputs(self.outputs or ())
         check_solver(self.solver)
-        if self.rounding is not None:
-            _one_of("rounding", self.rounding, ROUNDINGS)
+        _one_of("rounding", self.rounding, ROUNDINGS)
         _one_of("precision", self.precision, PRECISIONS)
         for bits in self.weight_bits:
             _one_of("weight_bits", bits, WEIGHT_BITS)
@@ -168,7 +168,7 @@ class PlanRequest(Document):
     @property
     def ships_weights(self) -> bool:
         """Whether a file of quantized weights belongs to each plan."""
-        return self.rounding not in (None, "nearest") or Correction.SMOOTHING in self.corrections
+        return self.rounding != "nearest" or Correction.SMOOTHING in self.corrections
 
 
 def parse_losses(text: str) -> str | dict[str, str]:

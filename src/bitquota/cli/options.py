@@ -177,12 +177,13 @@ ScaleFormatName = Annotated[
     ScaleFormat, typer.Option("--scale-format", help="How scales are stored.")
 ]
 RoundingName = Annotated[
-    str | None,
+    str,
     typer.Option(
         "--rounding",
-        help="How weights are rounded: nearest (default); gptq or gpfq: with error feedback, layer "
-        "after layer; qep: gptq that also makes up for the error of earlier layers. All but "
-        "nearest write the quantized weights beside the plan.",
+        help="How weights are rounded: nearest; gptq or gpfq: with error feedback, layer after "
+        "layer; qep: gptq that also makes up for the error of earlier layers; auto: qep, or "
+        "nearest where that measures better (compare: nearest). All but nearest write the "
+        "quantized weights beside the plan.",
     ),
 ]
 SolverName = Annotated[str, typer.Option("--solver", help="Solver backend.")]
@@ -367,7 +368,7 @@ _REQUEST: dict[str, tuple[Any, Any]] = {
     "group_size": (GroupSize, None),
     "scale_rule": (ScaleRuleName, ScaleRule.LEAST_SQUARES),
     "scale_format": (ScaleFormatName, ScaleFormat.FP32),
-    "rounding": (RoundingName, None),
+    "rounding": (RoundingName, "auto"),
     "precision": (Precision, "fp32"),
     "solver": (SolverName, "auto"),
     "gap": (Gap, 1e-4),

@@ -268,6 +268,7 @@ def print_plan(
     for sentence in (
         *report.output_sentences(plan),
         *report.caution_sentences(plan),
+        *report.rounding_sentences(plan),
         *report.hint_sentences(plan),
     ):
         console.print(Text(sentence))

@@ -55,9 +55,9 @@ def plan(
     """Measure MODEL on CALIBRATION and write the best plan for each budget.
 
     The certificate beside a plan (plan.certificate.npz) proves its bound: see 'bitquota verify'.
-    With --rounding or '--correction smoothing' the quantized weights stand there too
-    (plan.weights.safetensors): 'evaluate', 'check', 'export' and 'finetune' take them from there,
-    and so the files belong together.
+    The quantized weights stand there too (plan.weights.safetensors), unless they are only rounded
+    to nearest: 'evaluate', 'check', 'export' and 'finetune' take them from there, so the files
+    belong together.
     """
     if dry_run:
         estimating.dry_run("plan", model, calibration, request, here, as_json=as_json)

@@ -29,7 +29,7 @@ from bitquota.sensitivity.recorder import checked_losses, standard_error
 from bitquota.sensitivity.runners.base import describe_change
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor, nn
@@ -111,6 +111,7 @@ def measure_choice(
     references: References | None = None,
     outputs: Sequence[PlanOutput] = (),
     with_outputs: bool = False,
+    make: Callable[[], nn.Module] | None = None,
 ) -> ChoiceLoss:
     """Measure the loss increase of a choice on ``calibration``, corrections included.
 
@@ -120,7 +121,7 @@ def measure_choice(
     model's own arithmetic. Arguments as in ``apply_plan``; ``candidates`` may be empty for the
     full-precision model. What changes in ``outputs`` is noted in the ledger on the way where they
     are small, and returned if ``with_outputs``: then the choice is run again only where they are
-    large.
+    large. ``make`` returns the quantized model where the caller has it, or keeps it.
 
     Raises:
         InvalidCalibration: The model does not accept the samples, or labels are missing.
@@ -151,14 +152,18 @@ def measure_choice(
 
     @cache
     def quantized() -> nn.Module:
-        return apply_plan(
-            module,
-            inventory,
-            candidates,
-            corrections=corrections,
-            correction_data=correction_data,
-            fitted=fitted,
-            references=references,
+        return (
+            make()
+            if make is not None
+            else apply_plan(
+                module,
+                inventory,
+                candidates,
+                corrections=corrections,
+                correction_data=correction_data,
+                fitted=fitted,
+                references=references,
+            )
         )
 
     def losses(output: Tensor, reference: Tensor, labels: Tensor | None) -> NDArray[np.float64]:

@@ -241,6 +241,20 @@ def output_sentences(plan: Plan) -> list[str]:
 _ENDS = {"softmax": "softmax", "sigmoid": "sigmoid", "argmax": "arg-max"}
 
 
+def rounding_sentences(plan: Plan) -> list[str]:
+    """Return how weights are rounded, and what that is worth, where the plan says so."""
+    about = plan.provenance.get("rounding")
+    if plan.weights is None and about is None:
+        return []
+    rounding = "to nearest" if plan.weights is None else f"by {plan.weights.rounding}"
+    if not about or "nearest_worse_by" not in about:
+        return [f"Weights are rounded {rounding}."]
+    difference = f"{abs(about['nearest_worse_by']):.3g} ± {about['standard_error']:.2g}"
+    if plan.weights is None:
+        return [f"Weights are rounded to nearest: by qep the plan measured {difference} worse."]
+    return [f"Weights are rounded {rounding}: to nearest the plan measured {difference} worse."]
+
+
 def hint_sentences(plan: Plan) -> list[str]:
     """Return what would lose less at the same size, where the plan itself shows it."""
     trained = str(plan.selected).startswith(("trained:", "learned:"))
@@ -407,6 +421,7 @@ def render_markdown(
             ),
             *output_sentences(plan),
             *caution_sentences(plan),
+            *rounding_sentences(plan),
             *hint_sentences(plan),
             proof_sentence(plan),
             *evidence_sentences(plan),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
@@ -11,9 +11,11 @@ import numpy as np
 import bitquota
 from bitquota.errors import InvalidInput
 from bitquota.evaluate.choice import ChoiceLoss
-from bitquota.measurement_setup import Setup, build_setup
+from bitquota.measurement_setup import Kept, Setup, build_setup
 from bitquota.plan import SOLVER, Assignment, Baseline, Plan, PlanTarget, Proof
 from bitquota.quantizers.quantized_model import named
+from bitquota.quantizers.rounders import Rounder
+from bitquota.quantizers.sequential import AUTO
 from bitquota.search.baselines import baseline_choices, uniform_mixes
 from bitquota.search.evidence import gather_evidence
 from bitquota.search.phases import (
@@ -36,10 +38,11 @@ from bitquota.solver import Problem, Status, build_problem
 from bitquota.solver.archive import certificate_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from bitquota.candidates.budget import Budget
     from bitquota.candidates.layers import Inventory
+    from bitquota.canonical import JsonObject
     from bitquota.context import Context
     from bitquota.evaluate.choice import ChoiceLoss
     from bitquota.matrix import SensitivityMatrix
@@ -266,11 +269,13 @@ def _plan(
     Returns the best as a plan, with the file of its quantized weights if it has one.
     """
     setup.context.next_phase()
+    setup = replace(setup, kept=Kept())
     quick = setup.request.effort == "quick"
+    setup, first, rounding = _with_rounding(setup, outcome.choice, stage)
     found = (outcome.choice,) if quick else (outcome.choice, *others)
     own = {f"refined {k}": c for k, c in enumerate(dict.fromkeys(found))}
     own = {name: choice for name, choice in own.items() if problem.is_feasible(choice)}
-    measured = _measure_choices(setup, own | outcome.baselines, stage)
+    measured = _measure_choices(setup, own | outcome.baselines, stage, first)
     # Ties go to the refined choice, which comes first.
     refined = min(own, key=lambda name: measured[name].mean)
     choices = {SOLVER: own[refined], **outcome.baselines}
@@ -357,7 +362,8 @@ def _plan(
         | ({"skipped": source.skipped} if source.skipped else {})
         | ({"importance": setup.importance.digest} if setup.importance else {})
         | ({"identity": setup.identity_note} if setup.identity_note else {})
-        | ({"smoothing": setup.smoothing.to_json()} if setup.smoothing else {}),
+        | ({"smoothing": setup.smoothing.to_json()} if setup.smoothing else {})
+        | ({"rounding": rounding} if rounding else {}),
         target=None if setup.target is None else PlanTarget.of(setup.target),
         evidence=None if evidence is None else evidence.to_json(),
         outputs=setup.measure_choice(choices[best], stage="evidence", with_outputs=True).outputs,
@@ -366,11 +372,41 @@ def _plan(
     return plan, weights
 
 
-def _measure_choices(setup: Setup, choices: dict[str, Choice], stage: str) -> dict[str, ChoiceLoss]:
-    """Measure every distinct choice on the hold-out samples, by name."""
+def _with_rounding(
+    setup: Setup, choice: Choice, stage: str
+) -> tuple[Setup, dict[Choice, ChoiceLoss], JsonObject]:
+    """Settle how the weights of a plan are rounded, where the request leaves that to us.
+
+    Returns the setup that rounds so, what was measured with it, and what the plan says of it.
+    """
+    if setup.request.rounding != AUTO:
+        return setup, {}, {}
+    if setup.fitted.order is None:
+        return setup, {}, {"to": Rounder.NEAREST}
+    to_nearest = setup.rounded_to_nearest()
+    (fed,) = _measure_choices(setup, {SOLVER: choice}, stage).values()
+    (plain,) = _measure_choices(to_nearest, {SOLVER: choice}, f"{stage}, to nearest").values()
+    worse_by, error = plain.paired(fed)
+    about = {"nearest_worse_by": worse_by, "standard_error": error}
+    if worse_by < 0:
+        return to_nearest, {choice: plain}, {"to": Rounder.NEAREST, **about}
+    return setup, {choice: fed}, {"to": setup.fitted.order.rounding, **about}
+
+
+def _measure_choices(
+    setup: Setup,
+    choices: dict[str, Choice],
+    stage: str,
+    known: Mapping[Choice, ChoiceLoss] | None = None,
+) -> dict[str, ChoiceLoss]:
+    """Measure every distinct choice on the hold-out samples that is not known, by name."""
     stage = f"hold-out, {stage}"
-    weight = choices_phase(setup, stage, len(set(choices.values()))).samples
-    found = setup.measure_choices(choices.values(), stage=stage, weight=weight)
+    found = dict(known or {})
+    new = set(choices.values()) - found.keys()
+    weight = choices_phase(setup, stage, len(new)).samples
+    found |= setup.measure_choices(
+        (choice for choice in choices.values() if choice in new), stage=stage, weight=weight
+    )
     return {name: found[choice] for name, choice in choices.items()}
 
 

@@ -6,11 +6,14 @@ Design: docs/design/evaluation.md
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import bitquota
 from bitquota.errors import InvalidInput
 from bitquota.measurement_setup import build_setup
+from bitquota.quantizers.rounders import Rounder
+from bitquota.quantizers.sequential import AUTO
 from bitquota.report.comparison import Comparison, Entry, Measured
 from bitquota.search.agreement import spearman
 from bitquota.search.comparing import (
@@ -97,12 +100,10 @@ def compare(
         raise InvalidInput(msg)
     check_plans(plans)
     names = checked_names(metrics)
-    setup = build_setup(
-        model,
-        calibration,
-        request,
-        context=context,
-    )
+    if request.rounding == AUTO:
+        # Dozens of plans are measured, to judge metrics: rounding all in order would cost more.
+        request = replace(request, rounding=Rounder.NEAREST)
+    setup = build_setup(model, calibration, request, context=context)
 
     # Matrices of all measures, and what each would choose.
     work = Comparing(
