@@ -29,7 +29,7 @@ from bitquota.candidates.targets import TARGETS
 from bitquota.errors import BitquotaError, Forbidden, NotFound, Unauthorized
 from bitquota.report.page import SCRIPTS
 from bitquota.report.text import format_size
-from bitquota.request import AUTO_LOSS, DEFAULT_WEIGHT_BITS, EFFORTS, LOSSES
+from bitquota.request import AUTO_LOSS, DEFAULT_WEIGHT_BITS, EFFORTS, LOSSES, ROUNDINGS
 from bitquota.service.api.schemas import job_view
 from bitquota.service.api.state import Calling, Service, State, caller_of, state_of
 from bitquota.service.security.keys import Caller, Scope  # FastAPI reads them
@@ -284,6 +284,7 @@ def home(viewer: Viewing, service: Service) -> Response:
         targets=TARGETS,
         losses=(AUTO_LOSS, *LOSSES),
         efforts=EFFORTS,
+        roundings=ROUNDINGS,
         limit=format_size(8 * service.settings.max_upload_bytes).partition(" (")[0],
     )
 

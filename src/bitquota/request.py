@@ -96,7 +96,7 @@ class PlanRequest(Document):
     """
 
     # Requests without these keep the bytes that they always had.
-    FORM: ClassVar[Form] = Form(what="a request", left_out=("outputs", "effort"))
+    FORM: ClassVar[Form] = Form(what="a request", left_out=("outputs", "effort", "rounding"))
 
     budgets: tuple[str, ...] = ()
     weight_bits: tuple[int, ...] = ()

@@ -225,6 +225,7 @@
       samples: Number(value("samples")),
       loss: value("loss") || "auto",
       effort: value("effort"),
+      rounding: value("rounding"),
     };
     // A target brings all bit-widths that it stores.
     if (target) request.target = target;
