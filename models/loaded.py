@@ -42,8 +42,8 @@ class LoadedModel:
         imatrix: llama.cpp's importance matrix of this model (see ``sensitivity.foreign``); with
             ``dataclasses.replace(model, imatrix=path)`` scales are fitted with it everywhere, and
             plans say so.
-        weights: Files of quantized weights that belong to plans for this model; each plan names
-            its own by digest.
+        weights: Files of quantized weights that belong to plans for this model, or their content;
+            each plan names its own by digest.
         identity_note: What ``digest`` does not cover, for a person; empty where it covers all.
     """
 
@@ -54,7 +54,7 @@ class LoadedModel:
     example_inputs: tuple[Tensor, ...] | None = None
     weight_format_bits: int = 32
     imatrix: Path | None = None
-    weights: tuple[Path, ...] = ()
+    weights: tuple[Path | bytes, ...] = ()
     identity_note: str = ""
 
 

@@ -104,7 +104,7 @@ def fit_quantizers(
     grams = activations = order = None
     if needs_ranges or in_order or fed:
         if samples is None:
-            what = "ranges of activations are" if needs_ranges else "error feedback is"
+            what = "ranges of activations are" if needs_ranges else "rounding with feedback is"
             msg = f"{what} fitted on samples: provide correction data, such as the calibration set"
             raise InvalidInput(msg)
         batches = [b.inputs for b in samples.batches(BATCH)]

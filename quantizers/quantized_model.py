@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import safetensors.torch
@@ -95,16 +95,14 @@ class QuantizedModel:
         return content
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read a file of quantized weights.
+    def load(cls, source: Path | bytes) -> Self:
+        """Read a file of quantized weights, or its content.
 
         Raises:
             InvalidPlan: The file cannot be read, or is something else.
         """
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})["bitquota"])
-                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about, held = _content(source)
             if about["schema"] != SCHEMA:
                 raise KeyError(about["schema"])  # noqa: TRY301
             return cls(
@@ -138,8 +136,8 @@ class QuantizedModel:
                 ),
             )
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as err:
-            msg = f"'{path}' must be a file of quantized weights ({SCHEMA}); {ADVICE}: {err}"
-            raise InvalidPlan(msg, path=str(path)) from err
+            msg = f"{_name(source)} must be a file of quantized weights ({SCHEMA}); {ADVICE}: {err}"
+            raise InvalidPlan(msg) from err
 
     def put_into(self, module: nn.Module, inventory: Inventory) -> nn.Module:
         """Change ``module``, in full precision, to what this file holds; returns it.
@@ -183,11 +181,9 @@ def shipped_weights(plan: Plan, model: LoadedModel) -> QuantizedModel | None:
     if plan.weights is None:
         return None
     wanted, size = plan.weights.digest, plan.weights.n_bytes
-    path = next(
-        (p for p in model.weights if p.stat().st_size == size and digest_file(p) == wanted), None
-    )
+    path = next((p for p in model.weights if _size(p) == size and _digest(p) == wanted), None)
     if path is None:
-        given = ", ".join(f"'{p}'" for p in model.weights) or "none"
+        given = ", ".join(_name(p) for p in model.weights) or "none"
         msg = (
             f"a plan is used with the quantized weights that were written beside it ({wanted}); "
             f"got {given}: keep the file that ends in {WEIGHTS_SUFFIX} in the plan's folder, or "
@@ -210,11 +206,33 @@ def shipped_weights(plan: Plan, model: LoadedModel) -> QuantizedModel | None:
     )
     if wrong:
         msg = (
-            f"'{path}' must hold every layer as the plan has it; it does not hold "
+            f"{_name(path)} must hold every layer as the plan has it; it does not hold "
             f"{', '.join(wrong[:5])} so: plan again"
         )
         raise InvalidPlan(msg, layers=wrong)
     return found
+
+
+def _content(source: Path | bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what a file says of its tensors, and the tensors."""
+    if isinstance(source, bytes):
+        header = json.loads(source[8 : 8 + int.from_bytes(source[:8], "little")])
+        return json.loads(header["__metadata__"]["bitquota"]), safetensors.torch.load(source)
+    with safetensors.safe_open(source, framework="pt") as file:
+        about = json.loads((file.metadata() or {})["bitquota"])
+        return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _size(source: Path | bytes) -> int:
+    return len(source) if isinstance(source, bytes) else source.stat().st_size
+
+
+def _digest(source: Path | bytes) -> str:
+    return digest_bytes([source]) if isinstance(source, bytes) else digest_file(source)
+
+
+def _name(source: Path | bytes) -> str:
+    return f"{len(source):,} bytes" if isinstance(source, bytes) else f"'{source}'"
 
 
 def named(content: bytes, rounding: str) -> PlanWeights:

@@ -77,6 +77,7 @@ REQUEST = PlanRequest(
     samples=24,
     holdout_samples=20,
     correction_samples=24,
+    rounding="nearest",
 )
 
 FIRST_CORRECTIONS = (

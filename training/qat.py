@@ -300,7 +300,9 @@ def solve_around(
     # Train under the new plan; the better of the two on the hold-out stays.
     again = finetune_plan(
         model,
-        replace(plan, model_digest=model.digest, measured=None, baselines=(), proof=None),
+        replace(
+            plan, model_digest=model.digest, measured=None, baselines=(), proof=None, weights=None
+        ),
         data,
         settings,
         method=method,

@@ -246,7 +246,8 @@ def check_safetensors(path: Path, error: type[InvalidInput]) -> None:
     """Check that header and bytes of a safetensors file fit each other; raises ``error``."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
+        # A file of less than eight bytes has no room for what it announces.
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
         if length > min(size - 8, _MAX_HEADER_BYTES):
             msg = (
                 f"a safetensors file must be whole; its header says {length:,} bytes and the file "

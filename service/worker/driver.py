@@ -26,6 +26,7 @@ from bitquota.errors import (
     Cancelled,
     LimitExceeded,
     MeasurementFailed,
+    NotFound,
     ServiceError,
     ServiceTimeout,
     Unavailable,
@@ -35,7 +36,7 @@ from bitquota.service import wire
 from bitquota.service.jobs.job import LeaseLost, digests_by_role
 from bitquota.service.jobs.job_store import JobStore
 from bitquota.service.jobs.kinds import kind_by_name
-from bitquota.service.jobs.kinds.kind import MODEL
+from bitquota.service.jobs.kinds.kind import MODEL, QUANTIZED
 from bitquota.service.jobs.kinds.plan_request import PlanRequestBody
 from bitquota.service.jobs.messages import (
     Ahead,
@@ -52,12 +53,13 @@ from bitquota.service.jobs.messages import (
 )
 from bitquota.service.jobs.training_checkpoints import FOLDER
 from bitquota.service.logs import configure, logger
+from bitquota.service.security.json_limits import DOCUMENT, parse_json
 from bitquota.service.security.keys import KeyStore
 from bitquota.service.settings import Settings
 from bitquota.service.store.artifacts import ArtifactStore
 from bitquota.service.store.blobs import blob_store
 from bitquota.service.store.database import Database
-from bitquota.service.store.formats import ModelFormat
+from bitquota.service.store.formats import ArtifactKind, ModelFormat
 from bitquota.service.telemetry import Tracing
 from bitquota.service.worker.checkpoints import KeptCheckpoints
 from bitquota.service.worker.engines import Assignment, Engine, Inbox, InputFile, Worker, engine_of
@@ -167,7 +169,7 @@ class Driver:
     def _start(self) -> None:
         job = self._job
         known = ArtifactStore(self._database, time.time)
-        named = digests_by_role(job)
+        named = {QUANTIZED.role: self._quantized_beside(known), **digests_by_role(job)}
         input_files: list[InputFile] = []
         programs = False
         for entry in kind_by_name(job.kind).inputs:
@@ -192,6 +194,23 @@ class Driver:
         self._evaluator = self._engine.start(self._order, self._inbox)
         if helped and self._engine.starts_slowly:
             self._pool.recruit(settings.workers - 1)
+
+    def _quantized_beside(self, known: ArtifactStore) -> list[str]:
+        """Return the quantized weights that the job's plans name, as far as the tenant has them."""
+        found = []
+        for entry in kind_by_name(self._job.kind).inputs:
+            if entry.artifact is not ArtifactKind.PLAN:
+                continue
+            for digest in digests_by_role(self._job).get(entry.role, ()):
+                body = parse_json(self._blobs.read(digest), DOCUMENT, "a plan")
+                weights = body.get("weights") or {}
+                with contextlib.suppress(NotFound):
+                    found.append(
+                        known.get(
+                            self._job.tenant, ArtifactKind.QUANTIZED, str(weights.get("digest"))
+                        ).digest
+                    )
+        return found
 
     def _beating(self, stage: str) -> Heartbeats:
         return Heartbeats(self._store, self._job, self._settings, self._whole.aside(stage))

@@ -165,8 +165,9 @@ class TestEvaluate:
         x, y = calibration()
         np.savez(tmp_path / "t.npz", x=x[:100].numpy(), y=y[:100].numpy())
         code, out, _ = bitquota(
-            "evaluate", FACTORIES[0], "t.npz", "--plan", "plan.json", "--baselines", "--json"
-        )
+            "evaluate", FACTORIES[0], "t.npz", "--plan", "plan.json", "--baselines", "--json",
+            "--correction-data", FACTORIES[1],
+        )  # fmt: skip
 
         names = [e["name"] for e in json.loads(out)]
         assert code == 0

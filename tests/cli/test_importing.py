@@ -156,7 +156,7 @@ class TestImatrix:
 
     def test_decides_the_weights_that_are_measured_and_shipped(self, bitquota, tmp_path, imatrix):
         """The plan names it, its losses differ, and only with it can the plan be used."""
-        order = ["plan", *FACTORIES, "-b", "3 bits", *FAST]
+        order = ["plan", *FACTORIES, "-b", "3 bits", "--rounding", "nearest", *FAST]
         remote = ["--imatrix", imatrix, "--server", "http://localhost:1"]
         code, _, err = bitquota(*order, *remote)
         assert (code, "on this machine only" in err) == (2, True)

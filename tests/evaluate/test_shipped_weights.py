@@ -267,7 +267,7 @@ class TestOnnx:
         plan = found[0].plans[0]
         (tmp_path / f"p{WEIGHTS_SUFFIX}").write_bytes(found[0].weights[0])
         ready = replace(graph, weights=(tmp_path / f"p{WEIGHTS_SUFFIX}",))
-        nearest = allocate(graph, samples, replace(request, rounding=None), context=CPU)
+        nearest = allocate(graph, samples, replace(request, rounding="nearest"), context=CPU)
         assert plan.measured.mean < 0.6 * nearest.plans[0].measured.mean
         report = export_plan(ready, plan, tmp_path / "out", format_name="onnx-qdq", samples=samples)
         assert report.difference.relative < 1e-3

@@ -216,7 +216,7 @@ class TestAllocate:
     def test_error_feedback(self):
         """Error-feedback rounding reaches the measurement and is better at two bits."""
         scheme = Scheme(rounding=Rounding.ERROR_FEEDBACK)
-        request = replace(SMALL, budgets=("2 bits",), refine=False)
+        request = replace(SMALL, budgets=("2 bits",), refine=False, rounding="nearest")
         feedback = run(replace(request, scheme=scheme)).plans[0]
         nearest = run(request).plans[0]
 
@@ -287,8 +287,12 @@ class TestEvaluatePlans:
     def test_order_and_accuracy(self):
         """Full precision, then plan and baselines, each with loss and accuracy."""
         known = trained()
-        (plan,) = run(replace(SMALL, budgets=("4 bits",), refine=False)).plans
-        found = evaluate_plans(known.model, known.test, [plan], with_baselines=True)
+        made = run(replace(SMALL, budgets=("4 bits",), refine=False))
+        (plan,) = made.plans
+        found = evaluate_plans(
+            made.with_weights(known.model), known.test, [plan],
+            with_baselines=True, correction_data=known.calibration,
+        )  # fmt: skip
 
         assert [e.name for e in found[:2]] == ["full precision", "plan"]
         assert {e.name for e in found[2:]} == {b.name for b in plan.baselines}
@@ -309,7 +313,9 @@ class TestEvaluatePlans:
     def test_corrections_need_data(self):
         """Corrections are never fitted on the set that judges them."""
         known = trained()
-        request = replace(SMALL, corrections=(Correction.BIAS_CORRECTION,), refine=False)
+        request = replace(
+            SMALL, corrections=(Correction.BIAS_CORRECTION,), refine=False, rounding="nearest"
+        )
         (plan,) = run(request).plans
 
         with pytest.raises(InvalidInput, match="need samples"):

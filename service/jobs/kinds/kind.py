@@ -135,7 +135,7 @@ QUANTIZED = Input(
     role="quantized",
     artifact=ArtifactKind.QUANTIZED,
     text="Digests of the quantized weights that the plans name under `weights`: uploaded, or left "
-    "by jobs.",
+    "by jobs. Those that are there are found without being named.",
     many=True,
     optional=True,
 )

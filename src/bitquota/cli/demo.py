@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
+from bitquota.canonical import write_whole
 from bitquota.cli import output
 from bitquota.client import Client
 from bitquota.corrections import Correction
@@ -20,6 +22,7 @@ from bitquota.errors import MissingDependency, ServiceError
 from bitquota.evaluate.scoring import evaluate_plans
 from bitquota.models.load import load_model
 from bitquota.models.samples import load_calibration
+from bitquota.plan import WEIGHTS_SUFFIX
 from bitquota.report import text as report
 from bitquota.request import PlanRequest
 
@@ -189,11 +192,15 @@ def run(out: Path, *, seed: int = 0) -> None:
         with output.shown_progress() as on_progress:
             job.wait(on_progress=on_progress)
         plans = job.plans()
-    for path, plan in zip((out / "plan-1.json", out / "plan-2.json"), plans, strict=True):
+        weights = [None if p.weights is None else job.quantized(k) for k, p in enumerate(plans)]
+    for k, (plan, content) in enumerate(zip(plans, weights, strict=True)):
+        path = out / f"plan-{k + 1}.json"
+        if content is not None:
+            write_whole(path.with_suffix(WEIGHTS_SUFFIX), content)
         plan.save(path)
     say(f"Evaluating every plan and baseline on {N_TEST} test images …")
     evaluations = evaluate_plans(
-        load_model(str(model_file)),
+        replace(load_model(str(model_file)), weights=tuple(w for w in weights if w is not None)),
         load_calibration(str(test_file)),
         plans,
         correction_data=load_calibration(str(calibration_file)),

@@ -141,6 +141,11 @@ def evaluate(
             context=Context(device=device),
         )
         n_samples = len(samples)
+        if uniform and correcting is None and any(p.weights for p in loaded_plans.values()):
+            output.say(
+                "no uniform plan is shown beside plans whose weights are rounded with feedback: "
+                "give the calibration set with --correction-data"
+            )
     if as_json:
         output.print_json([score.to_json() for score in scores])
         return

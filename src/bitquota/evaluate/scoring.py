@@ -94,7 +94,8 @@ def score_plans(
         correction_data: Unlabelled samples for corrections, activation ranges and error
             feedback; ``data`` itself is never used for them.
         fit_data: Samples for activation ranges and error feedback, if not those.
-        with_uniform: Also run, for each plan, the widest uniform plan of no more bytes.
+        with_uniform: Also run, for each plan, the widest uniform plan of no more bytes; not of
+            plans with quantized weights of their own where there is no data to round it alike.
         with_baselines: Also run every baseline that a plan was measured beside.
         kind: ``logits`` or ``embedding``.
         custom: Own metrics: ``f(output, labels) -> [N]``.
@@ -255,7 +256,8 @@ class _Lineup:
         if key not in self._references:
             _check_layers(plan, self.original)
             found = [FULL_PRECISION]
-            uniform = uniform_candidates(plan) if self.with_uniform else None
+            alike = plan.weights is None or (self.fit_data or self.correction_data) is not None
+            uniform = uniform_candidates(plan) if self.with_uniform and alike else None
             if uniform is not None:
                 width, chosen = uniform
                 found.append(f"uniform W{width} ({label})")

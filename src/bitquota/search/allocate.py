@@ -80,6 +80,10 @@ class Allocation:
     inventory: Inventory
     passes: float
 
+    def with_weights(self, model: LoadedModel) -> LoadedModel:
+        """Return the model with the quantized weights of the plans, to evaluate and export them."""
+        return replace(model, weights=tuple(w for w in self.weights if w is not None))
+
 
 def allocate(
     model: LoadedModel,
