@@ -292,7 +292,7 @@ def requests() -> dict[str, PlanRequest]:
     """Return requests: by default, with everything, for a target, and the one measured here."""
     return {
         "default": PlanRequest(),
-        "measured": REQUEST,
+        "measured": replace(REQUEST, rounding="auto"),
         "target": PlanRequest(budgets=("1 MiB",), target="gguf-k", time_limit_s=2.5),
         "full": PlanRequest(
             budgets=("3 bits", "12 MiB of weights + 2 GBitOps"),

@@ -141,7 +141,8 @@ def evaluate(
             context=Context(device=device),
         )
         n_samples = len(samples)
-        if uniform and correcting is None and any(p.weights for p in loaded_plans.values()):
+        fed = any(plan.rounding != "nearest" for plan in loaded_plans.values())
+        if uniform and fed and correcting is None:
             output.say(
                 "no uniform plan is shown beside plans whose weights are rounded with feedback: "
                 "give the calibration set with --correction-data"

@@ -256,7 +256,8 @@ class _Lineup:
         if key not in self._references:
             _check_layers(plan, self.original)
             found = [FULL_PRECISION]
-            alike = plan.weights is None or (self.fit_data or self.correction_data) is not None
+            without = self.fit_data is None and self.correction_data is None
+            alike = plan.rounding == "nearest" or not without
             uniform = uniform_candidates(plan) if self.with_uniform and alike else None
             if uniform is not None:
                 width, chosen = uniform

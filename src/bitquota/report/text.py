@@ -244,13 +244,14 @@ _ENDS = {"softmax": "softmax", "sigmoid": "sigmoid", "argmax": "arg-max"}
 def rounding_sentences(plan: Plan) -> list[str]:
     """Return how weights are rounded, and what that is worth, where the plan says so."""
     about = plan.provenance.get("rounding")
-    if plan.weights is None and about is None:
+    to_nearest = plan.rounding == "nearest"
+    if to_nearest and about is None:
         return []
-    rounding = "to nearest" if plan.weights is None else f"by {plan.weights.rounding}"
+    rounding = "to nearest" if to_nearest else f"by {plan.rounding}"
     if not about or "nearest_worse_by" not in about:
         return [f"Weights are rounded {rounding}."]
     difference = f"{abs(about['nearest_worse_by']):.3g} ± {about['standard_error']:.2g}"
-    if plan.weights is None:
+    if to_nearest:
         return [f"Weights are rounded to nearest: by qep the plan measured {difference} worse."]
     return [f"Weights are rounded {rounding}: to nearest the plan measured {difference} worse."]
 
