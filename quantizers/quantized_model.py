@@ -137,7 +137,7 @@ class QuantizedModel:
             )
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as err:
             msg = f"{_name(source)} must be a file of quantized weights ({SCHEMA}); {ADVICE}: {err}"
-            raise InvalidPlan(msg) from err
+            raise InvalidPlan(msg, path=_name(source).strip("'")) from err
 
     def put_into(self, module: nn.Module, inventory: Inventory) -> nn.Module:
         """Change ``module``, in full precision, to what this file holds; returns it.

@@ -291,7 +291,7 @@ class TestEvaluatePlans:
         (plan,) = made.plans
         found = evaluate_plans(
             made.with_weights(known.model), known.test, [plan],
-            with_baselines=True, correction_data=known.calibration,
+            with_baselines=True, correction_data=known.fit,
         )  # fmt: skip
 
         assert [e.name for e in found[:2]] == ["full precision", "plan"]
