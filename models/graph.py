@@ -223,6 +223,7 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(module, inputs, strict=False)
+            _replace_last_uses(program.graph_module)
             if not _is_functional(program):
                 program = program.run_decompositions({})
     except Exception as err:
@@ -235,6 +236,45 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
         msg = "the model must not change its tensors in place in eval mode to be run as a graph"
         raise InvalidModel(msg)
     return program
+
+
+def _replace_last_uses(module: fx.GraphModule) -> None:
+    """Replace operations in place, such as ``relu_``, whose input nothing else reads.
+
+    Most operations in place are of this kind. Where all are, the program need not be
+    functionalized, which takes the exporter four times as long as the export.
+    """
+    for node in module.graph.nodes:
+        if node.op != "call_function" or not node.args:
+            continue
+        plain, changed = _out_of_place(node.target), node.args[0]
+        if plain is None or not isinstance(changed, fx.Node) or set(changed.users) != {node}:
+            continue
+        schema = getattr(changed.target, "_schema", None)
+        if schema is None or any(given.alias_info for given in schema.returns):
+            continue  # an input, a parameter, or a view of something else
+        # In place nothing is promoted; between values of one type nothing would be.
+        values = (other.meta.get("val") for other in (node, *node.all_input_nodes))
+        if len({value.dtype for value in values if isinstance(value, torch.Tensor)}) == 1:
+            node.target = plain
+    module.recompile()
+
+
+def _out_of_place(target: Any) -> Any:  # noqa: ANN401  # operators of torch have no public type
+    """Return the operator that computes what ``target`` writes into its first argument."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or [k for k, given in enumerate(schema.arguments) if given.is_write] != [0]:
+        return None
+    if not schema.name.endswith("_"):
+        return None
+    namespace, name = schema.name.removesuffix("_").split("::")
+    packet = getattr(getattr(torch.ops, namespace), name, None)
+    plain = getattr(packet, schema.overload_name or "default", None)
+    known = getattr(plain, "_schema", None)
+    if known is None or known.is_mutable:
+        return None
+    kinds = [[str(given.type) for given in each.arguments] for each in (schema, known)]
+    return plain if kinds[0] == kinds[1] else None
 
 
 def _is_functional(program: ExportedProgram) -> bool:
