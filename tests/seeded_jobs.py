@@ -80,7 +80,7 @@ def matrix_of(
 def plan_of(inventory: Inventory, matrix: SensitivityMatrix, budget: str) -> Plan:
     """Return the solver's plan with uniform plans as baselines; 'measured' is the prediction."""
     limit = Budget.parse(budget, inventory)
-    solution = solve(build_problem(matrix, [limit]), gap=1e-2, time_limit_s=5)
+    solution = solve(build_problem(matrix, [limit]), gap=1e-2)
     chosen = matrix.table.decode([int(c) for c in solution.choice])
     widths = sorted({row.candidates[0].weight_bits for row in matrix.table.rows})
     baselines = []
