@@ -386,14 +386,14 @@ def _with_rounding(
     if setup.request.rounding != AUTO:
         return setup, {}, {}
     if setup.fitted.order is None:
-        return setup, {}, {"to": Rounder.NEAREST}
+        return setup, {}, {"to": str(Rounder.NEAREST)}
     to_nearest = setup.rounded_to_nearest()
     (fed,) = _measure_choices(setup, {SOLVER: choice}, stage).values()
     (plain,) = _measure_choices(to_nearest, {SOLVER: choice}, f"{stage}, to nearest").values()
     worse_by, error = plain.paired(fed)
     about = {"nearest_worse_by": worse_by, "standard_error": error}
     if worse_by < 0:
-        return to_nearest, {choice: plain}, {"to": Rounder.NEAREST, **about}
+        return to_nearest, {choice: plain}, {"to": str(Rounder.NEAREST), **about}
     return setup, {choice: fed}, {"to": setup.fitted.order.rounding, **about}
 
 
