@@ -18,6 +18,7 @@ from bitquota.sensitivity.base import CODE_VERSION
 from bitquota.sensitivity.cache import ledger_key
 from bitquota.sensitivity.losses import key_of
 from bitquota.sensitivity.runners.base import describe_change
+from bitquota.sensitivity.tasks import samples_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -198,7 +199,8 @@ class Recorder:
         if shared is None or self.context.executor is None:
             return False
         self._report()  # so that who carries out the tasks knows where the job is meanwhile
-        tasks = [replace(shared.task, chunk=chunk) for chunk in self.chunks]
+        samples = samples_digest(self.runner.calibration)
+        tasks = [replace(shared.task, chunk=chunk, samples=samples) for chunk in self.chunks]
         self.context.executor(tasks, lambda task: shared.measure(task.chunk))
         return True
 

@@ -13,11 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, overload
 
+from bitquota.canonical import digest_json
 from bitquota.codec import Document, Form
 from bitquota.errors import InvalidInput
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from bitquota.models.calibration import CalibrationSet
 
 
 CHOICES = "choices"
@@ -36,20 +39,28 @@ class Task(Document):
         chunk: Which chunk of the runner.
         point: Base point, or for ``choices`` their centre; a row within each group.
         choices: What ``choices`` measures.
+        samples: Digest of the runner's samples (``samples_digest``); empty means those that
+            sensitivities are measured on.
     """
 
-    FORM: ClassVar[Form] = Form(what="a task")
+    FORM: ClassVar[Form] = Form(what="a task", left_out=("samples",))
 
     measure: str
     chunk: int
     point: tuple[int, ...] | None = None
     choices: tuple[tuple[int, ...], ...] = ()
+    samples: str = ""
 
     def __post_init__(self) -> None:
         """Check name and chunk."""
         if self.measure not in MEASURES or self.chunk < 0:
             msg = f"a task must measure one of {', '.join(MEASURES)} on a chunk; got {self}"
             raise InvalidInput(msg, measure=self.measure, chunk=self.chunk)
+
+
+def samples_digest(samples: CalibrationSet) -> str:
+    """Return what tells sets of samples apart, in every process that cut them alike."""
+    return digest_json(samples.to_json())
 
 
 @overload

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from bitquota.context import Context
 from bitquota.errors import BitquotaError, MeasurementFailed
 from bitquota.request import PlanRequest
-from bitquota.sensitivity.tasks import Task
+from bitquota.sensitivity.tasks import Task, samples_digest
 from bitquota.service import wire
 from bitquota.service.jobs.kinds import kind_by_name
 from bitquota.service.jobs.messages import (
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bitquota.canonical import JsonObject
+    from bitquota.measurement_setup import Setup
     from bitquota.service.jobs.messages import Message
     from bitquota.service.jobs.work import Loaded
 
@@ -222,19 +223,37 @@ def carry_out(assignment: JsonObject, channel: Channel, loaded: Loaded) -> None:
 def help_out(assignment: JsonObject, channel: Channel, loaded: Loaded) -> None:
     """Measure what the driver asks for, task after task, into its ledger."""
     from bitquota.measurement_setup import build_setup
-    from bitquota.sensitivity.measures.parts import carry_out as run_task
 
     work = _work(assignment, channel, loaded)
     context = work.context.part()
-    setup = build_setup(
-        work.model(), work.samples(), PlanRequest.from_json(assignment["request"]), context=context
-    )
-    runner = setup.runner()
+    request = PlanRequest.from_json(assignment["request"])
+    measure = task_measurer(build_setup(work.model(), work.samples(), request, context=context))
     head, _ = channel.ask(Idle())
     while head["type"] == "task":
-        task = Task.from_json(head["task"])
-        run_task(task, runner, setup.table, setup.loss, context=context)
+        measure(Task.from_json(head["task"]))
         head, _ = channel.ask(Idle(done=head["number"]))
+
+
+def task_measurer(setup: Setup) -> Callable[[Task], None]:
+    """Return what carries out tasks of a job into the ledger of ``setup``.
+
+    It keeps one runner at a time, on the samples of the last task: runners hold activations.
+    """
+    from bitquota.search.portfolio import raced_samples
+    from bitquota.sensitivity.measures.parts import carry_out as run_task
+
+    searched = (setup.holdout, raced_samples(setup), *setup.spare)
+    sets = {samples_digest(samples): samples for samples in searched}
+    held = ("", setup.runner())
+
+    def measure(task: Task) -> None:
+        nonlocal held
+        wanted = task.samples if task.samples in sets else ""
+        if wanted != held[0]:
+            held = (wanted, setup.runner(sets.get(wanted)))
+        run_task(task, held[1], setup.table, setup.loss, context=setup.context)
+
+    return measure
 
 
 def _work(assignment: JsonObject, channel: Channel, loaded: Loaded) -> Work:
