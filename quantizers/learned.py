@@ -1,10 +1,11 @@
-"""Learned rounding: codes and scales that signed gradient descent moves towards a smaller error.
+"""Learned rounding: codes and scales that gradients of a block's output error move.
 
 References:
     [SignRound] W. Cheng, W. Zhang, H. Shen, Y. Cai, X. He, K. Lv, Y. Liu, "Optimize Weight Rounding
     via Signed Gradient Descent for the Quantization of LLMs", 2023, arXiv 2309.05516.
+    [Adam] D. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", 2014, arXiv 1412.6980.
 
-Design: docs/design/grids-and-scales.md
+Design: docs/design/rounding.md
 """
 
 from __future__ import annotations
@@ -16,61 +17,126 @@ import torch
 
 from bitquota.candidates.storage import Granularity, Grid
 from bitquota.errors import InvalidInput
+from bitquota.models.blocks import at_block, leading, repeated_blocks
+from bitquota.models.layout import from_matrix, to_matrix
+from bitquota.models.running import tensor_of
 from bitquota.quantizers.differentiable import ste_round
 from bitquota.quantizers.grid import code_range, matrix_grid
-from bitquota.quantizers.rounders import Rounder, checked_gram
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from bitquota.candidates.layers import Layer
     from bitquota.quantizers.grid import MatrixGrid
     from bitquota.quantizers.weights import QuantizedWeight
 
-    Objective = Callable[[Mapping[str, Tensor], int | None], Tensor]
+    Objective = Callable[[Mapping[str, Tensor], int], Tensor]
 
 ITERATIONS = 200
 
-SCALE_SHARE = 0.1
-"""Steps of scale factors, as a share of those of rounding offsets."""
+BATCH = 8
+"""Samples of one step."""
+
+OFFSET_RATE = 0.01
+"""Rate of rounding offsets at first, in steps of the grid; it falls linearly to zero."""
+
+SCALE_RATE = 0.001
+"""The same of scale factors."""
 
 SCALE_RANGE = (0.5, 1.5)
 
-_NEARLY_HALF = 0.499
-"""How far a weight may lie from the code that it starts with, in steps."""
+_FARTHEST = 0.25
+"""How far from its code a weight may start, in steps: half way to the next one."""
 
 
-def learn_layer(
-    values: Tensor, start: QuantizedWeight, inputs_gram: Tensor, *, iterations: int = ITERATIONS
-) -> QuantizedWeight:
-    """Return codes and scales with a smaller ``tr(E G E^T)`` than ``start`` has, or ``start``'s.
+def learn_in_blocks(
+    module: nn.Module,
+    quantized: nn.Module,
+    start: Mapping[str, QuantizedWeight],
+    layers: Mapping[str, Layer],
+    batches: Sequence[tuple[Tensor, ...]],
+    *,
+    iterations: int = ITERATIONS,
+) -> dict[str, QuantizedWeight]:
+    """Change the weights of ``quantized`` in place so that each block's output errs less.
 
-    Every row keeps the best that it met, and so is never worse than it was. Heuristic.
+    Blocks (``repeated_blocks``) are taken in the order in which they run. With ``Y`` the output of
+    the block in ``module`` and ``Z`` that of the block in ``quantized``, which gets what earlier
+    blocks of ``quantized`` make of the samples, the mean over tokens (or samples, where outputs are
+    not sequences) of ``|Z - Y|^2 / |Y|^2`` becomes smaller, or the block stays as it is. The norm
+    that follows most blocks makes errors count relative to a token's size; without the division a
+    few tokens of huge activations decide everything.
 
     Args:
-        values: What to come close to, floating-point [rows, columns].
-        start: Codes to start from, as GPTQ's.
-        inputs_gram: As ``weights.quantize`` takes it.
-        iterations: Steps of descent.
+        module: The full-precision model in eval mode.
+        quantized: A copy of it that holds ``start``.
+        start: Codes and scales by layer.
+        layers: Those layers.
+        batches: Positional arguments of forward passes.
+        iterations: Steps of descent for each block.
 
-    Raises:
-        InvalidInput: The grid has no steps (see ``learn_block``), or the Gram does not fit.
+    Returns:
+        Codes and scales of the layers that changed.
 
-    Cost: ``iterations`` products of [rows, columns] by [columns, columns].
+    Cost: for each block ``iterations`` times its forward and backward pass over ``BATCH`` samples,
+    and a pass of both models over all batches up to this block.
     """
-    gram = checked_gram(inputs_gram, Rounder.GPTQ, values)
-    gram = (gram / gram.diagonal(dim1=1, dim2=2).mean().clamp(min=1e-300)).float()
-    target = values.detach().float()
-
-    def row_errors(weights: Mapping[str, Tensor], iteration: int | None) -> Tensor:
-        del iteration
-        error = (weights["layer"] - target).reshape(len(gram), -1, target.shape[1])
-        return ((error @ gram) * error).sum(dim=2).reshape(-1)
-
-    return learn_block({"layer": values}, {"layer": start}, row_errors, iterations=iterations)[
-        "layer"
+    parts = [
+        tuple(tensor[at : at + BATCH] for tensor in batch)
+        for batch in batches
+        for at in range(0, len(batch[0]), BATCH)
     ]
+    learnable = {n: layers[n] for n, weight in start.items() if _has_steps(weight)}
+    found: dict[str, QuantizedWeight] = {}
+    for block, names in repeated_blocks(module, learnable, parts[0]).items():
+        targets = [output for _, _, output in at_block(module, block, parts)]
+        calls = [(args, kwargs) for args, kwargs, _ in at_block(quantized, block, parts)]
+        within = quantized.get_submodule(block)
+
+        def loss(
+            weights: Mapping[str, Tensor],
+            k: int,
+            block: str = block,
+            within: nn.Module = within,
+            calls: Sequence[tuple[tuple[object, ...], dict[str, object]]] = calls,
+            targets: Sequence[Tensor] = targets,
+        ) -> Tensor:
+            held = {
+                layers[n].weight_name.removeprefix(f"{block}."): from_matrix(w, layers[n])
+                for n, w in weights.items()
+            }
+            args, kwargs = calls[k]
+            output = leading(torch.func.functional_call(within, held, args, dict(kwargs)))
+            return _relative_error(output, targets[k])  # type: ignore[arg-type]
+
+        values = {
+            n: to_matrix(tensor_of(module, layers[n].weight_name).detach(), layers[n])
+            for n in names
+        }
+        learned = learn_block(
+            values,
+            {n: start[n] for n in names},
+            loss,
+            n_batches=len(parts),
+            iterations=iterations,
+        )
+        for n, weight in learned.items():
+            place = tensor_of(quantized, layers[n].weight_name)
+            with torch.no_grad():
+                place.copy_(from_matrix(weight.dequantize().to(place.dtype), layers[n]))
+        found |= learned
+    return found
+
+
+def _relative_error(output: Tensor, target: Tensor) -> Tensor:
+    first = 2 if output.ndim == 3 else 1
+    error, size = (
+        part.square().flatten(first).sum(-1) if part.ndim > first else part.square()
+        for part in (output - target, target)
+    )
+    return (error / size.clamp(min=1e-12)).mean()
 
 
 def learn_block(
@@ -78,77 +144,75 @@ def learn_block(
     start: Mapping[str, QuantizedWeight],
     objective: Objective,
     *,
+    n_batches: int,
     iterations: int = ITERATIONS,
 ) -> dict[str, QuantizedWeight]:
     """Return codes and scales of several layers with a smaller ``objective`` than ``start``.
 
-    A weight is read back as ``s f (round(w / (s f) + v) - z)`` with an offset ``v`` in [-1/2, 1/2]
-    for each weight and a factor ``f`` for each scale; both move by the sign of their gradients,
-    which pass the rounding straight through, at a rate that falls linearly from ``1/iterations`` to
-    zero [SignRound]. Unlike the paper's, codes start where ``start`` has them: ``w / s`` is held
-    within half a step of that code, so that ``v = 0`` reads as ``start``. Scales move where they
-    are stored as numbers of their own (symmetric and asymmetric grids by channel or group).
+    A weight is read back as ``s f (round(p + v) - z)`` with an offset ``v`` for each weight and a
+    factor ``f`` for each scale, whose gradients pass the rounding straight through [SignRound].
+    ``p`` is half way between ``w / s`` and the code that ``start`` has, at most a quarter of a step
+    from that code: ``v = 0`` reads as ``start``, and leaving it takes gradients that agree.
+
+    Unlike the paper's, steps are those of [Adam]. Signs of gradients move every weight by as much,
+    also where batches disagree; from GPTQ's codes, whose errors cancel, that loses more than it
+    gains. Scales move where they are stored as numbers of their own (symmetric and asymmetric grids
+    by channel or group).
 
     Args:
         values: What each layer's weights would be in full precision, [rows, columns] by name.
         start: Codes to start from, by the same names.
-        objective: Called with weights ``f32[rows, columns]`` by name and the number of the step;
-            returns a loss to minimise, or one for each row of the only layer. A step may look at a
-            part of the data; with ``None`` for the step it must look at all, which decides
-            whether the best of the steps replaces ``start``.
+        objective: Called with weights ``f32[rows, columns]`` by name and the number of a batch;
+            returns a loss.
+        n_batches: How many batches there are.
         iterations: Steps of descent.
+
+    Returns:
+        What the last step found, or ``start`` if that is no worse on all batches.
 
     Raises:
         InvalidInput: A codebook, powers of two, or one bit: their codes are not steps apart.
 
-    Cost: ``iterations`` evaluations of the objective and its gradient.
+    Cost: ``iterations`` evaluations of the objective and its gradient, and twice all batches.
     """
     learned = {name: _Learned(values[name], start[name]) for name in start}
-    first = {name: layer.parameters() for name, layer in learned.items()}
-    best, found = None, first
-    for iteration in range(iterations):
-        loss = objective({name: layer.weight() for name, layer in learned.items()}, iteration)
-        found = _better(found, learned, loss if best is None else loss.detach() < best)
-        best = loss.detach() if best is None else torch.minimum(best, loss.detach())
-        rate = (1 - iteration / iterations) / iterations
-        loss.sum().backward()  # type: ignore[no-untyped-call]
+
+    def total() -> float:
+        with torch.no_grad():
+            weights = {name: layer.weight() for name, layer in learned.items()}
+            return sum(float(objective(weights, k)) for k in range(n_batches))
+
+    before = total()
+    offsets = [layer.offset for layer in learned.values()]
+    factors = [layer.factor for layer in learned.values() if layer.factor.requires_grad]
+    groups = ((offsets, OFFSET_RATE), (factors, SCALE_RATE))
+    optimizer = torch.optim.Adam([{"params": part, "lr": rate} for part, rate in groups if part])
+    schedule = torch.optim.lr_scheduler.LinearLR(
+        optimizer, start_factor=1.0, end_factor=0.0, total_iters=iterations
+    )
+    generator = torch.Generator().manual_seed(0)
+    order: list[int] = []
+    for _ in range(iterations):
+        order = order or torch.randperm(n_batches, generator=generator).tolist()
+        loss = objective({name: layer.weight() for name, layer in learned.items()}, order.pop())
+        # Not backward(): other parameters of the model keep the gradients that they have.
+        moving = [*offsets, *factors]
+        for part, gradient in zip(moving, torch.autograd.grad(loss, moving), strict=True):
+            part.grad = gradient
+        optimizer.step()
+        schedule.step()
         for layer in learned.values():
-            layer.move(rate)
-
-    # Chosen on all data, each row for itself where rows have losses of their own.
-    with torch.no_grad():
-        losses = []
-        for state in (first, found):
-            for name, layer in learned.items():
-                layer.restore(*state[name])
-            losses.append(objective({n: la.weight() for n, la in learned.items()}, None))
-        for name, layer in learned.items():
-            layer.restore(*first[name])
-        kept = {name: layer.parameters() for name, layer in learned.items()}
-        for name, layer in learned.items():
-            layer.restore(*found[name])
-        for name, (offset, factor) in _better(kept, learned, losses[1] < losses[0]).items():
-            learned[name].restore(offset, factor)
-    return {name: layer.stored() for name, layer in learned.items()}
+            layer.limit()
+    better = total() < before
+    return {n: layer.stored() if better else start[n] for n, layer in learned.items()}
 
 
-_Parameters = tuple["Tensor", "Tensor"]
-
-
-def _better(
-    kept: Mapping[str, _Parameters], learned: Mapping[str, _Learned], better: Tensor
-) -> dict[str, _Parameters]:
-    """Return the parameters of ``learned`` where they are better, else those that were kept."""
-    chosen = {}
-    for name, layer in learned.items():
-        now = layer.parameters()
-        mask = better if better.dtype == torch.bool else torch.ones_like(better, dtype=torch.bool)
-        rows = mask.reshape(-1, 1)
-        chosen[name] = tuple(
-            torch.where(rows if len(part) == len(rows) else rows.all(), part, old)
-            for part, old in zip(now, kept[name], strict=True)
-        )
-    return chosen  # type: ignore[return-value]
+def _has_steps(weight: QuantizedWeight) -> bool:
+    """Return whether codes are steps of a scale apart."""
+    scheme = weight.scheme
+    return scheme.grid not in (Grid.CODEBOOK, Grid.POWER_OF_TWO) and not (
+        weight.bits == 1 and scheme.grid is Grid.SYMMETRIC
+    )
 
 
 class _Learned:
@@ -156,68 +220,52 @@ class _Learned:
 
     def __init__(self, values: Tensor, start: QuantizedWeight) -> None:
         scheme = start.scheme
-        if scheme.grid in (Grid.CODEBOOK, Grid.POWER_OF_TWO) or (
-            start.bits == 1 and scheme.grid is Grid.SYMMETRIC
-        ):
+        if not _has_steps(start):
             msg = (
                 "learned rounding moves codes by steps of a scale; got the grid "
                 f"'{scheme.grid}' at {start.bits} bits, whose codes are not steps apart"
             )
             raise InvalidInput(msg, grid=str(scheme.grid), weight_bits=start.bits)
         self._start = start
-        self._values = values.detach().float()
-        self._codes = start.codes.float()
-        self._offset = torch.zeros_like(self._values).requires_grad_()
-        self._factor = torch.ones_like(start.scales, dtype=torch.float32)
+        grid = self._grid(start.scales.float())
+        moved = values.detach().float()
+        moved = moved if grid.offset is None else moved - grid.offset
+        place = moved / grid.divisor
+        place = place if grid.zero is None else place + grid.zero
+        codes = start.codes.float()
+        self._place = torch.clamp((place - codes) / 2, -_FARTHEST, _FARTHEST) + codes
+        self.offset = torch.zeros_like(self._place).requires_grad_()
+        self.factor = torch.ones_like(start.scales, dtype=torch.float32)
         if (
             scheme.grid in (Grid.SYMMETRIC, Grid.ASYMMETRIC)
             and scheme.granularity is not Granularity.TENSOR
         ):
-            self._factor.requires_grad_()
+            self.factor.requires_grad_()
 
     def weight(self) -> Tensor:
         """Return f32[rows, columns] as it would be read, differentiable."""
-        scales = self._start.scales.float() * self._factor
+        scales = self._start.scales.float() * self.factor
         # Stored in their own format; the gradient passes.
         scales = scales + (scales.detach().to(self._start.scales.dtype).float() - scales.detach())
-        codes, grid = self._rounded(scales)
-        return grid.read(codes)
+        return self._grid(scales).read(self._codes())
 
-    def _rounded(self, scales: Tensor) -> tuple[Tensor, MatrixGrid]:
-        start, columns = self._start, self._values.shape[1]
+    def _grid(self, scales: Tensor) -> MatrixGrid:
+        start = self._start
         stored = (scales, start.zero_points, start.bits, start.scheme)
-        grid = matrix_grid(*stored, columns, torch.float32)
-        moved = self._values if grid.offset is None else self._values - grid.offset
-        place = moved / torch.where(grid.step == 0, torch.inf, grid.step)
-        place = place if grid.zero is None else place + grid.zero
-        near = torch.clamp(place, self._codes - _NEARLY_HALF, self._codes + _NEARLY_HALF)
-        least, most = code_range(start.scheme.grid, start.bits)
-        return ste_round(near + self._offset).clamp(least, most), grid
+        return matrix_grid(*stored, start.codes.shape[1], torch.float32)
 
-    def move(self, rate: float) -> None:
-        """Take a step against the gradients' signs."""
+    def _codes(self) -> Tensor:
+        least, most = code_range(self._start.scheme.grid, self._start.bits)
+        return ste_round(self._place + self.offset).clamp(least, most)
+
+    def limit(self) -> None:
+        """Keep offsets within a step, and factors within their range."""
         with torch.no_grad():
-            for part, step, (least, most) in (
-                (self._offset, rate, (-0.5, 0.5)),
-                (self._factor, SCALE_SHARE * rate, SCALE_RANGE),
-            ):
-                if part.grad is not None:
-                    part.sub_(step * part.grad.sign()).clamp_(least, most)
-                    part.grad = None
-
-    def parameters(self) -> _Parameters:
-        """Return copies of offsets and factors."""
-        return self._offset.detach().clone(), self._factor.detach().clone()
-
-    def restore(self, offset: Tensor, factor: Tensor) -> None:
-        """Put parameters back."""
-        with torch.no_grad():
-            self._offset.copy_(offset)
-            self._factor.copy_(factor)
+            self.offset.clamp_(-1, 1)
+            self.factor.clamp_(*SCALE_RANGE)
 
     def stored(self) -> QuantizedWeight:
         """Return codes and scales as they are stored."""
         with torch.no_grad():
-            scales = (self._start.scales.float() * self._factor).to(self._start.scales.dtype)
-            codes, _ = self._rounded(scales.float())
-        return replace(self._start, codes=codes.int(), scales=scales)
+            scales = (self._start.scales.float() * self.factor).to(self._start.scales.dtype)
+            return replace(self._start, codes=self._codes().int(), scales=scales)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, Scheme
+from bitquota.candidates.table import Candidate
 from bitquota.errors import InvalidInput
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.discovery import discover
+from bitquota.quantizers.apply import apply_plan
+from bitquota.quantizers.fitted import fit_quantizers
 from bitquota.quantizers.grid import code_range
-from bitquota.quantizers.learned import learn_block, learn_layer
+from bitquota.quantizers.learned import learn_block, learn_in_blocks
 from bitquota.quantizers.weights import quantize
 from refusals import refused
 
@@ -35,65 +42,49 @@ def problem(columns: int = 256, rows: int = 12):
     common = torch.randn(500, 8, generator=generator).double()
     mixing = torch.randn(8, columns, generator=generator).double()
     inputs = common @ mixing + torch.randn(500, columns, generator=generator).double()
-    return inputs.T @ inputs, torch.randn(rows, columns, generator=generator)
+    return inputs.T @ inputs / 500, torch.randn(rows, columns, generator=generator)
 
 
-def errors(matrix, stored, gram):
-    error = matrix.double() - stored.dequantize().double()
-    return ((error @ gram) * error).sum(dim=1)
+def error_of(matrix, gram):
+    def objective(weights, batch):
+        assert batch == 0
+        error = weights["layer"] - matrix
+        return ((error @ gram.float()) * error).sum()
 
-
-@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
-@pytest.mark.parametrize("name", SCHEMES)
-class TestLearnLayer:
-    def test_is_better_than_its_start_and_legal(self, name, rounding):
-        """In every row no worse; codes and scales are those of the grid; twice the same."""
-        gram, matrix = problem()
-        scheme = SCHEMES[name]
-        start = quantize(matrix, 3, scheme, inputs_gram=gram, rounding=rounding)
-        learned = learn_layer(matrix, start, gram, iterations=60)
-
-        before, after = errors(matrix, start, gram), errors(matrix, learned, gram)
-        assert bool((after <= before * (1 + 1e-4)).all())
-        if rounding == "nearest":  # from GPTQ's codes there is next to nothing left to gain
-            assert float(after.sum()) < 0.7 * float(before.sum())
-        least, most = code_range(scheme.grid, 3)
-        assert least <= int(learned.codes.min())
-        assert int(learned.codes.max()) <= most
-        assert start.scales.dtype == learned.scales.dtype
-        again = learn_layer(matrix, start, gram, iterations=60)
-        assert torch.equal(again.codes, learned.codes)
-        assert torch.equal(again.scales, learned.scales)
+    return objective
 
 
 class TestLearnBlock:
-    def test_learns_through_what_lies_between_two_layers(self):
-        """The error of a block's output, layers before a nonlinearity included."""
-        torch.manual_seed(0)
-        block = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)).requires_grad_(False)
-        x = torch.randn(300, 6) @ torch.randn(6, 32)
-        exact = block(x)
-        matrices = {"0.weight": block[0].weight.clone(), "2.weight": block[2].weight.clone()}
-        start = {name: quantize(w, 3, GROUPS) for name, w in matrices.items()}
-
-        def objective(weights, step):
-            part = slice(None) if step is None else slice(step % 3 * 100, step % 3 * 100 + 100)
-            out = torch.func.functional_call(block, dict(weights), (x[part],))
-            return (out - exact[part]).square().mean()
-
-        learned = learn_block(matrices, start, objective, iterations=100)
-        before, after = (
-            float(objective({k: w.dequantize() for k, w in stored.items()}, None))
-            for stored in (start, learned)
+    @pytest.mark.parametrize("name", SCHEMES)
+    def test_is_better_than_its_start_and_legal(self, name):
+        """Codes and scales are those of the grid; twice the same."""
+        gram, matrix = problem()
+        scheme = SCHEMES[name]
+        start = {"layer": quantize(matrix, 3, scheme)}
+        objective = error_of(matrix, gram)
+        learned, again = (
+            learn_block({"layer": matrix}, start, objective, n_batches=1, iterations=60)["layer"]
+            for _ in range(2)
         )
-        assert after < 0.6 * before
+        before, after = (
+            float(objective({"layer": w.dequantize()}, 0)) for w in (start["layer"], learned)
+        )
+        assert after < 0.7 * before
+        least, most = code_range(scheme.grid, 3)
+        assert least <= int(learned.codes.min())
+        assert int(learned.codes.max()) <= most
+        assert start["layer"].scales.dtype == learned.scales.dtype
+        assert torch.equal(again.codes, learned.codes)
+        assert torch.equal(again.scales, learned.scales)
 
     def test_keeps_the_start_where_nothing_is_better(self):
         """Weights on the grid have no error to lose."""
         gram, matrix = problem(64)
         start = quantize(matrix, 3, Scheme())
         exact = start.dequantize()
-        learned = learn_layer(exact, start, gram, iterations=20)
+        learned = learn_block(
+            {"layer": exact}, {"layer": start}, error_of(exact, gram), n_batches=1, iterations=20
+        )["layer"]
         assert torch.equal(start.codes, learned.codes)
         assert torch.equal(start.scales, learned.scales)
 
@@ -105,4 +96,71 @@ class TestLearnBlock:
         gram, matrix = problem(64)
         start = quantize(matrix, bits, Scheme(grid=grid))
         with refused(InvalidInput, grid=str(grid), weight_bits=bits):
-            learn_layer(matrix, start, gram)
+            learn_block({"layer": matrix}, {"layer": start}, error_of(matrix, gram), n_batches=1)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+        self.one = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.two = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return x + self.two(torch.relu(self.one(self.norm(x))))
+
+
+class TestLearnInBlocks:
+    @pytest.fixture
+    def network(self):
+        torch.manual_seed(0)
+        module = nn.Sequential(
+            nn.Conv2d(3, 8, 3), Residual(), Residual(), nn.Flatten(), nn.Linear(128, 5)
+        ).eval()
+        x = torch.einsum("nchw,cd->ndhw", torch.randn(96, 3, 6, 6), torch.randn(3, 3))
+        return module, discover(module, (x[:2],)), x
+
+    def quantized(self, network, scheme, last):
+        """Return the network in 2 bits by QEP, and its codes."""
+        module, inventory, x = network
+        candidates = [
+            Candidate.of(la, 2, last if la.name == "2.two" else scheme) for la in inventory.layers
+        ]
+        samples = CalibrationSet(inputs=(x,))
+        fitted = fit_quantizers(module, inventory, candidates, samples, rounding="qep")
+        stored = {}
+        found = apply_plan(module, inventory, candidates, fitted=fitted, stored=stored)
+        return found, stored
+
+    def test_every_block_errs_less_and_nothing_else_changes(self, network):
+        """Layers outside of blocks, codebooks, and gradients of the model stay as they are."""
+        module, inventory, x = network
+        quantized, stored = self.quantized(network, Scheme(), Scheme(grid=Grid.CODEBOOK))
+        before = copy.deepcopy(quantized)
+        layers = {la.name: la for la in inventory.layers}
+        found = learn_in_blocks(module, quantized, stored, layers, [(x,)], iterations=60)
+        assert set(found) == {"1.one", "1.two", "2.one"}
+        for name, weight in found.items():
+            place = quantized.get_submodule(name).weight
+            assert torch.equal(place, weight.dequantize().reshape(place.shape))
+        for name, place in quantized.named_parameters():
+            same = torch.equal(place, before.get_parameter(name))
+            assert same == (name.removesuffix(".weight") not in found)
+            assert place.grad is None
+        with torch.no_grad():
+            errors = [
+                [float((net[:n](x) - module[:n](x)).square().mean()) for n in (2, 3)]
+                for net in (before, quantized)
+            ]
+        assert errors[1][0] < errors[0][0]
+        assert errors[1][1] < errors[0][1]
+
+    def test_twice_the_same(self, network):
+        module, inventory, x = network
+        layers = {la.name: la for la in inventory.layers}
+        codes = []
+        for _ in range(2):
+            quantized, stored = self.quantized(network, GROUPS, GROUPS)
+            found = learn_in_blocks(module, quantized, stored, layers, [(x[:32],)], iterations=10)
+            codes.append(torch.cat([w.codes.flatten() for w in found.values()]))
+        assert torch.equal(*codes)
