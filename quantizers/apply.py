@@ -16,6 +16,7 @@ from bitquota.models.running import (
 from bitquota.quantizers.activations import quantize_inputs_of
 from bitquota.quantizers.corrections import bias_correction, reestimate_batch_norm
 from bitquota.quantizers.fitted import Fitted
+from bitquota.quantizers.learned import learn_in_blocks
 from bitquota.quantizers.quantized_weights import QuantizedWeights
 from bitquota.quantizers.sequential import round_in_sequence
 
@@ -118,6 +119,11 @@ def _put_weights(
         found = round_in_sequence(
             module, quantized, chosen, order.batches, fitted.weights, rounding=order.rounding
         )
+        if order.iterations:
+            layers = {layer.name: layer for layer in inventory.layers}
+            found |= learn_in_blocks(
+                module, quantized, found, layers, order.batches, iterations=order.iterations
+            )
         if stored is not None:
             stored.update(found)
         return

@@ -12,7 +12,7 @@ from bitquota.quantizers.channel_fit import collect_by
 from bitquota.quantizers.input_moments import input_grams, moment_bytes
 from bitquota.quantizers.quantized_weights import QuantizedWeights
 from bitquota.quantizers.rounders import Rounder
-from bitquota.quantizers.sequential import AUTO, QEP, rounder_in
+from bitquota.quantizers.sequential import AUTO, LEARNED, QEP, rounder_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -35,10 +35,17 @@ class RoundingOrder:
     Attributes:
         rounding: ``gpfq``, ``gptq`` or ``qep``.
         batches: Positional arguments of the passes whose inputs count.
+        iterations: Steps of learned rounding that follow for each block.
     """
 
     rounding: str
     batches: Sequence[tuple[Tensor, ...]]
+    iterations: int = 0
+
+    @property
+    def name(self) -> str:
+        """What a plan calls it."""
+        return LEARNED if self.iterations else self.rounding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,6 +70,15 @@ class Fitted:
         """Return the same quantizers, but for weights that are rounded to nearest."""
         return replace(self, weights=self.weights.nearest(), origin=self.nearest_origin, order=None)
 
+    def learning(self, iterations: int) -> Fitted:
+        """Return the same quantizers, but for weights whose rounding is learned at the end."""
+        assert self.order is not None  # noqa: S101  # callers ask first
+        return replace(
+            self,
+            origin=digest_json([self.origin, {"learned": iterations}]),
+            order=replace(self.order, iterations=iterations),
+        )
+
 
 def fit_quantizers(
     module: nn.Module,
@@ -84,7 +100,7 @@ def fit_quantizers(
         samples: Unlabelled samples; ``None`` will do where nothing is fitted to inputs.
         activation_fit: How input ranges are chosen (``channel_fit.collect_by``).
         importance: What the columns of weights count for, if not alike.
-        rounding: One of ``request.ROUNDINGS``.
+        rounding: One of ``request.ROUNDINGS``; ``learned`` begins as ``qep`` (see ``learning``).
         memory_bytes: What the moments of inputs may take where ``rounding`` is ``auto``; where they
             would take more, weights are rounded to nearest.
 
@@ -99,6 +115,7 @@ def fit_quantizers(
     if rounding == AUTO:
         fits = moment_bytes(inventory, rounded) <= memory_bytes
         rounding = QEP if fits else Rounder.NEAREST
+    rounding = QEP if rounding == LEARNED else rounding
     in_order = rounding != Rounder.NEAREST and bool(rounded)
     fed = any(c.scheme.rounding is Rounding.ERROR_FEEDBACK for c in rounded)
     grams = activations = order = None

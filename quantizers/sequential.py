@@ -44,6 +44,8 @@ APART = frozenset({LayerKind.EMBEDDING, LayerKind.EXPERTS, *MATRICES})
 QEP = "qep"
 AUTO = "auto"
 """As ``qep`` where that is possible and better, else to nearest."""
+LEARNED = "learned"
+"""As ``qep``, then learned block by block (``learned.learn_in_blocks``)."""
 
 
 def rounder_in(rounding: str) -> Rounder:

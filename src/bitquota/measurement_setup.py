@@ -201,6 +201,10 @@ class Setup:
         """Return this setup for weights that are rounded to nearest."""
         return replace(self, fitted=self.fitted.nearest(), kept=Kept())
 
+    def learning(self) -> Setup:
+        """Return this setup for weights whose rounding is learned at the end."""
+        return replace(self, fitted=self.fitted.learning(self.request.iterations), kept=Kept())
+
     def _rounded(self, choice: Choice) -> QuantizedModel:
         """Quantize a choice as its plan says, unless it is the one that was kept."""
         if self.kept.choice == choice and self.kept.model is not None:
@@ -220,7 +224,7 @@ class Setup:
         )
         return QuantizedModel(
             model_digest=self.inventory.model_digest,
-            rounding="nearest" if order is None else order.rounding,
+            rounding="nearest" if order is None else order.name,
             weights=stored,
             tensors=changed_tensors(self.module, module, self.inventory),
             activations=self._input_grids(chosen),

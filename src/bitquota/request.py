@@ -33,10 +33,14 @@ RECIPES = ("stabilised", "ellipsoid", "bitpruning", "bsq", "uhlich2020")
 EFFORTS = ("quick", "normal", "thorough")
 """How much work a plan may take, the least first."""
 
-ROUNDINGS = ("auto", "nearest", "gpfq", "gptq", "qep")
+ROUNDINGS = ("auto", "nearest", "gpfq", "gptq", "qep", "learned")
 """``nearest``; ``gpfq`` and ``gptq``: with feedback, layer after layer; ``qep``: as ``gptq``, and
 each layer also makes up for part of what quantization did to its inputs; ``auto``: ``qep`` where
-its moments fit into memory and the hold-out samples do not prefer ``nearest``."""
+its moments fit into memory and the hold-out samples do not prefer ``nearest``; ``learned``: what
+``qep`` gives the plan found, then moved by gradients of each block's error."""
+
+ITERATIONS = 200
+"""Steps of learned rounding for each block, by default."""
 
 FORMER_ROUNDINGS = {"error_feedback": "gptq"}
 """What commands called roundings before, and what they are called now."""
@@ -93,10 +97,13 @@ class PlanRequest(Document):
         target: Deployment target, whose formats, legal shapes, ties and exclusions decide what
             may become of each layer.
         rounding: How weights are rounded, one of ``ROUNDINGS``.
+        iterations: Steps of learned rounding for each block of the network.
     """
 
     # Requests without these keep the bytes that they always had.
-    FORM: ClassVar[Form] = Form(what="a request", left_out=("outputs", "effort", "rounding"))
+    FORM: ClassVar[Form] = Form(
+        what="a request", left_out=("outputs", "effort", "rounding", "iterations")
+    )
 
     budgets: tuple[str, ...] = ()
     weight_bits: tuple[int, ...] = ()
@@ -122,6 +129,7 @@ class PlanRequest(Document):
     outputs: tuple[str, ...] | None = None
     effort: str = "normal"
     rounding: str = "auto"
+    iterations: int = ITERATIONS
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without the model."""
@@ -154,7 +162,13 @@ class PlanRequest(Document):
             msg = f"activation_bits must be between 2 and 16; got {self.activation_bits}"
             raise InvalidInput(msg, activation_bits=self.activation_bits)
         _one_of("activation_fit", self.activation_fit, ACTIVATION_FITS)
-        for name in ("samples", "holdout_samples", "correction_samples"):
+        if self.iterations != ITERATIONS and self.rounding != "learned":
+            msg = (
+                "iterations are steps of learned rounding; got them with the rounding "
+                f"'{self.rounding}': take 'learned', or leave them out"
+            )
+            raise InvalidInput(msg, rounding=self.rounding)
+        for name in ("samples", "holdout_samples", "correction_samples", "iterations"):
             if getattr(self, name) < 1:
                 msg = f"{name} must be at least 1; got {getattr(self, name)}"
                 raise InvalidInput(msg)

@@ -29,6 +29,7 @@ from bitquota.request import (
     DEFAULT_WEIGHT_BITS,
     EFFORTS,
     FORMER_ROUNDINGS,
+    ITERATIONS,
     LOSSES,
     MEASURES,
     PRECISIONS,
@@ -182,9 +183,13 @@ RoundingName = Annotated[
         "--rounding",
         help="How weights are rounded: nearest; gptq or gpfq: with error feedback, layer after "
         "layer; qep: gptq that also makes up for the error of earlier layers; auto: qep, or "
-        "nearest where that measures better (compare: nearest). All but nearest write the "
-        "quantized weights beside the plan.",
+        "nearest where that measures better (compare: nearest); learned: qep, then --iterations "
+        "steps of gradients for each block. All but nearest write the quantized weights beside "
+        "the plan.",
     ),
+]
+Iterations = Annotated[
+    int, typer.Option("--iterations", help="Steps of learned rounding for each block.")
 ]
 SolverName = Annotated[str, typer.Option("--solver", help="Solver backend.")]
 Gap = Annotated[float, typer.Option("--gap", help="Stop at this relative optimality gap.")]
@@ -369,6 +374,7 @@ _REQUEST: dict[str, tuple[Any, Any]] = {
     "scale_rule": (ScaleRuleName, ScaleRule.LEAST_SQUARES),
     "scale_format": (ScaleFormatName, ScaleFormat.FP32),
     "rounding": (RoundingName, "auto"),
+    "iterations": (Iterations, ITERATIONS),
     "precision": (Precision, "fp32"),
     "solver": (SolverName, "auto"),
     "gap": (Gap, 1e-4),
@@ -447,6 +453,7 @@ def plan_request(options: Mapping[str, Any]) -> PlanRequest:
             scale_format=options["scale_format"],
         ),
         rounding=FORMER_ROUNDINGS.get(options["rounding"], options["rounding"]),
+        iterations=options["iterations"],
         fixed=parse_fixed(options["fix"]),
         ties=parse_ties(options["tie"]),
         exclude=tuple(options["exclude"] or ()),

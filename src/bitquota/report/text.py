@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from bitquota.candidates.layers import Inventory, UnquantizedTensor
+    from bitquota.canonical import JsonObject
     from bitquota.evaluate.scores import Estimate, Score
     from bitquota.plan import Baseline, MeasuredLoss, Plan
 
@@ -248,12 +249,28 @@ def rounding_sentences(plan: Plan) -> list[str]:
     if to_nearest and about is None:
         return []
     rounding = "to nearest" if to_nearest else f"by {plan.rounding}"
+    if about and "blocks" in about:
+        return [_learning_sentence(rounding, about)]
     if not about or "nearest_worse_by" not in about:
         return [f"Weights are rounded {rounding}."]
     difference = f"{abs(about['nearest_worse_by']):.3g} ± {about['standard_error']:.2g}"
     if to_nearest:
         return [f"Weights are rounded to nearest: by qep the plan measured {difference} worse."]
     return [f"Weights are rounded {rounding}: to nearest the plan measured {difference} worse."]
+
+
+def _learning_sentence(rounding: str, about: JsonObject) -> str:
+    blocks = about["blocks"]
+    if not blocks:
+        return f"Weights are rounded {rounding}: the model has no repeated blocks to learn in."
+    gain = about["unlearned_worse_by"]
+    difference = f"{abs(gain):.3g} ± {about['standard_error']:.2g}"
+    if gain > 0:
+        return (
+            f"Weights are rounded by qep and then learned in {blocks} blocks: before, the plan "
+            f"measured {difference} worse."
+        )
+    return f"Weights are rounded {rounding}: learned in {blocks} blocks it measured no better."
 
 
 def hint_sentences(plan: Plan) -> list[str]:

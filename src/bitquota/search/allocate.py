@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import bitquota
+from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.errors import InvalidInput
 from bitquota.evaluate.choice import ChoiceLoss
 from bitquota.measurement_setup import Kept, Setup, build_setup
+from bitquota.models.blocks import repeated_blocks
 from bitquota.plan import SOLVER, Assignment, Baseline, Plan, PlanTarget, Proof
 from bitquota.quantizers.quantized_model import named
 from bitquota.quantizers.rounders import Rounder
-from bitquota.quantizers.sequential import AUTO
+from bitquota.quantizers.sequential import AUTO, LEARNED
 from bitquota.search.baselines import baseline_choices, uniform_mixes
 from bitquota.search.evidence import gather_evidence
 from bitquota.search.phases import (
@@ -296,6 +298,9 @@ def _plan(
         mix = min(mixes, key=lambda name: losses[name].mean)
         choices[mix], measured[mix] = mixes[mix], losses[mix]
     best = min(choices, key=lambda name: measured[name].mean)
+    if setup.request.rounding == LEARNED and setup.fitted.order is not None:
+        setup, learned, rounding = _with_learning(setup, choices[best], measured[best], stage)
+        measured |= {name: learned for name in choices if choices[name] == choices[best]}
     solution = outcome.optimum
     objective = problem.evaluate(choices[best])
     status = solution.status
@@ -395,6 +400,29 @@ def _with_rounding(
     if worse_by < 0:
         return to_nearest, {choice: plain}, {"to": str(Rounder.NEAREST), **about}
     return setup, {choice: fed}, {"to": setup.fitted.order.rounding, **about}
+
+
+def _with_learning(
+    setup: Setup, choice: Choice, measured: ChoiceLoss, stage: str
+) -> tuple[Setup, ChoiceLoss, JsonObject]:
+    """Learn the rounding of the choice that was found, and keep that if it measures better.
+
+    Returns the setup that rounds so, what was measured with it, and what the plan says of it.
+    """
+    order = setup.fitted.order
+    assert order is not None  # noqa: S101  # callers ask first
+    rounded = {c.layer for c in setup.table.decode(choice) if c.weight_bits < FULL_PRECISION_BITS}
+    layers = {layer.name: layer for layer in setup.inventory.layers if layer.name in rounded}
+    blocks = repeated_blocks(setup.module, layers, tuple(t[:2] for t in order.batches[0]))
+    if not blocks:
+        return setup, measured, {"to": order.name, "blocks": 0}
+    learning = setup.learning()
+    (learned,) = _measure_choices(learning, {SOLVER: choice}, f"{stage}, learned").values()
+    worse_by, error = measured.paired(learned)
+    about = {"blocks": len(blocks), "unlearned_worse_by": worse_by, "standard_error": error}
+    if worse_by <= 0:
+        return setup, measured, {"to": order.name, **about}
+    return learning, learned, {"to": LEARNED, **about}
 
 
 def _measure_choices(
