@@ -39,7 +39,7 @@ from bitquota.models.loaded import LoadedModel, finish
 from bitquota.models.text import text_windows
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.planned import quantized_module
-from bitquota.request import PlanRequest
+from bitquota.request import ITERATIONS, PlanRequest
 from bitquota.search.allocate import allocate
 from bitquota.sensitivity.losses import divergence
 from resnet_cifar import data_folder, images, load_resnet, resnet_cifar
@@ -174,6 +174,7 @@ def request_of(
         activation_bits=activation_bits,
         corrections=tuple(corrections),
         rounding=rounding,
+        iterations=options.iterations if rounding == "learned" else ITERATIONS,
         refine=kind == "mixed" and options.effort == "normal",
         samples=subject.samples,
         holdout_samples=subject.samples,
@@ -185,6 +186,7 @@ def quantized(request: PlanRequest, subject: Subject, context: Context) -> torch
     if len(request.weight_bits) == 1:
         # One candidate each: nothing to measure.
         setup = build_setup(subject.model, subject.calibration, request, context=context)
+        setup = setup.learning() if request.rounding == "learned" else setup
         return apply_plan(
             setup.module,
             setup.inventory,
@@ -227,6 +229,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128, help="tokens of a window")
     parser.add_argument("--test-windows", type=int, help="all if left out")
     parser.add_argument("--roundings", default="nearest,gptq,qep")
+    parser.add_argument("--iterations", type=int, default=ITERATIONS, help="of learned rounding")
     parser.add_argument("--cases")
     parser.add_argument("--moved", action="store_true", help="correct batch-norm statistics too")
     parser.add_argument("--effort", choices=["quick", "normal"], default="normal")

@@ -22,12 +22,12 @@ REQUEST = PlanRequest(
     budgets=("2 bits",),
     weight_bits=(2,),
     rounding="learned",
-    iterations=30,
+    iterations=100,
     measure="weight_mse",
     effort="quick",
     refine=False,
-    samples=64,
-    holdout_samples=64,
+    samples=400,
+    holdout_samples=200,
 )
 
 
@@ -44,7 +44,7 @@ class Residual(nn.Module):
 @pytest.fixture(scope="module")
 def samples():
     torch.manual_seed(1)
-    return CalibrationSet(inputs=(torch.randn(128, 4) @ torch.randn(4, 12),))
+    return CalibrationSet(inputs=(torch.randn(600, 4) @ torch.randn(4, 12),))
 
 
 def planned(module, samples, request=REQUEST):
