@@ -195,9 +195,11 @@ def learn_block(
     for _ in range(iterations):
         order = order or torch.randperm(n_batches, generator=generator).tolist()
         loss = objective({name: layer.weight() for name, layer in learned.items()}, order.pop())
-        # Not backward(): other parameters of the model keep the gradients that they have.
+        # Not backward(): other parameters of the model keep the gradients that they have. Weights
+        # before a quantized input get none.
         moving = [*offsets, *factors]
-        for part, gradient in zip(moving, torch.autograd.grad(loss, moving), strict=True):
+        gradients = torch.autograd.grad(loss, moving, allow_unused=True)
+        for part, gradient in zip(moving, gradients, strict=True):
             part.grad = gradient
         optimizer.step()
         schedule.step()

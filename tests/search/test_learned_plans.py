@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from bitquota.context import Context
+from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.loaded import finish
@@ -81,6 +82,14 @@ class TestLearnedPlan:
         assert kl == pytest.approx(plan.measured.mean, rel=1e-4)
         (sentence,) = rounding_sentences(plan)
         assert "learned in 3 blocks" in sentence
+
+    def test_learns_beside_quantized_inputs_and_corrections(self, samples):
+        request = replace(
+            REQUEST, activation_bits=8, iterations=20, corrections=(Correction.BIAS_CORRECTION,)
+        )
+        _, plan, weights = planned(stack(), samples, request)
+        assert weights is not None
+        assert plan.provenance["rounding"]["blocks"] == 3
 
     def test_without_blocks_the_plan_says_so(self, samples):
         torch.manual_seed(0)
