@@ -45,6 +45,8 @@ $(INSTALLED) $(VENV)/.installed-demo: pyproject.toml constraints.txt
 	@cd "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
 		"$(abspath $(BIN))/python" -m compileall -qq -j 0 -x '/tests?/' \
 		torch sympy mpmath networkx numba llvmlite numpy scipy || true
+	@# Likewise the solver's kernels, which each process that comes first would compile for itself.
+	@$(BIN)/python -m bitquota.service.worker.evaluator --warm-up
 	@touch $@
 
 demo: $(DEMO_INSTALLED) ## Train a small network, start the service, plan two budgets over HTTP

@@ -38,7 +38,8 @@ LONGEST = (
     "search/test_allocate.py", "service/jobs/test_kinds.py", "docs/test_quickstarts.py",
     "browser/test_journey.py", "browser/test_looks.py", "cli/test_remote.py",
     "sensitivity/metrics/test_resnet20.py", "exports/test_exports.py",
-    "solver/test_properties.py", "sensitivity/metrics/test_contract.py",
+    "solver/test_properties.py", "sensitivity/metrics/test_contract.py", "cli/test_sandboxed.py",
+    "service/test_hostile.py", "service/test_telemetry.py", "service/test_full_disk.py",
 )  # fmt: skip
 """Files below tests/, in the order in which they begin; after them come all others."""
 

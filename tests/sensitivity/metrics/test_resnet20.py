@@ -1,6 +1,7 @@
 """The trained ResNet-20: what metrics are known to do there."""
 
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
@@ -34,6 +35,12 @@ def resnet(repository):
     return runner, enumerate_candidates(inventory, (3, 4, 5, 8))
 
 
+@pytest.fixture(scope="module")
+def matrix_by(resnet):
+    """Return a function from a metric's name to its matrix, measured once."""
+    return cache(lambda name: METRICS[name].measure(*resnet, KL))
+
+
 class TestOnResNet20:
     def test_hessian_trace_ranks_like_one_layer_loss(self, resnet):
         """Rank correlation above 0.5 over all 80 candidates."""
@@ -43,7 +50,7 @@ class TestOnResNet20:
 
         assert spearman(trace.diagonal, single.diagonal) > 0.5
 
-    def test_metrics_that_look_at_the_error_rank_plans(self, resnet):
+    def test_metrics_that_look_at_the_error_rank_plans(self, resnet, matrix_by):
         """Twelve random plans: predicted and measured order agree; importances are not asked."""
         runner, table = resnet
         generator = np.random.default_rng(1)
@@ -51,14 +58,12 @@ class TestOnResNet20:
         measured = measure_choices(runner, table, KL, plans).mean(axis=1)
         found = {}
         for name in ("relative_mse", "empirical_fisher", "output_fisher", "kronecker", "gpfq"):
-            matrix = METRICS[name].measure(runner, table, KL)
+            matrix = matrix_by(name)
             found[name] = spearman([matrix.predict(p) for p in plans], measured)
 
         assert all(value > 0.3 for value in found.values()), found
 
-    def test_weight_errors_are_monotone(self, resnet):
+    def test_weight_errors_are_monotone(self, matrix_by):
         """A finer grid is never worse for the weights; GPFQ keeps that on this network."""
-        runner, table = resnet
-
         for name in ("relative_mse", "weight_mse", "gpfq"):
-            assert () == find_flags(METRICS[name].measure(runner, table, KL))
+            assert () == find_flags(matrix_by(name))
