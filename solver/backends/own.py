@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from bitquota.errors import Infeasible
 from bitquota.solver.backends.backend import Backend
 from bitquota.solver.brute_force import LARGEST, enumerate_all, n_choices
-from bitquota.solver.native import solve_native, verified
 from bitquota.solver.solution import Solution, Status
 
 if TYPE_CHECKING:
@@ -31,6 +30,8 @@ class Own(Backend):
 
     def solve(self, problem: Problem, control: Control, start: Ints | None = None) -> Solution:
         """Solve ``problem``; see ``bitquota.solver.solve``."""
+        from bitquota.solver.native import solve_native, verified
+
         try:
             problem.check_budgets()
         except Infeasible:

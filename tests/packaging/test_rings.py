@@ -61,12 +61,14 @@ LATE = {
         "service.jobs.kinds.training_request": {"training.qat", "training.saved"},
         "service.jobs.work": {"models.load", "models.samples"},
         "service.store.database": {"service.store.migrate"},
+        "solver.backends.own": {"solver.native"},
     },
     LIMITED: {
         "service.worker.evaluator": {
             "models.calibration",
             "models.loaded",
             "search.allocate",
+            "search.portfolio",
             "sensitivity.measures.parts",
             "measurement_setup",
         },

@@ -210,6 +210,11 @@ class TestSolve:
         code = "import sys, bitquota.solver; assert 'torch' not in sys.modules"
         subprocess.run([sys.executable, "-c", code], check=True)
 
+    def test_other_solvers_load_no_kernels(self):
+        """Their processes, one for each problem, compute nothing with ours."""
+        code = "import sys, bitquota.solver.backends.child; assert 'numba' not in sys.modules"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
 
 @pytest.mark.shared_data
 class TestPublishedInstances:
