@@ -45,7 +45,7 @@ class ModuleRun(GraphRun):
         found = {str(k): v.numpy() for k, v in enumerate(plain.values())}
         compare("full precision", found, {str(k): v[:n] for k, v in enumerate(expected)}, TOLERANCE)
         target = str(rng.choice(["ref-int", "ref-int", "ort-cpu", ""])) or None
-        plan, _ = planned(self, model, samples, target, rng)
+        plan, _, model = planned(self, model, samples, target, rng)
         self.planned = True
         self._export(model, plan, samples, target)
 

@@ -194,14 +194,14 @@ class GraphRun:
         expected = {k: v[:n] for k, v in truth.items() if v.ndim and k in plain}
         compare("full precision", {k: plain[k] for k in expected}, expected, tolerance)
 
-        plan, target = self.plan_of(model, samples, rng)
+        plan, target, model = self.plan_of(model, samples, rng)
         self.planned = True
         self.export(model, plan, samples, truth, target, tolerance)
 
     def plan_of(
         self, model: LoadedModel, samples: CalibrationSet, rng: np.random.Generator
-    ) -> tuple[Plan, str | None]:
-        """Return a cheap plan, for a target or with a scheme of its own."""
+    ) -> tuple[Plan, str | None, LoadedModel]:
+        """Return a cheap plan, for a target or with a scheme of its own, and the model for it."""
         target = str(rng.choice(["ort-cpu", "ort-cpu", "ort-cpu", "ref-int", ""])) or None
         return planned(self, model, samples, target, rng)
 
@@ -249,7 +249,7 @@ class GraphRun:
 
 def planned(
     run: Any, model: LoadedModel, samples: CalibrationSet, target: str | None, rng: Any
-) -> tuple[Plan, str | None]:  # a run of either kind
+) -> tuple[Plan, str | None, LoadedModel]:  # a run of either kind
     """Inspect and plan: few samples, one-layer losses or weight errors, the whole menu."""
     from bitquota.candidates.storage import Granularity, Grid, Scheme
     from bitquota.candidates.targets import target_by_name
@@ -286,7 +286,7 @@ def planned(
             raise
         run.features.append("loss named")
         found = allocate(model, samples, replace(request, loss="relative_mse"))
-    return found.plans[0], target
+    return found.plans[0], target, found.with_weights(model)
 
 
 def as_it_is(plan: Plan, target: str | None) -> Plan:
@@ -302,6 +302,7 @@ def as_it_is(plan: Plan, target: str | None) -> Plan:
         assignments=tuple(
             replace(a, candidate=Candidate.of(a.layer, bits, scheme)) for a in plan.assignments
         ),
+        weights=None,
     )
 
 

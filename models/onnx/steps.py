@@ -91,6 +91,7 @@ def layer_inputs(
     """
     helper = import_onnx().helper
     names = {fed.name: layers[fed.path] for fed in source.fed if fed.path in layers}
+    weights = {fed.name for fed in source.fed} | program.static
     uses: dict[str, list[LayerInput | None]] = {}
     for node in program.nodes:
         read = [name for name in node.sources if name in names]
@@ -102,8 +103,8 @@ def layer_inputs(
             if operator in _READERS and place in (0, 1) and len(read) == 1:
                 given = {a.name: helper.get_attribute_value(a) for a in proto.attribute}
                 found = _input_of(names[name], operator, proto, place, given)
-            if found is not None and found.value in program.static:
-                found = None
+            if found is not None and (found.value in weights or program.is_constant(found.value)):
+                found = None  # a product of two weights
             uses.setdefault(name, []).append(found)
     return [found for (found, *more) in uses.values() if found is not None and not more]
 

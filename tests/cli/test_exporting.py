@@ -122,7 +122,7 @@ class TestOnnxInOnnxOut:
 
         code, text, err = bitquota(
             "evaluate", model, images / "test.npz", "--plan", "plan.json", "--exported", "a",
-            "--json",
+            "--correction-data", images / "calibration.npz", "--json",
         )  # fmt: skip
         assert code == 0, err
         scores = {score["kind"]: score for score in json.loads(text)}

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from bitquota.cli import main
@@ -33,6 +34,7 @@ from bitquota.service.jobs.messages import Piece
 from bitquota.service.jobs.work import Loaded, Work
 from bitquota.training.qat import finetune_plan
 from bitquota.training.settings import TrainingSettings
+from onnx_graphs import numbers, save
 
 pytestmark = pytest.mark.slow  # whole chains
 CPU = Context(device="cpu")
@@ -271,3 +273,28 @@ class TestOnnx:
         assert plan.measured.mean < 0.6 * nearest.plans[0].measured.mean
         report = export_plan(ready, plan, tmp_path / "out", format_name="onnx-qdq", samples=samples)
         assert report.difference.relative < 1e-3
+
+    def test_a_weight_that_is_multiplied_with_a_weight_is_rounded_by_itself(self, tmp_path):
+        """Its input never changes and is nothing that a run could stop at."""
+        values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 16]) for n in "xy"]
+        nodes = [
+            helper.make_node("MatMul", ["x", "w"], ["h"]),
+            helper.make_node("MatMul", ["down", "up"], ["update"]),
+            helper.make_node("MatMul", ["h", "update"], ["z"]),
+            helper.make_node("Add", ["h", "z"], ["y"]),
+        ]
+        shapes = {"w": (16, 16), "down": (16, 2), "up": (2, 16)}
+        tensors = [
+            numpy_helper.from_array(numbers(*shape, seed=k), name)
+            for k, (name, shape) in enumerate(shapes.items())
+        ]
+        graph = helper.make_graph(nodes, "g", values[:1], values[1:], tensors)
+        model = load_model(str(save(graph, tmp_path / "m.onnx", 21)))
+        samples = CalibrationSet(inputs=(torch.randn(24, 16),))
+        request = PlanRequest(
+            budgets=("5 bits",), weight_bits=(4,), rounding="qep", samples=12, holdout_samples=12,
+            refine=False, loss="mse",
+        )  # fmt: skip
+        (plan,) = allocate(model, samples, request, context=CPU).plans
+        assert {a.layer.name for a in plan.assignments} == {"h", "update"}
+        assert plan.rounding == "qep"

@@ -504,7 +504,7 @@ class TestExportPlan:
     def test_error_feedback(self, net):
         """Codes that depend on the measurement's inputs are refused, not silently re-rounded."""
         scheme = Scheme(rounding=Rounding.ERROR_FEEDBACK)
-        with pytest.raises(InvalidInput, match="error feedback"):
+        with pytest.raises(InvalidInput, match="rounding with feedback"):
             prepare_export(net, plan_with(net, IMAGES.inputs, bits=(4,), scheme=scheme))
 
     def test_damaged_file_is_noticed(self, net, tmp_path):
