@@ -248,7 +248,8 @@ class TestLengths:
         request = PlanRequest(
             budgets=("8 bits",), target="ort-cpu", refine=False, samples=4, holdout_samples=4
         )
-        (plan,) = allocate(model, samples, request).plans
+        made = allocate(model, samples, request)
+        (plan,), model = made.plans, made.with_weights(model)
         export_plan(model, plan, tmp_path / "out", target="ort-cpu", samples=samples)
         (given,) = onnx.load(tmp_path / "out" / "model.onnx").graph.input
         batch, length = given.type.tensor_type.shape.dim
