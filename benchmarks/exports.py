@@ -75,7 +75,8 @@ def resnet(n_test: int, n_samples: int) -> list[Bar]:
     request = PlanRequest(
         budgets=("3.5 bits",), target="ort-cpu", samples=n_samples, holdout_samples=n_samples
     )
-    (plan,) = allocate(model, data, request, context=Context(ledger=MemoryLedger())).plans
+    made = allocate(model, data, request, context=Context(ledger=MemoryLedger()))
+    (plan,), model = made.plans, made.with_weights(model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         report, same = export_twice(model, plan, folder, data.first(64))
@@ -124,7 +125,8 @@ def llama(n_windows: int) -> list[Bar]:
             holdout_samples=n_windows,
             refine=False,
         )
-        (plan,) = allocate(model, data, request, context=Context(ledger=MemoryLedger())).plans
+        made = allocate(model, data, request, context=Context(ledger=MemoryLedger()))
+        (plan,), model = made.plans, made.with_weights(model)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             report, same = export_twice(model, plan, folder, data.first(8))

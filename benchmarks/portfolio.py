@@ -139,6 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--efforts", default="quick,normal")
+    parser.add_argument("--rounding", default="nearest")
     parser.add_argument("--draws", default="0")
     parser.add_argument("--budgets", default="2.25,2.5,3.0,4.0")
     parser.add_argument("--test", type=int, default=10_000, help="test images")
@@ -156,7 +157,7 @@ def main() -> None:
             request = PlanRequest(
                 budgets=budgets, weight_bits=WIDTHS, seed=draw, effort=effort, samples=n,
                 holdout_samples=n, correction_samples=2 * n,
-                corrections=(Correction.BATCH_NORM_STATISTICS,),
+                corrections=(Correction.BATCH_NORM_STATISTICS,), rounding=asked.rounding,
             )  # fmt: skip
             context = Context(ledger=MemoryLedger(), device="cpu")
             begun = time.process_time()

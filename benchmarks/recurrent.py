@@ -106,9 +106,9 @@ def main() -> None:
             )  # fmt: skip
         model = load_model(str(file))
         data = CalibrationSet(inputs=(windows(text[cut:], 2 * settings.samples, 9)[:, :-1],))
-        free = planned(model, data, settings.samples, PlanRequest(weight_bits=(2, 3, 4, 6, 8)))
-        plan = planned(model, data, settings.samples, PlanRequest(target="ort-cpu"))
-        receipt = export_plan(model, plan, Path(name) / "export", target="ort-cpu", samples=data)
+        free, _ = planned(model, data, settings.samples, PlanRequest(weight_bits=(2, 3, 4, 6, 8)))
+        plan, ready = planned(model, data, settings.samples, PlanRequest(target="ort-cpu"))
+        receipt = export_plan(ready, plan, Path(name) / "export", target="ort-cpu", samples=data)
     (uniform,) = [b for b in free.baselines if b.name == "uniform W3"]
     weights = 32 * plan.totals["n_weights"]
     share = weights / (weights + plan.totals["unquantized_bits"])
@@ -130,10 +130,13 @@ def main() -> None:
         sys.exit(1)
 
 
-def planned(model: LoadedModel, data: CalibrationSet, n: int, request: PlanRequest) -> Plan:
-    """Return the plan of 3 bits."""
+def planned(
+    model: LoadedModel, data: CalibrationSet, n: int, request: PlanRequest
+) -> tuple[Plan, LoadedModel]:
+    """Return the plan of 3 bits, and the model with its weights."""
     request = replace(request, budgets=("3 bits",), samples=n, holdout_samples=n)
-    return allocate(model, data, request, context=Context(ledger=MemoryLedger())).plans[0]
+    made = allocate(model, data, request, context=Context(ledger=MemoryLedger()))
+    return made.plans[0], made.with_weights(model)
 
 
 if __name__ == "__main__":

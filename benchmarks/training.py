@@ -121,6 +121,7 @@ class Bench:
                         budgets=(f"{self.average} bits",),
                         weight_bits=WIDTHS,
                         corrections=(Correction.BATCH_NORM_STATISTICS,),
+                        rounding="nearest",
                     ),
                     context=Context(ledger=ledger),
                 )

@@ -201,7 +201,8 @@ class TestHalfPrecision:
         request = PlanRequest(
             budgets=("8 bits",), target="ort-cpu", refine=False, samples=4, holdout_samples=4
         )
-        (plan,) = allocate(model, samples, request).plans
+        found = allocate(model, samples, request)
+        (plan,), model = found.plans, found.with_weights(model)
         made = export_plan(model, plan, tmp_path / "out", target="ort-cpu", samples=samples)
         assert made.tolerance == 1e-2
         assert made.difference.relative < 1e-2
