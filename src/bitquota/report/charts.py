@@ -22,6 +22,7 @@ from bitquota.report.text import (
     format_size,
     proof_sentence,
     quantizable_sentences,
+    rounding_sentences,
     times_less,
     verdict,
 )
@@ -266,7 +267,12 @@ def plan_json(plan: Plan, *, digest: str | None = None) -> JsonObject:
         ],
         "headline": headline(plan),
         "verdict": " ".join(
-            [*quantizable_sentences(plan.inventory), verdict(plan), *caution_sentences(plan)]
+            [
+                *quantizable_sentences(plan.inventory),
+                verdict(plan),
+                *caution_sentences(plan),
+                *rounding_sentences(plan),
+            ]
         ),
         "proof": proof_sentence(plan),
         "digest": plan.digest() if digest is None else digest,
