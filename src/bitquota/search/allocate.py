@@ -255,8 +255,10 @@ def _search(
 
 
 def _widest(setup: Setup, choices: dict[str, Choice]) -> dict[str, Choice]:
-    """Return the largest of ``choices``, if there is one."""
-    sizes = {n: sum(c.size_bits for c in setup.table.decode(k)) for n, k in choices.items()}
+    """Return the largest uniform one of ``choices``, or the largest, if there is one."""
+    uniform = {name: choice for name, choice in choices.items() if name.startswith("uniform")}
+    offered = uniform or choices
+    sizes = {n: sum(c.size_bits for c in setup.table.decode(k)) for n, k in offered.items()}
     return {n: choices[n] for n in sorted(sizes, key=lambda n: -sizes[n])[:1]}
 
 
