@@ -78,4 +78,4 @@ def test_large_tensors_stay_out_of_the_heap():
 
 
 if __name__ == "__main__":
-    print(*grow_by_a_large_tensor())
+    sys.stdout.write(" ".join(map(str, grow_by_a_large_tensor())))
