@@ -83,51 +83,87 @@ def bound(model: LoadedModel | nn.Module, samples: CalibrationSet) -> Calibratio
     """
     module = model if isinstance(model, nn.Module) else model.module
     declared = declared_inputs(module)
-    names = list(samples.names)
-    if not names or not declared:
+    if not samples.names or not declared:
         return samples
-    known = {entry.name for entry in declared}
-    if samples.labels is not None and samples.label_name in known.difference(names):
-        # A member called y or labels is an input where the model has one of that name.
-        names.append(samples.label_name)
-        samples = replace(
-            samples,
-            inputs=(*samples.inputs, samples.labels),
-            names=tuple(names),
-            labels=None,
-            label_name="",
-        )
-    needed = [entry.name for entry in declared if entry.required]
+    samples = _with_label_as_input(samples, declared)
+    names = _with_usual_name(samples.names, declared, module)
+    _check_names(names, declared)
+    tensors = dict(zip(names, samples.inputs, strict=True))
+    given = [entry for entry in declared if entry.name in tensors]
+    for entry in given:
+        tensor = tensors[entry.name]
+        if entry.integer and tensor.is_floating_point():
+            msg = (
+                f"'{entry.name}' must hold integers, as the model declares; it is floating point: "
+                f"{_comparison(names, declared)}"
+            )
+            raise InvalidCalibration(msg, input=entry.name)
+        if entry.dtype is not None:
+            tensors[entry.name] = tensor.to(entry.dtype)
+    return replace(
+        samples,
+        inputs=tuple(tensors[entry.name] for entry in given),
+        names=tuple(entry.name for entry in given),
+    )
+
+
+def _with_label_as_input(
+    samples: CalibrationSet, declared: tuple[DeclaredInput, ...]
+) -> CalibrationSet:
+    """Return ``samples`` with their labels as an input where the model has one of that name.
+
+    A member of the samples' file called y or labels was read as labels.
+    """
+    missing = {entry.name for entry in declared}.difference(samples.names)
+    if samples.labels is None or samples.label_name not in missing:
+        return samples
+    return replace(
+        samples,
+        inputs=(*samples.inputs, samples.labels),
+        names=(*samples.names, samples.label_name),
+        labels=None,
+        label_name="",
+    )
+
+
+def _with_usual_name(
+    names: tuple[str, ...], declared: tuple[DeclaredInput, ...], module: nn.Module
+) -> tuple[str, ...]:
+    """Return ``names`` with the first input's own name in place of a usual one (``x``, ``inputs``).
+
+    The usual names say "the input" where there is one, or where a torch module has its own name.
+    """
     first = declared[0].name
-    # "x" and its like say "the input" where there is one, or where a torch module has its own name.
     takes_any = source_of(module) is None or len(declared) == len(names) == 1
-    generic = [n for n in names if n in GENERIC_NAMES and n not in known]
-    if takes_any and first not in names and len(generic) == 1:
-        names = [first if n == generic[0] else n for n in names]
-    says = f"the model takes {', '.join(map(str, declared))}; the samples hold {', '.join(names)}"
-    if missing := [name for name in needed if name not in names]:
+    if first in names or not takes_any:
+        return names
+    known = {entry.name for entry in declared}
+    usual = [name for name in names if name in GENERIC_NAMES and name not in known]
+    if len(usual) != 1:
+        return names
+    return tuple(first if name == usual[0] else name for name in names)
+
+
+def _check_names(names: tuple[str, ...], declared: tuple[DeclaredInput, ...]) -> None:
+    """Refuse samples that lack an input, have one too many, or leave a gap in the order.
+
+    Raises:
+        InvalidCalibration: With what the model takes and the samples hold.
+    """
+    known = {entry.name for entry in declared}
+    says = _comparison(names, declared)
+    if missing := [e.name for e in declared if e.required and e.name not in names]:
         msg = f"samples must have every input of the model; '{missing[0]}' is missing: {says}"
         raise InvalidCalibration(msg, missing=missing)
     if extra := [name for name in names if name not in known]:
         msg = f"samples must have no input that the model lacks; '{extra[0]}' is none: {says}"
         raise InvalidCalibration(msg, extra=extra)
-    order = [entry for entry in declared if entry.name in names]
-    if order != list(declared[: len(order)]):
-        gap = next(e.name for e in declared if e.name not in names)
+    given = [entry for entry in declared if entry.name in names]
+    if given != list(declared[: len(given)]):
+        gap = next(entry.name for entry in declared if entry.name not in names)
         msg = f"inputs are given in order, so '{gap}' must be there too: {says}"
         raise InvalidCalibration(msg, missing=[gap])
-    tensors = dict(zip(names, samples.inputs, strict=True))
-    for entry in order:
-        if entry.integer and tensors[entry.name].is_floating_point():
-            msg = (
-                f"'{entry.name}' must hold integers, as the model declares; it is floating point: "
-                f"{says}"
-            )
-            raise InvalidCalibration(msg, input=entry.name)
-        if entry.dtype is not None:
-            tensors[entry.name] = tensors[entry.name].to(entry.dtype)
-    return replace(
-        samples,
-        inputs=tuple(tensors[entry.name] for entry in order),
-        names=tuple(entry.name for entry in order),
-    )
+
+
+def _comparison(names: tuple[str, ...], declared: tuple[DeclaredInput, ...]) -> str:
+    return f"the model takes {', '.join(map(str, declared))}; the samples hold {', '.join(names)}"
