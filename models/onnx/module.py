@@ -22,19 +22,11 @@ from bitquota.errors import (
     MeasurementFailed,
 )
 from bitquota.models.identity import Computation
-from bitquota.models.layer_calls import Conv1D, MatrixOfOperator
+from bitquota.models.layer_calls import MatrixOfOperator
 from bitquota.models.loaded import LoadedModel, finish
 from bitquota.models.onnx.identity import graph_digest
-from bitquota.models.onnx.layers import (
-    CONVOLUTIONS,
-    FLOATS,
-    TRANSPOSED,
-    FedTensor,
-    OnnxLayer,
-    find_layers,
-    readers,
-    reason_of,
-)
+from bitquota.models.onnx.layer_modules import add_buffer, add_layer
+from bitquota.models.onnx.layers import FLOATS, FedTensor, find_layers, readers, reason_of
 from bitquota.models.onnx.program import OnnxSource, as_array
 from bitquota.models.onnx.reading import normalized, read_onnx
 from bitquota.models.onnx.sessions import first_line, import_onnxruntime, make_session
@@ -45,11 +37,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-
-_RESERVED = frozenset(
-    {"onnx_source", "onnx_layers", "_weights", "_sessions", "output_name", "is_transposed", "nf"}
-)
-"""Attributes that a module gets later, or that others ask of any module."""
+    from bitquota.models.onnx.layers import OnnxLayer
 
 
 class _Sessions:
@@ -98,8 +86,6 @@ class OnnxModule(nn.Module):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        import onnx
-
         proto = read_onnx(path)
         self._computation = Computation(digest=graph_digest(proto), has_weights=True)
         graph = normalized(proto)
@@ -114,55 +100,26 @@ class OnnxModule(nn.Module):
         self._output = "logits" if "logits" in outputs else outputs[0]
         nodes = {n.name: n for n in proto.graph.node}
         used = readers(proto.graph)
+
         # Layers hold the weights, under names that are free in a module.
         self._calls: list[tuple[str, str, str]] = []
         self.reasons: dict[str, str] = {}
         fed: dict[str, str] = {}
-        placed = []
-        for item in found:
-            array = onnx.numpy_helper.to_array(initializers[item.initializer])
-            users = [nodes[name] for name in item.nodes]
-            biases = {_bias(node, initializers) for node in users}
-            bias = biases.pop() if len(biases) == 1 else None
-            bias = None if bias in fed else bias
-            values = None if bias is None else onnx.numpy_helper.to_array(initializers[bias])
-            layer = replace(item, name=self._add_layer(item, array, values))
-            placed.append(layer)
-            fed[layer.initializer] = f"{layer.name}.weight"
-            if bias is not None:
-                fed[bias] = f"{layer.name}.bias"
-            for node, data in zip(users, layer.inputs, strict=True):
-                made = data if layer.kind is LayerKind.RECURRENT else node.output[0]
-                self._calls.append((layer.name, data, made))
-        self.onnx_layers = tuple(placed)
+        self.onnx_layers = tuple(
+            self._place_layer(item, nodes, initializers, fed) for item in found
+        )
         # Statistics of batch norms may be estimated anew: they are inputs like weights.
         movable = statistics_of(proto, initializers) | added_of(
             self.onnx_layers, nodes, used, initializers
         )
-        for name, tensor in initializers.items():
-            if name not in fed:
-                where = _register(self, name, _as_buffer(tensor))
-                self.reasons[where] = reason_of(name, used.get(name, []))
-                if name in movable:
-                    fed[name] = where
+        places = self._place_constants(initializers, fed, used)
+        fed |= {name: where for name, where in places.items() if name in movable}
         self._weights = [(k, v, FLOATS[initializers[k].data_type]) for k, v in fed.items()]
-        declared = {v.name for v in proto.graph.input}
-        for name in fed:
-            tensor = initializers[name]
-            if name not in declared:
-                proto.graph.input.append(
-                    onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims))
-                )
-        kept = [t for t in proto.graph.initializer if t.name not in fed]
-        del proto.graph.initializer[:]
-        proto.graph.initializer.extend(kept)
-        kept = [v for v in proto.graph.output if v.name == self._output]
-        del proto.graph.output[:]
-        proto.graph.output.extend(kept)
-        mine = {name for name, _ in self._inputs}
-        observed = [n for _, a, b in self._calls for n in (a, b) if n not in mine]
-        self._sessions = _Sessions(proto, tuple(dict.fromkeys(observed)))
-        returned = {v.name for v in proto.graph.output}
+
+        # What the module holds becomes an input of the graph, which returns one value.
+        _make_inputs(proto.graph, [initializers[name] for name in fed])
+        _return_only(proto.graph, self._output)
+        self._sessions = _Sessions(proto, self._hook_values())
         self.onnx_source = OnnxSource(
             model=proto,
             inputs=tuple(self._inputs),
@@ -173,9 +130,59 @@ class OnnxModule(nn.Module):
             shifts={
                 layer.name: shift
                 for layer in self.onnx_layers
-                if (shift := shift_of(layer, nodes, used, fed, returned)) is not None
+                if (shift := shift_of(layer, nodes, used, fed, {self._output})) is not None
             },
         )
+
+    def _place_layer(
+        self,
+        item: OnnxLayer,
+        nodes: dict[str, Any],
+        initializers: dict[str, Any],
+        fed: dict[str, str],
+    ) -> OnnxLayer:
+        """Add the module of a layer with its weight, its bias and the values that hooks get.
+
+        Args:
+            item: The layer, under the name that it would like.
+            nodes: Of the graph, by name.
+            initializers: Of the graph, by name.
+            fed: Where the module holds which initializer; weight and bias are added to it.
+
+        Returns:
+            The layer under the name that it got.
+        """
+        import onnx
+
+        users = [nodes[name] for name in item.nodes]
+        biases = {_bias(node, initializers) for node in users}
+        bias = biases.pop() if len(biases) == 1 else None
+        bias = None if bias in fed else bias
+        array = onnx.numpy_helper.to_array(initializers[item.initializer])
+        values = None if bias is None else onnx.numpy_helper.to_array(initializers[bias])
+        layer = replace(item, name=add_layer(self, item, array, values))
+        fed[layer.initializer] = f"{layer.name}.weight"
+        if bias is not None:
+            fed[bias] = f"{layer.name}.bias"
+        for node, data in zip(users, layer.inputs, strict=True):
+            made = data if layer.kind is LayerKind.RECURRENT else node.output[0]
+            self._calls.append((layer.name, data, made))
+        return layer
+
+    def _place_constants(
+        self, initializers: dict[str, Any], fed: dict[str, str], used: dict[str, list[Any]]
+    ) -> dict[str, str]:
+        """Add every initializer that is not in ``fed`` as a buffer; return where each is."""
+        places = {name: add_buffer(self, t) for name, t in initializers.items() if name not in fed}
+        for name, where in places.items():
+            self.reasons[where] = reason_of(name, used.get(name, []))
+        return places
+
+    def _hook_values(self) -> tuple[str, ...]:
+        """Return the values that layers take and give, the inputs of the graph left out."""
+        inputs = {name for name, _ in self._inputs}
+        names = (name for _, given, made in self._calls for name in (given, made))
+        return tuple(dict.fromkeys(name for name in names if name not in inputs))
 
     def end_in(self, source: OnnxSource) -> None:
         """Return another value of the same graph from now on; see ``models.onnx.outputs``."""
@@ -285,51 +292,6 @@ class OnnxModule(nn.Module):
         data: Tensor = getattr(self.get_submodule(owner), leaf)
         return as_array(data, dtype)
 
-    def _add_layer(self, layer: OnnxLayer, array: NDArray[Any], bias: NDArray[Any] | None) -> str:
-        """Add the module of a layer at its name, or as near to it as is free; return the name."""
-        module = _layer_module(layer, array)
-        module.weight = nn.Parameter(torch.from_numpy(array.astype(np.float32)))
-        if bias is not None:
-            module.bias = nn.Parameter(torch.from_numpy(bias.astype(np.float32)))
-        *parents, last = layer.name.split(".")
-        owner: nn.Module = self
-        path = []
-        for part in parents:
-            owner, name = _part(owner, part)
-            path.append(name)
-        there = owner._modules.get(last)  # noqa: SLF001
-        inner = {} if there is None else dict(there._modules)  # noqa: SLF001
-        # A place that only holds other layers becomes this layer and keeps them.
-        while (
-            (there is not None and type(there) is not nn.Module)
-            or (there is None and _is_taken(owner, last))
-            or any(_is_taken(module, name) for name in inner)
-        ):
-            last += "_"
-            there, inner = owner._modules.get(last), {}  # noqa: SLF001
-        for name, child in inner.items():
-            module.add_module(name, child)
-        owner.add_module(last, module)
-        return ".".join([*path, last])
-
-
-def _part(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the child of ``owner`` called ``name``, made if need be, and what it is called.
-
-    A name that a module uses for itself, such as ``train`` or ``weight``, gets a ``_`` behind it.
-    """
-    while name not in owner._modules and _is_taken(owner, name):  # noqa: SLF001
-        name += "_"
-    if name not in owner._modules:  # noqa: SLF001
-        owner.add_module(name, nn.Module())
-    child = owner._modules[name]  # noqa: SLF001
-    assert child is not None  # noqa: S101  # added above
-    return child, name
-
-
-def _is_taken(owner: nn.Module, name: str) -> bool:
-    return name in _RESERVED or hasattr(owner, name)
-
 
 def _cannot_change(layer: str) -> MeasurementFailed:
     msg = (
@@ -364,6 +326,28 @@ def _example(given: list[Any], dtypes: list[Any]) -> tuple[Tensor, ...] | None:
 def _padded(array: NDArray[Any], batch: int) -> NDArray[Any]:
     missing = batch - len(array)
     return array if missing <= 0 else np.concatenate([array, array[-1:].repeat(missing, axis=0)])
+
+
+def _make_inputs(graph: Any, tensors: list[Any]) -> None:  # noqa: ANN401  # onnx.GraphProto
+    """Make inputs of the initializers ``tensors``, whose values the graph then no longer holds."""
+    import onnx
+
+    declared = {v.name for v in graph.input}
+    graph.input.extend(
+        onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
+        for t in tensors
+        if t.name not in declared
+    )
+    names = {t.name for t in tensors}
+    kept = [t for t in graph.initializer if t.name not in names]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def _return_only(graph: Any, name: str) -> None:  # noqa: ANN401  # onnx.GraphProto
+    kept = [v for v in graph.output if v.name == name]
+    del graph.output[:]
+    graph.output.extend(kept)
 
 
 def _bias(node: Any, initializers: dict[str, Any]) -> str | None:  # noqa: ANN401  # onnx.NodeProto
@@ -406,64 +390,6 @@ def _load(path: Path) -> LoadedModel:
         example_inputs=module.example_inputs(),
         weight_format_bits=bits,
     )
-
-
-def _layer_module(layer: OnnxLayer, array: NDArray[Any]) -> nn.Module:
-    shape = array.shape
-    with torch.device("meta"):
-        if layer.kind in (LayerKind.CONV1D, LayerKind.CONV2D, LayerKind.CONV3D):
-            kind: Any = CONVOLUTIONS[array.ndim]
-            groups = layer.groups
-            return kind(shape[1] * groups, shape[0], shape[2:], groups=groups, bias=False)  # type: ignore[no-any-return]
-        if layer.kind.startswith("conv_transpose"):
-            kind = TRANSPOSED[array.ndim]
-            groups = layer.groups
-            return kind(shape[0], shape[1] * groups, shape[2:], groups=groups, bias=False)  # type: ignore[no-any-return]
-        if layer.kind is LayerKind.EMBEDDING:
-            return nn.Embedding(shape[0], shape[1])
-        if layer.kind in (LayerKind.RECURRENT, LayerKind.CONTRACTION):
-            return MatrixOfOperator(layer.kind, shape[1], shape[0])
-        if layer.kind is LayerKind.LINEAR:
-            return nn.Linear(shape[1], shape[0], bias=False)
-    module = Conv1D(shape[1], shape[0])
-    # The bias of an ONNX graph is an Add of its own.
-    module.register_parameter("bias", None)
-    return module
-
-
-def _register(root: nn.Module, name: str, tensor: Tensor) -> str:
-    """Add a buffer under ``name``, or as near to it as there is room; return where it is."""
-    *parents, last = [part for part in name.split(".") if part] or ["constant"]
-    owner, path = root, []
-    for part in parents:
-        owner, found = _part(owner, part)
-        path.append(found)
-    while _is_taken(owner, last):
-        # A layer registers "bias" as absent: a graph's own bias takes that place.
-        if owner._parameters.get(last, tensor) is None:  # noqa: SLF001
-            del owner._parameters[last]  # noqa: SLF001
-            break
-        last += "_"
-    owner.register_buffer(last, tensor)
-    return ".".join([*path, last])
-
-
-def _as_buffer(tensor: Any) -> Tensor:  # noqa: ANN401  # onnx.TensorProto
-    """Return a tensor's values; what torch has no type for becomes bytes, so that it is counted."""
-    import onnx
-
-    array = onnx.numpy_helper.to_array(tensor)
-    if array.dtype == object:
-        array = np.frombuffer(b"".join(map(bytes, tensor.string_data)), np.uint8)
-    elif array.dtype.kind not in "fiub":
-        # Types of ml_dtypes: below eight bits several values share a byte.
-        bits = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
-        name = onnx.TensorProto.DataType.Name(tensor.data_type)
-        narrow = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}.get(name, bits)
-        array = np.zeros(-(-array.size * narrow // 8), np.uint8)
-        data = np.frombuffer(tensor.raw_data, np.uint8)
-        array[: len(data)] = data[: len(array)]
-    return torch.from_numpy(array.copy())
 
 
 def _numpy_type(value: Any, path: Path) -> np.dtype[Any]:  # noqa: ANN401  # onnx.ValueInfoProto
