@@ -116,21 +116,12 @@ def _result(node: Any, known: dict[Any, list[int | None]]) -> list[int | None] |
     if kind in _SAME:
         return first
     if kind == "Cast":
-        to = node.attributes["to"].as_int() if "to" in node.attributes else 0
-        if to == _BOOL:
-            return [None if v is None else int(bool(v)) for v in first]
-        return first if to in _INTEGERS else None
+        return _cast(node, first)
     if kind == "Not":
-        return [None if v is None else int(not v) for v in first]
+        return _each(operator.not_, first)
     if kind == "Concat":
         return [v for numbers in inputs for v in numbers or ()]
-    if len(inputs) == 2:
-        second: list[int | None] = inputs[1] or []
-        if kind == "Gather":
-            return _gathered(first, second)
-        if kind in _PAIRS:
-            return _pairwise(_PAIRS[kind], first, second)
-    return None
+    return _of_two(kind, first, inputs[1] or []) if len(inputs) == 2 else None
 
 
 def _shape(node: Any) -> list[int | None] | None:  # noqa: ANN401  # onnx_ir.Node
@@ -140,6 +131,25 @@ def _shape(node: Any) -> list[int | None] | None:  # noqa: ANN401  # onnx_ir.Nod
     sizes = [size if isinstance(size, int) and size > 0 else None for size in value.shape]
     bounds = {n: node.attributes[n].as_int() for n in ("start", "end") if n in node.attributes}
     return list(sizes[bounds.get("start", 0) : bounds.get("end", len(sizes))])
+
+
+def _cast(node: Any, numbers: list[int | None]) -> list[int | None] | None:  # noqa: ANN401
+    to = node.attributes["to"].as_int() if "to" in node.attributes else 0
+    if to == _BOOL:
+        return _each(bool, numbers)
+    return numbers if to in _INTEGERS else None
+
+
+def _each(function: Callable[[Any], bool], numbers: list[int | None]) -> list[int | None]:
+    return [None if v is None else int(function(v)) for v in numbers]
+
+
+def _of_two(
+    kind: str, first: list[int | None], second: list[int | None]
+) -> list[int | None] | None:
+    if kind == "Gather":
+        return _gathered(first, second)
+    return _pairwise(_PAIRS[kind], first, second) if kind in _PAIRS else None
 
 
 def _gathered(numbers: list[int | None], places: list[int | None]) -> list[int | None] | None:
