@@ -19,6 +19,9 @@ _QUANTIZED = frozenset(
      "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "QGemm", "GatherBlockQuantized"}
 )  # fmt: skip
 
+_VIEWS = frozenset({"Identity", "Cast", "Transpose"})
+"""What folding leaves because the weight is read in two ways, as of a tied embedding."""
+
 
 CONVOLUTIONS: dict[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -111,14 +114,9 @@ def find_layers(
     found: dict[str, _Found] = {}
     for node in graph.node:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        # What folding left because the weight is read in two ways, as of a tied embedding.
-        if node.op_type in ("Identity", "Cast", "Transpose") and node.input:
-            source, turned = views.get(node.input[0], (node.input[0], False))
-            dims = floats[source].dims if source in floats else ()
-            turns = node.op_type == "Transpose"
-            plain = not turns or (len(dims) == 2 and list(attributes.get("perm", [1, 0])) == [1, 0])
-            if source in floats and plain and attributes.get("to", 1) in FLOATS:
-                views[node.output[0]] = (source, turned ^ turns)
+        if node.op_type in _VIEWS and node.input:
+            if (view := _weight_view(node, attributes, floats, views)) is not None:
+                views[node.output[0]] = view
             continue
         place = _weight_place(node, attributes, floats, views)
         if place is None:
@@ -127,22 +125,23 @@ def find_layers(
         known = found.setdefault(initializer, _Found(kind, int(attributes.get("group", 1))))
         known.nodes.append(node.name or node.output[0])
         known.inputs.append(data)
-    labels: dict[str, str] = {}
-    for initializer, matrix in (matrices or {}).items():
-        item = _Found(matrix.kind, 1)
-        item.nodes.append(matrix.node)
-        item.inputs.append(matrix.data)
-        found[initializer], labels[initializer] = item, matrix.name
+    matrices = matrices or {}
+    for initializer, matrix in matrices.items():
+        found[initializer] = _Found(matrix.kind, 1, [matrix.node], [matrix.data])
     if not found:
         raise _nothing_found(graph)
+    return _named(found, matrices)
+
+
+def _named(found: dict[str, _Found], matrices: Mapping[str, Matrix]) -> tuple[OnnxLayer, ...]:
+    """Return what was found as layers, each under a name of its own."""
     taken: set[str] = set()
     layers = []
     for initializer, item in found.items():
-        name = _layer_name(
-            "" if initializer in labels else initializer,
-            labels.get(initializer, item.nodes[0]),
-            taken,
-        )
+        if initializer in matrices:
+            name = _layer_name("", matrices[initializer].name, taken)
+        else:
+            name = _layer_name(initializer, item.nodes[0], taken)
         taken.add(name)
         layers.append(
             OnnxLayer(
@@ -210,6 +209,22 @@ def reason_of(name: str, users: list[Any]) -> str:
     ):
         return "bias"
     return f"read by {node.op_type}, which multiplies no activations with it"
+
+
+def _weight_view(
+    node: Any,  # noqa: ANN401  # onnx.NodeProto
+    attributes: dict[str, Any],
+    floats: dict[str, Any],
+    views: dict[str, tuple[str, bool]],
+) -> tuple[str, bool] | None:
+    """Return the weight that ``node`` only passes on, and whether it is transposed by then."""
+    source, turned = views.get(node.input[0], (node.input[0], False))
+    if source not in floats or attributes.get("to", 1) not in FLOATS:
+        return None
+    if node.op_type != "Transpose":
+        return source, turned
+    swaps = len(floats[source].dims) == 2 and list(attributes.get("perm", [1, 0])) == [1, 0]
+    return (source, not turned) if swaps else None
 
 
 def _weight_place(
