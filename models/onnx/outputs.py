@@ -61,25 +61,7 @@ def measuring_onnx(
     graph = model.graph
     maker = {name: node for node in graph.node for name in node.output if name}
     opset = next((o.version for o in model.opset_import if o.domain in {"", "ai.onnx"}), 0)
-    taken = set(maker) | {v.name for v in graph.input} | {t.name for t in graph.initializer}
-
-    # Nodes and constants under names that the graph does not have yet.
-    def fresh(text: str) -> str:
-        name = text
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        return name
-
-    def add(op: str, given: list[str], **attributes: Any) -> str:  # noqa: ANN401
-        made = fresh(f"bitquota.{op}")
-        graph.node.append(onnx.helper.make_node(op, given, [made], **attributes))
-        return made
-
-    def constant(value: float) -> str:
-        name = fresh("bitquota.constant")
-        graph.initializer.append(onnx.numpy_helper.from_array(np.float32(value), name))
-        return name
+    added = _Additions(graph)
 
     # Each output with its softmax or sigmoid undone: what went into it, or else the logarithm.
     values = []
@@ -87,37 +69,74 @@ def measuring_onnx(
         node = maker[read.name]
         while node.op_type == "Identity" and node.input[0] in maker:
             node = maker[node.input[0]]
-        axis = read.axis
         if before and node.op_type == _ENDS.get(read.undone):
-            value = node.input[0]
-            axis = _axis(node, read, opset)
+            value, axis = node.input[0], _axis(node, read, opset)
         else:
-            value = read.name
-            if read.undone:
-                value = add("Cast", [value], to=onnx.TensorProto.FLOAT)
-            if read.undone == "softmax":
-                value = add("Log", [add("Max", [value, constant(_TINY)])])
-            elif read.undone == "sigmoid":
-                p = add("Min", [value, constant(1 - float(np.finfo(np.float32).eps) / 2)])
-                p = add("Max", [p, constant(_TINY)])
-                rest = add("Log", [add("Sub", [constant(1.0), p])])
-                value = add("Sub", [add("Log", [p]), rest])
+            value, axis = _undone(added, read), read.axis
         if axis != -1 and read.undone != "sigmoid":
             rank = len(read.shape) + 1
             order = [k for k in range(rank) if k != axis % rank] + [axis % rank]
-            value = add("Transpose", [value], perm=order)
+            value = added.node("Transpose", [value], perm=order)
         values.append(value)
 
     # Several outputs become one row for each sample, and the graph ends there.
     if len(values) > 1:
-        flat = [add("Flatten", [add("Cast", [v], to=onnx.TensorProto.FLOAT)]) for v in values]
-        values = [add("Concat", flat, axis=1)]
+        flat = [added.node("Flatten", [added.to_float(value)]) for value in values]
+        values = [added.node("Concat", flat, axis=1)]
     (output,) = values
     del graph.output[:]
     graph.output.append(onnx.ValueInfoProto(name=output))
     other = copy.copy(module)
     other.end_in(replace(source, model=model, output=output))  # type: ignore[operator]
     return other
+
+
+class _Additions:
+    """Nodes and constants added to a graph under names that it does not have yet."""
+
+    def __init__(self, graph: Any) -> None:  # noqa: ANN401  # onnx.GraphProto
+        self.graph = graph
+        self.taken = {name for node in graph.node for name in node.output}
+        self.taken |= {v.name for v in graph.input} | {t.name for t in graph.initializer}
+
+    def node(self, operator: str, inputs: list[str], **attributes: Any) -> str:  # noqa: ANN401
+        """Add a node at the end and return the name of its output."""
+        made = self._fresh(f"bitquota.{operator}")
+        helper = import_onnx().helper
+        self.graph.node.append(helper.make_node(operator, inputs, [made], **attributes))
+        return made
+
+    def to_float(self, value: str) -> str:
+        """Add a cast to float32 and return the name of its output."""
+        return self.node("Cast", [value], to=import_onnx().TensorProto.FLOAT)
+
+    def constant(self, value: float) -> str:
+        """Add a float32 number and return its name."""
+        name = self._fresh("bitquota.constant")
+        tensor = import_onnx().numpy_helper.from_array(np.float32(value), name)
+        self.graph.initializer.append(tensor)
+        return name
+
+    def _fresh(self, name: str) -> str:
+        while name in self.taken:
+            name += "_"
+        self.taken.add(name)
+        return name
+
+
+def _undone(added: _Additions, read: PlanOutput) -> str:
+    """Return the name of an output whose softmax (up to a constant) or sigmoid is undone."""
+    if not read.undone:
+        return read.name
+    value = added.to_float(read.name)
+    if read.undone == "softmax":
+        return added.node("Log", [added.node("Max", [value, added.constant(_TINY)])])
+    if read.undone == "sigmoid":
+        p = added.node("Min", [value, added.constant(1 - float(np.finfo(np.float32).eps) / 2)])
+        p = added.node("Max", [p, added.constant(_TINY)])
+        rest = added.node("Log", [added.node("Sub", [added.constant(1.0), p])])
+        return added.node("Sub", [added.node("Log", [p]), rest])
+    return value
 
 
 def _axis(node: Any, read: PlanOutput, opset: int) -> int:  # noqa: ANN401  # onnx.NodeProto
