@@ -218,11 +218,7 @@ class OnnxProgram:
         self._constants = {t.name: t for t in graph.initializer}
         # An initializer that the file also declares as an input is no input.
         self._given = {v.name: v for v in graph.input if v.name not in self._constants}
-        moving = set(self._given)
-        for node in self.nodes:
-            if moving.intersection(node.sources):
-                moving.update(node.results)
-        self.static = frozenset(self.maker).difference(moving)
+        self.static = frozenset(self.maker).difference(self._given, self.behind(self._given))
         self._large = {
             name: _to_array(tensor)
             for name, tensor in self._constants.items()
@@ -247,7 +243,7 @@ class OnnxProgram:
         return self._large[name] if name in self._large else _to_array(self._constants[name])
 
     def behind(self, names: Iterable[str]) -> frozenset[str]:
-        """Return every value that depends on any of the fed tensors ``names``."""
+        """Return every value that depends on any of the inputs or fed tensors ``names``."""
         reached = set(names)
         start = set(reached)
         for node in self.nodes:
