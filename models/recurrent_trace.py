@@ -40,14 +40,7 @@ def traced(
     operator = recurrent.mode.partition("_")[0]
     order = _ORDERS[operator]
     ways = ("", "_reverse") if recurrent.bidirectional else ("",)
-    hidden, n_ways = recurrent.hidden_size, len(ways)
-    settings: dict[str, Any] = {"hidden_size": hidden}
-    if recurrent.bidirectional:
-        settings["direction"] = "bidirectional"
-    if operator == "GRU":
-        settings["linear_before_reset"] = 1
-    if operator == "RNN":
-        settings["activations"] = [recurrent.mode.partition("_")[2].capitalize()] * n_ways
+    n_ways = len(ways)
     given = () if states is None else (states,) if torch.is_tensor(states) else tuple(states)
     n_states = 2 if operator == "LSTM" else 1
     value = x.transpose(0, 1) if recurrent.batch_first else x  # [steps, batch, inputs]
@@ -56,18 +49,16 @@ def traced(
     for layer in range(recurrent.num_layers):
         inputs: list[Tensor | None] = [value]
         for part in ("weight_ih", "weight_hh"):
-            rows = [gates(f"{part}_l{layer}{way}") for way in ways]
-            stacked = [torch.cat([r[k] for k in order]) if len(r) > 1 else r[0] for r in rows]
-            inputs.append(torch.stack(stacked))
+            inputs.append(_weight(gates, f"{part}_l{layer}", ways, order))
         inputs += [_bias(biases, layer, ways, order), None]
         inputs += [s[layer * n_ways : (layer + 1) * n_ways] for s in given]
-        shape = [n_ways, batch, hidden]
+        shape = [n_ways, batch, recurrent.hidden_size]
         while inputs[-1] is None:
             inputs.pop()
         outputs = torch.onnx.ops.symbolic_multi_out(
             operator,
             inputs,
-            settings,
+            _attributes(recurrent, operator, n_ways),
             dtypes=[value.dtype] * (1 + n_states),
             shapes=[[steps, *shape], *[shape] * n_states],
             version=_OPSET,
@@ -129,6 +120,26 @@ def in_steps(
         value = torch.cat(outputs, 2)
     result = value.transpose(0, 1) if lstm.batch_first else value
     return result, (torch.stack(hiddens), torch.stack(cells))
+
+
+def _attributes(recurrent: nn.RNNBase, operator: str, n_ways: int) -> dict[str, Any]:
+    """Return the attributes of the operator that computes one layer of ``recurrent``."""
+    attributes: dict[str, Any] = {"hidden_size": recurrent.hidden_size}
+    if recurrent.bidirectional:
+        attributes["direction"] = "bidirectional"
+    if operator == "GRU":
+        attributes["linear_before_reset"] = 1
+    if operator == "RNN":
+        attributes["activations"] = [recurrent.mode.partition("_")[2].capitalize()] * n_ways
+    return attributes
+
+
+def _weight(
+    gates: Callable[[str], Sequence[Tensor]], name: str, ways: Sequence[str], order: Sequence[int]
+) -> Tensor:
+    """Return ONNX's ``[ways, gates x hidden, inputs]`` of the stacked weight ``name``."""
+    rows = [gates(f"{name}{way}") for way in ways]
+    return torch.stack([torch.cat([r[k] for k in order]) if len(r) > 1 else r[0] for r in rows])
 
 
 def _bias(
