@@ -47,11 +47,14 @@ def traced(
     steps, batch = value.shape[:2]
     last: list[list[Tensor]] = [[] for _ in range(n_states)]
     for layer in range(recurrent.num_layers):
-        inputs: list[Tensor | None] = [value]
-        for part in ("weight_ih", "weight_hh"):
-            inputs.append(_weight(gates, f"{part}_l{layer}", ways, order))
-        inputs += [_bias(biases, layer, ways, order), None]
-        inputs += [s[layer * n_ways : (layer + 1) * n_ways] for s in given]
+        inputs: list[Tensor | None] = [
+            value,
+            _weight(gates, f"weight_ih_l{layer}", ways, order),
+            _weight(gates, f"weight_hh_l{layer}", ways, order),
+            _bias(biases, layer, ways, order),
+            None,  # lengths of the samples: all have every step
+            *(s[layer * n_ways : (layer + 1) * n_ways] for s in given),
+        ]
         shape = [n_ways, batch, recurrent.hidden_size]
         while inputs[-1] is None:
             inputs.pop()

@@ -243,7 +243,7 @@ class OnnxProgram:
         return self._large[name] if name in self._large else _to_array(self._constants[name])
 
     def behind(self, names: Iterable[str]) -> frozenset[str]:
-        """Return every value that depends on any of the inputs or fed tensors ``names``."""
+        """Return every value that depends on any of the graph's inputs ``names``."""
         reached = set(names)
         start = set(reached)
         for node in self.nodes:
