@@ -13,7 +13,7 @@ from bitquota.canonical import digest_json
 from bitquota.models.identity import Computation, Description
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 
 OPERATOR = "operator"
@@ -155,13 +155,6 @@ def _steps(graph: fx.Graph) -> tuple[tuple[Step, ...], int | tuple[int, ...]]:
     n_inputs = 0
     steps = []
     for node in nodes:
-        free = [
-            s
-            for s in dict.fromkeys(node.all_input_nodes)
-            if last_use[s] is node and s not in returned
-        ]
-        if node not in last_use and node not in returned:
-            free.append(node)  # computed for nothing
         kind = {"placeholder": "input", "get_attr": "tensor", "call_module": "module"}
         target: Any = node.target
         if node.op == "placeholder":
@@ -173,13 +166,24 @@ def _steps(graph: fx.Graph) -> tuple[tuple[Step, ...], int | tuple[int, ...]]:
                 target=target,
                 args=tuple(_refer(arg, index) for arg in node.args),
                 kwargs={name: _refer(arg, index) for name, arg in node.kwargs.items()},
-                free=tuple(index[s] for s in free),
+                free=tuple(index[done] for done in _freed(node, last_use, returned)),
                 operator=node.meta.get(OPERATOR, ""),
             )
         )
     if returned is output:
         return tuple(steps), tuple(index[node] for node in returned)
     return tuple(steps), index[output]
+
+
+def _freed(
+    node: fx.Node, last_use: Mapping[fx.Node, fx.Node], returned: Sequence[fx.Node]
+) -> list[fx.Node]:
+    """Return the values that nothing needs once ``node`` is computed."""
+    inputs = dict.fromkeys(node.all_input_nodes)
+    freed = [s for s in inputs if last_use[s] is node and s not in returned]
+    if node not in last_use and node not in returned:
+        freed.append(node)  # computed for nothing
+    return freed
 
 
 def _refer(arg: Any, index: dict[fx.Node, int]) -> Any:  # noqa: ANN401  # an operator's argument
