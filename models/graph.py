@@ -127,11 +127,10 @@ class Graph:
                 with FlopCounterMode(display=False) as counter:
                     value = self.execute(op, values.__getitem__, self.constants)
                 if isinstance(value, torch.Tensor):
-                    args, kwargs = self.arguments(op, values.__getitem__, self.constants)
-                    call = layer_call(operator_name(op.node.target), args, kwargs)
-                    used = [weights[source] for source in op.sources if source in weights]
-                    if call is not None and used:
-                        multiplied.setdefault(used[0], []).append((op.node, call.channel_axis))
+                    product = self._layer_product(op, values.__getitem__, weights)
+                    if product is not None:
+                        layer, axis = product
+                        multiplied.setdefault(layer, []).append((op.node, axis))
                 op.macs = counter.get_total_flops() / 2
                 op.n_bytes = _n_bytes(value)
                 values[op.node] = value
@@ -148,6 +147,21 @@ class Graph:
             for op in self.operations:
                 op.macs = 1.0
             self.macs = float(len(self.operations))
+
+    def _layer_product(
+        self, op: Operation, lookup: Callable[[fx.Node], Any], weights: dict[fx.Node, str]
+    ) -> tuple[str, int] | None:
+        """Return the layer that an operation computes, if it does, and its axis of channels.
+
+        Args:
+            op: The operation.
+            lookup: Values of earlier operations.
+            weights: The layer of each weight.
+        """
+        args, kwargs = self.arguments(op, lookup, self.constants)
+        call = layer_call(operator_name(op.node.target), args, kwargs)
+        used = [weights[source] for source in op.sources if source in weights]
+        return (used[0], call.channel_axis) if call is not None and used else None
 
     @staticmethod
     def arguments(
