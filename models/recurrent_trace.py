@@ -41,11 +41,13 @@ def traced(
     order = _ORDERS[operator]
     ways = ("", "_reverse") if recurrent.bidirectional else ("",)
     n_ways = len(ways)
-    given = () if states is None else (states,) if torch.is_tensor(states) else tuple(states)
     n_states = 2 if operator == "LSTM" else 1
+    given = () if states is None else (states,) if torch.is_tensor(states) else tuple(states)
     value = x.transpose(0, 1) if recurrent.batch_first else x  # [steps, batch, inputs]
     steps, batch = value.shape[:2]
     last: list[list[Tensor]] = [[] for _ in range(n_states)]
+
+    # Each layer is one operator, which goes over the steps in all of its ways.
     for layer in range(recurrent.num_layers):
         inputs: list[Tensor | None] = [
             value,
@@ -69,6 +71,8 @@ def traced(
         value = outputs[0].transpose(1, 2).flatten(2)  # [steps, batch, ways x hidden]
         for kept, state in zip(last, outputs[1:], strict=True):
             kept.append(state)
+
+    # Last states of all layers and ways are returned as one tensor for each kind of state.
     joined = tuple(torch.cat(parts) for parts in last)
     result = value.transpose(0, 1) if recurrent.batch_first else value
     return result, joined if operator == "LSTM" else joined[0]

@@ -110,6 +110,8 @@ def find_layers(
         )
         raise InvalidModel(msg, operators=quantized)
     floats = {t.name: t for t in graph.initializer if t.data_type in FLOATS and 0 not in t.dims}
+
+    # Nodes that pass a weight on are followed to those that multiply with it.
     views: dict[str, tuple[str, bool]] = {}
     found: dict[str, _Found] = {}
     for node in graph.node:
@@ -125,6 +127,8 @@ def find_layers(
         known = found.setdefault(initializer, _Found(kind, int(attributes.get("group", 1))))
         known.nodes.append(node.name or node.output[0])
         known.inputs.append(data)
+
+    # Matrices that were taken out of larger weights are layers too.
     matrices = matrices or {}
     for initializer, matrix in matrices.items():
         found[initializer] = _Found(matrix.kind, 1, [matrix.node], [matrix.data])
