@@ -29,7 +29,7 @@ from bitquota.sensitivity.recorder import checked_losses, standard_error
 from bitquota.sensitivity.runners.base import describe_change
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor, nn
@@ -150,28 +150,17 @@ def measure_choice(
         rows = list(calibration.indices[chunk.start : chunk.stop])
         return ledger_key({**common, "indices": rows, "variant": variant})
 
-    @cache
-    def quantized() -> nn.Module:
-        return (
-            make()
-            if make is not None
-            else apply_plan(
-                module,
-                inventory,
-                candidates,
-                corrections=corrections,
-                correction_data=correction_data,
-                fitted=fitted,
-                references=references,
-            )
-        )
-
-    def losses(output: Tensor, reference: Tensor, labels: Tensor | None) -> NDArray[np.float64]:
-        rows = [loss.per_sample(output, reference, labels)]
-        right = None if labels is None else n_right(loss, output, labels)
-        if right is not None:
-            rows.append(right)
-        return np.stack(checked_losses(torch.stack(rows), loss.name))
+    rounded = partial(
+        apply_plan,
+        module,
+        inventory,
+        candidates,
+        corrections=corrections,
+        correction_data=correction_data,
+        fitted=fitted,
+        references=references,
+    )
+    quantized = cache(make or rounded)
 
     # Chunk by chunk: losses in full precision and under the choice, measured where not known.
     increases: list[NDArray[np.float64]] = []
@@ -183,19 +172,17 @@ def measure_choice(
         first, own = key(chunk, "reference"), key(chunk, plan)
         changed = key(chunk, plan | {"of": "outputs"})
         found = context.ledger.get_many((first, own, changed))
-        measured: dict[str, NDArray[np.float64]] = {}
-
-        def reference(done: int = done, inputs: tuple[Tensor, ...] = inputs) -> Tensor:
-            return references.get(done, partial(run_module, module, inputs))
-
-        if first not in found:
-            measured[first] = losses(reference(), reference(), labels)
-        if own not in found or (with_outputs and changed not in found):
-            output = run_module(quantized(), inputs)
-            if own not in found:
-                measured[own] = losses(output, reference(), labels)
-            if outputs and (with_outputs or output.numel() <= SMALL_OUTPUT):
-                measured[changed] = effect_sums(loss, output, reference())
+        measured = _missing(
+            (first, own, changed),
+            found,
+            loss,
+            inputs,
+            labels,
+            reference=partial(references.get, done, partial(run_module, module, inputs)),
+            quantized=quantized,
+            outputs=outputs,
+            with_outputs=with_outputs,
+        )
         if measured:
             context.ledger.put_many(measured)
             found |= measured
@@ -212,3 +199,44 @@ def measure_choice(
         unit=loss.unit,
         outputs=with_effects(outputs, np.sum(sums, axis=0)) if sums and outputs else None,
     )
+
+
+def _missing(
+    keys: tuple[str, str, str],
+    known: Container[str],
+    loss: Loss,
+    inputs: tuple[Tensor, ...],
+    labels: Tensor | None,
+    *,
+    reference: Callable[[], Tensor],
+    quantized: Callable[[], nn.Module],
+    outputs: Sequence[PlanOutput],
+    with_outputs: bool,
+) -> dict[str, NDArray[np.float64]]:
+    """Measure what is not known of a chunk, and return it by its keys.
+
+    ``keys`` are those of the losses in full precision, of the losses under the choice, and of what
+    changes in the outputs.
+    """
+    first, own, changed = keys
+    measured: dict[str, NDArray[np.float64]] = {}
+    if first not in known:
+        measured[first] = _losses(loss, reference(), reference(), labels)
+    if own not in known or (with_outputs and changed not in known):
+        output = run_module(quantized(), inputs)
+        if own not in known:
+            measured[own] = _losses(loss, output, reference(), labels)
+        if outputs and (with_outputs or output.numel() <= SMALL_OUTPUT):
+            measured[changed] = effect_sums(loss, output, reference())
+    return measured
+
+
+def _losses(
+    loss: Loss, output: Tensor, reference: Tensor, labels: Tensor | None
+) -> NDArray[np.float64]:
+    """Return ``f64[1, N]`` losses, or ``f64[2, N]`` with right answers where labels tell them."""
+    rows = [loss.per_sample(output, reference, labels)]
+    right = None if labels is None else n_right(loss, output, labels)
+    if right is not None:
+        rows.append(right)
+    return np.stack(checked_losses(torch.stack(rows), loss.name))
