@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Rounding
@@ -109,15 +110,15 @@ def fit_quantizers(
 
     Cost: two passes over the samples for input ranges, one for error feedback, else none.
     """
+    # What the candidates need.
     offered = list(candidates)
     needs_ranges = any(c.activation_bits is not None for c in offered)
     rounded = [c for c in offered if c.weight_bits != FULL_PRECISION_BITS]
-    if rounding == AUTO:
-        fits = moment_bytes(inventory, rounded) <= memory_bytes
-        rounding = QEP if fits else Rounder.NEAREST
-    rounding = QEP if rounding == LEARNED else rounding
+    rounding = _first_rounding(rounding, inventory, rounded, memory_bytes)
     in_order = rounding != Rounder.NEAREST and bool(rounded)
     fed = any(c.scheme.rounding is Rounding.ERROR_FEEDBACK for c in rounded)
+
+    # Fit that, on the samples where there is need of them.
     grams = activations = order = None
     if needs_ranges or in_order or fed:
         if samples is None:
@@ -132,16 +133,9 @@ def fit_quantizers(
         if in_order:
             order = RoundingOrder(rounding=rounding, batches=batches)
 
-    def origin(order: RoundingOrder | None) -> str:
-        found = ""
-        if samples is not None and (needs_ranges or fed or order is not None):
-            found = digest_json(samples.to_json())
-        if needs_ranges and activation_fit != "mse":
-            found = digest_json([found, activation_fit])
-        if order is not None:
-            found = digest_json([found, {"rounding": order.rounding}])
-        return found if importance is None else digest_json([found, importance.digest])
-
+    origin = partial(
+        _origin, samples, importance, activation_fit=activation_fit, ranges=needs_ranges, fed=fed
+    )
     columns = None if importance is None else importance.columns
     rounder = Rounder.NEAREST if order is None else rounder_in(order.rounding)
     return Fitted(
@@ -151,3 +145,33 @@ def fit_quantizers(
         nearest_origin=origin(None),
         order=order,
     )
+
+
+def _first_rounding(
+    asked: str, inventory: Inventory, rounded: Sequence[Candidate], memory_bytes: int
+) -> str:
+    """Return ``asked``, or the rounding that ``auto`` or ``learned`` begins with."""
+    if asked == AUTO:
+        fits = moment_bytes(inventory, rounded) <= memory_bytes
+        return QEP if fits else Rounder.NEAREST
+    return QEP if asked == LEARNED else asked
+
+
+def _origin(
+    samples: CalibrationSet | None,
+    importance: Importance | None,
+    order: RoundingOrder | None,
+    *,
+    activation_fit: str,
+    ranges: bool,
+    fed: bool,
+) -> str:
+    """Return a digest of what quantizers were fitted on, or nothing if they were not fitted."""
+    found = ""
+    if samples is not None and (ranges or fed or order is not None):
+        found = digest_json(samples.to_json())
+    if ranges and activation_fit != "mse":
+        found = digest_json([found, activation_fit])
+    if order is not None:
+        found = digest_json([found, {"rounding": order.rounding}])
+    return found if importance is None else digest_json([found, importance.digest])
