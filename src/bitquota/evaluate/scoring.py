@@ -14,7 +14,7 @@ from bitquota.codec import Document
 from bitquota.context import Context
 from bitquota.errors import InvalidInput
 from bitquota.evaluate.metrics import compare_models, measured_loss
-from bitquota.evaluate.scores import FULL_PRECISION, Score
+from bitquota.evaluate.scores import FULL_PRECISION, ModelScores, Score
 from bitquota.exports.export import open_export
 from bitquota.models.binding import bound
 from bitquota.models.loaded import check_model
@@ -117,14 +117,15 @@ def score_plans(
     data = bound(model, data)
     context = context or Context()
     where = choose_device(context.device)
+    plans = plans or {}
     if read is None:
-        read = _reading(model, data, tuple((plans or {}).values()), kind=kind)
+        read = _reading(model, data, tuple(plans.values()), kind=kind)
     if kind == "logits":
         loss = read.loss if loss is None else loss
         kind = "logits" if read.has_classes else "outputs"
     check_calibration(read.model, data)
-    correction_data = None if correction_data is None else bound(model, correction_data)
-    fit_data = None if fit_data is None else bound(model, fit_data)
+    correction_data = _bound_if_given(model, correction_data)
+    fit_data = _bound_if_given(model, fit_data)
     here = _on(read.model, where)
     if original is not None and read.model is not model:
         original = replace(original, module=measuring(original.module, read.outputs))
@@ -139,7 +140,7 @@ def score_plans(
         example=data.first(2).to(where),
         with_uniform=with_uniform,
     )
-    for name, plan in (plans or {}).items():
+    for name, plan in plans.items():
         lineup.add_plan(name, plan, with_baselines=with_baselines)
     for folder in exported:
         module, plan, _ = open_export(model, folder, correction_data=correction_data)
@@ -148,7 +149,7 @@ def score_plans(
     lineup.add_uniforms()
 
     # All of them on the same samples, each shown beside what it is to be compared with.
-    scores = compare_models(
+    compared = compare_models(
         {name: entry.module for name, entry in lineup.entries.items()},
         data,
         kind=kind,
@@ -158,17 +159,26 @@ def score_plans(
         context=context,
     )
     return [
-        Score(
-            name=name,
-            kind=entry.kind,
-            size_bits=entry.size_bits,
-            metrics=found.metrics,
-            kl_tail=found.kl_tail,
-            perplexity=found.perplexity,
-            differences={other: found.differences[other] for other in entry.beside},
-        )
-        for (name, entry), found in zip(lineup.entries.items(), scores, strict=True)
+        _score(name, entry, found)
+        for (name, entry), found in zip(lineup.entries.items(), compared, strict=True)
     ]
+
+
+def _bound_if_given(model: LoadedModel, data: CalibrationSet | None) -> CalibrationSet | None:
+    return None if data is None else bound(model, data)
+
+
+def _score(name: str, entry: _Entry, found: ModelScores) -> Score:
+    """Return the score of an entry, with the differences to what it is shown beside."""
+    return Score(
+        name=name,
+        kind=entry.kind,
+        size_bits=entry.size_bits,
+        metrics=found.metrics,
+        kl_tail=found.kl_tail,
+        perplexity=found.perplexity,
+        differences={other: found.differences[other] for other in entry.beside},
+    )
 
 
 @dataclass(slots=True, kw_only=True)
