@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
@@ -24,6 +25,9 @@ from bitquota.report import text as report
 from bitquota.report import tracking
 from bitquota.report.charts import frontier_of
 from bitquota.request import PlanRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @opt.with_options()
@@ -62,39 +66,25 @@ def plan(
     if dry_run:
         estimating.dry_run("plan", model, calibration, request, here, as_json=as_json)
         return
-    files = [
-        Written.at(path, "--out", former=former_plan)
-        for path in _numbered(out, len(request.budgets))
-    ]
-    # What is no file, such as a pipe, has nothing beside it.
-    kept = [
-        Written.at(path, "--out", former=former_certificate)
-        for path in (file.path.with_suffix(".certificate.npz") for file in files)
-    ] if out.is_file() or not out.exists() else []  # fmt: skip
-    rounded = [
-        Written.at(path, "--out", former=former_weights)
-        for path in (file.path.with_suffix(WEIGHTS_SUFFIX) for file in files)
-    ] if request.ships_weights and kept else []  # fmt: skip
+    # Where everything goes, looked at before anything is measured.
+    files = _Files.at(out, request)
     reported = None if report_file is None else Written.at(report_file, "--report")
     matrix_out = None
     if matrix_file is not None:
         matrix_out = Written.at(matrix_file, "--matrix", former=former_matrix)
     if log_to is not None:
         tracking.require_tracker(log_to)
+
+    # Measure, on a server or here.
     if here.server is not None:
         plans, certificates, weights = remote.plans(
             here.server, here.api_key, request, model, calibration, matrix_out
         )
     else:
         plans, certificates, weights = _plan_here(model, calibration, request, here, matrix_out)
-    for beside, certificate in zip(kept, certificates, strict=False):
-        if certificate is not None:
-            beside.save(partial(write_whole, data=certificate))
-    for beside, content in zip(rounded, weights, strict=False):
-        if content is not None:
-            beside.save(partial(write_whole, data=content))
-    for file, made in zip(files, plans, strict=True):
-        file.save(made.save)
+
+    # Files first, then the screen.
+    files.save(plans, certificates, weights)
     if reported is not None:
         text = report.render_markdown(plans, title=f"Bit allocation of {model}")
         reported.save(lambda path: path.write_text(text, encoding="utf-8"))
@@ -106,6 +96,55 @@ def plan(
         return
     for made in plans:
         output.print_plan(made)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Files:
+    """The files of all budgets.
+
+    Attributes:
+        plans: One for each budget.
+        certificates: Likewise, or none at all.
+        weights: Likewise, or none at all.
+    """
+
+    plans: list[Written]
+    certificates: list[Written]
+    weights: list[Written]
+
+    @classmethod
+    def at(cls, out: Path, request: PlanRequest) -> Self:
+        """Return the files that go to ``out`` and beside it; raises where one cannot be written."""
+        paths = _numbered(out, len(request.budgets))
+        plans = [Written.at(path, "--out", former=former_plan) for path in paths]
+        certificates: list[Written] = []
+        weights: list[Written] = []
+        # What is no file, such as a pipe, has nothing beside it.
+        if out.is_file() or not out.exists():
+            certificates = [
+                Written.at(path.with_suffix(".certificate.npz"), "--out", former=former_certificate)
+                for path in paths
+            ]
+            if request.ships_weights:
+                weights = [
+                    Written.at(path.with_suffix(WEIGHTS_SUFFIX), "--out", former=former_weights)
+                    for path in paths
+                ]
+        return cls(plans=plans, certificates=certificates, weights=weights)
+
+    def save(
+        self,
+        plans: Sequence[Plan],
+        certificates: Sequence[bytes | None],
+        weights: Sequence[bytes | None],
+    ) -> None:
+        """Write what there is: plans last, when what belongs to them is there."""
+        for files, contents in ((self.certificates, certificates), (self.weights, weights)):
+            for file, content in zip(files, contents, strict=False):
+                if content is not None:
+                    file.save(partial(write_whole, data=content))
+        for file, plan in zip(self.plans, plans, strict=True):
+            file.save(plan.save)
 
 
 def _numbered(path: Path, n: int) -> list[Path]:
