@@ -36,6 +36,8 @@ from bitquota.plan import Plan, weights_near
 from bitquota.report import tracking
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from bitquota.ci.check import CheckReport
     from bitquota.models.loaded import LoadedModel
 
@@ -185,9 +187,7 @@ def check(
         for option, path in (("--junit", junit), ("--summary", summary))
         if path is not None
     }
-    loaded = _loaded(model, data, correction_data)
-    if loaded is not None:
-        loaded = replace(loaded, weights=weights_near(files))
+    loaded = _loaded(model, data, correction_data, files)
 
     # Each lock file by itself, measured where there are samples and the model is the plan's.
     reports: dict[str, CheckReport] = {}
@@ -210,7 +210,16 @@ def check(
         if log_to is not None:
             _log(path, reports[str(path)], quality, log_to)
 
-    # The outcome: files for CI systems, the screen, the exit code.
+    _write_and_print(reports, written, as_json=as_json)
+    code = worst_exit_code(reports.values())
+    if code:
+        raise typer.Exit(code)
+
+
+def _write_and_print(
+    reports: Mapping[str, CheckReport], written: Mapping[str, Written], *, as_json: bool
+) -> None:
+    """Write the files for CI systems, and print the outcome."""
     markdown = "\n".join(report.to_markdown(name) for name, report in reports.items())
     for option, text in (("--junit", to_junit(reports)), ("--summary", markdown)):
         if option in written:
@@ -221,13 +230,15 @@ def check(
     else:
         for name, report in reports.items():
             _print_report(report, name)
-    code = worst_exit_code(reports.values())
-    if code:
-        raise typer.Exit(code)
 
 
-def _loaded(model: str | None, data: str | None, correction_data: str | None) -> LoadedModel | None:
-    """Return the model if one is named, once it is known that the samples are there too."""
+def _loaded(
+    model: str | None, data: str | None, correction_data: str | None, locks: Sequence[Path]
+) -> LoadedModel | None:
+    """Return the model if one is named, once it is known that the samples are there too.
+
+    Quantized weights are those that lie beside ``locks``.
+    """
     if model is None:
         if data is not None:
             msg = "--data measures the plan on a model: name it with --model"
@@ -236,7 +247,7 @@ def _loaded(model: str | None, data: str | None, correction_data: str | None) ->
     check_sources(model, data, correction_data)
     from bitquota.models.load import load_model
 
-    return load_model(model)
+    return replace(load_model(model), weights=weights_near(locks))
 
 
 def _log(path: Path, report: CheckReport, quality: Quality | None, log_to: str) -> None:
