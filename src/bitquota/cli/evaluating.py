@@ -18,9 +18,10 @@ from bitquota.plan import Plan, weights_near
 from bitquota.report import text as report
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from bitquota.evaluate.scores import Score
+    from bitquota.models.loaded import LoadedModel
 
 
 def evaluate(
@@ -86,25 +87,21 @@ def evaluate(
     check_sources(model, data, correction_data, tokenizer=tokenizer, imatrix=imatrix, server=server)
     if original is not None:
         check_sources(original, server=server)
-    loaded_plans = {str(path): Plan.load(path) for path in plans or []}
-    for folder in exported or []:
+    plans, exported, metrics = plans or [], exported or [], metrics or []
+    loaded_plans = {str(path): Plan.load(path) for path in plans}
+    for folder in exported:
         ExportReport.load(folder)  # raises where nothing was exported
 
     # Measure, on a server or here.
     if server is not None:
-        if exported or metrics or imatrix:
-            msg = (
-                "exported files, own metrics and importance matrices are read where they lie: "
-                "leave --exported, --metric and --imatrix out, or --server"
-            )
-            raise InvalidInput(msg)
+        _require_nothing_local(exported, metrics, imatrix)
         n_samples, scores = remote.scores(
             server,
             api_key,
             {"uniform": uniform, "baselines": with_baselines, "embedding": embedding},
             model,
             data,
-            plan_files=plans or [],
+            plan_files=plans,
             original=original,
             correction_data=correction_data,
         )
@@ -112,15 +109,10 @@ def evaluate(
         from bitquota.evaluate.scoring import score_plans
         from bitquota.models.factory import find_function
         from bitquota.models.load import load_model
-        from bitquota.models.loaded import check_model
 
-        custom = {
-            spec.partition(":")[2]: find_function(spec, InvalidInput) for spec in metrics or []
-        }
-        loaded = replace(load_model(model), imatrix=imatrix, weights=weights_near(plans or ()))
-        for path, plan in loaded_plans.items():
-            if note := check_model(plan, loaded):
-                output.say(f"{path}: {note}")
+        custom = {spec.partition(":")[2]: find_function(spec, InvalidInput) for spec in metrics}
+        loaded = replace(load_model(model), imatrix=imatrix, weights=weights_near(plans))
+        _say_notes(loaded, loaded_plans)
         samples = load_samples(data, model=model, tokenizer=tokenizer, length=length)
         correcting = None
         if correction_data is not None:
@@ -131,7 +123,7 @@ def evaluate(
             loaded,
             samples,
             plans=loaded_plans,
-            exported=tuple(exported or ()),
+            exported=tuple(exported),
             original=None if original is None else load_model(original),
             correction_data=correcting,
             with_uniform=uniform,
@@ -141,16 +133,43 @@ def evaluate(
             context=Context(device=device),
         )
         n_samples = len(samples)
-        fed = any(plan.rounding != "nearest" for plan in loaded_plans.values())
-        if uniform and fed and correcting is None:
-            output.say(
-                "no uniform plan is shown beside plans whose weights are rounded with feedback: "
-                "give the calibration set with --correction-data"
-            )
+        if uniform and correcting is None:
+            _say_no_uniform(loaded_plans.values())
+
     if as_json:
         output.print_json([score.to_json() for score in scores])
         return
     print_scores(scores, title=f"{n_samples} samples of {data}")
+
+
+def _require_nothing_local(
+    exported: Sequence[Path], metrics: Sequence[str], imatrix: Path | None
+) -> None:
+    """Raise ``InvalidInput`` where something is named that a server cannot read."""
+    if exported or metrics or imatrix:
+        msg = (
+            "exported files, own metrics and importance matrices are read where they lie: "
+            "leave --exported, --metric and --imatrix out, or --server"
+        )
+        raise InvalidInput(msg)
+
+
+def _say_notes(model: LoadedModel, plans: Mapping[str, Plan]) -> None:
+    """Say what there is to know of a plan and the model; raises where it is of another one."""
+    from bitquota.models.loaded import check_model
+
+    for path, plan in plans.items():
+        if note := check_model(plan, model):
+            output.say(f"{path}: {note}")
+
+
+def _say_no_uniform(plans: Iterable[Plan]) -> None:
+    """Say that a uniform plan is missing, where one cannot be rounded as the plan was."""
+    if any(plan.rounding != "nearest" for plan in plans):
+        output.say(
+            "no uniform plan is shown beside plans whose weights are rounded with feedback: "
+            "give the calibration set with --correction-data"
+        )
 
 
 def print_scores(scores: Sequence[Score], title: str = "") -> None:
