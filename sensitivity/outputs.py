@@ -251,11 +251,9 @@ def diagnose(name: str, answers: Tensor, labels: Tensor | None) -> tuple[Kind, i
         return kind, 1
     inside = bool(((y > 0) & (y <= 1)).all())
     columns = y.shape[-1] if y.ndim > 1 else 1
-    if y.ndim > 1 and bool((y >= 0).all()):
-        for axis in (-1, 1) if y.ndim > 2 else (-1,):
-            sums = y.sum(dim=axis)
-            if y.shape[axis] > 1 and bool(((sums - 1).abs() < _SUM_TOLERANCE).all()):
-                return Kind.PROBABILITIES, axis
+    adding_up = _axis_adding_up(y)
+    if adding_up is not None:
+        return Kind.PROBABILITIES, adding_up
     if inside and y.numel() > 1 and bool((y < 1).any()):
         return Kind.INDEPENDENT, -1
     if _are_numbers(labels, y):
@@ -263,13 +261,29 @@ def diagnose(name: str, answers: Tensor, labels: Tensor | None) -> tuple[Kind, i
     if columns == 1:
         two = labels is not None and bool(((labels == 0) | (labels == 1)).all())
         return (Kind.BINARY_LOGIT if two else Kind.NUMBERS), -1
-    norms = y.reshape(len(y), -1).norm(dim=1)
-    lower = name.lower()
-    if y.ndim == 2 and len(y) > 1 and bool(((norms - 1).abs() < _SUM_TOLERANCE).all()):
-        return Kind.EMBEDDING, -1
-    if any(word in lower for word in ("embed", "hidden", "pooler", "state")):
+    if _is_embedding(name, y):
         return Kind.EMBEDDING, -1
     return (Kind.FEATURE_MAP if y.ndim > 3 else Kind.LOGITS), -1
+
+
+def _axis_adding_up(answers: Tensor) -> int | None:
+    """Return the axis along which all answers are shares of 1, if there is one."""
+    if answers.ndim == 1 or not bool((answers >= 0).all()):
+        return None
+    for axis in (-1, 1) if answers.ndim > 2 else (-1,):
+        sums = answers.sum(dim=axis)
+        if answers.shape[axis] > 1 and bool(((sums - 1).abs() < _SUM_TOLERANCE).all()):
+            return axis
+    return None
+
+
+def _is_embedding(name: str, answers: Tensor) -> bool:
+    """Whether answers are vectors of length 1, or are called what embeddings are called."""
+    norms = answers.reshape(len(answers), -1).norm(dim=1)
+    if answers.ndim == 2 and len(answers) > 1 and bool(((norms - 1).abs() < _SUM_TOLERANCE).all()):
+        return True
+    lower = name.lower()
+    return any(word in lower for word in ("embed", "hidden", "pooler", "state"))
 
 
 def _are_numbers(labels: Tensor | None, answers: Tensor) -> bool:
