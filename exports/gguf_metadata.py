@@ -82,24 +82,30 @@ def rope_of(module: nn.Module, config: JsonObject, architecture: str) -> Rope:
     if kind == "linear":
         return Rope(theta=theta, scaling="linear", factor=factor)
     if kind == "yarn":
-        # llama.cpp multiplies with 1 + 0.1 ln(factor), and rounds the bounds of the ramp.
-        usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-        attention = given.get("attention_factor")
-        if attention is not None and not math.isclose(float(attention), usual, rel_tol=1e-6):
-            raise _refusal(f"an attention factor of {attention} (not {usual:.6g})", given)
-        if given.get("truncate") is False:
-            raise _refusal("bounds that are not rounded", given)
         original = given.get("original_max_position_embeddings")
-        return Rope(
-            theta=theta,
-            scaling="yarn",
-            factor=factor,
-            original_context=int(original or settings.max_position_embeddings),
-            betas={k: float(given[k]) for k in sorted(_YARN) if given.get(k) is not None},
-        )
+        context = int(original or settings.max_position_embeddings)
+        return _yarn(given, theta, factor, context)
     if kind == "llama3" and architecture == "llama":
         return Rope(theta=theta, factors=_factors(module, theta))
     raise _refusal(f"the type '{kind}' for {architecture}", given)
+
+
+def _yarn(given: JsonObject, theta: float, factor: float, context: int) -> Rope:
+    """Return the positions of ``yarn``; ``context`` is what the model was trained on before."""
+    # llama.cpp multiplies with 1 + 0.1 ln(factor), and rounds the bounds of the ramp.
+    usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    attention = given.get("attention_factor")
+    if attention is not None and not math.isclose(float(attention), usual, rel_tol=1e-6):
+        raise _refusal(f"an attention factor of {attention} (not {usual:.6g})", given)
+    if given.get("truncate") is False:
+        raise _refusal("bounds that are not rounded", given)
+    return Rope(
+        theta=theta,
+        scaling="yarn",
+        factor=factor,
+        original_context=context,
+        betas={k: float(given[k]) for k in sorted(_YARN) if given.get(k) is not None},
+    )
 
 
 def _factors(module: nn.Module, theta: float) -> NDArray[np.float32]:
