@@ -35,7 +35,7 @@ from bitquota.corrections import Correction
 from bitquota.measurement_setup import build_setup
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import load_model
-from bitquota.models.loaded import LoadedModel, finish
+from bitquota.models.loaded import LoadedModel, finish, inventory_of
 from bitquota.models.text import text_windows
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.planned import quantized_module
@@ -133,15 +133,18 @@ def language_model(name: str, samples: int, length: int, windows: int | None) ->
         text_windows(part, path, tokenizer=tokenizer, length=length, n=n)
         for part, n in ((text[:cut], 2 * samples), (text[cut:], windows))
     )
+    model = load_model(str(folder))
+    # Where the head is tied to the embeddings there is no layer of its name.
+    names = [layer.name for layer in inventory_of(model.module, model, calibration).layers]
     return Subject(
         name=name if own else folder.name,
-        model=load_model(str(folder)),
+        model=model,
         calibration=calibration,
         test=test,
         cases=LANGUAGE_CASES if own else "uniform 3 g64",
         samples=samples,
         batch=64 if own else 2,
-        exclude=("lm_head", "*embed*"),
+        exclude=tuple(n for n in names if n == "lm_head" or "embed" in n),
     )
 
 
