@@ -109,6 +109,8 @@ Known = TypeVar("Known")
 class LayerWatcher(TorchFunctionMode, Generic[Known]):
     """Within the context, ``around`` runs each multiplication with a weight that is known.
 
+    Everything else is run by ``elsewhere``.
+
     Args:
         known: What each weight stands for, by ``tensor_key``.
     """
@@ -124,13 +126,14 @@ class LayerWatcher(TorchFunctionMode, Generic[Known]):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        """Hand a layer's call to ``around``, and pass on everything else."""
+        """Hand a layer's call to ``around``, and everything else to ``elsewhere``."""
         del types
         named = kwargs or {}
-        call = layer_call(operator_name(func), args, named)
+        operator = operator_name(func)
+        call = layer_call(operator, args, named)
         known = None if call is None else self.known.get(tensor_key(call.weight))
         if call is None or known is None:
-            return func(*args, **named)
+            return self.elsewhere(operator, func, args, named)
         return self.around(known, call, func, args, named)
 
     def around(
@@ -143,6 +146,17 @@ class LayerWatcher(TorchFunctionMode, Generic[Known]):
     ) -> Any:  # noqa: ANN401
         """Return what the call gives: a subclass looks at it, or changes it on the way."""
         raise NotImplementedError
+
+    def elsewhere(
+        self,
+        operator: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:  # noqa: ANN401
+        """Run what is no multiplication with a known weight."""
+        del operator
+        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

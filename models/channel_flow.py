@@ -28,13 +28,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from bitquota.candidates.layers import MATRICES, LayerKind
 from bitquota.models.calls import (
     LayerCall,
-    layer_call,
-    operator_name,
+    LayerWatcher,
     parameter_owners,
     tensor_key,
     tensors_in,
@@ -48,7 +46,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from bitquota.candidates.layers import Inventory
+    from bitquota.candidates.layers import Inventory, Layer
+
+    Owner = tuple[nn.Module, str, str]
 
 FARTHEST = 8
 """Factors of a probe are 2^-8 to 2^8: a clamp that any channel comes near to shows."""
@@ -182,54 +182,33 @@ class _Producer:
     dropped: bool = False
 
 
-class _Watching(TorchFunctionMode):
+class _Watching(LayerWatcher["Layer"]):
     """Tells layers and norms from all other functions."""
 
-    def __init__(self, module: nn.Module, inventory: Inventory) -> None:
-        super().__init__()
-        self.layers = {
-            tensor_key(tensor_of(module, layer.weight_name)): layer
-            for layer in inventory.layers
-            if layer.kind is not LayerKind.EXPERTS and layer.kind not in MATRICES
-        }
-        self.owners = parameter_owners(module)
+    def __init__(
+        self, known: Mapping[tuple[Any, ...], Layer], owners: Mapping[tuple[Any, ...], list[Owner]]
+    ) -> None:
+        super().__init__(known)
+        self.owners = owners
 
-    def __torch_function__(
+    def elsewhere(
         self,
-        func: Callable[..., Any],
-        types: Any,  # noqa: ANN401
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        """Hand calls of layers and norms on by name."""
-        del types
-        named = kwargs or {}
-        name = operator_name(func)
-        call = layer_call(name, args, named)
-        layer = None if call is None else self.layers.get(tensor_key(call.weight))
-        if call is not None and layer is not None:
-            return self.at_layer(layer.name, call, func, args, named)
-        if name in NORMS:
-            vectors = [
-                (tensor, self.owners[tensor_key(tensor)][0][2])
-                for tensor in tensors_in((args, named))
-                if tensor.ndim == 1 and tensor_key(tensor) in self.owners
-            ]
-            vectors = [(v, n) for v, n in vectors if isinstance(v, torch.nn.Parameter)]
-            if vectors:
-                return self.at_norm(name, vectors, func, args, named)
-        return self.elsewhere(name, func, args, named)
-
-    def at_layer(
-        self,
-        layer: str,
-        call: LayerCall,
+        operator: str,
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:  # noqa: ANN401
-        """Run the call of a layer."""
-        raise NotImplementedError
+        """Hand a norm with a parameter for each channel to ``at_norm``, others to ``at_other``."""
+        if operator in NORMS:
+            vectors = [
+                (tensor, self.owners[tensor_key(tensor)][0][2])
+                for tensor in tensors_in((args, kwargs))
+                if tensor.ndim == 1 and tensor_key(tensor) in self.owners
+            ]
+            vectors = [(v, n) for v, n in vectors if isinstance(v, torch.nn.Parameter)]
+            if vectors:
+                return self.at_norm(operator, vectors, func, args, kwargs)
+        return self.at_other(operator, func, args, kwargs)
 
     def at_norm(
         self,
@@ -242,7 +221,7 @@ class _Watching(TorchFunctionMode):
         """Run an operator with a weight for each channel."""
         raise NotImplementedError
 
-    def elsewhere(
+    def at_other(
         self,
         operator: str,
         func: Callable[..., Any],
@@ -250,14 +229,20 @@ class _Watching(TorchFunctionMode):
         kwargs: dict[str, Any],
     ) -> Any:  # noqa: ANN401
         """Run anything else."""
-        raise NotImplementedError
+        del operator
+        return func(*args, **kwargs)
 
 
 class _Flow(_Watching):
     """The first pass: what reaches which layer, and the inputs of all layers."""
 
     def __init__(self, module: nn.Module, inventory: Inventory) -> None:
-        super().__init__(module, inventory)
+        known = {
+            tensor_key(tensor_of(module, layer.weight_name)): layer
+            for layer in inventory.layers
+            if layer.kind is not LayerKind.EXPERTS and layer.kind not in MATRICES
+        }
+        super().__init__(known, parameter_owners(module))
         self.producers: dict[str, _Producer] = {}
         self.inputs: dict[str, Tensor] = {}
         self._seen: set[str] = set()
@@ -288,23 +273,24 @@ class _Flow(_Watching):
             and all(self._owned_once(reader) for reader in producer.readers)
         )
 
-    def owners_of(self, name: str) -> list[tuple[nn.Module, str, str]]:
+    def owners_of(self, name: str) -> list[Owner]:
         """Return every place that holds the parameter called ``name``."""
         return next(o for o in self.owners.values() if any(full == name for _, _, full in o))
 
     def _owned_once(self, layer: str) -> bool:
-        key = next(key for key, known in self.layers.items() if known.name == layer)
+        key = next(key for key, known in self.known.items() if known.name == layer)
         return layer not in self._elsewhere and len(self.owners.get(key, [])) == 1
 
-    def at_layer(
+    def around(
         self,
-        layer: str,
+        known: Layer,
         call: LayerCall,
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:  # noqa: ANN401
         """Note who reaches the layer; what it puts out is its own."""
+        layer = known.name
         sources = self.sources_in(call.inputs)
         for name in sources:
             self.producers[name].readers[layer] = None
@@ -312,11 +298,10 @@ class _Flow(_Watching):
         if layer in self._seen:
             self.drop({*sources, *self._readers_of(layer), layer})
         self.inputs[layer] = call.inputs.detach().clone()
-        weight = next(k for k, v in self.layers.items() if v.name == layer)
         self._produce(
             layer,
             _Producer(
-                weight=self.owners[weight][0][2],
+                weight=self.owners[tensor_key(call.weight)][0][2],
                 bias=call.bias,
                 layer=layer,
                 axis=call.channel_axis,
@@ -361,7 +346,7 @@ class _Flow(_Watching):
         self._seen.add(name)
         self._keep(result, frozenset({name}))
 
-    def elsewhere(
+    def at_other(
         self,
         operator: str,
         func: Callable[..., Any],
@@ -375,7 +360,7 @@ class _Flow(_Watching):
         if next(tensors_in(result), None) is not None:
             # A weight that another operator reads, as an embedding reads that of a tied head.
             keys = [tensor_key(tensor) for tensor in tensors_in((args, kwargs))]
-            self._elsewhere.update(self.layers[key].name for key in keys if key in self.layers)
+            self._elsewhere.update(self.known[key].name for key in keys if key in self.known)
         if operator in _SUMS or result is None:
             self.drop(name for name in sources if any(name not in part for part in own))
         if result is None:  # written into, as by x[...] = y
@@ -396,8 +381,7 @@ class _Probe(_Watching):
     def __init__(
         self, flow: _Flow, probed: Mapping[str, _Producer], generator: torch.Generator
     ) -> None:
-        TorchFunctionMode.__init__(self)
-        self.layers, self.owners = flow.layers, flow.owners
+        super().__init__(flow.known, flow.owners)
         self._first = flow.inputs
         self._probed = probed
         self._exponents = {
@@ -423,15 +407,16 @@ class _Probe(_Watching):
                     ),
                 )
 
-    def at_layer(
+    def around(
         self,
-        layer: str,
+        known: Layer,
         call: LayerCall,
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:  # noqa: ANN401
         """Compare the input with that of the first pass, and go on with that one."""
+        layer = known.name
         first = self._first[layer]
         if layer in self._reads:
             exponents = self._exponents[self._reads[layer]]
@@ -450,17 +435,6 @@ class _Probe(_Watching):
         """Scale what a probed norm puts out."""
         del operator
         return self._scaled(vectors[0][1], func(*args, **kwargs))
-
-    def elsewhere(
-        self,
-        operator: str,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:  # noqa: ANN401
-        """Run it."""
-        del operator
-        return func(*args, **kwargs)
 
     def _scaled(self, name: str, result: Any) -> Any:  # noqa: ANN401
         if name not in self._probed:

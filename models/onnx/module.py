@@ -27,7 +27,7 @@ from bitquota.models.loaded import LoadedModel, finish
 from bitquota.models.onnx.identity import graph_digest
 from bitquota.models.onnx.layer_modules import add_buffer, add_layer
 from bitquota.models.onnx.layers import FLOATS, FedTensor, find_layers, readers, reason_of
-from bitquota.models.onnx.program import OnnxSource, as_array
+from bitquota.models.onnx.program import OnnxSource, as_array, padded
 from bitquota.models.onnx.reading import normalized, read_onnx
 from bitquota.models.onnx.sessions import first_line, import_onnxruntime, make_session
 from bitquota.models.onnx.shifts import added_of, shift_of, statistics_of
@@ -213,7 +213,7 @@ class OnnxModule(nn.Module):
         for start in range(0, len(arrays[0]), max(batch, 1)):
             # The last piece of a graph with a fixed batch is padded with its last sample.
             rows = slice(start, start + batch)
-            pieces.append(self._run(weights, [_padded(a[rows], batch) for a in arrays]))
+            pieces.append(self._run(weights, [padded(a[rows], batch) for a in arrays]))
         result = np.concatenate(pieces)[: len(arrays[0])] if len(pieces) > 1 else pieces[0]
         if self._fixed_batch is not None:
             result = result[: len(arrays[0])]
@@ -321,11 +321,6 @@ def _example(given: list[Any], dtypes: list[Any]) -> tuple[Tensor, ...] | None:
         dtype = torch.float32 if floating else torch.int64
         tensors.append(torch.zeros(2, *dims[1:], dtype=dtype))
     return tuple(tensors)
-
-
-def _padded(array: NDArray[Any], batch: int) -> NDArray[Any]:
-    missing = batch - len(array)
-    return array if missing <= 0 else np.concatenate([array, array[-1:].repeat(missing, axis=0)])
 
 
 def _make_inputs(graph: Any, tensors: list[Any]) -> None:  # noqa: ANN401  # onnx.GraphProto

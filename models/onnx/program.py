@@ -150,7 +150,7 @@ class OnnxSource:
             return [arrays]
         size, n = self.fixed_batch, len(inputs[0])
         return [
-            {name: _padded(array[start : start + size], size) for name, array in arrays.items()}
+            {name: padded(array[start : start + size], size) for name, array in arrays.items()}
             for start in range(0, n, size)
         ]
 
@@ -166,7 +166,8 @@ def as_array(tensor: Tensor, dtype: Any) -> NDArray[Any]:  # noqa: ANN401  # a n
     return np.ascontiguousarray(tensor.detach().cpu().numpy().astype(dtype, copy=False))
 
 
-def _padded(array: NDArray[Any], size: int) -> NDArray[Any]:
+def padded(array: NDArray[Any], size: int) -> NDArray[Any]:
+    """Return ``array`` with its last sample repeated until there are ``size``."""
     missing = size - len(array)
     return array if missing <= 0 else np.concatenate([array, array[-1:].repeat(missing, axis=0)])
 

@@ -169,7 +169,9 @@ class Driver:
     def _start(self) -> None:
         job = self._job
         known = ArtifactStore(self._database, time.time)
-        named = {QUANTIZED.role: self._quantized_beside(known), **digests_by_role(job)}
+        named = digests_by_role(job)
+        if QUANTIZED.role not in named:
+            named[QUANTIZED.role] = self._quantized_beside(known)
         input_files: list[InputFile] = []
         programs = False
         for entry in kind_by_name(job.kind).inputs:
