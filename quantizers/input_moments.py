@@ -102,11 +102,18 @@ def _onnx_grams(
         layer = by_name[meeting.layer]
         limit = positions_of(layer, len(meeting.inputs))
         for (inputs,) in meeting.inputs:
-            rows = patches(inputs, layer, meeting.settings, limit)
-            gram = (rows.transpose(1, 2) @ rows).double()
-            before = grams.get(meeting.layer)
-            grams[meeting.layer] = gram if before is None else before + gram
+            _add_gram(grams, layer, inputs, meeting.settings, limit)
     return grams
+
+
+def _add_gram(
+    grams: dict[str, Tensor], layer: Layer, inputs: Tensor, settings: dict[str, Any], limit: int
+) -> None:
+    """Add the Gram of one batch of a layer's inputs."""
+    rows = patches(inputs, layer, settings, limit)  # [groups, positions, columns]
+    gram = (rows.transpose(1, 2) @ rows).double()
+    before = grams.get(layer.name)
+    grams[layer.name] = gram if before is None else before + gram
 
 
 class _GramWatcher(LayerWatcher["Layer"]):
@@ -123,13 +130,9 @@ class _GramWatcher(LayerWatcher["Layer"]):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:  # noqa: ANN401
-        name = call.operator
-        settings = call_settings(name, args, kwargs)
+        settings = call_settings(call.operator, args, kwargs)
         limit = positions_of(known, self.n_batches)
-        rows = patches(call.inputs, known, settings, limit)  # [groups, positions, columns]
-        gram = (rows.transpose(1, 2) @ rows).double()
-        before = self.grams.get(known.name)
-        self.grams[known.name] = gram if before is None else before + gram
+        _add_gram(self.grams, known, call.inputs, settings, limit)
         return func(*args, **kwargs)
 
 
