@@ -1,8 +1,7 @@
 """Find every quantizable weight of a model, and account for every other tensor, each once.
 
-Two ways: by module type, for ordinary modules; and by operator, for graphs that
-``torch.export`` made (``exported.module()``), where the modules are gone and only the calls are
-left.
+Two ways: by module type, for ordinary modules, here; and by operator, for graphs that
+``torch.export`` made (``exported.module()``), in ``operator_search``.
 
 What counts. A parameter is quantizable if a layer multiplies with it: convolutions, transposed
 convolutions, linear layers, embeddings, transformers' ``Conv1D``, three-dimensional expert
@@ -16,19 +15,20 @@ Non-persistent buffers are rebuilt on loading and take no storage.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from bitquota.candidates.layers import Inventory, Layer, LayerKind, UnquantizedTensor
 from bitquota.errors import InvalidInput, InvalidModel
 from bitquota.models.calls import tensor_key
+from bitquota.models.found_weight import FoundWeight, n_macs_of, n_samples_of
 from bitquota.models.identity import model_fingerprint
 from bitquota.models.layer_calls import MatrixOfOperator
 from bitquota.models.layout import matrix_shape
+from bitquota.models.operator_search import is_exported, search_operators
 from bitquota.models.plain_weights import GatedRecurrent
 from bitquota.models.products import watch_products
 
@@ -52,46 +52,6 @@ _MODULES: dict[type[nn.Module], LayerKind] = {
     nn.Embedding: LayerKind.EMBEDDING,
     nn.EmbeddingBag: LayerKind.EMBEDDING,
 }
-
-_CALLS: dict[str, tuple[LayerKind, int, int]] = {
-    # Operator: kind, position of the input, position of the weight.
-    "aten.conv1d": (LayerKind.CONV1D, 0, 1),
-    "aten.conv2d": (LayerKind.CONV2D, 0, 1),
-    "aten.conv3d": (LayerKind.CONV3D, 0, 1),
-    "aten.conv_transpose1d": (LayerKind.CONV_TRANSPOSE1D, 0, 1),
-    "aten.conv_transpose2d": (LayerKind.CONV_TRANSPOSE2D, 0, 1),
-    "aten.conv_transpose3d": (LayerKind.CONV_TRANSPOSE3D, 0, 1),
-    "aten.linear": (LayerKind.LINEAR, 0, 1),
-    "aten.embedding": (LayerKind.EMBEDDING, 1, 0),
-    "aten.addmm": (LayerKind.LINEAR_TRANSPOSED, 1, 2),
-    "aten.mm": (LayerKind.LINEAR_TRANSPOSED, 0, 1),
-    "aten.matmul": (LayerKind.LINEAR_TRANSPOSED, 0, 1),
-}
-_CONVOLUTION_KINDS = {
-    (False, 3): LayerKind.CONV1D,
-    (False, 4): LayerKind.CONV2D,
-    (False, 5): LayerKind.CONV3D,
-    (True, 3): LayerKind.CONV_TRANSPOSE1D,
-    (True, 4): LayerKind.CONV_TRANSPOSE2D,
-    (True, 5): LayerKind.CONV_TRANSPOSE3D,
-}
-
-
-@dataclass(slots=True)
-class _Found:
-    """One quantizable weight while the model is searched."""
-
-    name: str
-    kind: LayerKind
-    weight_name: str
-    weight: Tensor
-    groups: int = 1
-    transposed: bool = False
-    aliases: list[str] = field(default_factory=list)
-    n_macs: int = 0
-    n_inputs: int = 0
-    axes: tuple[int, ...] | None = None
-    columns: int | None = None
 
 
 def discover(
@@ -122,17 +82,17 @@ def discover(
     """
     _check_finite(module)
     names = _tensor_names(module)
-    if _is_exported(module):
+    if is_exported(module):
         if example_inputs is None:
             msg = "an exported graph is searched by running it, which needs a sample; got none"
             raise InvalidInput(msg)
-        found = _search_graph(module, example_inputs, names)
+        found = search_operators(module, example_inputs, names)
     else:
         found = _search_modules(module, names)
     reasons: dict[str, str] = {}
-    if example_inputs is not None and not _is_exported(module):
+    if example_inputs is not None and not is_exported(module):
         watcher = _count_by_hooks(module, example_inputs, found)
-        reasons = _add_bare_parameters(watcher, found, names, _n_samples(example_inputs))
+        reasons = _add_bare_parameters(watcher, found, names, n_samples_of(example_inputs))
     layers = tuple(_layer(item) for item in found.values())
     return Inventory(
         model_digest=model_fingerprint(module) if model_digest is None else model_digest,
@@ -160,21 +120,11 @@ def _check_finite(module: nn.Module) -> None:
             raise InvalidModel(msg, tensor=name, n_bad=bad)
 
 
-def _is_exported(module: nn.Module) -> bool:
-    """Whether this is a graph of operators rather than of module calls."""
-    if not isinstance(module, fx.GraphModule):
-        return False
-    return any(
-        node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)  # noqa: SLF001
-        for node in module.graph.nodes
-    )
-
-
 def _search_modules(
     module: nn.Module, names: dict[tuple[Any, ...], list[str]]
-) -> dict[tuple[Any, ...], _Found]:
+) -> dict[tuple[Any, ...], FoundWeight]:
     """Return the quantizable weights by identity, in module order."""
-    found: dict[tuple[Any, ...], _Found] = {}
+    found: dict[tuple[Any, ...], FoundWeight] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
         for attribute, kind in _quantizable(owner):
             weight = getattr(owner, attribute)
@@ -183,7 +133,7 @@ def _search_modules(
             if key in found:
                 continue
             own = kind is not LayerKind.EXPERTS and attribute == "weight"
-            found[key] = _Found(
+            found[key] = FoundWeight(
                 name=(path if own else full) or "model",
                 kind=kind,
                 weight_name=full,
@@ -235,36 +185,16 @@ def _is_conv1d(owner: nn.Module) -> bool:
     )
 
 
-def _n_macs(kind: LayerKind, weight: Tensor, groups: int, n_in: int, n_out: int) -> int:
-    """Return the multiply-accumulates of one call, for all its samples.
-
-    A dense layer multiplies each output with a whole row; a transposed convolution each input
-    with the whole slice of its channel (what falls outside a padded border included). Looking
-    up an embedding multiplies nothing.
-    """
-    if kind is LayerKind.EMBEDDING:
-        return 0
-    if kind.name.startswith("CONV_TRANSPOSE"):
-        return n_in * math.prod(weight.shape[1:])
-    if kind is LayerKind.EXPERTS:
-        return 0
-    rows, columns = matrix_shape(kind, tuple(weight.shape), groups=groups)
-    swaps = kind in (LayerKind.LINEAR, LayerKind.LINEAR_TRANSPOSED)
-    if swaps and n_out * columns != n_in * rows and n_out * rows == n_in * columns:
-        return n_out * rows  # the other way round: a tied weight, transposed
-    return n_out // rows * rows * columns
-
-
 def _count_by_hooks(
     module: nn.Module,
     example_inputs: tuple[Tensor, ...],
-    found: dict[tuple[Any, ...], _Found],
+    found: dict[tuple[Any, ...], FoundWeight],
 ) -> ProductWatcher:
     """Run once and count, and watch products outside of modules.
 
     Experts are counted by the share of tokens that reach each.
     """
-    n_samples = _n_samples(example_inputs)
+    n_samples = n_samples_of(example_inputs)
     handles = []
     for owner in module.modules():
         if isinstance(owner, GatedRecurrent):
@@ -293,7 +223,7 @@ def _count_by_hooks(
 
 def _add_bare_parameters(
     watcher: ProductWatcher,
-    found: dict[tuple[Any, ...], _Found],
+    found: dict[tuple[Any, ...], FoundWeight],
     names: dict[tuple[Any, ...], list[str]],
     n_samples: int,
 ) -> dict[str, str]:
@@ -317,7 +247,7 @@ def _add_bare_parameters(
             reasons[full] = use.reason
             continue
         owner, _, attribute = full.rpartition(".")
-        found[key] = _Found(
+        found[key] = FoundWeight(
             name=(owner if attribute == "weight" else full) or full,
             kind=kind,
             weight_name=full,
@@ -336,7 +266,7 @@ def _add_bare_parameters(
     return reasons
 
 
-def _counting_hook(item: _Found, kind: LayerKind, n_samples: int) -> Callable[..., None]:
+def _counting_hook(item: FoundWeight, kind: LayerKind, n_samples: int) -> Callable[..., None]:
     def hook(owner: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401
         del owner
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
@@ -360,12 +290,12 @@ def _counting_hook(item: _Found, kind: LayerKind, n_samples: int) -> Callable[..
             n_out = n_in // item.weight.shape[1] * item.weight.shape[0]
         elif item.weight_name.endswith("in_proj_weight"):
             n_out *= 3
-        item.n_macs += _n_macs(kind, item.weight, item.groups, n_in, n_out) // n_samples
+        item.n_macs += n_macs_of(kind, item.weight, item.groups, n_in, n_out) // n_samples
 
     return hook
 
 
-def _steps_hook(items: list[_Found], n_samples: int) -> Callable[..., None]:
+def _steps_hook(items: list[FoundWeight], n_samples: int) -> Callable[..., None]:
     """Count a recurrent module: each step of each sample multiplies with each matrix once."""
 
     def hook(owner: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
@@ -389,119 +319,7 @@ def _first_tensor(value: Any) -> Tensor | None:  # noqa: ANN401
     return None
 
 
-def _n_samples(example_inputs: tuple[Tensor, ...]) -> int:
-    return max(1, example_inputs[0].shape[0]) if example_inputs and example_inputs[0].ndim else 1
-
-
-class _CountingInterpreter(fx.Interpreter):
-    """Runs a graph of operators and finds the calls that multiply with a parameter."""
-
-    def __init__(
-        self, module: fx.GraphModule, names: dict[tuple[Any, ...], list[str]], n_samples: int
-    ) -> None:
-        super().__init__(module)
-        self.names, self.n_samples = names, n_samples
-        self.weight_of: dict[fx.Node, tuple[str, Tensor]] = {}
-        self.found: dict[tuple[Any, ...], _Found] = {}
-
-    def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401
-        result = super().run_node(n)
-        if n.op == "get_attr" and isinstance(result, nn.Parameter):
-            self.weight_of[n] = (str(n.target), result)
-        elif n.op == "call_function":
-            self._look_at(n, result)
-        return result
-
-    def _look_at(self, node: fx.Node, result: Any) -> None:  # noqa: ANN401
-        call = _layer_call(node)
-        if call is None:
-            return
-        kind, input_node, weight_node = call
-        if weight_node not in self.weight_of or not isinstance(result, torch.Tensor):
-            return
-        own_name, weight = self.weight_of[weight_node]
-        if weight.ndim < 2:
-            return
-        if kind is LayerKind.CONV1D and (convolution := _decomposed_kind(node, weight)):
-            kind = convolution
-        key = tensor_key(weight)
-        # The exporter keeps any one name of a tied weight; take the one that modules would give.
-        full = self.names.get(key, [own_name])[0]
-        groups = _groups(node, kind)
-        if key not in self.found:
-            owner, _, attribute = full.rpartition(".")
-            self.found[key] = _Found(
-                name=(owner if attribute == "weight" else full) or full,
-                kind=kind,
-                weight_name=full,
-                weight=weight,
-                groups=groups,
-                aliases=[name for name in self.names.get(key, []) if name != full],
-            )
-        item = self.found[key]
-        given = self.env[input_node] if isinstance(input_node, fx.Node) else None
-        n_in = given.numel() if isinstance(given, torch.Tensor) else 0
-        if isinstance(given, torch.Tensor) and given.is_floating_point():
-            item.n_inputs += n_in // self.n_samples
-        item.n_macs += _n_macs(kind, weight, groups, n_in, result.numel()) // self.n_samples
-
-
-def _layer_call(node: fx.Node) -> tuple[LayerKind, Any, fx.Node] | None:
-    """Return kind, input node and weight node of a call that multiplies with a weight."""
-    name = str(node.target).rsplit(".", 1)[0] if "." in str(node.target) else str(node.target)
-    if name == "aten.convolution":
-        kind, at, weight_at = LayerKind.CONV1D, 0, 1  # the rank of the weight decides later
-    elif name in _CALLS:
-        kind, at, weight_at = _CALLS[name]
-    else:
-        return None
-    if len(node.args) <= max(at, weight_at) or not isinstance(node.args[weight_at], fx.Node):
-        return None
-    weight = node.args[weight_at]
-    # Decomposed linear layers multiply with the transpose of the parameter.
-    if isinstance(weight, fx.Node) and str(weight.target) in {
-        "aten.t.default",
-        "aten.permute.default",
-        "aten.numpy_T.default",
-    }:
-        inner = weight.args[0]
-        if kind is LayerKind.LINEAR_TRANSPOSED and isinstance(inner, fx.Node):
-            kind, weight = LayerKind.LINEAR, inner
-    assert isinstance(weight, fx.Node)  # noqa: S101  # checked above
-    return kind, node.args[at], weight
-
-
-def _decomposed_kind(node: fx.Node, weight: Tensor) -> LayerKind | None:
-    if str(node.target) != "aten.convolution.default":
-        return None
-    return _CONVOLUTION_KINDS.get((bool(node.args[6]), weight.ndim))
-
-
-def _groups(node: fx.Node, kind: LayerKind) -> int:
-    name = str(node.target)
-    if name == "aten.convolution.default":
-        return int(node.args[8])  # type: ignore[arg-type]
-    if "CONV" not in kind.name:
-        return 1
-    # The seventh argument of all six convolutions.
-    value = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
-    return int(value)  # type: ignore[arg-type]
-
-
-def _search_graph(
-    module: nn.Module,
-    example_inputs: tuple[Tensor, ...],
-    names: dict[tuple[Any, ...], list[str]],
-) -> dict[tuple[Any, ...], _Found]:
-    assert isinstance(module, fx.GraphModule)  # noqa: S101  # asked by the caller
-    interpreter = _CountingInterpreter(module, names, _n_samples(example_inputs))
-    flat = torch.utils._pytree.tree_leaves(example_inputs)  # noqa: SLF001
-    with torch.no_grad():
-        interpreter.run(*flat, enable_io_processing=False)
-    return interpreter.found
-
-
-def _layer(item: _Found) -> Layer:
+def _layer(item: FoundWeight) -> Layer:
     shape = tuple(item.weight.shape)
     rows, columns = matrix_shape(item.kind, shape, groups=item.groups, transposed=item.transposed)
     if item.columns is not None:
