@@ -23,12 +23,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from bitquota.candidates.layers import Inventory, Layer, LayerKind, UnquantizedTensor
 from bitquota.errors import InvalidInput, InvalidModel
-from bitquota.models.calls import tensor_key
+from bitquota.models.calls import has_values, tensor_key
 from bitquota.models.found_weight import FoundWeight, n_macs_of, n_samples_of
 from bitquota.models.identity import model_fingerprint
 from bitquota.models.layer_calls import MatrixOfOperator
 from bitquota.models.layout import matrix_shape
 from bitquota.models.operator_search import is_exported, search_operators
+from bitquota.models.outlines import run_outline
 from bitquota.models.plain_weights import GatedRecurrent
 from bitquota.models.products import watch_products
 
@@ -64,7 +65,8 @@ def discover(
 
     Args:
         module: The model; it is run once in eval mode, and left in the mode it was in. A module
-            of ``torch.export`` is searched by its operators.
+            of ``torch.export`` is searched by its operators. An outline (see ``outlines``) is
+            searched alike, and no weight is checked.
         example_inputs: Positional arguments, the first dimension being samples; one sample
             is enough. Counts of multiply-accumulates and inputs are per sample; integer inputs
             (token ids) are not counted: they are never quantized. With ``None`` nothing is run
@@ -111,7 +113,9 @@ def _tensor_names(module: nn.Module) -> dict[tuple[Any, ...], list[str]]:
 
 def _check_finite(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+        if not has_values(parameter) or not parameter.is_floating_point():
+            continue
+        if not bool(torch.isfinite(parameter).all()):
             bad = int((~torch.isfinite(parameter)).sum())
             msg = (
                 f"all weights must be finite; {bad} of {parameter.numel()} values of '{name}' are "
@@ -213,7 +217,8 @@ def _count_by_hooks(
     module.eval()
     try:
         watched = [p for p in module.parameters() if p.ndim > 1]
-        return watch_products(lambda: module(*example_inputs), watched)
+        with run_outline(module, example_inputs) as inputs:
+            return watch_products(lambda: module(*inputs), watched)
     finally:
         for handle in handles:
             handle.remove()

@@ -12,6 +12,7 @@ from bitquota.canonical import digest_json
 from bitquota.errors import InvalidModel, MissingDependency, UnsafeModel
 from bitquota.models.identity import Computation
 from bitquota.models.loaded import LoadedModel, finish
+from bitquota.models.outlines import outline, run_outline
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +43,8 @@ _WITHOUT_EFFECT = frozenset(
 )
 """Entries of a config that change no output: every model is run in float32."""
 
+_HALVES = ("float16", "bfloat16")
+
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
 
 
@@ -59,19 +62,90 @@ def load_folder(path: Path) -> LoadedModel:
     """
     model = load_folder_module(path)
     config: Any = model.config
-    stored = str(_read_config(path).get("dtype") or _read_config(path).get("torch_dtype"))
     return finish(
         model,
         source=str(path),
         architecture=type(model).__name__,
         example_inputs=_example(model, config),
-        weight_format_bits=16 if stored in ("float16", "bfloat16") else 32,
+        weight_format_bits=_stored_bits(_read_config(path)),
+    )
+
+
+def _stored_bits(config: JsonObject) -> int:
+    """Return the bits per weight that a config says its checkpoint has."""
+    return 16 if (config.get("dtype") or config.get("torch_dtype")) in _HALVES else 32
+
+
+def load_folder_outline(path: Path) -> LoadedModel:
+    """Load what ``load_folder`` loads, but of the weights only names and shapes.
+
+    Its module is an outline (see ``outlines``), its digest empty. A network whose forward pass
+    depends on values is loaded with its weights.
+
+    Raises:
+        UnsafeModel: As ``load_folder``.
+        InvalidModel: As ``load_folder``, but for weights that are not finite.
+        MissingDependency: As ``load_folder``.
+
+    Cost: reads headers; memory for no weight.
+    """
+    config = _read_config(path)
+    module = _load_module(path, config, _stored_shapes(path))
+    outline(module)
+    example = _example(module, module.config)
+    if example is not None:
+        try:
+            with torch.no_grad(), run_outline(module.eval(), example) as inputs:
+                module(*inputs)
+        except Exception:  # noqa: BLE001  # torch and transformers have many words for it
+            return load_folder(path)
+    return LoadedModel(
+        module=module.eval(),
+        digest="",
+        source=str(path),
+        architecture=type(module).__name__,
+        example_inputs=example,
+        weight_format_bits=_stored_bits(config),
     )
 
 
 def load_folder_module(path: Path) -> nn.Module:
     """Return the module of ``load_folder`` alone; raises what it raises."""
-    config = _read_config(path)
+    module: nn.Module = _load_module(path, _read_config(path), None)
+    return module
+
+
+class _Header:
+    """A tensor of a file as transformers' loading takes it, of which only the shape is read."""
+
+    def __init__(self, shape: list[int]) -> None:
+        self.shape = shape
+
+    def __getitem__(self, index: object) -> _Header:
+        """Return the whole: loading asks for ``tensor[...]``."""
+        return self
+
+    def to(self, *, device: object = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a tensor without values, whatever device is asked for."""
+        del device
+        return torch.empty(self.shape, dtype=dtype, device="meta")
+
+
+def _stored_shapes(path: Path) -> dict[str, _Header]:
+    """Return every tensor of a folder's safetensors; raises what ``_check_weights`` raises."""
+    _check_weights(path)
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(str(file), framework="numpy") as opened:
+            for name in opened.keys():  # noqa: SIM118  # no mapping
+                found[name] = _Header(opened.get_slice(name).get_shape())
+    return found
+
+
+def _load_module(path: Path, config: JsonObject, shapes: dict[str, _Header] | None) -> Any:  # noqa: ANN401
+    """Return the module of a folder: with its weights, or with ``shapes`` on the meta device."""
     _check_weights(path)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
@@ -83,15 +157,25 @@ def load_folder_module(path: Path) -> nn.Module:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    options: dict[str, Any] = {
+        "local_files_only": True,
+        "trust_remote_code": False,
+        "dtype": torch.float32,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are told, and refused below
+    }
     try:
-        model, info = kind.from_pretrained(
-            str(path),
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        if shapes is None:
+            model, info = kind.from_pretrained(str(path), use_safetensors=True, **options)
+        else:
+            # The usual way of computing experts chooses by values which of them are run.
+            model, info = kind.from_pretrained(
+                None,
+                config=kind.config_class.from_pretrained(str(path), local_files_only=True),
+                state_dict=shapes,
+                experts_implementation="batched_mm",
+                **options,
+            )
     except Exception as err:  # a config can fail anywhere in transformers
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         msg = (
@@ -101,15 +185,19 @@ def load_folder_module(path: Path) -> nn.Module:
         raise InvalidModel(msg, source=str(path)) from err
     finally:
         transformers.logging.set_verbosity(verbosity)
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, described = mismatched[0]
+        msg = (
+            f"the weights of '{path.name}' must have the shapes of its config; '{name}' must be "
+            f"{list(described)} and is {list(stored)}"
+        )
+        raise InvalidModel(msg, mismatched=[name for name, *_ in mismatched[:20]])
     if missing := sorted(info["missing_keys"]):
         msg = (
             f"the safetensors of '{path.name}' must hold every weight that its config describes; "
             f"{len(missing)} are missing, such as '{missing[0]}'"
         )
         raise InvalidModel(msg, missing=missing[:20])
-    if wrong := sorted(str(k) for k in info.get("mismatched_keys", ())):
-        msg = f"the weights of '{path.name}' must have the shapes of its config; {wrong[0]} has not"
-        raise InvalidModel(msg, mismatched=wrong[:20])
     module = return_tensor(model)
     described = {k: v for k, v in config.items() if k not in _WITHOUT_EFFECT}
     found = Computation(digest=digest_json([type(model).__name__, described]))

@@ -80,7 +80,7 @@ class ModelSummary:
     Attributes:
         source: What the user named.
         architecture: Class or model type.
-        digest: Fingerprint of its tensors.
+        digest: Fingerprint of its tensors; empty if these were not read.
         inventory: Every tensor, nothing excluded yet but what was asked for.
         layers: Every quantizable weight, in module order.
         target: The deployment target, or ``None``.
@@ -115,7 +115,7 @@ class ModelSummary:
         return {
             "source": self.source,
             "architecture": self.architecture,
-            "model_digest": self.digest,
+            "model_digest": self.digest or None,
             "layers": [entry.to_json() for entry in self.layers],
             "unquantized": [tensor.to_json() for tensor in inventory.unquantized],
             "suggestion": self.suggestion.to_json() | {"applied": self.target is not None},
@@ -142,7 +142,7 @@ def inspect_model(
     """Return the layers of ``model`` and what ``target`` may make of each.
 
     Args:
-        model: From ``load_model``.
+        model: From ``load_model`` or ``load_outline``.
         target: Its ties, exclusions and legal formats are shown.
         samples: Two are run to count multiply-accumulates where the model has no example of its
             own; without either they are not counted.

@@ -9,7 +9,7 @@ from torch import nn
 
 from bitquota.errors import InvalidInput, InvalidModel, UnsafeModel
 from bitquota.models.factory import call_factory
-from bitquota.models.huggingface import load_folder
+from bitquota.models.huggingface import load_folder, load_folder_outline
 from bitquota.models.loaded import LoadedModel, finish
 from bitquota.models.onnx.module import load_onnx
 from bitquota.models.pt2.build import build_pt2
@@ -55,6 +55,22 @@ def load_model(spec: str, *, allow_pt2: bool = True, allow_factory: bool = True)
             return _from_pt2(path)
         case ModelSource.ONNX:
             return load_onnx(path)
+
+
+def load_outline(spec: str) -> LoadedModel:
+    """Load what can be told of a model before anything is measured.
+
+    Of a Hugging Face folder only config and headers are read: its module has shapes and no values
+    (see ``outlines``), and its digest is empty. Anything else is loaded as by ``load_model``.
+
+    Raises:
+        UnsafeModel: As ``load_model``.
+        InvalidModel: As ``load_model``, but for weights of a folder that are not finite.
+        MissingDependency: As ``load_model``.
+    """
+    if model_source(spec) is ModelSource.FOLDER:
+        return load_folder_outline(Path(spec))
+    return load_model(spec)
 
 
 def _from_factory(spec: str) -> LoadedModel:

@@ -34,7 +34,8 @@ class LoadedModel:
     Attributes:
         module: In eval mode, float32, on the CPU; ``module(*inputs)`` returns one tensor of
             logits or embeddings.
-        digest: Fingerprint of its tensors and of what it computes with them.
+        digest: Fingerprint of its tensors and of what it computes with them; empty if the module
+            is an outline (see ``outlines``).
         source: What the user named.
         architecture: Class or model type, for a person.
         example_inputs: A batch of two samples, where the source tells what it looks like.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitquota.models.calls import tensor_key, tensors_in
+from bitquota.models.calls import address_of, tensor_key, tensors_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -29,8 +29,8 @@ _PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "m
 
 _COPIES = frozenset({"clone", "_to_copy", "contiguous"})
 
-_PASSING = frozenset({"copy_", "detach", "detach_"})
-"""Functions that hand values on without using them."""
+_PASSING = frozenset({"copy_", "detach", "detach_", "prim::device"})
+"""Functions that hand values on without using them, or ask an outline for its device."""
 
 TABLE_OF = "embedding"
 """The operator that looks rows of a parameter up; the table is its first argument."""
@@ -92,8 +92,8 @@ class _Stored:
     """
 
     use: Use
-    start: int
-    end: int
+    start: tuple[int, int]
+    end: tuple[int, int]
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     stands_for: tuple[frozenset[int], ...]
@@ -136,18 +136,18 @@ class ProductWatcher(TorchDispatchMode):
                 self._keep(use, parameter, tuple(frozenset({k}) for k in range(parameter.ndim)))
 
     def _keep(self, use: Use, tensor: Tensor, stands_for: tuple[frozenset[int], ...]) -> None:
-        start = tensor.data_ptr()
+        storage, start = address_of(tensor)
         self._stored.append(
             _Stored(
-                use, start, start + tensor.nbytes, tuple(tensor.shape), tensor.stride(),
-                stands_for, tensor,
+                use, (storage, start), (storage, start + tensor.nbytes), tuple(tensor.shape),
+                tensor.stride(), stands_for, tensor,
             )
         )  # fmt: skip
 
     def _find(self, tensor: object) -> _Stored | None:
         if not isinstance(tensor, torch.Tensor) or not tensor.numel():
             return None
-        at = tensor.data_ptr()
+        at = address_of(tensor)
         return next((s for s in self._stored if s.start <= at < s.end), None)
 
     def __torch_dispatch__(

@@ -11,6 +11,7 @@ import pytest
 
 from bitquota.candidates.table import Candidate
 from bitquota.candidates.targets import TARGETS
+from bitquota.models.load import load_model
 from bitquota.plan import Plan
 from onnx_graphs import image_graph
 
@@ -64,6 +65,14 @@ class TestInspect:
         assert code == 0
         assert "--tie q_proj,k_proj,v_proj" in out
         assert "lm_head.weight: counted once" in out
+
+    def test_digest_is_asked_for(self, bitquota, llama_folder):
+        """Of a folder the weights are read for it alone."""
+        assert json.loads(bitquota("inspect", llama_folder, "--json")[1])["model_digest"] is None
+        known = load_model(str(llama_folder)).digest
+        code, out, _ = bitquota("inspect", llama_folder, "--digest")
+        assert code == 0
+        assert f"Digest: {known}" in out
 
     def test_nothing_to_run(self, bitquota):
         """A factory has no example: layers are listed, operations are not counted."""

@@ -34,15 +34,27 @@ def inspect(
     exclude: opt.Exclude = None,
     tokenizer: opt.Tokenizer = None,
     length: opt.Length = opt.DEFAULT_LENGTH,
+    digest: Annotated[
+        bool,
+        typer.Option(
+            "--digest",
+            help="Read the weights of a folder too: check that they are finite, and show the "
+            "model's digest.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the layers of MODEL and the formats each may take, before anything is measured."""
+    """Show the layers of MODEL and the formats each may take, before anything is measured.
+
+    Of a Hugging Face folder only config and headers are read, unless --digest or --samples is
+    given.
+    """
     chosen = None if target is None else target_by_name(target)
     check_sources(model, samples, tokenizer=tokenizer)
     from bitquota.models.inspection import inspect_model
-    from bitquota.models.load import load_model
+    from bitquota.models.load import load_model, load_outline
 
-    loaded = load_model(model)
+    loaded = load_outline(model) if samples is None and not digest else load_model(model)
     data = None
     if samples is not None:
         data = load_samples(samples, model=model, tokenizer=tokenizer, length=length)
@@ -68,6 +80,8 @@ def inspect(
     )
     for line in _sentences(found, numbers):
         output.console.print(line, markup=False, highlight=False)
+    if digest:
+        output.console.print(f"Digest: {found.digest}", markup=False, highlight=False)
 
 
 def targets(
