@@ -145,8 +145,8 @@ class CompressedTensorsFolder:
 
 
 def _source_folder(prepared: PreparedExport) -> Path:
-    source = Path(prepared.model.source)
-    if not (source / "config.json").is_file():
+    source = prepared.model.folder
+    if source is None:
         msg = (
             "compressed-tensors needs a Hugging Face folder as the model, whose config it extends; "
             f"got '{prepared.model.source}': export with ref-int or onnx-qdq instead"
@@ -226,7 +226,7 @@ def _stored_sizes(path: Path) -> dict[str, int]:
 
 
 def _stored_type(prepared: PreparedExport) -> torch.dtype:
-    source = json.loads((Path(prepared.model.source) / "config.json").read_text())
+    source = json.loads((_source_folder(prepared) / "config.json").read_text())
     name = str(source.get("dtype") or source.get("torch_dtype") or "float32")
     return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(name, torch.float32)
 

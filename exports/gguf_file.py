@@ -5,22 +5,29 @@ from __future__ import annotations
 import copy
 import json
 import re
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from bitquota.candidates.layers import LayerKind
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat
-from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan, MissingDependency
+from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
 from bitquota.exports.gguf_blocks import BLOCK, K_TYPES, TYPES, blocks_of, type_name
-from bitquota.exports.gguf_metadata import ROPE_FACTORS, add_metadata, rope_of, window_notes
+from bitquota.exports.gguf_metadata import add_metadata, rope_of, window_notes
 from bitquota.exports.gguf_tokenizer import add_tokenizer
 from bitquota.exports.prepared import widths_must_be
+from bitquota.models.gguf_names import (
+    ARCHITECTURES,
+    ROPE_FACTORS,
+    gguf_names,
+    gguf_package,
+    row_order,
+)
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from pathlib import Path
+
     from torch import nn
 
     from bitquota.canonical import JsonObject
@@ -30,9 +37,6 @@ if TYPE_CHECKING:
 
 FILE = "model.gguf"
 RECIPE = "tensor-types.txt"
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_INTERLEAVED = frozenset({"llama", "mistral"})
-"""Model types whose q and k rows GGUF stores in another order (pairs of rotated rows adjacent)."""
 
 
 class GgufFile:
@@ -48,21 +52,21 @@ class GgufFile:
 
     def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the file, read every type and value back, run the dequantized model in torch."""
-        gguf = _gguf()
+        gguf = gguf_package()
         config = _config(prepared)
         self._check(prepared)
-        rope = rope_of(prepared.module, config, _ARCHITECTURES[config["model_type"]])
-        names = _tensor_names(prepared, config)
+        rope = rope_of(prepared.module, config, ARCHITECTURES[config["model_type"]])
+        names = gguf_names(prepared.module.state_dict(), config)
         path = folder / FILE
-        writer = gguf.GGUFWriter(str(path), _ARCHITECTURES[config["model_type"]])
+        writer = gguf.GGUFWriter(str(path), ARCHITECTURES[config["model_type"]])
         add_metadata(writer, config, rope)
-        folder_notes = add_tokenizer(writer, Path(prepared.model.source), config["vocab_size"])
+        folder_notes = add_tokenizer(writer, _source_folder(prepared), config["vocab_size"])
 
         # Quantized weights, in the order of rows that llama.cpp expects.
         recipe = []
         for name, weight in prepared.weights.items():
             layer = prepared.layers[name]
-            order = _row_order(layer.weight_name, config)
+            order = row_order(layer.weight_name, config)
             kind = type_name(weight)
             target = names[layer.weight_name]
             writer.add_tensor(
@@ -77,7 +81,7 @@ class GgufFile:
             if name.endswith("inv_freq") or (tied and name == "lm_head.weight"):
                 continue
             values = tensor.detach().float().cpu().numpy()
-            order = _row_order(name, config)
+            order = row_order(name, config)
             if order is not None:
                 values = values[order]
             writer.add_tensor(names[name], np.ascontiguousarray(values))
@@ -130,9 +134,9 @@ class GgufFile:
 
     def load(self, prepared: PreparedExport, folder: Path) -> nn.Module:
         """Return a copy of the model with every tensor dequantized from the file."""
-        gguf = _gguf()
+        gguf = gguf_package()
         config = _config(prepared)
-        back = {v: k for k, v in _tensor_names(prepared, config).items()}
+        back = {v: k for k, v in gguf_names(prepared.module.state_dict(), config).items()}
         module = copy.deepcopy(prepared.module)
         state = module.state_dict()
         with torch.no_grad():
@@ -141,7 +145,7 @@ class GgufFile:
                     continue
                 name = back[found.name]
                 values = gguf.quants.dequantize(found.data, found.tensor_type)
-                order = _row_order(name, config)
+                order = row_order(name, config)
                 if order is not None:
                     values = values[np.argsort(order)]
                 tensor = torch.from_numpy(np.array(values, dtype=np.float32))
@@ -166,63 +170,22 @@ class GgufFile:
             raise InvalidPlan(msg, layers=wrong)
 
 
-def _gguf() -> Any:  # noqa: ANN401  # a module
-    try:
-        import gguf
-    except ImportError as err:
-        msg = "a GGUF export needs gguf; install it with: pip install bitquota[exports]"
-        raise MissingDependency(msg) from err
-    return gguf
+def _source_folder(prepared: PreparedExport) -> Path:
+    if prepared.model.folder is None:
+        msg = f"GGUF needs a Hugging Face folder as the model; got '{prepared.model.source}'"
+        raise InvalidInput(msg, source=prepared.model.source)
+    return prepared.model.folder
 
 
 def _config(prepared: PreparedExport) -> JsonObject:
-    file = Path(prepared.model.source) / "config.json"
-    if not file.is_file():
-        msg = f"GGUF needs a Hugging Face folder as the model; got '{prepared.model.source}'"
-        raise InvalidInput(msg, source=prepared.model.source)
-    config: JsonObject = json.loads(file.read_text())
-    if config.get("model_type") not in _ARCHITECTURES:
+    config: JsonObject = json.loads((_source_folder(prepared) / "config.json").read_text())
+    if config.get("model_type") not in ARCHITECTURES:
         msg = (
-            f"GGUF is written here for {', '.join(_ARCHITECTURES)}; got "
+            f"GGUF is written here for {', '.join(ARCHITECTURES)}; got "
             f"'{config.get('model_type')}': use llama.cpp's converter and the plan's bit-widths"
         )
         raise InvalidInput(msg, model_type=config.get("model_type"))
     return config
-
-
-def _tensor_names(prepared: PreparedExport, config: JsonObject) -> dict[str, str]:
-    """Return the GGUF name of every tensor of the model."""
-    gguf = _gguf()
-    kind = getattr(gguf.MODEL_ARCH, _ARCHITECTURES[config["model_type"]].upper())
-    known = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
-    names = {}
-    for name in prepared.module.state_dict():
-        if name.endswith("inv_freq"):
-            continue
-        found = known.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is None:
-            msg = f"GGUF has no name for '{name}' of a {config['model_type']} model"
-            raise ExportFailed(msg, tensor=name)
-        names[name] = found
-    return names
-
-
-def _row_order(name: str, config: JsonObject) -> NDArray[np.int64] | None:
-    """Return which row of the checkpoint each row of the file is, or ``None`` for the same.
-
-    Transformers rotates row ``i`` of a head with row ``i + d/2``; GGUF keeps them adjacent.
-    """
-    if config["model_type"] not in _INTERLEAVED:
-        return None
-    found = re.search(r"\.([qk])_proj\.(weight|bias)$", name)
-    if found is None:
-        return None
-    heads = config["num_attention_heads"]
-    if found[1] == "k":
-        heads = config.get("num_key_value_heads") or heads
-    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    rows = np.arange(heads * size, dtype=np.int64)
-    return rows.reshape(heads, 2, size // 2).swapaxes(1, 2).reshape(-1)
 
 
 def _is_plain(weight: QuantizedWeight, columns: int) -> bool:

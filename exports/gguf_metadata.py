@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
     from bitquota.canonical import JsonObject
 
-ROPE_FACTORS = "rope_freqs.weight"
-"""Name of the tensor that divides the frequencies of rotary positions."""
-
 _YARN = frozenset({"beta_fast", "beta_slow"})
 _KNOWN = _YARN | {
     "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings",

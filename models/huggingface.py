@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from bitquota.models.loaded import LoadedModel, finish
 from bitquota.models.outlines import outline, run_outline
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -66,6 +68,7 @@ def load_folder(path: Path) -> LoadedModel:
         model,
         source=str(path),
         architecture=type(model).__name__,
+        folder=path,
         example_inputs=_example(model, config),
         weight_format_bits=_stored_bits(_read_config(path)),
     )
@@ -104,6 +107,7 @@ def load_folder_outline(path: Path) -> LoadedModel:
         digest="",
         source=str(path),
         architecture=type(module).__name__,
+        folder=path,
         example_inputs=example,
         weight_format_bits=_stored_bits(config),
     )
@@ -113,6 +117,20 @@ def load_folder_module(path: Path) -> nn.Module:
     """Return the module of ``load_folder`` alone; raises what it raises."""
     module: nn.Module = _load_module(path, _read_config(path), None)
     return module
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within the context, transformers logs errors alone and draws no bars."""
+    import transformers
+
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 class _Header:
@@ -154,9 +172,6 @@ def _load_module(path: Path, config: JsonObject, shapes: dict[str, _Header] | No
         msg = "a Hugging Face folder needs transformers; install it with: pip install bitquota[hf]"
         raise MissingDependency(msg) from err
     kind = _model_class(transformers, config, path)
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     options: dict[str, Any] = {
         "local_files_only": True,
         "trust_remote_code": False,
@@ -165,17 +180,18 @@ def _load_module(path: Path, config: JsonObject, shapes: dict[str, _Header] | No
         "ignore_mismatched_sizes": True,  # they are told, and refused below
     }
     try:
-        if shapes is None:
-            model, info = kind.from_pretrained(str(path), use_safetensors=True, **options)
-        else:
-            # The usual way of computing experts chooses by values which of them are run.
-            model, info = kind.from_pretrained(
-                None,
-                config=kind.config_class.from_pretrained(str(path), local_files_only=True),
-                state_dict=shapes,
-                experts_implementation="batched_mm",
-                **options,
-            )
+        with quiet_transformers():
+            if shapes is None:
+                model, info = kind.from_pretrained(str(path), use_safetensors=True, **options)
+            else:
+                # The usual way of computing experts chooses by values which of them are run.
+                model, info = kind.from_pretrained(
+                    None,
+                    config=kind.config_class.from_pretrained(str(path), local_files_only=True),
+                    state_dict=shapes,
+                    experts_implementation="batched_mm",
+                    **options,
+                )
     except Exception as err:  # a config can fail anywhere in transformers
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         msg = (
@@ -183,8 +199,6 @@ def _load_module(path: Path, config: JsonObject, shapes: dict[str, _Header] | No
             f"'{path.name}' cannot be loaded: {reason}"
         )
         raise InvalidModel(msg, source=str(path)) from err
-    finally:
-        transformers.logging.set_verbosity(verbosity)
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, described = mismatched[0]
         msg = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from bitquota.errors import InvalidInput, InvalidModel, UnsafeModel
 from bitquota.models.factory import call_factory
+from bitquota.models.gguf_folder import unpacked_gguf
 from bitquota.models.huggingface import load_folder, load_folder_outline
 from bitquota.models.loaded import LoadedModel, finish
 from bitquota.models.onnx.module import load_onnx
@@ -22,7 +24,8 @@ def load_model(spec: str, *, allow_pt2: bool = True, allow_factory: bool = True)
 
     Args:
         spec: A factory ``package.module:function`` that returns an ``nn.Module`` (the current
-            folder is searched first), a Hugging Face folder, a ``.pt2`` or an ``.onnx`` file.
+            folder is searched first), a Hugging Face folder, a ``.gguf``, ``.pt2`` or ``.onnx``
+            file.
         allow_pt2: Whether ``.pt2`` files are accepted.
         allow_factory: Whether factories are; a service must not.
 
@@ -45,6 +48,8 @@ def load_model(spec: str, *, allow_pt2: bool = True, allow_factory: bool = True)
             return _from_factory(spec)
         case ModelSource.FOLDER:
             return load_folder(path)
+        case ModelSource.GGUF:
+            return replace(load_folder(unpacked_gguf(path)), source=spec)
         case ModelSource.PT2 if not allow_pt2:
             msg = (
                 f"a .pt2 is not accepted here, because it cannot be run without a sandbox; got "
@@ -61,15 +66,19 @@ def load_outline(spec: str) -> LoadedModel:
     """Load what can be told of a model before anything is measured.
 
     Of a Hugging Face folder only config and headers are read: its module has shapes and no values
-    (see ``outlines``), and its digest is empty. Anything else is loaded as by ``load_model``.
+    (see ``outlines``), and its digest is empty; a ``.gguf`` is unpacked into one. Anything else is
+    loaded as by ``load_model``.
 
     Raises:
         UnsafeModel: As ``load_model``.
         InvalidModel: As ``load_model``, but for weights of a folder that are not finite.
         MissingDependency: As ``load_model``.
     """
-    if model_source(spec) is ModelSource.FOLDER:
-        return load_folder_outline(Path(spec))
+    match model_source(spec):
+        case ModelSource.FOLDER:
+            return load_folder_outline(Path(spec))
+        case ModelSource.GGUF:
+            return replace(load_folder_outline(unpacked_gguf(Path(spec))), source=spec)
     return load_model(spec)
 
 

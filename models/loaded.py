@@ -38,6 +38,7 @@ class LoadedModel:
             is an outline (see ``outlines``).
         source: What the user named.
         architecture: Class or model type, for a person.
+        folder: The Hugging Face folder that ``source`` is, or was unpacked into.
         example_inputs: A batch of two samples, where the source tells what it looks like.
         weight_format_bits: Bits per weight as the checkpoint stores most of them (32 or 16).
         imatrix: llama.cpp's importance matrix of this model (see ``sensitivity.foreign``); with
@@ -52,6 +53,7 @@ class LoadedModel:
     digest: str
     source: str
     architecture: str
+    folder: Path | None = None
     example_inputs: tuple[Tensor, ...] | None = None
     weight_format_bits: int = 32
     imatrix: Path | None = None
@@ -85,6 +87,7 @@ def finish(
     *,
     source: str,
     architecture: str,
+    folder: Path | None = None,
     example_inputs: tuple[Tensor, ...] | None = None,
     weight_format_bits: int = 32,
 ) -> LoadedModel:
@@ -101,6 +104,7 @@ def finish(
         identity_note="" if computation.traced else NOT_TRACED,
         source=source,
         architecture=architecture,
+        folder=folder,
         example_inputs=example_inputs,
         weight_format_bits=weight_format_bits,
     )

@@ -5,6 +5,7 @@ Commands ask here before they load anything, loaders ask again.
 
 from __future__ import annotations
 
+import os
 import re
 from enum import StrEnum
 from pathlib import Path
@@ -21,8 +22,8 @@ TABLE_SUFFIXES = (".jsonl", ".parquet")
 """Suffixes of tables: their columns are inputs, or a text, which takes a tokenizer."""
 
 MODEL_WAYS = (
-    "a Hugging Face folder (config.json and .safetensors), a .pt2 written by torch.export.save, "
-    "an .onnx file, or, on this machine, a factory 'package.module:function'"
+    "a Hugging Face folder (config.json and .safetensors), a .gguf of llama.cpp, a .pt2 written by "
+    "torch.export.save, an .onnx file, or, on this machine, a factory 'package.module:function'"
 )
 SAMPLE_WAYS = (
     "an .npz or .safetensors file of arrays, a .jsonl or .parquet of columns or of a 'text', a "
@@ -41,6 +42,7 @@ class ModelSource(StrEnum):
     FOLDER = "folder"
     PT2 = "pt2"
     ONNX = "onnx"
+    GGUF = "gguf"
 
 
 class SampleSource(StrEnum):
@@ -68,7 +70,7 @@ def model_source(spec: str) -> ModelSource:
     if not path.exists():
         msg = f"a model must exist and be {MODEL_WAYS}; '{spec}' does not exist"
         raise InvalidModel(msg, source=spec)
-    if path.suffix in (".pt2", ".onnx"):
+    if path.suffix in (".pt2", ".onnx", ".gguf"):
         return ModelSource(path.suffix[1:])
     if path.suffix in PICKLES:
         msg = (
@@ -102,16 +104,21 @@ def sample_source(spec: str) -> SampleSource:
 
 
 def tokenizer_of(spec: str, *, model: str, tokenizer: str | None) -> str | None:
-    """Return the tokenizer for the samples ``spec``: as given, or that of the model's folder.
+    """Return the tokenizer for the samples ``spec``: as given, or that of the model.
 
     Raises:
         InvalidCalibration: A text without a tokenizer, or no folder with one.
     """
-    if tokenizer is None and (Path(model) / "tokenizer.json").is_file():
+    if tokenizer is None and _may_hold_tokenizer(Path(model)):
         tokenizer = model
     if sample_source(spec) is SampleSource.TEXT:
         require_tokenizer(Path(spec), tokenizer)
     return tokenizer
+
+
+def _may_hold_tokenizer(path: Path) -> bool:
+    """Whether this is a folder with a tokenizer, or a file that may hold one."""
+    return (path / "tokenizer.json").is_file() or (path.suffix == ".gguf" and path.is_file())
 
 
 BYTES = "bytes"
@@ -126,10 +133,21 @@ def require_tokenizer(text: Path, tokenizer: str | None) -> str:
             "of the model (with its tokenizer.json), or 'bytes' for a byte-level model"
         )
         raise InvalidCalibration(msg, source=str(text))
-    if tokenizer != BYTES and not (Path(tokenizer) / "tokenizer.json").is_file():
-        msg = f"a tokenizer must be 'bytes' or a folder with tokenizer.json; got '{tokenizer}'"
+    if tokenizer != BYTES and not _may_hold_tokenizer(Path(tokenizer)):
+        msg = (
+            f"a tokenizer must be 'bytes', a folder with tokenizer.json or a .gguf; got "
+            f"'{tokenizer}'"
+        )
         raise InvalidCalibration(msg, tokenizer=tokenizer)
     return tokenizer
+
+
+def cache_folder() -> Path:
+    """Return where this user keeps what can be made again (``XDG_CACHE_HOME``, or ``~/.cache``)."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    folder = (Path(base) if base else Path.home() / ".cache") / "bitquota"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def require_existing(path: Path, what: str, option: str) -> None:

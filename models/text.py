@@ -8,6 +8,7 @@ import torch
 
 from bitquota.errors import InvalidCalibration, MissingDependency
 from bitquota.models.calibration import CalibrationSet
+from bitquota.models.gguf_folder import unpacked_gguf
 from bitquota.models.sources import BYTES, require_tokenizer
 from bitquota.models.tables import MAX_BYTES
 
@@ -75,7 +76,13 @@ def text_windows(
 def _tokenize(text: str, tokenizer: str) -> list[int]:
     if tokenizer == BYTES:
         return list(text.encode())
-    file = Path(tokenizer) / "tokenizer.json"
+    folder = Path(tokenizer)
+    if folder.suffix == ".gguf":
+        folder = unpacked_gguf(folder)
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        msg = f"'{tokenizer}' must hold a tokenizer whose rules are known; name one: --tokenizer"
+        raise InvalidCalibration(msg, tokenizer=tokenizer)
     try:
         from tokenizers import Tokenizer
     except ImportError as err:

@@ -23,7 +23,7 @@ LATE = {
         "cli.loading": {"models.samples", "models.text"},
         "cli.options": {"models.load", "models.running", "solver.backends"},
         "cli.planning": {"search.allocate"},
-        "cli.remote": {"client"},
+        "cli.remote": {"client", "models.gguf_folder"},
         "cli.sandboxed": {"service.security.sandbox"},
         "cli.serving": {"cli.demo", "service"},
         "cli.solving": {"solver.archive", "solver.document", "solver.files", "solver.verify"},

@@ -6,7 +6,6 @@ Design: docs/design/client.md
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from bitquota.cli.loading import check_sources, load_samples
 from bitquota.context import Context
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
+from bitquota.models.sources import cache_folder
 from bitquota.request import (
     AUTO_LOSS,
     DEFAULT_WEIGHT_BITS,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 Model = Annotated[
     str,
     typer.Argument(
-        help="Hugging Face folder, .onnx or .pt2 file, or factory 'package.module:function'."
+        help="Hugging Face folder, .gguf, .onnx or .pt2 file, or factory 'package.module:function'."
     ),
 ]
 Calibration = Annotated[
@@ -216,7 +216,7 @@ Tokenizer = Annotated[
     str | None,
     typer.Option(
         "--tokenizer",
-        help="For texts: folder with tokenizer.json (default: the model's), or 'bytes'.",
+        help="For texts: folder with tokenizer.json or .gguf (default: the model's), or 'bytes'.",
     ),
 ]
 Length = Annotated[int, typer.Option("--length", help="For texts: tokens per sample.")]
@@ -235,11 +235,8 @@ ApiKey = Annotated[
 
 
 def default_ledger() -> Path:
-    """Return the ledger in the user's cache folder (``XDG_CACHE_HOME``, or ``~/.cache``)."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(base) if base else Path.home() / ".cache") / "bitquota"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "ledger.sqlite"
+    """Return the ledger in the user's cache folder."""
+    return cache_folder() / "ledger.sqlite"
 
 
 def parse_bits(text: str | None) -> tuple[int, ...]:

@@ -52,7 +52,7 @@ def file_of(text: str) -> Path:
     path = Path(text)
     if not path.is_file():
         msg = (
-            "a server takes files: a .pt2 or .onnx model, a Hugging Face folder, a .npz or "
+            "a server takes files: a .pt2, .onnx or .gguf model, a Hugging Face folder, a .npz or "
             f".safetensors set; '{text}' is none; leave --server out for factories"
         )
         raise InvalidInput(msg, path=text)
@@ -80,11 +80,18 @@ def _is_folder(model: str) -> bool:
 
 @contextmanager
 def model_of(text: str) -> Iterator[Path]:
-    """Yield a model to upload; a Hugging Face folder is zipped, without files that hold code."""
-    if not _is_folder(text):
+    """Yield a model to upload; a Hugging Face folder is zipped, without files that hold code.
+
+    A ``.gguf`` is unpacked into such a folder here.
+    """
+    if not _is_folder(text) and Path(text).suffix != ".gguf":
         yield file_of(text)
         return
     folder = Path(text)
+    if not _is_folder(text):
+        from bitquota.models.gguf_folder import unpacked_gguf
+
+        folder = unpacked_gguf(file_of(text))
     with tempfile.TemporaryDirectory(prefix="bitquota-") as scratch:
         target = Path(scratch) / f"{folder.name}.zip"
         with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
