@@ -14,12 +14,19 @@ rounding of the same case. Language models read the last tenth of tinyshakespear
 calibrated on the rest; their embeddings and heads stay in full precision, KL is per token, and the
 accuracy is how often the most likely token stays. ``--model FOLDER`` takes a Hugging Face folder
 with its tokenizer.
+
+With ``--peers PYTHON``, an environment in which auto-round 0.16 and GPTQModel 7.7 are installed,
+``auto-round``, ``auto-round-rtn``, ``gptqmodel`` and ``gptqmodel-gptaq`` are roundings too, for
+uniform cases of language models. They get the calibration windows that ours get, and their weights
+must have as many levels for each group of weights as ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +34,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bitquota.candidates.storage import Granularity, ScaleFormat, Scheme
@@ -52,6 +61,8 @@ BARS = {
 }
 """Highest KL on the test samples by model and case, as the issue states it."""
 
+PEERS = ("auto-round", "auto-round-rtn", "gptqmodel", "gptqmodel-gptaq")
+
 CNN_CASES = "uniform 3,mixed 3,mixed 2.5"
 LANGUAGE_CASES = "uniform 2 g64,uniform 3 g64,uniform 4 g128"
 
@@ -69,6 +80,7 @@ class Subject:
         samples: How many calibration samples weights are rounded on.
         batch: Test samples of one pass.
         exclude: Layers that stay in full precision.
+        folder: Of a language model.
     """
 
     name: str
@@ -79,6 +91,7 @@ class Subject:
     samples: int
     batch: int
     exclude: tuple[str, ...] = ()
+    folder: Path | None = None
 
 
 def labelled(name: str, n: int) -> CalibrationSet:
@@ -145,6 +158,7 @@ def language_model(name: str, samples: int, length: int, windows: int | None) ->
         samples=samples,
         batch=64 if own else 2,
         exclude=tuple(n for n in names if n == "lm_head" or "embed" in n),
+        folder=folder,
     )
 
 
@@ -209,6 +223,38 @@ def quantized(request: PlanRequest, subject: Subject, context: Context) -> torch
         return quantized_module(ready, plan, correction_data=subject.calibration.first(1024))
 
 
+def rounded_by_peer(
+    case: str, tool: str, subject: Subject, options: argparse.Namespace
+) -> tuple[torch.nn.Module, float]:
+    """Return the model as another tool quantizes it, and its CPU seconds."""
+    request = request_of(case, "nearest", subject, options)
+    (bits,), size = request.weight_bits, request.scheme.group_size
+    assert size is not None, "peers are compared on groups of weights"
+    setup = build_setup(subject.model, subject.calibration, request, fit=False)
+    module = copy.deepcopy(subject.model.module)
+    with tempfile.TemporaryDirectory() as folder:
+        windows, out = (Path(folder) / f"{name}.safetensors" for name in ("windows", "out"))
+        save_file({"tokens": setup.fit.inputs[0].contiguous()}, windows)
+        script = Path(__file__).with_name("rounding_peers.py")
+        model = subject.folder
+        command = [options.peers, script, tool, model, windows, str(bits), str(size), out]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{tool} failed:\n{done.stderr[-4000:]}")
+        with safe_open(out, "pt") as file, torch.no_grad():
+            seconds = float(file.metadata()["seconds"])
+            for layer in setup.inventory.layers:
+                if layer.name in subject.exclude:
+                    continue
+                # Names differ by what wraps the model.
+                (key,) = (k for k in file.keys() if layer.weight_name.endswith(k))  # noqa: SIM118
+                weight = file.get_tensor(key)
+                levels = weight.unflatten(1, (-1, size)).sort(-1).values.diff(dim=-1)
+                assert int((levels != 0).sum(-1).max()) < 2**bits, f"{key}: too many levels"
+                module.get_parameter(layer.weight_name).copy_(weight)
+    return module, seconds
+
+
 def judged(module: torch.nn.Module, subject: Subject) -> tuple[torch.Tensor, float]:
     """Return the KL of each test sample, and the accuracy (or the share of equal answers)."""
     divergences, right = [], []
@@ -235,6 +281,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=ITERATIONS, help="of learned rounding")
     parser.add_argument("--cases")
     parser.add_argument("--moved", action="store_true", help="correct batch-norm statistics too")
+    parser.add_argument("--peers", metavar="PYTHON", help="of an environment with other tools")
     parser.add_argument("--effort", choices=["quick", "normal"], default="normal")
     return parser.parse_args()
 
@@ -263,10 +310,13 @@ def main() -> None:
     for case in (options.cases or subject.cases).split(","):
         first: torch.Tensor | None = None
         for rounding in options.roundings.split(","):
-            started = time.process_time()
-            request = request_of(case, rounding, subject, options)
-            module = quantized(request, subject, context)
-            seconds = time.process_time() - started
+            if rounding in PEERS:
+                module, seconds = rounded_by_peer(case, rounding, subject, options)
+            else:
+                started = time.process_time()
+                request = request_of(case, rounding, subject, options)
+                module = quantized(request, subject, context)
+                seconds = time.process_time() - started
             kl, accuracy = judged(module, subject)
             gap = kl - (kl if first is None else first)
             first = kl if first is None else first

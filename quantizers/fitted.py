@@ -108,7 +108,8 @@ def fit_quantizers(
     Raises:
         InvalidInput: Activation ranges or feedback, and no samples.
 
-    Cost: two passes over the samples for input ranges, one for error feedback, else none.
+    Cost: two passes over the samples for input ranges, else none; one for error feedback once a
+    weight is asked for that is rounded by itself.
     """
     # What the candidates need.
     offered = list(candidates)
@@ -127,7 +128,7 @@ def fit_quantizers(
             raise InvalidInput(msg)
         batches = [b.inputs for b in samples.batches(BATCH)]
         if in_order or fed:
-            grams = input_grams(module, inventory, batches)
+            grams = partial(input_grams, module, inventory, batches)
         if needs_ranges:
             activations = collect_by(activation_fit, module, inventory, batches)
         if in_order:

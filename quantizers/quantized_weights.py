@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from bitquota.quantizers.rounders import Rounder
 from bitquota.quantizers.weights import finite_matrix, quantize
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor, nn
 
@@ -29,8 +30,9 @@ class QuantizedWeights:
     Args:
         module: The full-precision model.
         inventory: Its layers.
-        grams: Second moments of layer inputs by layer name (see ``input_grams``), for schemes
-            that round with error feedback.
+        grams: Returns second moments of layer inputs by layer name (see ``input_grams``), for
+            rounding with error feedback. Called once, when the first weight is asked for: where
+            layers have no choice of candidates, rounding in sequence is all that is needed.
         importance: Weight of each column's squared error in the fit of scales, f64[columns] by
             layer name (see ``imatrix.importance_of``).
         rounding: How weights are rounded where the scheme does not say so itself.
@@ -40,13 +42,13 @@ class QuantizedWeights:
         self,
         module: nn.Module,
         inventory: Inventory,
-        grams: Mapping[str, Tensor] | None = None,
+        grams: Callable[[], Mapping[str, Tensor]] | None = None,
         importance: Mapping[str, Tensor] | None = None,
         rounding: Rounder = Rounder.NEAREST,
     ) -> None:
         self._module = module
         self._rounding = rounding
-        self._grams = grams or {}
+        self._grams = None if grams is None else functools.cache(grams)
         self.importance = importance or {}
         self._inventory = inventory
         self._layers = {layer.name: layer for layer in inventory.layers}
@@ -84,7 +86,7 @@ class QuantizedWeights:
         Its weight is known from then on.
         """
         layer = self.layer(candidate.layer)
-        gram = self._grams.get(layer.name)
+        gram = None if self._grams is None else self._grams().get(layer.name)
         found = quantize(
             finite_matrix(self.original(layer.name), layer),
             candidate.weight_bits,

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def rounded(net, rounding, *, batch=16, bits=3):
     module, inventory, x = net
     copied = copy.deepcopy(module)
     candidates = {la.name: Candidate.of(la, bits, Scheme()) for la in inventory.layers}
-    grams = input_grams(module, inventory, [(x,)])
+    grams = partial(input_grams, module, inventory, [(x,)])
     weights = QuantizedWeights(module, inventory, grams, rounding=Rounder.GPTQ)
     batches = [(part,) for part in x.split(batch)]
     found = round_in_sequence(module, copied, candidates, batches, weights, rounding=rounding)
@@ -141,7 +142,10 @@ class TestRoundInSequence:
         module, inventory, x = net
         _, found = rounded(net, "gptq")
         weights = QuantizedWeights(
-            module, inventory, input_grams(module, inventory, [(x,)]), rounding=Rounder.GPTQ
+            module,
+            inventory,
+            partial(input_grams, module, inventory, [(x,)]),
+            rounding=Rounder.GPTQ,
         )
         layers = {la.name: la for la in inventory.layers}
         alone = weights.stored(Candidate.of(layers["twice"], 3, Scheme()))
