@@ -14,6 +14,7 @@ from bitquota.quantizers.input_moments import input_grams, moment_bytes
 from bitquota.quantizers.quantized_weights import QuantizedWeights
 from bitquota.quantizers.rounders import Rounder
 from bitquota.quantizers.sequential import AUTO, LEARNED, QEP, rounder_in
+from bitquota.quantizers.shrinkage import ALIKE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -128,7 +129,7 @@ def fit_quantizers(
             raise InvalidInput(msg)
         batches = [b.inputs for b in samples.batches(BATCH)]
         if in_order or fed:
-            grams = partial(input_grams, module, inventory, batches)
+            grams = partial(input_grams, module, inventory, batches, shrunk=True)
         if needs_ranges:
             activations = collect_by(activation_fit, module, inventory, batches)
         if in_order:
@@ -173,6 +174,7 @@ def _origin(
         found = digest_json(samples.to_json())
     if ranges and activation_fit != "mse":
         found = digest_json([found, activation_fit])
-    if order is not None:
-        found = digest_json([found, {"rounding": order.rounding}])
+    if fed or order is not None:
+        rounding = None if order is None else order.rounding
+        found = digest_json([found, {"rounding": rounding, "shrunk": ALIKE}])
     return found if importance is None else digest_json([found, importance.digest])

@@ -12,6 +12,7 @@ from bitquota.candidates.layers import MATRICES, LayerKind
 from bitquota.models.calls import LayerWatcher, tensor_key
 from bitquota.models.onnx.program import source_of
 from bitquota.quantizers.product_moments import product_grams
+from bitquota.quantizers.shrinkage import shrink
 from bitquota.quantizers.walk import walk_onnx
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def input_grams(
     batches: Iterable[tuple[Tensor, ...]],
     *,
     layers: Collection[str] | None = None,
+    shrunk: bool = False,
 ) -> dict[str, Tensor]:
     """Return ``X^T X`` of every layer's inputs, summed over samples and positions.
 
@@ -47,6 +49,7 @@ def input_grams(
         inventory: Its layers.
         batches: Positional arguments of forward passes.
         layers: Only these; all by default. A Gram takes ``groups x columns^2`` float64.
+        shrunk: Allow for how few the positions are (``shrink``); the Grams are sums no longer.
 
     Returns:
         f64[groups, columns, columns] by layer name. Embeddings are missing: their rows are looked
@@ -58,7 +61,7 @@ def input_grams(
     """
     asked = [la for la in inventory.layers if layers is None or la.name in layers]
     if source_of(module) is not None:
-        return _onnx_grams(module, asked, batches)
+        return _onnx_grams(module, asked, batches).found(shrunk=shrunk)
     inside = [la for la in asked if la.kind is LayerKind.EXPERTS or la.kind in MATRICES]
     wanted = {
         tensor_key(module.get_parameter(layer.weight_name)): layer
@@ -66,7 +69,8 @@ def input_grams(
         if layer not in inside and layer.kind is not LayerKind.EMBEDDING
     }
     batches = list(batches)
-    watcher = _GramWatcher(wanted, len(batches))
+    grams = _Grams()
+    watcher = _GramWatcher(wanted, grams, len(batches))
     if wanted:
         with torch.no_grad(), watcher:
             for inputs in batches:
@@ -75,9 +79,10 @@ def input_grams(
     inside += [
         layer
         for layer in wanted.values()
-        if layer.name not in watcher.grams and not layer.kind.name.startswith("CONV")
+        if layer.name not in grams.sums and not layer.kind.name.startswith("CONV")
     ]
-    return watcher.grams | (product_grams(module, inside, batches) if inside else {})
+    found = grams.found(shrunk=shrunk)
+    return found | (product_grams(module, inside, batches, shrunk=shrunk) if inside else {})
 
 
 def moment_bytes(inventory: Inventory, candidates: Iterable[Candidate]) -> int:
@@ -93,34 +98,47 @@ def moment_bytes(inventory: Inventory, candidates: Iterable[Candidate]) -> int:
     )
 
 
+class _Grams:
+    """Grams of layers, and the positions that they are sums over."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self._positions: dict[str, int] = {}
+
+    def add(self, layer: Layer, inputs: Tensor, settings: dict[str, Any], limit: int) -> None:
+        """Add the Gram of one batch of a layer's inputs."""
+        rows = patches(inputs, layer, settings, limit)  # [groups, positions, columns]
+        gram = (rows.transpose(1, 2) @ rows).double()
+        before = self.sums.get(layer.name)
+        self.sums[layer.name] = gram if before is None else before + gram
+        self._positions[layer.name] = self._positions.get(layer.name, 0) + rows.shape[1]
+
+    def found(self, *, shrunk: bool) -> dict[str, Tensor]:
+        """Return the Grams by layer name."""
+        if shrunk:
+            for name, gram in self.sums.items():
+                shrink(gram, self._positions[name])
+        return self.sums
+
+
 def _onnx_grams(
     module: nn.Module, layers: Iterable[Layer], batches: Iterable[tuple[Tensor, ...]]
-) -> dict[str, Tensor]:
-    grams: dict[str, Tensor] = {}
+) -> _Grams:
+    grams = _Grams()
     by_name = {layer.name: layer for layer in layers}
     for meeting in walk_onnx([module], by_name, batches):
         layer = by_name[meeting.layer]
         limit = positions_of(layer, len(meeting.inputs))
         for (inputs,) in meeting.inputs:
-            _add_gram(grams, layer, inputs, meeting.settings, limit)
+            grams.add(layer, inputs, meeting.settings, limit)
     return grams
 
 
-def _add_gram(
-    grams: dict[str, Tensor], layer: Layer, inputs: Tensor, settings: dict[str, Any], limit: int
-) -> None:
-    """Add the Gram of one batch of a layer's inputs."""
-    rows = patches(inputs, layer, settings, limit)  # [groups, positions, columns]
-    gram = (rows.transpose(1, 2) @ rows).double()
-    before = grams.get(layer.name)
-    grams[layer.name] = gram if before is None else before + gram
-
-
 class _GramWatcher(LayerWatcher["Layer"]):
-    def __init__(self, wanted: dict[tuple[Any, ...], Layer], n_batches: int) -> None:
+    def __init__(self, wanted: dict[tuple[Any, ...], Layer], grams: _Grams, n_batches: int) -> None:
         super().__init__(wanted)
         self.n_batches = n_batches
-        self.grams: dict[str, Tensor] = {}
+        self.grams = grams
 
     def around(
         self,
@@ -132,7 +150,7 @@ class _GramWatcher(LayerWatcher["Layer"]):
     ) -> Any:  # noqa: ANN401
         settings = call_settings(call.operator, args, kwargs)
         limit = positions_of(known, self.n_batches)
-        _add_gram(self.grams, known, call.inputs, settings, limit)
+        self.grams.add(known, call.inputs, settings, limit)
         return func(*args, **kwargs)
 
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from bitquota.candidates.layers import LayerKind
 from bitquota.models.calls import tensors_in
+from bitquota.quantizers.shrinkage import shrink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -38,7 +39,11 @@ _MOVES = frozenset(
 
 
 def product_grams(
-    module: nn.Module, layers: Sequence[Layer], batches: Iterable[tuple[Tensor, ...]]
+    module: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterable[tuple[Tensor, ...]],
+    *,
+    shrunk: bool = False,
 ) -> dict[str, Tensor]:
     """Return ``X^T X`` of what each layer's rows are multiplied with, summed over the batches.
 
@@ -46,6 +51,7 @@ def product_grams(
         module: The model in eval mode.
         layers: Experts, gates of recurrent layers, contractions, linear layers of any kind.
         batches: Positional arguments of forward passes.
+        shrunk: Allow for how few the positions are, as in ``input_grams``.
 
     Returns:
         f64[groups, columns, columns] by layer name, a group for each expert (or whatever block of
@@ -73,7 +79,7 @@ def product_grams(
     return {
         layer.name: gram
         for k, layer in enumerate(layers)
-        if (gram := _grouped(layer, watcher.moments[k])) is not None
+        if (gram := _grouped(layer, watcher.moments[k], shrunk=shrunk)) is not None
     }
 
 
@@ -85,25 +91,33 @@ class _Moment:
     count: int
 
 
-def _grouped(layer: Layer, moments: dict[tuple[int, int], _Moment]) -> Tensor | None:
+def _grouped(
+    layer: Layer, moments: dict[tuple[int, int], _Moment], *, shrunk: bool
+) -> Tensor | None:
     """Return f64[groups, columns, columns] out of moments by first and last row."""
     if not moments:
         return None
     pooled = sum(m.gram for m in moments.values())
     assert isinstance(pooled, torch.Tensor)  # noqa: S101  # there is one
+    seen = sum(m.count for m in moments.values())
     sizes = {last - first + 1 for first, last in moments}
     size = sizes.pop()
-    if sizes or layer.rows % size or any(first % size for first, _ in moments):
-        return pooled[None]  # rows of different kinds: what all of them saw
-    if size == layer.rows:
+    different = sizes or layer.rows % size or any(first % size for first, _ in moments)
+    if different or size == layer.rows:
+        # One kind of rows, or several: what all of them saw.
+        if shrunk:
+            shrink(pooled[None], seen)
         return pooled[None]
-    mean = pooled / sum(m.count for m in moments.values())
+    mean = pooled / seen
     grams = []
     for first in range(0, layer.rows, size):
         own = moments.get((first, first + size - 1))
-        seen = 0 if own is None else own.count
-        filled = max(0, layer.columns - seen) * mean
-        grams.append(filled if own is None else own.gram + filled)
+        count = 0 if own is None else own.count
+        filled = max(0, layer.columns - count) * mean
+        gram = filled if own is None else own.gram + filled
+        if shrunk:
+            shrink(gram[None], max(count, layer.columns))
+        grams.append(gram)
     return torch.stack(grams)
 
 

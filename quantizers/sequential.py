@@ -23,6 +23,7 @@ from bitquota.models.running import tensor_of
 from bitquota.quantizers.input_moments import call_settings, patches, positions_of
 from bitquota.quantizers.qep import propagated
 from bitquota.quantizers.rounders import Rounder
+from bitquota.quantizers.shrinkage import shrink
 from bitquota.quantizers.walk import walk_layers, walk_onnx
 from bitquota.quantizers.weights import quantize
 
@@ -128,16 +129,19 @@ def round_in_sequence(
 
 
 def _moments(meeting: Meeting, layer: Layer) -> tuple[Tensor, Tensor]:
-    """Return ``Xq^T Xq`` and ``X^T Xq``, f64[groups, columns, columns]."""
+    """Return ``Xq^T Xq`` and ``X^T Xq``, f64[groups, columns, columns], shrunk."""
     gram = cross = None
+    positions = 0
     limit = positions_of(layer, len(meeting.inputs))
     for full, quantized in meeting.inputs:
         x, xq = (patches(part, layer, meeting.settings, limit) for part in (full, quantized))
         own, other = (xq.transpose(1, 2) @ xq).double(), (x.transpose(1, 2) @ xq).double()
         gram = own if gram is None else gram + own
         cross = other if cross is None else cross + other
+        positions += x.shape[1]
     assert gram is not None  # noqa: S101  # a meeting has inputs
     assert cross is not None  # noqa: S101
+    shrink(gram, positions, cross)
     return gram, cross
 
 

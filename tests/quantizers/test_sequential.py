@@ -18,6 +18,7 @@ from bitquota.quantizers.qep import propagated
 from bitquota.quantizers.quantized_weights import QuantizedWeights
 from bitquota.quantizers.rounders import Rounder
 from bitquota.quantizers.sequential import round_in_sequence
+from bitquota.quantizers.shrinkage import shrink
 from bitquota.quantizers.walk import walk_layers
 from bitquota.quantizers.weights import quantize
 
@@ -58,7 +59,7 @@ def rounded(net, rounding, *, batch=16, bits=3):
     module, inventory, x = net
     copied = copy.deepcopy(module)
     candidates = {la.name: Candidate.of(la, bits, Scheme()) for la in inventory.layers}
-    grams = partial(input_grams, module, inventory, [(x,)])
+    grams = partial(input_grams, module, inventory, [(x,)], shrunk=True)
     weights = QuantizedWeights(module, inventory, grams, rounding=Rounder.GPTQ)
     batches = [(part,) for part in x.split(batch)]
     found = round_in_sequence(module, copied, candidates, batches, weights, rounding=rounding)
@@ -130,6 +131,7 @@ class TestRoundInSequence:
         full, changed = (patches(t, layer, {"padding": 1, "groups": 2}) for t in inputs)
         gram = (changed.transpose(1, 2) @ changed).double()
         cross = (full.transpose(1, 2) @ changed).double()
+        shrink(gram, full.shape[1], cross)
         matrix = to_matrix(module.second.weight.detach(), layer).double()
         expected = quantize(
             propagated(matrix, gram, cross), 3, Scheme(), inputs_gram=gram, rounding="gptq"
@@ -144,7 +146,7 @@ class TestRoundInSequence:
         weights = QuantizedWeights(
             module,
             inventory,
-            partial(input_grams, module, inventory, [(x,)]),
+            partial(input_grams, module, inventory, [(x,)], shrunk=True),
             rounding=Rounder.GPTQ,
         )
         layers = {la.name: la for la in inventory.layers}
