@@ -1,15 +1,18 @@
-"""Plans of each effort beside every proposal of the portfolio, and beside NVIDIA Model Optimizer.
+"""Plans of each effort beside every proposal of the portfolio, and beside other tools' assignments.
 
     python benchmarks/portfolio.py --depth 20 --draws 0,1,2 --efforts quick,normal
-    python benchmarks/portfolio.py --depth 56 --efforts quick --budgets 2.5 --modelopt
+    python benchmarks/portfolio.py --depth 56 --efforts quick --budgets 2.5 --peers modelopt,mct
     python benchmarks/portfolio.py --tiny
 
 Batch-norm statistics are adjusted, weights alone are quantized, six bit-widths. Test images report,
 they choose nothing. A proposal is a violation where it measures better than the plan by more than
 one paired standard error. CPU seconds are of the process; several budgets share one measurement, so
-compare times with one budget. ``--modelopt`` needs nvidia-modelopt: its gradient score with cross
-entropy on the same number of samples, formats of the same widths, ranges from the largest weight;
-its assignment is measured with our quantizers and corrections.
+compare times with one budget.
+
+Peers' assignments are measured with our quantizers and corrections. ``modelopt`` needs
+nvidia-modelopt: its gradient score with cross entropy on the same number of samples, formats of the
+same widths, ranges from the largest weight. ``mct`` needs model_compression_toolkit: its
+sensitivities by distances of outputs, from as many images, weights alone, its own ranges.
 """
 
 from __future__ import annotations
@@ -82,17 +85,10 @@ def proposed(setup: Setup, budgets: tuple[str, ...]) -> dict[str, dict[str, Choi
     return named
 
 
-def model_optimizer(
-    model: LoadedModel,
-    data: CalibrationSet,
-    table: CandidateTable,
-    bits: float,
-    n: int,
-) -> tuple[Choice, float]:
-    """Return the assignment of ``mtq.auto_quantize`` and its CPU seconds."""
+def model_optimizer(module: torch.nn.Module, few: CalibrationSet, bits: float) -> dict[str, int]:
+    """Return bit-widths by layer as NVIDIA Model Optimizer (``mtq.auto_quantize``) chooses them."""
     import modelopt.torch.quantization as mtq
 
-    few = data.first(n)
     assert few.labels is not None  # CIFAR-10 has labels
     loader = [(few.inputs[0][k : k + 64], few.labels[k : k + 64]) for k in range(0, len(few), 64)]
     formats = [
@@ -109,9 +105,8 @@ def model_optimizer(
         }
         for bits in WIDTHS
     ]
-    begun = time.process_time()
     _, state = mtq.auto_quantize(
-        model.module,
+        module,
         constraints={"effective_bits": bits},
         quantization_formats=formats,
         data_loader=loader,
@@ -120,18 +115,70 @@ def model_optimizer(
         num_calib_steps=len(loader),
         num_score_steps=len(loader),
     )
-    seconds = time.process_time() - begun
     chosen: dict[str, int] = {}
     for name, recipe in state["best"]["recipe"].items():
         found = re.search(r"effective-bits: ([0-9.]+)", str(recipe))
         chosen[name.removesuffix(".quant_recipe")] = round(float(found[1])) if found else 16
+    return chosen
+
+
+def compression_toolkit(
+    module: torch.nn.Module, few: CalibrationSet, bits: float
+) -> dict[str, int]:
+    """Return bit-widths by layer as Sony's Model Compression Toolkit chooses them."""
+    import model_compression_toolkit as mct
+    from model_compression_toolkit.target_platform_capabilities.constants import (
+        KERNEL_ATTR,
+        WEIGHTS_N_BITS,
+    )
+    from model_compression_toolkit.target_platform_capabilities.tpc_models.imx500_tpc.v1_0 import (
+        tpc,
+    )
+
+    base, _, default = (
+        part
+        if isinstance(part, list)
+        else part.clone_and_edit(enable_activation_quantization=False)
+        for part in tpc.get_op_quantization_configs()
+    )
+    offered = [
+        base.clone_and_edit(attr_to_edit={KERNEL_ATTR: {WEIGHTS_N_BITS: width}})
+        for width in sorted(WIDTHS, reverse=True)
+    ]
+    layers = {
+        name: part.weight.numel()
+        for name, part in module.named_modules()
+        if isinstance(part, (torch.nn.Conv2d, torch.nn.Linear))
+    }
+    searching = mct.core.MixedPrecisionQuantizationConfig(num_of_images=len(few))
+    quantized, _ = mct.ptq.pytorch_post_training_quantization(
+        module,
+        lambda: ([batch.inputs[0]] for batch in few.batches(64)),
+        mct.core.ResourceUtilization(weights_memory=bits * sum(layers.values()) / 8),
+        mct.core.CoreConfig(mixed_precision_config=searching),
+        tpc.generate_tpc(default, offered[0], offered, "weights"),
+    )
+    # Nodes of its graph are called by the layer's name, and "_bn" where batch norm was folded.
+    nodes = {
+        name.removesuffix("_bn"): part.weights_quantizers["weight"].num_bits
+        for name, part in quantized.named_modules()
+        if getattr(part, "weights_quantizers", None)
+    }
+    return {name: nodes[name.replace(".", "_")] for name in layers}
+
+
+PEERS = {"modelopt": model_optimizer, "mct": compression_toolkit}
+
+
+def choice_in(table: CandidateTable, chosen: dict[str, int]) -> Choice:
+    """Return bit-widths by layer as a choice of the table; what has none gets the most."""
     choice = []
     for g in range(len(table.groups)):
         rows = table.rows[table.offsets[g] : table.offsets[g + 1]]
         bits_of = [row.candidates[0].weight_bits for row in rows]
         wanted = chosen.get(rows[0].candidates[0].layer, max(WIDTHS))
         choice.append(bits_of.index(min(wanted, max(WIDTHS))))
-    return tuple(choice), seconds
+    return tuple(choice)
 
 
 def main() -> None:
@@ -139,12 +186,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--efforts", default="quick,normal")
-    parser.add_argument("--rounding", default="nearest")
+    parser.add_argument("--rounding", default="auto")
     parser.add_argument("--draws", default="0")
     parser.add_argument("--budgets", default="2.25,2.5,3.0,4.0")
     parser.add_argument("--test", type=int, default=10_000, help="test images")
     parser.add_argument("--alone", action="store_true", help="plans only, no proposals on test")
-    parser.add_argument("--modelopt", action="store_true")
+    parser.add_argument("--peers", default="", help="modelopt, mct: measured on test too")
     parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -172,12 +219,12 @@ def main() -> None:
             if not asked.alone:
                 rivals = proposed(setup, budgets)
             for text, plan in zip(budgets, made.plans, strict=True):
-                if asked.modelopt:
-                    bits = float(text.split()[0])
-                    rivals[text]["ModelOpt"], spent = model_optimizer(
-                        prepared(asked.depth, 1, tiny=asked.tiny)[0], data, setup.table, bits, n
-                    )
-                    print(f"    ModelOpt, {text}: {spent:.1f} s CPU")
+                for name in filter(None, asked.peers.split(",")):
+                    fresh = prepared(asked.depth, 1, tiny=asked.tiny)[0].module
+                    begun = time.process_time()
+                    widths = PEERS[name](fresh, setup.fit, float(text.split()[0]))
+                    rivals[text][name] = choice_in(setup.table, widths)
+                    print(f"    {name}, {text}: {time.process_time() - begun:.1f} s CPU")
                 known: dict[Any, ChoiceLoss] = {}
 
                 def on_test(

@@ -226,7 +226,11 @@ def quantized(request: PlanRequest, subject: Subject, context: Context) -> torch
 def rounded_by_peer(
     case: str, tool: str, subject: Subject, options: argparse.Namespace
 ) -> tuple[torch.nn.Module, float]:
-    """Return the model as another tool quantizes it, and its CPU seconds."""
+    """Return the model as another tool quantizes it, and its CPU seconds.
+
+    Raises:
+        RuntimeError: The tool's last words.
+    """
     request = request_of(case, "nearest", subject, options)
     (bits,), size = request.weight_bits, request.scheme.group_size
     assert size is not None, "peers are compared on groups of weights"
@@ -240,7 +244,7 @@ def rounded_by_peer(
         command = [options.peers, script, tool, model, windows, str(bits), str(size), out]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            sys.exit(f"{tool} failed:\n{done.stderr[-4000:]}")
+            raise RuntimeError(done.stderr.strip().splitlines()[-1])
         with safe_open(out, "pt") as file, torch.no_grad():
             seconds = float(file.metadata()["seconds"])
             for layer in setup.inventory.layers:
@@ -311,7 +315,11 @@ def main() -> None:
         first: torch.Tensor | None = None
         for rounding in options.roundings.split(","):
             if rounding in PEERS:
-                module, seconds = rounded_by_peer(case, rounding, subject, options)
+                try:
+                    module, seconds = rounded_by_peer(case, rounding, subject, options)
+                except RuntimeError as err:
+                    print(f"{case:15s} {rounding:17s} failed: {err}")
+                    continue
             else:
                 started = time.process_time()
                 request = request_of(case, rounding, subject, options)
