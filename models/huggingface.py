@@ -14,6 +14,7 @@ from bitquota.errors import InvalidModel, MissingDependency, UnsafeModel
 from bitquota.models.identity import Computation
 from bitquota.models.loaded import LoadedModel, finish
 from bitquota.models.outlines import outline, run_outline
+from bitquota.models.padding import without_padding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -224,6 +225,8 @@ def _load_module(path: Path, config: JsonObject, shapes: dict[str, _Header] | No
 def return_tensor(model: nn.Module) -> nn.Module:
     """Make a transformers model return one tensor, without changing a parameter's name.
 
+    Logits ``[N, T, V]`` are zero at positions that an ``attention_mask`` leaves out.
+
     The object gets a subclass of its own class; a wrapper module would prefix every name.
     """
     kind: Any = type(model)
@@ -246,7 +249,8 @@ def return_tensor(model: nn.Module) -> nn.Module:
         output = kind.forward(self, **keywords)
         logits: Tensor | None = getattr(output, "logits", None)
         if logits is not None:
-            return logits
+            # A position that only fills up the batch answers nothing.
+            return without_padding(logits, None if attention_mask is None else attention_mask != 0)
         hidden: Tensor = output.last_hidden_state
         if hidden.ndim != 3:
             return hidden.flatten(2).mean(-1)  # feature maps [N, C, H, W]
@@ -255,7 +259,8 @@ def return_tensor(model: nn.Module) -> nn.Module:
         kept = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * kept).sum(1) / kept.sum(1).clamp(min=1)
 
-    model.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    members = {"forward": forward, "takes_padding": model.main_input_name == "input_ids"}
+    model.__class__ = type(kind.__name__, (kind,), members)
     return model
 
 

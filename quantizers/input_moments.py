@@ -11,6 +11,7 @@ from torch.nn import functional
 from bitquota.candidates.layers import MATRICES, LayerKind
 from bitquota.models.calls import LayerWatcher, tensor_key
 from bitquota.models.onnx.program import source_of
+from bitquota.models.padding import inputs_that_count, padding_mask
 from bitquota.quantizers.product_moments import product_grams
 from bitquota.quantizers.shrinkage import shrink
 from bitquota.quantizers.walk import walk_onnx
@@ -37,7 +38,7 @@ def input_grams(
     layers: Collection[str] | None = None,
     shrunk: bool = False,
 ) -> dict[str, Tensor]:
-    """Return ``X^T X`` of every layer's inputs, summed over samples and positions.
+    """Return ``X^T X`` of every layer's inputs, summed over samples and positions but padded ones.
 
     A column of ``X`` is one column of the layer's weight matrix (see ``quantizers.layout``): for a
     convolution ``X`` holds the patches that each output is computed from; for a transposed one,
@@ -74,6 +75,7 @@ def input_grams(
     if wanted:
         with torch.no_grad(), watcher:
             for inputs in batches:
+                watcher.mask = padding_mask(module, inputs)
                 module(*inputs)
     # Functions that call others inside, as torch's attention, show their layers to products only.
     inside += [
@@ -139,6 +141,7 @@ class _GramWatcher(LayerWatcher["Layer"]):
         super().__init__(wanted)
         self.n_batches = n_batches
         self.grams = grams
+        self.mask: Tensor | None = None
 
     def around(
         self,
@@ -150,7 +153,7 @@ class _GramWatcher(LayerWatcher["Layer"]):
     ) -> Any:  # noqa: ANN401
         settings = call_settings(call.operator, args, kwargs)
         limit = positions_of(known, self.n_batches)
-        self.grams.add(known, call.inputs, settings, limit)
+        self.grams.add(known, inputs_that_count(call, self.mask), settings, limit)
         return func(*args, **kwargs)
 
 

@@ -19,6 +19,7 @@ import torch
 from bitquota.models.calls import LayerWatcher, tensor_key
 from bitquota.models.onnx.program import source_of
 from bitquota.models.onnx.steps import Steps, layer_inputs
+from bitquota.models.padding import inputs_that_count, padding_mask
 from bitquota.models.running import tensor_of
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Meeting:
     Attributes:
         layer: Name of the layer.
         settings: Other arguments of its call, as ``input_moments.call_settings`` reads them.
-        inputs: For each batch the layer's input in each model.
+        inputs: For each batch the layer's input in each model; of padded sequences the tokens alone.
     """
 
     layer: str
@@ -89,7 +90,7 @@ def walk_layers(
                 yield Meeting(
                     layer=name,
                     settings=settings_of(call.operator, args, kwargs),
-                    inputs=tuple((a.call.inputs, b.call.inputs) for a, b in together),
+                    inputs=tuple((a.inputs, b.inputs) for a, b in together),
                 )
             for lane in lanes:
                 if lane.stop is not None and lane.stop.layer == name:
@@ -140,6 +141,7 @@ class _Ended(BaseException):
 class _Stop:
     layer: str
     call: LayerCall
+    inputs: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -183,7 +185,8 @@ class _Lane:
         self._turn.acquire()
         try:
             if not self._ended:
-                with torch.no_grad(), _Stopping(names, self._wait):
+                mask = padding_mask(module, inputs)
+                with torch.no_grad(), _Stopping(names, mask, self._wait):
                     module(*inputs)
         except _Ended:
             pass
@@ -202,8 +205,14 @@ class _Lane:
 
 
 class _Stopping(LayerWatcher[str]):
-    def __init__(self, names: dict[tuple[Any, ...], str], wait: Callable[[_Stop], None]) -> None:
+    def __init__(
+        self,
+        names: dict[tuple[Any, ...], str],
+        mask: Tensor | None,
+        wait: Callable[[_Stop], None],
+    ) -> None:
         super().__init__(names)
+        self._mask = mask
         self._wait = wait
 
     def around(
@@ -215,5 +224,6 @@ class _Stopping(LayerWatcher[str]):
         kwargs: dict[str, Any],
     ) -> Any:  # noqa: ANN401
         """Stop, then run the call with what the weight is by then."""
-        self._wait(_Stop(layer=known, call=call, args=args, kwargs=kwargs))
+        inputs = inputs_that_count(call, self._mask)
+        self._wait(_Stop(layer=known, call=call, inputs=inputs, args=args, kwargs=kwargs))
         return func(*args, **kwargs)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from bitquota.errors import InvalidInput
-from bitquota.sensitivity.losses import RelativeSquaredError, SumOfLosses
+from bitquota.sensitivity.losses import RelativeSquaredError, SumOfLosses, position_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,8 +29,8 @@ def curvature_products(
     """Return ``H d`` of every difference ``d``, ``H`` being each sample's own Hessian.
 
     For KL and cross entropy ``H d = q ⊙ (d - <q, d>)`` at every position, divided by the number
-    of positions; for the mean squared error ``H = 2/E`` with ``E`` output elements. Any other
-    loss is differentiated twice by autograd, one pass per difference.
+    of positions that count; for the mean squared error ``H = 2/E`` with ``E`` output elements. Any
+    other loss is differentiated twice by autograd, one pass per difference.
 
     Args:
         loss: The loss.
@@ -70,7 +70,7 @@ def curvature_factor(loss: Loss, output: Tensor, noise: Tensor) -> Tensor:
 
     If the elements of ``ξ`` are independent with mean 0 and variance 1, the products ``(B ξ)·d``
     have the second moments ``d_iᵀ H d_j``. For a softmax ``B = diag(√q) - q √qᵀ``; positions of a
-    sequence are independent and weigh ``1/T`` in the loss, hence ``1/√T`` here.
+    sequence that count are independent and weigh ``1/T`` in the loss, hence ``1/√T`` here.
 
     Args:
         loss: The loss.
@@ -98,7 +98,8 @@ def curvature_factor(loss: Loss, output: Tensor, noise: Tensor) -> Tensor:
         q = functional.softmax(output.double(), dim=-1)
         spread: Tensor = q.sqrt() * noise
         spread = spread - q * spread.sum(dim=-1, keepdim=True)
-        scaled: Tensor = spread / float(positions) ** 0.5
+        weights = position_weights(output) if output.ndim > 1 else 1.0
+        scaled: Tensor = spread * weights**0.5
         return scaled
     if loss.name == "binary_kl":
         yes = output.double().sigmoid()
@@ -117,9 +118,8 @@ def curvature_factor(loss: Loss, output: Tensor, noise: Tensor) -> Tensor:
 def _positions(loss: Loss, output: Tensor, labels: Tensor | None) -> Tensor | float:
     """Weight of each position in a sample's mean: ``[n, ..., 1]`` or a number."""
     n = len(output)
-    count = output.numel() // output.shape[-1] // n
     if loss.name != "cross_entropy" or labels is None:
-        return 1.0 / count
+        return position_weights(output)
     counted = (labels >= 0).double()
     share = counted / counted.reshape(n, -1).sum(dim=1).clamp_min(1).reshape(
         n, *(1,) * (labels.ndim - 1)

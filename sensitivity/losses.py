@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from bitquota.errors import InvalidCalibration, InvalidInput, MeasurementFailed
+from bitquota.models.padding import positions_that_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +54,27 @@ def _mean_over_positions(values: Tensor) -> Tensor:
     return values.reshape(len(values), -1).mean(dim=1)
 
 
+def position_weights(*outputs: Tensor) -> Tensor | float:
+    """Return what a position counts in a sample's mean, of outputs ``[N, ..., C]``.
+
+    Padded positions (see ``models.padding``), which are zero in all outputs, count nothing, all
+    others alike.
+
+    Returns:
+        ``f64[N, ..., 1]``, or one number where nothing is padded.
+    """
+    n, *shape, _ = outputs[0].shape
+    every = 1.0 / math.prod(shape)
+    if not shape:
+        return every
+    counted = torch.stack([positions_that_count(output) for output in outputs]).any(dim=0)
+    if bool(counted.all()):
+        return every
+    share = counted.double()
+    total = share.reshape(n, -1).sum(dim=1).clamp_min(1)
+    return (share / total.reshape(n, *(1,) * len(shape)))[..., None]
+
+
 def divergence(output: Tensor, reference: Tensor) -> Tensor:
     """Return ``Σ_c p_c (log p_c - log q_c)`` of every position: ``[N, ..., C] -> f64[N, ...]``."""
     log_q = functional.log_softmax(output.double(), dim=-1)
@@ -72,9 +94,12 @@ class KullbackLeibler:
     needs_labels: ClassVar[bool] = False
 
     def per_sample(self, output: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:
-        """Return ``f64[N]``; for ``[N, ..., C]`` the mean over the inner positions."""
+        """Return ``f64[N]``; for ``[N, ..., C]`` the mean over the inner positions that count."""
         del labels
-        return _mean_over_positions(divergence(output, reference))
+        values, weights = divergence(output, reference), position_weights(output, reference)
+        if isinstance(weights, float):
+            return _mean_over_positions(values)
+        return (values * weights[..., 0]).reshape(len(values), -1).sum(dim=1)
 
 
 @dataclass(frozen=True, slots=True)

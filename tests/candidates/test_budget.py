@@ -49,6 +49,8 @@ class TestParse:
             (".5 bits", "code_bits", 500, 0),
             ("3 bits of weights", "code_bits", 3003, 0),
             ("3.6 bpw", "size_bits", 3603, 0),  # 3,603.6
+            ("3.6 bpw of weights", "size_bits", 3603, 0),
+            ("3.6 bpw of model", "size_bits", 3639, 320),  # 3.6 x 1,011, biases included
             ("2 KiB", "size_bits", 2 * 1024 * 8, 320),
             ("2 KiB of model", "size_bits", 2 * 1024 * 8, 320),
             ("2 KiB of weights", "size_bits", 2 * 1024 * 8, 0),
@@ -119,11 +121,12 @@ class TestParse:
             Budget.parse(text, MODEL)
 
     @pytest.mark.parametrize(
-        "text", ["3 bits of model", "3 bpw of model", "1 GBitOps of weights", "act 1 KiB of model"]
+        "text",
+        ["3 bits of model", "3 bits/weight of model", "1 GBitOps of weights", "act 1 KiB of model"],
     )
     def test_a_scope_without_meaning_is_refused(self, text):
         """Averages are of the weights; reading 'of model' as such would be a surprise."""
-        with pytest.raises(InvalidBudget, match="only sizes and shares"):
+        with pytest.raises(InvalidBudget, match="only sizes, shares"):
             Budget.parse(text, MODEL)
 
     @given(inventories(), st.decimals("0.001", 40, places=3))

@@ -4,6 +4,7 @@
 ``3.5 bits``            average bits of the integer codes of all quantizable weights (scales not
                         counted, as papers do); ``code_bits``
 ``3.5 bpw``             the same average with scales, zero points and padding; ``size_bits``
+``4.25 bpw of model``   stored bits of the whole model for each of its numbers; ``size_bits``
 ``12 MiB``              stored size of the whole model; ``size_bits`` (B, kB, MB, GB, KiB, MiB, GiB)
 ``0.25x``               that share of the model's full-precision size; ``size_bits``
 ``2.5 GBitOps``         bit operations of one sample (also MBitOps, TBitOps, BitOps)
@@ -11,9 +12,9 @@
 ``act total 96 KiB``    the input activations of all layers together
 ======================  =====================================================================
 
-Sizes and shares speak of the whole model unless ``of weights`` follows; averages always speak of
-the quantizable weights. Thousands may be set off as in ``1,500,000 B`` or ``1_500_000 B``; the
-decimal sign is a point.
+Sizes and shares speak of the whole model unless ``of weights`` follows, averages of the quantizable
+weights; ``bpw of model`` counts what ships as it is, too. Thousands may be set off as in
+``1,500,000 B`` or ``1_500_000 B``; the decimal sign is a point.
 
 Design: docs/design/budgets.md
 """
@@ -136,12 +137,14 @@ class Budget(Document):
         scope = Scope((found["scope"] or "model").lower())
         averaged = unit in _AVERAGE_UNITS
         if found["scope"] and (
-            found["act"] or unit in _BIT_OPS_UNITS or (averaged and scope is Scope.MODEL)
+            found["act"]
+            or unit in _BIT_OPS_UNITS
+            or (averaged and unit != "bpw" and scope is Scope.MODEL)
         ):
             msg = (
-                "only sizes and shares can apply to 'weights' or to the whole 'model', "
-                "averages of the "
-                f"weights alone; got '{text}': leave out 'of {found['scope']}', or give a size"
+                "only sizes, shares and 'bpw' can apply to 'weights' or to the whole 'model', "
+                f"averages of codes to the weights alone; got '{text}': leave out "
+                f"'of {found['scope']}', or give a size"
             )
             raise InvalidBudget(msg, budget=text)
         if value <= 0:
@@ -155,6 +158,14 @@ class Budget(Document):
             limit = int(value * _BYTE_UNITS[unit] * 8)
             kind = "total" if found["total"] else "max"
             return cls(resource=f"activation_bits_{kind}", limit=limit, text=text)
+        if averaged and found["scope"] and scope is Scope.MODEL:
+            return cls(
+                resource="size_bits",
+                limit=int(value * inventory.n_numbers),
+                constant=inventory.unquantized_bits,
+                scope=scope,
+                text=text,
+            )
         if averaged:
             limit = int(value * inventory.n_weights)
             return cls(resource=_AVERAGE_UNITS[unit], limit=limit, text=text)

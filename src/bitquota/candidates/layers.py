@@ -139,6 +139,11 @@ class Inventory(Document):
         return sum(layer.n_weights for layer in self.layers)
 
     @property
+    def n_numbers(self) -> int:
+        """Everything that ships: quantizable weights, and numbers of all other tensors."""
+        return self.n_weights + sum(math.prod(tensor.shape) for tensor in self.unquantized)
+
+    @property
     def unquantized_bits(self) -> int:
         """Bits of everything that ships as it is."""
         return sum(tensor.size_bits for tensor in self.unquantized)

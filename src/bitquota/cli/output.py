@@ -278,7 +278,8 @@ def print_plan(
     console.print(
         f"Stored weights {report.format_size(plan.size_bits)}: {plan.average_bits:.3f} bits per "
         f"weight in codes, {plan.effective_bits:.3f} with scales and padding; whole model "
-        f"{report.format_size(plan.model_bits)}.",
+        f"{report.format_size(plan.model_bits)}, "
+        f"{plan.model_bits / plan.inventory.n_numbers:.3f} bpw.",
         highlight=False,
     )
 

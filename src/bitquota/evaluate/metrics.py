@@ -12,6 +12,7 @@ import torch
 from bitquota.errors import InvalidInput, MeasurementFailed
 from bitquota.evaluate.effects import changed_answers
 from bitquota.evaluate.scores import FULL_PRECISION, Estimate, ModelScores
+from bitquota.models.padding import positions_that_count
 from bitquota.models.running import run_module
 from bitquota.plan import MeasuredLoss
 from bitquota.sensitivity.losses import (
@@ -21,6 +22,7 @@ from bitquota.sensitivity.losses import (
     losses_of,
     n_correct,
     n_right,
+    position_weights,
 )
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ def compare_models(
     for done, part in enumerate(data.batches(batch_size), start=1):
         reference: Tensor | None = None
         for name, model in models.items():
+            counts: dict[str, Tensor]
             output = run_module(model, part.inputs).double()
             reference = output if reference is None else reference
             if output.shape != reference.shape or not bool(torch.isfinite(output).all()):
@@ -94,36 +97,45 @@ def compare_models(
                 raise MeasurementFailed(msg, model=name)
             labels = _labels(part, output)
             if kind == "outputs" and loss is not None:
-                found, positions = (
-                    _output_metrics(output, reference, part.labels, loss, names),
-                    None,
-                )
+                found = _output_metrics(output, reference, part.labels, loss, names)
+                positions, counts = None, {}
             else:
-                found, positions = _metrics(output, reference, labels, kind)
+                found, positions, counts = _metrics(output, reference, labels, kind)
+                if part.labels is None and labels is not None:  # of the next tokens
+                    n_next = (labels >= 0).sum(1)
+                    counts |= {m: n_next for m in ("cross_entropy", "top1") if m in counts}
             if loss is not None and loss.name not in found:
                 found[loss.name] = loss.per_sample(output, reference, labels)
             found |= {metric: own(output, labels) for metric, own in (custom or {}).items()}
-            seen[name].add(found, positions)
+            seen[name].add(found, positions, counts)
         if context is not None:
             context.report("evaluate", done, n_batches)
             context.check("evaluate")
 
     # Means over the samples, and paired differences to every other model.
     values = {name: found.values() for name, found in seen.items()}
-    return [_model_scores(name, values, seen[name].tail()) for name in models]
+    return [_model_scores(name, values, seen[name]) for name in models]
 
 
 @dataclass(slots=True)
 class _Seen:
-    """What was computed of one model so far: metrics of each sample, KL of each position."""
+    """What was computed of one model so far: metrics of each sample, KL of each position.
+
+    Where samples are padded, a metric over their positions counts each sample by those it has.
+    """
 
     metrics: dict[str, list[NDArray[np.float64]]] = field(default_factory=dict)
     positions: list[NDArray[np.float64]] = field(default_factory=list)
+    counts: dict[str, list[NDArray[np.float64]]] = field(default_factory=dict)
 
-    def add(self, found: Mapping[str, Tensor], positions: Tensor | None) -> None:
+    def add(
+        self, found: Mapping[str, Tensor], positions: Tensor | None, counts: Mapping[str, Tensor]
+    ) -> None:
         """Add one batch."""
         for metric, rows in found.items():
             self.metrics.setdefault(metric, []).append(rows.double().cpu().numpy())
+        for metric, rows in counts.items():
+            self.counts.setdefault(metric, []).append(rows.double().cpu().numpy())
         if positions is not None:
             self.positions.append(positions.cpu().numpy().reshape(-1))
 
@@ -131,24 +143,34 @@ class _Seen:
         """Return each metric, ``f64[N]``."""
         return {metric: np.concatenate(parts) for metric, parts in self.metrics.items()}
 
+    def weights(self, metric: str) -> NDArray[np.float64] | None:
+        """Return what each sample counts, ``f64[N]``; ``None`` for all alike."""
+        if metric not in self.counts:
+            return None
+        counts = np.concatenate(self.counts[metric])
+        return None if (counts == counts[0]).all() else counts
+
     def tail(self) -> float | None:
         """Return the KL that few positions exceed."""
         return float(np.quantile(np.concatenate(self.positions), TAIL)) if self.positions else None
 
 
 def _model_scores(
-    name: str, values: Mapping[str, Mapping[str, NDArray[np.float64]]], tail: float | None
+    name: str, values: Mapping[str, Mapping[str, NDArray[np.float64]]], seen: _Seen
 ) -> ModelScores:
     """Return the scores of one model among others."""
-    metrics = {metric: Estimate.of(array) for metric, array in values[name].items()}
+    weights = {metric: seen.weights(metric) for metric in values[name]}
+    metrics = {
+        metric: Estimate.of(array, weights[metric]) for metric, array in values[name].items()
+    }
     entropy = metrics.get("cross_entropy")
     return ModelScores(
         name=name,
         metrics=metrics,
-        kl_tail=tail,
+        kl_tail=seen.tail(),
         perplexity=None if entropy is None else math.exp(min(entropy.mean, 700.0)),
         differences={
-            other: {m: Estimate.of(values[name][m] - theirs[m]) for m in values[name]}
+            other: {m: Estimate.of(values[name][m] - theirs[m], weights[m]) for m in values[name]}
             for other, theirs in values.items()
             if other != name
         },
@@ -200,8 +222,9 @@ def _labels(part: CalibrationSet, output: Tensor) -> Tensor | None:
         return part.labels
     tokens = part.inputs[0]
     if output.ndim == 3 and not tokens.is_floating_point() and tokens.shape == output.shape[:2]:
+        counted = positions_that_count(output).to(tokens.device)
         labels = torch.full_like(tokens, -100)
-        labels[:, :-1] = tokens[:, 1:]
+        labels[:, :-1] = torch.where(counted[:, :-1] & counted[:, 1:], tokens[:, 1:], -100)
         return labels
     return None
 
@@ -228,21 +251,36 @@ def _output_metrics(
 
 def _metrics(
     output: Tensor, reference: Tensor, labels: Tensor | None, kind: str
-) -> tuple[dict[str, Tensor], Tensor | None]:
+) -> tuple[dict[str, Tensor], Tensor | None, dict[str, Tensor]]:
+    """Return metrics of each sample, KL of each position, and over how many each metric is."""
     n = len(output)
     if kind == "embedding":
         a, b = output.reshape(n, -1), reference.reshape(n, -1)
         cosine = torch.nn.functional.cosine_similarity
         correlation = cosine(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1)
-        return {
-            "embedding_cosine": cosine(a, b, dim=1),
-            "embedding_correlation": correlation,
-            "mse": (a - b).square().mean(1),
-        }, None
+        return (
+            {
+                "embedding_cosine": cosine(a, b, dim=1),
+                "embedding_correlation": correlation,
+                "mse": (a - b).square().mean(1),
+            },
+            None,
+            {},
+        )
     kl = divergence(output, reference)  # [N] or [N, T]
     same = (output.argmax(-1) == reference.argmax(-1)).double()
-    found = {"kl": kl.reshape(n, -1).mean(1), "same_top": same.reshape(n, -1).mean(1)}
+    weights = position_weights(output, reference)
+    if isinstance(weights, float):
+        share = torch.full_like(kl.reshape(n, -1), weights)
+        found = {"kl": kl.reshape(n, -1).mean(1), "same_top": same.reshape(n, -1).mean(1)}
+    else:
+        share = weights[..., 0].reshape(n, -1)
+        found = {
+            "kl": (kl.reshape(n, -1) * share).sum(1),
+            "same_top": (same.reshape(n, -1) * share).sum(1),
+        }
+        kl = kl[weights[..., 0] > 0]
     if labels is not None and not labels.is_floating_point() and labels.shape == output.shape[:-1]:
         found["cross_entropy"] = CrossEntropy().per_sample(output, reference, labels)
         found["top1"] = n_correct(output, labels)
-    return found, kl
+    return found, kl, dict.fromkeys(found, (share > 0).sum(1))

@@ -28,9 +28,20 @@ class Estimate:
     n_samples: int
 
     @classmethod
-    def of(cls, values: NDArray[np.float64]) -> Estimate:
-        """Return mean and standard error of per-sample values."""
+    def of(
+        cls, values: NDArray[np.float64], weights: NDArray[np.float64] | None = None
+    ) -> Estimate:
+        """Return mean and standard error of per-sample values, which count alike or by weights.
+
+        With weights the mean is a ratio of two sums, and its error that of the linearized ratio.
+        """
         n = len(values)
+        if weights is not None and weights.sum() > 0:
+            total = float(weights.sum())
+            mean = float((weights * values).sum()) / total
+            spread = float(((weights * (values - mean)) ** 2).sum())
+            error = math.sqrt(spread * n / (n - 1)) / total if n > 1 else 0.0
+            return cls(mean=mean, standard_error=error, n_samples=n)
         error = float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
         return cls(mean=float(values.mean()), standard_error=error, n_samples=n)
 

@@ -368,7 +368,9 @@ def _score_column(score: Score) -> dict[str, str]:
     if score.kl_tail is not None:
         column["KL, 99.9 %"] = f"{score.kl_tail:.4g}"
     if score.perplexity is not None:
-        column["perplexity"] = f"{score.perplexity:.4f}"
+        # exp is nearly straight over so small an error.
+        error = score.perplexity * score.metrics["cross_entropy"].standard_error
+        column["perplexity"] = f"{score.perplexity:.4f} ± {error:.2g}"
     return column
 
 
@@ -435,7 +437,8 @@ def render_markdown(
             (
                 f"Stored weights {format_size(plan.size_bits)}: {plan.average_bits:.3f} bits per "
                 f"weight in codes, {plan.effective_bits:.3f} with scales, zero points and padding; "
-                f"whole model {format_size(plan.model_bits)}."
+                f"whole model {format_size(plan.model_bits)}, "
+                f"{plan.model_bits / plan.inventory.n_numbers:.3f} bpw."
             ),
             *output_sentences(plan),
             *caution_sentences(plan),
