@@ -19,7 +19,7 @@ from bitquota.models.factory import call_factory
 from bitquota.models.pt2.module import ExportedModel
 from bitquota.models.sources import HOW_TO_SAVE, SampleSource, sample_source
 from bitquota.models.tables import read_table
-from bitquota.models.text import DEFAULT_LENGTH, load_text, text_windows
+from bitquota.models.text import DEFAULT_LENGTH, conversation_text, load_text, text_windows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,9 +54,9 @@ def load_calibration(
     Args:
         spec: An ``.npz`` (members called as the model's inputs, or ``x`` where there is one;
             optional ``y`` or ``labels``), a ``.safetensors``, ``.jsonl`` or ``.parquet`` with the
-            same names, a ``.txt`` (or a table with a column ``text``), or a local factory
-            ``package.module:function`` that returns ``inputs`` or ``(inputs, labels)``, inputs
-            being a tensor, a tuple, or a dict by name.
+            same names, a ``.txt`` (or a table with a column ``text`` or ``messages``), or a local
+            factory ``package.module:function`` that returns ``inputs`` or ``(inputs, labels)``,
+            inputs being a tensor, a tuple, or a dict by name.
         n: Draw this many samples, in their original order; all if left out.
         seed: Of that draw.
         tokenizer: For texts: a folder with ``tokenizer.json``, or ``bytes``.
@@ -73,6 +73,8 @@ def load_calibration(
             return load_text(path, tokenizer=tokenizer, length=length, n=n, seed=seed)
         case SampleSource.TABLE:
             table = read_table(path)
+            if isinstance(table, list):
+                table = conversation_text(table, path, tokenizer=tokenizer)
             if isinstance(table, str):
                 return text_windows(table, path, tokenizer=tokenizer, length=length, n=n, seed=seed)
             whole = _from_members(table, spec)

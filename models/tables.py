@@ -20,12 +20,22 @@ if TYPE_CHECKING:
 
 TEXT_COLUMN = "text"
 
+MESSAGES_COLUMN = "messages"
+
+Conversation = list[dict[str, Any]]
+"""Messages in order, each with its ``role`` and ``content``."""
+
 MAX_BYTES = 2**31
 """Bytes of a text, or of a table when it is unpacked."""
 
 
-def read_table(path: Path, *, max_bytes: int = MAX_BYTES) -> str | dict[str, NDArray[Any]]:
+def read_table(
+    path: Path, *, max_bytes: int = MAX_BYTES
+) -> str | list[Conversation] | dict[str, NDArray[Any]]:
     """Return the documents of a table with a column ``text`` of strings, else all its columns.
+
+    A column ``messages`` of lists of objects holds conversations, which a tokenizer's chat template
+    makes a text of.
 
     A column holds numbers, or lists of them (nested for more dimensions) that are equally long in
     each row.
@@ -36,7 +46,8 @@ def read_table(path: Path, *, max_bytes: int = MAX_BYTES) -> str | dict[str, NDA
         max_bytes: That it may unpack to.
 
     Returns:
-        The documents joined by an empty line, or an array ``[N, ...]`` for each column.
+        The documents joined by an empty line, the conversations, or an array ``[N, ...]`` for each
+        column.
 
     Raises:
         InvalidCalibration: Not a whole file, rows of different keys or lengths, or columns that
@@ -47,7 +58,7 @@ def read_table(path: Path, *, max_bytes: int = MAX_BYTES) -> str | dict[str, NDA
     return read(path, max_bytes)
 
 
-def _read_jsonl(path: Path, max_bytes: int) -> str | dict[str, NDArray[Any]]:
+def _read_jsonl(path: Path, max_bytes: int) -> str | list[Conversation] | dict[str, NDArray[Any]]:
     if path.stat().st_size > max_bytes:
         raise _too_large(path, max_bytes)
     try:
@@ -59,6 +70,8 @@ def _read_jsonl(path: Path, max_bytes: int) -> str | dict[str, NDArray[Any]]:
         msg = f"each line of a .jsonl must be an object; '{path.name}' has others"
         raise InvalidCalibration(msg, source=str(path))
     names = list(rows[0]) if rows else []
+    if TEXT_COLUMN not in names and rows and all(_talks(r.get(MESSAGES_COLUMN)) for r in rows):
+        return [row[MESSAGES_COLUMN] for row in rows]
     for k, row in enumerate(rows):
         if TEXT_COLUMN in names and isinstance(row.get(TEXT_COLUMN), str):
             continue
@@ -75,6 +88,15 @@ def _read_jsonl(path: Path, max_bytes: int) -> str | dict[str, NDArray[Any]]:
     return {name: _listed(path, name, [row[name] for row in rows]) for name in names}
 
 
+def _talks(value: object) -> bool:
+    """Whether this is a conversation."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
+    )
+
+
 def _listed(path: Path, name: str, values: Sequence[Any]) -> NDArray[Any]:
     """Return the values of a key as one array."""
     try:
@@ -86,7 +108,7 @@ def _listed(path: Path, name: str, values: Sequence[Any]) -> NDArray[Any]:
     return array
 
 
-def _read_parquet(path: Path, max_bytes: int) -> str | dict[str, NDArray[Any]]:
+def _read_parquet(path: Path, max_bytes: int) -> str | list[Conversation] | dict[str, NDArray[Any]]:
     try:
         import pyarrow as pa
         from pyarrow import parquet, types
@@ -98,7 +120,10 @@ def _read_parquet(path: Path, max_bytes: int) -> str | dict[str, NDArray[Any]]:
             kinds = {field.name: field.type for field in file.schema_arrow}
             kind = kinds.get(TEXT_COLUMN)
             texts = kind is not None and (types.is_string(kind) or types.is_large_string(kind))
-            names = [TEXT_COLUMN] if texts else list(kinds)
+            listed = kinds.get(MESSAGES_COLUMN)
+            talks = not texts and listed is not None and types.is_list(listed)
+            talks = talks and listed is not None and types.is_struct(listed.value_type)
+            names = [TEXT_COLUMN] if texts else [MESSAGES_COLUMN] if talks else list(kinds)
             batches, total = [], 0
             # In pieces: a small file may unpack to a large one.
             for batch in file.iter_batches(batch_size=1024, columns=names):
@@ -109,6 +134,8 @@ def _read_parquet(path: Path, max_bytes: int) -> str | dict[str, NDArray[Any]]:
             if texts:
                 documents = (text for b in batches for text in b.column(0).to_pylist() if text)
                 return "\n\n".join(documents)
+            if talks:
+                return [talk for b in batches for talk in b.column(0).to_pylist() if _talks(talk)]
             table = pa.Table.from_batches(batches, file.schema_arrow)
             return {name: _column(path, name, table.column(name)) for name in names}
     except (OSError, pa.ArrowException) as err:

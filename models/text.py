@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +12,11 @@ from bitquota.models.calibration import CalibrationSet
 from bitquota.models.gguf_folder import unpacked_gguf
 from bitquota.models.sources import BYTES, require_tokenizer
 from bitquota.models.tables import MAX_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bitquota.models.tables import Conversation
 
 DEFAULT_LENGTH = 128
 
@@ -73,13 +79,56 @@ def text_windows(
     return whole if n is None or n == len(whole) else whole.subset(n, seed)
 
 
+def conversation_text(
+    conversations: Sequence[Conversation], path: Path, *, tokenizer: str | None
+) -> str:
+    """Return conversations as the model's own chat template writes them, one behind the other.
+
+    Args:
+        conversations: Their messages.
+        path: Where they are from.
+        tokenizer: A folder with ``tokenizer.json`` and a chat template, or a ``.gguf`` with both.
+
+    Raises:
+        InvalidCalibration: No tokenizer, no template, or messages that it does not take.
+        MissingDependency: ``transformers`` is not installed.
+    """
+    tokenizer = require_tokenizer(path, tokenizer)
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as err:
+        msg = "chat templates need transformers; install it with: pip install bitquota[hf]"
+        raise MissingDependency(msg) from err
+    reason = "it has no chat template"
+    if tokenizer != BYTES:
+        try:
+            # Templates run in Jinja's sandbox; code of the folder does not run.
+            loaded = AutoTokenizer.from_pretrained(
+                str(_folder_of(tokenizer)), local_files_only=True, trust_remote_code=False
+            )
+            if loaded.chat_template:
+                return "".join(
+                    loaded.apply_chat_template(messages, tokenize=False)
+                    for messages in conversations
+                )
+        except Exception as err:  # noqa: BLE001  # tokenizers and templates may fail in any way
+            reason = str(err).strip().splitlines()[0][:200] if str(err).strip() else repr(err)
+    msg = (
+        f"the tokenizer '{tokenizer}' must write the messages of '{path.name}' by its chat "
+        f"template; {reason}: write them as a column 'text' yourself"
+    )
+    raise InvalidCalibration(msg, source=str(path), tokenizer=tokenizer)
+
+
+def _folder_of(tokenizer: str) -> Path:
+    folder = Path(tokenizer)
+    return unpacked_gguf(folder) if folder.suffix == ".gguf" else folder
+
+
 def _tokenize(text: str, tokenizer: str) -> list[int]:
     if tokenizer == BYTES:
         return list(text.encode())
-    folder = Path(tokenizer)
-    if folder.suffix == ".gguf":
-        folder = unpacked_gguf(folder)
-    file = folder / "tokenizer.json"
+    file = _folder_of(tokenizer) / "tokenizer.json"
     if not file.is_file():
         msg = f"'{tokenizer}' must hold a tokenizer whose rules are known; name one: --tokenizer"
         raise InvalidCalibration(msg, tokenizer=tokenizer)

@@ -132,3 +132,32 @@ class TestHelp:
                 seen += 1
                 assert text == Text.from_markup(text).plain, name
         assert seen > 100
+
+
+class TestMix:
+    @staticmethod
+    def here(**values):
+        """The options of a command that were given, and defaults of all others."""
+        defaults = {name: default for name, (_, default) in opt._HERE.items()}
+        return opt.Here(**defaults | values)
+
+    def test_shares_of_two_texts(self, llama_folder, tmp_path):
+        """Of the shorter one for its share all windows are taken."""
+        for name in ("a", "b"):
+            (tmp_path / f"{name}.txt").write_text(name * 600)
+        chosen = self.here(tokenizer="bytes", length=8, mix=[str(tmp_path / "b.txt")], shares="3,1")
+        _, samples = chosen.load(str(llama_folder), str(tmp_path / "a.txt"))
+        first = [chr(row[0]) for row in samples.inputs[0].tolist()]
+        assert ["a"] * 75 + ["b"] * 25 == first
+
+    @pytest.mark.parametrize("shares", ["1", "1,2,3", "1,0", "1,x", "inf,1"])
+    def test_shares_that_do_not_fit(self, llama_folder, tmp_path, shares):
+        """Told before anything is loaded."""
+        (tmp_path / "a.txt").write_text("a" * 600)
+        chosen = self.here(tokenizer="bytes", mix=[str(tmp_path / "a.txt")], shares=shares)
+        with pytest.raises(InvalidInput, match="each --mix, here 2"):
+            chosen.check(str(llama_folder), str(tmp_path / "a.txt"))
+
+    def test_on_this_machine_only(self, tmp_path):
+        with pytest.raises(InvalidInput, match="--mix is used on this machine only"):
+            self.here(mix=["b.txt"], server="http://127.0.0.1:1")

@@ -134,3 +134,51 @@ class TestSuggest:
         assert "experts" in kinds
         found = suggest(inventory)
         assert all(name.endswith("mlp.gate") for name in found.exclude)
+
+
+class TestConversations:
+    TALKS = [  # noqa: RUF012  # read only
+        [{"role": "user", "content": "to be"}, {"role": "assistant", "content": "or not"}],
+        [{"role": "user", "content": "that is the question"}],
+    ]
+
+    @pytest.fixture
+    def chat(self, tokenizer):
+        """The folder, with a chat template."""
+        template = (
+            "{% for m in messages %}{{ m['role'] == 'user' and 'to' or 'be' }} {{ m['content'] }} "
+            "{% endfor %}that "
+        )
+        (tokenizer / "chat_template.jinja").write_text(template)
+        settings = {"tokenizer_class": "TokenizersBackend"}
+        (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
+        return tokenizer
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+    def test_as_the_template_writes_them(self, chat, suffix):
+        """One behind the other, whatever else a line holds."""
+        rows = [{"messages": talk, "id": k} for k, talk in enumerate(self.TALKS)]
+        file = chat / f"chat{suffix}"
+        if suffix == ".jsonl":
+            file.write_text("\n".join(map(json.dumps, rows)))
+        else:
+            parquet.write_table(pa.Table.from_pylist(rows), file)
+        (chat / "same.txt").write_text("to to be be or not that to that is the question that ")
+        same = load_calibration(str(chat / "same.txt"), tokenizer=str(chat), length=4)
+        found = load_calibration(str(file), tokenizer=str(chat), length=4)
+        assert 12 // 4 == len(found)
+        assert same.digest == found.digest
+
+    def test_without_a_template(self, tokenizer):
+        """The message says what to do, also of bytes."""
+        (tokenizer / "chat.jsonl").write_text(json.dumps({"messages": self.TALKS[0]}))
+        for named in (str(tokenizer), "bytes"):
+            with pytest.raises(InvalidCalibration, match="chat template.*column 'text'"):
+                load_calibration(str(tokenizer / "chat.jsonl"), tokenizer=named, length=2)
+
+    def test_template_that_fails(self, chat):
+        """A template's own refusal is passed on."""
+        (chat / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+        (chat / "chat.jsonl").write_text(json.dumps({"messages": self.TALKS[0]}))
+        with pytest.raises(InvalidCalibration, match="roles must alternate"):
+            load_calibration(str(chat / "chat.jsonl"), tokenizer=str(chat), length=2)

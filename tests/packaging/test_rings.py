@@ -21,7 +21,7 @@ LATE = {
         "cli.importing": {"solver", "solver.files"},
         "cli.inspecting": {"models.inspection", "models.load"},
         "cli.loading": {"models.samples", "models.text"},
-        "cli.options": {"models.load", "models.running", "solver.backends"},
+        "cli.options": {"models.load", "models.mixing", "models.running", "solver.backends"},
         "cli.planning": {"search.allocate"},
         "cli.remote": {"client", "models.gguf_folder"},
         "cli.sandboxed": {"service.security.sandbox"},

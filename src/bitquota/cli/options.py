@@ -220,6 +220,18 @@ Tokenizer = Annotated[
     ),
 ]
 Length = Annotated[int, typer.Option("--length", help="For texts: tokens per sample.")]
+Mix = Annotated[
+    list[str] | None,
+    typer.Option("--mix", help="Another calibration set, mixed into CALIBRATION (repeatable)."),
+]
+Shares = Annotated[
+    str | None,
+    typer.Option(
+        "--shares",
+        help="Shares of CALIBRATION and of each --mix among the samples, such as 2,1 (default: "
+        "equal).",
+    ),
+]
 DEFAULT_LENGTH = 128
 
 Server = Annotated[
@@ -274,6 +286,8 @@ class Here:
     Attributes:
         tokenizer: For texts.
         length: For texts: tokens per sample.
+        mix: Further calibration sets.
+        shares: Of all sets among the samples, as text; ``None`` for equal ones.
         device: Where the model runs.
         ledger: Where measurements are kept, or ``None`` for the cache folder.
         imatrix: Importance matrix, or ``None``.
@@ -283,6 +297,8 @@ class Here:
 
     tokenizer: str | None
     length: int
+    mix: list[str] | None
+    shares: str | None
     device: str
     ledger: Path | None
     imatrix: Path | None
@@ -294,20 +310,41 @@ class Here:
         local = {
             "--imatrix": self.imatrix,
             "--tokenizer": self.tokenizer,
+            "--mix": self.mix,
             "--ledger": self.ledger,
             "--device": None if self.device == "auto" else self.device,
         }
-        given = [name for name, value in local.items() if value is not None]
+        given = [name for name, value in local.items() if value]
         if self.server is not None and given:
             named = " and ".join(given)
             msg = f"{named} is used on this machine only; leave --server out, or {named}"
             raise InvalidInput(msg)
 
+    @property
+    def parts(self) -> list[float]:
+        """The share of each calibration set; raises ``InvalidInput``."""
+        n = 1 + len(self.mix or ())
+        if self.shares is None:
+            return [1.0] * n
+        try:
+            found = [float(part) for part in self.shares.split(",")]
+        except ValueError:
+            found = []
+        if len(found) != n or not all(0 < share < float("inf") for share in found):
+            msg = (
+                f"--shares must be a positive number for CALIBRATION and each --mix, here {n}, "
+                f"separated by commas; got '{self.shares}'"
+            )
+            raise InvalidInput(msg, shares=self.shares)
+        return found
+
     def check(self, model: str, calibration: str) -> None:
         """Raise what can be told of a model and its samples before anything is loaded."""
+        _ = self.parts
         check_sources(
             model,
             calibration,
+            *(self.mix or ()),
             tokenizer=self.tokenizer,
             imatrix=self.imatrix,
             server=self.server,
@@ -316,14 +353,16 @@ class Here:
     def load(self, model: str, calibration: str) -> tuple[LoadedModel, CalibrationSet]:
         """Load a model and its samples; a device that is not there is told before."""
         from bitquota.models.load import load_model
+        from bitquota.models.mixing import mixed
         from bitquota.models.running import choose_device
 
         choose_device(self.device)
         loaded = replace(load_model(model), imatrix=self.imatrix)
-        samples = load_samples(
-            calibration, model=model, tokenizer=self.tokenizer, length=self.length
-        )
-        return loaded, samples
+        sets = [
+            load_samples(spec, model=model, tokenizer=self.tokenizer, length=self.length)
+            for spec in (calibration, *(self.mix or ()))
+        ]
+        return loaded, mixed(sets, self.parts)
 
     @contextmanager
     def measuring(self) -> Iterator[Context]:
@@ -380,6 +419,8 @@ _REQUEST: dict[str, tuple[Any, Any]] = {
 _HERE: dict[str, tuple[Any, Any]] = {
     "tokenizer": (Tokenizer, None),
     "length": (Length, DEFAULT_LENGTH),
+    "mix": (Mix, None),
+    "shares": (Shares, None),
     "device": (Device, "auto"),
     "ledger": (LedgerPath, None),
     "imatrix": (Imatrix, None),
