@@ -38,7 +38,7 @@ class Meeting:
     Attributes:
         layer: Name of the layer.
         settings: Other arguments of its call, as ``input_moments.call_settings`` reads them.
-        inputs: For each batch the layer's input in each model; of padded sequences the tokens alone.
+        inputs: For each batch the layer's input in each model; of padded sequences tokens alone.
     """
 
     layer: str
