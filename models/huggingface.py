@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitquota.canonical import digest_json
-from bitquota.errors import InvalidModel, MissingDependency, UnsafeModel
+from bitquota.errors import InvalidModel, UnsafeModel
 from bitquota.models.identity import Computation
 from bitquota.models.loaded import LoadedModel, finish
 from bitquota.models.outlines import outline, run_outline
 from bitquota.models.padding import without_padding
+from bitquota.models.transformer_classes import answer_of, check_parts, model_class
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,23 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bitquota.canonical import JsonObject
-
-MODEL_TYPES = frozenset(
-    {
-        # Language models.
-        "bloom", "cohere", "cohere2", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
-        "gpt2", "gpt_neo", "gpt_neox", "gptj", "granite", "granitemoe", "llama", "mistral",
-        "mixtral", "olmo", "olmo2", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2",
-        "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
-        # Encoders.
-        "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "esm",
-        "mobilebert", "modernbert", "mpnet", "roberta", "xlm-roberta",
-        # Vision.
-        "beit", "convnext", "convnextv2", "deit", "dinov2", "mobilenet_v1", "mobilenet_v2",
-        "mobilevit", "poolformer", "pvt", "regnet", "resnet", "segformer", "swin", "swinv2", "vit",
-    }
-)  # fmt: skip
-"""``model_type`` values whose classes ship with transformers and take ids or pixels alone."""
 
 _WITHOUT_EFFECT = frozenset(
     {"_name_or_path", "dtype", "id2label", "label2id", "torch_dtype", "transformers_version"}
@@ -167,12 +151,7 @@ def _load_module(path: Path, config: JsonObject, shapes: dict[str, _Header] | No
     """Return the module of a folder: with its weights, or with ``shapes`` on the meta device."""
     _check_weights(path)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import transformers
-    except ImportError as err:
-        msg = "a Hugging Face folder needs transformers; install it with: pip install bitquota[hf]"
-        raise MissingDependency(msg) from err
-    kind = _model_class(transformers, config, path)
+    kind = model_class(config, path)
     options: dict[str, Any] = {
         "local_files_only": True,
         "trust_remote_code": False,
@@ -213,6 +192,7 @@ def _load_module(path: Path, config: JsonObject, shapes: dict[str, _Header] | No
             f"{len(missing)} are missing, such as '{missing[0]}'"
         )
         raise InvalidModel(msg, missing=missing[:20])
+    check_parts(model, path.name)
     module = return_tensor(model)
     described = {k: v for k, v in config.items() if k not in _WITHOUT_EFFECT}
     found = Computation(digest=digest_json([type(model).__name__, described]))
@@ -247,11 +227,10 @@ def return_tensor(model: nn.Module) -> nn.Module:
         if token_type_ids is not None:
             keywords["token_type_ids"] = token_type_ids
         output = kind.forward(self, **keywords)
-        logits: Tensor | None = getattr(output, "logits", None)
-        if logits is not None:
+        hidden, answers = answer_of(output)
+        if answers:
             # A position that only fills up the batch answers nothing.
-            return without_padding(logits, None if attention_mask is None else attention_mask != 0)
-        hidden: Tensor = output.last_hidden_state
+            return without_padding(hidden, None if attention_mask is None else attention_mask != 0)
         if hidden.ndim != 3:
             return hidden.flatten(2).mean(-1)  # feature maps [N, C, H, W]
         if attention_mask is None:
@@ -286,20 +265,20 @@ def _read_config(path: Path) -> JsonObject:
             "run; use a model type that ships with transformers, or export the model to .pt2"
         )
         raise UnsafeModel(msg, source=str(path))
-    if config.get("quantization_config"):
+    if _holds(config, "quantization_config"):
         msg = (
             f"the weights of a model must be in floating point to be measured; '{path.name}' is "
             "already quantized (quantization_config): provide the original checkpoint"
         )
         raise InvalidModel(msg, source=str(path))
-    model_type = config.get("model_type")
-    if model_type not in MODEL_TYPES:
-        msg = (
-            f"a model type must be one of those listed in bitquota.models.huggingface; got "
-            f"{model_type!r}: export such a model to .pt2 or .onnx instead"
-        )
-        raise InvalidModel(msg, model_type=model_type)
     return config
+
+
+def _holds(config: object, name: str) -> bool:
+    """Whether a config, or one inside it, has an entry of this name that is not empty."""
+    if not isinstance(config, dict):
+        return False
+    return bool(config.get(name)) or any(_holds(value, name) for value in config.values())
 
 
 def _asks_for_code(config: object) -> str | None:
@@ -356,32 +335,13 @@ def _check_weights(path: Path) -> None:
             raise InvalidModel(msg, missing=absent)
 
 
-def _model_class(transformers: Any, config: JsonObject, path: Path) -> Any:  # noqa: ANN401
-    names = config.get("architectures")
-    if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        msg = (
-            f"config.json of '{path.name}' must name its class under 'architectures'; got {names!r}"
-        )
-        raise InvalidModel(msg, source=str(path))
-    name = names[0]
-    kind = getattr(transformers, name, None) if name.isidentifier() else None
-    base = transformers.PreTrainedModel
-    if not (isinstance(kind, type) and issubclass(kind, base)):
-        msg = f"transformers {transformers.__version__} must have the class '{name}'; it has not"
-        raise InvalidModel(msg, architecture=name)
-    expected = getattr(getattr(kind, "config_class", None), "model_type", None)
-    if expected != config["model_type"]:
-        msg = f"class '{name}' is for model type '{expected}'; the config says otherwise"
-        raise InvalidModel(msg, architecture=name, model_type=config["model_type"])
-    return kind
-
-
 def _example(model: Any, config: Any) -> tuple[Tensor, ...] | None:  # noqa: ANN401
     """Return two samples as the config describes them; none where it makes no sense."""
     try:
         if model.main_input_name == "input_ids":
             length = min(16, getattr(config, "max_position_embeddings", 16) or 16)
-            return (torch.arange(2 * length).reshape(2, length) % config.vocab_size,)
+            tokens = torch.arange(2 * length).reshape(2, length)
+            return (tokens % config.get_text_config().vocab_size,)
         size = getattr(config, "image_size", None) or 224
         if model.main_input_name == "pixel_values" and isinstance(size, int):
             return (torch.zeros(2, getattr(config, "num_channels", 3), size, size),)

@@ -163,6 +163,7 @@ class TestFolder:
             ({"architectures": ["BertModel"]}, "for model type 'bert'"),
             ({"architectures": ["Trainer"]}, "must have the class 'Trainer'"),
             ({"quantization_config": {"bits": 4}}, "already quantized"),
+            ({"text_config": {"quantization_config": {"bits": 4}}}, "already quantized"),
             ({"num_hidden_layers": 3}, "every weight that its config describes"),
         ],
     )

@@ -12,7 +12,6 @@ from bitquota.candidates.targets import TARGETS
 from bitquota.errors import InvalidModel
 from bitquota.models.calls import has_values
 from bitquota.models.discovery import discover
-from bitquota.models.huggingface import MODEL_TYPES
 from bitquota.models.inspection import inspect_model
 from bitquota.models.load import load_model, load_outline
 from bitquota.models.outlines import outline, run_outline
@@ -35,7 +34,7 @@ def change(folder, **tensors) -> None:
 
 class TestLoadOutline:
     @pytest.mark.slow
-    @pytest.mark.parametrize("family", [f for f in FAMILIES if f in MODEL_TYPES])
+    @pytest.mark.parametrize("family", FAMILIES)
     def test_inspects_as_the_model_does(self, family, tmp_path):
         """Layers, ties, sizes and operations are those of the model with its weights."""
         path = write_family(family, tmp_path)
