@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+import zipfile
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from bitquota.cli.app import app
+from bitquota.cli.remote import check_files, model_of
 from bitquota.service.security.keys import KeyStore
 from bitquota.service.settings import Settings
 from bitquota.service.store.database import Database
@@ -183,3 +185,15 @@ class TestCompare:
             for entry in found["entries"]:
                 del entry["cpu_seconds"], entry["passes"]
         assert here == there
+
+
+class TestModelOf:
+    def test_gguf_goes_as_a_folder(self, tmp_path, monkeypatch):
+        """A server takes zipped folders; the file is unpacked here."""
+        from gguf_files import write_gguf, write_model
+
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        file = write_gguf(write_model(tmp_path / "folder"), tmp_path / "out", 8)
+        check_files(str(file))
+        with model_of(str(file)) as packed, zipfile.ZipFile(packed) as archive:
+            assert {"config.json", "model-00001-of-00001.safetensors"} <= set(archive.namelist())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import suppress
-from typing import Any
 
 import gguf
 import numpy as np
@@ -14,12 +13,11 @@ import torch
 
 from bitquota.candidates.targets import TARGETS
 from bitquota.errors import BitquotaError, InvalidCalibration, InvalidModel
-from bitquota.exports.export import export_plan
 from bitquota.models.gguf_folder import unpacked_gguf
 from bitquota.models.inspection import inspect_model
 from bitquota.models.load import load_model, load_outline
 from bitquota.models.text import load_text
-from format_networks import plan_with
+from gguf_files import write_gguf, write_model
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 500.0},
@@ -41,34 +39,6 @@ def cache(tmp_path, monkeypatch):
     """The folder in which unpacked models are kept."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "bitquota" / "gguf"
-
-
-def write_model(path, kind: str = "llama", **config: Any):
-    """Save a tiny random language model as transformers does; biases and norms are random too."""
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-        "head_dim": 16,
-    }  # fmt: skip
-    settings = transformers.AutoConfig.for_model(kind, **(sizes | config))
-    model = transformers.AutoModelForCausalLM.from_config(settings)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn(parameter.shape))
-    model.save_pretrained(path)
-    return path
-
-
-def write_gguf(folder, out, *bits: int):
-    """Return the file that our exporter writes of the model in ``folder``; 32 bits by default."""
-    model = load_model(str(folder))
-    plan = plan_with(model, model.example_inputs, target="gguf-py", bits=bits or (32,))
-    export_plan(model, plan, out, target="gguf-py")
-    return out / "model.gguf"
 
 
 @pytest.fixture(scope="module")
