@@ -95,6 +95,8 @@ def discover(
     if example_inputs is not None and not is_exported(module):
         watcher = _count_by_hooks(module, example_inputs, found)
         reasons = _add_bare_parameters(watcher, found, names, n_samples_of(example_inputs))
+        if getattr(module, "keeps_unread_weights", False):
+            reasons |= _without_unread(watcher, found)
     layers = tuple(_layer(item) for item in found.values())
     return Inventory(
         model_digest=model_fingerprint(module) if model_digest is None else model_digest,
@@ -269,6 +271,23 @@ def _add_bare_parameters(
     found.clear()
     found.update(in_order)
     return reasons
+
+
+def _without_unread(
+    watcher: ProductWatcher, found: dict[tuple[Any, ...], FoundWeight]
+) -> dict[str, str]:
+    """Take out the layers whose weights nothing read, and say why.
+
+    They would cost nothing at the fewest bits, whatever another use of the model needs. A class of
+    transformers may have such parts (for other tasks, or a global attention that nobody asked
+    for). Experts are left, since samples choose among these.
+    """
+    unread = [
+        key
+        for key, use in watcher.uses.items()
+        if use.is_unread and key in found and found[key].kind is not LayerKind.EXPERTS
+    ]
+    return {found.pop(key).weight_name: watcher.uses[key].reason for key in unread}
 
 
 def _counting_hook(item: FoundWeight, kind: LayerKind, n_samples: int) -> Callable[..., None]:

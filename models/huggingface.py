@@ -238,7 +238,11 @@ def return_tensor(model: nn.Module) -> nn.Module:
         kept = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * kept).sum(1) / kept.sum(1).clamp(min=1)
 
-    members = {"forward": forward, "takes_padding": model.main_input_name == "input_ids"}
+    members = {
+        "forward": forward,
+        "takes_padding": model.main_input_name == "input_ids",
+        "keeps_unread_weights": True,
+    }
     model.__class__ = type(kind.__name__, (kind,), members)
     return model
 

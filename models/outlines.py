@@ -27,7 +27,8 @@ def outline(module: nn.Module) -> nn.Module:
 
     Tensors on the meta device become outlines of tensors on the CPU.
     """
-    mode = FakeTensorMode()
+    # Constants that a forward pass holds besides become outlines when they are met.
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     # The old tensor is kept, so that its identity stays its own.
     made: dict[int, tuple[Tensor, Tensor]] = {}
     for part in module.modules():

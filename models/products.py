@@ -75,6 +75,11 @@ class Use:
         return math.prod(self.parameter.shape[k] for k in self.columns)
 
     @property
+    def is_unread(self) -> bool:
+        """Whether nothing read its values."""
+        return not (self.rows or self.columns or self.looked_up or self.others)
+
+    @property
     def reason(self) -> str:
         """Why it is no layer, for a person."""
         if self.columns:

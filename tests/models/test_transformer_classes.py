@@ -10,7 +10,8 @@ import transformers
 
 from bitquota.errors import InvalidModel
 from bitquota.models.calibration import CalibrationSet
-from bitquota.models.load import load_model
+from bitquota.models.inspection import inspect_model
+from bitquota.models.load import load_model, load_outline
 from bitquota.models.transformer_classes import answer_of, check_parts, model_class
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate
@@ -113,3 +114,21 @@ class TestNewFamilies:
         (plan,) = allocate(model, CalibrationSet(inputs=(tokens,)), request).plans
         assert plan.average_bits <= 4
         assert plan.measured.mean >= 0
+
+
+class TestUnreadWeights:
+    @pytest.mark.parametrize("load", [load_model, load_outline])
+    def test_stay_as_they_are(self, tmp_path, load):
+        """Longformer's global attention does not run without global tokens; a plan leaves it."""
+        torch.manual_seed(0)
+        config = transformers.LongformerConfig(
+            **TINY, vocab_size=32, intermediate_size=16, attention_window=[4],
+            max_position_embeddings=64,
+        )  # fmt: skip
+        transformers.LongformerForMaskedLM(config).save_pretrained(tmp_path)
+        found = inspect_model(load(str(tmp_path)))
+        kept = {t.name: t.reason for t in found.inventory.unquantized if "_global" in t.name}
+        name = "longformer.encoder.layer.0.attention.self.query_global.weight"
+        assert "not used by the sample that was run" == kept[name]
+        assert not [la.name for la in found.inventory.layers if "_global" in la.name]
+        assert [la.name for la in found.inventory.layers if la.name.endswith("self.query")]
