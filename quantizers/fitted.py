@@ -14,7 +14,7 @@ from bitquota.quantizers.input_moments import input_grams, moment_bytes
 from bitquota.quantizers.quantized_weights import QuantizedWeights
 from bitquota.quantizers.rounders import Rounder
 from bitquota.quantizers.sequential import AUTO, LEARNED, QEP, rounder_in
-from bitquota.quantizers.shrinkage import ALIKE
+from bitquota.quantizers.shrinkage import PRIOR
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -176,5 +176,5 @@ def _origin(
         found = digest_json([found, activation_fit])
     if fed or order is not None:
         rounding = None if order is None else order.rounding
-        found = digest_json([found, {"rounding": rounding, "shrunk": ALIKE}])
+        found = digest_json([found, {"rounding": rounding, "prior": PRIOR}])
     return found if importance is None else digest_json([found, importance.digest])

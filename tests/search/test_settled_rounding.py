@@ -29,13 +29,13 @@ def model():
 
 
 def samples(*, related):
-    """Random inputs, 50 times each: independent, or of a few directions, which two almost show."""
+    """Random inputs, 400 times each: independent, or of a few directions, which two almost show."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(256, 64, generator=generator)
     if related:
         x = torch.randn(256, 2, generator=generator) @ x[:2] + 0.01 * x
     # Repeated, they seem to be many: the moments are trusted.
-    return CalibrationSet(inputs=(x[:, None].expand(-1, 50, -1).contiguous(),))
+    return CalibrationSet(inputs=(x[:, None].expand(-1, 400, -1).contiguous(),))
 
 
 def planned(model, data, memory=2**30, **options):
