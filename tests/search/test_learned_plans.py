@@ -45,7 +45,7 @@ class Residual(nn.Module):
 @pytest.fixture(scope="module")
 def samples():
     torch.manual_seed(1)
-    return CalibrationSet(inputs=(torch.randn(600, 4) @ torch.randn(4, 12),))
+    return CalibrationSet(inputs=(torch.randn(600, 8) @ torch.randn(8, 12),))
 
 
 def planned(module, samples, request=REQUEST):
