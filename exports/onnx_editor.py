@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitquota.candidates.layers import LayerKind
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat
-from bitquota.errors import InvalidPlan
-from bitquota.models.layout import TRANSPOSED_CONVOLUTIONS, back_to_stored, from_matrix
+from bitquota.exports.onnx_arrangement import arrange, misread, steps_back
+from bitquota.exports.onnx_blocks import (
+    BLOCKS,
+    CONTRIB,
+    block_product,
+    fits_blocks,
+    is_product,
+    packed_blocks,
+)
+from bitquota.models.layout import from_matrix
 from bitquota.models.onnx.layers import readers
-from bitquota.quantizers.packing import pack_bits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     from bitquota.candidates.layers import Layer
     from bitquota.quantizers.weights import QuantizedWeight
-
-BLOCKS = ".blocks"
-"""Suffix of the packed codes of a MatMulNBits node."""
-
-CONTRIB = "com.microsoft"
 
 _SUFFIXES = (
     BLOCKS, ".codes", ".scales", ".scales.f32", ".zero_points", ".levels", ".levels.f32", ".index",
@@ -74,10 +73,10 @@ class GraphEditor:
         if weight.scheme.grid is Grid.CODEBOOK:
             self._look_up(initializer, target, layer, weight)
             return
-        codes, scales, zeros, axis, block, steps = _arrange(layer, weight)
+        codes, scales, zeros, axis, block, steps = arrange(layer, weight)
         output = target
         transposes = self._only_transposes(initializer) if target == initializer else []
-        if transposes and codes.ndim == 2 and not steps and not _misread(weight):
+        if transposes and codes.ndim == 2 and not steps and not misread(weight):
             # Store what the matrix product reads: [columns, rows].
             codes, scales = codes.T, scales.T if scales.ndim == 2 else scales
             zeros = zeros.T if zeros is not None and zeros.ndim == 2 else zeros
@@ -109,7 +108,7 @@ class GraphEditor:
             for node in self.readers.get(name, ())
             if id(node) not in known
         }
-        if not products or not all(_is_product(n, places, layer) for n in products.values()):
+        if not products or not all(is_product(n, places, layer) for n in products.values()):
             return False
         stem = self._stem(initializer)
         names = f"{stem}{BLOCKS}", f"{stem}.scales"
@@ -120,40 +119,11 @@ class GraphEditor:
         for node in transposes:
             self.removed.add(node.output[0])
         for node in products.values():
-            self._replace_product(node, names, layer, weight)
+            self.replaced[node.output[0]] = block_product(node, names, layer, weight)
         imported = {o.domain for o in self.model.opset_import}
         if CONTRIB not in imported:
             self.model.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
         return True
-
-    def _replace_product(
-        self,
-        node: Any,  # noqa: ANN401  # onnx.NodeProto
-        names: tuple[str, str],
-        layer: Layer,
-        weight: QuantizedWeight,
-    ) -> None:
-        import onnx
-
-        bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else ""
-        output = node.output[0]
-        product = f"{output}.product" if bias else output
-        made = [
-            onnx.helper.make_node(
-                "MatMulNBits",
-                [node.input[0], *names],
-                [product],
-                domain=CONTRIB,
-                K=layer.columns,
-                N=layer.rows,
-                bits=weight.bits,
-                block_size=weight.scheme.group_size,
-                accuracy_level=1,  # fp32 activations; 4 would quantize them to int8
-            )
-        ]
-        if bias:
-            made.append(onnx.helper.make_node("Add", [product, bias], [output]))
-        self.replaced[output] = made
 
     def finish(self) -> Any:  # noqa: ANN401  # onnx.ModelProto
         """Return the edited model, without the exporter's notes."""
@@ -210,7 +180,7 @@ class GraphEditor:
         if not own:
             self.new_nodes.append(make("Gather", [table, index], [target], axis=0))
             return
-        steps = _steps_back(layer)
+        steps = steps_back(layer)
         first = f"{stem}.matrix" if steps else target
         self.new_nodes.append(make("GatherElements", [table, index], [first], axis=1))
         self._follow(stem, first, target, steps)
@@ -324,110 +294,6 @@ class GraphEditor:
                     node.input[k] = new
 
 
-class _Arranged(NamedTuple):
-    """A quantized weight as DequantizeLinear takes it.
-
-    Attributes:
-        codes: The codes, in the stored shape or as a matrix ``[rows, columns]``.
-        scales: One for each block of codes.
-        zero_points: Like ``scales``, if there are any.
-        axis: Along which scales differ; ``None`` for one scale.
-        block: Codes for each scale along ``axis``; 0 where each index has its own.
-        steps: Operators that make the stored shape of ``codes``, with their arguments.
-    """
-
-    codes: NDArray[Any]
-    scales: NDArray[Any]
-    zero_points: NDArray[Any] | None
-    axis: int | None
-    block: int
-    steps: list[tuple[str, list[int]]]
-
-
-def _arrange(layer: Layer, weight: QuantizedWeight) -> _Arranged:
-    """Return codes and scales so that the fewest operators give the stored shape.
-
-    Raises:
-        InvalidPlan: ONNX cannot store the weight.
-    """
-    block = weight.scheme.group_size or 0
-    if block and layer.columns % block:
-        msg = (
-            f"ONNX needs the group size {block} to divide the {layer.columns} weights per output "
-            f"channel of layer '{layer.name}'; plan with --target ort-cpu, or per channel"
-        )
-        raise InvalidPlan(msg, layers=[layer.name])
-    if layer.kind is LayerKind.EXPERTS:
-        msg = f"ONNX has no operator for the experts of layer '{layer.name}'; exclude them"
-        raise InvalidPlan(msg, layers=[layer.name])
-    scales = weight.scales.detach().float().cpu().numpy()
-    zeros = None if weight.zero_points is None else weight.zero_points.cpu().numpy()
-    granularity = weight.scheme.granularity
-
-    def shaped(
-        how: Callable[[NDArray[Any]], NDArray[Any]],
-    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        return how(scales), None if zeros is None else how(zeros)
-
-    # In the stored shape, where one axis of it tells the scale.
-    transposed = layer.kind is LayerKind.LINEAR_TRANSPOSED
-    convolved = layer.kind in TRANSPOSED_CONVOLUTIONS
-    grouped = convolved and layer.rows != layer.weight_shape[1]
-    whole = from_matrix(weight.codes.int(), layer).cpu().numpy()
-    by_column = int(convolved or transposed)
-    found = None
-    if granularity is Granularity.TENSOR:
-        found = _Arranged(whole, *shaped(lambda a: a.reshape(())), None, 0, [])
-    elif granularity is Granularity.CHANNEL and not grouped and layer.axes is None:
-        found = _Arranged(whole, *shaped(lambda a: a.reshape(-1)), by_column, 0, [])
-    elif granularity is Granularity.GROUP and transposed:
-        found = _Arranged(whole, *shaped(lambda a: a.T), 0, block, [])
-    if found is not None:
-        return _hidden(found) if transposed and _misread(weight) else found
-
-    # As a matrix of output channels, brought to the stored shape afterwards.
-    matrix = weight.codes.int().cpu().numpy()
-    steps = _steps_back(layer)
-    if granularity is Granularity.CHANNEL:
-        return _Arranged(matrix, *shaped(lambda a: a.reshape(-1)), 0, 0, steps)
-    return _Arranged(matrix, scales, zeros, 1, block, steps)
-
-
-def _hidden(plain: _Arranged) -> _Arranged:
-    """Return the same behind a Reshape, so that ONNX Runtime sees no matrix that it can fuse."""
-    scales, zeros, axis = plain.scales, plain.zero_points, plain.axis
-    if plain.block:
-        scales, zeros = scales[None], None if zeros is None else zeros[None]
-    shape = list(plain.codes.shape)
-    return plain._replace(
-        codes=plain.codes[None],
-        scales=scales,
-        zero_points=zeros,
-        axis=None if axis is None else axis + 1,
-        steps=[("Reshape", shape)],
-    )
-
-
-def _steps_back(layer: Layer) -> list[tuple[str, list[int]]]:
-    """Return the operators that make the stored shape of a matrix ``[rows, columns]``."""
-    if layer.kind in TRANSPOSED_CONVOLUTIONS:
-        n_in, out, *kernel = layer.weight_shape
-        groups = layer.rows // out
-        return [
-            ("Reshape", [groups, out, n_in // groups, *kernel]),
-            ("Transpose", [0, 2, 1, *range(3, 3 + len(kernel))]),
-            ("Reshape", list(layer.weight_shape)),
-        ]
-    if layer.kind is LayerKind.LINEAR_TRANSPOSED:
-        return [("Transpose", [1, 0])]
-    if layer.axes is not None:
-        turned = [layer.weight_shape[k] for k in layer.axes]
-        return [("Reshape", turned), ("Transpose", back_to_stored(layer.axes))]
-    if len(layer.weight_shape) > 2:
-        return [("Reshape", list(layer.weight_shape))]
-    return []
-
-
 def _scale_type(onnx: Any, scale_format: ScaleFormat) -> int:  # noqa: ANN401  # a module
     kinds = onnx.TensorProto
     known = {
@@ -436,62 +302,6 @@ def _scale_type(onnx: Any, scale_format: ScaleFormat) -> int:  # noqa: ANN401  #
         ScaleFormat.BF16: kinds.BFLOAT16,
     }
     return int(known[scale_format])
-
-
-def fits_blocks(layer: Layer, weight: QuantizedWeight) -> bool:
-    """Whether MatMulNBits can hold this weight: symmetric blocks with fp32 scales."""
-    scheme, size = weight.scheme, weight.scheme.group_size or 0
-    return (
-        layer.kind in {LayerKind.LINEAR, LayerKind.LINEAR_TRANSPOSED}
-        and scheme.granularity is Granularity.GROUP
-        and scheme.scale_format is ScaleFormat.FP32
-        and weight.zero_points is None
-        and weight.bits in {2, 4, 8}
-        and size >= 16
-        and size & (size - 1) == 0
-        and layer.columns % size == 0
-    )
-
-
-def packed_blocks(weight: QuantizedWeight) -> NDArray[np.uint8]:
-    """Return ``u8[rows, blocks, block_size * bits / 8]``: low bits first, shifted to be unsigned.
-
-    Without zero points MatMulNBits subtracts ``2^(bits-1)``.
-    """
-    rows, columns = weight.codes.shape
-    size = weight.scheme.group_size or columns
-    unsigned = weight.codes.cpu().numpy() + 2 ** (weight.bits - 1)
-    flat = pack_bits(unsigned.astype(np.uint16).reshape(1, -1), weight.bits)
-    return flat.reshape(rows, columns // size, -1)
-
-
-def _is_product(node: Any, places: dict[str, bool], layer: Layer) -> bool:  # noqa: ANN401
-    """Whether ``node`` multiplies with the weight on its right, as rows of output channels."""
-    attributes = {a.name: a for a in node.attribute}
-    if node.op_type not in {"MatMul", "Gemm"} or node.input[1] not in places:
-        return False
-    if set(node.input[2:]) & set(places) or node.input[0] in places:
-        return False
-    turned = places[node.input[1]]
-    if node.op_type == "Gemm":
-        plain = all(
-            name not in attributes or attributes[name].f == 1.0 for name in ("alpha", "beta")
-        )
-        if not plain or ("transA" in attributes and attributes["transA"].i):
-            return False
-        turned ^= bool("transB" in attributes and attributes["transB"].i)
-    # [rows, columns] must be turned to stand on the right; [columns, rows] must not.
-    return turned == (layer.kind is LayerKind.LINEAR)
-
-
-def _misread(weight: QuantizedWeight) -> bool:
-    """Whether ONNX Runtime would read the weight wrongly as ``[columns, rows]``.
-
-    Its MatMulNBits fusion (1.31) takes int2 rows to start at bytes, which they do only if four
-    divides their length; the result is wrong without an error. So it is through a Transpose, over
-    which it pulls the codes, but not through a Reshape.
-    """
-    return weight.bits == 2 and weight.codes.shape[0] % 4 != 0
 
 
 def tensor_types(onnx: Any, bits: int) -> tuple[int, int]:  # noqa: ANN401  # a module

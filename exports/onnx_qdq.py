@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from bitquota.errors import ExportFailed, InvalidInput, MissingDependency
-from bitquota.exports.onnx_editor import BLOCKS, GraphEditor, fits_blocks, n_bytes, packed_blocks
+from bitquota.exports.onnx_blocks import BLOCKS, fits_blocks, packed_blocks
+from bitquota.exports.onnx_editor import GraphEditor, n_bytes
 from bitquota.exports.onnx_tidy import absorb_batch_norms, fold_constants, shorten_names
 from bitquota.exports.prepared import widths_must_be
 from bitquota.models.onnx.folding import restore_types

@@ -1,0 +1,112 @@
+"""MatMulNBits of ONNX Runtime: which weights and products it takes, and the nodes it becomes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bitquota.candidates.layers import LayerKind
+from bitquota.candidates.storage import Granularity, ScaleFormat
+from bitquota.quantizers.packing import pack_bits
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from bitquota.candidates.layers import Layer
+    from bitquota.quantizers.weights import QuantizedWeight
+
+BLOCKS = ".blocks"
+"""Suffix of the packed codes of a MatMulNBits node."""
+
+CONTRIB = "com.microsoft"
+"""Domain of MatMulNBits."""
+
+
+def fits_blocks(layer: Layer, weight: QuantizedWeight) -> bool:
+    """Return whether MatMulNBits can hold this weight: symmetric blocks with fp32 scales."""
+    scheme, size = weight.scheme, weight.scheme.group_size or 0
+    return (
+        layer.kind in {LayerKind.LINEAR, LayerKind.LINEAR_TRANSPOSED}
+        and scheme.granularity is Granularity.GROUP
+        and scheme.scale_format is ScaleFormat.FP32
+        and weight.zero_points is None
+        and weight.bits in {2, 4, 8}
+        and size >= 16
+        and size & (size - 1) == 0
+        and layer.columns % size == 0
+    )
+
+
+def packed_blocks(weight: QuantizedWeight) -> NDArray[np.uint8]:
+    """Return ``u8[rows, blocks, block_size * bits / 8]``: low bits first, shifted to be unsigned.
+
+    Without zero points MatMulNBits subtracts ``2^(bits-1)``.
+    """
+    rows, columns = weight.codes.shape
+    size = weight.scheme.group_size or columns
+    unsigned = weight.codes.cpu().numpy() + 2 ** (weight.bits - 1)
+    flat = pack_bits(unsigned.astype(np.uint16).reshape(1, -1), weight.bits)
+    return flat.reshape(rows, columns // size, -1)
+
+
+def is_product(node: Any, places: dict[str, bool], layer: Layer) -> bool:  # noqa: ANN401
+    """Return whether ``node`` multiplies with the weight on its right, as rows of output channels.
+
+    Args:
+        node: An ``onnx.NodeProto``.
+        places: Names under which the weight can be read, and whether each is its transpose.
+        layer: The layer of the weight.
+    """
+    attributes = {a.name: a for a in node.attribute}
+    if node.op_type not in {"MatMul", "Gemm"} or node.input[1] not in places:
+        return False
+    if set(node.input[2:]) & set(places) or node.input[0] in places:
+        return False
+    turned = places[node.input[1]]
+    if node.op_type == "Gemm":
+        plain = all(
+            name not in attributes or attributes[name].f == 1.0 for name in ("alpha", "beta")
+        )
+        if not plain or ("transA" in attributes and attributes["transA"].i):
+            return False
+        turned ^= bool("transB" in attributes and attributes["transB"].i)
+    # [rows, columns] must be turned to stand on the right; [columns, rows] must not.
+    return turned == (layer.kind is LayerKind.LINEAR)
+
+
+def block_product(
+    node: Any,  # noqa: ANN401  # onnx.NodeProto
+    names: tuple[str, str],
+    layer: Layer,
+    weight: QuantizedWeight,
+) -> list[Any]:
+    """Return the nodes that compute what ``node`` does.
+
+    Args:
+        node: A product of which ``is_product`` holds.
+        names: Initializers of the packed codes and of the scales.
+        layer: The layer.
+        weight: Its quantized weight.
+    """
+    import onnx
+
+    bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else ""
+    output = node.output[0]
+    product = f"{output}.product" if bias else output
+    made = [
+        onnx.helper.make_node(
+            "MatMulNBits",
+            [node.input[0], *names],
+            [product],
+            domain=CONTRIB,
+            K=layer.columns,
+            N=layer.rows,
+            bits=weight.bits,
+            block_size=weight.scheme.group_size,
+            accuracy_level=1,  # fp32 activations; 4 would quantize them to int8
+        )
+    ]
+    if bias:
+        made.append(onnx.helper.make_node("Add", [product, bias], [output]))
+    return made
