@@ -10,7 +10,7 @@ import json
 from typing import TYPE_CHECKING
 
 from bitquota.canonical import canonical_json
-from bitquota.client.problems import TYPE_PREFIX
+from bitquota.problems import TYPE_PREFIX
 
 if TYPE_CHECKING:
     from bitquota.canonical import JsonObject

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import anyio
 
-from bitquota.client.problems import error_of
 from bitquota.errors import BitquotaError, InvalidInput, TooLarge, Unavailable
+from bitquota.problems import error_of
 from bitquota.service import wire
 from bitquota.service.logs import logger
 

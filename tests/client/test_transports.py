@@ -15,8 +15,9 @@ import pytest
 
 from bitquota import errors
 from bitquota.client import AsyncClient, Client
-from bitquota.client.calls import JobCalls, ServerCalls
 from bitquota.client.effects import Call
+from bitquota.client.job_calls import JobCalls
+from bitquota.client.server_calls import ServerCalls
 from bitquota.request import PlanRequest
 from live_server import LiveServer, folder_zip, npz
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
-from bitquota.client.calls import Event, JobCalls, ServerCalls
-from bitquota.client.problems import TYPE_PREFIX, error_of
+from bitquota.client.job_calls import Event, JobCalls
+from bitquota.client.server_calls import ServerCalls
 from bitquota.client.sources import Upload
 from bitquota.client.transports import AwaitedTransport, BlockingTransport, checked_url, options
+from bitquota.problems import TYPE_PREFIX, error_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping

@@ -1,17 +1,11 @@
-"""problem+json back into the errors of ``bitquota.errors``.
+"""problem+json back into the errors of ``bitquota.errors``, for clients and for our own processes.
 
 Design: docs/design/errors.md
 """
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING
-
 from bitquota.errors import BitquotaError, ServiceError
-
-if TYPE_CHECKING:
-    from bitquota.client.effects import Answer
 
 TYPE_PREFIX = "urn:bitquota:problem:"
 
@@ -26,15 +20,6 @@ def error_of(problem: object, *, status: int = 500) -> BitquotaError:
     named = {str(k): v for k, v in details.items()} if isinstance(details, dict) else {}
     named.pop("message", None)
     return kind(str(message), **named)
-
-
-def error_in(answer: Answer) -> BitquotaError:
-    """Return the error that an answer stands for."""
-    try:
-        body = json.loads(answer.content)
-    except ValueError:
-        body = None
-    return error_of(body, status=answer.status)
 
 
 def _errors_by_slug() -> dict[str, type[BitquotaError]]:
