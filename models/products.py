@@ -120,7 +120,18 @@ class _Stored:
         return tuple(found)
 
 
-class ProductWatcher(TorchDispatchMode):
+class OperatorWatcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A mode that sees each operator and has nothing to do with torch's compiler.
+
+    Torch would mark it as not to be compiled, and import the whole compiler for that: a second.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class ProductWatcher(OperatorWatcher):
     """Within the context, every use of ``parameters`` is written down.
 
     Args:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from bitquota.candidates.layers import LayerKind
 from bitquota.models.calls import tensors_in
+from bitquota.models.products import OperatorWatcher
 from bitquota.quantizers.shrinkage import shrink
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class _Held:
         return found.expand(view.shape)
 
 
-class _ProductMoments(TorchDispatchMode):
+class _ProductMoments(OperatorWatcher):
     def __init__(self, module: nn.Module, layers: Sequence[Layer]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.moments: list[dict[tuple[int, int], _Moment]] = [{} for _ in layers]

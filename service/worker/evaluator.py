@@ -40,7 +40,7 @@ from bitquota.service.jobs.messages import (
 )
 from bitquota.service.jobs.work import Work
 from bitquota.service.security.sandbox import discard_stale_kernels, limit_resources
-from bitquota.service.worker.forkserver import serve
+from bitquota.service.worker.forkserver import serve, torch_on_one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     from bitquota.service.jobs.work import Loaded
 
 _PR_SET_PDEATHSIG = 1
+_COLD_GC_THRESHOLD = 5000
+"""New objects after which a job that imports everything itself looks for garbage. At Python's 700
+it spends a tenth of its processor time on looking through modules."""
 
 
 class Channel:
@@ -131,11 +134,11 @@ def measure_ahead(channel: Channel, tasks: Sequence[Task], do: Callable[[Task], 
 
 
 def main() -> None:
-    """Import everything heavy and serve forks to the driver.
+    """Import what is needed and serve forks to the driver.
 
     Arguments: bytes of private memory, bytes of one file, number of processes (0: not limited),
-    number of the control socket; or ``--warm-up``, which compiles the solver's kernels into
-    ``NUMBA_CACHE_DIR`` and ends.
+    number of the control socket, and whether to warm up first (0 or 1); or ``--warm-up``, which
+    compiles the solver's kernels into ``NUMBA_CACHE_DIR`` and ends.
     """
     if sys.argv[1:] == ["--warm-up"]:
         discard_stale_kernels()
@@ -143,16 +146,16 @@ def main() -> None:
         return
     die_with_parent(int(os.environ.get("BITQUOTA_PARENT_PID", "0")))
     limit_resources(*map(int, sys.argv[1:4]))
-    # Modules are no garbage: looking for some costs a quarter of the start. Frozen, the collector
-    # of a fork leaves them alone, so that their pages stay shared.
-    gc.disable()
-
-    import torch
-
-    torch.set_num_threads(1)  # a pool of threads would not survive a fork
-    warm_up()
-    gc.freeze()
-    gc.enable()
+    if int(sys.argv[5]):
+        # Modules are no garbage: looking for some costs a quarter of the start. Frozen, the
+        # collector of a fork leaves them alone, so that their pages stay shared.
+        gc.disable()
+        torch_on_one_thread()
+        warm_up()
+        gc.freeze()
+        gc.enable()
+    else:
+        gc.set_threshold(_COLD_GC_THRESHOLD)
     parent = os.getpid()
 
     def work(assignment: JsonObject, source: BinaryIO, sink: BinaryIO, loaded: Loaded) -> None:
@@ -165,10 +168,10 @@ def main() -> None:
 
 def answer(assignment: JsonObject, channel: Channel, loaded: Loaded) -> None:
     """Carry out one assignment and tell how it ended."""
-    import torch
-
     channel.start()
-    if assignment["threads"]:
+    if assignment["threads"] and kind_by_name(assignment["kind"]).runs_model:
+        import torch
+
         torch.set_num_threads(assignment["threads"])
     try:
         if assignment.get("helper"):
@@ -272,12 +275,13 @@ def _work(assignment: JsonObject, channel: Channel, loaded: Loaded) -> Work:
 
 def _device(assignment: JsonObject) -> str:
     """Return the device of this evaluator; helpers on one host take its GPUs in turn."""
+    rank = int(assignment.get("rank", 0))
+    if assignment["device"] != "auto" or not rank:
+        return str(assignment["device"])
+
     import torch
 
-    rank = int(assignment.get("rank", 0))
-    if assignment["device"] != "auto" or not rank or not torch.cuda.is_available():
-        return str(assignment["device"])
-    return f"cuda:{rank % torch.cuda.device_count()}"
+    return f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "auto"
 
 
 def die_with_parent(parent: int) -> None:

@@ -14,6 +14,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from bitquota.service import wire
+from bitquota.service.jobs.kinds import kind_by_name
 from bitquota.service.jobs.work import Loaded
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 def preload(assignment: JsonObject, loaded: Loaded) -> None:
     """Load the one model and the one calibration set of an assignment, if it has them."""
+    if not kind_by_name(assignment["kind"]).runs_model:
+        return
+    torch_on_one_thread()
+
     from bitquota.models.load import load_model
     from bitquota.models.samples import load_calibration
 
@@ -39,6 +44,13 @@ def preload(assignment: JsonObject, loaded: Loaded) -> None:
                 loaded.load(paths[0], how)
             except Exception:  # noqa: BLE001  # kept in ``loaded`` for the evaluator
                 return
+
+
+def torch_on_one_thread() -> None:
+    """Import torch and keep it from starting threads, which would not survive a fork."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def serve(

@@ -31,5 +31,5 @@ def migrated(tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """One server for all tests that leave it running and need no settings of their own."""
-    with LiveServer(tmp_path_factory.mktemp("server") / "data", reserve=True) as running:
+    with LiveServer(tmp_path_factory.mktemp("server") / "data") as running:
         yield running

@@ -52,7 +52,8 @@ def assert_problem(answer, status, slug):
 def test_no_torch_in_the_server_the_driver_or_the_client():
     program = (
         "import sys, bitquota.client, bitquota.service.app, bitquota.service.run, "
-        "bitquota.service.worker.driver, bitquota.service.worker.supervisor; "
+        "bitquota.service.worker.driver, bitquota.service.worker.supervisor, "
+        "bitquota.service.worker.evaluator, bitquota.solver.document; "
         "bitquota.service.app.create_app; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -92,6 +92,20 @@ class TestPlanJob:
                 job.wait(**PATIENTLY)
 
 
+class TestReserve:
+    def test_driver_that_waits_takes_the_next_job(self, tmp_path, finished):
+        """And another one waits afterwards."""
+        matrix = finished[0].sensitivity()
+        with LiveServer(tmp_path / "data", reserve=True) as server, server.client() as client:
+            wait_for(lambda: server.working("driver"), "a driver in reserve")
+            waiting = server.working("driver")
+            digest = client.upload("matrix", matrix)
+            job = client.order("solve", {"budget": "3 bits"}, matrix=digest).wait(**PATIENTLY)
+            assert job.result("solution")["objective"] > 0
+            assert f'"driver": {waiting}' in server.log.read_text()
+            wait_for(lambda: server.working("driver") not in {None, waiting}, "the next one")
+
+
 class TestKill:
     """The plans are the undisturbed ones, byte for byte."""
 

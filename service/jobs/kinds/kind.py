@@ -111,6 +111,11 @@ class JobKind:
     derive: Callable[[Mapping[str, Sequence[Path]]], Mapping[str, bytes]] = lambda _given: {}
     checkpoints: tuple[str, ...] = ()
 
+    @property
+    def runs_model(self) -> bool:
+        """Whether the work runs a model, for which its process loads torch."""
+        return any(entry.artifact is ArtifactKind.MODEL for entry in self.inputs)
+
     def result(self, name: str) -> Result:
         """Return a result by name; raises ``InvalidInput``."""
         for result in self.results:

@@ -2,7 +2,8 @@
 
 One process in the sandbox imports torch, warms the solver and, once there is a job, loads the
 model; every worker is a fork of it. So further workers of a job cost milliseconds, and all share
-one copy of torch and of the model. A fork server serves one job and never sees another's.
+one copy of torch and of the model. A fork server serves one job and never sees another's. One that
+neither waits in reserve nor has several workers warms up nothing: its job imports what it needs.
 """
 
 from __future__ import annotations
@@ -109,12 +110,13 @@ class ForkServer:
         most = limits.processes * 5 // 4 if self.sandboxed and counts_processes() else 0
         ours, theirs = socket.socketpair()
         with theirs:
-            numbers = (limits.memory_bytes, limits.file_bytes, most, theirs.fileno())
+            warm = settings.reserve or settings.workers > 1
+            numbers = (limits.memory_bytes, limits.file_bytes, most, theirs.fileno(), warm)
             self._control = ours
             self.process = launch(
                 program,
                 self.directory.view(settings.data_dir, limits.tmp_bytes),
-                [*EVALUATOR, *map(str, numbers)],
+                [*EVALUATOR, *(str(int(number)) for number in numbers)],
                 enter=() if self._group is None else self._group.enter,
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
@@ -180,7 +182,7 @@ class LocalEngine:
         self._server: ForkServer | None = None
 
     def open(self) -> None:
-        """Start the fork server, which loads torch and warms the solver."""
+        """Start the fork server; see ``ForkServer`` for what it loads."""
         if self._server is None:
             self._server = ForkServer(self._settings, self._scratches)
 

@@ -68,6 +68,7 @@ class Host:
             engine="local",
             slots=max(1, given.slots) * given.workers,
             workers=1,
+            reserve=False,
         )
         os.nice(given.nice)
         self._inbox: Inbox = queue.SimpleQueue()

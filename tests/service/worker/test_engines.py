@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -13,6 +14,7 @@ import pytest
 from bitquota.canonical import digest_bytes
 from bitquota.errors import InvalidInput, ServiceError, UnsafeModel
 from bitquota.request import PlanRequest
+from bitquota.service.jobs.kinds import kind_by_name
 from bitquota.service.security.limits import Group, group_of, limits_of
 from bitquota.service.security.watch import descendants
 from bitquota.service.settings import Settings
@@ -20,6 +22,7 @@ from bitquota.service.worker.engines import ENGINES, Assignment, InputFile, engi
 from bitquota.service.worker.engines.local import LocalEngine
 from bitquota.service.worker.worker_pool import WorkerPool
 from live_server import LiveServer
+from seeded_jobs import inventory_of, matrix_of
 from waiting import PATIENCE_S, PATIENTLY, wait_for
 
 REQUEST = PlanRequest(
@@ -29,8 +32,7 @@ REQUEST = PlanRequest(
 PIDS = Path("/sys/fs/cgroup/pids")
 
 
-def input_files(*paths):
-    roles = ("model", "dataset")
+def input_files(*paths, roles=("model", "dataset")):
     return tuple(
         InputFile(
             role=role, name=f"{role}{path.suffix}", path=path,
@@ -57,6 +59,14 @@ def engine(tmp_path):
     made.close()
 
 
+@pytest.fixture
+def unready(tmp_path):
+    """An engine whose process loads what its job needs, once it has one."""
+    made = LocalEngine(Settings(data_dir=tmp_path / "data", reserve=False))
+    yield made
+    made.close()
+
+
 def running(pid):
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
@@ -76,11 +86,12 @@ def private_bytes(pid):
 def python_processes(engine):
     """The fork server and its forks, in order of their start."""
     first = engine._server.process.pid
-    return [
-        pid
-        for pid in [first, *descendants(first)]
-        if "python" in Path(f"/proc/{pid}/exe").readlink().name
-    ]
+    found = []
+    for pid in (first, *descendants(first)):
+        with contextlib.suppress(OSError):  # it has ended
+            if "python" in Path(f"/proc/{pid}/exe").readlink().name:
+                found.append(pid)
+    return found
 
 
 class TestLocalEngine:
@@ -110,6 +121,21 @@ class TestLocalEngine:
         engine.close()
         wait_for(lambda: not any(running(fork) for fork in forks), "the end of all")
 
+    def test_matrix_is_solved_without_torch(self, unready, tmp_path):
+        matrix = tmp_path / "matrix.npz"
+        matrix.write_bytes(matrix_of(inventory_of(4)).to_bytes())
+        request = kind_by_name("solve").request(budget="4 bits").model_dump()
+        head = {"kind": "solve", "request": request, "threads": 1, "device": "auto"}
+        files = input_files(matrix, roles=("matrix",))
+        inbox = queue.SimpleQueue()
+        unready.start(Assignment(head=head, input_files=files, needs_sandbox=False), inbox)
+        said = []
+        while "end" not in said:
+            said.append(inbox.get(timeout=PATIENCE_S)[1][0]["type"])
+        assert "result" in said
+        server, *_ = python_processes(unready)
+        assert "libtorch" not in Path(f"/proc/{server}/maps").read_text()
+
     def test_stranger_without_a_sandbox_is_refused(self, tmp_path, digits_files):
         made = LocalEngine(Settings(data_dir=tmp_path / "data", sandbox="off"))
         try:
@@ -119,21 +145,21 @@ class TestLocalEngine:
             made.close()
         assert list((tmp_path / "data" / "scratch").iterdir()) == []
 
-    def test_file_that_is_no_model_is_told_by_the_worker(self, engine, digits_files, tmp_path):
+    def test_file_that_is_no_model_is_told_by_the_worker(self, unready, digits_files, tmp_path):
         wrong = tmp_path / "wrong.pt2"
         wrong.write_bytes(b"no zip")
         order = helper_order((wrong, digits_files[1]), needs_sandbox=False)
         inbox = queue.SimpleQueue()
-        engine.start(order, inbox)
+        unready.start(order, inbox)
         said = [inbox.get(timeout=PATIENCE_S)[1] for _ in range(3)]
         assert [head["type"] for head, _ in said] == ["progress", "error", "end"]
 
-    def test_dead_fork_server_is_noticed(self, engine, digits_files):
+    def test_dead_fork_server_is_noticed(self, unready, digits_files):
         inbox = queue.SimpleQueue()
-        worker = engine.start(helper_order(digits_files, needs_sandbox=False), inbox)
+        worker = unready.start(helper_order(digits_files, needs_sandbox=False), inbox)
         # Bubblewrap asks for death with its parent early in its start, not at once.
         assert inbox.get(timeout=PATIENCE_S)[1] is not None
-        os.kill(engine._server.process.pid, signal.SIGKILL)
+        os.kill(unready._server.process.pid, signal.SIGKILL)
         while (said := inbox.get(timeout=PATIENCE_S))[1] is not None and not isinstance(
             said[1], Exception
         ):
