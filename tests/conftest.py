@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
@@ -33,11 +34,14 @@ DATA = Path(os.environ.get("BITQUOTA_DATA", ROOT.parent / "shared" / "data"))
 LONGEST = (
     "service/test_durability.py", "service/worker/test_ray_engine.py",
     "service/worker/test_time_limits.py", "service/jobs/test_training_kinds.py",
-    "training/test_learn.py", "service/worker/test_engines.py", "cli/test_training.py",
+    "exports/test_menus.py", "training/test_learn.py", "service/worker/test_engines.py",
+    "cli/test_training.py", "training/test_loop.py", "models/test_fuzzed.py",
     "service/api/test_schema.py", "solver/backends/test_backends.py", "training/test_finetune.py",
     "search/test_allocate.py", "service/jobs/test_kinds.py", "docs/test_quickstarts.py",
     "browser/test_journey.py", "browser/test_looks.py", "cli/test_remote.py",
-    "sensitivity/metrics/test_resnet20.py", "exports/test_exports.py",
+    "docs/test_readme.py", "docs/test_training_page.py", "models/test_plain_weights.py",
+    "cli/test_commands.py", "sensitivity/metrics/test_resnet20.py",
+    "evaluate/test_shipped_weights.py",
     "solver/test_properties.py", "sensitivity/metrics/test_contract.py", "cli/test_sandboxed.py",
     "service/test_hostile.py", "service/test_telemetry.py", "service/test_full_disk.py",
 )  # fmt: skip
@@ -88,6 +92,17 @@ def shared_data() -> Path:
 def repository() -> Path:
     """Return the root of the working tree."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def operators_read_once() -> Iterator[None]:
+    """Torch's ONNX exporter parses its operators, which takes half a second, for one model only."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    read = functools.cache(ONNXRegistry.from_torchlib)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(read))
+        yield
 
 
 @pytest.fixture(scope="session")

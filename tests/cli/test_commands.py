@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
-from trained_digits import calibration, files
+from bitquota.request import PlanRequest
+from bitquota.search.allocate import allocate
+from trained_digits import calibration, files, trained
 
 FAST = ["--bits", "2,4,8", "--samples", "64", "--holdout", "64", "--no-refine"]
 FACTORIES = ["trained_digits:model", "trained_digits:calibration"]
@@ -20,6 +23,21 @@ FACTORIES = ["trained_digits:model", "trained_digits:calibration"]
 def shipped(tmp_path_factory):
     """Return the network as .pt2 and its samples as .npz."""
     return files(tmp_path_factory.mktemp("shipped"))
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """A plan in the folder of the test, made once for all of them."""
+    _plan().save(tmp_path / "plan.json")
+
+
+@functools.cache
+def _plan():
+    request = PlanRequest(
+        budgets=("3 bits",), weight_bits=(2, 4, 8), samples=64, holdout_samples=64, refine=False
+    )
+    (plan,) = allocate(trained().model, trained().fit, request).plans
+    return plan
 
 
 class TestPlan:
@@ -164,9 +182,10 @@ class TestEvaluate:
         bitquota("plan", *FACTORIES, "-b", "4 bits", *FAST)
         x, y = calibration()
         np.savez(tmp_path / "t.npz", x=x[:100].numpy(), y=y[:100].numpy())
+        np.savez(tmp_path / "c.npz", x=x[100:200].numpy())
         code, out, _ = bitquota(
             "evaluate", FACTORIES[0], "t.npz", "--plan", "plan.json", "--baselines", "--json",
-            "--correction-data", FACTORIES[1],
+            "--correction-data", "c.npz",
         )  # fmt: skip
 
         names = [e["name"] for e in json.loads(out)]
@@ -174,9 +193,8 @@ class TestEvaluate:
         assert names[:2] == ["full precision", "plan.json"]
         assert "uniform W4 of plan.json" in names
 
-    def test_stale_plan(self, bitquota, tmp_path):
+    def test_stale_plan(self, bitquota, tmp_path, planned):
         """A plan of other weights ends with exit code 4."""
-        bitquota("plan", *FACTORIES, "-b", "4 bits", *FAST)
         (tmp_path / "other.py").write_text(
             "import copy\nfrom trained_digits import model as good\n"
             "def model():\n    m = copy.deepcopy(good())\n    m.head.bias.data += 1\n    return m\n"
@@ -188,18 +206,16 @@ class TestEvaluate:
 
 
 class TestShow:
-    def test_table_and_markdown(self, bitquota, tmp_path):
+    def test_table_and_markdown(self, bitquota, planned):
         """A plan file can be read again by a person, in both ways."""
-        bitquota("plan", *FACTORIES, "-b", "3 bits", *FAST)
         _, table, _ = bitquota("show", "plan.json")
         _, markdown, _ = bitquota("show", "plan.json", "--markdown")
 
         assert "Plan for 3 bits" in table
         assert markdown.startswith("# plan.json")
 
-    def test_edited_plan(self, bitquota, tmp_path):
+    def test_edited_plan(self, bitquota, tmp_path, planned):
         """A plan that was edited by hand is refused."""
-        bitquota("plan", *FACTORIES, "-b", "3 bits", *FAST)
         text = (tmp_path / "plan.json").read_text()
         (tmp_path / "plan.json").write_text(text.replace('"selected":"', '"selected":"x'))
         code, _, err = bitquota("show", "plan.json")

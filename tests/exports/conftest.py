@@ -36,3 +36,8 @@ def onnx_tokens(tmp_path_factory):
 def tied():
     """A torch model with a tied head whose products have and have not a bias."""
     return load_model("format_networks:tied_tokens")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _many_exports(operators_read_once):
+    """Every file here exports torch models."""

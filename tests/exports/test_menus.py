@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bitquota.candidates.architectures import prepare_inventory
-from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, Scheme
+from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, ScaleRule, Scheme
 from bitquota.candidates.table import Candidate
 from bitquota.candidates.targets import TARGETS
 from bitquota.errors import InvalidPlan
@@ -314,17 +314,19 @@ BY_CHANNEL, BY_TENSOR, BLOCKS = (
     Scheme(granularity=TENSOR),
     Scheme(granularity=GROUP, group_size=32),
 )
-ZEROS = Scheme(grid=Grid.ASYMMETRIC)
+# How a scale is fitted says nothing about how it is stored, and with zero points takes longest.
+RANGES = {"grid": Grid.ASYMMETRIC, "scale_rule": ScaleRule.ABSMAX}
+ZEROS = Scheme(**RANGES)
 INTEGERS = (
     BY_CHANNEL, BY_TENSOR, BLOCKS, replace(BLOCKS, group_size=5),
-    ZEROS, replace(BY_TENSOR, grid=Grid.ASYMMETRIC), replace(BLOCKS, grid=Grid.ASYMMETRIC),
+    ZEROS, replace(BY_TENSOR, **RANGES), replace(BLOCKS, **RANGES),
     replace(ZEROS, scale_format=ScaleFormat.BF16),
 )  # fmt: skip
 LEVELS = (Scheme(grid=Grid.CODEBOOK), Scheme(grid=Grid.CODEBOOK, granularity=TENSOR))
 
 HELD: dict[str, tuple[tuple[int, ...], tuple[Scheme, ...]]] = {
     "onnx-qdq": ((2, 4, 8, 16), (*INTEGERS, *LEVELS)),
-    "onnx-matmulnbits": ((2, 4, 8), (BLOCKS, replace(BLOCKS, grid=Grid.ASYMMETRIC))),
+    "onnx-matmulnbits": ((2, 4, 8), (BLOCKS, replace(BLOCKS, **RANGES))),
     "openvino": ((2, 4, 8), (BY_CHANNEL, BY_TENSOR)),
     "ref-int": ((1, 3, 7), (ZEROS, replace(BLOCKS, group_size=5, scale_format=ScaleFormat.BF16))),
 }  # fmt: skip

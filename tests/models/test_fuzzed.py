@@ -33,9 +33,9 @@ from onnx_graphs import numbers
 @pytest.mark.slow
 def test_seeds_give_the_right_numbers_or_a_refusal():
     """Two dozen of the seeds that ``make fuzz`` runs."""
-    outcomes = in_children(range(64, 104), math.inf)
+    outcomes = in_children(range(64, 88), math.inf)
     assert [o for o in outcomes if o.result == "failed"] == [], report(outcomes, 0)
-    assert sum(o.result == "ok" for o in outcomes) >= 30, report(outcomes, 0)
+    assert sum(o.result == "ok" for o in outcomes) >= 18, report(outcomes, 0)
 
 
 def save(path, nodes, tensors, *, x=("n", 8), y=None, inputs=(), opset=21, kind=1, contrib=False):

@@ -24,6 +24,8 @@ from bitquota.quantizers.weights import quantize
 from bitquota.sensitivity.runners.make import make_runner
 from format_networks import write_pt2
 
+pytestmark = pytest.mark.usefixtures("operators_read_once")
+
 
 class Words(nn.Module):
     """Tokens through an embedding and a recurrent module to logits."""
