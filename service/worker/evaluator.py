@@ -137,7 +137,7 @@ def main() -> None:
     """Import what is needed and serve forks to the driver.
 
     Arguments: bytes of private memory, bytes of one file, number of processes (0: not limited),
-    number of the control socket, and whether to warm up first (0 or 1); or ``--warm-up``, which
+    whether to warm up first (0 or 1), and the number of the control socket; or ``--warm-up``, which
     compiles the solver's kernels into ``NUMBA_CACHE_DIR`` and ends.
     """
     if sys.argv[1:] == ["--warm-up"]:
@@ -146,7 +146,7 @@ def main() -> None:
         return
     die_with_parent(int(os.environ.get("BITQUOTA_PARENT_PID", "0")))
     limit_resources(*map(int, sys.argv[1:4]))
-    if int(sys.argv[5]):
+    if int(sys.argv[4]):
         # Modules are no garbage: looking for some costs a quarter of the start. Frozen, the
         # collector of a fork leaves them alone, so that their pages stay shared.
         gc.disable()
@@ -162,7 +162,7 @@ def main() -> None:
         die_with_parent(parent)
         answer(assignment, Channel(source, sink), loaded)
 
-    with socket.socket(fileno=int(sys.argv[4])) as control:
+    with socket.socket(fileno=int(sys.argv[5])) as control:
         serve(control, work)
 
 

@@ -111,7 +111,7 @@ class ForkServer:
         ours, theirs = socket.socketpair()
         with theirs:
             warm = settings.reserve or settings.workers > 1
-            numbers = (limits.memory_bytes, limits.file_bytes, most, theirs.fileno(), warm)
+            numbers = (limits.memory_bytes, limits.file_bytes, most, warm, theirs.fileno())
             self._control = ours
             self.process = launch(
                 program,
