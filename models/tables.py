@@ -42,7 +42,6 @@ def read_table(
 
     Args:
         path: ``.jsonl`` with one object per line, all with the same keys, or ``.parquet``.
-
         max_bytes: That it may unpack to.
 
     Returns:
@@ -59,6 +58,18 @@ def read_table(
 
 
 def _read_jsonl(path: Path, max_bytes: int) -> str | list[Conversation] | dict[str, NDArray[Any]]:
+    rows = _objects(path, max_bytes)
+    names = list(rows[0]) if rows else []
+    if TEXT_COLUMN not in names and rows and all(_talks(r.get(MESSAGES_COLUMN)) for r in rows):
+        return [row[MESSAGES_COLUMN] for row in rows]
+    _check_keys(path, rows, names)
+    if TEXT_COLUMN in names:
+        return "\n\n".join(row[TEXT_COLUMN] for row in rows)
+    return {name: _listed(path, name, [row[name] for row in rows]) for name in names}
+
+
+def _objects(path: Path, max_bytes: int) -> list[dict[str, Any]]:
+    """Return the object of each line of a ``.jsonl``."""
     if path.stat().st_size > max_bytes:
         raise _too_large(path, max_bytes)
     try:
@@ -69,9 +80,11 @@ def _read_jsonl(path: Path, max_bytes: int) -> str | list[Conversation] | dict[s
     if not all(isinstance(row, dict) for row in rows):
         msg = f"each line of a .jsonl must be an object; '{path.name}' has others"
         raise InvalidCalibration(msg, source=str(path))
-    names = list(rows[0]) if rows else []
-    if TEXT_COLUMN not in names and rows and all(_talks(r.get(MESSAGES_COLUMN)) for r in rows):
-        return [row[MESSAGES_COLUMN] for row in rows]
+    return rows
+
+
+def _check_keys(path: Path, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+    """Raise unless each row has a text, or all have the keys of the first."""
     for k, row in enumerate(rows):
         if TEXT_COLUMN in names and isinstance(row.get(TEXT_COLUMN), str):
             continue
@@ -83,9 +96,6 @@ def _read_jsonl(path: Path, max_bytes: int) -> str | list[Conversation] | dict[s
             f"{', '.join(row)}"
         )
         raise InvalidCalibration(msg, source=str(path))
-    if TEXT_COLUMN in names:
-        return "\n\n".join(row[TEXT_COLUMN] for row in rows)
-    return {name: _listed(path, name, [row[name] for row in rows]) for name in names}
 
 
 def _talks(value: object) -> bool:
@@ -111,36 +121,44 @@ def _listed(path: Path, name: str, values: Sequence[Any]) -> NDArray[Any]:
 def _read_parquet(path: Path, max_bytes: int) -> str | list[Conversation] | dict[str, NDArray[Any]]:
     try:
         import pyarrow as pa
-        from pyarrow import parquet, types
+        from pyarrow import parquet
     except ImportError as err:
         msg = "samples in .parquet need pyarrow; install it with: pip install bitquota[parquet]"
         raise MissingDependency(msg) from err
     try:
         with parquet.ParquetFile(path) as file:
-            kinds = {field.name: field.type for field in file.schema_arrow}
-            kind = kinds.get(TEXT_COLUMN)
-            texts = kind is not None and (types.is_string(kind) or types.is_large_string(kind))
-            listed = kinds.get(MESSAGES_COLUMN)
-            talks = not texts and listed is not None and types.is_list(listed)
-            talks = talks and listed is not None and types.is_struct(listed.value_type)
-            names = [TEXT_COLUMN] if texts else [MESSAGES_COLUMN] if talks else list(kinds)
+            names = [field.name for field in file.schema_arrow]
+            words = _column_of_words(file.schema_arrow)
             batches, total = [], 0
             # In pieces: a small file may unpack to a large one.
-            for batch in file.iter_batches(batch_size=1024, columns=names):
+            for batch in file.iter_batches(batch_size=1024, columns=[words] if words else names):
                 total += batch.nbytes
                 if total > max_bytes:
                     raise _too_large(path, max_bytes)
                 batches.append(batch)
-            if texts:
+            if words == TEXT_COLUMN:
                 documents = (text for b in batches for text in b.column(0).to_pylist() if text)
                 return "\n\n".join(documents)
-            if talks:
+            if words == MESSAGES_COLUMN:
                 return [talk for b in batches for talk in b.column(0).to_pylist() if _talks(talk)]
             table = pa.Table.from_batches(batches, file.schema_arrow)
             return {name: _column(path, name, table.column(name)) for name in names}
     except (OSError, pa.ArrowException) as err:
         msg = f"a .parquet must be a whole file; '{path.name}' cannot be read: {err}"
         raise InvalidCalibration(msg, source=str(path)) from err
+
+
+def _column_of_words(schema: Any) -> str | None:  # noqa: ANN401  # pyarrow's
+    """Return the column that holds documents or conversations, if there is one."""
+    from pyarrow import types
+
+    kinds = {field.name: field.type for field in schema}
+    text, talks = kinds.get(TEXT_COLUMN), kinds.get(MESSAGES_COLUMN)
+    if text is not None and (types.is_string(text) or types.is_large_string(text)):
+        return TEXT_COLUMN
+    if talks is not None and types.is_list(talks) and types.is_struct(talks.value_type):
+        return MESSAGES_COLUMN
+    return None
 
 
 def _column(path: Path, name: str, column: Any) -> NDArray[Any]:  # noqa: ANN401  # pyarrow's

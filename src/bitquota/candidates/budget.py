@@ -136,17 +136,7 @@ class Budget(Document):
         unit = found["unit"].lower()
         scope = Scope((found["scope"] or "model").lower())
         averaged = unit in _AVERAGE_UNITS
-        if found["scope"] and (
-            found["act"]
-            or unit in _BIT_OPS_UNITS
-            or (averaged and unit != "bpw" and scope is Scope.MODEL)
-        ):
-            msg = (
-                "only sizes, shares and 'bpw' can apply to 'weights' or to the whole 'model', "
-                f"averages of codes to the weights alone; got '{text}': leave out "
-                f"'of {found['scope']}', or give a size"
-            )
-            raise InvalidBudget(msg, budget=text)
+        _check_scope(found, text)
         if value <= 0:
             msg = f"a budget must be positive; got '{text}'"
             raise InvalidBudget(msg, budget=text)
@@ -171,16 +161,14 @@ class Budget(Document):
             return cls(resource=_AVERAGE_UNITS[unit], limit=limit, text=text)
         if unit in _BIT_OPS_UNITS:
             return cls(resource="bit_ops", limit=int(value * _BIT_OPS_UNITS[unit]), text=text)
+        if unit != "x" and unit not in _BYTE_UNITS:
+            raise _unreadable(text)
         constant = inventory.unquantized_bits if scope is Scope.MODEL else 0
         if unit == "x":
-            full = inventory.full_precision_bits
-            if scope is Scope.WEIGHTS:
-                full -= inventory.unquantized_bits
-            limit = int(value * full)
-        elif unit in _BYTE_UNITS:
-            limit = int(value * _BYTE_UNITS[unit]) * 8
+            other = inventory.unquantized_bits if scope is Scope.WEIGHTS else 0
+            limit = int(value * (inventory.full_precision_bits - other))
         else:
-            raise _unreadable(text)
+            limit = int(value * _BYTE_UNITS[unit]) * 8
         return cls(resource="size_bits", limit=limit, constant=constant, scope=scope, text=text)
 
     def check(self, table: CandidateTable) -> None:
@@ -233,6 +221,23 @@ def check_budgets(texts: Sequence[str]) -> None:
     for text in texts:
         for part in text.split("+"):
             Budget.parse(part, _ANY_MODEL)
+
+
+def _check_scope(found: re.Match[str], text: str) -> None:
+    """Raise ``InvalidBudget`` if a budget names a scope that its unit cannot have."""
+    unit = found["unit"].lower()
+    codes_of_the_model = (
+        unit in _AVERAGE_UNITS
+        and unit != "bpw"
+        and Scope((found["scope"] or "model").lower()) is Scope.MODEL
+    )
+    if found["scope"] and (found["act"] or unit in _BIT_OPS_UNITS or codes_of_the_model):
+        msg = (
+            "only sizes, shares and 'bpw' can apply to 'weights' or to the whole 'model', "
+            f"averages of codes to the weights alone; got '{text}': leave out "
+            f"'of {found['scope']}', or give a size"
+        )
+        raise InvalidBudget(msg, budget=text)
 
 
 def _unreadable(text: str) -> InvalidBudget:

@@ -101,11 +101,9 @@ def compare_models(
                 positions, counts = None, {}
             else:
                 found, positions, counts = _metrics(output, reference, labels, kind)
-                if part.labels is None and labels is not None:  # of the next tokens
-                    n_next = (labels >= 0).sum(1)
-                    counts |= {m: n_next for m in ("cross_entropy", "top1") if m in counts}
-            if loss is not None and loss.name not in found:
-                found[loss.name] = loss.per_sample(output, reference, labels)
+                counts |= _next_tokens(part, labels, counts)
+                if loss is not None and loss.name not in found:
+                    found[loss.name] = loss.per_sample(output, reference, labels)
             found |= {metric: own(output, labels) for metric, own in (custom or {}).items()}
             seen[name].add(found, positions, counts)
         if context is not None:
@@ -115,6 +113,16 @@ def compare_models(
     # Means over the samples, and paired differences to every other model.
     values = {name: found.values() for name, found in seen.items()}
     return [_model_scores(name, values, seen[name]) for name in models]
+
+
+def _next_tokens(
+    part: CalibrationSet, labels: Tensor | None, counts: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return over how many next tokens of each sample a metric of ``counts`` is, if over such."""
+    if part.labels is not None or labels is None:
+        return {}
+    n_next = (labels >= 0).sum(1)
+    return {metric: n_next for metric in ("cross_entropy", "top1") if metric in counts}
 
 
 @dataclass(slots=True)
