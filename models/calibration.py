@@ -123,6 +123,15 @@ class CalibrationSet:
             seed=self.seed if seed is None else seed,
         )
 
+    def begin(self, n: int) -> Self:
+        """Return the same samples of tokens, each cut to its first ``n``."""
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[:, :n] if tensor.ndim > 1 else tensor
+
+        labels = None if self.labels is None else cut(self.labels)
+        return replace(self, inputs=tuple(map(cut, self.inputs)), labels=labels)
+
     def first(self, n: int) -> Self:
         """Return the first ``n`` samples (all, if there are fewer)."""
         return self.take(range(min(n, len(self))))

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import os
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bitquota.canonical import digest_json
 from bitquota.errors import InvalidModel, UnsafeModel
-from bitquota.models.identity import Computation
-from bitquota.models.loaded import LoadedModel, finish
+from bitquota.models.identity import HALF_TYPES, Computation, computation_of, model_fingerprint
+from bitquota.models.loaded import LoadedModel, check_finite, finish
 from bitquota.models.outlines import outline, run_outline
 from bitquota.models.padding import without_padding
+from bitquota.models.pages import Pages
 from bitquota.models.transformer_classes import answer_of, check_parts, model_class
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -98,6 +100,43 @@ def load_folder_outline(path: Path) -> LoadedModel:
     )
 
 
+def load_folder_paged(path: Path) -> LoadedModel:
+    """Load what ``load_folder`` loads, but leave the weights in their files (see ``pages``).
+
+    The module is in the precision of the checkpoint. Its weights are checked and hashed one after
+    the other, so its digest is that of ``load_folder``.
+
+    Raises:
+        UnsafeModel: As ``load_folder``.
+        InvalidModel: As ``load_folder``.
+        MissingDependency: As ``load_folder``.
+
+    Cost: reads every weight twice; memory for the largest one in float32.
+    """
+    config = _read_config(path)
+    outlined = load_folder_outline(path)
+    _check_weights(path)
+    pages = Pages(path)
+    if not any(tensor.dtype in HALF_TYPES for tensor in pages.tensors.values()):
+        stored = torch.float32
+    else:
+        stored = next(t.dtype for t in pages.tensors.values() if t.dtype in HALF_TYPES)
+    module = _load_module(path, config, pages.tensors, stored)
+    for part in module.modules():
+        if next(part.parameters(recurse=False), None) is not None:
+            part.register_forward_hook(lambda part, _args, _output: pages.release(part))
+    module = module.eval()
+    check_finite(module, pages.release_tensor)
+    computation = computation_of(module)
+    return replace(
+        outlined,
+        module=module,
+        outline=outlined.module,
+        pages=pages,
+        digest=model_fingerprint(module, computation, pages.release_tensor),
+    )
+
+
 def load_folder_module(path: Path) -> nn.Module:
     """Return the module of ``load_folder`` alone; raises what it raises."""
     module: nn.Module = _load_module(path, _read_config(path), None)
@@ -147,29 +186,35 @@ def _stored_shapes(path: Path) -> dict[str, _Header]:
     return found
 
 
-def _load_module(path: Path, config: JsonObject, shapes: dict[str, _Header] | None) -> Any:  # noqa: ANN401
-    """Return the module of a folder: with its weights, or with ``shapes`` on the meta device."""
+def _load_module(
+    path: Path,
+    config: JsonObject,
+    tensors: Mapping[str, _Header | Tensor] | None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:  # noqa: ANN401
+    """Return the module of a folder: with its weights, or with those of ``tensors``."""
     _check_weights(path)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     kind = model_class(config, path)
     options: dict[str, Any] = {
         "local_files_only": True,
         "trust_remote_code": False,
-        "dtype": torch.float32,
+        "dtype": dtype,
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # they are told, and refused below
     }
     try:
         with quiet_transformers():
-            if shapes is None:
+            if tensors is None:
                 model, info = kind.from_pretrained(str(path), use_safetensors=True, **options)
             else:
-                # The usual way of computing experts chooses by values which of them are run.
+                if any(isinstance(tensor, _Header) for tensor in tensors.values()):
+                    # The usual way of computing experts chooses by values which of them are run.
+                    options["experts_implementation"] = "batched_mm"
                 model, info = kind.from_pretrained(
                     None,
                     config=kind.config_class.from_pretrained(str(path), local_files_only=True),
-                    state_dict=shapes,
-                    experts_implementation="batched_mm",
+                    state_dict=dict(tensors),
                     **options,
                 )
     except Exception as err:  # a config can fail anywhere in transformers
@@ -197,7 +242,7 @@ def _load_module(path: Path, config: JsonObject, shapes: dict[str, _Header] | No
     described = {k: v for k, v in config.items() if k not in _WITHOUT_EFFECT}
     found = Computation(digest=digest_json([type(model).__name__, described]))
     type(module).computation = lambda _: found  # type: ignore[attr-defined]
-    headless = str(config["architectures"][0]).endswith("Model")
+    headless = module.base_model is module
     type(module).output_name = "embedding" if headless else "logits"  # type: ignore[attr-defined]
     return module
 

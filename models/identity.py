@@ -59,22 +59,33 @@ class Computation:
     has_weights: bool = False
 
 
-def model_fingerprint(module: nn.Module, computation: Computation | None = None) -> str:
+HALF_TYPES = frozenset({torch.float16, torch.bfloat16})
+"""Types in which checkpoints are stored; models are measured, and known, in float32."""
+
+
+def model_fingerprint(
+    module: nn.Module,
+    computation: Computation | None = None,
+    after: Callable[[Tensor], None] | None = None,
+) -> str:
     """Return ``sha256:…`` of the tensors of ``module`` and of what it computes.
 
     Args:
         module: Any module, in eval mode.
         computation: What it computes, where that is known already.
+        after: Called with each tensor when it has been read.
 
     Cost: one hash over all tensors, and two symbolic traces of a module that holds no graph.
     """
     known = computation_of(module) if computation is None else computation
-    weights = None if known.has_weights else weights_fingerprint(module)
+    weights = None if known.has_weights else weights_fingerprint(module, after)
     return digest_json(["bitquota/model/2", known.digest, weights])
 
 
-def weights_fingerprint(module: nn.Module) -> str:
+def weights_fingerprint(module: nn.Module, after: Callable[[Tensor], None] | None = None) -> str:
     """Return ``sha256:…`` over ``name|dtype|shape|bytes`` of all stored tensors, sorted by name.
+
+    Half precision is hashed as the float32 that it is measured in.
 
     Tied weights are hashed under each of their names. Independent of the device. Plans of
     releases before 2026-11-28 name their model by this digest.
@@ -83,11 +94,15 @@ def weights_fingerprint(module: nn.Module) -> str:
     for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
         if not isinstance(tensor, torch.Tensor):
             continue
+        stored = tensor
+        tensor = tensor.float() if tensor.dtype in HALF_TYPES else tensor  # noqa: PLW2901
         shape = "x".join(map(str, tensor.shape))
         state.update(f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{shape}|".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():  # an empty one cannot be viewed as bytes
             state.update(flat.view(torch.uint8).numpy().data)
+        if after is not None:
+            after(stored)
     return f"sha256:{state.hexdigest()}"
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from bitquota.errors import InvalidInput, InvalidModel, UnsafeModel
 from bitquota.models.factory import call_factory
 from bitquota.models.gguf_folder import unpacked_gguf
-from bitquota.models.huggingface import load_folder, load_folder_outline
+from bitquota.models.huggingface import load_folder, load_folder_outline, load_folder_paged
 from bitquota.models.loaded import LoadedModel, finish
 from bitquota.models.onnx.module import load_onnx
 from bitquota.models.pt2.build import build_pt2
@@ -60,6 +60,30 @@ def load_model(spec: str, *, allow_pt2: bool = True, allow_factory: bool = True)
             return _from_pt2(path)
         case ModelSource.ONNX:
             return load_onnx(path)
+
+
+def load_within(spec: str, memory_bytes: int, **permitted: bool) -> LoadedModel:
+    """Load a model, and leave the weights of a folder in their files if they would not fit.
+
+    Args:
+        spec: As for ``load_model``.
+        memory_bytes: What weights in float32 may take in memory.
+        **permitted: As for ``load_model``.
+
+    Raises:
+        UnsafeModel: As ``load_model``.
+        InvalidModel: As ``load_model``.
+        InvalidInput: As ``load_model``.
+        MissingDependency: As ``load_model``.
+    """
+    folder, source = Path(spec), model_source(spec)
+    if source is ModelSource.GGUF:
+        folder = unpacked_gguf(folder)
+    if source in {ModelSource.FOLDER, ModelSource.GGUF}:
+        shapes = load_folder_outline(folder).module.parameters()
+        if 4 * sum(shape.numel() for shape in shapes) > memory_bytes:
+            return replace(load_folder_paged(folder), source=spec)
+    return load_model(spec, **permitted)
 
 
 def load_outline(spec: str) -> LoadedModel:

@@ -18,6 +18,7 @@ from bitquota.models.plain_weights import with_plain_weights
 from bitquota.plan import ONLY_WEIGHTS, Plan
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.layers import Inventory
     from bitquota.models.calibration import CalibrationSet
+    from bitquota.models.pages import Pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -47,6 +49,9 @@ class LoadedModel:
         weights: Files of quantized weights that belong to plans for this model, or their content;
             each plan names its own by digest.
         identity_note: What ``digest`` does not cover, for a person; empty where it covers all.
+        pages: The files that the weights of ``module`` are read from while it runs, in the
+            precision of the checkpoint; ``None`` for weights that are in memory.
+        outline: The outline of a module whose weights stay in their files.
     """
 
     module: nn.Module
@@ -59,6 +64,8 @@ class LoadedModel:
     imatrix: Path | None = None
     weights: tuple[Path | bytes, ...] = ()
     identity_note: str = ""
+    pages: Pages | None = None
+    outline: nn.Module | None = None
 
 
 class Recognised(Enum):
@@ -110,8 +117,10 @@ def finish(
     )
 
 
-def check_finite(module: nn.Module) -> None:
+def check_finite(module: nn.Module, after: Callable[[Tensor], None] | None = None) -> None:
     """Raise ``InvalidModel`` if a parameter or buffer holds NaN or infinity.
+
+    ``after`` is called with each tensor when it has been read.
 
     Buffers may hold minus infinity (attention masks), parameters may not.
     """
@@ -121,6 +130,8 @@ def check_finite(module: nn.Module) -> None:
                 continue
             bad = tensor.isnan() if kind == "buffer" else ~tensor.isfinite()
             n_bad = int(bad.sum())
+            if after is not None:
+                after(tensor)
             if n_bad:
                 msg = (
                     f"the weights of a model must be finite; {n_bad:,} of {tensor.numel():,} "
@@ -151,5 +162,6 @@ def check_model(plan: Plan, model: LoadedModel) -> str:
 
 def inventory_of(module: torch.nn.Module, model: LoadedModel, samples: CalibrationSet) -> Inventory:
     """Return the tensors of ``module``, counted in the format that the checkpoint has them in."""
-    found = discover(module, samples.first(2).inputs, model_digest=model.digest)
+    seen = module if model.outline is None else model.outline
+    found = discover(seen, samples.first(2).inputs, model_digest=model.digest)
     return found.stored_in(model.weight_format_bits)

@@ -21,12 +21,14 @@ def padding_mask(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None
     """Return ``bool[N, T]``, true where ``inputs`` hold tokens; ``None`` if nothing is padded.
 
     Args:
-        module: A model; one whose class has ``takes_padding`` takes a mask as its second input.
+        module: A model; one that has ``takes_padding`` takes a mask as its second input, or where
+            ``mask_at`` says (part of a model is also given what the part before it returned).
         inputs: Of one pass.
     """
-    if not getattr(module, "takes_padding", False) or len(inputs) < 2:
+    at: int = getattr(module, "mask_at", 1)
+    if not getattr(module, "takes_padding", False) or len(inputs) <= at:
         return None
-    mask: Tensor = inputs[1] != 0
+    mask: Tensor = inputs[at] != 0
     return None if mask.ndim != 2 or bool(mask.all()) else mask
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -92,6 +93,7 @@ def fit_quantizers(
     importance: Importance | None = None,
     rounding: str = Rounder.NEAREST,
     memory_bytes: int = 2**30,
+    by_parts: bool = False,
 ) -> Fitted:
     """Fit what any of ``candidates`` needs on ``samples``.
 
@@ -105,6 +107,8 @@ def fit_quantizers(
         rounding: One of ``request.ROUNDINGS``; ``learned`` begins as ``qep`` (see ``learning``).
         memory_bytes: What the moments of inputs may take where ``rounding`` is ``auto``; where they
             would take more, weights are rounded to nearest.
+        by_parts: The model is a chain that is quantized part by part (``stacked``): Grams are
+            taken then, and need not fit into memory all at once.
 
     Raises:
         InvalidInput: Activation ranges or feedback, and no samples.
@@ -116,7 +120,7 @@ def fit_quantizers(
     offered = list(candidates)
     needs_ranges = any(c.activation_bits is not None for c in offered)
     rounded = [c for c in offered if c.weight_bits != FULL_PRECISION_BITS]
-    rounding = _first_rounding(rounding, inventory, rounded, memory_bytes)
+    rounding = _first_rounding(rounding, inventory, rounded, math.inf if by_parts else memory_bytes)
     in_order = rounding != Rounder.NEAREST and bool(rounded)
     fed = any(c.scheme.rounding is Rounding.ERROR_FEEDBACK for c in rounded)
 
@@ -128,7 +132,7 @@ def fit_quantizers(
             msg = f"{what} fitted on samples: provide correction data, such as the calibration set"
             raise InvalidInput(msg)
         batches = [b.inputs for b in samples.batches(BATCH)]
-        if in_order or fed:
+        if (in_order or fed) and not by_parts:
             grams = partial(input_grams, module, inventory, batches, shrunk=True)
         if needs_ranges:
             activations = collect_by(activation_fit, module, inventory, batches)
@@ -150,7 +154,7 @@ def fit_quantizers(
 
 
 def _first_rounding(
-    asked: str, inventory: Inventory, rounded: Sequence[Candidate], memory_bytes: int
+    asked: str, inventory: Inventory, rounded: Sequence[Candidate], memory_bytes: float
 ) -> str:
     """Return ``asked``, or the rounding that ``auto`` or ``learned`` begins with."""
     if asked == AUTO:

@@ -7,6 +7,7 @@ References:
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,18 +50,47 @@ def gptq(values: Tensor, grid: MatrixGrid, rows: slice, gram: Tensor) -> Tensor:
 
     Cost: O(columns^3 + n columns^2).
     """
-    order = gram.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(gram[order][:, order])
+    order, factor, feedback = _factored(gram)
     # float32 chooses the same codes but for a few at middles, in two thirds of the time.
     dtype = torch.float32 if grid.bits <= 8 else torch.float64
     # Column j moves by err_s U_sj for every s before it, with err_s = (w_s - q_s) / U_ss.
     columns = grid.columns(rows, order, dtype)
     low = values.to(dtype)
     found = path(low, columns, order, factor.to(dtype), divisor=factor.diagonal())
-    feedback = path_feedback(gram, order).to(dtype)
+    back = feedback.to(dtype)
     for _ in range(SWEEPS):
-        found = descend(low, found, columns, order, feedback)
+        found = descend(low, found, columns, order, back)
     return found.to(values.dtype)
+
+
+class _Latest(threading.local):
+    """The last Gram that was factored: the candidates of a layer are rounded one after the other.
+
+    It is held, so that no other Gram can come to lie at its address.
+    """
+
+    gram: Tensor | None = None
+    version: int = 0
+    found: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+_latest = _Latest()
+
+
+def _factored(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the order of columns, the factor in it, and what ``path_feedback`` returns."""
+    last = _latest.gram
+    if (
+        last is None
+        or _latest.found is None
+        or (last.data_ptr(), last.shape, _latest.version)
+        != (gram.data_ptr(), gram.shape, gram._version)  # noqa: SLF001  # counts writes
+    ):
+        order = gram.diagonal().argsort(descending=True, stable=True)
+        factor = inverse_factor(gram[order][:, order])
+        _latest.found = order, factor, path_feedback(gram, order)
+        _latest.gram, _latest.version = gram, gram._version  # noqa: SLF001
+    return _latest.found
 
 
 def inverse_factor(gram: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +13,13 @@ from bitquota.candidates.layers import MATRICES, LayerKind
 from bitquota.models.calls import LayerWatcher, tensor_key
 from bitquota.models.onnx.program import source_of
 from bitquota.models.padding import inputs_that_count, padding_mask
+from bitquota.models.running import tensor_of
 from bitquota.quantizers.product_moments import product_grams
 from bitquota.quantizers.shrinkage import shrink
 from bitquota.quantizers.walk import walk_onnx
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable
 
     from torch import Tensor, nn
 
@@ -48,7 +50,7 @@ def input_grams(
     Args:
         module: The full-precision model, or one whose earlier layers are quantized already.
         inventory: Its layers.
-        batches: Positional arguments of forward passes.
+        batches: Positional arguments of forward passes; a sequence is gone through twice at most.
         layers: Only these; all by default. A Gram takes ``groups x columns^2`` float64.
         shrunk: Allow for how few the positions are (``shrink``); the Grams are sums no longer.
 
@@ -65,11 +67,11 @@ def input_grams(
         return _onnx_grams(module, asked, batches).found(shrunk=shrunk)
     inside = [la for la in asked if la.kind is LayerKind.EXPERTS or la.kind in MATRICES]
     wanted = {
-        tensor_key(module.get_parameter(layer.weight_name)): layer
+        tensor_key(tensor_of(module, layer.weight_name)): layer
         for layer in asked
         if layer not in inside and layer.kind is not LayerKind.EMBEDDING
     }
-    batches = list(batches)
+    batches = batches if isinstance(batches, Sequence) else list(batches)
     grams = _Grams()
     watcher = _GramWatcher(wanted, grams, len(batches))
     if wanted:

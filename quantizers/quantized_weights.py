@@ -47,7 +47,7 @@ class QuantizedWeights:
         rounding: Rounder = Rounder.NEAREST,
     ) -> None:
         self._module = module
-        self._rounding = rounding
+        self.rounding = rounding
         self._grams = None if grams is None else functools.cache(grams)
         self.importance = importance or {}
         self._inventory = inventory
@@ -59,6 +59,10 @@ class QuantizedWeights:
         return QuantizedWeights(
             self._module, self._inventory, self._grams, self.importance, Rounder.NEAREST
         )
+
+    def forget(self) -> None:
+        """Forget what was computed."""
+        self._cache.clear()
 
     def layer(self, name: str) -> Layer:
         """Return the layer; raises ``InvalidInput`` for a name that the inventory lacks."""
@@ -94,7 +98,7 @@ class QuantizedWeights:
             importance=self.importance.get(layer.name),
             inputs_gram=gram,
             # Where no Gram could be seen, weights are rounded to nearest.
-            rounding=None if gram is None or self._rounding is Rounder.NEAREST else self._rounding,
+            rounding=None if gram is None or self.rounding is Rounder.NEAREST else self.rounding,
         )
         self._keep(candidate, from_matrix(found.dequantize(), layer))
         return found

@@ -119,12 +119,28 @@ def round_codes(values: Tensor, grid: MatrixGrid, rounder: Rounder, gram: Tensor
         rows = slice(g * per_group, (g + 1) * per_group)
         fed = FEEDBACK[rounder](values[rows], grid, rows, own)
         kept = nearest[rows]
-        better = _output_error(values[rows] - fed, own) < _output_error(values[rows] - kept, own)
+        better = _smaller_error(values[rows] - fed, values[rows] - kept, own)
         found[rows] = torch.where(better[:, None], fed, kept)
     # A value of the grid has one nearest code: its own.
     return grid.nearest(found)
 
 
+CLEAR = 1e-3
+"""Output errors in float32 that differ by this share are told apart by it."""
+
+
+def _smaller_error(one: Tensor, other: Tensor, gram: Tensor) -> Tensor:
+    """Return for each row whether ``one`` has the smaller output error."""
+    small = gram.float()
+    first, second = (_output_error(error.float(), small) for error in (one, other))
+    better = first < second
+    unclear = (first - second).abs() <= CLEAR * torch.maximum(first, second)
+    if bool(unclear.any()):
+        rows = unclear.nonzero()[:, 0]
+        better[rows] = _output_error(one[rows], gram) < _output_error(other[rows], gram)
+    return better
+
+
 def _output_error(error: Tensor, gram: Tensor) -> Tensor:
-    """Return f64[n]: ``e G e^T`` of each row."""
+    """Return ``e G e^T`` of each row, ``[n]``."""
     return ((error @ gram) * error).sum(dim=1)

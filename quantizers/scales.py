@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 PERCENTILE = 0.995
 """Share of weights that the percentile rule keeps inside the grid."""
 
+BREAKPOINTS_AT_ONCE = 1 << 16
 VALUES_AT_ONCE = 1 << 15
-"""Values whose scales are fitted together: what they need stays in the processor's cache."""
+"""What is fitted together, exactly and by scans: it stays in the processor's cache."""
 
-EXACT_LIMIT_BREAKPOINTS = 1 << 23
-"""Above it (6 bits and more on a weight of a language model) the fit of a matrix is a scan."""
+EXACT_LIMIT_BREAKPOINTS = 1 << 21
+"""Above it (4 bits and more on a weight of a language model) the fit of a matrix is a scan."""
 
 SCAN_POINTS = 48
 LATTICE_POINTS = 3
@@ -164,7 +165,8 @@ def least_squares_scales(
     ).double()  # [ranges, 2, lines]
     top = float(torch.maximum(-bounds[:, 0], bounds[:, 1]).max())
     fit = _scanned_scales if top * values.numel() > EXACT_LIMIT_BREAKPOINTS else _exact_scales
-    at_once = max(1, VALUES_AT_ONCE // n)
+    exact = fit is _exact_scales
+    at_once = max(1, int(BREAKPOINTS_AT_ONCE // (top * n) if exact else VALUES_AT_ONCE // n))
     parts = []
     for start in range(0, lines, at_once):
         part = slice(start, start + at_once)

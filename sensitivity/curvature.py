@@ -95,14 +95,14 @@ def curvature_factor(loss: Loss, output: Tensor, noise: Tensor) -> Tensor:
         return joined.reshape(noise.shape)
     positions = output.numel() // output.shape[-1] // n if output.ndim > 1 else 1
     if loss.name in SOFTMAX_LOSSES:
-        q = functional.softmax(output.double(), dim=-1)
+        q = functional.softmax(output.to(noise.dtype), dim=-1)
         spread: Tensor = q.sqrt() * noise
         spread = spread - q * spread.sum(dim=-1, keepdim=True)
         weights = position_weights(output) if output.ndim > 1 else 1.0
         scaled: Tensor = spread * weights**0.5
         return scaled
     if loss.name == "binary_kl":
-        yes = output.double().sigmoid()
+        yes = output.to(noise.dtype).sigmoid()
         return noise * (yes * (1 - yes) / positions).sqrt()
     if loss.name in {"mse", "relative_mse"}:
         scale = loss.scale if isinstance(loss, RelativeSquaredError) else 1.0

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from bitquota.context import Context
 from bitquota.sensitivity.recorder import (
     Recorder,
     Shared,
     base_change,
+    checked_losses,
     merged,
 )
+from bitquota.sensitivity.runners.stack import StackRunner
 from bitquota.sensitivity.tasks import CHOICES, Task, as_point
 
 if TYPE_CHECKING:
@@ -82,6 +85,11 @@ def measure_choices(
         keys = recorder.keys(chunk, [merged(base, change) for change in changes])
 
         def run(places: list[int], chunk: int = chunk) -> list[NDArray[np.float64]]:
+            if isinstance(runner, StackRunner):
+                asked = [
+                    None if place == 0 else merged(base, changes[place - 1]) for place in places
+                ]
+                return checked_losses(torch.stack(runner.losses(chunk, asked, loss)), loss.name)
             state: State | None = None
             outputs: list[Tensor] = []
             for place in places:

@@ -17,12 +17,14 @@ Design: docs/design/measures.md
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 
 from bitquota.sensitivity.curvature import curvature_factor
+from bitquota.sensitivity.losses import VOCABULARY
 from bitquota.sensitivity.metrics.local_response import measure_rows, response_to
 from bitquota.sensitivity.metrics.metric import (
     BACKWARD,
@@ -35,8 +37,12 @@ from bitquota.sensitivity.metrics.metric import (
     local_cost,
     over_chunks,
 )
+from bitquota.sensitivity.metrics.stack_scores import measure_stack
+from bitquota.sensitivity.runners.stack import StackRunner
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from bitquota.candidates.table import CandidateTable, Row
@@ -45,16 +51,13 @@ if TYPE_CHECKING:
     from bitquota.sensitivity.metrics.local_response import Calls
     from bitquota.sensitivity.runners.base import Runner
 
-SEED = 0
-"""Of the random signs, which depend on nothing but the chunk and the shape of the output."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Direction:
     """A linear loss whose gradient in the output is one random direction ``v`` per sample."""
 
     of: Loss
-    seed: int
+    seeds: Sequence[int]
 
     @property
     def name(self) -> str:
@@ -71,11 +74,37 @@ class _Direction:
     def per_sample(self, output: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:
         """Return ``f64[n]``: ``v · output``."""
         del reference, labels
-        generator = torch.Generator().manual_seed(self.seed)
-        signs = torch.randint(0, 2, (1, *output.shape), generator=generator)
-        noise = (2.0 * signs - 1.0).double().to(output.device)
-        direction = curvature_factor(self.of, output.detach(), noise)[0]
+        direction = random_direction(self.of, output.detach(), self.seeds)
         return (direction * output.double()).reshape(len(output), -1).sum(dim=1)
+
+
+def random_direction(loss: Loss, output: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Return ``v = B ξ`` of each sample, ``[n, ...]``, ``B Bᵀ`` being the loss's Hessian there.
+
+    Args:
+        loss: The loss.
+        output: ``[n, ...]``, where the Hessian is taken.
+        seeds: Of the random signs of each sample.
+
+    Raises:
+        InvalidInput: No factor of the loss's Hessian is known.
+    """
+    signs = torch.stack(
+        [
+            torch.randint(
+                0,
+                2,
+                output.shape[1:],
+                generator=torch.Generator().manual_seed(seed),
+                dtype=torch.int8,
+            )
+            for seed in seeds
+        ]
+    )
+    # Directions are random: those of a vocabulary need no more than float32.
+    exact = torch.float64 if output.shape[-1] < VOCABULARY else torch.float32
+    noise = signs.to(output.device).to(exact).mul_(2.0).sub_(1.0)
+    return curvature_factor(loss, output, noise[None])[0]
 
 
 class _Channels:
@@ -168,9 +197,13 @@ class GramWeightedError(Metric):
         Raises:
             InvalidInput: No factor of the loss's Hessian is known.
         """
-        found = measure_rows(
-            work, _Score(), lambda chunk: _Direction(of=work.loss, seed=SEED + chunk)
-        )
+        if isinstance(work.runner, StackRunner):
+            found = measure_stack(work, work.runner, partial(random_direction, work.loss))
+        else:
+            chunks = work.runner.chunks
+            found = measure_rows(
+                work, _Score(), lambda chunk: _Direction(of=work.loss, seeds=chunks[chunk])
+            )
         per_chunk = np.concatenate(found, axis=1).T  # f64[C, n_rows]
         return Scores(
             diagonal=chunk_weights(work.runner) @ per_chunk,

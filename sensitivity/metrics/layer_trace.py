@@ -27,7 +27,7 @@ from bitquota.models.running import checked_output, inputs_of, labels_of
 from bitquota.sensitivity.metrics.gradients import gradients_at
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from torch import Tensor
 
@@ -106,6 +106,7 @@ class _Recorder(TorchFunctionMode):
     names: dict[tuple[Any, ...], str]
     gradients: bool
     features: bool
+    inputs: bool = True
     calls: list[TracedCall] = field(default_factory=list)
     probes: list[Tensor] = field(default_factory=list)
     _tainted: dict[int, Tensor] = field(default_factory=dict)
@@ -177,7 +178,7 @@ class _Recorder(TorchFunctionMode):
                 layer=layer,
                 operator=name,
                 # A copy: the model may change the tensor in place later on.
-                inputs=inputs.detach().clone(),
+                inputs=inputs.detach().clone() if self.inputs else inputs.new_empty(0),
                 channel_axis=-1 if known is None else known.channel_axis,
                 output_dims=result.ndim,
                 _function=func,
@@ -254,14 +255,56 @@ def trace_layers(
     found: dict[str, list[TracedCall]] = {name: [] for name in layers}
     for call in recorder.calls:
         found[call.layer].append(call)
-    if missing := [name for name, calls in found.items() if not calls]:
+    check_all_seen({name for name, calls in found.items() if calls}, layers, metric)
+    return found
+
+
+def trace_gradients(
+    run: Callable[..., Tensor],
+    values: Sequence[Tensor],
+    direction: Callable[[Tensor], Tensor],
+    names: dict[tuple[Any, ...], str],
+    metric: str,
+    *,
+    at_input: bool,
+) -> tuple[list[TracedCall], Tensor]:
+    """Run part of a model, and return its layers' calls with gradients, and that at its input.
+
+    Args:
+        run: Runs the part.
+        values: What it is called with.
+        direction: Returns the gradient at the output, given the output.
+        names: Layers by ``tensor_key`` of their weights.
+        metric: Whom to name in an error.
+        at_input: Whether a gradient at the first of ``values`` is wanted; else it is empty.
+
+    Cost: one pass forwards and backwards; the inputs of the calls are not kept.
+    """
+    recorder = _Recorder(names, gradients=True, features=False, inputs=False)
+    first, *others = values
+    leaf = first.detach().requires_grad_(at_input)
+    with torch.enable_grad():
+        with recorder:
+            output = run(leaf, *others)
+        recorder.finish()
+        total = (output * direction(output.detach()).to(output.dtype)).sum()
+    leaves = [*recorder.probes, *([leaf] if at_input else [])]
+    gradients = gradients_at(total, leaves, metric)
+    for call, gradient in zip(recorder.calls, gradients, strict=False):
+        call.gradient = gradient
+    back = gradients[-1] if at_input else None
+    return recorder.calls, torch.zeros_like(first) if back is None else back
+
+
+def check_all_seen(seen: Collection[str], layers: Sequence[str], metric: str) -> None:
+    """Raise ``InvalidModel`` if one of ``layers`` was not seen to multiply its weight."""
+    if missing := [name for name in layers if name not in seen]:
         msg = (
             f"the metric '{metric}' must see every layer multiply its weight; it does not see "
             f"{', '.join(missing[:3])} (experts, fused attention, or a model that runs outside "
             "torch): use 'diagonal', 'gram' or 'pairs', or exclude the layer"
         )
         raise InvalidModel(msg, measure=metric, layers=missing)
-    return found
 
 
 def _take_gradients(recorder: _Recorder, total: Tensor, metric: str) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 import torch
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS
+from bitquota.context import DEFAULT_MEMORY_BYTES
 from bitquota.models.references import References
 from bitquota.models.running import DEFAULT_CHUNK, labels_of, put_in_eval_mode
 from bitquota.quantizers.quantized_weights import QuantizedWeights
@@ -42,8 +43,6 @@ BatchNormMode = Literal["eval", "moved"]
 
 Precision = Literal["fp32", "bf16"]
 """In which arithmetic layers are run; weights are always quantized in float32."""
-
-DEFAULT_MEMORY_BYTES = 2**30
 
 
 def describe_change(change: Change) -> list[JsonObject]:

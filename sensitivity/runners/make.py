@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, TypedDict
 
+from bitquota.context import DEFAULT_MEMORY_BYTES
 from bitquota.errors import InvalidInput, InvalidModel
 from bitquota.models.onnx.program import source_of
 from bitquota.models.running import (
@@ -11,12 +12,6 @@ from bitquota.models.running import (
     inputs_of,
     put_in_eval_mode,
     run_module,
-)
-from bitquota.sensitivity.runners.base import (
-    DEFAULT_MEMORY_BYTES,
-    BatchNormMode,
-    Precision,
-    Runner,
 )
 from bitquota.sensitivity.runners.eager import EagerRunner
 from bitquota.sensitivity.runners.graph import GraphRunner
@@ -30,6 +25,7 @@ if TYPE_CHECKING:
     from bitquota.candidates.layers import Inventory
     from bitquota.models.calibration import CalibrationSet
     from bitquota.quantizers.fitted import Fitted
+    from bitquota.sensitivity.runners.base import BatchNormMode, Precision, Runner
     from bitquota.sensitivity.runners.graph import Graphs
 
 

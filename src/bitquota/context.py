@@ -19,6 +19,9 @@ from bitquota.progress import Course, IsCancelled, OnProgress, Progress, stage_w
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+DEFAULT_MEMORY_BYTES = 2**30
+"""The same everywhere, so that the same request gives the same plan on every machine."""
+
 Executor = Callable[[Sequence[Any], Callable[[Any], object]], None]
 """Called with the parts of a measurement and a function that measures one of them here.
 
@@ -110,7 +113,7 @@ class Context:
     on_progress: OnProgress | None = None
     cancelled: IsCancelled | None = None
     device: str = "auto"
-    memory_bytes: int = 2**30
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
     executor: Executor | None = None
     course: Course | None = None
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from bitquota.candidates.architectures import prepare_inventory
 from bitquota.candidates.budget import Budget
@@ -23,32 +21,43 @@ from bitquota.evaluate.choice import ChoiceLoss, measure_choice
 from bitquota.models.binding import bound
 from bitquota.models.loaded import inventory_of
 from bitquota.models.references import References
-from bitquota.models.running import choose_device
+from bitquota.models.running import DEFAULT_CHUNK, choose_device, cut
 from bitquota.models.samples import check_calibration
+from bitquota.models.sharing import sharing_weights
+from bitquota.models.stack import stack_of
 from bitquota.quantizers.activations import ActivationQuantizer
 from bitquota.quantizers.apply import apply_plan, input_quantizer
 from bitquota.quantizers.corrections import fold_batch_norm
 from bitquota.quantizers.fitted import BATCH, fit_quantizers
 from bitquota.quantizers.imatrix import importance_of
 from bitquota.quantizers.quantized_model import QuantizedModel, changed_tensors
+from bitquota.quantizers.sequential import LEARNED
 from bitquota.quantizers.smoothing import smooth
+from bitquota.quantizers.stacked import StackedWeights, round_stack
+from bitquota.sensitivity.metrics.gram_weighted import GramWeightedError
 from bitquota.sensitivity.outputs import read_outputs
 from bitquota.sensitivity.runners.base import describe_change
 from bitquota.sensitivity.runners.make import make_runner
+from bitquota.sensitivity.runners.stack import FOLDS, StackRunner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    import torch
 
     from bitquota.candidates.layers import Inventory
     from bitquota.candidates.table import Candidate, CandidateTable
     from bitquota.candidates.targets import Target
+    from bitquota.evaluate.choice import Walked
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
+    from bitquota.models.stack import Stack
     from bitquota.plan import PlanOutput
     from bitquota.progress import Course
     from bitquota.quantizers.fitted import Fitted
     from bitquota.quantizers.imatrix import Importance
     from bitquota.quantizers.smoothing import Smoothing
+    from bitquota.quantizers.stacked import Stored
     from bitquota.quantizers.weights import QuantizedWeight
     from bitquota.request import PlanRequest
     from bitquota.sensitivity.losses import Loss
@@ -56,6 +65,9 @@ if TYPE_CHECKING:
     from bitquota.sensitivity.runners.graph import Graphs
 
 Choice = tuple[int, ...]
+
+SHOWN_TOKENS = 8
+"""Tokens of two samples that show what a model with weights in files returns."""
 
 SPARE_BLOCKS = 2
 """Blocks of further samples at most, beyond those that a request asks for."""
@@ -101,6 +113,7 @@ class Setup:
             loss of one's own.
         identity_note: What the model's digest does not cover, if anything.
         smoothing: How channels were scaled, if that was asked for.
+        stacked: The model as a chain of blocks, where it is measured and quantized part by part.
     """
 
     request: PlanRequest
@@ -122,6 +135,7 @@ class Setup:
     outputs: tuple[PlanOutput, ...] = ()
     identity_note: str = ""
     smoothing: Smoothing | None = None
+    stacked: StackedWeights | None = None
 
     def on_course(self, course: Callable[[], Course]) -> Setup:
         """Return this setup, where whoever is told of the work is told how much of it is done."""
@@ -131,6 +145,16 @@ class Setup:
 
     def runner(self, samples: CalibrationSet | None = None) -> Runner:
         """Return a runner on ``samples`` (by default ``fit``) that sees what corrections repair."""
+        if self.stacked is not None:
+            n = len(self.fit) if samples is None else len(samples)
+            return StackRunner(
+                self.module,
+                self.inventory,
+                self.fit if samples is None else samples,
+                chunk_size=len(self.stacked.folds[0]) if samples is None else n,
+                origin=self.fitted.origin,
+                known=self.stacked,
+            )
         repaired = Correction.BATCH_NORM_STATISTICS in self.request.corrections
         return make_runner(
             self.module,
@@ -171,6 +195,15 @@ class Setup:
             made.append(self._rounded(tuple(choice)))
             return made[0].put_into(copy.deepcopy(self.module), self.inventory)
 
+        def walk() -> Iterator[Walked]:
+            runner = self.runner(self.holdout)
+            assert isinstance(runner, StackRunner)  # noqa: S101  # the setup has a stack
+            variant: dict[str, Stored] = {}
+            if choice is not None:
+                made.append(self._rounded(tuple(choice)))
+                variant = runner.known.shipped(made[0].weights)
+            return runner.outputs(range(len(self.holdout)), [variant])
+
         found = measure_choice(
             self.module,
             self.inventory,
@@ -186,6 +219,8 @@ class Setup:
             outputs=() if choice is None else self.outputs,
             with_outputs=with_outputs and bool(self.outputs),
             make=None if self.fitted.order is None or choice is None else make,
+            walk=None if self.stacked is None else walk,
+            batch_size=DEFAULT_CHUNK if self.stacked is None else self.stacked.sizes.end,
         )
         if made and choice is not None:
             self.kept.offer(tuple(choice), found.mean, made[0])
@@ -212,6 +247,15 @@ class Setup:
         order = self.fitted.order
         chosen = self.table.decode(choice)
         stored: dict[str, QuantizedWeight] = {}
+        if self.stacked is not None:
+            rounding = "nearest" if order is None else order.rounding
+            return QuantizedModel(
+                model_digest=self.inventory.model_digest,
+                rounding=rounding,
+                weights=round_stack(
+                    self.stacked, chosen, rounding=rounding, context=self.context.part()
+                ),
+            )
         module = apply_plan(
             self.module,
             self.inventory,
@@ -281,12 +325,16 @@ def build_setup(
     where = choose_device(context.device)
     calibration = bound(model, calibration)
     outputs: tuple[PlanOutput, ...] = ()
+    # Of weights that stay in files no more than a few tokens are run.
+    shown = calibration if model.pages is None else calibration.first(2).begin(SHOWN_TOKENS)
     if loss is None:
-        read = read_outputs(model, calibration, loss=request.loss, outputs=request.outputs or ())
+        read = read_outputs(model, shown, loss=request.loss, outputs=request.outputs or ())
         model, loss, outputs = read.model, read.loss, read.outputs
-    check_calibration(model, calibration)
+    check_calibration(model, shown)
     few = calibration.first(2).to(where)
-    module = sharing_weights(model.module).to(where).eval()
+    module = sharing_weights(model.module).eval()
+    if model.pages is None:
+        module = module.to(where)
     if Correction.FOLD_BATCH_NORM in request.corrections:
         module = fold_batch_norm(module, few.inputs)
 
@@ -321,16 +369,36 @@ def build_setup(
 
     # Quantizers, fitted where candidates need samples.
     importance = None if model.imatrix is None else importance_of(model.imatrix, inventory)
+    stack = _chain(model, module, inventory, request, few) if fit else None
+    if stack is None and model.pages is not None:
+        # Everything else needs all weights at once.
+        module = module.float().to(where)
+    candidates = tuple(dict.fromkeys(c for row in table.rows for c in row.candidates))
     fitted = fit_quantizers(
         module,
         inventory,
-        (candidate for row in table.rows for candidate in row.candidates) if fit else (),
+        candidates if fit else (),
         measured,
         activation_fit=request.activation_fit,
         importance=importance,
         rounding=request.rounding,
         memory_bytes=context.memory_bytes,
+        by_parts=stack is not None,
     )
+    stacked = None
+    if stack is not None:
+        if model.pages is not None:
+            outputs = tuple(replace(output, shape=stack.output_shape) for output in outputs)
+        stacked = StackedWeights(
+            stack=stack,
+            inventory=inventory,
+            candidates=candidates,
+            samples=measured,
+            folds=cut(len(measured), -(-len(measured) // FOLDS)),
+            rounder=fitted.weights.rounding,
+            importance=fitted.weights.importance,
+            memory_bytes=context.memory_bytes,
+        )
     if smoothing is not None:
         # What it was fitted to, not what came out: another machine may round differently.
         made_for = {"smoothing": measured.to_json(), "for": describe_change(typical)}
@@ -356,7 +424,41 @@ def build_setup(
         target=target,
         identity_note=model.identity_note,
         smoothing=smoothing,
+        stacked=stacked,
     )
+
+
+WALKED_MEASURES = frozenset({"auto", GramWeightedError.name})
+"""Measures that take a chain of blocks part by part."""
+
+
+def _chain(
+    model: LoadedModel,
+    module: torch.nn.Module,
+    inventory: Inventory,
+    request: PlanRequest,
+    few: CalibrationSet,
+) -> Stack | None:
+    """Return a language model as a chain, if everything that is asked for can be done part by part.
+
+    A language model is what makes a row for each token of its input.
+    """
+    tokens = few.inputs[0]
+    if (
+        tokens.is_floating_point()
+        or tokens.ndim != 2
+        or request.measure not in WALKED_MEASURES
+        or request.activation_bits is not None
+        or request.corrections
+        or request.precision != "fp32"
+        or request.rounding == LEARNED
+    ):
+        return None
+    layers = {layer.name: layer for layer in inventory.layers}
+    stack = stack_of(model, module, layers, few.inputs)
+    if stack is None or stack.output_shape[:-1] != tuple(tokens.shape[1:]):
+        return None
+    return stack
 
 
 def _typical(table: CandidateTable) -> dict[str, Candidate]:
@@ -384,18 +486,3 @@ def _blocks(
         calibration.take(sorted(rest[k] for k in order[b * size : (b + 1) * size]))
         for b in range(n)
     ]
-
-
-def sharing_weights(module: torch.nn.Module) -> torch.nn.Module:
-    """Return a copy with parameters of its own over the same memory.
-
-    Runners replace parameters and never write into them, so a second copy of all weights would
-    only take memory; processes that were forked with the model loaded would each have one.
-    """
-    own: dict[int, object] = {}
-    for p in module.parameters():
-        own[id(p)] = torch.nn.Parameter(p.data, requires_grad=p.requires_grad)
-    with warnings.catch_warnings():
-        # torch 2.13 warns about its own tree specifications when an exported graph is copied.
-        warnings.simplefilter("ignore", FutureWarning)
-        return copy.deepcopy(module, own)

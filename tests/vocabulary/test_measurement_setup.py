@@ -3,9 +3,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bitquota.measurement_setup import build_setup, sharing_weights
+from bitquota.measurement_setup import build_setup
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.loaded import finish
+from bitquota.models.sharing import sharing_weights
 from bitquota.request import PlanRequest
 
 

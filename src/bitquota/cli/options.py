@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitquota.candidates.budget import check_budgets
+from bitquota.candidates.budget import check_budgets, parse_bytes
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, ScaleRule, Scheme
 from bitquota.candidates.targets import target_by_name
 from bitquota.cli import output
 from bitquota.cli.bundles import Bundle, with_bundles
 from bitquota.cli.loading import check_sources, load_samples
-from bitquota.context import Context
+from bitquota.context import DEFAULT_MEMORY_BYTES, Context
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
 from bitquota.models.sources import cache_folder
@@ -145,6 +145,14 @@ Imatrix = Annotated[
     Path | None,
     typer.Option("--imatrix", help="llama.cpp importance matrix (.dat) to fit scales with."),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        help="What a measurement may keep in memory, such as '4 GiB' (default: 1 GiB). Weights "
+        "of a folder that would take more stay in their files.",
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option(
@@ -232,6 +240,8 @@ Shares = Annotated[
         "equal).",
     ),
 ]
+LEAST_MEMORY_BYTES = 2**26
+
 DEFAULT_LENGTH = 128
 
 Server = Annotated[
@@ -291,6 +301,7 @@ class Here:
         device: Where the model runs.
         ledger: Where measurements are kept, or ``None`` for the cache folder.
         imatrix: Importance matrix, or ``None``.
+        memory: What a measurement may keep in memory, or ``None`` for 1 GiB.
         server: Where to run instead, or ``None``: then all of the above is the server's.
         api_key: For the server.
     """
@@ -302,6 +313,7 @@ class Here:
     device: str
     ledger: Path | None
     imatrix: Path | None
+    memory: str | None
     server: str | None
     api_key: str | None
 
@@ -313,8 +325,12 @@ class Here:
             "--mix": self.mix,
             "--ledger": self.ledger,
             "--device": None if self.device == "auto" else self.device,
+            "--memory": self.memory,
         }
         given = [name for name, value in local.items() if value]
+        if self.memory_bytes < LEAST_MEMORY_BYTES:
+            msg = f"--memory must be at least 64 MiB; got '{self.memory}'"
+            raise InvalidInput(msg, memory=str(self.memory))
         if self.server is not None and given:
             named = " and ".join(given)
             msg = f"{named} is used on this machine only; leave --server out, or {named}"
@@ -338,6 +354,11 @@ class Here:
             raise InvalidInput(msg, shares=self.shares)
         return found
 
+    @property
+    def memory_bytes(self) -> int:
+        """What a measurement may keep in memory; raises ``InvalidInput`` if it cannot be read."""
+        return DEFAULT_MEMORY_BYTES if self.memory is None else parse_bytes(self.memory)
+
     def check(self, model: str, calibration: str) -> None:
         """Raise what can be told of a model and its samples before anything is loaded."""
         _ = self.parts
@@ -352,12 +373,12 @@ class Here:
 
     def load(self, model: str, calibration: str) -> tuple[LoadedModel, CalibrationSet]:
         """Load a model and its samples; a device that is not there is told before."""
-        from bitquota.models.load import load_model
+        from bitquota.models.load import load_within
         from bitquota.models.mixing import mixed
         from bitquota.models.running import choose_device
 
         choose_device(self.device)
-        loaded = replace(load_model(model), imatrix=self.imatrix)
+        loaded = replace(load_within(model, self.memory_bytes), imatrix=self.imatrix)
         sets = [
             load_samples(spec, model=model, tokenizer=self.tokenizer, length=self.length)
             for spec in (calibration, *(self.mix or ()))
@@ -380,7 +401,12 @@ class Here:
                     "file to free its space"
                 )
             try:
-                yield Context(ledger=kept, on_progress=on_progress, device=self.device)
+                yield Context(
+                    ledger=kept,
+                    on_progress=on_progress,
+                    device=self.device,
+                    memory_bytes=self.memory_bytes,
+                )
             except KeyboardInterrupt:
                 output.say(f"what was measured is in {place}: the same command goes on from there")
                 raise
@@ -424,6 +450,7 @@ _HERE: dict[str, tuple[Any, Any]] = {
     "device": (Device, "auto"),
     "ledger": (LedgerPath, None),
     "imatrix": (Imatrix, None),
+    "memory": (Memory, None),
     "server": (Server, None),
     "api_key": (ApiKey, None),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +29,7 @@ from bitquota.sensitivity.recorder import checked_losses, standard_error
 from bitquota.sensitivity.runners.base import describe_change
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Sequence
+    from collections.abc import Callable, Container, Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor, nn
@@ -112,6 +112,7 @@ def measure_choice(
     outputs: Sequence[PlanOutput] = (),
     with_outputs: bool = False,
     make: Callable[[], nn.Module] | None = None,
+    walk: Callable[[], Iterator[Walked]] | None = None,
 ) -> ChoiceLoss:
     """Measure the loss increase of a choice on ``calibration``, corrections included.
 
@@ -121,7 +122,9 @@ def measure_choice(
     model's own arithmetic. Arguments as in ``apply_plan``; ``candidates`` may be empty for the
     full-precision model. What changes in ``outputs`` is noted in the ledger on the way where they
     are small, and returned if ``with_outputs``: then the choice is run again only where they are
-    large. ``make`` returns the quantized model where the caller has it, or keeps it.
+    large. ``make`` returns the quantized model where the caller has it, or keeps it. ``walk``
+    yields the outputs themselves, for batches of ``batch_size`` in their order, where the quantized
+    model is never there as a whole.
 
     Raises:
         InvalidCalibration: The model does not accept the samples, or labels are missing.
@@ -161,6 +164,7 @@ def measure_choice(
         references=references,
     )
     quantized = cache(make or rounded)
+    walked = None if walk is None else _InOrder(walk)
 
     # Chunk by chunk: losses in full precision and under the choice, measured where not known.
     increases: list[NDArray[np.float64]] = []
@@ -172,14 +176,16 @@ def measure_choice(
         first, own = key(chunk, "reference"), key(chunk, plan)
         changed = key(chunk, plan | {"of": "outputs"})
         found = context.ledger.get_many((first, own, changed))
+        here = None if walked is None else walked.at(chunk)
         measured = _missing(
             (first, own, changed),
             found,
             loss,
-            inputs,
             labels,
-            reference=partial(references.get, done, partial(run_module, module, inputs)),
-            quantized=quantized,
+            reference=partial(references.get, done, partial(run_module, module, inputs))
+            if here is None
+            else here.reference,
+            output=partial(_run, quantized, inputs) if here is None else here.output,
             outputs=outputs,
             with_outputs=with_outputs,
         )
@@ -201,15 +207,59 @@ def measure_choice(
     )
 
 
+Walked = tuple[range, "Tensor", "Iterator[Tensor]"]
+"""Which samples, the full-precision output, and the quantized one as the next of an iterator."""
+
+
+class _InOrder:
+    """Outputs that come batch after batch, from the first that is asked for on."""
+
+    def __init__(self, walk: Callable[[], Iterator[Walked]]) -> None:
+        self._begin = walk
+        self._walk: Iterator[Walked] | None = None
+
+    def at(self, chunk: range) -> _Here:
+        """Return what gives the outputs of a batch, behind those that were asked for before."""
+        return _Here(self, chunk)
+
+    def walk_to(self, chunk: range) -> Walked:
+        """Go on to a batch."""
+        if self._walk is None:
+            self._walk = self._begin()
+        return next(found for found in self._walk if found[0] == chunk)
+
+
+class _Here:
+    """The outputs of one batch, each computed once and only if it is asked for."""
+
+    def __init__(self, order: _InOrder, chunk: range) -> None:
+        self._order, self._chunk = order, chunk
+
+    @cached_property
+    def _walked(self) -> Walked:
+        return self._order.walk_to(self._chunk)
+
+    def reference(self) -> Tensor:
+        """Return the full-precision output."""
+        return self._walked[1]
+
+    def output(self) -> Tensor:
+        """Return the quantized output; once."""
+        return next(self._walked[2])
+
+
+def _run(quantized: Callable[[], nn.Module], inputs: tuple[Tensor, ...]) -> Tensor:
+    return run_module(quantized(), inputs)
+
+
 def _missing(
     keys: tuple[str, str, str],
     known: Container[str],
     loss: Loss,
-    inputs: tuple[Tensor, ...],
     labels: Tensor | None,
     *,
     reference: Callable[[], Tensor],
-    quantized: Callable[[], nn.Module],
+    output: Callable[[], Tensor],
     outputs: Sequence[PlanOutput],
     with_outputs: bool,
 ) -> dict[str, NDArray[np.float64]]:
@@ -223,11 +273,11 @@ def _missing(
     if first not in known:
         measured[first] = _losses(loss, reference(), reference(), labels)
     if own not in known or (with_outputs and changed not in known):
-        output = run_module(quantized(), inputs)
+        changed_output = output()
         if own not in known:
-            measured[own] = _losses(loss, output, reference(), labels)
-        if outputs and (with_outputs or output.numel() <= SMALL_OUTPUT):
-            measured[changed] = effect_sums(loss, output, reference())
+            measured[own] = _losses(loss, changed_output, reference(), labels)
+        if outputs and (with_outputs or changed_output.numel() <= SMALL_OUTPUT):
+            measured[changed] = effect_sums(loss, changed_output, reference())
     return measured
 
 

@@ -45,6 +45,11 @@ if TYPE_CHECKING:
     from bitquota.solver import Problem
 
 
+HOPELESS = 2.0
+"""A choice of a language model that is predicted to lose so many times what the best one does is
+not measured."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
     """What ``allocate`` returns.
@@ -207,6 +212,8 @@ def _search(
     }
     starts |= {"matrix": choice_of(optimum)} | baselines
     starts |= {f"of another budget {k + 1}": choice for k, choice in enumerate(known)}
+    if setup.stacked is not None:
+        starts = _promising(setup, source.matrix, starts)
     found = refine(
         runner,
         setup.table,
@@ -220,9 +227,25 @@ def _search(
         settings=refinement_settings(setup),
         context=setup.context,
     )
-    if setup.request.effort == "quick":
-        baselines = _widest(setup, {n: c for n, c in baselines.items() if n in simple})
+    if setup.request.effort == "quick" or setup.stacked is not None:
+        least = _widest(setup, {n: c for n, c in baselines.items() if n in simple})
+        scored = {} if setup.request.effort == "quick" else {n: baselines[n] for n in source.scores}
+        baselines = least | {n: c for n, c in scored.items() if c in starts.values()}
     return Outcome(choice=found.choice, baselines=baselines, optimum=optimum, last=found.last)
+
+
+def _promising(
+    setup: Setup, matrix: SensitivityMatrix, choices: dict[str, Choice]
+) -> dict[str, Choice]:
+    """Return the choices that a matrix of the loss does not predict to be hopeless.
+
+    A pass of a language model over the hold-out samples is too much to see that.
+    """
+    if matrix.loss != setup.loss.name:
+        return choices
+    predicted = {name: matrix.predict(choice) for name, choice in choices.items()}
+    limit = HOPELESS * min(predicted.values())
+    return {name: choice for name, choice in choices.items() if predicted[name] <= limit}
 
 
 def _widest(setup: Setup, choices: dict[str, Choice]) -> dict[str, Choice]:

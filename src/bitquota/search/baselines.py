@@ -15,10 +15,12 @@ from bitquota.matrix import SensitivityMatrix
 from bitquota.quantizers.quantized_weights import QuantizedWeights
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
     from bitquota.candidates.layers import Inventory
-    from bitquota.candidates.table import CandidateTable, Row
+    from bitquota.candidates.table import Candidate, CandidateTable, Row
 
 
 def baseline_choices(table: CandidateTable) -> dict[str, tuple[int, ...]]:
@@ -114,13 +116,20 @@ def weight_mse(
     table: CandidateTable,
     *,
     weights: QuantizedWeights | None = None,
+    squares: Mapping[Candidate, float] | None = None,
 ) -> SensitivityMatrix:
-    """Return ``diagonal_i = ‖Q(W) - W‖²`` summed over the group's weights; no data, exact."""
+    """Return ``diagonal_i = ‖Q(W) - W‖²`` summed over the group's weights; no data, exact.
+
+    ``squares`` are those of the candidates, where they are known.
+    """
     weights = weights or QuantizedWeights(module, inventory)
     values = []
     for row in table.rows:
         total = 0.0
         for candidate in row.candidates:
+            if squares is not None and candidate in squares:
+                total += squares[candidate]
+                continue
             with torch.no_grad():
                 error = weights(candidate).double() - weights.original(candidate.layer).double()
                 total += float(error.square().sum())

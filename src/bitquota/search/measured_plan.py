@@ -89,7 +89,7 @@ def measured_plan(
     Returns the best as a plan, with the file of its quantized weights if it has one.
     """
     setup.context.next_phase()
-    found = _compare(setup, problem, outcome, others, stage)
+    found = _compare(setup, source, problem, outcome, others, stage)
     setup, choice = found.setup, found.choice
 
     # How well predictions agree with measurements around the plan.
@@ -146,7 +146,12 @@ def measured_plan(
 
 
 def _compare(
-    setup: Setup, problem: Problem, outcome: Outcome, others: Sequence[Choice], stage: str
+    setup: Setup,
+    source: Portfolio,
+    problem: Problem,
+    outcome: Outcome,
+    others: Sequence[Choice],
+    stage: str,
 ) -> _Compared:
     """Settle the rounding, and measure the refined choice, the baselines and uniform mixes.
 
@@ -165,6 +170,10 @@ def _compare(
     measured[SOLVER] = measured[leading]
     # What is uniform at the same bytes: the best of a few mixes of two widths.
     mixes = {} if quick else _uniform_mixes(setup, problem, choices)
+    if setup.stacked is not None and mixes:
+        # One of them: each is rounded and run over all samples.
+        name = min(mixes, key=lambda name: source.matrix.predict(mixes[name]))
+        mixes = {name: mixes[name]}
     if mixes:
         losses = _measure_choices(setup, mixes, f"{stage}, uniform mixes")
         mix = min(mixes, key=lambda name: losses[name].mean)

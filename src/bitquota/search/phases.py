@@ -9,7 +9,7 @@ Design: docs/design/progress.md
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bitquota.corrections import SAMPLES_REPAIR
@@ -67,7 +67,9 @@ def course_of(phases: Sequence[Phase]) -> Course:
 def refinement_settings(setup: Setup) -> RefineSettings:
     """Return how much a search may do: around a plan without alternatives there is nothing."""
     if setup.request.refine and len(setup.table.rows) > len(setup.table.groups):
-        return EFFORTS[setup.request.effort]
+        settings = EFFORTS[setup.request.effort]
+        # Nothing is linearised that is walked part by part.
+        return settings if setup.stacked is None else replace(settings, iterations=0)
     # What is left are the proposals, measured.
     return EFFORTS["quick"]
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from bitquota.matrix import SensitivityMatrix
     from bitquota.measurement_setup import Setup
     from bitquota.models.calibration import CalibrationSet
-    from bitquota.request import PlanRequest
     from bitquota.sensitivity.base import Measure
     from bitquota.sensitivity.measures.gram import OutputDifferences
     from bitquota.sensitivity.runners.base import Runner
@@ -69,22 +68,26 @@ NORMAL_PASSES = 96.0
 """Passes that measuring every candidate may take if the effort is normal; else on fewer samples."""
 
 
-def measure_of(request: PlanRequest) -> Measure:
+def measure_of(setup: Setup) -> Measure:
     """Return the measure that a request means, where the model allows it."""
+    request = setup.request
+    cheap = request.effort == "quick" or setup.stacked is not None
     if request.measure == "auto":
-        return measure_by_name(GRAM_WEIGHTED if request.effort == "quick" else GRAM)
+        return measure_by_name(GRAM_WEIGHTED if cheap else GRAM)
     return measure_by_name(request.measure)
 
 
 def measuring_runner(setup: Setup) -> Runner:
     """Return the runner that matrices are measured on: with less effort on fewer samples."""
     effort = setup.request.effort
+    if setup.stacked is not None:
+        return setup.runner()
     if effort == "quick":
         return setup.runner(setup.fit.first(min(QUICK_SAMPLES, len(setup.fit))))
     runner = setup.runner()
     if effort == "normal" and setup.request.measure == "auto":
         # Whole chunks from the first on: what is kept of them is that of a larger measurement.
-        passes = measure_of(setup.request).cost(runner, setup.table)
+        passes = measure_of(setup).cost(runner, setup.table)
         n_chunks = int(NORMAL_PASSES / max(passes, 1.0) * len(runner.chunks))
         if n_chunks < len(runner.chunks):
             return setup.runner(setup.fit.first(runner.chunks[max(1, n_chunks) - 1].stop))
@@ -93,7 +96,7 @@ def measuring_runner(setup: Setup) -> Runner:
 
 def raced_samples(setup: Setup) -> CalibrationSet:
     """Return the samples that proposals are compared on first."""
-    quick = setup.request.effort == "quick"
+    quick = setup.request.effort == "quick" and setup.stacked is None
     return setup.holdout.first(min(QUICK_SAMPLES, len(setup.holdout))) if quick else setup.holdout
 
 
@@ -102,7 +105,7 @@ def leading_measure(setup: Setup, runner: Runner) -> Measure:
 
     Where ``auto`` means a metric that this model does not allow, it is one of the weights alone.
     """
-    measure = measure_of(setup.request)
+    measure = measure_of(setup)
     if setup.request.measure == "auto" and _refusal(setup, runner, measure):
         return measure_by_name(WEIGHT_MSE)
     return measure
@@ -110,7 +113,8 @@ def leading_measure(setup: Setup, runner: Runner) -> Measure:
 
 def proposing_metrics(setup: Setup, runner: Runner) -> tuple[dict[str, Metric], dict[str, str]]:
     """Return the metrics that propose besides the leading measure, and why others do not."""
-    names = CHEAP if setup.request.effort == "quick" else (*CHEAP, *FURTHER)
+    quick = setup.request.effort == "quick" or setup.stacked is not None
+    names = CHEAP if quick else (*CHEAP, *FURTHER)
     leading = leading_measure(setup, runner).name
     found: dict[str, Metric] = {}
     skipped: dict[str, str] = {}
@@ -158,7 +162,13 @@ def gather_portfolio(setup: Setup, runner: Runner) -> Portfolio:
         # The exact optimum of a noisy matrix stacks its errors; that of the tamer projection is
         # often better in truth.
         proposals["projected"] = project(matrix)
-    weights = weight_mse(setup.module, setup.inventory, setup.table, weights=setup.fitted.weights)
+    squares = None
+    if setup.stacked is not None:
+        setup.stacked.prepare(setup.context)
+        squares = setup.stacked.squares
+    weights = weight_mse(
+        setup.module, setup.inventory, setup.table, weights=setup.fitted.weights, squares=squares
+    )
     scores = {"size only": size_only(setup.table), "weight MSE": weights}
     alone = replace(matrix, cross=None, cross_error=None)
     named = matrix.provenance["measure"]

@@ -1,0 +1,89 @@
+"""Weights that stay in their files: mapped into memory, read when they are used, let go afterwards.
+
+Of a large model only what is being worked on is in memory. Its tensors are in the precision of the
+checkpoint; whoever computes with them takes a copy in float32 (``stack.Stack.part``).
+
+Design: docs/design/language-models.md
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from typing import TYPE_CHECKING
+
+import torch
+
+from bitquota.errors import InvalidModel
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""Types of safetensors that language models are stored in."""
+
+
+class Pages:
+    """The tensors of a folder's safetensors files.
+
+    Attributes:
+        tensors: By name, over mapped memory: writing into one changes no file.
+        bytes_read: How many bytes were let go after they had been read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Map every file; raises ``InvalidModel`` for a type of tensor that is not known."""
+        self.tensors: dict[str, Tensor] = {}
+        self.bytes_read = 0
+        self._places: dict[int, tuple[mmap.mmap, int, int]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            self._map(path)
+
+    def release(self, module: nn.Module) -> None:
+        """Let the operating system take back the memory of a module's mapped tensors."""
+        for tensor in (*module.parameters(), *module.buffers()):
+            self.release_tensor(tensor)
+
+    def release_tensor(self, tensor: Tensor) -> None:
+        """Let the memory of a tensor go, if it is mapped; it is read again when it is used."""
+        place = self._places.get(tensor.untyped_storage().data_ptr())
+        if place is None:
+            return
+        mapped, start, length = place
+        self.bytes_read += length
+        # Whole pages only: those at the ends are shared with the tensors beside it.
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (start + length) // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:
+            mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def _map(self, path: Path) -> None:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_bytes))
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if entry["dtype"] not in _DTYPES:
+                msg = (
+                    f"weights must be stored as one of {', '.join(_DTYPES)}; '{name}' of "
+                    f"'{path.name}' is {entry['dtype']}: provide the original checkpoint"
+                )
+                raise InvalidModel(msg, tensor=name, dtype=entry["dtype"])
+            dtype = _DTYPES[entry["dtype"]]
+            begin, end = entry["data_offsets"]
+            start = 8 + header_bytes + begin
+            count = (end - begin) // dtype.itemsize
+            if not count:
+                self.tensors[name] = torch.empty(entry["shape"], dtype=dtype)
+                continue
+            flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)
+            self.tensors[name] = flat.reshape(entry["shape"])
+            self._places[flat.untyped_storage().data_ptr()] = mapped, start, end - begin

@@ -1,0 +1,340 @@
+"""A model as a chain: what comes before its blocks, the blocks, and what follows them.
+
+Decoders and encoders of language models are chains of blocks, each on the output of the one before.
+Such a model need not be run from end to end for every question: block after block over all samples,
+one block in memory at a time, with the activations between two blocks kept.
+
+A *part* is one stage of the chain as a model of its own: part 0 makes the input of the first block,
+parts 1 to L are the blocks, part L + 1 makes the output. A part is called with what the part before
+returned and the inputs of the model; it runs the model's own forward, in which all other blocks
+hand their input on, so that masks and positions are what the model makes of its inputs.
+
+Design: docs/design/language-models.md
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bitquota.models.blocks import repeated_blocks
+from bitquota.models.calls import LayerWatcher, tensor_key
+from bitquota.models.outlines import run_outline
+from bitquota.models.running import primary_output, tensor_of
+from bitquota.models.sharing import sharing_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    from bitquota.candidates.layers import Layer
+    from bitquota.models.calls import LayerCall
+    from bitquota.models.loaded import LoadedModel
+    from bitquota.models.pages import Pages
+
+_HIDDEN = "hidden_states"
+"""How transformers call the main input of a block, where it is no positional argument."""
+
+
+class _Reached(Exception):  # no error
+    """Ends a pass with what a part returns."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+
+class _Run:
+    """What a pass through the skeleton is about."""
+
+    def __init__(self, target: int, hidden: Tensor | None, block: nn.Module | None) -> None:
+        self.target, self.hidden, self.block = target, hidden, block
+
+
+class _Skeleton:
+    """A model whose blocks do not run, but hand their input on."""
+
+    def __init__(self, module: nn.Module, blocks: Sequence[str]) -> None:
+        self.module = module
+        self.n_blocks = len(blocks)
+        self._now = threading.local()
+        for k, name in enumerate(blocks):
+            block = module.get_submodule(name)
+            block.forward = partial(self._visit, k + 1)
+            for inside in block.modules():
+                # They never run.
+                inside._parameters.clear()  # noqa: SLF001
+
+    def run(self, run: _Run, inputs: Sequence[Tensor]) -> Tensor:
+        """Return what the part returns."""
+        self._now.run = run
+        try:
+            return primary_output(self.module(*inputs))
+        except _Reached as reached:
+            return reached.output
+        finally:
+            self._now.run = None
+
+    def _visit(self, k: int, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        run: _Run = self._now.run
+        given = args[0] if args else kwargs[_HIDDEN]
+        if run.target == 0:
+            raise _Reached(given)
+        if run.target == k and run.block is not None:
+            if args:
+                output = run.block(run.hidden, *args[1:], **kwargs)
+            else:
+                output = run.block(**{**kwargs, _HIDDEN: run.hidden})
+            raise _Reached(output[0] if isinstance(output, tuple) else output)
+        # Behind the last block the model goes on with what it was given.
+        return run.hidden if k == self.n_blocks and run.target > k else given
+
+
+class Part(nn.Module):
+    """One stage of a stack, with parameters of its own over the memory of the model's.
+
+    Called with the output of the part before (nothing before part 0) and the inputs of the model.
+    Its modules are found by their names in the model.
+
+    Attributes:
+        own: A block, or for the first and the last part the model without its blocks.
+        takes_padding: Whether the second input of the model is a mask (see ``padding``).
+        mask_at: Which of the part's it is.
+    """
+
+    def __init__(self, skeleton: _Skeleton, target: int, name: str, module: nn.Module) -> None:
+        super().__init__()
+        self._skeleton, self._target, self._name = skeleton, target, name
+        self.own = module
+        self.takes_padding = bool(getattr(skeleton.module, "takes_padding", False))
+        self.mask_at = 2 if target else 1
+
+    def forward(self, *values: Tensor) -> Tensor:
+        """Run the part."""
+        if self._target == 0:
+            return self._skeleton.run(_Run(0, None, None), values)
+        hidden, *inputs = values
+        block = self.own if self._name else None
+        return self._skeleton.run(_Run(self._target, hidden, block), inputs)
+
+    def put(self, layer: Layer, weight: Tensor) -> None:
+        """Run with another weight for one of the layers from now on."""
+        place = tensor_of(self, layer.weight_name)
+        place.data = weight.to(place.dtype)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Return a module by its name in the model; raises ``AttributeError`` for others."""
+        if not self._name:
+            return self.own.get_submodule(target)
+        if target != self._name and not target.startswith(f"{self._name}."):
+            msg = f"'{target}' is not inside '{self._name}'"
+            raise AttributeError(msg)
+        return self.own.get_submodule(target[len(self._name) + 1 :])
+
+
+class Stack:
+    """A model as a chain of parts; see ``stack_of``.
+
+    Attributes:
+        module: The model; it is never changed.
+        blocks: Names of its blocks in the order in which they run.
+        layers: Names of the layers of each part; a tied layer may be in the first and the last.
+        output_shape: Of the output of one sample.
+        pages: The files that its weights stay in, if they do.
+        device: Where parts run.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        blocks: Sequence[str],
+        layers: Sequence[tuple[str, ...]] = (),
+        *,
+        pages: Pages | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.module = module
+        self.blocks = tuple(blocks)
+        self.layers = tuple(layers)
+        self.output_shape: tuple[int, ...] = ()
+        self.pages, self.device = pages, device
+        self._between: _Skeleton | None = None
+
+    def __len__(self) -> int:
+        """Return the number of parts."""
+        return len(self.blocks) + 2
+
+    def part(self, k: int) -> Part:
+        """Return a part whose parameters may be replaced, but not written into.
+
+        Of weights that stay in files it holds copies in float32.
+        """
+        if 0 < k <= len(self.blocks):
+            name = self.blocks[k - 1]
+            block = self._in_memory(sharing_weights(self.module.get_submodule(name)))
+            if self._between is None:
+                # All that blocks are called with is made of what comes before them.
+                self._between = self._skeleton(without=-1)
+            return Part(self._between, k, name, block)
+        skeleton = self._skeleton(without=0 if k else -1)
+        return Part(skeleton, k, "", skeleton.module)
+
+    def _skeleton(self, *, without: int) -> _Skeleton:
+        """Return the model without its blocks; weights of the part ``without`` alone stay away."""
+        skeleton = _Skeleton(sharing_weights(self.module), self.blocks)
+        away: set[str] = set()
+        if self.layers:
+            other = self.layers[-1 if without == 0 else 0]
+            away = set(self.layers[without]) - set(other)
+        self._in_memory(skeleton.module, away)
+        return skeleton
+
+    def _in_memory(self, module: nn.Module, away: Collection[str] = ()) -> nn.Module:
+        """Replace tensors that stay in files by copies in float32, but in the modules ``away``."""
+        if self.pages is None:
+            return module
+        for name, part in module.named_modules():
+            part._forward_hooks.clear()  # noqa: SLF001  # they let pages go, which nothing maps now
+            if name in away:
+                continue
+            for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+                mapped = tensor.data
+                tensor.data = _float_copy(mapped, self.device)
+                self.pages.release_tensor(mapped)
+        return module
+
+
+def _float_copy(tensor: Tensor, device: torch.device | None) -> Tensor:
+    if tensor.is_floating_point():
+        return tensor.to(device=device, dtype=torch.float32, copy=True)
+    return tensor.to(device=device, copy=True)
+
+
+class _Called(LayerWatcher[str]):
+    def __init__(self, names: dict[tuple[Any, ...], str]) -> None:
+        super().__init__(names)
+        self.layers: list[str] = []
+
+    def around(
+        self,
+        known: str,
+        call: LayerCall,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:  # noqa: ANN401
+        """Note the layer."""
+        del call
+        self.layers.append(known)
+        return func(*args, **kwargs)
+
+    def elsewhere(
+        self,
+        operator: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:  # noqa: ANN401
+        """Note a layer that is looked up or is a factor of another product."""
+        del operator
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.numel():
+                known = self.known.get(tensor_key(value))
+                if known is not None:
+                    self.layers.append(known)
+        return func(*args, **kwargs)
+
+
+def stack_of(
+    model: LoadedModel, module: nn.Module, layers: Mapping[str, Layer], inputs: tuple[Tensor, ...]
+) -> Stack | None:
+    """Return a model as a chain of parts, or ``None`` if it is none.
+
+    It is one where every block is given what the one before it returned, every layer is in a block,
+    before the first or behind the last, and the chain returns for ``inputs`` just what the model
+    does (which is not looked at where weights stay in files).
+
+    Args:
+        model: As it was loaded.
+        module: The model, or a copy of it, in eval mode.
+        layers: Layers by name.
+        inputs: Positional arguments of a pass over a few samples.
+
+    Cost: four passes; none where weights stay in files.
+    """
+    seen = module if model.outline is None else model.outline
+    with run_outline(seen, inputs) as given:
+        owned = repeated_blocks(seen, layers, given)
+        if len(owned) < 2 or not _is_chain(seen, list(owned), given):
+            return None
+        chain = Stack(seen, list(owned))
+        outside = {
+            name: layer
+            for name, layer in layers.items()
+            if not any(name in inside for inside in owned.values())
+        }
+        with torch.no_grad():
+            expected = primary_output(seen(*given))
+            value, before = _watched(chain.part(0), outside, given)
+            found = [tuple(before)]
+            for k, inside in enumerate(owned.values()):
+                value = chain.part(k + 1)(value, *given)
+                found.append(inside)
+            value, called = _watched(chain.part(len(chain) - 1), outside, (value, *given))
+        # The last part, too, begins with what comes before the blocks.
+        found.append(tuple(called - before))
+        if {name for part in found for name in part} != set(layers):
+            return None
+        if value.shape != expected.shape:
+            return None
+        if model.outline is None and not bool((value == expected).all()):
+            return None
+    stack = Stack(module, list(owned), found, pages=model.pages, device=inputs[0].device)
+    stack.output_shape = tuple(value.shape[1:])
+    return stack
+
+
+def _is_chain(module: nn.Module, blocks: Sequence[str], inputs: tuple[Tensor, ...]) -> bool:
+    """Whether every block is given what the block before it returned, and returns a like tensor."""
+    ends: list[Tensor] = []
+    chained: list[bool] = []
+
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else kwargs.get(_HIDDEN)
+        chained.append(isinstance(given, Tensor) and (not ends or given is ends[-1]))
+
+    def leave(_module: nn.Module, _args: object, output: object) -> None:
+        only = output[0] if isinstance(output, tuple) and len(output) == 1 else output
+        chained.append(isinstance(only, Tensor) and isinstance(output, Tensor))
+        ends.append(only)  # type: ignore[arg-type]
+
+    handles = []
+    for name in blocks:
+        block = module.get_submodule(name)
+        handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(block.register_forward_hook(leave))
+    try:
+        with torch.no_grad():
+            module(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return all(chained) and len(chained) == 2 * len(blocks)
+
+
+def _watched(
+    part: Part, outside: Mapping[str, Layer], values: tuple[Tensor, ...]
+) -> tuple[Tensor, Counter[str]]:
+    """Run a part, and count how often it reads each layer outside all blocks."""
+    names = {tensor_key(tensor_of(part, layer.weight_name)): n for n, layer in outside.items()}
+    watcher = _Called(names)
+    with watcher:
+        value = part(*values)
+    return value, Counter(watcher.layers)
+
+
+__all__ = ["Part", "Stack", "stack_of"]
