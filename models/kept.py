@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import weakref
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING
 
@@ -50,7 +51,7 @@ class _Written:
     device: torch.device
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Series:
     """Tensors in the order in which they were added, such as activations batch after batch."""
 
@@ -75,7 +76,8 @@ class Series:
             self._held.append(tensor if whole else tensor.clone())
             return
         if self._file is None:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115  # closed by ``drop``
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the series
+            weakref.finalize(self, self._file.close)
         start = self._file.seek(0, 2)
         flat = tensor.contiguous().cpu().reshape(-1)
         self._file.write(flat.view(torch.uint8).numpy().data)
