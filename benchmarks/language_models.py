@@ -1,0 +1,182 @@
+"""Plans of language models: passes, time and memory, and what they lose beside uniform mixes.
+
+    python benchmarks/language_models.py                       # the tiny Llama of $BITQUOTA_DATA
+    python benchmarks/language_models.py --model FOLDER --samples 64 --length 256 --test-windows 64
+    python benchmarks/language_models.py --model FOLDER --memory 2GiB --samples 8 --no-test
+
+Groups of 64, scales of 16 bits, widths 2 to 8, embeddings in full precision. Windows are of
+tinyshakespeare.txt: calibration from its first nine tenths, tests from the rest. A row is a budget
+and an effort: forward-equivalents over the calibration windows, CPU seconds, the peak of resident
+memory above that of the loaded interpreter; then KL per token on unseen windows, of the plan and of
+the uniform plan and the mixes of two widths of the same size, all rounded alike, and the paired
+difference. A folder whose float32 weights exceed ``--memory`` is read from its files: then what was
+read is shown as a multiple of them, and ``--no-test`` leaves out what needs all weights at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bitquota.candidates.budget import parse_bytes
+from bitquota.candidates.storage import Granularity, ScaleFormat, Scheme
+from bitquota.context import Context, MemoryLedger
+from bitquota.measurement_setup import build_setup
+from bitquota.models.load import load_within
+from bitquota.models.loaded import inventory_of
+from bitquota.models.text import text_windows
+from bitquota.request import PlanRequest
+from bitquota.search.allocate import allocate
+from bitquota.search.baselines import baseline_choices, uniform_mixes
+from bitquota.sensitivity.losses import divergence
+from resnet_cifar import data_folder
+
+if TYPE_CHECKING:
+    from bitquota.measurement_setup import Setup
+    from bitquota.models.calibration import CalibrationSet
+    from bitquota.models.loaded import LoadedModel
+    from bitquota.plan import Plan
+    from bitquota.search.neighborhood import Choice
+
+
+def resident() -> float:
+    """Return the largest resident size of this process so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def rivals(setup: Setup, size_bits: int) -> dict[str, Choice]:
+    """Return the widest uniform plan and the mixes of two widths of at most a size."""
+    found = dict(uniform_mixes(setup.table, size_bits))
+    for name, choice in baseline_choices(setup.table).items():
+        size = sum(c.size_bits for c in setup.table.decode(choice))
+        if name.startswith("uniform") and size <= size_bits:
+            found["uniform"] = choice
+    return found
+
+
+def compare(
+    model: LoadedModel,
+    calibration: CalibrationSet,
+    request: PlanRequest,
+    plan: Plan,
+    test: CalibrationSet,
+) -> None:
+    """Print what a plan and the uniform mixes of its size lose on unseen windows."""
+    setup = build_setup(model, calibration, request, context=Context(ledger=MemoryLedger()))
+    chosen = {a.candidate.layer: a.candidate for a in plan.assignments}
+    size = sum(candidate.size_bits for candidate in chosen.values())
+    offsets = setup.table.offsets
+    own = tuple(
+        next(
+            k
+            for k, row in enumerate(setup.table.rows[a:b])
+            if all(chosen[c.layer] == c for c in row.candidates)
+        )
+        for a, b in itertools.pairwise(offsets)
+    )
+    first: torch.Tensor | None = None
+    for name, choice in {"plan": own, **rivals(setup, size)}.items():
+        made = setup.quantized_model(choice)
+        assert made is not None
+        quantized = made.put_into(copy.deepcopy(setup.module), setup.inventory)
+        kl = []
+        with torch.no_grad():
+            for part in test.batches(1):
+                reference, output = setup.module(*part.inputs), quantized(*part.inputs)
+                kl.append(divergence(output, reference).mean())
+        found = torch.stack(kl)
+        first = found if first is None else first
+        gap, n = found - first, len(found) ** 0.5
+        print(
+            f"        unseen: {name:34s} {float(found.mean()):.4f} +- {float(found.std()) / n:.4f}"
+            f"  {float(gap.mean()):+.4f} +- {float(gap.std()) / n:.4f}",
+            flush=True,
+        )
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", help="a Hugging Face folder; the tiny Llama if left out")
+    parser.add_argument("--budgets", default="3 bits,3.5 bits")
+    parser.add_argument("--efforts", default="quick,normal")
+    parser.add_argument("--bits", default="2,3,4,5,6,8")
+    parser.add_argument("--rounding", default="auto")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--test-windows", type=int, default=120)
+    parser.add_argument("--memory", default="1GiB")
+    parser.add_argument("--no-test", action="store_true", help="measure no unseen windows")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Plan with each effort and budget and print a row for each."""
+    options = arguments()
+    text_file = data_folder() / "tinyshakespeare.txt"
+    if not text_file.is_file():
+        sys.exit(f"{text_file} is missing: set BITQUOTA_DATA")
+    folder = options.model or str(data_folder() / "llama_shakespeare")
+    tokenizer = "bytes" if options.model is None else folder
+    if options.model and not (Path(folder) / "tokenizer.json").exists():
+        tokenizer = "bytes"
+    text = text_file.read_text(encoding="utf-8")
+    cut = int(0.9 * len(text))
+    calibration, test = (
+        text_windows(part, text_file, tokenizer=tokenizer, length=options.length, n=n)
+        for part, n in ((text[:cut], 3 * options.samples), (text[cut:], options.test_windows))
+    )
+    memory = parse_bytes(options.memory)
+    before = resident()
+    model = load_within(folder, memory)
+    names = [layer.name for layer in inventory_of(model.module, model, calibration).layers]
+    print(f"{Path(folder).name}: {options.samples} windows of {options.length} tokens")
+    for effort in options.efforts.split(","):
+        for budget in options.budgets.split(","):
+            request = PlanRequest(
+                budgets=(budget,),
+                weight_bits=tuple(int(bits) for bits in options.bits.split(",")),
+                scheme=Scheme(
+                    granularity=Granularity.GROUP, group_size=64, scale_format=ScaleFormat.FP16
+                ),
+                exclude=tuple(name for name in names if "embed" in name),
+                samples=options.samples,
+                holdout_samples=options.samples,
+                rounding=options.rounding,
+                effort=effort,
+            )
+            context = Context(ledger=MemoryLedger(), memory_bytes=memory)
+            read = 0 if model.pages is None else model.pages.bytes_read
+            started = time.process_time()
+            found = allocate(model, calibration, request, context=context)
+            seconds = time.process_time() - started
+            (plan,) = found.plans
+            print(
+                f"{effort:7s} {budget:9s} {found.passes:5.1f} passes {seconds:7.0f} CPU s "
+                f"{resident() - before:5.2f} GB  hold-out {plan.measured.mean:.4f} "
+                f"+- {plan.measured.standard_error:.4f}",
+                flush=True,
+            )
+            for baseline in plan.baselines:
+                print(
+                    f"        {baseline.name}: {baseline.paired_difference:+.4f} "
+                    f"+- {baseline.paired_error:.4f} on the hold-out"
+                )
+            if model.pages is not None:
+                size = sum(t.numel() * t.element_size() for t in model.pages.tensors.values())
+                print(f"        weights read {(model.pages.bytes_read - read) / size:.1f} times")
+            if not options.no_test:
+                compare(model, calibration, request, plan, test)
+
+
+if __name__ == "__main__":
+    main()
