@@ -1,4 +1,4 @@
-"""Quantize a model part by part: candidates of all layers, and the weights that ship.
+"""The candidates of a language model's layers, and what their errors do, part by part.
 
 Everything is done for one part of a ``Stack`` after the other, over all samples at once: what a
 part is given is kept, the part is run, its layers' inputs are looked at, and it is let go.
@@ -8,31 +8,35 @@ Design: docs/design/language-models.md
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from bitquota.candidates.layers import MATRICES, LayerKind
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity
 from bitquota.context import Context
-from bitquota.models.calls import operator_name, tensor_key
 from bitquota.models.kept import Keeper, Series
-from bitquota.models.layout import from_matrix
-from bitquota.models.running import inputs_of, tensor_of
+from bitquota.models.running import tensor_of
 from bitquota.quantizers.input_moments import input_grams
+from bitquota.quantizers.part_batches import (
+    Batches,
+    BatchSizes,
+    Lookups,
+    Remembering,
+    batch_sizes,
+    spans_of,
+)
 from bitquota.quantizers.quantized_weights import QuantizedWeights
 from bitquota.quantizers.rounders import Rounder
-from bitquota.quantizers.sequential import round_in_sequence
+from bitquota.quantizers.variants import Stored, run_variants
 from bitquota.quantizers.weights import QuantizedWeight, finite_matrix, quantize
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from torch import Tensor
 
     from bitquota.candidates.layers import Inventory, Layer
     from bitquota.candidates.table import Candidate
@@ -50,143 +54,6 @@ AT_ONCE = frozenset({LayerKind.EXPERTS, *MATRICES})
 
 HALF = 0.5
 """Share of the memory of a measurement that activations between parts may take."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Stored:
-    """A quantized weight that is read when it is needed.
-
-    Attributes:
-        layer: Whose weight it is.
-        read: Returns it.
-    """
-
-    layer: Layer
-    read: Callable[[], QuantizedWeight]
-
-    def weight(self) -> Tensor:
-        """Return the weight in the shape of the layer's own."""
-        return from_matrix(self.read().dequantize(), self.layer)
-
-
-def spans_of(size: int, folds: Sequence[range]) -> list[range]:
-    """Return the batches in which samples run: at most ``size`` each, none across two folds."""
-    return [
-        range(a, min(a + size, fold.stop))
-        for fold in folds
-        for a in range(fold.start, fold.stop, size)
-    ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchSizes:
-    """How many samples run at once.
-
-    Attributes:
-        block: Through a block.
-        end: Through the last part, whose output may be a row for each token of a vocabulary.
-    """
-
-    block: int
-    end: int
-
-
-def batch_sizes(
-    stack: Stack, layers: Mapping[str, Layer], samples: CalibrationSet, limit_bytes: int
-) -> BatchSizes:
-    """Return how many samples may run at once within a limit, at least one.
-
-    Input and output of each layer of a block are counted three times: as such, as what is made of
-    them on the way, and as gradients; outputs of the model in float32 and in float64 beside.
-    """
-    positions = math.prod(samples.inputs[0].shape[1:])
-    wide = max(
-        sum(layers[name].rows + layers[name].columns for name in part)
-        for part in stack.layers[1:-1]
-    )
-    block = limit_bytes // (12 * positions * max(1, wide))
-    end = limit_bytes // (24 * math.prod(stack.output_shape))
-    end = max(1, min(64, block, end))
-    # A batch of a block is cut into whole batches of the end.
-    return BatchSizes(block=max(1, min(64, block) // end) * end, end=end)
-
-
-def pieces(size: int, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cut a batch into smaller ones of at most ``size`` samples."""
-    for a in range(0, len(values[0]), size):
-        yield tuple(value[a : a + size] for value in values)
-
-
-def run_variants(
-    stack: Stack,
-    samples: CalibrationSet,
-    spans: Sequence[range],
-    variants: Sequence[Mapping[str, Stored]],
-    keeper: Keeper,
-    on_part: Callable[[int, int], None],
-) -> list[Series]:
-    """Return for each variant what its last part is given, batch after batch.
-
-    Variants that are equal up to a part run together up to there.
-
-    Args:
-        stack: The model.
-        samples: What to run on.
-        spans: Batches of them.
-        variants: Weights by layer name.
-        keeper: Keeps activations.
-        on_part: Called with the number of a part and how many different variants of it ran.
-
-    Cost: one pass for each variant, less what they share; every weight is read once.
-    """
-    groups: list[tuple[list[int], Series | None]] = [(list(range(len(variants))), None)]
-    for k in range(len(stack) - 1):
-        # Those that stay together: equal so far, and equal weights here.
-        apart: list[tuple[list[int], Series | None, tuple[Stored | None, ...]]] = []
-        for members, given in groups:
-            own: dict[tuple[int, ...], list[int]] = {}
-            for v in members:
-                key = tuple(id(variants[v].get(name)) for name in stack.layers[k])
-                own.setdefault(key, []).append(v)
-            apart += [
-                (together, given, tuple(variants[together[0]].get(n) for n in stack.layers[k]))
-                for together in own.values()
-            ]
-        after: list[tuple[list[int], Series | None]] = []
-        weights: dict[int, Tensor] = {}
-        for position, (together, given, chosen) in enumerate(apart):
-            part = stack.part(k)
-            for stored in chosen:
-                if stored is not None:
-                    if id(stored) not in weights:
-                        weights[id(stored)] = stored.weight()
-                    part.put(stored.layer, weights[id(stored)])
-            following = keeper.series()
-            with torch.no_grad():
-                for b, span in enumerate(spans):
-                    before = () if given is None else (given[b],)
-                    following.append(part(*before, *inputs_of(samples, span)))
-            after.append((together, following))
-            if given is not None and all(
-                other is not given for _, other, _ in apart[position + 1 :]
-            ):
-                given.drop()
-        groups = after
-        on_part(k, len(groups))
-    found: dict[int, Series] = {}
-    for members, given in groups:
-        assert given is not None  # noqa: S101  # part 0 made it
-        found |= dict.fromkeys(members, given)
-    return [found[v] for v in range(len(variants))]
-
-
-def ending_in(stack: Stack, layers: Iterable[Layer], variant: Mapping[str, Stored]) -> Part:
-    """Return the last part with the weights of a variant."""
-    part = stack.part(len(stack) - 1)
-    for layer in layers:
-        if layer.name in variant and layer.name in stack.layers[-1]:
-            part.put(layer, variant[layer.name].weight())
-    return part
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -325,7 +192,7 @@ class StackedWeights:
         )
         names = {layer.name for layer in multiplied.layers} & set(self.stack.layers[k])
         last = k == len(self.stack) - 1
-        batches = _Batches(
+        batches = Batches(
             spans=self.spans,
             samples=self.samples,
             given=(given,) if k else (),
@@ -338,7 +205,7 @@ class StackedWeights:
             grams = input_grams(run, multiplied, batches, layers=names, shrunk=True)
         counts: dict[str, Tensor] = {}
         if looked_up or not names:
-            with _Lookups(part, looked_up, counts) as lookups, torch.no_grad():
+            with Lookups(part, looked_up, counts) as lookups, torch.no_grad():
                 for batch in batches:
                     lookups.samples = len(batch[0])
                     run(*batch)
@@ -439,205 +306,8 @@ class StackedWeights:
         self._kept[candidate] = about, range(start, len(self._codes))
 
 
-class _Lookups(TorchFunctionMode):
-    """Counts how often each row of embeddings is looked up.
-
-    Args:
-        part: The part that looks up.
-        layers: Embeddings by name.
-        counts: Takes f64[rows] by name.
-    """
-
-    def __init__(self, part: Part, layers: Mapping[str, Layer], counts: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._names = {
-            tensor_key(tensor_of(part, layer.weight_name)): name for name, layer in layers.items()
-        }
-        self._counts = counts
-        self.samples = 1
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,  # noqa: ANN401
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        """Count the rows of a known embedding."""
-        del types
-        named = kwargs or {}
-        if operator_name(func) == "embedding":
-            ids, weight = (args + tuple(named.values()))[:2]
-            name = self._names.get(tensor_key(weight))
-            if name is not None:
-                count = torch.bincount(ids.reshape(-1), minlength=len(weight)).double()
-                # Positions are looked up once for all samples of a batch.
-                count *= self.samples if len(ids) == 1 else 1
-                self._counts[name] = self._counts.get(name, torch.zeros_like(count)) + count
-        return func(*args, **named)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Batches(Sequence[tuple[Tensor, ...]]):
-    """What a part is called with, batch after batch, none of which is kept.
-
-    Attributes:
-        spans: Samples of each batch.
-        samples: Where the inputs of the model come from.
-        given: What stands before them, batch after batch.
-        size: Samples of a smaller batch, where batches are cut into such.
-    """
-
-    spans: Sequence[range]
-    samples: CalibrationSet
-    given: tuple[Series, ...] = ()
-    size: int | None = None
-
-    def __len__(self) -> int:
-        """Return the number of batches."""
-        return len(self._places())
-
-    def __getitem__(self, k: Any) -> Any:  # noqa: ANN401  # one batch for one number
-        """Return a batch."""
-        b, start = self._places()[k]
-        span = self.spans[b]
-        values = (*(series[b] for series in self.given), *inputs_of(self.samples, span))
-        if self.size is None:
-            return values
-        return tuple(value[start : start + self.size] for value in values)
-
-    def _places(self) -> list[tuple[int, int]]:
-        size = self.size
-        return [
-            (b, start)
-            for b, span in enumerate(self.spans)
-            for start in range(0, len(span), len(span) if size is None else size)
-        ]
-
-
-class Remembering(nn.Module):
-    """A part that keeps what it returns for the first ``count`` batches.
-
-    Args:
-        part: The part.
-        outputs: Where that is kept, if anywhere.
-        count: The number of batches.
-        side: Where batches begin with what the part is given in full precision and with what it is
-            given in the quantized model: which of the two it reads.
-    """
-
-    def __init__(
-        self, part: Part, outputs: Series | None, count: int, side: int | None = None
-    ) -> None:
-        super().__init__()
-        self.part, self._outputs, self._count, self._side = part, outputs, count, side
-        self.takes_padding = part.takes_padding
-        self.mask_at = part.mask_at + (0 if side is None else 1)
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """Return a module by its name in the model."""
-        return self.part.get_submodule(target)
-
-    def forward(self, *values: Tensor) -> Tensor:
-        """Run the part."""
-        own = values if self._side is None else (values[self._side], *values[2:])
-        output: Tensor = self.part(*own)
-        if self._outputs is not None and len(self._outputs) < self._count:
-            self._outputs.append(output)
-        return output
-
-
 def _energy(error: Tensor, gram: Tensor) -> Tensor:
     """Return f64[rows]: ``e G e^T`` of each row, ``gram`` being one for each group of rows."""
     grouped = error.reshape(len(gram), -1, error.shape[1])
     found: Tensor = ((grouped @ gram) * grouped).sum(dim=2).reshape(-1)
     return found
-
-
-def round_stack(
-    known: StackedWeights,
-    candidates: Sequence[Candidate],
-    *,
-    rounding: str,
-    context: Context,
-) -> dict[str, QuantizedWeight]:
-    """Return codes and scales of a choice by layer name, rounded layer after layer.
-
-    As ``round_in_sequence`` rounds a whole model, part by part.
-
-    Cost: two passes over the samples (full precision, whose activations between parts are known,
-    and quantized), the moments of all inputs, and the rounding of every layer.
-    """
-    chosen = {c.layer: c for c in candidates if c.weight_bits != FULL_PRECISION_BITS}
-    if rounding == Rounder.NEAREST:
-        return _to_nearest(known, chosen)
-    known.prepare(context)
-    stack, found = known.stack, dict[str, QuantizedWeight]()
-    given: Series | None = None
-    for k in range(len(stack)):
-        context.check(STAGE)
-        last = k == len(stack) - 1
-        full, part = stack.part(k), stack.part(k)
-        names = stack.layers[k]
-        for name in names:
-            # What the rounding writes into must not be the model's own memory.
-            place = tensor_of(part, known.layers[name].weight_name)
-            place.data = place.data.clone()
-            if name in found:
-                part.put(
-                    known.layers[name], from_matrix(found[name].dequantize(), known.layers[name])
-                )
-        own = {name: chosen[name] for name in names if name in chosen and name not in found}
-        if last and not own:
-            break
-        batches = _Batches(
-            spans=known.spans,
-            samples=known.samples,
-            given=() if given is None else (known.given[k], given),
-            size=known.sizes.end if last else None,
-        )
-        following = known.keeper.series()
-        side = None if given is None else 1
-        quantized = Remembering(part, None if last else following, len(batches), side)
-        found |= round_in_sequence(
-            Remembering(full, None, 0, None if given is None else 0),
-            quantized,
-            own,
-            batches,
-            _Candidates(full, known),
-            rounding=rounding,
-        )
-        if given is not None:
-            given.drop()
-        given = following
-    if given is not None:
-        given.drop()
-    return found
-
-
-def _to_nearest(
-    known: StackedWeights, chosen: Mapping[str, Candidate]
-) -> dict[str, QuantizedWeight]:
-    found: dict[str, QuantizedWeight] = {}
-    for k, names in enumerate(known.stack.layers):
-        own = [name for name in names if name in chosen and name not in found]
-        if not own:
-            continue
-        part = known.stack.part(k)
-        nearest = QuantizedWeights(part, known.inventory, None, known.importance)
-        for name in own:
-            found[name] = nearest.stored(chosen[name])
-            nearest.forget()
-    return found
-
-
-class _Candidates(QuantizedWeights):
-    """The quantized weights of a part, each rounded by itself."""
-
-    def __init__(self, part: Part, known: StackedWeights) -> None:
-        super().__init__(part, known.inventory, importance=known.importance)
-        self._known = known
-
-    def stored(self, candidate: Candidate) -> QuantizedWeight:
-        """Return codes and scales of a candidate."""
-        return self._known.stored(candidate).read()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bitquota.models.calls import tensor_key
 from bitquota.models.running import inputs_of, tensor_of
-from bitquota.quantizers.stacked import pieces
+from bitquota.quantizers.part_batches import pieces
 from bitquota.sensitivity.metrics.layer_trace import check_all_seen, trace_gradients
 from bitquota.sensitivity.metrics.metric import BACKWARD, FORWARD, changes_anything
 from bitquota.sensitivity.recorder import checked_losses

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitquota.models.running import cut, inputs_of, run_module
-from bitquota.quantizers.stacked import ending_in, pieces, run_variants, spans_of
+from bitquota.quantizers.part_batches import pieces, spans_of
+from bitquota.quantizers.variants import ending_in, run_variants
 from bitquota.sensitivity.runners.base import RunnerBase, own_state
 from bitquota.sensitivity.runners.eager import EagerState, WholePass
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from bitquota.quantizers.stacked import StackedWeights, Stored
+    from bitquota.quantizers.stacked import StackedWeights
+    from bitquota.quantizers.variants import Stored
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runners.base import Change, Scheduled, State
 

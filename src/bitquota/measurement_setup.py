@@ -33,7 +33,8 @@ from bitquota.quantizers.imatrix import importance_of
 from bitquota.quantizers.quantized_model import QuantizedModel, changed_tensors
 from bitquota.quantizers.sequential import LEARNED
 from bitquota.quantizers.smoothing import smooth
-from bitquota.quantizers.stacked import StackedWeights, round_stack
+from bitquota.quantizers.stack_rounding import round_stack
+from bitquota.quantizers.stacked import StackedWeights
 from bitquota.sensitivity.metrics.gram_weighted import GramWeightedError
 from bitquota.sensitivity.outputs import read_outputs
 from bitquota.sensitivity.runners.base import describe_change
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from bitquota.quantizers.fitted import Fitted
     from bitquota.quantizers.imatrix import Importance
     from bitquota.quantizers.smoothing import Smoothing
-    from bitquota.quantizers.stacked import Stored
+    from bitquota.quantizers.variants import Stored
     from bitquota.quantizers.weights import QuantizedWeight
     from bitquota.request import PlanRequest
     from bitquota.sensitivity.losses import Loss
@@ -324,13 +325,7 @@ def build_setup(
     context = context or Context()
     where = choose_device(context.device)
     calibration = bound(model, calibration)
-    outputs: tuple[PlanOutput, ...] = ()
-    # Of weights that stay in files no more than a few tokens are run.
-    shown = calibration if model.pages is None else calibration.first(2).begin(SHOWN_TOKENS)
-    if loss is None:
-        read = read_outputs(model, shown, loss=request.loss, outputs=request.outputs or ())
-        model, loss, outputs = read.model, read.loss, read.outputs
-    check_calibration(model, shown)
+    model, loss, outputs = _measured_outputs(model, calibration, request, loss)
     few = calibration.first(2).to(where)
     module = sharing_weights(model.module).eval()
     if model.pages is None:
@@ -351,12 +346,7 @@ def build_setup(
         fixed=request.fixed,
     )
 
-    # Disjoint samples: to measure on, to decide on, in reserve.
-    wanted = request.samples + request.holdout_samples
-    drawn = calibration.subset(min(wanted, len(calibration)), request.seed)
-    parts = drawn.split(request.holdout_samples / wanted, request.seed)
-    measured, holdout = (part.placed(where) for part in parts)
-    spare = tuple(part.placed(where) for part in _blocks(calibration, drawn, len(holdout), request))
+    measured, holdout, spare = _samples(calibration, request, where)
     n_correcting = min(request.correction_samples, len(calibration))
 
     # Channels scaled for about the widths that layers will have.
@@ -385,28 +375,10 @@ def build_setup(
         memory_bytes=context.memory_bytes,
         by_parts=stack is not None,
     )
-    stacked = None
-    if stack is not None:
-        if model.pages is not None:
-            outputs = tuple(replace(output, shape=stack.output_shape) for output in outputs)
-        stacked = StackedWeights(
-            stack=stack,
-            inventory=inventory,
-            candidates=candidates,
-            samples=measured,
-            folds=cut(len(measured), -(-len(measured) // FOLDS)),
-            rounder=fitted.weights.rounding,
-            importance=fitted.weights.importance,
-            memory_bytes=context.memory_bytes,
-        )
+    if stack is not None and model.pages is not None:
+        outputs = tuple(replace(output, shape=stack.output_shape) for output in outputs)
     if smoothing is not None:
-        # What it was fitted to, not what came out: another machine may round differently.
-        made_for = {"smoothing": measured.to_json(), "for": describe_change(typical)}
-        fitted = replace(
-            fitted,
-            origin=digest_json([fitted.origin, made_for]),
-            nearest_origin=digest_json([fitted.nearest_origin, made_for]),
-        )
+        fitted = _fitted_to_scaled(fitted, measured, typical)
     return Setup(
         request=request,
         module=module,
@@ -424,7 +396,71 @@ def build_setup(
         target=target,
         identity_note=model.identity_note,
         smoothing=smoothing,
-        stacked=stacked,
+        stacked=(
+            None
+            if stack is None
+            else _stacked(stack, inventory, candidates, measured, fitted, context)
+        ),
+    )
+
+
+def _samples(
+    calibration: CalibrationSet, request: PlanRequest, where: torch.device
+) -> tuple[CalibrationSet, CalibrationSet, tuple[CalibrationSet, ...]]:
+    """Return disjoint samples: to measure on, to decide on, and blocks of them in reserve."""
+    wanted = request.samples + request.holdout_samples
+    drawn = calibration.subset(min(wanted, len(calibration)), request.seed)
+    parts = drawn.split(request.holdout_samples / wanted, request.seed)
+    measured, holdout = (part.placed(where) for part in parts)
+    spare = (part.placed(where) for part in _blocks(calibration, drawn, len(holdout), request))
+    return measured, holdout, tuple(spare)
+
+
+def _fitted_to_scaled(
+    fitted: Fitted, measured: CalibrationSet, typical: dict[str, Candidate]
+) -> Fitted:
+    """Return quantizers that say what channels were scaled for."""
+    # What it was fitted to, not what came out: another machine may round differently.
+    made_for = {"smoothing": measured.to_json(), "for": describe_change(typical)}
+    return replace(
+        fitted,
+        origin=digest_json([fitted.origin, made_for]),
+        nearest_origin=digest_json([fitted.nearest_origin, made_for]),
+    )
+
+
+def _measured_outputs(
+    model: LoadedModel, calibration: CalibrationSet, request: PlanRequest, loss: Loss | None
+) -> tuple[LoadedModel, Loss, tuple[PlanOutput, ...]]:
+    """Return the model that ends in what the loss is about, that loss, and the outputs."""
+    outputs: tuple[PlanOutput, ...] = ()
+    # Of weights that stay in files no more than a few tokens are run.
+    shown = calibration if model.pages is None else calibration.first(2).begin(SHOWN_TOKENS)
+    if loss is None:
+        read = read_outputs(model, shown, loss=request.loss, outputs=request.outputs or ())
+        model, loss, outputs = read.model, read.loss, read.outputs
+    check_calibration(model, shown)
+    return model, loss, outputs
+
+
+def _stacked(
+    stack: Stack,
+    inventory: Inventory,
+    candidates: Sequence[Candidate],
+    measured: CalibrationSet,
+    fitted: Fitted,
+    context: Context,
+) -> StackedWeights:
+    """Return the candidates of a stack, to be looked at on the samples of the measurement."""
+    return StackedWeights(
+        stack=stack,
+        inventory=inventory,
+        candidates=candidates,
+        samples=measured,
+        folds=cut(len(measured), -(-len(measured) // FOLDS)),
+        rounder=fitted.weights.rounding,
+        importance=fitted.weights.importance,
+        memory_bytes=context.memory_bytes,
     )
 
 

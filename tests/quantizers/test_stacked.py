@@ -14,7 +14,7 @@ from bitquota.quantizers import stacked as module
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.fitted import fit_quantizers
 from bitquota.quantizers.rounders import Rounder
-from bitquota.quantizers.stacked import round_stack
+from bitquota.quantizers.stack_rounding import round_stack
 from bitquota.request import PlanRequest
 from bitquota.sensitivity.measures.choices import measure_choices
 from bitquota.sensitivity.metrics.gram_weighted import GramWeightedError

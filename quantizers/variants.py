@@ -1,0 +1,128 @@
+"""Several variants of a stack run side by side, part by part.
+
+Design: docs/design/language-models.md
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from bitquota.models.layout import from_matrix
+from bitquota.models.running import inputs_of, tensor_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from bitquota.candidates.layers import Layer
+    from bitquota.models.calibration import CalibrationSet
+    from bitquota.models.kept import Keeper, Series
+    from bitquota.models.stack import Part, Stack
+    from bitquota.quantizers.weights import QuantizedWeight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Stored:
+    """A quantized weight that is read when it is needed.
+
+    Attributes:
+        layer: Whose weight it is.
+        read: Returns it.
+    """
+
+    layer: Layer
+    read: Callable[[], QuantizedWeight]
+
+    def weight(self) -> Tensor:
+        """Return the weight in the shape of the layer's own."""
+        return from_matrix(self.read().dequantize(), self.layer)
+
+
+def run_variants(
+    stack: Stack,
+    samples: CalibrationSet,
+    spans: Sequence[range],
+    variants: Sequence[Mapping[str, Stored]],
+    keeper: Keeper,
+    on_part: Callable[[int, int], None],
+) -> list[Series]:
+    """Return for each variant what its last part is given, batch after batch.
+
+    Variants that are equal up to a part run together up to there.
+
+    Args:
+        stack: The model.
+        samples: What to run on.
+        spans: Batches of them.
+        variants: Weights by layer name.
+        keeper: Keeps activations.
+        on_part: Called with the number of a part and how many different variants of it ran.
+
+    Cost: one pass for each variant, less what they share; every weight is read once.
+    """
+    groups: list[tuple[list[int], Series | None]] = [(list(range(len(variants))), None)]
+    for k in range(len(stack) - 1):
+        apart = _apart(groups, variants, stack.layers[k])
+        part = stack.part(k)
+        layers = [stored.layer for *_, chosen in apart for stored in chosen if stored is not None]
+        originals = {layer: tensor_of(part, layer.weight_name).data for layer in layers}
+        weights: dict[int, Tensor] = {}
+        after: list[tuple[list[int], Series | None]] = []
+        for position, (together, given, chosen) in enumerate(apart):
+            for layer, original in originals.items():
+                part.put(layer, original)
+            for stored in chosen:
+                if stored is not None:
+                    if id(stored) not in weights:
+                        weights[id(stored)] = stored.weight()
+                    part.put(stored.layer, weights[id(stored)])
+            following = keeper.series()
+            with torch.no_grad():
+                for b, span in enumerate(spans):
+                    before = () if given is None else (given[b],)
+                    following.append(part(*before, *inputs_of(samples, span)))
+            after.append((together, following))
+            later = apart[position + 1 :]
+            if given is not None and all(other is not given for _, other, _ in later):
+                given.drop()
+        groups = after
+        on_part(k, len(groups))
+    found: dict[int, Series] = {}
+    for members, given in groups:
+        assert given is not None  # noqa: S101  # part 0 made it
+        found |= dict.fromkeys(members, given)
+    return [found[v] for v in range(len(variants))]
+
+
+Together = tuple[list[int], "Series | None", "tuple[Stored | None, ...]"]
+"""Variants that run a part together, what it is given there, and the weights of its layers."""
+
+
+def _apart(
+    groups: Sequence[tuple[list[int], Series | None]],
+    variants: Sequence[Mapping[str, Stored]],
+    names: Sequence[str],
+) -> list[Together]:
+    """Return the variants that are equal so far and in their weights of a part's layers."""
+    apart: list[Together] = []
+    for members, given in groups:
+        own: dict[tuple[int, ...], list[int]] = {}
+        for v in members:
+            own.setdefault(tuple(id(variants[v].get(name)) for name in names), []).append(v)
+        for together in own.values():
+            chosen = tuple(variants[together[0]].get(name) for name in names)
+            apart.append((together, given, chosen))
+    return apart
+
+
+def ending_in(stack: Stack, layers: Iterable[Layer], variant: Mapping[str, Stored]) -> Part:
+    """Return the last part with the weights of a variant."""
+    part = stack.part(len(stack) - 1)
+    for layer in layers:
+        if layer.name in variant and layer.name in stack.layers[-1]:
+            part.put(layer, variant[layer.name].weight())
+    return part
