@@ -137,7 +137,6 @@ class StackedWeights:
 
     def variant(self, candidates: Iterable[Candidate]) -> dict[str, Stored]:
         """Return the weights of a choice; layers in full precision are left out."""
-        self.prepare(Context())
         return {c.layer: self.stored(c) for c in candidates if c.weight_bits != FULL_PRECISION_BITS}
 
     def shipped(self, weights: Mapping[str, QuantizedWeight]) -> dict[str, Stored]:

@@ -359,7 +359,7 @@ def build_setup(
 
     # Quantizers, fitted where candidates need samples.
     importance = None if model.imatrix is None else importance_of(model.imatrix, inventory)
-    stack = _chain(model, module, inventory, request, few) if fit else None
+    stack = _chain(model, module, inventory, request, few)
     if stack is None and model.pages is not None:
         # Everything else needs all weights at once.
         module = module.float().to(where)

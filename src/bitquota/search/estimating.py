@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Rounding
 from bitquota.estimate import BudgetEstimate, JobEstimate, Refusal, StageEstimate
 from bitquota.measurement_setup import build_setup
+from bitquota.quantizers.stacked import SAMPLED_ROWS
 from bitquota.search.comparing import (
     AFFORDABLE_PASSES,
     PLANS,
@@ -221,8 +222,11 @@ def _timed(setup: Setup, runner: Runner, clock: Callable[[], float]) -> _Timed:
                 change[candidate.layer] = plain
                 weights += n
     took = clock() - start
+    if setup.stacked is not None:
+        # No weight of a chain is rounded before its inputs have been looked at.
+        change = {}
     everything = sum(
-        setup.inventory.layer(c.layer).n_weights
+        _rounded(setup, c.layer)
         for row in setup.table.rows
         for c in row.candidates
         if c.weight_bits != FULL_PRECISION_BITS
@@ -247,6 +251,13 @@ def _timed(setup: Setup, runner: Runner, clock: Callable[[], float]) -> _Timed:
     )
 
 
+def _rounded(setup: Setup, name: str) -> int:
+    """Return how many weights of a layer are rounded to tell what a candidate loses."""
+    layer = setup.inventory.layer(name)
+    rows = layer.rows if setup.stacked is None else min(layer.rows, SAMPLED_ROWS)
+    return rows * layer.columns
+
+
 def _peak_bytes() -> int:
     """Return the largest resident size of this process so far."""
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -256,6 +267,9 @@ def _peak_bytes() -> int:
 
 def _counted_bytes(setup: Setup, runner: Runner, *, grams: bool) -> int:
     """Return the bytes that a job takes beyond what timing a pass took."""
+    if setup.stacked is not None:
+        # Activations, candidates and batches keep to the limit.
+        return setup.context.memory_bytes
     n_chunk = len(runner.chunks[0])
     elements = runner.reference(0).numel() // n_chunk
     rows = len(setup.table.rows)
