@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from bitquota.models.stack import Part
     from bitquota.quantizers.stacked import StackedWeights
     from bitquota.quantizers.variants import Stored
     from bitquota.sensitivity.losses import Loss
@@ -86,7 +87,7 @@ class StackRunner(RunnerBase):
         own = run_variants(known.stack, self.calibration, spans, variants, known.keeper, charge)
         ends = [known.reference(self.calibration, spans, charge), *own]
         charge(len(known.stack) - 1, len(ends))
-        parts = [ending_in(known.stack, self.inventory.layers, v) for v in ({}, *variants)]
+        parts = self._last_parts(({}, *variants))
         for b, rows in enumerate(spans):
             values = [end[b] for end in ends]
             batch = pieces(known.sizes.end, *values, *inputs_of(self.calibration, rows))
@@ -98,6 +99,17 @@ class StackRunner(RunnerBase):
                 yield range(a, a + len(inputs[0])), next(outputs), outputs
         for end in own:
             end.drop()
+
+    def _last_parts(self, variants: Sequence[Mapping[str, Stored]]) -> list[Part]:
+        """Return the last part of each variant; those whose weights there are equal share one."""
+        made: dict[tuple[int, ...], Part] = {}
+        found = []
+        for variant in variants:
+            key = tuple(id(variant.get(name)) for name in self.known.stack.layers[-1])
+            if key not in made:
+                made[key] = ending_in(self.known.stack, self.inventory.layers, variant)
+            found.append(made[key])
+        return found
 
     def _charge(self, n_samples: int, k: int, variants: int) -> None:
         """Count that a part ran so many times."""
