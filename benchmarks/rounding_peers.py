@@ -87,7 +87,8 @@ def gptqmodel(
     model.quantize(rows, batch_size=8)
     saved = str(scratch / "saved")
     model.save(saved)
-    read = GPTQModel.load(saved, device="cpu", backend=BACKEND.TORCH, dtype=torch.float32).model
+    # Its kernels compute in 16 bits only; by itself it takes bfloat16 on a CPU, for scales too.
+    read = GPTQModel.load(saved, device="cpu", backend=BACKEND.TORCH).model
     return {
         f"{name}.weight": part.dequantize_weight().T.float()
         for name, part in read.named_modules()
