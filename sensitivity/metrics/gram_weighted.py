@@ -52,12 +52,18 @@ if TYPE_CHECKING:
     from bitquota.sensitivity.runners.base import Runner
 
 
+SEQUENCES = 3
+"""Dimensions of an output of sequences. Each of them draws signs of its own, so that a few may be
+run at a time; other outputs draw them together, as they always did: caches hold such scores."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Direction:
     """A linear loss whose gradient in the output is one random direction ``v`` per sample."""
 
     of: Loss
-    seeds: Sequence[int]
+    chunk: int
+    samples: Sequence[int]
 
     @property
     def name(self) -> str:
@@ -74,7 +80,14 @@ class _Direction:
     def per_sample(self, output: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:
         """Return ``f64[n]``: ``v · output``."""
         del reference, labels
-        direction = random_direction(self.of, output.detach(), self.seeds)
+        output_only = output.detach()
+        if output.ndim == SEQUENCES:
+            direction = random_direction(self.of, output_only, self.samples)
+        else:
+            generator = torch.Generator().manual_seed(self.chunk)
+            signs = torch.randint(0, 2, (1, *output.shape), generator=generator)
+            noise = (2.0 * signs - 1.0).double().to(output.device)
+            direction = curvature_factor(self.of, output_only, noise)[0]
         return (direction * output.double()).reshape(len(output), -1).sum(dim=1)
 
 
@@ -207,7 +220,9 @@ class GramWeightedError(Metric):
         else:
             chunks = work.runner.chunks
             found = measure_rows(
-                work, _Score(), lambda chunk: _Direction(of=work.loss, seeds=chunks[chunk])
+                work,
+                _Score(),
+                lambda chunk: _Direction(of=work.loss, chunk=chunk, samples=chunks[chunk]),
             )
         per_chunk = np.concatenate(found, axis=1).T  # f64[C, n_rows]
         return Scores(
