@@ -8,6 +8,7 @@ Design: docs/design/corrections.md
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -162,7 +163,8 @@ class LayerWatcher(TorchFunctionMode, Generic[Known]):
         kwargs: dict[str, Any],
     ) -> Any:  # noqa: ANN401
         """Return what the call gives: a subclass looks at it, or changes it on the way."""
-        raise NotImplementedError
+        del known, call
+        return func(*args, **kwargs)
 
     def elsewhere(
         self,
@@ -174,6 +176,30 @@ class LayerWatcher(TorchFunctionMode, Generic[Known]):
         """Run what is no multiplication with a known weight."""
         del operator
         return func(*args, **kwargs)
+
+
+class CallCounter(LayerWatcher[str]):
+    """Counts the multiplications with each known weight.
+
+    Attributes:
+        calls: By what the weight is known as.
+    """
+
+    def __init__(self, known: Mapping[tuple[Any, ...], str]) -> None:
+        super().__init__(known)
+        self.calls: Counter[str] = Counter()
+
+    def around(
+        self,
+        known: str,
+        call: LayerCall,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:  # noqa: ANN401
+        """Count the call."""
+        self.calls[known] += 1
+        return super().around(known, call, func, args, kwargs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -15,7 +15,6 @@ Design: docs/design/language-models.md
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from bitquota.models.blocks import repeated_blocks
-from bitquota.models.calls import LayerWatcher, tensor_key
+from bitquota.models.calls import CallCounter, tensor_key
 from bitquota.models.outlines import run_outline
 from bitquota.models.running import primary_output, tensor_of
 from bitquota.models.sharing import sharing_weights
 
 if TYPE_CHECKING:
+    from collections import Counter
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     from bitquota.candidates.layers import Layer
-    from bitquota.models.calls import LayerCall
     from bitquota.models.loaded import LoadedModel
     from bitquota.models.pages import Pages
 
@@ -214,23 +213,8 @@ def _float_copy(tensor: Tensor, device: torch.device | None) -> Tensor:
     return tensor.to(device=device, copy=True)
 
 
-class _Called(LayerWatcher[str]):
-    def __init__(self, names: dict[tuple[Any, ...], str]) -> None:
-        super().__init__(names)
-        self.layers: list[str] = []
-
-    def around(
-        self,
-        known: str,
-        call: LayerCall,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:  # noqa: ANN401
-        """Note the layer."""
-        del call
-        self.layers.append(known)
-        return func(*args, **kwargs)
+class _Reads(CallCounter):
+    """Counts lookups and factors of other products, too."""
 
     def elsewhere(
         self,
@@ -245,7 +229,7 @@ class _Called(LayerWatcher[str]):
             if isinstance(value, Tensor) and value.numel():
                 known = self.known.get(tensor_key(value))
                 if known is not None:
-                    self.layers.append(known)
+                    self.calls[known] += 1
         return func(*args, **kwargs)
 
 
@@ -264,12 +248,13 @@ def stack_of(
         layers: Layers by name.
         inputs: Positional arguments of a pass over a few samples.
 
-    Cost: four passes; none where weights stay in files.
+    Cost: three passes; none where weights stay in files.
     """
     seen = module if model.outline is None else model.outline
     with run_outline(seen, inputs) as given:
         owned = repeated_blocks(seen, layers, given)
-        if len(owned) < 2 or not _is_chain(seen, list(owned), given):
+        expected = _chained_output(seen, list(owned), given) if len(owned) > 1 else None
+        if expected is None:
             return None
         chain = Stack(seen, list(owned))
         outside = {
@@ -278,7 +263,6 @@ def stack_of(
             if not any(name in inside for inside in owned.values())
         }
         with torch.no_grad():
-            expected = primary_output(seen(*given))
             value, before = _watched(chain.part(0), outside, given)
             found = [tuple(before)]
             for k, inside in enumerate(owned.values()):
@@ -298,8 +282,13 @@ def stack_of(
     return stack
 
 
-def _is_chain(module: nn.Module, blocks: Sequence[str], inputs: tuple[Tensor, ...]) -> bool:
-    """Whether every block is given what the block before it returned, and returns a like tensor."""
+def _chained_output(
+    module: nn.Module, blocks: Sequence[str], inputs: tuple[Tensor, ...]
+) -> Tensor | None:
+    """Return the output of a pass in which every block is given what the one before it returned.
+
+    ``None`` of any other pass.
+    """
     ends: list[Tensor] = []
     chained: list[bool] = []
 
@@ -319,11 +308,11 @@ def _is_chain(module: nn.Module, blocks: Sequence[str], inputs: tuple[Tensor, ..
         handles.append(block.register_forward_hook(leave))
     try:
         with torch.no_grad():
-            module(*inputs)
+            output = primary_output(module(*inputs))
     finally:
         for handle in handles:
             handle.remove()
-    return all(chained) and len(chained) == 2 * len(blocks)
+    return output if all(chained) and len(chained) == 2 * len(blocks) else None
 
 
 def _watched(
@@ -331,10 +320,9 @@ def _watched(
 ) -> tuple[Tensor, Counter[str]]:
     """Run a part, and count how often it reads each layer outside all blocks."""
     names = {tensor_key(tensor_of(part, layer.weight_name)): n for n, layer in outside.items()}
-    watcher = _Called(names)
-    with watcher:
+    with _Reads(names) as reads:
         value = part(*values)
-    return value, Counter(watcher.layers)
+    return value, reads.calls
 
 
 __all__ = ["Part", "Stack", "stack_of"]

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from bitquota.models.calls import operator_name, tensor_key
+from bitquota.models.calls import LayerWatcher, tensor_key
 from bitquota.models.running import inputs_of, tensor_of
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ class Remembering(nn.Module):
         return output
 
 
-class Lookups(TorchFunctionMode):
+class Lookups(LayerWatcher[str]):
     """Counts how often each row of embeddings is looked up.
 
     Args:
@@ -154,29 +153,26 @@ class Lookups(TorchFunctionMode):
     """
 
     def __init__(self, part: Part, layers: Mapping[str, Layer], counts: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._names = {
-            tensor_key(tensor_of(part, layer.weight_name)): name for name, layer in layers.items()
-        }
+        super().__init__(
+            {tensor_key(tensor_of(part, layer.weight_name)): name for name, layer in layers.items()}
+        )
         self._counts = counts
         self.samples = 1
 
-    def __torch_function__(
+    def elsewhere(
         self,
+        operator: str,
         func: Callable[..., Any],
-        types: Any,  # noqa: ANN401
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:  # noqa: ANN401
         """Count the rows of a known embedding."""
-        del types
-        named = kwargs or {}
-        if operator_name(func) == "embedding":
-            ids, weight = (args + tuple(named.values()))[:2]
-            name = self._names.get(tensor_key(weight))
+        if operator == "embedding":
+            ids, weight = (args + tuple(kwargs.values()))[:2]
+            name = self.known.get(tensor_key(weight))
             if name is not None:
                 count = torch.bincount(ids.reshape(-1), minlength=len(weight)).double()
                 # Positions are looked up once for all samples of a batch.
                 count *= self.samples if len(ids) == 1 else 1
                 self._counts[name] = self._counts.get(name, torch.zeros_like(count)) + count
-        return func(*args, **named)
+        return func(*args, **kwargs)

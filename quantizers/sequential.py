@@ -10,13 +10,13 @@ Design: docs/design/rounding.md
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from bitquota.candidates.layers import MATRICES, LayerKind
 from bitquota.candidates.storage import FULL_PRECISION_BITS
-from bitquota.models.calls import LayerWatcher, tensor_key
+from bitquota.models.calls import CallCounter, tensor_key
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.onnx.program import source_of
 from bitquota.models.running import tensor_of
@@ -28,13 +28,12 @@ from bitquota.quantizers.walk import walk_layers, walk_onnx
 from bitquota.quantizers.weights import quantize
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
     from bitquota.candidates.layers import Layer
     from bitquota.candidates.table import Candidate
-    from bitquota.models.calls import LayerCall
     from bitquota.quantizers.quantized_weights import QuantizedWeights
     from bitquota.quantizers.walk import Meeting
     from bitquota.quantizers.weights import QuantizedWeight
@@ -145,30 +144,11 @@ def _moments(meeting: Meeting, layer: Layer) -> tuple[Tensor, Tensor]:
     return gram, cross
 
 
-class _Counting(LayerWatcher[str]):
-    def __init__(self, names: dict[tuple[Any, ...], str]) -> None:
-        super().__init__(names)
-        self.calls: dict[str, int] = dict.fromkeys(names.values(), 0)
-
-    def around(
-        self,
-        known: str,
-        call: LayerCall,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:  # noqa: ANN401
-        """Count the call."""
-        del call
-        self.calls[known] += 1
-        return func(*args, **kwargs)
-
-
 def _called_once(
     module: nn.Module, layers: Mapping[str, Layer], batch: tuple[Tensor, ...]
 ) -> set[str]:
     """Return the layers that one call of a pass multiplies with; costs a pass over a sample."""
-    counting = _Counting(
+    counting = CallCounter(
         {
             tensor_key(tensor_of(module, layer.weight_name)): name
             for name, layer in layers.items()

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bitquota.models.running import cut, inputs_of, run_module
+from bitquota.models.running import inputs_of, labels_of, run_module
 from bitquota.quantizers.part_batches import pieces, spans_of
 from bitquota.quantizers.variants import ending_in, run_variants
-from bitquota.sensitivity.runners.base import RunnerBase, own_state
-from bitquota.sensitivity.runners.eager import EagerState, WholePass
+from bitquota.sensitivity.runners.eager import EagerRunner
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -29,14 +28,14 @@ if TYPE_CHECKING:
     from bitquota.quantizers.stacked import StackedWeights
     from bitquota.quantizers.variants import Stored
     from bitquota.sensitivity.losses import Loss
-    from bitquota.sensitivity.runners.base import Change, Scheduled, State
+    from bitquota.sensitivity.runners.base import Change
 
 FOLDS = 8
 """Parts of the samples of a measurement that scores are averaged over, for their errors."""
 
 
 @dataclass(slots=True)
-class StackRunner(RunnerBase):
+class StackRunner(EagerRunner):
     """Walks the parts of a stack; see the module.
 
     Attributes:
@@ -46,30 +45,15 @@ class StackRunner(RunnerBase):
     known: StackedWeights = field(kw_only=True)
     engine: str = "stack"
 
-    def __post_init__(self) -> None:
-        """Cut the samples into chunks."""
-        RunnerBase.__post_init__(self)
-        n = len(self.calibration)
-        self.chunks = cut(n, self.chunk_size)
-        self.passes.macs_per_pass = float(n)
-
     def losses(self, chunk: int, changes: Sequence[Change | None], loss: Loss) -> list[Tensor]:
         """Return ``f64[n]`` for each change on a chunk; ``None`` is the model itself.
 
         Cost: one pass for each change, less what they share, and one for full precision.
         """
         variants = [{} if c is None else self.known.variant(c.values()) for c in changes]
-        return self.losses_of(self.chunks[chunk], variants, loss)
-
-    def losses_of(
-        self, span: range, variants: Sequence[Mapping[str, Stored]], loss: Loss
-    ) -> list[Tensor]:
-        """Return ``f64[n]`` for each variant on a span of the samples, beside full precision."""
         found: list[list[Tensor]] = [[] for _ in variants]
-        for rows, reference, outputs in self.outputs(span, variants):
-            labels = None
-            if self.calibration.labels is not None:
-                labels = self.calibration.chunk(rows)[1]
+        for rows, reference, outputs in self.outputs(self.chunks[chunk], variants):
+            labels = labels_of(self.calibration, rows)
             for k, output in enumerate(outputs):
                 found[k].append(loss.per_sample(output, reference, labels))
         return [torch.cat(values) for values in found]
@@ -119,33 +103,6 @@ class StackRunner(RunnerBase):
         self.passes.macs += n_samples * variants * own / max(1, total)
         self.passes.calls += variants
 
-    def _run(
-        self, state: State | None, chunk: int, change: Change, keep_for: tuple[str, ...] | None
-    ) -> EagerState:
-        """Run the whole model with both changes; nothing is kept."""
-        del keep_for
-        before = own_state(state, EagerState)
-        both = dict(change) if before is None else {**before.change, **change}
-        return EagerState(chunk, both, self._output(chunk, both))
-
-    def _full_precision(self, chunk: int) -> Tensor:
-        return self._output(chunk, {})
-
     def _output(self, chunk: int, change: Change) -> Tensor:
         found = self.outputs(self.chunks[chunk], [self.known.variant(change.values())])
         return torch.cat([next(others) for _, _, others in found])
-
-    def schedule(
-        self,
-        before: Scheduled | None,
-        layers: Collection[str],
-        keep_for: Collection[str] | None = (),
-    ) -> WholePass:
-        """Every run is a full pass."""
-        del before, layers, keep_for
-        return WholePass()
-
-    def share(self, layers: Collection[str]) -> float:
-        """Every run is a full pass."""
-        del layers
-        return 1.0
