@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from contextlib import contextmanager
 from dataclasses import replace
@@ -98,6 +99,15 @@ def load_folder_outline(path: Path) -> LoadedModel:
         example_inputs=example,
         weight_format_bits=_stored_bits(config),
     )
+
+
+def stored_weights(path: Path) -> int:
+    """Return the number of weights in a folder's safetensors; raises what ``load_folder`` does.
+
+    Cost: reads headers.
+    """
+    _read_config(path)
+    return sum(math.prod(header.shape) for header in _stored_shapes(path).values())
 
 
 def load_folder_paged(path: Path) -> LoadedModel:

@@ -11,7 +11,12 @@ from torch import nn
 from bitquota.errors import InvalidInput, InvalidModel, UnsafeModel
 from bitquota.models.factory import call_factory
 from bitquota.models.gguf_folder import unpacked_gguf
-from bitquota.models.huggingface import load_folder, load_folder_outline, load_folder_paged
+from bitquota.models.huggingface import (
+    load_folder,
+    load_folder_outline,
+    load_folder_paged,
+    stored_weights,
+)
 from bitquota.models.loaded import LoadedModel, finish
 from bitquota.models.onnx.module import load_onnx
 from bitquota.models.pt2.build import build_pt2
@@ -79,10 +84,9 @@ def load_within(spec: str, memory_bytes: int, **permitted: bool) -> LoadedModel:
     folder, source = Path(spec), model_source(spec)
     if source is ModelSource.GGUF:
         folder = unpacked_gguf(folder)
-    if source in {ModelSource.FOLDER, ModelSource.GGUF}:
-        shapes = load_folder_outline(folder).module.parameters()
-        if 4 * sum(shape.numel() for shape in shapes) > memory_bytes:
-            return replace(load_folder_paged(folder), source=spec)
+    foldered = source in {ModelSource.FOLDER, ModelSource.GGUF}
+    if foldered and 4 * stored_weights(folder) > memory_bytes:
+        return replace(load_folder_paged(folder), source=spec)
     return load_model(spec, **permitted)
 
 
