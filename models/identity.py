@@ -59,6 +59,9 @@ class Computation:
     has_weights: bool = False
 
 
+_PIECE = 2**22
+"""Values that are hashed together."""
+
 HALF_TYPES = frozenset({torch.float16, torch.bfloat16})
 """Types in which checkpoints are stored; models are measured, and known, in float32."""
 
@@ -94,15 +97,15 @@ def weights_fingerprint(module: nn.Module, after: Callable[[Tensor], None] | Non
     for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
         if not isinstance(tensor, torch.Tensor):
             continue
-        stored = tensor
-        tensor = tensor.float() if tensor.dtype in HALF_TYPES else tensor  # noqa: PLW2901
+        dtype = torch.float32 if tensor.dtype in HALF_TYPES else tensor.dtype
         shape = "x".join(map(str, tensor.shape))
-        state.update(f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{shape}|".encode())
+        state.update(f"{name}|{str(dtype).removeprefix('torch.')}|{shape}|".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        if flat.numel():  # an empty one cannot be viewed as bytes
-            state.update(flat.view(torch.uint8).numpy().data)
+        # An empty one cannot be viewed as bytes.
+        for piece in torch.split(flat, _PIECE) if flat.numel() else ():
+            state.update(piece.to(dtype).view(torch.uint8).numpy().data)
         if after is not None:
-            after(stored)
+            after(tensor)
     return f"sha256:{state.hexdigest()}"
 
 

@@ -15,6 +15,7 @@ from bitquota.models.identity import (
     weights_fingerprint,
 )
 from bitquota.models.plain_weights import with_plain_weights
+from bitquota.models.running import n_not_finite
 from bitquota.plan import ONLY_WEIGHTS, Plan
 
 if TYPE_CHECKING:
@@ -128,8 +129,7 @@ def check_finite(module: nn.Module, after: Callable[[Tensor], None] | None = Non
         for name, tensor in named:
             if not tensor.is_floating_point():
                 continue
-            bad = tensor.isnan() if kind == "buffer" else ~tensor.isfinite()
-            n_bad = int(bad.sum())
+            n_bad = n_not_finite(tensor, infinite=kind == "buffer")
             if after is not None:
                 after(tensor)
             if n_bad:

@@ -45,18 +45,21 @@ class Pages:
         for path in sorted(folder.glob("*.safetensors")):
             self._map(path)
 
-    def release(self, module: nn.Module) -> None:
+    def release(self, module: nn.Module, read_bytes: int | None = None) -> None:
         """Let the operating system take back the memory of a module's mapped tensors."""
         for tensor in (*module.parameters(), *module.buffers()):
-            self.release_tensor(tensor)
+            self.release_tensor(tensor, read_bytes)
 
-    def release_tensor(self, tensor: Tensor) -> None:
-        """Let the memory of a tensor go, if it is mapped; it is read again when it is used."""
+    def release_tensor(self, tensor: Tensor, read_bytes: int | None = None) -> None:
+        """Let the memory of a tensor go, if it is mapped; it is read again when it is used.
+
+        ``read_bytes`` is how much of it was read, if not all.
+        """
         place = self._places.get(tensor.untyped_storage().data_ptr())
         if place is None:
             return
         mapped, start, length = place
-        self.bytes_read += length
+        self.bytes_read += length if read_bytes is None else read_bytes
         # Whole pages only: those at the ends are shared with the tensors beside it.
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         last = (start + length) // mmap.PAGESIZE * mmap.PAGESIZE

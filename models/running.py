@@ -37,6 +37,21 @@ def tensor_of(module: nn.Module, name: str) -> Tensor:
     return value
 
 
+_PIECE = 2**22
+"""Values of a tensor that are looked at together."""
+
+
+def n_not_finite(tensor: Tensor, *, infinite: bool = False) -> int:
+    """Return how many values are NaN or infinite; only NaN counts if they may be ``infinite``.
+
+    Cost: memory for a few million values, however large the tensor is.
+    """
+    found = 0
+    for piece in torch.split(tensor.detach().reshape(-1), _PIECE):
+        found += int((torch.isnan(piece) if infinite else ~torch.isfinite(piece)).sum())
+    return found
+
+
 def checked_output(value: Any, n_samples: int) -> Tensor:  # noqa: ANN401  # whatever a model returns
     """Return the primary output, one row per sample.
 

@@ -15,6 +15,7 @@ Design: docs/design/language-models.md
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,13 @@ from torch import Tensor, nn
 
 from bitquota.models.blocks import repeated_blocks
 from bitquota.models.calls import CallCounter, tensor_key
+from bitquota.models.identity import HALF_TYPES
 from bitquota.models.outlines import run_outline
 from bitquota.models.running import primary_output, tensor_of
 from bitquota.models.sharing import sharing_weights
 
 if TYPE_CHECKING:
-    from collections import Counter
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from bitquota.candidates.layers import Layer
     from bitquota.models.loaded import LoadedModel
@@ -123,7 +124,8 @@ class Part(nn.Module):
     def put(self, layer: Layer, weight: Tensor) -> None:
         """Run with another weight for one of the layers from now on."""
         place = tensor_of(self, layer.weight_name)
-        place.data = weight.to(place.dtype)
+        # What is looked up may lie in its file.
+        place.data = weight.float() if place.dtype in HALF_TYPES else weight.to(place.dtype)
 
     def get_submodule(self, target: str) -> nn.Module:
         """Return a module by its name in the model; raises ``AttributeError`` for others."""
@@ -142,6 +144,8 @@ class Stack:
         module: The model; it is never changed.
         blocks: Names of its blocks in the order in which they run.
         layers: Names of the layers of each part; a tied layer may be in the first and the last.
+        reads: How often what comes before the blocks reads each tensor, by name, and how often the
+            last part does, which begins with that, too.
         output_shape: Of the output of one sample.
         pages: The files that its weights stay in, if they do.
         device: Where parts run.
@@ -153,12 +157,14 @@ class Stack:
         blocks: Sequence[str],
         layers: Sequence[tuple[str, ...]] = (),
         *,
+        reads: tuple[Counter[str], Counter[str]] | None = None,
         pages: Pages | None = None,
         device: torch.device | None = None,
     ) -> None:
         self.module = module
         self.blocks = tuple(blocks)
         self.layers = tuple(layers)
+        self.reads = reads or (Counter(), Counter())
         self.output_shape: tuple[int, ...] = ()
         self.pages, self.device = pages, device
         self._between: _Skeleton | None = None
@@ -177,30 +183,46 @@ class Stack:
             block = self._in_memory(sharing_weights(self.module.get_submodule(name)))
             if self._between is None:
                 # All that blocks are called with is made of what comes before them.
-                self._between = self._skeleton(without=-1)
+                self._between = self._skeleton(last=False)
             return Part(self._between, k, name, block)
-        skeleton = self._skeleton(without=0 if k else -1)
+        skeleton = self._skeleton(last=k > 0)
         return Part(skeleton, k, "", skeleton.module)
 
-    def _skeleton(self, *, without: int) -> _Skeleton:
-        """Return the model without its blocks; weights of the part ``without`` alone stay away."""
+    def _skeleton(self, *, last: bool) -> _Skeleton:
+        """Return the model without its blocks, for the last part or for what comes before it."""
         skeleton = _Skeleton(sharing_weights(self.module), self.blocks)
-        away: set[str] = set()
-        if self.layers:
-            other = self.layers[-1 if without == 0 else 0]
-            away = set(self.layers[without]) - set(other)
-        self._in_memory(skeleton.module, away)
+        if self.pages is None:
+            return skeleton
+        before, own = self.reads[0], self.reads[last]
+        looked_up: dict[str, nn.Module] = {}
+        if self.device is None or self.device.type == "cpu":
+            looked_up = {
+                f"{name}.weight": part
+                for name, part in skeleton.module.named_modules()
+                # Subclasses, such as those that scale rows, compute in the weight's precision.
+                if type(part) is nn.Embedding
+                # A tied head multiplies with all rows.
+                and own[f"{name}.weight"] == before[f"{name}.weight"]
+            }
+        self._in_memory(skeleton.module, own.keys() - looked_up.keys())
+        for embedding in looked_up.values():
+            embedding.register_forward_hook(self._read_rows)
         return skeleton
 
-    def _in_memory(self, module: nn.Module, away: Collection[str] = ()) -> nn.Module:
-        """Replace tensors that stay in files by copies in float32, but in the modules ``away``."""
+    def _read_rows(self, embedding: nn.Module, _args: object, output: Tensor) -> Tensor:
+        """Return rows that were looked up where they lie, in float32."""
+        if self.pages is not None:
+            self.pages.release(embedding, read_bytes=output.numel() * output.element_size())
+        return output.float()
+
+    def _in_memory(self, module: nn.Module, names: Collection[str] | None = None) -> nn.Module:
+        """Replace tensors that stay in files, or only those of some names, by copies in float32."""
         if self.pages is None:
             return module
-        for name, part in module.named_modules():
+        for part in module.modules():
             part._forward_hooks.clear()  # noqa: SLF001  # they let pages go, which nothing maps now
-            if name in away:
-                continue
-            for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if names is None or name in names:
                 mapped = tensor.data
                 tensor.data = _float_copy(mapped, self.device)
                 self.pages.release_tensor(mapped)
@@ -262,22 +284,31 @@ def stack_of(
             for name, layer in layers.items()
             if not any(name in inside for inside in owned.values())
         }
+        tensors = _outside(seen, list(owned), outside.values())
+        named = {layer.weight_name: name for name, layer in outside.items()}
         with torch.no_grad():
-            value, before = _watched(chain.part(0), outside, given)
-            found = [tuple(before)]
+            value, before = _watched(chain.part(0), tensors, given)
+            found = [tuple(named[weight] for weight in before if weight in named)]
             for k, inside in enumerate(owned.values()):
-                value = chain.part(k + 1)(value, *given)
+                value, between = _watched(chain.part(k + 1), tensors, (value, *given))
+                before |= between
                 found.append(inside)
-            value, called = _watched(chain.part(len(chain) - 1), outside, (value, *given))
-        # The last part, too, begins with what comes before the blocks.
-        found.append(tuple(called - before))
+            value, called = _watched(chain.part(len(chain) - 1), tensors, (value, *given))
+        found.append(tuple(named[weight] for weight in called - before if weight in named))
         if {name for part in found for name in part} != set(layers):
             return None
         if value.shape != expected.shape:
             return None
         if model.outline is None and not bool((value == expected).all()):
             return None
-    stack = Stack(module, list(owned), found, pages=model.pages, device=inputs[0].device)
+    stack = Stack(
+        module,
+        list(owned),
+        found,
+        reads=(before, called),
+        pages=model.pages,
+        device=inputs[0].device,
+    )
     stack.output_shape = tuple(value.shape[1:])
     return stack
 
@@ -315,11 +346,21 @@ def _chained_output(
     return output if all(chained) and len(chained) == 2 * len(blocks) else None
 
 
+def _outside(
+    module: nn.Module, blocks: Sequence[str], layers: Iterable[Layer]
+) -> dict[tuple[Any, ...], str]:
+    """Return the names of all tensors outside blocks, those of layers as these know them."""
+    inside = tuple(f"{name}." for name in blocks)
+    named = [*module.named_parameters(), *module.named_buffers()]
+    found = {tensor_key(t): name for name, t in named if not name.startswith(inside)}
+    weights = [layer.weight_name for layer in layers]
+    return found | {tensor_key(tensor_of(module, name)): name for name in weights}
+
+
 def _watched(
-    part: Part, outside: Mapping[str, Layer], values: tuple[Tensor, ...]
+    part: Part, names: Mapping[tuple[Any, ...], str], values: tuple[Tensor, ...]
 ) -> tuple[Tensor, Counter[str]]:
-    """Run a part, and count how often it reads each layer outside all blocks."""
-    names = {tensor_key(tensor_of(part, layer.weight_name)): n for n, layer in outside.items()}
+    """Run a part, and count how often it reads each tensor outside all blocks."""
     with _Reads(names) as reads:
         value = part(*values)
     return value, reads.calls

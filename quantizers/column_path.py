@@ -79,9 +79,10 @@ def path_feedback(gram: Tensor, order: Tensor) -> Tensor:
     With the errors ``e_s`` of all other columns given, ``w_j - sum_s e_s F_sj`` is the value of
     column j for which ``e G e^T`` is smallest. A column without energy asks and gets nothing.
     """
-    ordered = gram[order][:, order]
-    energy = ordered.diagonal()
-    return torch.where(energy > 0, -ordered / energy.clamp_min(1e-300), 0.0)
+    feedback = gram[order[:, None], order]
+    energy = feedback.diagonal().clone()
+    feedback.neg_().div_(energy.clamp_min(1e-300))
+    return feedback.masked_fill_(energy <= 0, 0.0)
 
 
 def descend(

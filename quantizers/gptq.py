@@ -50,16 +50,15 @@ def gptq(values: Tensor, grid: MatrixGrid, rows: slice, gram: Tensor) -> Tensor:
 
     Cost: O(columns^3 + n columns^2).
     """
-    order, factor, feedback = _factored(gram)
     # float32 chooses the same codes but for a few at middles, in two thirds of the time.
     dtype = torch.float32 if grid.bits <= 8 else torch.float64
+    order, factor, divisor, feedback = _factored(gram, dtype)
     # Column j moves by err_s U_sj for every s before it, with err_s = (w_s - q_s) / U_ss.
     columns = grid.columns(rows, order, dtype)
     low = values.to(dtype)
-    found = path(low, columns, order, factor.to(dtype), divisor=factor.diagonal())
-    back = feedback.to(dtype)
+    found = path(low, columns, order, factor, divisor=divisor)
     for _ in range(SWEEPS):
-        found = descend(low, found, columns, order, back)
+        found = descend(low, found, columns, order, feedback)
     return found.to(values.dtype)
 
 
@@ -70,45 +69,53 @@ class _Latest(threading.local):
     """
 
     gram: Tensor | None = None
-    version: int = 0
-    found: tuple[Tensor, Tensor, Tensor] | None = None
+    of: tuple[object, ...] = ()
+    found: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
 
 _latest = _Latest()
 
 
-def _factored(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the order of columns, the factor in it, and what ``path_feedback`` returns."""
-    last = _latest.gram
-    if (
-        last is None
-        or _latest.found is None
-        or (last.data_ptr(), last.shape, _latest.version)
-        != (gram.data_ptr(), gram.shape, gram._version)  # noqa: SLF001  # counts writes
-    ):
+def forget_factors() -> None:
+    """Let the last Gram go that was factored, and its factors."""
+    _latest.gram, _latest.of, _latest.found = None, (), None
+
+
+def _factored(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the order of columns, the factor in it with its diagonal in f64, and the feedback.
+
+    The last is what ``path_feedback`` returns. Cost: memory for three further Grams on the way.
+    """
+    of = (gram.data_ptr(), gram.shape, gram._version, dtype)  # noqa: SLF001  # counts writes
+    if _latest.found is None or _latest.of != of:
+        forget_factors()
         order = gram.diagonal().argsort(descending=True, stable=True)
-        factor = inverse_factor(gram[order][:, order])
-        _latest.found = order, factor, path_feedback(gram, order)
-        _latest.gram, _latest.version = gram, gram._version  # noqa: SLF001
+        factor = inverse_factor(gram, order)
+        divisor, factor = factor.diagonal().clone(), factor.to(dtype)
+        _latest.found = order, factor, divisor, path_feedback(gram, order).to(dtype)
+        _latest.gram, _latest.of = gram, of
     return _latest.found
 
 
-def inverse_factor(gram: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the inverse of the damped Gram."""
-    diagonal = gram.diagonal()
-    mean = float(diagonal.mean())
+def inverse_factor(gram: Tensor, order: Tensor) -> Tensor:
+    """Return the upper Cholesky factor of the inverse of the damped Gram, columns in ``order``."""
+    mean = float(gram.diagonal().mean())
+    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     if mean <= 0:
         # No input ever differs from zero: nothing feeds back.
-        return torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        return unit
+    # With rows and columns turned around G = L L^T, so G^-1 = U^T U for U = L^-1 turned back.
+    turned = order.flip(0)
     damping = DAMPING
     for _ in range(3):
-        damped = gram + torch.diag_embed(torch.full_like(diagonal, damping * mean))
-        # With rows and columns turned around G = L L^T, so G^-1 = U^T U for U = L^-1 turned back.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        damped = gram[turned[:, None], turned]
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not int(failed):
-            unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            upper: Tensor = torch.linalg.solve_triangular(lower, unit, upper=False).flip(0, 1)
-            return upper
+            torch.linalg.solve_triangular(lower, unit, upper=False, out=unit)
+            del lower
+            return unit.flip(0, 1)
         damping *= 10
     msg = "inputs_gram must be positive semidefinite, as X^T X is; it is not"
     raise InvalidInput(msg)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,7 +84,7 @@ def input_grams(
     inside += [
         layer
         for layer in wanted.values()
-        if layer.name not in grams.sums and not layer.kind.name.startswith("CONV")
+        if layer.name not in grams.of and not layer.kind.name.startswith("CONV")
     ]
     found = grams.found(shrunk=shrunk)
     return found | (product_grams(module, inside, batches, shrunk=shrunk) if inside else {})
@@ -102,27 +103,73 @@ def moment_bytes(inventory: Inventory, candidates: Iterable[Candidate]) -> int:
     )
 
 
+@dataclass(slots=True, eq=False)
+class _Sum:
+    """A Gram, the positions that it is a sum over, and how many layers it is of."""
+
+    gram: Tensor
+    positions: int
+    layers: int = 1
+
+
 class _Grams:
-    """Grams of layers, and the positions that they are sums over."""
+    """Grams of layers; those that were given the same tensors, such as q, k and v, share one."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self._positions: dict[str, int] = {}
+        self.of: dict[str, _Sum] = {}
+        self._given: Tensor | None = None
+        self._version = 0
+        self._after: dict[_Sum | None, _Sum] = {}
 
-    def add(self, layer: Layer, inputs: Tensor, settings: dict[str, Any], limit: int) -> None:
-        """Add the Gram of one batch of a layer's inputs."""
-        rows = patches(inputs, layer, settings, limit)  # [groups, positions, columns]
-        gram = (rows.transpose(1, 2) @ rows).double()
-        before = self.sums.get(layer.name)
-        self.sums[layer.name] = gram if before is None else before + gram
-        self._positions[layer.name] = self._positions.get(layer.name, 0) + rows.shape[1]
+    def add(
+        self,
+        layer: Layer,
+        inputs: Tensor,
+        settings: dict[str, Any],
+        limit: int,
+        given: Tensor | None = None,
+    ) -> None:
+        """Add the Gram of one batch of a layer's inputs.
+
+        ``given`` is the tensor that they were taken from, if other layers may be given it, too.
+        """
+        before = self.of.get(layer.name)
+        shareable = given is not None and not layer.kind.name.startswith("CONV")
+        if shareable and self._is_last(given) and before in self._after:
+            # Another layer with the same sum so far has added it.
+            after = self._after[before]
+            after.layers += 1
+        else:
+            rows = patches(inputs, layer, settings, limit)  # [groups, positions, columns]
+            gram, n = rows.transpose(1, 2) @ rows, rows.shape[1]
+            if before is not None and before.layers == 1:
+                before.gram += gram
+                before.positions += n
+                return
+            after = _Sum(
+                gram.double() if before is None else before.gram + gram,
+                n if before is None else before.positions + n,
+            )
+            if shareable:
+                self._after[before] = after
+        if before is not None:
+            before.layers -= 1
+        self.of[layer.name] = after
+
+    def _is_last(self, given: Tensor | None) -> bool:
+        """Whether a tensor is the one that was given last, with the same values."""
+        version = 0 if given is None else given._version  # noqa: SLF001  # counts writes
+        same = given is self._given and version == self._version
+        if not same:
+            self._given, self._version, self._after = given, version, {}
+        return same
 
     def found(self, *, shrunk: bool) -> dict[str, Tensor]:
         """Return the Grams by layer name."""
         if shrunk:
-            for name, gram in self.sums.items():
-                shrink(gram, self._positions[name])
-        return self.sums
+            for own in set(self.of.values()):
+                shrink(own.gram, own.positions)
+        return {name: own.gram for name, own in self.of.items()}
 
 
 def _onnx_grams(
@@ -155,7 +202,8 @@ class _GramWatcher(LayerWatcher["Layer"]):
     ) -> Any:  # noqa: ANN401
         settings = call_settings(call.operator, args, kwargs)
         limit = positions_of(known, self.n_batches)
-        self.grams.add(known, inputs_that_count(call, self.mask), settings, limit)
+        inputs = inputs_that_count(call, self.mask)
+        self.grams.add(known, inputs, settings, limit, call.inputs)
         return func(*args, **kwargs)
 
 

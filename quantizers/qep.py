@@ -59,7 +59,9 @@ def propagated(weights: Tensor, gram_hat: Tensor, cross: Tensor) -> Tensor:
     damping = DAMPING * diagonal.mean(dim=1)
     # Where no input ever differed from zero there is nothing to make up for.
     damping = torch.where(damping > 0, damping, 1.0)
-    damped = gram + torch.diag_embed(damping[:, None].expand_as(diagonal))
-    moved = torch.linalg.solve(damped, grouped @ (both - gram), left=False)
+    asked = grouped @ (both - gram)
+    damped = gram.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
+    moved = torch.linalg.solve(damped, asked, left=False)
     found: Tensor = grouped + STRENGTH * moved
     return found.reshape(rows, columns)

@@ -19,6 +19,7 @@ from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity
 from bitquota.context import Context
 from bitquota.models.kept import Keeper, Series
 from bitquota.models.running import tensor_of
+from bitquota.quantizers.gptq import forget_factors
 from bitquota.quantizers.input_moments import input_grams
 from bitquota.quantizers.part_batches import (
     Batches,
@@ -48,6 +49,9 @@ STAGE = "candidates"
 
 SAMPLED_ROWS = 64
 """Rows of a matrix that are rounded to tell what a candidate loses."""
+
+ROWS_AT_ONCE = 1024
+"""Rows of a matrix that are in float64 together."""
 
 AT_ONCE = frozenset({LayerKind.EXPERTS, *MATRICES})
 """Kinds whose inputs are looked at on all samples at once."""
@@ -164,6 +168,7 @@ class StackedWeights:
             grams, counts = self._look(k, part, given[k], following)
             given.append(following)
             self._estimate(k, part, grams, counts)
+            del part, grams
             context.report(STAGE, k + 1, len(self.stack))
         given.pop().drop()  # what the model returns
         self.given = given
@@ -172,6 +177,7 @@ class StackedWeights:
         self, k: int, part: Part, given: Series, following: Series | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Run a part, and return Grams of its layers' inputs, and how often rows are looked up."""
+        forget_factors()
         looked_up = {
             name: self.layers[name]
             for name in self.stack.layers[k]
@@ -214,28 +220,27 @@ class StackedWeights:
         self, k: int, part: Part, grams: Mapping[str, Tensor], counts: Mapping[str, Tensor]
     ) -> None:
         """Note what the errors of a part's candidates do to their layers' outputs."""
-        matrices: dict[str, Tensor] = {}
+        own: dict[str, _Matrix] = {}
         for candidate in self.candidates:
             name = candidate.layer
             if candidate.weight_bits == FULL_PRECISION_BITS or name not in self.stack.layers[k]:
                 continue
             layer = self.layers[name]
-            if name not in matrices:
-                original = tensor_of(part, layer.weight_name).detach()
-                matrices = {name: finite_matrix(original, layer).double()}
-            found = self._errors(candidate, matrices[name], grams.get(name), counts.get(name))
-            self.squares[candidate], energy = found
+            if name not in own:
+                original = tensor_of(part, layer.weight_name)
+                matrix = finite_matrix(original, layer)
+                own = {name: _Matrix(matrix, grams.get(name), counts.get(name))}
+            self.squares[candidate], energy = self._errors(candidate, own[name])
             if energy is not None:
                 self.energies[k, candidate] = energy
 
-    def _errors(
-        self, candidate: Candidate, matrix: Tensor, gram: Tensor | None, count: Tensor | None
-    ) -> tuple[float, Tensor | None]:
+    def _errors(self, candidate: Candidate, own: _Matrix) -> tuple[float, Tensor | None]:
         """Return the squared change of a weight, and of each output channel of its layer.
 
         Of a matrix of many rows some are rounded. What the others lose is taken to be in proportion
         to their own energy, which is a ratio estimate: exact where rows differ by a factor.
         """
+        matrix, gram, count = own.values, own.gram, own.count
         rows = torch.arange(len(matrix), device=matrix.device)
         apart = candidate.scheme.granularity is not Granularity.TENSOR
         if count is not None and apart:
@@ -243,7 +248,7 @@ class StackedWeights:
             rows = count.nonzero()[:, 0]
         if apart and len(rows) > SAMPLED_ROWS and (gram is None or len(gram) == 1):
             rows = rows[torch.linspace(0, len(rows) - 1, SAMPLED_ROWS).round().long()]
-        sample = matrix[rows]
+        sample = matrix[rows].double()
         rounder = Rounder.NEAREST if gram is None else self.rounder
         found = quantize(
             sample,
@@ -255,7 +260,7 @@ class StackedWeights:
         )
         error = found.dequantize().double() - sample
         square = float(error.square().sum() / sample.square().sum().clamp_min(1e-300))
-        square *= float(matrix.square().sum())
+        square *= own.square
         if count is not None:
             seen = count[rows]
             share = count.sum() / seen.sum().clamp_min(1.0)
@@ -264,9 +269,7 @@ class StackedWeights:
             return square, None
         energy = _energy(error, gram)
         if len(rows) < len(matrix):
-            weight = gram[0].diagonal()
-            own = matrix.square() @ weight
-            energy = own * (energy.sum() / own[rows].sum().clamp_min(1e-300))
+            energy = own.energy * (energy.sum() / own.energy[rows].sum().clamp_min(1e-300))
         return square, energy
 
     def _read(self, candidate: Candidate) -> QuantizedWeight:
@@ -303,6 +306,29 @@ class StackedWeights:
         empty = codes.new_empty(0)
         about = replace(found, codes=empty, scales=empty, zero_points=None)
         self._kept[candidate] = about, range(start, len(self._codes))
+
+
+class _Matrix:
+    """The weight of a layer as ``[rows, columns]``, and what its rows are multiplied with.
+
+    Attributes:
+        values: The weight.
+        gram: f64[groups, columns, columns] of its inputs, if they are multiplied with.
+        count: f64[rows]: how often each row is looked up, if they are.
+        square: Sum of the squared weights.
+        energy: f64[rows]: ``Σ w² diag(G)`` of each row, of the first Gram.
+    """
+
+    def __init__(self, values: Tensor, gram: Tensor | None, count: Tensor | None) -> None:
+        self.values, self.gram, self.count = values, gram, count
+        ones = torch.ones(values.shape[1], dtype=torch.float64, device=values.device)
+        weights = torch.stack([ones, ones if gram is None else gram[0].diagonal()], dim=1)
+        # A few rows at a time: in float64 the matrix would take several times its own memory.
+        sums = torch.cat(
+            [rows.double().square() @ weights for rows in torch.split(values, ROWS_AT_ONCE)]
+        )
+        self.square = float(sums[:, 0].sum())
+        self.energy = sums[:, 1]
 
 
 def _energy(error: Tensor, gram: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from bitquota.candidates.storage import (
 )
 from bitquota.errors import InvalidInput, InvalidModel
 from bitquota.models.layout import from_matrix, to_matrix
+from bitquota.models.running import n_not_finite
 from bitquota.quantizers.affine_fit import fit_affine
 from bitquota.quantizers.grid import matrix_grid
 from bitquota.quantizers.kquants import fit_k_blocks
@@ -214,7 +215,7 @@ def finite_matrix(weight: Tensor, layer: Layer) -> Tensor:
         InvalidModel: It has another shape than ``layer``, or is not finite.
     """
     matrix = to_matrix(weight.detach(), layer)
-    bad = int((~torch.isfinite(matrix)).sum())
+    bad = n_not_finite(weight)
     if bad:
         msg = (
             f"the weights of layer '{layer.name}' must be finite; {bad} of {layer.n_weights} are "
@@ -235,8 +236,8 @@ def _check(matrix: Tensor, bits: int, importance: Tensor | None) -> None:
             f"{list(matrix.shape)} {matrix.dtype}"
         )
         raise InvalidInput(msg, shape=list(matrix.shape))
-    if not bool(torch.isfinite(matrix).all()):
-        bad = int((~torch.isfinite(matrix)).sum())
+    bad = n_not_finite(matrix)
+    if bad:
         msg = (
             f"weights must be finite; {bad} of {matrix.numel()} are NaN or infinite: repair the "
             "checkpoint"
