@@ -100,10 +100,9 @@ def _factored(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor,
 def inverse_factor(gram: Tensor, order: Tensor) -> Tensor:
     """Return the upper Cholesky factor of the inverse of the damped Gram, columns in ``order``."""
     mean = float(gram.diagonal().mean())
-    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     if mean <= 0:
         # No input ever differs from zero: nothing feeds back.
-        return unit
+        return torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     # With rows and columns turned around G = L L^T, so G^-1 = U^T U for U = L^-1 turned back.
     turned = order.flip(0)
     damping = DAMPING
@@ -113,9 +112,10 @@ def inverse_factor(gram: Tensor, order: Tensor) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped
         if not int(failed):
-            torch.linalg.solve_triangular(lower, unit, upper=False, out=unit)
+            inverse = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
             del lower
-            return unit.flip(0, 1)
+            return inverse.flip(0, 1)
         damping *= 10
     msg = "inputs_gram must be positive semidefinite, as X^T X is; it is not"
     raise InvalidInput(msg)

@@ -20,6 +20,7 @@ from bitquota.models.calls import CallCounter, tensor_key
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.onnx.program import source_of
 from bitquota.models.running import tensor_of
+from bitquota.quantizers.gptq import forget_factors
 from bitquota.quantizers.input_moments import call_settings, patches, positions_of
 from bitquota.quantizers.qep import propagated
 from bitquota.quantizers.rounders import Rounder
@@ -106,10 +107,14 @@ def round_in_sequence(
         if onnx
         else walk_layers(module, quantized, walked, batches, call_settings)
     )
+    moments: _Moments | None = None
     for meeting in meetings:
         name = meeting.layer
         layer, candidate = layers[name], chosen[name]
-        gram, cross = _moments(meeting, layer)
+        if moments is None or not moments.are_of(meeting, layer):
+            moments = None
+            moments = _Moments(meeting, layer)
+        gram, cross = moments.gram, moments.cross
         matrix = to_matrix(weights.original(name).detach(), layer).double()
         stored = quantize(
             propagated(matrix, gram, cross) if rounding == QEP else matrix,
@@ -120,6 +125,8 @@ def round_in_sequence(
             rounding=rounder_in(rounding),
         )
         put(name, stored)
+    del moments
+    forget_factors()
     # What the samples never reach is rounded by itself.
     for name in walked:
         if name not in found:
@@ -127,21 +134,39 @@ def round_in_sequence(
     return found
 
 
-def _moments(meeting: Meeting, layer: Layer) -> tuple[Tensor, Tensor]:
-    """Return ``Xq^T Xq`` and ``X^T Xq``, f64[groups, columns, columns], shrunk."""
-    gram = cross = None
-    positions = 0
-    limit = positions_of(layer, len(meeting.inputs))
-    for full, quantized in meeting.inputs:
-        x, xq = (patches(part, layer, meeting.settings, limit) for part in (full, quantized))
-        own, other = (xq.transpose(1, 2) @ xq).double(), (x.transpose(1, 2) @ xq).double()
-        gram = own if gram is None else gram + own
-        cross = other if cross is None else cross + other
-        positions += x.shape[1]
-    assert gram is not None  # noqa: S101  # a meeting has inputs
-    assert cross is not None  # noqa: S101
-    shrink(gram, positions, cross)
-    return gram, cross
+class _Moments:
+    """Moments of a layer's inputs in both models; layers that are given the same share them.
+
+    Attributes:
+        gram: ``Xq^T Xq``, f64[groups, columns, columns], shrunk.
+        cross: ``X^T Xq``, shaped likewise.
+    """
+
+    def __init__(self, meeting: Meeting, layer: Layer) -> None:
+        sums: list[Tensor] = []
+        positions = 0
+        limit = positions_of(layer, len(meeting.inputs))
+        for full, quantized in meeting.inputs:
+            x, xq = (patches(part, layer, meeting.settings, limit) for part in (full, quantized))
+            for k, rows in enumerate((xq, x)):
+                product = rows.transpose(1, 2) @ xq
+                if len(sums) == k:
+                    sums.append(product.double())
+                else:
+                    sums[k] += product
+            positions += x.shape[1]
+        self.gram, self.cross = sums
+        shrink(self.gram, positions, self.cross)
+        self._inputs, self._of = meeting.inputs, _states(meeting)
+
+    def are_of(self, meeting: Meeting, layer: Layer) -> bool:
+        """Whether a layer is given the same tensors."""
+        return not layer.kind.name.startswith("CONV") and self._of == _states(meeting)
+
+
+def _states(meeting: Meeting) -> list[tuple[int, int]]:
+    """Return what tells the inputs of a meeting, as long as they are held, from any others."""
+    return [(id(t), t._version) for both in meeting.inputs for t in both]  # noqa: SLF001  # counts writes
 
 
 def _called_once(

@@ -91,3 +91,42 @@ class TestInputGrams:
                 module.inner.weight.copy_(fake_quantize(weight, layer, 3, scheme, inputs_gram=gram))
                 errors.append(float((module.inner(kept[0]) - exact).square().sum()))
         assert errors[1] < 0.8 * errors[0]
+
+
+class Sometimes(nn.Module):
+    """Two layers that are given the same tensor, but not always, and one of them twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(3, 3) for _ in range(3))
+
+    def forward(self, x):
+        """Run."""
+        other = x if x[0, 0] > 0 else x.clone().mul_(2)
+        return self.a(x) + self.b(other) + self.c(x) + self.a(x)
+
+
+class TestSharing:
+    def test_layers_with_one_input_share_a_gram(self):
+        """As each of them has by itself."""
+        module, data = build(Attention), samples(Attention)
+        inventory = discover(module, data.inputs)
+        batches = [(data.inputs[0][:2],), (data.inputs[0][2:],)]
+        together = input_grams(module, inventory, batches, shrunk=True)
+        assert together["q"] is together["k"]
+        assert together["q"] is together["v"]
+        for name in ("q", "o"):
+            alone = input_grams(module, inventory, batches, layers=[name], shrunk=True)
+            assert torch.equal(alone[name], together[name])
+
+    @pytest.mark.parametrize("signs", [(1, 1), (1, -1, 1), (-1, 1, 1), (-1, -1)])
+    def test_layers_part_where_their_inputs_do(self, signs):
+        """Also after they shared some batches, and where a layer is called twice."""
+        module = Sometimes().eval()
+        batches = [(k * torch.ones(2, 3) + torch.arange(3) * 0.1,) for k in signs]
+        inventory = discover(module, batches[0])
+        together = input_grams(module, inventory, batches)
+        for name in "abc":
+            alone = input_grams(module, inventory, batches, layers=[name])
+            assert torch.allclose(alone[name], together[name])
+        assert (together["b"] is together["c"]) == (min(signs) > 0)
