@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from bitquota.candidates.storage import FULL_PRECISION_BITS
+from bitquota.canonical import digest_json
 from bitquota.models.layout import from_matrix
 from bitquota.models.running import tensor_of
 from bitquota.quantizers.part_batches import Batches, Remembering
@@ -48,9 +51,14 @@ def round_stack(
     stack = known.stack
     found: dict[str, QuantizedWeight] = {}
     given: Series | None = None
+    numbers = [k for k, c in enumerate(known.candidates) if chosen.get(c.layer) == c]
+    made_for = digest_json({"rounding": rounding, "candidates": numbers}).removeprefix("sha256:")
     for k in range(len(stack)):
         context.check(STAGE)
         last = k == len(stack) - 1
+        # What was rounded before this work was interrupted is only run.
+        done = known.recall_rounded(f"rounded-{made_for}-{k}")
+        found |= done or {}
         full, part = stack.part(k), stack.part(k)
         names = stack.layers[k]
         for name in names:
@@ -73,14 +81,21 @@ def round_stack(
         following = known.keeper.series()
         side = None if given is None else 1
         quantized = Remembering(part, None if last else following, len(batches), side)
-        found |= round_in_sequence(
-            Remembering(full, None, 0, None if given is None else 0),
-            quantized,
-            own,
-            batches,
-            _Candidates(full, known),
-            rounding=rounding,
-        )
+        if done is None:
+            made = round_in_sequence(
+                Remembering(full, None, 0, None if given is None else 0),
+                quantized,
+                own,
+                batches,
+                _Candidates(full, known),
+                rounding=rounding,
+            )
+            known.write_down_rounded(f"rounded-{made_for}-{k}", made)
+            found |= made
+        else:
+            with torch.no_grad():
+                for batch in batches:
+                    quantized(*batch)
         if given is not None:
             given.drop()
         given = following

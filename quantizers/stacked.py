@@ -13,10 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load, save
 
 from bitquota.candidates.layers import MATRICES, LayerKind
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity
 from bitquota.context import Context
+from bitquota.journal import Journal
 from bitquota.models.kept import Keeper, Series
 from bitquota.models.running import tensor_of
 from bitquota.quantizers.gptq import forget_factors
@@ -29,6 +31,7 @@ from bitquota.quantizers.part_batches import (
     batch_sizes,
     spans_of,
 )
+from bitquota.quantizers.quantized_model import QuantizedModel
 from bitquota.quantizers.quantized_weights import QuantizedWeights
 from bitquota.quantizers.rounders import Rounder
 from bitquota.quantizers.variants import Stored, run_variants
@@ -80,6 +83,7 @@ class StackedWeights:
         given: What each part is given in full precision, batch after batch (nothing for part 0).
         spans: The batches.
         sizes: How large they are.
+        journal: Where what was done is kept until the work ends.
     """
 
     stack: Stack
@@ -90,6 +94,7 @@ class StackedWeights:
     rounder: Rounder
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     memory_bytes: int = 2**30
+    journal: Journal = field(default_factory=Journal)
     energies: dict[tuple[int, Candidate], Tensor] = field(default_factory=dict)
     squares: dict[Candidate, float] = field(default_factory=dict)
     given: list[Series] = field(default_factory=list)
@@ -111,6 +116,11 @@ class StackedWeights:
         self.spans = spans_of(self.sizes.block, self.folds)
         self.keeper = Keeper(limit_bytes=int(HALF * self.memory_bytes))
         self._codes = Keeper(limit_bytes=self.memory_bytes // 4).series()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the samples are."""
+        return self.samples.inputs[0].device
 
     def fold_of(self, span: range) -> int:
         """Return the number of the fold that a batch is in."""
@@ -165,10 +175,15 @@ class StackedWeights:
             context.check(STAGE)
             part = self.stack.part(k)
             following = self.keeper.series()
-            grams, counts = self._look(k, part, given[k], following)
+            if self._recall(k):
+                self._run(k, part, given[k], following)
+            else:
+                grams, counts = self._look(k, part, given[k], following)
+                self._estimate(k, part, grams, counts)
+                del grams
+                self._write_down(k)
             given.append(following)
-            self._estimate(k, part, grams, counts)
-            del part, grams
+            del part
             context.report(STAGE, k + 1, len(self.stack))
         given.pop().drop()  # what the model returns
         self.given = given
@@ -196,15 +211,7 @@ class StackedWeights:
             or self.inventory.layers[:1],
         )
         names = {layer.name for layer in multiplied.layers} & set(self.stack.layers[k])
-        last = k == len(self.stack) - 1
-        batches = Batches(
-            spans=self.spans,
-            samples=self.samples,
-            given=(given,) if k else (),
-            # The output of the model is large.
-            size=self.sizes.end if last else None,
-        )
-        run = Remembering(part, None if last else following, len(batches))
+        run, batches = self._remembering(k, part, given, following)
         grams: dict[str, Tensor] = {}
         if names:
             grams = input_grams(run, multiplied, batches, layers=names, shrunk=True)
@@ -216,17 +223,67 @@ class StackedWeights:
                     run(*batch)
         return grams, counts
 
+    def _run(self, k: int, part: Part, given: Series, following: Series) -> None:
+        """Run a part of which everything else is known; nothing follows the last."""
+        if k < len(self.stack) - 1:
+            run, batches = self._remembering(k, part, given, following)
+            with torch.no_grad():
+                for batch in batches:
+                    run(*batch)
+
+    def _remembering(
+        self, k: int, part: Part, given: Series, following: Series | None
+    ) -> tuple[Remembering, Batches]:
+        """Return a part that remembers what it returns, unless that is the output, and batches."""
+        last = k == len(self.stack) - 1
+        batches = Batches(
+            spans=self.spans,
+            samples=self.samples,
+            given=(given,) if k else (),
+            # The output of the model is large.
+            size=self.sizes.end if last else None,
+        )
+        return Remembering(part, None if last else following, len(batches)), batches
+
+    def _candidates_in(self, k: int) -> dict[str, Candidate]:
+        """Return the candidates of a part that change weights, by their names in the journal."""
+        return {
+            str(n): candidate
+            for n, candidate in enumerate(self.candidates)
+            if candidate.weight_bits != FULL_PRECISION_BITS
+            and candidate.layer in self.stack.layers[k]
+        }
+
+    def _write_down(self, k: int) -> None:
+        """Keep what ``_estimate`` noted."""
+        held: dict[str, Tensor] = {}
+        for n, candidate in self._candidates_in(k).items():
+            held[f"square:{n}"] = torch.tensor(self.squares[candidate], dtype=torch.float64)
+            if (k, candidate) in self.energies:
+                held[f"energy:{n}"] = self.energies[k, candidate]
+        self.journal.write(f"errors-{k}", save(held))
+
+    def _recall(self, k: int) -> bool:
+        """Note what was kept of a part; return whether anything was."""
+        content = self.journal.read(f"errors-{k}")
+        if content is None:
+            return False
+        held = load(content)
+        for n, candidate in self._candidates_in(k).items():
+            self.squares[candidate] = float(held[f"square:{n}"])
+            if f"energy:{n}" in held:
+                self.energies[k, candidate] = held[f"energy:{n}"].to(self.device)
+        return True
+
     def _estimate(
         self, k: int, part: Part, grams: Mapping[str, Tensor], counts: Mapping[str, Tensor]
     ) -> None:
         """Note what the errors of a part's candidates do to their layers' outputs."""
         own: dict[str, _Matrix] = {}
-        for candidate in self.candidates:
+        for candidate in self._candidates_in(k).values():
             name = candidate.layer
-            if candidate.weight_bits == FULL_PRECISION_BITS or name not in self.stack.layers[k]:
-                continue
-            layer = self.layers[name]
             if name not in own:
+                layer = self.layers[name]
                 original = tensor_of(part, layer.weight_name)
                 matrix = finite_matrix(original, layer)
                 own = {name: _Matrix(matrix, grams.get(name), counts.get(name))}
@@ -277,23 +334,50 @@ class StackedWeights:
         if candidate not in self._kept:
             self.prepare(Context())
             k = next(k for k, names in enumerate(self.stack.layers) if candidate.layer in names)
-            part = self.stack.part(k)
-            asked = [c for c in self._asked if c.layer in self.stack.layers[k]]
-            grams: Mapping[str, Tensor] = {}
-            if self.rounder is not Rounder.NEAREST:
-                grams, _ = self._look(k, part, self.given[k], None)
-            weights = QuantizedWeights(
-                part, self.inventory, lambda: grams, self.importance, self.rounder
-            )
-            for other in asked:
-                self._keep(other, weights.stored(other))
-                weights.forget()
-                del self._asked[other]
+            self._round(k)
         about, places = self._kept[candidate]
         codes, scales, *zeros = (self._codes[place] for place in places)
         return replace(
             about, codes=codes.int(), scales=scales, zero_points=zeros[0] if zeros else None
         )
+
+    def _round(self, k: int) -> None:
+        """Round the candidates of a part that were asked for, and keep their codes."""
+        weights: QuantizedWeights | None = None
+        for n, candidate in self._candidates_in(k).items():
+            if candidate not in self._asked:
+                continue
+            found = self.recall_rounded(f"candidate-{n}")
+            if found is None:
+                weights = weights or self._quantizers(k)
+                found = {candidate.layer: weights.stored(candidate)}
+                weights.forget()
+                self.write_down_rounded(f"candidate-{n}", found)
+            self._keep(candidate, found[candidate.layer])
+            del self._asked[candidate]
+
+    def _quantizers(self, k: int) -> QuantizedWeights:
+        """Return what rounds the layers of a part, each by itself."""
+        part = self.stack.part(k)
+        grams: Mapping[str, Tensor] = {}
+        if self.rounder is not Rounder.NEAREST:
+            grams, _ = self._look(k, part, self.given[k], None)
+        return QuantizedWeights(part, self.inventory, lambda: grams, self.importance, self.rounder)
+
+    def write_down_rounded(self, name: str, weights: Mapping[str, QuantizedWeight]) -> None:
+        """Keep codes and scales of layers in the journal."""
+        made = QuantizedModel(
+            model_digest=self.inventory.model_digest, rounding=str(self.rounder), weights=weights
+        )
+        self.journal.write(name, made.to_bytes())
+
+    def recall_rounded(self, name: str) -> dict[str, QuantizedWeight] | None:
+        """Return codes and scales that were kept under a name, or ``None``."""
+        content = self.journal.read(name)
+        if content is None:
+            return None
+        weights = QuantizedModel.load(content).weights
+        return {name: weight.to(self.device) for name, weight in weights.items()}
 
     def _keep(self, candidate: Candidate, found: QuantizedWeight) -> None:
         codes, start = found.codes, len(self._codes)

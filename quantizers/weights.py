@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +63,13 @@ class QuantizedWeight:
     zero_points: Tensor | None
     bits: int
     scheme: Scheme
+
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """Return the same on a device."""
+        zeros = None if self.zero_points is None else self.zero_points.to(device)
+        return replace(
+            self, codes=self.codes.to(device), scales=self.scales.to(device), zero_points=zeros
+        )
 
     def dequantize(self) -> Tensor:
         """Return f32[rows, columns]: ``scale * (code - zero_point)``, or the code's level."""

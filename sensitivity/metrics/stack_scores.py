@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from bitquota.models.calls import tensor_key
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from bitquota.sensitivity.metrics.layer_trace import TracedCall
     from bitquota.sensitivity.metrics.metric import Work
     from bitquota.sensitivity.runners.stack import StackRunner
+
+
+BACKWARDS = "backwards"
+"""Name of the walk backwards in the journal."""
 
 
 def measure_stack(
@@ -98,9 +103,8 @@ def _curvature(
     """Walk from the output back to the first part that has layers."""
     known, samples, metric = runner.known, runner.calibration, str(work.settings["metric"])
     stack, wanted = known.stack, set(work.layers)
-    found: Curvature = {}
-    behind: Series | None = None
-    for k in reversed(range(len(stack))):
+    found, behind, parts = _recall(known)
+    for k in reversed(range(parts)):
         work.recorder.context.check(work.recorder.stage)
         own = [name for name in stack.layers[k] if name in wanted]
         if k == 0 and not own:
@@ -133,10 +137,35 @@ def _curvature(
         if behind is not None:
             behind.drop()
         behind = before
+        _write_down(known, found, behind, k)
         work.recorder.context.report(work.recorder.stage, len(stack) - k, len(stack))
     if behind is not None:
         behind.drop()
     return found
+
+
+def _write_down(known: StackedWeights, found: Curvature, behind: Series, k: int) -> None:
+    """Keep what was found from the output back to part ``k``, and the gradients at its input."""
+    held = {f"{part}:{name}": squares for (part, name), squares in found.items()}
+    held |= {f"gradient:{b}": behind[b] for b in range(len(behind))}
+    known.journal.write(BACKWARDS, save({**held, "part": torch.tensor(k)}))
+
+
+def _recall(known: StackedWeights) -> tuple[Curvature, Series | None, int]:
+    """Return what was found before an interruption, and how many parts are still to be walked."""
+    content = known.journal.read(BACKWARDS)
+    if content is None:
+        return {}, None, len(known.stack)
+    held = load(content)
+    k = int(held.pop("part"))
+    behind = known.keeper.series()
+    for b in range(len(known.spans) if k else 0):
+        behind.append(held.pop(f"gradient:{b}").to(known.device))
+    found: Curvature = {}
+    for key, squares in held.items():
+        part, _, name = key.partition(":")
+        found[int(part), name] = squares.to(known.device)
+    return found, behind, k
 
 
 def _add(found: Curvature, k: int, call: TracedCall, fold: int, folds: Sequence[range]) -> None:

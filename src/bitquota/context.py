@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from bitquota.errors import Cancelled, InvalidInput
+from bitquota.journal import Journal
 from bitquota.progress import Course, IsCancelled, OnProgress, Progress, stage_words
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class Context:
         device: ``auto`` takes a GPU where there is one; otherwise a device of torch.
         memory_bytes: What a measurement may keep: half of it activations for later runs, a quarter
             each outputs of variants and what is computed of their differences.
+        journal: Where the state of long walks is kept until they end; by default nowhere.
         executor: Has several parts of a measurement carried out at once, where it can be.
         course: Where the whole job is; without one, a stage counts as the whole.
     """
@@ -114,6 +116,7 @@ class Context:
     cancelled: IsCancelled | None = None
     device: str = "auto"
     memory_bytes: int = DEFAULT_MEMORY_BYTES
+    journal: Journal = field(default_factory=Journal)
     executor: Executor | None = None
     course: Course | None = None
 

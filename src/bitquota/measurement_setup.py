@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+import bitquota
 from bitquota.candidates.architectures import prepare_inventory
 from bitquota.candidates.budget import Budget
 from bitquota.candidates.offered import offered_candidates
@@ -399,7 +400,7 @@ def build_setup(
         stacked=(
             None
             if stack is None
-            else _stacked(stack, inventory, candidates, measured, fitted, context)
+            else _stacked(stack, inventory, candidates, measured, fitted, context, loss.name)
         ),
     )
 
@@ -450,8 +451,18 @@ def _stacked(
     measured: CalibrationSet,
     fitted: Fitted,
     context: Context,
+    loss: str,
 ) -> StackedWeights:
     """Return the candidates of a stack, to be looked at on the samples of the measurement."""
+    about = {
+        "model": inventory.model_digest,
+        "samples": [measured.digest, list(measured.indices)],
+        "candidates": [describe_change({c.layer: c}) for c in candidates],
+        "quantizers": fitted.origin,
+        "loss": loss,
+        "memory": context.memory_bytes,
+        "bitquota": bitquota.__version__,
+    }
     return StackedWeights(
         stack=stack,
         inventory=inventory,
@@ -461,6 +472,7 @@ def _stacked(
         rounder=fitted.weights.rounding,
         importance=fitted.weights.importance,
         memory_bytes=context.memory_bytes,
+        journal=context.journal.of(about),
     )
 
 

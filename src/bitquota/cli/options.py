@@ -23,6 +23,7 @@ from bitquota.cli.loading import check_sources, load_samples
 from bitquota.context import DEFAULT_MEMORY_BYTES, Context
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
+from bitquota.journal import Journal
 from bitquota.models.sources import cache_folder
 from bitquota.request import (
     AUTO_LOSS,
@@ -390,6 +391,8 @@ class Here:
         """Open the ledger and show progress; yields the context of a measurement."""
         place = self.ledger or default_ledger()
         place.parent.mkdir(parents=True, exist_ok=True)
+        journal = Journal(place.with_name(f"{place.name}.unfinished"))
+        journal.clear_abandoned()
         with (
             SqliteLedger(place) as kept,
             output.shown_progress() as on_progress,
@@ -406,6 +409,7 @@ class Here:
                     on_progress=on_progress,
                     device=self.device,
                     memory_bytes=self.memory_bytes,
+                    journal=journal,
                 )
             except KeyboardInterrupt:
                 output.say(f"what was measured is in {place}: the same command goes on from there")

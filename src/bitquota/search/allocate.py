@@ -150,6 +150,8 @@ def allocate(
         )
         for k, together in enumerate(budgets)
     ]  # fmt: skip
+    if setup.stacked is not None:
+        setup.stacked.journal.finish()
     digest = source.matrix.digest()
     certificates = tuple(
         None if (proof := outcomes[k].optimum.certificate) is None
@@ -179,7 +181,10 @@ def measure_matrix(
     runner = setup.runner()
     measure = leading_measure(setup, runner)
     setup = setup.on_course(lambda: course_of([measure_phase(setup, runner, measure)]))
-    return measure_leading(setup, runner)[0]
+    matrix = measure_leading(setup, runner)[0]
+    if setup.stacked is not None:
+        setup.stacked.journal.finish()
+    return matrix
 
 
 def _room(problem: Problem) -> float:

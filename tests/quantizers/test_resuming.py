@@ -1,0 +1,126 @@
+"""A plan of a language model that is killed at any block goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bitquota.journal import KEPT_DAYS, Journal
+from transformer_families import write_family
+
+PLAN = """
+import os, signal, sys
+from pathlib import Path
+
+import torch
+
+from bitquota.candidates.storage import Granularity, ScaleFormat, Scheme
+from bitquota.context import Context
+from bitquota.journal import Journal
+from bitquota.models.samples import load_calibration
+from bitquota.models.load import load_model
+from bitquota.quantizers.stacked import StackedWeights
+from bitquota.request import PlanRequest
+from bitquota.search.allocate import allocate
+from bitquota.sensitivity.cache import SqliteLedger
+from bitquota.sensitivity.metrics import stack_scores
+
+folder, samples, place, last = sys.argv[1:]
+torch.set_num_threads(1)
+place = Path(place)
+done = 0
+
+
+def watched(name, function):
+    def run(*args):
+        global done
+        done += 1
+        if done == -int(last):
+            os.kill(os.getpid(), signal.SIGKILL)  # in the middle of a block
+        found = function(*args)
+        with (place / "log").open("a") as log:
+            log.write(f"{name} {args[-1] if name != 'rounded' else args[1]}\\n")
+        if done == int(last):
+            os.kill(os.getpid(), signal.SIGKILL)  # between two
+        return found
+
+    return run
+
+
+StackedWeights._write_down = watched("errors", StackedWeights._write_down)
+StackedWeights.write_down_rounded = watched("rounded", StackedWeights.write_down_rounded)
+stack_scores._write_down = watched("gradients", stack_scores._write_down)
+request = PlanRequest(
+    budgets=("3 bits",),
+    weight_bits=(2, 3, 4),
+    scheme=Scheme(granularity=Granularity.GROUP, group_size=16, scale_format=ScaleFormat.FP16),
+    samples=16,
+    holdout_samples=16,
+    effort="quick",
+)
+with SqliteLedger(place / "ledger") as ledger:
+    context = Context(ledger=ledger, journal=Journal(place / "unfinished"))
+    found = allocate(load_model(folder), load_calibration(samples), request, context=context)
+found.plans[0].save(place / "plan.json")
+"""
+
+
+@pytest.mark.slow
+def test_goes_on_where_it_was_killed(tmp_path):
+    """Killed five times at different blocks: the same plan, and nothing was done twice."""
+    folder = write_family("llama", tmp_path / "model")
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(3, 96, (32, 12), generator=generator)
+    save_file({"input_ids": tokens}, tmp_path / "samples.safetensors")
+
+    def plan(place, last=0):
+        place.mkdir(exist_ok=True)
+        command = [sys.executable, "-c", PLAN, folder, tmp_path / "samples.safetensors", place]
+        return subprocess.run([*map(str, command), str(last)], check=False).returncode
+
+    assert plan(tmp_path / "whole") == 0
+    killed = tmp_path / "killed"
+    for last in (2, -2, 3, -4, 2):
+        assert plan(killed, last) == -signal.SIGKILL
+    assert plan(killed) == 0
+    logs = [(place / "log").read_text().splitlines() for place in (tmp_path / "whole", killed)]
+    assert sorted(logs[0]) == sorted(logs[1])
+    plans = [json.loads((p / "plan.json").read_text()) for p in (tmp_path / "whole", killed)]
+    assert plans[0] == plans[1]
+    assert not list((killed / "unfinished").iterdir())
+
+
+class TestJournal:
+    def test_keeps_what_was_written_last(self, tmp_path):
+        journal = Journal(tmp_path).of({"model": 1})
+        assert journal.read("a") is None
+        journal.write("a", b"first")
+        journal.write("a", b"second")
+        assert journal.read("a") == b"second"
+        assert Journal(tmp_path).of({"model": 2}).read("a") is None
+        journal.finish()
+        assert not list(tmp_path.iterdir())
+
+    def test_without_a_folder_nothing_is_kept(self):
+        journal = Journal().of({"model": 1})
+        journal.write("a", b"1")
+        journal.finish()
+        assert journal.read("a") is None
+
+    def test_abandoned_ones_are_deleted(self, tmp_path):
+        """But not those that somebody may go on with."""
+        old, new = (Journal(tmp_path).of({"model": k}) for k in (1, 2))
+        for journal in (old, new):
+            journal.write("a", b"1")
+        long_ago = old.folder.stat().st_mtime - (KEPT_DAYS + 1) * 86400
+        os.utime(old.folder, (long_ago, long_ago))
+        Journal(tmp_path).clear_abandoned()
+        assert old.read("a") is None
+        assert new.read("a") == b"1"
