@@ -19,8 +19,14 @@ from bitquota.candidates.targets import target_by_name
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
 from bitquota.exports.compressed_tensors_folder import CompressedTensorsFolder
 from bitquota.exports.config_files import CONFIG_FILES
-from bitquota.exports.export_report import Difference, ExportedFile, ExportReport
+from bitquota.exports.export_report import (
+    Difference,
+    ExportedFile,
+    ExportReport,
+    describe_files,
+)
 from bitquota.exports.gguf_file import GgufFile
+from bitquota.exports.kv_cache import OPTIONS_FILE, cache_options
 from bitquota.exports.names import check_folder, check_format, format_for
 from bitquota.exports.onnx_qdq import OnnxMatMulNBits, OnnxQdq
 from bitquota.exports.openvino_ir import OpenvinoIr
@@ -158,6 +164,7 @@ def export_plan(
     chosen = None if target is None else target_by_name(target)
     check_folder(folder)
     check_grids(plan, exporter.name)
+    options = cache_options(plan, exporter.name)
     prepared = prepare_export(
         model, plan, target=chosen, samples=samples, correction_data=correction_data
     )
@@ -173,6 +180,12 @@ def export_plan(
         if any(a.candidate.activation_bits is not None for a in plan.assignments):
             note = "activations are quantized by the runtime, with ranges of its own calibration"
             report = replace(report, notes=(*report.notes, note))
+        if options:
+            place = building / OPTIONS_FILE
+            place.write_text(" ".join(options) + "\n")
+            note = f"the runtime quantizes the KV cache: start it with the options in {place.name}"
+            files = describe_files(building, [place])
+            report = replace(report, files=(*report.files, *files), notes=(*report.notes, note))
         report.require()
         plan.save(building / "plan.json")
         report.save(building)

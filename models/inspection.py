@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 from bitquota.candidates.architectures import Suggestion, prepare_inventory, suggest
 from bitquota.candidates.table import Candidate
 from bitquota.codec import Document
-from bitquota.errors import BitquotaError
+from bitquota.errors import BitquotaError, InvalidModel
 from bitquota.models.binding import bound
 from bitquota.models.discovery import discover
+from bitquota.models.kv_cache import find_caches, latent_size
 from bitquota.models.samples import samples_refused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from bitquota.candidates.layers import Inventory, Layer
+    from torch import Tensor
+
+    from bitquota.candidates.layers import Cache, Inventory, Layer
     from bitquota.candidates.targets.target import StorageFormat, Target
     from bitquota.canonical import JsonObject
     from bitquota.models.calibration import CalibrationSet
@@ -86,6 +89,9 @@ class ModelSummary:
         target: The deployment target, or ``None``.
         suggestion: Ties and exclusions by architecture: applied with a target, else advice.
         counted: Whether a forward pass counted multiply-accumulates.
+        caches: The keys and values that each attention layer keeps of one token, if it is a causal
+            language model that was run.
+        latent: Numbers of the latent that they are made of, if they are.
     """
 
     source: str
@@ -96,6 +102,8 @@ class ModelSummary:
     target: Target | None = None
     suggestion: Suggestion
     counted: bool = True
+    caches: tuple[Cache, ...] = ()
+    latent: int | None = None
 
     @property
     def smallest_bits(self) -> int | None:
@@ -121,6 +129,11 @@ class ModelSummary:
             "suggestion": self.suggestion.to_json() | {"applied": self.target is not None},
             "target": None if self.target is None else self.target.to_json(),
             "counted": self.counted,
+            "kv_cache": {
+                "caches": [cache.to_json() for cache in self.caches],
+                "bits_per_token": sum(cache.full_precision_bits for cache in self.caches),
+                "latent_size": self.latent,
+            },
             "totals": {
                 "n_weights": inventory.n_weights,
                 "n_macs": sum(entry.layer.n_macs for entry in self.layers),
@@ -155,7 +168,7 @@ def inspect_model(
         InvalidModel: Nothing to quantize.
         InvalidCalibration: The model cannot take the samples.
 
-    Cost: one forward pass over two samples at most.
+    Cost: two forward passes over two samples at most.
     """
     example = model.example_inputs
     if samples is not None:
@@ -198,4 +211,13 @@ def inspect_model(
         target=target,
         suggestion=suggest(found),
         counted=example is not None,
+        caches=() if example is None else _caches(model, example),
+        latent=latent_size(model),
     )
+
+
+def _caches(model: LoadedModel, example: tuple[Tensor, ...]) -> tuple[Cache, ...]:
+    try:
+        return find_caches(model, example)
+    except InvalidModel:
+        return ()

@@ -149,6 +149,7 @@ class Stack:
         output_shape: Of the output of one sample.
         pages: The files that its weights stay in, if they do.
         device: Where parts run.
+        caches: Names of the KV caches that are open to change, all inside blocks.
     """
 
     def __init__(
@@ -167,11 +168,18 @@ class Stack:
         self.reads = reads or (Counter(), Counter())
         self.output_shape: tuple[int, ...] = ()
         self.pages, self.device = pages, device
+        self.caches: tuple[str, ...] = ()
         self._between: _Skeleton | None = None
 
     def __len__(self) -> int:
         """Return the number of parts."""
         return len(self.blocks) + 2
+
+    def caches_in(self, k: int) -> tuple[str, ...]:
+        """Return the names of the KV caches of a part."""
+        if not 0 < k <= len(self.blocks):
+            return ()
+        return tuple(name for name in self.caches if name.startswith(f"{self.blocks[k - 1]}."))
 
     def part(self, k: int) -> Part:
         """Return a part whose parameters may be replaced, but not written into.

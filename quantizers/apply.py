@@ -16,6 +16,7 @@ from bitquota.models.running import (
 from bitquota.quantizers.activations import quantize_inputs_of
 from bitquota.quantizers.corrections import bias_correction, reestimate_batch_norm
 from bitquota.quantizers.fitted import Fitted
+from bitquota.quantizers.kv_cache import put_caches
 from bitquota.quantizers.learned import learn_in_blocks
 from bitquota.quantizers.quantized_weights import QuantizedWeights
 from bitquota.quantizers.sequential import round_in_sequence
@@ -67,6 +68,8 @@ def apply_plan(
 ) -> nn.Module:
     """Return a copy of ``module`` with fake-quantized weights and the corrections applied.
 
+    Keys and values of a KV cache are fake-quantized too, where ``candidates`` say so.
+
     Args:
         module: The full-precision model in eval mode, with the corrections of
             ``BEFORE_QUANTIZING``: the inventory speaks of folded weights.
@@ -83,7 +86,8 @@ def apply_plan(
     """
     quantized = put_in_eval_mode(copy.deepcopy(module))
     fitted = Fitted(weights=QuantizedWeights(module, inventory)) if fitted is None else fitted
-    chosen = as_change(candidates)
+    chosen = as_change([c for c in candidates if not c.cached])
+    put_caches(quantized, candidates)
     for name, candidate in chosen.items():
         if candidate.activation_bits is not None:
             quantizer = input_quantizer(fitted.activations, name, candidate.activation_bits)

@@ -11,6 +11,7 @@ from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.corrections import fold_batch_norm
 from bitquota.quantizers.fitted import fit_quantizers
 from bitquota.quantizers.imatrix import check_importance
+from bitquota.quantizers.kv_cache import put_caches
 from bitquota.quantizers.quantized_model import shipped_weights
 from bitquota.quantizers.smoothing import scale_channels
 
@@ -79,7 +80,7 @@ def quantizers_of(
     return fit_quantizers(
         module,
         plan.inventory,
-        candidates,
+        [c for c in candidates if not c.cached],
         samples,
         activation_fit=request.get("activation_fit", "mse"),
         importance=check_importance(plan, model.imatrix),
@@ -104,7 +105,7 @@ def quantized_module(
     Args:
         model: The model that the plan was made for, on the device where it will run.
         plan: What to apply.
-        candidates: Others than the plan's own, one for each of its layers.
+        candidates: Others than the plan's own, one for each of its layers and caches.
         correction_data: Unlabelled samples for the corrections.
         fit_data: Samples for activation ranges and error feedback, by default those.
         example: Any two samples, for plans that fold batch norms and have no other samples.
@@ -119,10 +120,10 @@ def quantized_module(
     """
     fit_data = correction_data if fit_data is None else fit_data
     module = full_precision_module(model, plan, example if fit_data is None else fit_data)
-    own = tuple(a.candidate for a in plan.assignments)
+    own = plan.candidates
     chosen = own if candidates is None else tuple(candidates)
     if chosen == own and (shipped := shipped_weights(plan, model)) is not None:
-        return shipped.put_into(module, plan.inventory)
+        return put_caches(shipped.put_into(module, plan.inventory), own)
     return apply_plan(
         module,
         plan.inventory,

@@ -34,7 +34,7 @@ from bitquota.quantizers.part_batches import (
 from bitquota.quantizers.quantized_model import QuantizedModel
 from bitquota.quantizers.quantized_weights import QuantizedWeights
 from bitquota.quantizers.rounders import Rounder
-from bitquota.quantizers.variants import Stored, run_variants
+from bitquota.quantizers.variants import Chosen, Stored, run_variants
 from bitquota.quantizers.weights import QuantizedWeight, finite_matrix, quantize
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class StackedWeights:
     _kept: dict[Candidate, tuple[QuantizedWeight, range]] = field(default_factory=dict)
     _asked: dict[Candidate, None] = field(default_factory=dict)
     _codes: Series = field(init=False)
+    _cached: dict[Candidate, Candidate] = field(default_factory=dict)
     _references: dict[tuple[object, ...], Series] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -149,9 +150,13 @@ class StackedWeights:
             )
         return self._references[key]
 
-    def variant(self, candidates: Iterable[Candidate]) -> dict[str, Stored]:
-        """Return the weights of a choice; layers in full precision are left out."""
-        return {c.layer: self.stored(c) for c in candidates if c.weight_bits != FULL_PRECISION_BITS}
+    def variant(self, candidates: Iterable[Candidate]) -> dict[str, Chosen]:
+        """Return the weights and caches of a choice; those in full precision are left out."""
+        return {
+            c.layer: self._cached.setdefault(c, c) if c.cached else self.stored(c)
+            for c in candidates
+            if c.weight_bits != FULL_PRECISION_BITS
+        }
 
     def shipped(self, weights: Mapping[str, QuantizedWeight]) -> dict[str, Stored]:
         """Return weights that were quantized elsewhere."""

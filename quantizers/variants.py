@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from bitquota.candidates.table import Candidate
 from bitquota.models.layout import from_matrix
 from bitquota.models.running import inputs_of, tensor_of
+from bitquota.quantizers.kv_cache import quantized_caches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,11 +44,15 @@ class Stored:
         return from_matrix(self.read().dequantize(), self.layer)
 
 
+Chosen = Stored | Candidate
+"""What a variant has under a name: a quantized weight, or the candidate of a KV cache."""
+
+
 def run_variants(
     stack: Stack,
     samples: CalibrationSet,
     spans: Sequence[range],
-    variants: Sequence[Mapping[str, Stored]],
+    variants: Sequence[Mapping[str, Chosen]],
     keeper: Keeper,
     on_part: Callable[[int, int], None],
 ) -> list[Series]:
@@ -58,7 +64,7 @@ def run_variants(
         stack: The model.
         samples: What to run on.
         spans: Batches of them.
-        variants: Weights by layer name.
+        variants: Weights by layer name, and candidates of KV caches by theirs.
         keeper: Keeps activations.
         on_part: Called with the number of a part and how many different variants of it ran.
 
@@ -66,9 +72,9 @@ def run_variants(
     """
     groups: list[tuple[list[int], Series | None]] = [(list(range(len(variants))), None)]
     for k in range(len(stack) - 1):
-        apart = _apart(groups, variants, stack.layers[k])
+        apart = _apart(groups, variants, (*stack.layers[k], *stack.caches_in(k)))
         part = stack.part(k)
-        layers = [stored.layer for *_, chosen in apart for stored in chosen if stored is not None]
+        layers = [one.layer for *_, chosen in apart for one in chosen if isinstance(one, Stored)]
         originals = {layer: tensor_of(part, layer.weight_name).data for layer in layers}
         weights: dict[int, Tensor] = {}
         after: list[tuple[list[int], Series | None]] = []
@@ -76,12 +82,13 @@ def run_variants(
             for layer, original in originals.items():
                 part.put(layer, original)
             for stored in chosen:
-                if stored is not None:
+                if isinstance(stored, Stored):
                     if id(stored) not in weights:
                         weights[id(stored)] = stored.weight()
                     part.put(stored.layer, weights[id(stored)])
             following = keeper.series()
-            with torch.no_grad():
+            cached = [one for one in chosen if isinstance(one, Candidate)]
+            with torch.no_grad(), quantized_caches(part, cached):
                 for b, span in enumerate(spans):
                     before = () if given is None else (given[b],)
                     following.append(part(*before, *inputs_of(samples, span)))
@@ -98,13 +105,13 @@ def run_variants(
     return [found[v] for v in range(len(variants))]
 
 
-Together = tuple[list[int], "Series | None", "tuple[Stored | None, ...]"]
+Together = tuple[list[int], "Series | None", "tuple[Chosen | None, ...]"]
 """Variants that run a part together, what it is given there, and the weights of its layers."""
 
 
 def _apart(
     groups: Sequence[tuple[list[int], Series | None]],
-    variants: Sequence[Mapping[str, Stored]],
+    variants: Sequence[Mapping[str, Chosen]],
     names: Sequence[str],
 ) -> list[Together]:
     """Return the variants that are equal so far and in their weights of a part's layers."""
@@ -119,10 +126,11 @@ def _apart(
     return apart
 
 
-def ending_in(stack: Stack, layers: Iterable[Layer], variant: Mapping[str, Stored]) -> Part:
+def ending_in(stack: Stack, layers: Iterable[Layer], variant: Mapping[str, Chosen]) -> Part:
     """Return the last part with the weights of a variant."""
     part = stack.part(len(stack) - 1)
     for layer in layers:
-        if layer.name in variant and layer.name in stack.layers[-1]:
-            part.put(layer, variant[layer.name].weight())
+        stored = variant.get(layer.name)
+        if isinstance(stored, Stored) and layer.name in stack.layers[-1]:
+            part.put(layer, stored.weight())
     return part

@@ -135,7 +135,7 @@ def verify_plan(plan: Plan, matrix: SensitivityMatrix, certificate: bytes) -> Ve
         msg = "a plan must carry a bound to be verified; this one has none: no solver proved one"
         raise GateFailed(msg)
     _require_same("matrix", proof.matrix_digest, matrix.digest(), "the plan")
-    choice = choice_of(matrix.table, [a.candidate for a in plan.assignments])
+    choice = choice_of(matrix.table, plan.candidates)
     try:
         problem = build_problem(matrix, plan.budgets)
     except (Infeasible, InvalidInput) as err:

@@ -250,7 +250,8 @@ def layer_shares(runner: Runner, layers: Iterable[str]) -> dict[str, float]:
     everything = runner.inventory.layers
     total = sum(layer.n_macs for layer in everything)
     macs = {layer.name: layer.n_macs for layer in everything}
-    return {n: macs[n] / total if total else 1.0 / len(everything) for n in layers}
+    # A KV cache multiplies nothing.
+    return {n: macs.get(n, 0) / total if total else 1.0 / len(everything) for n in layers}
 
 
 def local_cost(runner: Runner, table: CandidateTable) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor
 from bitquota.models.calls import tensor_key
 from bitquota.models.running import inputs_of, tensor_of
 from bitquota.quantizers.part_batches import pieces
+from bitquota.sensitivity.metrics.cache_scores import CacheScores
 from bitquota.sensitivity.metrics.layer_trace import check_all_seen, trace_gradients
 from bitquota.sensitivity.metrics.metric import BACKWARD, FORWARD, changes_anything
 from bitquota.sensitivity.recorder import checked_losses
@@ -63,10 +64,15 @@ def measure_stack(
     values = np.zeros((len(runner.chunks), len(table.rows)))
     if len(found) < len(keys) * len(rows):
         runner.known.prepare(work.recorder.context)
-        curvature = _curvature(work, runner, direction)
+        everything = [c for r in rows for c in filter(changes_anything, table.rows[r].candidates)]
+        caches = CacheScores.of(everything, runner.known.folds)
+        curvature = _curvature(work, runner, direction, caches)
         for r in rows:
             for candidate in filter(changes_anything, table.rows[r].candidates):
-                values[:, r] += _score(runner.known, candidate, curvature)
+                known = caches.values.get(candidate)
+                values[:, r] += (
+                    _score(runner.known, candidate, curvature) if known is None else known
+                )
         scored = torch.from_numpy(values[:, rows])
         checked = checked_losses(scored.T, str(work.settings["metric"]))
         work.recorder.context.ledger.put_many(
@@ -98,9 +104,12 @@ def _score(
 
 
 def _curvature(
-    work: Work, runner: StackRunner, direction: Callable[[Tensor, Sequence[int]], Tensor]
+    work: Work,
+    runner: StackRunner,
+    direction: Callable[[Tensor, Sequence[int]], Tensor],
+    caches: CacheScores,
 ) -> Curvature:
-    """Walk from the output back to the first part that has layers."""
+    """Walk from the output back to the first part that has layers; scores caches on the way."""
     known, samples, metric = runner.known, runner.calibration, str(work.settings["metric"])
     stack, wanted = known.stack, set(work.layers)
     found, behind, parts = _recall(known)
@@ -124,9 +133,10 @@ def _curvature(
                     if behind is None
                     else (lambda _, b=b, behind=behind: behind[b])
                 )
-                calls, gradient = trace_gradients(
-                    part, values, at_output, names, metric, at_input=k > 0
-                )
+                with caches.watching(part, stack.caches_in(k), known.fold_of(span)):
+                    calls, gradient = trace_gradients(
+                        part, values, at_output, names, metric, at_input=k > 0
+                    )
                 gradients.append(gradient)
                 for call in calls:
                     seen.add(call.layer)

@@ -14,6 +14,7 @@ from bitquota.models.running import (
 )
 from bitquota.quantizers.apply import input_quantizer
 from bitquota.quantizers.corrections import output_means
+from bitquota.quantizers.kv_cache import cache_quantizers, hook_cache
 from bitquota.sensitivity.runners.base import (
     Change,
     RunnerBase,
@@ -143,7 +144,11 @@ class replaced_weights:  # noqa: N801  # used as a context manager
 
     def __enter__(self) -> None:
         """Put the weights in place."""
+        for name, cached in cache_quantizers(self._change.values()).items():
+            self._hooks.append(hook_cache(self._module, name, cached))
         for name, candidate in self._change.items():
+            if candidate.cached:
+                continue
             parameter = self._weights.original(name)
             quantized = self._weights(candidate)
             if quantized is not parameter:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from bitquota.models.stack import Part
     from bitquota.quantizers.stacked import StackedWeights
-    from bitquota.quantizers.variants import Stored
+    from bitquota.quantizers.variants import Chosen
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runners.base import Change
 
@@ -59,7 +59,7 @@ class StackRunner(EagerRunner):
         return [torch.cat(values) for values in found]
 
     def outputs(
-        self, span: range, variants: Sequence[Mapping[str, Stored]]
+        self, span: range, variants: Sequence[Mapping[str, Chosen]]
     ) -> Iterator[tuple[range, Tensor, Iterator[Tensor]]]:
         """Yield, a few samples at a time, which they are, the full-precision output and others'.
 
@@ -84,7 +84,7 @@ class StackRunner(EagerRunner):
         for end in own:
             end.drop()
 
-    def _last_parts(self, variants: Sequence[Mapping[str, Stored]]) -> list[Part]:
+    def _last_parts(self, variants: Sequence[Mapping[str, Chosen]]) -> list[Part]:
         """Return the last part of each variant; those whose weights there are equal share one."""
         made: dict[tuple[int, ...], Part] = {}
         found = []

@@ -12,7 +12,7 @@ import numpy as np
 import bitquota
 from bitquota.candidates.architectures import prepare_inventory
 from bitquota.candidates.budget import Budget
-from bitquota.candidates.offered import offered_candidates
+from bitquota.candidates.offered import offered_candidates, with_caches
 from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.candidates.targets import target_by_name
 from bitquota.canonical import digest_json
@@ -20,6 +20,7 @@ from bitquota.context import Context
 from bitquota.corrections import Correction
 from bitquota.evaluate.choice import ChoiceLoss, measure_choice
 from bitquota.models.binding import bound
+from bitquota.models.kv_cache import find_caches, open_caches
 from bitquota.models.loaded import inventory_of
 from bitquota.models.references import References
 from bitquota.models.running import DEFAULT_CHUNK, choose_device, cut
@@ -31,6 +32,7 @@ from bitquota.quantizers.apply import apply_plan, input_quantizer
 from bitquota.quantizers.corrections import fold_batch_norm
 from bitquota.quantizers.fitted import BATCH, fit_quantizers
 from bitquota.quantizers.imatrix import importance_of
+from bitquota.quantizers.kv_cache import put_caches
 from bitquota.quantizers.quantized_model import QuantizedModel, changed_tensors
 from bitquota.quantizers.sequential import LEARNED
 from bitquota.quantizers.smoothing import smooth
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
     from bitquota.quantizers.fitted import Fitted
     from bitquota.quantizers.imatrix import Importance
     from bitquota.quantizers.smoothing import Smoothing
-    from bitquota.quantizers.variants import Stored
+    from bitquota.quantizers.variants import Chosen
     from bitquota.quantizers.weights import QuantizedWeight
     from bitquota.request import PlanRequest
     from bitquota.sensitivity.losses import Loss
@@ -166,6 +168,8 @@ class Setup:
             bias_correction=Correction.BIAS_CORRECTION in self.request.corrections,
             fitted=self.fitted,
             graphs=self.graphs,
+            # Keys and values are quantized in the model's own attention, which no graph shows.
+            engine="eager" if self.inventory.caches else "auto",
             precision=self.request.precision,
             memory_limit_bytes=self.context.memory_bytes,
         )
@@ -195,15 +199,17 @@ class Setup:
         def make() -> torch.nn.Module:
             assert choice is not None  # noqa: S101  # nothing is rounded in full precision
             made.append(self._rounded(tuple(choice)))
-            return made[0].put_into(copy.deepcopy(self.module), self.inventory)
+            quantized = made[0].put_into(copy.deepcopy(self.module), self.inventory)
+            return put_caches(quantized, self._cached(choice))
 
         def walk() -> Iterator[Walked]:
             runner = self.runner(self.holdout)
             assert isinstance(runner, StackRunner)  # noqa: S101  # the setup has a stack
-            variant: dict[str, Stored] = {}
+            variant: dict[str, Chosen] = {}
             if choice is not None:
                 made.append(self._rounded(tuple(choice)))
-                variant = runner.known.shipped(made[0].weights)
+                variant |= runner.known.shipped(made[0].weights)
+                variant |= runner.known.variant(self._cached(choice))
             return runner.outputs(range(len(self.holdout)), [variant])
 
         found = measure_choice(
@@ -247,7 +253,8 @@ class Setup:
         if self.kept.choice == choice and self.kept.model is not None:
             return self.kept.model
         order = self.fitted.order
-        chosen = self.table.decode(choice)
+        # A cache is quantized while the model runs, and ships no numbers.
+        chosen = [c for c in self.table.decode(choice) if not c.cached]
         stored: dict[str, QuantizedWeight] = {}
         if self.stacked is not None:
             rounding = "nearest" if order is None else order.rounding
@@ -276,6 +283,10 @@ class Setup:
             activations=self._input_grids(chosen),
             scalings=() if self.smoothing is None else self.smoothing.scalings,
         )
+
+    def _cached(self, choice: Sequence[int]) -> list[Candidate]:
+        """Return what a choice makes of the KV cache."""
+        return [c for c in self.table.decode(choice) if c.cached]
 
     def _input_grids(self, chosen: Sequence[Candidate]) -> dict[str, ActivationQuantizer]:
         grids = {
@@ -347,6 +358,13 @@ def build_setup(
         fixed=request.fixed,
     )
 
+    if request.kv_bits:
+        found = [c.at(request.context, request.sequences) for c in find_caches(model, few.inputs)]
+        open_caches(module, [cache.name for cache in found])
+        inventory, table = with_caches(
+            inventory, table, found, target, bits=request.kv_bits, scales=request.kv_scales
+        )
+
     measured, holdout, spare = _samples(calibration, request, where)
     n_correcting = min(request.correction_samples, len(calibration))
 
@@ -364,7 +382,8 @@ def build_setup(
     if stack is None and model.pages is not None:
         # Everything else needs all weights at once.
         module = module.float().to(where)
-    candidates = tuple(dict.fromkeys(c for row in table.rows for c in row.candidates))
+    rows = [row for row in table.rows if not row.cached]
+    candidates = tuple(dict.fromkeys(c for row in rows for c in row.candidates))
     fitted = fit_quantizers(
         module,
         inventory,
@@ -506,6 +525,9 @@ def _chain(
     stack = stack_of(model, module, layers, few.inputs)
     if stack is None or stack.output_shape[:-1] != tuple(tokens.shape[1:]):
         return None
+    stack.caches = tuple(cache.name for cache in inventory.caches)
+    if sum(len(stack.caches_in(k)) for k in range(len(stack))) < len(stack.caches):
+        return None
     return stack
 
 
@@ -514,7 +536,7 @@ def _typical(table: CandidateTable) -> dict[str, Candidate]:
     found: dict[str, list[Candidate]] = {}
     for row in table.rows:
         for candidate in row.candidates:
-            if candidate.weight_bits != FULL_PRECISION_BITS:
+            if candidate.weight_bits != FULL_PRECISION_BITS and not candidate.cached:
                 found.setdefault(candidate.layer, []).append(candidate)
     return {
         name: sorted(offered, key=lambda c: c.weight_bits)[(len(offered) - 1) // 2]

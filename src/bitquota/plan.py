@@ -11,8 +11,8 @@ from operator import add
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from bitquota.candidates.budget import Budget
-from bitquota.candidates.layers import Inventory, Layer, UnquantizedTensor
-from bitquota.candidates.table import Candidate
+from bitquota.candidates.layers import Cache, Inventory, Layer, UnquantizedTensor
+from bitquota.candidates.table import RESOURCES, Candidate, spent_on
 from bitquota.candidates.targets import target_by_name
 from bitquota.canonical import (
     JsonObject,
@@ -103,6 +103,14 @@ class Assignment(Document):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CacheAssignment(Document):
+    """The keys or values of one attention layer, and the candidate they get."""
+
+    cache: Cache
+    candidate: Candidate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Proof(Document):
     """How good the solver's choice is for the matrix it was given.
 
@@ -139,6 +147,8 @@ class Proof(Document):
 class Baseline(Document):
     """A simpler way to choose, measured on the same samples with the same corrections."""
 
+    FORM: ClassVar[Form] = Form(left_out=("cache_bits", "cache_size_bits"))
+
     name: str
     weight_bits: tuple[int, ...]
     """Bit-width of each layer in the plan's order."""
@@ -148,6 +158,15 @@ class Baseline(Document):
     """Mean over samples of (this baseline's loss minus the returned plan's)."""
     paired_error: float = 0.0
     """Standard error of ``paired_difference``."""
+    cache_bits: tuple[int, ...] = ()
+    """Bit-width of each KV cache in the plan's order, if it has any."""
+    cache_size_bits: int = 0
+    """Storage of all of them together."""
+
+    @property
+    def total_bits(self) -> int:
+        """Storage of quantized weights and KV cache."""
+        return self.size_bits + self.cache_size_bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +229,8 @@ class Plan(Document):
             within the budget, with rank correlations (``Evidence.to_json``).
         weights: The file of quantized weights that it was measured with; without one, weights are
             rounded to nearest wherever the plan is applied.
+        caches: One for the keys and one for the values of each attention layer, where the KV cache
+            was planned too.
     """
 
     FORM: ClassVar[Form] = Form(
@@ -223,6 +244,7 @@ class Plan(Document):
             "evidence",
             "outputs",
             "weights",
+            "caches",
         ),  # plans without keep the bytes that they always had
         seal=Seal(
             may_lack=True,
@@ -246,27 +268,31 @@ class Plan(Document):
     evidence: JsonObject | None = None
     outputs: tuple[PlanOutput, ...] | None = None
     weights: PlanWeights | None = None
+    caches: tuple[CacheAssignment, ...] = ()
 
     def __post_init__(self) -> None:
         """Check names, sizes and budgets from first principles."""
         if not self.assignments:
             msg = "a plan must assign at least one layer; got none"
             raise InvalidPlan(msg)
-        names = [a.layer.name for a in self.assignments]
+        named = [(a.layer, a.candidate) for a in self.assignments]
+        cached = [(a.cache, a.candidate) for a in self.caches]
+        planned: list[tuple[Layer | Cache, Candidate]] = [*named, *cached]
+        names = [layer.name for layer, _ in planned]
         if len(set(names)) != len(names):
             msg = "a plan must assign each layer once; a name appears twice"
             raise InvalidPlan(msg)
-        for a in self.assignments:
+        for layer, candidate in planned:
             counted = Candidate.of(
-                a.layer, a.candidate.weight_bits, a.candidate.scheme, a.candidate.activation_bits
+                layer, candidate.weight_bits, candidate.scheme, candidate.activation_bits
             )
-            if a.candidate != counted:
+            if candidate != counted:
                 msg = (
-                    f"layer '{a.layer.name}' at {a.candidate.label} takes "
-                    f"{counted.size_bits:,} bits; the plan says {a.candidate.size_bits:,} bits "
-                    f"for layer '{a.candidate.layer}'"
+                    f"layer '{layer.name}' at {candidate.label} takes "
+                    f"{counted.size_bits:,} bits; the plan says {candidate.size_bits:,} bits "
+                    f"for layer '{candidate.layer}'"
                 )
-                raise InvalidPlan(msg, layer=a.layer.name)
+                raise InvalidPlan(msg, layer=layer.name)
         for budget in self.budgets:
             spent = self.spent(budget)
             if spent is not None and spent > budget.limit:
@@ -278,18 +304,15 @@ class Plan(Document):
 
     def spent(self, budget: Budget) -> int | None:
         """Return what the plan takes of a budget's resource, or ``None`` for a latency table."""
-        chosen = [a.candidate for a in self.assignments]
-        amounts: dict[str, Iterable[int]] = {
-            "size_bits": (c.size_bits for c in chosen),
-            "code_bits": (c.size.codes for c in chosen),
-            "bit_ops": (c.bit_ops for c in chosen),
-            "activation_bits_max": (c.activation_size_bits for c in chosen),
-            "activation_bits_total": (c.activation_size_bits for c in chosen),
-        }
-        if budget.resource not in amounts:
+        if budget.resource not in RESOURCES:
             return None
-        total = max if budget.resource == "activation_bits_max" else sum
-        return budget.constant + total(amounts[budget.resource])
+        return budget.constant + spent_on(budget.resource, self.candidates)
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """What was chosen for every layer, and for the KV cache where that was planned."""
+        own = tuple(a.candidate for a in self.assignments)
+        return (*own, *(a.candidate for a in self.caches))
 
     @property
     def inventory(self) -> Inventory:
@@ -298,6 +321,26 @@ class Plan(Document):
             model_digest=self.model_digest,
             layers=tuple(a.layer for a in self.assignments),
             unquantized=self.unquantized,
+            caches=tuple(a.cache for a in self.caches),
+        )
+
+    @property
+    def cache_size_bits(self) -> int:
+        """Storage of the KV cache at the context that it was planned for."""
+        return sum(a.candidate.size_bits for a in self.caches)
+
+    def caches_at(self, bits: Sequence[int]) -> tuple[Candidate, ...]:
+        """Return the candidates of the KV cache with other bit-widths, in the plan's order.
+
+        Raises:
+            InvalidPlan: Not one bit-width for each cache.
+        """
+        if len(bits) != len(self.caches):
+            msg = f"one bit-width must be given for each of {len(self.caches)} caches; got {bits}"
+            raise InvalidPlan(msg)
+        return tuple(
+            Candidate.of(a.cache, b, a.candidate.scheme)
+            for a, b in zip(self.caches, bits, strict=True)
         )
 
     @property
@@ -329,10 +372,14 @@ class Plan(Document):
 
     def violations(self, target: Target) -> tuple[Violation, ...]:
         """Return every rule of ``target`` that the plan breaks; empty if it can store the plan."""
-        return target.check(
-            [a.layer for a in self.assignments],
-            [a.candidate for a in self.assignments],
-            self.unquantized,
+        cached = [a.cache for a in self.caches], [a.candidate for a in self.caches]
+        return (
+            *target.check(
+                [a.layer for a in self.assignments],
+                [a.candidate for a in self.assignments],
+                self.unquantized,
+            ),
+            *target.check_caches(*cached),
         )
 
     def require(self, target: Target) -> None:
@@ -391,7 +438,8 @@ class Plan(Document):
     @property
     def totals(self) -> JsonObject:
         """Sums over layers and tensors, as they stand in the JSON."""
-        return {
+        cache = {"cache_bits": self.cache_size_bits} if self.caches else {}
+        return cache | {
             "n_weights": self.n_weights,
             "weights": self.size.to_json(),
             "unquantized_bits": self.unquantized_bits,

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from bitquota.candidates.caches import CACHE_BITS, CACHE_SCALES
 from bitquota.candidates.storage import WEIGHT_BITS, Scheme
 from bitquota.codec import Document, Form
 from bitquota.corrections import BEFORE_QUANTIZING, SAMPLES_DEPEND, Correction
@@ -49,6 +50,10 @@ PRECISIONS = ("fp32", "bf16")
 LOSSES = ("kl", "binary_kl", "cross_entropy", "relative_mse", "mse", "cosine")
 AUTO_LOSS = "auto"
 """The loss follows from what the output is (``sensitivity.outputs``)."""
+CACHE_MEASURES = ("auto", "gram_weighted", "gram", "diagonal")
+"""Measures that see what quantized keys and values do."""
+LARGEST_CONTEXT = 2**28
+"""Tokens, and sequences, that may be asked for at most: sizes stay far below 2^62 bits."""
 ACTIVATION_FITS = ("mse", "joint", "chan", "irls")
 DEFAULT_WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
 
@@ -98,12 +103,22 @@ class PlanRequest(Document):
             may become of each layer.
         rounding: How weights are rounded, one of ``ROUNDINGS``.
         iterations: Steps of learned rounding for each block of the network.
+        kv_bits: Bit-widths on offer to the keys and to the values of each attention layer, 16 for
+            half precision; if empty, the KV cache is neither counted nor quantized.
+        kv_scales: Which numbers of a token share a scale there, ``head`` or ``token``; a target
+            brings its own.
+        context: Tokens of a sequence that the KV cache is counted for.
+        sequences: Sequences at the same time, likewise.
     """
 
     # Requests without these keep the bytes that they always had.
     FORM: ClassVar[Form] = Form(
-        what="a request", left_out=("outputs", "effort", "rounding", "iterations")
-    )
+        what="a request",
+        left_out=(
+            "outputs", "effort", "rounding", "iterations",
+            "kv_bits", "kv_scales", "context", "sequences",
+        ),
+    )  # fmt: skip
 
     budgets: tuple[str, ...] = ()
     weight_bits: tuple[int, ...] = ()
@@ -130,6 +145,10 @@ class PlanRequest(Document):
     effort: str = "normal"
     rounding: str = "auto"
     iterations: int = ITERATIONS
+    kv_bits: tuple[int, ...] = ()
+    kv_scales: str = "head"
+    context: int = 0
+    sequences: int = 1
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without the model."""
@@ -172,12 +191,43 @@ class PlanRequest(Document):
             if getattr(self, name) < 1:
                 msg = f"{name} must be at least 1; got {getattr(self, name)}"
                 raise InvalidInput(msg)
+        self._check_cache()
         if not 0 <= self.gap < 1:
             msg = f"gap must be at least 0 and below 1; got {self.gap}"
             raise InvalidInput(msg)
         if self.time_limit_s is not None and self.time_limit_s <= 0:
             msg = f"time_limit_s must be positive, or left out; got {self.time_limit_s}"
             raise InvalidInput(msg)
+
+    def _check_cache(self) -> None:
+        """Check what is asked of the KV cache."""
+        _one_of("kv_scales", self.kv_scales, CACHE_SCALES)
+        for bits in self.kv_bits:
+            _one_of("kv_bits", bits, CACHE_BITS)
+        if len(set(self.kv_bits)) < len(self.kv_bits):
+            msg = f"kv_bits must name each bit-width once; got {list(self.kv_bits)}"
+            raise InvalidInput(msg, kv_bits=list(self.kv_bits))
+        if bool(self.kv_bits) != bool(self.context):
+            msg = (
+                "bit-widths of the KV cache (kv_bits) and the tokens that it is counted for "
+                f"(context) belong together; got {list(self.kv_bits)} and {self.context}: give "
+                "both, or neither"
+            )
+            raise InvalidInput(msg, kv_bits=list(self.kv_bits), context=self.context)
+        if not 0 <= self.context <= LARGEST_CONTEXT or not 1 <= self.sequences <= LARGEST_CONTEXT:
+            msg = (
+                f"context and sequences must be between 1 and {LARGEST_CONTEXT:,}; got "
+                f"{self.context:,} and {self.sequences:,}"
+            )
+            raise InvalidInput(msg, context=self.context, sequences=self.sequences)
+        plain = self.activation_bits is None and not self.corrections and self.precision == "fp32"
+        if self.kv_bits and (not plain or self.measure not in CACHE_MEASURES):
+            msg = (
+                "bits of the KV cache are planned without quantized inputs, corrections and bf16, "
+                f"by one of the measures {', '.join(CACHE_MEASURES)}; leave the others out, or "
+                "kv_bits"
+            )
+            raise InvalidInput(msg, measure=self.measure, precision=self.precision)
 
     @property
     def ships_weights(self) -> bool:

@@ -7,14 +7,16 @@
 ``4.25 bpw of model``   stored bits of the whole model for each of its numbers; ``size_bits``
 ``12 MiB``              stored size of the whole model; ``size_bits`` (B, kB, MB, GB, KiB, MiB, GiB)
 ``0.25x``               that share of the model's full-precision size; ``size_bits``
+``1 GB of cache``       the KV cache alone, where it is planned; ``cache_bits``
 ``2.5 GBitOps``         bit operations of one sample (also MBitOps, TBitOps, BitOps)
 ``act 96 KiB``          the largest quantized input activation of one sample
 ``act total 96 KiB``    the input activations of all layers together
 ======================  =====================================================================
 
-Sizes and shares speak of the whole model unless ``of weights`` follows, averages of the quantizable
-weights; ``bpw of model`` counts what ships as it is, too. Thousands may be set off as in
-``1,500,000 B`` or ``1_500_000 B``; the decimal sign is a point.
+Sizes and shares speak of the whole model, and of the KV cache with it where that is planned, unless
+``of weights``, ``of model`` or ``of cache`` follows; averages speak of the quantizable weights;
+``bpw of model`` counts what ships as it is, too. Thousands may be set off as in ``1,500,000 B`` or
+``1_500_000 B``; the decimal sign is a point.
 
 Design: docs/design/budgets.md
 """
@@ -28,7 +30,7 @@ from enum import StrEnum
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from bitquota.candidates.layers import Inventory, Layer, LayerKind
+from bitquota.candidates.layers import Cache, Inventory, Layer, LayerKind
 from bitquota.codec import Document, Form
 from bitquota.errors import BudgetTooSmall, InvalidBudget, InvalidInput
 
@@ -42,18 +44,13 @@ _BYTE_UNITS = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9,
     "kib": 2**10, "mib": 2**20, "gib": 2**30,
 }  # fmt: skip
-_AVERAGE_UNITS = {
-    "bit": "code_bits",
-    "bits": "code_bits",
-    "bits/weight": "code_bits",
-    "bpw": "size_bits",
-}
+_AVERAGE_UNITS = frozenset({"bit", "bits", "bits/weight", "bpw"})
 _BIT_OPS_UNITS = {"bitops": 1, "mbitops": 10**6, "gbitops": 10**9, "tbitops": 10**12}
 _SYNTAX = re.compile(
     r"""\s*(?P<act>act(?:ivation)?s?\s+(?P<total>total\s+)?)?
         (?P<value>(?:\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*)(?:\.\d+)?|\.\d+)\s*
         (?P<unit>[A-Za-z]+(?:/weight)?)
-        (?:\s+of\s+(?P<scope>weights|model))?\s*""",
+        (?:\s+of\s+(?P<scope>weights|model|cache))?\s*""",
     re.VERBOSE | re.IGNORECASE,
 )
 
@@ -83,6 +80,8 @@ class Scope(StrEnum):
     """The quantizable weights only."""
     MODEL = "model"
     """Every tensor that ships."""
+    CACHE = "cache"
+    """The KV cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +89,7 @@ class Budget(Document):
     """An integer limit on one resource of one model.
 
     Attributes:
-        resource: ``size_bits``, ``code_bits``, ``bit_ops``, ``activation_bits_max``,
-            ``activation_bits_total`` or ``latency_ns``.
+        resource: One of ``table.RESOURCES``, or ``latency_ns``.
         limit: The largest permitted amount, in the resource's unit, ``constant`` included.
         constant: What the model takes of the resource whatever is chosen (unquantized tensors).
         scope: What is counted.
@@ -141,6 +139,15 @@ class Budget(Document):
             msg = f"a budget must be positive; got '{text}'"
             raise InvalidBudget(msg, budget=text)
 
+        if scope is Scope.CACHE and not inventory.caches:
+            msg = (
+                f"a budget 'of cache' needs a KV cache that is planned; got '{text}': give the "
+                "bit-widths it may have (--kv-bits) and the context (--context)"
+            )
+            raise InvalidBudget(msg, budget=text)
+        # What weights alone take needs a name of its own only where something else counts, too.
+        of_weights = "weight_size_bits" if inventory.caches else "size_bits"
+
         # By what the unit measures: inputs, averages, work, or bytes.
         if found["act"]:
             if unit not in _BYTE_UNITS:
@@ -150,7 +157,7 @@ class Budget(Document):
             return cls(resource=f"activation_bits_{kind}", limit=limit, text=text)
         if averaged and found["scope"] and scope is Scope.MODEL:
             return cls(
-                resource="size_bits",
+                resource=of_weights,
                 limit=int(value * inventory.n_numbers),
                 constant=inventory.unquantized_bits,
                 scope=scope,
@@ -158,18 +165,28 @@ class Budget(Document):
             )
         if averaged:
             limit = int(value * inventory.n_weights)
-            return cls(resource=_AVERAGE_UNITS[unit], limit=limit, text=text)
+            resource = of_weights if unit == "bpw" else "code_bits"
+            return cls(resource=resource, limit=limit, text=text)
         if unit in _BIT_OPS_UNITS:
             return cls(resource="bit_ops", limit=int(value * _BIT_OPS_UNITS[unit]), text=text)
         if unit != "x" and unit not in _BYTE_UNITS:
             raise _unreadable(text)
         constant = inventory.unquantized_bits if scope is Scope.MODEL else 0
+        if found["scope"]:
+            resource = "cache_bits" if scope is Scope.CACHE else of_weights
+        else:
+            resource = "size_bits"
         if unit == "x":
-            other = inventory.unquantized_bits if scope is Scope.WEIGHTS else 0
-            limit = int(value * (inventory.full_precision_bits - other))
+            whole = {
+                Scope.WEIGHTS: inventory.full_precision_bits - inventory.unquantized_bits,
+                Scope.MODEL: inventory.full_precision_bits,
+                Scope.CACHE: inventory.cache_bits,
+            }[scope]
+            joint = 0 if found["scope"] else inventory.cache_bits
+            limit = int(value * (whole + joint))
         else:
             limit = int(value * _BYTE_UNITS[unit]) * 8
-        return cls(resource="size_bits", limit=limit, constant=constant, scope=scope, text=text)
+        return cls(resource=resource, limit=limit, constant=constant, scope=scope, text=text)
 
     def check(self, table: CandidateTable) -> None:
         """Raise ``BudgetTooSmall`` unless the cheapest choice of every group fits.
@@ -205,6 +222,7 @@ _ANY_MODEL = Inventory(
             rows=1, columns=1, n_weights=1,
         ),
     ),
+    caches=(Cache(name="any.k_cache", heads=1, head_size=1),),
 )  # fmt: skip
 
 
@@ -226,16 +244,15 @@ def check_budgets(texts: Sequence[str]) -> None:
 def _check_scope(found: re.Match[str], text: str) -> None:
     """Raise ``InvalidBudget`` if a budget names a scope that its unit cannot have."""
     unit = found["unit"].lower()
-    codes_of_the_model = (
-        unit in _AVERAGE_UNITS
-        and unit != "bpw"
-        and Scope((found["scope"] or "model").lower()) is Scope.MODEL
+    scope = Scope((found["scope"] or "model").lower())
+    codes_of_the_model = unit in _AVERAGE_UNITS and (
+        scope is Scope.CACHE or (unit != "bpw" and scope is Scope.MODEL)
     )
     if found["scope"] and (found["act"] or unit in _BIT_OPS_UNITS or codes_of_the_model):
         msg = (
-            "only sizes, shares and 'bpw' can apply to 'weights' or to the whole 'model', "
-            f"averages of codes to the weights alone; got '{text}': leave out "
-            f"'of {found['scope']}', or give a size"
+            "only sizes, shares and 'bpw' can apply to 'weights' or to the whole 'model', sizes "
+            "and shares also to the 'cache', averages of codes to the weights alone; got "
+            f"'{text}': leave out 'of {found['scope']}', or give a size"
         )
         raise InvalidBudget(msg, budget=text)
 

@@ -101,6 +101,76 @@ class Layer(Document):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cache(Document):
+    """The keys, or the values, that one attention layer keeps of past tokens.
+
+    Seen as a matrix it has one row for each token and one column for each number of each head.
+
+    Attributes:
+        name: Path of the attention module, and ``k_cache`` or ``v_cache``.
+        heads: Heads whose keys or values are kept; queries may have more.
+        head_size: Numbers of one head.
+        tokens: Tokens of one sequence that are kept: the context, or the window if that is shorter.
+        sequences: Sequences at the same time.
+        window: How far back the layer attends, or ``None`` if over the whole context.
+        group: Name of the decision group.
+    """
+
+    FORM: ClassVar[Form] = Form(what="a cache")
+
+    name: str
+    heads: int
+    head_size: int
+    tokens: int = 1
+    sequences: int = 1
+    window: int | None = None
+    group: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what nothing can be kept in; a cache without a group is its own group."""
+        if min(self.heads, self.head_size, self.tokens, self.sequences) < 1:
+            msg = (
+                f"cache '{self.name}' must have at least one head, number, token and sequence; got "
+                f"{self.heads}, {self.head_size}, {self.tokens} and {self.sequences}"
+            )
+            raise InvalidModel(msg, cache=self.name)
+        if not self.group:
+            object.__setattr__(self, "group", self.name)
+
+    @property
+    def holds_keys(self) -> bool:
+        """Whether it holds keys; else values."""
+        return self.name.endswith(K_CACHE)
+
+    @property
+    def rows(self) -> int:
+        """Tokens of all sequences."""
+        return self.tokens * self.sequences
+
+    @property
+    def columns(self) -> int:
+        """Numbers kept of one token."""
+        return self.heads * self.head_size
+
+    @property
+    def full_precision_bits(self) -> int:
+        """Bits of the whole cache where it is not quantized."""
+        return self.rows * self.columns * CACHE_FORMAT_BITS
+
+    def at(self, context: int, sequences: int) -> Cache:
+        """Return the cache of so many sequences of ``context`` tokens each."""
+        tokens = context if self.window is None else min(context, self.window)
+        return replace(self, tokens=tokens, sequences=sequences)
+
+
+K_CACHE, V_CACHE = "k_cache", "v_cache"
+"""Last parts of the names of caches."""
+
+CACHE_FORMAT_BITS = 16
+"""Bits of a number in a cache that is not quantized: runtimes keep them in half precision."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnquantizedTensor(Document):
     """A parameter or buffer that ships as it is: biases, norms, excluded layers."""
 
@@ -113,11 +183,18 @@ class UnquantizedTensor(Document):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inventory(Document):
-    """Every tensor of a model, counted once: the quantizable layers and the rest."""
+    """Every tensor of a model, counted once: the quantizable layers and the rest.
+
+    Attributes:
+        caches: The KV cache, where that is planned too; no part of the model's own size.
+    """
+
+    FORM: ClassVar[Form] = Form(left_out=("caches",))
 
     model_digest: str
     layers: tuple[Layer, ...]
     unquantized: tuple[UnquantizedTensor, ...] = ()
+    caches: tuple[Cache, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that there is something to quantize and that names are unique."""
@@ -153,6 +230,11 @@ class Inventory(Document):
         """Bits of the whole model before quantization."""
         own = sum(layer.n_weights * layer.weight_format_bits for layer in self.layers)
         return own + self.unquantized_bits
+
+    @property
+    def cache_bits(self) -> int:
+        """Bits of the KV cache before quantization, where it is planned."""
+        return sum(cache.full_precision_bits for cache in self.caches)
 
     def stored_in(self, bits: int) -> Inventory:
         """Return the same tensors with floating-point ones counted at ``bits`` each.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from bitquota.candidates.table import enumerate_candidates
+from bitquota.candidates.caches import cache_rows, tied_caches
+from bitquota.candidates.table import CandidateTable, enumerate_candidates
 from bitquota.errors import InvalidInput
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from bitquota.candidates.layers import Inventory
+    from bitquota.candidates.layers import Cache, Inventory
     from bitquota.candidates.storage import Scheme
-    from bitquota.candidates.table import CandidateTable
     from bitquota.candidates.targets import Target
 
 
@@ -42,3 +43,23 @@ def offered_candidates(
         )
         raise InvalidInput(msg, target=target.name, activation_bits=activation_bits)
     return target.candidates(inventory, weight_bits=weight_bits or None, fixed=fixed)
+
+
+def with_caches(
+    inventory: Inventory,
+    table: CandidateTable,
+    caches: Sequence[Cache],
+    target: Target | None,
+    *,
+    bits: Sequence[int],
+    scales: str,
+) -> tuple[Inventory, CandidateTable]:
+    """Return an inventory and a table with the groups of a KV cache behind those of the layers.
+
+    Raises:
+        InvalidInput: The target's runtime takes no bits of the KV cache, or not these.
+    """
+    formats = None if target is None else target.require_cache()
+    tied = tied_caches(caches, formats)
+    rows = cache_rows(tied, bits, scales=scales, formats=formats)
+    return replace(inventory, caches=tied), CandidateTable(rows=(*table.rows, *rows))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 
 from bitquota.candidates.layers import (
+    CACHE_FORMAT_BITS,
+    Cache,
     Inventory,
     Layer,
     match_layers,
@@ -20,7 +22,7 @@ from bitquota.candidates.storage import (
     storage_size,
 )
 from bitquota.canonical import digest_json
-from bitquota.codec import Document
+from bitquota.codec import Document, Form
 from bitquota.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -42,7 +44,10 @@ class Candidate(Document):
         bit_ops: ``n_macs * weight_bits * activation_bits`` of one sample (32 for an activation
             in full precision).
         activation_size_bits: Bits of the input activation of one sample.
+        cached: Whether the layer is a KV cache, and its "weights" what that holds.
     """
+
+    FORM: ClassVar[Form] = Form(left_out=("cached",))
 
     layer: str
     weight_bits: int
@@ -51,6 +56,7 @@ class Candidate(Document):
     size: StorageSize
     bit_ops: int = 0
     activation_size_bits: int = 0
+    cached: bool = False
 
     def __post_init__(self) -> None:
         """Check the bit-widths; sizes check themselves."""
@@ -74,19 +80,38 @@ class Candidate(Document):
 
     @property
     def label(self) -> str:
-        """Short name such as ``W4`` or ``W4A8``."""
+        """Short name such as ``W4``, ``W4A8``, or ``KV8`` of a cache."""
+        if self.cached:
+            return f"KV{self.stored_bits}"
         activation = "" if self.activation_bits is None else f"A{self.activation_bits}"
         return f"W{self.weight_bits}{activation}"
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of a code; a cache that is not quantized is kept in half precision."""
+        full = self.weight_bits == FULL_PRECISION_BITS
+        return CACHE_FORMAT_BITS if self.cached and full else self.weight_bits
 
     @classmethod
     def of(
         cls,
-        layer: Layer,
+        layer: Layer | Cache,
         weight_bits: int,
         scheme: Scheme,
         activation_bits: int | None = None,
     ) -> Self:
         """Return the candidate of ``layer`` with its sizes counted."""
+        if isinstance(layer, Cache):
+            size = storage_size(
+                layer.rows,
+                layer.columns,
+                weight_bits,
+                scheme,
+                full_precision_bits=CACHE_FORMAT_BITS,
+            )
+            return cls(
+                layer=layer.name, weight_bits=weight_bits, scheme=scheme, size=size, cached=True
+            )
         size = storage_size(
             layer.rows,
             layer.columns,
@@ -120,13 +145,49 @@ class Row(Document):
             raise InvalidInput(msg, group=self.group)
 
     @property
+    def cached(self) -> bool:
+        """Whether the group is one of KV caches."""
+        return self.candidates[0].cached
+
+    @property
     def label(self) -> str:
         """Short name; the members' labels joined when they differ."""
         return "/".join(dict.fromkeys(c.label for c in self.candidates))
 
 
-RESOURCES = ("size_bits", "code_bits", "bit_ops", "activation_bits_max", "activation_bits_total")
-"""Resources that a table can price; ``latency_ns`` comes from a table of the user's."""
+RESOURCES = (
+    "size_bits", "weight_size_bits", "cache_bits", "code_bits", "bit_ops", "activation_bits_max",
+    "activation_bits_total",
+)  # fmt: skip
+"""Resources that a table can price; ``latency_ns`` comes from a table of the user's.
+
+``size_bits`` is what weights and KV cache take together, ``weight_size_bits`` and ``cache_bits``
+what each takes alone."""
+
+
+def spent_on(resource: str, candidates: Sequence[Candidate]) -> int:
+    """Return what candidates take of a resource; raises ``InvalidInput`` for an unknown one.
+
+    ``activation_bits_max`` is the largest activation: a limit on it forbids rows rather than
+    adding up.
+    """
+    weights = [c for c in candidates if not c.cached]
+    if resource == "size_bits":
+        return sum(c.size_bits for c in candidates)
+    if resource == "weight_size_bits":
+        return sum(c.size_bits for c in weights)
+    if resource == "cache_bits":
+        return sum(c.size_bits for c in candidates if c.cached)
+    if resource == "code_bits":
+        return sum(c.size.codes for c in weights)
+    if resource == "bit_ops":
+        return sum(c.bit_ops for c in weights)
+    if resource == "activation_bits_total":
+        return sum(c.activation_size_bits for c in weights)
+    if resource == "activation_bits_max":
+        return max((c.activation_size_bits for c in weights), default=0)
+    msg = f"a resource must be one of {', '.join(RESOURCES)}; got '{resource}'"
+    raise InvalidInput(msg, resource=resource)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,24 +234,8 @@ class CandidateTable(Document):
         return np.array([index[row.group] for row in self.rows], dtype=np.int64)
 
     def costs(self, resource: str) -> NDArray[np.int64]:
-        """Return ``i64[n]``: what each row takes of ``resource``.
-
-        ``activation_bits_max`` is the largest activation of the row: a limit on it forbids rows
-        rather than adding up.
-        """
-        if resource == "size_bits":
-            values = [sum(c.size_bits for c in row.candidates) for row in self.rows]
-        elif resource == "code_bits":
-            values = [sum(c.size.codes for c in row.candidates) for row in self.rows]
-        elif resource == "bit_ops":
-            values = [sum(c.bit_ops for c in row.candidates) for row in self.rows]
-        elif resource == "activation_bits_total":
-            values = [sum(c.activation_size_bits for c in row.candidates) for row in self.rows]
-        elif resource == "activation_bits_max":
-            values = [max(c.activation_size_bits for c in row.candidates) for row in self.rows]
-        else:
-            msg = f"a resource must be one of {', '.join(RESOURCES)}; got '{resource}'"
-            raise InvalidInput(msg, resource=resource)
+        """Return ``i64[n]``: what each row takes of ``resource``, see ``spent_on``."""
+        values = [spent_on(resource, row.candidates) for row in self.rows]
         return np.array(values, dtype=np.int64)
 
     def decode(self, choice: Sequence[int]) -> tuple[Candidate, ...]:

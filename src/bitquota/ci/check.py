@@ -191,15 +191,17 @@ def _is_fair(plan: Plan, baseline: Baseline) -> bool:
 
     A budget of "3 bits" counts codes: uniform 3 bits keeps it, at a few bytes more of scales.
     """
-    if baseline.size_bits <= plan.size_bits:
+    if baseline.total_bits <= plan.size_bits + plan.cache_size_bits:
         return True
     try:
         candidates = plan.candidates_at(baseline.weight_bits)
+        cached = plan.caches_at(baseline.cache_bits)
         replace(
             plan,
             assignments=tuple(
                 replace(a, candidate=c) for a, c in zip(plan.assignments, candidates, strict=True)
             ),
+            caches=tuple(replace(a, candidate=c) for a, c in zip(plan.caches, cached, strict=True)),
         )
     except InvalidPlan:
         return False

@@ -9,7 +9,8 @@ from bitquota.codec import Document
 from bitquota.exports.export_report import describe_candidate
 
 if TYPE_CHECKING:
-    from bitquota.plan import Assignment, Plan
+    from bitquota.candidates.table import Candidate
+    from bitquota.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,19 +68,19 @@ class PlanDiff(Document):
 
 def diff_plans(old: Plan, new: Plan) -> PlanDiff:
     """Return what differs between two plans: layers, sizes, losses, model, corrections."""
-    before = {a.layer.name: a for a in old.assignments}
-    after = {a.layer.name: a for a in new.assignments}
+    before = {c.layer: c for c in old.candidates}
+    after = {c.layer: c for c in new.candidates}
     changes = []
     for name in (*after, *(n for n in before if n not in after)):
         a, b = before.get(name), after.get(name)
-        if (a and a.candidate) != (b and b.candidate):
+        if a != b:
             changes.append(
                 LayerChange(
                     layer=name,
                     old=_text(a),
                     new=_text(b),
-                    old_bits=0 if a is None else a.candidate.size_bits,
-                    new_bits=0 if b is None else b.candidate.size_bits,
+                    old_bits=0 if a is None else a.size_bits,
+                    new_bits=0 if b is None else b.size_bits,
                 )
             )
     facts = [
@@ -90,8 +91,8 @@ def diff_plans(old: Plan, new: Plan) -> PlanDiff:
     return PlanDiff(changes=tuple(changes), facts=tuple(facts))
 
 
-def _text(assignment: Assignment | None) -> str | None:
-    return None if assignment is None else describe_candidate(assignment.candidate)
+def _text(candidate: Candidate | None) -> str | None:
+    return None if candidate is None else describe_candidate(candidate)
 
 
 def _target(plan: Plan) -> str:

@@ -56,12 +56,12 @@ def layer_table(plan: Plan, width: int) -> Table:
     table.add_column("candidate")
     table.add_column("weights", justify="right")
     table.add_column("stored", justify="right")
-    most = max(plan.weight_bits)
+    most = max(c.stored_bits for c in plan.candidates)
     long = min(24, max(8, width // 5))
-    for a, row in zip(plan.assignments, report.layer_rows(plan), strict=True):
+    for candidate, row in zip(plan.candidates, report.layer_rows(plan), strict=True):
         table.add_row(
             Text(row["layer"]),
-            bar(a.candidate.weight_bits, most, long),
+            bar(candidate.stored_bits, most, long),
             Text(row["candidate"]),
             Text(row["weights"]),
             Text(row["stored"]),

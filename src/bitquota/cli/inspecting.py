@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bitquota.candidates.caches import own_scheme
+from bitquota.candidates.table import Candidate
 from bitquota.candidates.targets import TARGETS, target_by_name
 from bitquota.cli import options as opt
 from bitquota.cli import output
@@ -142,6 +144,35 @@ def _formats(found: ModelSummary) -> list[str]:
     return [f"Formats and real bits per weight: {', '.join(texts)}."] if texts else []
 
 
+def _cache_sentences(found: ModelSummary) -> list[str]:
+    """Return what the KV cache takes for a token, if the model has one."""
+    if not found.caches:
+        return []
+    size = sum(cache.full_precision_bits for cache in found.caches) // 8
+    quantized = {
+        bits: sum(
+            Candidate.of(cache, bits, own_scheme(cache, "head")).size_bits for cache in found.caches
+        )
+        for bits in (8, 4)
+    }
+    lines = [
+        f"KV cache: keys and values of {len(found.caches) // 2} layers, {size:,} B for each token "
+        "in half precision; "
+        + ", ".join(f"{-(-bits // 8):,} B at {width} bits" for width, bits in quantized.items())
+        + " with a scale and an offset for each head (--kv-bits)."
+    ]
+    windows = sorted({cache.window for cache in found.caches if cache.window is not None})
+    for window in windows:
+        n = sum(cache.window == window for cache in found.caches) // 2
+        lines.append(f"  {n} of these layers keep the last {window:,} tokens at most.")
+    if found.latent is not None:
+        lines.append(
+            f"  This is what transformers keeps. It is made of a latent of {found.latent} numbers "
+            "for each token, which is what some runtimes keep instead."
+        )
+    return lines
+
+
 def _sentences(found: ModelSummary, numbers: dict[str, str]) -> list[str]:
     inventory = found.inventory
     size = report.format_size(inventory.full_precision_bits)
@@ -177,6 +208,7 @@ def _sentences(found: ModelSummary, numbers: dict[str, str]) -> list[str]:
         advice += [f"--exclude {name}" for name in found.suggestion.exclude]
         lines.append(f"Usual here (a --target applies them): {' '.join(advice)}")
         lines += [f"  {reason}" for reason in found.suggestion.reasons]
+    lines += _cache_sentences(found)
     if not found.counted:
         lines.append("Operations were not counted: give --samples, of which two are run.")
     return lines

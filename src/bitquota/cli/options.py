@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bitquota.candidates.budget import check_budgets, parse_bytes
+from bitquota.candidates.caches import CACHE_SCALES
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, ScaleRule, Scheme
 from bitquota.candidates.targets import target_by_name
 from bitquota.cli import output
@@ -87,6 +88,28 @@ ActivationFit = Annotated[
         "--activation-fit",
         help="Fit of input grids: mse (per tensor), or joint, chan, irls (weigh channels).",
     ),
+]
+KvBits = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-bits",
+        help="Also plan the KV cache: bit-widths for the keys and the values of each attention "
+        "layer, such as 4,8,16. Budgets in bytes then hold it, too; needs --context.",
+    ),
+]
+KvScales = Annotated[
+    str,
+    typer.Option(
+        "--kv-scales",
+        help="One scale in the KV cache for each head of a token, or for a whole token "
+        "(head, token); a target brings its own.",
+    ),
+]
+ContextLength = Annotated[
+    int, typer.Option("--context", help="Tokens of a sequence that the KV cache is counted for.")
+]
+Sequences = Annotated[
+    int, typer.Option("--sequences", help="Sequences at a time that the KV cache is counted for.")
 ]
 Fix = Annotated[
     list[str] | None,
@@ -262,14 +285,14 @@ def default_ledger() -> Path:
     return cache_folder() / "ledger.sqlite"
 
 
-def parse_bits(text: str | None) -> tuple[int, ...]:
+def parse_bits(text: str | None, option: str = "--bits") -> tuple[int, ...]:
     """Return ``2,3,4`` as numbers, nothing as none; raises ``InvalidInput``."""
     if text is None:
         return ()
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as err:
-        msg = f"--bits must be whole numbers separated by commas, such as 2,4,8; got '{text}'"
+        msg = f"{option} must be whole numbers separated by commas, such as 2,4,8; got '{text}'"
         raise InvalidInput(msg, bits=text) from err
 
 
@@ -422,6 +445,10 @@ _REQUEST: dict[str, tuple[Any, Any]] = {
     "bits": (Bits, None),
     "activations": (Activations, None),
     "activation_fit": (ActivationFit, "mse"),
+    "kv_bits": (KvBits, None),
+    "kv_scales": (KvScales, CACHE_SCALES[0]),
+    "context": (ContextLength, 0),
+    "sequences": (Sequences, 1),
     "fix": (Fix, None),
     "tie": (Tie, None),
     "exclude": (Exclude, None),
@@ -514,6 +541,10 @@ def plan_request(options: Mapping[str, Any]) -> PlanRequest:
         weight_bits=parse_bits(options["bits"]),
         activation_bits=options["activations"],
         activation_fit=options["activation_fit"],
+        kv_bits=parse_bits(options["kv_bits"], "--kv-bits"),
+        kv_scales=options["kv_scales"],
+        context=options["context"],
+        sequences=options["sequences"],
         scheme=Scheme(
             grid=options["grid"],
             granularity=options["granularity"],

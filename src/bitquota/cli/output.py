@@ -266,6 +266,7 @@ def print_plan(
     # As Text: Rich would colour the numbers of a sentence piece by piece.
     console.print(Text(report.verdict(plan)))
     for sentence in (
+        *report.cache_sentences(plan),
         *report.output_sentences(plan),
         *report.caution_sentences(plan),
         *report.rounding_sentences(plan),

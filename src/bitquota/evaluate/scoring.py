@@ -219,9 +219,10 @@ class _Lineup:
         check_model(plan, self.model)
         beside = self._beside(plan, name)
         self._names[plan.digest()] = name
-        self._add(name, "plan", plan, [a.candidate for a in plan.assignments], beside)
+        self._add(name, "plan", plan, plan.candidates, beside)
         for baseline in plan.baselines if with_baselines else ():
-            chosen = plan.candidates_at(baseline.weight_bits)
+            cached = plan.caches_at(baseline.cache_bits)
+            chosen = (*plan.candidates_at(baseline.weight_bits), *cached)
             beside = (FULL_PRECISION, name)
             self._add(f"{baseline.name} of {name}", "baseline", plan, chosen, beside)
 

@@ -75,7 +75,7 @@ def best_uniform(plan: Plan) -> Baseline | None:
     larger one returned.
     """
     uniform = [b for b in plan.baselines if b.name.startswith("uniform")]
-    fair = [b for b in uniform if b.size_bits <= plan.size_bits]
+    fair = [b for b in uniform if b.total_bits <= plan.size_bits + plan.cache_size_bits]
     return min(fair or uniform, key=lambda b: b.measured.mean, default=None)
 
 
@@ -107,7 +107,7 @@ def verdict(plan: Plan) -> str:
     if uniform is None:
         return "No uniform plan fits this budget, so there is nothing uniform to compare with."
     gain, error = uniform.paired_difference, uniform.paired_error
-    fewer = f"{uniform.name} ({format_size(uniform.size_bits)})"
+    fewer = f"{uniform.name} ({format_size(uniform.total_bits)})"
     if uniform.measured.n_samples == 1:
         return (
             "One hold-out sample cannot say whether mixed precision helps here; give more samples."
@@ -239,6 +239,24 @@ def output_sentences(plan: Plan) -> list[str]:
     return lines
 
 
+def cache_sentences(plan: Plan) -> list[str]:
+    """Return what the KV cache takes, where it was planned, and for how many tokens."""
+    if not plan.caches:
+        return []
+    caches = [a.cache for a in plan.caches]
+    tokens, sequences = max(c.tokens for c in caches), caches[0].sequences
+    full = sum(c.full_precision_bits for c in caches)
+    size = plan.cache_size_bits
+    many = f"{sequences:,} sequences of " if sequences > 1 else ""
+    of_token = sum(a.candidate.size_bits / a.cache.rows for a in plan.caches) / 8
+    sentence = (
+        f"KV cache for {many}{tokens:,} tokens: {format_size(size)}, of {format_size(full)} in "
+        f"half precision; {of_token:,.0f} B for a token. With the whole model "
+        f"{format_size(plan.model_bits + size)}."
+    )
+    return [sentence]
+
+
 _ENDS = {"softmax": "softmax", "sigmoid": "sigmoid", "argmax": "arg-max"}
 
 
@@ -295,20 +313,22 @@ def comparison_rows(
         plan: The plan.
         accuracies: Test accuracy by name (``plan`` and the baselines' names), if measured.
     """
-    entries: list[tuple[str, int, MeasuredLoss | None, str]] = [
+    entries: list[tuple[str, int, int, MeasuredLoss | None, str]] = [
         ("plan" if plan.selected == SOLVER else f"plan (= {plan.selected})", plan.size_bits,
-         plan.measured, "")
+         plan.cache_size_bits, plan.measured, "")
     ]  # fmt: skip
     for b in sorted(plan.baselines, key=lambda b: b.measured.mean):
         difference = f"+{b.paired_difference:.3g}"
         if b.measured.n_samples > 1:
             difference += f" ± {b.paired_error:.2g}"
-        entries.append((b.name, b.size_bits, b.measured, difference))
+        entries.append((b.name, b.size_bits, b.cache_size_bits, b.measured, difference))
     rows = []
-    for name, size_bits, measured, difference in entries:
+    for name, size_bits, cache_bits, measured, difference in entries:
+        cached = {"KV cache": format_size(cache_bits)} if plan.caches else {}
         row = {
             "choice": name,
             "stored weights": format_size(size_bits),
+            **cached,
             f"loss increase ({plan.loss})": "" if measured is None else format_loss(measured),
             "worse than the plan by": difference,
         }
@@ -396,7 +416,18 @@ def _escape(text: str) -> str:
 
 
 def layer_rows(plan: Plan) -> list[dict[str, str]]:
-    """Return one row of text for each layer."""
+    """Return one row of text for each layer, and for each KV cache that was planned."""
+    cached = [
+        {
+            "layer": a.cache.name,
+            "kind": "keys" if a.cache.holds_keys else "values",
+            "shape": f"{a.cache.rows}×{a.cache.columns}",
+            "weights": "",
+            "candidate": a.candidate.label,
+            "stored": f"{-(-a.candidate.size_bits // 8):,} B",
+        }
+        for a in plan.caches
+    ]
     return [
         {
             "layer": a.layer.name,
@@ -407,7 +438,7 @@ def layer_rows(plan: Plan) -> list[dict[str, str]]:
             "stored": f"{-(-a.candidate.size_bits // 8):,} B",
         }
         for a in plan.assignments
-    ]
+    ] + cached
 
 
 def render_markdown(
@@ -440,6 +471,7 @@ def render_markdown(
                 f"whole model {format_size(plan.model_bits)}, "
                 f"{plan.model_bits / plan.inventory.n_numbers:.3f} bpw."
             ),
+            *cache_sentences(plan),
             *output_sentences(plan),
             *caution_sentences(plan),
             *rounding_sentences(plan),

@@ -28,20 +28,27 @@ def baseline_choices(table: CandidateTable) -> dict[str, tuple[int, ...]]:
 
     ``uniform W4`` gives every group its 4-bit row, or the nearest above (else the nearest) where
     it has none; ``first and last W8, rest W4`` differs from it in the first and last group. Only
-    distinct choices are returned, simplest name first.
+    distinct choices are returned, simplest name first. Where a KV cache is planned, each stands
+    beside every width of the cache (``uniform W4 KV8``).
     """
     offsets = table.offsets
     groups = [table.rows[offsets[g] : offsets[g + 1]] for g in range(len(offsets) - 1)]
-    widths = sorted({_bits(row) for row in table.rows})
+    layers = [rows for rows in groups if not rows[0].cached]
+    caches = [rows for rows in groups if rows[0].cached]
     named: dict[str, tuple[int, ...]] = {}
-    for bits in widths:
-        named[f"uniform W{bits}"] = tuple(_nearest(rows, bits) for rows in groups)
-    if len(groups) > 2:
-        high = widths[-1]
-        for bits in widths[:-1]:
-            inner = [_nearest(rows, bits) for rows in groups[1:-1]]
-            ends = _nearest(groups[0], high), _nearest(groups[-1], high)
-            named[f"first and last W{high}, rest W{bits}"] = (ends[0], *inner, ends[1])
+    widths = _widths(table)
+    for cached in _cache_widths(table):
+        behind = tuple(_nearest(rows, cached) for rows in caches)
+        also = f" {caches[0][behind[0]].label}" if caches else ""
+        for bits in widths:
+            named[f"uniform W{bits}{also}"] = (*(_nearest(rows, bits) for rows in layers), *behind)
+        if len(layers) > 2:
+            high = widths[-1]
+            for bits in widths[:-1]:
+                inner = [_nearest(rows, bits) for rows in layers[1:-1]]
+                ends = _nearest(layers[0], high), _nearest(layers[-1], high)
+                name = f"first and last W{high}, rest W{bits}{also}"
+                named[name] = (ends[0], *inner, ends[1], *behind)
     distinct: dict[tuple[int, ...], str] = {}
     for name, choice in named.items():
         distinct.setdefault(choice, name)
@@ -58,7 +65,7 @@ def uniform_mixes(table: CandidateTable, size_bits: int) -> dict[str, tuple[int,
     n = len(offsets) - 1
     groups = [table.rows[offsets[g] : offsets[g + 1]] for g in range(n)]
     sizes = [[sum(c.size_bits for c in row.candidates) for row in rows] for rows in groups]
-    widths = sorted({_bits(row) for row in table.rows})
+    widths = _widths(table)
     plans = [tuple(_nearest(rows, bits) for rows in groups) for bits in widths]
     taken = [sum(sizes[g][k] for g, k in enumerate(plan)) for plan in plans]
     fitting = [k for k, size in enumerate(taken) if size <= size_bits]
@@ -81,6 +88,16 @@ def uniform_mixes(table: CandidateTable, size_bits: int) -> dict[str, tuple[int,
         if tuple(choice) != low:
             found.setdefault(tuple(choice), f"{name}, {which} wider")
     return {label: choice for choice, label in found.items()}
+
+
+def _widths(table: CandidateTable) -> list[int]:
+    """Return the bit-widths of weights, smallest first."""
+    return sorted({_bits(row) for row in table.rows if not row.cached})
+
+
+def _cache_widths(table: CandidateTable) -> list[int]:
+    """Return the bit-widths of the KV cache, widest first; one without meaning if there is none."""
+    return sorted({_bits(row) for row in table.rows if row.cached}, reverse=True) or [0]
 
 
 def _bits(row: Row) -> int:

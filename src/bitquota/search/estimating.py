@@ -211,6 +211,8 @@ def _timed(setup: Setup, runner: Runner, clock: Callable[[], float]) -> _Timed:
     start = clock()
     for group in range(len(setup.table.groups)):
         for candidate in setup.table.rows[setup.table.offsets[group]].candidates:
+            if candidate.cached:
+                continue
             plain = replace(
                 candidate,
                 activation_bits=None,
@@ -229,7 +231,7 @@ def _timed(setup: Setup, runner: Runner, clock: Callable[[], float]) -> _Timed:
         _rounded(setup, c.layer)
         for row in setup.table.rows
         for c in row.candidates
-        if c.weight_bits != FULL_PRECISION_BITS
+        if c.weight_bits != FULL_PRECISION_BITS and not c.cached
     )
 
     # A pass over a chunk: one to warm up, then the median of a few.
@@ -280,7 +282,7 @@ def _counted_bytes(setup: Setup, runner: Runner, *, grams: bool) -> int:
         4 * setup.inventory.layer(c.layer).n_weights
         for row in setup.table.rows
         for c in row.candidates
-        if c.weight_bits != FULL_PRECISION_BITS
+        if c.weight_bits != FULL_PRECISION_BITS and not c.cached
     )
     # Outputs of all rows on a chunk, beyond the limit in a file; then what is computed of their
     # differences, a few samples at a time.

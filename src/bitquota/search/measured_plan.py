@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import bitquota
 from bitquota.candidates.storage import FULL_PRECISION_BITS
+from bitquota.candidates.table import spent_on
 from bitquota.measurement_setup import Kept
 from bitquota.models.blocks import repeated_blocks
-from bitquota.plan import SOLVER, Assignment, Baseline, Plan, PlanTarget, Proof
+from bitquota.plan import SOLVER, Assignment, Baseline, CacheAssignment, Plan, PlanTarget, Proof
 from bitquota.quantizers.quantized_model import named
 from bitquota.quantizers.rounders import Rounder
 from bitquota.quantizers.sequential import AUTO, LEARNED
@@ -119,6 +120,10 @@ def measured_plan(
         assignments=tuple(
             Assignment(layer=layer, candidate=by_layer[layer.name])
             for layer in setup.inventory.layers
+        ),
+        caches=tuple(
+            CacheAssignment(cache=cache, candidate=by_layer[cache.name])
+            for cache in setup.inventory.caches
         ),
         unquantized=setup.inventory.unquantized,
         budgets=budgets,
@@ -269,7 +274,11 @@ def _with_learning(
     """
     order = setup.fitted.order
     assert order is not None  # noqa: S101  # callers ask first
-    rounded = {c.layer for c in setup.table.decode(choice) if c.weight_bits < FULL_PRECISION_BITS}
+    rounded = {
+        c.layer
+        for c in setup.table.decode(choice)
+        if c.weight_bits < FULL_PRECISION_BITS and not c.cached
+    }
     layers = {layer.name: layer for layer in setup.inventory.layers if layer.name in rounded}
     blocks = repeated_blocks(setup.module, layers, tuple(t[:2] for t in order.batches[0]))
     if not blocks:
@@ -314,8 +323,10 @@ def _baseline(found: _Compared, name: str) -> Baseline:
     return Baseline(
         name=name,
         weight_bits=tuple(candidates[la.name].weight_bits for la in setup.inventory.layers),
-        size_bits=sum(c.size_bits for c in candidates.values()),
+        size_bits=spent_on("weight_size_bits", tuple(candidates.values())),
         measured=measured.measured,
         paired_difference=difference,
         paired_error=error,
+        cache_bits=tuple(candidates[c.name].weight_bits for c in setup.inventory.caches),
+        cache_size_bits=spent_on("cache_bits", tuple(candidates.values())),
     )

@@ -72,6 +72,9 @@ def measure_of(setup: Setup) -> Measure:
     """Return the measure that a request means, where the model allows it."""
     request = setup.request
     cheap = request.effort == "quick" or setup.stacked is not None
+    if setup.inventory.caches and setup.stacked is None:
+        # Only a walk from part to part scores caches; here they are measured.
+        cheap = False
     if request.measure == "auto":
         return measure_by_name(GRAM_WEIGHTED if cheap else GRAM)
     return measure_by_name(request.measure)
@@ -107,14 +110,23 @@ def leading_measure(setup: Setup, runner: Runner) -> Measure:
     """
     measure = measure_of(setup)
     if setup.request.measure == "auto" and _refusal(setup, runner, measure):
-        return measure_by_name(WEIGHT_MSE)
+        return _without_scores(setup)
     return measure
+
+
+def _without_scores(setup: Setup) -> Measure:
+    """Return the measure for a model that shows no gradients of its layers' outputs."""
+    # What weights lose in squares cannot be set against what caches lose.
+    return measure_by_name("diagonal" if setup.inventory.caches else WEIGHT_MSE)
 
 
 def proposing_metrics(setup: Setup, runner: Runner) -> tuple[dict[str, Metric], dict[str, str]]:
     """Return the metrics that propose besides the leading measure, and why others do not."""
     quick = setup.request.effort == "quick" or setup.stacked is not None
-    names = CHEAP if quick else (*CHEAP, *FURTHER)
+    names: tuple[str, ...] = CHEAP if quick else (*CHEAP, *FURTHER)
+    if setup.inventory.caches:
+        # They see weights alone.
+        names = ()
     leading = leading_measure(setup, runner).name
     found: dict[str, Metric] = {}
     skipped: dict[str, str] = {}
@@ -162,14 +174,9 @@ def gather_portfolio(setup: Setup, runner: Runner) -> Portfolio:
         # The exact optimum of a noisy matrix stacks its errors; that of the tamer projection is
         # often better in truth.
         proposals["projected"] = project(matrix)
-    squares = None
-    if setup.stacked is not None:
-        setup.stacked.prepare(setup.context)
-        squares = setup.stacked.squares
-    weights = weight_mse(
-        setup.module, setup.inventory, setup.table, weights=setup.fitted.weights, squares=squares
-    )
-    scores = {"size only": size_only(setup.table), "weight MSE": weights}
+    scores = {"size only": size_only(setup.table)}
+    if not setup.inventory.caches:
+        scores["weight MSE"] = _weight_mse(setup)
     alone = replace(matrix, cross=None, cross_error=None)
     named = matrix.provenance["measure"]
     if named in MEASURES_OF_THE_LOSS:
@@ -182,6 +189,17 @@ def gather_portfolio(setup: Setup, runner: Runner) -> Portfolio:
         proposals=proposals,
         scores=scores,
         skipped=skipped,
+    )
+
+
+def _weight_mse(setup: Setup) -> SensitivityMatrix:
+    """Return the squared changes of the weights; a stack has looked at its candidates before."""
+    squares = None
+    if setup.stacked is not None:
+        setup.stacked.prepare(setup.context)
+        squares = setup.stacked.squares
+    return weight_mse(
+        setup.module, setup.inventory, setup.table, weights=setup.fitted.weights, squares=squares
     )
 
 
@@ -198,7 +216,7 @@ def measure_leading(
     except InvalidInput:
         if setup.request.measure != "auto":
             raise
-        return measure_by_name(WEIGHT_MSE).measure(*given, context=setup.context), None
+        return _without_scores(setup).measure(*given, context=setup.context), None
 
 
 __all__ = [

@@ -40,4 +40,5 @@ TARGET = Target(
     exclude=("lm_head",),
     excluded_kinds=frozenset({LayerKind.EMBEDDING, LayerKind.EXPERTS}),
     verified="read",
+    cache_refusal="vLLM's own caches hold FP8, or integers that it rounds in its own way",
 )

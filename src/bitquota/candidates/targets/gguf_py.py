@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from bitquota.candidates.storage import Granularity, ScaleFormat, Scheme
+from dataclasses import replace
+
+from bitquota.candidates.caches import CacheFormat, CacheFormats
+from bitquota.candidates.storage import Granularity, ScaleFormat, ScaleRule, Scheme
 from bitquota.candidates.targets.target import (
     EMBEDDINGS,
     FUSED_SIBLINGS,
@@ -37,4 +40,11 @@ TARGET = Target(
         "--no-repack": "llama.cpp built with -march=native crashed on repacked blocks"
     },
     verified="run",
+    # Rounded as llama.cpp rounds them: to nearest, by the largest value of a block.
+    cache=CacheFormats(
+        formats=tuple(
+            CacheFormat(name=name, bits=bits, scheme=replace(_BLOCK, scale_rule=ScaleRule.ABSMAX))
+            for name, bits in (("q4_0", 4), ("q5_0", 5), ("q8_0", 8))
+        )
+    ),
 )

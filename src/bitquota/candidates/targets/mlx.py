@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, Scheme
+from dataclasses import replace
+
+from bitquota.candidates.caches import CacheFormat, CacheFormats
+from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, ScaleRule, Scheme
 from bitquota.candidates.targets.target import (
     EMBEDDINGS,
     LINEAR,
@@ -39,4 +42,15 @@ TARGET = Target(
     ),
     exporter="mlx-config",
     verified="run",
+    cache=CacheFormats(
+        formats=tuple(
+            CacheFormat(
+                name=f"affine{bits}-g64",
+                bits=bits,
+                scheme=replace(_AFFINE, row_alignment_bits=0, scale_rule=ScaleRule.ABSMAX),
+            )
+            for bits in (2, 3, 4, 6, 8)
+        ),
+        together=True,
+    ),
 )

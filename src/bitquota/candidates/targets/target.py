@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from bitquota.candidates.caches import CacheFormats, cache_rows, tied_caches
 from bitquota.candidates.layers import LayerKind, match_layers
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Scheme, storage_size
 from bitquota.candidates.table import Candidate, CandidateTable, Row
@@ -23,7 +24,7 @@ from bitquota.errors import InvalidInput, InvalidPlan, UnknownLayer
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from bitquota.candidates.layers import Inventory, Layer, UnquantizedTensor
+    from bitquota.candidates.layers import Cache, Inventory, Layer, UnquantizedTensor
 
 CONVOLUTIONS = frozenset(
     {
@@ -110,9 +111,13 @@ class Target(Document):
         excluded_kinds: Kinds of layer that it keeps in full precision.
         activation_bits: Activation bit-width that it runs, or ``None`` for floating point.
         runtime_options: Options that a runtime must be given for the numbers to hold.
+        cache: How its runtime stores a KV cache of fewer than 16 bits, if it does.
+        cache_refusal: Why bits of the KV cache cannot be planned for it, otherwise.
         verified: How the rules were checked: ``run``, ``read`` (in the shipped code) or
             ``documented``.
     """
+
+    FORM: ClassVar[Form] = Form(left_out=("cache", "cache_refusal"))
 
     name: str
     summary: str
@@ -125,12 +130,15 @@ class Target(Document):
     activation_bits: int | None = None
     runtime_options: Mapping[str, Any] = field(default_factory=dict)
     verified: str = "documented"
+    cache: CacheFormats | None = None
+    cache_refusal: str = ""
 
     @property
     def version(self) -> str:
-        """Digest of the rules: it changes with formats, ties, exclusions and options."""
+        """Digest of the rules for weights: formats, ties, exclusions and options."""
         rules = self.to_json()
-        return digest_json({k: v for k, v in rules.items() if k not in ("summary", "verified")})
+        apart = ("summary", "verified", "cache", "cache_refusal")
+        return digest_json({k: v for k, v in rules.items() if k not in apart})
 
     def exclusions(self, inventory: Inventory) -> dict[str, str]:
         """Return the layers that stay in full precision, each with the reason."""
@@ -232,6 +240,43 @@ class Target(Document):
                 for bits in widths
             ]
         return CandidateTable(rows=tuple(rows))
+
+    def require_cache(self) -> CacheFormats:
+        """Return how the runtime stores a KV cache; raises ``InvalidInput`` if it is not known."""
+        if self.cache is None:
+            why = self.cache_refusal or "its runtime is not known to store a KV cache in fewer bits"
+            msg = f"target '{self.name}' takes no bits of the KV cache: {why}; leave --kv-bits out"
+            raise InvalidInput(msg, target=self.name)
+        return self.cache
+
+    def check_caches(
+        self, caches: Sequence[Cache], candidates: Sequence[Candidate]
+    ) -> tuple[Violation, ...]:
+        """Return every rule of its runtime that one candidate for each cache breaks."""
+        names = tuple(cache.name for cache in caches)
+        if not caches:
+            return ()
+        try:
+            formats = self.require_cache()
+            tied = tied_caches(caches, formats)
+            bits = {c.stored_bits for c in candidates}
+            legal = cache_rows(tied, sorted(bits), scales="head", formats=formats)
+        except InvalidInput as err:
+            return (Violation(layers=names, reason=err.message),)
+        by_name = {c.layer: c for c in candidates}
+        groups: dict[str, list[Candidate]] = {}
+        for cache in tied:
+            groups.setdefault(cache.group, []).append(by_name[cache.name])
+        return tuple(
+            Violation(
+                layers=tuple(c.layer for c in chosen),
+                reason="the runtime stores the KV cache of all layers alike, and not like this",
+            )
+            for group, chosen in groups.items()
+            if not any(
+                row.group == group and _cached_alike(row.candidates, chosen) for row in legal
+            )
+        )
 
     def _offered_widths(self, layers: Sequence[Layer], wanted: set[int] | None) -> list[int]:
         """Return the bit-widths that all ``layers`` of one group can have and that are wanted."""
@@ -386,6 +431,15 @@ def _stored_alike(a: Scheme, b: Scheme) -> bool:
         and a.group_size == b.group_size
         and a.scale_format == b.scale_format
         and a.row_alignment_bits == b.row_alignment_bits
+    )
+
+
+def _cached_alike(a: Sequence[Candidate], b: Sequence[Candidate]) -> bool:
+    """Whether caches hold the same; how one in half precision would be quantized is no matter."""
+    return all(
+        x.weight_bits == y.weight_bits
+        and (x.weight_bits == FULL_PRECISION_BITS or _stored_alike(x.scheme, y.scheme))
+        for x, y in zip(a, b, strict=True)
     )
 
 
