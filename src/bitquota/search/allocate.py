@@ -233,7 +233,7 @@ def _search(
         context=setup.context,
     )
     if setup.request.effort == "quick" or setup.stacked is not None:
-        least = _widest(setup, {n: c for n, c in baselines.items() if n in simple})
+        least = _widest(setup, source.matrix, {n: c for n, c in baselines.items() if n in simple})
         scored = {} if setup.request.effort == "quick" else {n: baselines[n] for n in source.scores}
         baselines = least | {n: c for n, c in scored.items() if c in starts.values()}
     return Outcome(choice=found.choice, baselines=baselines, optimum=optimum, last=found.last)
@@ -253,9 +253,19 @@ def _promising(
     return {name: choice for name, choice in choices.items() if predicted[name] <= limit}
 
 
-def _widest(setup: Setup, choices: dict[str, Choice]) -> dict[str, Choice]:
-    """Return the largest uniform one of ``choices``, or the largest, if there is one."""
+def _widest(
+    setup: Setup, matrix: SensitivityMatrix, choices: dict[str, Choice]
+) -> dict[str, Choice]:
+    """Return the largest uniform one of ``choices``, or the largest, if there is one.
+
+    With a KV cache that is the one with the least predicted loss: bytes of caches and bytes of
+    weights are not worth the same.
+    """
     uniform = {name: choice for name, choice in choices.items() if name.startswith("uniform")}
     offered = uniform or choices
+    if setup.inventory.caches:
+        return {
+            n: choices[n] for n in sorted(offered, key=lambda n: matrix.predict(offered[n]))[:1]
+        }
     sizes = {n: sum(c.size_bits for c in setup.table.decode(k)) for n, k in offered.items()}
     return {n: choices[n] for n in sorted(sizes, key=lambda n: -sizes[n])[:1]}
