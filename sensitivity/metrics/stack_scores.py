@@ -9,6 +9,7 @@ Design: docs/design/language-models.md
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from bitquota.models.calls import tensor_key
 from bitquota.models.running import inputs_of, tensor_of
 from bitquota.quantizers.part_batches import pieces
-from bitquota.sensitivity.metrics.cache_scores import CacheScores
+from bitquota.sensitivity.metrics.cache_scores import score_name, scored_caches
 from bitquota.sensitivity.metrics.layer_trace import check_all_seen, trace_gradients
 from bitquota.sensitivity.metrics.metric import BACKWARD, FORWARD, changes_anything
 from bitquota.sensitivity.recorder import checked_losses
@@ -64,15 +65,10 @@ def measure_stack(
     values = np.zeros((len(runner.chunks), len(table.rows)))
     if len(found) < len(keys) * len(rows):
         runner.known.prepare(work.recorder.context)
-        everything = [c for r in rows for c in filter(changes_anything, table.rows[r].candidates)]
-        caches = CacheScores.of(everything, runner.known.folds)
-        curvature = _curvature(work, runner, direction, caches)
+        curvature = _curvature(work, runner, direction)
         for r in rows:
             for candidate in filter(changes_anything, table.rows[r].candidates):
-                known = caches.values.get(candidate)
-                values[:, r] += (
-                    _score(runner.known, candidate, curvature) if known is None else known
-                )
+                values[:, r] += _score(runner.known, candidate, curvature)
         scored = torch.from_numpy(values[:, rows])
         checked = checked_losses(scored.T, str(work.settings["metric"]))
         work.recorder.context.ledger.put_many(
@@ -87,7 +83,8 @@ def measure_stack(
 
 Curvature = dict[tuple[int, str], Tensor]
 """By part and layer f64[folds, channels]: the mean squared gradient over samples and positions of
-each fold, divided by the number of all samples."""
+each fold, divided by the number of all samples. By part and ``score_name`` of a KV cache's candidate
+f64[folds]: its score."""
 
 
 def _score(
@@ -96,6 +93,10 @@ def _score(
     """Return f64[folds], ``½ Σ_r E[g_r²] e_r G e_rᵀ`` of a candidate, gradients of each fold."""
     total = np.zeros(len(known.folds))
     for k in range(len(known.stack)):
+        if candidate.cached:
+            scored = curvature.get((k, score_name(candidate)))
+            total += 0.0 if scored is None else scored.cpu().numpy()
+            continue
         at = curvature.get((k, candidate.layer))
         if at is not None:
             energy = known.energies[k, candidate]
@@ -104,10 +105,7 @@ def _score(
 
 
 def _curvature(
-    work: Work,
-    runner: StackRunner,
-    direction: Callable[[Tensor, Sequence[int]], Tensor],
-    caches: CacheScores,
+    work: Work, runner: StackRunner, direction: Callable[[Tensor, Sequence[int]], Tensor]
 ) -> Curvature:
     """Walk from the output back to the first part that has layers; scores caches on the way."""
     known, samples, metric = runner.known, runner.calibration, str(work.settings["metric"])
@@ -119,6 +117,7 @@ def _curvature(
         if k == 0 and not own:
             break
         part = stack.part(k)
+        caches = _candidates_of(work, stack.caches_in(k))
         names = {tensor_key(tensor_of(part, known.layers[n].weight_name)): n for n in own}
         # The output of the model is large: a few samples at a time there.
         size = known.sizes.end if behind is None else known.sizes.block
@@ -133,14 +132,16 @@ def _curvature(
                     if behind is None
                     else (lambda _, b=b, behind=behind: behind[b])
                 )
-                with caches.watching(part, stack.caches_in(k), known.fold_of(span)):
+                fold = known.fold_of(span)
+                add = partial(_add_score, found, k, fold, known.folds)
+                with scored_caches(part, caches, add):
                     calls, gradient = trace_gradients(
                         part, values, at_output, names, metric, at_input=k > 0
                     )
                 gradients.append(gradient)
                 for call in calls:
                     seen.add(call.layer)
-                    _add(found, k, call, known.fold_of(span), known.folds)
+                    _add(found, k, call, fold, known.folds)
             if k:
                 before.append(torch.cat(gradients))
         check_all_seen(seen, own, metric)
@@ -152,6 +153,27 @@ def _curvature(
     if behind is not None:
         behind.drop()
     return found
+
+
+def _candidates_of(work: Work, names: Sequence[str]) -> list[Candidate]:
+    """Return the candidates that quantize the caches of these names."""
+    everything = (c for row in work.table.rows for c in filter(changes_anything, row.candidates))
+    return [c for c in everything if c.layer in names]
+
+
+def _add_score(
+    found: Curvature,
+    k: int,
+    fold: int,
+    folds: Sequence[range],
+    candidate: Candidate,
+    score: Tensor,
+) -> None:
+    """Add what a candidate of a cache loses on some samples of a fold."""
+    key = k, score_name(candidate)
+    if key not in found:
+        found[key] = score.new_zeros(len(folds))
+    found[key][fold] += score / len(folds[fold])
 
 
 def _write_down(known: StackedWeights, found: Curvature, behind: Series, k: int) -> None:

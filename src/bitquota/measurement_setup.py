@@ -382,8 +382,8 @@ def build_setup(
     if stack is None and model.pages is not None:
         # Everything else needs all weights at once.
         module = module.float().to(where)
-    rows = [row for row in table.rows if not row.cached]
-    candidates = tuple(dict.fromkeys(c for row in rows for c in row.candidates))
+    everything = tuple(dict.fromkeys(c for row in table.rows for c in row.candidates))
+    candidates = tuple(c for c in everything if not c.cached)
     fitted = fit_quantizers(
         module,
         inventory,
@@ -419,7 +419,7 @@ def build_setup(
         stacked=(
             None
             if stack is None
-            else _stacked(stack, inventory, candidates, measured, fitted, context, loss.name)
+            else _stacked(stack, inventory, everything, measured, fitted, context, loss.name)
         ),
     )
 
@@ -485,7 +485,7 @@ def _stacked(
     return StackedWeights(
         stack=stack,
         inventory=inventory,
-        candidates=candidates,
+        candidates=[c for c in candidates if not c.cached],
         samples=measured,
         folds=cut(len(measured), -(-len(measured) // FOLDS)),
         rounder=fitted.weights.rounding,

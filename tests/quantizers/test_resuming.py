@@ -59,6 +59,8 @@ StackedWeights.write_down_rounded = watched("rounded", StackedWeights.write_down
 stack_scores._write_down = watched("gradients", stack_scores._write_down)
 request = PlanRequest(
     budgets=("3 bits",),
+    kv_bits=(4, 8),
+    context=16,
     weight_bits=(2, 3, 4),
     scheme=Scheme(granularity=Granularity.GROUP, group_size=16, scale_format=ScaleFormat.FP16),
     samples=16,
