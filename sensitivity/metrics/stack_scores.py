@@ -83,8 +83,8 @@ def measure_stack(
 
 Curvature = dict[tuple[int, str], Tensor]
 """By part and layer f64[folds, channels]: the mean squared gradient over samples and positions of
-each fold, divided by the number of all samples. By part and ``score_name`` of a KV cache's candidate
-f64[folds]: its score."""
+each fold, divided by the number of all samples. By part and ``score_name`` f64[folds]: the score of
+a candidate of a KV cache."""
 
 
 def _score(
