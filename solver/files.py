@@ -125,7 +125,9 @@ def _table_budget(matrix: SensitivityMatrix, budget: str | int) -> Budget:
     if text.isdigit():
         return Budget(resource="size_bits", limit=int(text), text=text)
     number, _, unit = text.replace("bpw", " bpw").replace("bits", " bits").partition(" ")
-    resource = {"bits": "code_bits", "bit": "code_bits", "bpw": "size_bits"}.get(unit.strip())
+    cached = any(row.cached for row in matrix.table.rows)
+    stored = "weight_size_bits" if cached else "size_bits"
+    resource = {"bits": "code_bits", "bit": "code_bits", "bpw": stored}.get(unit.strip())
     try:
         value = Fraction(number)
     except (ValueError, ZeroDivisionError):
@@ -139,7 +141,8 @@ def _table_budget(matrix: SensitivityMatrix, budget: str | int) -> Budget:
     first: dict[str, int] = {}
     for row in matrix.table.rows:
         for candidate in row.candidates:
-            first.setdefault(candidate.layer, candidate.size.codes // candidate.weight_bits)
+            if not candidate.cached:
+                first.setdefault(candidate.layer, candidate.size.codes // candidate.weight_bits)
     limit = int(value * sum(first.values()))
     return Budget(resource=resource, limit=limit, text=text)
 

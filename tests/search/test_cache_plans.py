@@ -18,11 +18,14 @@ from bitquota.measurement_setup import build_setup
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import load_model
 from bitquota.plan import Plan
+from bitquota.report.charts import frontier_of, matrix_json, plan_json
 from bitquota.report.text import render_markdown
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate
+from bitquota.search.compare import compare
 from bitquota.sensitivity.metrics.gram_weighted import GramWeightedError
 from bitquota.sensitivity.runners.eager import EagerRunner
+from bitquota.solver.files import read_problem
 from format_networks import write_llama
 from transformer_families import write_family
 
@@ -64,8 +67,13 @@ def setup(model, samples):
 
 
 @pytest.fixture(scope="module")
-def plan(model, samples) -> Plan:
-    return allocate(model, samples, request()).plans[0]
+def found(model, samples):
+    return allocate(model, samples, request())
+
+
+@pytest.fixture(scope="module")
+def plan(found) -> Plan:
+    return found.plans[0]
 
 
 class TestSetup:
@@ -209,6 +217,28 @@ class TestPlan:
         text = render_markdown([plan])
         assert "KV cache for 64 tokens" in text
         assert "model.layers.1.self_attn.v_cache | values | 64×16" in text
+
+    def test_charts(self, found, plan):
+        """Points of the frontier and the plan are sizes of the same things."""
+        drawn = plan_json(plan)
+        assert drawn["size_bits"] == plan.size_bits + plan.cache_size_bits
+        assert "KV cache for 64 tokens" in drawn["verdict"]
+        points = frontier_of(found.matrix, points=3)
+        assert len(points[0]["bits"]) == len(plan.assignments)
+        assert points[-1]["size_bits"] > drawn["size_bits"]
+        assert matrix_json(found.matrix)["columns"][-1] == "KV16"
+
+    def test_matrix_solved_alone(self, found, plan, tmp_path):
+        """Averages of a matrix file count its weights, not its caches."""
+        found.matrix.save(tmp_path / "m.npz")
+        problem = read_problem(tmp_path / "m.npz", budget="4 bpw")
+        assert problem.limits.tolist() == [4 * plan.n_weights]
+        assert not problem.costs[0, -3:].any()
+
+    def test_compare(self, model, samples):
+        with pytest.raises(InvalidInput) as caught:
+            compare(model, samples, request())
+        assert caught.value.details["kv_bits"] == [2, 4, 16]
 
     def test_difference(self, plan):
         """A diff names the caches that changed."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitquota.candidates.caches import CACHE_SCALES
 from bitquota.cli import estimating, output, remote
 from bitquota.cli import options as opt
 from bitquota.cli.written import Written
@@ -21,7 +22,15 @@ _WIDE = 140
 """Columns from which tables say everything."""
 
 
-@opt.with_options(measure_name="auto", effort="normal", refine=True)
+@opt.with_options(
+    measure_name="auto",
+    effort="normal",
+    refine=True,
+    kv_bits=None,
+    kv_scales=CACHE_SCALES[0],
+    context=0,
+    sequences=1,
+)
 def compare(
     model: opt.Model,
     calibration: opt.Calibration,

@@ -76,13 +76,12 @@ def marks_of(plan: Plan, frontier: Sequence[JsonObject] = ()) -> list[Mark]:
         for p in frontier
     ]
     marks += [
-        Mark(size_bits=b.size_bits, loss=b.measured.mean, sign=_BASELINE, style="bright_black")
+        Mark(size_bits=b.total_bits, loss=b.measured.mean, sign=_BASELINE, style="bright_black")
         for b in plan.baselines
     ]
     if plan.measured is not None:
-        marks.append(
-            Mark(size_bits=plan.size_bits, loss=plan.measured.mean, sign=_PLAN, style="bold green")
-        )
+        size = plan.size_bits + plan.cache_size_bits
+        marks.append(Mark(size_bits=size, loss=plan.measured.mean, sign=_PLAN, style="bold green"))
     return marks
 
 

@@ -18,6 +18,7 @@ from bitquota.errors import NotFound
 from bitquota.report.text import (
     CLEAR_DIFFERENCE,
     best_uniform,
+    cache_sentences,
     caution_sentences,
     format_size,
     proof_sentence,
@@ -95,7 +96,7 @@ def _layers(plans: Sequence[Plan], matrix: SensitivityMatrix | None) -> JsonObje
     weights: dict[str, int] = {}
     for row in () if matrix is None else matrix.table.rows:
         for c in row.candidates:
-            weights.setdefault(c.layer, c.size.codes // c.weight_bits)
+            weights.setdefault(c.layer, c.size.codes // c.stored_bits)
     return {"names": list(weights), "kinds": [], "shapes": [], "weights": list(weights.values())}
 
 
@@ -192,7 +193,7 @@ def _rows_at(matrix: SensitivityMatrix, at: str, plan: Plan | None) -> NDArray[n
     """Return i64[G]: the row of each group that a map shows, -1 where the group has none."""
     groups = {name: g for g, name in enumerate(matrix.table.groups)}
     rows = np.full(len(groups), -1, dtype=np.int64)
-    chosen = None if plan is None else {a.layer.name: a.candidate for a in plan.assignments}
+    chosen = None if plan is None else {c.layer: c for c in plan.candidates}
     for k, row in enumerate(matrix.table.rows):
         if at == "plan" and chosen is not None:
             if all(chosen.get(c.layer) == c for c in row.candidates):
@@ -247,7 +248,7 @@ def plan_json(plan: Plan, *, digest: str | None = None) -> JsonObject:
         "bits": list(plan.weight_bits),
         "labels": [a.candidate.label for a in plan.assignments],
         "sizes": [a.candidate.size_bits for a in plan.assignments],
-        "size_bits": plan.size_bits,
+        "size_bits": plan.size_bits + plan.cache_size_bits,
         "model_bits": plan.model_bits,
         "average_bits": plan.average_bits,
         "effective_bits": plan.effective_bits,
@@ -258,7 +259,7 @@ def plan_json(plan: Plan, *, digest: str | None = None) -> JsonObject:
             {
                 "name": b.name,
                 "bits": list(b.weight_bits),
-                "size_bits": b.size_bits,
+                "size_bits": b.total_bits,
                 "measured": _measured(b.measured),
                 "worse_by": b.paired_difference,
                 "worse_error": b.paired_error,
@@ -270,6 +271,7 @@ def plan_json(plan: Plan, *, digest: str | None = None) -> JsonObject:
             [
                 *quantizable_sentences(plan.inventory),
                 verdict(plan),
+                *cache_sentences(plan),
                 *caution_sentences(plan),
                 *rounding_sentences(plan),
             ]
@@ -331,11 +333,12 @@ def frontier_point(
         bound: No choice within this budget is predicted below it; ``-inf`` where unknown.
     """
     chosen = {c.layer: c for c in matrix.table.decode(choice)}
-    weights = sum(c.size.codes // c.weight_bits for c in chosen.values())
+    layers = [c for c in chosen.values() if not c.cached]
+    weights = sum(c.size.codes // c.weight_bits for c in layers)
     return {
-        "bits": [c.weight_bits for c in chosen.values()],
+        "bits": [c.weight_bits for c in layers],
         "size_bits": sum(c.size_bits for c in chosen.values()),
-        "average_bits": sum(c.size.codes for c in chosen.values()) / weights,
+        "average_bits": sum(c.size.codes for c in layers) / weights,
         "predicted": objective,
         "bound": bound if np.isfinite(bound) else None,
     }

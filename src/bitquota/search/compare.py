@@ -98,6 +98,9 @@ def compare(
     if not request.budgets:
         msg = "at least one budget must be given, such as '3 bits' or '12 MiB'; got none"
         raise InvalidInput(msg)
+    if request.kv_bits:
+        msg = "metrics are compared on weights alone; got bits of the KV cache: leave kv_bits out"
+        raise InvalidInput(msg, kv_bits=list(request.kv_bits))
     check_plans(plans)
     names = checked_names(metrics)
     if request.rounding == AUTO:
