@@ -59,6 +59,9 @@ ROWS_AT_ONCE = 1024
 AT_ONCE = frozenset({LayerKind.EXPERTS, *MATRICES})
 """Kinds whose inputs are looked at on all samples at once."""
 
+WHOLE_ROWS = frozenset({LayerKind.LINEAR, LayerKind.LINEAR_TRANSPOSED, LayerKind.EMBEDDING})
+"""Kinds whose inputs are multiplied with whole rows of the matrix, if they are multiplied."""
+
 HALF = 0.5
 """Share of the memory of a measurement that activations between parts may take."""
 
@@ -70,7 +73,7 @@ class StackedWeights:
     Attributes:
         stack: The model.
         inventory: Its layers.
-        candidates: What layers may become.
+        candidates: What layers, and KV caches, may become.
         samples: What layers' inputs are looked at on.
         folds: Consecutive samples whose gradients are kept apart.
         rounder: How candidates are rounded.
@@ -78,6 +81,9 @@ class StackedWeights:
         memory_bytes: What may be kept in memory.
         energies: f64[rows] by part and candidate: the squared change of each output channel of
             the layer, summed over samples and positions.
+        sampled: By part and layer some rows of its matrix, if a plain product shows them.
+        errors: By part and candidate where in ``kept_errors`` the change of those rows is.
+        kept_errors: f16[rows, columns] each.
         squares: Squared change of the weights by candidate; as the energies estimated from some
             rows of large matrices.
         given: What each part is given in full precision, batch after batch (nothing for part 0).
@@ -96,6 +102,9 @@ class StackedWeights:
     memory_bytes: int = 2**30
     journal: Journal = field(default_factory=Journal)
     energies: dict[tuple[int, Candidate], Tensor] = field(default_factory=dict)
+    sampled: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    errors: dict[tuple[int, Candidate], int] = field(default_factory=dict)
+    kept_errors: Series = field(init=False)
     squares: dict[Candidate, float] = field(default_factory=dict)
     given: list[Series] = field(default_factory=list)
     spans: list[range] = field(init=False)
@@ -116,6 +125,7 @@ class StackedWeights:
         self.sizes = batch_sizes(self.stack, self.layers, self.samples, limit)
         self.spans = spans_of(self.sizes.block, self.folds)
         self.keeper = Keeper(limit_bytes=int(HALF * self.memory_bytes))
+        self.kept_errors = self.keeper.series()
         self._codes = Keeper(limit_bytes=self.memory_bytes // 4).series()
 
     @property
@@ -266,6 +276,9 @@ class StackedWeights:
             held[f"square:{n}"] = torch.tensor(self.squares[candidate], dtype=torch.float64)
             if (k, candidate) in self.energies:
                 held[f"energy:{n}"] = self.energies[k, candidate]
+            if (k, candidate) in self.errors:
+                held[f"error:{n}"] = self.kept_errors[self.errors[k, candidate]]
+                held[f"rows:{candidate.layer}"] = self.sampled[k, candidate.layer]
         self.journal.write(f"errors-{k}", save(held))
 
     def _recall(self, k: int) -> bool:
@@ -278,6 +291,9 @@ class StackedWeights:
             self.squares[candidate] = float(held[f"square:{n}"])
             if f"energy:{n}" in held:
                 self.energies[k, candidate] = held[f"energy:{n}"].to(self.device)
+            if f"error:{n}" in held:
+                rows, error = held[f"rows:{candidate.layer}"], held[f"error:{n}"]
+                self._keep_error(k, candidate, rows.to(self.device), error.to(self.device))
         return True
 
     def _estimate(
@@ -292,12 +308,10 @@ class StackedWeights:
                 original = tensor_of(part, layer.weight_name)
                 matrix = finite_matrix(original, layer)
                 own = {name: _Matrix(matrix, grams.get(name), counts.get(name))}
-            self.squares[candidate], energy = self._errors(candidate, own[name])
-            if energy is not None:
-                self.energies[k, candidate] = energy
+            self._estimate_one(k, candidate, own[name])
 
-    def _errors(self, candidate: Candidate, own: _Matrix) -> tuple[float, Tensor | None]:
-        """Return the squared change of a weight, and of each output channel of its layer.
+    def _estimate_one(self, k: int, candidate: Candidate, own: _Matrix) -> None:
+        """Note the squared change of a weight, and of each output channel of its layer.
 
         Of a matrix of many rows some are rounded. What the others lose is taken to be in proportion
         to their own energy, which is a ratio estimate: exact where rows differ by a factor.
@@ -309,7 +323,7 @@ class StackedWeights:
             # Rows that are never looked up do nothing.
             rows = count.nonzero()[:, 0]
         if apart and len(rows) > SAMPLED_ROWS and (gram is None or len(gram) == 1):
-            rows = rows[torch.linspace(0, len(rows) - 1, SAMPLED_ROWS).round().long()]
+            rows = rows[_spread(len(rows), SAMPLED_ROWS)]
         sample = matrix[rows].double()
         rounder = Rounder.NEAREST if gram is None else self.rounder
         found = quantize(
@@ -322,17 +336,24 @@ class StackedWeights:
         )
         error = found.dequantize().double() - sample
         square = float(error.square().sum() / sample.square().sum().clamp_min(1e-300))
-        square *= own.square
+        self.squares[candidate] = square * own.square
         if count is not None:
             seen = count[rows]
             share = count.sum() / seen.sum().clamp_min(1.0)
-            return square, share * (seen @ error.square())
-        if gram is None:
-            return square, None
-        energy = _energy(error, gram)
-        if len(rows) < len(matrix):
-            energy = own.energy * (energy.sum() / own.energy[rows].sum().clamp_min(1e-300))
-        return square, energy
+            self.energies[k, candidate] = share * (seen @ error.square())
+        elif gram is not None:
+            energy = _energy(error, gram)
+            if len(rows) < len(matrix):
+                energy = own.energy * (energy.sum() / own.energy[rows].sum().clamp_min(1e-300))
+            self.energies[k, candidate] = energy
+            if self.layers[candidate.layer].kind in WHOLE_ROWS:
+                few = _spread(len(rows), SAMPLED_ROWS)
+                self._keep_error(k, candidate, rows[few], error[few].half())
+
+    def _keep_error(self, k: int, candidate: Candidate, rows: Tensor, error: Tensor) -> None:
+        self.sampled[k, candidate.layer] = rows
+        self.errors[k, candidate] = len(self.kept_errors)
+        self.kept_errors.append(error)
 
     def _read(self, candidate: Candidate) -> QuantizedWeight:
         """Return a candidate's codes and scales; round those of its part that were asked for."""
@@ -395,6 +416,11 @@ class StackedWeights:
         empty = codes.new_empty(0)
         about = replace(found, codes=empty, scales=empty, zero_points=None)
         self._kept[candidate] = about, range(start, len(self._codes))
+
+
+def _spread(n: int, most: int) -> Tensor:
+    """Return at most so many of the first ``n`` numbers, evenly spread."""
+    return torch.linspace(0, n - 1, min(n, most)).round().long()
 
 
 class _Matrix:

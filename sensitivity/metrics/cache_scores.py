@@ -25,11 +25,6 @@ if TYPE_CHECKING:
     from bitquota.candidates.table import Candidate
 
 
-def score_name(candidate: Candidate) -> str:
-    """Return under which name the score of a candidate of a cache is kept."""
-    return f"{candidate.layer}={candidate.weight_bits}"
-
-
 @contextmanager
 def scored_caches(
     part: nn.Module, candidates: Sequence[Candidate], add: Callable[[Candidate, Tensor], None]

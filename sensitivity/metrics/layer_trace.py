@@ -106,12 +106,12 @@ class _Recorder(TorchFunctionMode):
     names: dict[tuple[Any, ...], str]
     gradients: bool
     features: bool
-    inputs: bool = True
     calls: list[TracedCall] = field(default_factory=list)
     probes: list[Tensor] = field(default_factory=list)
     _tainted: dict[int, Tensor] = field(default_factory=dict)
     _last: Tensor | None = None
     _output: Tensor | None = None
+    _copied: tuple[Tensor, int, Tensor] | None = None
 
     def __torch_function__(
         self,
@@ -142,7 +142,7 @@ class _Recorder(TorchFunctionMode):
     def finish(self) -> None:
         """Close the last layer's feature."""
         self._end_feature()
-        self._output = None
+        self._output = self._copied = None
 
     def _layer_of(self, tensor: Tensor) -> str | None:
         if not isinstance(tensor, torch.nn.Parameter) and tensor.grad_fn is not None:
@@ -178,7 +178,7 @@ class _Recorder(TorchFunctionMode):
                 layer=layer,
                 operator=name,
                 # A copy: the model may change the tensor in place later on.
-                inputs=inputs.detach().clone() if self.inputs else inputs.new_empty(0),
+                inputs=self._copy(inputs),
                 channel_axis=-1 if known is None else known.channel_axis,
                 output_dims=result.ndim,
                 _function=func,
@@ -193,6 +193,14 @@ class _Recorder(TorchFunctionMode):
         if self.features:
             self._tainted, self._last = {id(result): result}, result
         return result
+
+    def _copy(self, inputs: Tensor) -> Tensor:
+        """Return a copy; layers that are given the same tensor, such as q, k and v, share one."""
+        version = inputs._version  # noqa: SLF001  # counts writes
+        last = self._copied
+        if last is None or last[0] is not inputs or last[1] != version:
+            last = self._copied = inputs, version, inputs.detach().clone()
+        return last[2]
 
     def _follow(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:  # noqa: ANN401
         if not any(id(t) in self._tainted for t in tensors_in((args, kwargs))):
@@ -278,9 +286,9 @@ def trace_gradients(
         metric: Whom to name in an error.
         at_input: Whether a gradient at the first of ``values`` is wanted; else it is empty.
 
-    Cost: one pass forwards and backwards; the inputs of the calls are not kept.
+    Cost: one pass forwards and backwards; keeps a copy of every layer's input.
     """
-    recorder = _Recorder(names, gradients=True, features=False, inputs=False)
+    recorder = _Recorder(names, gradients=True, features=False)
     first, *others = values
     leaf = first.detach().requires_grad_(at_input)
     with torch.enable_grad():

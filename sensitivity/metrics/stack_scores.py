@@ -1,8 +1,15 @@
-"""The Gram-weighted error of a chain of blocks: one walk forwards, one backwards, part by part.
+"""What candidates of a chain of blocks lose: one walk forwards, one backwards, part by part.
 
 The walk forwards is that of ``StackedWeights.prepare``, which keeps what every part is given and
-what each candidate's error does to the outputs of its layer. The walk backwards runs each part
-again with gradients and hands the gradient at its input to the part before.
+how each candidate changes some rows of its weight. The walk backwards runs each part again with
+gradients and hands the gradient at its input to the part before.
+
+With ``g`` the gradient of a sample's loss in one random direction of its Hessian, a change ``e`` of
+a row of a weight moves the output along that direction by ``Σ_t g_t (e · x_t)``, whose square is on
+average twice what the loss grows by. Rows are rounded independently, so their squares add up.
+Second moments of inputs and gradients apart, as for convolutions, would not do here: tokens with
+inputs a thousand times as large as others', which every language model has, have gradients that
+are as much smaller.
 
 Design: docs/design/language-models.md
 """
@@ -20,7 +27,7 @@ from torch import Tensor
 from bitquota.models.calls import tensor_key
 from bitquota.models.running import inputs_of, tensor_of
 from bitquota.quantizers.part_batches import pieces
-from bitquota.sensitivity.metrics.cache_scores import score_name, scored_caches
+from bitquota.sensitivity.metrics.cache_scores import scored_caches
 from bitquota.sensitivity.metrics.layer_trace import check_all_seen, trace_gradients
 from bitquota.sensitivity.metrics.metric import BACKWARD, FORWARD, changes_anything
 from bitquota.sensitivity.recorder import checked_losses
@@ -60,15 +67,15 @@ def measure_stack(
     """
     table = work.table
     rows = [r for r, row in enumerate(table.rows) if any(map(changes_anything, row.candidates))]
-    keys = [[work.row_key(c, r, "row") for r in rows] for c in range(len(runner.chunks))]
+    keys = [[work.row_key(c, r, "directions") for r in rows] for c in range(len(runner.chunks))]
     found = work.recorder.context.ledger.get_many([key for own in keys for key in own])
     values = np.zeros((len(runner.chunks), len(table.rows)))
     if len(found) < len(keys) * len(rows):
         runner.known.prepare(work.recorder.context)
-        curvature = _curvature(work, runner, direction)
+        scores = _walk_back(work, runner, direction)
         for r in rows:
             for candidate in filter(changes_anything, table.rows[r].candidates):
-                values[:, r] += _score(runner.known, candidate, curvature)
+                values[:, r] += scores[candidate].cpu().numpy()
         scored = torch.from_numpy(values[:, rows])
         checked = checked_losses(scored.T, str(work.settings["metric"]))
         work.recorder.context.ledger.put_many(
@@ -81,32 +88,13 @@ def measure_stack(
     return [own[:, None] for own in values]
 
 
-Curvature = dict[tuple[int, str], Tensor]
-"""By part and layer f64[folds, channels]: the mean squared gradient over samples and positions of
-each fold, divided by the number of all samples. By part and ``score_name`` f64[folds]: the score of
-a candidate of a KV cache."""
+Scores = dict["Candidate", Tensor]
+"""f64[folds]: what a candidate loses on each fold, of all parts that read its layer."""
 
 
-def _score(
-    known: StackedWeights, candidate: Candidate, curvature: Curvature
-) -> NDArray[np.float64]:
-    """Return f64[folds], ``½ Σ_r E[g_r²] e_r G e_rᵀ`` of a candidate, gradients of each fold."""
-    total = np.zeros(len(known.folds))
-    for k in range(len(known.stack)):
-        if candidate.cached:
-            scored = curvature.get((k, score_name(candidate)))
-            total += 0.0 if scored is None else scored.cpu().numpy()
-            continue
-        at = curvature.get((k, candidate.layer))
-        if at is not None:
-            energy = known.energies[k, candidate]
-            total += 0.5 * (at @ energy).cpu().numpy()
-    return total
-
-
-def _curvature(
+def _walk_back(
     work: Work, runner: StackRunner, direction: Callable[[Tensor, Sequence[int]], Tensor]
-) -> Curvature:
+) -> Scores:
     """Walk from the output back to the first part that has layers; scores caches on the way."""
     known, samples, metric = runner.known, runner.calibration, str(work.settings["metric"])
     stack, wanted = known.stack, set(work.layers)
@@ -121,7 +109,8 @@ def _curvature(
         names = {tensor_key(tensor_of(part, known.layers[n].weight_name)): n for n in own}
         # The output of the model is large: a few samples at a time there.
         size = known.sizes.end if behind is None else known.sizes.block
-        before, seen = known.keeper.series(), set[str]()
+        before = known.keeper.series()
+        seen = {name: _Seen(known, k, name) for name in own}
         for b, span in enumerate(known.spans):
             batch = ((known.given[k][b],) if k else ()) + inputs_of(samples, span)
             gradients: list[Tensor] = []
@@ -133,18 +122,20 @@ def _curvature(
                     else (lambda _, b=b, behind=behind: behind[b])
                 )
                 fold = known.fold_of(span)
-                add = partial(_add_score, found, k, fold, known.folds)
+                add = partial(_add_score, found, fold, known.folds)
                 with scored_caches(part, caches, add):
                     calls, gradient = trace_gradients(
                         part, values, at_output, names, metric, at_input=k > 0
                     )
                 gradients.append(gradient)
                 for call in calls:
-                    seen.add(call.layer)
-                    _add(found, k, call, fold, known.folds)
+                    seen[call.layer].add(call, fold)
             if k:
                 before.append(torch.cat(gradients))
-        check_all_seen(seen, own, metric)
+        check_all_seen({name for name in own if seen[name].calls}, own, metric)
+        for one in seen.values():
+            for candidate, score in one.scores().items():
+                found[candidate] = found.get(candidate, 0.0) + score
         if behind is not None:
             behind.drop()
         behind = before
@@ -162,28 +153,23 @@ def _candidates_of(work: Work, names: Sequence[str]) -> list[Candidate]:
 
 
 def _add_score(
-    found: Curvature,
-    k: int,
-    fold: int,
-    folds: Sequence[range],
-    candidate: Candidate,
-    score: Tensor,
+    found: Scores, fold: int, folds: Sequence[range], candidate: Candidate, score: Tensor
 ) -> None:
     """Add what a candidate of a cache loses on some samples of a fold."""
-    key = k, score_name(candidate)
-    if key not in found:
-        found[key] = score.new_zeros(len(folds))
-    found[key][fold] += score / len(folds[fold])
+    if candidate not in found:
+        found[candidate] = score.new_zeros(len(folds))
+    found[candidate][fold] += score / len(folds[fold])
 
 
-def _write_down(known: StackedWeights, found: Curvature, behind: Series, k: int) -> None:
+def _write_down(known: StackedWeights, found: Scores, behind: Series, k: int) -> None:
     """Keep what was found from the output back to part ``k``, and the gradients at its input."""
-    held = {f"{part}:{name}": squares for (part, name), squares in found.items()}
+    numbers = {candidate: n for n, candidate in enumerate(known.candidates)}
+    held = {f"score:{numbers[candidate]}": score for candidate, score in found.items()}
     held |= {f"gradient:{b}": behind[b] for b in range(len(behind))}
     known.journal.write(BACKWARDS, save({**held, "part": torch.tensor(k)}))
 
 
-def _recall(known: StackedWeights) -> tuple[Curvature, Series | None, int]:
+def _recall(known: StackedWeights) -> tuple[Scores, Series | None, int]:
     """Return what was found before an interruption, and how many parts are still to be walked."""
     content = known.journal.read(BACKWARDS)
     if content is None:
@@ -193,22 +179,70 @@ def _recall(known: StackedWeights) -> tuple[Curvature, Series | None, int]:
     behind = known.keeper.series()
     for b in range(len(known.spans) if k else 0):
         behind.append(held.pop(f"gradient:{b}").to(known.device))
-    found: Curvature = {}
-    for key, squares in held.items():
-        part, _, name = key.partition(":")
-        found[int(part), name] = squares.to(known.device)
+    found = {
+        known.candidates[int(key.partition(":")[2])]: score.to(known.device)
+        for key, score in held.items()
+    }
     return found, behind, k
 
 
-def _add(found: Curvature, k: int, call: TracedCall, fold: int, folds: Sequence[range]) -> None:
-    """Add the squared gradients of one call."""
-    if call.gradient is None:
-        return
-    axis = call.channel_axis % call.output_dims
-    others = [d for d in range(call.output_dims) if d != axis]
-    squared = call.gradient.square().sum(dim=others, dtype=torch.float64)
-    positions = call.gradient.numel() // len(squared) // len(call.gradient) * len(folds[fold])
-    key = k, call.layer
-    if key not in found:
-        found[key] = squared.new_zeros(len(folds), len(squared))
-    found[key][fold] += squared / positions / folds[-1].stop
+class _Seen:
+    """What the calls of one layer in one part tell of its candidates."""
+
+    def __init__(self, known: StackedWeights, k: int, name: str) -> None:
+        self._known, self._k = known, k
+        self.calls = 0
+        self._candidates = [
+            c for c in known.candidates if c.layer == name and (k, c) in known.energies
+        ]
+        self._rows = known.sampled.get((k, name))
+        self._errors: Tensor | None = None
+        if self._rows is not None:
+            kept = [known.kept_errors[known.errors[k, c]] for c in self._candidates]
+            self._errors = torch.stack(kept).float()  # [candidates, sampled rows, columns]
+        self._slopes: Tensor | None = None
+        self._curvature: Tensor | None = None
+
+    def add(self, call: TracedCall, fold: int) -> None:
+        """Look at one call."""
+        self.calls += 1
+        gradient, folds = call.gradient, self._known.folds
+        if gradient is None:
+            return
+        # The mean squared gradient of each output channel, of the samples of a fold.
+        axis = call.channel_axis % call.output_dims
+        others = [d for d in range(call.output_dims) if d != axis]
+        squared = gradient.square().sum(dim=others, dtype=torch.float64)
+        positions = gradient.numel() // len(squared) // len(gradient)
+        if self._curvature is None:
+            self._curvature = squared.new_zeros(len(folds), len(squared))
+            self._slopes = squared.new_zeros(len(folds), len(self._candidates))
+        assert self._slopes is not None  # noqa: S101  # made together
+        n = len(folds[fold])
+        self._curvature[fold] += squared / positions / n / folds[-1].stop
+        if self._errors is None or self._rows is None:
+            return
+        # What the loss in the random direction of each sample does along each row's change.
+        n_samples = len(gradient)
+        inputs = call.inputs.reshape(n_samples, -1, call.inputs.shape[-1])
+        own = gradient.reshape(n_samples, -1, gradient.shape[-1])[..., self._rows]
+        slopes = own.transpose(1, 2) @ inputs  # [samples, sampled rows, columns]
+        along = torch.einsum("nrc,brc->bnr", slopes, self._errors)
+        self._slopes[fold] += along.double().square().sum(dim=(1, 2)) / n
+
+    def scores(self) -> Scores:
+        """Return f64[folds] by candidate."""
+        found: Scores = {}
+        if self._curvature is None or self._slopes is None:
+            zero = torch.zeros(len(self._known.folds), dtype=torch.float64)
+            return dict.fromkeys(self._candidates, zero.to(self._known.device))
+        for c, candidate in enumerate(self._candidates):
+            energy = self._known.energies[self._k, candidate]
+            if self._rows is None:
+                found[candidate] = 0.5 * (self._curvature @ energy)
+                continue
+            # Rows that were not sampled, in proportion to what the second moments say of them.
+            every = self._curvature.sum(dim=0) * energy
+            share = every.sum() / every[self._rows].sum().clamp_min(1e-300)
+            found[candidate] = 0.5 * share * self._slopes[:, c]
+        return found

@@ -485,7 +485,7 @@ def _stacked(
     return StackedWeights(
         stack=stack,
         inventory=inventory,
-        candidates=[c for c in candidates if not c.cached],
+        candidates=candidates,
         samples=measured,
         folds=cut(len(measured), -(-len(measured) // FOLDS)),
         rounder=fitted.weights.rounding,
