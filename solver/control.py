@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
 
 from bitquota.errors import InvalidProblem
 from bitquota.solver.solution import Event, Limit
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
     from bitquota.solver.branch import Incumbent
     from bitquota.solver.problem import Problem
     from bitquota.solver.solution import Solution
+
+WATCH_S = 0.01
+"""How often a limit is looked at while a kernel runs."""
 
 OnEvent = Callable[[Event], None]
 Cancelled = Callable[[], bool]
@@ -68,9 +79,10 @@ class Control:
     Attributes:
         options: Goal and limits; seconds by ``clock``.
         on_event: Gets better choices and bounds.
-        cancelled: Asked between steps.
+        cancelled: Asked between steps, and from a thread of its own while a kernel runs.
         clock: What the time limit is measured with.
         limit: What stopped the solve, once something has.
+        halt: u8[1], 1 from then on: what kernels read, as they cannot call Python.
     """
 
     options: Options = field(default_factory=Options)
@@ -78,6 +90,7 @@ class Control:
     cancelled: Cancelled | None = None
     clock: Callable[[], float] = time.monotonic
     limit: Limit | None = None
+    halt: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(1, dtype=np.uint8))
     begin: float = field(init=False)
     cpu_begin: float = field(init=False)
 
@@ -92,7 +105,32 @@ class Control:
                 self.limit = Limit.CANCELLED
             elif (limit := self.options.time_limit_s) is not None and self.elapsed() >= limit:
                 self.limit = Limit.TIME
+            self.halt[0] = self.limit is not None
         return self.limit is not None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Raise ``halt`` in time for kernels that run long, from a thread of its own."""
+        if self.cancelled is None and self.options.time_limit_s is None:
+            yield
+            return
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(WATCH_S):
+                try:
+                    if self.stopped():
+                        return
+                except Exception:  # noqa: BLE001  # raised where the solve itself asks
+                    return
+
+        watcher = threading.Thread(target=watch, name="bitquota-limits", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
 
     def elapsed(self) -> float:
         """Seconds since the start, by ``clock``."""
@@ -118,7 +156,7 @@ class Control:
     def tell(
         self, kind: str, incumbent: Incumbent, bound: float, nodes: int, problem: Problem
     ) -> None:
-        """Send an event, if anyone listens."""
+        """Send an event, if anyone listens; it may cancel the solve at this very step."""
         if self.on_event is None:
             return
         choice = None
@@ -134,3 +172,4 @@ class Control:
                 choice=choice,
             )
         )
+        self.stopped()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bitquota.solver.interruptible import cholesky
 from bitquota.solver.solution import Convexification
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from bitquota.solver.semidefinite import DualPoint
 
     Floats = NDArray[np.float64]
+    Bytes = NDArray[np.uint8]
 
 MARGIN = 1e-10
 """Least eigenvalue that is left, relative to the diagonal: ten thousand times rounding."""
@@ -44,7 +46,10 @@ class Convex:
 def convexify(core: Core, point: DualPoint) -> Convex:
     """Return the convex function of ``point``, its shift raised where ``Q`` is not convex.
 
-    ``O(n³)`` for one least eigenvalue.
+    ``O(n³)`` for a Cholesky factor, or a few.
+
+    Raises:
+        Interrupted: A limit of the core struck meanwhile, at more than about 1,400 rows.
     """
     n = core.n
     if not len(core.C):
@@ -68,11 +73,9 @@ def convexify(core: Core, point: DualPoint) -> Convex:
     size = np.maximum(np.diag(R), 1e-14 * float(np.abs(np.diag(R)).max(initial=0.0)) + 1e-300)
     root = 1.0 / np.sqrt(size)
     scaled = R * root[:, None] * root[None, :]
-    least = _least_eigenvalue(0.5 * (scaled + scaled.T))
-    if least < MARGIN:
-        extra = (2.0 * MARGIN - least) * size
-        Q[free, free] += extra
-        shift[free, free - core.off[:-1][core.grp[free]]] += extra
+    extra = _lacking(0.5 * (scaled + scaled.T), core.halt) * size
+    Q[free, free] += extra
+    shift[free, free - core.off[:-1][core.grp[free]]] += extra
     start_of = core.off[:-1][core.grp]
     linear -= 0.5 * shift[np.arange(n), np.arange(n) - start_of]
     magnitude = np.abs(Q).max(axis=1, initial=0.0)
@@ -83,17 +86,18 @@ def convexify(core: Core, point: DualPoint) -> Convex:
     )
 
 
-def _least_eigenvalue(R: Floats) -> float:
-    import scipy.linalg
-
-    if not len(R):
-        return 1.0
-    try:
-        np.linalg.cholesky(R - 2.0 * MARGIN * np.eye(len(R)))
-    except np.linalg.LinAlgError:
-        value = scipy.linalg.eigh(R, eigvals_only=True, subset_by_index=[0, 0])
-        return float(value[0])
-    return 2.0 * MARGIN
+def _lacking(R: Floats, halt: Bytes) -> float:
+    """Return what the diagonal lacks for ``R`` to be safely definite, within a factor of 4."""
+    extra, at = 0.0, np.arange(len(R))
+    while True:
+        R[at, at] += extra - 2.0 * MARGIN
+        try:
+            cholesky(R, halt)
+        except np.linalg.LinAlgError:
+            R[at, at] -= extra - 2.0 * MARGIN
+            extra = max(4.0 * extra, MARGIN)
+        else:
+            return extra
 
 
 def to_certificate(problem: Problem, core: Core, point: DualPoint) -> Convexification:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +35,7 @@ class Core:
         full: i64[G of the problem], the problem's fixed row per group, -1 where undecided.
         pairs: i64[p, 2] forbidden pairs among the rows.
         feasible: ``False`` when fixing alone breaks a constraint.
+        halt: u8[1], set when a limit strikes; what works on the core reads it.
     """
 
     d: Floats
@@ -48,6 +49,7 @@ class Core:
     full: Ints
     pairs: Ints
     feasible: bool = True
+    halt: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(1, dtype=np.uint8))
 
     @property
     def n(self) -> int:
@@ -77,7 +79,7 @@ class Core:
         return self.constant + float(self.d[cur].sum()) + 0.5 * pair
 
 
-def reduce(problem: Problem, keep: Bools) -> Core:
+def reduce(problem: Problem, keep: Bools, halt: NDArray[np.uint8] | None = None) -> Core:
     """Return what is left of ``problem`` when only the rows ``keep`` may be chosen.
 
     Every group must keep a row. ``O(n²)``, ``O(n)`` for a separable problem.
@@ -124,6 +126,7 @@ def reduce(problem: Problem, keep: Bools) -> Core:
         full=full,
         pairs=index[pairs[both]],
         feasible=not clash and bool((b >= 0).all()),
+        halt=np.zeros(1, dtype=np.uint8) if halt is None else halt,
     )
 
 

@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
+    Bytes = NDArray[np.uint8]
 
 
 @compiled
-def schur(HM: Floats, HW: Floats, u: Ints, v: Ints, less: Floats, out: Floats) -> None:
-    """Fill ``out[k, j] = tr(A_k M A_j W)`` for ``j <= k``.
+def schur(
+    HM: Floats, HW: Floats, u: Ints, v: Ints, less: Floats, halt: Bytes, out: Floats
+) -> None:
+    """Fill ``out[k, j] = tr(A_k M A_j W)`` for ``j <= k``, unless ``halt`` u8[1] stops it.
 
     ``HM`` and ``HW`` are the Gram matrices of unit, rows and budgets (``Lifted.expand``); atom
     ``v_k`` is row ``v[k]`` less ``less[k]`` times the unit.
@@ -33,6 +36,8 @@ def schur(HM: Floats, HW: Floats, u: Ints, v: Ints, less: Floats, out: Floats) -
     width = len(HM)
     Mv, Wv = np.empty(width), np.empty(width)
     for k in range(len(u)):
+        if halt[0]:
+            return
         Mu, Wu = HM[u[k]], HW[u[k]]
         for i in range(width):
             Mv[i] = HM[v[k], i] - less[k] * HM[0, i]

@@ -39,9 +39,9 @@ def solve_native(
         control: Goal, limits and callbacks.
         start: A choice to begin with; ignored when it is infeasible.
     """
-    if is_knapsack(problem):
-        return _knapsack(problem, control)
-    with one_thread():
+    with control.watched(), one_thread():
+        if is_knapsack(problem):
+            return _knapsack(problem, control)
         return Quadratic(problem, control).run(start)
 
 
@@ -53,7 +53,9 @@ def is_knapsack(problem: Problem) -> bool:
 
 def _knapsack(problem: Problem, control: Control) -> Solution:
     """Solve by hull and core; the certificate is one node, and a recursion for the checker."""
-    answer = solve_knapsack(problem, gap=control.options.gap, stop=control.stopped)
+    answer = solve_knapsack(
+        problem, gap=control.options.gap, stop=control.stopped, halt=control.halt
+    )
     # The certificate: no shift is needed, and the point is the choice.
     n, m = problem.n_rows, len(problem.limits)
     z = np.zeros((1, n), dtype=np.float32)

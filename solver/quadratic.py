@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.solver.branch import Incumbent, Record, Tree
-from bitquota.solver.convex import convexify
+from bitquota.solver.convex import Convex, convexify
 from bitquota.solver.core import propagate_steps, reduce
+from bitquota.solver.interruptible import Interrupted
 from bitquota.solver.lifted import Lifted
 from bitquota.solver.linear_relaxation import linear_relaxation
 from bitquota.solver.search import DENSE_ROWS, Effort, rounded, search
-from bitquota.solver.semidefinite import DualPoint, dual_point, interior_point
+from bitquota.solver.semidefinite import DualPoint, dual_point, flat_point, interior_point
 from bitquota.solver.solution import Limit, Solution, Stats, Status
 from bitquota.solver.tree_kernels import OPEN, SINGLE
 
@@ -52,6 +53,11 @@ BOUND_TOLERANCE = 1e-2
 """Relative gap of the interior point: any dual iterate is valid, the rest is left to the tree."""
 LARGE_ROWS, LARGE_TOLERANCE = 1500, 4e-2
 """Above so many rows an iteration takes seconds; probing at a looser bound comes first."""
+FIRST_ROWS = 1200
+"""Above so many rows a simple bound comes first, so that a limit never leaves none."""
+INTERIOR_ROWS = 3500
+"""Above so many rows an iteration of the interior point takes a minute, and the simple bound is
+all there is."""
 CUT_VIOLATION = 1e-4
 ROUNDING = 1e-12
 """Absolute gap that counts as none, relative to the largest term of the objective."""
@@ -159,7 +165,7 @@ class Quadratic:
         return True
 
     def _search(self, region: Region) -> None:
-        core = reduce(self.problem, region.keep)
+        core = reduce(self.problem, region.keep, self.control.halt)
         if core.n_groups == 0:
             return
         starts = [] if self.incumbent.rows is None else [core.lower(self.incumbent.rows)]
@@ -182,10 +188,12 @@ class Quadratic:
         plain_gap, last_gap = math.inf, math.inf
         while (core := self._core(region)) is not None:
             # Bound.
-            point = self._point(core, region, strong=strong)
-            if point is None:
+            if self._first(core, region):
+                return []
+            convex = self._convex(core, region, strong=strong)
+            if convex is None:
                 return [region]
-            convex = convexify(core, point)
+            point = convex.point
             index, tree = self.record.convexify(core, convex), Tree(core, convex)
             z = np.clip(point.row_values, 1e-6, None)
             if self._closed(region, tree, index, z, point.multipliers):
@@ -220,11 +228,23 @@ class Quadratic:
                 plain_gap, strong = gap, True
         return []
 
+    def _first(self, core: Core, region: Region) -> bool:
+        """Give a large region a bound before long work on it; returns whether that closes it."""
+        if not FIRST_ROWS < core.n <= INTERIOR_ROWS or not len(core.C) or region.bound > -math.inf:
+            return False
+        try:
+            convex = convexify(core, flat_point(core))
+        except Interrupted:
+            return False
+        index, tree = self.record.convexify(core, convex), Tree(core, convex)
+        point = convex.point
+        return self._closed(region, tree, index, point.row_values, point.multipliers)
+
     def _core(self, region: Region) -> Core | None:
         """Return what is to be decided; ``None`` when that is nothing, which is recorded."""
         if not self._propagate(region):
             return None
-        core = reduce(self.problem, region.keep)
+        core = reduce(self.problem, region.keep, self.control.halt)
         if core.n_groups == 0:
             self._single(region, core)
             return None
@@ -307,10 +327,24 @@ class Quadratic:
             self.relaxed = core.rows, prices, x
         return prices, x
 
+    def _convex(self, core: Core, region: Region, *, strong: bool) -> Convex | None:
+        """Return a convex function below the objective, or ``None`` when a limit struck."""
+        try:
+            point = self._point(core, region, strong=strong)
+            return None if point is None else convexify(core, point)
+        except Interrupted:
+            return None
+
     def _point(self, core: Core, region: Region, *, strong: bool) -> DualPoint | None:
-        """Return a dual point of the semidefinite bound, or ``None`` when a limit struck."""
+        """Return a dual point of the semidefinite bound, or ``None`` when a limit struck.
+
+        Raises:
+            Interrupted: Likewise, in the midst of it.
+        """
         if not len(core.C):
             return _flat(core, *self._linear(core))
+        if core.n > INTERIOR_ROWS:
+            return flat_point(core)
         lifted = Lifted(core, products=strong)
         if strong and len(region.cuts):
             at = np.full(self.problem.n_rows, -1, dtype=np.int64)
@@ -331,6 +365,8 @@ class Quadratic:
 
     def _cuts(self, core: Core, point: DualPoint) -> Ints:
         """Return the cuts of the next bound in the problem's rows: active and violated ones."""
+        if not len(point.pair_values):
+            return _NO_CUTS
         below = np.triu(-point.pair_values, 1)
         below[core.grp[:, None] == core.grp[None, :]] = 0.0
         found = np.argwhere(below > CUT_VIOLATION)

@@ -47,6 +47,7 @@ class Relaxed(NamedTuple):
         P: ``C`` with forbidden pairs priced.
         d: f64[n], the core's own diagonal.
         constant: The core's own constant.
+        halt: u8[1], not 0 once a limit was reached: what is found by then is still bounded.
     """
 
     Q: Floats
@@ -64,6 +65,7 @@ class Relaxed(NamedTuple):
     P: Floats
     d: Floats
     constant: float
+    halt: Bytes
 
 
 @compiled
@@ -97,7 +99,7 @@ def lagrangian(
 
 @compiled
 def best_multiplier(
-    off: Ints, F: Floats, f: Floats, s: Floats, ok: Bytes, lam: Floats, k: int
+    off: Ints, F: Floats, f: Floats, s: Floats, ok: Bytes, lam: Floats, k: int, halt: Bytes
 ) -> float:
     """Maximise ``lagrangian`` over ``lam[k] >= 0`` in place and return the maximum.
 
@@ -121,7 +123,7 @@ def best_multiplier(
     for _ in range(200):
         lam[k] = high
         v_high, g_high = lagrangian(off, F, f, s, ok, lam, k)
-        if g_high <= 0.0:
+        if g_high <= 0.0 or halt[0]:
             break
         low, v_low, g_low = high, v_high, g_high
         high *= 4.0
@@ -132,7 +134,7 @@ def best_multiplier(
     if v_low > best:
         best, best_lam = v_low, low
     for _ in range(60):
-        if g_low - g_high <= 0.0:
+        if g_low - g_high <= 0.0 or halt[0]:
             break
         middle = (v_high - v_low + g_low * low - g_high * high) / (g_low - g_high)
         if not (low < middle < high):
@@ -196,6 +198,8 @@ def descend(core: Relaxed, s: Floats, z: Floats, ok: Bytes, lam: Floats, sweeps:
     for _ in range(sweeps):
         gain = 0.0
         for g in range(len(off) - 1):
+            if core.halt[0]:
+                return
             for _inner in range(3):
                 low, high, slope = extremes(off, F, s, z, ok, lam, g)
                 if high < 0 or low == high or slope <= 0.0:
@@ -248,7 +252,7 @@ def node_bound(core: Relaxed, z: Floats, s: Floats, ok: Bytes, lam: Floats, work
     for _ in range(3 if m > 1 else m):
         before = total
         for k in range(m):
-            total = best_multiplier(off, F, f, work, ok, lam, k)
+            total = best_multiplier(off, F, f, work, ok, lam, k, core.halt)
         if total - before <= 1e-9 * abs(total):
             break
     # What rounding may have done.
@@ -322,7 +326,7 @@ def relax(
                 stalled = 0
             best = bound
             best_lam[:], best_z[:] = lam, z
-        if best >= cutoff or stalled >= 3:
+        if best >= cutoff or stalled >= 3 or core.halt[0]:
             break
         for k in range(len(lam)):
             trial[k] += 0.5 * (lam[k] - trial[k])

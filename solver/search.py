@@ -71,7 +71,7 @@ def meets_all(core: Core, cur: Ints) -> bool:
 
 def space_of(core: Core) -> Space:
     """Return what the kernels search."""
-    return Space(core.d, penalised(core), core.off, core.grp, core.A, core.b)
+    return Space(core.d, penalised(core), core.off, core.grp, core.A, core.b, core.halt)
 
 
 def lagrangian_start(core: Core, space: Space, effort: Effort) -> list[Ints]:
@@ -102,11 +102,13 @@ def lagrangian_start(core: Core, space: Space, effort: Effort) -> list[Ints]:
         return found
     low, high = 0.0, float(np.abs(core.d).max(initial=0.0)) or 1.0
     for _ in range(60):
-        if descend(high):
+        if core.halt[0] or descend(high):
             break
         low, high = high, high * 8.0
     # The least such price.
     for step in range(effort.bisections):
+        if core.halt[0]:
+            break
         # The price spans orders of magnitude: halve its logarithm once it is bounded below.
         middle = 0.5 * (low + high) if step > 40 else np.sqrt(max(low, high * 1e-6) * high)
         if descend(middle):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
+    Bytes = NDArray[np.uint8]
 
 _TIE = 1e-13
 """Relative size of an improvement that counts; below it two plans are the same."""
@@ -28,6 +29,7 @@ class Space(NamedTuple):
         grp: i64[n], group of each row.
         A: i64[m, n], costs.
         b: i64[m], limits.
+        halt: u8[1], not 0 once a limit was reached.
     """
 
     d: Floats
@@ -36,6 +38,7 @@ class Space(NamedTuple):
     grp: Ints
     A: Ints
     b: Ints
+    halt: Bytes
 
 
 class Place(NamedTuple):
@@ -117,6 +120,8 @@ def relax_descent(space: Space, at: Place, price: Floats) -> int:
     for _ in range(60):
         before = moves
         for g in range(len(cur)):
+            if space.halt[0]:
+                return moves
             best, best_value = cur[g], h[cur[g]] + price[cur[g]]
             margin = _TIE * (abs(best_value) + 1e-300)
             for p in range(off[g], off[g + 1]):
@@ -143,6 +148,8 @@ def repair(space: Space, at: Place, weight: Floats) -> bool:
                 violation += weight[k] * (used[k] - b[k])
         if violation <= 0.0:
             return True
+        if space.halt[0]:
+            return False
         # Of all moves of one group, take the one of least loss per violation.
         best_p, best_score = -1, np.inf
         for g in range(len(cur)):
@@ -214,6 +221,8 @@ def best_pair(
     tabu, e, diff = steps.tabu, steps.e, steps.diff
     best_r = -1
     for g in range(len(cur) - 1):
+        if space.halt[0]:
+            break
         start = off[g + 1]
         for p in range(off[g], start):
             if p == cur[g]:
@@ -255,7 +264,7 @@ def tabu_search(space: Space, cur: Ints, patience: int, most: int, pairs: int, s
     """Improve the feasible ``cur`` in place; returns the objective without the constant.
 
     Steepest descent over moves of one and (with ``pairs``) two groups, then tabu moves until
-    ``patience`` of them in a row bring nothing or ``most`` are done. ``O(n²)`` per move with
+    ``patience`` of them in a row bring nothing, ``most`` are done or a limit strikes. ``O(n²)`` per move with
     pairs, ``O(n)`` without. Deterministic for a seed.
     """
     n, m, G = len(space.d), len(space.b), len(cur)
@@ -268,6 +277,8 @@ def tabu_search(space: Space, cur: Ints, patience: int, most: int, pairs: int, s
     for now in range(1, most + 1):
         margin = _TIE * (abs(best) + 1e-300)
         p, r, change = best_move(space, at, steps, now, best - value - margin, pairs)
+        if space.halt[0]:
+            break
         idle += 1
         if p >= 0:
             if change > -margin and patience == 0:

@@ -15,12 +15,14 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.linalg as sla
 import scipy.sparse as sp
+import scipy.sparse.linalg as sla_sparse
 
+from bitquota.solver.interruptible import Interrupted, cholesky, go_on, inverse, product
 from bitquota.solver.lifted import schur
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
+    Bytes = NDArray[np.uint8]
 
 MOST_ITERATIONS = 60
 
@@ -94,14 +97,46 @@ def _most_negative(core: Core, p: Floats) -> float:
     scaled = core.C * root[:, None] * root[None, :]
     if core.n <= 300:
         return float(np.linalg.eigvalsh(scaled)[0])
-    v = np.cos(1.0 + np.arange(core.n))
     bound = float(np.abs(scaled).sum(axis=1).max())
     if bound == 0.0:
         return 0.0
-    for _ in range(40):  # power iteration on bound·I - scaled
-        v = bound * v - scaled @ v
-        v /= np.linalg.norm(v)
-    return float(v @ (scaled @ v)) * 1.3 - 1e-3 * bound
+
+    def times(v: Floats) -> Floats:
+        go_on(core.halt)
+        image: Floats = scaled @ v
+        return image
+
+    operator = sla_sparse.LinearOperator(scaled.shape, matvec=times, dtype=np.float64)
+    first = np.cos(1.0 + np.arange(core.n))
+    try:
+        found = sla_sparse.eigsh(
+            operator, k=1, which="SA", v0=first, tol=0.02, maxiter=300, return_eigenvectors=False
+        )
+    except sla_sparse.ArpackNoConvergence:
+        return -bound
+    return float(found[0]) - 0.02 * abs(float(found[0]))
+
+
+def flat_point(core: Core) -> DualPoint:
+    """Return a point without cuts and products whose shift is even over the rows' weights.
+
+    A bound for the price of one eigenvalue, for cores where an interior point takes long.
+
+    Raises:
+        Interrupted: A limit of the core struck meanwhile.
+    """
+    n, m = core.n, len(core.b)
+    p, weight = center(core)
+    shift = np.zeros((n, int(np.diff(core.off).max())))
+    shift[np.arange(n), np.arange(n) - core.off[:-1][core.grp]] = (
+        max(0.0, -_most_negative(core, p)) * weight
+    )
+    none = np.zeros(0, dtype=np.int64)
+    return DualPoint(
+        shift=shift, cut_rows=none, cut_columns=none, cut_values=np.zeros(0),
+        products=np.zeros((m, n)), multipliers=np.zeros(m), row_values=p,
+        pair_values=np.zeros((0, 0)),
+    )  # fmt: skip
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -139,18 +174,18 @@ def start(lifted: Lifted) -> State:
         y[ne:] = np.minimum(0.02 * kappa / slack, 0.02 * kappa / max(1, len(slack)) / slack)
         S = lifted.objective - lifted.combine(y)
         try:
-            factor = sla.cho_factor(S[1:, 1:], lower=True)
+            factor = cholesky(S[1:, 1:], core.halt)
             break
         except np.linalg.LinAlgError:
             y[1 : 1 + r + len(lifted.same)] *= 1.5
             kappa *= 1.5
-    top = S[0, 0] - S[1:, 0] @ sla.cho_solve(factor, S[1:, 0])
+    top = S[0, 0] - S[1:, 0] @ sla.cho_solve((factor.T, False), S[1:, 0])
     y[0] = top - kappa
     S[0, 0] -= y[0]
     return State(M=M, S=S, y=y, s=slack)
 
 
-def _length(L: NDArray[np.floating[Any]], dZ: Floats) -> float:
+def _length(L: Floats, dZ: Floats, halt: Bytes) -> float:
     """Return the largest step (at most 1) from ``Z = LLᵀ`` along ``dZ`` within the cone.
 
     Lanczos on ``L⁻¹ dZ L⁻ᵀ``; the residual is taken off, so that the step is hardly ever too long.
@@ -170,6 +205,7 @@ def _length(L: NDArray[np.floating[Any]], dZ: Floats) -> float:
     alpha, beta = np.zeros(most), np.zeros(most)
     least = 0.0
     for j in range(most):
+        go_on(halt)
         w = trsv(F, V[j], lower=1, trans=1)
         w = trsv(F, dZ @ w, lower=1, trans=0)
         alpha[j] = V[j] @ w
@@ -201,6 +237,8 @@ def interior_point(
 ) -> tuple[State, int]:
     """Solve the lifted problem to relative gap ``tolerance``; returns the state and iterations.
 
+    A limit of the core ends it at the last whole iterate.
+
     Mehrotra predictor-corrector in the direction of [HRVW96]. The dual stays feasible from the
     first iterate on. ``stop`` sees the dual value after each iteration. Each iteration costs
     ``O(K³ + N³)`` for K constraints and N free rows.
@@ -208,10 +246,13 @@ def interior_point(
     state = start(lifted)
     B = np.zeros((len(lifted.u), len(lifted.u)))
     for done in range(MOST_ITERATIONS):
-        newton = _Newton.at(lifted, state, tolerance, B)
-        if newton is None:
+        try:
+            newton = _Newton.at(lifted, state, tolerance, B)
+            if newton is None:
+                return state, done
+            state, longest = newton.step()
+        except Interrupted:
             return state, done
-        state, longest = newton.step()
         if stop(float(state.y[0]) + lifted.core.constant) or longest < 1e-5:
             return state, done + 1
     return state, MOST_ITERATIONS
@@ -234,8 +275,8 @@ class _Newton:
 
     lifted: Lifted
     state: State
-    L_S: NDArray[np.floating[Any]]
-    L_M: NDArray[np.floating[Any]]
+    L_S: Floats
+    L_M: Floats
     W: Floats
     AM: Floats
     AW: Floats
@@ -254,10 +295,10 @@ class _Newton:
         M, S, s, ne, K = state.M, state.S, state.s, lifted.n_equal, len(lifted.u)
         w = state.y[ne:]
         try:
-            L_S, L_M = np.linalg.cholesky(S), np.linalg.cholesky(M)
+            L_S, L_M = cholesky(S, lifted.core.halt), cholesky(M, lifted.core.halt)
         except np.linalg.LinAlgError:
             return None
-        W = _inverse(L_S)
+        W = inverse(L_S, lifted.core.halt)
         HM, HW = lifted.expand(M), lifted.expand(W)
         AM, AW = lifted.read(HM), lifted.read(HW)
         # Solved?
@@ -268,13 +309,14 @@ class _Newton:
         if float(np.abs(residual).max()) < 1e-6 and gap <= tolerance * abs(state.y[0]):
             return None
         # The Schur matrix.
-        schur(HM, HW, lifted.u, lifted.v, lifted.less, B)
+        schur(HM, HW, lifted.u, lifted.v, lifted.less, lifted.core.halt, B)
+        go_on(lifted.core.halt)
         ratio = s / w
         B[np.arange(ne, K), np.arange(ne, K)] += ratio
         if not (np.isfinite(B.diagonal()).all() and B.diagonal().min() > 1e-280):
             return None
         unit = 1.0 / np.sqrt(np.diag(B))
-        factor = _factor(B, unit)
+        factor = _factor(B, unit, lifted.core.halt)
         if factor is None:
             return None
         return cls(
@@ -285,7 +327,7 @@ class _Newton:
     def step(self) -> tuple[State, float]:
         """Return the next state, and the longer of the primal and the dual step."""
         state, lifted = self.state, self.lifted
-        ne, w = lifted.n_equal, state.y[lifted.n_equal :]
+        ne, w, halt = lifted.n_equal, state.y[lifted.n_equal :], lifted.core.halt
         # Predict: how far does the gap fall on the way to zero?
         d = self._direction(0.0, None, 0.0)
         primal, dual = self._lengths(d, 0.98)
@@ -296,7 +338,7 @@ class _Newton:
             sigma = max(sigma, 0.3)
         # Correct, and aim at a part of the gap.
         target = sigma * (self.gap / (lifted.size + len(lifted.u) - ne))
-        half = _times(d.M, d.S) @ self.W
+        half = product(_times(d.M, d.S, halt), self.W, halt)
         d = self._direction(target, 0.5 * (half + half.T), d.s * d.y[ne:])
         primal, dual = self._lengths(d, 0.95)
         y = state.y + dual * d.y
@@ -307,9 +349,10 @@ class _Newton:
     def _lengths(self, d: State, part: float) -> tuple[float, float]:
         """Return ``part`` of the longest primal and dual steps within the cone."""
         w, dw = (y[self.lifted.n_equal :] for y in (self.state.y, d.y))
+        halt = self.lifted.core.halt
         return (
-            part * min(_length(self.L_M, d.M), _length_linear(self.state.s, d.s)),
-            part * min(_length(self.L_S, d.S), _length_linear(w, dw)),
+            part * min(_length(self.L_M, d.M, halt), _length_linear(self.state.s, d.s)),
+            part * min(_length(self.L_S, d.S, halt), _length_linear(w, dw)),
         )
 
     def _direction(self, target: float, second: Floats | None, cross: Floats | float) -> State:
@@ -323,33 +366,24 @@ class _Newton:
         rhs[ne:] += extra
         dy = self.unit * sla.cho_solve((self.factor, False), self.unit * rhs, check_finite=False)
         dS = -lifted.combine(dy)
-        half = _times(state.M, dS) @ W
+        halt = lifted.core.halt
+        half = product(_times(state.M, dS, halt), W, halt)
         dM = target * W - state.M - 0.5 * (half + half.T)
         if second is not None:
             dM -= second
         return State(M=dM, S=dS, y=dy, s=extra - self.ratio * dy[ne:])
 
 
-def _times(Z: Floats, dS: Floats) -> Floats:
+def _times(Z: Floats, dS: Floats, halt: Bytes) -> Floats:
     """Return ``Z dS`` for symmetric matrices; shifts alone make ``dS`` sparse."""
     if len(dS) > 150:
         sparse = sp.csr_matrix(dS)
         if sparse.nnz < 0.1 * dS.size:
             return np.asarray(sparse @ Z).T
-    product: Floats = Z @ dS
-    return product
+    return product(Z, dS, halt)
 
 
-def _inverse(L: NDArray[np.floating[Any]]) -> Floats:
-    """Return ``(LLᵀ)⁻¹`` from the lower factor."""
-    # The transpose of a C-ordered lower factor is a Fortran-ordered upper one.
-    upper, _ = sla.lapack.dpotri(np.array(L.T, order="F"), lower=0, overwrite_c=1)
-    upper = np.triu(upper)
-    inverse: Floats = upper + np.triu(upper, 1).T
-    return np.ascontiguousarray(inverse)
-
-
-def _factor(B: Floats, unit: Floats) -> Floats | None:
+def _factor(B: Floats, unit: Floats, halt: Bytes) -> Floats | None:
     """Return the upper Cholesky factor of the scaled Schur matrix, regularised if need be.
 
     Only the lower triangle of ``B`` is read; ``B`` is overwritten.
@@ -357,17 +391,12 @@ def _factor(B: Floats, unit: Floats) -> Floats | None:
     B *= unit[:, None]
     B *= unit[None, :]
     diagonal = np.arange(len(unit))
-    kept = np.tril(B, -1) if len(unit) < 400 else None
     for ridge in (1e-12, 1e-9):
         B[diagonal, diagonal] = 1.0 + ridge
-        # The transpose is in Fortran order: LAPACK works in place.
-        factor, info = sla.lapack.dpotrf(B.T, lower=0, clean=0, overwrite_a=1)
-        if info == 0:
-            result: Floats = factor
-            return result
-        if kept is None:
-            return None
-        B[:] = kept
+        try:
+            return cholesky(B, halt).T
+        except np.linalg.LinAlgError:
+            continue
     return None
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
+    Bytes = NDArray[np.uint8]
 
 MOST_STATES = 4_000_000
 """States of one step beyond which the recursion gives up."""
@@ -134,12 +135,17 @@ class Knapsack:
 
 
 def solve_knapsack(
-    problem: Problem, *, gap: float, stop: Callable[[], bool] = lambda: False
+    problem: Problem,
+    *,
+    gap: float,
+    stop: Callable[[], bool] = lambda: False,
+    halt: Bytes | None = None,
 ) -> Knapsack:
     """Solve a separable problem with at most one budget and no pairs to relative gap ``gap``.
 
     Exact. ``O(n log n)`` for the relaxation; the recursion is pseudo-polynomial, in practice a
-    few thousand states. ``stop`` is asked before every group of the recursion.
+    few thousand states. ``stop`` is asked before every group of the recursion; within one, ``halt``
+    u8[1] is read.
 
     Raises:
         InvalidProblem: The problem is not of that kind.
@@ -175,7 +181,7 @@ def solve_knapsack(
         return replace(answer, exact=True, states=0)
     # The best choice.
     reduced = priced - least[problem.group_of_row]
-    result = _core(problem, reduced, lam, choice, objective - relaxed, tolerance, stop)
+    result = _core(problem, reduced, lam, choice, objective - relaxed, tolerance, stop, halt)
     if result is None:
         return answer
     better, states = result
@@ -253,13 +259,14 @@ class _Undecided:
 
 def _core(
     problem: Problem, reduced: Floats, lam: float, choice: Ints, limit: float,
-    tolerance: float, stop: Callable[[], bool],
+    tolerance: float, stop: Callable[[], bool], halt: Bytes | None,
 ) -> tuple[Ints, int] | None:  # fmt: skip
     """Run the recursion over the core; returns the best choice, or ``None`` when it was stopped.
 
     ``limit`` is the best choice's distance to the relaxation: better ones are below it.
     """
     offsets, cost, budget = problem.offsets, problem.costs[0], int(problem.limits[0])
+    halt = np.zeros(1, dtype=np.uint8) if halt is None else halt
     # The core: groups with several rows below the limit, those of small prices first.
     inside = reduced < limit
     counts = np.add.reduceat(inside.astype(np.int64), offsets[:-1])
@@ -287,7 +294,7 @@ def _core(
         out = States(whole[0], np.empty(room), whole[1], whole[2])
         prices = kernels.Prices(lam, down[t], up[t])
         most = best - tolerance * 0.5
-        n = kernels.extend(states, group.cost, group.price, budget, prices, most, out)
+        n = kernels.extend(states, group.cost, group.price, budget, prices, most, halt, out)
         if n < 0:
             return None
         states = States._make([array[:n].copy() for array in out])

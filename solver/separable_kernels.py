@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
+    Bytes = NDArray[np.uint8]
 
 
 @compiled
@@ -97,9 +98,12 @@ class Prices(NamedTuple):
 
 @compiled
 def extend(
-    states: States, da: Ints, dp: Floats, budget: int, prices: Prices, limit: float, out: States
-) -> int:
+    states: States, da: Ints, dp: Floats, budget: int, prices: Prices, limit: float, halt: Bytes,
+    out: States,
+) -> int:  # fmt: skip
     """Add one group's options to all states; returns the number of states kept, -1 if too many.
+
+    -1 too where ``halt`` u8[1] is not 0.
 
     Options are sorted by ``da``, their cost; ``dp`` is their reduced cost. A state goes when
     another is no dearer and no more costly, or when its price with the cheapest way to use or to
@@ -124,6 +128,8 @@ def extend(
                         pick, least, least_loss = j, c, loss
         if pick < 0:
             return count
+        if halt[0]:
+            return -1
         # Keep it unless it leads nowhere.
         state = at[pick]
         at[pick] += 1

@@ -325,6 +325,8 @@ def probe(
     only = np.zeros(n, np.uint8)
     count = 0
     for t in range(len(order)):
+        if core.halt[0]:
+            break
         p = order[t]
         if not ok[p] or alone(grp, off, ok, p):
             continue
@@ -391,7 +393,7 @@ def round_up(core: Relaxed, ok: Bytes, z: Floats, weight: Floats, cur: Ints) -> 
             if ok[p] and (top < 0 or z[p] > z[top]):
                 top = p
         cur[i] = top
-    space = Space(core.d, core.P, off, core.grp, core.A, core.b)
+    space = Space(core.d, core.P, off, core.grp, core.A, core.b, core.halt)
     if not repair(space, place(space, cur), weight):
         return False
     tabu_search(space, cur, 0, 200, 1, 1)
@@ -413,7 +415,7 @@ def grow(
     counts, bound = nodes.counts, nodes.bound
     for _ in range(most):
         # Take the open node of the least bound.
-        if counts[1] == 0 or counts[0] + 2 > len(bound):
+        if counts[1] == 0 or counts[0] + 2 > len(bound) or core.halt[0]:
             return
         node = nodes.ids[0]
         if nodes.keys[0] >= best[1]:
