@@ -175,6 +175,8 @@ def problem_digest(problem: Problem) -> str:
 
 def _certificate_parts(certificate: Certificate) -> tuple[JsonObject, Arrays]:
     arrays = {name: getattr(certificate, name) for name in _CERTIFICATE_ARRAYS}
+    if len(certificate.orders):
+        arrays["orders"] = certificate.orders
     for index, shape in enumerate(certificate.convexifications):
         for name in _CONVEXIFICATION_ARRAYS:
             arrays[f"convexification{index}_{name}"] = getattr(shape, name)
@@ -200,6 +202,7 @@ def _certificate(meta: JsonObject, arrays: Arrays, wanted: str) -> Certificate:
                 for index in range(int(meta["convexifications"]))
             ),
             recursion=bool(meta["recursion"]),
+            **(take({"orders": (np.int64, 2)}) if "orders" in arrays else {}),
             **take(_CERTIFICATE_ARRAYS),
         )
     except (KeyError, TypeError, ValueError, OverflowError) as err:

@@ -111,7 +111,7 @@ class Tree:
             a.nbytes for a in (self.allowed, self.kept, self.point, self.lam, self.keys, self.ids)
         )
 
-    def root(self, incumbent: Incumbent, z: Floats, lam: Floats) -> int:
+    def root(self, incumbent: Incumbent, z: Floats, lam: Floats, rounds: int = ROOT_ROUNDS) -> int:
         """Bound the root from the warm start ``z``, ``lam``; returns the kernel's code."""
         core = self.core
         self.allowed[0] = self.ok
@@ -120,7 +120,7 @@ class Tree:
         work, cur = np.zeros(core.n), np.zeros(core.n_groups, dtype=np.int64)
         code = int(
             kernels.evaluate_node(
-                self.relaxed, self._nodes(), 0, z, s, work, cur, incumbent.cutoff, ROOT_ROUNDS
+                self.relaxed, self._nodes(), 0, z, s, work, cur, incumbent.cutoff, rounds
             )
         )
         self.counts[0] = 1
@@ -220,6 +220,7 @@ class Record:
     """What becomes a certificate: a tree of regions, with the trees of their cores below them."""
 
     problem: Problem
+    orders: Ints = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
     convexifications: list[Convexification] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
     trees: list[tuple[int, int, Tree]] = field(default_factory=list)
@@ -362,4 +363,5 @@ class Record:
             convexification=conv,
             point=point,
             multipliers=lam,
+            orders=self.orders,
         )

@@ -28,7 +28,7 @@ from bitquota.solver.checker_bounds import (
     Value,
 )
 from bitquota.solver.checker_recursion import reason_not_proved
-from bitquota.solver.checker_regions import Regions, blocks
+from bitquota.solver.checker_regions import Regions, blocks, pairs_of_orders
 from bitquota.solver.exact import dyadic
 
 if TYPE_CHECKING:
@@ -172,13 +172,14 @@ class _Arithmetic:
         self.enemies: list[set[int]] = [set() for _ in range(self.n)]
         """For each row, the rows that it must not meet."""
         for a, b in problem.forbidden_pairs.tolist():
-            self._forbid(a, b)
+            self.forbid(a, b)
         for a, b in problem.required_pairs.tolist():
             for q in range(*self.offsets[self.group[b] : self.group[b] + 2]):
                 if q != b:
-                    self._forbid(a, q)
+                    self.forbid(a, q)
 
-    def _forbid(self, a: int, b: int) -> None:
+    def forbid(self, a: int, b: int) -> None:
+        """Note that two rows must not meet."""
         self.enemies[a].add(b)
         self.enemies[b].add(a)
 
@@ -229,6 +230,12 @@ class _Checker:
         self.n, self.N = self.arithmetic.n, len(certificate.parent)
         self.exact_nodes = 0
         self._check_shapes()
+        try:
+            order_pairs = pairs_of_orders(problem, self.arithmetic.enemies, certificate.orders)
+        except ValueError as err:
+            raise _Broken(str(err)) from err
+        for a, b in order_pairs:
+            self.arithmetic.forbid(a, b)
         packed = np.ascontiguousarray(certificate.allowed, dtype=np.uint8)
         self.masks = np.unpackbits(packed, axis=1, count=self.n).astype(np.bool_)
         if bool((problem.allowed & ~self.masks[0]).any()):

@@ -154,6 +154,59 @@ class Regions:
         return total <= 0
 
 
+def pairs_of_orders(
+    problem: Problem, enemies: list[set[int]], orders: Ints
+) -> list[tuple[int, int]]:
+    """Return the pairs of rows that the order of interchangeable groups rules out.
+
+    Args:
+        problem: The problem.
+        enemies: For each row, the rows that it must not meet.
+        orders: i64[k, 2], chains of groups (see ``solution.py``).
+
+    Raises:
+        ValueError: Groups that cannot be exchanged, or that form no chains.
+    """
+    pairs: list[tuple[int, int]] = []
+    if orders.ndim != 2 or orders.shape[1] != 2:
+        msg = f"'orders' must have two columns; got shape {orders.shape}"
+        raise ValueError(msg)
+    for column in orders.T.tolist():
+        if len(set(column)) < len(column):
+            msg = "'orders' must name a group once as the first and once as the second"
+            raise ValueError(msg)
+    last = len(problem.offsets) - 2
+    for g, h in orders.tolist():
+        if not 0 <= g < h <= last or not _exchangeable(problem, enemies, g, h):
+            msg = f"'orders' must name groups that can be exchanged; got {g} and {h}"
+            raise ValueError(msg)
+        first, second = problem.offsets[[g, h]].tolist()
+        size = int(problem.offsets[g + 1]) - first
+        pairs += [(first + i, second + j) for i in range(size) for j in range(i)]
+    return pairs
+
+
+def _exchangeable(problem: Problem, enemies: list[set[int]], g: int, h: int) -> bool:
+    """Return whether exchanging two groups' rows leaves the problem exactly as it is."""
+    rows = [np.arange(*problem.offsets[k : k + 2]) for k in (g, h)]
+    if len(rows[0]) != len(rows[1]) or any(enemies[p] for p in np.concatenate(rows).tolist()):
+        return False
+    exchanged = np.arange(problem.offsets[-1])
+    exchanged[rows[0]], exchanged[rows[1]] = rows[1], rows[0]
+    changed = np.concatenate(rows)
+    return (
+        np.array_equal(problem.diagonal[changed], problem.diagonal[exchanged[changed]])
+        and np.array_equal(problem.allowed[changed], problem.allowed[exchanged[changed]])
+        and np.array_equal(problem.costs[:, changed], problem.costs[:, exchanged[changed]])
+        and (
+            problem.cross is None
+            or np.array_equal(
+                problem.cross[changed], problem.cross[exchanged[changed]][:, exchanged]
+            )
+        )
+    )
+
+
 def _kept(masks: Bools, parent: Ints, starts: Ints) -> tuple[Bools, Bools]:
     """Return which rows the children keep, and who has children."""
     kept, parents = np.zeros_like(masks), np.zeros(len(masks), dtype=np.bool_)

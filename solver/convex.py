@@ -53,7 +53,7 @@ def convexify(core: Core, point: DualPoint) -> Convex:
     """
     n = core.n
     if not len(core.C):
-        error = 1e-15 * np.abs(core.d)
+        error = core.e + 1e-15 * np.abs(core.d)
         return Convex(Q=core.C, l=core.d, const=core.constant, error=error, point=point)
     Q = core.C.copy()
     np.subtract.at(Q, (point.cut_rows, point.cut_columns), point.cut_values)
@@ -79,7 +79,7 @@ def convexify(core: Core, point: DualPoint) -> Convex:
     start_of = core.off[:-1][core.grp]
     linear -= 0.5 * shift[np.arange(n), np.arange(n) - start_of]
     magnitude = np.abs(Q).max(axis=1, initial=0.0)
-    error = 2.3e-16 * (core.n_groups + 10.0) * (np.abs(linear) + core.n_groups * magnitude)
+    error = core.e + 2.3e-16 * (core.n_groups + 10.0) * (np.abs(linear) + core.n_groups * magnitude)
     point.shift = shift
     return Convex(
         Q=np.ascontiguousarray(Q), l=linear, const=core.constant, error=error, point=point

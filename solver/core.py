@@ -35,6 +35,7 @@ class Core:
         full: i64[G of the problem], the problem's fixed row per group, -1 where undecided.
         pairs: i64[p, 2] forbidden pairs among the rows.
         feasible: ``False`` when fixing alone breaks a constraint.
+        e: f64[n] what rounding has done to ``d``, and for each choice to the constant.
         halt: u8[1], set when a limit strikes; what works on the core reads it.
     """
 
@@ -48,6 +49,7 @@ class Core:
     rows: Ints
     full: Ints
     pairs: Ints
+    e: Floats
     feasible: bool = True
     halt: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(1, dtype=np.uint8))
 
@@ -79,10 +81,16 @@ class Core:
         return self.constant + float(self.d[cur].sum()) + 0.5 * pair
 
 
-def reduce(problem: Problem, keep: Bools, halt: NDArray[np.uint8] | None = None) -> Core:
+def reduce(
+    problem: Problem,
+    keep: Bools,
+    halt: NDArray[np.uint8] | None = None,
+    rounding: Floats | None = None,
+) -> Core:
     """Return what is left of ``problem`` when only the rows ``keep`` may be chosen.
 
-    Every group must keep a row. ``O(n²)``, ``O(n)`` for a separable problem.
+    ``rounding`` f64[n] is what has been done to the problem's diagonal already. Every group
+    must keep a row. ``O(n²)``, ``O(n)`` for a separable problem.
     """
     # Groups with one row are fixed, the others stay.
     group = problem.group_of_row
@@ -125,6 +133,7 @@ def reduce(problem: Problem, keep: Bools, halt: NDArray[np.uint8] | None = None)
         rows=rows.astype(np.int64),
         full=full,
         pairs=index[pairs[both]],
+        e=np.zeros(len(rows)) if rounding is None else rounding[rows],
         feasible=not clash and bool((b >= 0).all()),
         halt=np.zeros(1, dtype=np.uint8) if halt is None else halt,
     )

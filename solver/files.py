@@ -10,7 +10,7 @@ import numpy as np
 
 from bitquota.candidates.budget import Budget
 from bitquota.canonical import why_unreadable
-from bitquota.errors import InvalidBudget, InvalidMatrix
+from bitquota.errors import InvalidBudget, InvalidInput, InvalidMatrix
 from bitquota.matrix import SensitivityMatrix
 from bitquota.solver.build import build_problem
 from bitquota.solver.problem import Problem
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 def read_problem(
-    path: Path, *, budget_index: int | None = None, budget: str | int | None = None
+    path: Path,
+    *,
+    budget_index: int | None = None,
+    budget: str | int | None = None,
+    robust: float = 0.0,
 ) -> Problem:
     """Return the problem in ``path``.
 
@@ -32,11 +36,13 @@ def read_problem(
     ``G`` f64[n, n] and ``sizes`` [L, B]: minimise ``xᵀGx`` with ``x`` one-hot per row of
     ``sizes`` and ``Σ sizes·x`` at most the budget; ``budget_index`` picks from its ``budgets``,
     or ``budget`` is an average over its ``params`` or an integer in the unit of ``sizes``.
+    ``robust`` standard errors are added to every term (``SensitivityMatrix.robust``).
 
     Raises:
         InvalidMatrix: Neither layout, or an invariant does not hold.
         InvalidBudget: No budget, two budgets, or one that cannot be read.
         BudgetTooSmall: The budget is below the smallest plan.
+        InvalidInput: ``robust`` for numbers without standard errors.
     """
     if (budget_index is None) == (budget is None):
         msg = "a problem needs either a budget or a budget index; got " + (
@@ -45,22 +51,34 @@ def read_problem(
         raise InvalidBudget(msg)
     plain = _plain_arrays(path)
     if plain is not None:
+        refuse_robust(robust)
         return _plain(plain, budget_index, budget)
     if budget is None:
         msg = "a matrix file lists no budgets; give one with --budget, such as '3 bits'"
         raise InvalidBudget(msg, budget_index=budget_index)
-    matrix = SensitivityMatrix.load(path)
+    matrix = SensitivityMatrix.load(path).robust(robust)
     return build_problem(matrix, [_table_budget(matrix, budget)])
 
 
+def refuse_robust(robust: float) -> None:
+    """Raise ``InvalidInput`` where ``robust`` is asked of a file without standard errors."""
+    if robust:
+        msg = (
+            "a robust choice needs standard errors, which only a matrix of 'bitquota measure' "
+            "has; leave --robust out"
+        )
+        raise InvalidInput(msg, robust=robust)
+
+
 def problem_within(
-    path: Path, limits: Mapping[str, int]
+    path: Path, limits: Mapping[str, int], robust: float = 0.0
 ) -> tuple[Problem, SensitivityMatrix | None]:
     """Return the problem in ``path`` within the one limit of a solution, and its matrix if any.
 
     Args:
         path: What ``read_problem`` takes.
         limits: Resource and limit, as in the ``limits`` of ``bitquota solve --json``.
+        robust: Its ``robust``, likewise.
 
     Raises:
         InvalidMatrix: As ``read_problem``.
@@ -73,18 +91,25 @@ def problem_within(
     ((resource, limit),) = limits.items()
     plain = _plain_arrays(path)
     if plain is not None:
+        refuse_robust(robust)
         return _plain(plain, None, int(limit)), None
-    matrix = SensitivityMatrix.load(path)
+    matrix = SensitivityMatrix.load(path).robust(robust)
     return build_problem(matrix, [Budget(resource=resource, limit=int(limit))]), matrix
 
 
-def matrix_digest(path: Path) -> str | None:
+def matrix_digest(path: Path, robust: float = 0.0) -> str | None:
     """Return the digest of the sensitivity matrix in ``path``, or ``None`` for a plain archive.
+
+    With ``robust``, that of the matrix with so many standard errors added.
 
     Raises:
         InvalidMatrix: As ``read_problem``.
     """
-    return None if _plain_arrays(path) is not None else SensitivityMatrix.load(path).digest()
+    return (
+        None
+        if _plain_arrays(path) is not None
+        else SensitivityMatrix.load(path).robust(robust).digest()
+    )
 
 
 def _plain_arrays(path: Path) -> dict[str, Any] | None:

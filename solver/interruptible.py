@@ -24,7 +24,7 @@ PIECE = 1e9
 _PANEL = 128
 
 
-class Interrupted(Exception):  # noqa: N818  # not an error
+class Interrupted(Exception):
     """A limit struck; what was being computed is lost."""
 
 
@@ -61,8 +61,7 @@ def cholesky(A: Floats, halt: Bytes) -> Floats:
     """
     n = len(A)
     if n**3 / 3 <= PIECE:
-        small: Floats = np.linalg.cholesky(A)
-        return small
+        return np.asarray(np.linalg.cholesky(A), dtype=np.float64)
     L = np.zeros_like(A)
     step = max(_PANEL, int(PIECE / (2.0 * _PANEL * n)))
     for start in range(0, n, step):  # strips, so that a copy is in pieces as well

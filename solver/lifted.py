@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 
 @compiled
-def schur(
-    HM: Floats, HW: Floats, u: Ints, v: Ints, less: Floats, halt: Bytes, out: Floats
-) -> None:
+def schur(HM: Floats, HW: Floats, u: Ints, v: Ints, less: Floats, halt: Bytes, out: Floats) -> None:
     """Fill ``out[k, j] = tr(A_k M A_j W)`` for ``j <= k``, unless ``halt`` u8[1] stops it.
 
     ``HM`` and ``HW`` are the Gram matrices of unit, rows and budgets (``Lifted.expand``); atom

@@ -29,7 +29,8 @@ class Problem:
 
     Attributes:
         diagonal: f64[n], loss increase of each row alone.
-        cross: f64[n, n], symmetric, zero inside a group, or ``None`` for a separable problem.
+        cross: f64[n, n], symmetric, zero inside a group, or ``None`` for a separable problem,
+            which one of zeros becomes.
         offsets: i64[G+1], group ``g`` owns the rows ``offsets[g]:offsets[g+1]``.
         costs: i64[m, n], what each row takes of each resource; never negative. "At most k groups
             at 8 bits" is one more row of zeros and ones with limit k.
@@ -121,6 +122,9 @@ class Problem:
 
     def _check_cross(self, n: int) -> None:
         cross = self._floats("cross", (n, n))
+        if not cross.any():
+            object.__setattr__(self, "cross", None)
+            return
         scale = float(np.abs(cross).max(initial=0.0))
         if float(np.abs(cross - cross.T).max(initial=0.0)) > _SYMMETRY_TOLERANCE * scale:
             _fail("'cross' must be symmetric", "an asymmetric matrix")

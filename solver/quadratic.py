@@ -10,19 +10,34 @@ from __future__ import annotations
 
 import heapq
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bitquota.solver.branch import Incumbent, Record, Tree
-from bitquota.solver.convex import Convex, convexify
+from bitquota.solver.convex import convexify
 from bitquota.solver.core import propagate_steps, reduce
-from bitquota.solver.interruptible import Interrupted
+from bitquota.solver.interruptible import Interrupted, go_on
 from bitquota.solver.lifted import Lifted
 from bitquota.solver.linear_relaxation import linear_relaxation
+from bitquota.solver.presolve import (
+    folded,
+    hopeless,
+    interchangeable,
+    largest_term,
+    ordered,
+    undominated,
+)
 from bitquota.solver.search import DENSE_ROWS, Effort, rounded, search
-from bitquota.solver.semidefinite import DualPoint, dual_point, flat_point, interior_point
+from bitquota.solver.semidefinite import (
+    DualPoint,
+    dual_point,
+    flat_point,
+    interior_point,
+    plain_point,
+)
+from bitquota.solver.separable import rounded_down
 from bitquota.solver.solution import Limit, Solution, Stats, Status
 from bitquota.solver.tree_kernels import OPEN, SINGLE
 
@@ -53,7 +68,7 @@ BOUND_TOLERANCE = 1e-2
 """Relative gap of the interior point: any dual iterate is valid, the rest is left to the tree."""
 LARGE_ROWS, LARGE_TOLERANCE = 1500, 4e-2
 """Above so many rows an iteration takes seconds; probing at a looser bound comes first."""
-FIRST_ROWS = 1200
+FIRST_ROWS = 600
 """Above so many rows a simple bound comes first, so that a limit never leaves none."""
 INTERIOR_ROWS = 3500
 """Above so many rows an iteration of the interior point takes a minute, and the simple bound is
@@ -97,12 +112,14 @@ class Quadratic:
 
     def __init__(self, problem: Problem, control: Control) -> None:
         self.problem, self.control = problem, control
-        self.record = Record(problem=problem)
-        scale = float(np.abs(problem.diagonal[problem.allowed]).max(initial=0.0))
-        if problem.cross is not None:
-            scale = max(scale, float(np.abs(problem.cross).max(initial=0.0)))
-        scale = max(scale, abs(problem.constant))
-        self.incumbent = Incumbent(gap=control.options.gap, floor=ROUNDING * scale)
+        # The same problem without constants, and with interchangeable groups in order.
+        self.free, self.rounding = folded(problem)
+        chains = problem.offsets[:0, None].repeat(2, axis=1)
+        if self.free.cross is not None and problem.n_rows <= INTERIOR_ROWS:
+            chains = interchangeable(problem)
+        self.posed = ordered(self.free, chains) if len(chains) else self.free
+        self.record = Record(problem=problem, orders=chains)
+        self.incumbent = Incumbent(gap=control.options.gap, floor=0.0)
         self.queue: list[tuple[float, int, Region]] = []
         self.current = -math.inf
         """Bound of the region that is being worked on; ``+inf`` between regions."""
@@ -121,10 +138,14 @@ class Quadratic:
         root = Region(node=self.record.node(-1, self.problem.allowed), keep=self.problem.allowed)
         if start is not None and self.problem.is_feasible(start):
             self._offer(self.problem.evaluate(start), self.problem.rows(start))
-        if not self._propagate(root):
+        if not self._propagate(root) or not self._undominated(root):
             self.current = math.inf
             return self._solution()
         self._search(root)
+        while self._hopeless(root):
+            if not self._propagate(root):
+                break
+        self.incumbent.floor = ROUNDING * largest_term(self.problem, root.keep)
         return self.run_region(root)
 
     def run_region(self, root: Region) -> Solution:
@@ -136,7 +157,11 @@ class Quadratic:
                 break
             _, _, region = heapq.heappop(self.queue)
             self.current = region.bound
-            for child in self._work(region):
+            try:
+                children = self._work(region)
+            except Interrupted:
+                children = [region]
+            for child in children:
                 heapq.heappush(self.queue, (child.bound, child.node, child))
             self.current = math.inf
         return self._solution()
@@ -156,7 +181,7 @@ class Quadratic:
 
     def _propagate(self, region: Region) -> bool:
         """Drop rows by integer reasoning; returns ``False`` when no choice is left."""
-        for step in propagate_steps(self.problem, region.keep):
+        for step in propagate_steps(self.posed, region.keep):
             if step is None:
                 self.record.entries[region.node].own = math.inf
                 return False
@@ -164,8 +189,38 @@ class Quadratic:
             region.node = self.record.node(region.node, step)
         return True
 
+    def _undominated(self, region: Region) -> bool:
+        """Drop rows that another one replaces; returns ``False`` when no choice is left."""
+        if self.posed.cross is None:  # prices drop these, and more
+            return True
+        # By the given terms, as a checker will see it.
+        given = replace(self.problem, forbidden_pairs=self.posed.forbidden_pairs)
+        while not np.array_equal(left := undominated(given, region.keep), region.keep):
+            region.keep = left
+            region.node = self.record.node(region.node, left)
+            if not self._propagate(region):
+                return False
+        return True
+
+    def _hopeless(self, region: Region) -> bool:
+        """Drop rows that lose more alone than the incumbent does; returns whether any did."""
+        core = self._reduced(region)
+        if not core.n_groups or not len(core.C) or core.n > INTERIOR_ROWS:
+            return False
+        if (found := hopeless(core, self.incumbent)) is None:
+            return False
+        tree, gone = found
+        self.record.formula(region.node, tree, self.record.convexify(core, tree.convex))
+        region.keep = region.keep.copy()
+        region.keep[core.rows[gone]] = False
+        region.node = self.record.node(region.node, region.keep)
+        return True
+
+    def _reduced(self, region: Region) -> Core:
+        return reduce(self.posed, region.keep, self.control.halt, self.rounding)
+
     def _search(self, region: Region) -> None:
-        core = reduce(self.problem, region.keep, self.control.halt)
+        core = reduce(self.free, region.keep, self.control.halt, self.rounding)
         if core.n_groups == 0:
             return
         starts = [] if self.incumbent.rows is None else [core.lower(self.incumbent.rows)]
@@ -183,17 +238,19 @@ class Quadratic:
             self._offer(value, core.lift(cur))
 
     def _work(self, region: Region) -> list[Region]:
-        """Bound and search a region; returns what is left of it, split in two."""
+        """Bound and search a region; returns what is left of it, split in two.
+
+        Raises:
+            Interrupted: A limit struck; the region is as it was, or smaller.
+        """
         strong = region.strong
         plain_gap, last_gap = math.inf, math.inf
         while (core := self._core(region)) is not None:
             # Bound.
             if self._first(core, region):
                 return []
-            convex = self._convex(core, region, strong=strong)
-            if convex is None:
-                return [region]
-            point = convex.point
+            point = self._point(core, region, strong=strong)
+            convex = convexify(core, point)
             index, tree = self.record.convexify(core, convex), Tree(core, convex)
             z = np.clip(point.row_values, 1e-6, None)
             if self._closed(region, tree, index, z, point.multipliers):
@@ -232,10 +289,7 @@ class Quadratic:
         """Give a large region a bound before long work on it; returns whether that closes it."""
         if not FIRST_ROWS < core.n <= INTERIOR_ROWS or not len(core.C) or region.bound > -math.inf:
             return False
-        try:
-            convex = convexify(core, flat_point(core))
-        except Interrupted:
-            return False
+        convex = convexify(core, flat_point(core))
         index, tree = self.record.convexify(core, convex), Tree(core, convex)
         point = convex.point
         return self._closed(region, tree, index, point.row_values, point.multipliers)
@@ -244,7 +298,7 @@ class Quadratic:
         """Return what is to be decided; ``None`` when that is nothing, which is recorded."""
         if not self._propagate(region):
             return None
-        core = reduce(self.problem, region.keep, self.control.halt)
+        core = self._reduced(region)
         if core.n_groups == 0:
             self._single(region, core)
             return None
@@ -327,24 +381,19 @@ class Quadratic:
             self.relaxed = core.rows, prices, x
         return prices, x
 
-    def _convex(self, core: Core, region: Region, *, strong: bool) -> Convex | None:
-        """Return a convex function below the objective, or ``None`` when a limit struck."""
-        try:
-            point = self._point(core, region, strong=strong)
-            return None if point is None else convexify(core, point)
-        except Interrupted:
-            return None
-
-    def _point(self, core: Core, region: Region, *, strong: bool) -> DualPoint | None:
-        """Return a dual point of the semidefinite bound, or ``None`` when a limit struck.
+    def _point(self, core: Core, region: Region, *, strong: bool) -> DualPoint:
+        """Return a dual point of the semidefinite bound.
 
         Raises:
-            Interrupted: Likewise, in the midst of it.
+            Interrupted: A limit struck, and a bound is known or too far away.
         """
         if not len(core.C):
-            return _flat(core, *self._linear(core))
+            prices, x = self._linear(core)
+            return plain_point(core, x, prices)
         if core.n > INTERIOR_ROWS:
             return flat_point(core)
+        if core.n > FIRST_ROWS:
+            go_on(core.halt)
         lifted = Lifted(core, products=strong)
         if strong and len(region.cuts):
             at = np.full(self.problem.n_rows, -1, dtype=np.int64)
@@ -360,7 +409,7 @@ class Quadratic:
         state, iterations = interior_point(lifted, tolerance=tolerance, stop=enough)
         self.iterations += iterations
         if self.control.limit is not None and self.record.entries[region.node].own > -math.inf:
-            return None
+            raise Interrupted
         return dual_point(lifted, state)
 
     def _cuts(self, core: Core, point: DualPoint) -> Ints:
@@ -393,7 +442,9 @@ class Quadratic:
                 break
             if most_nodes is not None and tree.n_nodes >= most_nodes:
                 break
-            better = tree.grow(incumbent, _BATCH)
+            # A branching makes two nodes.
+            left = _BATCH if most is None else max(1, (most - self.nodes) // 2)
+            better = tree.grow(incumbent, min(_BATCH, left))
             self.nodes = before + tree.n_nodes
             if better or control.cpu_seconds() - told > 0.2:
                 told = control.cpu_seconds()
@@ -450,20 +501,4 @@ def _rounded_down(problem: Problem, rows: Ints) -> float:
     if problem.cross is not None:
         chosen = problem.cross[np.ix_(rows, rows)]
         terms += chosen[np.triu_indices(len(rows), 1)].tolist()
-    return math.nextafter(math.fsum(terms), -math.inf)
-
-
-def _flat(core: Core, prices: Floats, x: Floats) -> DualPoint:
-    """Return the dual point of a problem without cross terms: no shift is needed."""
-    empty = np.zeros(0, dtype=np.int64)
-    m = len(core.b)
-    return DualPoint(
-        shift=np.zeros((core.n, int(np.diff(core.off).max()))),
-        cut_rows=empty,
-        cut_columns=empty,
-        cut_values=np.zeros(0),
-        products=np.zeros((m, core.n)),
-        multipliers=prices,
-        row_values=x,
-        pair_values=np.zeros((0, 0)),
-    )
+    return rounded_down(terms)

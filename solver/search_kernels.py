@@ -264,8 +264,8 @@ def tabu_search(space: Space, cur: Ints, patience: int, most: int, pairs: int, s
     """Improve the feasible ``cur`` in place; returns the objective without the constant.
 
     Steepest descent over moves of one and (with ``pairs``) two groups, then tabu moves until
-    ``patience`` of them in a row bring nothing, ``most`` are done or a limit strikes. ``O(n²)`` per move with
-    pairs, ``O(n)`` without. Deterministic for a seed.
+    ``patience`` of them in a row bring nothing, ``most`` are done or a limit strikes. ``O(n²)``
+    per move with pairs, ``O(n)`` without. Deterministic for a seed.
     """
     n, m, G = len(space.d), len(space.b), len(cur)
     at = place(space, cur)

@@ -91,23 +91,27 @@ def center(core: Core) -> tuple[Floats, Floats]:
     return p, 1.0 / p
 
 
-def _most_negative(core: Core, p: Floats) -> float:
-    """Return (about) the least eigenvalue of ``sqrt(p) C sqrt(p)``."""
+def _least_eigenvalue(C: Floats, p: Floats, halt: Bytes) -> float:
+    """Return (about) the least eigenvalue of ``sqrt(p) C sqrt(p)``, rather too low.
+
+    Raises:
+        Interrupted: ``halt`` u8[1] was set meanwhile.
+    """
     root = np.sqrt(p)
-    scaled = core.C * root[:, None] * root[None, :]
-    if core.n <= 300:
+    scaled = C * root[:, None] * root[None, :]
+    if len(C) <= 300:
         return float(np.linalg.eigvalsh(scaled)[0])
     bound = float(np.abs(scaled).sum(axis=1).max())
     if bound == 0.0:
         return 0.0
 
     def times(v: Floats) -> Floats:
-        go_on(core.halt)
+        go_on(halt)
         image: Floats = scaled @ v
         return image
 
     operator = sla_sparse.LinearOperator(scaled.shape, matvec=times, dtype=np.float64)
-    first = np.cos(1.0 + np.arange(core.n))
+    first = np.cos(1.0 + np.arange(len(C)))
     try:
         found = sla_sparse.eigsh(
             operator, k=1, which="SA", v0=first, tol=0.02, maxiter=300, return_eigenvectors=False
@@ -117,26 +121,49 @@ def _most_negative(core: Core, p: Floats) -> float:
     return float(found[0]) - 0.02 * abs(float(found[0]))
 
 
-def flat_point(core: Core) -> DualPoint:
-    """Return a point without cuts and products whose shift is even over the rows' weights.
+def dominant_point(core: Core, z: Floats) -> DualPoint:
+    """Return a point at ``z`` without cuts and products whose shift alone outweighs ``C``."""
+    point = plain_point(core, z)
+    start = core.off[:-1][core.grp]
+    point.shift[np.arange(core.n), np.arange(core.n) - start] = np.abs(core.C).sum(axis=1)
+    return point
 
-    A bound for the price of one eigenvalue, for cores where an interior point takes long.
+
+def plain_point(core: Core, z: Floats, multipliers: Floats | None = None) -> DualPoint:
+    """Return a point at ``z`` without shift, cuts and products."""
+    n, m = core.n, len(core.b)
+    none = np.zeros(0, dtype=np.int64)
+    return DualPoint(
+        shift=np.zeros((n, int(np.diff(core.off).max()))), cut_rows=none, cut_columns=none,
+        cut_values=np.zeros(0), products=np.zeros((m, n)),
+        multipliers=np.zeros(m) if multipliers is None else multipliers, row_values=z,
+        pair_values=np.zeros((0, 0)),
+    )  # fmt: skip
+
+
+def flat_point(core: Core) -> DualPoint:
+    """Return a point without cuts and products, for the price of one eigenvalue.
+
+    In a Gram matrix the errors of one group's rows are nearly parallel, so that the block
+    ``2 sqrt(d_p d_q)`` which it would have inside a group makes ``C`` almost semidefinite; a
+    multiple of its diagonal does the rest. For cores where an interior point takes long.
 
     Raises:
         Interrupted: A limit of the core struck meanwhile.
     """
-    n, m = core.n, len(core.b)
-    p, weight = center(core)
-    shift = np.zeros((n, int(np.diff(core.off).max())))
-    shift[np.arange(n), np.arange(n) - core.off[:-1][core.grp]] = (
-        max(0.0, -_most_negative(core, p)) * weight
-    )
-    none = np.zeros(0, dtype=np.int64)
-    return DualPoint(
-        shift=shift, cut_rows=none, cut_columns=none, cut_values=np.zeros(0),
-        products=np.zeros((m, n)), multipliers=np.zeros(m), row_values=p,
-        pair_values=np.zeros((0, 0)),
-    )  # fmt: skip
+    n = core.n
+    point = plain_point(core, center(core)[0])
+    shift = point.shift
+    size = np.abs(core.C).max(axis=1, initial=0.0)
+    weight = 2.0 * np.abs(core.d) + 1e-6 * size + 1e-12 * float(size.max(initial=0.0)) + 1e-290
+    root = np.sqrt(weight)
+    Q = core.C.copy()
+    for a, b in zip(core.off[:-1], core.off[1:], strict=True):
+        shift[a:b, : b - a] = root[a:b, None] * root[None, a:b]
+        Q[a:b, a:b] = shift[a:b, : b - a]
+    lacking = max(0.0, -_least_eigenvalue(Q, 1.0 / weight, core.halt))
+    shift[np.arange(n), np.arange(n) - core.off[:-1][core.grp]] += lacking * weight
+    return point
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -160,7 +187,7 @@ def start(lifted: Lifted) -> State:
     M[0, 0] = 1.0
     M[0, 1:] = M[1:, 0] = p[free]
     M[1:, 1:] = X[np.ix_(free, free)]
-    least = _most_negative(core, p)
+    least = _least_eigenvalue(core.C, p, core.halt)
     kappa = 1.3 * max(-least, 0.05 * float(np.abs(core.d * p).mean()), 1e-12)
     last = (core.off[1:] - 1)[core.grp]
     y = np.zeros(len(lifted.u))

@@ -172,7 +172,10 @@ def solve_knapsack(
     # A choice nearby, and whether it is good enough.
     choice = _fill(problem, frontier, taken, choice, budget)
     objective = problem.evaluate(choice)
-    tolerance = max(gap * abs(objective), ROUNDING * float(np.abs(d[problem.allowed]).max()))
+    # Rows that lose more than the choice is off, a diverged one say, set no scale.
+    reduced = priced - least[problem.group_of_row]
+    scale = float(np.abs(d[reduced <= objective - relaxed]).max(initial=0.0))
+    tolerance = max(gap * abs(objective), ROUNDING * scale)
     answer = Knapsack(
         choice=choice, objective=objective, bound=min(relaxed, objective), relaxed_bound=relaxed,
         price=lam, exact=False, states=MOST_STATES,
@@ -180,7 +183,6 @@ def solve_knapsack(
     if objective - relaxed <= tolerance:
         return replace(answer, exact=True, states=0)
     # The best choice.
-    reduced = priced - least[problem.group_of_row]
     result = _core(problem, reduced, lam, choice, objective - relaxed, tolerance, stop, halt)
     if result is None:
         return answer
@@ -197,11 +199,17 @@ def _exact(problem: Problem, choice: Ints) -> Knapsack:
     """Every group takes its best row: the sum, rounded down, is a bound."""
     value = problem.evaluate(choice)
     terms = [problem.constant, *problem.diagonal[problem.rows(choice)].tolist()]
-    bound = min(math.nextafter(math.fsum(terms), -math.inf), value)
+    bound = min(rounded_down(terms), value)
     return Knapsack(
         choice=choice, objective=value, bound=bound, relaxed_bound=bound, price=0.0, exact=True,
         states=0,
     )  # fmt: skip
+
+
+def rounded_down(terms: list[float]) -> float:
+    """Return a number not above the exact sum of ``terms``, and the sum itself where it is 0."""
+    total = math.fsum(terms)  # rounded once; 0 for a sum of 0 alone
+    return math.nextafter(total, -math.inf) if total else total
 
 
 def _first_least(values: Floats, offsets: Ints) -> Ints:

@@ -40,6 +40,13 @@ resource, ``q`` in no forbidden pair that ``p`` is not in, and
 groups). A node with children proves the larger of its own bound and the least of what its
 children and its removed rows prove.
 
+Symmetry: two groups in no pair can be exchanged when their rows have the same diagonal, costs and
+permission, one by one, and the same terms with all other rows, and when ``cross`` between the two
+is symmetric. A certificate names such groups as chains ``(g, h), (h, k), …`` in which a group
+stands at most once as the first and once as the second, ``g < h``. The best choice can then be
+taken to have rows that never fall along a chain, so row ``i`` of ``g`` and row ``j < i`` of ``h``
+count as a forbidden pair.
+
 ``Certificate.bound`` is never above what node 0 proves.
 
 A separable problem with one budget and no pairs is solved by a recursion over thousands of states
@@ -142,6 +149,7 @@ class Certificate:
         point: f32[N, n], ``z``.
         multipliers: f64[N, m], ``λ >= 0``.
         recursion: Whether the bound needs a recursion over states (see the module).
+        orders: i64[k, 2], groups that can be exchanged (see the module).
     """
 
     bound: float
@@ -152,6 +160,7 @@ class Certificate:
     point: NDArray[np.float32]
     multipliers: NDArray[np.float64]
     recursion: bool = False
+    orders: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
 
     @property
     def n_nodes(self) -> int:

@@ -97,6 +97,7 @@ def collapsed(core: Core, table: Ints) -> Core:
         C=np.ascontiguousarray(C),
         off=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
         grp=grp,
+        e=member @ core.e,
         A=np.ascontiguousarray(whole),
         pairs=pairs,
     )

@@ -260,8 +260,9 @@ def pop(keys: Floats, ids: Ints, size: int) -> int:
 def value_of(core: Relaxed, cur: Ints) -> tuple[float, float]:
     """Return the objective of the choice ``cur``, and the same rounded down."""
     C, d = core.C, core.d
-    value, size = core.constant, abs(core.constant)
+    value, size, error = core.constant, abs(core.constant), 0.0
     for g in range(len(cur)):
+        error += core.e[cur[g]]
         value += d[cur[g]]
         size += abs(d[cur[g]])
         for i in range(g if len(C) else 0):
@@ -269,7 +270,7 @@ def value_of(core: Relaxed, cur: Ints) -> tuple[float, float]:
             size += abs(C[cur[g], cur[i]])
     # A sum of k terms is off by at most about k roundings of the sum of their sizes; the
     # terms of fixed groups have been summed into d and constant before.
-    return value, value - EPS * (len(d) + 0.5 * len(cur) * len(cur) + 10.0) * size
+    return value, value - error - EPS * (len(d) + 0.5 * len(cur) * len(cur) + 10.0) * size
 
 
 @compiled

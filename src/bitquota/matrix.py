@@ -11,14 +11,14 @@ import io
 import json
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from bitquota.candidates.table import CandidateTable
 from bitquota.canonical import canonical_json, digest_bytes, write_whole
-from bitquota.errors import BitquotaError, InvalidMatrix
+from bitquota.errors import BitquotaError, InvalidInput, InvalidMatrix
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -109,6 +109,41 @@ class SensitivityMatrix:
         if self.cross is not None:
             value += 0.5 * float(self.cross[np.ix_(chosen, chosen)].sum())
         return value
+
+    def robust(self, kappa: float) -> Self:
+        """Return the matrix of mean + ``kappa`` standard errors, term by term.
+
+        A sum of terms is off by at most as many standard errors as its terms together, whatever
+        their correlation, so the best choice of this matrix is the one whose loss is least at the
+        pessimistic end. An exact optimum of the means alone stacks the terms that noise made small.
+
+        Args:
+            kappa: 0 changes nothing.
+
+        Raises:
+            InvalidInput: ``kappa`` is negative or not finite, or there are no standard errors.
+        """
+        if not 0.0 <= kappa < float("inf"):
+            msg = f"the standard errors to add must be a number from 0 on; got {kappa}"
+            raise InvalidInput(msg, robust=kappa)
+        if not kappa:
+            return self
+        if self.diagonal_error is None or (self.cross is not None and self.cross_error is None):
+            msg = (
+                "a robust choice needs the standard errors of the matrix; this one has none: "
+                "measure with --measure gram or pairs, which estimate them, or leave --robust out"
+            )
+            raise InvalidInput(msg, robust=kappa)
+        cross = self.cross
+        if cross is not None and self.cross_error is not None:
+            cross = cross + kappa * self.cross_error
+        done = [*self.provenance.get("transformed", []), f"robust {kappa:g}"]
+        return replace(
+            self,
+            diagonal=self.diagonal + kappa * self.diagonal_error,
+            cross=cross,
+            provenance={**self.provenance, "transformed": done},
+        )
 
     def digest(self) -> str:
         """Return a digest of the numbers and of what they stand for (not of provenance)."""

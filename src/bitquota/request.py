@@ -109,6 +109,8 @@ class PlanRequest(Document):
             brings its own.
         context: Tokens of a sequence that the KV cache is counted for.
         sequences: Sequences at the same time, likewise.
+        robust: Standard errors that are added to every term of the leading matrix before it is
+            solved (``SensitivityMatrix.robust``).
     """
 
     # Requests without these keep the bytes that they always had.
@@ -116,7 +118,7 @@ class PlanRequest(Document):
         what="a request",
         left_out=(
             "outputs", "effort", "rounding", "iterations",
-            "kv_bits", "kv_scales", "context", "sequences",
+            "kv_bits", "kv_scales", "context", "sequences", "robust",
         ),
     )  # fmt: skip
 
@@ -149,6 +151,7 @@ class PlanRequest(Document):
     kv_scales: str = "head"
     context: int = 0
     sequences: int = 1
+    robust: float = 0.0
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without the model."""
@@ -192,6 +195,9 @@ class PlanRequest(Document):
                 msg = f"{name} must be at least 1; got {getattr(self, name)}"
                 raise InvalidInput(msg)
         self._check_cache()
+        if not 0 <= self.robust < float("inf"):
+            msg = f"robust must be a number of standard errors from 0 on; got {self.robust}"
+            raise InvalidInput(msg, robust=self.robust)
         if not 0 <= self.gap < 1:
             msg = f"gap must be at least 0 and below 1; got {self.gap}"
             raise InvalidInput(msg)

@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from seeded_jobs import inventory_of, matrix_of
+
 
 @pytest.fixture
 def file(tmp_path):
@@ -130,6 +132,21 @@ class TestSolve:
             assert err.count("\n") == 1
         assert bitquota("verify", "s.json", file, "none.npz")[0] == 2
         assert bitquota("verify", file, file, "c.npz")[0] == 2
+
+    def test_robust_is_verified_as_such(self, bitquota, file, tmp_path):
+        """The answer names the standard errors that were added, and its proof is about them."""
+        matrix_of(inventory_of(4)).save(tmp_path / "m.npz")
+        solved = ("solve", "m.npz", "--budget", "3 bits", "--robust", 1.5, "--json")
+        code, out, _ = bitquota(*solved, "--certificate", "c.npz")
+        assert (0, 1.5) == (code, json.loads(out)["robust"])
+        (tmp_path / "s.json").write_text(out)
+        assert 0 == bitquota("verify", "s.json", "m.npz", "c.npz")[0]
+        means = json.loads(out) | {"robust": 0.0}
+        (tmp_path / "means.json").write_text(json.dumps(means))
+        assert 1 == bitquota("verify", "means.json", "m.npz", "c.npz")[0]
+        code, _, err = bitquota("solve", file, "--budget-index", 1, "--robust", 1)
+        assert code == 2
+        assert "standard errors" in err
 
     def test_other_solvers_give_no_certificate(self, bitquota, file):
         code, _, err = bitquota(

@@ -35,6 +35,12 @@ class SolveRequest(SolvingRequest):
     top: int = Field(default=1, ge=1, le=100, description="Also this many different choices.")
     explain: bool = Field(default=False, description="Price of each budget and of each group.")
     cross_check: bool = Field(default=False, description="Ask every other solver too.")
+    robust: float = Field(
+        default=0.0,
+        ge=0,
+        le=100,
+        description="Standard errors that are added to every term of the matrix.",
+    )
 
 
 def run(work: Work) -> None:
@@ -42,13 +48,15 @@ def run(work: Work) -> None:
     from bitquota.solver.document import smallest_document, solve_document
 
     problem = problem_of(work)
-    options = {k: v for k, v in work.request.items() if k not in {"budget", "budget_index"}}
-    tolerance = options.pop("tolerance")
+    options = {
+        k: v for k, v in work.request.items() if k not in {"budget", "budget_index", "robust"}
+    }
+    tolerance, robust = options.pop("tolerance"), work.request.get("robust", 0.0)
     work.say("solve")
     if tolerance is None:
 
         def give(certificate: Certificate) -> None:
-            digest = matrix_digest(work.paths("matrix")[0])
+            digest = matrix_digest(work.paths("matrix")[0], robust)
             work.give("certificate", certificate_file(certificate, problem, digest))
 
         document = solve_document(problem, **options, cancelled=work.cancelled, on_certificate=give)
@@ -56,6 +64,8 @@ def run(work: Work) -> None:
         for name in _OF_A_SOLVE:
             del options[name]
         document = smallest_document(problem, tolerance, **options)
+    if robust:
+        document["robust"] = robust
     work.give("solution", canonical_json(document).encode())
 
 
@@ -70,7 +80,8 @@ def accept(request: JsonObject) -> JsonObject:
         msg = "a solve job needs either a budget or a budget index, and not both"
         raise InvalidBudget(msg)
     check_solver(request["solver"])
-    return request
+    # Requests without it keep the bytes that they always had.
+    return request if request["robust"] else {k: v for k, v in request.items() if k != "robust"}
 
 
 KIND = JobKind(

@@ -36,4 +36,9 @@ def problem_of(work: Work) -> Problem:
 
     (path,) = work.paths("matrix")
     request = work.request
-    return read_problem(path, budget_index=request["budget_index"], budget=request["budget"])
+    return read_problem(
+        path,
+        budget_index=request["budget_index"],
+        budget=request["budget"],
+        robust=request.get("robust", 0.0),
+    )

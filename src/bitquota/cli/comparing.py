@@ -30,6 +30,7 @@ _WIDE = 140
     kv_scales=CACHE_SCALES[0],
     context=0,
     sequences=1,
+    robust=0.0,
 )
 def compare(
     model: opt.Model,

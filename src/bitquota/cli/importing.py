@@ -24,7 +24,9 @@ _UNITS = {"B": 8, "KiB": 8 * 2**10, "MiB": 8 * 2**20, "GiB": 8 * 2**30}
 _BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(x|B|KiB|MiB|GiB)?\s*")
 
 
-def read_any_problem(path: Path, *, budget_index: int | None, budget: str | None) -> Problem:
+def read_any_problem(
+    path: Path, *, budget_index: int | None, budget: str | None, robust: float = 0.0
+) -> Problem:
     """Return the problem of a matrix, a plain ``.npz``, or another tool's measurement.
 
     Args:
@@ -32,16 +34,18 @@ def read_any_problem(path: Path, *, budget_index: int | None, budget: str | None
         budget_index: Which of the file's own budgets.
         budget: Text; of another tool's measurement a number in the tool's own cost, bytes such as
             ``12 MiB`` where that cost is in bits, or ``0.6x`` of the dearest choice.
+        robust: Standard errors that are added to every term.
 
     Raises:
         InvalidInput: Unreadable, or a budget index for a file that has no budgets.
         InvalidBudget: No budget, or one that cannot be read.
         BudgetTooSmall: Below the cheapest choice.
     """
-    from bitquota.solver import read_problem
+    from bitquota.solver.files import read_problem, refuse_robust
 
     if path.suffix != ".json":
-        return read_problem(path, budget_index=budget_index, budget=budget)
+        return read_problem(path, budget_index=budget_index, budget=budget, robust=robust)
+    refuse_robust(robust)
     if budget_index is not None:
         msg = (
             f"another tool's measurement has no budgets of its own; got --budget-index with "
@@ -52,17 +56,21 @@ def read_any_problem(path: Path, *, budget_index: int | None, budget: str | None
 
 
 def problem_within(
-    path: Path, limits: Mapping[str, int]
+    path: Path, limits: Mapping[str, int], robust: float = 0.0
 ) -> tuple[Problem, SensitivityMatrix | None]:
     """Return the problem of a file within the one limit that an answer names, and its matrix.
+
+    ``robust`` is the answer's, 0 where it names none.
 
     Raises:
         InvalidInput: As ``read_any_problem``, or not exactly one limit.
     """
     from bitquota.solver.files import problem_within as of_ours
+    from bitquota.solver.files import refuse_robust
 
     if path.suffix != ".json":
-        return of_ours(path, limits)
+        return of_ours(path, limits, robust)
+    refuse_robust(robust)
     values = np.array(list(limits.values()), dtype=np.int64)
     return replace(problem_of(read_measurement(path), "1x"), limits=values), None
 

@@ -225,6 +225,14 @@ Iterations = Annotated[
 ]
 SolverName = Annotated[str, typer.Option("--solver", help="Solver backend.")]
 Gap = Annotated[float, typer.Option("--gap", help="Stop at this relative optimality gap.")]
+Robust = Annotated[
+    float,
+    typer.Option(
+        "--robust",
+        help="Add this many standard errors to every term of the matrix, so that noise is not "
+        "taken for gain; 0 solves the means.",
+    ),
+]
 TimeLimit = Annotated[
     float | None,
     typer.Option("--time-limit", help="Time limit of one solve in seconds; none by default."),
@@ -472,6 +480,7 @@ _REQUEST: dict[str, tuple[Any, Any]] = {
     "solver": (SolverName, "auto"),
     "gap": (Gap, 1e-4),
     "time_limit": (TimeLimit, None),
+    "robust": (Robust, 0.0),
 }
 _HERE: dict[str, tuple[Any, Any]] = {
     "tokenizer": (Tokenizer, None),
@@ -570,5 +579,6 @@ def plan_request(options: Mapping[str, Any]) -> PlanRequest:
         solver=options["solver"],
         gap=options["gap"],
         time_limit_s=options["time_limit"],
+        robust=options["robust"],
         target=options["target"],
     )

@@ -79,6 +79,7 @@ def solve_file(
     ] = False,
     server: opt.Server = None,
     api_key: opt.ApiKey = None,
+    robust: opt.Robust = 0.0,
     certificate: Annotated[
         Path | None,
         typer.Option("--certificate", help="Also write the proof of the bound, for 'verify'."),
@@ -91,6 +92,8 @@ def solve_file(
         "budget": budget, "budget_index": budget_index, "gap": gap, "time_limit_s": time_limit,
         "seed": seed,
     }  # fmt: skip
+    if robust:
+        request["robust"] = robust
     if tolerance is not None:
         ignored = {
             "--solver": solver not in {"auto", "bitquota"}, "--node-limit": node_limit is not None,
@@ -159,19 +162,22 @@ def _solve_here(
     from bitquota.solver.files import matrix_digest
 
     options = dict(request)
+    robust = options.pop("robust", 0.0)
     problem = importing.read_any_problem(
-        file, budget_index=options.pop("budget_index"), budget=options.pop("budget")
+        file, budget_index=options.pop("budget_index"), budget=options.pop("budget"), robust=robust
     )
     proofs: list[Certificate] = []
     if "tolerance" in options:
         document = smallest_document(problem, **options)
     else:
         document = solve_document(problem, **options, on_certificate=proofs.append)
+    if robust:
+        document["robust"] = robust
     if (imported := importing.chosen_options(file, document)) is not None:
         document |= {"imported": imported}
     if not certified or not proofs:
         return document, None
-    matrix = None if file.suffix == ".json" else matrix_digest(file)
+    matrix = None if file.suffix == ".json" else matrix_digest(file, robust)
     return document, certificate_file(proofs[0], problem, matrix)
 
 
@@ -209,7 +215,11 @@ def verify(
         if not isinstance(document, dict) or not isinstance(document.get("limits"), dict):
             msg = f"only a plan or a solution is verified; '{made}' is neither: {advice}"
             raise InvalidInput(msg, path=str(made))
-        problem, source = importing.problem_within(matrix, document["limits"])
+        robust = document.get("robust", 0.0)
+        if not isinstance(robust, int | float):
+            msg = f"'robust' of a solution must be a number; got {robust!r}"
+            raise InvalidInput(msg, path=str(made))
+        problem, source = importing.problem_within(matrix, document["limits"], robust)
         found = verify_solution(document, problem, source, data)
     if as_json:
         output.print_json(found.to_json())

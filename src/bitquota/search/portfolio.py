@@ -161,7 +161,8 @@ def gather_portfolio(setup: Setup, runner: Runner) -> Portfolio:
     Cost: that of the leading measure, and a few passes and one run of its own layer per candidate
     for each further metric.
     """
-    matrix, differences = measure_leading(setup, runner)
+    measured, differences = measure_leading(setup, runner)
+    matrix = measured.robust(setup.request.robust)
     metrics, skipped = proposing_metrics(setup, runner)
     proposals: dict[str, SensitivityMatrix] = {}
     for name, metric in metrics.items():
@@ -173,11 +174,11 @@ def gather_portfolio(setup: Setup, runner: Runner) -> Portfolio:
     if matrix.cross is not None:
         # The exact optimum of a noisy matrix stacks its errors; that of the tamer projection is
         # often better in truth.
-        proposals["projected"] = project(matrix)
+        proposals["projected"] = project(measured)
     scores = {"size only": size_only(setup.table)}
     if not setup.inventory.caches:
         scores["weight MSE"] = _weight_mse(setup)
-    alone = replace(matrix, cross=None, cross_error=None)
+    alone = replace(measured, cross=None, cross_error=None)
     named = matrix.provenance["measure"]
     if named in MEASURES_OF_THE_LOSS:
         scores[f"one-layer {setup.loss.name}"] = alone

@@ -1,0 +1,204 @@
+"""What can be seen before anything is bounded: constants, symmetry, rows that are never better.
+
+All of it leaves the problem's best choices alone, and a certificate says enough for the checker to
+see the same.
+
+Design: docs/design/solver.md
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitquota.solver.branch import Tree
+from bitquota.solver.convex import convexify
+from bitquota.solver.semidefinite import dominant_point
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from bitquota.solver.branch import Incumbent
+    from bitquota.solver.core import Core
+    from bitquota.solver.problem import Problem
+
+    Floats = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+    Bools = NDArray[np.bool_]
+
+_EPS = 2.3e-16
+
+
+def folded(problem: Problem) -> tuple[Problem, Floats]:
+    """Return ``problem`` with blocks of ``cross`` that are sums ``a_p + b_q`` moved to the rest.
+
+    Over one-hot vectors such a block of two groups is linear. Only blocks that are sums to the
+    last bit are moved, constants among them. ``O(n²)``.
+
+    Returns:
+        The problem, and f64[n] what the rounding of the move may have done to one entry of
+        ``diagonal`` (that of the constant is spread over the groups).
+    """
+    none = np.zeros(problem.n_rows)
+    if problem.cross is None:
+        return problem, none
+    starts, group, G = problem.offsets[:-1], problem.group_of_row, problem.n_groups
+    C, by_row = problem.cross, problem.cross[:, starts]
+    linear = np.zeros((G, G), dtype=np.bool_)
+    for g in range(G):
+        mine = slice(problem.offsets[g], problem.offsets[g + 1])
+        rest = C[mine] - by_row[mine][:, group]
+        curved = (rest != rest[0]).any(axis=0)
+        filled = (C[mine] != 0.0).any(axis=0)
+        linear[g] = np.logical_or.reduceat(filled, starts)
+        linear[g] &= ~np.logical_or.reduceat(curved, starts)
+    linear &= linear.T
+    if not linear.any():
+        return problem, none
+    moved = np.where(linear[group], by_row, 0.0)  # [n, G]
+    corner = np.where(linear, by_row[starts], 0.0)
+    size = np.abs(moved).sum(axis=1) + np.abs(problem.diagonal)
+    constant = np.abs(corner).sum() + abs(problem.constant)
+    rounding = _EPS * (G + 4.0) * (size + (G + 4.0) * constant / G)
+    return (
+        replace(
+            problem,
+            diagonal=problem.diagonal + moved.sum(axis=1),
+            cross=np.where(linear[group][:, group], 0.0, C),
+            constant=problem.constant - 0.5 * float(corner.sum()),
+        ),
+        rounding,
+    )
+
+
+def undominated(problem: Problem, keep: Bools) -> Bools:
+    """Return ``keep`` without rows that another kept row of their group replaces at no loss.
+
+    A row goes when another costs no more of any resource, is in no pair that it is not in, and
+    lowers the objective (or leaves it as it is) beside any rows of ``keep`` elsewhere. What is left
+    may leave more out when asked again. ``O(B n²)``.
+    """
+    left, n, starts = keep.copy(), problem.n_rows, problem.offsets[:-1]
+    enemies: dict[int, set[int]] = {}
+    for a, b in problem.all_forbidden_pairs().tolist():
+        enemies.setdefault(a, set()).add(b)
+        enemies.setdefault(b, set()).add(a)
+    d, A, C = problem.diagonal, problem.costs, problem.cross
+    # What a row costs beside the first kept rows of the other groups, to leave most pairs out.
+    first = np.maximum.reduceat(np.where(keep, -np.arange(n), -n), starts) * -1
+    beside = d if C is None else d + C[:, first].sum(axis=1)
+    rounding = 1e-9 * (np.abs(d) + (0.0 if C is None else np.abs(C[:, first]).sum(axis=1)))
+    for g in range(problem.n_groups):
+        start, stop = problem.offsets[g : g + 2].tolist()
+        rows = start + np.flatnonzero(keep[start:stop])
+        for p in rows[::-1].tolist():  # of equal rows the first stays
+            for q in rows.tolist():
+                if p == q or not left[q] or beside[q] - rounding[q] > beside[p] + rounding[p]:
+                    continue
+                if bool((A[:, q] > A[:, p]).any()):
+                    continue
+                if not enemies.get(q, set()) <= enemies.get(p, set()):
+                    continue
+                worst, size = d[q] - d[p], abs(d[q]) + abs(d[p])
+                never = worst <= 0.0
+                if C is not None:
+                    change = np.where(keep, C[q] - C[p], -np.inf)
+                    change[start:stop] = 0.0
+                    most = np.maximum.reduceat(change, starts)
+                    never = bool(never and (most <= 0.0).all())
+                    worst += most.sum()
+                    size += np.abs(C[q]).sum() + np.abs(C[p]).sum()
+                # Either no term rises, or the sum falls by more than its rounding.
+                if never or worst < -1e-13 * n * size:
+                    left[p] = False
+                    break
+    return left
+
+
+def interchangeable(problem: Problem) -> Ints:
+    """Return i64[k, 2]: pairs of groups that can be exchanged, as chains, first before second.
+
+    Two groups are, when exchanging what is chosen in them changes neither the objective nor what
+    is used: then those choices suffice in which rows along a chain never fall. Groups in pairs are
+    left out. ``O(G n)`` per kind of group.
+    """
+    C, off = problem.cross, problem.offsets
+    if C is None:
+        return np.zeros((0, 2), dtype=np.int64)
+    paired = set(problem.group_of_row[problem.all_forbidden_pairs()].ravel().tolist())
+    chains: dict[bytes, list[int]] = {}
+    found: list[tuple[int, int]] = []
+    for g in range(problem.n_groups):
+        mine = slice(off[g], off[g + 1])
+        parts = (problem.diagonal[mine], problem.costs[:, mine], problem.allowed[mine])
+        ends = chains.setdefault(b"".join(part.tobytes() for part in parts), [])
+        for k, h in enumerate(ends if g not in paired else ()):
+            if _exchange(C, slice(off[h], off[h + 1]), mine):
+                found.append((h, g))
+                ends[k] = g
+                break
+        else:
+            if g not in paired:
+                ends.append(g)
+    return np.array(found, dtype=np.int64).reshape(-1, 2)
+
+
+def _exchange(C: Floats, a: slice, b: slice) -> bool:
+    """Return whether exchanging the rows ``a`` and ``b`` leaves ``C`` as it is."""
+    between = C[a, b]
+    if not np.array_equal(between, between.T):
+        return False
+    changed = C[a] != C[b]
+    changed[:, a] = changed[:, b] = False
+    return not changed.any()
+
+
+def ordered(problem: Problem, chains: Ints) -> Problem:
+    """Return ``problem`` with the pairs that ``interchangeable`` groups need not meet."""
+    pairs = [
+        (int(problem.offsets[g]) + i, int(problem.offsets[h]) + j)
+        for g, h in chains.tolist()
+        for i in range(int(problem.offsets[g + 1] - problem.offsets[g]))
+        for j in range(i)
+    ]
+    more = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return replace(problem, forbidden_pairs=np.concatenate([problem.forbidden_pairs, more]))
+
+
+def hopeless(core: Core, incumbent: Incumbent) -> tuple[Tree, Ints] | None:
+    """Return rows that lose more alone than the incumbent does, and a bounded root that drops them.
+
+    A diverged candidate would set the scale of all numbers. The bound is too simple to be led
+    astray by it: a diagonally dominant shift, at the incumbent. ``O(n²)``, and one Cholesky factor
+    where there are such rows; ``None`` where there are none.
+
+    Raises:
+        Interrupted: A limit of the core struck meanwhile.
+    """
+    if incumbent.rows is None or ((cur := core.lower(incumbent.rows)) < 0).any():
+        return None
+    z = np.zeros(core.n)
+    z[cur] = 1.0
+    # What the formula would drop; most often nothing.
+    shift, starts = np.abs(core.C).sum(axis=1), core.off[:-1]
+    s = core.d + core.C @ z + shift * (z - 0.5)
+    low = np.minimum.reduceat(s, starts)
+    bound = core.value(cur) - float(s @ z) + float(low.sum())
+    if not (bound + s - low[core.grp] >= incumbent.cutoff).any():
+        return None
+    point = dominant_point(core, z)
+    tree = Tree(core, convexify(core, point))
+    tree.root(incumbent, z, point.multipliers, rounds=1)
+    gone = np.flatnonzero(tree.kept[0] == 0)
+    return (tree, gone) if len(gone) and tree.kind[0] == 1 else None
+
+
+def largest_term(problem: Problem, keep: Bools) -> float:
+    """Return the largest term of the objective that rows ``keep`` have."""
+    most = max(abs(problem.constant), float(np.abs(problem.diagonal[keep]).max(initial=0.0)))
+    if problem.cross is not None:
+        for row in np.flatnonzero(keep):
+            most = max(most, float(np.abs(problem.cross[row][keep]).max(initial=0.0)))
+    return most
