@@ -260,6 +260,43 @@ def separable(table: Table, groups: int) -> None:
     table.line(f"separable {groups} x 5: exact", spent, 0.100, str(solution.status))
 
 
+def alike(groups: int, correlation: float, diverged: float = 0.0) -> Instance:
+    """Return equal layers, all of one correlation; one 2-bit candidate loses ``diverged``."""
+    bits = np.array([2, 4, 8])
+    between = np.full((groups, groups), correlation)
+    np.fill_diagonal(between, 1.0)
+    G = np.kron(between, np.outer(2.0**-bits, 2.0**-bits))
+    G[0, 0] = max(G[0, 0], diverged)
+    return Instance(G=G, sizes=np.tile(bits, (groups, 1)), limit=int(3.37 * groups))
+
+
+def structure(table: Table, others: Others) -> None:
+    """What a person sees at once: equal layers, no cross terms, a diverged candidate."""
+    for groups in (20, 74):
+        proved(table, f"{groups} identical layers", alike(groups, 0.5), 0.5, others)
+    proved(table, "2,000 x 3 without cross terms", alike(2000, 0.0), 0.5, others)
+    proved(table, "20 layers, one loss of 1e12", alike(20, 0.5, 1e12), 0.5, others)
+
+
+def overrun(table: Table, what: str, instance: Instance | None, limit: float) -> None:
+    """Measure by how much a time limit is exceeded, in CPU seconds."""
+    if instance is None:
+        print(f"{what:44} skipped: no {DATA}")
+        return
+    problem = instance.problem
+    begin = time.process_time()
+    solution = solve(problem, time_limit_s=limit, clock=time.process_time)
+    over = max(time.process_time() - begin - limit, 1e-6)
+    table.line(f"{what}: overrun of {limit:g} s", over, 0.2, f"gap {solution.relative_gap:.1e}")
+
+
+def limits(table: Table, others: Others) -> None:  # noqa: ARG001
+    """Time limits that strike in the midst of a step."""
+    for limit in (0.3, 1.0, 3.0):
+        overrun(table, "L224B5_psd", published("L224B5_psd", 1), limit)
+    overrun(table, "drawn 560 x 5", drawn(560, 5, correlated=False, noise=0.0, seed=0), 4.0)
+
+
 def small(table: Table, others: Others) -> None:
     """All instances of 20 layers."""
     names = (
@@ -328,9 +365,13 @@ def quick(table: Table, others: Others) -> None:
     within(table, "drawn 20 x 5", drawn(20, 5, correlated=False, noise=0, seed=1),
            [(5.0, 0.05), (10.0, 0.01)], (1.0, 0.05))  # fmt: skip
     separable(table, 200)
+    proved(table, "6 identical layers", alike(6, 0.5), 0.5, others)
+    overrun(table, "drawn 12 x 3", instance, 0.0)
 
 
 SECTIONS = {
+    "structure": structure,
+    "limits": limits,
     "small": small,
     "medium": medium,
     "six": six,

@@ -45,7 +45,9 @@ def folded(problem: Problem) -> tuple[Problem, Floats]:
     if problem.cross is None:
         return problem, none
     starts, group, G = problem.offsets[:-1], problem.group_of_row, problem.n_groups
-    C, by_row = problem.cross, problem.cross[:, starts]
+    # Margins are read at each group's least loss, which is none that diverged.
+    at = np.lexsort((np.abs(problem.diagonal), group))[starts]
+    C, by_row = problem.cross, problem.cross[:, at]
     linear = np.zeros((G, G), dtype=np.bool_)
     for g in range(G):
         mine = slice(problem.offsets[g], problem.offsets[g + 1])
@@ -58,7 +60,7 @@ def folded(problem: Problem) -> tuple[Problem, Floats]:
     if not linear.any():
         return problem, none
     moved = np.where(linear[group], by_row, 0.0)  # [n, G]
-    corner = np.where(linear, by_row[starts], 0.0)
+    corner = np.where(linear, by_row[at], 0.0)
     size = np.abs(moved).sum(axis=1) + np.abs(problem.diagonal)
     constant = np.abs(corner).sum() + abs(problem.constant)
     rounding = _EPS * (G + 4.0) * (size + (G + 4.0) * constant / G)

@@ -394,7 +394,11 @@ class Quadratic:
             return flat_point(core)
         if core.n > FIRST_ROWS:
             go_on(core.halt)
-        lifted = Lifted(core, products=strong)
+        # In a unit in which the largest term is near 1; a power of two rounds nothing.
+        largest = max(np.abs(core.d).max(initial=0.0), np.abs(core.C).max(initial=0.0))
+        unit = 2.0 ** -float(np.clip(np.frexp(largest)[1], -1000, 1000))
+        scaled = replace(core, d=core.d * unit, C=core.C * unit, constant=core.constant * unit)
+        lifted = Lifted(scaled, products=strong)
         if strong and len(region.cuts):
             at = np.full(self.problem.n_rows, -1, dtype=np.int64)
             at[core.rows] = np.arange(core.n)
@@ -403,14 +407,14 @@ class Quadratic:
 
         def enough(value: float) -> bool:
             self._tell("bound")
-            return value >= self.incumbent.cutoff or self.control.stopped()
+            return value / unit >= self.incumbent.cutoff or self.control.stopped()
 
         tolerance = BOUND_TOLERANCE if core.n <= LARGE_ROWS else LARGE_TOLERANCE
         state, iterations = interior_point(lifted, tolerance=tolerance, stop=enough)
         self.iterations += iterations
         if self.control.limit is not None and self.record.entries[region.node].own > -math.inf:
             raise Interrupted
-        return dual_point(lifted, state)
+        return dual_point(lifted, state).times(1.0 / unit)
 
     def _cuts(self, core: Core, point: DualPoint) -> Ints:
         """Return the cuts of the next bound in the problem's rows: active and violated ones."""

@@ -110,7 +110,7 @@ def lagrangian_start(core: Core, space: Space, effort: Effort) -> list[Ints]:
         if core.halt[0]:
             break
         # The price spans orders of magnitude: halve its logarithm once it is bounded below.
-        middle = 0.5 * (low + high) if step > 40 else np.sqrt(max(low, high * 1e-6) * high)
+        middle = 0.5 * (low + high) if step > 40 else np.sqrt(max(low, high * 1e-6)) * np.sqrt(high)
         if descend(middle):
             high = middle
             found.append(cur.copy())

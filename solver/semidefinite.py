@@ -14,7 +14,7 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,6 +54,16 @@ class DualPoint:
     """f64[n], the primal ``x``."""
     pair_values: Floats
     """f64[n, n], the primal ``X``: where it is negative a cut helps."""
+
+    def times(self, unit: float) -> DualPoint:
+        """Return the point of the same core with all terms ``unit`` times as large."""
+        return replace(
+            self,
+            shift=self.shift * unit,
+            cut_values=self.cut_values * unit,
+            products=self.products * unit,
+            multipliers=self.multipliers * unit,
+        )
 
 
 def center(core: Core) -> tuple[Floats, Floats]:

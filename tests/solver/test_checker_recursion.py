@@ -69,7 +69,7 @@ class TestReasonNotProved:
     @pytest.mark.parametrize(
         "fields",
         [
-            {"cross": np.zeros((4, 4))},
+            {"cross": np.eye(4)[::-1]},
             {"costs": np.ones((2, 4), dtype=np.int64), "limits": np.array([4, 4])},
             {"forbidden_pairs": np.array([[0, 2]])},
         ],

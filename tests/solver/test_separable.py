@@ -93,7 +93,7 @@ class TestSolveKnapsack:
         """Problems with cross terms go elsewhere."""
         problem = Problem(
             diagonal=np.ones(2),
-            cross=np.zeros((2, 2)),
+            cross=np.array([[0.0, 1.0], [1.0, 0.0]]),
             offsets=np.array([0, 1, 2]),
             costs=np.ones((1, 2), dtype=np.int64),
             limits=np.array([2]),

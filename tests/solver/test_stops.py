@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from tests.waiting import wait_for
 
 from bitquota.solver import Limit, Problem, solve
 from bitquota.solver import search_kernels as kernels
@@ -15,6 +14,7 @@ from bitquota.solver.interruptible import Interrupted, cholesky, inverse, produc
 from bitquota.solver.lifted import Lifted
 from bitquota.solver.search import space_of
 from bitquota.solver.semidefinite import flat_point, interior_point
+from waiting import wait_for
 
 
 def dense(groups, width=3, seed=0):
