@@ -67,6 +67,14 @@ class TestGatherPortfolio:
         assert ["size only", "weight MSE", "one-layer kl"] == list(found.scores)
         assert {} == found.skipped
 
+    def test_robust_adds_standard_errors(self):
+        """To the matrix that is solved; what is projected and scored stays as measured."""
+        means = gathered(prepared())
+        found = gathered(prepared(replace(REQUEST, robust=2.0)))
+        assert found.matrix.digest() == means.matrix.robust(2.0).digest()
+        assert (found.matrix.diagonal >= means.matrix.diagonal).all()
+        assert found.proposals["projected"].digest() == means.proposals["projected"].digest()
+
     def test_quick_effort_measures_no_candidate(self):
         """One metric of a few passes takes the place of everything that runs the whole model."""
         setup = prepared(replace(REQUEST, effort="quick"))
