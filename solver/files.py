@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -144,8 +145,6 @@ def _plain_arrays(path: Path) -> dict[str, Any] | None:
 
 
 def _table_budget(matrix: SensitivityMatrix, budget: str | int) -> Budget:
-    from fractions import Fraction
-
     text = str(budget).strip()
     if text.isdigit():
         return Budget(resource="size_bits", limit=int(text), text=text)
@@ -187,7 +186,8 @@ def _plain(arrays: dict[str, Any], index: int | None, budget: str | int | None) 
     costs = _integers(sizes)
     n_groups, width = sizes.shape
     limit = _plain_limit(arrays, index, budget, n_groups)
-    cross = G + G.T
+    with np.errstate(over="ignore"):  # a problem refuses infinities
+        cross = G + G.T
     for g in range(n_groups):
         block = slice(g * width, (g + 1) * width)
         cross[block, block] = 0.0
@@ -207,6 +207,11 @@ def _plain(arrays: dict[str, Any], index: int | None, budget: str | int | None) 
 
 
 def _integers(sizes: NDArray[Any]) -> NDArray[np.int64]:
+    if sizes.dtype.kind in "iu":  # a float would round those beyond 2**53
+        if bool((sizes < 0).any()) or bool((sizes >= 2**62).any()):
+            msg = "'sizes' must be from 0 to below 2**62"
+            raise InvalidMatrix(msg)
+        return sizes.astype(np.int64)
     rounded = np.round(np.asarray(sizes, dtype=np.float64))
     if not np.array_equal(rounded, sizes) or bool((rounded < 0).any()):
         msg = "'sizes' must be whole numbers that are not negative; scale them to bits or bytes"
@@ -222,26 +227,29 @@ def _plain_limit(
         if not 0 <= index < len(budgets):
             msg = f"the budget index must be 0 to {len(budgets) - 1} for this file; got {index}"
             raise InvalidBudget(msg, budget_index=index)
-        return _limit(float(budgets[index]), f"{budgets[index]}")
+        return _limit(budgets[index].item(), f"{budgets[index]}")
     text = str(budget).strip()
     number, _, unit = text.replace("bits", " bits").replace("bpw", " bpw").partition(" ")
     try:
-        value = float(number)
-    except ValueError:
-        value = -1.0
+        value = Fraction(number)  # decimals as they are written
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(-1)
     if not value > 0 or unit.strip() not in {"", "bit", "bits", "bpw"}:
         msg = f"a budget must be an integer limit or an average such as '3 bits'; got '{text}'"
         raise InvalidBudget(msg, budget=text)
     if not unit:
-        return int(number) if number.isdigit() else _limit(value, text)
+        return _limit(value, text)
     params = np.ravel(arrays.get("params", []))
     if len(params) != n_groups:
         msg = "an average needs the file's 'params' (weights per layer); it has none: use an index"
         raise InvalidBudget(msg, budget=text)
-    return _limit(value * float(np.sum(params)), text)
+    if not np.isfinite(params).all():
+        msg = "the file's 'params' must be finite"
+        raise InvalidBudget(msg, budget=text)
+    return _limit(value * sum(map(Fraction, params.tolist())), text)
 
 
-def _limit(value: float, text: str) -> int:
+def _limit(value: float | Fraction, text: str) -> int:
     """Return ``value``, rounded down, if it is a limit at all."""
     if not abs(value) < 2.0**62:  # NaN too
         msg = f"a budget must be a finite number below 2**62; got '{text}'"

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _NO_PAIRS = np.zeros((0, 2), dtype=np.int64)
 _SYMMETRY_TOLERANCE = 1e-12
+_LARGEST_SUM = 1e300
+"""Sizes of all terms of the objective together stay below this, so that no sum overflows."""
 _LARGEST_TOTAL = 2**62
 """Sums of costs stay below this, so that they never overflow int64."""
 
@@ -87,6 +89,11 @@ class Problem:
         if not np.isfinite(self.constant):
             _fail("'constant' must be finite", self.constant)
         object.__setattr__(self, "constant", float(self.constant))
+        terms = (self.diagonal,) if self.cross is None else (self.diagonal, self.cross)
+        with np.errstate(over="ignore"):
+            total = abs(self.constant) + sum(float(np.abs(array).sum()) for array in terms)
+        if not total < _LARGEST_SUM:
+            _fail(f"the terms of the objective must sum to less than {_LARGEST_SUM:g}", total)
         allowed = np.array(self.allowed, dtype=np.bool_)
         if allowed.size == 0:
             allowed = np.ones(n, dtype=np.bool_)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitquota.errors import InvalidBudget, InvalidMatrix
-from bitquota.solver import read_problem
+from bitquota.errors import InvalidBudget, InvalidMatrix, InvalidProblem
+from bitquota.solver import read_problem, solve
+from bitquota.solver.checker import check_solution
 from refusals import refused
 
 
@@ -43,3 +44,53 @@ class TestReadProblem:
         """The array is named."""
         with refused(InvalidMatrix, array=name):
             read_problem(write(tmp_path / "p.npz", **{name: np.array(["a"])}), budget_index=0)
+
+    def test_whole_numbers_beyond_floats(self, tmp_path):
+        """Sizes and budgets of more than 2^53 are taken to the last unit."""
+        big = 2**53
+        path = write(
+            tmp_path / "p.npz",
+            sizes=np.array([[big + 1, 2 * big + 1], [1, 3]]),
+            budgets=np.array([2 * big + 3]),
+        )
+        problem = read_problem(path, budget_index=0)
+        assert [[big + 1, 2 * big + 1, 1, 3]] == problem.costs.tolist()
+        assert [2 * big + 3] == problem.limits.tolist()
+
+    @pytest.mark.parametrize(
+        ("text", "limit"), [("4.1 bits", 8_200_000_000), ("4.35 bits", 8_700_000_000), ("6.7", 6)]
+    )
+    def test_decimals_are_exact(self, tmp_path, text, limit):
+        """A budget is the decimal that is written, not the float nearest to it."""
+        given = write(tmp_path / "p.npz", params=np.array([10**9, 10**9]))
+        assert limit == int(read_problem(given, budget=text).limits[0])
+
+    @pytest.mark.parametrize(
+        ("value", "error"),
+        [
+            (np.nan, InvalidMatrix),
+            (np.inf, InvalidMatrix),
+            (1e308, InvalidProblem),
+            (-1e308, InvalidProblem),
+        ],
+    )
+    def test_terms_that_no_sum_can_hold(self, tmp_path, value, error):
+        """Infinite ones, and those whose sum would be."""
+        G = np.diag([4.0, 1.0, 3.0, 1.0])
+        G[0, 2] = value
+        with refused(error):
+            read_problem(write(tmp_path / "p.npz", G=G), budget_index=0)
+
+    def test_denormal_terms(self, tmp_path):
+        """The smallest numbers there are make a problem like any other."""
+        G = np.full((4, 4), 5e-324)
+        problem = read_problem(write(tmp_path / "p.npz", G=G), budget_index=0)
+        solution = solve(problem)
+        assert "optimal" == solution.status
+        assert check_solution(problem, solution).holds
+
+    @pytest.mark.parametrize("dtype", [np.complex128, object])
+    def test_numbers_of_another_kind(self, tmp_path, dtype):
+        """Complex ones are refused, and objects unread."""
+        with refused(InvalidMatrix):
+            read_problem(write(tmp_path / "p.npz", G=np.eye(4).astype(dtype)), budget_index=0)
