@@ -246,12 +246,12 @@ def _plain_limit(
     if not np.isfinite(params).all():
         msg = "the file's 'params' must be finite"
         raise InvalidBudget(msg, budget=text)
-    return _limit(value * sum(map(Fraction, params.tolist())), text)
+    return _limit(value * sum(map(Fraction, params.tolist()), Fraction()), text)
 
 
 def _limit(value: float | Fraction, text: str) -> int:
     """Return ``value``, rounded down, if it is a limit at all."""
-    if not abs(value) < 2.0**62:  # NaN too
+    if not -(2**62) < value < 2**62:  # NaN too
         msg = f"a budget must be a finite number below 2**62; got '{text}'"
         raise InvalidBudget(msg, budget=text)
     return math.floor(value)
