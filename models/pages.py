@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +34,7 @@ class Pages:
     """The tensors of a folder's safetensors files.
 
     Attributes:
-        tensors: By name, over mapped memory: writing into one changes no file.
+        tensors: By name, over mapped memory, which must not be written to.
         bytes_read: How many bytes were let go after they had been read.
     """
 
@@ -70,7 +71,8 @@ class Pages:
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(header_bytes))
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            # A writable mapping would count for the memory limit of a sandbox as a whole.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
@@ -87,6 +89,8 @@ class Pages:
             if not count:
                 self.tensors[name] = torch.empty(entry["shape"], dtype=dtype)
                 continue
-            flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="The given buffer is not writable")
+                flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)
             self.tensors[name] = flat.reshape(entry["shape"])
             self._places[flat.untyped_storage().data_ptr()] = mapped, start, end - begin

@@ -58,7 +58,7 @@ def round_stack(
         last = k == len(stack) - 1
         # What was rounded before this work was interrupted is only run.
         done = known.recall_rounded(f"rounded-{made_for}-{k}")
-        found |= done or {}
+        found |= {name: weight.compact() for name, weight in (done or {}).items()}
         full, part = stack.part(k), stack.part(k)
         names = stack.layers[k]
         for name in names:
@@ -91,7 +91,7 @@ def round_stack(
                 rounding=rounding,
             )
             known.write_down_rounded(f"rounded-{made_for}-{k}", made)
-            found |= made
+            found |= {name: weight.compact() for name, weight in made.items()}
         else:
             with torch.no_grad():
                 for batch in batches:
@@ -115,7 +115,7 @@ def _to_nearest(
         part = known.stack.part(k)
         nearest = QuantizedWeights(part, known.inventory, None, known.importance)
         for name in own:
-            found[name] = nearest.stored(chosen[name])
+            found[name] = nearest.stored(chosen[name]).compact()
             nearest.forget()
     return found
 

@@ -363,9 +363,7 @@ class StackedWeights:
             self._round(k)
         about, places = self._kept[candidate]
         codes, scales, *zeros = (self._codes[place] for place in places)
-        return replace(
-            about, codes=codes.int(), scales=scales, zero_points=zeros[0] if zeros else None
-        )
+        return replace(about, codes=codes, scales=scales, zero_points=zeros[0] if zeros else None)
 
     def _round(self, k: int) -> None:
         """Round the candidates of a part that were asked for, and keep their codes."""
@@ -406,9 +404,7 @@ class StackedWeights:
         return {name: weight.to(self.device) for name, weight in weights.items()}
 
     def _keep(self, candidate: Candidate, found: QuantizedWeight) -> None:
-        codes, start = found.codes, len(self._codes)
-        if found.bits <= 8:
-            codes = codes.to(torch.int8 if int(codes.amin()) < 0 else torch.uint8)
+        codes, start = found.compact().codes, len(self._codes)
         for tensor in (codes, found.scales, found.zero_points):
             if tensor is not None:
                 self._codes.append(tensor)

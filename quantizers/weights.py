@@ -47,8 +47,9 @@ class QuantizedWeight:
     """A weight matrix as it is stored.
 
     Attributes:
-        codes: i32[rows, columns]. Symmetric: -2^(b-1)..2^(b-1)-1 (one bit: -1 and +1);
-            asymmetric, codebook and power of two (see ``grid``): 0..2^b-1.
+        codes: i32[rows, columns], or of a smaller type (``compact``). Symmetric:
+            -2^(b-1)..2^(b-1)-1 (one bit: -1 and +1); asymmetric, codebook and power of two (see
+            ``grid``): 0..2^b-1.
         scales: ``[rows, n]`` in the scale format: one column per group, or ``[rows, 1]`` per
             channel, or ``[1, 1]`` per tensor. Of a codebook the levels, ascending: 2^b columns.
             Of the grid with offsets scale and offset in turn; of K blocks their parameters (see
@@ -81,7 +82,14 @@ class QuantizedWeight:
             self.codes.shape[1],
             torch.float32,
         )
-        return grid.read(self.codes)
+        return grid.read(self.codes.int())
+
+    def compact(self) -> QuantizedWeight:
+        """Return the same with codes of the smallest type that holds them, to be kept."""
+        if self.bits > 8:
+            return self
+        signed = bool((self.codes < 0).any())
+        return replace(self, codes=self.codes.to(torch.int8 if signed else torch.uint8))
 
 
 def quantize(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from bitquota.context import DEFAULT_MEMORY_BYTES
 from bitquota.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -83,6 +84,12 @@ class Settings:
         0,
         "Memory of one job, all its processes together; 0 shares 80 % of the machine among slots.",
         below=0,
+    )
+    measuring_memory_bytes: int = _setting(
+        DEFAULT_MEMORY_BYTES,
+        "What the measurement of a job may keep in memory: activations beyond half of it go to "
+        "files, and weights that would take more stay in theirs.",
+        below=64 * 2**20,
     )
     max_processes: int = _setting(1024, "Processes and threads of one job.", below=16)
     max_tmp_bytes: int = _setting(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from bitquota.context import Context
+from bitquota.context import DEFAULT_MEMORY_BYTES, Context
 from bitquota.errors import Cancelled, InvalidInput
 from bitquota.plan import Plan
 from bitquota.progress import Progress
@@ -39,6 +40,7 @@ class Work:
         send: Sends one message to the driver.
         cancelled: Whether the driver asked for the end.
         device: ``auto``, or a torch device.
+        memory_bytes: What a measurement may keep in memory.
         scratch: An empty folder to write to.
         executor: Shares a measurement out to helpers, where the job has any.
     """
@@ -51,6 +53,7 @@ class Work:
     cancelled: IsCancelled
     device: str
     scratch: Path
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
     executor: Executor | None = None
 
     @property
@@ -61,6 +64,7 @@ class Work:
             on_progress=self.on_progress,
             cancelled=self.cancelled,
             device=self.device,
+            memory_bytes=self.memory_bytes,
             executor=self.executor,
         )
 
@@ -83,13 +87,19 @@ class Work:
         """Load a model that must be there."""
         from bitquota.models.load import load_model
 
-        self.say("load")
-        found = cast(
-            "LoadedModel",
-            self.loaded.load(
-                str(self._one(role)), lambda path: load_model(path, allow_factory=False)
-            ),
+        return self._loaded(role, partial(load_model, allow_factory=False))
+
+    def measured_model(self) -> LoadedModel:
+        """Load the model to measure; weights that would not fit stay in their files."""
+        from bitquota.models.load import load_within
+
+        return self._loaded(
+            "model", partial(load_within, memory_bytes=self.memory_bytes, allow_factory=False)
         )
+
+    def _loaded(self, role: str, how: Callable[[str], LoadedModel]) -> LoadedModel:
+        self.say("load")
+        found = cast("LoadedModel", self.loaded.load(str(self._one(role)), how))
         return replace(found, weights=self.paths("quantized"))
 
     def samples(self, role: str = "dataset") -> CalibrationSet:

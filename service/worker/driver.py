@@ -188,6 +188,7 @@ class Driver:
                 "request": job.request,
                 "threads": settings.threads or _share(settings),
                 "device": "auto",
+                "memory_bytes": settings.measuring_memory_bytes,
                 "helped": helped,
             },
             input_files=tuple(input_files),

@@ -230,7 +230,9 @@ def help_out(assignment: JsonObject, channel: Channel, loaded: Loaded) -> None:
     work = _work(assignment, channel, loaded)
     context = work.context.part()
     request = PlanRequest.from_json(assignment["request"])
-    measure = task_measurer(build_setup(work.model(), work.samples(), request, context=context))
+    measure = task_measurer(
+        build_setup(work.measured_model(), work.samples(), request, context=context)
+    )
     head, _ = channel.ask(Idle())
     while head["type"] == "task":
         measure(Task.from_json(head["task"]))
@@ -268,6 +270,7 @@ def _work(assignment: JsonObject, channel: Channel, loaded: Loaded) -> Work:
         send=channel.send,
         cancelled=channel.cancelled.is_set,
         device=_device(assignment),
+        memory_bytes=int(assignment["memory_bytes"]),
         scratch=Path.cwd(),
         executor=partial(measure_ahead, channel) if assignment.get("helped") else None,
     )

@@ -45,7 +45,7 @@ def run(work: Work) -> None:
 
     request = work.request
     found = compare(
-        work.model(),
+        work.measured_model(),
         work.samples(),
         PlanRequest.from_json(request["plan"]),
         request["metrics"],

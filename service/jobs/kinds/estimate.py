@@ -43,7 +43,7 @@ def run(work: Work) -> None:
     from bitquota.search import estimating
 
     request = work.request
-    given = work.model(), work.samples(), PlanRequest.from_json(request["plan"])
+    given = work.measured_model(), work.samples(), PlanRequest.from_json(request["plan"])
     if request["job"] == "compare":
         found = estimating.estimate_compare(
             *given,

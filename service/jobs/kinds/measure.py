@@ -19,7 +19,7 @@ def run(work: Work) -> None:
     from bitquota.search.allocate import measure_matrix
 
     found = measure_matrix(
-        work.model(),
+        work.measured_model(),
         work.samples(),
         PlanRequest.from_json(work.request),
         context=work.context,

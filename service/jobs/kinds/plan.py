@@ -27,7 +27,7 @@ def run(work: Work) -> None:
     from bitquota.search.allocate import allocate
 
     found = allocate(
-        work.model(),
+        work.measured_model(),
         work.samples(),
         PlanRequest.from_json(work.request),
         context=work.context,
