@@ -239,7 +239,7 @@ def _writer(kind: type, converter: Converter) -> Callable[[Any], JsonObject]:
         if form.schema:
             body = {form.schema_key: form.schema} | body
         for name in form.left_out:
-            if body[name] == defaults[name]:
+            if getattr(value, name) == defaults[name]:
                 del body[name]
         for name, write_one in derived.items():
             body[name] = write_one(getattr(value, name))
