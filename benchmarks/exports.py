@@ -96,7 +96,7 @@ def resnet(n_test: int, n_samples: int, bits: str) -> list[Bar]:
             f"KL {score.metrics['kl'].mean:.5f}, weights {score.size_bits} bits"
         )
     by_kind = {score.kind: score for score in scores}
-    apart = 100 * abs(by_kind["exported"].difference("plan", "top1").mean)
+    apart = 100 * abs(by_kind["exported"].differences["plan"]["top1"].mean)
     return [
         Bar(
             name=f"top-1 of the file within {LARGEST_POINT} point on {n_test:,} images",
