@@ -120,7 +120,12 @@ class ModelSummary:
     def to_json(self) -> JsonObject:
         """Return everything as plain JSON."""
         inventory = self.inventory
-        return {
+        cached: JsonObject = {
+            "caches": [cache.to_json() for cache in self.caches],
+            "bits_per_token": sum(cache.full_precision_bits for cache in self.caches),
+            "latent_size": self.latent,
+        }
+        return ({"kv_cache": cached} if self.caches else {}) | {
             "source": self.source,
             "architecture": self.architecture,
             "model_digest": self.digest or None,
@@ -129,11 +134,6 @@ class ModelSummary:
             "suggestion": self.suggestion.to_json() | {"applied": self.target is not None},
             "target": None if self.target is None else self.target.to_json(),
             "counted": self.counted,
-            "kv_cache": {
-                "caches": [cache.to_json() for cache in self.caches],
-                "bits_per_token": sum(cache.full_precision_bits for cache in self.caches),
-                "latent_size": self.latent,
-            },
             "totals": {
                 "n_weights": inventory.n_weights,
                 "n_macs": sum(entry.layer.n_macs for entry in self.layers),

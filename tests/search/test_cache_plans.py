@@ -208,6 +208,14 @@ class TestPlan:
             for score in score_plans(model, holdout, plans={"plan": plan}, with_baselines=True)
         }
         assert scores["plan"].metrics["kl"].mean == pytest.approx(plan.measured.mean, rel=1e-3)
+        assert scores["plan"].size_bits == plan.size_bits
+        # What is uniform beside it has the same cache.
+        (uniform,) = [s for s in scores.values() if s.kind == "uniform"]
+        without = replace(plan, caches=(), budgets=())
+        plain = score_plans(model, holdout, plans={"plan": without})
+        alone = next(s for s in plain if s.kind == "uniform")
+        assert uniform.size_bits == alone.size_bits
+        assert uniform.metrics["kl"].mean != alone.metrics["kl"].mean
         (baseline,) = plan.baselines
         found = scores[f"{baseline.name} of plan"].metrics["kl"].mean
         assert found == pytest.approx(baseline.measured.mean, rel=1e-3)

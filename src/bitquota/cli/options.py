@@ -532,7 +532,9 @@ def _check(request: PlanRequest, *, budgets: bool, here: bool) -> None:
     if budgets:
         check_budgets(request.budgets)
     if request.target is not None:
-        target_by_name(request.target)
+        target = target_by_name(request.target)
+        if request.kv_bits:
+            target.require_cache()
     if here and request.solver not in {"auto", "bitquota"}:
         from bitquota.solver.backends import installed_backend
 

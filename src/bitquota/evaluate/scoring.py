@@ -257,7 +257,7 @@ class _Lineup:
         self.entries[name] = _Entry(
             kind=kind,
             module=_running(module, self.where),
-            size_bits=sum(c.size_bits for c in chosen),
+            size_bits=sum(c.size_bits for c in chosen if not c.cached),
             beside=beside,
         )
 
@@ -273,7 +273,9 @@ class _Lineup:
             if uniform is not None:
                 width, chosen = uniform
                 found.append(f"uniform W{width} ({label})")
-                self._uniforms[found[-1]] = plan, chosen
+                # With the KV cache of the plan: what differs is the weights.
+                cached = (a.candidate for a in plan.caches)
+                self._uniforms[found[-1]] = plan, (*chosen, *cached)
             self._references[key] = tuple(found)
         return self._references[key]
 
