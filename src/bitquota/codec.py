@@ -232,12 +232,7 @@ def _writer(kind: type, converter: Converter) -> Callable[[Any], JsonObject]:
         kind, converter, **_overrides(kind, form)
     )
     derived = _derived(kind, form, converter)
-    # Tuples are written as lists.
-    defaults: dict[str, Any] = {
-        f.name: list(f.default) if isinstance(f.default, tuple) else f.default
-        for f in fields(kind)
-        if f.name in form.left_out
-    }
+    defaults = {f.name: f.default for f in fields(kind) if f.name in form.left_out}
 
     def write(value: Any) -> JsonObject:  # noqa: ANN401  # a ``kind``
         body = members(value)
