@@ -179,7 +179,9 @@ class _Recorder(TorchFunctionMode):
                 operator=name,
                 # A copy: the model may change the tensor in place later on.
                 inputs=self._copy(inputs),
-                channel_axis=-1 if known is None else known.channel_axis,
+                channel_axis=_channel_axis(name, args, weight)
+                if known is None
+                else known.channel_axis,
                 output_dims=result.ndim,
                 _function=func,
                 _args=emptied,
@@ -215,6 +217,12 @@ class _Recorder(TorchFunctionMode):
         if self._last is not None:
             self.calls[-1].feature = self._last.detach().clone()
         self._tainted, self._last = {}, None
+
+
+def _channel_axis(name: str, args: tuple[Any, ...], weight: Tensor) -> int:
+    """Return the axis of output channels, from the end: the rows of a product begin with it."""
+    first = name in {"mm", "matmul"} and bool(args) and args[0] is weight
+    return -2 if first else -1
 
 
 def trace_layers(

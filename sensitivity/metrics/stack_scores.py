@@ -223,8 +223,11 @@ class _Seen:
         if self._errors is None or self._rows is None:
             return
         # What the loss in the random direction of each sample does along each row's change.
-        n_samples = len(gradient)
-        inputs = call.inputs.reshape(n_samples, -1, call.inputs.shape[-1])
+        n_samples, inputs = len(gradient), call.inputs
+        if axis < call.output_dims - 1:
+            # The weight stands before its inputs, which are columns.
+            gradient, inputs = gradient.transpose(-1, -2), inputs.transpose(-1, -2)
+        inputs = inputs.reshape(n_samples, -1, inputs.shape[-1])
         own = gradient.reshape(n_samples, -1, gradient.shape[-1])[..., self._rows]
         slopes = own.transpose(1, 2) @ inputs  # [samples, sampled rows, columns]
         along = torch.einsum("nrc,brc->bnr", slopes, self._errors)

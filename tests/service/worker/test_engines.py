@@ -46,6 +46,7 @@ def helper_order(digits_files, **changes):
     """An evaluator that loads everything and then waits for tasks."""
     head = {
         "kind": "measure", "request": REQUEST.to_json(), "threads": 1, "device": "cpu",
+        "memory_bytes": 2**30,
         "helper": True,
     }  # fmt: skip
     return Assignment(**{"head": head, "input_files": input_files(*digits_files)} | changes)
@@ -126,6 +127,7 @@ class TestLocalEngine:
         matrix.write_bytes(matrix_of(inventory_of(4)).to_bytes())
         request = kind_by_name("solve").request(budget="4 bits").model_dump()
         head = {"kind": "solve", "request": request, "threads": 1, "device": "auto"}
+        head["memory_bytes"] = 2**30
         files = input_files(matrix, roles=("matrix",))
         inbox = queue.SimpleQueue()
         unready.start(Assignment(head=head, input_files=files, needs_sandbox=False), inbox)
