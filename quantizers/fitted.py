@@ -13,6 +13,7 @@ from bitquota.errors import InvalidInput
 from bitquota.quantizers.channel_fit import collect_by
 from bitquota.quantizers.input_moments import input_grams, moment_bytes
 from bitquota.quantizers.quantized_weights import QuantizedWeights
+from bitquota.quantizers.refit import ROUNDS
 from bitquota.quantizers.rounders import Rounder
 from bitquota.quantizers.sequential import AUTO, LEARNED, QEP, rounder_in
 from bitquota.quantizers.shrinkage import PRIOR
@@ -180,5 +181,5 @@ def _origin(
         found = digest_json([found, activation_fit])
     if fed or order is not None:
         rounding = None if order is None else order.rounding
-        found = digest_json([found, {"rounding": rounding, "prior": PRIOR}])
+        found = digest_json([found, {"rounding": rounding, "prior": PRIOR, "refitted": ROUNDS}])
     return found if importance is None else digest_json([found, importance.digest])

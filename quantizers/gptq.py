@@ -62,6 +62,22 @@ def gptq(values: Tensor, grid: MatrixGrid, rows: slice, gram: Tensor) -> Tensor:
     return found.to(values.dtype)
 
 
+def improved(values: Tensor, found: Tensor, grid: MatrixGrid, gram: Tensor) -> Tensor:
+    """Return ``found`` after one round of coordinate descent on ``tr(E G E^T)``.
+
+    Args:
+        values: f64[rows, columns], all rows of the grid.
+        found: Values of the grid, shaped likewise.
+        grid: The grid.
+        gram: f64[columns, columns], positive semidefinite.
+    """
+    order, _, feedback = _factored(gram)
+    dtype = torch.float32 if grid.bits <= 8 else torch.float64
+    columns = grid.columns(slice(None), order, dtype)
+    better = descend(values.to(dtype), found.to(dtype), columns, order, feedback.to(dtype))
+    return better.to(values.dtype)
+
+
 class _Latest(threading.local):
     """The last Gram that was factored: the candidates of a layer are rounded one after the other.
 

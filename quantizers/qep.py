@@ -18,7 +18,7 @@ from bitquota.errors import InvalidInput
 if TYPE_CHECKING:
     from torch import Tensor
 
-STRENGTH = 0.5
+STRENGTH = 0.75
 """Share of the correction that is applied; all of it fits the calibration set better and other
 data worse."""
 

@@ -132,15 +132,15 @@ CLEAR = 1e-3
 def _smaller_error(one: Tensor, other: Tensor, gram: Tensor) -> Tensor:
     """Return for each row whether ``one`` has the smaller output error."""
     small = gram.float()
-    first, second = (_output_error(error.float(), small) for error in (one, other))
+    first, second = (output_errors(error.float(), small) for error in (one, other))
     better = first < second
     unclear = (first - second).abs() <= CLEAR * torch.maximum(first, second)
     if bool(unclear.any()):
         rows = unclear.nonzero()[:, 0]
-        better[rows] = _output_error(one[rows], gram) < _output_error(other[rows], gram)
+        better[rows] = output_errors(one[rows], gram) < output_errors(other[rows], gram)
     return better
 
 
-def _output_error(error: Tensor, gram: Tensor) -> Tensor:
+def output_errors(error: Tensor, gram: Tensor) -> Tensor:
     """Return ``e G e^T`` of each row, ``[n]``."""
     return ((error @ gram) * error).sum(dim=1)

@@ -24,6 +24,7 @@ from bitquota.quantizers.affine_fit import fit_affine
 from bitquota.quantizers.grid import matrix_grid
 from bitquota.quantizers.kquants import fit_k_blocks
 from bitquota.quantizers.levels import fit_levels, fit_power_scale
+from bitquota.quantizers.refit import refitted
 from bitquota.quantizers.rounders import Rounder, checked_gram, round_codes, rounder_of
 from bitquota.quantizers.scales import asymmetric_scale, symmetric_scale
 
@@ -113,7 +114,8 @@ def quantize(
         scheme: Grid, granularity, scale rule and format, rounding.
         importance: Not negative, broadcastable to ``[rows, columns]``: weighs the squared errors
             of the least-squares rule. Other rules ignore it. By default the diagonal of the Gram
-            where the rounder has feedback, else all weights count alike.
+            where the rounder has feedback (GPTQ then fits scales again, ``refit``), else all
+            weights count alike.
         inputs_gram: ``X^T X`` of the layer's inputs, ``[columns, columns]``, or one per group of
             rows ``[groups, columns, columns]``; its unit does not matter. Needed by, and only
             used by, rounders with feedback.
@@ -144,6 +146,8 @@ def quantize(
     scales, zeros = _parameters(values, bits, scheme, weight)
     grid = matrix_grid(scales, zeros, bits, scheme, values.shape[1])
     codes = round_codes(values, grid, rounder, gram)
+    if rounder is Rounder.GPTQ and gram is not None and importance is None:
+        codes, scales = refitted(values, codes, scales, zeros, bits, scheme, gram)
     return QuantizedWeight(codes=codes, scales=scales, zero_points=zeros, bits=bits, scheme=scheme)
 
 

@@ -1,0 +1,113 @@
+"""Scales fitted once more, to the codes that rounding with feedback chose.
+
+Design: docs/design/rounding.md
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from bitquota.candidates.storage import Granularity, Grid, ScaleRule
+from bitquota.quantizers.gptq import improved
+from bitquota.quantizers.grid import matrix_grid
+from bitquota.quantizers.rounders import output_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bitquota.candidates.storage import Scheme
+
+ROUNDS = 3
+"""Rounds of scales and codes in turn."""
+
+
+def refitted(
+    values: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    scheme: Scheme,
+    gram: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return codes and scales with a smaller ``tr(E G E^T)``, ``E = W - s (q - z)``.
+
+    Scales are fitted to weights before there are codes. With feedback codes lie further from their
+    weights than half a step, and other scales suit them better: scales and codes are improved in
+    turn, ``ROUNDS`` times, each while the other stays. A row that gains nothing stays as it was.
+
+    Scales that are not numbers of their own (powers of two, levels, K blocks), one scale for all
+    rows, and scales by other rules than least squares are left alone.
+
+    Args:
+        values: ``W``, f64[rows, columns].
+        codes: ``q``, i32[rows, columns].
+        scales: ``s``, as ``QuantizedWeight`` stores them.
+        zeros: ``z``, likewise.
+        bits: Bit-width.
+        scheme: Everything else.
+        gram: ``G``, f64[groups, columns, columns], one for each group of consecutive rows.
+
+    Cost: for each round two products of [rows, columns] by [columns, columns] and a round of
+    coordinate descent.
+    """
+    if (
+        scheme.grid not in (Grid.SYMMETRIC, Grid.ASYMMETRIC)
+        or scheme.granularity is Granularity.TENSOR
+        or scheme.scale_rule not in (ScaleRule.LEAST_SQUARES, ScaleRule.LEAST_SQUARES_POSITIVE)
+    ):
+        return codes, scales
+    codes, scales = codes.clone(), scales.clone()
+    per_group = len(values) // len(gram)
+    for g, own in enumerate(gram):
+        rows = slice(g * per_group, (g + 1) * per_group)
+        wanted = values[rows]
+        zero = None if zeros is None else zeros[rows]
+        error = None
+        found, factors = codes[rows], scales[rows]
+        for _ in range(ROUNDS):
+            grid = matrix_grid(factors, zero, bits, scheme, values.shape[1])
+            if error is None:
+                error = output_errors(wanted - grid.read(found), own)
+            factors = _scales_for(wanted, found, factors, zero, scheme, own)
+            grid = matrix_grid(factors, zero, bits, scheme, values.shape[1])
+            found = grid.nearest(improved(wanted, grid.read(found), grid, own))
+            now = output_errors(wanted - grid.read(found), own)
+            better = (now < error)[:, None]
+            error = torch.minimum(now, error)
+            codes[rows] = torch.where(better, found, codes[rows])
+            scales[rows] = torch.where(better, factors, scales[rows])
+    return codes, scales
+
+
+def _scales_for(
+    values: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    scheme: Scheme,
+    gram: Tensor,
+) -> Tensor:
+    """Return the best scales for given codes, one group of columns after the other, as stored."""
+    columns = values.shape[1]
+    size = scheme.group_size if scheme.granularity is Granularity.GROUP else None
+    size = size or columns
+    factors, found = scales.double(), scales.clone()
+    levels = codes.double()
+    if zeros is not None:
+        levels -= zeros.double().repeat_interleave(size, dim=1)[:, :columns]
+    asked = (values - levels * factors.repeat_interleave(size, dim=1)[:, :columns]) @ gram
+    for k, first in enumerate(range(0, columns, size)):
+        part = slice(first, first + size)
+        own = levels[:, part]
+        moved = own @ gram[part]
+        power = (moved[:, part] * own).sum(dim=1)
+        change = (asked[:, part] * own).sum(dim=1) / power.clamp_min(1e-300)
+        stored = (factors[:, k] + change).to(scales.dtype)
+        # No scale changes its sign, or vanishes.
+        sound = (power > 0) & (stored.double() * factors[:, k] > 0) & stored.isfinite()
+        found[:, k] = torch.where(sound, stored, scales[:, k])
+        asked -= (found[:, k].double() - factors[:, k])[:, None] * moved
+    return found
