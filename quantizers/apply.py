@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS
+from bitquota.context import Context
 from bitquota.corrections import BEFORE_QUANTIZING, Correction
 from bitquota.errors import InvalidInput
 from bitquota.models.running import (
@@ -65,6 +66,7 @@ def apply_plan(
     fitted: Fitted | None = None,
     references: References | None = None,
     stored: dict[str, QuantizedWeight] | None = None,
+    context: Context | None = None,
 ) -> nn.Module:
     """Return a copy of ``module`` with fake-quantized weights and the corrections applied.
 
@@ -80,9 +82,11 @@ def apply_plan(
         fitted: Quantizers of ``module``, when candidates need more than the weights themselves.
         references: Keeps what corrections see of ``module`` on ``correction_data``.
         stored: Takes codes and scales of every quantized layer, by name.
+        context: When to stop rounding, and whom to tell of rounding that is learned.
 
     Raises:
         InvalidInput: A correction needs samples and got none.
+        Cancelled: The context said so.
     """
     quantized = put_in_eval_mode(copy.deepcopy(module))
     fitted = Fitted(weights=QuantizedWeights(module, inventory)) if fitted is None else fitted
@@ -92,7 +96,8 @@ def apply_plan(
         if candidate.activation_bits is not None:
             quantizer = input_quantizer(fitted.activations, name, candidate.activation_bits)
             quantize_inputs_of(quantized, name, quantizer)
-    _put_weights(module, quantized, inventory, chosen, fitted, stored)
+    context = Context() if context is None else context
+    _put_weights(module, quantized, inventory, chosen, fitted, stored, context)
     wanted = [c for c in corrections if c not in BEFORE_QUANTIZING]
     if wanted and correction_data is None:
         msg = (
@@ -116,17 +121,29 @@ def _put_weights(
     chosen: dict[str, Candidate],
     fitted: Fitted,
     stored: dict[str, QuantizedWeight] | None,
+    context: Context,
 ) -> None:
     """Put quantized weights into ``quantized``, rounded in order or each by itself."""
     if fitted.order is not None:
         order = fitted.order
         found = round_in_sequence(
-            module, quantized, chosen, order.batches, fitted.weights, rounding=order.rounding
+            module,
+            quantized,
+            chosen,
+            order.batches,
+            fitted.weights,
+            rounding=order.rounding,
+            context=context,
         )
         if order.iterations:
-            layers = {layer.name: layer for layer in inventory.layers}
             found |= learn_in_blocks(
-                module, quantized, found, layers, order.batches, iterations=order.iterations
+                module,
+                quantized,
+                found,
+                {layer.name: layer for layer in inventory.layers},
+                order.batches,
+                iterations=order.iterations,
+                context=context,
             )
         if stored is not None:
             stored.update(found)

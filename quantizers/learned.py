@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitquota.candidates.storage import Granularity, Grid
+from bitquota.context import Context
 from bitquota.errors import InvalidInput
 from bitquota.models.blocks import at_block, leading, repeated_blocks
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.running import tensor_of
 from bitquota.quantizers.differentiable import ste_round
 from bitquota.quantizers.grid import code_range, matrix_grid
+from bitquota.quantizers.sequential import STAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +61,7 @@ def learn_in_blocks(
     batches: Sequence[tuple[Tensor, ...]],
     *,
     iterations: int = ITERATIONS,
+    context: Context | None = None,
 ) -> dict[str, QuantizedWeight]:
     """Change the weights of ``quantized`` in place so that each block's output errs less.
 
@@ -76,9 +79,13 @@ def learn_in_blocks(
         layers: Those layers.
         batches: Positional arguments of forward passes.
         iterations: Steps of descent for each block.
+        context: Told after each block, asked before each step whether to go on.
 
     Returns:
         Codes and scales of the layers that changed.
+
+    Raises:
+        Cancelled: The context said so.
 
     Cost: for each block ``iterations`` times its forward and backward pass over ``BATCH`` samples,
     and a pass of both models over all batches up to this block.
@@ -90,7 +97,10 @@ def learn_in_blocks(
     ]
     learnable = {n: layers[n] for n, weight in start.items() if _has_steps(weight)}
     found: dict[str, QuantizedWeight] = {}
-    for block, names in repeated_blocks(module, learnable, parts[0]).items():
+    context = Context() if context is None else context
+    blocks = repeated_blocks(module, learnable, parts[0])
+    for done, (block, names) in enumerate(blocks.items()):
+        context.report(STAGE, done, len(blocks), weight=0.0)
         targets = [output for _, _, output in at_block(module, block, parts)]
         calls = [(args, kwargs) for args, kwargs, _ in at_block(quantized, block, parts)]
         within = quantized.get_submodule(block)
@@ -98,11 +108,13 @@ def learn_in_blocks(
         def loss(
             weights: Mapping[str, Tensor],
             k: int,
+            context: Context = context,
             block: str = block,
             within: nn.Module = within,
             calls: Sequence[tuple[tuple[object, ...], dict[str, object]]] = calls,
             targets: Sequence[Tensor] = targets,
         ) -> Tensor:
+            context.check(STAGE)
             held = {
                 layers[n].weight_name.removeprefix(f"{block}."): from_matrix(w, layers[n])
                 for n, w in weights.items()
@@ -127,6 +139,7 @@ def learn_in_blocks(
             with torch.no_grad():
                 place.copy_(from_matrix(weight.dequantize().to(place.dtype), layers[n]))
         found |= learned
+    context.report(STAGE, len(blocks), len(blocks), weight=0.0)
     return found
 
 

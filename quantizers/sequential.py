@@ -35,12 +35,16 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.layers import Layer
     from bitquota.candidates.table import Candidate
+    from bitquota.context import Context
     from bitquota.quantizers.quantized_weights import QuantizedWeights
     from bitquota.quantizers.walk import Meeting
     from bitquota.quantizers.weights import QuantizedWeight
 
 APART = frozenset({LayerKind.EMBEDDING, LayerKind.EXPERTS, *MATRICES})
 """Kinds whose weights no watched operator multiplies with whole rows."""
+
+STAGE = "rounding"
+"""Name for progress."""
 
 QEP = "qep"
 AUTO = "auto"
@@ -62,6 +66,7 @@ def round_in_sequence(
     weights: QuantizedWeights,
     *,
     rounding: str,
+    context: Context | None = None,
 ) -> dict[str, QuantizedWeight]:
     """Quantize the weights of ``quantized`` in place, one layer after the other as they run.
 
@@ -78,9 +83,13 @@ def round_in_sequence(
         batches: Positional arguments of forward passes.
         weights: Quantizers of single layers.
         rounding: ``gpfq``, ``gptq`` or ``qep``.
+        context: Asked before each layer whether to go on.
 
     Returns:
         Codes and scales by layer name.
+
+    Raises:
+        Cancelled: The context said so.
 
     Cost: one forward pass of each model over the batches, and for each layer the moments of its
     inputs and the rounding itself. Deterministic.
@@ -109,6 +118,8 @@ def round_in_sequence(
     )
     moments: _Moments | None = None
     for meeting in meetings:
+        if context is not None:
+            context.check(STAGE)
         name = meeting.layer
         layer, candidate = layers[name], chosen[name]
         if moments is None or not moments.are_of(meeting, layer):

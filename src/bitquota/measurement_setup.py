@@ -187,18 +187,24 @@ class Setup:
         return found
 
     def measure_choice(
-        self, choice: Sequence[int] | None, *, stage: str, with_outputs: bool = False
+        self,
+        choice: Sequence[int] | None,
+        *,
+        stage: str,
+        with_outputs: bool = False,
+        rounding: Context | None = None,
     ) -> ChoiceLoss:
         """Measure a choice on the hold-out samples, corrections included; two passes.
 
         ``None`` measures full precision, without corrections: its accuracy, and no increase.
-        ``with_outputs`` also says what changes in the outputs, if the setup has any.
+        ``with_outputs`` also says what changes in the outputs, if the setup has any. ``rounding``
+        is told of the rounding instead of the setup's own context.
         """
         made: list[QuantizedModel] = []
 
         def make() -> torch.nn.Module:
             assert choice is not None  # noqa: S101  # nothing is rounded in full precision
-            made.append(self._rounded(tuple(choice)))
+            made.append(self._rounded(tuple(choice), rounding))
             quantized = made[0].put_into(copy.deepcopy(self.module), self.inventory)
             return put_caches(quantized, self._cached(choice))
 
@@ -248,7 +254,7 @@ class Setup:
         """Return this setup for weights whose rounding is learned at the end."""
         return replace(self, fitted=self.fitted.learning(self.request.iterations), kept=Kept())
 
-    def _rounded(self, choice: Choice) -> QuantizedModel:
+    def _rounded(self, choice: Choice, context: Context | None = None) -> QuantizedModel:
         """Quantize a choice as its plan says, unless it is the one that was kept."""
         if self.kept.choice == choice and self.kept.model is not None:
             return self.kept.model
@@ -274,6 +280,7 @@ class Setup:
             fitted=self.fitted,
             references=self.references,
             stored=stored,
+            context=context or self.context,
         )
         return QuantizedModel(
             model_digest=self.inventory.model_digest,
@@ -309,7 +316,7 @@ class Setup:
         quiet = replace(self, context=replace(self.context, on_progress=None))
         found: dict[Choice, ChoiceLoss] = {}
         for choice in distinct:
-            found[choice] = quiet.measure_choice(choice, stage=stage)
+            found[choice] = quiet.measure_choice(choice, stage=stage, rounding=self.context)
             self.context.report(stage, len(found), len(distinct), weight=weight)
         return found
 

@@ -204,6 +204,7 @@ _WORDS = {
     "full precision": "measuring full precision",
     "hold-out": "comparing plans",
     "plans of": "measuring plans",
+    "rounding": "rounding the weights",
     # Other jobs.
     "choice": "measuring a plan",
     "estimate": "timing the model",

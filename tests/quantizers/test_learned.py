@@ -10,7 +10,8 @@ from torch import nn
 
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, Scheme
 from bitquota.candidates.table import Candidate
-from bitquota.errors import InvalidInput
+from bitquota.context import Context
+from bitquota.errors import Cancelled, InvalidInput
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.discovery import discover
 from bitquota.quantizers.apply import apply_plan
@@ -164,3 +165,21 @@ class TestLearnInBlocks:
             found = learn_in_blocks(module, quantized, stored, layers, [(x[:32],)], iterations=10)
             codes.append(torch.cat([w.codes.flatten() for w in found.values()]))
         assert torch.equal(*codes)
+
+    def test_tells_of_each_block_and_stops_within_one(self, network):
+        module, inventory, x = network
+        layers = {la.name: la for la in inventory.layers}
+        told = []
+        telling = Context(on_progress=lambda p: told.append((p.stage, p.done, p.total)))
+        quantized, stored = self.quantized(network, GROUPS, GROUPS)
+        learn_in_blocks(module, quantized, stored, layers, [(x,)], iterations=2, context=telling)
+        assert told == [("rounding", done, 2) for done in range(3)]
+
+        # Asked more often than there are blocks.
+        answers = iter([False] * 5 + [True])
+        stopping = Context(cancelled=lambda: next(answers))
+        with refused(Cancelled, stage="rounding"):
+            learn_in_blocks(
+                module, quantized, stored, layers, [(x,)], iterations=2, context=stopping
+            )
+        assert not list(answers)

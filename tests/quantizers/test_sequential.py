@@ -11,6 +11,8 @@ from torch.nn import functional
 
 from bitquota.candidates.storage import Scheme
 from bitquota.candidates.table import Candidate
+from bitquota.context import Context
+from bitquota.errors import Cancelled
 from bitquota.models.discovery import discover
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.quantizers.input_moments import call_settings, input_grams, patches
@@ -21,6 +23,7 @@ from bitquota.quantizers.sequential import round_in_sequence
 from bitquota.quantizers.shrinkage import shrink
 from bitquota.quantizers.walk import walk_layers
 from bitquota.quantizers.weights import quantize
+from refusals import refused
 
 
 class Net(nn.Module):
@@ -139,6 +142,23 @@ class TestRoundInSequence:
         assert torch.equal(found["second"].codes, expected.codes)
         read_back = from_matrix(expected.dequantize(), layer)
         assert torch.equal(copied.second.weight.detach(), read_back)
+
+    def test_stops_between_two_layers(self, net):
+        module, inventory, x = net
+        copied = copy.deepcopy(module)
+        answers = iter([False, True])
+        with refused(Cancelled, stage="rounding"):
+            round_in_sequence(
+                module,
+                copied,
+                {la.name: Candidate.of(la, 3, Scheme()) for la in inventory.layers[:3]},
+                [(x,)],
+                QuantizedWeights(module, inventory),
+                rounding="gptq",
+                context=Context(cancelled=lambda: next(answers)),
+            )
+        changed = [n for n, p in copied.named_parameters() if not p.equal(module.get_parameter(n))]
+        assert changed == ["first.weight"]
 
     def test_a_layer_that_runs_twice_is_rounded_by_itself(self, net):
         module, inventory, x = net
