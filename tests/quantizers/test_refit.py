@@ -64,7 +64,7 @@ def test_no_row_gets_worse_and_most_get_better(scheme, bits):
 
 @pytest.mark.parametrize("scheme", [SCHEMES["channel"], SCHEMES["zero points"]])
 def test_scales_are_the_best_for_the_codes_when_codes_stay(scheme):
-    """Values near codes that fit: rounding changes nothing more, and the scale has a closed form."""
+    """Values near their codes: rounding changes nothing more, the scale has a closed form."""
     gram = correlated(20)
     levels = torch.randint(0, 4, (6, 20), generator=torch.Generator().manual_seed(5))
     codes = (levels - 2 if scheme.grid is Grid.SYMMETRIC else levels).int()
