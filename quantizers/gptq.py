@@ -71,10 +71,10 @@ def improved(values: Tensor, found: Tensor, grid: MatrixGrid, gram: Tensor) -> T
         grid: The grid.
         gram: f64[columns, columns], positive semidefinite.
     """
-    order, _, feedback = _factored(gram)
     dtype = torch.float32 if grid.bits <= 8 else torch.float64
+    order, _, _, feedback = _factored(gram, dtype)
     columns = grid.columns(slice(None), order, dtype)
-    better = descend(values.to(dtype), found.to(dtype), columns, order, feedback.to(dtype))
+    better = descend(values.to(dtype), found.to(dtype), columns, order, feedback)
     return better.to(values.dtype)
 
 

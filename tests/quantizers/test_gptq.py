@@ -5,7 +5,7 @@ import torch
 
 from bitquota.candidates.storage import Granularity, Grid, Rounding, Scheme
 from bitquota.errors import InvalidInput
-from bitquota.quantizers import gptq
+from bitquota.quantizers import gptq, refit
 from bitquota.quantizers.weights import quantize
 from refusals import refused
 
@@ -108,6 +108,8 @@ class TestErrorFeedbackCodes:
     def test_coordinate_descent_lowers_the_error(self, bits, monkeypatch):
         """With each sweep, on the inputs and on others of the same kind."""
         matrix = torch.randn(16, 48, generator=torch.Generator().manual_seed(1)).double()
+        # Scales that are fitted again are a way of their own to smaller errors.
+        monkeypatch.setattr(refit, "ROUNDS", 0)
         inputs = correlated(n=2000)
         fit, other = inputs[:1000], inputs[1000:]
         errors = []
