@@ -101,6 +101,7 @@ def quantize(
     importance: Tensor | None = None,
     inputs_gram: Tensor | None = None,
     rounding: Rounder | str | None = None,
+    refit: bool = True,
 ) -> QuantizedWeight:
     """Quantize ``matrix`` to ``bits``.
 
@@ -120,6 +121,7 @@ def quantize(
             rows ``[groups, columns, columns]``; its unit does not matter. Needed by, and only
             used by, rounders with feedback.
         rounding: A ``Rounder``; by default what the scheme says, whose error feedback is GPTQ.
+        refit: Whether scales are fitted again to GPTQ's codes; an estimate may do without.
 
     Raises:
         InvalidInput: A bit-width off the list, a wrong shape, an unknown rounder, feedback
@@ -146,7 +148,7 @@ def quantize(
     scales, zeros = _parameters(values, bits, scheme, weight)
     grid = matrix_grid(scales, zeros, bits, scheme, values.shape[1])
     codes = round_codes(values, grid, rounder, gram)
-    if rounder is Rounder.GPTQ and gram is not None and importance is None:
+    if refit and rounder is Rounder.GPTQ and gram is not None and importance is None:
         codes, scales = refitted(values, codes, scales, zeros, bits, scheme, gram)
     return QuantizedWeight(codes=codes, scales=scales, zero_points=zeros, bits=bits, scheme=scheme)
 
