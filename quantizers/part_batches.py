@@ -143,6 +143,13 @@ class Remembering(nn.Module):
         return output
 
 
+def run_through(run: Remembering, batches: Batches) -> None:
+    """Run a part on all batches for what it remembers."""
+    with torch.no_grad():
+        for batch in batches:
+            run(*batch)
+
+
 class Lookups(LayerWatcher[str]):
     """Counts how often each row of embeddings is looked up.
 

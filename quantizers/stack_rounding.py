@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.canonical import digest_json
 from bitquota.models.layout import from_matrix
 from bitquota.models.running import tensor_of
-from bitquota.quantizers.part_batches import Batches, Remembering
+from bitquota.quantizers.part_batches import Batches, Remembering, run_through
 from bitquota.quantizers.quantized_weights import QuantizedWeights
 from bitquota.quantizers.rounders import Rounder
 from bitquota.quantizers.sequential import round_in_sequence
@@ -93,9 +91,7 @@ def round_stack(
             known.write_down_rounded(f"rounded-{made_for}-{k}", made)
             found |= {name: weight.compact() for name, weight in made.items()}
         else:
-            with torch.no_grad():
-                for batch in batches:
-                    quantized(*batch)
+            run_through(quantized, batches)
         if given is not None:
             given.drop()
         given = following

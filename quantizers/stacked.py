@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load, save
 
-from bitquota.candidates.layers import MATRICES, LayerKind
+from bitquota.candidates.layers import LayerKind
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity
 from bitquota.context import Context
 from bitquota.journal import Journal
@@ -29,6 +29,7 @@ from bitquota.quantizers.part_batches import (
     Lookups,
     Remembering,
     batch_sizes,
+    run_through,
     spans_of,
 )
 from bitquota.quantizers.quantized_model import QuantizedModel
@@ -55,9 +56,6 @@ SAMPLED_ROWS = 64
 
 ROWS_AT_ONCE = 1024
 """Rows of a matrix that are in float64 together."""
-
-AT_ONCE = frozenset({LayerKind.EXPERTS, *MATRICES})
-"""Kinds whose inputs are looked at on all samples at once."""
 
 WHOLE_ROWS = frozenset({LayerKind.LINEAR, LayerKind.LINEAR_TRANSPOSED, LayerKind.EMBEDDING})
 """Kinds whose inputs are multiplied with whole rows of the matrix, if they are multiplied."""
@@ -241,10 +239,7 @@ class StackedWeights:
     def _run(self, k: int, part: Part, given: Series, following: Series) -> None:
         """Run a part of which everything else is known; nothing follows the last."""
         if k < len(self.stack) - 1:
-            run, batches = self._remembering(k, part, given, following)
-            with torch.no_grad():
-                for batch in batches:
-                    run(*batch)
+            run_through(*self._remembering(k, part, given, following))
 
     def _remembering(
         self, k: int, part: Part, given: Series, following: Series | None
@@ -271,6 +266,9 @@ class StackedWeights:
 
     def _write_down(self, k: int) -> None:
         """Keep what ``_estimate`` noted."""
+        self.journal.write(f"errors-{k}", lambda: save(self._noted(k)))
+
+    def _noted(self, k: int) -> dict[str, Tensor]:
         held: dict[str, Tensor] = {}
         for n, candidate in self._candidates_in(k).items():
             held[f"square:{n}"] = torch.tensor(self.squares[candidate], dtype=torch.float64)
@@ -279,7 +277,7 @@ class StackedWeights:
             if (k, candidate) in self.errors:
                 held[f"error:{n}"] = self.kept_errors[self.errors[k, candidate]]
                 held[f"rows:{candidate.layer}"] = self.sampled[k, candidate.layer]
-        self.journal.write(f"errors-{k}", save(held))
+        return held
 
     def _recall(self, k: int) -> bool:
         """Note what was kept of a part; return whether anything was."""
@@ -394,7 +392,7 @@ class StackedWeights:
         made = QuantizedModel(
             model_digest=self.inventory.model_digest, rounding=str(self.rounder), weights=weights
         )
-        self.journal.write(name, made.to_bytes())
+        self.journal.write(name, made.to_bytes)
 
     def recall_rounded(self, name: str) -> dict[str, QuantizedWeight] | None:
         """Return codes and scales that were kept under a name, or ``None``."""

@@ -163,10 +163,15 @@ def _add_score(
 
 def _write_down(known: StackedWeights, found: Scores, behind: Series, k: int) -> None:
     """Keep what was found from the output back to part ``k``, and the gradients at its input."""
-    numbers = {candidate: n for n, candidate in enumerate(known.candidates)}
-    held = {f"score:{numbers[candidate]}": score for candidate, score in found.items()}
-    held |= {f"gradient:{b}": behind[b] for b in range(len(behind))}
-    known.journal.write(BACKWARDS, save({**held, "part": torch.tensor(k)}))
+
+    def content() -> bytes:
+        numbers = {candidate: n for n, candidate in enumerate(known.candidates)}
+        held = {f"score:{numbers[candidate]}": score for candidate, score in found.items()}
+        held |= {f"gradient:{b}": behind[b] for b in range(len(behind))}
+        made: bytes = save({**held, "part": torch.tensor(k)})
+        return made
+
+    known.journal.write(BACKWARDS, content)
 
 
 def _recall(known: StackedWeights) -> tuple[Scores, Series | None, int]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from bitquota.canonical import digest_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from bitquota.canonical import JsonObject
@@ -48,14 +49,17 @@ class Journal:
         except OSError:
             return None
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write something under a name, whole or not at all, in place of what was there."""
+    def write(self, name: str, make: Callable[[], bytes]) -> None:
+        """Write something under a name, whole or not at all, in place of what was there.
+
+        ``make`` returns it, and is called only where there is a folder.
+        """
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         own = self.folder / f"{name}.{os.getpid()}.part"
         with own.open("wb") as file:
-            file.write(content)
+            file.write(make())
             file.flush()
             os.fsync(file.fileno())
         own.replace(self.folder / name)

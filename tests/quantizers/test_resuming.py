@@ -103,8 +103,8 @@ class TestJournal:
     def test_keeps_what_was_written_last(self, tmp_path):
         journal = Journal(tmp_path).of({"model": 1})
         assert journal.read("a") is None
-        journal.write("a", b"first")
-        journal.write("a", b"second")
+        journal.write("a", lambda: b"first")
+        journal.write("a", lambda: b"second")
         assert journal.read("a") == b"second"
         assert Journal(tmp_path).of({"model": 2}).read("a") is None
         journal.finish()
@@ -112,7 +112,7 @@ class TestJournal:
 
     def test_without_a_folder_nothing_is_kept(self):
         journal = Journal().of({"model": 1})
-        journal.write("a", b"1")
+        journal.write("a", lambda: b"1")
         journal.finish()
         assert journal.read("a") is None
 
@@ -120,7 +120,7 @@ class TestJournal:
         """But not those that somebody may go on with."""
         old, new = (Journal(tmp_path).of({"model": k}) for k in (1, 2))
         for journal in (old, new):
-            journal.write("a", b"1")
+            journal.write("a", lambda: b"1")
         long_ago = old.folder.stat().st_mtime - (KEPT_DAYS + 1) * 86400
         os.utime(old.folder, (long_ago, long_ago))
         Journal(tmp_path).clear_abandoned()
