@@ -27,6 +27,7 @@ import torch
 from torch import fx, nn
 
 from bitquota.canonical import digest_array, digest_bytes, digest_json
+from bitquota.models.running import in_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -58,9 +59,6 @@ class Computation:
     traced: bool = True
     has_weights: bool = False
 
-
-_PIECE = 2**22
-"""Values that are hashed together."""
 
 HALF_TYPES = frozenset({torch.float16, torch.bfloat16})
 """Types in which checkpoints are stored; models are measured, and known, in float32."""
@@ -100,10 +98,8 @@ def weights_fingerprint(module: nn.Module, after: Callable[[Tensor], None] | Non
         dtype = torch.float32 if tensor.dtype in HALF_TYPES else tensor.dtype
         shape = "x".join(map(str, tensor.shape))
         state.update(f"{name}|{str(dtype).removeprefix('torch.')}|{shape}|".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        # An empty one cannot be viewed as bytes.
-        for piece in torch.split(flat, _PIECE) if flat.numel() else ():
-            state.update(piece.to(dtype).view(torch.uint8).numpy().data)
+        for piece in in_pieces(tensor):
+            state.update(piece.cpu().to(dtype).view(torch.uint8).numpy().data)
         if after is not None:
             after(tensor)
     return f"sha256:{state.hexdigest()}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,16 +38,21 @@ def tensor_of(module: nn.Module, name: str) -> Tensor:
 
 
 _PIECE = 2**22
-"""Values of a tensor that are looked at together."""
+
+
+def in_pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the values of a tensor in its order, a few million at a time; nothing of an empty one.
+
+    What is computed of them then takes no more memory than that, however large the tensor is.
+    """
+    if tensor.numel():
+        yield from torch.split(tensor.detach().reshape(-1), _PIECE)
 
 
 def n_not_finite(tensor: Tensor, *, infinite: bool = False) -> int:
-    """Return how many values are NaN or infinite; only NaN counts if they may be ``infinite``.
-
-    Cost: memory for a few million values, however large the tensor is.
-    """
+    """Return how many values are NaN or infinite; only NaN counts if they may be ``infinite``."""
     found = 0
-    for piece in torch.split(tensor.detach().reshape(-1), _PIECE):
+    for piece in in_pieces(tensor):
         found += int((torch.isnan(piece) if infinite else ~torch.isfinite(piece)).sum())
     return found
 

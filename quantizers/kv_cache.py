@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Grid, ScaleFormat, Scheme
+from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Grid, Scheme
 from bitquota.errors import InvalidInput
 from bitquota.models.kv_cache import open_caches
+from bitquota.quantizers.weights import SCALE_DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -25,12 +26,6 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from bitquota.candidates.table import Candidate
-
-_TYPES = {
-    ScaleFormat.FP32: torch.float32,
-    ScaleFormat.FP16: torch.float16,
-    ScaleFormat.BF16: torch.bfloat16,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +82,7 @@ class CacheQuantizer:
         return codes * self._stored(exact)
 
     def _stored(self, scale: Tensor) -> Tensor:
-        return scale.to(_TYPES[self.scheme.scale_format]).to(scale.dtype)
+        return scale.to(SCALE_DTYPES[self.scheme.scale_format]).to(scale.dtype)
 
 
 def _nonzero(scale: Tensor) -> Tensor:
