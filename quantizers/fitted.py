@@ -146,7 +146,9 @@ def fit_quantizers(
     columns = None if importance is None else importance.columns
     rounder = Rounder.NEAREST if order is None else rounder_in(order.rounding)
     return Fitted(
-        weights=QuantizedWeights(module, inventory, grams, columns, rounder),
+        weights=QuantizedWeights(
+            module, inventory, grams, columns, rounder, estimates=order is not None
+        ),
         activations=activations,
         origin=origin(order),
         nearest_origin=origin(None),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bitquota.quantizers.grid import MatrixGrid
 
 
-def gpfq(values: Tensor, grid: MatrixGrid, rows: slice, gram: Tensor) -> Tensor:
+def gpfq(values: Tensor, grid: MatrixGrid, gram: Tensor) -> Tensor:
     """Return values of the grid, as ``values``, with a small ``tr(E G E^T)``, ``E = W - W_q``.
 
     Column ``t`` takes the level nearest to ``<X_t, u + w_t X_t> / |X_t|^2`` and leaves
@@ -32,13 +32,12 @@ def gpfq(values: Tensor, grid: MatrixGrid, rows: slice, gram: Tensor) -> Tensor:
     than in their own order.
 
     Args:
-        values: f64[n, columns], the rows ``rows`` of a matrix.
-        grid: Of the whole matrix.
-        rows: Which rows of it.
+        values: f64[rows, columns].
+        grid: Of these rows.
         gram: f64[columns, columns].
 
-    Cost: O(n columns^2).
+    Cost: O(rows columns^2).
     """
     order = gram.diagonal().argsort(descending=True, stable=True)
-    columns = grid.columns(rows, order, values.dtype)
+    columns = grid.columns(order, values.dtype)
     return path(values, columns, order, path_feedback(gram, order))

@@ -5,7 +5,7 @@ Design: docs/design/grids-and-scales.md
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,9 +71,20 @@ class MatrixGrid:
             whole = whole - self.zero
         return whole * self.step if self.offset is None else whole * self.step + self.offset
 
-    def columns(self, rows: slice, order: Tensor, dtype: torch.dtype) -> GridColumns:
-        """Return the columns of some rows, in an order: to be rounded one after the other."""
-        return GridColumns(self, rows, order, dtype)
+    def rows(self, rows: slice) -> MatrixGrid:
+        """Return the grid of some rows."""
+
+        def part(of: Tensor | None) -> Tensor | None:
+            return of[rows] if of is not None and len(of) > 1 else of
+
+        step = self.step[rows] if len(self.step) > 1 else self.step
+        return replace(
+            self, step=step, zero=part(self.zero), offset=part(self.offset), table=part(self.table)
+        )
+
+    def columns(self, order: Tensor, dtype: torch.dtype) -> GridColumns:
+        """Return the columns in an order: to be rounded one after the other."""
+        return GridColumns(self, order, dtype)
 
     @property
     def divisor(self) -> Tensor:
@@ -93,18 +104,16 @@ class MatrixGrid:
 
 
 class GridColumns:
-    """The grid of some rows of a matrix, column by column.
+    """The grid of a matrix, column by column.
 
     Args:
-        grid: Of the whole matrix.
-        rows: Which rows of it.
+        grid: Of the matrix.
         order: i64[columns]: column ``j`` here is column ``order[j]`` there.
         dtype: To compute in.
     """
 
-    def __init__(self, grid: MatrixGrid, rows: slice, order: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, grid: MatrixGrid, order: Tensor, dtype: torch.dtype) -> None:
         def turn(part: Tensor) -> list[Tensor]:
-            part = part[rows] if len(part) > 1 else part
             part = part[:, order] if part.shape[1] > 1 else part
             lines = list(part.t().to(dtype).contiguous().unbind(0))
             return lines if len(lines) > 1 else lines * len(order)
@@ -114,8 +123,7 @@ class GridColumns:
         self._signs = grid.bits == 1 and grid.grid is Grid.SYMMETRIC
         self._table: Tensor | None = None
         if grid.table is not None:
-            table = (grid.table[rows] if len(grid.table) > 1 else grid.table).to(dtype)
-            self._table = table.contiguous()
+            self._table = grid.table.to(dtype).contiguous()
             return
         self._step, self._divisor = turn(grid.step), turn(grid.divisor)
         self._offset = None if grid.offset is None else turn(grid.offset)

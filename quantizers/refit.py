@@ -1,4 +1,4 @@
-"""Scales fitted once more, to the codes that rounding with feedback chose.
+"""What follows GPTQ: coordinate descent, and scales fitted once more to the codes that it chose.
 
 Design: docs/design/rounding.md
 """
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.storage import Scheme
 
-ROUNDS = 3
+ROUNDS = 5
 """Rounds of scales and codes in turn."""
+
+DESCENTS = 2
+"""Rounds where scales stay."""
 
 
 def refitted(
@@ -31,6 +34,8 @@ def refitted(
     bits: int,
     scheme: Scheme,
     gram: Tensor,
+    *,
+    scales_stay: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return codes and scales with a smaller ``tr(E G E^T)``, ``E = W - s (q - z)``.
 
@@ -39,7 +44,8 @@ def refitted(
     turn, ``ROUNDS`` times, each while the other stays. A row that gains nothing stays as it was.
 
     Scales that are not numbers of their own (powers of two, levels, K blocks), one scale for all
-    rows, and scales by other rules than least squares are left alone.
+    rows, and scales by other rules than least squares stay; codes alone are improved, ``DESCENTS``
+    times.
 
     Args:
         values: ``W``, f64[rows, columns].
@@ -49,36 +55,38 @@ def refitted(
         bits: Bit-width.
         scheme: Everything else.
         gram: ``G``, f64[groups, columns, columns], one for each group of consecutive rows.
+        scales_stay: Whether scales stay in any case.
 
     Cost: for each round two products of [rows, columns] by [columns, columns] and a round of
     coordinate descent.
     """
-    if (
-        scheme.grid not in (Grid.SYMMETRIC, Grid.ASYMMETRIC)
+    scales_stay = (
+        scales_stay
+        or scheme.grid not in (Grid.SYMMETRIC, Grid.ASYMMETRIC)
         or scheme.granularity is Granularity.TENSOR
         or scheme.scale_rule not in (ScaleRule.LEAST_SQUARES, ScaleRule.LEAST_SQUARES_POSITIVE)
-    ):
-        return codes, scales
+    )
+    columns = values.shape[1]
+    whole = matrix_grid(scales, zeros, bits, scheme, columns)
     codes, scales = codes.clone(), scales.clone()
     per_group = len(values) // len(gram)
     for g, own in enumerate(gram):
         rows = slice(g * per_group, (g + 1) * per_group)
-        wanted = values[rows]
-        zero = None if zeros is None else zeros[rows]
-        error = None
+        wanted, grid = values[rows], whole.rows(rows)
         found, factors = codes[rows], scales[rows]
-        for _ in range(ROUNDS):
-            grid = matrix_grid(factors, zero, bits, scheme, values.shape[1])
-            if error is None:
-                error = output_errors(wanted - grid.read(found), own)
-            factors = _scales_for(wanted, found, factors, zero, scheme, own)
-            grid = matrix_grid(factors, zero, bits, scheme, values.shape[1])
+        zero = None if zeros is None else zeros[rows]
+        error = output_errors(wanted - grid.read(found), own)
+        for _ in range(DESCENTS if scales_stay else ROUNDS):
+            if not scales_stay:
+                factors = _scales_for(wanted, found, factors, zero, scheme, own)
+                grid = matrix_grid(factors, zero, bits, scheme, columns)
             found = grid.nearest(improved(wanted, grid.read(found), grid, own))
             now = output_errors(wanted - grid.read(found), own)
             better = (now < error)[:, None]
             error = torch.minimum(now, error)
             codes[rows] = torch.where(better, found, codes[rows])
-            scales[rows] = torch.where(better, factors, scales[rows])
+            if not scales_stay:
+                scales[rows] = torch.where(better, factors, scales[rows])
     return codes, scales
 
 

@@ -35,13 +35,12 @@ class Rounder(StrEnum):
 class RounderWithFeedback(Protocol):
     """Rounds so that errors of columns cancel in the layer's output."""
 
-    def __call__(self, values: Tensor, grid: MatrixGrid, rows: slice, gram: Tensor, /) -> Tensor:
+    def __call__(self, values: Tensor, grid: MatrixGrid, gram: Tensor, /) -> Tensor:
         """Return values of the grid with a small ``tr(E G E^T)``, ``E = values - returned``.
 
         Args:
-            values: f64[n, columns], the rows ``rows`` of a matrix.
-            grid: Of the whole matrix.
-            rows: Which rows of it.
+            values: f64[rows, columns].
+            grid: Of these rows.
             gram: f64[columns, columns], positive semidefinite.
         """
 
@@ -117,7 +116,7 @@ def round_codes(values: Tensor, grid: MatrixGrid, rounder: Rounder, gram: Tensor
     found = torch.empty_like(values)
     for g, own in enumerate(gram):
         rows = slice(g * per_group, (g + 1) * per_group)
-        fed = FEEDBACK[rounder](values[rows], grid, rows, own)
+        fed = FEEDBACK[rounder](values[rows], grid.rows(rows), own)
         kept = nearest[rows]
         better = _smaller_error(values[rows] - fed, values[rows] - kept, own)
         found[rows] = torch.where(better[:, None], fed, kept)

@@ -331,7 +331,7 @@ class StackedWeights:
             importance=self.importance.get(candidate.layer),
             inputs_gram=gram,
             rounding=None if rounder is Rounder.NEAREST else rounder,
-            refit=False,
+            polish=False,
         )
         error = found.dequantize().double() - sample
         square = float(error.square().sum() / sample.square().sum().clamp_min(1e-300))

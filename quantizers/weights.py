@@ -101,7 +101,7 @@ def quantize(
     importance: Tensor | None = None,
     inputs_gram: Tensor | None = None,
     rounding: Rounder | str | None = None,
-    refit: bool = True,
+    polish: bool = True,
 ) -> QuantizedWeight:
     """Quantize ``matrix`` to ``bits``.
 
@@ -115,13 +115,14 @@ def quantize(
         scheme: Grid, granularity, scale rule and format, rounding.
         importance: Not negative, broadcastable to ``[rows, columns]``: weighs the squared errors
             of the least-squares rule. Other rules ignore it. By default the diagonal of the Gram
-            where the rounder has feedback (GPTQ then fits scales again, ``refit``), else all
+            where the rounder has feedback (GPTQ then fits scales again, ``polish``), else all
             weights count alike.
         inputs_gram: ``X^T X`` of the layer's inputs, ``[columns, columns]``, or one per group of
             rows ``[groups, columns, columns]``; its unit does not matter. Needed by, and only
             used by, rounders with feedback.
         rounding: A ``Rounder``; by default what the scheme says, whose error feedback is GPTQ.
-        refit: Whether scales are fitted again to GPTQ's codes; an estimate may do without.
+        polish: Whether GPTQ's codes, and scales that nobody asked for, are improved in turn (see
+            ``refit``). It takes several times what GPTQ alone does, so an estimate may do without.
 
     Raises:
         InvalidInput: A bit-width off the list, a wrong shape, an unknown rounder, feedback
@@ -148,8 +149,10 @@ def quantize(
     scales, zeros = _parameters(values, bits, scheme, weight)
     grid = matrix_grid(scales, zeros, bits, scheme, values.shape[1])
     codes = round_codes(values, grid, rounder, gram)
-    if refit and rounder is Rounder.GPTQ and gram is not None and importance is None:
-        codes, scales = refitted(values, codes, scales, zeros, bits, scheme, gram)
+    if polish and rounder is Rounder.GPTQ and gram is not None:
+        codes, scales = refitted(
+            values, codes, scales, zeros, bits, scheme, gram, scales_stay=importance is not None
+        )
     return QuantizedWeight(codes=codes, scales=scales, zero_points=zeros, bits=bits, scheme=scheme)
 
 

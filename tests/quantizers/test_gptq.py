@@ -5,7 +5,7 @@ import torch
 
 from bitquota.candidates.storage import Granularity, Grid, Rounding, Scheme
 from bitquota.errors import InvalidInput
-from bitquota.quantizers import gptq, refit
+from bitquota.quantizers import refit
 from bitquota.quantizers.weights import quantize
 from refusals import refused
 
@@ -75,13 +75,12 @@ class TestErrorFeedbackCodes:
         fed = quantize(matrix, 3, FEEDBACK, inputs_gram=torch.diag(power))
         assert torch.equal(plain.codes, fed.codes)
 
-    def test_matches_a_plain_implementation(self, monkeypatch):
+    def test_matches_a_plain_implementation(self):
         """Column by column with an explicit inverse, as in the paper, without blocks."""
-        monkeypatch.setattr(gptq, "SWEEPS", 0)
         inputs = correlated(columns=12)
         matrix = torch.randn(5, 12, generator=torch.Generator().manual_seed(2)).double()
         gram = inputs.T @ inputs
-        weight = quantize(matrix, 3, FEEDBACK, inputs_gram=gram)
+        weight = quantize(matrix, 3, FEEDBACK, inputs_gram=gram, polish=False)
         scale = weight.scales.double()[:, 0]
         order = gram.diagonal().argsort(descending=True)
         damped = gram[order][:, order]
@@ -108,14 +107,16 @@ class TestErrorFeedbackCodes:
     def test_coordinate_descent_lowers_the_error(self, bits, monkeypatch):
         """With each sweep, on the inputs and on others of the same kind."""
         matrix = torch.randn(16, 48, generator=torch.Generator().manual_seed(1)).double()
-        # Scales that are fitted again are a way of their own to smaller errors.
-        monkeypatch.setattr(refit, "ROUNDS", 0)
+        # Given importance keeps scales as they are.
+        alike = torch.ones(48)
         inputs = correlated(n=2000)
         fit, other = inputs[:1000], inputs[1000:]
         errors = []
         for sweeps in (0, 1, 2):
-            monkeypatch.setattr(gptq, "SWEEPS", sweeps)
-            back = quantize(matrix, bits, FEEDBACK, inputs_gram=fit.T @ fit).dequantize()
+            monkeypatch.setattr(refit, "DESCENTS", sweeps)
+            back = quantize(
+                matrix, bits, FEEDBACK, importance=alike, inputs_gram=fit.T @ fit
+            ).dequantize()
             error = matrix - back.double()
             errors.append([float((x @ error.T).square().sum()) for x in (fit, other)])
         assert errors[2][0] <= errors[1][0] * (1 + 1e-5)
@@ -124,7 +125,7 @@ class TestErrorFeedbackCodes:
 
     def test_coordinate_descent_ends_where_no_single_code_helps(self, monkeypatch):
         """Each code up or down alone: no smaller error."""
-        monkeypatch.setattr(gptq, "SWEEPS", 50)
+        monkeypatch.setattr(refit, "ROUNDS", 50)
         matrix = torch.randn(3, 12, generator=torch.Generator().manual_seed(2)).double()
         inputs = correlated(columns=12)
         gram = inputs.T @ inputs

@@ -98,12 +98,21 @@ def test_groups_of_rows_have_moments_of_their_own():
         Scheme(grid=Grid.CODEBOOK),
     ],
 )
-def test_other_scales_are_left_alone(scheme):
-    values, gram = normal(8, 12), correlated(12)
+def test_of_other_scales_the_codes_alone_are_improved(scheme):
+    values, gram = normal(24, 48), correlated(48)
     codes, scales, zeros = rounded(values, 2, scheme, gram[None])
     found, fitted = refitted(values, codes, scales, zeros, 2, scheme, gram[None])
-    assert found is codes
-    assert fitted is scales
+    assert torch.equal(fitted, scales)
+    before, after = (errors(values, c, scales, zeros, 2, scheme, gram) for c in (codes, found))
+    assert bool((after <= before).all())
+    assert float(after.sum()) < float(before.sum())
+
+
+def test_scales_that_are_to_stay_do():
+    values, gram = normal(8, 12), correlated(12)
+    codes, scales, _ = rounded(values, 2, Scheme(), gram[None])
+    _, fitted = refitted(values, codes, scales, None, 2, Scheme(), gram[None], scales_stay=True)
+    assert torch.equal(fitted, scales)
 
 
 def test_rows_of_zeros_keep_their_scales():

@@ -18,7 +18,7 @@ from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.quantizers.input_moments import call_settings, input_grams, patches
 from bitquota.quantizers.qep import propagated
 from bitquota.quantizers.quantized_weights import QuantizedWeights
-from bitquota.quantizers.rounders import Rounder
+from bitquota.quantizers.rounders import Rounder, output_errors
 from bitquota.quantizers.sequential import round_in_sequence
 from bitquota.quantizers.shrinkage import shrink
 from bitquota.quantizers.walk import walk_layers
@@ -67,6 +67,31 @@ def rounded(net, rounding, *, batch=16, bits=3):
     batches = [(part,) for part in x.split(batch)]
     found = round_in_sequence(module, copied, candidates, batches, weights, rounding=rounding)
     return copied, found
+
+
+@pytest.mark.parametrize("stored_first", [False, True])
+def test_an_estimate_is_the_same_whatever_was_asked_for_before(net, stored_first):
+    """It is less than what ships, which is polished in either case."""
+    module, inventory, x = net
+    grams = partial(input_grams, module, inventory, [(x,)], shrunk=True)
+    layer = inventory.layers[1]
+    candidate = Candidate.of(layer, 2, Scheme())
+
+    def weights(**how):
+        return QuantizedWeights(module, inventory, grams, rounding=Rounder.GPTQ, **how)
+
+    estimating = weights(estimates=True)
+    first = estimating.stored(candidate) if stored_first else None
+    estimate = estimating(candidate)
+    stored = (first or estimating.stored(candidate)).dequantize()
+    assert torch.equal(stored, to_matrix(weights()(candidate), layer))
+    alone = weights(estimates=True)(candidate)
+    assert torch.equal(estimate, alone)
+    gram = grams()[layer.name].double()
+    changes = [(m - to_matrix(weights().original(layer.name).detach(), layer)).double()
+               for m in (stored, to_matrix(estimate, layer))]  # fmt: skip
+    polished, plain = (float(output_errors(change, gram).sum()) for change in changes)
+    assert polished < plain
 
 
 class TestWalk:
