@@ -30,7 +30,8 @@ from bitquota.solver import (  # noqa: E402
     hull,
     solve,
 )
-from solver_rivals import ask  # noqa: E402  # beside this file
+from solver_large import factored, many  # noqa: E402  # beside this file
+from solver_rivals import ask  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 AVERAGES = (2.5, 3, 3.5, 4)
@@ -338,6 +339,18 @@ def thousands(table: Table, others: Others) -> None:  # noqa: ARG001
     separable(table, 5000)
 
 
+def factors(table: Table, others: Others) -> None:  # noqa: ARG001
+    """Problems in factor form, with half the gaps that a prototype was published with."""
+    factored(table, [
+        (224, 5, 64, 0.00345, 0.15), (2000, 6, 128, 0.0022, 2.8), (100_000, 6, 64, 0.001, 93.0),
+    ])  # fmt: skip
+
+
+def millions(table: Table, others: Others) -> None:  # noqa: ARG001
+    """A million layers without cross terms, and 100,000 with two budgets."""
+    many(table, 1_000_000, 100_000)
+
+
 def large(table: Table, others: Others) -> None:  # noqa: ARG001
     """224 layers with five candidates."""
     for name in ("L224B5_psd", "L224B5_hard"):
@@ -367,6 +380,8 @@ def quick(table: Table, others: Others) -> None:
     separable(table, 200)
     proved(table, "6 identical layers", alike(6, 0.5), 0.5, others)
     overrun(table, "drawn 12 x 3", instance, 0.0)
+    factored(table, [(24, 3, 6, 0.01, 1.0)])
+    many(table, 2000, 300)
 
 
 SECTIONS = {
@@ -377,6 +392,8 @@ SECTIONS = {
     "six": six,
     "curves": curves,
     "thousands": thousands,
+    "millions": millions,
+    "factors": factors,
     "large": large,
     "huge": huge,
 }

@@ -37,6 +37,7 @@ _NAMES = ("resources", "groups", "labels")
 _PROBLEM_ARRAYS = (
     "diagonal",
     "cross",
+    "factor",
     "offsets",
     "costs",
     "limits",
@@ -54,6 +55,8 @@ _CERTIFICATE_ARRAYS: _Kinds = {
     "multipliers": (np.float64, 2),
 }
 """Type and number of axes of the arrays of a certificate."""
+_OPTIONAL: _Kinds = {"orders": (np.int64, 2), "w": (np.float64, 2)}
+"""The same of those that are left out where they are empty."""
 _CONVEXIFICATION_ARRAYS: _Kinds = {
     "support": (np.bool_, 1),
     "shift": (np.float64, 2),
@@ -86,9 +89,10 @@ def problem_from_bytes(data: bytes) -> Problem:
     """
     meta, arrays = _unpack(data, _PROBLEM)
     try:
-        given: dict[str, Any] = {name: arrays[name] for name in _PROBLEM_ARRAYS if name != "cross"}
+        given: dict[str, Any] = {name: arrays.get(name) for name in ("cross", "factor")}
+        given |= {name: arrays[name] for name in _PROBLEM_ARRAYS if name not in given}
         given |= {name: tuple(map(str, meta[name])) for name in _NAMES}
-        return Problem(cross=arrays.get("cross"), constant=float(meta["constant"]), **given)
+        return Problem(constant=float(meta["constant"]), **given)
     except (KeyError, TypeError) as err:
         raise _unreadable(_PROBLEM, err) from err
 
@@ -177,6 +181,8 @@ def _certificate_parts(certificate: Certificate) -> tuple[JsonObject, Arrays]:
     arrays = {name: getattr(certificate, name) for name in _CERTIFICATE_ARRAYS}
     if len(certificate.orders):
         arrays["orders"] = certificate.orders
+    if len(certificate.w):
+        arrays["w"] = certificate.w
     for index, shape in enumerate(certificate.convexifications):
         for name in _CONVEXIFICATION_ARRAYS:
             arrays[f"convexification{index}_{name}"] = getattr(shape, name)
@@ -202,7 +208,7 @@ def _certificate(meta: JsonObject, arrays: Arrays, wanted: str) -> Certificate:
                 for index in range(int(meta["convexifications"]))
             ),
             recursion=bool(meta["recursion"]),
-            **(take({"orders": (np.int64, 2)}) if "orders" in arrays else {}),
+            **take({name: kind for name, kind in _OPTIONAL.items() if name in arrays}),
             **take(_CERTIFICATE_ARRAYS),
         )
     except (KeyError, TypeError, ValueError, OverflowError) as err:

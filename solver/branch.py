@@ -205,6 +205,7 @@ class Entry:
         convexification: The formula's convex function; -1 for a node without a formula.
         point: f32[n of the problem], where the formula is computed.
         multipliers: f64[m], likewise.
+        w: f64[r], the point of the formula in factor form, in place of all three.
     """
 
     parent: int
@@ -213,6 +214,7 @@ class Entry:
     convexification: int = -1
     point: NDArray[np.float32] | None = None
     multipliers: Floats | None = None
+    w: Floats | None = None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -245,6 +247,7 @@ class Record:
             return
         entry.own = own
         if tree.kind[0] == 1:
+            entry.w = None
             entry.convexification = convexification
             entry.point = self._lift(tree.core, tree.point[:1])[0]
             entry.multipliers = tree.lam[0].copy()
@@ -334,12 +337,16 @@ class Record:
         conv = np.full(total, -1, dtype=np.int64)
         point = np.zeros((total, n), dtype=np.float32)
         lam = np.zeros((total, m))
+        factor = self.problem.factor
+        w = np.zeros((0, 0) if factor is None else (total, factor.shape[1]))
         # The regions.
         for i, entry in enumerate(self.entries):
             parent[i], masks[i], own[i] = entry.parent, entry.allowed, entry.own
             conv[i] = entry.convexification
             if entry.point is not None and entry.multipliers is not None:
                 point[i], lam[i] = entry.point, entry.multipliers
+            elif entry.w is not None and entry.multipliers is not None:
+                w[i], lam[i] = entry.w, entry.multipliers
         # The nodes of their trees, whose roots are regions.
         at = base
         for node, convexification, tree in self.trees:
@@ -354,7 +361,8 @@ class Record:
             own[new] = tree.bound[inner]
             at = new.stop
         point[conv < 0] = 0.0
-        lam[conv < 0] = 0.0
+        if not len(w):
+            lam[conv < 0] = 0.0
         return Certificate(
             bound=float(kernels.settle(parent, own, cutoff)[0]),
             convexifications=tuple(self.convexifications),
@@ -364,4 +372,5 @@ class Record:
             point=point,
             multipliers=lam,
             orders=self.orders,
+            w=w,
         )

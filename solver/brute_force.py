@@ -81,6 +81,9 @@ def feasible_choices(
             for g in range(problem.n_groups):
                 for h in range(g):
                     values += problem.cross[rows[:, g], rows[:, h]]
+        if problem.factor is not None:
+            parts = problem.factor[rows]
+            values += 0.5 * ((parts.sum(axis=1) ** 2).sum(axis=1) - (parts**2).sum(axis=(1, 2)))
         yield choices, values
 
 

@@ -22,11 +22,10 @@ from bitquota.errors import InvalidInput
 from bitquota.solver.checker_bounds import (
     BadPoint,
     ExactBounds,
-    Formula,
     Frame,
     OutwardBounds,
-    Value,
 )
+from bitquota.solver.checker_factor import FactorBounds, Formula, Value, exact_pairs
 from bitquota.solver.checker_recursion import reason_not_proved
 from bitquota.solver.checker_regions import Regions, blocks, pairs_of_orders
 from bitquota.solver.exact import dyadic
@@ -217,8 +216,13 @@ class _Arithmetic:
             parts.append(problem.cross[np.ix_(rows, rows)][np.triu_indices(len(rows), 1)])
         (terms,), exponent = dyadic(np.concatenate(parts))
         unit = Fraction(2) ** exponent
-        rounding = sum(map(abs, terms)) * (len(rows) ** 2 + 8) * unit * Fraction(2) ** -53
-        return sum(terms) * unit, Fraction(rounding)
+        total, size = sum(terms) * unit, sum(map(abs, terms)) * unit
+        roundings = len(rows) ** 2 + 8
+        if problem.factor is not None:
+            pairs, pairs_size = exact_pairs(problem, np.array(rows))
+            total, size = total + pairs, size + pairs_size
+            roundings = 2 * (len(rows) + problem.factor.shape[1]) + 8
+        return total, Fraction(size * roundings * Fraction(2) ** -53)
 
 
 class _Checker:
@@ -249,9 +253,17 @@ class _Checker:
         small = self.n <= _EXACT_UP_TO_ROWS and self.n**2 * self.N <= _EXACT_UP_TO_WORK
         self.first_exact = method == "exact" or (method == "auto" and small)
         self.may_repeat = method != "outward"
-        self.exact = [ExactBounds(problem, frame) for frame in frames]
-        self.wide = [OutwardBounds(problem, frame) for frame in frames]
-        self.fast = [OutwardBounds(problem, frame, np.float64) for frame in frames]
+        # By the index of the convexification; -1 is the formula of problems in factor form.
+        self.exact: dict[int, ExactBounds | FactorBounds] = {}
+        self.wide: dict[int, OutwardBounds | FactorBounds] = {}
+        self.fast: dict[int, OutwardBounds | FactorBounds] = {}
+        for index, frame in enumerate(frames):
+            self.exact[index] = ExactBounds(problem, frame)
+            self.wide[index] = OutwardBounds(problem, frame)
+            self.fast[index] = OutwardBounds(problem, frame, np.float64)
+        if problem.factor is not None:
+            self.exact[-1] = self.wide[-1] = FactorBounds(problem)
+            self.fast[-1] = FactorBounds(problem, np.float64)
         for index in sorted({int(c) for c in certificate.convexification if c >= 0}):
             if not self._is_convex(index):
                 msg = (
@@ -261,9 +273,12 @@ class _Checker:
                 raise _Broken(msg)
 
     def _is_convex(self, index: int) -> bool:
-        if not self.first_exact and self.wide[index].is_convex():
+        wide, exact = self.wide[index], self.exact[index]
+        assert isinstance(wide, OutwardBounds)  # noqa: S101  # as its index is not -1
+        assert isinstance(exact, ExactBounds)  # noqa: S101
+        if not self.first_exact and wide.is_convex():
             return True
-        return self.may_repeat and self.exact[index].is_convex()
+        return self.may_repeat and exact.is_convex()
 
     def _check_shapes(self) -> None:
         c, problem = self.certificate, self.problem
@@ -274,6 +289,7 @@ class _Checker:
             "convexification": (c.convexification, (self.N,)),
             "point": (c.point, (self.N, self.n)),
             "multipliers": (c.multipliers, (self.N, m)),
+            "w": (c.w, (0, 0) if problem.factor is None else (self.N, problem.factor.shape[1])),
         }
         for name, (array, shape) in expected.items():
             if tuple(array.shape) != shape:
@@ -288,8 +304,8 @@ class _Checker:
         used = c.convexification
         if bool(((used < -1) | (used >= len(c.convexifications))).any()):
             raise _Broken("'convexification' must be -1 or the index of one")
-        if not (np.isfinite(c.point).all() and np.isfinite(c.multipliers).all()):
-            raise _Broken("'point' and 'multipliers' must be finite")
+        if not all(np.isfinite(array).all() for array in (c.point, c.multipliers, c.w)):
+            raise _Broken("'point', 'multipliers' and 'w' must be finite")
         if bool((c.multipliers < 0).any()):
             raise _Broken(f"'multipliers' must not be negative; got {float(c.multipliers.min())}")
 
@@ -328,10 +344,13 @@ class _Checker:
         """Return what the formula of each node proves, and of each of its open rows chosen."""
         found: dict[int, Formula] = {}
         used = self.certificate.convexification
-        for index, shape in enumerate(self.certificate.convexifications):
+        for index in self.fast:
             nodes = np.flatnonzero((used == index) & regions.undecided)
-            outside = (self.masks[nodes] & ~shape.support).any(axis=1)
-            if outside.any():
+            support = self.problem.allowed
+            if index >= 0:
+                support = self.certificate.convexifications[index].support
+            outside = (self.masks[nodes] & ~support).any(axis=1)
+            if index >= 0 and outside.any():
                 node = int(nodes[np.argmax(outside)])
                 raise _Broken(f"node {node} must allow only rows of its convexification's support")
             for block in blocks(nodes, self.n):
@@ -342,10 +361,13 @@ class _Checker:
                     found.update(zip(block.tolist(), proved, strict=True))
         return found
 
-    def _outward(self, bounds: OutwardBounds, nodes: Ints, regions: Regions) -> list[Formula]:
+    def _outward(
+        self, bounds: OutwardBounds | FactorBounds, nodes: Ints, regions: Regions
+    ) -> list[Formula]:
         c, rows = self.certificate, [regions.open_rows(node) for node in nodes.tolist()]
+        points = c.w if isinstance(bounds, FactorBounds) else c.point
         try:
-            return bounds.nodes(self.masks[nodes], c.point[nodes], c.multipliers[nodes], rows)
+            return bounds.nodes(self.masks[nodes], points[nodes], c.multipliers[nodes], rows)
         except BadPoint as err:
             raise _Broken(f"node {nodes[err.node]}: {err}") from err
 
@@ -353,8 +375,9 @@ class _Checker:
         self.exact_nodes += 1
         c, rows = self.certificate, regions.open_rows(node)
         bounds = self.exact[int(c.convexification[node])]
+        points = c.w if isinstance(bounds, FactorBounds) else c.point
         try:
-            return bounds.node(self.masks[node], c.point[node], c.multipliers[node], rows)
+            return bounds.node(self.masks[node], points[node], c.multipliers[node], rows)
         except BadPoint as err:
             raise _Broken(f"node {node}: {err}") from err
 
@@ -378,7 +401,9 @@ class _Checker:
     def _repeats(self, node: int, regions: Regions, best: Value) -> Iterator[Formula]:
         """Yield the formula of a node that falls short in ever finer arithmetic."""
         index, claim = int(self.certificate.convexification[node]), self.certificate.bound
-        if self.first_exact or index < 0 or not _finite(claim) or best >= Fraction(claim):
+        if index < 0 and not self.certificate.w[node : node + 1].any():
+            return
+        if self.first_exact or not _finite(claim) or best >= Fraction(claim):
             return
         yield self._outward(self.wide[index], np.array([node]), regions)[0]
         if self.may_repeat and not self.certificate.recursion:

@@ -11,7 +11,6 @@ Design: docs/design/certificates.md
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -19,21 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bitquota.solver.checker_factor import Formula, exact_terms, rounded_terms
 from bitquota.solver.exact import dyadic, is_positive_semidefinite
 from bitquota.solver.outward import TINY, gamma, is_positive_definite, round_down, wide
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from bitquota.solver.problem import Problem
     from bitquota.solver.solution import Convexification
 
     Bools = NDArray[np.bool_]
-
-Value = Fraction | float
-"""A proved number: an exact fraction, a float, or an infinity."""
-Formula = tuple[Value, Sequence[Value]]
-"""What a node's formula proves, and what it proves with each of some rows chosen."""
 
 
 class BadPoint(ValueError):
@@ -184,6 +181,11 @@ class ExactBounds:
         ]
         products = np.zeros((0, 0)) if frame.products is None else frame.products
         (d, cross, D, Y, mu), exponent = dyadic(problem.diagonal, *given, products)
+        if problem.factor is not None:
+            terms, fine = exact_terms(problem)
+            low = min(exponent, fine)
+            d, D, Y, mu = (part * (1 << (exponent - low)) for part in (d, D, Y, mu))
+            cross, exponent = terms * (1 << (fine - low)), low
         linear = 2 * d
         if not self._is_quadratic():
             return linear, None, exponent - 1
@@ -197,7 +199,8 @@ class ExactBounds:
 
     def _is_quadratic(self) -> bool:
         frame = self.frame
-        parts = (self.problem.cross, frame.shift, frame.cuts, frame.products)
+        problem = self.problem
+        parts = (problem.cross, problem.factor, frame.shift, frame.cuts, frame.products)
         return any(part is not None for part in parts)
 
     def is_convex(self) -> bool:
@@ -211,7 +214,7 @@ class ExactBounds:
     def node(
         self,
         mask: Bools,
-        point: NDArray[np.float32],
+        point: NDArray[Any],
         multipliers: NDArray[np.float64],
         removed: list[int],
     ) -> Formula:
@@ -285,7 +288,7 @@ class OutwardBounds:
         size = np.abs(linear)
         roundings = 4 + 4 * len(problem.limits)
         parts = [p for p in (problem.cross, frame.shift, frame.cuts) if p is not None]
-        if not parts and frame.products is None:
+        if not parts and frame.products is None and problem.factor is None:
             return linear, size, None, None, roundings
         n = int(problem.offsets[-1])
         Q = np.zeros((n, n), dtype=self.real)
@@ -293,6 +296,10 @@ class OutwardBounds:
         for part in parts:
             Q += -self._real(part) if part is frame.cuts else self._real(part)
             Q_size += np.abs(self._real(part))
+        if problem.factor is not None:
+            terms, terms_size = rounded_terms(problem, self.real)
+            Q, Q_size = Q + terms, Q_size + terms_size
+            roundings += problem.factor.shape[1] + 1
         if frame.shift is not None:
             half = np.diag(self._real(frame.shift)) / 2
             linear, size = linear - half, size + np.abs(half)
@@ -316,7 +323,7 @@ class OutwardBounds:
     def nodes(
         self,
         masks: Bools,
-        points: NDArray[np.float32],
+        points: NDArray[Any],
         multipliers: NDArray[np.float64],
         removed: Sequence[list[int]],
     ) -> list[Formula]:

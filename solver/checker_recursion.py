@@ -71,7 +71,7 @@ def reason_not_proved(problem: Problem, mask: Bools, price: float, claim: float)
     Cost: a sort of the states per group with several rows left.
     """
     pairs = len(problem.forbidden_pairs) + len(problem.required_pairs)
-    if problem.cross is not None or len(problem.limits) != 1 or pairs:
+    if not problem.separable or len(problem.limits) != 1 or pairs:
         return "a recursion proves separable problems with one budget and no pairs only"
     starts, cost, limit = problem.offsets[:-1], problem.costs[0], int(problem.limits[0])
     group = np.repeat(np.arange(len(starts)), np.diff(problem.offsets))

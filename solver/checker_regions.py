@@ -74,9 +74,11 @@ class Regions:
         starts = problem.offsets[:-1]
         kept, parents = _kept(masks, parent, starts)
         counts = np.diff(problem.offsets)
-        meets = np.zeros((len(enemies), len(enemies)), dtype=np.float32)
+        some = any(enemies)
+        meets = np.zeros((len(enemies), len(enemies)) if some else (0, 0), dtype=np.float32)
         for p, others in enumerate(enemies):
-            meets[p, list(others)] = 1.0
+            if others:
+                meets[p, list(others)] = 1.0
         empty = np.zeros(len(masks), dtype=np.bool_)
         single = np.zeros(len(masks), dtype=np.bool_)
         opened = masks & ~kept & parents[:, None]
@@ -87,7 +89,7 @@ class Regions:
             single[block] = (rows == 1).all(axis=1)
             lost = (rows == 0).any(axis=1)
             alone = mask & np.repeat(rows == 1, counts, axis=1)
-            if meets.any():
+            if some:
                 # Sums of ones are exact in float32 up to 2**24 rows.
                 met = alone.astype(np.float32) @ meets > 0
                 lost |= (alone & met).any(axis=1)
@@ -119,6 +121,8 @@ class Regions:
     def is_dominated(self, p: int, node: int) -> bool:
         """Return whether a kept row of its group is as good as ``p`` wherever ``node`` allows."""
         problem, mask = self.problem, self.masks[node]
+        if problem.factor is not None:
+            return False
         g = int(np.searchsorted(problem.offsets, p, side="right")) - 1
         start, stop = problem.offsets[g : g + 2].tolist()
         for q in (start + np.flatnonzero(self.kept[node, start:stop])).tolist():
@@ -198,6 +202,7 @@ def _exchangeable(problem: Problem, enemies: list[set[int]], g: int, h: int) -> 
         np.array_equal(problem.diagonal[changed], problem.diagonal[exchanged[changed]])
         and np.array_equal(problem.allowed[changed], problem.allowed[exchanged[changed]])
         and np.array_equal(problem.costs[:, changed], problem.costs[:, exchanged[changed]])
+        and problem.factor is None
         and (
             problem.cross is None
             or np.array_equal(

@@ -106,10 +106,12 @@ def reduce(
     # The objective, with what fixed rows contribute.
     d = problem.diagonal[rows].copy()
     constant = problem.constant + float(problem.diagonal[fixed].sum())
-    if problem.cross is None:
-        C = np.zeros((0, 0))
-    else:
-        C = np.ascontiguousarray(problem.cross[np.ix_(rows, rows)])
+    C = problem.pair_terms(rows)
+    if problem.factor is not None:
+        y, squares = problem.factor_sum(fixed)
+        d += problem.factor[rows] @ y
+        constant += 0.5 * (float(y @ y) - squares)
+    elif problem.cross is not None:
         d += problem.cross[np.ix_(rows, fixed)].sum(axis=1)
         constant += 0.5 * float(problem.cross[np.ix_(fixed, fixed)].sum())
     # Constraints, likewise.

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 KIB_BITS = 8192
+_MOST_WORK = 10_000_000_000
+"""Rows times groups (times a factor's rank) that are looked at: minutes."""
 _SHARE = 100
 """A budget that is not in bits is changed by this part of itself, unless told otherwise."""
 
@@ -171,7 +173,8 @@ def explain(
         limits: Of each solve at a changed limit; see ``bitquota.solver.solve``.
 
     Raises:
-        InvalidProblem: The solution has no choice, a step is below 1, or names no budget.
+        InvalidProblem: The solution has no choice, a step is below 1, or names no budget, or the
+            problem is too large.
 
     Cost: two solves per budget; ``O(n G)`` for the groups.
     """
@@ -179,6 +182,14 @@ def explain(
         msg = f"only a solution with a choice can be explained; got status {solution.status}"
         raise InvalidProblem(msg)
     choice = solution.choice
+    rank = 1 if problem.factor is None else problem.factor.shape[1]
+    if problem.n_rows * problem.n_groups * rank > _MOST_WORK:
+        msg = (
+            "an explanation looks at every row beside the choice, and rows times groups (times "
+            f"the factor's rank) must be at most {_MOST_WORK:,}; got {problem.n_rows:,} rows and "
+            f"{problem.n_groups:,} groups: solve at two budgets and compare instead"
+        )
+        raise InvalidProblem(msg)
     steps = dict(steps or {})
     for name, step in steps.items():
         if name not in problem.resources or step < 1:

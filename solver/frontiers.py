@@ -15,6 +15,7 @@ from bitquota.errors import InvalidProblem
 from bitquota.solver.core import propagated, reduce
 from bitquota.solver.dispatch import GAP, solve
 from bitquota.solver.native import is_knapsack, verified
+from bitquota.solver.quadratic import INTERIOR_ROWS
 from bitquota.solver.search import Effort, meets_all, repaired, search
 from bitquota.solver.separable import solve_knapsack
 from bitquota.solver.solution import Limit, Solution, Stats, Status
@@ -92,7 +93,9 @@ def frontier(
     # Search at all budgets, each from its neighbours' choices.
     levels = sorted({int(limit) for limit in limits})
     problems = [problem.within(resource, limit) for limit in levels]
-    choices = _sweep(problems, wishes.get("seed", 0))
+    # The search takes pair terms as a matrix; large factors are searched as they are bounded.
+    whole = problem.factor is None or problem.n_rows <= INTERIOR_ROWS
+    choices = _sweep(problems, wishes.get("seed", 0)) if whole else [None] * len(levels)
     # Prove one after the other.
     points: list[FrontierPoint] = []
     for index, (limit, one) in enumerate(zip(levels, problems, strict=True)):
@@ -106,7 +109,7 @@ def frontier(
             left = max(0.0, time_limit_s - (clock() - begin)) / (len(levels) - index)
         if start is None and _hopeless(one):
             solution = Solution(status=Status.INFEASIBLE, bound=math.inf)
-        elif not certify or (cancelled is not None and cancelled()):
+        elif (not certify and whole) or (cancelled is not None and cancelled()):
             solution = _heuristic(one, start)
         else:
             solution = solve(one, time_limit_s=left, start=start, clock=clock, **wishes)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.errors import SolverFailed
+from bitquota.solver.factored import Factored
 from bitquota.solver.one_thread import one_thread
 from bitquota.solver.quadratic import Quadratic
 from bitquota.solver.separable import solve_knapsack
@@ -42,13 +43,15 @@ def solve_native(
     with control.watched(), one_thread():
         if is_knapsack(problem):
             return _knapsack(problem, control)
+        if problem.factor is not None:
+            return Factored(problem, control).run(start)
         return Quadratic(problem, control).run(start)
 
 
 def is_knapsack(problem: Problem) -> bool:
     """Return whether ``problem`` is separable with at most one budget and no pairs."""
     pairs = len(problem.forbidden_pairs) + len(problem.required_pairs)
-    return problem.cross is None and len(problem.limits) <= 1 and pairs == 0
+    return problem.separable and len(problem.limits) <= 1 and pairs == 0
 
 
 def _knapsack(problem: Problem, control: Control) -> Solution:

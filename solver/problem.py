@@ -10,12 +10,14 @@ import numpy as np
 from bitquota.errors import BudgetTooSmall, Infeasible, InvalidProblem
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
 _NO_PAIRS = np.zeros((0, 2), dtype=np.int64)
 _SYMMETRY_TOLERANCE = 1e-12
+_PIECE = 1 << 14
+"""Rows of a factor that are looked at at a time."""
 _LARGEST_SUM = 1e300
 """Sizes of all terms of the objective together stay below this, so that no sum overflows."""
 _LARGEST_TOTAL = 2**62
@@ -26,6 +28,10 @@ _LARGEST_TOTAL = 2**62
 class Problem:
     """Minimise ``constant + diagonal·x + ½ xᵀ cross x`` over one candidate per group.
 
+    Instead of ``cross`` there may be a ``factor`` U with ``cross = U Uᵀ`` outside the groups: with
+    ``l_p = diagonal_p - ½ ‖U_p‖²`` the objective is ``constant + l·x + ½ ‖Uᵀx‖²``, and ``U Uᵀ`` is
+    never formed as a whole.
+
     ``x`` is one-hot in every group. A *choice* is ``i64[G]``: for each group the index of the
     chosen row **within** the group; the row itself is ``offsets[g] + choice[g]``.
 
@@ -33,6 +39,7 @@ class Problem:
         diagonal: f64[n], loss increase of each row alone.
         cross: f64[n, n], symmetric, zero inside a group, or ``None`` for a separable problem,
             which one of zeros becomes.
+        factor: f64[n, r], in place of ``cross``. A read-only array is taken as it is.
         offsets: i64[G+1], group ``g`` owns the rows ``offsets[g]:offsets[g+1]``.
         costs: i64[m, n], what each row takes of each resource; never negative. "At most k groups
             at 8 bits" is one more row of zeros and ones with limit k.
@@ -49,6 +56,7 @@ class Problem:
 
     diagonal: NDArray[np.float64]
     cross: NDArray[np.float64] | None = None
+    factor: NDArray[np.float64] | None = None
     offsets: NDArray[np.int64]
     costs: NDArray[np.int64]
     limits: NDArray[np.int64]
@@ -69,6 +77,8 @@ class Problem:
         self._floats("diagonal", (n,))
         if self.cross is not None:
             self._check_cross(n)
+        if self.factor is not None:
+            self._check_factor(n)
         costs = self._integers("costs", self.costs, 2)
         limits = self._integers("limits", self.limits, 1)
         if costs.shape != (len(limits), n):
@@ -92,6 +102,9 @@ class Problem:
         terms = (self.diagonal,) if self.cross is None else (self.diagonal, self.cross)
         with np.errstate(over="ignore"):
             total = abs(self.constant) + sum(float(np.abs(array).sum()) for array in terms)
+            if self.factor is not None:
+                columns = sum(np.abs(part).sum(axis=0) for part in _pieces(self.factor))
+                total += float(columns @ columns)
         if not total < _LARGEST_SUM:
             _fail(f"the terms of the objective must sum to less than {_LARGEST_SUM:g}", total)
         allowed = np.array(self.allowed, dtype=np.bool_)
@@ -108,11 +121,11 @@ class Problem:
         object.__setattr__(self, name, array)
 
     def _floats(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
-        array = np.array(getattr(self, name), dtype=np.float64)
+        array = _own(getattr(self, name), np.float64)
         if array.shape != shape:
             _fail(f"'{name}' must have shape {list(shape)}", list(array.shape))
-        if not np.isfinite(array).all():
-            bad = int((~np.isfinite(array)).sum())
+        bad = sum(int((~np.isfinite(part)).sum()) for part in _pieces(array))
+        if bad:
             _fail(f"'{name}' must be finite", f"{bad} entries that are not")
         self._freeze(name, array)
         return array
@@ -123,7 +136,7 @@ class Problem:
             _fail(f"'{name}' must hold integers", str(given.dtype))
         if given.ndim != ndim:
             _fail(f"'{name}' must have {ndim} dimension(s)", given.ndim)
-        array = given.astype(np.int64)
+        array = _own(given, np.int64)
         self._freeze(name, array)
         return array
 
@@ -141,6 +154,16 @@ class Problem:
         if not np.array_equal(cross, cross.T):
             self._freeze("cross", (cross + cross.T) / 2)
 
+    def _check_factor(self, n: int) -> None:
+        if self.cross is not None:
+            _fail("a problem must have 'cross' or 'factor', not both", "both")
+        shape = np.asarray(self.factor).shape
+        if len(shape) != 2 or shape[0] != n:
+            _fail(f"'factor' must have shape [{n}, r]", list(shape))
+        self._floats("factor", shape)
+        if not shape[1]:
+            object.__setattr__(self, "factor", None)
+
     def _check_pairs(self, name: str, n: int) -> None:
         pairs = self._integers(name, np.asarray(getattr(self, name)).reshape(-1, 2), 2)
         if not pairs.size:
@@ -155,6 +178,11 @@ class Problem:
     def n_rows(self) -> int:
         """Number of rows ``n``."""
         return int(self.offsets[-1])
+
+    @property
+    def separable(self) -> bool:
+        """Whether no two rows have a term together."""
+        return self.cross is None and self.factor is None
 
     @property
     def n_groups(self) -> int:
@@ -203,7 +231,31 @@ class Problem:
         value = self.constant + float(self.diagonal[rows].sum())
         if self.cross is not None:
             value += 0.5 * float(self.cross[np.ix_(rows, rows)].sum())
+        if self.factor is not None:
+            y, squares = self.factor_sum(rows)
+            value += 0.5 * (float(y @ y) - squares)
         return value
+
+    def factor_sum(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float64], float]:
+        """Return f64[r], the sum of the factor's ``rows``, and the sum of their squared norms."""
+        y, squares = np.zeros(self.factor.shape[1]), 0.0  # type: ignore[union-attr]
+        for at in range(0, len(rows), _PIECE):
+            part = self.factor[rows[at : at + _PIECE]]  # type: ignore[index]
+            y += part.sum(axis=0)
+            squares += float(np.einsum("ij,ij->", part, part))
+        return y, squares
+
+    def pair_terms(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return f64[k, k], the terms of ``rows`` (sorted) with each other; f64[0, 0] for none."""
+        if self.cross is not None:
+            return np.ascontiguousarray(self.cross[np.ix_(rows, rows)])
+        if self.factor is None:
+            return np.zeros((0, 0))
+        part, group = self.factor[rows], self.group_of_row[rows]
+        terms: NDArray[np.float64] = part @ part.T
+        for mine in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(group)) + 1):
+            terms[mine[:, None], mine] = 0.0
+        return terms
 
     def spent(self, choice: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """Return ``i64[m]``: what ``choice`` takes of each resource, in integers."""
@@ -250,6 +302,19 @@ class Problem:
                 raise BudgetTooSmall(
                     msg, resource=resource, limit=int(self.limits[k]), smallest=least
                 )
+
+
+def _own(given: Any, kind: type[np.generic]) -> NDArray[Any]:  # noqa: ANN401
+    """Return ``given`` as a contiguous array of a type: itself if nobody can write to it."""
+    if isinstance(given, np.ndarray) and given.base is None and not given.flags.writeable:
+        return np.ascontiguousarray(given, dtype=kind)
+    return np.array(given, dtype=kind, order="C")
+
+
+def _pieces(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Yield parts of a large array, so that what is computed of them is small."""
+    for at in range(0, len(array), _PIECE):
+        yield array[at : at + _PIECE]
 
 
 def _fail(must: str, got: object) -> None:

@@ -110,6 +110,11 @@ class Quadratic:
             strikes.
     """
 
+    probes_first = True
+    """Whether rows are probed under the first bound of a region."""
+    first_nodes = TREE_NODES
+    """Nodes of the tree under that bound."""
+
     def __init__(self, problem: Problem, control: Control) -> None:
         self.problem, self.control = problem, control
         # The same problem without constants, and with interchangeable groups in order.
@@ -259,7 +264,8 @@ class Quadratic:
             if separable and self._priced(region, tree):
                 continue
             # Fix.
-            dropped = tree.probe(self.incumbent, PROBE_ROUNDS) if core.n <= PROBE_ROWS else []
+            probes = core.n <= PROBE_ROWS and (strong or self.probes_first)
+            dropped = tree.probe(self.incumbent, PROBE_ROUNDS) if probes else []
             if dropped:
                 region.keep = region.keep.copy()
                 region.keep[core.rows[[d.row for d in dropped]]] = False
@@ -270,7 +276,7 @@ class Quadratic:
                 if self._closed(region, tree, index, z, tree.lam[0]):
                     return []
             # Branch, cheaply.
-            self._grow(tree, None if separable else TREE_NODES)
+            self._grow(tree, None if separable else TREE_NODES if strong else self.first_nodes)
             if self._finished(region, tree, index):
                 return [] if tree.done(self.incumbent) else [region]
             # Bound again where that has paid or was not tried, or split.
@@ -505,4 +511,9 @@ def _rounded_down(problem: Problem, rows: Ints) -> float:
     if problem.cross is not None:
         chosen = problem.cross[np.ix_(rows, rows)]
         terms += chosen[np.triu_indices(len(rows), 1)].tolist()
+    if problem.factor is not None:
+        y, squares = problem.factor_sum(rows)
+        most = np.abs(problem.factor[rows]).sum(axis=0)
+        lost = 2.3e-16 * (sum(problem.factor.shape) + 8) * float(most @ most)
+        terms += [0.5 * float(y @ y), -0.5 * squares, -lost]
     return rounded_down(terms)

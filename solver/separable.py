@@ -150,7 +150,7 @@ def solve_knapsack(
     Raises:
         InvalidProblem: The problem is not of that kind.
     """
-    if problem.cross is not None or len(problem.limits) > 1 or len(problem.all_forbidden_pairs()):
+    if not problem.separable or len(problem.limits) > 1 or len(problem.all_forbidden_pairs()):
         msg = "a knapsack must be separable with one budget and no pairs; got another problem"
         raise InvalidProblem(msg)
     d = problem.diagonal

@@ -54,6 +54,13 @@ that no tree follows. Its certificate has one node and says ``recursion``: the b
 larger of what the node proves, and of what a recursion of the checker's own proves, which keeps
 every partial choice that the node's price ``λ`` does not exclude (``checker_recursion.py``).
 
+A problem in factor form (``cross = U Uᵀ`` outside the groups) has the same certificates, and
+another formula for nodes without a convexification: with ``l_p = diagonal_p - ½ ‖U_p‖²``, any
+``w`` and any ``λ >= 0``, because ``½ ‖y‖² >= w·y - ½ ‖w‖²`` for ``y = Uᵀx``::
+
+    objective(x) >= constant - ½ ‖w‖² - λ·limits
+                    + Σ_g min_{p in g, allowed} (l_p + U_p·w + Σ_k λ_k costs_kp)
+
 Design: docs/design/certificates.md
 """
 
@@ -150,6 +157,7 @@ class Certificate:
         multipliers: f64[N, m], ``λ >= 0``.
         recursion: Whether the bound needs a recursion over states (see the module).
         orders: i64[k, 2], groups that can be exchanged (see the module).
+        w: f64[N, r] for a problem in factor form (see the module), else f64[0, 0].
     """
 
     bound: float
@@ -161,6 +169,7 @@ class Certificate:
     multipliers: NDArray[np.float64]
     recursion: bool = False
     orders: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
+    w: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
 
     @property
     def n_nodes(self) -> int:

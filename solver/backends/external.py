@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
 
+_FACTOR_ROWS = 3500
+"""Rows of a factor whose pair terms may become one matrix."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class External(Backend):
@@ -47,9 +50,16 @@ class External(Backend):
 
     def refuses(self, problem: Problem) -> str | None:
         """Return why it cannot take ``problem``, or ``None``."""
-        if self.largest_products is None or problem.cross is None:
+        if problem.factor is not None and problem.n_rows > _FACTOR_ROWS:
+            return (
+                f"'{self.name}' takes a factor of at most {_FACTOR_ROWS:,} rows, as it makes all "
+                f"pair terms of it; this problem has {problem.n_rows:,}: use 'bitquota'"
+            )
+        if self.largest_products is None or problem.separable:
             return None
-        products = int(np.count_nonzero(problem.cross)) // 2
+        products = problem.n_rows**2 // 2
+        if problem.cross is not None:
+            products = int(np.count_nonzero(problem.cross)) // 2
         if products > self.largest_products:
             return (
                 f"'{self.name}' writes out each pair of rows and takes at most "

@@ -64,9 +64,7 @@ class Model:
         if not counts.all():
             return None
         diagonal = problem.diagonal[kept]
-        cross = np.zeros((0, 0))
-        if problem.cross is not None:
-            cross = problem.cross[np.ix_(kept, kept)]
+        cross = problem.pair_terms(kept)
         offsets = np.concatenate([[0], np.cumsum(counts)])
         index = np.full(problem.n_rows, -1, dtype=np.int64)
         index[kept] = np.arange(len(kept))

@@ -332,6 +332,7 @@ class TestCheckCertificate:
             "checker",
             "checker_bounds",
             "checker_recursion",
+            "checker_factor",
             "checker_regions",
             "exact",
             "outward",

@@ -1,0 +1,302 @@
+"""The convex relaxation of a problem in factor form, solved in the dimension of the factor.
+
+With ``U`` the factor, ``l_p = diagonal_p - ½ ‖U_p‖²``, costs ``A`` and limits ``b``, every feasible
+one-hot ``x``, any ``w`` and any prices ``λ >= 0`` obey, because ``½ ‖y‖² >= w·y - ½ ‖w‖²``::
+
+    objective(x) >= constant - ½ ‖w‖² - λ·b + Σ_g min_{p in g} (l_p + U_p·w + λ·A_p)
+
+The right-hand side is concave in ``(w, λ)``, which are few numbers. Its minima are smoothed at a
+falling temperature ``τ`` and the smoothed function is raised by Newton steps: the matrix of second
+derivatives is as small as the factor's rank, and only groups that are not decided yet enter it.
+
+References:
+    [Nes05] Y. Nesterov: Smooth minimization of non-smooth functions, 2005 (the smoothing).
+
+Design: docs/design/solver.md
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitquota.solver.compiled import compiled
+from bitquota.solver.interruptible import PIECE, Interrupted, go_on, product
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from bitquota.solver.problem import Problem
+
+    Floats = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+    Bools = NDArray[np.bool_]
+    Bytes = NDArray[np.uint8]
+
+TOLERANCE = 1e-6
+"""What smoothing may cost the bound, relative to it."""
+_COOLING = 0.2
+_STAGES, _STEPS = 60, 8
+_EPS = 2.3e-16
+_DECIDED = 1e-9
+"""Groups with a row of more than one less this weight do not enter the second derivatives."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Relaxed:
+    """A dual point, and what it proves.
+
+    Attributes:
+        w: f64[r].
+        prices: f64[m], ``λ``.
+        weights: f64[n], the smoothed minima's weights: nearly the relaxation's optimum.
+        bound: Proved for the kept rows, every rounding allowed for.
+        lower: f64[n], values of the rows less their rounding; ``+inf`` for rows that are not kept.
+        least: f64[G], the least of them in each group.
+    """
+
+    w: Floats
+    prices: Floats
+    weights: Floats
+    bound: float
+    lower: Floats
+    least: Floats
+
+    def excess(self, problem: Problem) -> Floats:
+        """Return f64[n]: by how much choosing each row raises the bound."""
+        return self.lower - np.repeat(self.least, np.diff(problem.offsets))
+
+
+class FactorForm:
+    """What does not change while a problem in factor form is relaxed."""
+
+    def __init__(self, problem: Problem, halt: Bytes) -> None:
+        """Compute the linear terms; ``O(n r)``."""
+        assert problem.factor is not None  # noqa: S101  # the caller has looked
+        self.problem, self.halt, self.U = problem, halt, problem.factor
+        self.squares = np.einsum("ij,ij->i", self.U, self.U)
+        self.linear = problem.diagonal - 0.5 * self.squares
+        self.unit = np.maximum(problem.limits, 1).astype(np.float64)
+
+    def bound(self, keep: Bools, w: Floats, prices: Floats, weights: Floats) -> Relaxed:
+        """Return what a dual point proves for the rows ``keep``. ``O(n r)``."""
+        problem, m, r = self.problem, len(prices), len(w)
+        priced = prices @ problem.costs if m else np.zeros(problem.n_rows)
+        value = self.linear + self.U @ w + priced
+        size = np.abs(problem.diagonal) + 0.5 * self.squares + priced
+        size += np.sqrt(self.squares) * float(np.sqrt(w @ w))
+        lower = np.where(keep, value - 2.0 * _EPS * (r + m + 16) * size - 1e-290, np.inf)
+        least = np.minimum.reduceat(lower, problem.offsets[:-1])
+        square, spent = 0.5 * float(w @ w), float(prices @ problem.limits) if m else 0.0
+        total = problem.constant - square - spent + float(least.sum())
+        lost = abs(problem.constant) + square + abs(spent) + float(np.abs(least).sum())
+        total -= 2.0 * _EPS * (problem.n_groups + r + m + 32) * lost
+        return Relaxed(
+            w=w, prices=prices, weights=weights, bound=total, lower=lower, least=least
+        )  # fmt: skip
+
+    def relax(self, keep: Bools) -> Relaxed:
+        """Return a dual point that is best but for smoothing, or as far as a limit let it come.
+
+        Cost: about 40 passes over the factor, and ``O(r²)`` per row of undecided groups.
+        """
+        problem, m = self.problem, len(self.problem.limits)
+        # Weights that are even in every group, should there be no time for others.
+        counts = np.diff(problem.offsets)
+        kept = np.maximum(np.add.reduceat(keep.astype(np.float64), problem.offsets[:-1]), 1.0)
+        even = np.where(keep, 1.0 / np.repeat(kept, counts), 0.0)
+        best = (np.zeros(self.U.shape[1]), np.zeros(m), even)
+        state = None
+        try:
+            state = _State(self, keep, even)
+            for _ in range(_STAGES):
+                for _step in range(_STEPS):
+                    if state.step() <= 0.02 * state.tau * (state.undecided + m):
+                        break
+                goal = max(TOLERANCE * abs(state.hard + problem.constant), 1e-11 * state.size)
+                if state.spread + m * state.tau <= goal or state.tau <= 1e-14 * state.size:
+                    break
+                state.tau *= _COOLING
+        except Interrupted:
+            pass
+        w, prices, weights = best if state is None else state.best
+        return self.bound(keep, w, prices / self.unit, weights)
+
+
+class _State:
+    """Where the Newton steps stand.
+
+    Attributes:
+        tau: The temperature.
+        hard: The function without smoothing.
+        size: Sum of the sizes of what it adds up.
+        spread: What smoothing costs it.
+        undecided: Groups that enter the second derivatives.
+        best: The best ``w``, scaled prices and weights so far.
+    """
+
+    def __init__(self, form: FactorForm, keep: Bools, even: Floats) -> None:
+        problem, self.form = form.problem, form
+        self.ok, self.off = keep, problem.offsets
+        self.r, m = form.U.shape[1], len(problem.limits)
+        self.costs = problem.costs / form.unit[:, None]
+        self.limits = problem.limits / form.unit
+        # The `w` of even weights, and prices on the same scale.
+        self.z = even
+        w = self._transposed(self.z)[: self.r]
+        s = form.linear + form.U @ w
+        # Where nothing is to be decided, any small scale does.
+        reach = self._reach(s) or 1e-9 * float(np.abs(s[keep]).sum()) or 1.0
+        across = [self._reach(cost) for cost in self.costs]
+        prices = np.array([reach / c if c > 0.0 else reach for c in across])
+        self.tau = 0.25 * reach / problem.n_groups
+        self.v = np.concatenate([w, np.maximum(prices, 1e-150)])
+        self.tau = max(self.tau, 1e-150)
+        self.s = s + self.v[self.r :] @ self.costs if m else s
+        self.hard, self.size, self.spread, self.undecided = -np.inf, 1.0, np.inf, 0
+        self.best = (np.zeros(self.r), np.zeros(m), even.copy())
+        self.top = -np.inf
+        self.smooth = self._look(self.s, self.v)
+
+    def _reach(self, values: Floats) -> float:
+        """Return the sum over the groups of how far kept values are apart."""
+        starts = self.off[:-1]
+        high = np.maximum.reduceat(np.where(self.ok, values, -np.inf), starts)
+        low = np.minimum.reduceat(np.where(self.ok, values, np.inf), starts)
+        return float((high - low).sum())
+
+    def _transposed(self, z: Floats) -> Floats:
+        """Return ``[Uᵀz, A z]``."""
+        form, out = self.form, np.zeros(self.r + len(self.limits))
+        step = max(1, int(PIECE / (2.0 * self.r)))
+        for at in range(0, len(z), step):
+            go_on(form.halt)
+            out[: self.r] += z[at : at + step] @ form.U[at : at + step]
+        out[self.r :] = self.costs @ z
+        return out
+
+    def _look(self, s: Floats, v: Floats) -> float:
+        """Fill the weights at row values ``s``; returns the smoothed function."""
+        found = np.zeros(4)
+        weigh(s, self.off, self.ok, self.tau, self.z, found)
+        w, prices = v[: self.r], v[self.r :]
+        fixed = -0.5 * float(w @ w) - float(prices @ self.limits)
+        self.hard, self.size, self.spread = fixed + found[1], found[2] - fixed, found[3]
+        if self.hard > self.top:
+            self.top = self.hard
+            self.best = (w.copy(), prices.copy(), self.z.copy())
+        return fixed + float(found[0]) + self.tau * float(np.log(prices).sum())
+
+    def step(self) -> float:
+        """Take one Newton step; returns what it was expected to gain, twice.
+
+        Raises:
+            Interrupted: A limit struck.
+        """
+        form, r, tau = self.form, self.r, self.tau
+        self.smooth = self._look(self.s, self.v)  # the temperature may have changed
+        prices = self.v[r:]
+        g = self._transposed(self.z)
+        g[:r] -= self.v[:r]
+        g[r:] += tau / prices - self.limits
+        H = self._second() / tau
+        H[np.arange(r), np.arange(r)] += 1.0
+        at = np.arange(r, len(g))
+        H[at, at] += tau / prices**2
+        root = 1.0 / np.sqrt(np.diag(H))
+        H *= root[:, None] * root[None, :]
+        H[np.arange(len(g)), np.arange(len(g))] += 1e-13
+        step = root * np.linalg.solve(H, root * g)
+        expected = float(g @ step)
+        # Prices stay positive, and the function rises.
+        falling = step[r:] < 0.0
+        length = min([1.0, *(-0.9 * prices[falling] / step[r:][falling]).tolist()])
+        change = product(form.U, step[:r, None], form.halt)[:, 0] + step[r:] @ self.costs
+        before, v, s = self.smooth, self.v, self.s
+        for _ in range(30):
+            go_on(form.halt)
+            self.v, self.s = v + length * step, s + length * change
+            self.smooth = self._look(self.s, self.v)
+            if self.smooth >= before + 0.05 * length * expected:
+                return expected
+            length *= 0.4
+        self.v, self.s = v, s
+        return 0.0
+
+    def _second(self) -> Floats:
+        """Return the sum over the groups of the covariance of ``[U, A]`` under the weights."""
+        form, width = self.form, len(self.v)
+        H = np.zeros((width, width))
+        groups = np.flatnonzero(np.maximum.reduceat(self.z, self.off[:-1]) < 1.0 - _DECIDED).astype(
+            np.int64
+        )
+        self.undecided = len(groups)
+        most = int(np.diff(self.off).max())
+        step = max(1, min(int(PIECE / (2.0 * width * width * most)), 2**22 // (width * most)))
+        rows = np.empty((min(step, max(len(groups), 1)) * most, width))
+        for at in range(0, len(groups), step):
+            go_on(form.halt)
+            few = groups[at : at + step]
+            count = deviations(form.U, self.costs, self.off, few, self.z, rows)
+            H += rows[:count].T @ rows[:count]
+        return H
+
+
+@compiled
+def weigh(s: Floats, off: Ints, ok: Bools, tau: float, z: Floats, found: Floats) -> None:
+    """Fill ``z`` with the weights ``exp(-s/τ)`` of every group's kept rows, which sum to one.
+
+    ``found`` f64[4] gets the sum of the smoothed minima ``-τ log Σ exp(-s/τ)``, of the minima, of
+    their sizes, and of what smoothing costs.
+    """
+    found[:] = 0.0
+    for g in range(len(off) - 1):
+        least = np.inf
+        for p in range(off[g], off[g + 1]):
+            if ok[p] and s[p] < least:
+                least = s[p]
+        total = 0.0
+        for p in range(off[g], off[g + 1]):
+            z[p] = 0.0
+            if ok[p]:
+                x = (s[p] - least) / tau
+                if x < 40.0:
+                    z[p] = np.exp(-x)
+                    total += z[p]
+        for p in range(off[g], off[g + 1]):
+            z[p] /= total
+            if z[p] > 0.0:
+                found[3] -= tau * z[p] * np.log(z[p])
+        found[0] += least - tau * np.log(total)
+        found[1] += least
+        found[2] += abs(least)
+
+
+@compiled
+def deviations(U: Floats, A: Floats, off: Ints, groups: Ints, z: Floats, out: Floats) -> int:
+    """Fill ``out`` with ``√z_p ([U, A]_p - mean of the group)`` for weighted rows of ``groups``.
+
+    Returns how many rows were filled.
+    """
+    r, m = U.shape[1], len(A)
+    mean = np.zeros(r + m)
+    count = 0
+    for g in groups:
+        mean[:] = 0.0
+        for p in range(off[g], off[g + 1]):
+            if z[p] > 1e-12:
+                for i in range(r):
+                    mean[i] += z[p] * U[p, i]
+                for k in range(m):
+                    mean[r + k] += z[p] * A[k, p]
+        for p in range(off[g], off[g + 1]):
+            if z[p] > 1e-12:
+                root = np.sqrt(z[p])
+                for i in range(r):
+                    out[count, i] = root * (U[p, i] - mean[i])
+                for k in range(m):
+                    out[count, r + k] = root * (A[k, p] - mean[r + k])
+                count += 1
+    return count

@@ -1,0 +1,206 @@
+"""The solver for problems in factor form, which never makes ``U Uᵀ`` as a whole.
+
+The relaxation (``factor_relaxation.py``) gives every row a price. Choices are sought among rows
+that cost next to nothing more than the best of their group: these are few, so their pair terms are
+a small matrix, and the search for small problems does the rest. Rows whose price exceeds the gap
+go. Problems of up to ``INTERIOR_ROWS`` rows then get a tree under the factor's own convex
+function: with few columns, a semidefinite bound gains less than a hundred of its nodes.
+
+Design: docs/design/solver.md
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitquota.errors import InvalidProblem
+from bitquota.solver import search_kernels
+from bitquota.solver.core import reduce
+from bitquota.solver.factor_relaxation import FactorForm
+from bitquota.solver.quadratic import INTERIOR_ROWS, ROUNDING, Quadratic, Region
+from bitquota.solver.search import Effort, search, space_of
+from bitquota.solver.semidefinite import plain_point
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from bitquota.solver.control import Control
+    from bitquota.solver.core import Core
+    from bitquota.solver.factor_relaxation import Relaxed
+    from bitquota.solver.problem import Problem
+    from bitquota.solver.semidefinite import DualPoint
+    from bitquota.solver.solution import Solution
+
+    Floats = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+    Bools = NDArray[np.bool_]
+
+_ROUNDS = ((1.0, 15), (1.5, 15), (2.5, 10))
+"""Rows that are looked at beside the best ones, per undecided group, and restarts: small matrices
+found better choices than large ones in the same time."""
+_FEWEST = 20
+_MOST = 400
+"""Rows looked at beside the best ones: bounds for the factors above."""
+
+
+class Factored(Quadratic):
+    """One run on a problem in factor form; as ``Quadratic`` otherwise."""
+
+    probes_first = False
+    first_nodes = 1_000_000
+
+    def __init__(self, problem: Problem, control: Control) -> None:
+        """Refuse what cannot be searched.
+
+        Raises:
+            InvalidProblem: Pairs among more rows than may become a matrix.
+        """
+        pairs = len(problem.forbidden_pairs) + len(problem.required_pairs)
+        if pairs and problem.n_rows > INTERIOR_ROWS:
+            msg = (
+                f"a factor of more than {INTERIOR_ROWS:,} rows must come without forbidden and "
+                f"required pairs; got {problem.n_rows:,} rows and {pairs:,} pairs: leave rows "
+                "out, or express the pairs as budgets"
+            )
+            raise InvalidProblem(msg)
+        super().__init__(problem, control)
+        self.form = FactorForm(problem, control.halt)
+        norms = np.sqrt(self.form.squares)
+        most = float(np.maximum.reduceat(norms, problem.offsets[:-1]).sum())
+        # What sums of products may lose: of each row with a choice, and of a choice with itself.
+        self.rounding = (2.3e-16 * (problem.n_groups + self.form.U.shape[1] + 8)) * (
+            np.abs(problem.diagonal) + norms * most + 0.5 * most * most
+        )
+
+    def run(self, start: Ints | None = None) -> Solution:
+        """Solve as far as the limits and the method allow; see ``Quadratic.run``."""
+        problem = self.problem
+        root = Region(node=self.record.node(-1, problem.allowed), keep=problem.allowed)
+        if start is not None and problem.is_feasible(start):
+            self._offer(problem.evaluate(start), problem.rows(start))
+        if not self._propagate(root):
+            self.current = math.inf
+            return self._solution()
+        # Bound, then choose among the rows that the bound leaves cheap.
+        relaxed = self.form.relax(root.keep)
+        self.nodes += 1
+        self._prove(root, relaxed)
+        root.bound = self.current = self.root_bound = relaxed.bound
+        self._tell("bound")
+        self.root = relaxed
+        self._choose(root, relaxed)
+        if self.incumbent.rows is None and problem.n_rows <= INTERIOR_ROWS:
+            self._search(root)
+        largest = float(self.form.squares[root.keep].max(initial=0.0))
+        largest = max(largest, float(np.abs(problem.diagonal[root.keep]).max(initial=0.0)))
+        self.incumbent.floor = ROUNDING * max(largest, abs(problem.constant))
+        closed = relaxed.bound >= self.incumbent.cutoff
+        if closed or self.control.stopped() or problem.n_rows > INTERIOR_ROWS:
+            return self._solution()
+        # Rows whose price exceeds the gap go.
+        gone = root.keep & (relaxed.bound + relaxed.excess(problem) > self._beyond(relaxed))
+        if gone.any():
+            root.keep = root.keep & ~gone
+            root.node = self.record.node(root.node, root.keep)
+            self._prove(root, relaxed)
+        # The tree drops rows by its own root's formula, which needs a node of its own.
+        root.node = self.record.node(root.node, root.keep)
+        return self.run_region(root)
+
+    def _prove(self, region: Region, relaxed: Relaxed) -> None:
+        """Give the region's node the formula of ``relaxed``, which was found for more rows."""
+        entry = self.record.entries[region.node]
+        entry.own, entry.w, entry.multipliers = relaxed.bound, relaxed.w, relaxed.prices
+
+    def _first(self, core: Core, region: Region) -> bool:  # noqa: ARG002
+        """Have no simple bound first: the relaxation is one already."""
+        return False
+
+    def _point(self, core: Core, region: Region, *, strong: bool) -> DualPoint:
+        """Return the factor's own convex function and the relaxation's optimum, at first."""
+        if strong or not core.n_groups:
+            return super()._point(core, region, strong=strong)
+        point = plain_point(core, self.root.weights[core.rows], self.root.prices)
+        width = point.shift.shape[1]
+        for a, b in itertools.pairwise(core.off.tolist()):
+            part = self.form.U[core.rows[a:b]]
+            point.shift[a:b, : b - a] = (part @ part.T)[:, :width]
+        return point
+
+    def _beyond(self, relaxed: Relaxed) -> float:
+        """Return a number that is above the cutoff by more than a sum can be rounded."""
+        size = float(np.abs(relaxed.least).sum()) + abs(relaxed.bound)
+        return self.incumbent.cutoff + 1e-14 * size
+
+    def _choose(self, region: Region, relaxed: Relaxed) -> None:
+        """Search among the rows whose choice costs least beyond the relaxation."""
+        excess = relaxed.excess(self.problem)
+        self._round(region, relaxed)
+        heaviest = np.maximum.reduceat(relaxed.weights, self.problem.offsets[:-1])
+        undecided = int((heaviest < 0.999).sum())
+        for index, (share, restarts) in enumerate(_ROUNDS):
+            if self.control.stopped():
+                return
+            if self.problem.n_rows > INTERIOR_ROWS:  # no tree is to follow
+                restarts *= 4  # noqa: PLW2901
+            count = min(_MOST, max(_FEWEST, int(share * undecided)))
+            self._look(region, excess, count, Effort(restarts=restarts), index)
+
+    def _round(self, region: Region, relaxed: Relaxed) -> None:
+        """Offer the relaxation's heaviest rows, brought within the budgets by its prices."""
+        linear = reduce(self._priced_alone(relaxed), region.keep, self.control.halt)
+        if not linear.n_groups:
+            self._take(linear.lift(np.zeros(0, dtype=np.int64)))
+            return
+        space = space_of(linear)
+        weight = 1.0 / np.maximum(linear.b, 1).astype(np.float64)
+        starts = (-relaxed.weights[linear.rows], weight @ linear.A if len(weight) else linear.d)
+        for values in starts:
+            cur = np.lexsort((values, linear.grp))[linear.off[:-1]].astype(np.int64)
+            if search_kernels.repair(space, search_kernels.place(space, cur), weight):
+                self._take(linear.lift(cur))
+                return
+
+    def _priced_alone(self, relaxed: Relaxed) -> Problem:
+        """Return the problem with pair terms replaced by what they are near the relaxation."""
+        none = self.problem.forbidden_pairs[:0]
+        return replace(
+            self.problem, factor=None, diagonal=self.form.linear + self.form.U @ relaxed.w,
+            forbidden_pairs=none, required_pairs=none,
+        )  # fmt: skip
+
+    def _take(self, rows: Ints) -> None:
+        choice = rows - self.problem.offsets[:-1]
+        if self.problem.is_feasible(choice):
+            self._offer(self.problem.evaluate(choice), rows)
+
+    def _look(self, region: Region, excess: Floats, count: int, effort: Effort, seed: int) -> None:
+        """Search among the incumbent's rows and the ``count`` others of least ``excess``."""
+        problem, chosen = self.problem, self.incumbent.rows
+        few = region.keep & (excess <= 0.0)
+        if chosen is not None:
+            few = np.zeros(problem.n_rows, dtype=np.bool_)
+            few[chosen] = True
+        others = np.flatnonzero(region.keep & ~few)
+        if len(others) > count:
+            others = others[np.argpartition(excess[others], count)[:count]]
+        few[others] = True
+        core = reduce(problem, few, self.control.halt, self.rounding)
+        if not core.n_groups:
+            self._take(core.lift(np.zeros(0, dtype=np.int64)))
+            return
+        cur, _ = search(
+            core,
+            effort=effort,
+            seed=self.control.options.seed * 31 + seed,
+            starts=[] if chosen is None else [core.lower(chosen)],
+            on_better=lambda cur, _value: self._take(core.lift(cur)),
+            stop=self.control.stopped,
+        )
+        if cur is not None:
+            self._take(core.lift(cur))
