@@ -18,13 +18,17 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import json
 import resource
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bitquota.candidates.budget import parse_bytes
@@ -41,6 +45,9 @@ from bitquota.sensitivity.losses import divergence
 from resnet_cifar import data_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bitquota.candidates.table import Candidate
     from bitquota.measurement_setup import Setup
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
@@ -63,32 +70,93 @@ def rivals(setup: Setup, size_bits: int) -> dict[str, Choice]:
     return found
 
 
+def run_peer(
+    options: argparse.Namespace, script: str, folder: str, setup: Setup, *more: str
+) -> Path | None:
+    """Run a tool on the calibration windows; returns what it wrote, or says why it wrote nothing.
+
+    ``more`` begins with the tool's name; folder and windows follow it.
+    """
+    place = Path(tempfile.mkdtemp())
+    windows, out = place / "windows", place / "out"
+    save_file({"tokens": setup.fit.inputs[0].long().contiguous()}, windows)
+    tool, *rest = more
+    path = Path(__file__).with_name(script)
+    command = [options.peers, path, tool, folder, windows, *rest, "64", out]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=options.peers_limit
+        )
+    except subprocess.TimeoutExpired:
+        print(f"        {tool}: stopped after {options.peers_limit} s")
+        return None
+    if done.returncode:
+        print(f"        {tool}: {done.stderr.strip().splitlines()[-1]}")
+        return None
+    return out
+
+
+def chosen_by_peers(
+    options: argparse.Namespace, folder: str, setup: Setup, bits: str, size: int
+) -> dict[str, Choice]:
+    """Return what other tools choose, as choices, and say how large that is."""
+    found: dict[str, Choice] = {}
+    for tool in ("auto-round", "modelopt"):
+        out = run_peer(options, "assignment_peers.py", folder, setup, tool, bits, options.bits)
+        if out is None:
+            continue
+        about = json.loads(out.read_text())
+        # Names differ by what wraps the model.
+        widths = {
+            layer.name: width
+            for layer in setup.inventory.layers
+            for name, width in about["bits"].items()
+            if layer.name.endswith(name)
+        }
+        choice = choice_with(
+            setup, lambda c, widths=widths: c.weight_bits == widths.get(c.layer, 32)
+        )
+        own = sum(c.size_bits for c in setup.table.decode(choice))
+        print(f"        {about['tool']}: {about['seconds']} CPU s, {own / size:.4f} of the bytes")
+        found[f"widths of {about['tool']}"] = choice
+    return found
+
+
+def choice_with(setup: Setup, wanted: Callable[[Candidate], bool]) -> Choice:
+    """Return the choice all of whose candidates are wanted."""
+    return tuple(
+        next(k for k, row in enumerate(setup.table.rows[a:b]) if all(map(wanted, row.candidates)))
+        for a, b in itertools.pairwise(setup.table.offsets)
+    )
+
+
 def compare(
     model: LoadedModel,
     calibration: CalibrationSet,
     request: PlanRequest,
     plan: Plan,
     test: CalibrationSet,
+    options: argparse.Namespace,
+    folder: str,
 ) -> None:
-    """Print what a plan and the uniform mixes of its size lose on unseen windows."""
+    """Print what a plan, the uniform mixes of its size, and peers lose on unseen windows."""
     setup = build_setup(model, calibration, request, context=Context(ledger=MemoryLedger()))
     chosen = {a.candidate.layer: a.candidate for a in plan.assignments}
     size = sum(candidate.size_bits for candidate in chosen.values())
-    offsets = setup.table.offsets
-    own = tuple(
-        next(
-            k
-            for k, row in enumerate(setup.table.rows[a:b])
-            if all(chosen[c.layer] == c for c in row.candidates)
-        )
-        for a, b in itertools.pairwise(offsets)
-    )
+    choices = {"plan": choice_with(setup, lambda c: chosen[c.layer] == c), **rivals(setup, size)}
+    bits = request.budgets[0].split()[0]
+    if options.peers:
+        choices |= chosen_by_peers(options, folder, setup, bits, size)
+    modules: dict[str, Callable[[], torch.nn.Module]] = {
+        name: (lambda choice=choice: rounded(setup, choice)) for name, choice in choices.items()
+    }
+    if options.peers and bits.isdigit():
+        out = run_peer(options, "rounding_peers.py", folder, setup, "auto-round", bits)
+        if out is not None:
+            modules["AutoRound's own file"] = lambda: with_weights(setup, load_file(out))
     first: torch.Tensor | None = None
-    for name, choice in {"plan": own, **rivals(setup, size)}.items():
-        made = setup.quantized_model(choice)
-        assert made is not None
-        quantized = made.put_into(copy.deepcopy(setup.module), setup.inventory)
-        kl = []
+    for name, made in modules.items():
+        quantized, kl = made(), []
         with torch.no_grad():
             for part in test.batches(1):
                 reference, output = setup.module(*part.inputs), quantized(*part.inputs)
@@ -103,6 +171,25 @@ def compare(
         )
 
 
+def rounded(setup: Setup, choice: Choice) -> torch.nn.Module:
+    """Return a copy of the model as a choice ships."""
+    made = setup.quantized_model(choice)
+    assert made is not None
+    return made.put_into(copy.deepcopy(setup.module), setup.inventory)
+
+
+def with_weights(setup: Setup, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """Return a copy of the model with other weights for the layers that plans change."""
+    module = copy.deepcopy(setup.module)
+    open_layers = {c.layer for row in setup.table.rows for c in row.candidates}
+    for layer in setup.inventory.layers:
+        if layer.name in open_layers:
+            # Names differ by what wraps the model.
+            (name,) = (name for name in weights if layer.weight_name.endswith(name))
+            module.get_parameter(layer.weight_name).data = weights[name]
+    return module
+
+
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -115,6 +202,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--test-windows", type=int, default=120)
     parser.add_argument("--memory", default="1GiB")
+    parser.add_argument("--peers", metavar="PYTHON", help="of an environment with other tools")
+    parser.add_argument("--peers-limit", type=int, default=3600, help="seconds for each of them")
     parser.add_argument("--no-test", action="store_true", help="measure no unseen windows")
     return parser.parse_args()
 
@@ -175,7 +264,7 @@ def main() -> None:
                 size = sum(t.numel() * t.element_size() for t in model.pages.tensors.values())
                 print(f"        weights read {(model.pages.bytes_read - read) / size:.1f} times")
             if not options.no_test:
-                compare(model, calibration, request, plan, test)
+                compare(model, calibration, request, plan, test, options, folder)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bitquota.models.blocks import repeated_blocks
 from bitquota.models.calls import CallCounter, tensor_key
+from bitquota.models.heap import give_back
 from bitquota.models.identity import HALF_TYPES
 from bitquota.models.outlines import run_outline
 from bitquota.models.running import primary_output, tensor_of
@@ -184,8 +185,10 @@ class Stack:
     def part(self, k: int) -> Part:
         """Return a part whose parameters may be replaced, but not written into.
 
-        Of weights that stay in files it holds copies in float32.
+        Of weights that stay in files it holds copies in float32. What earlier parts freed goes back
+        to the operating system.
         """
+        give_back()
         if 0 < k <= len(self.blocks):
             name = self.blocks[k - 1]
             block = self._in_memory(sharing_weights(self.module.get_submodule(name)))

@@ -14,6 +14,8 @@ from bitquota.candidates.storage import K_BLOCKS, Granularity, Grid
 from bitquota.quantizers.kquants import k_block_steps
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from bitquota.candidates.storage import Scheme
@@ -42,6 +44,8 @@ class MatrixGrid:
         zero: Likewise; ``None`` for 0.
         offset: Likewise; ``None`` for 0.
         table: ``[rows or 1, 2^bits]``, ascending; of a codebook only.
+        ends: Least and greatest code, ``[rows, 1]`` each, where rows have different widths; else
+            those of the bit-width.
     """
 
     grid: Grid
@@ -50,6 +54,7 @@ class MatrixGrid:
     zero: Tensor | None = None
     offset: Tensor | None = None
     table: Tensor | None = None
+    ends: tuple[Tensor, Tensor] | None = None
 
     def nearest(self, values: Tensor) -> Tensor:
         """Return i32: the code nearest to each of ``[rows, columns]``, ties to even."""
@@ -79,7 +84,12 @@ class MatrixGrid:
 
         step = self.step[rows] if len(self.step) > 1 else self.step
         return replace(
-            self, step=step, zero=part(self.zero), offset=part(self.offset), table=part(self.table)
+            self,
+            step=step,
+            zero=part(self.zero),
+            offset=part(self.offset),
+            table=part(self.table),
+            ends=None if self.ends is None else (self.ends[0][rows], self.ends[1][rows]),
         )
 
     def columns(self, order: Tensor, dtype: torch.dtype) -> GridColumns:
@@ -96,10 +106,10 @@ class MatrixGrid:
         if self.bits == 1 and self.grid is Grid.SYMMETRIC:
             return torch.where(values >= 0, 1.0, -1.0).to(values.dtype)
         moved = values if self.offset is None else values - self.offset
-        least, most = code_range(self.grid, self.bits)
+        least, most = self.ends or code_range(self.grid, self.bits)
         whole = torch.round(moved / self.divisor)
         if self.zero is None:
-            return whole.clamp(least, most)
+            return whole.clamp(least, most)  # type: ignore[arg-type]  # both are of one kind
         return torch.minimum(torch.maximum(whole, least - self.zero), most - self.zero)
 
 
@@ -128,9 +138,12 @@ class GridColumns:
         self._step, self._divisor = turn(grid.step), turn(grid.divisor)
         self._offset = None if grid.offset is None else turn(grid.offset)
         self._least, self._most = code_range(grid.grid, grid.bits)
+        least, most = grid.ends or (self._least, self._most)
         self._ends: tuple[list[Tensor], list[Tensor]] | None = None
         if grid.zero is not None:
-            self._ends = turn(self._least - grid.zero), turn(self._most - grid.zero)
+            self._ends = turn(least - grid.zero), turn(most - grid.zero)
+        elif grid.ends is not None:
+            self._ends = turn(grid.ends[0]), turn(grid.ends[1])
 
     def snap(self, column: int, values: Tensor) -> Tensor:
         """Return the value of the grid nearest to each of ``[rows]``, for one column."""
@@ -152,6 +165,47 @@ class GridColumns:
             whole.clamp_(self._ends[0][column], self._ends[1][column])
         whole.mul_(step)
         return whole if self._offset is None else whole.add_(self._offset[column])
+
+
+def stacked(grids: Sequence[MatrixGrid], rows: int, columns: int) -> MatrixGrid | None:
+    """Return the grid of matrices that stand below each other, or ``None`` if there is none.
+
+    There is one for grids of a kind whose codes are whole numbers of steps, of any bit-widths.
+
+    Args:
+        grids: Of matrices of one shape.
+        rows: Of each matrix.
+        columns: Likewise.
+    """
+    first = grids[0]
+    for grid in grids:
+        signs = grid.bits == 1 and grid.grid is Grid.SYMMETRIC
+        alike = (grid.zero is None, grid.offset is None) == (
+            first.zero is None,
+            first.offset is None,
+        )
+        if grid.grid is not first.grid or not alike or signs or grid.grid in _NOT_WHOLE:
+            return None
+
+    def together(parts: Sequence[Tensor | None]) -> Tensor | None:
+        tensors = [part.expand(rows, columns) for part in parts if part is not None]
+        return torch.cat(tensors) if tensors else None
+
+    step = together([grid.step for grid in grids])
+    assert step is not None  # noqa: S101  # every grid has steps
+    ends = torch.tensor([code_range(grid.grid, grid.bits) for grid in grids]).to(step)
+    ends = ends.repeat_interleave(rows, dim=0)
+    return MatrixGrid(
+        grid=first.grid,
+        bits=max(grid.bits for grid in grids),
+        step=step,
+        zero=together([grid.zero for grid in grids]),
+        offset=together([grid.offset for grid in grids]),
+        ends=(ends[:, :1], ends[:, 1:]),
+    )
+
+
+_NOT_WHOLE = frozenset({Grid.CODEBOOK, Grid.POWER_OF_TWO})
 
 
 def matrix_grid(

@@ -12,7 +12,6 @@ import torch
 from bitquota.candidates.storage import Granularity, Grid, ScaleRule
 from bitquota.quantizers.gptq import improved
 from bitquota.quantizers.grid import matrix_grid
-from bitquota.quantizers.rounders import output_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,8 +56,8 @@ def refitted(
         gram: ``G``, f64[groups, columns, columns], one for each group of consecutive rows.
         scales_stay: Whether scales stay in any case.
 
-    Cost: for each round two products of [rows, columns] by [columns, columns] and a round of
-    coordinate descent.
+    Cost: for each round one and a half products of [rows, columns] by [columns, columns] and a
+    round of coordinate descent.
     """
     scales_stay = (
         scales_stay
@@ -75,13 +74,17 @@ def refitted(
         wanted, grid = values[rows], whole.rows(rows)
         found, factors = codes[rows], scales[rows]
         zero = None if zeros is None else zeros[rows]
-        error = output_errors(wanted - grid.read(found), own)
+        off = wanted - grid.read(found)
+        moved = off @ own
+        error = (moved * off).sum(dim=1)
         for _ in range(DESCENTS if scales_stay else ROUNDS):
             if not scales_stay:
-                factors = _scales_for(wanted, found, factors, zero, scheme, own)
+                factors = _scales_for(moved, found, factors, zero, scheme, own)
                 grid = matrix_grid(factors, zero, bits, scheme, columns)
             found = grid.nearest(improved(wanted, grid.read(found), grid, own))
-            now = output_errors(wanted - grid.read(found), own)
+            off = wanted - grid.read(found)
+            moved = off @ own
+            now = (moved * off).sum(dim=1)
             better = (now < error)[:, None]
             error = torch.minimum(now, error)
             codes[rows] = torch.where(better, found, codes[rows])
@@ -91,31 +94,34 @@ def refitted(
 
 
 def _scales_for(
-    values: Tensor,
+    moved: Tensor,
     codes: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
     scheme: Scheme,
     gram: Tensor,
 ) -> Tensor:
-    """Return the best scales for given codes, one group of columns after the other, as stored."""
-    columns = values.shape[1]
+    """Return the best scales for given codes, one group of columns after the other, as stored.
+
+    ``moved``: ``E G`` of what is stored now, f64[rows, columns]; it is written over.
+    """
+    columns = codes.shape[1]
     size = scheme.group_size if scheme.granularity is Granularity.GROUP else None
     size = size or columns
     factors, found = scales.double(), scales.clone()
     levels = codes.double()
     if zeros is not None:
         levels -= zeros.double().repeat_interleave(size, dim=1)[:, :columns]
-    asked = (values - levels * factors.repeat_interleave(size, dim=1)[:, :columns]) @ gram
     for k, first in enumerate(range(0, columns, size)):
-        part = slice(first, first + size)
+        part, later = slice(first, first + size), slice(first + size, None)
         own = levels[:, part]
-        moved = own @ gram[part]
-        power = (moved[:, part] * own).sum(dim=1)
-        change = (asked[:, part] * own).sum(dim=1) / power.clamp_min(1e-300)
+        power = ((own @ gram[part, part]) * own).sum(dim=1)
+        change = (moved[:, part] * own).sum(dim=1) / power.clamp_min(1e-300)
         stored = (factors[:, k] + change).to(scales.dtype)
         # No scale changes its sign, or vanishes.
         sound = (power > 0) & (stored.double() * factors[:, k] > 0) & stored.isfinite()
         found[:, k] = torch.where(sound, stored, scales[:, k])
-        asked -= (found[:, k].double() - factors[:, k])[:, None] * moved
+        # What the groups to come see of it.
+        change = found[:, k].double() - factors[:, k]
+        moved[:, later].addmm_(own * change[:, None], gram[part, later], alpha=-1)
     return found

@@ -17,6 +17,7 @@ import torch
 from bitquota.candidates.layers import MATRICES, LayerKind
 from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.models.calls import CallCounter, tensor_key
+from bitquota.models.heap import give_back
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.onnx.program import source_of
 from bitquota.models.running import tensor_of
@@ -124,6 +125,7 @@ def round_in_sequence(
         layer, candidate = layers[name], chosen[name]
         if moments is None or not moments.are_of(meeting, layer):
             moments = None
+            give_back()
             moments = _Moments(meeting, layer)
         gram, cross = moments.gram, moments.cross
         matrix = to_matrix(weights.original(name).detach(), layer).double()

@@ -14,8 +14,7 @@ from bitquota.models.running import tensor_of
 from bitquota.quantizers.part_batches import Batches, Remembering, run_through
 from bitquota.quantizers.quantized_weights import QuantizedWeights
 from bitquota.quantizers.rounders import Rounder
-from bitquota.quantizers.sequential import round_in_sequence
-from bitquota.quantizers.stacked import STAGE
+from bitquota.quantizers.sequential import STAGE, round_in_sequence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -53,6 +52,7 @@ def round_stack(
     made_for = digest_json({"rounding": rounding, "candidates": numbers}).removeprefix("sha256:")
     for k in range(len(stack)):
         context.check(STAGE)
+        context.report(STAGE, k, len(stack), weight=0.0)
         last = k == len(stack) - 1
         # What was rounded before this work was interrupted is only run.
         done = known.recall_rounded(f"rounded-{made_for}-{k}")

@@ -36,7 +36,7 @@ from bitquota.quantizers.quantized_model import QuantizedModel
 from bitquota.quantizers.quantized_weights import QuantizedWeights
 from bitquota.quantizers.rounders import Rounder
 from bitquota.quantizers.variants import Chosen, Stored, run_variants
-from bitquota.quantizers.weights import QuantizedWeight, finite_matrix, quantize
+from bitquota.quantizers.weights import QuantizedWeight, estimated, finite_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -298,25 +298,31 @@ class StackedWeights:
         self, k: int, part: Part, grams: Mapping[str, Tensor], counts: Mapping[str, Tensor]
     ) -> None:
         """Note what the errors of a part's candidates do to their layers' outputs."""
-        own: dict[str, _Matrix] = {}
+        by_layer: dict[str, list[Candidate]] = {}
         for candidate in self._candidates_in(k).values():
-            name = candidate.layer
-            if name not in own:
-                layer = self.layers[name]
-                original = tensor_of(part, layer.weight_name)
-                matrix = finite_matrix(original, layer)
-                own = {name: _Matrix(matrix, grams.get(name), counts.get(name))}
-            self._estimate_one(k, candidate, own[name])
+            by_layer.setdefault(candidate.layer, []).append(candidate)
+        for name, candidates in by_layer.items():
+            layer = self.layers[name]
+            matrix = finite_matrix(tensor_of(part, layer.weight_name), layer)
+            own = _Matrix(matrix, grams.get(name), counts.get(name))
+            tensors = [c for c in candidates if c.scheme.granularity is Granularity.TENSOR]
+            for together in (tensors, [c for c in candidates if c not in tensors]):
+                if together:
+                    self._estimate_layer(k, together, own, apart=together is not tensors)
 
-    def _estimate_one(self, k: int, candidate: Candidate, own: _Matrix) -> None:
+    def _estimate_layer(
+        self, k: int, candidates: Sequence[Candidate], own: _Matrix, *, apart: bool
+    ) -> None:
         """Note the squared change of a weight, and of each output channel of its layer.
 
         Of a matrix of many rows some are rounded. What the others lose is taken to be in proportion
         to their own energy, which is a ratio estimate: exact where rows differ by a factor.
+
+        ``apart``: whether rows can be rounded apart from each other.
         """
         matrix, gram, count = own.values, own.gram, own.count
+        name = candidates[0].layer
         rows = torch.arange(len(matrix), device=matrix.device)
-        apart = candidate.scheme.granularity is not Granularity.TENSOR
         if count is not None and apart:
             # Rows that are never looked up do nothing.
             rows = count.nonzero()[:, 0]
@@ -324,30 +330,29 @@ class StackedWeights:
             rows = rows[_spread(len(rows), SAMPLED_ROWS)]
         sample = matrix[rows].double()
         rounder = Rounder.NEAREST if gram is None else self.rounder
-        found = quantize(
+        found = estimated(
             sample,
-            candidate.weight_bits,
-            candidate.scheme,
-            importance=self.importance.get(candidate.layer),
+            [(candidate.weight_bits, candidate.scheme) for candidate in candidates],
+            importance=self.importance.get(name),
             inputs_gram=gram,
             rounding=None if rounder is Rounder.NEAREST else rounder,
-            polish=False,
         )
-        error = found.dequantize().double() - sample
-        square = float(error.square().sum() / sample.square().sum().clamp_min(1e-300))
-        self.squares[candidate] = square * own.square
-        if count is not None:
-            seen = count[rows]
-            share = count.sum() / seen.sum().clamp_min(1.0)
-            self.energies[k, candidate] = share * (seen @ error.square())
-        elif gram is not None:
-            energy = _energy(error, gram)
-            if len(rows) < len(matrix):
-                energy = own.energy * (energy.sum() / own.energy[rows].sum().clamp_min(1e-300))
-            self.energies[k, candidate] = energy
-            if self.layers[candidate.layer].kind in WHOLE_ROWS:
-                few = _spread(len(rows), SAMPLED_ROWS)
-                self._keep_error(k, candidate, rows[few], error[few].half())
+        for candidate, values in zip(candidates, found, strict=True):
+            error = values - sample
+            square = float(error.square().sum() / sample.square().sum().clamp_min(1e-300))
+            self.squares[candidate] = square * own.square
+            if count is not None:
+                seen = count[rows]
+                share = count.sum() / seen.sum().clamp_min(1.0)
+                self.energies[k, candidate] = share * (seen @ error.square())
+            elif gram is not None:
+                energy = _energy(error, gram)
+                if len(rows) < len(matrix):
+                    energy = own.energy * (energy.sum() / own.energy[rows].sum().clamp_min(1e-300))
+                self.energies[k, candidate] = energy
+                if self.layers[name].kind in WHOLE_ROWS:
+                    few = _spread(len(rows), SAMPLED_ROWS)
+                    self._keep_error(k, candidate, rows[few], error[few].half())
 
     def _keep_error(self, k: int, candidate: Candidate, rows: Tensor, error: Tensor) -> None:
         self.sampled[k, candidate.layer] = rows

@@ -10,9 +10,6 @@ Design: docs/design/rounding.md
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import sys
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitquota.models.calls import LayerWatcher, tensor_key
+from bitquota.models.heap import share_one_heap
 from bitquota.models.onnx.program import source_of
 from bitquota.models.onnx.steps import Steps, layer_inputs
 from bitquota.models.padding import inputs_that_count, padding_mask
@@ -72,7 +70,7 @@ def walk_layers(
     Cost: one forward pass of each model; memory for the activations of all batches between two
     layers.
     """
-    _share_one_heap()
+    share_one_heap()
     pairs = [(_Lane(module, layers, batch), _Lane(quantized, layers, batch)) for batch in batches]
     lanes = [lane for pair in pairs for lane in pair]
     done: set[str] = set()
@@ -135,19 +133,6 @@ def walk_onnx(
             settings=place.settings,
             inputs=tuple(inputs),
         )
-
-
-@functools.cache
-def _share_one_heap() -> None:
-    """Let all threads take memory from one heap.
-
-    glibc gives each thread one of its own, which keeps what the thread frees: of a few dozen lanes
-    several hundred megabytes.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        arena_max = -8  # M_ARENA_MAX of malloc.h
-        mallopt(arena_max, 1)
 
 
 class _Ended(BaseException):

@@ -21,7 +21,7 @@ from bitquota.errors import InvalidInput, InvalidModel
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.running import n_not_finite
 from bitquota.quantizers.affine_fit import fit_affine
-from bitquota.quantizers.grid import matrix_grid
+from bitquota.quantizers.grid import matrix_grid, stacked
 from bitquota.quantizers.kquants import fit_k_blocks
 from bitquota.quantizers.levels import fit_levels, fit_power_scale
 from bitquota.quantizers.refit import refitted
@@ -29,6 +29,8 @@ from bitquota.quantizers.rounders import Rounder, checked_gram, round_codes, rou
 from bitquota.quantizers.scales import asymmetric_scale, symmetric_scale
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from torch import Tensor
 
     from bitquota.candidates.layers import Layer
@@ -131,6 +133,77 @@ def quantize(
 
     Cost: the fit of the scales (see ``scales``) and of ``rounders.round_codes``.
     """
+    values, rounder, gram, weight = _made_ready(
+        matrix, bits, scheme, importance, inputs_gram, rounding
+    )
+    # Parameters of the grid, as they are stored; then the codes that are best for them.
+    scales, zeros = _parameters(values, bits, scheme, weight)
+    grid = matrix_grid(scales, zeros, bits, scheme, values.shape[1])
+    codes = round_codes(values, grid, rounder, gram)
+    if polish and rounder is Rounder.GPTQ and gram is not None:
+        codes, scales = refitted(
+            values, codes, scales, zeros, bits, scheme, gram, scales_stay=importance is not None
+        )
+    return QuantizedWeight(codes=codes, scales=scales, zero_points=zeros, bits=bits, scheme=scheme)
+
+
+ROWS_TOGETHER = 1024
+"""Rows of several widths that are rounded together."""
+
+
+def estimated(
+    matrix: Tensor,
+    wanted: Sequence[tuple[int, Scheme]],
+    *,
+    importance: Tensor | None = None,
+    inputs_gram: Tensor | None = None,
+    rounding: Rounder | str | None = None,
+) -> Iterator[Tensor]:
+    """Yield about what a matrix becomes at several widths, f64[rows, columns] each.
+
+    As ``quantize`` without ``polish``. Of few rows most of the time goes into going from column to
+    column, so all widths do that together.
+
+    Args:
+        matrix: As of ``quantize``, as are the errors.
+        wanted: Bits and scheme of each.
+        importance: As of ``quantize``.
+        inputs_gram: Likewise.
+        rounding: Likewise.
+
+    Cost: a fit of scales for each, and a rounding for all of one grid.
+    """
+    values = matrix.detach().double()
+    made = []
+    for bits, scheme in wanted:
+        _, rounder, gram, weight = _made_ready(
+            matrix, bits, scheme, importance, inputs_gram, rounding
+        )
+        scales, zeros = _parameters(values, bits, scheme, weight)
+        made.append((matrix_grid(scales, zeros, bits, scheme, values.shape[1]), rounder, gram))
+    rows, columns = values.shape
+    (_, rounder, gram), grids = made[0], [grid for grid, _, _ in made]
+    alike = all(r is rounder for _, r, _ in made) and (gram is None or len(gram) == 1)
+    whole = None
+    if alike and rows * len(grids) <= ROWS_TOGETHER:
+        whole = stacked(grids, rows, columns)
+    if whole is not None:
+        repeated = values.repeat(len(grids), 1)
+        yield from torch.split(whole.read(round_codes(repeated, whole, rounder, gram)), rows)
+        return
+    for grid, own, gram in made:
+        yield grid.read(round_codes(values, grid, own, gram))
+
+
+def _made_ready(
+    matrix: Tensor,
+    bits: int,
+    scheme: Scheme,
+    importance: Tensor | None,
+    inputs_gram: Tensor | None,
+    rounding: Rounder | str | None,
+) -> tuple[Tensor, Rounder, Tensor | None, Tensor | None]:
+    """Check arguments of ``quantize``; return values, rounder, Gram, and what weights count for."""
     _check(matrix, bits, importance)
     values = matrix.detach().double()
     least, most = GRID_BITS.get(scheme.grid, (1, FULL_PRECISION_BITS))
@@ -144,16 +217,7 @@ def quantize(
     weight = None if importance is None else importance.detach().double().expand_as(values)
     if weight is None and gram is not None:
         weight = _diagonal_importance(gram, values)
-
-    # Parameters of the grid, as they are stored; then the codes that are best for them.
-    scales, zeros = _parameters(values, bits, scheme, weight)
-    grid = matrix_grid(scales, zeros, bits, scheme, values.shape[1])
-    codes = round_codes(values, grid, rounder, gram)
-    if polish and rounder is Rounder.GPTQ and gram is not None:
-        codes, scales = refitted(
-            values, codes, scales, zeros, bits, scheme, gram, scales_stay=importance is not None
-        )
-    return QuantizedWeight(codes=codes, scales=scales, zero_points=zeros, bits=bits, scheme=scheme)
+    return values, rounder, gram, weight
 
 
 def _diagonal_importance(gram: Tensor, values: Tensor) -> Tensor | None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from dataclasses import dataclass
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bitquota.canonical import digest_json
@@ -26,21 +28,29 @@ KEPT_DAYS = 7
 """How long the files of work stay that nobody goes on with."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Journal:
     """Named pieces of content in a folder.
 
+    Whatever keeps content from being written, the work goes on: it is told once, and nothing more
+    is written.
+
     Attributes:
         folder: Where they are; without one nothing is kept.
+        tell: Is told, in a sentence, that nothing more is written and why.
+        failed: Whether it was.
     """
 
     folder: Path | None = None
+    tell: Callable[[str], object] = warnings.warn
+    failed: bool = False
 
     def of(self, about: JsonObject) -> Journal:
         """Return the journal of one piece of work, told from all others by ``about``."""
         if self.folder is None:
             return self
-        return Journal(self.folder / digest_json(about).removeprefix("sha256:"))
+        name = digest_json(about).removeprefix("sha256:")
+        return replace(self, folder=self.folder / name, failed=False)
 
     def read(self, name: str) -> bytes | None:
         """Return what was written under a name, or ``None``."""
@@ -52,17 +62,29 @@ class Journal:
     def write(self, name: str, make: Callable[[], bytes]) -> None:
         """Write something under a name, whole or not at all, in place of what was there.
 
-        ``make`` returns it, and is called only where there is a folder.
+        ``make`` returns it, and is called only where there is a folder that can be written to.
         """
-        if self.folder is None:
+        if self.folder is None or self.failed:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         own = self.folder / f"{name}.{os.getpid()}.part"
-        with own.open("wb") as file:
-            file.write(make())
-            file.flush()
-            os.fsync(file.fileno())
-        own.replace(self.folder / name)
+        content = make()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with own.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            own.replace(self.folder / name)
+        except OSError as err:
+            # A full disk, or another process with the same work that has just ended.
+            self.failed = True
+            with suppress(OSError):
+                own.unlink()
+            self.tell(
+                f"what is done can no longer be kept in {self.folder} ({err.strerror or err}); the "
+                "work goes on, but if it is interrupted it goes on from what was kept until now: "
+                "make room there, and let one process work on it at a time"
+            )
 
     def finish(self) -> None:
         """Delete everything."""
@@ -71,8 +93,9 @@ class Journal:
 
     def clear_abandoned(self) -> None:
         """Delete the journals in this folder that nobody wrote to for ``KEPT_DAYS``."""
-        if self.folder is None or not self.folder.is_dir():
-            return
-        for one in self.folder.iterdir():
-            if time.time() - one.stat().st_mtime > KEPT_DAYS * 86400:
-                shutil.rmtree(one, ignore_errors=True)
+        # Another process may delete any of them meanwhile.
+        with suppress(OSError):
+            for one in () if self.folder is None else self.folder.iterdir():
+                with suppress(OSError):
+                    if time.time() - one.stat().st_mtime > KEPT_DAYS * 86400:
+                        shutil.rmtree(one, ignore_errors=True)

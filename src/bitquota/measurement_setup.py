@@ -213,7 +213,7 @@ class Setup:
             assert isinstance(runner, StackRunner)  # noqa: S101  # the setup has a stack
             variant: dict[str, Chosen] = {}
             if choice is not None:
-                made.append(self._rounded(tuple(choice)))
+                made.append(self._rounded(tuple(choice), rounding))
                 variant |= runner.known.shipped(made[0].weights)
                 variant |= runner.known.variant(self._cached(choice))
             return runner.outputs(range(len(self.holdout)), [variant])
@@ -268,7 +268,7 @@ class Setup:
                 model_digest=self.inventory.model_digest,
                 rounding=rounding,
                 weights=round_stack(
-                    self.stacked, chosen, rounding=rounding, context=self.context.part()
+                    self.stacked, chosen, rounding=rounding, context=context or self.context
                 ),
             )
         module = apply_plan(

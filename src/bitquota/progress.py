@@ -189,6 +189,7 @@ _WORDS = {
     "orthogonality": "scoring by orthogonality",
     "limpq": "training steps of all bit-widths",
     "mixquant_threshold": "scoring by an error threshold",
+    "candidates": "looking at the layers' inputs",
     # The search.
     "search": "searching around good plans",
     "refine": "searching around good plans",

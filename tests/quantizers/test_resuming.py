@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,3 +127,46 @@ class TestJournal:
         Journal(tmp_path).clear_abandoned()
         assert old.read("a") is None
         assert new.read("a") == b"1"
+
+    def test_a_full_disk_is_told_once_and_ends_nothing(self, tmp_path):
+        """What was written before stays, and no half of anything."""
+        told = []
+        journal = Journal(tmp_path, tell=told.append).of({"model": 1})
+        journal.write("a", lambda: b"1")
+        (journal.folder / f"b.{os.getpid()}.part").symlink_to("/dev/full")
+        journal.write("b", lambda: b"2")
+        journal.write("c", lambda: b"3")
+        assert len(told) == 1
+        assert "No space left on device" in told[0]
+        assert [file.name for file in journal.folder.iterdir()] == ["a"]
+
+    def test_a_folder_deleted_by_another_process_ends_nothing(self, tmp_path, monkeypatch):
+        """As by one with the same request that ends while this one writes."""
+        told = []
+        journal = Journal(tmp_path, tell=told.append).of({"model": 1})
+
+        def and_then_it_goes(descriptor):
+            fsync(descriptor)
+            shutil.rmtree(journal.folder)
+
+        fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", and_then_it_goes)
+        journal.write("a", lambda: b"1")
+        assert len(told) == 1
+        assert journal.read("a") is None
+
+    def test_the_library_warns(self, tmp_path):
+        (tmp_path / "file").write_bytes(b"")
+        with pytest.warns(UserWarning, match="Not a directory"):
+            Journal(tmp_path / "file" / "journal").write("a", lambda: b"1")
+
+    def test_abandoned_ones_that_go_meanwhile_are_passed_over(self, tmp_path):
+        """A link to nothing fails as a folder does that was just deleted."""
+        (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+        old = Journal(tmp_path).of({"model": 1})
+        old.write("a", lambda: b"1")
+        long_ago = old.folder.stat().st_mtime - (KEPT_DAYS + 1) * 86400
+        os.utime(old.folder, (long_ago, long_ago))
+        Journal(tmp_path).clear_abandoned()
+        assert old.read("a") is None
+        Journal(tmp_path / "nowhere").clear_abandoned()

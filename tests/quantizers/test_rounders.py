@@ -8,11 +8,18 @@ import pytest
 import torch
 
 from bitquota.candidates.layers import LayerKind
-from bitquota.candidates.storage import GRID_BITS, Granularity, Grid, ScaleFormat, Scheme
+from bitquota.candidates.storage import (
+    GRID_BITS,
+    Granularity,
+    Grid,
+    ScaleFormat,
+    ScaleRule,
+    Scheme,
+)
 from bitquota.errors import InvalidInput
-from bitquota.quantizers.grid import code_range, matrix_grid
+from bitquota.quantizers.grid import code_range, matrix_grid, stacked
 from bitquota.quantizers.rounders import FEEDBACK, Rounder
-from bitquota.quantizers.weights import fake_quantize, quantize
+from bitquota.quantizers.weights import estimated, fake_quantize, quantize
 from refusals import refused
 
 COLUMNS = 256
@@ -229,3 +236,41 @@ class TestRounderOf:
         plain = quantize(weights(2, 4), 3, Scheme())
         asked = quantize(weights(2, 4), 3, scheme, rounding=Rounder.NEAREST)
         assert torch.equal(plain.codes, asked.codes)
+
+
+class TestSeveralWidthsAtOnce:
+    @pytest.mark.parametrize("rounder", [Rounder.NEAREST, *FEEDBACK])
+    @pytest.mark.parametrize(
+        "schemes",
+        [
+            [Scheme()] * 4,
+            [Scheme(granularity=Granularity.GROUP, group_size=8)] * 4,
+            [Scheme(grid=Grid.ASYMMETRIC, scale_rule=rule) for rule in list(ScaleRule)[:2] * 2],
+            [Scheme(grid=Grid.CODEBOOK)] * 4,
+            [Scheme(), Scheme(grid=Grid.POWER_OF_TWO), Scheme(), Scheme(grid=Grid.ASYMMETRIC)],
+        ],
+    )
+    def test_are_rounded_as_each_by_itself(self, rounder, schemes):
+        """Whether they can be rounded together or not; one at a bit has a grid of its own."""
+        matrix, gram = weights(), correlated()
+        wanted = [(bits, s) for bits, s in zip((2, 3, 4, 6), schemes, strict=True)]
+        wanted += [(1, Scheme())] if schemes[0] == Scheme() else []
+        found = list(estimated(matrix, wanted, inputs_gram=gram, rounding=rounder))
+        for (bits, scheme), values in zip(wanted, found, strict=True):
+            (alone,) = estimated(matrix, [(bits, scheme)], inputs_gram=gram, rounding=rounder)
+            assert float((values == alone).double().mean()) > 0.99
+            assert float((values - alone).abs().max()) <= float(2 * matrix.abs().max())
+            stored = quantize(
+                matrix, bits, scheme, inputs_gram=gram, rounding=rounder, polish=False
+            )
+            assert torch.allclose(stored.dequantize().double(), alone, rtol=1e-5, atol=1e-6)
+
+    def test_different_kinds_have_no_grid_in_common(self):
+        scales = torch.ones(2, 1)
+        one = matrix_grid(scales, None, 3, Scheme(), 4)
+        zeros = torch.ones(2, 1, dtype=torch.int32)
+        other = matrix_grid(scales, zeros, 3, Scheme(grid=Grid.ASYMMETRIC), 4)
+        assert stacked([one, other], 2, 4) is None
+        together = stacked([one, matrix_grid(scales, None, 2, Scheme(), 4)], 2, 4)
+        read = together.nearest(torch.full((4, 4), 100.0))
+        assert read[:, 0].tolist() == [3, 3, 1, 1]

@@ -7,6 +7,7 @@ import torch
 
 from bitquota.candidates.storage import Granularity, ScaleFormat, Scheme
 from bitquota.context import Context
+from bitquota.errors import Cancelled
 from bitquota.measurement_setup import build_setup
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import load_model, load_within
@@ -72,6 +73,19 @@ class TestRoundStack:
             # Scales are fitted to codes.
             pair = weight.scales.float(), stored[name].scales.float()
             assert torch.isclose(*pair, rtol=2e-3, atol=0).double().mean() > 0.95, name
+
+    def test_tells_of_each_block_and_stops_before_one(self, folder, samples):
+        """Also where only the whole of a comparison is told otherwise."""
+        setup = setup_of(folder, samples, rounding="qep")
+        choice = (1,) * (len(setup.table.offsets) - 1)
+        told = []
+        listening = Context(
+            on_progress=told.append,
+            cancelled=lambda: any(p.stage == "rounding" and p.done for p in told),
+        )
+        with pytest.raises(Cancelled, match="rounding the weights"):
+            setup.measure_choice(choice, stage="a", rounding=listening)
+        assert [p.done for p in told if p.stage == "rounding"] == [0, 1]
 
     def test_memory_does_not_change_what_is_found(self, folder, samples):
         """With activations in files and weights in theirs, the same codes."""

@@ -422,7 +422,7 @@ class Here:
         """Open the ledger and show progress; yields the context of a measurement."""
         place = self.ledger or default_ledger()
         place.parent.mkdir(parents=True, exist_ok=True)
-        journal = Journal(place.with_name(f"{place.name}.unfinished"))
+        journal = Journal(place.with_name(f"{place.name}.unfinished"), tell=output.say)
         journal.clear_abandoned()
         with (
             SqliteLedger(place) as kept,
