@@ -298,6 +298,30 @@ def limits(table: Table, others: Others) -> None:  # noqa: ARG001
     overrun(table, "drawn 560 x 5", drawn(560, 5, correlated=False, noise=0.0, seed=0), 4.0)
 
 
+def calls(table: Table, others: Others, number: int = 500, largest: int = 560) -> None:  # noqa: ARG001
+    """Many calls with random limits on problems of all kinds: the worst overrun, in CPU seconds."""
+    rng = np.random.default_rng(0)
+    problems = []
+    for groups in (20, 53, 74, 120, 224, 400, largest):
+        for noise in (0.0, 0.03, 0.15):
+            if groups <= largest and (groups < 400 or noise == 0.0):
+                correlated = bool(rng.integers(2))
+                kind = drawn(groups, 5, correlated=correlated, noise=noise, seed=groups)
+                problems.append(kind.problem)
+    separable = replace(problems[-1], cross=None)
+    pairs = np.stack([np.arange(0, 15, 5), np.arange(5, 20, 5)], axis=1)
+    problems += [separable, replace(separable, forbidden_pairs=pairs)]
+    over = []
+    for _ in range(number):
+        problem = problems[int(rng.integers(len(problems)))]
+        limit = float(10 ** rng.uniform(-2.5, 0.0))
+        begin = time.process_time()
+        solve(problem, time_limit_s=limit, clock=time.process_time, seed=int(rng.integers(100)))
+        over.append(max(time.process_time() - begin - limit, 1e-6))
+    worst, often = max(over), float(np.quantile(over, 0.99))
+    table.line(f"{number} calls with random limits: overrun", worst, 0.2, f"99 %: {often:.3f}")
+
+
 def small(table: Table, others: Others) -> None:
     """All instances of 20 layers."""
     names = (
@@ -318,6 +342,22 @@ def medium(table: Table, others: Others) -> None:
         for average in AVERAGES:
             instance = drawn(74, 3, correlated=correlated, noise=noise, seed=1, average=average)
             proved(table, f"drawn 74 x 3 {kind} {average:g}", instance, 2.5, others)
+
+
+def fresh(table: Table, others: Others) -> None:
+    """Draw 200 problems of 50 to 74 layers with three candidates: seeds 1000 to 1199."""
+    for seed in range(1000, 1200):
+        kind = ("psd", "hard", "3 % noise")[seed % 3]
+        groups, average = 50 + seed % 25, AVERAGES[seed % 4]
+        instance = drawn(
+            groups,
+            3,
+            correlated=kind == "hard",
+            noise=0.03 if kind == "3 % noise" else 0.0,
+            seed=seed,
+            average=average,
+        )
+        proved(table, f"{groups} x 3 {kind} {average:g}, seed {seed}", instance, 2.5, others)
 
 
 def six(table: Table, others: Others) -> None:
@@ -382,13 +422,16 @@ def quick(table: Table, others: Others) -> None:
     overrun(table, "drawn 12 x 3", instance, 0.0)
     factored(table, [(24, 3, 6, 0.01, 1.0)])
     many(table, 2000, 300)
+    calls(table, others, number=12, largest=53)
 
 
 SECTIONS = {
     "structure": structure,
     "limits": limits,
+    "calls": calls,
     "small": small,
     "medium": medium,
+    "fresh": fresh,
     "six": six,
     "curves": curves,
     "thousands": thousands,

@@ -256,10 +256,11 @@ class Record:
         self, node: int, core: Core, dropped: list[Probed], convexification: int, cutoff: float
     ) -> int:
         """Append a leaf for each dropped row; returns the node of the region without them."""
+        group = self.problem.group_of_row
         for probe in dropped:
             row = int(core.rows[probe.row])
             here = self.entries[node].allowed
-            alone = here & (self.problem.group_of_row != self.problem.group_of_row[row])
+            alone = here & (group != group[row])
             alone[row] = True
             leaf = self.entries[self.node(node, alone, math.inf)]
             if probe.point.any():

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
     Bytes = NDArray[np.uint8]
+    Ints = NDArray[np.int64]
 
 MARGIN = 1e-10
 """Least eigenvalue that is left, relative to the diagonal: ten thousand times rounding."""
+
+CUT_VIOLATION = 1e-4
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -98,6 +101,23 @@ def _lacking(R: Floats, halt: Bytes) -> float:
             extra = max(4.0 * extra, MARGIN)
         else:
             return extra
+
+
+def next_cuts(core: Core, point: DualPoint) -> Ints:
+    """Return i64[c, 2], the cuts of the next bound in the problem's rows: active and violated."""
+    if not len(point.pair_values):
+        return np.zeros((0, 2), dtype=np.int64)
+    below = np.triu(-point.pair_values, 1)
+    below[core.grp[:, None] == core.grp[None, :]] = 0.0
+    found = np.argwhere(below > CUT_VIOLATION)
+    order = np.argsort(-below[found[:, 0], found[:, 1]], kind="stable")
+    new = core.rows[found[order[: max(100, 2 * core.n)]]]
+    n_pairs = len(core.pairs)
+    values = point.cut_values[n_pairs:]
+    active = values > 1e-6 * float(values.max(initial=0.0))
+    old = np.stack([point.cut_rows[n_pairs:], point.cut_columns[n_pairs:]], axis=1)[active]
+    both = np.concatenate([core.rows[old].reshape(-1, 2), new.reshape(-1, 2)])
+    return np.unique(np.sort(both, axis=1), axis=0)
 
 
 def to_certificate(problem: Problem, core: Core, point: DualPoint) -> Convexification:

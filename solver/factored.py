@@ -117,13 +117,9 @@ class Factored(Quadratic):
         entry = self.record.entries[region.node]
         entry.own, entry.w, entry.multipliers = relaxed.bound, relaxed.w, relaxed.prices
 
-    def _first(self, core: Core, region: Region) -> bool:  # noqa: ARG002
-        """Have no simple bound first: the relaxation is one already."""
-        return False
-
     def _point(self, core: Core, region: Region, *, strong: bool) -> DualPoint:
         """Return the factor's own convex function and the relaxation's optimum, at first."""
-        if strong or not core.n_groups:
+        if strong or region.plain_rows or not core.n_groups:
             return super()._point(core, region, strong=strong)
         point = plain_point(core, self.root.weights[core.rows], self.root.prices)
         width = point.shift.shape[1]

@@ -184,8 +184,9 @@ def hopeless(core: Core, incumbent: Incumbent) -> tuple[Tree, Ints] | None:
     z = np.zeros(core.n)
     z[cur] = 1.0
     # What the formula would drop; most often nothing.
-    shift, starts = np.abs(core.C).sum(axis=1), core.off[:-1]
-    s = core.d + core.C @ z + shift * (z - 0.5)
+    starts, s = core.off[:-1], core.d
+    if len(core.C):
+        s = s + core.C @ z + np.abs(core.C).sum(axis=1) * (z - 0.5)
     low = np.minimum.reduceat(s, starts)
     bound = core.value(cur) - float(s @ z) + float(low.sum())
     if not (bound + s - low[core.grp] >= incumbent.cutoff).any():

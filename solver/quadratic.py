@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.solver.branch import Incumbent, Record, Tree
-from bitquota.solver.convex import convexify
+from bitquota.solver.convex import convexify, next_cuts
 from bitquota.solver.core import propagate_steps, reduce
 from bitquota.solver.interruptible import Interrupted, go_on
 from bitquota.solver.lifted import Lifted
@@ -29,7 +29,7 @@ from bitquota.solver.presolve import (
     ordered,
     undominated,
 )
-from bitquota.solver.search import DENSE_ROWS, Effort, rounded, search
+from bitquota.solver.search import DENSE_ROWS, default_effort, rounded, search
 from bitquota.solver.semidefinite import (
     DualPoint,
     dual_point,
@@ -37,7 +37,7 @@ from bitquota.solver.semidefinite import (
     interior_point,
     plain_point,
 )
-from bitquota.solver.separable import rounded_down
+from bitquota.solver.separable import value_below
 from bitquota.solver.solution import Limit, Solution, Stats, Status
 from bitquota.solver.tree_kernels import OPEN, SINGLE
 
@@ -58,6 +58,12 @@ SPARE_MEMORY_BYTES = 2**28
 """Unfinished trees are kept up to here, in case that their regions are not taken further."""
 TREE_NODES = 1200
 """Cheap nodes that take about as long as one semidefinite bound, at every size measured."""
+FIRST_NODES = 300  # the same under the simple bound, which comes first
+PROMISING = 0.125
+"""A tree goes on beyond these when its gap has fallen to this part, and then by half each time
+that its nodes double."""
+PLAIN_AGAIN = 0.95
+"""A region that products and cuts have made smaller than this is bounded without them again."""
 PROBE_ROUNDS = 12
 PROBE_ROWS = 3000
 """Rows up to which each is tried alone: of a separable problem with more, prices drop most."""
@@ -69,11 +75,11 @@ BOUND_TOLERANCE = 1e-2
 LARGE_ROWS, LARGE_TOLERANCE = 1500, 4e-2
 """Above so many rows an iteration takes seconds; probing at a looser bound comes first."""
 FIRST_ROWS = 600
-"""Above so many rows a simple bound comes first, so that a limit never leaves none."""
+"""Above so many rows the simple bound is there so that a limit never leaves none, and no tree is
+grown under it."""
 INTERIOR_ROWS = 3500
 """Above so many rows an iteration of the interior point takes a minute, and the simple bound is
 all there is."""
-CUT_VIOLATION = 1e-4
 ROUNDING = 1e-12
 """Absolute gap that counts as none, relative to the largest term of the objective."""
 _BATCH = 64
@@ -90,6 +96,7 @@ class Region:
         bound: No choice of the region is below it.
         strong: Begin with products and cuts.
         cuts: i64[c, 2] in the problem's rows.
+        plain_rows: How many were left at the last bound without products and cuts.
         priced: Rows of this separable region that its relaxation excludes are gone.
     """
 
@@ -98,6 +105,7 @@ class Region:
     bound: float = -math.inf
     strong: bool = False
     cuts: Ints = field(default_factory=lambda: _NO_CUTS)
+    plain_rows: int = 0
     priced: bool = False
 
 
@@ -210,7 +218,7 @@ class Quadratic:
     def _hopeless(self, region: Region) -> bool:
         """Drop rows that lose more alone than the incumbent does; returns whether any did."""
         core = self._reduced(region)
-        if not core.n_groups or not len(core.C) or core.n > INTERIOR_ROWS:
+        if not core.n_groups or core.n > INTERIOR_ROWS:
             return False
         if (found := hopeless(core, self.incumbent)) is None:
             return False
@@ -248,20 +256,24 @@ class Quadratic:
         Raises:
             Interrupted: A limit struck; the region is as it was, or smaller.
         """
-        strong = region.strong
+        strong, simple = region.strong, region.bound == -math.inf
         plain_gap, last_gap = math.inf, math.inf
         while (core := self._core(region)) is not None:
-            # Bound.
-            if self._first(core, region):
-                return []
-            point = self._point(core, region, strong=strong)
+            # Bound: the first time by a simple shift, under which small trees often end (it knows
+            # nothing of pairs); then by products and cuts, and without them on what these leave,
+            # since trees under products are not tight where budget is left unspent.
+            simple = simple and 0 < len(core.C) <= INTERIOR_ROWS
+            simple &= core.n > FIRST_ROWS or not len(core.pairs)
+            plain = not strong or core.n < PLAIN_AGAIN * region.plain_rows
+            point = flat_point(core) if simple else self._point(core, region, strong=not plain)
             convex = convexify(core, point)
             index, tree = self.record.convexify(core, convex), Tree(core, convex)
             z = np.clip(point.row_values, 1e-6, None)
             if self._closed(region, tree, index, z, point.multipliers):
                 return []
             separable = not len(core.C)
-            if separable and self._priced(region, tree):
+            if (separable and self._priced(region, tree)) or (simple and core.n > FIRST_ROWS):
+                simple = False
                 continue
             # Fix.
             probes = core.n <= PROBE_ROWS and (strong or self.probes_first)
@@ -276,29 +288,25 @@ class Quadratic:
                 if self._closed(region, tree, index, z, tree.lam[0]):
                     return []
             # Branch, cheaply.
-            self._grow(tree, None if separable else TREE_NODES if strong else self.first_nodes)
+            most = FIRST_NODES if simple else TREE_NODES if strong else self.first_nodes
+            self._grow(tree, None if separable else most)
             if self._finished(region, tree, index):
                 return [] if tree.done(self.incumbent) else [region]
+            if simple:
+                simple = False
+                continue
             # Bound again where that has paid or was not tried, or split.
             gap = self.incumbent.objective - float(tree.bound[0])
-            region.cuts = self._cuts(core, point)
+            if plain:
+                region.plain_rows, plain_gap = core.n, gap
+            if not (plain and len(region.cuts)):
+                region.cuts = next_cuts(core, point)
             shrunk = len(dropped) > 0.15 * core.n
-            if strong and not shrunk and not gap < 0.75 * last_gap:
+            if not plain and not shrunk and not gap < 0.75 * last_gap:
                 return self._split(region, tree, strong=gap < 0.7 * plain_gap)
-            if strong:
-                last_gap = gap
-            else:
-                plain_gap, strong = gap, True
+            last_gap = last_gap if plain else gap
+            strong = True
         return []
-
-    def _first(self, core: Core, region: Region) -> bool:
-        """Give a large region a bound before long work on it; returns whether that closes it."""
-        if not FIRST_ROWS < core.n <= INTERIOR_ROWS or not len(core.C) or region.bound > -math.inf:
-            return False
-        convex = convexify(core, flat_point(core))
-        index, tree = self.record.convexify(core, convex), Tree(core, convex)
-        point = convex.point
-        return self._closed(region, tree, index, point.row_values, point.multipliers)
 
     def _core(self, region: Region) -> Core | None:
         """Return what is to be decided; ``None`` when that is nothing, which is recorded."""
@@ -366,8 +374,11 @@ class Quadratic:
             keep[core.rows[out]] = False
             node = self.record.node(region.node, keep)
             children.append(
-                Region(node=node, keep=keep, bound=region.bound, strong=strong, cuts=region.cuts)
-            )
+                Region(
+                    node=node, keep=keep, bound=region.bound, strong=strong, cuts=region.cuts,
+                    plain_rows=region.plain_rows,
+                )
+            )  # fmt: skip
         return children
 
     def _single(self, region: Region, core: Core) -> None:
@@ -376,7 +387,7 @@ class Quadratic:
             self.record.entries[region.node].own = math.inf
             return
         rows = core.lift(np.zeros(0, dtype=np.int64))
-        self.record.entries[region.node].own = _rounded_down(self.problem, rows)
+        self.record.entries[region.node].own = value_below(self.problem, rows)
         self._offer(core.constant, rows)
 
     def _linear(self, core: Core) -> tuple[Floats, Floats]:
@@ -411,9 +422,13 @@ class Quadratic:
             inside = at[region.cuts]
             lifted.add_cuts(inside[(inside >= 0).all(axis=1)])
 
+        # Above every choice the bound only says that there is none, and its dual has no end.
+        beyond = abs(scaled.constant) + float(np.abs(scaled.d).sum() + np.abs(scaled.C).sum())
+
         def enough(value: float) -> bool:
             self._tell("bound")
-            return value / unit >= self.incumbent.cutoff or self.control.stopped()
+            closed = value / unit >= self.incumbent.cutoff or value > 2.0 * beyond
+            return closed or self.control.stopped()
 
         tolerance = BOUND_TOLERANCE if core.n <= LARGE_ROWS else LARGE_TOLERANCE
         state, iterations = interior_point(lifted, tolerance=tolerance, stop=enough)
@@ -422,25 +437,10 @@ class Quadratic:
             raise Interrupted
         return dual_point(lifted, state).times(1.0 / unit)
 
-    def _cuts(self, core: Core, point: DualPoint) -> Ints:
-        """Return the cuts of the next bound in the problem's rows: active and violated ones."""
-        if not len(point.pair_values):
-            return _NO_CUTS
-        below = np.triu(-point.pair_values, 1)
-        below[core.grp[:, None] == core.grp[None, :]] = 0.0
-        found = np.argwhere(below > CUT_VIOLATION)
-        order = np.argsort(-below[found[:, 0], found[:, 1]], kind="stable")
-        new = core.rows[found[order[: max(100, 2 * core.n)]]]
-        n_pairs = len(core.pairs)
-        values = point.cut_values[n_pairs:]
-        active = values > 1e-6 * float(values.max(initial=0.0))
-        old = np.stack([point.cut_rows[n_pairs:], point.cut_columns[n_pairs:]], axis=1)[active]
-        both = np.concatenate([core.rows[old].reshape(-1, 2), new.reshape(-1, 2)])
-        return np.unique(np.sort(both, axis=1), axis=0)
-
     def _grow(self, tree: Tree, most_nodes: int | None) -> None:
         control, incumbent = self.control, self.incumbent
         told, before = control.cpu_seconds(), self.nodes
+        promising = PROMISING * (incumbent.objective - tree.open_bound())
         while not tree.done(incumbent):
             if control.stopped():
                 break
@@ -451,7 +451,9 @@ class Quadratic:
                 control.limit = Limit.MEMORY
                 break
             if most_nodes is not None and tree.n_nodes >= most_nodes:
-                break
+                if not (gap := incumbent.objective - tree.open_bound()) <= promising:
+                    break
+                most_nodes, promising = 2 * most_nodes, 0.5 * gap
             # A branching makes two nodes.
             left = _BATCH if most is None else max(1, (most - self.nodes) // 2)
             better = tree.grow(incumbent, min(_BATCH, left))
@@ -496,24 +498,3 @@ class Quadratic:
             stats=stats,
             certificate=certificate,
         )
-
-
-def default_effort(rows: int) -> Effort:
-    """Return how long to search first: about half a CPU second at 224 x 5, two at 560 x 5."""
-    if rows <= 700:
-        return Effort()
-    return Effort(restarts=40 if rows <= 1500 else 8)
-
-
-def _rounded_down(problem: Problem, rows: Ints) -> float:
-    """Return a number just below the exact objective of ``rows``."""
-    terms = [problem.constant, *problem.diagonal[rows]]
-    if problem.cross is not None:
-        chosen = problem.cross[np.ix_(rows, rows)]
-        terms += chosen[np.triu_indices(len(rows), 1)].tolist()
-    if problem.factor is not None:
-        y, squares = problem.factor_sum(rows)
-        most = np.abs(problem.factor[rows]).sum(axis=0)
-        lost = 2.3e-16 * (sum(problem.factor.shape) + 8) * float(most @ most)
-        terms += [0.5 * float(y @ y), -0.5 * squares, -lost]
-    return rounded_down(terms)

@@ -135,7 +135,8 @@ def dominant_point(core: Core, z: Floats) -> DualPoint:
     """Return a point at ``z`` without cuts and products whose shift alone outweighs ``C``."""
     point = plain_point(core, z)
     start = core.off[:-1][core.grp]
-    point.shift[np.arange(core.n), np.arange(core.n) - start] = np.abs(core.C).sum(axis=1)
+    if len(core.C):
+        point.shift[np.arange(core.n), np.arange(core.n) - start] = np.abs(core.C).sum(axis=1)
     return point
 
 

@@ -182,13 +182,20 @@ def solve_knapsack(
     )  # fmt: skip
     if objective - relaxed <= tolerance:
         return replace(answer, exact=True, states=0)
-    # The best choice.
-    result = _core(problem, reduced, lam, choice, objective - relaxed, tolerance, stop, halt)
-    if result is None:
-        return answer
-    better, states = result
-    if (value := problem.evaluate(better)) < objective:
+    # The best choice; once more where it is so much better that the gap is a smaller one.
+    states = 0
+    while True:
+        result = _core(problem, reduced, lam, choice, objective - relaxed, tolerance, stop, halt)
+        if result is None:
+            return answer
+        better, states = result[0], max(states, result[1])
+        if (value := problem.evaluate(better)) >= objective:
+            break
         choice, objective = better, value
+        needed = max(gap * abs(objective), ROUNDING * scale)
+        if tolerance <= needed:
+            break
+        tolerance = needed
     bound = min(max(relaxed, objective - tolerance), objective)
     return replace(
         answer, choice=choice, objective=objective, bound=bound, exact=True, states=states
@@ -210,6 +217,20 @@ def rounded_down(terms: list[float]) -> float:
     """Return a number not above the exact sum of ``terms``, and the sum itself where it is 0."""
     total = math.fsum(terms)  # rounded once; 0 for a sum of 0 alone
     return math.nextafter(total, -math.inf) if total else total
+
+
+def value_below(problem: Problem, rows: Ints) -> float:
+    """Return a number just below the exact objective of ``rows``."""
+    terms = [problem.constant, *problem.diagonal[rows]]
+    if problem.cross is not None:
+        chosen = problem.cross[np.ix_(rows, rows)]
+        terms += chosen[np.triu_indices(len(rows), 1)].tolist()
+    if problem.factor is not None:
+        y, squares = problem.factor_sum(rows)
+        most = np.abs(problem.factor[rows]).sum(axis=0)
+        lost = 2.3e-16 * (sum(problem.factor.shape) + 8) * float(most @ most)
+        terms += [0.5 * float(y @ y), -0.5 * squares, -lost]
+    return rounded_down(terms)
 
 
 def _first_least(values: Floats, offsets: Ints) -> Ints:

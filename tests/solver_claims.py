@@ -14,6 +14,7 @@ from bitquota.errors import Infeasible
 from bitquota.solver import Problem, Solution, Status, solve
 from bitquota.solver.brute_force import enumerate_all
 from bitquota.solver.checker import check_solution
+from strategies import HOPELESS
 
 GAP = 1e-6
 
@@ -27,8 +28,11 @@ def answer(problem: Problem, **options: Any) -> Solution:
 
 
 def size(problem: Problem) -> float:
-    """Return the magnitude that rounding is relative to."""
-    total = abs(problem.constant) + float(np.abs(problem.diagonal).max(initial=0.0))
+    """Return the magnitude that rounding is relative to; a row that diverged is none."""
+    diagonal = np.sort(np.abs(problem.diagonal))
+    if len(diagonal) > 1 and diagonal[-1] > 0.1 * HOPELESS * diagonal[-2]:
+        diagonal = diagonal[:-1]
+    total = abs(problem.constant) + float(diagonal[-1])
     if problem.cross is not None:
         total += float(np.abs(problem.cross).max(initial=0.0)) * problem.n_groups
     return total * problem.n_groups

@@ -122,11 +122,24 @@ def problems(**options: Any) -> st.SearchStrategy[Problem]:
     return planted_problems(**options).map(lambda planted: planted.problem)
 
 
+SCALES = (1.0, 1.0, 1.0, 1e-200, 1e-100, 1e-9, 1e9, 1e100, 1e200)
+HOPELESS = 1e12
+"""How many times as large as all other terms the loss of a diverged row is."""
+
+
 @st.composite
 def any_problems(draw: st.DrawFn, **options: Any) -> Problem:
-    """Build problems of which some are infeasible: budgets may be cut, pairs added at will."""
+    """Build problems of which some are infeasible: budgets may be cut, pairs added at will.
+
+    Some have two groups that can be exchanged, a row that diverged, or terms of another scale.
+    """
     planted = draw(planted_problems(**options))
     problem = planted.problem
+    if not draw(st.integers(0, 3)):
+        problem = _with_copy(problem, planted.choice, draw(st.integers(0, problem.n_groups - 1)))
+    if not draw(st.integers(0, 3)):
+        problem = _with_diverged(problem, planted.choice, draw(st.integers(0, 2**32 - 1)))
+    problem = scaled(problem, draw(st.sampled_from(SCALES)))
     if draw(st.integers(0, 3)):
         return problem
     limits = problem.limits.copy()
@@ -143,6 +156,53 @@ def any_problems(draw: st.DrawFn, **options: Any) -> Problem:
         limits=limits,
         forbidden_pairs=np.array([*problem.forbidden_pairs.tolist(), *extra]).reshape(-1, 2),
     )
+
+
+def scaled(problem: Problem, factor: float) -> Problem:
+    """Return the problem with all terms of the objective ``factor`` times as large."""
+    cross = None if problem.cross is None else problem.cross * factor
+    return changed(
+        problem,
+        diagonal=problem.diagonal * factor,
+        cross=cross,
+        constant=problem.constant * factor,
+    )
+
+
+def _with_copy(problem: Problem, choice: tuple[int, ...], g: int) -> Problem:
+    """Return the problem with a last group that can be exchanged with group ``g``."""
+    a, b = problem.offsets[g : g + 2].tolist()
+    rows = np.concatenate([np.arange(problem.n_rows), np.arange(a, b)])
+    cross = problem.cross
+    if cross is not None:
+        cross = cross[np.ix_(rows, rows)]
+        between = -np.sqrt(np.abs(np.outer(problem.diagonal[a:b], problem.diagonal[a:b])))
+        cross[a:b, problem.n_rows :] = cross[problem.n_rows :, a:b] = between
+    return changed(
+        problem,
+        diagonal=problem.diagonal[rows],
+        cross=cross,
+        offsets=np.append(problem.offsets, len(rows)),
+        costs=problem.costs[:, rows],
+        limits=problem.limits + problem.costs[:, a + choice[g]],
+        groups=(*problem.groups, "copy"),
+        labels=tuple(problem.labels[p] for p in rows),
+        allowed=problem.allowed[rows],
+    )
+
+
+def _with_diverged(problem: Problem, choice: tuple[int, ...], seed: int) -> Problem:
+    """Return the problem with one row, none of ``choice``, that loses more than all others."""
+    rows = set(problem.rows((*choice, *[0] * (problem.n_groups - len(choice)))).tolist())
+    others = sorted(set(range(problem.n_rows)) - rows)
+    if not others:
+        return problem
+    diagonal = problem.diagonal.copy()
+    most = float(np.abs(diagonal).max())
+    if problem.cross is not None:
+        most += float(np.abs(problem.cross).sum())
+    diagonal[others[seed % len(others)]] = HOPELESS * (most or 1.0)
+    return changed(problem, diagonal=diagonal)
 
 
 def changed(problem: Problem, **fields: Any) -> Problem:

@@ -101,6 +101,25 @@ class TestSolveKnapsack:
         with pytest.raises(InvalidProblem, match="separable"):
             solve_knapsack(problem, gap=0.0)
 
+    def test_gap_of_the_choice_that_is_returned(self):
+        """The gap is relative to the best choice, not to the worse one that the search began with.
+
+        Found by ``benchmarks/solver_properties.py --seed 20``.
+        """
+        problem = Problem(
+            diagonal=np.array([
+                7.88578588e09, 1.08588360e09, 4.13279372e07, 7.12989607e07, 6.16618503e09,
+                1.37131728e08, 6.50359434e07, 1.75828511e10, 7.91828758e09, 3.10719442e09,
+                6.00415284e08, 7.50428468e07,
+            ]),
+            offsets=np.array([0, 4, 7, 9, 12]),
+            costs=np.array([[48, 72, 96, 192, 64, 96, 128, 56, 84, 18, 27, 36]]),
+            limits=np.array([278]),
+        )  # fmt: skip
+        solution = solve(problem, gap=1e-6)
+        assert solution.relative_gap <= 1.0001e-6
+        assert check_solution(problem, solution).holds
+
 
 class TestSeveralBudgets:
     def two_budgets(self, groups, seed):
