@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bitquota.candidates.budget import Budget
-    from bitquota.candidates.table import CandidateTable
     from bitquota.matrix import SensitivityMatrix
 
 Rule = tuple[str, str]
@@ -81,16 +81,7 @@ def build_problem(
         costs.append(np.array(uses, dtype=np.int64))
         limits.append(int(most))
         resources.append(f"groups at {bits} bits")
-    # Rules: rows that are left.
-    for rule in fixed:
-        rows, groups = _rows(table, rule)
-        in_groups = np.isin(table.group_of_row, groups)
-        keep = np.zeros(n, dtype=np.bool_)
-        keep[rows] = True
-        allowed &= keep | ~in_groups
-    for rule in forbidden:
-        allowed[_rows(table, rule)[0]] = False
-    return Problem(
+    problem = Problem(
         diagonal=matrix.diagonal,
         cross=matrix.cross,
         offsets=table.offsets,
@@ -101,15 +92,52 @@ def build_problem(
         labels=tuple(row.label for row in table.rows),
         constant=matrix.constant,
         allowed=allowed,
-        forbidden_pairs=_pairs(table, forbidden_pairs),
-        required_pairs=_pairs(table, required_pairs),
+    )
+    return restricted(
+        problem,
+        fixed=fixed,
+        forbidden=forbidden,
+        forbidden_pairs=forbidden_pairs,
+        required_pairs=required_pairs,
     )
 
 
-def _rows(table: CandidateTable, rule: Rule) -> tuple[list[int], list[int]]:
-    """Return the rows that a rule names, and their groups' indices."""
+def restricted(
+    problem: Problem,
+    *,
+    fixed: Sequence[Rule] = (),
+    forbidden: Sequence[Rule] = (),
+    forbidden_pairs: Sequence[tuple[Rule, Rule]] = (),
+    required_pairs: Sequence[tuple[Rule, Rule]] = (),
+) -> Problem:
+    """Return ``problem`` with these rules too, as in ``build_problem``.
+
+    Raises:
+        UnknownLayer: A rule names a group that does not exist.
+        InvalidProblem: A rule's candidate does not exist.
+    """
+    if not (fixed or forbidden or forbidden_pairs or required_pairs):
+        return problem
+    allowed = problem.allowed.copy()
+    for rule in fixed:
+        rows, groups = rows_of(problem, rule)
+        keep = ~np.isin(problem.group_of_row, groups)
+        keep[rows] = True
+        allowed &= keep
+    for rule in forbidden:
+        allowed[rows_of(problem, rule)[0]] = False
+    return replace(
+        problem,
+        allowed=allowed,
+        forbidden_pairs=np.concatenate([problem.forbidden_pairs, _pairs(problem, forbidden_pairs)]),
+        required_pairs=np.concatenate([problem.required_pairs, _pairs(problem, required_pairs)]),
+    )
+
+
+def rows_of(problem: Problem, rule: Rule) -> tuple[list[int], list[int]]:
+    """Return the rows that a rule names, and their groups' indices; errors as ``restricted``."""
     pattern, label = rule
-    names = table.groups
+    names = problem.groups
     groups = [g for g, name in enumerate(names) if name == pattern or fnmatchcase(name, pattern)]
     if not groups:
         msg = (
@@ -117,15 +145,15 @@ def _rows(table: CandidateTable, rule: Rule) -> tuple[list[int], list[int]]:
             f"called {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
         )
         raise UnknownLayer(msg, pattern=pattern)
-    offsets = table.offsets
+    offsets = problem.offsets
     rows = [
         p
         for g in groups
         for p in range(int(offsets[g]), int(offsets[g + 1]))
-        if fnmatchcase(table.rows[p].label, label)
+        if problem.labels[p] == label or fnmatchcase(problem.labels[p], label)
     ]
     if not rows:
-        offered = list(dict.fromkeys(table.rows[int(offsets[g])].label for g in groups))
+        offered = list(dict.fromkeys(problem.labels[int(offsets[g])] for g in groups))
         msg = (
             f"a rule must name a candidate of its group; '{pattern}' has no '{label}', only "
             f"candidates like {', '.join(offered)}"
@@ -134,13 +162,13 @@ def _rows(table: CandidateTable, rule: Rule) -> tuple[list[int], list[int]]:
     return rows, groups
 
 
-def _pairs(table: CandidateTable, rules: Sequence[tuple[Rule, Rule]]) -> NDArray[np.int64]:
-    group = table.group_of_row
+def _pairs(problem: Problem, rules: Sequence[tuple[Rule, Rule]]) -> NDArray[np.int64]:
+    group = problem.group_of_row
     pairs = [
         (p, q)
         for first, second in rules
-        for p in _rows(table, first)[0]
-        for q in _rows(table, second)[0]
+        for p in rows_of(problem, first)[0]
+        for q in rows_of(problem, second)[0]
         if group[p] != group[q]
     ]
     return np.array(sorted(set(pairs)), dtype=np.int64).reshape(-1, 2)

@@ -11,6 +11,7 @@ from bitquota.solver.dispatch import GAP, solve
 from bitquota.solver.diverse import top_k
 from bitquota.solver.explain import explain as explained
 from bitquota.solver.frontiers import even_limits, frontier, smallest
+from bitquota.solver.posed_problem import Posed
 from bitquota.solver.solution import Status
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def solve_document(
-    problem: Problem,
+    problem: Problem | Posed,
     *,
     solver: str = "auto",
     top: int = 1,
@@ -36,9 +37,10 @@ def solve_document(
     """Solve ``problem`` and return everything about the answer.
 
     Args:
-        problem: What to solve.
+        problem: What to solve, perhaps read from a document.
         solver: Backend.
-        top: Also list this many different choices, best first, under ``top``.
+        top: Also list this many different choices, best first, under ``top``; 1 leaves it to the
+            document.
         explain: Add ``explanation``: the price of each budget, and what each group's bits buy.
         cross_check: Add ``cross_check``: the certificate verified, every other solver asked.
         on_certificate: Called with the certificate of the bound; other solvers than ours give none.
@@ -46,25 +48,44 @@ def solve_document(
 
     A problem that has no choice gets ``conflict`` instead: what conflicts, and which budget must
     be raised how far.
+
+    Raises:
+        InvalidInput: An explanation of a problem with pair costs.
     """
+    asked = problem if isinstance(problem, Posed) else Posed.plain(problem)
+    problem, top = asked.problem, top if top > 1 else asked.top
+    if explain and asked.shown < problem.n_groups:
+        msg = "no explanation is given where pairs have costs: prices of single groups say nothing"
+        raise InvalidInput(msg)
     solution = solve(problem, backend=solver, **limits)
     if on_certificate is not None and solution.certificate is not None:
         on_certificate(solution.certificate)
     # The answer, or why there is none.
-    document = solution_json(problem, solution)
+    document = solution_json(asked, solution)
     if solution.choice is None:
         if solution.status is Status.INFEASIBLE:
             document["conflict"] = explain_infeasible(problem).to_json()
         return document
     # What else was asked for.
     if top > 1:
-        others = top_k(problem, top, **limits)
-        document["top"] = [solution_json(problem, other) for other in others]
+        weights = [int(g < asked.shown) for g in range(problem.n_groups)]
+        others = top_k(problem, top, distance=asked.distance, weights=weights, **limits)
+        document["top"] = [solution_json(asked, other) for other in others]
     if explain:
         document["explanation"] = explained(problem, solution).to_json()
     if cross_check:
         document["cross_check"] = checked(problem, solution).to_json()
     return document
+
+
+def plain_problem(problem: Problem | Posed, what: str) -> Problem:
+    """Return a problem whose groups are all the user's; raises ``InvalidInput`` for ``what``."""
+    if not isinstance(problem, Posed):
+        return problem
+    if problem.shown < problem.problem.n_groups:
+        msg = f"{what} takes no costs of pairs; solve this problem for one budget"
+        raise InvalidInput(msg)
+    return problem.problem
 
 
 def smallest_document(
@@ -77,7 +98,7 @@ def smallest_document(
 ) -> JsonObject:
     """Return the smallest size whose loss is at most ``tolerance``; arguments as above."""
     found = smallest(problem, tolerance, gap=gap, time_limit_s=time_limit_s, seed=seed)
-    return _named(problem, found) | {"resource": problem.resources[0]}
+    return _named(Posed.plain(problem), found) | {"resource": problem.resources[0]}
 
 
 def frontier_document(
@@ -113,21 +134,24 @@ def frontier_document(
     return rows
 
 
-def solution_json(problem: Problem, solution: Solution) -> JsonObject:
+def solution_json(asked: Problem | Posed, solution: Solution) -> JsonObject:
     """Return a solution in the words of its problem; infinite numbers become ``null``."""
-    spent = None
+    asked = asked if isinstance(asked, Posed) else Posed.plain(asked)
+    problem, spent = asked.problem, None
     if solution.choice is not None:
         amounts = problem.spent(solution.choice).tolist()
         spent = dict(zip(problem.resources, amounts, strict=True))
-    return _named(problem, solution) | {
+    return _named(asked, solution) | {
         "spent": spent,
         "limits": dict(zip(problem.resources, map(int, problem.limits), strict=True)),
     }
 
 
-def _named(problem: Problem, found: Solution | Smallest) -> JsonObject:
-    """Return an answer with the names of the groups and of the rows that it chooses."""
+def _named(asked: Posed, found: Solution | Smallest) -> JsonObject:
+    """Return an answer with the names of the user's groups and of the rows that it chooses."""
+    problem, document = asked.problem, found.to_json()
     labels = None
     if found.choice is not None:
-        labels = [problem.labels[row] for row in problem.rows(found.choice)]
-    return found.to_json() | {"groups": list(problem.groups), "labels": labels}
+        labels = [problem.labels[row] for row in problem.rows(found.choice)[: asked.shown]]
+        document["choice"] = document["choice"][: asked.shown]
+    return document | {"groups": list(problem.groups[: asked.shown]), "labels": labels}

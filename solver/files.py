@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import zipfile
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -10,17 +11,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitquota.candidates.budget import Budget
-from bitquota.canonical import why_unreadable
+from bitquota.canonical import read_json, why_unreadable
 from bitquota.errors import InvalidBudget, InvalidInput, InvalidMatrix
 from bitquota.matrix import SensitivityMatrix
 from bitquota.solver.build import build_problem
+from bitquota.solver.matrix_budgets import budget_of
+from bitquota.solver.posed_problem import posed
 from bitquota.solver.problem import Problem
+from bitquota.solver.problem_document import ProblemDocument
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from bitquota.canonical import JsonObject
+    from bitquota.solver.posed_problem import Posed
 
 
 def read_problem(
@@ -32,10 +39,10 @@ def read_problem(
 ) -> Problem:
     """Return the problem in ``path``.
 
-    Two layouts are read. Our own matrix file (``bitquota measure``); ``budget`` is then an
-    average such as ``3 bits`` or ``3.2 bpw``, or an integer limit in bits. Or a plain archive with
-    ``G`` f64[n, n] and ``sizes`` [L, B]: minimise ``xᵀGx`` with ``x`` one-hot per row of
-    ``sizes`` and ``Σ sizes·x`` at most the budget; ``budget_index`` picks from its ``budgets``,
+    Two layouts are read. Our own matrix file (``bitquota measure``); ``budget`` is then one of its
+    weights such as ``3 bits`` or ``12 MiB of weights``, or an integer limit in bits. Or a plain
+    archive with ``G`` f64[n, n] and ``sizes`` [L, B]: minimise ``xᵀGx`` with ``x`` one-hot per row
+    of ``sizes`` and ``Σ sizes·x`` at most the budget; ``budget_index`` picks from its ``budgets``,
     or ``budget`` is an average over its ``params`` or an integer in the unit of ``sizes``.
     ``robust`` standard errors are added to every term (``SensitivityMatrix.robust``).
 
@@ -58,7 +65,37 @@ def read_problem(
         msg = "a matrix file lists no budgets; give one with --budget, such as '3 bits'"
         raise InvalidBudget(msg, budget_index=budget_index)
     matrix = SensitivityMatrix.load(path).robust(robust)
-    return build_problem(matrix, [_table_budget(matrix, budget)])
+    return build_problem(matrix, [budget_of(str(budget), matrix)])
+
+
+def read_document(path: Path) -> Posed | None:
+    """Return the problem of a JSON document, or ``None`` for other JSON.
+
+    A matrix that it names is looked for beside it.
+
+    Raises:
+        InvalidInput: It is no JSON, or states no problem; see ``posed``.
+    """
+    data = document_of(path)
+    if data is None:
+        return None
+
+    def find(name: str) -> tuple[SensitivityMatrix, None]:
+        return SensitivityMatrix.load(path.parent / name), None
+
+    return posed(ProblemDocument.from_json(data), find)
+
+
+def document_of(path: Path) -> JsonObject | None:
+    """Return the JSON of a file that is a problem document, unchecked, or ``None`` for other JSON.
+
+    Raises:
+        InvalidInput: It is no JSON.
+    """
+    advice = "name a problem, or a measurement of another tool"
+    data = read_json(path, "a problem file", advice, InvalidInput)
+    named = str(data.get("schema", "")) if isinstance(data, dict) else ""
+    return data if named.startswith("bitquota/problem") else None
 
 
 def refuse_robust(robust: float) -> None:
@@ -144,33 +181,6 @@ def _plain_arrays(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _table_budget(matrix: SensitivityMatrix, budget: str | int) -> Budget:
-    text = str(budget).strip()
-    if text.isdigit():
-        return Budget(resource="size_bits", limit=int(text), text=text)
-    number, _, unit = text.replace("bpw", " bpw").replace("bits", " bits").partition(" ")
-    cached = any(row.cached for row in matrix.table.rows)
-    stored = "weight_size_bits" if cached else "size_bits"
-    resource = {"bits": "code_bits", "bit": "code_bits", "bpw": stored}.get(unit.strip())
-    try:
-        value = Fraction(number)
-    except (ValueError, ZeroDivisionError):
-        resource = None
-    if resource is None or value <= 0:
-        msg = (
-            "the budget of a matrix file must be '3.5 bits' (codes), '3.6 bpw' (everything "
-            f"stored) or an integer number of bits; got '{text}'"
-        )
-        raise InvalidBudget(msg, budget=text)
-    first: dict[str, int] = {}
-    for row in matrix.table.rows:
-        for candidate in row.candidates:
-            if not candidate.cached:
-                first.setdefault(candidate.layer, candidate.size.codes // candidate.weight_bits)
-    limit = int(value * sum(first.values()))
-    return Budget(resource=resource, limit=limit, text=text)
-
-
 def _plain(arrays: dict[str, Any], index: int | None, budget: str | int | None) -> Problem:
     G = np.asarray(arrays["G"], dtype=np.float64)
     sizes = np.asarray(arrays["sizes"])
@@ -213,8 +223,9 @@ def _integers(sizes: NDArray[Any]) -> NDArray[np.int64]:
             raise InvalidMatrix(msg)
         return sizes.astype(np.int64)
     rounded = np.round(np.asarray(sizes, dtype=np.float64))
-    if not np.array_equal(rounded, sizes) or bool((rounded < 0).any()):
-        msg = "'sizes' must be whole numbers that are not negative; scale them to bits or bytes"
+    whole = np.array_equal(rounded, sizes) and bool((rounded >= 0).all())
+    if not whole or bool((rounded >= 2.0**62).any()):
+        msg = "'sizes' must be whole numbers from 0 to below 2^62; scale them to bits or bytes"
         raise InvalidMatrix(msg)
     return rounded.astype(np.int64)
 
@@ -231,27 +242,40 @@ def _plain_limit(
     text = str(budget).strip()
     number, _, unit = text.replace("bits", " bits").replace("bpw", " bpw").partition(" ")
     try:
-        value = Fraction(number)  # decimals as they are written
-    except (ValueError, ZeroDivisionError):
+        value = decimal(number)
+    except ValueError:
         value = Fraction(-1)
     if not value > 0 or unit.strip() not in {"", "bit", "bits", "bpw"}:
-        msg = f"a budget must be an integer limit or an average such as '3 bits'; got '{text}'"
-        raise InvalidBudget(msg, budget=text)
+        msg = f"a budget must be an integer limit or an average such as '3 bits'; got '{text:.80}'"
+        raise InvalidBudget(msg, budget=text[:80])
     if not unit:
         return _limit(value, text)
     params = np.ravel(arrays.get("params", []))
     if len(params) != n_groups:
         msg = "an average needs the file's 'params' (weights per layer); it has none: use an index"
-        raise InvalidBudget(msg, budget=text)
+        raise InvalidBudget(msg, budget=text[:80])
     if not np.isfinite(params).all():
         msg = "the file's 'params' must be finite"
         raise InvalidBudget(msg, budget=text)
     return _limit(value * sum(map(Fraction, params.tolist()), Fraction()), text)
 
 
+def decimal(text: str) -> Fraction:
+    """Return the number that a text writes, to the last digit; ``1e400`` is a number, too.
+
+    Raises:
+        ValueError: It is none, or one of hundreds of digits.
+    """
+    found = re.fullmatch(r"[+-]?([0-9]*)(?:\.([0-9]*))?(?:[eE]([+-]?[0-9]{1,3}))?", text)
+    if found is None or not 0 < len((found[1] or "") + (found[2] or "")) < 400:
+        msg = f"a number must be a decimal such as 4.1; got '{text[:40]}'"
+        raise ValueError(msg)
+    return Fraction(text)
+
+
 def _limit(value: float | Fraction, text: str) -> int:
     """Return ``value``, rounded down, if it is a limit at all."""
     if not -(2**62) < value < 2**62:  # NaN too
-        msg = f"a budget must be a finite number below 2**62; got '{text}'"
+        msg = f"a budget must be a finite number below 2**62; got '{text:.80}'"
         raise InvalidBudget(msg, budget=text)
     return math.floor(value)

@@ -245,8 +245,11 @@ def smallest(
 
     Raises:
         BudgetTooSmall: The problem's own budgets cannot be met.
-        InvalidProblem: The problem has no such resource.
+        InvalidProblem: The problem has no such resource, or the tolerance is no number.
     """
+    if math.isnan(tolerance):
+        msg = f"'tolerance' must be a number; got {tolerance}"
+        raise InvalidProblem(msg)
     if not 0 <= resource < len(problem.limits):
         msg = f"'resource' must be 0 to {len(problem.limits) - 1}; got {resource}"
         raise InvalidProblem(msg)

@@ -18,6 +18,7 @@ from bitquota.errors import GateFailed, Infeasible, InvalidInput
 from bitquota.solver.archive import CertificateFile, problem_digest
 from bitquota.solver.build import build_problem
 from bitquota.solver.checker import check_solution
+from bitquota.solver.pair_costs import completed
 from bitquota.solver.solution import Limit, Solution, Status
 
 if TYPE_CHECKING:
@@ -165,14 +166,14 @@ def verify_solution(
         InvalidInput: The document lacks a member, or has no choice.
     """
     try:
-        choice = np.array(document["choice"], dtype=np.int64)
+        choice = completed(problem, np.array(document["choice"], dtype=np.int64))
         bound = document["bound"]
         claimed = _claim(
             choice,
             float(document["objective"]),  # type: ignore[arg-type]  # the except is for these
             -math.inf if bound is None else float(bound),  # type: ignore[arg-type]
         )
-    except (KeyError, TypeError, ValueError, OverflowError) as err:
+    except (KeyError, TypeError, ValueError, OverflowError, IndexError) as err:
         msg = (
             "a solution must have a choice, an objective and a bound as 'bitquota solve --json' "
             f"prints them; got {err!r}"

@@ -119,7 +119,15 @@ class SolveOrder(BaseModel):
     matrix: str | None = Field(
         default=None, description="Or the digest of an uploaded matrix, or base64 of one."
     )
-    budgets: list[BudgetText] = Field(min_length=1, max_length=64)
+    budgets: list[BudgetText] = Field(default=[], max_length=64)
+    problem: dict[str, Any] | None = Field(
+        default=None,
+        description="Instead of these three, a whole problem: what `bitquota solve` reads as a "
+        "file (`bitquota solve --schema`). Its `matrix` is the id of a job, the digest of an "
+        "upload, or base64 of the file.",
+        json_schema_extra={"additionalProperties": True},
+    )
+    explain: bool = Field(default=False, description="Of a problem: what its bits cost and buy.")
     gap: float = Field(default=1e-4, ge=0, lt=1, description="Relative gap to stop at.")
     time_limit_s: float = Field(default=0.1, gt=0, le=30, description="For each budget.")
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -148,6 +156,25 @@ class SolveAnswer(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[SolvedBudget]
+
+
+class ProblemAnswer(BaseModel):
+    """The answer to a problem: what `bitquota solve --json` prints."""
+
+    model_config = ConfigDict(extra="allow")
+
+    object: Literal["solution"] = "solution"
+    status: str
+    limit: str | None = Field(description="What stopped the solver, if something did.")
+    groups: list[str]
+    choice: list[int] | None = Field(description="By group, which of its candidates.")
+    labels: list[str] | None = Field(description="Their names.")
+    objective: float | None = Field(description="Predicted loss increase.")
+    bound: float | None = Field(description="No choice is predicted below this.")
+    absolute_gap: float | None
+    relative_gap: float | None
+    spent: dict[str, int] | None = Field(description="By resource.")
+    limits: dict[str, int]
 
 
 class PlanList(BaseModel):

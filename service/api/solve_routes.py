@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from bitquota.errors import NotFound
 from bitquota.service.api.job_routes import results_of
-from bitquota.service.api.schemas import Problem, SolveAnswer, SolveOrder
+from bitquota.service.api.schemas import Problem, ProblemAnswer, SolveAnswer, SolveOrder
 from bitquota.service.api.state import Calling, Service, State  # noqa: TC001  # FastAPI reads them
 from bitquota.service.api.streaming import write_body
 from bitquota.service.store.formats import ArtifactKind
@@ -34,9 +34,11 @@ _BODY = {
 }
 
 
-@router.post(PATH, response_model=SolveAnswer, responses=_PROBLEMS, openapi_extra=_BODY)
+@router.post(
+    PATH, response_model=SolveAnswer | ProblemAnswer, responses=_PROBLEMS, openapi_extra=_BODY
+)
 async def solve_now(request: Request, service: Service, caller: Calling) -> Response:
-    """Solve a stored or inline matrix for each budget; predictions only, nothing is measured.
+    """Solve a stored or inline matrix for each budget, or one problem; nothing is measured.
 
     Each budget gets `time_limit_s`; the answer says how far from the best it can be at most.
     """

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from bitquota.candidates.budget import Budget, Scope
-from bitquota.candidates.layers import Inventory, Layer, LayerKind
+from bitquota.candidates.layers import Inventory
 from bitquota.canonical import digest_bytes
-from bitquota.errors import InvalidBudget, InvalidInput
+from bitquota.errors import InvalidInput
 from bitquota.matrix import SensitivityMatrix
 from bitquota.service.api.request_limits import check_budget_texts
 from bitquota.service.api.schemas import (
     LONGEST_SOLVE_S,
+    ProblemAnswer,
     SolveAnswer,
     SolvedBudget,
     SolveOrder,
@@ -28,12 +28,15 @@ from bitquota.service.api.schemas import (
 )
 from bitquota.service.security.json_limits import REQUEST, check_texts, parse_json
 from bitquota.service.security.upload_inspection import inspect_matrix
+from bitquota.solver.matrix_budgets import budget_of, inventory_of
 
 if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
     from bitquota.service.security.task_process import Ask
 
 _KEPT = 8
+MOST_VALUES = 1_000_000
+"""JSON values of one body: a problem of 300 candidates may have 50,000 cross-layer terms."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,23 +64,32 @@ def solve_task(arguments: JsonObject, ask: Ask) -> tuple[JsonObject, bytes]:
     ``ask`` says where the files of ``{"job": …}`` or of an uploaded ``{"matrix": …}`` lie.
     """
     order = _parse(arguments)
+    if order.problem is not None:
+        return {}, _solve_problem(order, arguments, ask).model_dump_json().encode()
     check_budget_texts(order.budgets)
-    answer = SolveAnswer(data=_solve(order, _measured(order, arguments, ask)))
+    source = order.job or order.matrix
+    assert source is not None  # noqa: S101  # one of them is given
+    answer = SolveAnswer(data=_solve(order, _measured(source, arguments, ask)))
     return {}, answer.model_dump_json().encode()
 
 
 def _parse(arguments: JsonObject) -> SolveOrder:
     body = Path(arguments["body"]).read_bytes()
     what = "a request body"
-    value = parse_json(body, replace(REQUEST, size=arguments["max_bytes"]), what)
+    limits = replace(REQUEST, size=arguments["max_bytes"], values=MOST_VALUES)
+    value = parse_json(body, limits, what)
     check_texts(body, what)
     try:
         order = SolveOrder.model_validate(value)
     except ValidationError as err:
         found = err.errors(include_url=False, include_context=False, include_input=False)
         raise invalid_request([{**e, "loc": ("body", *e["loc"])} for e in found]) from err
-    if (order.job is None) == (order.matrix is None):
-        msg = "either 'job' or 'matrix' must be given, and not both"
+    matrices = (order.job is not None) + (order.matrix is not None)
+    if matrices != (order.problem is None) or bool(order.budgets) != (order.problem is None):
+        msg = "either 'job' or 'matrix' must be given with 'budgets', or a 'problem' alone"
+        raise InvalidInput(msg)
+    if order.explain and order.problem is None:
+        msg = "'explain' must come with a 'problem'; got budgets of a matrix: state them as one"
         raise InvalidInput(msg)
     seconds = order.time_limit_s * len(order.budgets)
     if seconds > LONGEST_SOLVE_S:
@@ -90,25 +102,36 @@ def _parse(arguments: JsonObject) -> SolveOrder:
     return order
 
 
-def inventory_of(matrix: SensitivityMatrix) -> Inventory:
-    """Return the layers that a matrix speaks of, as far as it knows them."""
-    layers: dict[str, Layer] = {}
-    for row in matrix.table.rows:
-        for candidate in row.candidates:
-            n = candidate.size.codes // candidate.weight_bits
-            layers.setdefault(
-                candidate.layer,
-                Layer(
-                    name=candidate.layer,
-                    kind=LayerKind.LINEAR,
-                    weight_name=candidate.layer,
-                    weight_shape=(n,),
-                    rows=1,
-                    columns=n,
-                    n_weights=n,
-                ),
-            )
-    return Inventory(model_digest="", layers=tuple(layers.values()))
+def _solve_problem(order: SolveOrder, arguments: JsonObject, ask: Ask) -> ProblemAnswer:
+    """Return the answer to a problem that is stated in full."""
+    from bitquota.solver.document import solve_document
+    from bitquota.solver.posed_problem import posed
+    from bitquota.solver.problem_document import ProblemDocument
+
+    def find(source: str) -> tuple[SensitivityMatrix, Inventory | None]:
+        found = _measured(source, arguments, ask)
+        return found.matrix, found.inventory if found.whole else None
+
+    document = ProblemDocument.from_json(order.problem)
+    # One solve, one more time limit for alternatives, and two solves for the price of a budget.
+    solves = 1 + (document.top > 1) + 2 * len(document.budgets) * order.explain
+    if (seconds := order.time_limit_s * solves) > LONGEST_SOLVE_S:
+        msg = (
+            f"a problem may take at most {LONGEST_SOLVE_S:g} s; with what is asked for this one "
+            f"takes {seconds:g}: lower 'time_limit_s'"
+        )
+        raise InvalidInput(msg, seconds=seconds)
+    asked = posed(document, find)
+    answer: dict[str, Any] = solve_document(
+        asked,
+        explain=order.explain,
+        gap=order.gap,
+        time_limit_s=order.time_limit_s,
+        seed=order.seed,
+    )
+    if asked.robust:
+        answer["robust"] = asked.robust
+    return ProblemAnswer(**answer)
 
 
 def _solve(order: SolveOrder, measured: Measured) -> list[SolvedBudget]:
@@ -116,7 +139,8 @@ def _solve(order: SolveOrder, measured: Measured) -> list[SolvedBudget]:
 
     answers = []
     for text in order.budgets:
-        budgets = [_budget(part, measured) for part in text.split("+")]
+        inventory = measured.inventory if measured.whole else None
+        budgets = [budget_of(part, measured.matrix, inventory) for part in text.split("+")]
         for budget in budgets:
             budget.check(measured.matrix.table)
         problem = build_problem(measured.matrix, budgets)
@@ -147,18 +171,18 @@ def _solve(order: SolveOrder, measured: Measured) -> list[SolvedBudget]:
     return answers
 
 
-def _measured(order: SolveOrder, arguments: JsonObject, ask: Ask) -> Measured:
-    if order.job is not None:
-        return _stored(ask({"job": order.job}))
-    assert order.matrix is not None  # noqa: S101  # one of them is given
-    if order.matrix.startswith("sha256:"):
-        return _stored(ask({"matrix": order.matrix}))
+def _measured(source: str, arguments: JsonObject, ask: Ask) -> Measured:
+    """Return the matrix of a job or an upload, or the one that is base64 itself."""
+    if source.startswith("sha256:"):
+        return _stored(ask({"matrix": source}))
+    if source.startswith("job_"):
+        return _stored(ask({"job": source}))
     try:
-        data = base64.b64decode(order.matrix, validate=True)
+        data = base64.b64decode(source, validate=True)
     except (binascii.Error, ValueError) as err:
         msg = (
-            "a matrix must be the digest of an upload, or base64 of the .npz that a job's "
-            "/sensitivity returns"
+            "a matrix must be the digest of an upload, the id of a job, or base64 of the .npz that "
+            "a job's /sensitivity returns"
         )
         raise InvalidInput(msg) from err
     key = (digest_bytes([data]), None)
@@ -200,15 +224,3 @@ def _keep(
     while len(_recent) > _KEPT:
         _recent.popitem(last=False)
     return found
-
-
-def _budget(text: str, measured: Measured) -> Budget:
-    budget = Budget.parse(text, measured.inventory)
-    of_model = budget.resource == "size_bits" and budget.scope is Scope.MODEL
-    if of_model and not measured.whole:
-        msg = (
-            f"without the whole model a budget must be of its weights; got '{text}': write "
-            f"'{text.strip()} of weights', or solve by the id of a plan job"
-        )
-        raise InvalidBudget(msg, budget=text)
-    return budget

@@ -189,3 +189,116 @@ class TestFrontier:
     def test_one_point_is_no_frontier(self, bitquota, file):
         """At least two."""
         assert bitquota("frontier", file, "--budget-index", 2, "--points", 1)[0] == 2
+
+
+class TestProblemFiles:
+    @pytest.fixture
+    def problem(self, tmp_path):
+        """Return a document of two layers, whose 4-bit kernels are fused."""
+        document = {
+            "schema": "bitquota/problem/1",
+            "groups": [
+                {"name": name, "candidates": [
+                    {"label": "W2", "loss": 1.0, "costs": {"ns": 50}},
+                    {"label": "W4", "loss": 0.25, "costs": {"ns": 90}}]}
+                for name in ("a", "b")
+            ],
+            "budgets": [{"resource": "ns", "limit": 150, "pairs": [
+                {"first": ["a", "W4"], "second": ["b", "W4"], "cost": -40}]}],
+            "top": 2,
+        }  # fmt: skip
+        path = tmp_path / "problem.json"
+        path.write_text(json.dumps(document))
+        return path
+
+    def test_solved_and_verified(self, bitquota, problem, tmp_path):
+        """The answer names the two layers, and its certificate proves it."""
+        proof, answer = tmp_path / "proof.npz", tmp_path / "answer.json"
+        code, out, _ = bitquota("solve", problem, "--json", "--certificate", proof)
+        answer.write_text(out)
+        found = json.loads(out)
+        assert code == 0
+        assert found["labels"] == ["W4", "W4"]
+        assert found["spent"] == {"ns": 140}
+        assert len(found["top"]) == 2
+
+        code, out, _ = bitquota("verify", answer, problem, proof)
+        assert code == 0
+        assert "ns at most 150" in out
+        found["objective"] = found["bound"] = 0.1
+        answer.write_text(json.dumps(found))
+        assert bitquota("verify", answer, problem, proof)[0] == 1
+
+    @pytest.mark.parametrize(
+        "options", [("-b", "3 bits"), ("--explain",), ("--tolerance", "1"), ("--robust", "1")]
+    )
+    def test_what_it_does_not_take(self, bitquota, problem, options):
+        """One sentence and exit code 2."""
+        code, _, err = bitquota("solve", problem, *options)
+        assert code == 2
+        assert err.startswith("error: ")
+        assert "Traceback" not in err
+
+    @pytest.mark.parametrize(
+        "text", ['{"schema": "bitquota/problem/1"}', "[" * 100_000, "NaN", '{"schema": NaN}', ""]
+    )
+    def test_what_is_no_problem(self, bitquota, tmp_path, text):
+        """One sentence and exit code 2."""
+        path = tmp_path / "problem.json"
+        path.write_text(text)
+        code, _, err = bitquota("solve", path, "-b", "1x")
+        assert code == 2
+        assert "Traceback" not in err
+
+    def test_schema(self, bitquota):
+        """Printed without a file."""
+        code, out, _ = bitquota("solve", "--schema")
+        assert code == 0
+        assert json.loads(out)["properties"]["schema"] == {"const": "bitquota/problem/1"}
+
+
+class TestNumbers:
+    @pytest.mark.parametrize(
+        "budget", ["9" * 5000, "9" * 5000 + " bits", "1e400", "nan bits", "-1", "inf", "²", "1/0"]
+    )
+    @pytest.mark.parametrize("kind", ["plain", "matrix"])
+    def test_budgets_that_are_none(self, bitquota, file, tmp_path, kind, budget):
+        """One sentence and exit code 2, whatever the file."""
+        if kind == "matrix":
+            file = tmp_path / "matrix.npz"
+            matrix_of(inventory_of(3)).save(file)
+        code, _, err = bitquota("solve", file, f"--budget={budget}")
+        assert code == 2
+        assert err.startswith("error: ")
+        assert len(err) < 1000
+
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [("--gap", "nan"), ("--tolerance", "nan"), ("--time-limit", "nan"), ("--robust", "inf")],
+    )
+    def test_options_that_are_none(self, bitquota, tmp_path, option, value):
+        """One sentence and exit code 2."""
+        file = tmp_path / "matrix.npz"
+        matrix_of(inventory_of(3)).save(file)
+        code, _, err = bitquota("solve", file, "-b", "3 bits", option, value)
+        assert code == 2
+        assert "Traceback" not in err
+
+    @pytest.mark.parametrize("size", [1e300, np.inf, np.nan, -1.0, 0.5])
+    def test_sizes_that_are_none(self, bitquota, file, size):
+        """One sentence and exit code 2."""
+        with np.load(file) as archive:
+            arrays = dict(archive)
+        arrays["sizes"][0, 0] = size
+        np.savez(file, **arrays)
+        code, _, err = bitquota("solve", file, "--budget-index", 1)
+        assert code == 2
+        assert err.startswith("error: ")
+
+    def test_weights_of_a_matrix_in_bytes(self, bitquota, tmp_path):
+        """A budget of its weights in any unit."""
+        file = tmp_path / "matrix.npz"
+        matrix_of(inventory_of(3)).save(file)
+        code, out, _ = bitquota("solve", file, "-b", "16.5 KiB of weights", "--json")
+        assert code == 0
+        assert json.loads(out)["limits"] == {"size_bits": 135_168}

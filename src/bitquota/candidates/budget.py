@@ -61,7 +61,9 @@ def parse_bytes(text: str) -> int:
     Raises:
         InvalidBudget: The text is no such size.
     """
-    found = _SYNTAX.fullmatch(text if text.strip()[-1:].isalpha() else f"{text} B")
+    readable = text[: LONGEST_TEXT + 1]
+    found = _SYNTAX.fullmatch(readable if readable.strip()[-1:].isalpha() else f"{readable} B")
+    found = found if len(text) <= LONGEST_TEXT else None
     unit = found["unit"].lower() if found else ""
     if found is None or found["act"] or found["scope"] or unit not in _BYTE_UNITS:
         msg = f"a size must read like '1500000', '1500000 B', '1.5 MB' or '12 MiB'; got '{text}'"
@@ -71,6 +73,8 @@ def parse_bytes(text: str) -> int:
 
 LARGEST_LIMIT = 2**62
 """Solvers add up costs as 64-bit integers."""
+LONGEST_TEXT = 200
+"""Characters of a budget as text; Python reads no number of thousands of digits."""
 
 
 class Scope(StrEnum):
@@ -127,7 +131,7 @@ class Budget(Document):
         Raises:
             InvalidBudget: The text does not follow the table above, or is not positive.
         """
-        found = _SYNTAX.fullmatch(text)
+        found = _SYNTAX.fullmatch(text) if len(text) <= LONGEST_TEXT else None
         if found is None:
             raise _unreadable(text)
         value = Fraction(re.sub(r"[_,]", "", found["value"]))
@@ -261,6 +265,6 @@ def _unreadable(text: str) -> InvalidBudget:
     msg = (
         "a budget must read like '3.5 bits', '3.6 bpw', '12 MiB', '1500000 B', '0.25x', "
         "'2.5 GBitOps', 'act 96 KiB' or 'act total 96 KiB', sizes optionally followed by "
-        f"'of weights'; got '{text}'"
+        f"'of weights'; got '{text[:LONGEST_TEXT]}'"
     )
-    return InvalidBudget(msg, budget=text)
+    return InvalidBudget(msg, budget=text[:LONGEST_TEXT])

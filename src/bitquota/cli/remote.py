@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import tempfile
 import zipfile
 from contextlib import contextmanager, nullcontext
@@ -247,10 +248,48 @@ def solution(
     file: Path, request: JsonObject, server: str, api_key: str | None, *, certified: bool
 ) -> tuple[JsonObject, bytes | None]:
     """Run ``bitquota solve`` there; returns the certificate too if ``certified``."""
+    from bitquota.solver.files import document_of
+
+    if file.suffix == ".json" and (stated := document_of(file)) is not None:
+        return _problem(file, stated, request, server, api_key, certified=certified), None
     with opened(server, api_key) as client:
         job = done(client.order("solve", request, matrix=file_of(str(file))))
         found: JsonObject = job.result("solution")
         return found, job.certificate() if certified and found["choice"] is not None else None
+
+
+def _problem(
+    file: Path,
+    stated: JsonObject,
+    request: JsonObject,
+    server: str,
+    api_key: str | None,
+    *,
+    certified: bool,
+) -> JsonObject:
+    """Solve a problem document there, at once."""
+    here_only = {
+        "--budget": request["budget"] is not None,
+        "--budget-index": request["budget_index"] is not None,
+        "--robust": "robust" in request, "--tolerance": "tolerance" in request,
+        "--solver": request.get("solver", "auto") != "auto",
+        "--node-limit": request.get("node_limit") is not None,
+        "--cross-check": request.get("cross_check", False), "--certificate": certified,
+    }  # fmt: skip
+    if any(here_only.values()):
+        names = ", ".join(name for name, given in here_only.items() if given)
+        msg = f"a server solves a problem file without {names}: leave them out, or solve it here"
+        raise InvalidInput(msg, options=names)
+    if request["top"] > 1:
+        stated = stated | {"top": request["top"]}
+    if isinstance(name := stated.get("matrix"), str):
+        data = file_of(str(file.parent / name)).read_bytes()
+        stated = stated | {"matrix": base64.b64encode(data).decode()}
+    options = {"gap": request["gap"], "seed": request["seed"], "explain": request["explain"]}
+    if request["time_limit_s"] is not None:
+        options["time_limit_s"] = request["time_limit_s"]
+    with opened(server, api_key) as client:
+        return client.solve_problem(stated, **options)
 
 
 def frontier(file: Path, request: JsonObject, server: str, api_key: str | None) -> list[Any]:

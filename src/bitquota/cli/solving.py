@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 File = Annotated[
     Path,
     typer.Argument(
-        help="Matrix of 'bitquota measure', a plain .npz with G, sizes and budgets, or a "
-        "measurement .json of exllamav2, exllamav3 or ModelOpt."
+        help="Problem .json (see --schema), matrix of 'bitquota measure', a plain .npz with G, "
+        "sizes and budgets, or a measurement .json of exllamav2, exllamav3 or ModelOpt."
     ),
 ]
 BudgetText = Annotated[
@@ -43,6 +43,15 @@ NodeLimit = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _print_schema(wanted: bool) -> None:  # Typer calls it with the flag
+    if wanted:
+        from bitquota.json_schema import json_schema
+        from bitquota.solver.problem_document import ProblemDocument
+
+        output.print_json(json_schema(ProblemDocument, title="Bitquota problem"))
+        raise typer.Exit
 
 
 def solve_file(
@@ -85,8 +94,18 @@ def solve_file(
         typer.Option("--certificate", help="Also write the proof of the bound, for 'verify'."),
     ] = None,
     as_json: AsJson = False,
+    schema: Annotated[  # noqa: ARG001  # Typer needs the parameter; the callback acts on it
+        bool,
+        typer.Option(
+            "--schema",
+            callback=_print_schema,
+            is_eager=True,
+            help="Print the JSON Schema of problem files: several budgets, costs of pairs, "
+            "forbidden and required candidates, limits on numbers of layers.",
+        ),
+    ] = False,
 ) -> None:
-    """Solve the allocation problem of FILE for one budget, with a bound on the optimum."""
+    """Solve the allocation problem of FILE for its budgets, with a bound on the optimum."""
     # What is asked for: the best loss within a budget, or the smallest size within a loss.
     request: JsonObject = {
         "budget": budget, "budget_index": budget_index, "gap": gap, "time_limit_s": time_limit,
@@ -158,27 +177,30 @@ def _solve_here(
     file: Path, request: JsonObject, *, certified: bool
 ) -> tuple[JsonObject, bytes | None]:
     from bitquota.solver.archive import certificate_file
-    from bitquota.solver.document import smallest_document, solve_document
+    from bitquota.solver.document import plain_problem, smallest_document, solve_document
     from bitquota.solver.files import matrix_digest
 
     options = dict(request)
     robust = options.pop("robust", 0.0)
-    problem = importing.read_any_problem(
+    asked = importing.read_any_problem(
         file, budget_index=options.pop("budget_index"), budget=options.pop("budget"), robust=robust
     )
     proofs: list[Certificate] = []
     if "tolerance" in options:
-        document = smallest_document(problem, **options)
+        document = smallest_document(plain_problem(asked, "--tolerance"), **options)
     else:
-        document = solve_document(problem, **options, on_certificate=proofs.append)
-    if robust:
+        document = solve_document(asked, **options, on_certificate=proofs.append)
+    if robust := robust or asked.robust:
         document["robust"] = robust
     if (imported := importing.chosen_options(file, document)) is not None:
         document |= {"imported": imported}
     if not certified or not proofs:
         return document, None
-    matrix = None if file.suffix == ".json" else matrix_digest(file, robust)
-    return document, certificate_file(proofs[0], problem, matrix)
+    if file.suffix == ".json":
+        matrix = None if asked.matrix is None else asked.matrix.digest()
+    else:
+        matrix = matrix_digest(file, robust)
+    return document, certificate_file(proofs[0], asked.problem, matrix)
 
 
 def verify(
@@ -254,7 +276,7 @@ def frontier(
     --budget selects the resource that varies (by default average bits).
     """
     if budget is None and budget_index is None:
-        budget = "1x" if file.suffix == ".json" else "32 bits"
+        budget = importing.default_budget(file)
     request: JsonObject = {
         "points": points, "budget": budget, "budget_index": budget_index, "certify": certify,
         "gap": gap, "time_limit_s": time_limit, "node_limit": node_limit, "seed": seed,
@@ -269,13 +291,13 @@ def frontier(
 
 
 def _frontier_here(file: Path, request: JsonObject) -> list[JsonObject]:
-    from bitquota.solver.document import frontier_document
+    from bitquota.solver.document import frontier_document, plain_problem
 
     options = dict(request)
-    problem = importing.read_any_problem(
+    asked = importing.read_any_problem(
         file, budget_index=options.pop("budget_index"), budget=options.pop("budget")
     )
-    return frontier_document(problem, **options)
+    return frontier_document(plain_problem(asked, "a frontier"), **options)
 
 
 def _point_row(point: JsonObject) -> dict[str, str]:

@@ -200,6 +200,34 @@ class ServerCalls(Requests, Generic[J]):
         return [dict(entry) for entry in json.loads(answer.content)["data"]]
 
     @Call
+    def solve_problem(
+        self,
+        problem: JsonObject,
+        *,
+        explain: bool = False,
+        gap: float = 1e-4,
+        time_limit_s: float = 0.1,
+        seed: int = 0,
+    ) -> Steps[JsonObject]:
+        """Solve a problem at once: what ``bitquota solve --json`` prints for the same document.
+
+        Args:
+            problem: A problem document (``bitquota solve --schema``); its ``matrix`` is the id of
+                a job, the digest of an upload, or base64 of the file.
+            explain: Add what the bits of each group cost and buy.
+            gap: Relative gap to stop at.
+            time_limit_s: For each solve.
+            seed: Of the search.
+        """
+        body = {
+            "problem": problem, "explain": explain, "gap": gap, "time_limit_s": time_limit_s,
+            "seed": seed,
+        }  # fmt: skip
+        answer = yield from self.sent(Send(method="POST", path="/v1/solve", json=body))
+        found: JsonObject = json.loads(answer.content)
+        return {name: value for name, value in found.items() if name != "object"}
+
+    @Call
     def upload(self, kind: str, upload: Upload) -> Steps[str]:
         """Return the digest of an upload after sending it, if the server has it not.
 

@@ -12,7 +12,10 @@ from bitquota.candidates.layers import Inventory, Layer, LayerKind
 from bitquota.candidates.table import enumerate_candidates
 from bitquota.errors import InvalidBudget, TooLarge
 from bitquota.matrix import SensitivityMatrix
-from bitquota.service.api.solve_task import inventory_of
+from bitquota.solver.document import solve_document
+from bitquota.solver.matrix_budgets import inventory_of
+from bitquota.solver.posed_problem import posed
+from bitquota.solver.problem_document import ProblemDocument
 from live_server import LiveServer
 
 BITS = (2, 4, 8)
@@ -122,3 +125,79 @@ class TestSolve:
             },
         )
         assert answer.json()["type"] == "urn:bitquota:problem:budget-too-small"
+
+
+class TestProblem:
+    @pytest.fixture
+    def problem(self):
+        """Return a document of the matrix: two budgets, a fusion, a limit on layers, two plans."""
+        return {
+            "schema": "bitquota/problem/1",
+            "budgets": [
+                {"text": "5 bits"},
+                {"resource": "ns", "limit": 200,
+                 "costs": [{"of": ["*", "*"], "cost": 60}, {"of": ["*", "W8"], "cost": 90}],
+                 "pairs": [{"first": ["l0", "W4"], "second": ["l1", "W4"], "cost": -20}]},
+            ],
+            "at_most": [{"of": ["*", "W8"], "groups": 1}],
+            "top": 2,
+        }  # fmt: skip
+
+    def test_is_answered_as_on_the_command_line(self, client, matrix, problem):
+        """Of an uploaded matrix and of one that is sent along: what a file would give."""
+        document = ProblemDocument.from_json(problem | {"matrix": "m"})
+        here = solve_document(posed(document, lambda _name: (matrix, None)), time_limit_s=30)
+        inline = base64.b64encode(matrix.to_bytes()).decode()
+        for source in (client.upload("matrix", matrix.to_bytes()), inline):
+            answer = client.solve_problem(problem | {"matrix": source}, time_limit_s=30)
+            for name in ("choice", "labels", "groups", "objective", "bound", "spent", "limits"):
+                assert answer[name] == here[name]
+            assert len(answer["top"]) == 2
+
+    def test_integers_beyond_floats(self, client):
+        """Costs and limits come through to the last unit."""
+        big = 2**53 + 1
+        candidates = [
+            {"label": "W2", "loss": 1.0, "costs": {"ns": big}},
+            {"label": "W4", "loss": 0.1, "costs": {"ns": 2 * big}},
+        ]
+        problem = {
+            "schema": "bitquota/problem/1",
+            "groups": [{"name": "a", "candidates": candidates}],
+            "budgets": [{"resource": "ns", "limit": 2 * big}],
+        }
+        answer = client.solve_problem(problem, explain=True)
+        assert answer["spent"] == answer["limits"] == {"ns": 2 * big}
+        assert answer["explanation"]["groups"][0]["label"] == "W4"
+        problem["budgets"][0]["limit"] -= 1
+        assert client.solve_problem(problem)["labels"] == ["W2"]
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            {"problem": {}},
+            {"problem": {"schema": "bitquota/problem/1"}},
+            {"problem": {"schema": "bitquota/problem/1", "matrix": "!"}},
+            {"problem": {"schema": "bitquota/problem/1", "matrix": "m"}, "budgets": ["3 bits"]},
+            {"problem": {"schema": "bitquota/problem/1", "matrix": "m"}, "matrix": "m"},
+            {"budgets": ["3 bits"], "matrix": "m", "explain": True},
+            {"problem": {"schema": "bitquota/problem/1", "matrix": "m", "top": 2**70}},
+            {"problem": {"schema": "bitquota/problem/1", "matrix": "m", "top": 2},
+             "time_limit_s": 30, "explain": True},
+        ],
+    )  # fmt: skip
+    def test_what_is_none(self, client, body):
+        """A sentence as problem+json."""
+        answer = httpx.post(str(client.base_url).rstrip("/") + "/v1/solve", json=body)
+        assert answer.status_code == 422, answer.text
+        assert answer.headers["content-type"] == "application/problem+json"
+
+    @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e308", "1" * 50])
+    def test_numbers_that_are_none(self, client, number):
+        """Whatever JSON parsers take for a number."""
+        text = (
+            '{"problem": {"schema": "bitquota/problem/1", "groups": [{"name": "a", "candidates": '
+            f'[{{"label": "W4", "loss": {number}}}]}}]}}}}'
+        )
+        answer = httpx.post(str(client.base_url).rstrip("/") + "/v1/solve", content=text)
+        assert answer.status_code in {413, 422}, answer.text
