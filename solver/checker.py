@@ -29,6 +29,7 @@ from bitquota.solver.checker_factor import FactorBounds, Formula, Value, exact_p
 from bitquota.solver.checker_recursion import reason_not_proved
 from bitquota.solver.checker_regions import Enemies, Regions, blocks, pairs_of_orders
 from bitquota.solver.exact import dyadic
+from bitquota.solver.outward import UNIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 METHODS = ("auto", "exact", "outward")
+_WIDER = UNIT < 2.0**-60
+"""Whether the widest float is wider than float64."""
 _EXACT_UP_TO_ROWS = 48
 _EXACT_UP_TO_WORK = 4_000_000
 """Rows² x nodes up to which ``auto`` checks every node in exact arithmetic."""
@@ -384,9 +387,13 @@ class _Checker:
         if not regions.parents[node]:
             below = -math.inf
         best = self._best(node, regions, below, formula)
+        claim = self.certificate.bound
         for again in self._repeats(node, regions, best):
-            best = max(best, self._best(node, regions, below, again))
-            if best >= Fraction(self.certificate.bound):
+            before, best = best, max(best, self._best(node, regions, below, again))
+            if best >= Fraction(claim):
+                break
+            # A wider float takes nearly all rounding away: what is missing then is not rounding.
+            if _WIDER and _finite(before) and float(best) + float(best - before) < claim:
                 break
         return best
 
