@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bitquota.candidates.budget import parse_bytes
@@ -72,28 +72,28 @@ def rivals(setup: Setup, size_bits: int) -> dict[str, Choice]:
 
 def run_peer(
     options: argparse.Namespace, script: str, folder: str, setup: Setup, *more: str
-) -> Path | None:
+) -> bytes | None:
     """Run a tool on the calibration windows; returns what it wrote, or says why it wrote nothing.
 
     ``more`` begins with the tool's name; folder and windows follow it.
     """
-    place = Path(tempfile.mkdtemp())
-    windows, out = place / "windows", place / "out"
-    save_file({"tokens": setup.fit.inputs[0].long().contiguous()}, windows)
     tool, *rest = more
     path = Path(__file__).with_name(script)
-    command = [options.peers, path, tool, folder, windows, *rest, "64", out]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=options.peers_limit
-        )
-    except subprocess.TimeoutExpired:
-        print(f"        {tool}: stopped after {options.peers_limit} s")
-        return None
-    if done.returncode:
-        print(f"        {tool}: {done.stderr.strip().splitlines()[-1]}")
-        return None
-    return out
+    with tempfile.TemporaryDirectory() as place:
+        windows, out = Path(place) / "windows", Path(place) / "out"
+        save_file({"tokens": setup.fit.inputs[0].long().contiguous()}, windows)
+        command = [options.peers, path, tool, folder, windows, *rest, "64", out]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=options.peers_limit
+            )
+        except subprocess.TimeoutExpired:
+            print(f"        {tool}: stopped after {options.peers_limit} s")
+            return None
+        if done.returncode:
+            print(f"        {tool}: {done.stderr.strip().splitlines()[-1]}")
+            return None
+        return out.read_bytes()
 
 
 def chosen_by_peers(
@@ -105,7 +105,7 @@ def chosen_by_peers(
         out = run_peer(options, "assignment_peers.py", folder, setup, tool, bits, options.bits)
         if out is None:
             continue
-        about = json.loads(out.read_text())
+        about = json.loads(out)
         # Names differ by what wraps the model.
         widths = {
             layer.name: width
@@ -153,7 +153,7 @@ def compare(
     if options.peers and bits.isdigit():
         out = run_peer(options, "rounding_peers.py", folder, setup, "auto-round", bits)
         if out is not None:
-            modules["AutoRound's own file"] = lambda: with_weights(setup, load_file(out))
+            modules["AutoRound's own file"] = lambda: with_weights(setup, load(out))
     first: torch.Tensor | None = None
     for name, made in modules.items():
         quantized, kl = made(), []
