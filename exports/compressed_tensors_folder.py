@@ -1,4 +1,4 @@
-"""compressed-tensors ``pack-quantized``: a Hugging Face folder that transformers and vLLM load."""
+"""compressed-tensors: a Hugging Face folder that transformers and vLLM load."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ import re
 import shutil
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from bitquota.candidates.layers import LayerKind
-from bitquota.candidates.storage import Granularity
+from bitquota.candidates.storage import Granularity, Grid, ScaleFormat
+from bitquota.candidates.targets.target import FUSED_SIBLINGS
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
 from bitquota.exports.prepared import widths_must_be
 from bitquota.models.huggingface import return_tensor
+from bitquota.quantizers.float_formats import scale_bytes, stored_scales, tensor_factor
 from bitquota.quantizers.packing import pack
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from torch import Tensor, nn
 
     from bitquota.canonical import JsonObject
@@ -36,14 +40,15 @@ _BYTES_PER_ELEMENT = {"I32": 4, "I64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1
 
 
 class CompressedTensorsFolder:
-    """Writes ``weight_packed``, ``weight_scale``, ``weight_shape`` and a ``quantization_config``.
+    """Writes codes and scales of each layer, and a ``quantization_config``.
 
     Only linear layers can be stored so; the source must be a Hugging Face folder. Other tensors
-    keep the type of the checkpoint.
+    keep the type of the checkpoint. Integers are ``pack-quantized``; small floats are NVFP4, MXFP4
+    or FP8.
     """
 
     name = "compressed-tensors"
-    summary = "A Hugging Face folder of packed weights for transformers and vLLM (2 to 8 bits)."
+    summary = "A Hugging Face folder for transformers and vLLM: packed integers, NVFP4, MXFP4, FP8."
     runs_here = True
 
     def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
@@ -55,8 +60,9 @@ class CompressedTensorsFolder:
 
         # Packed weights, the other tensors, the config and what else the source folder holds.
         tensors: dict[str, Tensor] = {}
+        factors = shared_factors(prepared.weights)
         for name, weight in prepared.weights.items():
-            tensors |= _layer_tensors(name, weight)
+            tensors |= _layer_tensors(name, weight, factors.get(name, 1.0))
         shapes = {k for k in tensors if k.endswith(".weight_shape")}
         for name, tensor in prepared.unquantized_tensors().items():
             tensors[name] = tensor.detach().contiguous().to(_stored_type(prepared))
@@ -72,13 +78,14 @@ class CompressedTensorsFolder:
         reports = []
         sizes = _stored_sizes(path)
         for name in prepared.weights:
-            parts = [f"{name}.weight_{p}" for p in ("packed", "scale")]
-            bits = _bits_of_layer(config, name)
+            codes = f"{name}.weight" if f"{name}.weight" in sizes else f"{name}.weight_packed"
+            parts = [codes, f"{name}.weight_scale", f"{name}.weight_global_scale"]
+            group = _group_of_layer(config, name)
             reports.append(
                 prepared.exported_tensor(
                     name,
-                    tensor=f"{name}.weight_packed",
-                    stored=f"pack-quantized W{bits}",
+                    tensor=codes,
+                    stored=f"{group['format']} W{group['weights']['num_bits']}",
                     actual_bits=8 * sum(sizes.get(p, 0) for p in parts),
                 )
             )
@@ -93,7 +100,7 @@ class CompressedTensorsFolder:
             held_bytes=held - described,
             runtime=_runtime(),
             weight_files=[path],
-            notes=("weight_shape and the file's header are counted as container",),
+            notes=("weight_shape and the file's header are counted as container", *_notes(factors)),
         )
 
     def load(self, prepared: PreparedExport, folder: Path) -> nn.Module:
@@ -112,10 +119,9 @@ class CompressedTensorsFolder:
                     trust_remote_code=False,
                     dtype=torch.float32,
                 )
-                if prepared.model.example_inputs is not None:
-                    # Weights are unpacked at the first pass, with a progress bar of its own.
-                    with torch.no_grad():
-                        model(prepared.model.example_inputs[0][:1])
+                # Small floats come as bfloat16, which holds them exactly.
+                model.hf_quantizer.compressor.decompress_model(model)  # type: ignore[operator,union-attr]
+                torch.nn.Module.float(model)  # transformers refuses its own for quantized models
         except Exception as err:  # whatever transformers raises, the folder did not load
             msg = f"transformers must load the exported folder; it says: {err}"
             raise ExportFailed(msg) from err
@@ -129,16 +135,13 @@ class CompressedTensorsFolder:
         wrong = [
             name
             for name, w in prepared.weights.items()
-            if prepared.layers[name].kind is not LayerKind.LINEAR
-            or w.scheme.row_alignment_bits != 32
-            or w.scheme.granularity is Granularity.TENSOR
-            or w.bits == 1
-            or w.zero_points is not None
+            if prepared.layers[name].kind is not LayerKind.LINEAR or _stored_as(w) is None
         ]
         if wrong:
             msg = (
                 "compressed-tensors stores linear layers in rows of 32-bit words, symmetric, with "
-                f"scales per channel or group; {', '.join(wrong[:8])} are planned otherwise: plan "
+                "scales per channel or group, or as NVFP4, MXFP4 or FP8; "
+                f"{', '.join(wrong[:8])} are planned otherwise: plan "
                 "with --target ct-vllm-humming"
             )
             raise InvalidPlan(msg, layers=wrong)
@@ -155,9 +158,90 @@ def _source_folder(prepared: PreparedExport) -> Path:
     return source
 
 
-def _layer_tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+_FLOATS = {
+    (4, Granularity.GROUP, 16, ScaleFormat.E4M3): "nvfp4-pack-quantized",
+    (4, Granularity.GROUP, 32, ScaleFormat.E8M0): "mxfp4-pack-quantized",
+    (8, Granularity.CHANNEL, None, ScaleFormat.FP32): "float-quantized",
+}
+
+
+def _stored_as(weight: QuantizedWeight) -> str | None:
+    """Return compressed-tensors' name of how a weight is stored, or ``None`` if it has none."""
+    scheme = weight.scheme
+    if scheme.grid is Grid.FLOAT:
+        key = (weight.bits, scheme.granularity, scheme.group_size, scheme.scale_format)
+        return _FLOATS.get(key)
+    integer = (
+        scheme.grid is Grid.SYMMETRIC
+        and scheme.row_alignment_bits == 32
+        and scheme.granularity is not Granularity.TENSOR
+        and weight.bits > 1
+    )
+    return "pack-quantized" if integer else None
+
+
+def shared_factors(weights: Mapping[str, QuantizedWeight]) -> dict[str, float]:
+    """Return the factor of the scales of each weight whose format has one.
+
+    vLLM fuses some layers into one matrix that has one factor. These get the largest of their
+    factors, if their scales are the same in units of it; else each keeps its own.
+    """
+    scales = {
+        name: weight.scales.double()
+        for name, weight in weights.items()
+        if weight.scheme.scale_format.tensor_bits
+    }
+    factors = {name: tensor_factor(stored) for name, stored in scales.items()}
+    for names in _fused(scales):
+        largest = max(factors[name] for name in names)
+        exact = (
+            torch.equal(stored_scales(scales[n], ScaleFormat.E4M3, largest), scales[n])
+            for n in names
+        )
+        if all(exact):
+            factors |= dict.fromkeys(names, largest)
+    return factors
+
+
+def _fused(names: Iterable[str]) -> list[list[str]]:
+    """Return the layers that vLLM makes one matrix of."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        for k, siblings in enumerate(FUSED_SIBLINGS):
+            if last in siblings:
+                found.setdefault((parent, k), []).append(name)
+    return list(found.values())
+
+
+def _notes(factors: Mapping[str, float]) -> tuple[str, ...]:
+    apart = [names for names in _fused(factors) if len({factors[n] for n in names}) > 1]
+    return tuple(
+        f"{', '.join(names)} differ too much to share a global scale: vLLM, which fuses them, warns"
+        for names in apart
+    )
+
+
+def _layer_tensors(name: str, weight: QuantizedWeight, factor: float) -> dict[str, Tensor]:
     rows, columns = weight.codes.shape
+    kind = _stored_as(weight)
+    if kind == "float-quantized":
+        codes = weight.codes.to(torch.uint8)
+        return {
+            f"{name}.weight": codes.view(torch.float8_e4m3fn),
+            f"{name}.weight_scale": weight.scales.contiguous(),
+        }
     packed = pack(weight)
+    if kind != "pack-quantized":
+        scales, _ = scale_bytes(weight.scales, weight.scheme.scale_format, factor)
+        tensors = {
+            f"{name}.weight_packed": torch.from_numpy(packed.codes).reshape(rows, -1),
+            f"{name}.weight_scale": scales,
+        }
+        if weight.scheme.scale_format.tensor_bits:
+            tensors[f"{name}.weight_scale"] = scales.view(torch.float8_e4m3fn)
+            tensors[f"{name}.weight_global_scale"] = torch.tensor([1 / factor])
+        return tensors
     return {
         f"{name}.weight_packed": torch.from_numpy(packed.codes.view("<i4")).reshape(rows, -1),
         f"{name}.weight_scale": weight.scales.contiguous(),
@@ -167,23 +251,23 @@ def _layer_tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
 
 def _config(source: Path, prepared: PreparedExport) -> JsonObject:
     config: JsonObject = json.loads((source / "config.json").read_text())
-    groups: dict[tuple[Any, ...], list[str]] = {}
+    groups: dict[tuple[str, int, int], list[str]] = {}
     for name, weight in prepared.weights.items():
-        scheme = weight.scheme
-        groups.setdefault((weight.bits, scheme.group_size or 0), []).append(name)
+        key = (_stored_as(weight) or "", weight.bits, weight.scheme.group_size or 0)
+        groups.setdefault(key, []).append(name)
     described = {}
     for k, (key, names) in enumerate(sorted(groups.items())):
-        bits, size = key
+        kind, bits, size = key
         described[f"group_{k}"] = {
             "targets": sorted(names),
-            "format": "pack-quantized",
+            "format": kind,
             "input_activations": None,
             "output_activations": None,
             "weights": {
                 "num_bits": bits,
-                "type": "int",
+                "type": "int" if kind == "pack-quantized" else "float",
                 "symmetric": True,
-                "strategy": "group" if size else "channel",
+                "strategy": _strategy(kind, size),
                 "group_size": size or None,
                 "dynamic": False,
                 "observer": "minmax",
@@ -194,9 +278,10 @@ def _config(source: Path, prepared: PreparedExport) -> JsonObject:
         for name, module in prepared.module.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
+    kinds = sorted({kind for kind, _, _ in groups})
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": kinds[0] if len(kinds) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": described,
         "ignore": sorted(linear - set(prepared.weights)),
@@ -206,10 +291,18 @@ def _config(source: Path, prepared: PreparedExport) -> JsonObject:
     return config
 
 
-def _bits_of_layer(config: JsonObject, name: str) -> int:
+def _strategy(kind: str, size: int) -> str:
+    """Return what shares a scale; ``tensor_group`` has a factor for the tensor too."""
+    if kind == "nvfp4-pack-quantized":
+        return "tensor_group"
+    return "group" if size else "channel"
+
+
+def _group_of_layer(config: JsonObject, name: str) -> JsonObject:
     for group in config["quantization_config"]["config_groups"].values():
         if name in group["targets"]:
-            return int(group["weights"]["num_bits"])
+            found: JsonObject = group
+            return found
     msg = f"layer '{name}' must belong to a group of the written config; it does not"
     raise ExportFailed(msg, layer=name)
 

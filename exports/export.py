@@ -98,6 +98,7 @@ GRIDS: dict[str, frozenset[Grid]] = {
     OnnxQdq.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.CODEBOOK}),
     OnnxMatMulNBits.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.CODEBOOK}),
     GgufFile.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.K_BLOCKS}),
+    CompressedTensorsFolder.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.FLOAT}),
     "mlx-config": frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.OFFSET}),
 }
 """Which grids a format can hold; the others hold integers alone. ONNX looks levels up (Gather);

@@ -1,4 +1,4 @@
-"""The grids that weights are rounded to: integers, codebooks, powers of two.
+"""The grids that weights are rounded to: integers, codebooks, powers of two, small floats.
 
 Design: docs/design/grids-and-scales.md
 """
@@ -6,11 +6,12 @@ Design: docs/design/grids-and-scales.md
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from bitquota.candidates.storage import K_BLOCKS, Granularity, Grid
+from bitquota.candidates.storage import FLOATS, K_BLOCKS, Granularity, Grid
+from bitquota.quantizers.float_formats import float_codes, float_read, float_values
 from bitquota.quantizers.kquants import k_block_steps
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from bitquota.candidates.storage import Scheme
+    from bitquota.candidates.storage import FloatFormat, Scheme
 
 
 def levels(bits: int) -> tuple[int, int]:
@@ -35,7 +36,8 @@ class MatrixGrid:
     """What each code of one matrix stands for.
 
     On a codebook code ``k`` stands for ``table[row, k]``. On every other grid it stands for
-    ``step * u(k - zero) + offset`` with ``u`` the identity, or ``+-2^-k`` on powers of two.
+    ``step * u(k - zero) + offset`` with ``u`` the identity, or what ``k`` stands for as a power of
+    two or a small float.
 
     Attributes:
         grid: Which of them.
@@ -60,8 +62,9 @@ class MatrixGrid:
         """Return i32: the code nearest to each of ``[rows, columns]``, ties to even."""
         if self.table is not None:
             return _nearest_levels(values, self.table).int()
-        if self.grid is Grid.POWER_OF_TWO:
-            return power_codes(values / self.divisor, self.bits)
+        numbers = numbers_of(self.grid, self.bits)
+        if numbers is not None:
+            return numbers.codes(values / self.divisor)
         whole = self._whole(values)
         return (whole if self.zero is None else whole + self.zero).int()
 
@@ -69,8 +72,9 @@ class MatrixGrid:
         """Return the values that codes ``[rows, columns]`` stand for, in the dtype of the grid."""
         if self.table is not None:
             return self.table.expand(len(codes), -1).gather(1, codes.long())
-        if self.grid is Grid.POWER_OF_TWO:
-            return self.step * power_values(codes, self.bits).to(self.step.dtype)
+        numbers = numbers_of(self.grid, self.bits)
+        if numbers is not None:
+            return self.step * numbers.read(codes, self.step.dtype)
         whole = codes.to(self.step.dtype)
         if self.zero is not None:
             whole = whole - self.zero
@@ -128,8 +132,7 @@ class GridColumns:
             lines = list(part.t().to(dtype).contiguous().unbind(0))
             return lines if len(lines) > 1 else lines * len(order)
 
-        self._bits = grid.bits
-        self._power = grid.grid is Grid.POWER_OF_TWO
+        self._numbers = numbers_of(grid.grid, grid.bits)
         self._signs = grid.bits == 1 and grid.grid is Grid.SYMMETRIC
         self._table: Tensor | None = None
         if grid.table is not None:
@@ -151,10 +154,8 @@ class GridColumns:
             codes = _nearest_levels(values[:, None], self._table)
             return self._table.expand(len(values), -1).gather(1, codes)[:, 0]
         step = self._step[column]
-        if self._power:
-            return step * power_values(
-                power_codes(values / self._divisor[column], self._bits), self._bits
-            )
+        if self._numbers is not None:
+            return step * self._numbers.nearest(values / self._divisor[column])
         if self._signs:
             return torch.where(values >= 0, step, -step)
         moved = values if self._offset is None else values - self._offset[column]
@@ -205,7 +206,7 @@ def stacked(grids: Sequence[MatrixGrid], rows: int, columns: int) -> MatrixGrid 
     )
 
 
-_NOT_WHOLE = frozenset({Grid.CODEBOOK, Grid.POWER_OF_TWO})
+_NOT_WHOLE = frozenset({Grid.CODEBOOK, Grid.POWER_OF_TWO, *FLOATS})
 
 
 def matrix_grid(
@@ -264,6 +265,54 @@ def _nearest_levels(values: Tensor, table: Tensor) -> Tensor:
     if len(middles) == 1:
         return torch.bucketize(values.contiguous(), middles[0].contiguous())
     return torch.searchsorted(middles.contiguous(), values.contiguous())
+
+
+class Numbers(Protocol):
+    """What codes stand for where that is no integer, in units of the scale."""
+
+    def codes(self, values: Tensor) -> Tensor:
+        """Return i32: the code of the number nearest to each value."""
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """Return the number nearest to each value."""
+
+    def read(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the number that each code stands for."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Powers:
+    bits: int
+
+    def codes(self, values: Tensor) -> Tensor:
+        return power_codes(values, self.bits)
+
+    def nearest(self, values: Tensor) -> Tensor:
+        return power_values(power_codes(values, self.bits), self.bits).to(values.dtype)
+
+    def read(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return power_values(codes, self.bits).to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Floats:
+    of: FloatFormat
+
+    def codes(self, values: Tensor) -> Tensor:
+        return float_codes(values, self.of)
+
+    def nearest(self, values: Tensor) -> Tensor:
+        return float_values(values, self.of)
+
+    def read(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return float_read(codes, self.of, dtype)
+
+
+def numbers_of(grid: Grid, bits: int) -> Numbers | None:
+    """Return what the codes of a grid stand for, or ``None`` for integers and codebooks."""
+    if grid is Grid.POWER_OF_TWO:
+        return _Powers(bits)
+    return _Floats(FLOATS[grid][bits]) if grid in FLOATS else None
 
 
 def power_codes(values: Tensor, bits: int) -> Tensor:

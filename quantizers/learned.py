@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bitquota.candidates.storage import Granularity, Grid
+from bitquota.candidates.storage import FLOATS, Granularity, Grid
 from bitquota.context import Context
 from bitquota.errors import InvalidInput
 from bitquota.models.blocks import at_block, leading, repeated_blocks
@@ -225,7 +225,7 @@ def learn_block(
 def _has_steps(weight: QuantizedWeight) -> bool:
     """Return whether codes are steps of a scale apart."""
     scheme = weight.scheme
-    return scheme.grid not in (Grid.CODEBOOK, Grid.POWER_OF_TWO) and not (
+    return scheme.grid not in (Grid.CODEBOOK, Grid.POWER_OF_TWO, *FLOATS) and not (
         weight.bits == 1 and scheme.grid is Grid.SYMMETRIC
     )
 

@@ -3,7 +3,7 @@
 The bit stream is little-endian: code ``i`` takes the bits ``i b .. (i+1) b - 1``, least
 significant bit first, and bit ``k`` of the stream is bit ``k % 8`` of byte ``k // 8``. Codes are
 stored without sign: symmetric codes as ``code + 2^(b-1)``, one-bit codes -1 and +1 as 0 and 1,
-codes of codebooks and powers of two as they are.
+codes of codebooks, powers of two and small floats as they are.
 Dense packing runs over the whole matrix, row by row, and pads its end to a byte; aligned packing
 pads every row.
 """
@@ -16,8 +16,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from bitquota.candidates.storage import Granularity, Grid, StorageSize, n_scales, scales_per_line
+from bitquota.candidates.storage import (
+    SMALL_SCALES,
+    Granularity,
+    Grid,
+    StorageSize,
+    n_scales,
+    scales_per_line,
+)
 from bitquota.errors import InvalidInput
+from bitquota.quantizers.float_formats import scale_bytes, scales_of_bytes
 from bitquota.quantizers.grid import levels
 from bitquota.quantizers.weights import SCALE_DTYPES, QuantizedWeight
 
@@ -25,7 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from bitquota.candidates.storage import Scheme
+    from bitquota.candidates.storage import ScaleFormat, Scheme
 
 CODES_AT_ONCE = 1 << 20
 """Codes expanded to single bits at a time (a multiple of 8): bounds memory to 16 MiB."""
@@ -37,7 +45,8 @@ class PackedWeight:
 
     Attributes:
         codes: u8[...], the packed codes.
-        scales: u8[...], the scales in their format, little-endian.
+        scales: u8[...], the scales in their format, little-endian; the factor of the tensor first,
+            where scales have one.
         zero_points: u8[...], packed like codes without row padding; empty on a symmetric grid.
         rows: Output channels.
         columns: Weights per output channel.
@@ -88,13 +97,18 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
         flat = _unsigned(weight.zero_points, bits, signed=False).reshape(1, -1)
         zero_points = pack_bits(flat, bits, alignment_bits=scheme.row_alignment_bits)
     stored = weight.scales.detach().cpu().contiguous().reshape(-1)
+    head = np.zeros(0, dtype=np.uint8)
+    if scheme.scale_format in SMALL_SCALES:
+        stored, factor = scale_bytes(stored, scheme.scale_format)
+        if scheme.scale_format.tensor_bits:
+            head = np.array([factor], dtype="<f4").view(np.uint8)
     return PackedWeight(
         codes=pack_bits(
             _unsigned(weight.codes, bits, signed=scheme.grid is Grid.SYMMETRIC),
             bits,
             alignment_bits=scheme.row_alignment_bits,
         ),
-        scales=stored.view(torch.uint8).numpy().copy(),
+        scales=np.concatenate([head, stored.view(torch.uint8).numpy()]),
         zero_points=zero_points,
         rows=rows,
         columns=columns,
@@ -114,10 +128,10 @@ def unpack(packed: PackedWeight) -> QuantizedWeight:
     count = n_scales(rows, columns, scheme)
     stored = count * scales_per_line(bits, scheme)
     shape = (1, -1) if scheme.granularity is Granularity.TENSOR else (rows, -1)
-    dtype = SCALE_DTYPES[scheme.scale_format]
-    if len(packed.scales) != stored * dtype.itemsize:
+    wanted = (stored * scheme.scale_format.bits + scheme.scale_format.tensor_bits) // 8
+    if len(packed.scales) != wanted:
         msg = (
-            f"{stored} scales in {scheme.scale_format} must take {stored * dtype.itemsize} bytes; "
+            f"{stored} scales in {scheme.scale_format} must take {wanted} bytes; "
             f"got {len(packed.scales)}"
         )
         raise InvalidInput(msg)
@@ -137,11 +151,20 @@ def unpack(packed: PackedWeight) -> QuantizedWeight:
         codes = codes + levels(bits)[0]
     return QuantizedWeight(
         codes=codes,
-        scales=torch.from_numpy(packed.scales.copy()).view(dtype).reshape(shape),
+        scales=_read_scales(packed.scales, scheme.scale_format).reshape(shape),
         zero_points=zero_points,
         bits=bits,
         scheme=scheme,
     )
+
+
+def _read_scales(data: NDArray[np.uint8], scale_format: ScaleFormat) -> Tensor:
+    head, codes = np.split(data, [scale_format.tensor_bits // 8])
+    stored = torch.from_numpy(codes.copy())
+    if scale_format not in SMALL_SCALES:
+        return stored.view(SCALE_DTYPES[scale_format])
+    factor = float(head.view("<f4")[0]) if len(head) else 1.0
+    return scales_of_bytes(stored, scale_format, factor)
 
 
 def pack_bits(

@@ -8,19 +8,22 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitquota.candidates.storage import (
+    FLOATS,
     FULL_PRECISION_BITS,
-    GRID_BITS,
     K_BLOCK,
     WEIGHT_BITS,
     Granularity,
     Grid,
     ScaleFormat,
+    ScaleRule,
     Scheme,
+    check_width,
 )
 from bitquota.errors import InvalidInput, InvalidModel
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.running import n_not_finite
 from bitquota.quantizers.affine_fit import fit_affine
+from bitquota.quantizers.float_formats import fit_float_scale
 from bitquota.quantizers.grid import matrix_grid, stacked
 from bitquota.quantizers.kquants import fit_k_blocks
 from bitquota.quantizers.levels import fit_levels, fit_power_scale
@@ -39,6 +42,9 @@ SCALE_DTYPES = {
     ScaleFormat.FP32: torch.float32,
     ScaleFormat.FP16: torch.float16,
     ScaleFormat.BF16: torch.bfloat16,
+    # What 8 bits hold, as float32 (``float_formats.stored_scales``).
+    ScaleFormat.E8M0: torch.float32,
+    ScaleFormat.E4M3: torch.float32,
 }
 
 LEAST_IMPORTANCE = 1e-6
@@ -206,10 +212,7 @@ def _made_ready(
     """Check arguments of ``quantize``; return values, rounder, Gram, and what weights count for."""
     _check(matrix, bits, importance)
     values = matrix.detach().double()
-    least, most = GRID_BITS.get(scheme.grid, (1, FULL_PRECISION_BITS))
-    if not least <= bits <= most:
-        msg = f"the grid '{scheme.grid}' takes {least} to {most} bits; got {bits}"
-        raise InvalidInput(msg, weight_bits=bits, grid=str(scheme.grid))
+    check_width(scheme.grid, bits)
     rounder = rounder_of(rounding, scheme)
     gram = None
     if rounder is not Rounder.NEAREST:
@@ -248,6 +251,14 @@ def _parameters(
         scale = fit_levels(lines, bits, line_weight)
     elif scheme.grid is Grid.POWER_OF_TWO:
         scale = fit_power_scale(lines, bits, line_weight)
+    elif scheme.grid in FLOATS:
+        scale = fit_float_scale(
+            lines,
+            FLOATS[scheme.grid][bits],
+            scheme.scale_format,
+            line_weight,
+            absmax=scheme.scale_rule is ScaleRule.ABSMAX,
+        )
     elif scheme.grid is Grid.ASYMMETRIC:
         scale, zero = asymmetric_scale(lines, bits, scheme.scale_rule, line_weight)
     else:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from bitquota.candidates.layers import Inventory, Layer, LayerKind, UnquantizedTensor
 from bitquota.candidates.storage import (
+    SMALL_SCALES,
     WEIGHT_BITS,
     Granularity,
     Grid,
@@ -34,7 +35,7 @@ def schemes(draw):
         granularity=granularity,
         group_size=draw(st.integers(1, 40)) if grouped else None,
         scale_rule=draw(st.sampled_from(ScaleRule)),
-        scale_format=draw(st.sampled_from(ScaleFormat)),
+        scale_format=draw(st.sampled_from(sorted(set(ScaleFormat) - SMALL_SCALES))),
         rounding=draw(st.sampled_from(Rounding)),
         row_alignment_bits=draw(st.sampled_from((0, 8, 16, 32, 64))),
     )

@@ -25,6 +25,8 @@ CASES = [
     ("llama", "ref-int", TOKENS),
     ("llama", "ct-vllm-humming", TOKENS),
     ("llama", "ct-vllm-marlin", TOKENS),
+    ("llama", "ct-vllm-nvfp4", TOKENS),
+    ("llama", "ct-vllm-mxfp4", TOKENS),
     ("llama", "gguf-py", TOKENS),
     ("net", "ort-cpu", IMAGES),
     ("tied", "ort-cpu", TOKENS),

@@ -257,7 +257,12 @@ class TestTorchModules:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("target", ["gguf-py", "gguf-k", "ct-vllm-humming", "ct-vllm-marlin"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "gguf-py", "gguf-k", "ct-vllm-humming", "ct-vllm-marlin", "ct-vllm-nvfp4", "ct-vllm-mxfp4"
+    ],
+)  # fmt: skip
 class TestFolders:
     def test_every_format_of_every_layer(self, tmp_path, target, dtype):
         """Weights that are read from the files are the planned ones; rows of 256, 64 and 80."""

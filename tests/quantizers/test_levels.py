@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitquota.candidates.storage import (
+    SMALL_SCALES,
     Granularity,
     Grid,
     ScaleFormat,
@@ -34,7 +35,7 @@ def formats(draw):
         grid=grid,
         granularity=granularity,
         group_size=draw(st.integers(1, 9)) if granularity is Granularity.GROUP else None,
-        scale_format=draw(st.sampled_from(ScaleFormat)),
+        scale_format=draw(st.sampled_from(sorted(set(ScaleFormat) - SMALL_SCALES))),
         row_alignment_bits=draw(st.sampled_from([0, 8, 32])),
     )
     bits = draw(st.integers(1, 8) if grid is Grid.CODEBOOK else st.integers(2, 5))

@@ -65,7 +65,7 @@ CASES = [
     pytest.param(scheme, bits, id=f"{scheme.grid}-{scheme.granularity}-{bits}")
     for scheme in schemes()
     for bits in (1, 2, 3, 4, 6)
-    if GRID_BITS.get(scheme.grid, (1, 16))[0] <= bits <= GRID_BITS.get(scheme.grid, (1, 16))[1]
+    if bits in GRID_BITS.get(scheme.grid, range(1, 17))
 ]
 
 

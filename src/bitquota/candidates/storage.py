@@ -37,6 +37,10 @@ class Grid(StrEnum):
     """Integers from 0 on, times a scale, plus an offset in the format of scales, as MLX has it."""
     K_BLOCKS = "k_blocks"
     """llama.cpp's super-blocks of 256 weights, whose own scales are integers."""
+    FLOAT = "float"
+    """Floating-point numbers of 4, 6 or 8 bits (E2M1, E2M3, E4M3), times a scale."""
+    FLOAT_RANGE = "float_range"
+    """The same with a wider range and coarser steps: E3M2 and E5M2 at 6 and 8 bits."""
 
     @property
     def is_integer(self) -> bool:
@@ -44,14 +48,56 @@ class Grid(StrEnum):
         return self in (Grid.SYMMETRIC, Grid.ASYMMETRIC)
 
 
-GRID_BITS = {
-    Grid.CODEBOOK: (1, 8),
-    Grid.POWER_OF_TWO: (2, 5),
-    Grid.OFFSET: (1, 8),
-    Grid.K_BLOCKS: (2, 6),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FloatFormat:
+    """A sign, an exponent and a mantissa, with subnormal numbers.
+
+    Attributes:
+        exponent_bits: The exponent's, whose bias is ``2^(bits - 1) - 1``.
+        mantissa_bits: The mantissa's.
+        largest: The largest number; codes above it stand for none.
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+    largest: float
+
+    @property
+    def least_exponent(self) -> int:
+        """The exponent of the smallest number that is not subnormal."""
+        return 2 - (1 << (self.exponent_bits - 1))
+
+
+FLOATS = {
+    Grid.FLOAT: {
+        4: FloatFormat(exponent_bits=2, mantissa_bits=1, largest=6.0),
+        6: FloatFormat(exponent_bits=2, mantissa_bits=3, largest=7.5),
+        8: FloatFormat(exponent_bits=4, mantissa_bits=3, largest=448.0),
+    },
+    Grid.FLOAT_RANGE: {
+        6: FloatFormat(exponent_bits=3, mantissa_bits=2, largest=28.0),
+        8: FloatFormat(exponent_bits=5, mantissa_bits=2, largest=57344.0),
+    },
 }
-"""Least and most bits of the grids that are not integers. More than 16 powers of two reach further
-down than any weight that matters."""
+"""By grid and bit-width, as the Open Compute Project publishes them (OCP MX v1.0, OFP8 v1.0)."""
+
+GRID_BITS = {
+    Grid.CODEBOOK: tuple(range(1, 9)),
+    Grid.POWER_OF_TWO: tuple(range(2, 6)),
+    Grid.OFFSET: tuple(range(1, 9)),
+    Grid.K_BLOCKS: tuple(range(2, 7)),
+    **{grid: tuple(formats) for grid, formats in FLOATS.items()},
+}
+"""Bit-widths of the grids that are not integers. More than 16 powers of two reach further down than
+any weight that matters."""
+
+
+def check_width(grid: Grid, weight_bits: int) -> None:
+    """Raise ``InvalidInput`` if a grid does not come in a bit-width."""
+    widths = GRID_BITS.get(grid)
+    if widths is not None and weight_bits not in widths:
+        msg = f"the grid '{grid}' takes {', '.join(map(str, widths))} bits; got {weight_bits}"
+        raise InvalidInput(msg, weight_bits=weight_bits, grid=str(grid))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,11 +163,27 @@ class ScaleFormat(StrEnum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    E8M0 = "e8m0"
+    """A power of two, as MXFP4, MXFP6 and MXFP8 have it."""
+    E4M3 = "e4m3"
+    """A floating-point number of 8 bits, and one power of two in fp32 for the whole tensor, as
+    NVFP4 has them."""
 
     @property
     def bits(self) -> int:
         """Bits of one stored scale."""
+        if self in SMALL_SCALES:
+            return 8
         return 32 if self is ScaleFormat.FP32 else 16
+
+    @property
+    def tensor_bits(self) -> int:
+        """Bits for each tensor beside its scales."""
+        return 32 if self is ScaleFormat.E4M3 else 0
+
+
+SMALL_SCALES = frozenset({ScaleFormat.E8M0, ScaleFormat.E4M3})
+"""Scales of 8 bits, of floating-point grids alone."""
 
 
 class Rounding(StrEnum):
@@ -173,6 +235,12 @@ class Scheme(Document):
                 "would take more than the codes: choose granularity 'tensor' or 'channel'"
             )
             raise InvalidInput(msg, granularity=str(self.granularity))
+        if self.scale_format in SMALL_SCALES and self.grid not in FLOATS:
+            msg = (
+                f"scales in {self.scale_format} belong to the grids {', '.join(FLOATS)}; got "
+                f"'{self.grid}': choose fp16 scales"
+            )
+            raise InvalidInput(msg, grid=str(self.grid), scale_format=str(self.scale_format))
         if self.grid is Grid.K_BLOCKS and (
             self.group_size != K_BLOCK
             or self.scale_format is not ScaleFormat.FP16
@@ -268,10 +336,7 @@ def storage_size(
     n_weights = rows * columns
     if weight_bits == FULL_PRECISION_BITS:
         return StorageSize(codes=n_weights * full_precision_bits)
-    least, most = GRID_BITS.get(scheme.grid, (1, FULL_PRECISION_BITS))
-    if not least <= weight_bits <= most:
-        msg = f"the grid '{scheme.grid}' takes {least} to {most} bits; got {weight_bits}"
-        raise InvalidInput(msg, weight_bits=weight_bits, grid=str(scheme.grid))
+    check_width(scheme.grid, weight_bits)
     codes = n_weights * weight_bits
     if scheme.grid is Grid.K_BLOCKS:
         if columns % K_BLOCK:
@@ -288,7 +353,10 @@ def storage_size(
         padding = -codes % 8 + -zero_point_bits % 8
     return StorageSize(
         codes=codes,
-        scales=scale_count * scales_per_line(weight_bits, scheme) * scheme.scale_format.bits,
+        scales=(
+            scale_count * scales_per_line(weight_bits, scheme) * scheme.scale_format.bits
+            + scheme.scale_format.tensor_bits
+        ),
         zero_points=zero_point_bits,
         padding=padding,
     )
