@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import resource
+import shutil
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -81,11 +83,18 @@ def prototype(drawn: Drawn, width: int) -> tuple[float, float] | None:
     """Return gap and CPU seconds of the prototype, or ``None`` where it is missing."""
     if not PROTOTYPE.exists():
         return None
-    spec = importlib.util.spec_from_file_location("factor_prototype", PROTOTYPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with tempfile.TemporaryDirectory() as folder:  # numba writes beside what it compiles
+        copy = Path(shutil.copy(PROTOTYPE, folder))
+        spec = importlib.util.spec_from_file_location("factor_prototype", copy)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return _run(module, drawn, width)
+
+
+def _run(module: Any, drawn: Drawn, width: int) -> tuple[float, float]:  # noqa: ANN401
+    """Return gap and CPU seconds of the prototype, once it is compiled."""
     small = drawn_factor(20, 3, 4, 0, 3.0)
     module.run(small.d, small.U, small.S, small.limit, 3, say=lambda *_: None)
     begin = time.process_time()

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
 
-_ROUNDS = ((1.0, 15), (1.5, 15), (2.5, 10))
+_ROUNDS = ((1.0, 8), (1.5, 8), (2.5, 4))
 """Rows that are looked at beside the best ones, per undecided group, and restarts: small matrices
 found better choices than large ones in the same time."""
 _FEWEST = 20
@@ -143,7 +143,7 @@ class Factored(Quadratic):
             if self.control.stopped():
                 return
             if self.problem.n_rows > INTERIOR_ROWS:  # no tree is to follow
-                restarts *= 4  # noqa: PLW2901
+                restarts *= 8  # noqa: PLW2901
             count = min(_MOST, max(_FEWEST, int(share * undecided)))
             self._look(region, excess, count, Effort(restarts=restarts), index)
 
