@@ -18,6 +18,8 @@ from bitquota.solver.convex import convexify
 from bitquota.solver.semidefinite import dominant_point
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from bitquota.solver.branch import Incumbent
@@ -75,16 +77,24 @@ def folded(problem: Problem) -> tuple[Problem, Floats]:
     )
 
 
-def undominated(problem: Problem, keep: Bools) -> Bools:
+def undominated(
+    problem: Problem, keep: Bools, pairs: Ints, stop: Callable[[], bool] = lambda: False
+) -> Bools:
     """Return ``keep`` without rows that another kept row of their group replaces at no loss.
 
     A row goes when another costs no more of any resource, is in no pair that it is not in, and
     lowers the objective (or leaves it as it is) beside any rows of ``keep`` elsewhere. What is left
-    may leave more out when asked again. ``O(B n²)``.
+    may leave more out when asked again, or when it was stopped. ``O(B n²)``.
+
+    Args:
+        problem: Its pairs do not count.
+        keep: bool[n].
+        pairs: i64[k, 2], the forbidden ones.
+        stop: Asked between groups.
     """
     left, n, starts = keep.copy(), problem.n_rows, problem.offsets[:-1]
     enemies: dict[int, set[int]] = {}
-    for a, b in problem.all_forbidden_pairs().tolist():
+    for a, b in pairs.tolist():
         enemies.setdefault(a, set()).add(b)
         enemies.setdefault(b, set()).add(a)
     d, A, C = problem.diagonal, problem.costs, problem.cross
@@ -92,28 +102,33 @@ def undominated(problem: Problem, keep: Bools) -> Bools:
     first = np.maximum.reduceat(np.where(keep, -np.arange(n), -n), starts) * -1
     beside = d if C is None else d + C[:, first].sum(axis=1)
     rounding = 1e-9 * (np.abs(d) + (0.0 if C is None else np.abs(C[:, first]).sum(axis=1)))
+    sizes = np.abs(d) + np.array([0.0 if C is None else np.abs(C[p]).sum() for p in range(n)])
     for g in range(problem.n_groups):
-        start, stop = problem.offsets[g : g + 2].tolist()
-        rows = start + np.flatnonzero(keep[start:stop])
-        for p in rows[::-1].tolist():  # of equal rows the first stays
-            for q in rows.tolist():
-                if p == q or not left[q] or beside[q] - rounding[q] > beside[p] + rounding[p]:
-                    continue
-                if bool((A[:, q] > A[:, p]).any()):
+        if stop():
+            break
+        start, end = problem.offsets[g : g + 2].tolist()
+        rows = start + np.flatnonzero(keep[start:end])
+        # may[j, i]: row j costs no more than row i, and beside the first rows loses no more.
+        may = (A[:, rows][:, :, None] <= A[:, rows][:, None, :]).all(axis=0)
+        may &= (beside - rounding)[rows][:, None] <= (beside + rounding)[rows]
+        np.fill_diagonal(may, val=False)
+        for i in range(len(rows) - 1, -1, -1):  # of equal rows the first stays
+            p = int(rows[i])
+            for q in rows[may[:, i]].tolist():
+                if not left[q]:
                     continue
                 if not enemies.get(q, set()) <= enemies.get(p, set()):
                     continue
-                worst, size = d[q] - d[p], abs(d[q]) + abs(d[p])
+                worst = d[q] - d[p]
                 never = worst <= 0.0
                 if C is not None:
                     change = np.where(keep, C[q] - C[p], -np.inf)
-                    change[start:stop] = 0.0
+                    change[start:end] = 0.0
                     most = np.maximum.reduceat(change, starts)
                     never = bool(never and (most <= 0.0).all())
                     worst += most.sum()
-                    size += np.abs(C[q]).sum() + np.abs(C[p]).sum()
                 # Either no term rises, or the sum falls by more than its rounding.
-                if never or worst < -1e-13 * n * size:
+                if never or worst < -1e-13 * n * (sizes[q] + sizes[p]):
                     left[p] = False
                     break
     return left

@@ -59,6 +59,7 @@ SPARE_MEMORY_BYTES = 2**28
 TREE_NODES = 1200
 """Cheap nodes that take about as long as one semidefinite bound, at every size measured."""
 FIRST_NODES = 300  # the same under the simple bound, which comes first
+WEAK = 100.0  # relative gap of the simple bound beyond which no tree is grown under it
 PROMISING = 0.125
 """A tree goes on beyond these when its gap has fallen to this part, and then by half each time
 that its nodes double."""
@@ -75,8 +76,7 @@ BOUND_TOLERANCE = 1e-2
 LARGE_ROWS, LARGE_TOLERANCE = 1500, 4e-2
 """Above so many rows an iteration takes seconds; probing at a looser bound comes first."""
 FIRST_ROWS = 600
-"""Above so many rows the simple bound is there so that a limit never leaves none, and no tree is
-grown under it."""
+"""Above so many rows no tree is grown under the simple bound: a limit is never to leave none."""
 INTERIOR_ROWS = 3500
 """Above so many rows an iteration of the interior point takes a minute, and the simple bound is
 all there is."""
@@ -158,7 +158,8 @@ class Quadratic:
         while self._hopeless(root):
             if not self._propagate(root):
                 break
-        self.incumbent.floor = ROUNDING * largest_term(self.problem, root.keep)
+        if not self.control.stopped():
+            self.incumbent.floor = ROUNDING * largest_term(self.problem, root.keep)
         return self.run_region(root)
 
     def run_region(self, root: Region) -> Solution:
@@ -206,21 +207,20 @@ class Quadratic:
         """Drop rows that another one replaces; returns ``False`` when no choice is left."""
         if self.posed.cross is None:  # prices drop these, and more
             return True
-        # By the given terms, as a checker will see it.
-        given = replace(self.problem, forbidden_pairs=self.posed.forbidden_pairs)
-        while not np.array_equal(left := undominated(given, region.keep), region.keep):
-            region.keep = left
-            region.node = self.record.node(region.node, left)
+        pairs, stop = self.posed.all_forbidden_pairs(), self.control.stopped
+        while True:  # by the given terms, as a checker will see it
+            left = undominated(self.problem, region.keep, pairs, stop)
+            if np.array_equal(left, region.keep):
+                return True
+            region.keep, region.node = left, self.record.node(region.node, left)
             if not self._propagate(region):
                 return False
-        return True
 
     def _hopeless(self, region: Region) -> bool:
         """Drop rows that lose more alone than the incumbent does; returns whether any did."""
-        core = self._reduced(region)
-        if not core.n_groups or core.n > INTERIOR_ROWS:
+        if self.control.stopped() or (core := self._reduced(region)).n > INTERIOR_ROWS:
             return False
-        if (found := hopeless(core, self.incumbent)) is None:
+        if not core.n_groups or (found := hopeless(core, self.incumbent)) is None:
             return False
         tree, gone = found
         self.record.formula(region.node, tree, self.record.convexify(core, tree.convex))
@@ -237,7 +237,7 @@ class Quadratic:
         if core.n_groups == 0:
             return
         starts = [] if self.incumbent.rows is None else [core.lower(self.incumbent.rows)]
-        if not len(core.C):
+        if not len(core.C) and not self.control.stopped():
             starts += rounded(core, self._linear(core)[1])
         cur, value = search(
             core,
@@ -272,7 +272,9 @@ class Quadratic:
             if self._closed(region, tree, index, z, point.multipliers):
                 return []
             separable = not len(core.C)
-            if (separable and self._priced(region, tree)) or (simple and core.n > FIRST_ROWS):
+            gap = self.incumbent.objective - float(tree.bound[0])
+            weak = core.n > FIRST_ROWS or gap > WEAK * abs(self.incumbent.objective)
+            if (separable and self._priced(region, tree)) or (simple and weak):
                 simple = False
                 continue
             # Fix.
@@ -297,15 +299,13 @@ class Quadratic:
                 continue
             # Bound again where that has paid or was not tried, or split.
             gap = self.incumbent.objective - float(tree.bound[0])
+            region.cuts = region.cuts if plain and len(region.cuts) else next_cuts(core, point)
             if plain:
                 region.plain_rows, plain_gap = core.n, gap
-            if not (plain and len(region.cuts)):
-                region.cuts = next_cuts(core, point)
             shrunk = len(dropped) > 0.15 * core.n
             if not plain and not shrunk and not gap < 0.75 * last_gap:
                 return self._split(region, tree, strong=gap < 0.7 * plain_gap)
-            last_gap = last_gap if plain else gap
-            strong = True
+            last_gap, strong = last_gap if plain else gap, True
         return []
 
     def _core(self, region: Region) -> Core | None:

@@ -165,10 +165,13 @@ def solve_knapsack(
     if taken == len(frontier.steps):
         return _exact(problem, choice)
     lam = float(frontier.slope[taken])
-    priced = np.where(problem.allowed, d + lam * cost.astype(np.float64), np.inf)
+    paid = lam * cost.astype(np.float64)
+    priced = np.where(problem.allowed, d + paid, np.inf)
     least = np.minimum.reduceat(priced, problem.offsets[:-1])
-    relaxed = problem.constant + math.fsum(least) - lam * float(budget)
-    relaxed -= 1e-15 * (math.fsum(np.abs(least)) + lam * float(budget))
+    # Each term less its rounding, which is what terms of opposite signs leave most of.
+    low = np.minimum.reduceat(priced - 1e-15 * (np.abs(d) + paid), problem.offsets[:-1])
+    spent = lam * float(budget) * (1.0 + (1e-15 if budget > 0 else -1e-15))
+    relaxed = rounded_down([problem.constant, *low.tolist(), -spent])
     # A choice nearby, and whether it is good enough.
     choice = _fill(problem, frontier, taken, choice, budget)
     objective = problem.evaluate(choice)

@@ -30,7 +30,7 @@ def answer(problem: Problem, **options: Any) -> Solution:
 def size(problem: Problem) -> float:
     """Return the magnitude that rounding is relative to; a row that diverged is none."""
     diagonal = np.sort(np.abs(problem.diagonal))
-    if len(diagonal) > 1 and diagonal[-1] > 0.1 * HOPELESS * diagonal[-2]:
+    if len(diagonal) > 1 and diagonal[-1] > 0.1 * HOPELESS * diagonal[-2] > 0.0:
         diagonal = diagonal[:-1]
     total = abs(problem.constant) + float(diagonal[-1])
     if problem.cross is not None:

@@ -141,8 +141,6 @@ def _solve(order: SolveOrder, measured: Measured) -> list[SolvedBudget]:
     for text in order.budgets:
         inventory = measured.inventory if measured.whole else None
         budgets = [budget_of(part, measured.matrix, inventory) for part in text.split("+")]
-        for budget in budgets:
-            budget.check(measured.matrix.table)
         problem = build_problem(measured.matrix, budgets)
         solution = solve(problem, gap=order.gap, time_limit_s=order.time_limit_s, seed=order.seed)
         said: dict[str, Any] = solution.to_json()

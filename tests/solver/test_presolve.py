@@ -121,7 +121,7 @@ class TestUndominated:
         cross = np.zeros((6, 6))
         cross[0, 3] = cross[3, 0] = 0.1
         problem = problem_of(np.array([3.0, 1.0, 1.5, 3.0, 1.0, 1.0]), cross, costs=(2, 4, 4))
-        left = undominated(problem, problem.allowed)
+        left = undominated(problem, problem.allowed, problem.all_forbidden_pairs())
         assert [True, True, False, True, True, False] == left.tolist()
 
     def test_not_where_a_term_could_make_up_for_it(self):
@@ -129,7 +129,7 @@ class TestUndominated:
         cross = np.zeros((6, 6))
         cross[2, 3] = cross[3, 2] = -0.6
         problem = problem_of(np.array([3.0, 1.0, 1.5, 3.0, 1.0, 0.5]), cross, costs=(2, 4, 4))
-        assert undominated(problem, problem.allowed)[2]
+        assert undominated(problem, problem.allowed, problem.all_forbidden_pairs())[2]
 
 
 class TestHopeless:
