@@ -29,7 +29,14 @@ from bitquota.candidates.targets import TARGETS
 from bitquota.errors import BitquotaError, Forbidden, NotFound, Unauthorized
 from bitquota.report.page import SCRIPTS
 from bitquota.report.text import format_size
-from bitquota.request import AUTO_LOSS, DEFAULT_WEIGHT_BITS, EFFORTS, LOSSES, ROUNDINGS
+from bitquota.request import (
+    AUTO_LOSS,
+    DEFAULT_WEIGHT_BITS,
+    EFFORTS,
+    ITERATIONS,
+    LOSSES,
+    ROUNDINGS,
+)
 from bitquota.service.api.schemas import job_view
 from bitquota.service.api.state import Calling, Service, State, caller_of, state_of
 from bitquota.service.security.keys import Caller, Scope  # FastAPI reads them
@@ -285,6 +292,7 @@ def home(viewer: Viewing, service: Service) -> Response:
         losses=(AUTO_LOSS, *LOSSES),
         efforts=EFFORTS,
         roundings=ROUNDINGS,
+        iterations=ITERATIONS,
         limit=format_size(8 * service.settings.max_upload_bytes).partition(" (")[0],
     )
 

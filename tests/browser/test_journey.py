@@ -213,7 +213,15 @@ def test_estimate_before_submitting(server, digits_files, open_window, screensho
     page.fill("#samples", "32")
     page.select_option("#target", "ort-cpu")
     assert page.is_disabled("#widths input >> nth=0")
-    page.click("#estimate")
+    assert page.is_hidden("#iterations")
+    page.select_option("#rounding", "learned")
+    page.fill("#iterations", "20")
+    with page.expect_request(
+        lambda sent: sent.method == "POST" and sent.url.endswith("/v1/jobs")
+    ) as submitted:
+        page.click("#estimate")
+    asked = submitted.value.post_data_json["request"]["plan"]
+    assert (asked["rounding"], asked["iterations"]) == ("learned", 20)
 
     page.wait_for_selector("#estimated dl", timeout=JOB_MS)
     said = page.inner_text("#estimated")

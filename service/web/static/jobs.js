@@ -227,6 +227,7 @@
       effort: value("effort"),
       rounding: value("rounding"),
     };
+    if (request.rounding === "learned") request.iterations = Number(value("iterations"));
     // A target brings all bit-widths that it stores.
     if (target) request.target = target;
     else request.weight_bits = widths;
@@ -234,6 +235,11 @@
     if (outputs.length) request.outputs = outputs;
     return request;
   }
+
+  const learning = document.getElementById("learning");
+  document.getElementById("rounding").addEventListener("change", (event) => {
+    learning.hidden = event.target.value !== "learned";
+  });
 
   document.getElementById("target").addEventListener("change", (event) => {
     document.getElementById("widths").disabled = Boolean(event.target.value);
