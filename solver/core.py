@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bitquota.solver.compiled import compiled
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -102,7 +104,7 @@ def reduce(
     rows = np.flatnonzero(keep & ~single[group])
     # Branching splits a group between cheap and dear rows, so they are put in order of cost.
     share = problem.costs / np.maximum(problem.limits, 1)[:, None]
-    rows = rows[np.lexsort((problem.diagonal[rows] * -1.0, share.sum(axis=0)[rows], group[rows]))]
+    order_groups(rows, group, share.sum(axis=0), problem.diagonal)
     # The objective, with what fixed rows contribute.
     d = problem.diagonal[rows].copy()
     constant = problem.constant + float(problem.diagonal[fixed].sum())
@@ -139,6 +141,20 @@ def reduce(
         feasible=not clash and bool((b >= 0).all()),
         halt=np.zeros(1, dtype=np.uint8) if halt is None else halt,
     )
+
+
+@compiled
+def order_groups(rows: Ints, group: Ints, share: Floats, loss: Floats) -> None:
+    """Put ``rows``, which come group by group, in order of share within each, dear losses first."""
+    for i in range(1, len(rows)):
+        p, j = rows[i], i
+        while j > 0 and group[rows[j - 1]] == group[p]:
+            q = rows[j - 1]
+            if share[q] < share[p] or (share[q] == share[p] and loss[q] >= loss[p]):
+                break
+            rows[j] = q
+            j -= 1
+        rows[j] = p
 
 
 def propagated(problem: Problem, keep: Bools) -> Bools | None:

@@ -9,7 +9,7 @@ from bitquota.errors import InvalidProblem
 from bitquota.solver import Limit, Problem, Status, hull, solve
 from bitquota.solver.brute_force import enumerate_all
 from bitquota.solver.checker import check_solution
-from bitquota.solver.core import reduce
+from bitquota.solver.core import order_groups, reduce
 from bitquota.solver.separable import solve_knapsack
 
 
@@ -190,3 +190,19 @@ class TestSeveralBudgets:
         assert solution.status is Status.OPTIMAL
         assert check_solution(tied, solution).holds
         assert solution.objective == pytest.approx(enumerate_all(merged).objective, rel=1e-4)
+
+
+class TestOrderGroups:
+    """Rows of a group in the order in which branching splits them."""
+
+    def test_equals_a_stable_sort(self):
+        """By share, then by falling loss, equal rows as they were."""
+        rng = np.random.default_rng(0)
+        for _ in range(50):
+            n = int(rng.integers(1, 60))
+            group = np.sort(rng.integers(0, 8, n))
+            share, loss = rng.integers(0, 3, n) * 1.0, rng.integers(-2, 3, n) * 1.0
+            rows = np.sort(rng.permutation(n)[: int(rng.integers(1, n + 1))])
+            expected = rows[np.lexsort((-loss[rows], share[rows], group[rows]))]
+            order_groups(rows, group, share, loss)
+            assert expected.tolist() == rows.tolist()
