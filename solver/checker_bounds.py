@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from bitquota.solver.checker_regions import Enemies
     from bitquota.solver.problem import Problem
     from bitquota.solver.solution import Convexification
 
@@ -58,7 +59,7 @@ class Frame:
     support: Bools
 
     @classmethod
-    def of(cls, problem: Problem, given: Convexification, enemies: list[set[int]]) -> Frame:
+    def of(cls, problem: Problem, given: Convexification, enemies: Enemies) -> Frame:
         """Return the dense matrices of ``given``.
 
         Raises:
@@ -103,9 +104,7 @@ def _block_diagonal(offsets: list[int], shift: NDArray[np.float64]) -> NDArray[n
     return D
 
 
-def _cuts(
-    problem: Problem, given: Convexification, enemies: list[set[int]]
-) -> NDArray[np.float64] | None:
+def _cuts(problem: Problem, given: Convexification, enemies: Enemies) -> NDArray[np.float64] | None:
     rows, columns = given.cut_rows.tolist(), given.cut_columns.tolist()
     values: list[float] = given.cut_values.tolist()
     if not len(rows) == len(columns) == len(values):

@@ -27,6 +27,19 @@ _BLOCK = 200_000
 """Nodes times rows that are worked on at once."""
 
 
+class Enemies(dict[int, set[int]]):
+    """For each row, the rows that it must not meet; rows without any are left out."""
+
+    def __missing__(self, row: int) -> set[int]:
+        """Return nothing."""
+        return set()
+
+    def forbid(self, a: int, b: int) -> None:
+        """Note that two rows must not meet."""
+        self.setdefault(a, set()).add(b)
+        self.setdefault(b, set()).add(a)
+
+
 def blocks(nodes: Ints, n_rows: int) -> Iterator[Ints]:
     """Yield ``nodes`` in blocks that fit the processor's cache."""
     step = max(1, _BLOCK // n_rows)
@@ -50,7 +63,7 @@ class Regions:
     """
 
     problem: Problem
-    enemies: list[set[int]]
+    enemies: Enemies
     masks: Bools
     kept: Bools
     parents: Bools
@@ -59,7 +72,7 @@ class Regions:
     open: Bools
 
     @classmethod
-    def of(cls, problem: Problem, enemies: list[set[int]], masks: Bools, parent: Ints) -> Regions:
+    def of(cls, problem: Problem, enemies: Enemies, masks: Bools, parent: Ints) -> Regions:
         """Derive the facts.
 
         Args:
@@ -74,15 +87,14 @@ class Regions:
         starts = problem.offsets[:-1]
         kept, parents = _kept(masks, parent, starts)
         counts = np.diff(problem.offsets)
-        some = any(enemies)
-        meets = np.zeros((len(enemies), len(enemies)) if some else (0, 0), dtype=np.float32)
-        for p, others in enumerate(enemies):
-            if others:
-                meets[p, list(others)] = 1.0
+        n, some = int(problem.offsets[-1]), bool(enemies)
+        meets = np.zeros((n, n) if some else (0, 0), dtype=np.float32)
+        for p, others in enemies.items():
+            meets[p, list(others)] = 1.0
         empty = np.zeros(len(masks), dtype=np.bool_)
         single = np.zeros(len(masks), dtype=np.bool_)
         opened = masks & ~kept & parents[:, None]
-        for block in blocks(np.arange(len(masks)), len(enemies)):
+        for block in blocks(np.arange(len(masks)), n):
             mask = masks[block]
             # Rows left per group, and pairs with rows that are certain.
             rows = np.add.reduceat(mask.astype(np.int64), starts, axis=1)
@@ -158,9 +170,7 @@ class Regions:
         return total <= 0
 
 
-def pairs_of_orders(
-    problem: Problem, enemies: list[set[int]], orders: Ints
-) -> list[tuple[int, int]]:
+def pairs_of_orders(problem: Problem, enemies: Enemies, orders: Ints) -> list[tuple[int, int]]:
     """Return the pairs of rows that the order of interchangeable groups rules out.
 
     Args:
@@ -190,7 +200,7 @@ def pairs_of_orders(
     return pairs
 
 
-def _exchangeable(problem: Problem, enemies: list[set[int]], g: int, h: int) -> bool:
+def _exchangeable(problem: Problem, enemies: Enemies, g: int, h: int) -> bool:
     """Return whether exchanging two groups' rows leaves the problem exactly as it is."""
     rows = [np.arange(*problem.offsets[k : k + 2]) for k in (g, h)]
     if len(rows[0]) != len(rows[1]) or any(enemies[p] for p in np.concatenate(rows).tolist()):

@@ -285,7 +285,7 @@ def _common_raise(problem: Problem, oracle: _Oracle) -> Raise | None:
         else:
             high, best = middle, choice
     return Raise(
-        resources=problem.resources,
+        resources=tuple(problem.resources),
         limits=tuple(limits(high).tolist()),
         needed_more=tuple((limits(high) - problem.limits).tolist()),
         choice=tuple(best.tolist()),

@@ -125,7 +125,7 @@ def to_certificate(problem: Problem, core: Core, point: DualPoint) -> Convexific
     width = int(np.diff(problem.offsets).max())
     shift = np.zeros((problem.n_rows, width))
     start = problem.offsets[:-1][problem.group_of_row]
-    for a, b in zip(core.off[:-1], core.off[1:], strict=True):
+    for a, b in zip(core.off[:-1], core.off[1:], strict=True) if point.shift.any() else ():
         rows = core.rows[a:b]
         shift[np.ix_(rows, rows - start[rows[0]])] = point.shift[a:b, : b - a]
     support = np.zeros(problem.n_rows, dtype=np.bool_)

@@ -17,7 +17,8 @@ Design: docs/design/solver.md
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -102,27 +103,64 @@ class FactorForm:
 
         Cost: about 40 passes over the factor, and ``O(r²)`` per row of undecided groups.
         """
-        problem, m = self.problem, len(self.problem.limits)
-        # Weights that are even in every group, should there be no time for others.
-        counts = np.diff(problem.offsets)
-        kept = np.maximum(np.add.reduceat(keep.astype(np.float64), problem.offsets[:-1]), 1.0)
-        even = np.where(keep, 1.0 / np.repeat(kept, counts), 0.0)
-        best = (np.zeros(self.U.shape[1]), np.zeros(m), even)
-        state = None
-        try:
-            state = _State(self, keep, even)
-            for _ in range(_STAGES):
-                for _step in range(_STEPS):
-                    if state.step() <= 0.02 * state.tau * (state.undecided + m):
-                        break
-                goal = max(TOLERANCE * abs(state.hard + problem.constant), 1e-11 * state.size)
-                if state.spread + m * state.tau <= goal or state.tau <= 1e-14 * state.size:
+        problem = self.problem
+        terms = Terms(
+            linear=self.linear, U=self.U, off=problem.offsets, ok=keep, A=problem.costs,
+            b=problem.limits, constant=problem.constant, halt=self.halt,
+        )  # fmt: skip
+        return self.bound(keep, *best_dual(terms))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Terms:
+    """``constant + linear·x + ½ ‖Uᵀx‖²`` over one row of ``ok`` per group, ``A x <= b``."""
+
+    linear: Floats
+    U: Floats
+    off: Ints
+    ok: Bools
+    A: Ints
+    b: Ints
+    constant: float
+    halt: Bytes
+
+
+def best_dual(terms: Terms, tolerance: float = TOLERANCE) -> tuple[Floats, Floats, Floats]:
+    """Return ``w``, prices and weights f64[n] at the maximum, or as far as a limit let it come.
+
+    ``tolerance`` is what smoothing may cost, relative to the maximum. Any rank will do, 0 too.
+    """
+    # In a unit in which squares neither vanish nor overflow; a power of four rounds nothing.
+    largest = float(np.abs(terms.linear).max(initial=0.0))
+    if largest and not 1e-60 < largest < 1e60:
+        half = 2.0 ** round(-0.5 * math.log2(largest))
+        scaled = replace(
+            terms, linear=terms.linear * half * half, U=terms.U * half,
+            constant=terms.constant * half * half,
+        )  # fmt: skip
+        w, prices, weights = best_dual(scaled, tolerance)
+        return w / half, prices / half / half, weights
+    # Weights that are even in every group, should there be no time for others.
+    kept = np.add.reduceat(terms.ok.astype(np.float64), terms.off[:-1])
+    even = np.where(terms.ok, 1.0 / np.repeat(np.maximum(kept, 1.0), np.diff(terms.off)), 0.0)
+    unit, m = np.maximum(terms.b, 1).astype(np.float64), len(terms.b)
+    best, state = (np.zeros(terms.U.shape[1]), np.zeros(m), even), None
+    if not terms.U.shape[1] + m:
+        return best
+    try:
+        state = _State(terms, even, unit)
+        for _ in range(_STAGES):
+            for _step in range(_STEPS):
+                if state.step() <= 0.02 * state.tau * (state.undecided + m):
                     break
-                state.tau *= _COOLING
-        except Interrupted:
-            pass
-        w, prices, weights = best if state is None else state.best
-        return self.bound(keep, w, prices / self.unit, weights)
+            goal = max(tolerance * abs(state.hard + terms.constant), 1e-11 * state.size)
+            if state.spread + m * state.tau <= goal or state.tau <= 1e-14 * state.size:
+                break
+            state.tau *= _COOLING
+    except Interrupted:
+        pass
+    w, prices, weights = best if state is None else state.best
+    return w, prices / unit, weights
 
 
 class _State:
@@ -137,23 +175,21 @@ class _State:
         best: The best ``w``, scaled prices and weights so far.
     """
 
-    def __init__(self, form: FactorForm, keep: Bools, even: Floats) -> None:
-        problem, self.form = form.problem, form
-        self.ok, self.off = keep, problem.offsets
-        self.r, m = form.U.shape[1], len(problem.limits)
-        self.costs = problem.costs / form.unit[:, None]
-        self.limits = problem.limits / form.unit
+    def __init__(self, terms: Terms, even: Floats, unit: Floats) -> None:
+        self.terms, self.ok, self.off = terms, terms.ok, terms.off
+        self.r, m = terms.U.shape[1], len(terms.b)
+        self.costs = terms.A / unit[:, None]
+        self.limits = terms.b / unit
         # The `w` of even weights, and prices on the same scale.
         self.z = even
         w = self._transposed(self.z)[: self.r]
-        s = form.linear + form.U @ w
+        s = terms.linear + terms.U @ w
         # Where nothing is to be decided, any small scale does.
-        reach = self._reach(s) or 1e-9 * float(np.abs(s[keep]).sum()) or 1.0
+        reach = self._reach(s) or 1e-9 * float(np.abs(s[self.ok]).sum()) or 1.0
         across = [self._reach(cost) for cost in self.costs]
         prices = np.array([reach / c if c > 0.0 else reach for c in across])
-        self.tau = 0.25 * reach / problem.n_groups
+        self.tau = max(0.25 * reach / (len(self.off) - 1), 1e-150)
         self.v = np.concatenate([w, np.maximum(prices, 1e-150)])
-        self.tau = max(self.tau, 1e-150)
         self.s = s + self.v[self.r :] @ self.costs if m else s
         self.hard, self.size, self.spread, self.undecided = -np.inf, 1.0, np.inf, 0
         self.best = (np.zeros(self.r), np.zeros(m), even.copy())
@@ -169,11 +205,11 @@ class _State:
 
     def _transposed(self, z: Floats) -> Floats:
         """Return ``[Uᵀz, A z]``."""
-        form, out = self.form, np.zeros(self.r + len(self.limits))
-        step = max(1, int(PIECE / (2.0 * self.r)))
+        terms, out = self.terms, np.zeros(self.r + len(self.limits))
+        step = max(1, int(PIECE / (2.0 * max(self.r, 1))))
         for at in range(0, len(z), step):
-            go_on(form.halt)
-            out[: self.r] += z[at : at + step] @ form.U[at : at + step]
+            go_on(terms.halt)
+            out[: self.r] += z[at : at + step] @ terms.U[at : at + step]
         out[self.r :] = self.costs @ z
         return out
 
@@ -195,7 +231,7 @@ class _State:
         Raises:
             Interrupted: A limit struck.
         """
-        form, r, tau = self.form, self.r, self.tau
+        terms, r, tau = self.terms, self.r, self.tau
         self.smooth = self._look(self.s, self.v)  # the temperature may have changed
         prices = self.v[r:]
         g = self._transposed(self.z)
@@ -213,10 +249,10 @@ class _State:
         # Prices stay positive, and the function rises.
         falling = step[r:] < 0.0
         length = min([1.0, *(-0.9 * prices[falling] / step[r:][falling]).tolist()])
-        change = product(form.U, step[:r, None], form.halt)[:, 0] + step[r:] @ self.costs
+        change = product(terms.U, step[:r, None], terms.halt)[:, 0] + step[r:] @ self.costs
         before, v, s = self.smooth, self.v, self.s
         for _ in range(30):
-            go_on(form.halt)
+            go_on(terms.halt)
             self.v, self.s = v + length * step, s + length * change
             self.smooth = self._look(self.s, self.v)
             if self.smooth >= before + 0.05 * length * expected:
@@ -227,7 +263,7 @@ class _State:
 
     def _second(self) -> Floats:
         """Return the sum over the groups of the covariance of ``[U, A]`` under the weights."""
-        form, width = self.form, len(self.v)
+        terms, width = self.terms, len(self.v)
         H = np.zeros((width, width))
         groups = np.flatnonzero(np.maximum.reduceat(self.z, self.off[:-1]) < 1.0 - _DECIDED).astype(
             np.int64
@@ -237,9 +273,9 @@ class _State:
         step = max(1, min(int(PIECE / (2.0 * width * width * most)), 2**22 // (width * most)))
         rows = np.empty((min(step, max(len(groups), 1)) * most, width))
         for at in range(0, len(groups), step):
-            go_on(form.halt)
+            go_on(terms.halt)
             few = groups[at : at + step]
-            count = deviations(form.U, self.costs, self.off, few, self.z, rows)
+            count = deviations(terms.U, self.costs, self.off, few, self.z, rows)
             H += rows[:count].T @ rows[:count]
         return H
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from bitquota.errors import BudgetTooSmall, Infeasible, InvalidProblem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
@@ -22,6 +23,43 @@ _LARGEST_SUM = 1e300
 """Sizes of all terms of the objective together stay below this, so that no sum overflows."""
 _LARGEST_TOTAL = 2**62
 """Sums of costs stay below this, so that they never overflow int64."""
+
+
+class Numbered(Sequence[str]):
+    """The names ``stem0``, ``stem1``, … of what has no others, made when they are asked for."""
+
+    __slots__ = ("size", "stem")
+
+    def __init__(self, stem: str, size: int) -> None:
+        """Name ``size`` things."""
+        self.stem, self.size = stem, size
+
+    def __repr__(self) -> str:
+        """Return what names them."""
+        return f"Numbered({self.stem!r}, {self.size})"
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return self.size
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, at: int | slice) -> str | tuple[str, ...]:
+        """One name, or several."""
+        found = range(self.size)[at]
+        if isinstance(found, int):
+            return f"{self.stem}{found}"
+        return tuple(f"{self.stem}{k}" for k in found)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether ``other`` holds the same names in the same order."""
+        if not isinstance(other, (Numbered, tuple)):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # tuples hash by their names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -60,9 +98,9 @@ class Problem:
     offsets: NDArray[np.int64]
     costs: NDArray[np.int64]
     limits: NDArray[np.int64]
-    resources: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
+    resources: Sequence[str] = ()
+    groups: Sequence[str] = ()
+    labels: Sequence[str] = ()
     constant: float = 0.0
     allowed: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
     forbidden_pairs: NDArray[np.int64] = field(default_factory=lambda: _NO_PAIRS)
@@ -92,7 +130,9 @@ class Problem:
             ("groups", n_groups, "group"),
             ("labels", n, "row"),
         ):
-            names = tuple(getattr(self, name)) or tuple(f"{stem}{k}" for k in range(count))
+            names = getattr(self, name) or Numbered(stem, count)
+            if not isinstance(names, Numbered):
+                names = tuple(names)
             if len(names) != count:
                 _fail(f"'{name}' must hold {count} names", len(names))
             object.__setattr__(self, name, names)

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 MOST_STATES = 4_000_000
 """States of one step beyond which the recursion gives up."""
 ROUNDING = 1e-12
+_SORTED = 20_000
+"""Steps around the budget that are sorted."""
+_FILLED = 2000
+"""Steps beyond the budget that are tried with what it leaves over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -83,17 +87,7 @@ def hull(problem: Problem, resource: int = 0) -> Hull:
         msg = f"a hull needs a resource from 0 to {len(problem.limits) - 1}; got {resource}"
         raise InvalidProblem(msg)
     cost = problem.costs[resource]
-    rows, slope = np.zeros(problem.n_rows, dtype=np.int64), np.zeros(problem.n_rows)
-    first = np.zeros(problem.n_groups + 1, dtype=np.int64)
-    count = int(
-        kernels.group_hulls(
-            problem.diagonal, cost, problem.offsets, problem.allowed, rows, first, slope
-        )
-    )
-    if bool((np.diff(first) < 1).any()):
-        msg = "a hull needs an allowed row in every group; got a group without"
-        raise InvalidProblem(msg)
-    rows, slope = rows[:count], slope[:count]
+    rows, first, slope = _group_hulls(problem, resource)
     steps = np.flatnonzero(np.isfinite(slope))
     steps = steps[np.argsort(-slope[steps], kind="stable")]
     base = rows[first[:-1]]
@@ -109,6 +103,84 @@ def hull(problem: Problem, resource: int = 0) -> Hull:
         loss=np.concatenate([[start], start + np.cumsum(change)]),
         slope=slope[steps],
     )
+
+
+def _group_hulls(problem: Problem, resource: int) -> tuple[Ints, Ints, Floats]:
+    """Return the hulls' rows, where each group's start, and the slope of the step to each row.
+
+    Raises:
+        InvalidProblem: A group without allowed rows.
+    """
+    rows, slope = np.zeros(problem.n_rows, dtype=np.int64), np.zeros(problem.n_rows)
+    first = np.zeros(problem.n_groups + 1, dtype=np.int64)
+    count = int(
+        kernels.group_hulls(
+            problem.diagonal, problem.costs[resource], problem.offsets, problem.allowed, rows,
+            first, slope,
+        )
+    )  # fmt: skip
+    if bool((np.diff(first) < 1).any()):
+        msg = "a hull needs an allowed row in every group; got a group without"
+        raise InvalidProblem(msg)
+    return rows[:count], first, slope[:count]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Break:
+    """Where the relaxation spends the budget: what a hull tells near there, without a sort.
+
+    Attributes:
+        choice: i64[G], after all steps that the budget pays for.
+        price: Slope of the first step that it does not; ``None`` where it pays for all.
+        steps: i64[k, 2], group and row of the steps from there on, best first.
+    """
+
+    choice: Ints
+    price: float | None
+    steps: Ints
+
+    @classmethod
+    def of(cls, problem: Problem) -> _Break:
+        """Narrow the steps down around the budget by their median slopes; ``O(n)``."""
+        rows, first, slope = _group_hulls(problem, 0)
+        cost, budget = problem.costs[0], int(problem.limits[0])
+        last = rows[first[1:] - 1]
+        if int(cost[last].sum()) <= budget:
+            choice = last - problem.offsets[:-1]
+            return cls(choice=choice, price=None, steps=np.zeros((0, 2), dtype=np.int64))
+        more = np.diff(cost[rows], prepend=0)
+        left = budget - int(cost[rows[first[:-1]]].sum())
+        alive, taken = np.flatnonzero(np.isfinite(slope)), np.zeros(len(rows), dtype=np.bool_)
+        while len(alive) > _SORTED:
+            slopes = slope[alive]
+            pivot = float(np.median(slopes[:: len(alive) // 1000]))
+            above = slopes > pivot if pivot < slopes.max() else slopes >= pivot
+            if above.all():
+                break
+            upper = alive[above]
+            if (spent := int(more[upper].sum())) <= left:
+                taken[upper], left, alive = True, left - spent, alive[~above]
+            else:
+                alive = upper
+        alive = alive[np.argsort(-slope[alive], kind="stable")]
+        paid = int(np.searchsorted(np.cumsum(more[alive]), left, side="right"))
+        taken[alive[:paid]] = True
+        at = first[:-1] + np.add.reduceat(taken.astype(np.int64), first[:-1])
+        # The steps that follow, those beyond the last that is alive included.
+        rest = ~taken & (slope < slope[alive[-1]])
+        later = np.flatnonzero(rest)
+        if len(later) > _FILLED:
+            later = later[np.argpartition(-slope[later], _FILLED)[:_FILLED]]
+        later = later[np.argsort(-slope[later], kind="stable")]
+        steps = np.concatenate([alive[paid:], later])[:_FILLED]
+        # Where the alive ones are all paid for, the budget is spent to the last unit.
+        price = float(slope[alive[paid] if paid < len(alive) else later[0]])
+        group = np.searchsorted(first, steps, side="right") - 1
+        return cls(
+            choice=rows[at] - problem.offsets[:-1],
+            price=price,
+            steps=np.stack([group, rows[steps]], axis=1),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -159,21 +231,21 @@ def solve_knapsack(
         return _exact(problem, _first_least(loss, problem.offsets))
     # The relaxation: its break step, price and bound.
     cost, budget = problem.costs[0], int(problem.limits[0])
-    frontier = hull(problem)
-    taken = int(np.searchsorted(frontier.cost, budget, side="right")) - 1
-    choice = frontier.choice(problem, taken)
-    if taken == len(frontier.steps):
-        return _exact(problem, choice)
-    lam = float(frontier.slope[taken])
+    stop_at = _Break.of(problem)
+    if stop_at.price is None:
+        return _exact(problem, stop_at.choice)
+    lam = stop_at.price
     paid = lam * cost.astype(np.float64)
     priced = np.where(problem.allowed, d + paid, np.inf)
     least = np.minimum.reduceat(priced, problem.offsets[:-1])
-    # Each term less its rounding, which is what terms of opposite signs leave most of.
-    low = np.minimum.reduceat(priced - 1e-15 * (np.abs(d) + paid), problem.offsets[:-1])
-    spent = lam * float(budget) * (1.0 + (1e-15 if budget > 0 else -1e-15))
+    # Each term less its rounding, which is what terms of opposite signs leave most of; and what
+    # the checker's sums may lose in the widest float, which would go on in integers otherwise.
+    lost = max(1e-15, 2e-19 * problem.n_groups)
+    low = np.minimum.reduceat(priced - lost * (np.abs(d) + paid), problem.offsets[:-1])
+    spent = lam * float(budget) * (1.0 + (lost if budget > 0 else -lost))
     relaxed = rounded_down([problem.constant, *low.tolist(), -spent])
     # A choice nearby, and whether it is good enough.
-    choice = _fill(problem, frontier, taken, choice, budget)
+    choice = _fill(problem, stop_at, budget)
     objective = problem.evaluate(choice)
     # Rows that lose more than the choice is off, a diverged one say, set no scale.
     reduced = priced - least[problem.group_of_row]
@@ -243,15 +315,13 @@ def _first_least(values: Floats, offsets: Ints) -> Ints:
     return best
 
 
-def _fill(problem: Problem, frontier: Hull, taken: int, choice: Ints, budget: int) -> Ints:
+def _fill(problem: Problem, stop_at: _Break, budget: int) -> Ints:
     """Spend what the relaxation's break step leaves over on later steps that still fit."""
     d, cost = problem.diagonal, problem.costs[0]
-    rows = problem.offsets[:-1] + choice
+    rows = problem.offsets[:-1] + stop_at.choice
     left = budget - int(cost[rows].sum())
-    steps = frontier.steps[taken : taken + 2000]
-    group = np.searchsorted(frontier.first, steps, side="right") - 1
-    for g, step in zip(group.tolist(), steps.tolist(), strict=True):
-        p, old = int(frontier.rows[step]), int(rows[g])
+    for g, p in stop_at.steps.tolist():
+        old = int(rows[g])
         if d[p] < d[old] and cost[p] - cost[old] <= left:
             left -= int(cost[p] - cost[old])
             rows[g] = p
