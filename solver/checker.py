@@ -392,8 +392,10 @@ class _Checker:
             before, best = best, max(best, self._best(node, regions, below, again))
             if best >= Fraction(claim):
                 break
-            # A wider float takes nearly all rounding away: what is missing then is not rounding.
-            if _WIDER and _finite(before) and float(best) + float(best - before) < claim:
+            # A wider float takes nearly all rounding away, but for what guards against underflow:
+            # what is missing then is not rounding.
+            reach = float(best) + float(best - before) + 1e-290 if _finite(before) else math.inf
+            if _WIDER and reach < claim:
                 break
         return best
 
