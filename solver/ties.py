@@ -8,6 +8,7 @@ them as one.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +25,8 @@ def partners(core: Core) -> Ints | None:
     """Return ``i64[n, k]``, one column per former group of a tied one; ``None`` without ties.
 
     The rows are those of the collapsed core, in order; each lists the core's rows that it stands
-    for, padded with -1.
+    for, padded with -1. Rows that ties put together and a pair forbids are left out; where that
+    leaves none of a group, which has no choice then, ``None`` is returned too.
     """
     if not len(core.pairs):
         return None
@@ -44,7 +46,14 @@ def partners(core: Core) -> Ints | None:
         leader = [first if one == second else one for one in leader]
     if len(match) == core.n_groups:
         return None
-    listed = [sorted(members.values()) for g in sorted(match) for members in match[g].values()]
+    forbidden = {tuple(sorted(pair)) for pair in core.pairs.tolist()}
+    groups = [[sorted(members.values()) for members in match[g].values()] for g in sorted(match)]
+    groups = [
+        [rows for rows in group if forbidden.isdisjoint(combinations(rows, 2))] for group in groups
+    ]
+    if not all(groups):
+        return None
+    listed = [rows for group in groups for rows in group]
     out = np.full((len(listed), max(map(len, listed))), -1, dtype=np.int64)
     for i, together in enumerate(listed):
         out[i, : len(together)] = together
@@ -86,9 +95,10 @@ def collapsed(core: Core, table: Ints) -> Core:
     grp = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
     if len(C):
         C[grp[:, None] == grp[None, :]] = 0.0
-    row_of = np.zeros(core.n, dtype=np.int64)
+    row_of = np.full(core.n, -1, dtype=np.int64)
     row_of[table[used]] = np.nonzero(used)[0]
     pairs = row_of[core.pairs]
+    pairs = pairs[(pairs >= 0).all(axis=1)]
     pairs = pairs[grp[pairs[:, 0]] != grp[pairs[:, 1]]]
     whole = np.where(used[None, :, :], core.A[:, table], 0).sum(axis=2)
     return replace(

@@ -1,9 +1,11 @@
 """Groups that pairs tie together: found, collapsed and expanded without changing any value."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from bitquota.solver import Problem
+from bitquota.solver import Problem, solve
 from bitquota.solver.core import reduce
 from bitquota.solver.search import Effort, search
 from bitquota.solver.ties import collapsed, expanded, partners
@@ -52,6 +54,25 @@ class TestPartners:
             rows = [p for p in members if p >= 0]
             assert len({int(core.grp[p]) for p in rows}) == len(rows)
             assert not any((min(p, q), max(p, q)) in forbidden for p in rows for q in rows if p < q)
+
+
+def test_rows_that_ties_put_together_and_a_pair_forbids_are_left_out():
+    """Groups 0 and 2 are tied, and 1 and 2; a pair of groups 0 and 1 rules out one row of them."""
+    problem = Problem(
+        diagonal=np.array([1.0, 5.0, 1.0, 5.0, 1.0, 5.0]),
+        cross=np.array([[0.0, 0, 1, 0, 0, 0], [0.0] * 6, [1.0, 0, 0, 0, 0, 0], *[[0.0] * 6] * 3]),
+        offsets=np.array([0, 2, 4, 6]),
+        costs=np.zeros((1, 6), dtype=np.int64),
+        limits=np.array([1]),
+        forbidden_pairs=np.array([(0, 5), (1, 4), (2, 5), (3, 4), (0, 2)]),
+    )
+    core = reduce(problem, problem.allowed)
+    table = partners(core)
+    assert core.rows[table].tolist() == [[1, 3, 5]]
+    assert collapsed(core, table).pairs.tolist() == []
+    assert solve(problem).choice.tolist() == [1, 1, 1]
+    more = np.concatenate([problem.forbidden_pairs, [(1, 3)]])
+    assert partners(reduce(replace(problem, forbidden_pairs=more), problem.allowed)) is None
 
 
 class TestCollapsed:
