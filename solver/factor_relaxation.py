@@ -242,7 +242,8 @@ class _State:
         at = np.arange(r, len(g))
         H[at, at] += tau / prices**2
         root = 1.0 / np.sqrt(np.diag(H))
-        H *= root[:, None] * root[None, :]
+        H *= root[:, None]  # one after the other: their product may overflow
+        H *= root[None, :]
         H[np.arange(len(g)), np.arange(len(g))] += 1e-13
         step = root * np.linalg.solve(H, root * g)
         expected = float(g @ step)
