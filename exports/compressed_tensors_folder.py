@@ -98,7 +98,7 @@ class CompressedTensorsFolder:
             paths,
             reports,
             held_bytes=held - described,
-            runtime=_runtime(),
+            runtime=_runtime(config),
             weight_files=[path],
             notes=("weight_shape and the file's header are counted as container", *_notes(factors)),
         )
@@ -324,12 +324,15 @@ def _stored_type(prepared: PreparedExport) -> torch.dtype:
     return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(name, torch.float32)
 
 
-def _runtime() -> JsonObject:
+def _runtime(config: JsonObject) -> JsonObject:
     from importlib.metadata import version
 
+    groups = config["quantization_config"]["config_groups"].values()
+    # compressed-tensors unpacks FP4 into bfloat16, whatever the rest of the model has.
+    half = any("fp4" in group["format"] for group in groups)
     return {
         "name": "transformers",
         "version": version("transformers"),
-        "options": {"dtype": "float32"},
+        "options": {"dtype": "bfloat16" if half else "float32"},
         "compressed-tensors": version("compressed-tensors"),
     }

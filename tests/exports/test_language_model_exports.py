@@ -54,6 +54,21 @@ class TestCompressedTensors:
         assert planned == grouped
         assert not set(grouped) & set(config["ignore"])
 
+    @pytest.mark.parametrize("target", ["ct-vllm-humming", "ct-vllm-nvfp4", "ct-vllm-mxfp4"])
+    def test_loads_with_the_options_of_the_receipt(self, llama, tmp_path, target):
+        """As a user would, without us."""
+        import transformers
+
+        plan = target_plan(llama, TOKENS, target, seed=1)
+        report = export_plan(llama, plan, tmp_path / "o", target=target, samples=TOKENS)
+        dtype = getattr(torch, report.runtime["options"]["dtype"])
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "o", dtype=dtype)
+        ours = load_export(llama, plan, tmp_path / "o", format_name="compressed-tensors")
+        with torch.no_grad():
+            found, wanted = loaded(TOKENS.inputs[0]).logits.float(), ours(TOKENS.inputs[0])
+        limit = 1e-5 if dtype is torch.float32 else 0.03
+        assert float((found - wanted).norm() / wanted.norm()) < limit
+
     def test_broken_tie_is_refused(self, llama, tmp_path):
         """A plan whose q and k differ is refused with the layers named, nothing written."""
         plan = target_plan(llama, TOKENS, "ct-vllm-humming", seed=1)
