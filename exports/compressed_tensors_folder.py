@@ -14,7 +14,7 @@ import torch
 
 from bitquota.candidates.layers import LayerKind
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat
-from bitquota.candidates.targets.target import FUSED_SIBLINGS
+from bitquota.candidates.targets.target import FUSED_SIBLINGS, siblings_in
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
 from bitquota.exports.prepared import widths_must_be
 from bitquota.models.huggingface import return_tensor
@@ -203,15 +203,10 @@ def shared_factors(weights: Mapping[str, QuantizedWeight]) -> dict[str, float]:
     return factors
 
 
-def _fused(names: Iterable[str]) -> list[list[str]]:
+def _fused(names: Iterable[str]) -> list[tuple[str, ...]]:
     """Return the layers that vLLM makes one matrix of."""
-    found: dict[tuple[str, int], list[str]] = {}
-    for name in names:
-        parent, _, last = name.rpartition(".")
-        for k, siblings in enumerate(FUSED_SIBLINGS):
-            if last in siblings:
-                found.setdefault((parent, k), []).append(name)
-    return list(found.values())
+    listed = list(names)
+    return [joined for tie in FUSED_SIBLINGS for joined in siblings_in(tie, listed)]
 
 
 def _notes(factors: Mapping[str, float]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bitquota.candidates.storage import FLOATS, Grid, ScaleFormat
+from bitquota.candidates.storage import FLOATS, SMALL_SCALES, Grid, ScaleFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +125,7 @@ def fit_float_scale(
     Cost: rounding all values once for each of ``RATIOS``.
     """
     plain = values.abs().amax(dim=1) / of.largest
-    small = scale_format in (ScaleFormat.E8M0, ScaleFormat.E4M3)
+    small = scale_format in SMALL_SCALES
     factor = tensor_factor(plain * max(RATIOS)) if scale_format is ScaleFormat.E4M3 else None
 
     def stored(scales: Tensor) -> Tensor:

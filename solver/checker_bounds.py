@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitquota.solver.checker_factor import Formula, exact_terms, rounded_terms
+from bitquota.solver.checker_factor import Formula, exact_terms, formulas, rounded_terms
 from bitquota.solver.exact import dyadic, is_positive_semidefinite
-from bitquota.solver.outward import TINY, gamma, is_positive_definite, round_down, wide
+from bitquota.solver.outward import TINY, gamma, is_positive_definite, wide
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -370,11 +370,4 @@ class OutwardBounds:
         total = constant - square - prices @ limits + least.sum(axis=1)
         lost = np.abs(constant) + square_size + spent + np.abs(least).sum(axis=1)
         total = total - factor * lost - self.real(TINY)
-        # The same with each removed row chosen.
-        node = np.repeat(np.arange(len(z)), list(map(len, removed)))
-        row = np.array(list(itertools.chain.from_iterable(removed)), dtype=np.int64)
-        floor = least[node, np.repeat(np.arange(len(starts)), counts)[row]]
-        size_of_sum = np.abs(total)[node] + np.abs(lower[node, row]) + np.abs(floor)
-        by_row = total[node] + (lower[node, row] - floor) - factor * size_of_sum
-        parts = np.split(round_down(by_row), np.cumsum(list(map(len, removed)))[:-1])
-        return list(zip(round_down(total).tolist(), [p.tolist() for p in parts], strict=True))
+        return formulas(total, lower, least, counts, removed, factor)

@@ -71,6 +71,35 @@ def _inside(problem: Problem) -> Bools:
     return found
 
 
+def formulas(
+    total: NDArray[Any],
+    lower: NDArray[Any],
+    least: NDArray[Any],
+    counts: NDArray[np.int64],
+    removed: Sequence[list[int]],
+    factor: Any,  # noqa: ANN401  # a scalar of the arrays' type
+    tiny: Any = 0.0,  # noqa: ANN401  # likewise
+) -> list[Formula]:
+    """Return the bounds of ``k`` nodes, and what they are with each removed row chosen.
+
+    Args:
+        total: [k], lower bounds.
+        lower: [k, n], lower bounds of the rows' values.
+        least: [k, G], the least value of each group.
+        counts: i64[G], rows of each group.
+        removed: The rows of each node that are to be chosen in turn.
+        factor: What roundings of the three numbers that are added lose, relative to their sizes.
+        tiny: What they lose besides.
+    """
+    node = np.repeat(np.arange(len(total)), list(map(len, removed)))
+    row = np.array([p for rows in removed for p in rows], dtype=np.int64)
+    floor = least[node, np.repeat(np.arange(len(counts)), counts)[row]]
+    size = np.abs(total)[node] + np.abs(lower[node, row]) + np.abs(floor)
+    by_row = total[node] + (lower[node, row] - floor) - factor * size - tiny
+    parts = np.split(round_down(by_row), np.cumsum(list(map(len, removed)))[:-1])
+    return list(zip(round_down(total).tolist(), [p.tolist() for p in parts], strict=True))
+
+
 class FactorBounds:
     """The formula in floats, every rounding accounted for, or in integers.
 
@@ -111,14 +140,7 @@ class FactorBounds:
         lost = abs(constant) + square + prices @ np.abs(limits) + np.abs(least).sum(axis=1)
         factor = self._gamma(r + m + G + 16)
         total = total - factor * lost - real(TINY)
-        # The same with each removed row chosen.
-        node = np.repeat(np.arange(len(w)), list(map(len, removed)))
-        row = np.array([p for rows in removed for p in rows], dtype=np.int64)
-        floor = least[node, np.repeat(np.arange(G), counts)[row]]
-        size = np.abs(total)[node] + np.abs(lower[node, row]) + np.abs(floor)
-        by_row = total[node] + (lower[node, row] - floor) - self._gamma(8) * size - real(TINY)
-        parts = np.split(round_down(by_row), np.cumsum(list(map(len, removed)))[:-1])
-        return list(zip(round_down(total).tolist(), [p.tolist() for p in parts], strict=True))
+        return formulas(total, lower, least, counts, removed, self._gamma(8), real(TINY))
 
     def _rows(self, w: NDArray[Any], prices: NDArray[Any]) -> NDArray[Any]:
         """Return [k, n]: the rows' values at the low end of their error, ``_PIECE`` at a time."""

@@ -22,7 +22,7 @@ from bitquota.codec import Document, Form
 from bitquota.errors import InvalidInput, InvalidPlan, UnknownLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from bitquota.candidates.layers import Cache, Inventory, Layer, UnquantizedTensor
 
@@ -173,7 +173,8 @@ class Target(Document):
         for reason, names in by_reason.items():
             inventory = inventory.exclude(["re:" + "|".join(map(_quoted, names))], reason)
         for tie in self.ties:
-            for siblings in _siblings(tie, inventory.layers):
+            tied = siblings_in(tie, (layer.name for layer in inventory.layers))
+            for siblings in tied:
                 if missing := self._excluded_siblings(tie, siblings, inventory.unquantized):
                     msg = (
                         f"'{self.name}' fuses {', '.join((*siblings, *missing))}, so they are "
@@ -182,7 +183,7 @@ class Target(Document):
                     )
                     raise InvalidInput(msg, target=self.name, layers=[*siblings, *missing])
             known = [p for p in tie if _matching([p], inventory)]
-            if any(len(names) > 1 for names in _siblings(tie, inventory.layers)):
+            if any(len(names) > 1 for names in tied):
                 inventory = inventory.tie([known])
         return inventory
 
@@ -322,7 +323,7 @@ class Target(Document):
         ]
         chosen = {c.layer: c for c in candidates}
         for tie in self.ties:
-            for siblings in _siblings(tie, layers):
+            for siblings in siblings_in(tie, chosen):
                 labels = {(chosen[n].label, chosen[n].scheme) for n in siblings}
                 missing = self._excluded_siblings(tie, siblings, unquantized)
                 if len(labels) > 1 or missing:
@@ -413,13 +414,13 @@ def _quoted(name: str) -> str:
     return re.escape(name)
 
 
-def _siblings(tie: tuple[str, ...], layers: Sequence[Layer]) -> list[tuple[str, ...]]:
-    """Return the layers that a tie of last name parts joins, per parent module."""
+def siblings_in(tie: tuple[str, ...], names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return the names of layers that a tie of last name parts joins, per parent module."""
     by_parent: dict[str, list[str]] = {}
-    for layer in layers:
-        parent, _, last = layer.name.rpartition(".")
+    for name in names:
+        parent, _, last = name.rpartition(".")
         if last in tie:
-            by_parent.setdefault(parent, []).append(layer.name)
+            by_parent.setdefault(parent, []).append(name)
     return [tuple(names) for names in by_parent.values()]
 
 
