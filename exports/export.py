@@ -32,6 +32,7 @@ from bitquota.exports.onnx_qdq import OnnxMatMulNBits, OnnxQdq
 from bitquota.exports.openvino_ir import OpenvinoIr
 from bitquota.exports.prepared import PreparedExport, prepare_export
 from bitquota.exports.ref_int import RefInt
+from bitquota.exports.timed import with_time
 from bitquota.plan import Plan
 
 if TYPE_CHECKING:
@@ -188,6 +189,7 @@ def export_plan(
             files = describe_files(building, [place])
             report = replace(report, files=(*report.files, *files), notes=(*report.notes, note))
         report.require()
+        report = with_time(report, prepared, building)
         plan.save(building / "plan.json")
         report.save(building)
         building.chmod(0o755)

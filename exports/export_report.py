@@ -75,6 +75,38 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Timed(Document):
+    """One run of the exported files, timed, beside what the plan's cost table predicts.
+
+    Attributes:
+        predicted_ns: By the table.
+        measured_ns: Here.
+        limit_ns: The plan's budget.
+        table: Digest of the table.
+        device: What it was timed on.
+        clock: ``processor`` or ``wall``.
+        threads: That the runtime ran on.
+        batch: Samples of one run.
+        length: Tokens of a sample, or 0.
+    """
+
+    predicted_ns: int
+    measured_ns: int
+    limit_ns: int
+    table: str
+    device: str
+    clock: str
+    threads: int
+    batch: int
+    length: int = 0
+
+    @property
+    def error(self) -> float:
+        """How far the prediction lies from what was measured, as a share of that."""
+        return self.predicted_ns / self.measured_ns - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportReport(Document):
     """An export, verified.
 
@@ -93,13 +125,14 @@ class ExportReport(Document):
         tolerance: Largest relative difference, if not ``TOLERANCE``.
         runtime: What ran them, its version and options.
         notes: What a user should know.
+        timed: One run, where the plan has a budget of time and the runtime is here.
     """
 
     FORM: ClassVar[Form] = Form(
         what="an export report",
         schema=SCHEMA,
         derived=("payload_bits", "total_bytes", "container_overhead"),
-        left_out=("tolerance",),
+        left_out=("tolerance", "timed"),
     )
 
     exporter: str
@@ -115,6 +148,7 @@ class ExportReport(Document):
     tolerance: float | None = None
     runtime: JsonObject = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    timed: Timed | None = None
 
     @property
     def payload_bits(self) -> int:

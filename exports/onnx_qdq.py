@@ -220,7 +220,7 @@ def float_graph(prepared: PreparedExport, opset: int) -> FloatGraph:
         written = {initializer_of[name] for name in prepared.weights if name in initializer_of}
         restore_types(model, {k: v for k, v in graph.stored.items() if k not in written})
     else:
-        model, unread = _trace(prepared)
+        model, unread = _traced_once(prepared)
         held = {t.name for t in model.graph.initializer}
         initializer_of = {}
         for name, layer in prepared.layers.items():
@@ -316,6 +316,19 @@ def _read_back(
         shape = "x".join(map(str, held[codes].dims))
         found[name] = (f"{kind} {shape}", 8 * sum(n_bytes(t) for t in tensors))
     return found
+
+
+def _traced_once(prepared: PreparedExport) -> tuple[Any, frozenset[str]]:
+    """Return ``_trace``, or a copy of what it returned for an earlier export of the same module."""
+    kept = prepared.traced
+    if kept is None:
+        return _trace(prepared)
+    if not kept:
+        model, unread = _trace(prepared)
+        kept |= {"model": model.SerializeToString(), "unread": unread}
+    import onnx
+
+    return onnx.ModelProto.FromString(kept["model"]), kept["unread"]
 
 
 def _trace(prepared: PreparedExport) -> tuple[Any, frozenset[str]]:

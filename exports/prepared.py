@@ -60,6 +60,7 @@ class PreparedExport:
         reference: Output of ``module`` on them.
         identity_note: What must be said of the digest that the plan names its model by.
         unused: Quantized layers that compute nothing, which a traced graph therefore lacks.
+        traced: Where the graph of ``module`` is kept for further exports of it, if anywhere.
     """
 
     model: LoadedModel
@@ -73,6 +74,7 @@ class PreparedExport:
     reference: Tensor | None = None
     identity_note: str = ""
     unused: tuple[str, ...] = ()
+    traced: dict[str, Any] | None = None
 
     def without(self, unused: Sequence[str]) -> PreparedExport:
         """Return the same without layers that the file lacks because nothing reads them."""

@@ -32,7 +32,6 @@ def build_problem(
     forbidden: Sequence[Rule] = (),
     forbidden_pairs: Sequence[tuple[Rule, Rule]] = (),
     required_pairs: Sequence[tuple[Rule, Rule]] = (),
-    latency_ns: Sequence[int] | NDArray[np.int64] | None = None,
 ) -> Problem:
     """Return the problem of choosing one row per group of ``matrix`` within ``budgets``.
 
@@ -44,12 +43,12 @@ def build_problem(
         forbidden: Groups that must not take the candidate.
         forbidden_pairs: Two rules whose rows must not be chosen together.
         required_pairs: The first rule's rows require the second's candidate.
-        latency_ns: i64[n], nanoseconds of each row, for budgets of ``latency_ns``.
 
     Raises:
         BudgetTooSmall: A budget is below the smallest plan.
         UnknownLayer: A rule names a group that does not exist.
-        InvalidProblem: A rule's candidate does not exist, or a latency budget has no table.
+        InvalidProblem: A rule's candidate does not exist.
+        InvalidInput: The cost table of a budget lacks a candidate.
     """
     table = matrix.table
     n = len(table.rows)
@@ -59,17 +58,8 @@ def build_problem(
     allowed = np.ones(n, dtype=np.bool_)
     # Budgets, and the limits on how many groups may use a bit-width.
     for budget in budgets:
-        if budget.resource == "latency_ns":
-            if latency_ns is None:
-                msg = "a latency budget must come with a latency table; got none: pass latency_ns"
-                raise InvalidProblem(msg)
-            cost = np.asarray(latency_ns, dtype=np.int64)
-            if cost.shape != (n,):
-                msg = f"'latency_ns' must have shape [{n}]; got {list(cost.shape)}"
-                raise InvalidProblem(msg)
-        else:
-            budget.check(table)
-            cost = table.costs(budget.resource)
+        budget.check(table)
+        cost = budget.costs(table)
         if budget.resource == "activation_bits_max":
             allowed &= cost <= budget.available
             continue

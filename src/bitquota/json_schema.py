@@ -67,6 +67,8 @@ def _object(kind: type, definitions: JsonObject) -> JsonObject:
 
 def _schema(hint: Any, definitions: JsonObject) -> JsonObject:  # noqa: ANN401  # an annotation
     origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return {}
     if hint in _PLAIN:
         return {"type": _PLAIN[hint]}
     if origin is tuple and arguments[-1] is Ellipsis:

@@ -181,7 +181,8 @@ class Setup:
             InvalidBudget: A text that cannot be read.
             BudgetTooSmall: A budget is below the smallest plan.
         """
-        found = tuple(Budget.parse(part, self.inventory) for part in text.split("+"))
+        tables = self.request.tables
+        found = tuple(Budget.parse(part, self.inventory, tables) for part in text.split("+"))
         for budget in found:
             budget.check(self.table)
         return found

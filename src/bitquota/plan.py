@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from bitquota.candidates.budget import Budget
 from bitquota.candidates.layers import Cache, Inventory, Layer, UnquantizedTensor
-from bitquota.candidates.table import RESOURCES, Candidate, spent_on
+from bitquota.candidates.table import RESOURCES, Candidate
 from bitquota.candidates.targets import target_by_name
 from bitquota.canonical import (
     JsonObject,
@@ -295,6 +295,8 @@ class Plan(Document):
                 raise InvalidPlan(msg, layer=layer.name)
         for budget in self.budgets:
             spent = self.spent(budget)
+            if budget.prices is not None:
+                budget.prices.require_model(self.model_digest)
             if spent is not None and spent > budget.limit:
                 msg = (
                     f"a plan must keep its budget '{budget.text}' ({budget.limit:,} "
@@ -303,10 +305,10 @@ class Plan(Document):
                 raise InvalidPlan(msg, spent=spent, limit=budget.limit)
 
     def spent(self, budget: Budget) -> int | None:
-        """Return what the plan takes of a budget's resource, or ``None`` for a latency table."""
-        if budget.resource not in RESOURCES:
+        """Return what the plan takes of a budget's resource, ``None`` where nothing prices it."""
+        if budget.resource not in RESOURCES and budget.prices is None:
             return None
-        return budget.constant + spent_on(budget.resource, self.candidates)
+        return budget.spent(self.candidates)
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:

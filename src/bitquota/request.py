@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from bitquota.candidates.caches import CACHE_BITS, CACHE_SCALES
+from bitquota.candidates.cost_table import CostTable
 from bitquota.candidates.storage import WEIGHT_BITS, Scheme
 from bitquota.codec import Document, Form
 from bitquota.corrections import BEFORE_QUANTIZING, SAMPLES_DEPEND, Correction
@@ -111,6 +112,7 @@ class PlanRequest(Document):
         sequences: Sequences at the same time, likewise.
         robust: Standard errors that are added to every term of the leading matrix before it is
             solved (``SensitivityMatrix.robust``).
+        tables: What prices budgets of time and energy, one for each resource.
     """
 
     # Requests without these keep the bytes that they always had.
@@ -118,7 +120,7 @@ class PlanRequest(Document):
         what="a request",
         left_out=(
             "outputs", "effort", "rounding", "iterations",
-            "kv_bits", "kv_scales", "context", "sequences", "robust",
+            "kv_bits", "kv_scales", "context", "sequences", "robust", "tables",
         ),
     )  # fmt: skip
 
@@ -152,6 +154,7 @@ class PlanRequest(Document):
     context: int = 0
     sequences: int = 1
     robust: float = 0.0
+    tables: tuple[CostTable, ...] = ()
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without the model."""

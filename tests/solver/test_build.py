@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from bitquota.candidates.budget import Budget
+from bitquota.candidates.cost_table import CostTable, LayerCost
 from bitquota.candidates.layers import Inventory, Layer, LayerKind
 from bitquota.candidates.table import CandidateTable, enumerate_candidates
-from bitquota.errors import BudgetTooSmall, InvalidProblem, UnknownLayer
+from bitquota.errors import BudgetTooSmall, InvalidInput, InvalidProblem, UnknownLayer
 from bitquota.matrix import SensitivityMatrix
 from bitquota.solver import Status, build_problem, solve
 from bitquota.solver.brute_force import enumerate_all
@@ -62,6 +63,17 @@ def latencies():
     return np.random.default_rng(9).integers(10, 60, 18) * np.tile([1, 2, 3], 6)
 
 
+def latency(matrix, limit):
+    """Return a budget of those nanoseconds."""
+    costs = [
+        LayerCost(layer=c.layer, candidate=c.label, cost=int(ns) if k == 0 else 0)
+        for row, ns in zip(matrix.table.rows, latencies(), strict=True)
+        for k, c in enumerate(row.candidates)
+    ]
+    prices = CostTable(resource="latency_ns", model_digest="", layers=tuple(costs))
+    return Budget(resource="latency_ns", limit=limit, prices=prices)
+
+
 def size(matrix, share=0.55):
     """Return a budget of stored bits between the smallest and the largest plan."""
     costs = matrix.table.costs("size_bits").reshape(-1, 3)
@@ -98,8 +110,8 @@ class TestBuildProblem:
         """Nanoseconds per row add up to a budget of their own."""
         free = solved(build_problem(matrix, [size(matrix)]))
         rows = build_problem(matrix, []).rows(free.choice)
-        tight = Budget(resource="latency_ns", limit=int(latencies()[rows].sum()) - 1)
-        problem = build_problem(matrix, [size(matrix), tight], latency_ns=latencies())
+        tight = latency(matrix, int(latencies()[rows].sum()) - 1)
+        problem = build_problem(matrix, [size(matrix), tight])
         bound = solved(problem)
         assert int(problem.spent(bound.choice)[1]) <= tight.limit
         assert bound.objective > free.objective
@@ -185,10 +197,10 @@ class TestBuildProblem:
         budgets = [
             size(matrix, 0.6),
             Budget(resource="bit_ops", limit=16_000),
-            Budget(resource="latency_ns", limit=430),
+            latency(matrix, 430),
             Budget(resource="activation_bits_max", limit=910),
         ]
-        problem = build_problem(matrix, budgets, latency_ns=latencies(), **wishes)
+        problem = build_problem(matrix, budgets, **wishes)
         solution = solved(problem)
         assert len(problem.limits) == 4
         assert problem.is_feasible(solution.choice)
@@ -207,10 +219,7 @@ class TestBuildProblem:
             build_problem(matrix, [], fixed=[("nowhere", "W4")])
         with pytest.raises(InvalidProblem, match="has no 'W16'"):
             build_problem(matrix, [], forbidden=[("*", "W16")])
-        latency = Budget(resource="latency_ns", limit=1000)
-        with pytest.raises(InvalidProblem, match="latency table"):
-            build_problem(matrix, [latency])
-        with pytest.raises(InvalidProblem, match=r"shape \[18\]"):
-            build_problem(matrix, [latency], latency_ns=[1, 2])
+        with pytest.raises(InvalidInput, match="a resource must be one of"):
+            build_problem(matrix, [Budget(resource="latency_ns", limit=1000)])
         with pytest.raises(BudgetTooSmall, match="below the smallest plan"):
             build_problem(matrix, [size(matrix, -0.1)])

@@ -7,10 +7,10 @@ import json
 import re
 
 import jsonschema
-import numpy as np
 import pytest
 
 from bitquota.candidates.budget import Budget
+from bitquota.candidates.cost_table import CostTable, LayerCost
 from bitquota.errors import BitquotaError, InvalidInput
 from bitquota.json_schema import json_schema
 from bitquota.solver import build_problem, solve
@@ -85,7 +85,20 @@ class TestPosed:
         """Rule by rule, the same problem to the last bit."""
         matrix = matrix_of(inventory_of(7))
         first, second, third = matrix.table.groups[:3]
-        latency = np.where([row.label == "W8" for row in matrix.table.rows], 160, 110)
+        prices = CostTable(
+            resource="latency_ns",
+            model_digest="",
+            layers=tuple(
+                LayerCost(layer=c.layer, candidate=c.label, cost=160 if c.label == "W8" else 110)
+                for row in matrix.table.rows
+                for c in row.candidates[:1]
+            )
+            + tuple(
+                LayerCost(layer=c.layer, candidate=c.label, cost=0)
+                for row in matrix.table.rows
+                for c in row.candidates[1:]
+            ),
+        )
         document = {
             "schema": SCHEMA,
             "matrix": "m.npz",
@@ -105,13 +118,12 @@ class TestPosed:
             matrix.robust(1.5),
             [
                 Budget(resource="code_bits", limit=400_000),
-                Budget(resource="latency_ns", limit=1000),
+                Budget(resource="latency_ns", limit=1000, prices=prices),
             ],
             fixed=[(first, "W4")],
             forbidden=[(second, "W2")],
             forbidden_pairs=[((second, "W4"), (third, "W4"))],
             required_pairs=[((third, "W8"), (second, "W8"))],
-            latency_ns=latency,
         )
         assert problem_digest(built) == problem_digest(found.problem)
 

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from pydantic_core import core_schema
 
 from bitquota.candidates.budget import check_budgets
+from bitquota.candidates.cost_table import CostTable
 from bitquota.candidates.targets import target_by_name
 from bitquota.request import PlanRequest
 
@@ -62,5 +63,6 @@ def with_budgets(request: JsonObject) -> JsonObject:
     """
     if request["target"] is not None:
         target_by_name(request["target"])
-    check_budgets(request["budgets"])
+    tables = [CostTable.from_json(table) for table in request.get("tables", ())]
+    check_budgets(request["budgets"], tables)
     return request

@@ -11,6 +11,9 @@
 ``2.5 GBitOps``         bit operations of one sample (also MBitOps, TBitOps, BitOps)
 ``act 96 KiB``          the largest quantized input activation of one sample
 ``act total 96 KiB``    the input activations of all layers together
+``5 ms``                time of one run (ns, us, ms, s), by a cost table; ``latency_ns``
+``120 tok/s``           the same as tokens per second
+``2 mJ``                energy of one run (nJ, uJ, mJ, J), by a cost table; ``energy_pj``
 ======================  =====================================================================
 
 Sizes and shares speak of the whole model, and of the KV cache with it where that is planned, unless
@@ -30,14 +33,25 @@ from enum import StrEnum
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from bitquota.candidates.cost_table import (
+    ENERGY,
+    LATENCY,
+    CostTable,
+    format_cost,
+    table_of,
+)
 from bitquota.candidates.layers import Cache, Inventory, Layer, LayerKind
+from bitquota.candidates.table import spent_on
 from bitquota.codec import Document, Form
 from bitquota.errors import BudgetTooSmall, InvalidBudget, InvalidInput
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from bitquota.candidates.table import CandidateTable
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from bitquota.candidates.table import Candidate, CandidateTable
 
 _BYTE_UNITS = {
     "b": 1, "byte": 1, "bytes": 1,
@@ -46,10 +60,15 @@ _BYTE_UNITS = {
 }  # fmt: skip
 _AVERAGE_UNITS = frozenset({"bit", "bits", "bits/weight", "bpw"})
 _BIT_OPS_UNITS = {"bitops": 1, "mbitops": 10**6, "gbitops": 10**9, "tbitops": 10**12}
+_TABLE_UNITS = {
+    "ns": (LATENCY, 1), "us": (LATENCY, 10**3), "ms": (LATENCY, 10**6), "s": (LATENCY, 10**9),
+    "nj": (ENERGY, 10**3), "uj": (ENERGY, 10**6), "mj": (ENERGY, 10**9), "j": (ENERGY, 10**12),
+}  # fmt: skip
+_TOKENS_UNIT = "tok/s"
 _SYNTAX = re.compile(
     r"""\s*(?P<act>act(?:ivation)?s?\s+(?P<total>total\s+)?)?
         (?P<value>(?:\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*)(?:\.\d+)?|\.\d+)\s*
-        (?P<unit>[A-Za-z]+(?:/weight)?)
+        (?P<unit>[A-Za-zµ]+(?:/weight|/s)?)
         (?:\s+of\s+(?P<scope>weights|model|cache))?\s*""",
     re.VERBOSE | re.IGNORECASE,
 )
@@ -93,20 +112,22 @@ class Budget(Document):
     """An integer limit on one resource of one model.
 
     Attributes:
-        resource: One of ``table.RESOURCES``, or ``latency_ns``.
+        resource: One of ``table.RESOURCES``, or that of ``costs``.
         limit: The largest permitted amount, in the resource's unit, ``constant`` included.
         constant: What the model takes of the resource whatever is chosen (unquantized tensors).
         scope: What is counted.
         text: What the user wrote.
+        prices: What prices candidates where no formula does.
     """
 
-    FORM: ClassVar[Form] = Form(what="a budget")
+    FORM: ClassVar[Form] = Form(what="a budget", left_out=("prices",))
 
     resource: str
     limit: int
     constant: int = 0
     scope: Scope = Scope.WEIGHTS
     text: str = ""
+    prices: CostTable | None = None
 
     def __post_init__(self) -> None:
         """Check that sums over layers can be compared with the limit."""
@@ -123,13 +144,15 @@ class Budget(Document):
         return self.limit - self.constant
 
     @classmethod
-    def parse(cls, text: str, inventory: Inventory) -> Self:
+    def parse(cls, text: str, inventory: Inventory, tables: Sequence[CostTable] = ()) -> Self:
         """Return the integer limit that ``text`` means for the model of ``inventory``.
 
-        Fractions of a bit are rounded down, so that the limit is never exceeded.
+        Fractions of a bit are rounded down, so that the limit is never exceeded. Times and
+        energies are priced by one of ``tables``.
 
         Raises:
             InvalidBudget: The text does not follow the table above, or is not positive.
+            InvalidInput: There is no table for it, or one of another model.
         """
         found = _SYNTAX.fullmatch(text) if len(text) <= LONGEST_TEXT else None
         if found is None:
@@ -152,7 +175,10 @@ class Budget(Document):
         # What weights alone take needs a name of its own only where something else counts, too.
         of_weights = "weight_size_bits" if inventory.caches else "size_bits"
 
-        # By what the unit measures: inputs, averages, work, or bytes.
+        # By what the unit measures: time and energy, inputs, averages, work, or bytes.
+        unit = unit.replace("µ", "u")
+        if (unit in _TABLE_UNITS or unit == _TOKENS_UNIT) and not found["act"]:
+            return cls._priced(text, value, unit, inventory, tables)
         if found["act"]:
             if unit not in _BYTE_UNITS:
                 raise _unreadable(text)
@@ -192,16 +218,67 @@ class Budget(Document):
             limit = int(value * _BYTE_UNITS[unit]) * 8
         return cls(resource=resource, limit=limit, constant=constant, scope=scope, text=text)
 
+    @classmethod
+    def _priced(
+        cls,
+        text: str,
+        value: Fraction,
+        unit: str,
+        inventory: Inventory,
+        tables: Sequence[CostTable],
+    ) -> Self:
+        """Return a budget that a cost table prices."""
+        resource, size = _TABLE_UNITS.get(unit, (LATENCY, 0))
+        prices = table_of(resource, tables, text)
+        prices.require_model(inventory.model_digest)
+        if unit == _TOKENS_UNIT and not prices.tokens:
+            msg = (
+                f"a budget in tokens per second needs a cost table of a language model; got "
+                f"'{text}' and a table whose samples are no tokens: give a time, such as '5 ms'"
+            )
+            raise InvalidBudget(msg, budget=text)
+        limit = value * size if size else Fraction(prices.tokens * 10**9) / value
+        constant = prices.constant
+        if inventory is not _ANY_MODEL:
+            constant += prices.kept(inventory)
+        return cls(
+            resource=resource, limit=int(limit), constant=constant, scope=Scope.MODEL, text=text,
+            prices=prices,
+        )  # fmt: skip
+
+    def costs(self, table: CandidateTable) -> NDArray[np.int64]:
+        """Return ``i64[n]``: what each row takes of the resource, in its unit.
+
+        Raises:
+            InvalidInput: The budget's cost table lacks a candidate.
+        """
+        return table.costs(self.resource) if self.prices is None else self.prices.costs(table)
+
+    def spent(self, candidates: Sequence[Candidate]) -> int:
+        """Return what candidates take, ``constant`` included; errors as ``costs``."""
+        if self.prices is None:
+            return self.constant + spent_on(self.resource, candidates)
+        return self.constant + self.prices.spent(candidates)
+
     def check(self, table: CandidateTable) -> None:
         """Raise ``BudgetTooSmall`` unless the cheapest choice of every group fits.
 
         The check looks at this budget alone; several budgets can still conflict.
         """
-        costs = table.costs(self.resource)
+        costs = self.costs(table)
         offsets = table.offsets
         cheapest = [int(costs[a:b].min()) for a, b in itertools.pairwise(offsets)]
         peak = self.resource == "activation_bits_max"
         least = (max(cheapest) if peak else sum(cheapest)) + self.constant
+        if least > self.limit and self.prices is not None:
+            made = format_cost(self.constant, self.resource)
+            msg = (
+                f"budget '{self.text}' is below the fastest plan that the cost table of "
+                f"'{self.prices.device}' knows, {format_cost(least, self.resource)} ({made} of it "
+                "whatever is chosen); raise the budget to that, offer other candidates, or fix "
+                "and exclude fewer layers"
+            )
+            raise BudgetTooSmall(msg, budget=self.text, limit=self.limit, smallest=least)
         if least > self.limit:
             fixed = f", {self.constant:,} bits of them in tensors that ship as they are"
             msg = (
@@ -215,7 +292,9 @@ class Budget(Document):
     @property
     def unit(self) -> str:
         """The unit of ``limit``, for a person."""
-        return {"bit_ops": "bit operations", "latency_ns": "ns"}.get(self.resource, "bits")
+        if self.prices is not None:
+            return self.prices.unit
+        return {"bit_ops": "bit operations", LATENCY: "ns"}.get(self.resource, "bits")
 
 
 _ANY_MODEL = Inventory(
@@ -230,11 +309,11 @@ _ANY_MODEL = Inventory(
 )  # fmt: skip
 
 
-def check_budgets(texts: Sequence[str]) -> None:
+def check_budgets(texts: Sequence[str], tables: Sequence[CostTable] = ()) -> None:
     """Read budgets, of which several may be joined by ``+``, without a model to hold them to.
 
     Raises:
-        InvalidInput: There is none.
+        InvalidInput: There is none, or none of ``tables`` prices it.
         InvalidBudget: One cannot be read.
     """
     if not texts:
@@ -242,7 +321,7 @@ def check_budgets(texts: Sequence[str]) -> None:
         raise InvalidInput(msg)
     for text in texts:
         for part in text.split("+"):
-            Budget.parse(part, _ANY_MODEL)
+            Budget.parse(part, _ANY_MODEL, tables)
 
 
 def _check_scope(found: re.Match[str], text: str) -> None:
@@ -252,7 +331,8 @@ def _check_scope(found: re.Match[str], text: str) -> None:
     codes_of_the_model = unit in _AVERAGE_UNITS and (
         scope is Scope.CACHE or (unit != "bpw" and scope is Scope.MODEL)
     )
-    if found["scope"] and (found["act"] or unit in _BIT_OPS_UNITS or codes_of_the_model):
+    sizeless = {*_BIT_OPS_UNITS, *_TABLE_UNITS, _TOKENS_UNIT}
+    if found["scope"] and (found["act"] or unit in sizeless or codes_of_the_model):
         msg = (
             "only sizes, shares and 'bpw' can apply to 'weights' or to the whole 'model', sizes "
             "and shares also to the 'cache', averages of codes to the weights alone; got "
@@ -264,7 +344,7 @@ def _check_scope(found: re.Match[str], text: str) -> None:
 def _unreadable(text: str) -> InvalidBudget:
     msg = (
         "a budget must read like '3.5 bits', '3.6 bpw', '12 MiB', '1500000 B', '0.25x', "
-        "'2.5 GBitOps', 'act 96 KiB' or 'act total 96 KiB', sizes optionally followed by "
-        f"'of weights'; got '{text[:LONGEST_TEXT]}'"
+        "'2.5 GBitOps', '5 ms', '120 tok/s', '2 mJ', 'act 96 KiB' or 'act total 96 KiB', sizes "
+        f"optionally followed by 'of weights'; got '{text[:LONGEST_TEXT]}'"
     )
     return InvalidBudget(msg, budget=text[:LONGEST_TEXT])

@@ -20,6 +20,7 @@ from bitquota.cli import (
     inspecting,
     keeping,
     planning,
+    profiling,
     reporting,
     serving,
     solving,
@@ -48,6 +49,7 @@ app.command("inspect")(sandboxed()(inspecting.inspect))
 app.command("targets")(inspecting.targets)
 app.command("plan")(sandboxed(files=("out", "report_file", "matrix_file"))(planning.plan))
 app.command("measure")(sandboxed(files=("out",))(planning.measure))
+app.command("profile")(sandboxed(files=("out", "files"))(profiling.profile))
 app.command("compare")(sandboxed(files=("out", "report_file", "plot_file"))(comparing.compare))
 app.command("export")(sandboxed(files=("out",))(exporting.export))
 app.command("finetune")(sandboxed(folders=("out", "checkpoints"))(training.finetune))

@@ -17,6 +17,7 @@ from bitquota.errors import InvalidInput
 from bitquota.exports.names import check_folder, format_for
 from bitquota.plan import Plan, weights_near
 from bitquota.report import text as report
+from bitquota.report.costs import timed_sentence
 
 if TYPE_CHECKING:
     from bitquota.exports.export import ExportReport
@@ -172,6 +173,8 @@ def _sentences(made: ExportReport) -> list[str]:
             f"samples: differs from fake-quantization by at most {gap.maximum:.2g} "
             f"({gap.relative:.2g} of the norm)."
         )
+    if made.timed is not None:
+        lines.append(timed_sentence(made.timed))
     if options := made.runtime.get("options"):
         given = ", ".join(f"{key}={value}" for key, value in options.items())
         lines.append(f"Options that must be set when it is run: {given}.")

@@ -16,6 +16,7 @@ import typer
 
 from bitquota.candidates.budget import check_budgets, parse_bytes
 from bitquota.candidates.caches import CACHE_SCALES
+from bitquota.candidates.cost_table import CostTable
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, ScaleRule, Scheme
 from bitquota.candidates.targets import target_by_name
 from bitquota.cli import output
@@ -58,8 +59,15 @@ Budgets = Annotated[
     typer.Option(
         "--budget",
         "-b",
-        help="'3 bits', '3.6 bpw', '12 MiB', '0.25x', '2 GBitOps'; use + for "
-        "several that must hold together; repeat for several plans.",
+        help="'3 bits', '3.6 bpw', '12 MiB', '0.25x', '2 GBitOps', with --table also '5 ms', "
+        "'120 tok/s', '2 mJ'; use + for several that must hold together; repeat for several plans.",
+    ),
+]
+Tables = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--table",
+        help="Cost table of 'bitquota profile', for budgets of time or energy. Repeatable.",
     ),
 ]
 Bits = Annotated[
@@ -449,6 +457,7 @@ class Here:
 
 _REQUEST: dict[str, tuple[Any, Any]] = {
     "budgets": (Budgets, None),
+    "tables": (Tables, None),
     "target": (TargetName, None),
     "bits": (Bits, None),
     "activations": (Activations, None),
@@ -530,7 +539,7 @@ def with_options(**without: object) -> Callable[[Callable[..., None]], Callable[
 def _check(request: PlanRequest, *, budgets: bool, here: bool) -> None:
     """Raise what would be told only after the model was loaded, or after the measurement."""
     if budgets:
-        check_budgets(request.budgets)
+        check_budgets(request.budgets, request.tables)
     if request.target is not None:
         target = target_by_name(request.target)
         if request.kv_bits:
@@ -582,5 +591,6 @@ def plan_request(options: Mapping[str, Any]) -> PlanRequest:
         gap=options["gap"],
         time_limit_s=options["time_limit"],
         robust=options["robust"],
+        tables=tuple(CostTable.load(path) for path in options["tables"] or ()),
         target=options["target"],
     )

@@ -29,6 +29,7 @@ from rich.text import Text
 from bitquota.cli import drawing
 from bitquota.progress import Pace, Progress, lasting, stage_words
 from bitquota.report import text as report
+from bitquota.report.costs import cost_sentences
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -266,6 +267,7 @@ def print_plan(
     # As Text: Rich would colour the numbers of a sentence piece by piece.
     console.print(Text(report.verdict(plan)))
     for sentence in (
+        *cost_sentences(plan),
         *report.cache_sentences(plan),
         *report.output_sentences(plan),
         *report.caution_sentences(plan),

@@ -171,7 +171,7 @@ def _plan_here(
 
 
 @opt.with_options(
-    budgets=None, holdout=1, effort="normal", refine=False, solver="auto", gap=1e-4,
+    budgets=None, tables=None, holdout=1, effort="normal", refine=False, solver="auto", gap=1e-4,
     time_limit=None, robust=0.0,
 )  # fmt: skip
 def measure(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from bitquota.evaluate.scores import SHARES
 from bitquota.plan import SOLVER
+from bitquota.report.costs import cost_sentences
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -471,6 +472,7 @@ def render_markdown(
                 f"whole model {format_size(plan.model_bits)}, "
                 f"{plan.model_bits / plan.inventory.n_numbers:.3f} bpw."
             ),
+            *cost_sentences(plan),
             *cache_sentences(plan),
             *output_sentences(plan),
             *caution_sentences(plan),

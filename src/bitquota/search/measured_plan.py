@@ -227,7 +227,8 @@ def _proof(
 def _provenance(setup: Setup, source: Portfolio, rounding: JsonObject) -> JsonObject:
     """Return what a plan was made from; what does not apply is left out."""
     always: JsonObject = {
-        "request": setup.request.to_json(),
+        # Budgets name the cost tables that price them.
+        "request": replace(setup.request, tables=()).to_json(),
         "fit": setup.fit.to_json(),
         "holdout": setup.holdout.to_json(),
         "correcting": setup.correcting.to_json() if setup.request.corrections else None,
