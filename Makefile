@@ -88,6 +88,7 @@ SMALL_service_fairness := --small
 SMALL_service_upload := --gib 0.1
 SMALL_service_latency := --repeats 2 --solves 5
 SMALL_service_fuzz := --files 200 --requests 200
+SMALL_latency := --networks resnet20 --targets ort-cpu --rounds 4 --skip-plans
 SMALL_exports := --test-images 200 --samples 16 --windows 2
 SMALL_pages := --small
 SMALL_zoo := --only magika silero-vad
@@ -96,7 +97,7 @@ SMALL_language_models := --budgets "4 bits" --efforts quick --samples 8 --length
 SMALL_kv_cache := --budgets "1.75 MB" --samples 8 --length 32
 SMALL_synthetic_llm := build/synthetic-llm --kind mixture-small --shard-mb 0.1
 SMALL_parametrizations := --epochs 1 --seeds 1 --rates 0.1
-BENCHMARKS ?= sensitivity metrics portfolio training parametrizations solver solver_properties service_load service_chaos service_fairness service_upload pages service_latency service_fuzz exports zoo recurrent rounding rounding_cost synthetic_llm language_models kv_cache
+BENCHMARKS ?= sensitivity metrics portfolio training parametrizations solver solver_properties service_load service_chaos service_fairness service_upload pages service_latency service_fuzz exports latency zoo recurrent rounding rounding_cost synthetic_llm language_models kv_cache
 
 bench: $(INSTALLED) ## Run every benchmark at a small size
 	@set -e; $(foreach name,$(BENCHMARKS),echo "== $(name) $(SMALL_$(name))"; $(BIN)/python benchmarks/$(name).py $(SMALL_$(name));)

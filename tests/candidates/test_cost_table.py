@@ -158,7 +158,7 @@ class TestCostTable:
         jsonschema.validate(json.loads(canonical_json(TABLE.to_json())), published)
 
     def test_costs_for_people(self):
-        """Milliseconds and millijoules."""
-        assert ("1.5 ms", "0.002 mJ") == (
-            format_cost(1_500_000, "latency_ns"), format_cost(2_000_000, "energy_pj"),
-        )  # fmt: skip
+        """In the largest unit of which there is at least one."""
+        found = [format_cost(n, "latency_ns") for n in (0, 999, 1_500_000, 2 * 10**12)]
+        assert ["0 ns", "999 ns", "1.5 ms", "2000 s"] == found
+        assert "2 µJ" == format_cost(2_000_000, "energy_pj")

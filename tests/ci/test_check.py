@@ -8,12 +8,22 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from bitquota.candidates.budget import Budget
+from bitquota.candidates.cost_table import CostTable, LayerCost
 from bitquota.candidates.table import Candidate
-from bitquota.ci.check import Quality, append_step_summary, check_lock, to_junit, worst_exit_code
+from bitquota.ci.check import (
+    Quality,
+    append_step_summary,
+    check_lock,
+    require_limits,
+    to_junit,
+    worst_exit_code,
+)
 from bitquota.ci.diff import diff_plans
 from bitquota.ci.lock import Limits, Lock, make_lock
 from bitquota.errors import GateFailed, InvalidInput, InvalidPlan, StalePlan
 from bitquota.exports.export import export_plan
+from bitquota.exports.export_report import Timed
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import load_model
 from bitquota.plan import Baseline, MeasuredLoss, Plan
@@ -319,3 +329,61 @@ class TestDiffPlans:
         worse = replace(plan, measured=loss(0.2, accuracy=0.7))
         names = [fact.name for fact in diff_plans(plan, worse).facts]
         assert names == ["measured loss increase", "accuracy on the hold-out"]
+
+
+class TestLatency:
+    """Time as a limit: what is predicted, what was timed, and with which table."""
+
+    @pytest.fixture
+    def timed(self, plan, exported):
+        """A lock whose plan takes 3 ms by its table, and whose export took 3.2 ms."""
+        table = CostTable(
+            resource="latency_ns",
+            model_digest=plan.model_digest,
+            constant=3_000_000,
+            layers=tuple(
+                LayerCost(layer=a.layer.name, candidate=a.candidate.label, cost=0)
+                for a in plan.assignments
+            ),
+        )
+        made = replace(plan, budgets=(Budget.parse("4 ms", plan.inventory, [table]),))
+        report = replace(
+            exported[1],
+            plan_digest=made.digest(),
+            timed=Timed(
+                predicted_ns=3_000_000, measured_ns=3_200_000, limit_ns=4_000_000,
+                table=table.digest(), device="", clock="processor", threads=1, batch=1,
+            ),
+        )  # fmt: skip
+        return make_lock(made, reports=(report,)), table
+
+    def test_predicted_and_timed_must_keep_it(self, timed):
+        """A timed run may exceed the limit by the tolerance, a prediction may not."""
+        lock, _ = timed
+        for limits, code in (
+            (Limits(max_latency_ns=3_000_000), 0),
+            (Limits(max_latency_ns=3_000_000, latency_tolerance=0.05), 1),
+            (Limits(max_latency_ns=2_999_999, latency_tolerance=1.0), 1),
+        ):
+            assert code == check_lock(lock, limits=limits).exit_code
+            assert code == check_lock(Lock.from_json(lock.to_json()), limits=limits).exit_code
+        assert 0 == check_lock(lock).exit_code
+
+    def test_another_table_makes_it_stale(self, timed, plan):
+        """The lock holds the table by which it was planned."""
+        lock, table = timed
+        assert 0 == check_lock(lock, table=table).exit_code
+        assert 4 == check_lock(lock, table=replace(table, constant=2_000_000)).exit_code
+        assert 4 == check_lock(make_lock(plan), table=table).exit_code
+
+    def test_needs_something_to_go_by(self, plan):
+        """A plan without a table and without a timed export keeps no limit of time."""
+        report = check_lock(make_lock(plan), limits=Limits(max_latency_ns=10**12))
+        assert 1 == report.exit_code
+        with refused(GateFailed):
+            require_limits(make_lock(plan, limits=Limits(max_latency_ns=10**12)))
+
+    def test_other_locks_keep_their_bytes(self, plan):
+        """Limits that are not set are not written."""
+        body = make_lock(plan, limits=Limits(max_kl=1.0)).to_json()
+        assert "max_latency_ns" not in body["limits"]

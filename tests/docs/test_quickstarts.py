@@ -43,6 +43,16 @@ class TestQuickstartCnn:
         assert sum(c.size_bits for c in quantized) == report.payload_bits
 
 
+class TestMilliseconds:
+    def test_page(self, run, tmp_path):
+        """From a table to a receipt with a prediction beside a time."""
+        run("milliseconds.md")
+        plan = Plan.load(tmp_path / "plan.json")
+        timed = ExportReport.load(tmp_path / "exported").timed
+        assert plan.spent(plan.budgets[0]) == timed.predicted_ns <= 10**6
+        assert 0 < timed.measured_ns
+
+
 class TestQuickstartLlm:
     def test_page(self, run, tmp_path):
         """Both files hold what was planned; the recipe names every layer."""

@@ -90,6 +90,18 @@ def parse_bytes(text: str) -> int:
     return int(Fraction(re.sub(r"[_,]", "", found["value"])) * _BYTE_UNITS[unit])
 
 
+def parse_time(text: str) -> int:
+    """Return the nanoseconds that ``5 ms`` means; raises ``InvalidBudget`` for no such time."""
+    found = _SYNTAX.fullmatch(text) if len(text) <= LONGEST_TEXT else None
+    resource, size = (
+        _TABLE_UNITS.get(found["unit"].lower().replace("µ", "u"), ("", 0)) if found else ("", 0)
+    )
+    if found is None or resource != LATENCY or found["act"] or found["scope"]:
+        msg = f"a time must read like '5 ms', '800 us' or '1.5 s'; got '{text[:LONGEST_TEXT]}'"
+        raise InvalidBudget(msg, time=text[:LONGEST_TEXT])
+    return int(Fraction(re.sub(r"[_,]", "", found["value"])) * size)
+
+
 LARGEST_LIMIT = 2**62
 """Solvers add up costs as 64-bit integers."""
 LONGEST_TEXT = 200

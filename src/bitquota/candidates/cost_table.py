@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from bitquota.candidates.table import Candidate, CandidateTable
 
 LATENCY, ENERGY = "latency_ns", "energy_pj"
-MEASURED = {LATENCY: ("ns", "ms", 10**6), ENERGY: ("pJ", "mJ", 10**9)}
-"""Of each resource its unit, the unit for people, and how many of the one are the other."""
+MEASURED = {LATENCY: ("ns", "µs", "ms", "s"), ENERGY: ("pJ", "nJ", "µJ", "mJ", "J")}
+"""Of each resource the unit of its costs, and larger ones, each a thousand times the one before."""
 
 _LARGEST = 2**53
 Named = tuple[str, str]
@@ -252,7 +252,7 @@ def table_of(resource: str, tables: Sequence[CostTable], text: str) -> CostTable
         named = f"{len(found)} of them" if found else "none"
         msg = (
             f"the budget '{text.strip()}' needs one cost table of {resource}; got {named}: measure "
-            "one with 'bitquota profile' and name it with --table"
+            "one with 'bitquota profile' and give it to 'bitquota plan --table'"
         )
         raise InvalidInput(msg, resource=resource)
     return found[0]
@@ -260,5 +260,8 @@ def table_of(resource: str, tables: Sequence[CostTable], text: str) -> CostTable
 
 def format_cost(cost: float, resource: str) -> str:
     """Return a cost for a person, such as ``4.97 ms``."""
-    _, unit, size = MEASURED[resource]
-    return f"{cost / size:.4g} {unit}"
+    units = MEASURED[resource]
+    k = 0
+    while k + 1 < len(units) and abs(cost) >= 1000 ** (k + 1):
+        k += 1
+    return f"{cost / 1000**k:.4g} {units[k]}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 from xml.etree import ElementTree as ET
 
+from bitquota.candidates.cost_table import LATENCY, format_cost
 from bitquota.candidates.targets import target_by_name
 from bitquota.codec import Document, Form
 from bitquota.errors import GateFailed, InvalidInput, InvalidPlan, StalePlan
@@ -17,10 +18,13 @@ from bitquota.plan import ONLY_WEIGHTS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from bitquota.candidates.cost_table import CostTable
     from bitquota.canonical import JsonObject
     from bitquota.ci.lock import Limits, Lock
     from bitquota.plan import Baseline, MeasuredLoss, Plan
 
+LATENCY_TOLERANCE = 0.1
+"""Share of a limit by which a timed run may exceed it: machines are not equally fast all day."""
 STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
 """Environment variable that names the file of a GitHub job's summary."""
 
@@ -137,6 +141,7 @@ def check_lock(
     limits: Limits | None = None,
     base: Lock | None = None,
     root: Path | None = None,
+    table: CostTable | None = None,
 ) -> CheckReport:
     """Check a lock file against whatever is given.
 
@@ -151,6 +156,7 @@ def check_lock(
         limits: Override the lock's own.
         base: The lock of the branch that this one is merged into: the model must not grow.
         root: Folder of the lock file, where the folders that it names are looked for.
+        table: The cost table as it is now, which the plan must have been made with.
 
     Cost: hashes the files of ``folders``.
     """
@@ -161,6 +167,7 @@ def check_lock(
         _target(lock),
         _bytes(lock, wanted, base),
         *_files(lock, folders or _named_folders(lock, root), wanted),
+        *_latency(lock, wanted, table),
         _loss(lock, quality, wanted),
         _drop(lock, quality, wanted),
         _baselines(lock, quality, wanted),
@@ -290,7 +297,7 @@ def require_limits(lock: Lock) -> None:
     What cannot be told without samples, such as a drop in accuracy, is left to ``check_lock``.
     """
     limits, plan = lock.limits, lock.plan
-    outcomes = [_bytes(lock, limits, None)]
+    outcomes = [_bytes(lock, limits, None), *_latency(lock, limits, None)]
     if limits.max_file_bytes is not None and lock.exports:
         sizes = [item["size_bytes"] for report in lock.exports for item in report["files"]]
         outcomes.append(_file_bytes(sum(sizes), limits.max_file_bytes))
@@ -362,6 +369,45 @@ def _differences(folder: Path, expected: Sequence[JsonObject]) -> tuple[list[str
         elif actual.digest != item["digest"]:
             wrong.append(f"{name} has other content")
     return wrong, total
+
+
+def _latency(lock: Lock, limits: Limits, table: CostTable | None) -> list[Outcome]:
+    """Hold the predicted time, the times of exports, and the cost table to what they must be."""
+    check, plan = "latency", lock.plan
+    budget = next((b for b in plan.budgets if b.resource == LATENCY and b.prices), None)
+    prices = None if budget is None else budget.prices
+    outcomes = []
+    if table is not None:
+        made = "none" if prices is None else f"{prices.digest()[:19]}…"
+        same = prices is not None and prices.digest() == table.digest()
+        text = (
+            f"the plan was made with {made}"
+            if same
+            else f"the plan was made with {made}, the table is now {table.digest()[:19]}…: plan "
+            "again and commit the new lock file"
+        )
+        outcomes.append(_outcome("cost table", holds=same, message=text, stale=True))
+    limit = limits.max_latency_ns
+    if limit is None:
+        return outcomes
+    tolerance = LATENCY_TOLERANCE if limits.latency_tolerance is None else limits.latency_tolerance
+    shown = f"the limit is {format_cost(limit, LATENCY)}"
+    timed = [report["timed"] for report in lock.exports if report.get("timed")]
+    if budget is not None:
+        spent = budget.spent(plan.candidates)
+        text = f"predicted {format_cost(spent, LATENCY)}, {shown}"
+        outcomes.append(_outcome(check, holds=spent <= limit, message=text))
+    for found in timed:
+        spent = int(found["measured_ns"])
+        text = f"timed {format_cost(spent, LATENCY)}, {shown} (and {100 * tolerance:g} %)"
+        outcomes.append(_outcome(check, holds=spent <= limit * (1 + tolerance), message=text))
+    if budget is None and not timed:
+        text = (
+            f"{shown}, and nothing says what the plan takes: plan with a budget of time and "
+            "--table, or remove --max-latency"
+        )
+        outcomes.append(_outcome(check, holds=False, message=text))
+    return outcomes
 
 
 def _loss(lock: Lock, quality: Quality | None, limits: Limits) -> Outcome:

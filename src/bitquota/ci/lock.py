@@ -28,7 +28,7 @@ LOCK_FILE = "bitquota.lock.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Limits(Document):
     """What a plan must keep; ``None`` is not checked.
 
     Attributes:
@@ -38,17 +38,28 @@ class Limits:
         max_file_bytes: Size of all exported files together.
         not_worse_than: Prefix of the names of baselines that must not measure better, such as
             ``uniform``: those of no more bytes than the plan, or within its budgets, count.
+        max_latency_ns: Time of one run: as the plan's cost table predicts it, and as its exports
+            were timed.
+        latency_tolerance: Share of that limit by which a timed run may exceed it.
     """
+
+    # Files without these keep the bytes that they always had.
+    FORM: ClassVar[Form] = Form(what="limits", left_out=("max_latency_ns", "latency_tolerance"))
 
     max_kl: float | None = None
     max_drop: float | None = None
     max_bytes: int | None = None
     max_file_bytes: int | None = None
     not_worse_than: str | None = None
+    max_latency_ns: int | None = None
+    latency_tolerance: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse limits that nothing could keep."""
-        for name in ("max_kl", "max_drop", "max_bytes", "max_file_bytes"):
+        for name in (
+            "max_kl", "max_drop", "max_bytes", "max_file_bytes", "max_latency_ns",
+            "latency_tolerance",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 msg = f"{name} must be at least 0; got {value}"

@@ -13,7 +13,8 @@ import typer
 from rich.text import Text
 
 import bitquota
-from bitquota.candidates.budget import parse_bytes
+from bitquota.candidates.budget import parse_bytes, parse_time
+from bitquota.candidates.cost_table import CostTable
 from bitquota.canonical import read_json
 from bitquota.ci.check import (
     Quality,
@@ -66,6 +67,21 @@ NotWorseThan = Annotated[
         help="Baselines that must not measure better within the same budget: 'uniform'.",
     ),
 ]
+MaxLatency = Annotated[
+    str | None,
+    typer.Option(
+        "--max-latency",
+        help="Maximum time of one run, predicted by the plan's cost table and timed at its "
+        "exports: '5 ms'.",
+    ),
+]
+LatencyTolerance = Annotated[
+    float | None,
+    typer.Option(
+        "--latency-tolerance",
+        help="Share of --max-latency by which a timed run may exceed it (0.1).",
+    ),
+]
 Exported = Annotated[
     list[Path] | None,
     typer.Option("--exported", help="Folder written by 'bitquota export'. Repeatable."),
@@ -86,10 +102,14 @@ def lock(
     max_size: MaxSize = None,
     max_file_size: MaxFileSize = None,
     not_worse_than: NotWorseThan = None,
+    max_latency: MaxLatency = None,
+    latency_tolerance: LatencyTolerance = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Lock file to write.")] = LOCK_FILE,
 ) -> None:
     """Write the lock file of PLAN for git, keeping target and limits of the file it replaces."""
-    limits = _limits(max_kl, max_drop, max_size, max_file_size, not_worse_than)
+    limits = _limits(
+        max_kl, max_drop, max_size, max_file_size, not_worse_than, max_latency, latency_tolerance
+    )
     Written.at(out, "--out")
     former = Lock.load(out) if out.exists() else None
     if former is not None:
@@ -155,6 +175,12 @@ def check(
     max_size: MaxSize = None,
     max_file_size: MaxFileSize = None,
     not_worse_than: NotWorseThan = None,
+    max_latency: MaxLatency = None,
+    latency_tolerance: LatencyTolerance = None,
+    table: Annotated[
+        Path | None,
+        typer.Option("--table", help="Cost table: the plan must have been made with it."),
+    ] = None,
     junit: Annotated[
         Path | None, typer.Option("--junit", help="JUnit XML file to write, for CI systems.")
     ] = None,
@@ -178,7 +204,9 @@ def check(
         tracking.require_tracker(log_to)
 
     # Everything that is given, read before anything is measured.
-    limits = _limits(max_kl, max_drop, max_size, max_file_size, not_worse_than)
+    limits = _limits(
+        max_kl, max_drop, max_size, max_file_size, not_worse_than, max_latency, latency_tolerance
+    )
     locks = {path: Lock.load(path) for path in files}
     plan = None if plan_file is None else Plan.load(plan_file)
     base_lock = None if base is None else Lock.load(base)
@@ -206,6 +234,7 @@ def check(
             limits=limits,
             base=base_lock,
             root=path.parent,
+            table=None if table is None else CostTable.load(table),
         )
         if log_to is not None:
             _log(path, reports[str(path)], quality, log_to)
@@ -290,6 +319,8 @@ def _limits(
     max_size: str | None,
     max_file_size: str | None,
     not_worse_than: str | None,
+    max_latency: str | None,
+    latency_tolerance: float | None,
 ) -> Limits:
     return Limits(
         max_kl=max_kl,
@@ -297,6 +328,8 @@ def _limits(
         max_bytes=None if max_size is None else parse_bytes(max_size),
         max_file_bytes=None if max_file_size is None else parse_bytes(max_file_size),
         not_worse_than=not_worse_than,
+        max_latency_ns=None if max_latency is None else parse_time(max_latency),
+        latency_tolerance=latency_tolerance,
     )
 
 

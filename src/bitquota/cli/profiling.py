@@ -103,7 +103,6 @@ def profile(
     if as_json:
         output.print_json(made.to_json())
         return
-    output.say(f"wrote {out}")
     print_table(made)
 
 
