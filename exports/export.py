@@ -32,7 +32,7 @@ from bitquota.exports.onnx_qdq import OnnxMatMulNBits, OnnxQdq
 from bitquota.exports.openvino_ir import OpenvinoIr
 from bitquota.exports.prepared import PreparedExport, prepare_export
 from bitquota.exports.ref_int import RefInt
-from bitquota.exports.timed import with_time
+from bitquota.exports.timed import timed_budget, with_time
 from bitquota.plan import Plan
 
 if TYPE_CHECKING:
@@ -170,6 +170,8 @@ def export_plan(
     prepared = prepare_export(
         model, plan, target=chosen, samples=samples, correction_data=correction_data
     )
+    if timed_budget(plan) is not None:
+        prepared = replace(prepared, traced={})  # the graph is written twice
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -189,7 +191,7 @@ def export_plan(
             files = describe_files(building, [place])
             report = replace(report, files=(*report.files, *files), notes=(*report.notes, note))
         report.require()
-        report = with_time(report, prepared, building)
+        report = with_time(report, exporter.export, prepared, building)
         plan.save(building / "plan.json")
         report.save(building)
         building.chmod(0o755)

@@ -80,7 +80,11 @@ class Timed(Document):
 
     Attributes:
         predicted_ns: By the table.
-        measured_ns: Here.
+        measured_ns: Here, at the speed that the machine had when the table was made: ``clocked_ns``
+            times ``speed``.
+        clocked_ns: Here, as it was.
+        speed: Time that the table predicts for the model in full precision over what that took
+            here, in turn with the files; 1 where nothing tells, as on another machine.
         limit_ns: The plan's budget.
         table: Digest of the table.
         device: What it was timed on.
@@ -92,6 +96,8 @@ class Timed(Document):
 
     predicted_ns: int
     measured_ns: int
+    clocked_ns: int
+    speed: float
     limit_ns: int
     table: str
     device: str

@@ -86,6 +86,12 @@ class TestBudgets:
         alone = replace(MODEL, layers=MODEL.layers[:1])
         assert 1000 + 800 == Budget.parse("1 ms", alone, [TABLE]).constant
 
+    def test_sums_with_the_constant(self):
+        """What a frontier varies is the whole time."""
+        whole = TABLE.with_whole_sums()
+        assert [1300, 1100, 500, 900] == whole.costs(ROWS).tolist()
+        assert 0 == whole.constant
+
     def test_names_the_nearest_feasible(self):
         """The error says what the fastest plan takes."""
         with refused(BudgetTooSmall, smallest=1600):

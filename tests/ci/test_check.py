@@ -351,7 +351,8 @@ class TestLatency:
             exported[1],
             plan_digest=made.digest(),
             timed=Timed(
-                predicted_ns=3_000_000, measured_ns=3_200_000, limit_ns=4_000_000,
+                predicted_ns=3_000_000, measured_ns=3_200_000, clocked_ns=3_200_000, speed=1.0,
+                limit_ns=4_000_000,
                 table=table.digest(), device="", clock="processor", threads=1, batch=1,
             ),
         )  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from bitquota.candidates.cost_table import CostTable, LayerCost
 from seeded_jobs import inventory_of, matrix_of
 
 
@@ -189,6 +190,31 @@ class TestFrontier:
     def test_one_point_is_no_frontier(self, bitquota, file):
         """At least two."""
         assert bitquota("frontier", file, "--budget-index", 2, "--points", 1)[0] == 2
+
+    def test_time_varies_with_a_table(self, bitquota, tmp_path):
+        """The whole time of each point, the constant included; less time loses more."""
+        matrix = matrix_of(inventory_of(3))
+        matrix.save(tmp_path / "m.npz")
+        table = CostTable(
+            resource="latency_ns",
+            model_digest="",
+            constant=10_000,
+            layers=tuple(
+                LayerCost(layer=c.layer, candidate=c.label, cost=100 * c.weight_bits)
+                for row in matrix.table.rows
+                for c in row.candidates
+            ),
+        )
+        (tmp_path / "t.json").write_text(json.dumps(table.to_json()))
+        args = ("frontier", tmp_path / "m.npz", "--table", tmp_path / "t.json", "--json")
+        code, out, _ = bitquota(*args, "--points", 3)
+
+        points = json.loads(out)
+        losses = [p["objective"] for p in points]
+        assert code == 0
+        assert losses == sorted(losses, reverse=True)
+        assert all(10_000 < p["spent"]["latency_ns"] <= p["limits"]["latency_ns"] for p in points)
+        assert bitquota(*args, "--budget", "3 bits")[0] == 2
 
 
 class TestProblemFiles:

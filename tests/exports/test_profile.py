@@ -137,7 +137,11 @@ class TestProfile:
         assert report.timed is not None
         assert plan.spent(budget) == report.timed.predicted_ns
         assert 10**9 == report.timed.limit_ns
-        assert 0 < report.timed.measured_ns
+        assert 0 < report.timed.clocked_ns
+        assert report.timed.measured_ns == pytest.approx(
+            report.timed.clocked_ns * report.timed.speed, rel=1e-6, abs=1
+        )
+        assert report.timed.speed != 1.0  # the table has costs of full precision
         assert table.digest() == report.timed.table
         assert report == type(report).load(tmp_path / "out")
 
@@ -151,7 +155,7 @@ class TestProfile:
         ), str(tmp_path / SCRIPT), str(tmp_path), "2"]  # fmt: skip
         subprocess.run(alone, check=True, capture_output=True)
         times = Times.load(tmp_path / TIMES)
-        assert 2 * len(order.files) == len(times.times)
+        assert 2 * (len(order.files) + 3 * order.checked) == len(times.times)
         table = fitted_table(order, times)
         assert (2, "openvino") == (table.batch, table.runtime["name"])
 

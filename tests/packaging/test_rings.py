@@ -36,6 +36,7 @@ LATE = {
         "cli.serving": {"cli.demo", "service"},
         "cli.solving": {
             "json_schema",
+            "solver",
             "solver.archive",
             "solver.document",
             "solver.files",

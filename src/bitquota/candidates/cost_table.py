@@ -11,7 +11,7 @@ Design: docs/design/latency.md
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
@@ -229,6 +229,17 @@ class CostTable(Document):
             ],
             dtype=np.int64,
         )
+
+    def with_whole_sums(self) -> Self:
+        """Return the table of the same plans' costs in which sums over layers have the constant.
+
+        Each plan has one candidate of the first layer: the constant is added to all of these.
+        """
+        first = self.layers[0].layer
+        layers = tuple(
+            replace(c, cost=c.cost + self.constant) if c.layer == first else c for c in self.layers
+        )
+        return replace(self, layers=layers, constant=0)
 
     def _prices(self) -> dict[Named, int]:
         return {(c.layer, c.candidate): c.cost for c in self.layers}

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bitquota.candidates.budget import LARGEST_LIMIT, Budget
+from bitquota.candidates.cost_table import CostTable
 from bitquota.canonical import read_json, write_whole
 from bitquota.cli import importing, output, remote
 from bitquota.cli import options as opt
@@ -260,6 +262,10 @@ def frontier(
     ] = 16,
     budget: BudgetText = None,
     budget_index: BudgetIndex = None,
+    table: Annotated[
+        Path | None,
+        typer.Option("--table", help="Cost table: its time or energy varies instead of the size."),
+    ] = None,
     certify: Annotated[
         bool, typer.Option("--certify/--heuristic", help="Prove a bound for every point.")
     ] = True,
@@ -273,16 +279,21 @@ def frontier(
 ) -> None:
     """Solve FILE at many budgets: the whole curve of size against predicted loss.
 
-    --budget selects the resource that varies (by default average bits).
+    --budget selects the resource that varies (by default average bits), or --table does.
     """
-    if budget is None and budget_index is None:
+    if table is not None and (server or budget or budget_index is not None):
+        msg = "--table says what varies, on this machine; leave --budget and --server out, or it"
+        raise InvalidInput(msg)
+    if table is None and budget is None and budget_index is None:
         budget = importing.default_budget(file)
     request: JsonObject = {
         "points": points, "budget": budget, "budget_index": budget_index, "certify": certify,
         "gap": gap, "time_limit_s": time_limit, "node_limit": node_limit, "seed": seed,
     }  # fmt: skip
     found = (
-        remote.frontier(file, request, server, api_key) if server else _frontier_here(file, request)
+        remote.frontier(file, request, server, api_key)
+        if server
+        else _frontier_here(file, request, None if table is None else CostTable.load(table))
     )
     if as_json:
         output.print_json(found)
@@ -290,10 +301,16 @@ def frontier(
     output.print_rows([_point_row(point) for point in found], title=f"Frontier of {file}")
 
 
-def _frontier_here(file: Path, request: JsonObject) -> list[JsonObject]:
+def _frontier_here(file: Path, request: JsonObject, table: CostTable | None) -> list[JsonObject]:
+    from bitquota.solver import build_problem
     from bitquota.solver.document import frontier_document, plain_problem
 
     options = dict(request)
+    if table is not None:
+        del options["budget"], options["budget_index"]
+        whole = table.with_whole_sums()
+        varied = Budget(resource=table.resource, limit=LARGEST_LIMIT - 1, prices=whole)
+        return frontier_document(build_problem(SensitivityMatrix.load(file), [varied]), **options)
     asked = importing.read_any_problem(
         file, budget_index=options.pop("budget_index"), budget=options.pop("budget")
     )

@@ -38,10 +38,16 @@ def cost_sentences(plan: Plan) -> list[str]:
 def timed_sentence(timed: Timed) -> str:
     """Return what the exported files took, beside what was predicted."""
     clock = "processor time" if timed.clock == "processor" else "wall time"
+    clocked = ""
+    if timed.speed != 1:
+        clocked = (
+            f", as clocked {format_cost(timed.clocked_ns, LATENCY)} on a machine of "
+            f"{timed.speed:.2f} times the speed then"
+        )
     kept = "keeps" if timed.measured_ns <= timed.limit_ns else "does not keep"
     return (
         f"Timed: {format_cost(timed.measured_ns, LATENCY)} for one run of {_samples(timed.batch)} "
-        f"({clock}, {timed.threads} thread{'s' if timed.threads > 1 else ''}); the cost table "
+        f"({clock}, {timed.threads} thread{'s' if timed.threads > 1 else ''}{clocked}); the table "
         f"predicted {format_cost(timed.predicted_ns, LATENCY)} ({100 * timed.error:+.1f} %); it "
         f"{kept} the budget of {format_cost(timed.limit_ns, LATENCY)}."
     )
