@@ -1,6 +1,6 @@
 """Milliseconds as a budget: predicted and measured times, budgets that are kept, and better plans.
 
-``python benchmarks/latency.py`` profiles ResNet-20 and a BERT encoder (four blocks of width 256, 64
+``python benchmarks/latency.py`` profiles ResNet-20 and a BERT encoder (four blocks of width 128, 32
 tokens, random weights: only its times count) for ONNX Runtime and OpenVINO, and says how far eight
 random plans that no cost was fitted to lie from their predictions. Then ResNet-20 is planned for
 ONNX Runtime within the time and the bytes of each uniform plan, exported and timed. It ends with
@@ -90,8 +90,8 @@ def encoder() -> tuple[LoadedModel, CalibrationSet]:
             super().__init__()
             torch.manual_seed(0)
             config = BertConfig(
-                vocab_size=1000, hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
-                intermediate_size=1024, attn_implementation="eager",
+                vocab_size=1000, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+                intermediate_size=512, attn_implementation="eager",
             )  # fmt: skip
             self.bert = BertModel(config, add_pooling_layer=False)
 
@@ -103,7 +103,7 @@ def encoder() -> tuple[LoadedModel, CalibrationSet]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = finish(Pooled(), source="bert", architecture="BertModel")
-    tokens = torch.randint(0, 1000, (4, 64), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 1000, (4, 32), generator=torch.Generator().manual_seed(0))
     return model, CalibrationSet(inputs=(tokens,))
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import shlex
 
+import pytest
+from typer.main import get_command
+
+from bitquota.cli.app import app as cli
 from bitquota.exports.export_report import ExportReport
 from bitquota.plan import Plan
 from markdown_pages import blocks
@@ -44,13 +48,17 @@ class TestQuickstartCnn:
 
 
 class TestMilliseconds:
-    def test_page(self, run, tmp_path):
-        """From a table to a receipt with a prediction beside a time."""
-        run("milliseconds.md")
-        plan = Plan.load(tmp_path / "plan.json")
-        timed = ExportReport.load(tmp_path / "exported").timed
-        assert plan.spent(plan.budgets[0]) == timed.predicted_ns <= 10**6
-        assert 0 < timed.measured_ns
+    def test_commands_take_their_options(self, repository):
+        """The page's options are the commands' own; tests/exports/test_profile.py runs them."""
+        app = get_command(cli)
+        lines = "".join(
+            blocks((repository / "docs/milliseconds.md").read_text(), "sh")
+        ).splitlines()
+        assert ["profile", "plan", "export", "lock", "check"] == [x.split()[1] for x in lines]
+        for line in lines:
+            _, name, *words = shlex.split(line)
+            known = {option for p in app.commands[name].params for option in p.opts}
+            assert {word for word in words if word.startswith("--")} <= known
 
 
 class TestQuickstartLlm:

@@ -285,10 +285,10 @@ class Budget(Document):
         if least > self.limit and self.prices is not None:
             made = format_cost(self.constant, self.resource)
             msg = (
-                f"budget '{self.text}' is below the fastest plan that the cost table of "
-                f"'{self.prices.device}' knows, {format_cost(least, self.resource)} ({made} of it "
-                "whatever is chosen); raise the budget to that, offer other candidates, or fix "
-                "and exclude fewer layers"
+                f"budget '{self.text}' is below the cheapest plan, which takes "
+                f"{format_cost(least, self.resource)} by its cost table ({made} of it whatever is "
+                "chosen); raise the budget to that, offer other candidates, or fix and exclude "
+                "fewer layers"
             )
             raise BudgetTooSmall(msg, budget=self.text, limit=self.limit, smallest=least)
         if least > self.limit:

@@ -9,6 +9,7 @@ from bitquota.codec import Document
 from bitquota.exports.export_report import describe_candidate
 
 if TYPE_CHECKING:
+    from bitquota.candidates.budget import Budget
     from bitquota.candidates.table import Candidate
     from bitquota.plan import Plan
 
@@ -124,5 +125,11 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("proof", gap),
         ("chosen by", plan.selected),
         ("corrections", ", ".join(map(str, plan.corrections)) or "none"),
-        ("budgets", ", ".join(b.text or f"{b.limit} {b.unit}" for b in plan.budgets) or "none"),
+        ("budgets", ", ".join(map(_budget, plan.budgets)) or "none"),
     ]
+
+
+def _budget(budget: Budget) -> str:
+    """Return a budget as it was written, and which cost table prices it."""
+    text = budget.text or f"{budget.limit} {budget.unit}"
+    return text if budget.prices is None else f"{text} by table {budget.prices.digest()[:19]}…"

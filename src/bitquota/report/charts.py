@@ -15,6 +15,7 @@ import numpy as np
 
 from bitquota.candidates.budget import Budget
 from bitquota.errors import NotFound
+from bitquota.report.costs import cost_sentences
 from bitquota.report.text import (
     CLEAR_DIFFERENCE,
     best_uniform,
@@ -271,6 +272,7 @@ def plan_json(plan: Plan, *, digest: str | None = None) -> JsonObject:
             [
                 *quantizable_sentences(plan.inventory),
                 verdict(plan),
+                *cost_sentences(plan),
                 *cache_sentences(plan),
                 *caution_sentences(plan),
                 *rounding_sentences(plan),
