@@ -113,6 +113,49 @@ class Timed(Document):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextRun:
+    """What a runtime that rounds activations computed from a file, beside the plan's model.
+
+    Attributes:
+        runtime: Its name.
+        version: Of the package that it came from.
+        n_windows: Windows of the samples that were run.
+        n_tokens: Their tokens together.
+        relative: Norm of the difference of logits over that of the plan's, each without the mean
+            over the tokens known.
+        explained: The same for the plan's model with inputs rounded as the runtime rounds them.
+        kl: Divergence per token of the runtime's distributions from the plan's, nats.
+        log_likelihood: Of the windows' tokens in the runtime, nats per token.
+        planned_log_likelihood: The same in the plan's model.
+        same_top: Share of positions with the same most probable token.
+        texts: Texts that both tokenizers split; 0 where the file has none.
+        texts_alike: Those with the same tokens.
+        prompt_tokens_per_second: Of windows, on one thread of the machine that exported.
+        tokens_per_second: Of a text written token by token, likewise.
+    """
+
+    runtime: str
+    version: str
+    n_windows: int
+    n_tokens: int
+    relative: float
+    explained: float
+    kl: float
+    log_likelihood: float
+    planned_log_likelihood: float
+    same_top: float
+    texts: int
+    texts_alike: int
+    prompt_tokens_per_second: float
+    tokens_per_second: float
+
+    @property
+    def tolerance(self) -> float:
+        """Largest difference of logits: twice what is explained; 1/200 for a cache in fp16."""
+        return 2 * self.explained + 0.005
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportReport(Document):
     """An export, verified.
 
@@ -130,6 +173,7 @@ class ExportReport(Document):
         difference: Against fake-quantization, where the files could be run here.
         tolerance: Largest relative difference, if not ``TOLERANCE``.
         runtime: What ran them, its version and options.
+        text_run: What a runtime of language models computed, where one ran the files.
         notes: What a user should know.
         timed: One run, where the plan has a budget of time and the runtime is here.
     """
@@ -138,7 +182,7 @@ class ExportReport(Document):
         what="an export report",
         schema=SCHEMA,
         derived=("payload_bits", "total_bytes", "container_overhead"),
-        left_out=("tolerance", "timed"),
+        left_out=("tolerance", "timed", "text_run"),
     )
 
     exporter: str
@@ -153,6 +197,7 @@ class ExportReport(Document):
     difference: Difference | None = None
     tolerance: float | None = None
     runtime: JsonObject = field(default_factory=dict)
+    text_run: TextRun | None = None
     notes: tuple[str, ...] = ()
     timed: Timed | None = None
 
@@ -193,6 +238,15 @@ class ExportReport(Document):
                 f"{allowed:g}: {self.runtime.get('name', 'the runtime')} reads the files wrongly"
             )
             raise ExportFailed(msg, relative=gap.relative)
+
+        ran = self.text_run
+        if ran is not None and not ran.relative <= ran.tolerance:
+            msg = (
+                f"an export must compute what its plan computes; logits of {ran.runtime} on "
+                f"{ran.n_tokens:,} tokens differ by {ran.relative:.2g} of their norm, and its "
+                f"rounding of activations explains {ran.explained:.2g}: it reads the file wrongly"
+            )
+            raise ExportFailed(msg, relative=ran.relative)
 
     def save(self, folder: Path) -> None:
         """Write ``receipt.json`` (canonical JSON)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
 from bitquota.exports.gguf_blocks import BLOCK, K_TYPES, TYPES, blocks_of, type_name
 from bitquota.exports.gguf_metadata import add_metadata, rope_of, window_notes
 from bitquota.exports.gguf_tokenizer import add_tokenizer
+from bitquota.exports.llama_cpp import MISSING, installed, run_text
 from bitquota.exports.prepared import widths_must_be
 from bitquota.models.gguf_names import (
     ARCHITECTURES,
@@ -116,7 +118,15 @@ class GgufFile:
                 )
             )
         held = sum(int(t.n_bytes) for t in reader.tensors)
-        return prepared.report(
+        # Run it, with the tokenizer if it has one.
+        ran = None
+        if installed():
+            source = None if folder_notes else _source_folder(prepared) / "tokenizer.json"
+            ran, run_notes = run_text(prepared, path, source)
+            folder_notes += run_notes
+        else:
+            folder_notes += (MISSING,)
+        report = prepared.report(
             self.name,
             self.load(prepared, folder),
             folder,
@@ -131,6 +141,7 @@ class GgufFile:
                 *window_notes(config),
             ),
         )
+        return replace(report, text_run=ran)
 
     def load(self, prepared: PreparedExport, folder: Path) -> nn.Module:
         """Return a copy of the model with every tensor dequantized from the file."""

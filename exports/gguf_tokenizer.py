@@ -67,6 +67,8 @@ def add_tokenizer(writer: Any, folder: Path, n_tokens: int) -> tuple[str, ...]: 
     writer.add_token_list([text for text, _ in filled])
     writer.add_token_types([kind for _, kind in filled])
     special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=n_tokens)
+    # llama.cpp wants merges. One that leads to no token is undone: its text falls apart into bytes.
+    special.merges = special.merges or ["~ ~"]
     special.add_special_token.setdefault("bos", False)  # llama.cpp would add one for some rules
     special.add_to_gguf(writer, quiet=True)
     return ()
@@ -83,7 +85,7 @@ def _rule(described: JsonObject) -> str | None:
     if not kinds or kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return None
     by_words = steps[-1].get("use_regex", True)
-    if kinds == ["ByteLevel"] and by_words:
+    if kinds == ["ByteLevel"] and (by_words or not model.get("merges")):  # none: no split matters
         return SPLITS["byte level"]
     if kinds == ["Digits", "ByteLevel"] and by_words and steps[0].get("individual_digits"):
         return SPLITS["digits, byte level"]

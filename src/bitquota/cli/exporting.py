@@ -175,6 +175,15 @@ def _sentences(made: ExportReport) -> list[str]:
         )
     if made.timed is not None:
         lines.append(timed_sentence(made.timed))
+    if ran := made.text_run:
+        tokens = f"; {ran.texts_alike} of {ran.texts} texts have the same tokens" * bool(ran.texts)
+        lines.append(
+            f"Run by {ran.runtime} ({ran.version}) on {ran.n_tokens:,} tokens: log-likelihood "
+            f"{ran.log_likelihood:.4f} per token (planned {ran.planned_log_likelihood:.4f}), KL "
+            f"{ran.kl:.2g}, logits {ran.relative:.2g} apart (8-bit activations explain "
+            f"{ran.explained:.2g}){tokens}; {ran.prompt_tokens_per_second:,.0f} tokens/s read, "
+            f"{ran.tokens_per_second:,.0f} written, on one thread."
+        )
     if options := made.runtime.get("options"):
         given = ", ".join(f"{key}={value}" for key, value in options.items())
         lines.append(f"Options that must be set when it is run: {given}.")
