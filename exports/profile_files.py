@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 CHECKED = 8
 """Random plans that are timed too, and that no cost is fitted to."""
 
+LARGEST_BYTES = 2**34
+"""Bytes that all files together may take."""
+
 Choice = tuple[int, ...]
 Kind = tuple[object, ...]
 
@@ -84,7 +87,8 @@ def write_files(
         tell: Called with the number of written files and of all.
 
     Raises:
-        InvalidInput: The target has no runtime to time, or there are too few samples.
+        InvalidInput: The target has no runtime to time, there are too few samples, or the files
+            would take too many bytes.
 
     Cost: an export for each file, about 20 and 1.5 for each kind of layer and width.
     """
@@ -104,6 +108,15 @@ def write_files(
     ]
     choices = designed_choices(groups, counts, seed)
     plans = [_plan_of(inventory, table, target, choice) for choice in choices]
+
+    held = sum(plan.model_bits for plan in plans) // 8
+    if held > LARGEST_BYTES:
+        msg = (
+            f"the {len(plans)} files of a profile must take at most {LARGEST_BYTES / 2**30:.3g} "
+            f"GiB; they would take {held / 2**30:.3g}: time fewer widths (--bits), or a model of "
+            "the same layers with fewer blocks"
+        )
+        raise InvalidInput(msg, files=len(plans), bytes=held)
 
     # One file for each, of weights that are quantized once for each width.
     made = _Maker.of(model, target, samples, plans[: max(counts)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from xml.etree import ElementTree as ET
 
@@ -23,7 +24,7 @@ from bitquota.ci.diff import diff_plans
 from bitquota.ci.lock import Limits, Lock, make_lock
 from bitquota.errors import GateFailed, InvalidInput, InvalidPlan, StalePlan
 from bitquota.exports.export import export_plan
-from bitquota.exports.export_report import Timed
+from bitquota.exports.export_report import ExportReport, Timed
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import load_model
 from bitquota.plan import Baseline, MeasuredLoss, Plan
@@ -369,6 +370,18 @@ class TestLatency:
             assert code == check_lock(lock, limits=limits).exit_code
             assert code == check_lock(Lock.from_json(lock.to_json()), limits=limits).exit_code
         assert 0 == check_lock(lock).exit_code
+
+    def test_a_fresh_export_counts(self, timed, exported, tmp_path):
+        """What lies in the folder was timed last."""
+        lock, _ = timed
+        report = ExportReport.from_json(lock.exports[0])
+        slow = replace(report, timed=replace(report.timed, measured_ns=9_000_000))
+        shutil.copytree(exported[0], tmp_path / "out")
+        slow.save(tmp_path / "out")
+        limits = Limits(max_latency_ns=3_000_000)
+        assert 1 == check_lock(lock, limits=limits, folders=(tmp_path / "out",)).exit_code
+        report.save(tmp_path / "out")
+        assert 0 == check_lock(lock, limits=limits, folders=(tmp_path / "out",)).exit_code
 
     def test_another_table_makes_it_stale(self, timed, plan):
         """The lock holds the table by which it was planned."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from bitquota.candidates.budget import Budget
 from bitquota.candidates.targets import target_by_name
 from bitquota.errors import InvalidInput
+from bitquota.exports import profile_files
 from bitquota.exports.energy import energy_table
 from bitquota.exports.export import export_plan
 from bitquota.exports.profile import profile
@@ -179,6 +181,13 @@ class TestEnergy:
         work = 64 * 32 * (0.2 * 4 * 8 / 64 + 0.1) + 64 * 8 * 100 / 64
         stored = (cost.cost - work) / (1300 / 64)
         assert stored == pytest.approx(round(stored), abs=0.03)
+
+    def test_files_that_would_fill_a_disk(self, model, tmp_path, monkeypatch):
+        """Refused before one is written."""
+        monkeypatch.setattr(profile_files, "LARGEST_BYTES", 10_000)
+        with refused(InvalidInput, bytes=ANY):
+            write_files(model, target_by_name("ort-cpu"), SAMPLES, tmp_path)
+        assert not list(tmp_path.iterdir())
 
     def test_a_target_without_a_runtime(self, model, tmp_path):
         """Nothing can be timed; the error names targets that can."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -161,13 +162,14 @@ def check_lock(
     Cost: hashes the files of ``folders``.
     """
     wanted = lock.limits if limits is None else lock.limits.override(limits)
+    folders = folders or _named_folders(lock, root)
     outcomes = [
         _fingerprint(lock, model_digest, weights_digest),
         _same_plan(lock, plan),
         _target(lock),
         _bytes(lock, wanted, base),
-        *_files(lock, folders or _named_folders(lock, root), wanted),
-        *_latency(lock, wanted, table),
+        *_files(lock, folders, wanted),
+        *_latency(lock, wanted, table, folders),
         _loss(lock, quality, wanted),
         _drop(lock, quality, wanted),
         _baselines(lock, quality, wanted),
@@ -297,7 +299,7 @@ def require_limits(lock: Lock) -> None:
     What cannot be told without samples, such as a drop in accuracy, is left to ``check_lock``.
     """
     limits, plan = lock.limits, lock.plan
-    outcomes = [_bytes(lock, limits, None), *_latency(lock, limits, None)]
+    outcomes = [_bytes(lock, limits, None), *_latency(lock, limits)]
     if limits.max_file_bytes is not None and lock.exports:
         sizes = [item["size_bytes"] for report in lock.exports for item in report["files"]]
         outcomes.append(_file_bytes(sum(sizes), limits.max_file_bytes))
@@ -371,8 +373,13 @@ def _differences(folder: Path, expected: Sequence[JsonObject]) -> tuple[list[str
     return wrong, total
 
 
-def _latency(lock: Lock, limits: Limits, table: CostTable | None) -> list[Outcome]:
-    """Hold the predicted time, the times of exports, and the cost table to what they must be."""
+def _latency(
+    lock: Lock, limits: Limits, table: CostTable | None = None, folders: Sequence[Path] = ()
+) -> list[Outcome]:
+    """Hold the predicted time, the times of exports, and the cost table to what they must be.
+
+    Exports were timed when they were written: those in ``folders``, else those in the lock.
+    """
     check, plan = "latency", lock.plan
     budget = next((b for b in plan.budgets if b.resource == LATENCY and b.prices), None)
     prices = None if budget is None else budget.prices
@@ -392,13 +399,16 @@ def _latency(lock: Lock, limits: Limits, table: CostTable | None) -> list[Outcom
         return outcomes
     tolerance = LATENCY_TOLERANCE if limits.latency_tolerance is None else limits.latency_tolerance
     shown = f"the limit is {format_cost(limit, LATENCY)}"
-    timed = [report["timed"] for report in lock.exports if report.get("timed")]
+    reports = [ExportReport.from_json(report) for report in lock.exports]
+    with contextlib.suppress(InvalidInput):  # ``_files`` tells of folders that cannot be read
+        reports = [ExportReport.load(folder) for folder in folders] or reports
+    timed = [report.timed for report in reports if report.timed is not None]
     if budget is not None:
         spent = budget.spent(plan.candidates)
         text = f"predicted {format_cost(spent, LATENCY)}, {shown}"
         outcomes.append(_outcome(check, holds=spent <= limit, message=text))
     for found in timed:
-        spent = int(found["measured_ns"])
+        spent = found.measured_ns
         text = f"timed {format_cost(spent, LATENCY)}, {shown} (and {100 * tolerance:g} %)"
         outcomes.append(_outcome(check, holds=spent <= limit * (1 + tolerance), message=text))
     if budget is None and not timed:
