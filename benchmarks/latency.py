@@ -155,7 +155,7 @@ def plans(table: CostTable, n_samples: int) -> list[Bar]:
         )  # fmt: skip
         plan = made.plans[0]
         assert plan.measured is not None  # plans are measured
-        theirs = next(b for b in plan.baselines if b.name == f"uniform {bits} bits")
+        theirs = next(b for b in plan.baselines if b.name == f"uniform W{bits}")
         with tempfile.TemporaryDirectory() as place:
             report = export_plan(
                 made.with_weights(model), plan, Path(place) / "out", target="ort-cpu", samples=data
