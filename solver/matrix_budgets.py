@@ -12,8 +12,9 @@ from bitquota.candidates.layers import Cache, Inventory, Layer, LayerKind
 from bitquota.errors import InvalidBudget
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from bitquota.candidates.cost_table import CostTable
     from bitquota.matrix import SensitivityMatrix
 
 
@@ -45,21 +46,28 @@ def inventory_of_weights(
     )  # fmt: skip
 
 
-def budget_of(text: str, matrix: SensitivityMatrix, inventory: Inventory | None = None) -> Budget:
+def budget_of(
+    text: str,
+    matrix: SensitivityMatrix,
+    inventory: Inventory | None = None,
+    tables: Sequence[CostTable] = (),
+) -> Budget:
     """Return the limit that ``text`` means for a matrix.
 
     Args:
         text: As ``Budget.parse`` reads it, or a whole number of bits.
         matrix: The matrix.
         inventory: Of the whole model; without it, budgets must be of its weights.
+        tables: What prices times and energies.
 
     Raises:
         InvalidBudget: It cannot be read, or speaks of a model that is not at hand.
+        InvalidInput: No table prices it, or one of another model.
     """
     text = text.strip()
     if text.isascii() and text.isdigit():
         return Budget(resource="size_bits", limit=whole_number(text), text=text)
-    budget = Budget.parse(text, inventory or inventory_of(matrix))
+    budget = Budget.parse(text, inventory or inventory_of(matrix), tables)
     of_model = budget.scope is Scope.MODEL and (
         budget.resource in {"size_bits", "weight_size_bits"}
     )

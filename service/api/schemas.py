@@ -120,6 +120,12 @@ class SolveOrder(BaseModel):
         default=None, description="Or the digest of an uploaded matrix, or base64 of one."
     )
     budgets: list[BudgetText] = Field(default=[], max_length=64)
+    tables: list[dict[str, Any]] = Field(
+        default=[],
+        max_length=8,
+        description="Cost tables of `bitquota profile`, for budgets of time and energy.",
+        json_schema_extra={"items": {"type": "object", "additionalProperties": True}},
+    )
     problem: dict[str, Any] | None = Field(
         default=None,
         description="Instead of these three, a whole problem: what `bitquota solve` reads as a "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from bitquota.candidates.cost_table import CostTable
 from bitquota.candidates.layers import Inventory
 from bitquota.canonical import digest_bytes
 from bitquota.errors import InvalidInput
@@ -138,9 +139,10 @@ def _solve(order: SolveOrder, measured: Measured) -> list[SolvedBudget]:
     from bitquota.solver import build_problem, solve
 
     answers = []
+    tables = [CostTable.from_json(table) for table in order.tables]
+    inventory = measured.inventory if measured.whole else None
     for text in order.budgets:
-        inventory = measured.inventory if measured.whole else None
-        budgets = [budget_of(part, measured.matrix, inventory) for part in text.split("+")]
+        budgets = [budget_of(part, measured.matrix, inventory, tables) for part in text.split("+")]
         problem = build_problem(measured.matrix, budgets)
         solution = solve(problem, gap=order.gap, time_limit_s=order.time_limit_s, seed=order.seed)
         said: dict[str, Any] = solution.to_json()
@@ -156,7 +158,7 @@ def _solve(order: SolveOrder, measured: Measured) -> list[SolvedBudget]:
         answers.append(
             SolvedBudget(
                 budget=text,
-                limits=[b.to_json() for b in budgets],
+                limits=[replace(b, prices=None).to_json() for b in budgets],
                 status=said["status"],
                 limit=said["limit"],
                 predicted=said["objective"],

@@ -70,7 +70,9 @@ def profile(
 
     'bitquota plan --table' then takes budgets of time ('5 ms', '120 tok/s') or energy ('2 mJ').
     Whole models that differ in their bit-widths are timed in the target's runtime, with the first
-    samples of CALIBRATION as input.
+    samples of CALIBRATION as input. For example:
+    bitquota profile net.onnx samples.npz --target ort-cpu, then
+    bitquota plan net.onnx samples.npz --target ort-cpu --table table.json --budget '5 ms + 1 MiB'.
     """
     chosen = target_by_name(target)
     if sum([files is not None, times is not None, energy]) > 1:

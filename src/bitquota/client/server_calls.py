@@ -21,6 +21,7 @@ from bitquota.errors import InvalidInput
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from bitquota.candidates.cost_table import CostTable
     from bitquota.canonical import JsonObject
     from bitquota.client.job_calls import JobCalls
     from bitquota.client.sources import Source, Upload
@@ -172,6 +173,7 @@ class ServerCalls(Requests, Generic[J]):
         budgets: Sequence[str],
         job: str | None = None,
         matrix: bytes | str | None = None,
+        tables: Sequence[CostTable] = (),
         gap: float = 1e-4,
         time_limit_s: float = 0.1,
         seed: int = 0,
@@ -183,6 +185,7 @@ class ServerCalls(Requests, Generic[J]):
             job: A job that left a matrix.
             matrix: Or ``sha256:…`` of an uploaded matrix, or the matrix itself, as
                 ``Job.sensitivity`` returns it.
+            tables: What prices budgets of time and energy.
             gap: Relative gap to stop at.
             time_limit_s: For each budget.
             seed: Of the search.
@@ -190,6 +193,8 @@ class ServerCalls(Requests, Generic[J]):
         body: JsonObject = {
             "budgets": list(budgets), "gap": gap, "time_limit_s": time_limit_s, "seed": seed,
         }  # fmt: skip
+        if tables:
+            body["tables"] = [table.to_json() for table in tables]
         if job is not None:
             body["job"] = job
         if matrix is not None:

@@ -8,9 +8,10 @@ import httpx
 import numpy as np
 import pytest
 
+from bitquota.candidates.cost_table import CostTable, LayerCost
 from bitquota.candidates.layers import Inventory, Layer, LayerKind
 from bitquota.candidates.table import enumerate_candidates
-from bitquota.errors import InvalidBudget, TooLarge
+from bitquota.errors import InvalidBudget, InvalidInput, TooLarge
 from bitquota.matrix import SensitivityMatrix
 from bitquota.solver.document import solve_document
 from bitquota.solver.matrix_budgets import inventory_of
@@ -94,6 +95,23 @@ class TestSolve:
         answers = client.solve(matrix=matrix.to_bytes(), budgets=["8 bits", "2 bits"])
         assert [a["budget"] for a in answers] == ["8 bits", "2 bits"]
         assert answers[0]["predicted"] < answers[1]["predicted"]
+
+    def test_time_by_a_table(self, client, matrix):
+        """Each bit takes a millisecond: nine for three layers leave three bits on average."""
+        table = CostTable(
+            resource="latency_ns",
+            model_digest="",
+            layers=tuple(
+                LayerCost(layer=c.layer, candidate=c.label, cost=c.weight_bits * 10**6)
+                for row in matrix.table.rows
+                for c in row.candidates
+            ),
+        )
+        given = {"matrix": matrix.to_bytes(), "budgets": ["14 ms"]}
+        (answer,) = client.solve(**given, tables=[table], time_limit_s=30)
+        assert 14 == sum(a["weight_bits"] for a in answer["assignments"].values())
+        with pytest.raises(InvalidInput, match="cost table"):
+            client.solve(**given)
 
     def test_share_of_a_model_that_is_not_known_is_refused(self, client, matrix):
         with pytest.raises(InvalidBudget, match="of weights"):
