@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import re
-import shutil
 from contextlib import redirect_stderr
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +12,13 @@ import torch
 from bitquota.candidates.layers import LayerKind
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat
 from bitquota.candidates.targets.target import FUSED_SIBLINGS, siblings_in
-from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
+from bitquota.errors import ExportFailed, InvalidPlan
+from bitquota.exports.hugging_face_folder import (
+    copy_other_files,
+    source_folder,
+    stored_sizes,
+    stored_type,
+)
 from bitquota.exports.prepared import widths_must_be
 from bitquota.models.huggingface import return_tensor
 from bitquota.quantizers.float_formats import scale_bytes, stored_scales, tensor_factor
@@ -23,6 +26,7 @@ from bitquota.quantizers.packing import pack
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
     from torch import Tensor, nn
 
@@ -32,11 +36,6 @@ if TYPE_CHECKING:
     from bitquota.quantizers.weights import QuantizedWeight
 
 _WEIGHTS = "model.safetensors"
-_KEPT_FILES = re.compile(
-    r"(generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
-    r"|merges\.txt|tokenizer\.model|vocab\.txt|chat_template\.jinja"
-)
-_BYTES_PER_ELEMENT = {"I32": 4, "I64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1}
 
 
 class CompressedTensorsFolder:
@@ -55,7 +54,7 @@ class CompressedTensorsFolder:
         """Write the folder, read every tensor back, load it with transformers and run it."""
         from safetensors.torch import save_file
 
-        source = _source_folder(prepared)
+        source = source_folder(prepared, "compressed-tensors")
         self._check(prepared)
 
         # Packed weights, the other tensors, the config and what else the source folder holds.
@@ -65,18 +64,17 @@ class CompressedTensorsFolder:
             tensors |= _layer_tensors(name, weight, factors.get(name, 1.0))
         shapes = {k for k in tensors if k.endswith(".weight_shape")}
         for name, tensor in prepared.unquantized_tensors().items():
-            tensors[name] = tensor.detach().contiguous().to(_stored_type(prepared))
+            tensors[name] = tensor.detach().contiguous().to(stored_type(source))
         config = _config(source, prepared)
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         path = folder / _WEIGHTS
         save_file(tensors, path, metadata={"format": "pt"})
         paths = [path, folder / "config.json"]
-        kept = [f for f in sorted(source.iterdir()) if _KEPT_FILES.fullmatch(f.name)]
-        paths += [Path(shutil.copy(file, folder / file.name)) for file in kept]
+        paths += copy_other_files(source, folder)
 
         # Read back what was written.
         reports = []
-        sizes = _stored_sizes(path)
+        sizes = stored_sizes(path)
         for name in prepared.weights:
             codes = f"{name}.weight" if f"{name}.weight" in sizes else f"{name}.weight_packed"
             parts = [codes, f"{name}.weight_scale", f"{name}.weight_global_scale"]
@@ -145,17 +143,6 @@ class CompressedTensorsFolder:
                 "with --target ct-vllm-humming"
             )
             raise InvalidPlan(msg, layers=wrong)
-
-
-def _source_folder(prepared: PreparedExport) -> Path:
-    source = prepared.model.folder
-    if source is None:
-        msg = (
-            "compressed-tensors needs a Hugging Face folder as the model, whose config it extends; "
-            f"got '{prepared.model.source}': export with ref-int or onnx-qdq instead"
-        )
-        raise InvalidInput(msg, source=prepared.model.source)
-    return source
 
 
 _FLOATS = {
@@ -300,23 +287,6 @@ def _group_of_layer(config: JsonObject, name: str) -> JsonObject:
             return found
     msg = f"layer '{name}' must belong to a group of the written config; it does not"
     raise ExportFailed(msg, layer=name)
-
-
-def _stored_sizes(path: Path) -> dict[str, int]:
-    """Return the bytes of each tensor from the file's own header."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return {
-        name: item["data_offsets"][1] - item["data_offsets"][0]
-        for name, item in header.items()
-        if name != "__metadata__"
-    }
-
-
-def _stored_type(prepared: PreparedExport) -> torch.dtype:
-    source = json.loads((_source_folder(prepared) / "config.json").read_text())
-    name = str(source.get("dtype") or source.get("torch_dtype") or "float32")
-    return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(name, torch.float32)
 
 
 def _runtime(config: JsonObject) -> JsonObject:

@@ -165,14 +165,15 @@ def _torchao(prepared: PreparedExport) -> str:
     return _json({"_type": "FqnToConfig", "fqn_to_config": entries, "filter_fn": None})
 
 
-def _mlx(prepared: PreparedExport) -> str:
+def mlx_section(prepared: PreparedExport) -> JsonObject:
+    """Return ``quantization`` of an MLX model's config: what most weights have, and each module."""
     common = _most_common(prepared)
     section: JsonObject = {"group_size": 64, "bits": common}
     for name, weight in prepared.weights.items():
         section[name] = {"bits": weight.bits, "group_size": _group(prepared, name, 64)}
     for name in _kept(prepared):
         section[name] = False
-    return _json({"quantization": section})
+    return {"quantization": section}
 
 
 def _coreml(prepared: PreparedExport) -> str:
@@ -223,7 +224,7 @@ CONFIG_FILES = (
         "mlx-config",
         "The 'quantization' section of an MLX model's config.json.",
         "mlx_quantization.json",
-        _mlx,
+        lambda prepared: _json(mlx_section(prepared)),
         (2, 3, 4, 5, 6, 8),
     ),
     ConfigFile(

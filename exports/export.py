@@ -27,6 +27,7 @@ from bitquota.exports.export_report import (
 )
 from bitquota.exports.gguf_file import GgufFile
 from bitquota.exports.kv_cache import OPTIONS_FILE, cache_options
+from bitquota.exports.mlx_folder import MlxFolder
 from bitquota.exports.names import check_folder, check_format, format_for
 from bitquota.exports.onnx_qdq import OnnxMatMulNBits, OnnxQdq
 from bitquota.exports.openvino_ir import OpenvinoIr
@@ -68,7 +69,11 @@ class Exporter(Protocol):
 
     name: str
     summary: str
-    runs_here: bool
+
+    @property
+    def runs_here(self) -> bool:
+        """See above."""
+        ...
 
     def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the files into the empty ``folder``, read them back, and say what they hold."""
@@ -88,6 +93,7 @@ EXPORTERS: dict[str, Exporter] = {
         OnnxMatMulNBits(),
         OpenvinoIr(),
         GgufFile(),
+        MlxFolder(),
         *CONFIG_FILES,
     )
 }
@@ -100,6 +106,7 @@ GRIDS: dict[str, frozenset[Grid]] = {
     OnnxMatMulNBits.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.CODEBOOK}),
     GgufFile.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.K_BLOCKS}),
     CompressedTensorsFolder.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.FLOAT}),
+    MlxFolder.name: frozenset({Grid.OFFSET}),
     "mlx-config": frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.OFFSET}),
 }
 """Which grids a format can hold; the others hold integers alone. ONNX looks levels up (Gather);

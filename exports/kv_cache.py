@@ -37,6 +37,7 @@ def _mlx(names: dict[bool, str]) -> list[str]:
 
 _RUNTIMES: dict[str, tuple[str, Callable[[dict[bool, str]], list[str]]]] = {
     "gguf": ("gguf-py", _llama_cpp),
+    "mlx": ("mlx", _mlx),
     "mlx-config": ("mlx", _mlx),
 }
 """By format: a target with the runtime's rules, and what makes options of the names of the formats

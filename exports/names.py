@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 EXPORT_FORMATS = (
-    "ref-int", "compressed-tensors", "onnx-qdq", "onnx-matmulnbits", "openvino", "gguf",
+    "ref-int", "compressed-tensors", "onnx-qdq", "onnx-matmulnbits", "openvino", "gguf", "mlx",
     "gptqmodel-config", "autoround-config", "llm-compressor-recipe", "torchao-config", "mlx-config",
     "coreml-config",
 )  # fmt: skip

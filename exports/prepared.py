@@ -111,7 +111,7 @@ class PreparedExport:
     def report(
         self,
         exporter: str,
-        module: nn.Module,
+        module: nn.Module | None,
         folder: Path,
         files: Sequence[Path],
         tensors: Sequence[ExportedTensor],
@@ -125,7 +125,7 @@ class PreparedExport:
 
         Args:
             exporter: What wrote them.
-            module: What it reads from them.
+            module: What it reads from them, or ``None`` where nothing can run it.
             folder: Where they are.
             files: All of them.
             tensors: Every quantized weight, as it was read back.
@@ -148,7 +148,7 @@ class PreparedExport:
             unquantized_bits=held_bytes * 8 - sum(t.actual_bits for t in tensors),
             planned_unquantized_bits=self.planned_rest_bits,
             container_bytes=sum(file.stat().st_size for file in weight_files) - held_bytes,
-            difference=self.difference(module),
+            difference=None if module is None else self.difference(module),
             tolerance=HALF_TOLERANCE if self._in_half else None,
             runtime=runtime,
             notes=notes,

@@ -21,26 +21,27 @@ _AFFINE = Scheme(
     scale_format=ScaleFormat.FP16,
     row_alignment_bits=32,
 )
+_WIDTHS = (2, 3, 4, 5, 6, 8)
 
 TARGET = Target(
     name="mlx",
-    summary="A 'quantization' section for MLX models, one entry per module.",
+    summary="A folder for mlx-lm: groups of 64 with scale and bias (32 where 64 divides no row).",
     versions={"mlx": "0.32"},
     formats=(
         *(
             StorageFormat(
-                name=f"affine{bits}-g64",
+                name=f"affine{bits}-g{size}",
                 weight_bits=bits,
-                scheme=_AFFINE,
+                scheme=replace(_AFFINE, group_size=size),
                 kinds=LINEAR | EMBEDDINGS,
-                column_multiple=64,
-                note="MLX fits its own scales and biases from the plan's widths",
+                column_multiple=size,
             )
-            for bits in (2, 3, 4, 5, 6, 8)
+            for size in (64, 32)
+            for bits in _WIDTHS
         ),
         full_precision(),
     ),
-    exporter="mlx-config",
+    exporter="mlx",
     verified="run",
     cache=CacheFormats(
         formats=tuple(
