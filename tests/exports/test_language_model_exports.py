@@ -192,7 +192,7 @@ class TestConfigFiles:
     @pytest.mark.parametrize(
         ("target", "file"),
         [
-            ("mlx", "mlx_quantization.json"),
+            ("mlx", "config.json"),
             ("torchao", "torchao_config.json"),
             ("coreml", "coreml_config.json"),
         ],

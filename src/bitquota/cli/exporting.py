@@ -41,8 +41,8 @@ def export(
         str | None,
         typer.Option(
             "--format",
-            help="onnx-qdq, onnx-matmulnbits, openvino, compressed-tensors, gguf, ref-int, or a "
-            "configuration for another tool (the target's).",
+            help="onnx-qdq, onnx-matmulnbits, openvino, compressed-tensors, gguf, mlx, "
+            "ref-int, or a configuration for another tool (the target's).",
         ),
     ] = None,
     samples: Annotated[
