@@ -46,17 +46,18 @@ def round_stack(
         return _to_nearest(known, chosen)
     known.prepare(context)
     stack = known.stack
-    found: dict[str, QuantizedWeight] = {}
-    given: Series | None = None
     numbers = [k for k, c in enumerate(known.candidates) if chosen.get(c.layer) == c]
     made_for = digest_json({"rounding": rounding, "candidates": numbers}).removeprefix("sha256:")
-    for k in range(len(stack)):
+    # What was rounded before is only run, and that only if something behind it is not.
+    done = [known.recall_rounded(f"rounded-{made_for}-{k}") for k in range(len(stack))]
+    found = {name: w.compact() for one in done if one is not None for name, w in one.items()}
+    missing = chosen.keys() - found.keys()
+    parts = [k for k, names in enumerate(stack.layers) if missing.intersection(names)]
+    given: Series | None = None
+    for k in range(max(parts, default=-1) + 1):
         context.check(STAGE)
         context.report(STAGE, k, len(stack), weight=0.0)
         last = k == len(stack) - 1
-        # What was rounded before this work was interrupted is only run.
-        done = known.recall_rounded(f"rounded-{made_for}-{k}")
-        found |= {name: weight.compact() for name, weight in (done or {}).items()}
         full, part = stack.part(k), stack.part(k)
         names = stack.layers[k]
         for name in names:
@@ -68,8 +69,6 @@ def round_stack(
                     known.layers[name], from_matrix(found[name].dequantize(), known.layers[name])
                 )
         own = {name: chosen[name] for name in names if name in chosen and name not in found}
-        if last and not own:
-            break
         batches = Batches(
             spans=known.spans,
             samples=known.samples,
@@ -79,7 +78,7 @@ def round_stack(
         following = known.keeper.series()
         side = None if given is None else 1
         quantized = Remembering(part, None if last else following, len(batches), side)
-        if done is None:
+        if done[k] is None:
             made = round_in_sequence(
                 Remembering(full, None, 0, None if given is None else 0),
                 quantized,

@@ -64,6 +64,10 @@ HALF = 0.5
 """Share of the memory of a measurement that activations between parts may take."""
 
 
+_Kept = tuple[QuantizedWeight, range]
+"""A quantized weight without its numbers, and where these are."""
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class StackedWeights:
     """The candidates of a stack's layers, and what their errors do to the layers' outputs.
@@ -110,7 +114,8 @@ class StackedWeights:
     keeper: Keeper = field(init=False)
     layers: dict[str, Layer] = field(init=False)
     _stored: dict[Candidate, Stored] = field(default_factory=dict)
-    _kept: dict[Candidate, tuple[QuantizedWeight, range]] = field(default_factory=dict)
+    _names: dict[Candidate, str] = field(init=False)
+    _kept: dict[str, dict[str, _Kept]] = field(default_factory=dict)
     _asked: dict[Candidate, None] = field(default_factory=dict)
     _codes: Series = field(init=False)
     _cached: dict[Candidate, Candidate] = field(default_factory=dict)
@@ -122,6 +127,7 @@ class StackedWeights:
         limit = self.memory_bytes // 8
         self.sizes = batch_sizes(self.stack, self.layers, self.samples, limit)
         self.spans = spans_of(self.sizes.block, self.folds)
+        self._names = {c: f"candidate-{n}" for n, c in enumerate(self.candidates)}
         self.keeper = Keeper(limit_bytes=int(HALF * self.memory_bytes))
         self.kept_errors = self.keeper.series()
         self._codes = Keeper(limit_bytes=self.memory_bytes // 4).series()
@@ -140,7 +146,7 @@ class StackedWeights:
 
         Candidates of a part that were asked for before are rounded with it.
         """
-        if candidate not in self._kept:
+        if self._names[candidate] not in self._kept:
             self._asked.setdefault(candidate, None)
         return self._stored.setdefault(
             candidate,
@@ -361,27 +367,24 @@ class StackedWeights:
 
     def _read(self, candidate: Candidate) -> QuantizedWeight:
         """Return a candidate's codes and scales; round those of its part that were asked for."""
-        if candidate not in self._kept:
+        name = self._names[candidate]
+        if name not in self._kept:
             self.prepare(Context())
             k = next(k for k, names in enumerate(self.stack.layers) if candidate.layer in names)
             self._round(k)
-        about, places = self._kept[candidate]
-        codes, scales, *zeros = (self._codes[place] for place in places)
-        return replace(about, codes=codes, scales=scales, zero_points=zeros[0] if zeros else None)
+        return self._fetch(self._kept[name][candidate.layer])
 
     def _round(self, k: int) -> None:
         """Round the candidates of a part that were asked for, and keep their codes."""
         weights: QuantizedWeights | None = None
-        for n, candidate in self._candidates_in(k).items():
+        for candidate in self._candidates_in(k).values():
             if candidate not in self._asked:
                 continue
-            found = self.recall_rounded(f"candidate-{n}")
-            if found is None:
+            if self.recall_rounded(self._names[candidate]) is None:
                 weights = weights or self._quantizers(k)
                 found = {candidate.layer: weights.stored(candidate)}
                 weights.forget()
-                self.write_down_rounded(f"candidate-{n}", found)
-            self._keep(candidate, found[candidate.layer])
+                self.write_down_rounded(self._names[candidate], found)
             del self._asked[candidate]
 
     def _quantizers(self, k: int) -> QuantizedWeights:
@@ -393,7 +396,8 @@ class StackedWeights:
         return QuantizedWeights(part, self.inventory, lambda: grams, self.importance, self.rounder)
 
     def write_down_rounded(self, name: str, weights: Mapping[str, QuantizedWeight]) -> None:
-        """Keep codes and scales of layers in the journal."""
+        """Keep codes and scales of layers, in the journal too."""
+        self._kept[name] = {layer: self._put_away(weight) for layer, weight in weights.items()}
         made = QuantizedModel(
             model_digest=self.inventory.model_digest, rounding=str(self.rounder), weights=weights
         )
@@ -401,13 +405,17 @@ class StackedWeights:
 
     def recall_rounded(self, name: str) -> dict[str, QuantizedWeight] | None:
         """Return codes and scales that were kept under a name, or ``None``."""
-        content = self.journal.read(name)
-        if content is None:
-            return None
-        weights = QuantizedModel.load(content).weights
-        return {name: weight.to(self.device) for name, weight in weights.items()}
+        if name not in self._kept:
+            content = self.journal.read(name)
+            if content is None:
+                return None
+            weights = QuantizedModel.load(content).weights
+            self._kept[name] = {
+                layer: self._put_away(weight.to(self.device)) for layer, weight in weights.items()
+            }
+        return {layer: self._fetch(kept) for layer, kept in self._kept[name].items()}
 
-    def _keep(self, candidate: Candidate, found: QuantizedWeight) -> None:
+    def _put_away(self, found: QuantizedWeight) -> _Kept:
         codes, start = found.compact().codes, len(self._codes)
         for tensor in (codes, found.scales, found.zero_points):
             if tensor is not None:
@@ -415,7 +423,12 @@ class StackedWeights:
         # An empty slice would hold on to the whole tensor.
         empty = codes.new_empty(0)
         about = replace(found, codes=empty, scales=empty, zero_points=None)
-        self._kept[candidate] = about, range(start, len(self._codes))
+        return about, range(start, len(self._codes))
+
+    def _fetch(self, kept: _Kept) -> QuantizedWeight:
+        about, places = kept
+        codes, scales, *zeros = (self._codes[place] for place in places)
+        return replace(about, codes=codes, scales=scales, zero_points=zeros[0] if zeros else None)
 
 
 def _spread(n: int, most: int) -> Tensor:

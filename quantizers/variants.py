@@ -126,6 +126,34 @@ def _apart(
     return apart
 
 
+def run_parts(
+    stack: Stack,
+    samples: CalibrationSet,
+    spans: Sequence[range],
+    weights: Mapping[str, Stored],
+    keeper: Keeper,
+    on_part: Callable[[int, int], None],
+) -> list[Series]:
+    """Return what each part is given with these weights, batch after batch (nothing for part 0).
+
+    Arguments and cost as ``run_variants``.
+    """
+    given = [keeper.series()]
+    for k in range(len(stack) - 1):
+        part = stack.part(k)
+        following = keeper.series()
+        for name in stack.layers[k]:
+            if name in weights:
+                part.put(weights[name].layer, weights[name].weight())
+        with torch.no_grad():
+            for b, span in enumerate(spans):
+                before = (given[k][b],) if k else ()
+                following.append(part(*before, *inputs_of(samples, span)))
+        given.append(following)
+        on_part(k, 1)
+    return given
+
+
 def ending_in(stack: Stack, layers: Iterable[Layer], variant: Mapping[str, Chosen]) -> Part:
     """Return the last part with the weights of a variant."""
     part = stack.part(len(stack) - 1)

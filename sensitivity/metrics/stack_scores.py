@@ -21,24 +21,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors.torch import load, save
-from torch import Tensor
 
 from bitquota.models.calls import tensor_key
-from bitquota.models.running import inputs_of, tensor_of
-from bitquota.quantizers.part_batches import pieces
+from bitquota.models.running import tensor_of
 from bitquota.sensitivity.metrics.cache_scores import scored_caches
 from bitquota.sensitivity.metrics.layer_trace import check_all_seen, trace_gradients
 from bitquota.sensitivity.metrics.metric import BACKWARD, FORWARD, changes_anything
+from bitquota.sensitivity.metrics.stack_backwards import walk_back
 from bitquota.sensitivity.recorder import checked_losses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from bitquota.candidates.table import Candidate
-    from bitquota.models.kept import Series
+    from bitquota.models.stack import Part
     from bitquota.quantizers.stacked import StackedWeights
     from bitquota.sensitivity.metrics.layer_trace import TracedCall
     from bitquota.sensitivity.metrics.metric import Work
@@ -88,107 +87,83 @@ def measure_stack(
     return [own[:, None] for own in values]
 
 
-Scores = dict["Candidate", Tensor]
-"""f64[folds]: what a candidate loses on each fold, of all parts that read its layer."""
-
-
 def _walk_back(
     work: Work, runner: StackRunner, direction: Callable[[Tensor, Sequence[int]], Tensor]
-) -> Scores:
-    """Walk from the output back to the first part that has layers; scores caches on the way."""
-    known, samples, metric = runner.known, runner.calibration, str(work.settings["metric"])
-    stack, wanted = known.stack, set(work.layers)
-    found, behind, parts = _recall(known)
-    for k in reversed(range(parts)):
-        work.recorder.context.check(work.recorder.stage)
-        own = [name for name in stack.layers[k] if name in wanted]
-        if k == 0 and not own:
-            break
-        part = stack.part(k)
-        caches = _candidates_of(work, stack.caches_in(k))
-        names = {tensor_key(tensor_of(part, known.layers[n].weight_name)): n for n in own}
-        # The output of the model is large: a few samples at a time there.
-        size = known.sizes.end if behind is None else known.sizes.block
-        before = known.keeper.series()
-        seen = {name: _Seen(known, k, name) for name in own}
-        for b, span in enumerate(known.spans):
-            batch = ((known.given[k][b],) if k else ()) + inputs_of(samples, span)
-            gradients: list[Tensor] = []
-            for a, values in zip(span[::size], pieces(size, *batch), strict=True):
-                rows = range(a, min(a + size, span.stop))
-                at_output = (
-                    (lambda output, rows=rows: direction(output, rows))
-                    if behind is None
-                    else (lambda _, b=b, behind=behind: behind[b])
-                )
-                fold = known.fold_of(span)
-                add = partial(_add_score, found, fold, known.folds)
-                with scored_caches(part, caches, add):
-                    calls, gradient = trace_gradients(
-                        part, values, at_output, names, metric, at_input=k > 0
-                    )
-                gradients.append(gradient)
-                for call in calls:
-                    seen[call.layer].add(call, fold)
-            if k:
-                before.append(torch.cat(gradients))
-        check_all_seen({name for name in own if seen[name].calls}, own, metric)
-        for one in seen.values():
+) -> dict[Candidate, Tensor]:
+    """Return f64[folds] by candidate: what it loses, in all parts that read its layer."""
+    known = runner.known
+    numbers = {str(n): candidate for n, candidate in enumerate(known.candidates)}
+    found = walk_back(
+        known,
+        runner.calibration,
+        known.spans,
+        known.given,
+        lambda output, rows: direction(output.detach(), rows),
+        partial(_Scored, work, known, {c: n for n, c in numbers.items()}),
+        wanted=work.layers,
+        name=BACKWARDS,
+        stage=work.recorder.stage,
+        context=work.recorder.context,
+    )
+    return {numbers[n]: score for n, score in found.items()}
+
+
+class _Scored:
+    """A part on the way back: what the calls of its layers tell of their candidates.
+
+    Attributes:
+        found: f64[folds] by the candidate's name in the journal.
+    """
+
+    def __init__(
+        self, work: Work, known: StackedWeights, names: dict[Candidate, str], k: int, part: Part
+    ) -> None:
+        self._known, self._names = known, names
+        self._metric = str(work.settings["metric"])
+        self._layers = [name for name in known.stack.layers[k] if name in set(work.layers)]
+        keys = {name: tensor_of(part, known.layers[name].weight_name) for name in self._layers}
+        self._by_key = {tensor_key(tensor): name for name, tensor in keys.items()}
+        self._seen = {name: _Seen(known, k, name) for name in self._layers}
+        self._caches = _candidates_of(work, known.stack.caches_in(k))
+        self._part, self._at_input = part, k > 0
+        self.found: dict[str, Tensor] = {}
+
+    def run(
+        self, values: tuple[Tensor, ...], at_output: Callable[[Tensor], Tensor], span: range
+    ) -> Tensor:
+        """Look at the calls of the layers for some samples; return the gradient at the input."""
+        fold = self._known.fold_of(span)
+        with scored_caches(self._part, self._caches, partial(self._add_cache, fold)):
+            calls, gradient = trace_gradients(
+                self._part, values, at_output, self._by_key, self._metric, at_input=self._at_input
+            )
+        for call in calls:
+            self._seen[call.layer].add(call, fold)
+        return gradient
+
+    def finish(self) -> dict[str, Tensor]:
+        """Return what was found."""
+        seen = {name for name, one in self._seen.items() if one.calls}
+        check_all_seen(seen, self._layers, self._metric)
+        for one in self._seen.values():
             for candidate, score in one.scores().items():
-                found[candidate] = found.get(candidate, 0.0) + score
-        if behind is not None:
-            behind.drop()
-        behind = before
-        _write_down(known, found, behind, k)
-        work.recorder.context.report(work.recorder.stage, len(stack) - k, len(stack))
-    if behind is not None:
-        behind.drop()
-    return found
+                self._add(candidate, score)
+        return self.found
+
+    def _add_cache(self, fold: int, candidate: Candidate, score: Tensor) -> None:
+        own = score.new_zeros(len(self._known.folds))
+        own[fold] = score / len(self._known.folds[fold])
+        self._add(candidate, own)
+
+    def _add(self, candidate: Candidate, score: Tensor) -> None:
+        name = self._names[candidate]
+        self.found[name] = self.found.get(name, 0.0) + score
 
 
 def _candidates_of(work: Work, names: Sequence[str]) -> list[Candidate]:
     """Return the candidates that quantize the caches of these names."""
     everything = (c for row in work.table.rows for c in filter(changes_anything, row.candidates))
     return [c for c in everything if c.layer in names]
-
-
-def _add_score(
-    found: Scores, fold: int, folds: Sequence[range], candidate: Candidate, score: Tensor
-) -> None:
-    """Add what a candidate of a cache loses on some samples of a fold."""
-    if candidate not in found:
-        found[candidate] = score.new_zeros(len(folds))
-    found[candidate][fold] += score / len(folds[fold])
-
-
-def _write_down(known: StackedWeights, found: Scores, behind: Series, k: int) -> None:
-    """Keep what was found from the output back to part ``k``, and the gradients at its input."""
-
-    def content() -> bytes:
-        numbers = {candidate: n for n, candidate in enumerate(known.candidates)}
-        held = {f"score:{numbers[candidate]}": score for candidate, score in found.items()}
-        held |= {f"gradient:{b}": behind[b] for b in range(len(behind))}
-        made: bytes = save({**held, "part": torch.tensor(k)})
-        return made
-
-    known.journal.write(BACKWARDS, content)
-
-
-def _recall(known: StackedWeights) -> tuple[Scores, Series | None, int]:
-    """Return what was found before an interruption, and how many parts are still to be walked."""
-    content = known.journal.read(BACKWARDS)
-    if content is None:
-        return {}, None, len(known.stack)
-    held = load(content)
-    k = int(held.pop("part"))
-    behind = known.keeper.series()
-    for b in range(len(known.spans) if k else 0):
-        behind.append(held.pop(f"gradient:{b}").to(known.device))
-    found = {
-        known.candidates[int(key.partition(":")[2])]: score.to(known.device)
-        for key, score in held.items()
-    }
-    return found, behind, k
 
 
 class _Seen:
@@ -238,9 +213,9 @@ class _Seen:
         along = torch.einsum("nrc,brc->bnr", slopes, self._errors)
         self._slopes[fold] += along.double().square().sum(dim=(1, 2)) / n
 
-    def scores(self) -> Scores:
+    def scores(self) -> dict[Candidate, Tensor]:
         """Return f64[folds] by candidate."""
-        found: Scores = {}
+        found: dict[Candidate, Tensor] = {}
         if self._curvature is None or self._slopes is None:
             zero = torch.zeros(len(self._known.folds), dtype=torch.float64)
             return dict.fromkeys(self._candidates, zero.to(self._known.device))

@@ -67,7 +67,7 @@ class StackRunner(EagerRunner):
         """
         known = self.known
         spans = spans_of(known.sizes.block, [span])
-        charge = partial(self._charge, len(span))
+        charge = partial(self.charge, len(span))
         own = run_variants(known.stack, self.calibration, spans, variants, known.keeper, charge)
         ends = [known.reference(self.calibration, spans, charge), *own]
         charge(len(known.stack) - 1, len(ends))
@@ -95,7 +95,7 @@ class StackRunner(EagerRunner):
             found.append(made[key])
         return found
 
-    def _charge(self, n_samples: int, k: int, variants: int) -> None:
+    def charge(self, n_samples: int, k: int, variants: int) -> None:
         """Count that a part ran so many times."""
         layers = self.inventory.layers
         own = sum(la.n_macs for la in layers if la.name in self.known.stack.layers[k])

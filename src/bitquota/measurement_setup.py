@@ -205,7 +205,7 @@ class Setup:
 
         def make() -> torch.nn.Module:
             assert choice is not None  # noqa: S101  # nothing is rounded in full precision
-            made.append(self._rounded(tuple(choice), rounding))
+            made.append(self.rounded(tuple(choice), rounding))
             quantized = made[0].put_into(copy.deepcopy(self.module), self.inventory)
             return put_caches(quantized, self._cached(choice))
 
@@ -214,7 +214,7 @@ class Setup:
             assert isinstance(runner, StackRunner)  # noqa: S101  # the setup has a stack
             variant: dict[str, Chosen] = {}
             if choice is not None:
-                made.append(self._rounded(tuple(choice), rounding))
+                made.append(self.rounded(tuple(choice), rounding))
                 variant |= runner.known.shipped(made[0].weights)
                 variant |= runner.known.variant(self._cached(choice))
             return runner.outputs(range(len(self.holdout)), [variant])
@@ -245,7 +245,7 @@ class Setup:
         """Return what a choice ships as, or ``None`` where its plan has no such file."""
         if self.fitted.order is None and self.smoothing is None:
             return None
-        return self._rounded(choice)
+        return self.rounded(choice)
 
     def rounded_to_nearest(self) -> Setup:
         """Return this setup for weights that are rounded to nearest."""
@@ -255,7 +255,7 @@ class Setup:
         """Return this setup for weights whose rounding is learned at the end."""
         return replace(self, fitted=self.fitted.learning(self.request.iterations), kept=Kept())
 
-    def _rounded(self, choice: Choice, context: Context | None = None) -> QuantizedModel:
+    def rounded(self, choice: Choice, context: Context | None = None) -> QuantizedModel:
         """Quantize a choice as its plan says, unless it is the one that was kept."""
         if self.kept.choice == choice and self.kept.model is not None:
             return self.kept.model

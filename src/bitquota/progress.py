@@ -190,6 +190,7 @@ _WORDS = {
     "limpq": "training steps of all bit-widths",
     "mixquant_threshold": "scoring by an error threshold",
     "candidates": "looking at the layers' inputs",
+    "shares": "measuring the shares of layers",
     # The search.
     "search": "searching around good plans",
     "refine": "searching around good plans",

@@ -22,6 +22,7 @@ from bitquota.search.portfolio import (
 )
 from bitquota.search.problems import choice_of, limits_of, proposer, solved
 from bitquota.search.refine import refine
+from bitquota.search.refinement import Linearisation
 from bitquota.solver import build_problem
 from bitquota.solver.archive import certificate_file
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from bitquota.request import PlanRequest
     from bitquota.search.neighborhood import Choice
     from bitquota.search.portfolio import Portfolio
-    from bitquota.search.refine import Linearisation
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.runners.base import Runner
     from bitquota.solver import Problem
@@ -120,7 +120,6 @@ def allocate(
     budgets = [setup.budgets(text) for text in request.budgets]
     runner = measuring_runner(setup)
     setup = setup.on_course(lambda: course_of(plan_phases(setup, runner, budgets)))
-    source = gather_portfolio(setup, runner)
     made = [runner]
 
     def runner_on(samples: CalibrationSet) -> Runner:
@@ -130,6 +129,7 @@ def allocate(
     # Samples that decide: the hold-out part, then further ones, then those of the measurement.
     holdout = runner_on(raced_samples(setup))
     further: list[Callable[[], Runner]] = [cache(partial(runner_on, s)) for s in setup.spare]
+    source = gather_portfolio(setup, runner, holdout, budgets)
     deciding: tuple[Runner | Callable[[], Runner], ...] = (holdout, *further, runner)
     if request.effort == "quick":
         deciding = (holdout,)
@@ -206,10 +206,17 @@ def _search(
 ) -> Outcome:
     """Solve one budget, and refine the best of that and of all simpler choices."""
     optimum = solved(setup, problem)
+    quick = setup.request.effort == "quick"
     simple = baseline_choices(setup.table)
     baselines = {name: choice for name, choice in simple.items() if problem.is_feasible(choice)}
     for name, score in source.scores.items():
         baselines[name] = choice_of(solved(setup, build_problem(score, budgets)))
+    if quick and source.scaled:
+        # A race of layers that are rounded apart does not see what rounding makes up for.
+        choice, rows = choice_of(optimum), tuple(range(len(setup.table.rows)))
+        last = Linearisation(point=None, matrix=source.matrix, differences=None, rows=rows)
+        least = _widest(setup, source.matrix, {n: c for n, c in baselines.items() if n in simple})
+        return Outcome(choice=choice, baselines=least, optimum=optimum, last=last)
     # In order of trust: among choices that measurements cannot tell apart the first one leads.
     starts = {
         name: choice_of(solved(setup, build_problem(matrix, budgets)))

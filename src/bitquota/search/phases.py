@@ -20,7 +20,9 @@ from bitquota.search.portfolio import leading_measure, proposing_metrics, raced_
 from bitquota.search.problems import choice_of, limits_of, solved
 from bitquota.search.refine import expected_passes
 from bitquota.search.refinement import EFFORTS, RefineSettings
+from bitquota.search.shares import shared_plan
 from bitquota.sensitivity.measures.choices import passes_of
+from bitquota.sensitivity.metrics.stack_shares import FORWARD_AND_BACK, SHARES
 from bitquota.solver import build_problem
 
 if TYPE_CHECKING:
@@ -108,8 +110,11 @@ def plan_phases(
     settings = refinement_settings(setup)
     points = [widest_choice(setup, together) for together in budgets]
     labels = [f"budget {k + 1} of {n}" for k in range(n)]
+    shared = shared_plan(setup, budgets) is not None
     searches = [
-        search_phase(
+        Phase(stage=f"search, {labels[k]}", samples=0.0, most=0.0)
+        if quick and shared
+        else search_phase(
             setup,
             runner,
             f"search, {labels[k]}",
@@ -139,8 +144,13 @@ def plan_phases(
         # Where the plan stands is not known yet, and so not what its neighbours re-run.
         most = (1 + len(near) + len(distant)) * len(setup.holdout)
         checks.append(Phase(stage=f"evidence, {labels[k]}", samples=samples, most=most))
-    measured = [leading_measure(setup, runner), *metrics.values()]
-    return (*(measure_phase(setup, runner, m) for m in measured), *searches, *checks)
+    first = [measure_phase(setup, runner, leading_measure(setup, runner))]
+    if shared:
+        # One uniform plan is rounded, and walked through on the hold-out samples.
+        samples = 2.0 * len(setup.fit) + FORWARD_AND_BACK * len(setup.holdout)
+        first.append(Phase(stage=SHARES, samples=samples, most=samples))
+    first += [measure_phase(setup, runner, metric) for metric in metrics.values()]
+    return (*first, *searches, *checks)
 
 
 def choices_phase(

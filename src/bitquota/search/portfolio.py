@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING
 from bitquota.errors import InvalidInput
 from bitquota.search.baselines import size_only, weight_mse
 from bitquota.search.projection import project
+from bitquota.search.shares import scaled_by_shares, shared_plan
 from bitquota.sensitivity.measures.gram import measure_differences
 from bitquota.sensitivity.metrics import METRICS, Metric
+from bitquota.sensitivity.metrics.stack_shares import SHARES
 from bitquota.sensitivity.registry import measure_by_name
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bitquota.candidates.budget import Budget
     from bitquota.matrix import SensitivityMatrix
     from bitquota.measurement_setup import Setup
     from bitquota.models.calibration import CalibrationSet
@@ -55,6 +60,7 @@ class Portfolio:
         proposals: Further matrices whose solutions are proposed, by name, in order of trust.
         scores: Simpler matrices whose solutions are also the baselines of the plan, by name.
         skipped: Proposals that this model or its samples cannot give, and why.
+        scaled: Whether the matrix knows what rounding makes up for (``shares.py``).
     """
 
     matrix: SensitivityMatrix
@@ -62,6 +68,7 @@ class Portfolio:
     proposals: dict[str, SensitivityMatrix]
     scores: dict[str, SensitivityMatrix]
     skipped: dict[str, str] = field(default_factory=dict)
+    scaled: bool = False
 
 
 NORMAL_PASSES = 96.0
@@ -150,8 +157,19 @@ def _refusal(setup: Setup, runner: Runner, measure: Measure) -> str:
     return ""
 
 
-def gather_portfolio(setup: Setup, runner: Runner) -> Portfolio:
+def gather_portfolio(
+    setup: Setup,
+    runner: Runner,
+    holdout: Runner | None = None,
+    budgets: Sequence[Sequence[Budget]] = (),
+) -> Portfolio:
     """Measure every matrix that the effort of the request allows.
+
+    Args:
+        setup: Model, samples, candidates.
+        runner: On the samples that are measured on.
+        holdout: On samples that decide; without it nothing is scaled to shares.
+        budgets: Of each plan.
 
     Raises:
         InvalidInput: The measure that the request names cannot be had; nothing else is an error.
@@ -162,8 +180,17 @@ def gather_portfolio(setup: Setup, runner: Runner) -> Portfolio:
     for each further metric.
     """
     measured, differences = measure_leading(setup, runner)
+    uniform = None if holdout is None else shared_plan(setup, budgets)
+    scaled, skipped = False, {}
+    if uniform is not None and holdout is not None:
+        setup.context.next_phase()
+        try:
+            measured, scaled = scaled_by_shares(setup, measured, holdout, *uniform), True
+        except InvalidInput as err:
+            skipped[SHARES] = err.message
     matrix = measured.robust(setup.request.robust)
-    metrics, skipped = proposing_metrics(setup, runner)
+    metrics, refused = proposing_metrics(setup, runner)
+    skipped |= refused
     proposals: dict[str, SensitivityMatrix] = {}
     for name, metric in metrics.items():
         setup.context.next_phase()
@@ -190,6 +217,7 @@ def gather_portfolio(setup: Setup, runner: Runner) -> Portfolio:
         proposals=proposals,
         scores=scores,
         skipped=skipped,
+        scaled=scaled,
     )
 
 
