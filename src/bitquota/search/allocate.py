@@ -209,14 +209,14 @@ def _search(
     quick = setup.request.effort == "quick"
     simple = baseline_choices(setup.table)
     baselines = {name: choice for name, choice in simple.items() if problem.is_feasible(choice)}
-    for name, score in source.scores.items():
-        baselines[name] = choice_of(solved(setup, build_problem(score, budgets)))
     if quick and source.scaled:
         # A race of layers that are rounded apart does not see what rounding makes up for.
         choice, rows = choice_of(optimum), tuple(range(len(setup.table.rows)))
         last = Linearisation(point=None, matrix=source.matrix, differences=None, rows=rows)
-        least = _widest(setup, source.matrix, {n: c for n, c in baselines.items() if n in simple})
+        least = _widest(setup, source.matrix, baselines)
         return Outcome(choice=choice, baselines=least, optimum=optimum, last=last)
+    for name, score in source.scores.items():
+        baselines[name] = choice_of(solved(setup, build_problem(score, budgets)))
     # In order of trust: among choices that measurements cannot tell apart the first one leads.
     starts = {
         name: choice_of(solved(setup, build_problem(matrix, budgets)))
@@ -239,9 +239,9 @@ def _search(
         settings=refinement_settings(setup),
         context=setup.context,
     )
-    if setup.request.effort == "quick" or setup.stacked is not None:
+    if quick or setup.stacked is not None:
         least = _widest(setup, source.matrix, {n: c for n, c in baselines.items() if n in simple})
-        scored = {} if setup.request.effort == "quick" else {n: baselines[n] for n in source.scores}
+        scored = {} if quick else {n: baselines[n] for n in source.scores}
         baselines = least | {n: c for n, c in scored.items() if c in starts.values()}
     return Outcome(choice=found.choice, baselines=baselines, optimum=optimum, last=found.last)
 

@@ -166,6 +166,9 @@ def _compare(
     quick = setup.request.effort == "quick"
     setup, first, rounding = _with_rounding(setup, outcome.choice, stage)
     refined = (outcome.choice,) if quick else (outcome.choice, *others)
+    if source.scaled:
+        # Measured swaps saw layers that are rounded apart.
+        refined += (choice_of(outcome.optimum),)
     own = {f"refined {k}": c for k, c in enumerate(dict.fromkeys(refined))}
     own = {name: choice for name, choice in own.items() if problem.is_feasible(choice)}
     measured = _measure_choices(setup, own | outcome.baselines, stage, first)

@@ -128,7 +128,7 @@ def plan_phases(
     for k, (problem, point) in enumerate(zip(problems, points, strict=True)):
         # The refined choices of all budgets, the baselines, mixes of the plan's size; one choice
         # twice where the rounding is to be settled.
-        n_choices = 1 + min(1, fitting[k]) if quick else n + known[k] + MIXES
+        n_choices = 1 + min(1, fitting[k]) if quick else n + known[k] + MIXES + shared
         n_choices += setup.request.rounding in {"auto", "learned"}
         checks.append(
             choices_phase(setup, f"hold-out, {labels[k]}", n_choices, full_precision=k == 0)
