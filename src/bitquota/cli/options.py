@@ -453,6 +453,7 @@ class Here:
             except KeyboardInterrupt:
                 output.say(f"what was measured is in {place}: the same command goes on from there")
                 raise
+        output.say_use()
 
 
 _REQUEST: dict[str, tuple[Any, Any]] = {

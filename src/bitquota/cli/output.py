@@ -6,6 +6,7 @@ Design: docs/design/progress.md
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import threading
 import time
@@ -30,6 +31,7 @@ from bitquota.cli import drawing
 from bitquota.progress import Pace, Progress, lasting, stage_words
 from bitquota.report import text as report
 from bitquota.report.costs import cost_sentences
+from bitquota.report.estimate import rounded_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -290,6 +292,15 @@ def print_plan(
 def say(line: str) -> None:
     """Print one line on standard error as it is: a path is neither coloured nor broken."""
     messages.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def say_use() -> None:
+    """Print what this process has taken of processor and memory so far."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    # macOS counts bytes, everybody else KiB.
+    peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    seconds = used.ru_utime + used.ru_stime
+    say(f"{seconds:,.0f} s of processor time, {rounded_size(peak)} of memory at the peak")
 
 
 def print_json(value: object) -> None:

@@ -26,7 +26,7 @@ def estimate_rows(found: JobEstimate) -> list[dict[str, str]]:
         "samples": samples,
         "passes": _passes(found.passes, found.most_passes),
         "time": _time(found),
-        "memory": f"about {_rounded_size(found.peak_bytes)} at its peak",
+        "memory": f"about {rounded_size(found.peak_bytes)} at its peak",
         "model now": format_size(found.model_bits),
         **{f"at {b.text}": f"at most {format_size(b.model_bits)}" for b in found.budgets},
         "quantizable": f"{share:.3g} % of the bytes",
@@ -111,6 +111,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 10 else lasting(seconds)
 
 
-def _rounded_size(n_bytes: int) -> str:
+def rounded_size(n_bytes: int) -> str:
+    """Return a number of bytes as a size with few digits: ``1.9 GiB``, ``97 MiB``."""
     gigabytes = n_bytes / 2**30
     return f"{gigabytes:.1f} GiB" if gigabytes >= 1 else f"{n_bytes / 2**20:.0f} MiB"
