@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from bitquota.candidates.architectures import prepare_inventory
 from bitquota.candidates.budget import Budget
 from bitquota.candidates.targets import target_by_name
 from bitquota.context import Context, MemoryLedger
 from bitquota.exports.export import export_plan
 from bitquota.exports.profile import profile
 from bitquota.models.calibration import CalibrationSet
-from bitquota.models.loaded import finish
+from bitquota.models.loaded import finish, inventory_of
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate
 from resnet_cifar import calibration, resnet20
@@ -134,28 +135,27 @@ def ranks(values: np.ndarray) -> np.ndarray:
 def plans(table: CostTable, n_samples: int) -> list[Bar]:
     """Plan ResNet-20 within the time and bytes of each uniform plan, export, time, compare."""
     model, data = resnet()
-    base = PlanRequest(
-        budgets=("0.9x",), target="ort-cpu", samples=n_samples, holdout_samples=n_samples,
-        effort="quick", rounding="nearest", tables=(table,),
-    )  # fmt: skip
-    context = Context(ledger=MemoryLedger())
-    inventory = allocate(model, data, base, context=context).inventory
-    priced = Budget.parse("1 s", inventory, [table])
     target = target_by_name("ort-cpu")
+    inventory = prepare_inventory(inventory_of(model.module, model, data), target)
+    priced = Budget.parse("1 s", inventory, [table])
+    layers = inventory.layers
+    uniform = {bits: target.candidates_at(layers, [bits] * len(layers)) for bits in (2, 4, 8)}
+    took = {bits: priced.spent(candidates) for bits, candidates in uniform.items()}
+    rest = inventory.unquantized_bits
+    stored = {
+        bits: -(-(sum(c.size_bits for c in candidates) + rest) // 8)
+        for bits, candidates in uniform.items()
+    }
+    request = PlanRequest(
+        budgets=tuple(f"{took[bits]} ns + {stored[bits]} B" for bits in uniform),
+        target="ort-cpu", samples=n_samples, holdout_samples=n_samples, effort="quick",
+        rounding="nearest", tables=(table,),
+    )  # fmt: skip
+    made = allocate(model, data, request, context=Context(ledger=MemoryLedger()))
     bars: list[Bar] = []
-    for bits in (2, 4, 8):
-        layers = inventory.layers
-        uniform = target.candidates_at(layers, [bits] * len(layers))
-        took = priced.spent(uniform)
-        stored = -(-(sum(c.size_bits for c in uniform) + inventory.unquantized_bits) // 8)
-        text = f"{took} ns + {stored} B"
-        made = allocate(
-            model, data, PlanRequest.from_json(base.to_json() | {"budgets": [text]}),
-            context=context,
-        )  # fmt: skip
-        plan = made.plans[0]
+    for bits, plan in zip(uniform, made.plans, strict=True):
         assert plan.measured is not None  # plans are measured
-        theirs = next(b for b in plan.baselines if b.name == f"uniform W{bits}")
+        theirs = next(b for b in plan.baselines if b.name == f"uniform W{bits}").measured
         with tempfile.TemporaryDirectory() as place:
             report = export_plan(
                 made.with_weights(model), plan, Path(place) / "out", target="ort-cpu", samples=data
@@ -164,12 +164,12 @@ def plans(table: CostTable, n_samples: int) -> list[Bar]:
         assert timed is not None  # the plan has a budget of time
         bars += [
             (
-                f"uniform {bits} bits in {took / 1e6:.3f} ms: the plan's loss is smaller",
-                f"{plan.measured.mean:.4g} against {theirs.measured.mean:.4g}",
-                plan.measured.mean <= theirs.measured.mean,
+                f"uniform {bits} bits in {took[bits] / 1e6:.3f} ms: the plan's loss is not larger",
+                f"{plan.measured.mean:.4g} against {theirs.mean:.4g}",
+                plan.measured.mean <= theirs.mean,
             ),
             (
-                f"the plan keeps {took / 1e6:.3f} ms when timed (and 10 %)",
+                f"the plan keeps {took[bits] / 1e6:.3f} ms when timed (and 10 %)",
                 f"{timed.measured_ns / 1e6:.3f} ms, predicted {timed.predicted_ns / 1e6:.3f}",
                 timed.measured_ns <= (1 + TOLERANCE) * timed.limit_ns,
             ),
