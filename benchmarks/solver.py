@@ -16,9 +16,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"
 
 import time  # noqa: E402  # threads first
-from dataclasses import dataclass, field, replace  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+from dataclasses import dataclass, field  # noqa: E402
 
 import numpy as np  # noqa: E402
 
@@ -30,81 +28,15 @@ from bitquota.solver import (  # noqa: E402
     hull,
     solve,
 )
-from solver_large import factored, many  # noqa: E402  # beside this file
+from solver_instances import DATA, Instance, drawn, noisy, published  # noqa: E402  # beside this file
+from solver_large import factored, many  # noqa: E402
+from solver_limits import kinds, overruns  # noqa: E402
 from solver_rivals import ask  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
 AVERAGES = (2.5, 3, 3.5, 4)
 """Budgets in bits per weight, in the order of the published instances."""
 FACTOR = {"cvxpy_scip": 4.0}
 """How many times less CPU than another backend ours must take; 1 unless named."""
-DATA = Path(os.environ.get("BITQUOTA_DATA", ROOT.parent / "shared" / "data")) / "iqp"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Instance:
-    """Minimise ``xᵀGx`` over one row per layer, ``sizes`` i64[L, B] within ``limit``."""
-
-    G: np.ndarray[Any, np.dtype[np.float64]]
-    sizes: np.ndarray[Any, np.dtype[np.int64]]
-    limit: int
-
-    @property
-    def problem(self) -> Problem:
-        """The problem: terms inside a layer never count."""
-        groups, width = self.sizes.shape
-        cross = self.G + self.G.T
-        group = np.repeat(np.arange(groups), width)
-        cross[group[:, None] == group[None, :]] = 0.0
-        return Problem(
-            diagonal=np.diag(self.G).copy(),
-            cross=cross,
-            offsets=np.arange(groups + 1) * width,
-            costs=self.sizes.reshape(1, -1),
-            limits=np.array([self.limit]),
-        )
-
-
-def drawn(
-    groups: int, width: int, *, correlated: bool, noise: float, seed: int, average: float = 3
-) -> Instance:
-    """Draw a Gram of layer errors: low rank, AR(1) along depth and a part of its own per layer."""
-    rng = np.random.default_rng(seed)
-    bits = {3: [2, 4, 8], 5: [2, 3, 4, 6, 8], 6: [2, 3, 4, 5, 6, 8]}[width]
-    low, along = (0.35, 0.24) if correlated else (0.15, 0.10)
-    factors = rng.normal(size=(groups, 6))
-    factors /= np.linalg.norm(factors, axis=1, keepdims=True)
-    near = 0.8 ** np.abs(np.subtract.outer(np.arange(groups), np.arange(groups)))
-    between = low * factors @ factors.T + along * near + (1 - low - along) * np.eye(groups)
-    error = np.exp(rng.normal(0, 0.6, (groups, 1)) + rng.normal(0, 0.1, (groups, width)))
-    error = (error * 2.0 ** -np.array(bits, dtype=np.float64)).ravel()
-    within = 0.9 + 0.1 * np.eye(width)
-    gram = np.kron(between, np.ones((width, width))) * np.outer(error, error)
-    gram *= np.tile(within, (groups, groups))
-    factor = np.triu(rng.normal(size=gram.shape), 1) * noise
-    gram *= 1 + factor + factor.T
-    weights = (np.round(10 ** rng.uniform(5.5, 8, groups) / 256) * 256).astype(np.int64)
-    sizes = weights[:, None] * np.array(bits)
-    return Instance(G=gram, sizes=sizes, limit=int(average * int(weights.sum())))
-
-
-def noisy(instance: Instance, noise: float, seed: int) -> Instance:
-    """Multiply every cross term by one plus noise."""
-    factor = np.triu(np.random.default_rng(seed).normal(size=instance.G.shape), 1) * noise
-    return replace(instance, G=instance.G * (1 + factor + factor.T))
-
-
-def published(name: str, index: int) -> Instance | None:
-    """Return a published instance, or ``None`` where the data are missing."""
-    path = DATA / f"{name}.npz"
-    if not path.exists():
-        return None
-    with np.load(path, allow_pickle=False) as archive:
-        return Instance(
-            G=archive["G"],
-            sizes=archive["sizes"].astype(np.int64),
-            limit=int(np.floor(archive["budgets"][index])),
-        )
 
 
 class Table:
@@ -298,28 +230,9 @@ def limits(table: Table, others: Others) -> None:  # noqa: ARG001
     overrun(table, "drawn 560 x 5", drawn(560, 5, correlated=False, noise=0.0, seed=0), 4.0)
 
 
-def calls(table: Table, others: Others, number: int = 500, largest: int = 560) -> None:  # noqa: ARG001
-    """Many calls with random limits on problems of all kinds: the worst overrun, in CPU seconds."""
-    rng = np.random.default_rng(0)
-    problems = []
-    for groups in (20, 53, 74, 120, 224, 400, largest):
-        for noise in (0.0, 0.03, 0.15):
-            if groups <= largest and (groups < 400 or noise == 0.0):
-                correlated = bool(rng.integers(2))
-                kind = drawn(groups, 5, correlated=correlated, noise=noise, seed=groups)
-                problems.append(kind.problem)
-    separable = replace(problems[-1], cross=None)
-    pairs = np.stack([np.arange(0, 15, 5), np.arange(5, 20, 5)], axis=1)
-    problems += [separable, replace(separable, forbidden_pairs=pairs)]
-    over = []
-    for _ in range(number):
-        problem = problems[int(rng.integers(len(problems)))]
-        limit = float(10 ** rng.uniform(-2.5, 0.0))
-        begin = time.process_time()
-        solve(problem, time_limit_s=limit, clock=time.process_time, seed=int(rng.integers(100)))
-        over.append(max(time.process_time() - begin - limit, 1e-6))
-    worst, often = max(over), float(np.quantile(over, 0.99))
-    table.line(f"{number} calls with random limits: overrun", worst, 0.2, f"99 %: {often:.3f}")
+def calls(table: Table, others: Others, number: int = 500, largest: int = 1000) -> None:  # noqa: ARG001
+    """Many calls with random limits on problems of all kinds."""
+    overruns(table, kinds(largest), number)
 
 
 def small(table: Table, others: Others) -> None:

@@ -55,8 +55,10 @@ def main() -> None:
         any_problems(max_groups=given.groups, max_rows=given.rows),
         st.sampled_from([GAP, 1e-4, 1e-2]),
         st.integers(0, 3),
+        st.booleans(),
     )
-    def holds(problem: Problem, gap: float, seed: int) -> None:
+    def holds(problem: Problem, gap: float, seed: int, listed: bool) -> None:  # noqa: FBT001
+        problem = problem.listed() if listed else problem
         try:
             solution = assert_equals_brute_force(problem, gap=gap, seed=seed)
         except BaseException:
@@ -71,6 +73,7 @@ def main() -> None:
         tally["pairs"] += len(problem.forbidden_pairs) + len(problem.required_pairs) > 0
         tally["forbidden rows"] += not problem.allowed.all()
         tally["cross terms"] += problem.cross is not None
+        tally["cross terms as a list"] += len(problem.terms) > 0
         tally["more than one node"] += solution.stats.nodes > 1
         tally["nodes"] += solution.stats.nodes
 

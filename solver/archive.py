@@ -38,6 +38,8 @@ _PROBLEM_ARRAYS = (
     "diagonal",
     "cross",
     "factor",
+    "terms",
+    "term_values",
     "offsets",
     "costs",
     "limits",
@@ -75,7 +77,10 @@ def problem_to_bytes(problem: Problem) -> bytes:
 
 def _problem_parts(problem: Problem) -> tuple[JsonObject, Arrays]:
     arrays = {
-        name: array for name in _PROBLEM_ARRAYS if (array := getattr(problem, name)) is not None
+        name: array
+        for name in _PROBLEM_ARRAYS
+        if (array := getattr(problem, name)) is not None
+        and (len(array) or name not in ("terms", "term_values"))
     }
     meta = {"format": _PROBLEM, "constant": problem.constant}
     return meta | {name: list(getattr(problem, name)) for name in _NAMES}, arrays
@@ -89,8 +94,9 @@ def problem_from_bytes(data: bytes) -> Problem:
     """
     meta, arrays = _unpack(data, _PROBLEM)
     try:
-        given: dict[str, Any] = {name: arrays.get(name) for name in ("cross", "factor")}
-        given |= {name: arrays[name] for name in _PROBLEM_ARRAYS if name not in given}
+        optional = ("cross", "factor", "terms", "term_values")
+        given: dict[str, Any] = {name: arrays[name] for name in optional if name in arrays}
+        given |= {name: arrays[name] for name in _PROBLEM_ARRAYS if name not in optional}
         given |= {name: tuple(map(str, meta[name])) for name in _NAMES}
         return Problem(constant=float(meta["constant"]), **given)
     except (KeyError, TypeError) as err:
@@ -188,6 +194,7 @@ def _certificate_parts(certificate: Certificate) -> tuple[JsonObject, Arrays]:
             arrays[f"convexification{index}_{name}"] = getattr(shape, name)
     # In hexadecimal, so that infinities have a name and every bit survives.
     meta = {"bound": float(certificate.bound).hex(), "recursion": certificate.recursion}
+    meta |= {"joint": True} if certificate.joint else {}
     return meta | {"convexifications": len(certificate.convexifications)}, arrays
 
 
@@ -208,6 +215,7 @@ def _certificate(meta: JsonObject, arrays: Arrays, wanted: str) -> Certificate:
                 for index in range(int(meta["convexifications"]))
             ),
             recursion=bool(meta["recursion"]),
+            joint=bool(meta.get("joint", False)),
             **take({name: kind for name, kind in _OPTIONAL.items() if name in arrays}),
             **take(_CERTIFICATE_ARRAYS),
         )

@@ -218,11 +218,36 @@ class Entry:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
+class Region:
+    """Rows that may still be chosen.
+
+    Attributes:
+        node: Its node of the record.
+        keep: bool[n of the problem].
+        bound: No choice of the region is below it.
+        strong: Begin with products and cuts.
+        cuts: i64[c, 2] in the problem's rows.
+        plain_rows: How many were left at the last bound without products and cuts.
+        priced: Rows of this separable region that its relaxation excludes are gone.
+    """
+
+    node: int
+    keep: Bools
+    bound: float = -math.inf
+    strong: bool = False
+    cuts: Ints = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
+    plain_rows: int = 0
+    priced: bool = False
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
 class Record:
     """What becomes a certificate: a tree of regions, with the trees of their cores below them."""
 
     problem: Problem
     orders: Ints = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
+    joint: bool = False
+    """Whether nodes without a convex function are proved by elimination."""
     convexifications: list[Convexification] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
     trees: list[tuple[int, int, Tree]] = field(default_factory=list)
@@ -347,7 +372,9 @@ class Record:
             if entry.point is not None and entry.multipliers is not None:
                 point[i], lam[i] = entry.point, entry.multipliers
             elif entry.w is not None and entry.multipliers is not None:
-                w[i], lam[i] = entry.w, entry.multipliers
+                lam[i] = entry.multipliers
+                if len(w):
+                    w[i] = entry.w
         # The nodes of their trees, whose roots are regions.
         at = base
         for node, convexification, tree in self.trees:
@@ -362,7 +389,7 @@ class Record:
             own[new] = tree.bound[inner]
             at = new.stop
         point[conv < 0] = 0.0
-        if not len(w):
+        if not len(w) and not self.joint:
             lam[conv < 0] = 0.0
         return Certificate(
             bound=float(kernels.settle(parent, own, cutoff)[0]),
@@ -373,5 +400,6 @@ class Record:
             point=point,
             multipliers=lam,
             orders=self.orders,
+            joint=self.joint,
             w=w,
         )

@@ -84,6 +84,11 @@ def feasible_choices(
         if problem.factor is not None:
             parts = problem.factor[rows]
             values += 0.5 * ((parts.sum(axis=1) ** 2).sum(axis=1) - (parts**2).sum(axis=(1, 2)))
+        if len(problem.terms):
+            taken = np.zeros((len(rows), problem.n_rows), dtype=np.bool_)
+            np.put_along_axis(taken, rows, values=True, axis=1)
+            for (a, b), value in zip(problem.terms.tolist(), problem.term_values, strict=True):
+                values += np.where(taken[:, a] & taken[:, b], value, 0.0)
         yield choices, values
 
 

@@ -26,6 +26,7 @@ from bitquota.solver.checker_bounds import (
     OutwardBounds,
 )
 from bitquota.solver.checker_factor import FactorBounds, Formula, Value, exact_pairs
+from bitquota.solver.checker_joint import Components, JointBounds
 from bitquota.solver.checker_recursion import reason_not_proved
 from bitquota.solver.checker_regions import Enemies, Regions, blocks, pairs_of_orders
 from bitquota.solver.exact import dyadic
@@ -209,6 +210,8 @@ class _Arithmetic:
         parts = [np.array([problem.constant]), problem.diagonal[rows]]
         if problem.cross is not None:
             parts.append(problem.cross[np.ix_(rows, rows)][np.triu_indices(len(rows), 1)])
+        chosen = np.isin(problem.terms, rows).all(axis=1)
+        parts.append(problem.term_values[chosen])
         (terms,), exponent = dyadic(np.concatenate(parts))
         unit = Fraction(2) ** exponent
         total, size = sum(terms) * unit, sum(map(abs, terms)) * unit
@@ -224,9 +227,12 @@ class _Checker:
     """One certificate on one problem."""
 
     def __init__(self, problem: Problem, certificate: Certificate, method: str) -> None:
+        if len(problem.terms) and problem.factor is None and not certificate.joint:
+            problem = problem.dense()
         self.problem, self.certificate = problem, certificate
         self.arithmetic = _Arithmetic(problem)
         self.n, self.N = self.arithmetic.n, len(certificate.parent)
+        self.w = certificate.w if problem.factor is not None else np.zeros((self.N, 0))
         self.exact_nodes = 0
         self._check_shapes()
         try:
@@ -256,7 +262,14 @@ class _Checker:
             self.exact[index] = ExactBounds(problem, frame)
             self.wide[index] = OutwardBounds(problem, frame)
             self.fast[index] = OutwardBounds(problem, frame, np.float64)
-        if problem.factor is not None:
+        if certificate.joint:
+            listed = problem.listed()
+            components = Components(listed)
+            if not components.fits:
+                raise _Broken("terms must join few groups at a time to be eliminated")
+            self.exact[-1] = self.wide[-1] = JointBounds(listed, components)
+            self.fast[-1] = JointBounds(listed, components, np.float64)
+        elif problem.factor is not None and not len(problem.terms):
             self.exact[-1] = self.wide[-1] = FactorBounds(problem)
             self.fast[-1] = FactorBounds(problem, np.float64)
         for index in sorted({int(c) for c in certificate.convexification if c >= 0}):
@@ -360,7 +373,7 @@ class _Checker:
         self, bounds: OutwardBounds | FactorBounds, nodes: Ints, regions: Regions
     ) -> list[Formula]:
         c, rows = self.certificate, [regions.open_rows(node) for node in nodes.tolist()]
-        points = c.w if isinstance(bounds, FactorBounds) else c.point
+        points = self.w if isinstance(bounds, FactorBounds) else c.point
         try:
             return bounds.nodes(self.masks[nodes], points[nodes], c.multipliers[nodes], rows)
         except BadPoint as err:
@@ -370,7 +383,7 @@ class _Checker:
         self.exact_nodes += 1
         c, rows = self.certificate, regions.open_rows(node)
         bounds = self.exact[int(c.convexification[node])]
-        points = c.w if isinstance(bounds, FactorBounds) else c.point
+        points = self.w if isinstance(bounds, FactorBounds) else c.point
         try:
             return bounds.node(self.masks[node], points[node], c.multipliers[node], rows)
         except BadPoint as err:
@@ -402,13 +415,16 @@ class _Checker:
     def _repeats(self, node: int, regions: Regions, best: Value) -> Iterator[Formula]:
         """Yield the formula of a node that falls short in ever finer arithmetic."""
         index, claim = int(self.certificate.convexification[node]), self.certificate.bound
-        if index < 0 and not self.certificate.w[node : node + 1].any():
+        if index not in self.wide or (index < 0 and not self._has_formula(node)):
             return
         if self.first_exact or not _finite(claim) or best >= Fraction(claim):
             return
         yield self._outward(self.wide[index], np.array([node]), regions)[0]
         if self.may_repeat and not self.certificate.recursion:
             yield self._exactly(node, regions)
+
+    def _has_formula(self, node: int) -> bool:
+        return bool(self.certificate.joint or self.certificate.w[node : node + 1].any())
 
     def _best(self, node: int, regions: Regions, below: Value, formula: Formula | None) -> Value:
         """Return the larger of a node's own bound and the least of children and removed rows.

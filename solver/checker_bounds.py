@@ -298,7 +298,7 @@ class OutwardBounds:
         if problem.factor is not None:
             terms, terms_size = rounded_terms(problem, self.real)
             Q, Q_size = Q + terms, Q_size + terms_size
-            roundings += problem.factor.shape[1] + 1
+            roundings += problem.factor.shape[1] + 2
         if frame.shift is not None:
             half = np.diag(self._real(frame.shift)) / 2
             linear, size = linear - half, size + np.abs(half)

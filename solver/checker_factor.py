@@ -1,6 +1,6 @@
 """What the checker derives for problems in factor form, from the factor itself.
 
-The formula is the last one in the docstring of ``solution.py``. Where a convexification is used,
+The formula is that without convexification in ``solution.py``. Where a convexification is used,
 the pair terms ``U_p·U_q`` are needed as a matrix, with what rounding does to them.
 
 Design: docs/design/certificates.md
@@ -36,20 +36,27 @@ _PIECE = 1 << 14
 def rounded_terms(problem: Problem, real: type[np.floating[Any]]) -> tuple[Any, Any]:
     """Return the pair terms of all rows and sizes that their roundings are relative to: [n, n].
 
-    ``gamma(r + 1)`` times the sizes bounds the error.
+    ``gamma(r + 2)`` times the sizes bounds the error.
     """
     U = np.asarray(problem.factor).astype(real)
     inside = _inside(problem)
     terms, size = U @ U.T, np.abs(U) @ np.abs(U).T
     terms[inside] = size[inside] = 0.0
+    a, b = problem.terms.T
+    for first, second in ((a, b), (b, a)):
+        terms[first, second] += problem.term_values.astype(real)
+        size[first, second] += np.abs(problem.term_values).astype(real)
     return terms, size
 
 
 def exact_terms(problem: Problem) -> tuple[NDArray[Any], int]:
     """Return the pair terms of all rows as integers, and their exponent."""
-    (U,), exponent = dyadic(np.asarray(problem.factor))
+    (U, pairs), exponent = dyadic(np.asarray(problem.factor), problem.term_values)
     terms = U @ U.T
     terms[_inside(problem)] = 0
+    a, b = problem.terms.T
+    for first, second in ((a, b), (b, a)):
+        terms[first, second] += pairs << -exponent
     return terms, 2 * exponent
 
 
@@ -129,18 +136,21 @@ class FactorBounds:
         problem, real = self.problem, self.real
         starts, counts = problem.offsets[:-1], np.diff(problem.offsets)
         w, prices = points.astype(real), multipliers.astype(real)
-        r, m, G = w.shape[1], prices.shape[1], len(starts)
         lower = np.where(masks, self._rows(w, prices), real(np.inf))
         least = np.minimum.reduceat(lower, starts, axis=1)
-        # The sum: over the groups pairwise or one by one, it does not matter to the bound.
-        limits = problem.limits.astype(real)
+        total = self._total(w, prices, least)
+        return formulas(total, lower, least, counts, removed, self._gamma(8), real(TINY))
+
+    def _total(self, w: NDArray[Any], prices: NDArray[Any], least: NDArray[Any]) -> NDArray[Any]:
+        """Return [k], what ``least`` [k, number] adds up to with the rest of the formula."""
+        # Pairwise or one by one, it does not matter to the bound.
+        limits, constant = self.problem.limits.astype(self.real), self.real(self.problem.constant)
         square, spent = (w * w).sum(axis=1) / 2, prices @ limits
-        constant = real(problem.constant)
         total = constant - square - spent + least.sum(axis=1)
         lost = abs(constant) + square + prices @ np.abs(limits) + np.abs(least).sum(axis=1)
-        factor = self._gamma(r + m + G + 16)
-        total = total - factor * lost - real(TINY)
-        return formulas(total, lower, least, counts, removed, self._gamma(8), real(TINY))
+        factor = self._gamma(w.shape[1] + prices.shape[1] + len(self.problem.offsets) + 15)
+        found: NDArray[Any] = total - factor * lost - self.real(TINY)
+        return found
 
     def _rows(self, w: NDArray[Any], prices: NDArray[Any]) -> NDArray[Any]:
         """Return [k, n]: the rows' values at the low end of their error, ``_PIECE`` at a time."""
@@ -149,7 +159,7 @@ class FactorBounds:
         factor = self._gamma(w.shape[1] + prices.shape[1] + 12)
         for at in range(0, len(problem.diagonal), _PIECE):
             here = slice(at, at + _PIECE)
-            U, diagonal = problem.factor[here].astype(real), problem.diagonal[here].astype(real)  # type: ignore[index]
+            U, diagonal = self._factor(here).astype(real), problem.diagonal[here].astype(real)
             half, priced = (U * U).sum(axis=1) / 2, prices @ problem.costs[:, here].astype(real)
             value = (diagonal - half) + w @ U.T + priced
             size = np.abs(diagonal) + half + np.abs(w) @ np.abs(U).T + priced
@@ -168,23 +178,38 @@ class FactorBounds:
     ) -> Formula:
         """Return what the node proves, and what it proves with each removed row chosen. Exact."""
         problem = self.problem
-        (d, U, w), exponent = dyadic(problem.diagonal, np.asarray(problem.factor), point)
-        (prices,), fine = dyadic(multipliers) if len(multipliers) else ((np.zeros(0, object),), 0)
-        (costs, limits), _ = dyadic(problem.costs, problem.limits)
-        # Twice the rows' values, over 2**low: d has one factor of the unit, products have two.
-        low = min(2 * exponent, fine)
-        values = (2 * d) << (exponent - low)
-        values = values + ((2 * (U @ w) - (U * U).sum(axis=1)) << (2 * exponent - low))
-        if len(prices):
-            values = values + ((2 * (prices @ costs)) << (fine - low))
-        unit = Fraction(2) ** low / 2
+        values, _, unit, total = self._integers(point, multipliers, np.zeros(0))
         starts = problem.offsets[:-1].tolist()
         least = [
             min(values[a:b][mask[a:b]].tolist())
             for a, b in zip(starts, problem.offsets[1:].tolist(), strict=True)
         ]
-        total = Fraction(float(problem.constant)) + sum(least) * unit
-        total -= Fraction(2) ** (2 * exponent) * int((w * w).sum()) / 2
-        total -= Fraction(2) ** fine * int(sum(prices * limits))
+        total += sum(least) * unit
         group = np.repeat(np.arange(len(starts)), np.diff(problem.offsets))
         return total, [total + (values[p] - least[group[p]]) * unit for p in removed]
+
+    def _integers(
+        self, point: NDArray[Any], multipliers: NDArray[np.float64], terms: NDArray[np.float64]
+    ) -> tuple[NDArray[Any], NDArray[Any], Fraction, Fraction]:
+        """Return rows' values and ``terms`` as integers, their unit, and what is left to add."""
+        problem, whole = self.problem, slice(None)
+        (d, U, w, pairs), exponent = dyadic(problem.diagonal, self._factor(whole), point, terms)
+        (prices,), fine = dyadic(multipliers) if len(multipliers) else ((np.zeros(0, object),), 0)
+        (costs, limits), _ = dyadic(problem.costs, problem.limits)
+        # Twice the rows' values, over 2**low: d has one factor of the unit, products have two.
+        low = min(2 * exponent, fine)
+        values = (2 * d) << (exponent - low)
+        if U.shape[1]:
+            values = values + ((2 * (U @ w) - (U * U).sum(axis=1)) << (2 * exponent - low))
+        if len(prices):
+            values = values + ((2 * (prices @ costs)) << (fine - low))
+        total = Fraction(float(problem.constant))
+        total -= Fraction(2) ** (2 * exponent) * int((w * w).sum()) / 2
+        total -= Fraction(2) ** fine * int(sum(prices * limits))
+        return values, (2 * pairs) << (exponent - low), Fraction(2) ** low / 2, total
+
+    def _factor(self, rows: slice) -> NDArray[np.float64]:
+        """Return the factor's ``rows``; without a factor, no columns of them."""
+        if self.problem.factor is None:
+            return np.zeros((len(self.problem.diagonal[rows]), 0))
+        return np.asarray(self.problem.factor[rows])

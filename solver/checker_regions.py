@@ -133,7 +133,7 @@ class Regions:
     def is_dominated(self, p: int, node: int) -> bool:
         """Return whether a kept row of its group is as good as ``p`` wherever ``node`` allows."""
         problem, mask = self.problem, self.masks[node]
-        if problem.factor is not None:
+        if problem.factor is not None or len(problem.terms):
             return False
         g = int(np.searchsorted(problem.offsets, p, side="right")) - 1
         start, stop = problem.offsets[g : g + 2].tolist()
@@ -213,6 +213,7 @@ def _exchangeable(problem: Problem, enemies: Enemies, g: int, h: int) -> bool:
         and np.array_equal(problem.allowed[changed], problem.allowed[exchanged[changed]])
         and np.array_equal(problem.costs[:, changed], problem.costs[:, exchanged[changed]])
         and problem.factor is None
+        and not len(problem.terms)
         and (
             problem.cross is None
             or np.array_equal(

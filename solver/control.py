@@ -117,7 +117,7 @@ class Control:
         over = threading.Event()
 
         def watch() -> None:
-            while not over.wait(WATCH_S):
+            while not over.wait(self._watch_s()):
                 try:
                     if self.stopped():
                         return
@@ -131,6 +131,12 @@ class Control:
         finally:
             over.set()
             watcher.join()
+
+    def _watch_s(self) -> float:
+        """Return when to look at the limits next."""
+        limit = self.options.time_limit_s
+        left = WATCH_S if limit is None else limit - self.elapsed()
+        return min(WATCH_S, max(left, 0.1 * WATCH_S))
 
     def elapsed(self) -> float:
         """Seconds since the start, by ``clock``."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitquota.solver.interruptible import cholesky
+from bitquota.solver.interruptible import cholesky, pieces
 from bitquota.solver.solution import Convexification
 
 if TYPE_CHECKING:
@@ -58,30 +58,43 @@ def convexify(core: Core, point: DualPoint) -> Convex:
     if not len(core.C):
         error = core.e + 1e-15 * np.abs(core.d)
         return Convex(Q=core.C, l=core.d, const=core.constant, error=error, point=point)
-    Q = core.C.copy()
+    Q = np.empty_like(core.C)
+    for rows in pieces(n, core.halt):
+        Q[rows] = core.C[rows]
     np.subtract.at(Q, (point.cut_rows, point.cut_columns), point.cut_values)
     np.subtract.at(Q, (point.cut_columns, point.cut_rows), point.cut_values)
     linear = core.d.copy()
     for mu, cost, limit in zip(point.products, core.A, core.b, strict=True):
         if mu.any():
-            Q += np.outer(mu, cost) + np.outer(cost, mu)
+            for rows in pieces(n, core.halt):
+                Q[rows] += np.outer(mu[rows], cost) + np.outer(cost[rows], mu)
             linear -= float(limit) * mu
     shift = point.shift.copy()
     for a, b in zip(core.off[:-1], core.off[1:], strict=True):
         Q[a:b, a:b] += shift[a:b, : b - a]
     last = (core.off[1:] - 1)[core.grp]
     free = np.setdiff1d(np.arange(n), core.off[1:] - 1)
-    R = Q[free] - Q[last[free]]
-    R = R[:, free] - R[:, last[free]]
+    R = np.empty((len(free), len(free)))
+    for rows in pieces(len(free), core.halt):
+        part = Q[free[rows]] - Q[last[free[rows]]]
+        R[rows] = part[:, free] - part[:, last[free]]
     size = np.maximum(np.diag(R), 1e-14 * float(np.abs(np.diag(R)).max(initial=0.0)) + 1e-300)
     root = 1.0 / np.sqrt(size)
-    scaled = R * root[:, None] * root[None, :]
-    extra = _lacking(0.5 * (scaled + scaled.T), core.halt) * size
+    for rows in pieces(len(free), core.halt):
+        R[rows] *= root[rows, None]
+        R[rows] *= root[None, :]
+    for rows in pieces(len(free), core.halt):
+        here = slice(rows.start, None)
+        R[rows, here] = 0.5 * (R[rows, here] + R[here, rows].T)
+        R[here, rows] = R[rows, here].T
+    extra = _lacking(R, core.halt) * size
     Q[free, free] += extra
     shift[free, free - core.off[:-1][core.grp[free]]] += extra
     start_of = core.off[:-1][core.grp]
     linear -= 0.5 * shift[np.arange(n), np.arange(n) - start_of]
-    magnitude = np.abs(Q).max(axis=1, initial=0.0)
+    magnitude = np.zeros(n)
+    for rows in pieces(n, core.halt):
+        magnitude[rows] = np.abs(Q[rows]).max(axis=1, initial=0.0)
     error = core.e + 2.3e-16 * (core.n_groups + 10.0) * (np.abs(linear) + core.n_groups * magnitude)
     point.shift = shift
     return Convex(

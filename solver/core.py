@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.solver.compiled import compiled
+from bitquota.solver.interruptible import go_on
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,6 +94,9 @@ def reduce(
 
     ``rounding`` f64[n] is what has been done to the problem's diagonal already. Every group
     must keep a row. ``O(n²)``, ``O(n)`` for a separable problem.
+
+    Raises:
+        Interrupted: ``halt`` was set while a large matrix was copied.
     """
     # Groups with one row are fixed, the others stay.
     group = problem.group_of_row
@@ -108,7 +112,8 @@ def reduce(
     # The objective, with what fixed rows contribute.
     d = problem.diagonal[rows].copy()
     constant = problem.constant + float(problem.diagonal[fixed].sum())
-    C = problem.pair_terms(rows)
+    halt = np.zeros(1, dtype=np.uint8) if halt is None else halt
+    C = problem.pair_terms(rows, lambda: go_on(halt))
     if problem.factor is not None:
         y, squares = problem.factor_sum(fixed)
         d += problem.factor[rows] @ y
@@ -116,6 +121,15 @@ def reduce(
     elif problem.cross is not None:
         d += problem.cross[np.ix_(rows, fixed)].sum(axis=1)
         constant += 0.5 * float(problem.cross[np.ix_(fixed, fixed)].sum())
+    if len(problem.terms):
+        beside = np.zeros(problem.n_rows)
+        certain = np.zeros(problem.n_rows, dtype=np.bool_)
+        certain[fixed] = True
+        for here, there in (problem.terms.T, problem.terms.T[::-1]):
+            met = certain[there]
+            np.add.at(beside, here[met], problem.term_values[met])
+        d += beside[rows]
+        constant += float(problem.terms_between(fixed).sum())
     # Constraints, likewise.
     sizes = counts[counts > 1]
     off = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
@@ -139,7 +153,7 @@ def reduce(
         pairs=index[pairs[both]],
         e=np.zeros(len(rows)) if rounding is None else rounding[rows],
         feasible=not clash and bool((b >= 0).all()),
-        halt=np.zeros(1, dtype=np.uint8) if halt is None else halt,
+        halt=halt,
     )
 
 

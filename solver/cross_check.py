@@ -139,6 +139,7 @@ def compare(
     scale = float(abs(problem.diagonal).max()) * problem.n_groups
     if problem.cross is not None:
         scale += float(abs(problem.cross).max()) * problem.n_groups**2
+    scale += float(abs(problem.term_values).max(initial=0.0)) * problem.n_groups**2
     if problem.factor is not None:
         scale += max(float((column**2).max()) for column in problem.factor.T) * problem.n_groups**2
     rounding = _ROUNDING * (scale + abs(problem.constant))

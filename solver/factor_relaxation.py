@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -41,6 +41,8 @@ TOLERANCE = 1e-6
 _COOLING = 0.2
 _STAGES, _STEPS = 60, 8
 _EPS = 2.3e-16
+_NEAR = 1e-2
+"""Part of the first temperature with which the steps begin near a maximum."""
 _DECIDED = 1e-9
 """Groups with a row of more than one less this weight do not enter the second derivatives."""
 
@@ -75,28 +77,38 @@ class FactorForm:
 
     def __init__(self, problem: Problem, halt: Bytes) -> None:
         """Compute the linear terms; ``O(n r)``."""
-        assert problem.factor is not None  # noqa: S101  # the caller has looked
-        self.problem, self.halt, self.U = problem, halt, problem.factor
+        none = np.zeros((problem.n_rows, 0))
+        self.U = none if problem.factor is None else problem.factor
+        self.problem, self.halt = problem, halt
         self.squares = np.einsum("ij,ij->i", self.U, self.U)
         self.linear = problem.diagonal - 0.5 * self.squares
         self.unit = np.maximum(problem.limits, 1).astype(np.float64)
 
     def bound(self, keep: Bools, w: Floats, prices: Floats, weights: Floats) -> Relaxed:
         """Return what a dual point proves for the rows ``keep``. ``O(n r)``."""
+        lower = self.values(keep, w, prices)
+        least = np.minimum.reduceat(lower, self.problem.offsets[:-1])
+        return Relaxed(
+            w=w, prices=prices, weights=weights, bound=self.total(w, prices, least), lower=lower,
+            least=least,
+        )  # fmt: skip
+
+    def values(self, keep: Bools, w: Floats, prices: Floats) -> Floats:
+        """Return f64[n]: what the rows are worth at a dual point, less their rounding."""
         problem, m, r = self.problem, len(prices), len(w)
         priced = prices @ problem.costs if m else np.zeros(problem.n_rows)
         value = self.linear + self.U @ w + priced
         size = np.abs(problem.diagonal) + 0.5 * self.squares + priced
         size += np.sqrt(self.squares) * float(np.sqrt(w @ w))
-        lower = np.where(keep, value - 2.0 * _EPS * (r + m + 16) * size - 1e-290, np.inf)
-        least = np.minimum.reduceat(lower, problem.offsets[:-1])
+        return np.where(keep, value - 2.0 * _EPS * (r + m + 16) * size - 1e-290, np.inf)
+
+    def total(self, w: Floats, prices: Floats, least: Floats) -> float:
+        """Return what least values of the groups prove together, less its rounding."""
+        problem, m, r = self.problem, len(prices), len(w)
         square, spent = 0.5 * float(w @ w), float(prices @ problem.limits) if m else 0.0
         total = problem.constant - square - spent + float(least.sum())
         lost = abs(problem.constant) + square + abs(spent) + float(np.abs(least).sum())
-        total -= 2.0 * _EPS * (problem.n_groups + r + m + 32) * lost
-        return Relaxed(
-            w=w, prices=prices, weights=weights, bound=total, lower=lower, least=least
-        )  # fmt: skip
+        return total - 2.0 * _EPS * (problem.n_groups + r + m + 32) * lost
 
     def relax(self, keep: Bools) -> Relaxed:
         """Return a dual point that is best but for smoothing, or as far as a limit let it come.
@@ -125,20 +137,83 @@ class Terms:
     halt: Bytes
 
 
-def best_dual(terms: Terms, tolerance: float = TOLERANCE) -> tuple[Floats, Floats, Floats]:
+class Minima(Protocol):
+    """How the least values over the choices at given linear terms are found and smoothed."""
+
+    undecided: int
+    """Groups that entered the second derivatives."""
+    largest: float
+    """The largest of the terms that are not linear ones."""
+
+    def weigh(self, s: Floats, tau: float, z: Floats, found: Floats) -> None:
+        """Fill ``z`` and ``found`` as the function ``weigh`` does."""
+
+    def times(self, unit: float) -> Minima:
+        """Return the same of terms ``unit`` times as large."""
+
+    def second(self, U: Floats, A: Floats, z: Floats) -> Floats:
+        """Return the covariance of the sum of the chosen rows of ``[U, A]`` under the weights."""
+
+
+class Separate:
+    """Minima of every group alone."""
+
+    def __init__(self, terms: Terms) -> None:
+        """Look at the groups of ``terms``."""
+        self.terms, self.undecided, self.largest = terms, 0, 0.0
+
+    def weigh(self, s: Floats, tau: float, z: Floats, found: Floats) -> None:
+        """See ``Minima``."""
+        weigh(s, self.terms.off, self.terms.ok, tau, z, found)
+
+    def times(self, unit: float) -> Separate:  # noqa: ARG002  # its terms are scaled already
+        """See ``Minima``."""
+        return self
+
+    def second(self, U: Floats, A: Floats, z: Floats) -> Floats:
+        """See ``Minima``: a sum over the groups that are not decided."""
+        terms, width = self.terms, U.shape[1] + len(A)
+        H = np.zeros((width, width))
+        groups = np.flatnonzero(np.maximum.reduceat(z, terms.off[:-1]) < 1.0 - _DECIDED).astype(
+            np.int64
+        )
+        self.undecided = len(groups)
+        most = int(np.diff(terms.off).max())
+        step = max(1, min(int(PIECE / (2.0 * width * width * most)), 2**22 // (width * most)))
+        rows = np.empty((min(step, max(len(groups), 1)) * most, width))
+        for at in range(0, len(groups), step):
+            go_on(terms.halt)
+            count = deviations(U, A, terms.off, groups[at : at + step], z, rows)
+            H += rows[:count].T @ rows[:count]
+        return H
+
+
+def best_dual(
+    terms: Terms,
+    tolerance: float = TOLERANCE,
+    minima: Minima | None = None,
+    near: tuple[Floats, Floats] | None = None,
+) -> tuple[Floats, Floats, Floats]:
     """Return ``w``, prices and weights f64[n] at the maximum, or as far as a limit let it come.
 
-    ``tolerance`` is what smoothing may cost, relative to the maximum. Any rank will do, 0 too.
+    Args:
+        terms: What to bound; any rank will do, 0 too.
+        tolerance: What smoothing may cost, relative to the maximum.
+        minima: How the choices' least values are found; by default each group's is its own.
+        near: ``w`` and prices not far from the maximum.
     """
     # In a unit in which squares neither vanish nor overflow; a power of four rounds nothing.
-    largest = float(np.abs(terms.linear).max(initial=0.0))
+    largest = float(np.abs(terms.linear).max(initial=minima.largest if minima else 0.0))
     if largest and not 1e-60 < largest < 1e60:
         half = 2.0 ** round(-0.5 * math.log2(largest))
         scaled = replace(
             terms, linear=terms.linear * half * half, U=terms.U * half,
             constant=terms.constant * half * half,
         )  # fmt: skip
-        w, prices, weights = best_dual(scaled, tolerance)
+        near = None if near is None else (near[0] * half, near[1] * half * half)
+        w, prices, weights = best_dual(
+            scaled, tolerance, None if minima is None else minima.times(half * half), near
+        )
         return w / half, prices / half / half, weights
     # Weights that are even in every group, should there be no time for others.
     kept = np.add.reduceat(terms.ok.astype(np.float64), terms.off[:-1])
@@ -148,10 +223,10 @@ def best_dual(terms: Terms, tolerance: float = TOLERANCE) -> tuple[Floats, Float
     if not terms.U.shape[1] + m:
         return best
     try:
-        state = _State(terms, even, unit)
+        state = _State(terms, even, unit, minima or Separate(terms), near)
         for _ in range(_STAGES):
             for _step in range(_STEPS):
-                if state.step() <= 0.02 * state.tau * (state.undecided + m):
+                if state.step() <= 0.02 * state.tau * (state.minima.undecided + m):
                     break
             goal = max(tolerance * abs(state.hard + terms.constant), 1e-11 * state.size)
             if state.spread + m * state.tau <= goal or state.tau <= 1e-14 * state.size:
@@ -171,12 +246,14 @@ class _State:
         hard: The function without smoothing.
         size: Sum of the sizes of what it adds up.
         spread: What smoothing costs it.
-        undecided: Groups that enter the second derivatives.
         best: The best ``w``, scaled prices and weights so far.
     """
 
-    def __init__(self, terms: Terms, even: Floats, unit: Floats) -> None:
-        self.terms, self.ok, self.off = terms, terms.ok, terms.off
+    def __init__(
+        self, terms: Terms, even: Floats, unit: Floats, minima: Minima,
+        near: tuple[Floats, Floats] | None,
+    ) -> None:  # fmt: skip
+        self.terms, self.ok, self.off, self.minima = terms, terms.ok, terms.off, minima
         self.r, m = terms.U.shape[1], len(terms.b)
         self.costs = terms.A / unit[:, None]
         self.limits = terms.b / unit
@@ -189,9 +266,12 @@ class _State:
         across = [self._reach(cost) for cost in self.costs]
         prices = np.array([reach / c if c > 0.0 else reach for c in across])
         self.tau = max(0.25 * reach / (len(self.off) - 1), 1e-150)
+        if near is not None:
+            w, prices = near[0], np.maximum(near[1] * unit, 1e-9 * prices)
+            s, self.tau = terms.linear + terms.U @ w, max(_NEAR * self.tau, 1e-150)
         self.v = np.concatenate([w, np.maximum(prices, 1e-150)])
         self.s = s + self.v[self.r :] @ self.costs if m else s
-        self.hard, self.size, self.spread, self.undecided = -np.inf, 1.0, np.inf, 0
+        self.hard, self.size, self.spread = -np.inf, 1.0, np.inf
         self.best = (np.zeros(self.r), np.zeros(m), even.copy())
         self.top = -np.inf
         self.smooth = self._look(self.s, self.v)
@@ -216,7 +296,7 @@ class _State:
     def _look(self, s: Floats, v: Floats) -> float:
         """Fill the weights at row values ``s``; returns the smoothed function."""
         found = np.zeros(4)
-        weigh(s, self.off, self.ok, self.tau, self.z, found)
+        self.minima.weigh(s, self.tau, self.z, found)
         w, prices = v[: self.r], v[self.r :]
         fixed = -0.5 * float(w @ w) - float(prices @ self.limits)
         self.hard, self.size, self.spread = fixed + found[1], found[2] - fixed, found[3]
@@ -237,10 +317,12 @@ class _State:
         g = self._transposed(self.z)
         g[:r] -= self.v[:r]
         g[r:] += tau / prices - self.limits
-        H = self._second() / tau
+        H = self.minima.second(terms.U, self.costs, self.z) / tau
         H[np.arange(r), np.arange(r)] += 1.0
         at = np.arange(r, len(g))
-        H[at, at] += tau / prices**2
+        H[at, at] += tau / prices / prices
+        if not np.isfinite(H).all() or not np.diag(H).min(initial=np.inf) > 0.0:
+            return 0.0  # beside a diverged row nothing else counts
         root = 1.0 / np.sqrt(np.diag(H))
         H *= root[:, None]  # one after the other: their product may overflow
         H *= root[None, :]
@@ -261,24 +343,6 @@ class _State:
             length *= 0.4
         self.v, self.s = v, s
         return 0.0
-
-    def _second(self) -> Floats:
-        """Return the sum over the groups of the covariance of ``[U, A]`` under the weights."""
-        terms, width = self.terms, len(self.v)
-        H = np.zeros((width, width))
-        groups = np.flatnonzero(np.maximum.reduceat(self.z, self.off[:-1]) < 1.0 - _DECIDED).astype(
-            np.int64
-        )
-        self.undecided = len(groups)
-        most = int(np.diff(self.off).max())
-        step = max(1, min(int(PIECE / (2.0 * width * width * most)), 2**22 // (width * most)))
-        rows = np.empty((min(step, max(len(groups), 1)) * most, width))
-        for at in range(0, len(groups), step):
-            go_on(terms.halt)
-            few = groups[at : at + step]
-            count = deviations(terms.U, self.costs, self.off, few, self.z, rows)
-            H += rows[:count].T @ rows[:count]
-        return H
 
 
 @compiled

@@ -12,7 +12,6 @@ Design: docs/design/solver.md
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,13 +21,14 @@ from bitquota.errors import InvalidProblem
 from bitquota.solver import search_kernels
 from bitquota.solver.core import reduce
 from bitquota.solver.factor_relaxation import FactorForm
-from bitquota.solver.quadratic import INTERIOR_ROWS, ROUNDING, Quadratic, Region
+from bitquota.solver.quadratic import INTERIOR_ROWS, ROUNDING, Quadratic
 from bitquota.solver.search import Effort, search, space_of
 from bitquota.solver.semidefinite import plain_point
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from bitquota.solver.branch import Region
     from bitquota.solver.control import Control
     from bitquota.solver.core import Core
     from bitquota.solver.factor_relaxation import Relaxed
@@ -48,6 +48,30 @@ _MOST = 400
 """Rows looked at beside the best ones: bounds for the factors above."""
 
 
+def lost_in_products(problem: Problem) -> Floats:
+    """Return f64[n]: what rounding takes from sums of pair terms with a row, and of a choice's."""
+    norms, rank = np.zeros(problem.n_rows), 0
+    if problem.factor is not None:
+        norms = np.sqrt(np.einsum("ij,ij->i", problem.factor, problem.factor))
+        rank = problem.factor.shape[1]
+    most = float(np.maximum.reduceat(norms, problem.offsets[:-1]).sum())
+    values = np.abs(problem.term_values)
+    by_row = np.bincount(problem.terms.ravel(), np.repeat(values, 2), problem.n_rows)
+    lost: Floats = np.abs(problem.diagonal) + norms * most + 0.5 * most * most
+    lost += by_row + values.sum()
+    lost *= 2.3e-16 * (problem.n_groups + rank + 8)
+    return lost
+
+
+class Entangled(Quadratic):
+    """One run on a factor beside terms that join too many groups: all of them as one matrix."""
+
+    def __init__(self, problem: Problem, control: Control) -> None:
+        """Begin; see ``Quadratic``."""
+        super().__init__(problem, control)
+        self.rounding = lost_in_products(problem)
+
+
 class Factored(Quadratic):
     """One run on a problem in factor form; as ``Quadratic`` otherwise."""
 
@@ -61,7 +85,7 @@ class Factored(Quadratic):
             InvalidProblem: Pairs among more rows than may become a matrix.
         """
         pairs = len(problem.forbidden_pairs) + len(problem.required_pairs)
-        if pairs and problem.n_rows > INTERIOR_ROWS:
+        if pairs and problem.n_rows > INTERIOR_ROWS and not len(problem.terms):
             msg = (
                 f"a factor of more than {INTERIOR_ROWS:,} rows must come without forbidden and "
                 f"required pairs; got {problem.n_rows:,} rows and {pairs:,} pairs: leave rows "
@@ -69,23 +93,17 @@ class Factored(Quadratic):
             )
             raise InvalidProblem(msg)
         super().__init__(problem, control)
-        self.form = FactorForm(problem, control.halt)
-        norms = np.sqrt(self.form.squares)
-        most = float(np.maximum.reduceat(norms, problem.offsets[:-1]).sum())
-        # What sums of products may lose: of each row with a choice, and of a choice with itself.
-        self.rounding = (2.3e-16 * (problem.n_groups + self.form.U.shape[1] + 8)) * (
-            np.abs(problem.diagonal) + norms * most + 0.5 * most * most
-        )
+        self.form = self._form()
+        self.rounding = lost_in_products(problem)
+
+    def _form(self) -> FactorForm:
+        return FactorForm(self.problem, self.control.halt)
 
     def run(self, start: Ints | None = None) -> Solution:
         """Solve as far as the limits and the method allow; see ``Quadratic.run``."""
         problem = self.problem
-        root = Region(node=self.record.node(-1, problem.allowed), keep=problem.allowed)
-        if start is not None and problem.is_feasible(start):
-            self._offer(problem.evaluate(start), problem.rows(start))
-        if not self._propagate(root):
-            self.current = math.inf
-            return self._solution()
+        if (root := self._begin(start)) is None:
+            return self.run_regions([])
         # Bound, then choose among the rows that the bound leaves cheap.
         relaxed = self.form.relax(root.keep)
         self.nodes += 1
@@ -110,7 +128,7 @@ class Factored(Quadratic):
             self._prove(root, relaxed)
         # The tree drops rows by its own root's formula, which needs a node of its own.
         root.node = self.record.node(root.node, root.keep)
-        return self.run_region(root)
+        return self.run_regions([root])
 
     def _prove(self, region: Region, relaxed: Relaxed) -> None:
         """Give the region's node the formula of ``relaxed``, which was found for more rows."""
@@ -169,11 +187,6 @@ class Factored(Quadratic):
             self.problem, factor=None, diagonal=self.form.linear + self.form.U @ relaxed.w,
             forbidden_pairs=none, required_pairs=none,
         )  # fmt: skip
-
-    def _take(self, rows: Ints) -> None:
-        choice = rows - self.problem.offsets[:-1]
-        if self.problem.is_feasible(choice):
-            self._offer(self.problem.evaluate(choice), rows)
 
     def _look(self, region: Region, excess: Floats, count: int, effort: Effort, seed: int) -> None:
         """Search among the incumbent's rows and the ``count`` others of least ``excess``."""

@@ -93,8 +93,9 @@ def frontier(
     # Search at all budgets, each from its neighbours' choices.
     levels = sorted({int(limit) for limit in limits})
     problems = [problem.within(resource, limit) for limit in levels]
-    # The search takes pair terms as a matrix; large factors are searched as they are bounded.
-    whole = problem.factor is None or problem.n_rows <= INTERIOR_ROWS
+    # The search takes pair terms as a matrix; large ones in other forms are searched as bounded.
+    whole = problem.factor is None and not len(problem.terms)
+    whole = whole or problem.n_rows <= INTERIOR_ROWS
     choices = _sweep(problems, wishes.get("seed", 0)) if whole else [None] * len(levels)
     # Prove one after the other.
     points: list[FrontierPoint] = []

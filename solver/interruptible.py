@@ -14,6 +14,8 @@ import numpy as np
 import scipy.linalg as sla
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 PIECE = 1e9
 """Floating-point operations of one piece: 30 to 50 ms on one core."""
+ENTRIES = 1 << 20
+"""Entries of a matrix that are copied or summed at a time."""
 _PANEL = 128
 
 
@@ -32,6 +36,19 @@ def go_on(halt: Bytes) -> None:
     """Raise ``Interrupted`` where ``halt`` u8[1] is not 0."""
     if halt[0]:
         raise Interrupted
+
+
+def pieces(n: int, halt: Bytes) -> Iterator[slice]:
+    """Yield slices of the rows of a matrix with ``n`` columns and as many rows, 8 MiB at a time.
+
+    Raises:
+        Interrupted: ``halt`` was set meanwhile, and the matrix is more than one piece.
+    """
+    step = max(1, ENTRIES // max(n, 1))
+    for at in range(0, n, step):
+        if n > step:
+            go_on(halt)
+        yield slice(at, min(n, at + step))
 
 
 def product(A: NDArray[Any], B: Floats, halt: Bytes) -> Floats:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitquota.errors import SolverFailed
-from bitquota.solver.factored import Factored
+from bitquota.errors import InvalidProblem, SolverFailed
+from bitquota.solver.elimination import MOST_STATES, eliminated, tables
+from bitquota.solver.factored import Entangled, Factored
+from bitquota.solver.joint import Jointly
 from bitquota.solver.one_thread import one_thread
-from bitquota.solver.quadratic import Quadratic
+from bitquota.solver.quadratic import INTERIOR_ROWS, Quadratic
 from bitquota.solver.separable import solve_knapsack
 from bitquota.solver.solution import (
     Certificate,
@@ -43,9 +45,51 @@ def solve_native(
     with control.watched(), one_thread():
         if is_knapsack(problem):
             return _knapsack(problem, control)
+        if len(problem.terms) or is_sparse(problem):
+            return _by_elimination(problem, control, start)
         if problem.factor is not None:
             return Factored(problem, control).run(start)
         return Quadratic(problem, control).run(start)
+
+
+def is_sparse(problem: Problem) -> bool:
+    """Return whether ``cross`` has terms between less than a quarter of the pairs of groups."""
+    if problem.cross is None:
+        return False
+    starts, joined = problem.offsets[:-1], 0
+    for a, b in zip(starts, problem.offsets[1:], strict=True):
+        some = (problem.cross[a:b] != 0.0).any(axis=0)
+        joined += int(np.logical_or.reduceat(some, starts).sum())
+        if 4 * joined >= problem.n_groups**2:
+            return False
+    return True
+
+
+def _by_elimination(
+    problem: Problem, control: Control, start: NDArray[np.int64] | None
+) -> Solution:
+    """Solve by elimination where that fits, else as a matrix of all terms.
+
+    Raises:
+        InvalidProblem: Neither fits.
+    """
+    rank = 0 if problem.factor is None else problem.factor.shape[1]
+    listed = problem.listed()
+    found = eliminated(listed, MOST_STATES // (1 + rank // 16))
+    if found is not None:
+        return Jointly(listed, control, tables(listed, found)).run(start)
+    if problem.cross is not None:
+        return Quadratic(problem, control).run(start)
+    if problem.n_rows > INTERIOR_ROWS:
+        msg = (
+            f"more than {INTERIOR_ROWS:,} rows must have terms that join few groups at a time "
+            f"(blocks of some seven, chains); got {problem.n_rows:,} rows and "
+            f"{len(problem.terms):,} terms: leave the smallest terms out"
+        )
+        raise InvalidProblem(msg)
+    if problem.factor is None:
+        return Quadratic(problem.dense(), control).run(start)
+    return Entangled(problem, control).run(start)
 
 
 def is_knapsack(problem: Problem) -> bool:

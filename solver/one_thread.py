@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 import threadpoolctl
@@ -23,6 +24,14 @@ _former: list[tuple[threadpoolctl.LibController, int]] = []
 """What the libraries had before the first of the solves under way."""
 
 
+@cache
+def _libraries() -> threadpoolctl.ThreadpoolController:
+    """Return what numpy and scipy bring; other libraries' threads are not ours to change."""
+    import scipy.linalg  # noqa: F401  # brings a BLAS of its own
+
+    return threadpoolctl.ThreadpoolController().select(internal_api="openblas")
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Hold numpy's and scipy's BLAS at one thread; solves may overlap in several threads.
@@ -31,8 +40,7 @@ def one_thread() -> Iterator[None]:
     others: each solve sets it for itself, and the last one to end gives the former number back.
     """
     with _lock:
-        # Only what numpy and scipy bring: other libraries' threads are not ours to change.
-        found = threadpoolctl.ThreadpoolController().select(internal_api="openblas")
+        found = _libraries()
         if not _under_way[0]:
             _former[:] = [(library, library.num_threads) for library in found.lib_controllers]
         _under_way[0] += 1

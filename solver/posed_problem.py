@@ -170,42 +170,56 @@ def _stated(document: ProblemDocument, budgets: list[BudgetEntry]) -> Problem:
         groups=tuple(group.name for group in groups),
         labels=tuple(candidate.label for candidate in entries),
         constant=float(_floats([document.constant])[0]),
-        factor=_factor(document, entries),
+        factor=_factor(entries),
     )
     if not document.cross:
         return problem
-    if problem.n_rows > MOST_DENSE_ROWS:
+    problem = _with_terms(problem, document)
+    # As a matrix where it would be a quarter full.
+    full = 8 * len(problem.terms) >= problem.n_rows**2 and problem.factor is None
+    if full and problem.n_rows > MOST_DENSE_ROWS:
         msg = (
-            f"a problem with cross-layer terms must have at most {MOST_DENSE_ROWS:,} candidates; "
-            f"got {problem.n_rows:,}: leave the terms or candidates out"
+            f"a problem with cross-layer terms between a quarter of its candidates must have at "
+            f"most {MOST_DENSE_ROWS:,}; got {problem.n_rows:,}: leave terms or candidates out"
         )
         raise InvalidProblem(msg)
+    return problem.dense() if full else problem
+
+
+def _with_terms(problem: Problem, document: ProblemDocument) -> Problem:
+    """Return ``problem`` with the document's cross-layer terms as a list."""
+    groups, offsets = document.groups, problem.offsets
     place = {
         (group.name, candidate.label): int(offsets[g]) + k
         for g, group in enumerate(groups)
         for k, candidate in enumerate(group.candidates)
     }
-    cross = np.zeros((problem.n_rows, problem.n_rows))
+    found: dict[tuple[int, int], float] = {}
+    group = problem.group_of_row
     losses = _floats([t.loss for t in document.cross])
     errors = _floats([t.standard_error for t in document.cross])
     for term, loss, error in zip(document.cross, losses, errors, strict=True):
         p, q = (_row(place, rule) for rule in (term.first, term.second))
-        if cross[p, q] != 0.0 or problem.group_of_row[p] == problem.group_of_row[q]:
+        if (pair := (min(p, q), max(p, q))) in found or group[p] == group[q]:
             msg = f"a cross-layer term must stand once and join two groups; got {_said(term)}"
             raise InvalidProblem(msg)
-        cross[p, q] = cross[q, p] = loss + kappa * error
-    return replace(problem, cross=cross)
+        found[pair] = loss + document.robust * error
+    return replace(
+        problem,
+        terms=np.array(list(found), dtype=np.int64),
+        term_values=np.array([*found.values()]),
+    )
 
 
-def _factor(document: ProblemDocument, entries: list[CandidateEntry]) -> NDArray[np.float64] | None:
+def _factor(entries: list[CandidateEntry]) -> NDArray[np.float64] | None:
     """Return f64[n, r], or ``None`` where no candidate has a vector."""
     lengths = {len(entry.factor) for entry in entries}
     if lengths == {0}:
         return None
-    if len(lengths) > 1 or document.cross or any(e.standard_error for e in entries):
+    if len(lengths) > 1 or any(e.standard_error for e in entries):
         msg = (
-            "a 'factor' must have the same length for every candidate and stands in place of "
-            "'cross' and of standard errors; got several lengths, or one of these"
+            "a 'factor' must have the same length for every candidate and goes without standard "
+            "errors; got several lengths, or one of these"
         )
         raise InvalidProblem(msg)
     return _floats([value for entry in entries for value in entry.factor]).reshape(len(entries), -1)

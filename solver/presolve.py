@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.solver.branch import Tree
+from bitquota.solver.compiled import compiled
 from bitquota.solver.convex import convexify
 from bitquota.solver.semidefinite import dominant_point
 
@@ -29,15 +30,16 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
+    Bytes = NDArray[np.uint8]
 
 _EPS = 2.3e-16
 
 
-def folded(problem: Problem) -> tuple[Problem, Floats]:
+def folded(problem: Problem, halt: Bytes | None = None) -> tuple[Problem, Floats]:
     """Return ``problem`` with blocks of ``cross`` that are sums ``a_p + b_q`` moved to the rest.
 
     Over one-hot vectors such a block of two groups is linear. Only blocks that are sums to the
-    last bit are moved, constants among them. ``O(n²)``.
+    last bit are moved, constants among them; none once ``halt`` u8[1] is set. ``O(n²)``.
 
     Returns:
         The problem, and f64[n] what the rounding of the move may have done to one entry of
@@ -49,18 +51,13 @@ def folded(problem: Problem) -> tuple[Problem, Floats]:
     starts, group, G = problem.offsets[:-1], problem.group_of_row, problem.n_groups
     # Margins are read at each group's least loss, which is none that diverged.
     at = np.lexsort((np.abs(problem.diagonal), group))[starts]
-    C, by_row = problem.cross, problem.cross[:, at]
     linear = np.zeros((G, G), dtype=np.bool_)
-    for g in range(G):
-        mine = slice(problem.offsets[g], problem.offsets[g + 1])
-        rest = C[mine] - by_row[mine][:, group]
-        curved = (rest != rest[0]).any(axis=0)
-        filled = (C[mine] != 0.0).any(axis=0)
-        linear[g] = np.logical_or.reduceat(filled, starts)
-        linear[g] &= ~np.logical_or.reduceat(curved, starts)
+    C, halt = problem.cross, np.zeros(1, dtype=np.uint8) if halt is None else halt
+    find_sums(C, problem.offsets, at, linear, halt)
     linear &= linear.T
-    if not linear.any():
+    if not linear.any() or halt[0]:
         return problem, none
+    by_row = C[:, at]
     moved = np.where(linear[group], by_row, 0.0)  # [n, G]
     corner = np.where(linear, by_row[at], 0.0)
     size = np.abs(moved).sum(axis=1) + np.abs(problem.diagonal)
@@ -75,6 +72,46 @@ def folded(problem: Problem) -> tuple[Problem, Floats]:
         ),
         rounding,
     )
+
+
+@compiled
+def find_sums(C: Floats, off: Ints, at: Ints, linear: Bools, halt: Bytes) -> None:
+    """Mark blocks whose rows differ by constants; ``at`` i64[G] is a row of each group."""
+    for g in range(len(at)):
+        if halt[0]:
+            return
+        first = off[g]
+        for h in range(len(at)):
+            same, filled = True, False
+            for p in range(first, off[g + 1]):
+                for q in range(off[h], off[h + 1]):
+                    filled = filled or C[p, q] != 0.0
+                    if C[p, q] - C[p, at[h]] != C[first, q] - C[first, at[h]]:
+                        same = False
+                        break
+                if not same:
+                    break
+            linear[g, h] = same and filled
+
+
+@compiled
+def replaces(
+    q: int, p: int, d: Floats, C: Floats, keep: Bools, off: Ints, tolerance: float
+) -> bool:
+    """Return whether ``q`` in place of ``p`` of its group raises no objective among ``keep``."""
+    worst = d[q] - d[p]
+    never = worst <= 0.0
+    for h in range(len(off) - 1 if len(C) else 0):
+        if off[h] <= p < off[h + 1]:
+            continue
+        most = -np.inf
+        for j in range(off[h], off[h + 1]):
+            if keep[j]:
+                most = max(most, C[q, j] - C[p, j])
+        never = never and most <= 0.0
+        worst += most
+    # Either no term rises, or the sum falls by more than its rounding.
+    return bool(never or worst < -tolerance)
 
 
 def undominated(
@@ -92,17 +129,26 @@ def undominated(
         pairs: i64[k, 2], the forbidden ones.
         stop: Asked between groups.
     """
-    left, n, starts = keep.copy(), problem.n_rows, problem.offsets[:-1]
+    left, keep, n, starts = keep.copy(), keep.copy(), problem.n_rows, problem.offsets[:-1]
     enemies: dict[int, set[int]] = {}
     for a, b in pairs.tolist():
         enemies.setdefault(a, set()).add(b)
         enemies.setdefault(b, set()).add(a)
     d, A, C = problem.diagonal, problem.costs, problem.cross
+    terms = np.zeros((0, 0)) if C is None else C
     # What a row costs beside the first kept rows of the other groups, to leave most pairs out.
     first = np.maximum.reduceat(np.where(keep, -np.arange(n), -n), starts) * -1
-    beside = d if C is None else d + C[:, first].sum(axis=1)
-    rounding = 1e-9 * (np.abs(d) + (0.0 if C is None else np.abs(C[:, first]).sum(axis=1)))
-    sizes = np.abs(d) + np.array([0.0 if C is None else np.abs(C[p]).sum() for p in range(n)])
+    beside, rounding, sizes = d.copy(), np.abs(d), np.abs(d)
+    for start, end in zip(starts, problem.offsets[1:], strict=True):
+        if stop():
+            return left
+        if C is None:
+            break
+        part = C[start:end]
+        beside[start:end] += part[:, first].sum(axis=1)
+        rounding[start:end] += np.abs(part[:, first]).sum(axis=1)
+        sizes[start:end] += np.abs(part).sum(axis=1)
+    rounding *= 1e-9
     for g in range(problem.n_groups):
         if stop():
             break
@@ -119,16 +165,8 @@ def undominated(
                     continue
                 if not enemies.get(q, set()) <= enemies.get(p, set()):
                     continue
-                worst = d[q] - d[p]
-                never = worst <= 0.0
-                if C is not None:
-                    change = np.where(keep, C[q] - C[p], -np.inf)
-                    change[start:end] = 0.0
-                    most = np.maximum.reduceat(change, starts)
-                    never = bool(never and (most <= 0.0).all())
-                    worst += most.sum()
-                # Either no term rises, or the sum falls by more than its rounding.
-                if never or worst < -1e-13 * n * (sizes[q] + sizes[p]):
+                tolerance = 1e-13 * n * float(sizes[q] + sizes[p])
+                if replaces(q, p, d, terms, keep, problem.offsets, tolerance):
                     left[p] = False
                     break
     return left
@@ -213,10 +251,18 @@ def hopeless(core: Core, incumbent: Incumbent) -> tuple[Tree, Ints] | None:
     return (tree, gone) if len(gone) and tree.kind[0] == 1 else None
 
 
-def largest_term(problem: Problem, keep: Bools) -> float:
-    """Return the largest term of the objective that rows ``keep`` have."""
+def largest_term(problem: Problem, keep: Bools, stop: Callable[[], bool] = lambda: False) -> float:
+    """Return the largest term of rows ``keep``, or of those looked at before ``stop``."""
     most = max(abs(problem.constant), float(np.abs(problem.diagonal[keep]).max(initial=0.0)))
+    if problem.factor is not None:
+        most = max(
+            most,
+            float(np.einsum("ij,ij->i", problem.factor, problem.factor)[keep].max(initial=0.0)),
+        )
+    most = max(most, float(np.abs(problem.term_values).max(initial=0.0)))
     if problem.cross is not None:
         for row in np.flatnonzero(keep):
+            if stop():
+                break
             most = max(most, float(np.abs(problem.cross[row][keep]).max(initial=0.0)))
     return most

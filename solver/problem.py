@@ -11,7 +11,7 @@ import numpy as np
 from bitquota.errors import BudgetTooSmall, Infeasible, InvalidProblem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -19,6 +19,8 @@ _NO_PAIRS = np.zeros((0, 2), dtype=np.int64)
 _SYMMETRY_TOLERANCE = 1e-12
 _PIECE = 1 << 14
 """Rows of a factor that are looked at at a time."""
+_ENTRIES = 1 << 20
+"""Entries of a matrix that are copied at a time."""
 _LARGEST_SUM = 1e300
 """Sizes of all terms of the objective together stay below this, so that no sum overflows."""
 _LARGEST_TOTAL = 2**62
@@ -68,7 +70,8 @@ class Problem:
 
     Instead of ``cross`` there may be a ``factor`` U with ``cross = U Uᵀ`` outside the groups: with
     ``l_p = diagonal_p - ½ ‖U_p‖²`` the objective is ``constant + l·x + ½ ‖Uᵀx‖²``, and ``U Uᵀ`` is
-    never formed as a whole.
+    never formed as a whole. Where few rows have terms, these may be a list of pairs (``terms`` and
+    ``term_values``) instead, alone or beside a factor, to whose terms they are added.
 
     ``x`` is one-hot in every group. A *choice* is ``i64[G]``: for each group the index of the
     chosen row **within** the group; the row itself is ``offsets[g] + choice[g]``.
@@ -78,6 +81,9 @@ class Problem:
         cross: f64[n, n], symmetric, zero inside a group, or ``None`` for a separable problem,
             which one of zeros becomes.
         factor: f64[n, r], in place of ``cross``. A read-only array is taken as it is.
+        terms: i64[k, 2], pairs of rows of different groups that have a term together, in place of
+            ``cross``; each pair once. They are kept sorted, the lower row first, without zeros.
+        term_values: f64[k], those terms.
         offsets: i64[G+1], group ``g`` owns the rows ``offsets[g]:offsets[g+1]``.
         costs: i64[m, n], what each row takes of each resource; never negative. "At most k groups
             at 8 bits" is one more row of zeros and ones with limit k.
@@ -95,6 +101,8 @@ class Problem:
     diagonal: NDArray[np.float64]
     cross: NDArray[np.float64] | None = None
     factor: NDArray[np.float64] | None = None
+    terms: NDArray[np.int64] = field(default_factory=lambda: _NO_PAIRS)
+    term_values: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     offsets: NDArray[np.int64]
     costs: NDArray[np.int64]
     limits: NDArray[np.int64]
@@ -117,6 +125,7 @@ class Problem:
             self._check_cross(n)
         if self.factor is not None:
             self._check_factor(n)
+        self._check_terms(n)
         costs = self._integers("costs", self.costs, 2)
         limits = self._integers("limits", self.limits, 1)
         if costs.shape != (len(limits), n):
@@ -139,9 +148,10 @@ class Problem:
         if not np.isfinite(self.constant):
             _fail("'constant' must be finite", self.constant)
         object.__setattr__(self, "constant", float(self.constant))
-        terms = (self.diagonal,) if self.cross is None else (self.diagonal, self.cross)
+        summed = [self.diagonal, self.term_values, self.term_values]
+        summed += [] if self.cross is None else [self.cross]
         with np.errstate(over="ignore"):
-            total = abs(self.constant) + sum(float(np.abs(array).sum()) for array in terms)
+            total = abs(self.constant) + sum(float(np.abs(array).sum()) for array in summed)
             if self.factor is not None:
                 columns = sum(np.abs(part).sum(axis=0) for part in _pieces(self.factor))
                 total += float(columns @ columns)
@@ -204,6 +214,23 @@ class Problem:
         if not shape[1]:
             object.__setattr__(self, "factor", None)
 
+    def _check_terms(self, n: int) -> None:
+        given = np.asarray(self.terms).reshape(-1, 2)
+        self._floats("term_values", (len(given),))
+        if not len(given):
+            return
+        if self.cross is not None:
+            _fail("a problem must have 'cross' or 'terms', not both", "both")
+        self._check_pairs("terms", n)
+        pairs, values = np.sort(self.terms, axis=1), self.term_values
+        order = np.lexsort((pairs[:, 1], pairs[:, 0]))
+        pairs, values = pairs[order], values[order]
+        if bool((np.diff(pairs, axis=0) == 0).all(axis=1).any()):
+            _fail("'terms' must name each pair of rows once", "a pair that stands twice")
+        some = values != 0.0
+        self._freeze("terms", np.ascontiguousarray(pairs[some]))
+        self._freeze("term_values", values[some])
+
     def _check_pairs(self, name: str, n: int) -> None:
         pairs = self._integers(name, np.asarray(getattr(self, name)).reshape(-1, 2), 2)
         if not pairs.size:
@@ -222,7 +249,7 @@ class Problem:
     @property
     def separable(self) -> bool:
         """Whether no two rows have a term together."""
-        return self.cross is None and self.factor is None
+        return self.cross is None and self.factor is None and not len(self.terms)
 
     @property
     def n_groups(self) -> int:
@@ -233,6 +260,22 @@ class Problem:
     def group_of_row(self) -> NDArray[np.int64]:
         """``i64[n]``: the group that each row belongs to."""
         return np.repeat(np.arange(self.n_groups), np.diff(self.offsets))
+
+    def dense(self) -> Problem:
+        """Return the same problem with ``cross`` in place of ``terms``, where it has no factor."""
+        cross = np.zeros((self.n_rows, self.n_rows))
+        first, second = self.terms.T
+        cross[first, second] = cross[second, first] = self.term_values
+        return replace(self, cross=cross, terms=_NO_PAIRS, term_values=np.zeros(0))
+
+    def listed(self) -> Problem:
+        """Return the same problem with ``terms`` in place of ``cross``, where it has one."""
+        if self.cross is None:
+            return self
+        a, b = np.nonzero(np.triu(self.cross))
+        return replace(
+            self, cross=None, terms=np.stack([a, b], axis=1), term_values=self.cross[a, b]
+        )
 
     def within(self, k: int, limit: int) -> Problem:
         """Return the same problem with another limit of resource ``k``."""
@@ -274,7 +317,16 @@ class Problem:
         if self.factor is not None:
             y, squares = self.factor_sum(rows)
             value += 0.5 * (float(y @ y) - squares)
-        return value
+        return value + float(self.terms_between(rows).sum())
+
+    def terms_between(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return f64[k], the values of those ``terms`` whose rows are both among ``rows``."""
+        if not len(self.terms):
+            return self.term_values
+        inside = np.zeros(self.n_rows, dtype=np.bool_)
+        inside[rows] = True
+        both = inside[self.terms[:, 0]] & inside[self.terms[:, 1]]
+        return self.term_values[both]
 
     def factor_sum(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float64], float]:
         """Return f64[r], the sum of the factor's ``rows``, and the sum of their squared norms."""
@@ -285,17 +337,39 @@ class Problem:
             squares += float(np.einsum("ij,ij->", part, part))
         return y, squares
 
-    def pair_terms(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return f64[k, k], the terms of ``rows`` (sorted) with each other; f64[0, 0] for none."""
+    def pair_terms(
+        self, rows: NDArray[np.int64], check: Callable[[], None] = lambda: None
+    ) -> NDArray[np.float64]:
+        """Return f64[k, k], the terms of ``rows`` with each other; f64[0, 0] for none.
+
+        Rows of one group stand together. ``check`` is called between pieces of a large matrix,
+        and may raise.
+        """
         if self.cross is not None:
-            return np.ascontiguousarray(self.cross[np.ix_(rows, rows)])
-        if self.factor is None:
+            taken = np.empty((len(rows), len(rows)))
+            step = max(1, _ENTRIES // max(1, self.n_rows))
+            for at in range(0, len(rows), step):
+                if len(rows) > step:
+                    check()
+                taken[at : at + step] = self.cross[rows[at : at + step]][:, rows]
+            return taken
+        if self.separable:
             return np.zeros((0, 0))
-        part, group = self.factor[rows], self.group_of_row[rows]
-        terms: NDArray[np.float64] = part @ part.T
-        for mine in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(group)) + 1):
-            terms[mine[:, None], mine] = 0.0
-        return terms
+        found = np.zeros((len(rows), len(rows)))
+        if self.factor is not None:
+            part, group = self.factor[rows], self.group_of_row[rows]
+            np.matmul(part, part.T, out=found)
+            for mine in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(group)) + 1):
+                found[mine[:, None], mine] = 0.0
+        if len(self.terms):
+            place = np.full(self.n_rows, -1, dtype=np.int64)
+            place[rows] = np.arange(len(rows))
+            here = place[self.terms]
+            inside = (here >= 0).all(axis=1)
+            first, second = here[inside].T
+            found[first, second] += self.term_values[inside]
+            found[second, first] += self.term_values[inside]
+        return found
 
     def spent(self, choice: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """Return ``i64[m]``: what ``choice`` takes of each resource, in integers."""

@@ -33,8 +33,9 @@ class CandidateEntry(Document):
         loss: Predicted loss increase when this group alone takes it.
         standard_error: Standard error of ``loss``, for ``robust``.
         costs: What it takes of each resource; 0 of those that are not named.
-        factor: Instead of cross-layer terms, a vector: two candidates of different groups lose the
-            product of their vectors beyond the sum of both. All have one of the same length.
+        factor: A vector: two candidates of different groups lose the product of their vectors
+            beyond the sum of both, and what ``cross`` says besides. All have one of the same
+            length.
     """
 
     FORM: ClassVar[Form] = Form(what="a candidate", left_out=("standard_error", "factor"))

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import heapq
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitquota.solver.branch import Incumbent, Record, Tree
+from bitquota.solver.branch import Incumbent, Record, Region, Tree
 from bitquota.solver.convex import convexify, next_cuts
 from bitquota.solver.core import propagate_steps, reduce
 from bitquota.solver.interruptible import Interrupted, go_on
@@ -29,7 +29,7 @@ from bitquota.solver.presolve import (
     ordered,
     undominated,
 )
-from bitquota.solver.search import DENSE_ROWS, default_effort, rounded, search
+from bitquota.solver.search import DENSE_ROWS, default_effort, found_alone, rounded, search
 from bitquota.solver.semidefinite import (
     DualPoint,
     dual_point,
@@ -86,29 +86,6 @@ _BATCH = 64
 _NO_CUTS = np.zeros((0, 2), dtype=np.int64)
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Region:
-    """Rows that may still be chosen.
-
-    Attributes:
-        node: Its node of the record.
-        keep: bool[n of the problem].
-        bound: No choice of the region is below it.
-        strong: Begin with products and cuts.
-        cuts: i64[c, 2] in the problem's rows.
-        plain_rows: How many were left at the last bound without products and cuts.
-        priced: Rows of this separable region that its relaxation excludes are gone.
-    """
-
-    node: int
-    keep: Bools
-    bound: float = -math.inf
-    strong: bool = False
-    cuts: Ints = field(default_factory=lambda: _NO_CUTS)
-    plain_rows: int = 0
-    priced: bool = False
-
-
 class Quadratic:
     """One run: the record, the incumbent and the queue of regions.
 
@@ -126,7 +103,7 @@ class Quadratic:
     def __init__(self, problem: Problem, control: Control) -> None:
         self.problem, self.control = problem, control
         # The same problem without constants, and with interchangeable groups in order.
-        self.free, self.rounding = folded(problem)
+        self.free, self.rounding = folded(problem, control.halt)
         chains = problem.offsets[:0, None].repeat(2, axis=1)
         if self.free.cross is not None and problem.n_rows <= INTERIOR_ROWS:
             chains = interchangeable(problem)
@@ -148,23 +125,38 @@ class Quadratic:
         Args:
             start: A choice to begin with; ignored when it is infeasible.
         """
-        root = Region(node=self.record.node(-1, self.problem.allowed), keep=self.problem.allowed)
-        if start is not None and self.problem.is_feasible(start):
-            self._offer(self.problem.evaluate(start), self.problem.rows(start))
-        if not self._propagate(root) or not self._undominated(root):
-            self.current = math.inf
-            return self._solution()
-        self._search(root)
-        while self._hopeless(root):
-            if not self._propagate(root):
-                break
-        if not self.control.stopped():
-            self.incumbent.floor = ROUNDING * largest_term(self.problem, root.keep)
-        return self.run_region(root)
+        root = self._begin(start)
+        if root is None or not self._undominated(root):
+            return self.run_regions([])
+        try:
+            self._search(root)
+            while self._hopeless(root) and self._propagate(root):
+                pass
+        except Interrupted:
+            if self.incumbent.rows is None:
+                self._take(found_alone(self.problem, root.keep))
+        stopped = self.control.stopped
+        self.incumbent.floor = ROUNDING * largest_term(self.problem, root.keep, stopped)
+        return self.run_regions([root])
 
-    def run_region(self, root: Region) -> Solution:
-        """Prove on ``root``, whose node stands in the record; returns the solution."""
-        heapq.heappush(self.queue, (root.bound, root.node, root))
+    def _begin(self, start: Ints | None) -> Region | None:
+        """Return the region of all rows, ``None`` where it has no choice; takes ``start``."""
+        root = Region(node=self.record.node(-1, self.problem.allowed), keep=self.problem.allowed)
+        self._take(None if start is None else self.problem.rows(start))
+        return root if self._propagate(root) else None
+
+    def _take(self, rows: Ints | None) -> None:
+        """Offer ``rows``, one of each group, where there are such and they are feasible."""
+        if rows is None:
+            return
+        choice = rows - self.problem.offsets[:-1]
+        if self.problem.is_feasible(choice):
+            self._offer(self.problem.evaluate(choice), rows)
+
+    def run_regions(self, regions: list[Region]) -> Solution:
+        """Prove on ``regions``, all there are, whose nodes are recorded; returns the solution."""
+        for region in regions:
+            heapq.heappush(self.queue, (region.bound, region.node, region))
         self.current = math.inf
         while self.queue and not self.control.stopped():
             if self.queue[0][0] >= self.incumbent.cutoff:

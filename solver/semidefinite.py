@@ -22,7 +22,7 @@ import scipy.linalg as sla
 import scipy.sparse as sp
 import scipy.sparse.linalg as sla_sparse
 
-from bitquota.solver.interruptible import Interrupted, cholesky, go_on, inverse, product
+from bitquota.solver.interruptible import Interrupted, cholesky, go_on, inverse, pieces, product
 from bitquota.solver.lifted import schur
 
 if TYPE_CHECKING:
@@ -111,11 +111,13 @@ def _least_eigenvalue(C: Floats, p: Floats, halt: Bytes) -> float:
     Raises:
         Interrupted: ``halt`` u8[1] was set meanwhile.
     """
-    root = np.sqrt(p)
-    scaled = C * root[:, None] * root[None, :]
+    root, bound = np.sqrt(p), 0.0
+    scaled = np.empty_like(C)
+    for rows in pieces(len(C), halt):
+        scaled[rows] = C[rows] * root[rows, None] * root[None, :]
+        bound = max(bound, float(np.abs(scaled[rows]).sum(axis=1).max()))
     if len(C) <= 300:
         return float(np.linalg.eigvalsh(scaled)[0])
-    bound = float(np.abs(scaled).sum(axis=1).max())
     if bound == 0.0:
         return 0.0
 
@@ -170,10 +172,13 @@ def flat_point(core: Core) -> DualPoint:
     """
     n = core.n
     point = plain_point(core, center(core)[0])
-    size = np.abs(core.C).max(axis=1, initial=0.0)
+    size, Q = np.zeros(n), np.empty_like(core.C)
+    for rows in pieces(n, core.halt):
+        size[rows] = np.abs(core.C[rows]).max(axis=1, initial=0.0)
+        Q[rows] = core.C[rows]
     weight = 2.0 * np.abs(core.d) + 1e-6 * size + 1e-12 * float(size.max(initial=0.0)) + 1e-290
     root = np.sqrt(weight)
-    Q, start = core.C.copy(), core.off[:-1][core.grp]
+    start = core.off[:-1][core.grp]
     best = np.inf
     for alike in ALIKE:
         shift = np.zeros_like(point.shift)

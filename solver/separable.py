@@ -305,6 +305,7 @@ def value_below(problem: Problem, rows: Ints) -> float:
         most = np.abs(problem.factor[rows]).sum(axis=0)
         lost = 2.3e-16 * (sum(problem.factor.shape) + 8) * float(most @ most)
         terms += [0.5 * float(y @ y), -0.5 * squares, -lost]
+    terms += problem.terms_between(rows).tolist()
     return rounded_down(terms)
 
 

@@ -61,6 +61,14 @@ another formula for nodes without a convexification: with ``l_p = diagonal_p - �
     objective(x) >= constant - ½ ‖w‖² - λ·limits
                     + Σ_g min_{p in g, allowed} (l_p + U_p·w + Σ_k λ_k costs_kp)
 
+A certificate that says ``joint`` has no convexifications and another formula, for terms that join
+few groups (those of ``cross``, or ``terms``), alone or beside a factor: with ``l_p = diagonal_p``
+(less the half square where there is a factor), any ``w`` and ``λ >= 0``, and the least value over
+all one-hot vectors of the allowed rows::
+
+    objective(x) >= constant - ½ ‖w‖² - λ·limits
+                    + min_x Σ_p (l_p + U_p·w + Σ_k λ_k costs_kp) x_p + Σ_pq terms_pq x_p x_q
+
 Design: docs/design/certificates.md
 """
 
@@ -158,6 +166,7 @@ class Certificate:
         recursion: Whether the bound needs a recursion over states (see the module).
         orders: i64[k, 2], groups that can be exchanged (see the module).
         w: f64[N, r] for a problem in factor form (see the module), else f64[0, 0].
+        joint: Whether nodes without a convexification are proved by elimination (see the module).
     """
 
     bound: float
@@ -170,6 +179,7 @@ class Certificate:
     recursion: bool = False
     orders: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
     w: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+    joint: bool = False
 
     @property
     def n_nodes(self) -> int:

@@ -35,6 +35,7 @@ def size(problem: Problem) -> float:
     total = abs(problem.constant) + float(diagonal[-1])
     if problem.cross is not None:
         total += float(np.abs(problem.cross).max(initial=0.0)) * problem.n_groups
+    total += float(np.abs(problem.term_values).max(initial=0.0)) * problem.n_groups
     return total * problem.n_groups
 
 

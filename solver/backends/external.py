@@ -50,14 +50,17 @@ class External(Backend):
 
     def refuses(self, problem: Problem) -> str | None:
         """Return why it cannot take ``problem``, or ``None``."""
-        if problem.factor is not None and problem.n_rows > _FACTOR_ROWS:
+        listed = problem.factor is not None or len(problem.terms)
+        if listed and problem.n_rows > _FACTOR_ROWS:
             return (
-                f"'{self.name}' takes a factor of at most {_FACTOR_ROWS:,} rows, as it makes all "
-                f"pair terms of it; this problem has {problem.n_rows:,}: use 'bitquota'"
+                f"'{self.name}' takes a factor or terms of at most {_FACTOR_ROWS:,} rows, as it "
+                f"makes a matrix of all terms; this problem has {problem.n_rows:,}: use 'bitquota'"
             )
         if self.largest_products is None or problem.separable:
             return None
         products = problem.n_rows**2 // 2
+        if len(problem.terms) and problem.factor is None:
+            products = len(problem.terms)
         if problem.cross is not None:
             products = int(np.count_nonzero(problem.cross)) // 2
         if products > self.largest_products:

@@ -235,13 +235,8 @@ class TestCheckCertificate:
         certificate = _split(problem)
         whole = check_certificate(problem, certificate)
         assert least(problem) == whole.proved
-        part = with_fields(
-            certificate,
-            **{
-                name: getattr(certificate, name)[:-1]
-                for name in ("parent", "allowed", "convexification", "point", "multipliers")
-            },
-        )
+        fields = ("parent", "allowed", "convexification", "point", "multipliers")
+        part = with_fields(certificate, **{n: getattr(certificate, n)[:-1] for n in fields})
         # The last leaf is the best choice: without it the rest proves nothing.
         assert -math.inf == check_certificate(problem, part).proved
 
@@ -333,6 +328,7 @@ class TestCheckCertificate:
             "checker_bounds",
             "checker_recursion",
             "checker_factor",
+            "checker_joint",
             "checker_regions",
             "exact",
             "outward",

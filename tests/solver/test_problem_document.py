@@ -51,7 +51,8 @@ class TestPosed:
         problem = problem_of(json.loads(json.dumps(stated())))
         assert [[BIG, 2 * BIG, BIG, 2 * BIG]] == problem.costs.tolist()
         assert [3 * BIG] == problem.limits.tolist()
-        assert problem.cross[0, 2] == problem.cross[2, 0] == -0.5
+        assert [[0, 2]] == problem.terms.tolist()
+        assert [-0.5] == problem.term_values.tolist()
 
     @pytest.mark.parametrize(
         ("text", "limit"),

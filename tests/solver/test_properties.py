@@ -19,10 +19,10 @@ from strategies import any_problems, changed, permuted, planted_problems, proble
 
 class TestSolve:
     @settings(max_examples=300)
-    @given(any_problems(), st.sampled_from([1e-6, 1e-4, 1e-2]), st.integers(0, 3))
-    def test_equals_brute_force_and_the_checker_agrees(self, problem, gap, seed):
-        """All families, all constraints, feasible or not."""
-        assert_equals_brute_force(problem, gap=gap, seed=seed)
+    @given(any_problems(), st.sampled_from([1e-6, 1e-4, 1e-2]), st.integers(0, 3), st.booleans())
+    def test_equals_brute_force_and_the_checker_agrees(self, problem, gap, seed, listed):
+        """All families, all constraints, feasible or not, terms as a matrix and as a list."""
+        assert_equals_brute_force(problem.listed() if listed else problem, gap=gap, seed=seed)
 
     @settings(max_examples=100)
     @given(problems(max_groups=8, max_rows=3, kinds=("indefinite", "wide", "negative")))
