@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -51,4 +52,36 @@ def tokenizer(split: str | None = None) -> Any:
         show_progress=False,
     )
     made.train_from_iterator(["the cat sat on the mat 12345 times, it isn't 2026"] * 9, trainer)
+    return made
+
+
+def sentence_piece(*, newer: bool = False) -> Any:
+    """Return a BPE like Llama 2's: spaces as U+2581, unknown letters as bytes.
+
+    ``newer`` marks spaces by a pre-tokenizer, as transformers does where ``legacy`` is false.
+    """
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    texts = ["the cat sat on the mat 12345 times, it isn't 2026  \n"] * 9
+    made = Tokenizer(models.BPE())
+    marked = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    made.normalizer = marked
+    made.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=90, show_progress=False))
+    trained = json.loads(made.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{k:02X}>" for k in range(256)), *trained["vocab"]]
+    model = models.BPE(
+        vocab={piece: k for k, piece in enumerate(pieces)},
+        merges=[tuple(pair) for pair in trained["merges"]],
+        unk_token="<unk>",  # noqa: S106  # a token of text
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    made = Tokenizer(model)
+    if newer:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        made.normalizer = marked
+    made.add_special_tokens([AddedToken(t, special=True) for t in ("<unk>", "<s>", "</s>")])
     return made

@@ -16,7 +16,7 @@ from bitquota.exports.llama_cpp import LlamaCpp
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import load_model
 from format_networks import plan_with
-from language_folders import LINEAR, LLAMA3, YARN, folder, tokenizer
+from language_folders import LINEAR, LLAMA3, YARN, folder, sentence_piece, tokenizer
 
 pytest.importorskip("xllamacpp", reason="the extra 'llama-cpp' is not installed")
 
@@ -83,6 +83,21 @@ class TestRunText:
         """All of our texts have the same tokens, and the command line says so."""
         ran = exported(tmp_path, vocab_size=320, made=tokenizer()).text_run
         assert ran.texts == ran.texts_alike > 5
+
+    @pytest.mark.parametrize("newer", [False, True])
+    def test_splits_like_sentence_piece(self, tmp_path, newer):
+        """Merges become scores, unknown letters bytes, and a space comes first.
+
+        Newer ones put none before a text that begins with one; llama.cpp does, which is noted.
+        """
+        made = sentence_piece(newer=newer)
+        report = exported(tmp_path, vocab_size=360, made=made)
+        assert report.text_run.texts - report.text_run.texts_alike == newer
+        assert newer == any("such as '  two spaces" in note for note in report.notes)
+        with LlamaCpp(tmp_path / "o" / "model.gguf") as runtime:
+            tokens = runtime.tokenize("the cat sat é")
+        assert made.encode("the cat sat é").ids == tokens
+        assert len(tokens) < 9
 
     def test_splits_bytes(self, tmp_path):
         """A tokenizer of bytes has no merges, and llama.cpp loads no file without one."""
