@@ -1,9 +1,9 @@
 """The tokenizer of a Hugging Face folder as GGUF's own entries, where llama.cpp has the same one.
 
 llama.cpp splits texts by rules of its own, chosen by name, and knows byte-level BPE by the rules
-of the models that it was written for. SentencePiece's BPE (bytes for unknown letters, spaces as U+2581)
-it merges by scores of tokens: the rank of the merge that makes one. A tokenizer of another kind is
-left out and the report says so: with another rule it would give other tokens, and no error.
+of the models that it was written for. SentencePiece's BPE (bytes for unknown letters, spaces as
+U+2581) it merges by scores of tokens: the rank of the merge that makes one. A tokenizer of another
+kind is left out and the report says so: with another rule it would give other tokens, and no error.
 
 References:
     ggml-org/llama.cpp: conversion/base.py (get_vocab_base, get_vocab_base_pre), src/llama-vocab.cpp
