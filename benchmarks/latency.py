@@ -3,9 +3,9 @@
 ``python benchmarks/latency.py`` profiles ResNet-20 and a BERT encoder (four blocks of width 128, 32
 tokens, random weights: only its times count) for ONNX Runtime and OpenVINO, and says how far eight
 random plans that no cost was fitted to lie from their predictions. Then ResNet-20 is planned for
-ONNX Runtime within the time and the bytes of each uniform plan, exported and timed. It ends with
-code 1 where a bar does not hold. A rank correlation is asked for only where predicted times spread
-over more than five times the noise of a measurement: below that their order is chance.
+ONNX Runtime at 2, 4 and 8 bits within the time of each uniform plan, exported and timed. It ends
+with code 1 where a bar does not hold. A rank correlation is asked for only where predicted times
+spread over more than five times the noise of a measurement: below that their order is chance.
 """
 
 from __future__ import annotations
@@ -133,7 +133,10 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 
 def plans(table: CostTable, n_samples: int) -> list[Bar]:
-    """Plan ResNet-20 within the time and bytes of each uniform plan, export, time, compare."""
+    """Plan ResNet-20 within the time of each uniform plan, export, time, compare.
+
+    Full precision is not on offer: it is the fastest here, and loses nothing.
+    """
     model, data = resnet()
     target = target_by_name("ort-cpu")
     inventory = prepare_inventory(inventory_of(model.module, model, data), target)
@@ -141,21 +144,16 @@ def plans(table: CostTable, n_samples: int) -> list[Bar]:
     layers = inventory.layers
     uniform = {bits: target.candidates_at(layers, [bits] * len(layers)) for bits in (2, 4, 8)}
     took = {bits: priced.spent(candidates) for bits, candidates in uniform.items()}
-    rest = inventory.unquantized_bits
-    stored = {
-        bits: -(-(sum(c.size_bits for c in candidates) + rest) // 8)
-        for bits, candidates in uniform.items()
-    }
     request = PlanRequest(
-        budgets=tuple(f"{took[bits]} ns + {stored[bits]} B" for bits in uniform),
-        target="ort-cpu", samples=n_samples, holdout_samples=n_samples, effort="quick",
-        rounding="nearest", tables=(table,),
+        budgets=tuple(f"{ns} ns" for ns in took.values()),
+        weight_bits=tuple(uniform), target="ort-cpu", samples=n_samples, holdout_samples=n_samples,
+        effort="quick", rounding="nearest", tables=(table,),
     )  # fmt: skip
     made = allocate(model, data, request, context=Context(ledger=MemoryLedger()))
     bars: list[Bar] = []
     for bits, plan in zip(uniform, made.plans, strict=True):
         assert plan.measured is not None  # plans are measured
-        theirs = next(b for b in plan.baselines if b.name == f"uniform W{bits}").measured
+        theirs = {b.name: b.measured.mean for b in plan.baselines if b.name.startswith("uniform W")}
         with tempfile.TemporaryDirectory() as place:
             report = export_plan(
                 made.with_weights(model), plan, Path(place) / "out", target="ort-cpu", samples=data
@@ -164,9 +162,9 @@ def plans(table: CostTable, n_samples: int) -> list[Bar]:
         assert timed is not None  # the plan has a budget of time
         bars += [
             (
-                f"uniform {bits} bits in {took[bits] / 1e6:.3f} ms: the plan's loss is not larger",
-                f"{plan.measured.mean:.4g} against {theirs.mean:.4g}",
-                plan.measured.mean <= theirs.mean,
+                f"in {took[bits] / 1e6:.3f} ms, as uniform {bits} bits: no uniform plan loses less",
+                f"{plan.measured.mean:.4g} against {theirs}",
+                plan.measured.mean <= min(theirs.values()),
             ),
             (
                 f"the plan keeps {took[bits] / 1e6:.3f} ms when timed (and 10 %)",
