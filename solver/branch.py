@@ -83,7 +83,7 @@ class Tree:
             Q=convex.Q, l=convex.l, const=convex.const, e=convex.error, off=core.off, grp=core.grp,
             F=core.A.astype(np.float64), f=core.b.astype(np.float64), A=core.A, b=core.b,
             pairs=core.pairs, C=core.C, P=penalised(core), d=core.d, constant=core.constant,
-            halt=core.halt,
+            lost=core.e, halt=core.halt,
         )  # fmt: skip
         self.allowed = np.zeros((FIRST_NODES, n), dtype=np.uint8)
         self.kept = np.zeros((FIRST_NODES, n), dtype=np.uint8)

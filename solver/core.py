@@ -171,6 +171,17 @@ def order_groups(rows: Ints, group: Ints, share: Floats, loss: Floats) -> None:
         rows[j] = p
 
 
+@compiled
+def first_least(values: Floats, off: Ints) -> Ints:
+    """Return i64[G]: each group's row with the least of ``values``, the first of equal ones."""
+    rows = off[:-1].copy()
+    for g in range(len(rows)):
+        for p in range(off[g] + 1, off[g + 1]):
+            if values[p] < values[rows[g]]:
+                rows[g] = p
+    return rows
+
+
 def propagated(problem: Problem, keep: Bools) -> Bools | None:
     """Return what ``propagate_steps`` leaves of ``keep``; ``None`` when no choice is left."""
     for step in propagate_steps(problem, keep):

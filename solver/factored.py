@@ -19,7 +19,7 @@ import numpy as np
 
 from bitquota.errors import InvalidProblem
 from bitquota.solver import search_kernels
-from bitquota.solver.core import reduce
+from bitquota.solver.core import first_least, reduce
 from bitquota.solver.factor_relaxation import FactorForm
 from bitquota.solver.quadratic import INTERIOR_ROWS, ROUNDING, Quadratic
 from bitquota.solver.search import Effort, search, space_of
@@ -175,7 +175,7 @@ class Factored(Quadratic):
         weight = 1.0 / np.maximum(linear.b, 1).astype(np.float64)
         starts = (-relaxed.weights[linear.rows], weight @ linear.A if len(weight) else linear.d)
         for values in starts:
-            cur = np.lexsort((values, linear.grp))[linear.off[:-1]].astype(np.int64)
+            cur = first_least(values, linear.off)
             if search_kernels.repair(space, search_kernels.place(space, cur), weight):
                 self._take(linear.lift(cur))
                 return

@@ -47,6 +47,7 @@ class Relaxed(NamedTuple):
         P: ``C`` with forbidden pairs priced.
         d: f64[n], the core's own diagonal.
         constant: The core's own constant.
+        lost: f64[n], what rounding has done to an entry of ``d``, and for each choice to it.
         halt: u8[1], not 0 once a limit was reached: what is found by then is still bounded.
     """
 
@@ -65,6 +66,7 @@ class Relaxed(NamedTuple):
     P: Floats
     d: Floats
     constant: float
+    lost: Floats
     halt: Bytes
 
 

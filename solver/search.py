@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.solver import search_kernels as kernels
-from bitquota.solver.core import propagated, reduce
+from bitquota.solver.core import first_least, propagated, reduce
 from bitquota.solver.search_kernels import Space
 from bitquota.solver.ties import collapsed, expanded, partners
 
@@ -93,7 +93,7 @@ def lagrangian_start(core: Core, space: Space, effort: Effort) -> list[Ints]:
     starts = core.off[:-1]
     span = np.maximum(core.b - np.minimum.reduceat(core.A, starts, axis=1).sum(axis=1), 1)
     weight = 1.0 / span.astype(np.float64)
-    cur = _first_least(core, core.d)
+    cur = first_least(core.d, core.off)
     found: list[Ints] = []
 
     def descend(price: float) -> bool:
@@ -133,19 +133,14 @@ def lagrangian_start(core: Core, space: Space, effort: Effort) -> list[Ints]:
                 keep()
     keep()
     if not found:
-        cur[:] = _first_least(core, weight @ core.A)
+        cur[:] = first_least(weight @ core.A, core.off)
         keep()
     return found
 
 
-def _first_least(core: Core, values: Floats) -> Ints:
-    """Return the row of every group with the least of ``values``, the first of equal ones."""
-    return np.lexsort((values, core.grp))[core.off[:-1]].astype(np.int64)
-
-
 def rounded(core: Core, x: Floats) -> list[Ints]:
     """Return the heaviest row of every group by weights ``x``, brought within the budgets."""
-    cur = _first_least(core, -x)
+    cur = first_least(-x, core.off)
     return [cur] if _repair(core, space_of(core), cur) else []
 
 

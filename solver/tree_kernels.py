@@ -262,7 +262,7 @@ def value_of(core: Relaxed, cur: Ints) -> tuple[float, float]:
     C, d = core.C, core.d
     value, size, error = core.constant, abs(core.constant), 0.0
     for g in range(len(cur)):
-        error += core.e[cur[g]]
+        error += core.lost[cur[g]]
         value += d[cur[g]]
         size += abs(d[cur[g]])
         for i in range(g if len(C) else 0):
