@@ -162,7 +162,7 @@ def mix_table(library: Any, source: str, given: argparse.Namespace) -> bool:  # 
     spent = time.process_time() - start
     model = found.with_weights(model)
     print(f"\n{source}: plans took {spent:.0f} s of processor on {given.samples} windows\n")
-    print("| mix | stored bits per weight | KL | plan, bits | KL | KL in llama.cpp of the file |")
+    print("| mix | stored bits per weight | KL | plan, bits | KL | the file in llama.cpp |")
     print("|" + " --- |" * 6)
     worse = False
     for (name, (module, bits)), plan in zip(made.items(), found.plans, strict=True):
