@@ -13,7 +13,7 @@ Design: docs/design/targets.md
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from bitquota.canonical import JsonObject
 
-_YARN = frozenset({"beta_fast", "beta_slow"})
-_KNOWN = _YARN | {
+_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
+"""Bounds of the ramp of ``yarn`` that llama.cpp computes with: it does not read a file's."""
+_KNOWN = _BETAS.keys() | {
     "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings",
     "low_freq_factor", "high_freq_factor", "attention_factor", "truncate", "partial_rotary_factor",
 }  # fmt: skip
@@ -42,7 +43,6 @@ class Rope:
         scaling: ``linear`` or ``yarn``, if llama.cpp computes the scaling by itself.
         factor: Of that scaling.
         original_context: Positions that the model was trained on before it, of ``yarn``.
-        betas: ``beta_fast`` and ``beta_slow`` of ``yarn``, where the config has them.
         factors: f32[d / 2], what each frequency is divided by, where a table says it.
     """
 
@@ -50,7 +50,6 @@ class Rope:
     scaling: str | None = None
     factor: float = 1.0
     original_context: int | None = None
-    betas: JsonObject = field(default_factory=dict)
     factors: NDArray[np.float32] | None = None
 
 
@@ -96,12 +95,15 @@ def _yarn(given: JsonObject, theta: float, factor: float, context: int) -> Rope:
         raise _refusal(f"an attention factor of {attention} (not {usual:.6g})", given)
     if given.get("truncate") is False:
         raise _refusal("bounds that are not rounded", given)
+    for name, taken in _BETAS.items():
+        own = given.get(name)
+        if own is not None and float(own) != taken:
+            raise _refusal(f"a {name} of {own} (it takes {taken:g} whatever the file says)", given)
     return Rope(
         theta=theta,
         scaling="yarn",
         factor=factor,
         original_context=context,
-        betas={k: float(given[k]) for k in sorted(_YARN) if given.get(k) is not None},
     )
 
 
@@ -155,10 +157,6 @@ def add_metadata(writer: Any, config: JsonObject, rope: Rope) -> None:  # noqa: 
         writer.add_rope_scaling_factor(rope.factor)
     if rope.original_context is not None:
         writer.add_rope_scaling_orig_ctx_len(rope.original_context)
-    if "beta_fast" in rope.betas:
-        writer.add_rope_scaling_yarn_beta_fast(rope.betas["beta_fast"])
-    if "beta_slow" in rope.betas:
-        writer.add_rope_scaling_yarn_beta_slow(rope.betas["beta_slow"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 

@@ -28,7 +28,7 @@ needs_bubblewrap = pytest.mark.skipif(bubblewrap() is None, reason="no bubblewra
 
 INPUTS = {
     "base", "exported", "from_plan", "imatrix", "ledger", "lock_files", "plan", "plan_file",
-    "plans",
+    "plans", "table", "tables", "times",
 }  # fmt: skip
 """Parameters that name files which are only read (the ledger has a rule of its own)."""
 
@@ -82,7 +82,7 @@ class TestSandboxed:
             ).parameters.items():
                 if "Path" in str(parameter.annotation):
                     assert name in {*INPUTS, *sides["files"], *sides["folders"]}, command.name
-        assert seen == 9
+        assert seen == 10
 
     def test_a_command_line_leaves_nothing_behind(self, monkeypatch):
         """A second one in the same process would run the arguments of the first."""

@@ -45,10 +45,7 @@ def frequencies(reader: Any) -> tuple[np.ndarray, float]:
     bounds = [
         d * math.log(said["rope.scaling.original_context_length"] / (beta * 2 * math.pi))
         / (2 * math.log(base))
-        for beta in (
-            said.get("rope.scaling.yarn_beta_fast", 32.0),
-            said.get("rope.scaling.yarn_beta_slow", 1.0),
-        )
+        for beta in (32.0, 1.0)
     ]  # fmt: skip
     low, high = max(0, math.floor(bounds[0])), min(d - 1, math.ceil(bounds[1]))
     ramp = (np.arange(d // 2) - low) / max(0.001, high - low)
@@ -61,7 +58,7 @@ class TestPositions:
         ("kind", "rope"),
         [
             ("llama", None), ("llama", LLAMA3), ("llama", LINEAR), ("llama", YARN),
-            ("llama", YARN | {"beta_fast": 24.0, "beta_slow": 2.0}), ("qwen2", YARN),
+            ("llama", YARN | {"beta_fast": 32.0, "beta_slow": 1.0}), ("qwen2", YARN),
             ("mistral", LINEAR),
         ],
     )  # fmt: skip
@@ -79,7 +76,7 @@ class TestPositions:
         [
             ("llama", YARN | {"attention_factor": 1.5}), ("llama", YARN | {"truncate": False}),
             ("llama", {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
-            ("qwen2", LLAMA3),
+            ("qwen2", LLAMA3), ("llama", YARN | {"beta_slow": 2.0}),
         ],
     )  # fmt: skip
     def test_what_llama_cpp_cannot_compute_is_refused(self, tmp_path, kind, rope):
