@@ -62,11 +62,10 @@ def layer_shares(
     """
     known, samples = runner.known, runner.calibration
     spans = spans_of(known.sizes.block, [range(len(samples))])
-    everything = range(len(known.stack))
     charge = partial(runner.charge, len(samples))
     given = run_parts(known.stack, samples, spans, weights, known.keeper, charge)
     ends = known.reference(samples, spans, charge)
-    for k in everything:
+    for k in range(len(known.stack)):
         charge(k, FORWARD_AND_BACK - 1)
     found = walk_back(
         known,

@@ -10,7 +10,7 @@ import numpy as np
 
 from bitquota.errors import InvalidInput
 from bitquota.measurement_setup import build_setup
-from bitquota.search.baselines import baseline_choices
+from bitquota.search.baselines import baseline_choices, largest
 from bitquota.search.measured_plan import Outcome, measured_plan
 from bitquota.search.phases import course_of, measure_phase, plan_phases, refinement_settings
 from bitquota.search.portfolio import (
@@ -274,5 +274,4 @@ def _widest(
         return {
             n: choices[n] for n in sorted(offered, key=lambda n: matrix.predict(offered[n]))[:1]
         }
-    sizes = {n: sum(c.size_bits for c in setup.table.decode(k)) for n, k in offered.items()}
-    return {n: choices[n] for n in sorted(sizes, key=lambda n: -sizes[n])[:1]}
+    return largest(setup.table, offered)

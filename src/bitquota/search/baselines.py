@@ -55,6 +55,14 @@ def baseline_choices(table: CandidateTable) -> dict[str, tuple[int, ...]]:
     return {name: choice for choice, name in distinct.items()}
 
 
+def largest(
+    table: CandidateTable, choices: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Return the one of ``choices`` that takes most bytes, by name, if there is one."""
+    sizes = {name: sum(c.size_bits for c in table.decode(k)) for name, k in choices.items()}
+    return {name: choices[name] for name in sorted(sizes, key=lambda n: -sizes[n])[:1]}
+
+
 def uniform_mixes(table: CandidateTable, size_bits: int) -> dict[str, tuple[int, ...]]:
     """Return mixes of two neighbouring uniform plans that take at most ``size_bits``, by name.
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.canonical import digest_json
-from bitquota.search.baselines import baseline_choices, size_only
+from bitquota.errors import InvalidInput
+from bitquota.search.baselines import baseline_choices, largest, size_only
 from bitquota.sensitivity.metrics.stack_shares import layer_shares
 from bitquota.sensitivity.runners.stack import StackRunner
 from bitquota.solver import build_problem
@@ -52,8 +53,7 @@ def shared_plan(setup: Setup, budgets: Sequence[Sequence[Budget]]) -> tuple[str,
         for name, choice in baseline_choices(setup.table).items()
         if name.startswith("uniform") and all(p.is_feasible(choice) for p in problems)
     }
-    sizes = {n: sum(c.size_bits for c in setup.table.decode(k)) for n, k in fitting.items()}
-    return max(((n, fitting[n]) for n in fitting), key=lambda one: sizes[one[0]], default=None)
+    return next(iter(largest(setup.table, fitting).items()), None)
 
 
 def scaled_by_shares(
@@ -69,8 +69,7 @@ def scaled_by_shares(
         choice: The plan.
 
     Raises:
-        InvalidModel: Gradients do not reach the output.
-        MeasurementFailed: A share is not finite.
+        InvalidInput: Gradients do not reach the output, or all shares together are no loss.
         Cancelled: The context said so.
 
     Cost: the plan is rounded as it would ship, which the comparison of plans finds in the journal;
@@ -108,13 +107,15 @@ def _factors(
     own = np.array([sum(shares.get(c.layer, 0.0) for c in row.candidates) for row in rows])
     known = np.array([any(c.layer in shares for c in row.candidates) for row in rows])
     known &= scores > 0
-    factors = np.ones(len(rows))
-    if own.sum() > 0:
-        # What a layer loses alone may be made up for by others, but not for any width.
-        ratios = np.maximum(own, LEAST * own[known].mean())[known] / scores[known]
-        median = float(np.median(ratios))
-        if matrix.loss == loss:
-            ratios = np.clip(ratios, median / WITHIN, median * WITHIN)
-        factors[:], factors[known] = median, ratios
+    if not 0 < own[known].sum() < np.inf:
+        msg = f"a uniform plan must lose something for shares of it; got {own[known].sum():.3g}"
+        raise InvalidInput(msg)
+    # What a layer loses alone may be made up for by others, but not for any width.
+    ratios = np.maximum(own, LEAST * own[known].mean())[known] / scores[known]
+    median = float(np.median(ratios))
+    if matrix.loss == loss:
+        ratios = np.clip(ratios, median / WITHIN, median * WITHIN)
+    factors = np.full(len(rows), median)
+    factors[known] = ratios
     factors[np.array([row.cached for row in rows])] = 1.0
     return factors

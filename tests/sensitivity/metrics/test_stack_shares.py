@@ -15,6 +15,7 @@ from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import load_model
 from bitquota.models.running import primary_output
 from bitquota.request import PlanRequest
+from bitquota.search import shares
 from bitquota.search.allocate import allocate
 from bitquota.search.portfolio import gather_portfolio
 from bitquota.search.shares import WITHIN, scaled_by_shares, shared_plan
@@ -103,6 +104,17 @@ class TestScaledByShares:
         assert scaled.predict(choice) == pytest.approx(measured, rel=0.5)
         assert scaled.loss == setup.loss.name
         assert scaled.provenance["transformed"] == ["shares of uniform W4"]
+
+    @pytest.mark.parametrize("share", [0.0, float("nan")])
+    def test_shares_of_nothing_scale_nothing(self, setup, monkeypatch, share):
+        """The proposals race as before, and the plan says why."""
+        names = [layer.name for layer in setup.inventory.layers]
+        monkeypatch.setattr(shares, "layer_shares", lambda *_: dict.fromkeys(names, share))
+        budgets = [setup.budgets("4.5 bits")]
+        found = gather_portfolio(setup, setup.runner(), setup.runner(setup.holdout), budgets)
+        assert not found.scaled
+        assert "must lose something" in found.skipped["shares"]
+        assert found.matrix.digest() == gather_portfolio(setup, setup.runner()).matrix.digest()
 
     def test_a_quick_plan_is_the_optimum_of_the_scaled_matrix(self, loaded):
         found = allocate(*loaded, REQUEST)
