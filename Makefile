@@ -52,7 +52,9 @@ $(INSTALLED) $(VENV)/.installed-demo: pyproject.toml constraints.txt
 demo: $(DEMO_INSTALLED) ## Train a small network, start the service, plan two budgets over HTTP
 	@$(BIN)/bitquota demo --out demo
 
-test: lint types imports pytest ## Everything that must hold: lint, types, imports, tests
+test: $(INSTALLED) ## Everything that must hold: lint, types, imports, tests
+	@$(MAKE) --no-print-directory -j 2 lint types imports
+	@$(MAKE) --no-print-directory pytest
 
 check: $(INSTALLED) ## Lint, types, imports and the fast tests: two minutes, for use while working
 	@$(MAKE) --no-print-directory -j 2 lint types imports

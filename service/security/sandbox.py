@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -46,6 +48,8 @@ _PLAIN_TOO = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "HOME")
 _FOLDERS_BYTES = 2**16
 """Room for the mount points below a hidden folder; its file system holds nothing else."""
 _MAX_OPEN_FILES = 4096
+_KERNEL = re.compile(r"^@compiled\ndef (\w+)", re.MULTILINE)
+"""A function of the solver that numba compiles, read without importing numba."""
 
 # Not root inside, whoever starts it: programs that ask "am I root" are told no.
 _ISOLATED = (
@@ -294,35 +298,47 @@ def python_folders() -> list[Path]:
 
 
 def kernel_folders() -> list[Path]:
-    """Return the folders of the package that hold compiled solver kernels.
+    """Return the folders of the package that hold compiled solver kernels, if all are compiled.
 
-    A folder where the newest kernel of some file is older than the file is left out: numba may
-    compile them anew in every sandbox, and throw them away with it.
+    A kernel that is missing, or older than its file, is compiled anew in every sandbox that needs
+    it and thrown away with it. So unless each is there, none counts, and the folders are none.
     """
-    newest: dict[Path, float] = {}  # from source file to the time of its last kernel
+    current: dict[Path, set[str]] = defaultdict(set)  # from source file to its compiled kernels
     for cached in _kernels():
-        source = cached.parent.parent / (cached.name.partition(".")[0] + ".py")
-        if source.exists():
-            newest[source] = max(cached.stat().st_mtime, newest.get(source, 0.0))
-    stale = {source.parent for source, at in newest.items() if source.stat().st_mtime > at}
-    return sorted(
-        {source.parent / "__pycache__" for source in newest if source.parent not in stale}
-    )
+        stem, _, kernel = cached.name.partition(".")
+        source = cached.parent.parent / f"{stem}.py"
+        if source.exists() and cached.stat().st_mtime >= source.stat().st_mtime:
+            current[source].add(kernel.partition("-")[0])
+    found: set[Path] = set()
+    for source in _sources():
+        wanted = set(_KERNEL.findall(source.read_text()))
+        if not wanted <= current[source]:
+            return []
+        if wanted:
+            found.add(source.parent / "__pycache__")
+    return sorted(found)
 
 
 def discard_stale_kernels() -> None:
-    """Remove compiled kernels where ``kernel_folders`` would leave them out."""
-    current = kernel_folders()
+    """Remove compiled kernels that are older than their file, or whose file is gone."""
     for cached in _kernels():
-        if cached.parent not in current:
+        source = cached.parent.parent / (cached.name.partition(".")[0] + ".py")
+        if not source.exists() or cached.stat().st_mtime < source.stat().st_mtime:
             with contextlib.suppress(OSError):  # of somebody else, or a read-only package
                 cached.unlink()
 
 
 def _kernels() -> list[Path]:
     """Return numba's index files, one for each kernel, without an editable install's links."""
-    places = map(Path, bitquota.__path__)
-    return [k.resolve() for place in places for k in place.glob("*/__pycache__/*.nbi")]
+    return [kernel for folder in _solvers() for kernel in folder.glob("__pycache__/*.nbi")]
+
+
+def _sources() -> list[Path]:
+    return [source for folder in _solvers() for source in sorted(folder.glob("*.py"))]
+
+
+def _solvers() -> list[Path]:
+    return [(Path(place) / "solver").resolve() for place in bitquota.__path__]
 
 
 def counts_processes() -> bool:

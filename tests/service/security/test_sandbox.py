@@ -460,9 +460,16 @@ class TestKernelFolders:
         source, kernel = folder.parent / "core.py", folder / "core.solve-1.py311.nbi"
         left_over = folder / "core.removed-9.py311.nbi"
         for at, path in enumerate((left_over, source, kernel)):
-            path.touch()
+            path.write_text("@compiled\ndef solve(n):\n    return n\n")
             os.utime(path, (at, at))
         (folder / "deleted.run-1.py311.nbi").touch()
+        assert kernel_folders() == [folder]
+        source.write_text(source.read_text() + "\n\n@compiled\ndef bound(n):\n    return n\n")
+        os.utime(source, (1, 1))
+        assert kernel_folders() == [], "a kernel that no warm-up reached"
+        added = folder / "core.bound-6.py311.nbi"
+        added.touch()
+        os.utime(added, (3, 3))
         assert kernel_folders() == [folder]
         os.utime(source, (9, 9))
         assert kernel_folders() == []
