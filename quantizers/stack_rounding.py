@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS
-from bitquota.canonical import digest_json
+from bitquota.journal import short_name
 from bitquota.models.layout import from_matrix
 from bitquota.models.running import tensor_of
 from bitquota.quantizers.part_batches import Batches, Remembering, run_through
@@ -47,7 +47,7 @@ def round_stack(
     known.prepare(context)
     stack = known.stack
     numbers = [k for k, c in enumerate(known.candidates) if chosen.get(c.layer) == c]
-    made_for = digest_json({"rounding": rounding, "candidates": numbers}).removeprefix("sha256:")
+    made_for = short_name({"rounding": rounding, "candidates": numbers})
     # What was rounded before is only run, and that only if something behind it is not.
     done = [known.recall_rounded(f"rounded-{made_for}-{k}") for k in range(len(stack))]
     found = {name: w.compact() for one in done if one is not None for name, w in one.items()}

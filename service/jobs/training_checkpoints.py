@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from bitquota.service.jobs.messages import Whole
+from bitquota.service.jobs.work import CHECKPOINT, KEPT_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,14 +25,8 @@ if TYPE_CHECKING:
     from bitquota.progress import Progress
     from bitquota.service.jobs.work import Work
 
-ROLE = "checkpoint"
-"""Role of a kept checkpoint among the inputs of an evaluator."""
-
 FOLDER = "checkpoints"
 """Below the data folder; holds a folder for each job."""
-
-PREFIX = f"{ROLE}-"
-"""Of the file names of kept checkpoints."""
 
 _STATE_BYTES = 20
 """Bytes of a checkpoint for each trained number: itself, two moments of it, its best value, each in
@@ -62,8 +56,8 @@ class SentCheckpoints:
             return
         self.folder = work.scratch / FOLDER
         self.folder.mkdir()
-        for path in work.paths(ROLE):
-            place = self.folder / path.name.removeprefix(PREFIX)
+        for path in work.paths(CHECKPOINT):
+            place = self.folder / path.name.removeprefix(KEPT_PREFIX)
             shutil.copyfile(path, place)
             self._sent[place.name] = _state(place)
 
@@ -85,8 +79,7 @@ class SentCheckpoints:
         for path in () if self.folder is None else sorted(self.folder.glob("*.safetensors")):
             state = _state(path)
             if self._sent.get(path.name) != state:
-                self._work.send_file(path, checkpoint=True)
-                self._work.send(Whole(name=path.name, checkpoint=True))
+                self._work.keep(path, path.name)
                 self._sent[path.name] = state
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from bitquota.context import DEFAULT_MEMORY_BYTES, Context
 from bitquota.errors import Cancelled, InvalidInput
+from bitquota.journal import Journal
 from bitquota.plan import Plan
 from bitquota.progress import Progress
 from bitquota.service.jobs.messages import Piece, Progressed, Whole
@@ -26,6 +29,15 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 4 * 2**20
 """Results travel in pieces of this size, so that neither side holds a large one in memory."""
+
+CHECKPOINT = "checkpoint"
+"""Role of what an earlier attempt left, among the inputs of an evaluator."""
+
+KEPT_PREFIX = f"{CHECKPOINT}-"
+"""Of the names of these files."""
+
+JOURNALED = re.compile(r"(?P<work>[0-9a-f]{32})-(?P<name>[a-z][a-z0-9-]{0,59})")
+"""Name that the driver keeps a file of a journal under: which work, and what of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +78,20 @@ class Work:
             device=self.device,
             memory_bytes=self.memory_bytes,
             executor=self.executor,
+            journal=self._journal(),
+        )
+
+    def _journal(self) -> Journal:
+        """Return the journal of long walks, with what an earlier attempt wrote in it."""
+        folder = self.scratch / "unfinished"
+        if not folder.exists():
+            folder.mkdir()
+            for path in self.paths(CHECKPOINT):
+                if found := JOURNALED.fullmatch(path.name.removeprefix(KEPT_PREFIX)):
+                    (folder / found["work"]).mkdir(exist_ok=True)
+                    shutil.copyfile(path, folder / found["work"] / found["name"])
+        return Journal(
+            folder, written=lambda path: self.keep(path, f"{path.parent.name}-{path.name}")
         )
 
     def on_progress(self, progress: Progress) -> None:
@@ -124,6 +150,11 @@ class Work:
             for start in range(0, len(data), PIECE_BYTES):
                 self.send(Piece(data=data[start : start + PIECE_BYTES]))
         self.send(Whole(name=name))
+
+    def keep(self, path: Path, name: str) -> None:
+        """Have the driver keep a file, in place of one of the same name, for another attempt."""
+        self.send_file(path, checkpoint=True)
+        self.send(Whole(name=name, checkpoint=True))
 
     def send_file(self, path: Path, *, checkpoint: bool = False) -> None:
         """Send the bytes of a file in pieces."""

@@ -129,7 +129,8 @@ class Driver:
             settings.data_dir / FOLDER / job.id,
             kind.checkpoints,
             self._blobs,
-            settings.max_upload_bytes,
+            limit=settings.max_upload_bytes,
+            total=settings.max_scratch_bytes,
         )
         self._stopping = threading.Event()
         self._limits = TimeLimits(settings, job)

@@ -9,6 +9,7 @@ Design: docs/design/language-models.md
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 import warnings
@@ -28,6 +29,15 @@ KEPT_DAYS = 7
 """How long the files of work stay that nobody goes on with."""
 
 
+_DIGITS = 32
+_NAME = re.compile(r"[a-z][a-z0-9-]{0,59}")
+
+
+def short_name(about: object) -> str:
+    """Return the beginning of the digest of a JSON value, as a part of a name in a journal."""
+    return digest_json(about).removeprefix("sha256:")[:_DIGITS]
+
+
 @dataclass(slots=True, eq=False)
 class Journal:
     """Named pieces of content in a folder.
@@ -38,19 +48,20 @@ class Journal:
     Attributes:
         folder: Where they are; without one nothing is kept.
         tell: Is told, in a sentence, that nothing more is written and why.
+        written: Is told of each file that was written.
         failed: Whether it was.
     """
 
     folder: Path | None = None
     tell: Callable[[str], object] = warnings.warn
+    written: Callable[[Path], object] = lambda _path: None
     failed: bool = False
 
     def of(self, about: JsonObject) -> Journal:
         """Return the journal of one piece of work, told from all others by ``about``."""
         if self.folder is None:
             return self
-        name = digest_json(about).removeprefix("sha256:")
-        return replace(self, folder=self.folder / name, failed=False)
+        return replace(self, folder=self.folder / short_name(about), failed=False)
 
     def read(self, name: str) -> bytes | None:
         """Return what was written under a name, or ``None``."""
@@ -63,7 +74,9 @@ class Journal:
         """Write something under a name, whole or not at all, in place of what was there.
 
         ``make`` returns it, and is called only where there is a folder that can be written to.
+        A name has at most 60 small letters, digits and hyphens: a service passes it on.
         """
+        assert _NAME.fullmatch(name), name  # noqa: S101  # names are ours
         if self.folder is None or self.failed:
             return
         own = self.folder / f"{name}.{os.getpid()}.part"
@@ -85,6 +98,8 @@ class Journal:
                 "work goes on, but if it is interrupted it goes on from what was kept until now: "
                 "make room there, and let one process work on it at a time"
             )
+        else:
+            self.written(self.folder / name)
 
     def finish(self) -> None:
         """Delete everything."""

@@ -95,7 +95,7 @@ class JobKind:
         derive_from: Results whose files ``derive`` wants.
         derive: Returns further results by name, made from them outside of the sandbox; raises
             where they do not agree.
-        checkpoints: Names of the files from which another attempt goes on; see
+        checkpoints: Names of the files from which another attempt of a training goes on; see
             ``bitquota.service.worker.checkpoints``.
     """
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitquota.canonical import digest_json
 from bitquota.errors import InvalidInput
+from bitquota.journal import short_name
 from bitquota.search.baselines import baseline_choices, largest, size_only
 from bitquota.sensitivity.metrics.stack_shares import layer_shares
 from bitquota.sensitivity.runners.stack import StackRunner
@@ -78,10 +78,8 @@ def scaled_by_shares(
     assert isinstance(runner, StackRunner)  # noqa: S101  # callers ask first
     weights = runner.known.shipped(setup.rounded(choice).weights)
     samples = runner.calibration
-    digest = digest_json([list(choice), samples.digest, list(samples.indices)])
-    shares = layer_shares(
-        runner, weights, setup.loss, digest.removeprefix("sha256:"), setup.context
-    )
+    walk = short_name([list(choice), samples.digest, list(samples.indices)])
+    shares = layer_shares(runner, weights, setup.loss, walk, setup.context)
     factors = _factors(matrix, choice, shares, setup.loss.name)
     per_row = factors[matrix.table.group_of_row]
     error = matrix.diagonal_error

@@ -12,7 +12,7 @@ from bitquota.errors import MeasurementFailed, TooLarge
 from bitquota.progress import Progress
 from bitquota.service.jobs.messages import Piece, Progressed, Whole
 from bitquota.service.jobs.training_checkpoints import SentCheckpoints, sent_checkpoints
-from bitquota.service.jobs.work import PIECE_BYTES, Loaded, Work
+from bitquota.service.jobs.work import CHECKPOINT, PIECE_BYTES, Loaded, Work
 from bitquota.service.store.blobs import BlobStore
 from bitquota.service.worker.checkpoints import KeptCheckpoints
 
@@ -23,7 +23,20 @@ NAMES = ("learn.safetensors", "finetune.safetensors")
 def kept(tmp_path):
     """The driver's side of one job."""
     blobs = BlobStore(tmp_path / "blobs")
-    made = KeptCheckpoints(tmp_path / "checkpoints" / "job", NAMES, blobs, 3 * PIECE_BYTES)
+    made = KeptCheckpoints(
+        tmp_path / "checkpoints" / "job", NAMES, blobs, limit=3 * PIECE_BYTES, total=4 * PIECE_BYTES
+    )
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def journalled(tmp_path):
+    """The driver's side of a job whose kind names no checkpoints."""
+    blobs = BlobStore(tmp_path / "blobs")
+    made = KeptCheckpoints(
+        tmp_path / "checkpoints" / "walk", (), blobs, limit=3 * PIECE_BYTES, total=4 * PIECE_BYTES
+    )
     yield made
     made.close()
 
@@ -68,6 +81,55 @@ class TestKeptCheckpoints:
         kept.piece([bytes(2 * PIECE_BYTES)])
         with pytest.raises(TooLarge):
             kept.piece([bytes(2 * PIECE_BYTES)])
+
+    def test_all_together_are_limited(self, kept):
+        """As the scratch folder is; a newer one takes the place of its elder."""
+        for _ in range(3):
+            kept.piece([bytes(PIECE_BYTES)] * 3)
+            kept.keep(NAMES[0])
+        kept.piece([bytes(PIECE_BYTES)] * 2)
+        with pytest.raises(TooLarge, match="max_scratch_bytes"):
+            kept.keep(NAMES[1])
+        assert [file.path.name for file in kept.input_files()] == [NAMES[0]]
+
+    @pytest.mark.parametrize(
+        "name", [NAMES[0], f"{'a' * 32}-../../x", f"{'a' * 32}-", f"../{'a' * 32}-errors-1"]
+    )
+    def test_a_walk_keeps_files_of_a_journal(self, journalled, name):
+        """Told from others by their form: how many there are is up to the model."""
+        journalled.piece([b"anything"])
+        with pytest.raises(MeasurementFailed, match="those of a journal"):
+            journalled.keep(name)
+
+
+class TestJournal:
+    def test_the_next_attempt_reads_what_the_last_one_wrote(self, journalled, tmp_path):
+        def send(message):
+            match message:
+                case Piece(data=data, checkpoint=True):
+                    journalled.piece([data])
+                case Whole(name=name, checkpoint=True):
+                    journalled.keep(name)
+
+        about = {"model": "sha256:1", "windows": 3}
+        codes = bytes(PIECE_BYTES) + b"codes"
+        (tmp_path / "first").mkdir()
+        first = work_of(tmp_path / "first", send).context.journal.of(about)
+        first.write("errors-1", lambda: b"early")
+        first.write("rounded-0123456789abcdef-12", lambda: codes)
+        first.write("errors-1", lambda: b"late")
+
+        (tmp_path / "inbox").mkdir()
+        given = [tmp_path / "inbox" / file.name for file in journalled.input_files()]
+        for file, place in zip(journalled.input_files(), given, strict=True):
+            place.write_bytes(file.path.read_bytes())
+        (tmp_path / "second").mkdir()
+        again = work_of(tmp_path / "second", send, {CHECKPOINT: list(map(str, given))})
+        for _ in range(2):  # the context of each is asked for more than once
+            second = again.context.journal.of(about)
+            assert second.read("errors-1") == b"late"
+            assert second.read("rounded-0123456789abcdef-12") == codes
+        assert second.of({"model": "another"}).read("errors-1") is None
 
 
 class TestSentCheckpoints:
