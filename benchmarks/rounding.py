@@ -7,13 +7,13 @@
 
 A case is ``uniform B`` or ``mixed B`` (average bits), with ``g64`` behind it for groups of 64
 weights, ``tensor`` for one scale for each tensor, ``a8`` for inputs of 8 bits. A rounding with
-``+smoothing`` behind it scales channels first. Uniform weights are rounded and run; mixed rows are
-plans that ``allocate`` made with the given rounding, run from their file of quantized weights. KL
-is that to full precision, with its standard error over samples; "paired" is against the first
-rounding of the same case. Language models read the last tenth of tinyshakespeare.txt and are
-calibrated on the rest; their embeddings and heads stay in full precision, KL is per token, and the
-accuracy is how often the most likely token stays. ``--model FOLDER`` takes a Hugging Face folder
-with its tokenizer.
+``+smoothing`` or ``+rotation`` behind it has that correction. Uniform weights are rounded and run;
+mixed rows are plans that ``allocate`` made with the given rounding, run from their file of
+quantized weights. KL is that to full precision, with its standard error over samples; "paired" is
+against the first rounding of the same case. Language models read the last tenth of
+tinyshakespeare.txt and are calibrated on the rest; their embeddings and heads stay in full
+precision, KL is per token, and the accuracy is how often the most likely token stays. ``--model
+FOLDER`` takes a Hugging Face folder with its tokenizer.
 
 With ``--peers PYTHON``, an environment in which auto-round 0.16 and GPTQModel 7.7 are installed,
 ``auto-round``, ``auto-round-rtn``, ``gptqmodel`` and ``gptqmodel-gptaq`` are roundings too, for
@@ -179,8 +179,8 @@ def request_of(
                 group_size=int(word.removeprefix("g")),
                 scale_format=ScaleFormat.FP16,
             )
-    rounding, _, smoothing = rounding.partition("+")
-    corrections = [Correction.SMOOTHING] if smoothing else []
+    rounding, *more = rounding.split("+")
+    corrections = [Correction(name) for name in more]
     if options.moved:
         corrections.append(Correction.BATCH_NORM_STATISTICS)
     return PlanRequest(

@@ -131,7 +131,7 @@ def channel_pairs(
 
     Cost: one pass, and one for each set of producers that share no reader (three for a decoder).
     """
-    flow = _Flow(module, inventory)
+    flow = Flow(module, inventory)
     with torch.no_grad(), flow:
         result = module(*inputs)
     flow.drop(flow.sources_in(result))
@@ -145,14 +145,14 @@ def channel_pairs(
     while waiting:
         # Producers whose readers nothing else of this pass reaches.
         taken: set[str] = set()
-        probed: dict[str, _Producer] = {}
+        probed: dict[str, Producer] = {}
         for name, producer in waiting.items():
             if not taken & producer.readers.keys():
                 probed[name] = producer
                 taken |= producer.readers.keys()
         for name in probed:
             del waiting[name]
-        probe = _Probe(flow, probed, generator)
+        probe = _Scaled(flow, probed, generator)
         with torch.no_grad(), probe:
             module(*inputs)
         found |= probe.pairs()
@@ -160,7 +160,7 @@ def channel_pairs(
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Producer:
+class Producer:
     """A layer or norm.
 
     Attributes:
@@ -182,7 +182,7 @@ class _Producer:
     dropped: bool = False
 
 
-class _Watching(LayerWatcher["Layer"]):
+class ChannelWatcher(LayerWatcher["Layer"]):
     """Tells layers and norms from all other functions."""
 
     def __init__(
@@ -233,7 +233,7 @@ class _Watching(LayerWatcher["Layer"]):
         return func(*args, **kwargs)
 
 
-class _Flow(_Watching):
+class Flow(ChannelWatcher):
     """The first pass: what reaches which layer, and the inputs of all layers."""
 
     def __init__(self, module: nn.Module, inventory: Inventory) -> None:
@@ -243,7 +243,7 @@ class _Flow(_Watching):
             if layer.kind is not LayerKind.EXPERTS and layer.kind not in MATRICES
         }
         super().__init__(known, parameter_owners(module))
-        self.producers: dict[str, _Producer] = {}
+        self.producers: dict[str, Producer] = {}
         self.inputs: dict[str, Tensor] = {}
         self._seen: set[str] = set()
         self._elsewhere: set[str] = set()
@@ -260,7 +260,7 @@ class _Flow(_Watching):
         for name in names:
             self.producers[name].dropped = True
 
-    def can_be_scaled(self, producer: _Producer) -> bool:
+    def can_be_scaled(self, producer: Producer) -> bool:
         """Return whether no other place would change with the producer's tensors."""
         held = [self.owners_of(producer.weight)]
         if producer.bias is not None:
@@ -270,14 +270,15 @@ class _Flow(_Watching):
             and len(producer.readers) <= MOST_READERS
             and all(len(owners) == 1 for owners in held)
             and producer.layer not in self._elsewhere
-            and all(self._owned_once(reader) for reader in producer.readers)
+            and all(self.owned_once(reader) for reader in producer.readers)
         )
 
     def owners_of(self, name: str) -> list[Owner]:
         """Return every place that holds the parameter called ``name``."""
         return next(o for o in self.owners.values() if any(full == name for _, _, full in o))
 
-    def _owned_once(self, layer: str) -> bool:
+    def owned_once(self, layer: str) -> bool:
+        """Return whether only layers read a layer's weight, under one name."""
         key = next(key for key, known in self.known.items() if known.name == layer)
         return layer not in self._elsewhere and len(self.owners.get(key, [])) == 1
 
@@ -298,9 +299,9 @@ class _Flow(_Watching):
         if layer in self._seen:
             self.drop({*sources, *self._readers_of(layer), layer})
         self.inputs[layer] = call.inputs.detach().clone()
-        self._produce(
+        self.produce(
             layer,
-            _Producer(
+            Producer(
                 weight=self.owners[tensor_key(call.weight)][0][2],
                 bias=call.bias,
                 layer=layer,
@@ -327,7 +328,7 @@ class _Flow(_Watching):
         result = func(*args, **kwargs)
         output = next(tensors_in(result))
         (weight, name), *rest = vectors
-        producer = _Producer(
+        producer = Producer(
             weight=name,
             bias=rest[0][0] if rest else None,
             layer=None,
@@ -335,10 +336,11 @@ class _Flow(_Watching):
             channels=len(weight),
         )
         producer.dropped = len(rest) > 1 or output.shape[producer.axis] != len(weight)
-        self._produce(name, producer, result)
+        self.produce(name, producer, result)
         return result
 
-    def _produce(self, name: str, producer: _Producer, result: Any) -> None:  # noqa: ANN401
+    def produce(self, name: str, producer: Producer, result: Any) -> None:  # noqa: ANN401
+        """Note that a producer put out ``result``."""
         if name in self._seen:
             self.producers[name].dropped = True
         else:
@@ -375,17 +377,62 @@ class _Flow(_Watching):
         self._alive.append(result)
 
 
-class _Probe(_Watching):
-    """A later pass: some producers scaled, every layer handed its input of the first pass."""
+class Probe(ChannelWatcher):
+    """A later pass: some producers changed, every layer handed its input of the first pass."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__(flow.known, flow.owners)
+        self.first = flow.inputs
+
+    def look(self, layer: str, call: LayerCall) -> None:
+        """Compare the input of a layer with that of the first pass."""
+        raise NotImplementedError
+
+    def changed(self, name: str, output: Tensor) -> Tensor:
+        """Return what a layer or norm puts out in this pass."""
+        raise NotImplementedError
+
+    def around(
+        self,
+        known: Layer,
+        call: LayerCall,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:  # noqa: ANN401
+        """Look at the input, and go on with that of the first pass."""
+        self.look(known.name, call)
+        args, kwargs = with_input(call.operator, args, kwargs, self.first[known.name])
+        return self._changed(known.name, func(*args, **kwargs))
+
+    def at_norm(
+        self,
+        operator: str,
+        vectors: list[tuple[Tensor, str]],
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:  # noqa: ANN401
+        """Change what a probed norm puts out."""
+        del operator
+        return self._changed(vectors[0][1], func(*args, **kwargs))
+
+    def _changed(self, name: str, result: Any) -> Any:  # noqa: ANN401
+        if isinstance(result, torch.Tensor):
+            return self.changed(name, result)
+        return (self.changed(name, result[0]), *result[1:])
+
+
+class _Scaled(Probe):
+    """Multiplies what producers put out with powers of two."""
 
     def __init__(
-        self, flow: _Flow, probed: Mapping[str, _Producer], generator: torch.Generator
+        self, flow: Flow, probed: Mapping[str, Producer], generator: torch.Generator
     ) -> None:
-        super().__init__(flow.known, flow.owners)
-        self._first = flow.inputs
+        super().__init__(flow)
         self._probed = probed
         self._exponents = {
-            name: _exponents(producer.channels, generator) for name, producer in probed.items()
+            name: factors_of(producer.channels, generator) for name, producer in probed.items()
         }
         self._reads = {r: name for name, p in probed.items() for r in p.readers}
         self._found: dict[str, Reader | None] = {}
@@ -407,59 +454,44 @@ class _Probe(_Watching):
                     ),
                 )
 
-    def around(
-        self,
-        known: Layer,
-        call: LayerCall,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:  # noqa: ANN401
-        """Compare the input with that of the first pass, and go on with that one."""
-        layer = known.name
-        first = self._first[layer]
+    def look(self, layer: str, call: LayerCall) -> None:
+        """Find which channel each input of a reader follows."""
         if layer in self._reads:
             exponents = self._exponents[self._reads[layer]]
-            self._found[layer] = _reader(layer, first, call, exponents)
-        args, kwargs = with_input(call.operator, args, kwargs, first)
-        return self._scaled(layer, func(*args, **kwargs))
+            self._found[layer] = reader_of(
+                layer, self.first[layer], call.inputs, call.channel_axis, exponents
+            )
 
-    def at_norm(
-        self,
-        operator: str,
-        vectors: list[tuple[Tensor, str]],
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:  # noqa: ANN401
-        """Scale what a probed norm puts out."""
-        del operator
-        return self._scaled(vectors[0][1], func(*args, **kwargs))
-
-    def _scaled(self, name: str, result: Any) -> Any:  # noqa: ANN401
+    def changed(self, name: str, output: Tensor) -> Tensor:
+        """Scale what a probed producer puts out."""
         if name not in self._probed:
-            return result
-        first, *rest = (result,) if isinstance(result, torch.Tensor) else result
-        shape = [1] * first.ndim
+            return output
+        shape = [1] * output.ndim
         shape[self._probed[name].axis] = -1
-        scaled = first * torch.exp2(self._exponents[name]).to(first).reshape(shape)
-        return scaled if isinstance(result, torch.Tensor) else (scaled, *rest)
+        return output * torch.exp2(self._exponents[name]).to(output).reshape(shape)
 
 
-def _exponents(n: int, generator: torch.Generator) -> Tensor:
+def factors_of(n: int, generator: torch.Generator) -> Tensor:
     """Return f32[n] of whole numbers between -FARTHEST and FARTHEST, never 0."""
     signs = torch.randint(0, 2, (n,), generator=generator) * 2 - 1
     return (torch.randint(1, FARTHEST + 1, (n,), generator=generator) * signs).float()
 
 
-def _reader(layer: str, first: Tensor, call: LayerCall, exponents: Tensor) -> Reader | None:
-    """Return which channel each input of a layer follows, or ``None`` if one follows none."""
-    now = call.inputs
+def reader_of(
+    layer: str, first: Tensor, now: Tensor, axis: int, exponents: Tensor
+) -> Reader | None:
+    """Return which channel each input of a layer follows, or ``None`` if one follows none.
+
+    Args:
+        layer: Its name.
+        first: Its input as it was.
+        now: The same when the producer's channels are multiplied by powers of two.
+        axis: That counts input channels.
+        exponents: Of these powers, by channel of the producer.
+    """
     if now.shape != first.shape:
         return None
-    before, after = (
-        x.movedim(call.channel_axis % x.ndim, 0).flatten(1).double().cpu() for x in (first, now)
-    )
+    before, after = (x.movedim(axis % x.ndim, 0).flatten(1).double().cpu() for x in (first, now))
     n = len(before)
     if n % len(exponents):
         return None

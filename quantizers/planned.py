@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
-from bitquota.corrections import Correction
+from bitquota.corrections import REWRITTEN, Correction
 from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.corrections import fold_batch_norm
@@ -13,7 +13,6 @@ from bitquota.quantizers.fitted import fit_quantizers
 from bitquota.quantizers.imatrix import check_importance
 from bitquota.quantizers.kv_cache import put_caches
 from bitquota.quantizers.quantized_model import shipped_weights
-from bitquota.quantizers.smoothing import scale_channels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,27 +31,26 @@ def full_precision_module(
 ) -> nn.Module:
     """Return a copy of the model in eval mode as it is before the plan quantizes it.
 
-    Batch norms are folded and channels scaled, if the plan says so. Two of ``samples`` show how the
-    graph runs, by default the model's own example.
+    Batch norms are folded, values turned and channels scaled, if the plan says so. Two of
+    ``samples`` show how the graph runs, by default the model's own example.
 
     Raises:
         InvalidInput: Batch norms are to be folded and there is no sample.
-        StalePlan: Channels are to be scaled, and the plan's quantized weights were not given.
+        StalePlan: Weights are to be changed, and the plan's quantized weights were not given.
         InvalidPlan: They are not those of such a plan.
     """
     module = copy.deepcopy(model.module).eval()
     if Correction.FOLD_BATCH_NORM in plan.corrections:
         module = fold_batch_norm(module, _example(model, samples))
-    if Correction.SMOOTHING in plan.corrections:
+    if rewritten := REWRITTEN & set(plan.corrections):
         shipped = shipped_weights(plan, model)
         if shipped is None:
             msg = (
-                "a plan with the correction 'smoothing' must name its quantized weights, which say "
-                "how channels were scaled; this one names none: plan again"
+                f"a plan with the correction '{min(rewritten)}' must name its quantized weights, "
+                "which say how the model was changed before; this one names none: plan again"
             )
             raise InvalidPlan(msg)
-        for scaling in shipped.scalings:
-            scale_channels(module, plan.inventory, scaling)
+        shipped.rewrite(module, plan.inventory)
     return module
 
 

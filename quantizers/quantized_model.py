@@ -24,11 +24,14 @@ from bitquota.errors import InvalidPlan, StalePlan
 from bitquota.models.calls import parameter_owners, tensor_key
 from bitquota.models.channel_flow import ChannelPair
 from bitquota.models.layout import from_matrix
+from bitquota.models.orthogonal import Orthogonal
+from bitquota.models.rotation_places import RotationPlace
 from bitquota.models.running import tensor_of
 from bitquota.plan import WEIGHTS_SUFFIX, PlanWeights
 from bitquota.quantizers.activations import ActivationQuantizer, quantize_inputs_of
 from bitquota.quantizers.corrections import ensure_bias
-from bitquota.quantizers.smoothing import Scaling
+from bitquota.quantizers.rotation import Rotation
+from bitquota.quantizers.smoothing import Scaling, scale_channels
 from bitquota.quantizers.weights import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -57,7 +60,8 @@ class QuantizedModel:
         weights: Codes and scales of each quantized layer.
         tensors: Other parameters and buffers that corrections changed or added, by name.
         activations: Grids of inputs by layer.
-        scalings: Where channels were scaled before anything was quantized.
+        rotations: What was turned before anything else.
+        scalings: Where channels were scaled then, before anything was quantized.
     """
 
     model_digest: str
@@ -65,6 +69,7 @@ class QuantizedModel:
     weights: Mapping[str, QuantizedWeight]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     activations: Mapping[str, ActivationQuantizer] = field(default_factory=dict)
+    rotations: tuple[Rotation, ...] = ()
     scalings: tuple[Scaling, ...] = ()
 
     def to_bytes(self) -> bytes:
@@ -77,6 +82,9 @@ class QuantizedModel:
                 held[f"zero_points:{name}"] = _smallest(weight.zero_points)
         held |= {f"tensor:{k}": v.detach().cpu().contiguous() for k, v in self.tensors.items()}
         held |= {f"factors:{s.pair.weight}": s.factors.cpu().contiguous() for s in self.scalings}
+        for k, rotation in enumerate(self.rotations):
+            held[f"odd:{k}"] = rotation.matrix.odd.cpu().contiguous()
+            held[f"signs:{k}"] = rotation.matrix.signs.cpu().contiguous()
         # One entry only: safetensors writes several in an order that changes.
         about: JsonObject = {
             "schema": SCHEMA,
@@ -88,6 +96,8 @@ class QuantizedModel:
             },
             "activations": {name: asdict(grid) for name, grid in self.activations.items()},
         }
+        if self.rotations:
+            about["rotations"] = [asdict(rotation.place) for rotation in self.rotations]
         if self.scalings:
             about["scalings"] = [asdict(scaling.pair) for scaling in self.scalings]
         text = json.dumps(about, sort_keys=True, separators=(",", ":"))
@@ -130,6 +140,13 @@ class QuantizedModel:
                 activations={
                     name: ActivationQuantizer(**grid) for name, grid in about["activations"].items()
                 },
+                rotations=tuple(
+                    Rotation(
+                        place=RotationPlace.of(place),
+                        matrix=Orthogonal(odd=held[f"odd:{k}"], signs=held[f"signs:{k}"]),
+                    )
+                    for k, place in enumerate(about.get("rotations", ()))
+                ),
                 scalings=tuple(
                     Scaling(pair=ChannelPair.of(pair), factors=held[f"factors:{pair['weight']}"])
                     for pair in about.get("scalings", ())
@@ -139,10 +156,22 @@ class QuantizedModel:
             msg = f"{_name(source)} must be a file of quantized weights ({SCHEMA}); {ADVICE}: {err}"
             raise InvalidPlan(msg, path=_name(source).strip("'")) from err
 
+    def rewrite(self, module: nn.Module, inventory: Inventory) -> None:
+        """Change ``module``, as it was loaded, to the model that was quantized, in place.
+
+        Raises:
+            InvalidModel: The model lacks a tensor.
+            InvalidPlan: It is another model than the plan's.
+        """
+        for rotation in self.rotations:
+            rotation.apply(module)
+        for scaling in self.scalings:
+            scale_channels(module, inventory, scaling)
+
     def put_into(self, module: nn.Module, inventory: Inventory) -> nn.Module:
         """Change ``module``, in full precision, to what this file holds; returns it.
 
-        Its batch norms must be folded and its channels scaled already, if the plan says so
+        Its batch norms must be folded and ``rewrite`` called already, if the plan says so
         (``planned.full_precision_module``).
 
         Raises:

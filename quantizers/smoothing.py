@@ -39,9 +39,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, ScaleRule
-from bitquota.errors import InvalidInput, InvalidPlan
+from bitquota.errors import InvalidPlan
 from bitquota.models.channel_flow import FARTHEST, channel_pairs
 from bitquota.models.layout import from_matrix, to_matrix
+from bitquota.models.onnx.channel_flow import onnx_channel_pairs
 from bitquota.models.onnx.program import source_of
 from bitquota.models.running import put_in_eval_mode, run_module, tensor_of
 from bitquota.quantizers.input_moments import input_grams
@@ -132,24 +133,16 @@ def smooth(
         batches: Positional arguments of forward passes.
         powers: ``a`` and ``b`` to try.
 
-    Raises:
-        InvalidInput: ``module`` is an ONNX graph.
-
     Cost: a few passes over two samples, one over the batches, and for each place the moments of
     its readers' inputs and ``len(powers)`` quantizations of ``ROWS`` rows of each.
     """
-    if source_of(module) is not None:
-        msg = (
-            "the correction 'smoothing' does not change ONNX graphs: plan the torch model or the "
-            ".pt2 that the graph came from, or leave the correction out"
-        )
-        raise InvalidInput(msg)
     few = tuple(tensor[:2] for tensor in batches[0])
     layers = {layer.name: layer for layer in inventory.layers}
     chosen = {k: c for k, c in candidates.items() if c.weight_bits != FULL_PRECISION_BITS}
+    places = channel_pairs if source_of(module) is None else onnx_channel_pairs
     pairs = [
         pair
-        for pair in channel_pairs(module, inventory, few)
+        for pair in places(module, inventory, few)
         if any(reader.layer in chosen for reader in pair.readers)
     ]
     seen = {r.layer for p in pairs for r in p.readers} | {

@@ -114,8 +114,8 @@ def tied_tokens() -> nn.Module:
     return TiedTokens().eval()
 
 
-def write_llama(path: Path, *, width: int = 64, inner: int = 96) -> Path:
-    """Save a tiny random Llama with a tied head as transformers does."""
+def write_llama(path: Path, *, width: int = 64, inner: int = 96, tied: bool = True) -> Path:
+    """Save a tiny random Llama, by default with a tied head, as transformers does."""
     import transformers
 
     torch.manual_seed(0)
@@ -126,7 +126,7 @@ def write_llama(path: Path, *, width: int = 64, inner: int = 96) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=1,
         eos_token_id=2,
     )

@@ -30,7 +30,7 @@ from bitquota.models.onnx.layers import FLOATS, FedTensor, find_layers, readers,
 from bitquota.models.onnx.program import OnnxSource, as_array, padded
 from bitquota.models.onnx.reading import normalized, read_onnx
 from bitquota.models.onnx.sessions import first_line, import_onnxruntime, make_session
-from bitquota.models.onnx.shifts import added_of, shift_of, statistics_of
+from bitquota.models.onnx.shifts import added_of, scales_of, shift_of, statistics_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,8 +109,11 @@ class OnnxModule(nn.Module):
             self._place_layer(item, nodes, initializers, fed) for item in found
         )
         # Statistics of batch norms may be estimated anew: they are inputs like weights.
-        movable = statistics_of(proto, initializers) | added_of(
-            self.onnx_layers, nodes, used, initializers
+        # So are what is added behind layers, which corrections move, and scales of norms.
+        movable = (
+            statistics_of(proto, initializers)
+            | added_of(self.onnx_layers, nodes, used, initializers)
+            | scales_of(proto.graph, used, initializers)
         )
         places = self._place_constants(initializers, fed, used)
         fed |= {name: where for name, where in places.items() if name in movable}

@@ -20,9 +20,15 @@ class Correction(StrEnum):
     """Shift each layer's bias by the mean output error per channel after quantizing."""
     SMOOTHING = "smoothing"
     """Scale channels between layers, before quantizing, so that the weights round better."""
+    ROTATION = "rotation"
+    """Turn the residual stream and attention's values by orthogonal matrices that are folded into
+    weights, before quantizing: language models with RMS norms."""
 
 
-BEFORE_QUANTIZING = frozenset({Correction.FOLD_BATCH_NORM, Correction.SMOOTHING})
+REWRITTEN = frozenset({Correction.SMOOTHING, Correction.ROTATION})
+"""Corrections that give the model other weights, which the plan's quantized weights describe."""
+
+BEFORE_QUANTIZING = frozenset({Correction.FOLD_BATCH_NORM}) | REWRITTEN
 """Corrections of the full-precision model: it computes what it did."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.candidates.targets import target_by_name
 from bitquota.canonical import digest_json
 from bitquota.context import Context
-from bitquota.corrections import Correction
+from bitquota.corrections import BEFORE_QUANTIZING, REWRITTEN, Correction
+from bitquota.errors import InvalidInput
 from bitquota.evaluate.choice import ChoiceLoss, measure_choice
 from bitquota.models.binding import bound
 from bitquota.models.kv_cache import find_caches, open_caches
@@ -34,6 +35,7 @@ from bitquota.quantizers.fitted import BATCH, fit_quantizers
 from bitquota.quantizers.imatrix import importance_of
 from bitquota.quantizers.kv_cache import put_caches
 from bitquota.quantizers.quantized_model import QuantizedModel, changed_tensors
+from bitquota.quantizers.rotation import SEED, rotate
 from bitquota.quantizers.sequential import LEARNED
 from bitquota.quantizers.smoothing import smooth
 from bitquota.quantizers.stack_rounding import round_stack
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from bitquota.candidates.layers import Inventory
     from bitquota.candidates.table import Candidate, CandidateTable
     from bitquota.candidates.targets import Target
+    from bitquota.canonical import JsonObject
     from bitquota.evaluate.choice import Walked
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from bitquota.progress import Course
     from bitquota.quantizers.fitted import Fitted
     from bitquota.quantizers.imatrix import Importance
+    from bitquota.quantizers.rotation import RotatedModel
     from bitquota.quantizers.smoothing import Smoothing
     from bitquota.quantizers.variants import Chosen
     from bitquota.quantizers.weights import QuantizedWeight
@@ -97,8 +101,8 @@ class Setup:
 
     Attributes:
         request: What was asked for.
-        module: Own copy of the model on its device, batch norm folded and channels scaled if that
-            was asked for.
+        module: Own copy of the model on its device, batch norm folded, values turned and channels
+            scaled if that was asked for.
         inventory: Its tensors, exclusions and ties applied.
         table: What may become of each group.
         loss: What is minimised.
@@ -116,6 +120,7 @@ class Setup:
         outputs: The outputs that the loss is about, and what they were taken for; empty with a
             loss of one's own.
         identity_note: What the model's digest does not cover, if anything.
+        rotated: How values were turned, if that was asked for.
         smoothing: How channels were scaled, if that was asked for.
         stacked: The model as a chain of blocks, where it is measured and quantized part by part.
     """
@@ -138,6 +143,7 @@ class Setup:
     kept: Kept = field(default_factory=Kept)
     outputs: tuple[PlanOutput, ...] = ()
     identity_note: str = ""
+    rotated: RotatedModel | None = None
     smoothing: Smoothing | None = None
     stacked: StackedWeights | None = None
 
@@ -243,7 +249,7 @@ class Setup:
 
     def quantized_model(self, choice: Choice) -> QuantizedModel | None:
         """Return what a choice ships as, or ``None`` where its plan has no such file."""
-        if self.fitted.order is None and self.smoothing is None:
+        if self.fitted.order is None and self.smoothing is None and self.rotated is None:
             return None
         return self.rounded(choice)
 
@@ -271,6 +277,7 @@ class Setup:
                 weights=round_stack(
                     self.stacked, chosen, rounding=rounding, context=context or self.context
                 ),
+                **self._rewritten(),
             )
         module = apply_plan(
             self.module,
@@ -289,8 +296,15 @@ class Setup:
             weights=stored,
             tensors=changed_tensors(self.module, module, self.inventory),
             activations=self._input_grids(chosen),
-            scalings=() if self.smoothing is None else self.smoothing.scalings,
+            **self._rewritten(),
         )
+
+    def _rewritten(self) -> dict[str, Any]:
+        """Return how the quantized model comes about from the one that was loaded."""
+        return {
+            "rotations": () if self.rotated is None else self.rotated.rotations,
+            "scalings": () if self.smoothing is None else self.smoothing.scalings,
+        }
 
     def _cached(self, choice: Sequence[int]) -> list[Candidate]:
         """Return what a choice makes of the KV cache."""
@@ -354,7 +368,7 @@ def build_setup(
         module = fold_batch_norm(module, few.inputs)
 
     # What may become of each layer.
-    inventory = inventory_of(module, model, few)
+    whole = inventory = inventory_of(module, model, few)
     target = None if request.target is None else target_by_name(request.target)
     inventory = prepare_inventory(inventory, target, exclude=request.exclude, ties=request.ties)
     table = offered_candidates(
@@ -376,8 +390,20 @@ def build_setup(
     measured, holdout, spare = _samples(calibration, request, where)
     n_correcting = min(request.correction_samples, len(calibration))
 
-    # Channels scaled for about the widths that layers will have.
-    smoothing = None
+    # Values turned, and channels scaled for about the widths that layers will have.
+    rotated, smoothing = None, None
+    if model.pages is not None and REWRITTEN & set(request.corrections):
+        module = module.float().to(where)
+        model = replace(model, pages=None, outline=None)
+    if fit and Correction.ROTATION in request.corrections:
+        if model.imatrix is not None:
+            msg = (
+                "an importance matrix tells of inputs as they are before the correction "
+                "'rotation' mixes them: leave one of the two out"
+            )
+            raise InvalidInput(msg)
+        rotated = rotate(module, whole, few.inputs)
+        module = rotated.module
     if fit and Correction.SMOOTHING in request.corrections:
         batches = [batch.inputs for batch in measured.batches(BATCH)]
         typical = _typical(table)
@@ -405,8 +431,12 @@ def build_setup(
     )
     if stack is not None and model.pages is not None:
         outputs = tuple(replace(output, shape=stack.output_shape) for output in outputs)
+    if rotated is not None:
+        fitted = _fitted_to(fitted, {"rotation": rotated.to_json(), "seed": SEED})
     if smoothing is not None:
-        fitted = _fitted_to_scaled(fitted, measured, typical)
+        # What it was fitted to, not what came out: another machine may round differently.
+        made_for = {"smoothing": measured.to_json(), "for": describe_change(typical)}
+        fitted = _fitted_to(fitted, made_for)
     return Setup(
         request=request,
         module=module,
@@ -423,6 +453,7 @@ def build_setup(
         context=context,
         target=target,
         identity_note=model.identity_note,
+        rotated=rotated,
         smoothing=smoothing,
         stacked=(
             None
@@ -444,12 +475,8 @@ def _samples(
     return measured, holdout, tuple(spare)
 
 
-def _fitted_to_scaled(
-    fitted: Fitted, measured: CalibrationSet, typical: dict[str, Candidate]
-) -> Fitted:
-    """Return quantizers that say what channels were scaled for."""
-    # What it was fitted to, not what came out: another machine may round differently.
-    made_for = {"smoothing": measured.to_json(), "for": describe_change(typical)}
+def _fitted_to(fitted: Fitted, made_for: JsonObject) -> Fitted:
+    """Return quantizers that say how the model was changed before."""
     return replace(
         fitted,
         origin=digest_json([fitted.origin, made_for]),
@@ -524,7 +551,7 @@ def _chain(
         or tokens.ndim != 2
         or request.measure not in WALKED_MEASURES
         or request.activation_bits is not None
-        or request.corrections
+        or set(request.corrections) - BEFORE_QUANTIZING
         or request.precision != "fp32"
         or request.rounding == LEARNED
     ):

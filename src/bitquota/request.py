@@ -10,7 +10,7 @@ from bitquota.candidates.caches import CACHE_BITS, CACHE_SCALES
 from bitquota.candidates.cost_table import CostTable
 from bitquota.candidates.storage import WEIGHT_BITS, Scheme
 from bitquota.codec import Document, Form
-from bitquota.corrections import BEFORE_QUANTIZING, SAMPLES_DEPEND, Correction
+from bitquota.corrections import BEFORE_QUANTIZING, REWRITTEN, SAMPLES_DEPEND, Correction
 from bitquota.errors import InvalidInput
 
 MEASURES = (
@@ -241,7 +241,7 @@ class PlanRequest(Document):
     @property
     def ships_weights(self) -> bool:
         """Whether a file of quantized weights belongs to each plan."""
-        return self.rounding != "nearest" or Correction.SMOOTHING in self.corrections
+        return self.rounding != "nearest" or bool(REWRITTEN & set(self.corrections))
 
 
 def parse_losses(text: str) -> str | dict[str, str]:

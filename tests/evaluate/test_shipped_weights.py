@@ -27,6 +27,7 @@ from bitquota.models.samples import load_calibration
 from bitquota.plan import WEIGHTS_SUFFIX, Plan, weights_near
 from bitquota.quantizers.planned import quantized_module
 from bitquota.quantizers.quantized_model import QuantizedModel, shipped_weights
+from bitquota.report.text import rounding_sentences
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate
 from bitquota.service.jobs.kinds import kind_by_name
@@ -34,6 +35,7 @@ from bitquota.service.jobs.messages import Piece
 from bitquota.service.jobs.work import Loaded, Work
 from bitquota.training.qat import finetune_plan
 from bitquota.training.settings import TrainingSettings
+from format_networks import write_llama
 from onnx_graphs import numbers, save
 
 pytestmark = pytest.mark.slow  # whole chains
@@ -41,7 +43,12 @@ CPU = Context(device="cpu")
 KINDS = {
     "gptq": {"rounding": "gptq"},
     "qep": {"rounding": "qep"},
-    "all together": {"rounding": "qep", "activation_bits": 8, "corrections": tuple(Correction)},
+    "all together": {
+        "rounding": "qep",
+        "activation_bits": 8,
+        # Rotations are for language models.
+        "corrections": tuple(c for c in Correction if c is not Correction.ROTATION),
+    },
     "smoothing": {"corrections": (Correction.SMOOTHING,)},
     "statistics": {"rounding": "qep", "corrections": (Correction.BATCH_NORM_STATISTICS,)},
 } | {
@@ -202,22 +209,34 @@ class TestFile:
 
 
 class TestLanguageModel:
-    @pytest.mark.parametrize("target", ["gguf-py", "ct-vllm-humming"])
-    def test_smoothed_norms_travel(self, target, llama_folder, tmp_path):
+    @pytest.mark.parametrize(
+        ("target", "corrections"),
+        [
+            ("gguf-py", (Correction.SMOOTHING,)),
+            ("ct-vllm-humming", (Correction.SMOOTHING, Correction.ROTATION)),
+        ],
+    )
+    def test_changed_norms_travel(self, target, corrections, tmp_path):
         """What was measured is in the exported folder, with norms that are not the model's."""
-        llama = load_model(str(llama_folder))
+        llama = load_model(str(write_llama(tmp_path / "llama", tied=len(corrections) == 1)))
         tokens = CalibrationSet(
             inputs=(torch.randint(0, 64, (24, 12), generator=torch.Generator().manual_seed(0)),)
         )
         request = PlanRequest(
-            budgets=("6 bits",), target=target, corrections=(Correction.SMOOTHING,),
+            budgets=("6 bits",), target=target, corrections=corrections,
             samples=12, holdout_samples=12, refine=False, effort="quick",
         )  # fmt: skip
         found = allocate(llama, tokens, request, context=CPU)
         (plan,) = found.plans
         path = tmp_path / f"plan{WEIGHTS_SUFFIX}"
         path.write_bytes(found.weights[0])
-        assert any("norm" in s.pair.weight for s in QuantizedModel.load(path).scalings)
+        held = QuantizedModel.load(path)
+        assert any("norm" in s.pair.weight for s in held.scalings)
+        # The stream and the values of two layers.
+        turned = Correction.ROTATION in corrections
+        assert len(held.rotations) == (3 if turned else 0)
+        told = any("stream was turned" in line for line in rounding_sentences(plan))
+        assert told == turned
         ready = replace(llama, weights=(path,))
         report = export_plan(ready, plan, tmp_path / "out", target=target, samples=tokens)
         assert report.difference.relative < 1e-3
@@ -259,7 +278,7 @@ class TestOnnx:
         samples = CalibrationSet(inputs=(x,))
         request = PlanRequest(
             budgets=("6 bits",), weight_bits=(4,), rounding="qep", samples=40, holdout_samples=20,
-            refine=False,
+            refine=False, corrections=(Correction.SMOOTHING,),
         )  # fmt: skip
         graph = load_model(str(tmp_path / "m.onnx"))
         torch_model = finish(module, source="m", architecture="m")
@@ -268,6 +287,8 @@ class TestOnnx:
         assert kl == pytest.approx(expected, rel=0.05)
         plan = found[0].plans[0]
         (tmp_path / f"p{WEIGHTS_SUFFIX}").write_bytes(found[0].weights[0])
+        places = [len(QuantizedModel.load(f.weights[0]).scalings) for f in found]
+        assert places[0] == places[1] > 0
         ready = replace(graph, weights=(tmp_path / f"p{WEIGHTS_SUFFIX}",))
         nearest = allocate(graph, samples, replace(request, rounding="nearest"), context=CPU)
         assert plan.measured.mean < 0.6 * nearest.plans[0].measured.mean

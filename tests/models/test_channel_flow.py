@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,8 @@ from torch.nn import functional
 
 from bitquota.models.channel_flow import ChannelPair, Reader, channel_pairs
 from bitquota.models.discovery import discover
+from bitquota.models.load import load_model
+from bitquota.models.onnx.channel_flow import onnx_channel_pairs
 from bitquota.models.running import put_in_eval_mode
 from bitquota.quantizers.smoothing import Scaling, scale_channels
 
@@ -118,6 +122,34 @@ class TestChannelPairs:
         for module, x in ((Images(), IMAGES), (Decoder(), ROWS)):
             exported = torch.export.export(module.eval(), (x,)).module()
             assert places(exported, x) == places(module, x)
+
+    def test_onnx_graphs_are_treated_alike(self, tmp_path):
+        """Norms, values through attention with repeated heads, and the linear half of a gate."""
+        torch.manual_seed(0)
+        module = Decoder().eval()
+        with torch.no_grad():
+            # Equal tensors would be one in the file.
+            for norm in (module.norm, module.norm2):
+                norm.weight.uniform_(0.5, 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of its own trees
+            torch.onnx.export(module, (ROWS,), tmp_path / "m.onnx", dynamo=True, verbose=False)
+        graph = load_model(str(tmp_path / "m.onnx")).module
+        inventory = discover(graph, (ROWS,))
+        found = onnx_channel_pairs(graph, inventory, (ROWS,))
+
+        def forms(pairs):
+            return [(p.bias, p.channels, [(r.repeats, r.block) for r in p.readers]) for p in pairs]
+
+        assert forms(found) == forms(pairs_of(module, ROWS))
+        assert {"norm.weight", "norm2.weight"} <= {p.weight for p in found}
+        # Scaled by any numbers nothing changes.
+        with torch.no_grad():
+            expected = graph(ROWS)
+            for pair in found:
+                factors = torch.rand(pair.channels) * 3 + 0.2
+                scale_channels(graph, inventory, Scaling(pair=pair, factors=factors))
+            assert torch.allclose(graph(ROWS), expected, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize(
         "between", [functional.gelu, functional.relu6, functional.hardswish, torch.tanh]

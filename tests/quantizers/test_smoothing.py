@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from bitquota.candidates.storage import Granularity, Scheme
 from bitquota.candidates.table import Candidate
-from bitquota.errors import InvalidInput, InvalidModel
+from bitquota.errors import InvalidModel
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.discovery import discover
 from bitquota.models.load import load_model
@@ -117,15 +117,21 @@ class TestSmooth:
         assert "places" in found.to_json()
         assert found.to_json()["undone"] == found.undone != ""
 
-    def test_onnx_graphs_are_refused(self, tmp_path):
+    def test_onnx_graphs_are_treated_alike(self, tmp_path):
         path = tmp_path / "m.onnx"
+        module, inventory, candidates = made()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own trees
-            torch.onnx.export(made()[0], (X,), path, dynamo=True, verbose=False)
-        module = load_model(str(path)).module
-        inventory = discover(module, (X,))
-        with pytest.raises(InvalidInput, match="smoothing"):
-            smooth(module, inventory, {}, [(X,)])
+            torch.onnx.export(module, (X,), path, dynamo=True, verbose=False)
+        graph = load_model(str(path)).module
+        known = discover(graph, (X,))
+        assert {layer.name for layer in known.layers} == candidates.keys()
+        found = smooth(graph, known, candidates, [(X,)])
+        (scaling,) = found.scalings
+        (expected,) = smooth(module, inventory, candidates, [(X,)]).scalings
+        assert torch.allclose(scaling.factors, expected.factors, rtol=1e-3)
+        assert torch.allclose(found.module(X), graph(X), rtol=1e-4, atol=1e-4)
+        assert not torch.equal(found.module.up.weight, graph.up.weight)
 
 
 class TestScaleChannels:

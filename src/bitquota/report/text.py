@@ -262,7 +262,26 @@ _ENDS = {"softmax": "softmax", "sigmoid": "sigmoid", "argmax": "arg-max"}
 
 
 def rounding_sentences(plan: Plan) -> list[str]:
-    """Return how weights are rounded, and what that is worth, where the plan says so."""
+    """Return how the model was changed before weights were rounded, how they are, and its worth."""
+    return [*_changed_sentences(plan), *_rounded_sentences(plan)]
+
+
+def _changed_sentences(plan: Plan) -> list[str]:
+    rotation = plan.provenance.get("rotation")
+    smoothing = plan.provenance.get("smoothing") or {}
+    lines = []
+    if rotation:
+        stream = f"the residual stream is as it was ({rotation.get('undone')})"
+        if rotation["residual_streams"]:
+            stream = "the residual stream was turned"
+        n = rotation["attention_layers"]
+        lines.append(f"Before, {stream}, and the values of {n} attention layers were turned.")
+    if "undone" in smoothing:
+        lines.append(f"No channel was scaled: {smoothing['undone']}.")
+    return lines
+
+
+def _rounded_sentences(plan: Plan) -> list[str]:
     about = plan.provenance.get("rounding")
     to_nearest = plan.rounding == "nearest"
     if to_nearest and about is None:

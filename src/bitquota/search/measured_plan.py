@@ -243,6 +243,7 @@ def _provenance(setup: Setup, source: Portfolio, rounding: JsonObject) -> JsonOb
         "importance": setup.importance.digest if setup.importance else "",
         "identity": setup.identity_note,
         "smoothing": setup.smoothing.to_json() if setup.smoothing else {},
+        "rotation": setup.rotated.to_json() if setup.rotated else {},
         "rounding": rounding,
     }
     return always | {key: value for key, value in where_it_applies.items() if value}
