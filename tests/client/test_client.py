@@ -3,13 +3,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
+import zipfile
 
 import pytest
 
 from bitquota import errors
 from bitquota.client import AsyncClient, Client, Job, error_of
+from bitquota.client.sources import source_of
 from bitquota.request import PlanRequest
-from live_server import LiveServer, folder_zip, npz
+from live_server import LiveServer, folder_zip, npz, safetensors
 from waiting import PATIENTLY
 
 REQUEST = PlanRequest(budgets=("3 bits",))
@@ -90,9 +92,23 @@ class TestSubmit:
         with pytest.raises(errors.UnsafeModel, match="pickle"):
             client.submit(**files | {"model": tmp_path / "model.pkl"}, request=REQUEST)
 
-    def test_folder_and_missing_file(self, client, files, tmp_path):
-        with pytest.raises(errors.InvalidInput, match="must be a file"):
+    def test_other_folder(self, client, files, tmp_path):
+        with pytest.raises(errors.InvalidInput, match="must be a file or a Hugging Face folder"):
             client.submit(**files | {"model": tmp_path}, request=REQUEST)
+
+    def test_hugging_face_folder(self, client, files, tmp_path):
+        """As an archive without files that hold code; the same folder is the same upload."""
+        folder = tmp_path / "net"
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(
+            safetensors({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, bytes(8))
+        )
+        (folder / "modeling_net.py").write_text("raise SystemExit")
+        jobs = [client.submit(**files | {"model": folder}, request=REQUEST) for _ in range(2)]
+        assert jobs[0].body["model"] == jobs[1].body["model"]
+        with zipfile.ZipFile(source_of(folder, tmp_path).path) as archive:
+            assert archive.namelist() == ["config.json", "model.safetensors"]
 
 
 class TestWait:

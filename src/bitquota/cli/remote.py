@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import tempfile
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitquota.canonical import write_whole
 from bitquota.cli import output
+from bitquota.client.sources import is_model_folder
 from bitquota.errors import InvalidInput, NotFound
 from bitquota.evaluate.scores import Score
 from bitquota.exports.export_report import ExportReport
@@ -28,13 +29,8 @@ if TYPE_CHECKING:
     from bitquota.report.comparison import Comparison
     from bitquota.request import PlanRequest
 
-_EPOCH = (1980, 1, 1, 0, 0, 0)
-"""Time of every member: the same folder is the same upload."""
-
 _FIRST_CONTACT_S = 3.0
 """How long a server that was never reached is tried: a wrong address should be said at once."""
-
-_SHIPPED = ("*.json", "*.safetensors")
 
 
 @contextmanager
@@ -68,41 +64,22 @@ def _quantized(plan_files: Sequence[Path]) -> list[Path]:
 
 def check_files(model: str, *samples: str) -> None:
     """Raise ``InvalidInput`` unless a server can be handed the model and the sets."""
-    if not _is_folder(model):
+    if not is_model_folder(Path(model)):
         file_of(model)
     for spec in samples:
         file_of(spec)
 
 
-def _is_folder(model: str) -> bool:
-    """Whether a model is a Hugging Face folder, which is zipped to be uploaded."""
-    return (Path(model) / "config.json").is_file()
-
-
-@contextmanager
-def model_of(text: str) -> Iterator[Path]:
-    """Yield a model to upload; a Hugging Face folder is zipped, without files that hold code.
-
-    A ``.gguf`` is unpacked into such a folder here.
-    """
-    if not _is_folder(text) and Path(text).suffix != ".gguf":
-        yield file_of(text)
-        return
+def model_of(text: str) -> Path:
+    """Return a model to upload; a ``.gguf`` is unpacked into a Hugging Face folder here."""
     folder = Path(text)
-    if not _is_folder(text):
+    if is_model_folder(folder):
+        return folder
+    if folder.suffix == ".gguf":
         from bitquota.models.gguf_folder import unpacked_gguf
 
-        folder = unpacked_gguf(file_of(text))
-    with tempfile.TemporaryDirectory(prefix="bitquota-") as scratch:
-        target = Path(scratch) / f"{folder.name}.zip"
-        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-            for path in sorted(p for pattern in _SHIPPED for p in folder.glob(pattern)):
-                member = zipfile.ZipInfo(path.name, _EPOCH)
-                member.file_size = path.stat().st_size
-                with path.open("rb") as file, archive.open(member, "w") as packed:
-                    while piece := file.read(2**20):
-                        packed.write(piece)
-        yield target
+        return unpacked_gguf(file_of(text))
+    return file_of(text)
 
 
 def done(job: Job) -> Job:
@@ -128,8 +105,8 @@ def measured(
     data: str,
 ) -> Iterator[Job]:
     """Yield a job of ``kind`` on a model and a set, when it has succeeded."""
-    with opened(server, api_key) as client, model_of(model) as path:
-        yield done(client.order(kind, request, model=path, dataset=file_of(data)))
+    with opened(server, api_key) as client:
+        yield done(client.order(kind, request, model=model_of(model), dataset=file_of(data)))
 
 
 def plans(
@@ -192,19 +169,15 @@ def scores(
     correction_data: str | None,
 ) -> tuple[int, list[Score]]:
     """Run ``bitquota evaluate`` there; returns the number of samples too."""
-    with (
-        opened(server, api_key) as client,
-        model_of(model) as path,
-        nullcontext() if original is None else model_of(original) as untrained,
-    ):
+    with opened(server, api_key) as client:
         job = client.order(
             "evaluate",
             request | {"names": [str(file) for file in plan_files]},
-            model=path,
+            model=model_of(model),
             dataset=file_of(data),
             plans=[file_of(str(file)) for file in plan_files],
             quantized=_quantized(plan_files),
-            original=untrained,
+            original=None if original is None else model_of(original),
             correction_data=None if correction_data is None else file_of(correction_data),
         )
         found = done(job).result("evaluation")
@@ -225,13 +198,12 @@ def export(
     """Run ``bitquota export`` there; the files come into ``folder``, which is new or empty."""
     with (
         opened(server, api_key) as client,
-        model_of(model) as path,
         tempfile.TemporaryDirectory(prefix="bitquota-") as scratch,
     ):
         job = client.order(
             "export",
             request,
-            model=path,
+            model=model_of(model),
             plan=file_of(str(plan_file)),
             quantized=_quantized([plan_file]),
             dataset=None if samples is None else file_of(samples),

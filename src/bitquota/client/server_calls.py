@@ -8,9 +8,12 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import tempfile
 import time
 import uuid
 from abc import abstractmethod
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from bitquota.client.effects import Answer, Call, Compute, Give, Pause, Send, Steps, Unreachable
@@ -275,13 +278,14 @@ class ServerCalls(Requests, Generic[J]):
     def _uploaded(self, where: str, upload: Upload) -> Steps[str]:
         if isinstance(upload, str) and upload.startswith("sha256:"):
             return upload
-        source = source_of(upload)
-        name: str = yield Compute(function=source.sha256)
-        send = Send(method="GET", path=f"{where}/sha256:{name}")
-        known = yield from self.sent(send, quiet=frozenset({404}))
-        if known.status < 400:
-            return f"sha256:{name}"
-        return (yield from self._send_pieces(where, source, name))
+        with tempfile.TemporaryDirectory(prefix="bitquota-") as scratch:
+            source = yield Compute(function=partial(source_of, upload, Path(scratch)))
+            name: str = yield Compute(function=source.sha256)
+            send = Send(method="GET", path=f"{where}/sha256:{name}")
+            known = yield from self.sent(send, quiet=frozenset({404}))
+            if known.status < 400:
+                return f"sha256:{name}"
+            return (yield from self._send_pieces(where, source, name))
 
     def _send_pieces(self, where: str, source: Source, name: str) -> Steps[str]:
         """Upload; when the connection breaks, go on where the server has it."""

@@ -1,8 +1,9 @@
-"""What a client uploads: a file or bytes, hashed and read in pieces."""
+"""What a client uploads: a file, a folder or bytes, hashed and read in pieces."""
 
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,13 @@ if TYPE_CHECKING:
 PIECE = 2**20
 
 Upload = Path | str | bytes | Plan
-"""A file, ``sha256:…`` of what is there already, the bytes themselves, or a plan."""
+"""A file, a Hugging Face folder, ``sha256:…`` of what is there already, the bytes, or a plan."""
+
+_SHIPPED = ("*.json", "*.safetensors")
+"""What is uploaded of a folder: no file that holds code."""
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+"""One time for all files, so that equal folders make equal archives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,14 +61,36 @@ class Source:
         return digest.hexdigest()
 
 
-def source_of(upload: Upload) -> Source:
-    """Return what to send; raises ``InvalidInput`` where there is no such file."""
+def is_model_folder(path: Path) -> bool:
+    """Whether this is a Hugging Face folder."""
+    return (path / "config.json").is_file()
+
+
+def source_of(upload: Upload, scratch: Path) -> Source:
+    """Return what to send; a Hugging Face folder becomes an archive in ``scratch``.
+
+    Raises:
+        InvalidInput: There is no such file or folder.
+    """
     if isinstance(upload, Plan):
         upload = upload.dumps().encode()
     if isinstance(upload, bytes):
         return Source(name="", size=len(upload), data=upload)
     path = Path(upload)
-    if not path.is_file():
-        msg = f"an upload must be a file; '{path}' is not: a folder is uploaded as a zip of it"
+    if is_model_folder(path):
+        path = _archive(path, scratch / f"{path.resolve().name}.zip")
+    elif not path.is_file():
+        msg = f"an upload must be a file or a Hugging Face folder; '{path}' is neither"
         raise InvalidInput(msg, path=str(path))
     return Source(name=path.name, size=path.stat().st_size, path=path)
+
+
+def _archive(folder: Path, target: Path) -> Path:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted(p for pattern in _SHIPPED for p in folder.glob(pattern)):
+            member = zipfile.ZipInfo(path.name, _EPOCH)
+            member.file_size = path.stat().st_size
+            with path.open("rb") as file, archive.open(member, "w") as packed:
+                while piece := file.read(PIECE):
+                    packed.write(piece)
+    return target
