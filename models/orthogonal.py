@@ -35,6 +35,16 @@ class Orthogonal:
     odd: Tensor
     signs: Tensor
 
+    def __post_init__(self) -> None:
+        """Check the sizes; raises ``ValueError``."""
+        q, n = len(self.odd), self.signs.numel()
+        if self.odd.shape != (q, q) or self.signs.shape != (n,) or not q or n % q:
+            msg = f"signs must be a multiple of the {q} rows of a square matrix; got {n}"
+            raise ValueError(msg)
+        if (n // q).bit_count() != 1:
+            msg = f"there must be a power of two times {q} signs; got {n}"
+            raise ValueError(msg)
+
     @classmethod
     def drawn(cls, size: int, seed: int) -> Self:
         """Draw a matrix of ``size`` rows, by ``seed``."""

@@ -144,7 +144,7 @@ def _read(layer: Layer) -> Side:
 
 def _refused(why: str) -> InvalidInput:
     return InvalidInput(
-        f"the residual stream is turned where only RMS norms read what linear layers write; {why}"
+        f"only RMS norms may read a residual stream that is turned, and linear layers write; {why}"
     )
 
 

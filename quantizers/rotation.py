@@ -17,7 +17,7 @@ Design: docs/design/rounding.md
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,6 +50,15 @@ class Rotation:
 
     place: RotationPlace
     matrix: Orthogonal
+
+    def __post_init__(self) -> None:
+        """Check that one fits the other; raises ``ValueError``."""
+        if self.place.size != len(self.matrix.signs) or not self.place.sides:
+            msg = (
+                f"a place of {self.place.size} channels needs tensors and a matrix of that size; "
+                f"got {len(self.place.sides)} and {len(self.matrix.signs)}"
+            )
+            raise ValueError(msg)
 
     def apply(self, module: nn.Module) -> None:
         """Turn the place in ``module``, in place.
@@ -119,41 +128,36 @@ def rotate(module: nn.Module, inventory: Inventory, inputs: tuple[Tensor, ...]) 
             "graph came from, or leave the correction out"
         )
         raise InvalidInput(msg)
-    found: list[Rotation] = []
-    turned, undone = module, ""
+    stream, undone = [], ""
     try:
-        (turned, found) = _turned(module, [residual_stream(module, inventory, inputs)], inputs)
+        stream = [residual_stream(module, inventory, inputs)]
     except InvalidInput as err:
         undone = str(err)
-    try:
-        heads = attention_heads(module, inventory, inputs)
-        (turned, values) = _turned(turned, heads, inputs, first=len(found))
-        found += values
-    except InvalidInput as err:
-        undone = undone or str(err)
-    if not found:
+    heads = attention_heads(module, inventory, inputs)
+    if stream:
+        try:
+            return _turned(module, [*stream, *heads], inputs)
+        except InvalidInput as err:
+            undone = str(err)
+    if not heads:
         msg = (
             "the correction 'rotation' needs a residual stream or attention values that can be "
             f"turned: {undone}; leave the correction out"
         )
         raise InvalidInput(msg)
-    return RotatedModel(module=turned, rotations=tuple(found), undone=undone)
+    return replace(_turned(module, heads, inputs), undone=undone)
 
 
 def _turned(
-    module: nn.Module,
-    places: Sequence[RotationPlace],
-    inputs: tuple[Tensor, ...],
-    *,
-    first: int = 0,
-) -> tuple[nn.Module, list[Rotation]]:
+    module: nn.Module, places: Sequence[RotationPlace], inputs: tuple[Tensor, ...]
+) -> RotatedModel:
     """Return a copy with places turned; raises ``InvalidInput`` if it computes something else."""
-    found = [
-        Rotation(place=place, matrix=Orthogonal.drawn(place.size, SEED + first + k))
+    rotations = tuple(
+        Rotation(place=place, matrix=Orthogonal.drawn(place.size, SEED + k))
         for k, place in enumerate(places)
-    ]
+    )
     turned = put_in_eval_mode(copy.deepcopy(module))
-    for rotation in found:
+    for rotation in rotations:
         rotation.apply(turned)
     before, after = (run_module(m, inputs).double() for m in (module, turned))
     change = float((after - before).norm() / before.norm().clamp(min=1e-300))
@@ -163,7 +167,7 @@ def _turned(
             "relative: something on the way treats channels one by one, or subtracts their mean"
         )
         raise InvalidInput(msg)
-    return turned, found
+    return RotatedModel(module=turned, rotations=rotations)
 
 
 def _multiply(module: nn.Module, side: Side, factors: Tensor) -> None:

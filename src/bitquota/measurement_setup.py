@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -432,7 +432,9 @@ def build_setup(
     if stack is not None and model.pages is not None:
         outputs = tuple(replace(output, shape=stack.output_shape) for output in outputs)
     if rotated is not None:
-        fitted = _fitted_to(fitted, {"rotation": rotated.to_json(), "seed": SEED})
+        fitted = _fitted_to(
+            fitted, {"rotation": [asdict(r.place) for r in rotated.rotations], "seed": SEED}
+        )
     if smoothing is not None:
         # What it was fitted to, not what came out: another machine may round differently.
         made_for = {"smoothing": measured.to_json(), "for": describe_change(typical)}

@@ -32,6 +32,11 @@ class TestAlong:
         with pytest.raises(RuntimeError):
             Orthogonal.drawn(8, 0).along(torch.ones(3, 12), 1)
 
+    @pytest.mark.parametrize(("q", "n"), [(0, 0), (1, 0), (3, 8), (3, 9), (1, 6)])
+    def test_sizes_belong_together(self, q, n):
+        with pytest.raises(ValueError, match="signs"):
+            Orthogonal(odd=torch.eye(q, dtype=torch.float64), signs=torch.ones(n))
+
     def test_drawn_alike_by_one_seed(self):
         one, two, other = (Orthogonal.drawn(24, seed) for seed in (1, 1, 2))
         assert torch.equal(one.odd, two.odd)

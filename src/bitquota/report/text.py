@@ -271,11 +271,11 @@ def _changed_sentences(plan: Plan) -> list[str]:
     smoothing = plan.provenance.get("smoothing") or {}
     lines = []
     if rotation:
-        stream = f"the residual stream is as it was ({rotation.get('undone')})"
-        if rotation["residual_streams"]:
-            stream = "the residual stream was turned"
-        n = rotation["attention_layers"]
-        lines.append(f"Before, {stream}, and the values of {n} attention layers were turned.")
+        n, stream = rotation["attention_layers"], rotation["residual_streams"]
+        also = "The residual stream was turned, and" if stream else "Before rounding,"
+        lines.append(f"{also} the values of {n} attention layers were turned.")
+        if not stream:
+            lines.append(f"The residual stream was not turned: {rotation['undone']}.")
     if "undone" in smoothing:
         lines.append(f"No channel was scaled: {smoothing['undone']}.")
     return lines
