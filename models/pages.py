@@ -29,6 +29,8 @@ _DTYPES = {
 }  # fmt: skip
 """Types of safetensors that language models are stored in."""
 
+_AHEAD_BYTES = 2**17
+
 
 class Pages:
     """The tensors of a folder's safetensors files.
@@ -66,6 +68,18 @@ class Pages:
         last = (start + length) // mmap.PAGESIZE * mmap.PAGESIZE
         if last > first:
             mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def prefetch(self, module: nn.Module) -> None:
+        """Have the operating system begin to read a module's mapped tensors into its cache."""
+        for tensor in (*module.parameters(), *module.buffers()):
+            place = self._places.get(tensor.untyped_storage().data_ptr())
+            if place is None:
+                continue
+            mapped, start, length = place
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            # Linux reads no more than about this much ahead for one request.
+            for at in range(first, start + length, _AHEAD_BYTES):
+                mapped.madvise(mmap.MADV_WILLNEED, at, min(_AHEAD_BYTES, start + length - at))
 
     def _map(self, path: Path) -> None:
         with path.open("rb") as file:

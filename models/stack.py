@@ -171,6 +171,7 @@ class Stack:
         self.pages, self.device = pages, device
         self.caches: tuple[str, ...] = ()
         self._between: _Skeleton | None = None
+        self._last = 0
 
     def __len__(self) -> int:
         """Return the number of parts."""
@@ -185,10 +186,14 @@ class Stack:
     def part(self, k: int) -> Part:
         """Return a part whose parameters may be replaced, but not written into.
 
-        Of weights that stay in files it holds copies in float32. What earlier parts freed goes back
-        to the operating system.
+        Of weights that stay in files it holds copies in float32; the block that a walk in this
+        direction comes to next is read meanwhile. What earlier parts freed goes back to the
+        operating system.
         """
         give_back()
+        following, self._last = 2 * k - self._last, k
+        if self.pages is not None and abs(following - k) == 1 and 0 < following <= len(self.blocks):
+            self.pages.prefetch(self.module.get_submodule(self.blocks[following - 1]))
         if 0 < k <= len(self.blocks):
             name = self.blocks[k - 1]
             block = self._in_memory(sharing_weights(self.module.get_submodule(name)))

@@ -112,5 +112,25 @@ class TestPages:
         assert model.pages.bytes_read == before + tensor.numel() * tensor.element_size()
         assert torch.equal(model.pages.tensors[name], value)
 
+    def test_the_next_block_is_read_ahead(self, llama_folder, monkeypatch):
+        """In the direction of the walk; reading a part twice changes nothing."""
+        model = load_within(str(llama_folder), 1)
+        stack, _ = chain(model, CalibrationSet(inputs=(tokens().inputs[0] % 32,)))
+        blocks = [model.module.get_submodule(name) for name in stack.blocks]
+        assert len(blocks) > 1
+        asked = []
+        prefetch = model.pages.prefetch
+        monkeypatch.setattr(
+            model.pages, "prefetch", lambda block: (asked.append(block), prefetch(block))
+        )
+        walked = range(len(stack))
+        for k in walked:
+            stack.part(k), stack.part(k)
+        assert asked == blocks[1:]
+        asked.clear()
+        for k in reversed(walked):
+            stack.part(k)
+        assert asked == blocks[-2::-1]
+
     def test_what_fits_is_loaded(self, llama_folder):
         assert load_within(str(llama_folder), 2**30).pages is None
