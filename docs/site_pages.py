@@ -40,6 +40,8 @@ def command_line() -> str:
         rows = [_parameter(p) for p in command.params if not getattr(p, "hidden", False)]
         if rows:
             lines += ["| argument | meaning | default |", "| --- | --- | --- |", *rows, ""]
+        example = (command.epilog or "").partition(": ")[2]
+        lines += ["```sh", example, "```", ""]
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from bitquota.codec import Document, Form
 from bitquota.errors import InvalidInput
+from bitquota.plan import PlanOutput
 
 JOBS = ("plan", "measure", "compare")
 """Jobs that can be estimated."""
@@ -82,9 +83,13 @@ class JobEstimate(Document):
         seconds_per_pass: Median of a few timed passes over a chunk, for all calibration samples.
         peak_bytes: Memory that this process is expected to take at its peak.
         refused: What will not be done, the largest first.
+        outputs: What the outputs were taken for, and the loss of each; empty with a loss of one's
+            own.
     """
 
-    FORM: ClassVar[Form] = Form(what="an estimate", schema="bitquota.estimate/1")
+    FORM: ClassVar[Form] = Form(
+        what="an estimate", schema="bitquota.estimate/1", left_out=("outputs",)
+    )
 
     job: Literal["plan", "measure", "compare"]
     model_digest: str
@@ -103,6 +108,7 @@ class JobEstimate(Document):
     seconds_per_pass: float
     peak_bytes: int
     refused: tuple[Refusal, ...] = ()
+    outputs: tuple[PlanOutput, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that nothing is negative."""

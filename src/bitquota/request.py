@@ -49,6 +49,15 @@ FORMER_ROUNDINGS = {"error_feedback": "gptq"}
 
 PRECISIONS = ("fp32", "bf16")
 LOSSES = ("kl", "binary_kl", "cross_entropy", "relative_mse", "mse", "cosine")
+LOSS_WORDS = {
+    "kl": "how far its probabilities move (Kullback-Leibler divergence)",
+    "binary_kl": "how far its yes-or-no probabilities move (Kullback-Leibler divergence)",
+    "cross_entropy": "how much worse it predicts the labels",
+    "relative_mse": "squared error, relative to how much the numbers vary",
+    "mse": "squared error",
+    "cosine": "how far its vectors turn (cosine distance)",
+}
+"""What each loss tells, for a person."""
 AUTO_LOSS = "auto"
 """The loss follows from what the output is (``sensitivity.outputs``)."""
 CACHE_MEASURES = ("auto", "gram_weighted", "gram", "diagonal")

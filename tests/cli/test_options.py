@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import shlex
+import sys
 
 import pytest
 import typer
 from rich.text import Text
 
 from bitquota.candidates.storage import Granularity
-from bitquota.cli import app, comparing, planning, training
+from bitquota.cli import app, comparing, main, planning, training
 from bitquota.cli import options as opt
 from bitquota.cli.bundles import Bundle, with_bundles
+from bitquota.cli.examples import EXAMPLES
 from bitquota.cli.training_options import SETTINGS_OPTIONS, TRAINING_OPTIONS, Training
 from bitquota.errors import InvalidInput
-from bitquota.request import PlanRequest
+from bitquota.request import EFFORTS, PlanRequest
 from bitquota.training.settings import TrainingSettings
 
 COMMANDS = [planning.plan, planning.measure, comparing.compare]
@@ -132,6 +135,49 @@ class TestHelp:
                 seen += 1
                 assert text == Text.from_markup(text).plain, name
         assert seen > 100
+
+
+class TestExamples:
+    def test_every_command_ends_with_one_that_parses(self):
+        """Arguments and options are the command's own, with values of their types."""
+        groups = [("", typer.main.get_command(app))]
+        seen = set()
+        while groups:
+            prefix, group = groups.pop()
+            for name, command in group.commands.items():
+                if hasattr(command, "commands"):
+                    groups.append((f"{prefix}{name} ", command))
+                    continue
+                seen.add(f"{prefix}{name}")
+                example = f"Example: bitquota {prefix}{name} "
+                assert command.epilog is not None, name
+                assert f"{command.epilog} ".startswith(example)
+                arguments = shlex.split(f"{command.epilog} "[len(example) :])
+                with command.make_context(name, arguments) as context:
+                    assert not context.args, name
+        assert set(EXAMPLES) == seen
+
+
+class TestCompletion:
+    @pytest.mark.parametrize(
+        ("line", "offered"),
+        [
+            ("bitquota quick", ["quickstart"]),
+            ("bitquota plan m c --target ort", ["ort-cpu"]),
+            ("bitquota plan m c --effort ", list(EFFORTS)),
+            ("bitquota admin keys ro", ["rotate"]),
+        ],
+    )
+    def test_what_a_shell_gets(self, monkeypatch, capsys, line, offered):
+        """As bash asks: commands, options, and values that are names."""
+        words = line.split(" ")
+        monkeypatch.setenv("_BITQUOTA_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+        monkeypatch.setattr(sys, "argv", ["bitquota"])
+        with pytest.raises(SystemExit):
+            main()
+        assert offered == capsys.readouterr().out.split()
 
 
 class TestMix:

@@ -119,6 +119,15 @@ class TestShownProgress:
             wanted = "25 %, measuring pairs of candidates (3 of 9), 2 min so far, about 5 min left"
             wait_for(lambda: spoken.get(timeout=PATIENCE_S) == wanted, "the line")
 
+    def test_hours_give_dozens_of_lines(self):
+        """Densely at first, and never a pause that lets a system end the job."""
+        passed, pauses = 0.0, []
+        while passed < 4 * 3600:
+            pauses.append(output._until_next(passed, output.LINE_S))
+            passed += pauses[-1]
+        assert [5.0, 300.0] == [pauses[0], pauses[-1]]
+        assert 50 < len(pauses) < 100
+
     def test_a_quick_command_writes_nothing(self, monkeypatch):
         spoken = []
         monkeypatch.setattr(output, "say", spoken.append)

@@ -50,8 +50,10 @@ def probe(tmp_path, monkeypatch, capfd):
     (tmp_path / "secret.py").write_text("secret")
     monkeypatch.chdir(tmp_path)
 
-    def command(model: str, out: Path | None = None, kept: Path | None = None) -> None:
-        pytest.fail(f"ran outside with {model}, {out}, {kept}")
+    def command(
+        model: str, out: Path | None = None, kept: Path | None = None, plan: Path | None = None
+    ) -> None:
+        pytest.fail(f"ran outside with {model}, {out}, {kept}, {plan}")
 
     def call(code: str, *, mode: str = "require", **values: object) -> tuple[int, str]:
         entered = "import json, os, sys; os.chdir(json.loads(sys.argv[1])['folder']); "
@@ -156,6 +158,18 @@ class TestSandboxed:
         assert code == 0
         assert (tmp_path / "a/b/export/w.bin").read_text() == "w"
         assert (tmp_path / "run/checkpoint").read_text() == "c"
+
+    @needs_bubblewrap
+    def test_what_was_shown_stays(self, probe, tmp_path):
+        """Where it is mounted an empty file is left beside what a command writes."""
+        belongs = tmp_path / "made.weights.safetensors"
+        belongs.write_text("weights")
+        (tmp_path / "made.json").write_text("{}")
+        code = "os.mkdir('made'); open('made/file', 'w').write('new'); print(os.listdir())"
+        code, _ = probe(code, out=Path("made"), plan=tmp_path / "made.json")
+        assert 0 == code
+        assert "new" == (tmp_path / "made/file").read_text()
+        assert "weights" == belongs.read_text()
 
     @needs_bubblewrap
     def test_no_network(self, probe):

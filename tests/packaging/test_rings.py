@@ -31,6 +31,7 @@ LATE = {
             "exports.profile_order",
             "models.load",
         },
+        "cli.quickstart": {"exports.export_report"},
         "cli.remote": {"client", "models.gguf_folder", "solver.files"},
         "cli.sandboxed": {"service.security.sandbox"},
         "cli.serving": {"cli.demo", "service"},

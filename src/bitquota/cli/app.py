@@ -21,11 +21,13 @@ from bitquota.cli import (
     keeping,
     planning,
     profiling,
+    quickstart,
     reporting,
     serving,
     solving,
     training,
 )
+from bitquota.cli.examples import add_examples
 from bitquota.cli.sandboxed import OUTSIDE, Outside, sandboxed
 from bitquota.errors import BitquotaError, InvalidInput
 from bitquota.service import admin_commands
@@ -45,6 +47,7 @@ app = typer.Typer(
         "5 no plan fits the budget."
     ),
 )
+app.command("quickstart")(quickstart.quickstart)
 app.command("inspect")(sandboxed()(inspecting.inspect))
 app.command("targets")(inspecting.targets)
 app.command("plan")(sandboxed(files=("out", "report_file", "matrix_file"))(planning.plan))
@@ -67,6 +70,7 @@ app.command("serve")(serving.serve)
 app.command("demo")(serving.demo)
 app.add_typer(keeping.app, name="ledger")
 app.add_typer(admin_commands.app, name="admin")
+add_examples(app)
 
 
 def _print_version(wanted: bool) -> None:  # Typer calls it with the flag

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bitquota.candidates.targets import TARGETS
 from bitquota.cli import options as opt
 from bitquota.cli import output, remote
 from bitquota.cli.loading import check_sources, load_samples
 from bitquota.cli.written import require_folder
 from bitquota.errors import InvalidInput
-from bitquota.exports.names import check_folder, format_for
+from bitquota.exports.names import EXPORT_FORMATS, check_folder, format_for
 from bitquota.plan import Plan, weights_near
 from bitquota.report import text as report
 from bitquota.report.costs import timed_sentence
@@ -34,7 +35,10 @@ def export(
     target: Annotated[
         str | None,
         typer.Option(
-            "--target", "-t", help="Deployment target whose rules apply (default: the plan's own)."
+            "--target",
+            "-t",
+            help="Deployment target whose rules apply (default: the plan's own).",
+            autocompletion=opt.among(TARGETS),
         ),
     ] = None,
     format_name: Annotated[
@@ -43,6 +47,7 @@ def export(
             "--format",
             help="onnx-qdq, onnx-matmulnbits, openvino, compressed-tensors, gguf, mlx, "
             "ref-int, or a configuration for another tool (the target's).",
+            autocompletion=opt.among(EXPORT_FORMATS),
         ),
     ] = None,
     samples: Annotated[

@@ -6,7 +6,7 @@ Design: docs/design/client.md
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from bitquota.candidates.budget import check_budgets, parse_bytes
 from bitquota.candidates.caches import CACHE_SCALES
 from bitquota.candidates.cost_table import CostTable
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, ScaleRule, Scheme
-from bitquota.candidates.targets import target_by_name
+from bitquota.candidates.targets import TARGETS, target_by_name
 from bitquota.cli import output
 from bitquota.cli.bundles import Bundle, with_bundles
 from bitquota.cli.loading import check_sources, load_samples
@@ -36,6 +36,8 @@ from bitquota.request import (
     LOSSES,
     MEASURES,
     PRECISIONS,
+    ROUNDINGS,
+    SOLVERS,
     PlanRequest,
 )
 from bitquota.sensitivity.cache import SqliteLedger
@@ -43,6 +45,13 @@ from bitquota.sensitivity.cache import SqliteLedger
 if TYPE_CHECKING:
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
+
+
+def among(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """Return what completes the value of an option in a shell: those of ``names`` that fit."""
+    known = tuple(names)
+    return lambda incomplete: [name for name in known if name.startswith(incomplete)]
+
 
 Model = Annotated[
     str,
@@ -84,6 +93,7 @@ TargetName = Annotated[
         "--target",
         "-t",
         help="Deployment target: sets formats, shapes, ties and exclusions. See 'targets'.",
+        autocompletion=among(TARGETS),
     ),
 ]
 Activations = Annotated[
@@ -153,6 +163,7 @@ LossName = Annotated[
         "--loss",
         help=f"auto (follows what the output is) or one of {', '.join(LOSSES)}; for several "
         "outputs also NAME=LOSS,NAME=LOSS.",
+        autocompletion=among((AUTO_LOSS, *LOSSES)),
     ),
 ]
 Outputs = Annotated[
@@ -165,12 +176,18 @@ Outputs = Annotated[
 ]
 MeasureName = Annotated[
     str,
-    typer.Option("--measure", help=f"One of {', '.join(MEASURES)}; see 'bitquota compare'."),
+    typer.Option(
+        "--measure",
+        help=f"One of {', '.join(MEASURES)}; see 'bitquota compare'.",
+        autocompletion=among(MEASURES),
+    ),
 ]
 Precision = Annotated[
     str,
     typer.Option(
-        "--precision", help=f"Precision of measured passes: {' or '.join(PRECISIONS)} (GPU)."
+        "--precision",
+        help=f"Precision of measured passes: {' or '.join(PRECISIONS)} (GPU).",
+        autocompletion=among(PRECISIONS),
     ),
 ]
 Imatrix = Annotated[
@@ -197,6 +214,7 @@ Effort = Annotated[
     typer.Option(
         "--effort",
         help=f"How much work: {', '.join(EFFORTS)}. quick takes a tenth of the time of normal.",
+        autocompletion=among(EFFORTS),
     ),
 ]
 Refine = Annotated[
@@ -226,12 +244,15 @@ RoundingName = Annotated[
         "nearest where that measures better (compare: nearest); learned: qep, then --iterations "
         "steps of gradients for each block. All but nearest write the quantized weights beside "
         "the plan.",
+        autocompletion=among(ROUNDINGS),
     ),
 ]
 Iterations = Annotated[
     int, typer.Option("--iterations", help="Steps of learned rounding for each block.")
 ]
-SolverName = Annotated[str, typer.Option("--solver", help="Solver backend.")]
+SolverName = Annotated[
+    str, typer.Option("--solver", help="Solver backend.", autocompletion=among(SOLVERS))
+]
 Gap = Annotated[float, typer.Option("--gap", help="Stop at this relative optimality gap.")]
 Robust = Annotated[
     float,

@@ -50,7 +50,11 @@ messages = Console(stderr=True)
 
 
 LINE_S = 5.0
-"""Seconds between two lines of progress where there is no terminal."""
+"""Seconds between the first lines of progress where there is no terminal."""
+LINE_SHARE = 0.1
+"""Later the share of the time so far that passes between two: hours give dozens, not thousands."""
+LONGEST_LINE_S = 300.0
+"""At most so many seconds pass: some systems end a job that says nothing for ten minutes."""
 
 
 @dataclass(slots=True)
@@ -113,8 +117,9 @@ def shown_progress(
 ) -> Iterator[OnProgress]:
     """Show on standard error how far the whole job is; yields the callback that tells it.
 
-    A terminal gets one bar; anything else a line every ``every_s`` seconds, so that a log shows
-    that something happens, and a quick command prints none.
+    A terminal gets one bar. Anything else gets lines without control characters, so that a log
+    shows that something happens: after ``every_s`` seconds, then ever more seldom. A quick command
+    prints none.
     """
     told = _Told(clock)
     with _bar(told) if sys.stderr.isatty() else _lines(told, every_s) as tell:
@@ -149,7 +154,7 @@ def _lines(told: _Told, every_s: float) -> Iterator[OnProgress]:
     over = threading.Event()
 
     def speak() -> None:
-        while not over.wait(every_s):
+        while not over.wait(_until_next(told.clock() - told.started, every_s)):
             say(told.line())
 
     speaker = threading.Thread(target=speak, name="progress", daemon=True)
@@ -159,6 +164,11 @@ def _lines(told: _Told, every_s: float) -> Iterator[OnProgress]:
     finally:
         over.set()
         speaker.join()
+
+
+def _until_next(passed_s: float, every_s: float) -> float:
+    """Return the seconds until the next line of progress, after ``passed_s`` of work."""
+    return max(every_s, min(LINE_SHARE * passed_s, LONGEST_LINE_S))
 
 
 def print_rows(

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -170,7 +171,7 @@ def _run_inside(
         for place in apart:
             _stand_in(place, stand_ins, stack)
         for place in apart:
-            stack.callback(_move, place, stand_ins)
+            stack.callback(_move, place, stand_ins, frozenset(shown))
         for folder in kept:
             if not folder.exists():
                 folder.mkdir(parents=True)
@@ -189,7 +190,7 @@ def _run_inside(
             stdout=subprocess.PIPE if _is_file(sys.stdout) else None,
             stderr=subprocess.PIPE if _is_file(sys.stderr) else None,
         )
-        with process, _copied(process.stdout, 1), _copied(process.stderr, 2):
+        with process, _copied(process.stdout, sys.stdout), _copied(process.stderr, sys.stderr):
             try:
                 return process.wait()
             finally:
@@ -221,22 +222,28 @@ def _removed(folder: str) -> Any:  # noqa: ANN401  # a context of the folder's n
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _move(place: Path, stand_ins: dict[Path, Path]) -> None:
+def _move(place: Path, stand_ins: dict[Path, Path], shown: frozenset[Path]) -> None:
     """Move what was written as ``place`` (or ``place``-1, …) from the stand-in to where it is due.
 
     With it goes what a plan has beside it.
 
-    Only plain files and folders of such: a link could lead a later reader anywhere.
+    Only plain files and folders of such: a link could lead a later reader anywhere. What was shown
+    to the command left an empty file in the stand-in, where bubblewrap mounted it.
     """
     folder = next((f for f in stand_ins if place.is_relative_to(f)), None)
     if folder is None:
         return
     made = stand_ins[folder] / place.parent.relative_to(folder)
+    ends = "|".join(map(re.escape, (place.suffix, *BESIDE)))
+    own = re.compile(rf"{re.escape(place.stem)}(-\d+)?({ends})")
     for found in sorted(made.iterdir()) if made.is_dir() else ():
-        kind = found.suffix == place.suffix or found.name.endswith(BESIDE)
-        named = found.name.startswith(place.stem) and kind
         due = place.parent / found.name
-        if not named or not _is_plain(found) or _is_same(found, due):
+        if (
+            due in shown
+            or not own.fullmatch(found.name)
+            or not _is_plain(found)
+            or _is_same(found, due)
+        ):
             continue
         due.parent.mkdir(parents=True, exist_ok=True)
         found.replace(due)
@@ -311,15 +318,15 @@ def _is_file(stream: IO[str]) -> bool:
 
 
 @contextlib.contextmanager
-def _copied(source: IO[bytes] | None, target: int) -> Any:  # noqa: ANN401  # a context
-    """Copy ``source`` to a descriptor of ours until it ends."""
+def _copied(source: IO[bytes] | None, target: IO[str]) -> Any:  # noqa: ANN401  # a context
+    """Copy ``source`` to a file of ours until it ends."""
     if source is None:
         yield
         return
 
     def copy() -> None:
         while data := os.read(source.fileno(), 2**16):
-            os.write(target, data)
+            os.write(target.fileno(), data)
 
     thread = threading.Thread(target=copy)
     thread.start()

@@ -20,9 +20,11 @@ def estimate_rows(found: JobEstimate) -> list[dict[str, str]]:
     samples = f"{found.samples:,}"
     if found.holdout_samples:
         samples += f", and {found.holdout_samples:,} on which plans are compared"
+    losses = {f"loss of {o.name}": f"{o.loss}, as it is {o.kind}" for o in found.outputs}
     facts = {
         "layers": f"{found.n_layers:,} in {found.n_groups:,} decisions",
         "candidates": f"{found.n_candidates:,}, {found.n_pairs:,} pairs of them",
+        **losses,
         "samples": samples,
         "passes": _passes(found.passes, found.most_passes),
         "time": _time(found),

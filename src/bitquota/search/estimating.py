@@ -175,6 +175,7 @@ def _estimate(
         seconds_per_pass=timed.sample_s * n,
         peak_bytes=_peak_bytes() + _counted_bytes(setup, runner, grams=grams),
         refused=tuple(refused),
+        outputs=setup.outputs,
     )
 
 
