@@ -10,6 +10,7 @@ import contextlib
 import json
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,8 +44,12 @@ def _settings(data_dir: Path | None) -> Settings:
 
 
 @contextlib.contextmanager
-def _opened(data_dir: Path | None, *, make: bool = False) -> Iterator[tuple[Settings, Database]]:
+def _opened(
+    data_dir: Path | None, *, make: bool = False, upgrade: bool = True
+) -> Iterator[tuple[Settings, Database]]:
     """Yield settings and database of a server that has run, or with ``make`` will run, here.
+
+    The database is brought to the form of this release, unless ``upgrade`` is off.
 
     Raises:
         InvalidInput: There is no database, and none should be made: a folder that was mistyped
@@ -63,7 +68,8 @@ def _opened(data_dir: Path | None, *, make: bool = False) -> Iterator[tuple[Sett
         raise InvalidInput(msg, path=str(settings.data_dir))
     database = Database(settings.url)
     try:
-        database.create()
+        if upgrade:
+            database.create()
         yield settings, database
     finally:
         database.close()
@@ -192,14 +198,27 @@ def set_quota(
 def show_quota(
     tenant: Annotated[str, typer.Argument(help="The tenant.")], data_dir: DataDir = None
 ) -> None:
-    """Print the limits and usage of a tenant."""
+    """Print a tenant's limits and usage, how long its files are kept, and which go next."""
     from dataclasses import asdict
 
     from bitquota.service.jobs.quotas import Quotas
+    from bitquota.service.jobs.usage import retention_of
 
     with _opened(data_dir) as (settings, database):
         found = Quotas(database, settings, time.time)
-        _say({"quota": asdict(found.of(tenant)), "usage": asdict(found.usage(tenant))})
+        kept = asdict(retention_of(settings, database, tenant))
+        _say(
+            {
+                "quota": asdict(found.of(tenant)),
+                "usage": asdict(found.usage(tenant)),
+                "retention": kept | {k: _date(v) for k, v in kept.items() if k.endswith("_at")},
+            }
+        )
+
+
+def _date(at: float | None) -> str | None:
+    """Return a time as a person and a program read it."""
+    return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
 
 
 @jobs.command("list")
@@ -257,6 +276,47 @@ def show_audit(
     with _opened(data_dir) as (_, database):
         for line in AuditLog(database, time.time).list(tenant, limit):
             _say(dict(line))
+
+
+@app.command("usage")
+def show_usage(
+    tenant: Annotated[str | None, typer.Option("--tenant", help="Show only this tenant.")] = None,
+    days: Annotated[float, typer.Option("--days", min=0.0, help="Count so many days.")] = 30.0,
+    data_dir: DataDir = None,
+) -> None:
+    """Print what each key has used: jobs, worker seconds and uploads, one line of JSON each."""
+    from dataclasses import asdict
+
+    from bitquota.service.jobs.usage import usage_by_key
+
+    with _opened(data_dir) as (_, database):
+        since = time.time() - days * _DAY_S
+        for found in usage_by_key(database, since=since, tenant=tenant):
+            _say(asdict(found) | {"worker_s": round(found.worker_s, 1)})
+
+
+@app.command("downgrade")
+def downgrade_database(
+    yes: Annotated[  # noqa: FBT002  # a flag of the command line
+        bool, typer.Option("--yes", help="Servers are stopped and a backup is made.")
+    ] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Bring the database one form back, for the release before this one; nothing is lost.
+
+    Stop every server first: one of this release would bring it forward again.
+    """
+    from bitquota.service.store.migrate import downgrade
+
+    if not yes:
+        msg = (
+            "a downgrade needs stopped servers and a backup ('bitquota admin backup', pg_dump): "
+            "say --yes when both are done"
+        )
+        raise InvalidInput(msg)
+    with _opened(data_dir, upgrade=False) as (_, database):
+        before, after = database.write(downgrade)
+    _say({"from": before, "to": after})
 
 
 @app.command("gc")

@@ -64,8 +64,8 @@ def serve(
     if not chosen.loopback and not has_keys:
         msg = (
             f"a server that others can reach must have API keys; '{chosen.host}' is not a loopback "
-            "address and there are none: create one with 'bitquota admin keys create', or listen "
-            "on 127.0.0.1"
+            "address, or a proxy is trusted, and there are none: create one with 'bitquota admin "
+            "keys create', or listen on 127.0.0.1 without a proxy"
         )
         raise InvalidInput(msg, host=chosen.host)
     listening = _listen(chosen.host, chosen.port)
@@ -77,6 +77,9 @@ def serve(
         access_log=False,
         timeout_graceful_shutdown=5,
         server_header=False,
+        # Said explicitly: by itself uvicorn believes every program of this machine.
+        proxy_headers=bool(chosen.proxies),
+        forwarded_allow_ips=[str(network) for network in chosen.proxies],
         timeout_keep_alive=75,
         http=partial(Connection, Connections(chosen)),  # type: ignore[arg-type]  # called like a class
         ws="none",

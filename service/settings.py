@@ -30,6 +30,11 @@ class Settings:
 
     host: str = _setting("127.0.0.1", "Address to listen on; others than loopback need API keys.")
     port: int = _setting(8000, "Port to listen on; 0 takes a free one.", below=0)
+    trusted_proxies: str = _setting(
+        "",
+        "Addresses or networks of reverse proxies, with commas, whose `X-Forwarded-For` and "
+        "`X-Forwarded-Proto` are believed; empty believes nobody.",
+    )
     data_dir: Path = _setting(  # noqa: RUF009  # as in the lines around it
         Path("bitquota-data"), "Folder of the database, uploads, ledgers and results."
     )
@@ -214,6 +219,7 @@ class Settings:
             if below is not None and value < below:
                 msg = f"{PREFIX}{entry.name.upper()} must be at least {below}; got {value}"
                 raise InvalidInput(msg, setting=entry.name)
+        _ = self.proxies
         if self.heartbeat_s * 3 > self.lease_s:
             msg = (
                 "a lease must last at least three heartbeats; got lease_s="
@@ -279,8 +285,23 @@ class Settings:
         return bool(self.database_url) or (self.data_dir / "bitquota.db").is_file()
 
     @property
+    def proxies(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+        """The networks of ``trusted_proxies``; raises ``InvalidInput`` if they are none."""
+        try:
+            texts = [text.strip() for text in self.trusted_proxies.split(",")]
+            return tuple(ipaddress.ip_network(text) for text in texts if text)
+        except ValueError as err:
+            msg = (
+                "BITQUOTA_TRUSTED_PROXIES must be addresses or networks with commas between them, "
+                f"such as 127.0.0.1,10.1.0.0/16; got '{self.trusted_proxies}' ({err})"
+            )
+            raise InvalidInput(msg, setting="trusted_proxies") from err
+
+    @property
     def loopback(self) -> bool:
-        """Whether only this machine can reach the server."""
+        """Whether only this machine can reach the server: not through a proxy either."""
+        if self.proxies:
+            return False
         if self.host == "localhost":
             return True
         try:

@@ -26,6 +26,8 @@ from bitquota.service.problem_json import problem_json
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Sequence
+    from ipaddress import IPv4Network, IPv6Network
 
     from bitquota.service.settings import Settings
 
@@ -60,6 +62,7 @@ class Connections:
         self._header_s = settings.header_timeout_s
         self._window_bytes = settings.min_body_rate * _WINDOW_S
         self._of_address = settings.max_connections_per_address
+        self._proxies = settings.proxies
         self._most = max(1, min(settings.max_connections, _descriptors() - _SPARE_FILES))
         self._all: set[Connection] = set()
         self._addresses: Counter[str] = Counter()
@@ -70,7 +73,8 @@ class Connections:
     def add(self, connection: Connection) -> BitquotaError | None:
         """Count a connection, or return why it cannot be taken."""
         address = connection.address
-        if address and 0 < self._of_address <= self._addresses[address]:
+        shared = connection.client is not None and _is_among(connection.client[0], self._proxies)
+        if address and not shared and 0 < self._of_address <= self._addresses[address]:
             msg = f"one address may have at most {self._of_address:,} connections: close some"
             return QuotaExceeded(msg, limit=self._of_address, retry_after_s=1)
         if len(self._all) >= self._most:
@@ -234,6 +238,14 @@ def _network(host: str) -> str:
     if isinstance(address, ipaddress.IPv6Address):
         return str(ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
     return host
+
+
+def _is_among(host: str, networks: Sequence[IPv4Network | IPv6Network]) -> bool:
+    """Whether an address is that of a trusted proxy, which all of its clients share."""
+    try:
+        return any(ipaddress.ip_address(host) in network for network in networks)
+    except ValueError:
+        return False
 
 
 def _descriptors() -> int:

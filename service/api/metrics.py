@@ -47,12 +47,16 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.free = Gauge(
+            "bitquota_free_bytes", "Free bytes of the data folder's disk.", registry=self.registry
+        )
+
     def observe(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one request."""
         self.requests.labels(method, route, str(status)).inc()
         self.seconds.labels(method, route).observe(seconds)
 
-    def collect(self, database: Database, now: float) -> bytes:
+    def collect(self, database: Database, now: float, free_bytes: int) -> bytes:
         """Return everything in Prometheus' text format; job counts come from the database."""
 
         def work(connection: Connection) -> tuple[dict[str, int], float | None]:
@@ -67,4 +71,5 @@ class Metrics:
         for status in JobStatus:
             self.jobs.labels(status.value).set(counts.get(status.value, 0))
         self.oldest.set(0.0 if oldest is None else max(0.0, now - oldest))
+        self.free.set(free_bytes)
         return generate_latest(self.registry)

@@ -56,7 +56,8 @@ def readyz(service: Service, request: Request) -> Response:
 )
 def metrics(request: Request, service: Service) -> Response:
     """Return what this server counts; a key with the scope `read` is needed where keys exist."""
-    body = service.metrics.collect(service.database, request.app.state.clock())
+    now = request.app.state.clock()
+    body = service.metrics.collect(service.database, now, service.blobs.free())
     return Response(body, media_type=CONTENT_TYPE_LATEST)
 
 

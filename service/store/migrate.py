@@ -1,4 +1,4 @@
-"""Bring a database to the newest schema with alembic, inside the caller's transaction."""
+"""Bring a database to the newest schema with alembic, or one step back, in one transaction."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from bitquota.errors import InvalidInput
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -26,7 +30,48 @@ def configuration(connection: Connection) -> Config:
 
 
 def upgrade(connection: Connection) -> None:
-    """Run every migration that is missing."""
+    """Run every migration that is missing.
+
+    Raises:
+        InvalidInput: A later release has been here, whose form this one does not know.
+    """
+    _lock(connection)
+    config = configuration(connection)
+    current = revision(connection)
+    known = {step.revision for step in ScriptDirectory.from_config(config).walk_revisions()}
+    if current is not None and current not in known:
+        msg = (
+            f"the database must have a form that this release knows; it has form {current} of a "
+            f"later one, and {max(known)} is the newest known here: start that release, or go "
+            "back with its 'bitquota admin downgrade'"
+        )
+        raise InvalidInput(msg, revision=current)
+    command.upgrade(config, "head")
+
+
+def downgrade(connection: Connection) -> tuple[str, str]:
+    """Go back by one form; returns the form before and that after.
+
+    Raises:
+        InvalidInput: There is none before this one.
+    """
+    _lock(connection)
+    before = revision(connection)
+    config = configuration(connection)
+    script = ScriptDirectory.from_config(config)
+    step = None if before is None else script.get_revision(before)
+    if step is None or not isinstance(step.down_revision, str):
+        msg = f"a database can go back to a form before its own; form {before} is the first"
+        raise InvalidInput(msg)
+    command.downgrade(config, "-1")
+    return step.revision, step.down_revision
+
+
+def revision(connection: Connection) -> str | None:
+    """Return the form that a database has, or ``None`` before the first."""
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def _lock(connection: Connection) -> None:
     if connection.dialect.name == "postgresql":
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
-    command.upgrade(configuration(connection), "head")

@@ -194,11 +194,13 @@ async def sign_in_form(
     try:
         await caller_of(request)
     except BitquotaError:
-        return _sign_in_page(service, target)
+        return _sign_in_page(request, service, target)
     return RedirectResponse(_inside(target), status_code=303)
 
 
-def _sign_in_page(service: State, target: str, problem: str = "", status: int = 200) -> Response:
+def _sign_in_page(
+    request: Request, service: State, target: str, problem: str = "", status: int = 200
+) -> Response:
     nonce = secrets.token_urlsafe(24)
     page = _render(
         "sign_in.html",
@@ -209,7 +211,13 @@ def _sign_in_page(service: State, target: str, problem: str = "", status: int = 
         problem=problem,
     )
     page.set_cookie(
-        FORM_COOKIE, nonce, max_age=3600, path="/sign-in", httponly=True, samesite="lax"
+        FORM_COOKIE,
+        nonce,
+        max_age=3600,
+        path="/sign-in",
+        httponly=True,
+        samesite="lax",
+        secure=request.url.scheme == "https",
     )
     return page
 
@@ -222,12 +230,12 @@ async def sign_in(request: Request, service: Service) -> Response:
     expected = service.sessions.form_token(nonce)
     if not nonce or not secrets.compare_digest(form.get("token", "").encode(), expected.encode()):
         msg = "The form was open for too long, or came from another site. Please try again."
-        return _sign_in_page(service, form.get("next", "/"), msg, 403)
+        return _sign_in_page(request, service, form.get("next", "/"), msg, 403)
     try:
         cookie = await run_in_threadpool(service.sessions.open, form.get("key", "").strip())
     except Unauthorized:
         msg = "This is not a valid API key. Keys begin with bq_ and are shown once, when made."
-        return _sign_in_page(service, form.get("next", "/"), msg, 401)
+        return _sign_in_page(request, service, form.get("next", "/"), msg, 401)
     answer = RedirectResponse(_inside(form.get("next", "/")), status_code=303)
     answer.set_cookie(
         COOKIE,

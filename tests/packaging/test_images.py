@@ -86,6 +86,13 @@ class TestCompose:
             user = "999:999" if name == "postgres" else "10001:10001"
             assert found["user"] == user
 
+    def test_every_service_is_limited_and_rotates_its_log(self, compose):
+        for name, found in compose["services"].items():
+            assert found["pids_limit"] >= 1024, name
+            assert {"max-size", "max-file"} == set(found["logging"]["options"]), name
+        limited = {name for name, found in compose["services"].items() if "mem_limit" in found}
+        assert {"api", "worker", "postgres"} == limited
+
     @pytest.mark.parametrize("service", ["worker", "ray-worker"])
     def test_models_run_in_a_sandbox(self, compose, service):
         """With what bubblewrap needs in a container, and never with a capability."""

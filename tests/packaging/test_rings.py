@@ -58,9 +58,11 @@ LATE = {
             "service.doctor",
             "service.jobs.job_store",
             "service.jobs.quotas",
+            "service.jobs.usage",
             "service.jobs.webhooks",
             "service.security.keys",
             "service.store.database",
+            "service.store.migrate",
             "service.worker.maintenance",
         },
         "service.api.solve_task": {

@@ -10,6 +10,9 @@ import pytest
 
 from bitquota.errors import BudgetTooSmall, Cancelled
 from bitquota.request import PlanRequest
+from bitquota.service.settings import Settings
+from bitquota.service.store.database import Database
+from bitquota.service.worker.maintenance import backup, verify
 from live_server import LiveServer
 from refusals import refused
 from waiting import PATIENTLY, wait_for
@@ -144,6 +147,27 @@ class TestKill:
             story = [e.data for e in job.events() if e.kind == "status"]
         assert {"status": "queued", "reason": "the server was stopped"} in story
         assert [event["status"] for event in story].count("succeeded") == 1
+
+
+class TestRestore:
+    def test_backup_with_a_job_in_flight(self, tmp_path, digits_files, undisturbed):
+        """A server that starts from it ends the job with the same plans, and measures less."""
+        with LiveServer(tmp_path / "data", heartbeat_s=0.1) as server, server.client() as client:
+            job = submit(client, digits_files)
+            wait_for_measurements(server, job, 1)
+            settings = Settings(data_dir=tmp_path / "data")
+            backup(settings, tmp_path / "copy")
+            server.kill()
+        copy = Settings(data_dir=tmp_path / "copy")
+        database = Database(copy.url)
+        assert verify(copy, database) == []
+        database.close()
+        with LiveServer(tmp_path / "copy") as restored, restored.client() as client:
+            assert ledger_size(restored) >= 3
+            job = client.job(job.id).wait(**PATIENTLY)
+            assert plan_texts(job) == undisturbed
+            story = [e.data["status"] for e in job.events() if e.kind == "status"]
+        assert story.count("succeeded") == 1
 
 
 class TestCancel:

@@ -44,6 +44,8 @@ EXAMPLES = {
     "admin jobs list": "vision-team --limit 20",
     "admin jobs cancel": "vision-team 0123456789abcdef",
     "admin webhook-secret": "vision-team",
+    "admin usage": "--tenant vision-team --days 30",
+    "admin downgrade": "--yes --data-dir bitquota-data",
     "admin audit": "--tenant vision-team --limit 50",
     "admin gc": "--data-dir bitquota-data",
     "admin backup": "backups/monday --data-dir bitquota-data",

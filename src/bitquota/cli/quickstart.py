@@ -228,7 +228,7 @@ def _least_bits(found: JsonObject) -> float:
     narrow = [min(f["weight_bits"] for f in layer["formats"]) for layer in free]
     weights = [layer["n_weights"] for layer in free]
     total = sum(b * n for b, n in zip(narrow, weights, strict=True))
-    return total / max(1, sum(weights))
+    return float(total / max(1, sum(weights)))
 
 
 def _loss(found: JobEstimate) -> Proposal:

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import re
+import time
+
 import httpx
 import pytest
 
 from bitquota.errors import InvalidInput
+from bitquota.service import serve
+from bitquota.service.security.keys import KeyStore
 from bitquota.service.settings import Settings, documentation
+from bitquota.service.store.database import Database
 from live_server import LiveServer
 
 
@@ -40,6 +46,57 @@ class TestMetrics:
 
     def test_jobs_by_status(self, http):
         assert 'bitquota_jobs{status="queued"} 0.0' in http.get("/metrics").text
+
+
+@pytest.fixture(scope="module")
+def behind(tmp_path_factory):
+    """A server with a key, which believes a proxy on this machine."""
+    folder = tmp_path_factory.mktemp("behind") / "data"
+    folder.mkdir()
+    database = Database(Settings(data_dir=folder).url)
+    database.create()
+    key = KeyStore(database, time.time).create("ann")[1]
+    database.close()
+    proxies = "127.0.0.1, 10.0.0.0/8"
+    with LiveServer(folder, slots=0, trusted_proxies=proxies) as running:
+        yield running, key
+
+
+def cookies(url, key, **headers):
+    """Return the cookies of the form and of the session after signing in."""
+    with httpx.Client(base_url=url, headers=headers) as http:
+        page = http.get("/sign-in")
+        token = re.search(r'name="token" value="(\w+)"', page.text)[1]
+        nonce = {"cookie": page.headers["set-cookie"].partition(";")[0]}
+        answer = http.post("/sign-in", data={"key": key, "token": token}, headers=nonce)
+        assert 303 == answer.status_code
+        return page.headers["set-cookie"], answer.headers["set-cookie"]
+
+
+class TestProxy:
+    def test_cookies_are_secure_behind_tls(self, behind):
+        """By what the trusted proxy says; without it the connection is plain."""
+        server, key = behind
+        said = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "203.0.113.7"}
+        assert all("Secure" in cookie for cookie in cookies(server.url, key, **said))
+        assert not any("Secure" in cookie for cookie in cookies(server.url, key))
+
+    def test_nobody_is_believed_by_default(self, http, behind):
+        """Not even a program of this machine, which uvicorn alone would believe."""
+        said = {"X-Forwarded-Proto": "https"}
+        led = [
+            httpx.get(f"{url}/healthz/", headers=said).headers["location"].partition(":")[0]
+            for url in (str(http.base_url).rstrip("/"), behind[0].url)
+        ]
+        assert ["http", "https"] == led
+
+    def test_without_keys_it_does_not_start(self, tmp_path):
+        with pytest.raises(InvalidInput, match="or a proxy is trusted"):
+            serve(settings=Settings(data_dir=tmp_path / "d", trusted_proxies="127.0.0.1"))
+
+    def test_what_is_no_network(self):
+        with pytest.raises(InvalidInput, match="such as 127.0.0.1,10.1.0.0/16"):
+            Settings(trusted_proxies="proxy.internal")
 
 
 class TestSettings:

@@ -8,13 +8,14 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from bitquota.errors import ServiceError, Unavailable
+from bitquota.errors import InvalidInput, ServiceError, Unavailable
 from bitquota.service.api.problem_responses import problem_response
+from bitquota.service.jobs.job import NewJob
 from bitquota.service.jobs.job_store import JobStore
 from bitquota.service.store.artifacts import ArtifactStore
-from bitquota.service.store.database import Database, artifacts, metadata
+from bitquota.service.store.database import Database, artifacts, deliveries, metadata
 from bitquota.service.store.formats import ArtifactKind
-from bitquota.service.store.migrate import configuration
+from bitquota.service.store.migrate import configuration, downgrade
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -55,6 +56,14 @@ class TestCreate:
         job = JobStore(database, lambda: 0.0).get("ann", "job_1")
         assert (job.inputs, job.result_bytes) == ({}, 0)
 
+    def test_a_form_of_a_later_release_is_refused(self, database):
+        """In one sentence, and nothing is changed."""
+        database.create()
+        later = sa.text("UPDATE alembic_version SET version_num = '9999'")
+        database.write(lambda connection: connection.execute(later))
+        with pytest.raises(InvalidInput, match="form 9999 of a later one"):
+            database.create()
+
     def test_again_changes_nothing(self, database):
         database.create()
         database.create()
@@ -77,6 +86,69 @@ class TestCreate:
         for thread in threads:
             thread.join()
         assert failures == []
+
+
+class TestDowngrade:
+    @staticmethod
+    def rows(connection, names):
+        """Every row of the tables, with the columns that they have now."""
+        found = {}
+        for name in names:
+            table = sa.Table(name, sa.MetaData(), autoload_with=connection)
+            rows = connection.execute(sa.select(table).order_by(*table.primary_key)).mappings()
+            found[name] = [dict(row) for row in rows]
+        return found
+
+    @staticmethod
+    def form(connection):
+        """Columns and indices of every table."""
+        look = sa.inspect(connection)
+        return {
+            name: (
+                {column["name"] for column in look.get_columns(name)},
+                {index["name"] for index in look.get_indexes(name)},
+            )
+            for name in look.get_table_names()
+        }
+
+    def test_one_step_back_and_forward_with_jobs_in_flight(self, database, url, tmp_path):
+        """The form before is that of a new database; no row is lost on either way."""
+        database.create()
+        store = JobStore(database, lambda: 5.0)
+        uploads = ArtifactStore(database, lambda: 5.0)
+        for digest, kind in (("m", ArtifactKind.MODEL), ("d", ArtifactKind.DATASET)):
+            uploads.record("ann", kind, digest, format_name="npz", name="", size=7)
+        for _ in range(2):
+            values = {"kind": "plan", "request": {}, "labels": {}}
+            store.create(NewJob(tenant="ann", model="m", dataset="d", **values))
+        running = store.claim("me", 1e9)
+        delivery = {
+            "id": "d", "tenant": "ann", "job": running.id, "url": "https://example.com/hook",
+            "host": "example.com", "body": "{}", "created_at": 1.0, "next_at": 2.0,
+        }  # fmt: skip
+        database.write(lambda c: c.execute(deliveries.insert().values(delivery)))
+        before = database.read(lambda c: self.rows(c, metadata.tables))
+
+        newest, older = database.write(downgrade)
+        assert newest > older
+        back = Database(f"sqlite:///{tmp_path}/older.db")
+        back.write(lambda c: command.upgrade(configuration(c), older))
+        if not database.postgres:  # whose own names differ
+            assert back.read(self.form) == database.read(self.form)
+        back.close()
+        kept = database.read(lambda c: self.rows(c, metadata.tables))
+        for name, rows in before.items():
+            columns = set().union(*map(set, kept[name]))
+            assert [{k: v for k, v in row.items() if k in columns} for row in rows] == kept[name]
+
+        database.create()
+        assert before == database.read(lambda c: self.rows(c, metadata.tables))
+        assert store.claim("other", 1e9) is not None
+
+    def test_first_form_has_none_before(self, database):
+        database.write(lambda c: command.upgrade(configuration(c), "0001"))
+        with pytest.raises(InvalidInput, match="is the first"):
+            database.write(downgrade)
 
 
 class TestWrite:
