@@ -28,6 +28,7 @@ from bitquota.solver import (  # noqa: E402
     hull,
     solve,
 )
+from bitquota.solver.loading import load_kernels  # noqa: E402
 from solver_instances import DATA, Instance, drawn, noisy, published  # noqa: E402  # beside this file
 from solver_large import factored, many  # noqa: E402
 from solver_limits import kinds, overruns  # noqa: E402
@@ -372,9 +373,7 @@ def main() -> None:
         sections = [name for name in sections if name not in ("large", "huge")]
     names = tuple(name for name in options.others.split(",") if name)
     others = Others(names=names, time_limit_s=options.limit, only=options.only)
-    warm = drawn(6, 3, correlated=False, noise=0.02, seed=0).problem
-    solve(warm)
-    frontier(warm, even_limits(warm, 3))
+    load_kernels()
     table = Table()
     for name in sections:
         (SECTIONS | {"quick": quick})[name](table, others)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
+    Singles = NDArray[np.float32]
 
 FIRST_NODES = 1024
 RELAX_ROUNDS = 40
@@ -274,7 +275,7 @@ class Record:
         if tree.kind[0] == 1:
             entry.w = None
             entry.convexification = convexification
-            entry.point = self._lift(tree.core, tree.point[:1])[0]
+            entry.point = self._lifted(tree.core, tree.point[0])
             entry.multipliers = tree.lam[0].copy()
 
     def probed(
@@ -290,7 +291,7 @@ class Record:
             leaf = self.entries[self.node(node, alone, math.inf)]
             if probe.point.any():
                 leaf.own, leaf.convexification = cutoff, convexification
-                leaf.point = self._lift(core, probe.point[None])[0]
+                leaf.point = self._lifted(core, probe.point)
                 leaf.multipliers = probe.multipliers
             rest = here.copy()
             rest[row] = False
@@ -339,12 +340,16 @@ class Record:
             value = kernels.settle(parent, own, cutoff)
         return use
 
-    def _lift(self, core: Core, points: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return ``points`` [k, n of the core] in the problem's rows."""
-        full = np.zeros((len(points), self.problem.n_rows), dtype=np.float32)
+    def _lift(self, core: Core, points: Singles, full: Singles) -> None:
+        """Fill ``full`` [k, n of the problem], of zeros, with ``points`` [k, n of the core]."""
         full[:, core.rows] = points
         full[:, core.full[core.full >= 0]] = 1.0
-        return full
+
+    def _lifted(self, core: Core, point: Singles) -> Singles:
+        """Return one such point."""
+        full = np.zeros((1, self.problem.n_rows), dtype=np.float32)
+        self._lift(core, point[None], full)
+        return full.reshape(-1)
 
     def finish(self, cutoff: float) -> Certificate:
         """Return the certificate; its bound is what the nodes prove together.
@@ -385,7 +390,8 @@ class Record:
             above = tree.parent[inner]
             parent[new] = np.where(above == 0, node, above + at - 1)
             conv[new] = np.where(tree.kind[inner] == 1, convexification, -1)
-            point[new], lam[new] = self._lift(core, tree.point[inner]), tree.lam[inner]
+            self._lift(core, tree.point[inner], point[new])
+            lam[new] = tree.lam[inner]
             own[new] = tree.bound[inner]
             at = new.stop
         point[conv < 0] = 0.0

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from numpy.typing import NDArray
+
 F = TypeVar("F", bound="Callable[..., Any]")
 
 
@@ -28,3 +30,14 @@ def compiled(function: F) -> F:
     except RuntimeError:  # numba found no folder that it may write to
         result = njit(nogil=True, error_model="numpy")(function)
     return result
+
+
+def read_only(array: NDArray[Any]) -> NDArray[Any]:
+    """Return a view that cannot be written to.
+
+    Kernels are compiled anew for arguments that can be, so those that a problem holds in some
+    calls and a copy in others go through here.
+    """
+    view = array.view()
+    view.flags.writeable = False
+    return view

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -70,6 +71,8 @@ class Options:
             if value is not None and not value >= 0:
                 msg = f"'{name}' must not be negative; got {value}"
                 raise InvalidProblem(msg)
+        # Kernels are compiled for each type that they meet.
+        object.__setattr__(self, "gap", float(self.gap))
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -83,6 +86,7 @@ class Control:
         clock: What the time limit is measured with.
         limit: What stopped the solve, once something has.
         halt: u8[1], 1 from then on: what kernels read, as they cannot call Python.
+        closing_s: What putting the answer together will take; the limit strikes so much earlier.
     """
 
     options: Options = field(default_factory=Options)
@@ -91,6 +95,7 @@ class Control:
     clock: Callable[[], float] = time.monotonic
     limit: Limit | None = None
     halt: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(1, dtype=np.uint8))
+    closing_s: float = 0.0
     begin: float = field(init=False)
     cpu_begin: float = field(init=False)
 
@@ -98,12 +103,19 @@ class Control:
         """Note the time."""
         self.begin, self.cpu_begin = self.clock(), time.process_time()
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leave out of the time what is done meanwhile; before ``watched``."""
+        since = self.clock()
+        yield
+        self.begin += self.clock() - since
+
     def stopped(self) -> bool:
         """Return whether a limit was reached, and remember which."""
         if self.limit is None:
             if self.cancelled is not None and self.cancelled():
                 self.limit = Limit.CANCELLED
-            elif (limit := self.options.time_limit_s) is not None and self.elapsed() >= limit:
+            elif self._left_s() <= 0.0:
                 self.limit = Limit.TIME
             self.halt[0] = self.limit is not None
         return self.limit is not None
@@ -134,9 +146,12 @@ class Control:
 
     def _watch_s(self) -> float:
         """Return when to look at the limits next."""
+        return min(WATCH_S, max(self._left_s(), 0.1 * WATCH_S))
+
+    def _left_s(self) -> float:
+        """Return how long the work may go on."""
         limit = self.options.time_limit_s
-        left = WATCH_S if limit is None else limit - self.elapsed()
-        return min(WATCH_S, max(left, 0.1 * WATCH_S))
+        return math.inf if limit is None else limit - self.closing_s - self.elapsed()
 
     def elapsed(self) -> float:
         """Seconds since the start, by ``clock``."""

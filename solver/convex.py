@@ -111,7 +111,7 @@ def _lacking(R: Floats, halt: Bytes) -> float:
             cholesky(R, halt)
         except np.linalg.LinAlgError:
             R[at, at] -= extra - 2.0 * MARGIN
-            extra = max(4.0 * extra, MARGIN)
+            extra = 4.0 * max(extra, MARGIN)
         else:
             return extra
 
@@ -137,10 +137,11 @@ def to_certificate(problem: Problem, core: Core, point: DualPoint) -> Convexific
     """Return ``point`` in the problem's rows."""
     width = int(np.diff(problem.offsets).max())
     shift = np.zeros((problem.n_rows, width))
+    # Column `j` of a shift stands for the `j`-th row of the group, in the core and in the problem.
+    row, column = np.nonzero(point.shift)
+    other = core.rows[core.off[core.grp[row]] + column]
     start = problem.offsets[:-1][problem.group_of_row]
-    for a, b in zip(core.off[:-1], core.off[1:], strict=True) if point.shift.any() else ():
-        rows = core.rows[a:b]
-        shift[np.ix_(rows, rows - start[rows[0]])] = point.shift[a:b, : b - a]
+    shift[core.rows[row], other - start[other]] = point.shift[row, column]
     support = np.zeros(problem.n_rows, dtype=np.bool_)
     support[core.rows] = True
     support[core.full[core.full >= 0]] = True

@@ -46,7 +46,9 @@ def solve(
     Args:
         problem: What to solve.
         backend: ``auto`` or ``bitquota`` for this solver, else a name of ``backends.BACKENDS``.
-        time_limit_s: Seconds by ``clock``; of wall clock for other backends.
+        time_limit_s: Seconds by ``clock``; of wall clock for other backends. They begin when the
+            solver is loaded: the first solves of a process take some .4 seconds longer, those on a
+            machine half a minute, in which kernels are compiled.
         node_limit: Branch-and-bound nodes; refused for backends that do not count them.
         gap: Relative gap to prove.
         seed: For the search for good choices.

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from bitquota.solver.compiled import compiled
+from bitquota.solver.compiled import compiled, read_only
 from bitquota.solver.interruptible import PIECE, Interrupted, go_on, product
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-6
 """What smoothing may cost the bound, relative to it."""
-_COOLING = 0.2
+LOOSE = 1e-5
+"""The same where a tree follows, to which the last fifth of the steps is worth less than nodes."""
+_COOLING = 0.1
 _STAGES, _STEPS = 60, 8
 _EPS = 2.3e-16
 _NEAR = 1e-2
@@ -110,7 +112,7 @@ class FactorForm:
         lost = abs(problem.constant) + square + abs(spent) + float(np.abs(least).sum())
         return total - 2.0 * _EPS * (problem.n_groups + r + m + 32) * lost
 
-    def relax(self, keep: Bools) -> Relaxed:
+    def relax(self, keep: Bools, tolerance: float = TOLERANCE) -> Relaxed:
         """Return a dual point that is best but for smoothing, or as far as a limit let it come.
 
         Cost: about 40 passes over the factor, and ``O(r²)`` per row of undecided groups.
@@ -120,7 +122,7 @@ class FactorForm:
             linear=self.linear, U=self.U, off=problem.offsets, ok=keep, A=problem.costs,
             b=problem.limits, constant=problem.constant, halt=self.halt,
         )  # fmt: skip
-        return self.bound(keep, *best_dual(terms))
+        return self.bound(keep, *best_dual(terms, tolerance))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -135,6 +137,11 @@ class Terms:
     b: Ints
     constant: float
     halt: Bytes
+
+    def __post_init__(self) -> None:
+        """Give kernels one type of array, wherever it comes from."""
+        for name in ("U", "off", "ok"):
+            object.__setattr__(self, name, read_only(getattr(self, name)))
 
 
 class Minima(Protocol):

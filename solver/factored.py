@@ -11,7 +11,6 @@ Design: docs/design/solver.md
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,8 +18,9 @@ import numpy as np
 
 from bitquota.errors import InvalidProblem
 from bitquota.solver import search_kernels
+from bitquota.solver.branch import Region
 from bitquota.solver.core import first_least, reduce
-from bitquota.solver.factor_relaxation import FactorForm
+from bitquota.solver.factor_relaxation import LOOSE, TOLERANCE, FactorForm
 from bitquota.solver.quadratic import INTERIOR_ROWS, ROUNDING, Quadratic
 from bitquota.solver.search import Effort, search, space_of
 from bitquota.solver.semidefinite import plain_point
@@ -28,7 +28,6 @@ from bitquota.solver.semidefinite import plain_point
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from bitquota.solver.branch import Region
     from bitquota.solver.control import Control
     from bitquota.solver.core import Core
     from bitquota.solver.factor_relaxation import Relaxed
@@ -43,16 +42,24 @@ if TYPE_CHECKING:
 _ROUNDS = ((1.0, 8), (1.5, 8), (2.5, 4))
 """Rows that are looked at beside the best ones, per undecided group, and restarts: small matrices
 found better choices than large ones in the same time."""
+_PATIENCE = 10
+"""Tabu moves without improvement: more restarts find better choices than longer ones."""
+_DIVERGED = 1e6
+"""Squares of a row of the factor so many times the median are looked at alone."""
 _FEWEST = 20
 _MOST = 400
 """Rows looked at beside the best ones: bounds for the factors above."""
 
 
-def lost_in_products(problem: Problem) -> Floats:
-    """Return f64[n]: what rounding takes from sums of pair terms with a row, and of a choice's."""
+def lost_in_products(problem: Problem, keep: Bools) -> Floats:
+    """Return f64[n]: what rounding takes from sums of pair terms with a row, and of a choice's.
+
+    Only the rows ``keep`` may be chosen.
+    """
     norms, rank = np.zeros(problem.n_rows), 0
     if problem.factor is not None:
-        norms = np.sqrt(np.einsum("ij,ij->i", problem.factor, problem.factor))
+        norms = np.where(keep, np.einsum("ij,ij->i", problem.factor, problem.factor), 0.0)
+        norms = np.sqrt(norms)
         rank = problem.factor.shape[1]
     most = float(np.maximum.reduceat(norms, problem.offsets[:-1]).sum())
     values = np.abs(problem.term_values)
@@ -69,7 +76,7 @@ class Entangled(Quadratic):
     def __init__(self, problem: Problem, control: Control) -> None:
         """Begin; see ``Quadratic``."""
         super().__init__(problem, control)
-        self.rounding = lost_in_products(problem)
+        self.rounding = lost_in_products(problem, problem.allowed)
 
 
 class Factored(Quadratic):
@@ -94,7 +101,7 @@ class Factored(Quadratic):
             raise InvalidProblem(msg)
         super().__init__(problem, control)
         self.form = self._form()
-        self.rounding = lost_in_products(problem)
+        self.rounding = lost_in_products(problem, problem.allowed)
 
     def _form(self) -> FactorForm:
         return FactorForm(self.problem, self.control.halt)
@@ -105,30 +112,41 @@ class Factored(Quadratic):
         if (root := self._begin(start)) is None:
             return self.run_regions([])
         # Bound, then choose among the rows that the bound leaves cheap.
-        relaxed = self.form.relax(root.keep)
-        self.nodes += 1
-        self._prove(root, relaxed)
-        root.bound = self.current = self.root_bound = relaxed.bound
-        self._tell("bound")
-        self.root = relaxed
+        large = problem.n_rows > INTERIOR_ROWS
+        relaxed = self._relax(root)
         self._choose(root, relaxed)
-        if self.incumbent.rows is None and problem.n_rows <= INTERIOR_ROWS:
+        if self._drop_diverged(root, self._out(root, relaxed)):
+            relaxed = self._relax(root)
+            self._choose(root, relaxed)
+        if self.incumbent.rows is None and not large:
             self._search(root)
-        largest = float(self.form.squares[root.keep].max(initial=0.0))
-        largest = max(largest, float(np.abs(problem.diagonal[root.keep]).max(initial=0.0)))
+        # Rows whose price exceeds the gap go; what they leave sets the floor.
+        gone = self._out(root, relaxed)
+        left = root.keep & ~gone
+        largest = float(self.form.squares[left].max(initial=0.0))
+        largest = max(largest, float(np.abs(problem.diagonal[left]).max(initial=0.0)))
         self.incumbent.floor = ROUNDING * max(largest, abs(problem.constant))
-        closed = relaxed.bound >= self.incumbent.cutoff
-        if closed or self.control.stopped() or problem.n_rows > INTERIOR_ROWS:
+        closed = root.bound >= self.incumbent.cutoff
+        if closed or self.control.stopped() or large:
             return self._solution()
-        # Rows whose price exceeds the gap go.
-        gone = root.keep & (relaxed.bound + relaxed.excess(problem) > self._beyond(relaxed))
+        self.rounding = lost_in_products(problem, left)
         if gone.any():
-            root.keep = root.keep & ~gone
+            root.keep = left
             root.node = self.record.node(root.node, root.keep)
             self._prove(root, relaxed)
         # The tree drops rows by its own root's formula, which needs a node of its own.
         root.node = self.record.node(root.node, root.keep)
         return self.run_regions([root])
+
+    def _relax(self, root: Region) -> Relaxed:
+        """Bound the root by the relaxation."""
+        large = self.problem.n_rows > INTERIOR_ROWS
+        self.root = self.form.relax(root.keep, TOLERANCE if large else LOOSE)
+        self.nodes += 1
+        self._prove(root, self.root)
+        root.bound = self.current = self.root_bound = max(root.bound, self.root.bound)
+        self._tell("bound")
+        return self.root
 
     def _prove(self, region: Region, relaxed: Relaxed) -> None:
         """Give the region's node the formula of ``relaxed``, which was found for more rows."""
@@ -141,10 +159,48 @@ class Factored(Quadratic):
             return super()._point(core, region, strong=strong)
         point = plain_point(core, self.root.weights[core.rows], self.root.prices)
         width = point.shift.shape[1]
-        for a, b in itertools.pairwise(core.off.tolist()):
-            part = self.form.U[core.rows[a:b]]
-            point.shift[a:b, : b - a] = (part @ part.T)[:, :width]
+        # Row by row, the products with the rows of its group.
+        U, at = self.form.U[core.rows], core.off[core.grp]
+        for column in range(width):
+            here = at + column
+            inside = here < core.off[core.grp + 1]
+            point.shift[inside, column] = np.einsum("ij,ij->i", U[inside], U[here[inside]])
         return point
+
+    def _drop_diverged(self, region: Region, known: Bools) -> bool:
+        """Drop rows that lose too much even if budgets cost nothing; returns whether any did.
+
+        A diverged candidate sets the scale of prices, under which it may look cheap. Nothing is
+        done where all such rows are ``known`` to go.
+        """
+        form, problem = self.form, self.problem
+        none, before = np.zeros(len(problem.limits)), region.keep
+        free = form.bound(region.keep, np.zeros(form.U.shape[1]), none, form.linear)
+        excess = free.excess(problem)
+        gone = region.keep & (excess > 0.0) & (free.bound + excess > self._beyond(free))
+        left, group = region.keep & ~gone, problem.group_of_row
+        if (gone & ~known).any() and np.logical_or.reduceat(left, problem.offsets[:-1]).all():
+            region.node = self.record.node(region.node, region.keep)
+            self._prove(region, free)
+            region.bound = self.current = max(region.bound, free.bound)
+            region.keep = left
+            region.node = self.record.node(region.node, region.keep)
+        # A row of the factor is bounded at a `w` of its own.
+        far = form.squares > _DIVERGED * float(np.median(form.squares))
+        for row in np.flatnonzero(region.keep & far & ~known).tolist():
+            alone = region.keep & (group != group[row])
+            alone[row] = True
+            own = form.bound(alone, form.U[row], none, form.linear)
+            rest = region.keep.copy()
+            rest[row] = False
+            if own.bound > self._beyond(own) and rest[group == group[row]].any():
+                self._prove(Region(node=self.record.node(region.node, alone), keep=alone), own)
+                region.keep, region.node = rest, self.record.node(region.node, rest)
+        return region.keep is not before
+
+    def _out(self, region: Region, relaxed: Relaxed) -> Bools:
+        """Return the rows of ``region`` whose price exceeds the gap."""
+        return region.keep & (relaxed.bound + relaxed.excess(self.problem) > self._beyond(relaxed))
 
     def _beyond(self, relaxed: Relaxed) -> float:
         """Return a number that is above the cutoff by more than a sum can be rounded."""
@@ -163,7 +219,8 @@ class Factored(Quadratic):
             if self.problem.n_rows > INTERIOR_ROWS:  # no tree is to follow
                 restarts *= 8  # noqa: PLW2901
             count = min(_MOST, max(_FEWEST, int(share * undecided)))
-            self._look(region, excess, count, Effort(restarts=restarts), index)
+            effort = Effort(restarts=restarts, patience=_PATIENCE, bisections=8)
+            self._look(region, excess, count, effort, index)
 
     def _round(self, region: Region, relaxed: Relaxed) -> None:
         """Offer the relaxation's heaviest rows, brought within the budgets by its prices."""

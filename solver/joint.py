@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.solver.branch import Region
+from bitquota.solver.compiled import read_only
 from bitquota.solver.elimination import chosen, lowest, marginals, soften, spreads
 from bitquota.solver.factor_relaxation import FactorForm, Relaxed, Terms, best_dual
 from bitquota.solver.factored import Factored
@@ -50,7 +51,7 @@ class Joint:
 
     def __init__(self, tables: Tables, ok: Bools, halt: Bytes) -> None:
         """Look at the rows ``ok`` of ``tables``."""
-        self.tables, self.ok, self.halt, self.undecided = tables, ok, halt, 0
+        self.tables, self.ok, self.halt, self.undecided = tables, read_only(ok), halt, 0
         self.largest = float(np.abs(tables.static).max(initial=0.0))
         self.share = np.empty(int(tables.begin[-1]))
         self.soft, self.hard, self.weight = (np.empty(int(tables.message[-1])) for _ in range(3))
@@ -117,6 +118,7 @@ class JointForm(FactorForm):
     def _eliminate(self, values: Floats, keep: Bools) -> Floats:
         """Return f64[G], the groups' least values in the tables' order; fills ``low``."""
         self.low, least = np.empty(len(values)), np.empty(len(self.group))
+        keep = read_only(keep)
         lowest(self.tables, values, keep, self.table, self.down, self.up, self.low, least)
         return least
 
@@ -187,7 +189,8 @@ class Jointly(Factored):
         self._tell("bound")
         self._choose(region, relaxed)
         # Rows whose price exceeds the gap go; what those of the root leave sets the floor.
-        gone = region.keep & (relaxed.bound + relaxed.excess(problem) > self._beyond(relaxed))
+        gone = self._out(region, relaxed)
+        diverged = self.nodes == 1 and self._drop_diverged(region, gone)
         if self.nodes == 1:
             self.incumbent.floor = ROUNDING * largest_term(problem, region.keep & ~gone)
         if region.bound >= self.incumbent.cutoff:
@@ -195,6 +198,8 @@ class Jointly(Factored):
         self.memory += 8 * problem.n_rows + 8 * (len(relaxed.w) + len(relaxed.prices))
         if self.memory > MEMORY_LIMIT_BYTES:
             self.control.limit = Limit.MEMORY
+            return [region]
+        if diverged:  # what is left has prices of its own
             return [region]
         if gone.any():
             region.keep = region.keep & ~gone

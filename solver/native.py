@@ -13,6 +13,7 @@ from bitquota.errors import InvalidProblem, SolverFailed
 from bitquota.solver.elimination import MOST_STATES, eliminated, tables
 from bitquota.solver.factored import Entangled, Factored
 from bitquota.solver.joint import Jointly
+from bitquota.solver.loading import kernels_loaded, load_kernels
 from bitquota.solver.one_thread import one_thread
 from bitquota.solver.quadratic import INTERIOR_ROWS, Quadratic
 from bitquota.solver.separable import solve_knapsack
@@ -39,13 +40,27 @@ def solve_native(
 
     Args:
         problem: Budgets already checked one by one (``Problem.check_budgets``).
-        control: Goal, limits and callbacks.
+        control: Goal, limits and callbacks. Loading kernels, which the first solves of a process
+            do, does not count for the time limit.
         start: A choice to begin with; ignored when it is infeasible.
     """
+    knapsack = is_knapsack(problem)
+    sparse = len(problem.terms) > 0 or is_sparse(problem)
+    if knapsack:
+        methods: tuple[str, ...] = ("knapsack",)
+    elif sparse:
+        methods = ("search", "matrix", "terms")
+    elif problem.factor is not None and problem.n_rows > INTERIOR_ROWS:
+        methods = ("search",)
+    else:
+        methods = ("search", "matrix")
+    if not kernels_loaded(*methods):
+        with control.uncounted():
+            load_kernels(*methods)
     with control.watched(), one_thread():
-        if is_knapsack(problem):
+        if knapsack:
             return _knapsack(problem, control)
-        if len(problem.terms) or is_sparse(problem):
+        if sparse:
             return _by_elimination(problem, control, start)
         if problem.factor is not None:
             return Factored(problem, control).run(start)

@@ -56,6 +56,8 @@ MEMORY_LIMIT_BYTES = 2 * 2**30
 """Node arrays beyond this stop the solver with what is proved by then."""
 SPARE_MEMORY_BYTES = 2**28
 """Unfinished trees are kept up to here, in case that their regions are not taken further."""
+CLOSING_S = 1e-8
+"""Seconds that one number of a node's point takes in the certificate, on a busy machine."""
 TREE_NODES = 1200
 """Cheap nodes that take about as long as one semidefinite bound, at every size measured."""
 FIRST_NODES = 300  # the same under the simple bound, which comes first
@@ -210,8 +212,9 @@ class Quadratic:
 
     def _hopeless(self, region: Region) -> bool:
         """Drop rows that lose more alone than the incumbent does; returns whether any did."""
-        if self.control.stopped() or (core := self._reduced(region)).n > INTERIOR_ROWS:
+        if self.control.stopped() or int(region.keep.sum()) > INTERIOR_ROWS:
             return False
+        core = self._reduced(region)
         if not core.n_groups or (found := hopeless(core, self.incumbent)) is None:
             return False
         tree, gone = found
@@ -434,6 +437,7 @@ class Quadratic:
         told, before = control.cpu_seconds(), self.nodes
         promising = PROMISING * (incumbent.objective - tree.open_bound())
         while not tree.done(incumbent):
+            control.closing_s = max(0.0, CLOSING_S * self.nodes * self.problem.n_rows - 0.1)
             if control.stopped():
                 break
             if (most := control.options.node_limit) is not None and self.nodes >= most:

@@ -84,8 +84,8 @@ def space_of(core: Core) -> Space:
     return Space(core.d, penalised(core), core.off, core.grp, core.A, core.b, core.halt)
 
 
-def lagrangian_start(core: Core, space: Space, effort: Effort) -> list[Ints]:
-    """Return feasible starts along a bisection on the price of the budgets.
+def lagrangian_start(core: Core, space: Space, effort: Effort) -> list[tuple[float, Ints]]:
+    """Return feasible starts along a bisection on the price of the budgets, and their values.
 
     Each price is followed by single swaps that ignore the budgets, then by a repair. Several
     budgets share one price; a budget that the last point exceeds gets more weight.
@@ -94,25 +94,31 @@ def lagrangian_start(core: Core, space: Space, effort: Effort) -> list[Ints]:
     span = np.maximum(core.b - np.minimum.reduceat(core.A, starts, axis=1).sum(axis=1), 1)
     weight = 1.0 / span.astype(np.float64)
     cur = first_least(core.d, core.off)
-    found: list[Ints] = []
+    found: list[tuple[float, Ints]] = []
 
-    def descend(price: float) -> bool:
+    def keep(at: kernels.Place) -> None:
+        found.append((float(kernels.objective(space, at)), cur.copy()))
+
+    def descend(price: float, *, kept: bool = True) -> bool:
         at = kernels.place(space, cur)
         kernels.relax_descent(space, at, price * (weight @ core.A))
-        return bool((at.used <= core.b).all())
+        feasible = bool((at.used <= core.b).all())
+        if feasible and kept:
+            keep(at)
+        return feasible
 
-    def keep() -> None:
-        if kernels.repair(space, kernels.place(space, cur), weight):
-            found.append(cur.copy())
+    def mend() -> None:
+        at = kernels.place(space, cur)
+        if kernels.repair(space, at, weight):
+            keep(at)
 
     # A price at which the budgets hold.
-    if descend(0.0):
-        found.append(cur.copy())
+    descend(0.0)
     if not len(core.b):
         return found
     low, high = 0.0, float(np.abs(core.d).max(initial=0.0)) or 1.0
     for _ in range(60):
-        if core.halt[0] or descend(high):
+        if core.halt[0] or descend(high, kept=False):
             break
         low, high = high, high * 8.0
     # The least such price.
@@ -123,18 +129,17 @@ def lagrangian_start(core: Core, space: Space, effort: Effort) -> list[Ints]:
         middle = 0.5 * (low + high) if step > 40 else np.sqrt(max(low, high * 1e-6)) * np.sqrt(high)
         if descend(middle):
             high = middle
-            found.append(cur.copy())
         else:
             low = middle
             over = core.A[:, cur].sum(axis=1) > core.b
             if len(core.b) > 1 and step % 4 == 3:
                 weight[over] *= 1.5
             if step >= effort.bisections - 6:
-                keep()
-    keep()
+                mend()
+    mend()
     if not found:
         cur[:] = first_least(weight @ core.A, core.off)
-        keep()
+        mend()
     return found
 
 
@@ -173,12 +178,13 @@ def search(
         core = _pairs_as_budgets(core)
         space = space._replace(A=core.A, b=core.b)
     # Start.
-    points += lagrangian_start(core, space, effort)
-    if not points:
+    valued = [(_value(core, space, point), point) for point in points]
+    valued += lagrangian_start(core, space, effort)
+    if not valued:
         return None, np.inf
-    unique = {point.tobytes(): point for point in points}
-    ranked = sorted(unique.values(), key=lambda p: (_value(core, space, p), p.tobytes()))
-    best, best_value = ranked[0].copy(), _value(core, space, ranked[0])
+    unique = {point.tobytes(): (value, point) for value, point in valued}
+    ranked = [unique[key] for key in sorted(unique, key=lambda key: (unique[key][0], key))]
+    best_value, best = ranked[0][0], ranked[0][1].copy()
     if meets_all(core, best):
         on_better(best, core.value(best))
     # Moves of two groups cost O(n²): large problems take them in the last polish only.
@@ -189,7 +195,7 @@ def search(
             break
         # Take the next start, or kick the best choice.
         if index < len(tried):
-            cur = tried[index].copy()
+            cur = tried[index][1].copy()
         else:
             cur = best.copy()
             # Few changes at a time: kicks of two to eight groups found the best known choice at
@@ -219,10 +225,10 @@ def found_alone(problem: Problem, keep: NDArray[np.bool_]) -> Ints | None:
     none = problem.offsets[:0, None].repeat(2, axis=1)
     alone = replace(problem, cross=None, factor=None, terms=none, term_values=np.zeros(0))
     core = reduce(alone, keep)
-    points = [np.zeros(0, dtype=np.int64)]
+    points = [(0.0, np.zeros(0, dtype=np.int64))]
     if core.n_groups:
         points = lagrangian_start(core, space_of(core), Effort(bisections=16))
-    for point in sorted(points, key=core.value):
+    for _, point in sorted(points, key=lambda found: (found[0], found[1].tobytes())):
         rows = core.lift(point)
         if problem.is_feasible(rows - problem.offsets[:-1]):
             return rows

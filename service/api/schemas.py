@@ -135,7 +135,9 @@ class SolveOrder(BaseModel):
     )
     explain: bool = Field(default=False, description="Of a problem: what its bits cost and buy.")
     gap: float = Field(default=1e-4, ge=0, lt=1, description="Relative gap to stop at.")
-    time_limit_s: float = Field(default=0.1, gt=0, le=30, description="For each budget.")
+    time_limit_s: float = Field(
+        default=0.1, gt=0, le=30, description="For each budget, reading what was sent included."
+    )
     seed: int = Field(default=0, ge=0, lt=2**31)
 
 

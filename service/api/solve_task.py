@@ -6,6 +6,7 @@ import base64
 import binascii
 import json
 import tempfile
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,14 +65,27 @@ def solve_task(arguments: JsonObject, ask: Ask) -> tuple[JsonObject, bytes]:
 
     ``ask`` says where the files of ``{"job": …}`` or of an uploaded ``{"matrix": …}`` lie.
     """
+    clock = _Clock()
     order = _parse(arguments)
     if order.problem is not None:
-        return {}, _solve_problem(order, arguments, ask).model_dump_json().encode()
+        return {}, _solve_problem(order, arguments, ask, clock).model_dump_json().encode()
     check_budget_texts(order.budgets)
     source = order.job or order.matrix
     assert source is not None  # noqa: S101  # one of them is given
-    answer = SolveAnswer(data=_solve(order, _measured(source, arguments, ask)))
+    answer = SolveAnswer(data=_solve(order, _measured(source, arguments, ask), clock))
     return {}, answer.model_dump_json().encode()
+
+
+class _Clock:
+    """Who waits for an answer waits for its reading, too: that counts for the time limit."""
+
+    def __init__(self) -> None:
+        """Begin to count."""
+        self.begin = time.monotonic()
+
+    def left(self, limit_s: float) -> float:
+        """Return what a solve may take of ``limit_s``, half of it at least."""
+        return max(limit_s - (time.monotonic() - self.begin), 0.5 * limit_s)
 
 
 def _parse(arguments: JsonObject) -> SolveOrder:
@@ -103,7 +117,9 @@ def _parse(arguments: JsonObject) -> SolveOrder:
     return order
 
 
-def _solve_problem(order: SolveOrder, arguments: JsonObject, ask: Ask) -> ProblemAnswer:
+def _solve_problem(
+    order: SolveOrder, arguments: JsonObject, ask: Ask, clock: _Clock
+) -> ProblemAnswer:
     """Return the answer to a problem that is stated in full."""
     from bitquota.solver.document import solve_document
     from bitquota.solver.posed_problem import posed
@@ -127,7 +143,7 @@ def _solve_problem(order: SolveOrder, arguments: JsonObject, ask: Ask) -> Proble
         asked,
         explain=order.explain,
         gap=order.gap,
-        time_limit_s=order.time_limit_s,
+        time_limit_s=clock.left(order.time_limit_s),
         seed=order.seed,
     )
     if asked.robust:
@@ -135,7 +151,7 @@ def _solve_problem(order: SolveOrder, arguments: JsonObject, ask: Ask) -> Proble
     return ProblemAnswer(**answer)
 
 
-def _solve(order: SolveOrder, measured: Measured) -> list[SolvedBudget]:
+def _solve(order: SolveOrder, measured: Measured, clock: _Clock) -> list[SolvedBudget]:
     from bitquota.solver import build_problem, solve
 
     answers = []
@@ -144,7 +160,8 @@ def _solve(order: SolveOrder, measured: Measured) -> list[SolvedBudget]:
     for text in order.budgets:
         budgets = [budget_of(part, measured.matrix, inventory, tables) for part in text.split("+")]
         problem = build_problem(measured.matrix, budgets)
-        solution = solve(problem, gap=order.gap, time_limit_s=order.time_limit_s, seed=order.seed)
+        left = clock.left(order.time_limit_s)
+        solution = solve(problem, gap=order.gap, time_limit_s=left, seed=order.seed)
         said: dict[str, Any] = solution.to_json()
         assignments: dict[str, dict[str, Any]] = {}
         if solution.choice is not None:
@@ -168,6 +185,7 @@ def _solve(order: SolveOrder, measured: Measured) -> list[SolvedBudget]:
                 assignments=assignments,
             )
         )
+        clock = _Clock()
     return answers
 
 
@@ -177,6 +195,10 @@ def _measured(source: str, arguments: JsonObject, ask: Ask) -> Measured:
         return _stored(ask({"matrix": source}))
     if source.startswith("job_"):
         return _stored(ask({"job": source}))
+    key = (digest_bytes([source.encode()]), None)
+    if key in _recent:
+        _recent.move_to_end(key)
+        return _recent[key]
     try:
         data = base64.b64decode(source, validate=True)
     except (binascii.Error, ValueError) as err:
@@ -185,10 +207,6 @@ def _measured(source: str, arguments: JsonObject, ask: Ask) -> Measured:
             "a job's /sensitivity returns"
         )
         raise InvalidInput(msg) from err
-    key = (digest_bytes([data]), None)
-    if key in _recent:
-        _recent.move_to_end(key)
-        return _recent[key]
     # Before anything is unpacked: a few megabytes may claim to hold gigabytes.
     with tempfile.NamedTemporaryFile(dir=Path(arguments["body"]).parent) as file:
         file.write(data)

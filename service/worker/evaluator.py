@@ -141,10 +141,10 @@ def main() -> None:
     compiles the solver's kernels into ``NUMBA_CACHE_DIR`` and ends.
     """
     if sys.argv[1:] == ["--warm-up"]:
-        from bitquota.solver.warm_up import compile_kernels
+        from bitquota.solver.loading import load_kernels
 
         discard_stale_kernels()
-        compile_kernels()
+        load_kernels()
         return
     die_with_parent(int(os.environ.get("BITQUOTA_PARENT_PID", "0")))
     limit_resources(*map(int, sys.argv[1:4]))
@@ -206,7 +206,7 @@ def warm_up() -> None:
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import finish
     from bitquota.search.allocate import allocate
-    from bitquota.solver.warm_up import compile_kernels
+    from bitquota.solver.loading import load_kernels
 
     tiny = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
     for parameter in tiny.parameters():
@@ -218,7 +218,7 @@ def warm_up() -> None:
     # On the processor: looking for a GPU would forbid every fork to use one.
     samples = CalibrationSet(inputs=(inputs,))
     allocate(model, samples, request, context=Context(device="cpu"))
-    compile_kernels()
+    load_kernels()
 
 
 def carry_out(assignment: JsonObject, channel: Channel, loaded: Loaded) -> None:

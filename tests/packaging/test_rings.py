@@ -95,6 +95,7 @@ LATE = {
             "search.portfolio",
             "sensitivity.measures.parts",
             "measurement_setup",
+            "solver.loading",
         },
         "service.worker.forkserver": {"models.load", "models.samples"},
     },

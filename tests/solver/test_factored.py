@@ -24,6 +24,7 @@ from bitquota.solver.checker import check_certificate, check_solution
 from bitquota.solver.explain import explain, group_accounts
 from bitquota.solver.frontiers import even_limits, frontier
 from bitquota.solver.presolve import largest_term
+from solver_claims import assert_equals_brute_force
 
 
 def drawn(groups: int, rows: int, rank: int, seed: int, *, budgets: int = 1) -> Problem:
@@ -76,6 +77,19 @@ def test_agrees_with_dense_form(seed: int) -> None:
     assert ours.choice is not None
     assert problem.evaluate(ours.choice) == pytest.approx(dense(problem).evaluate(ours.choice))
     assert check_solution(problem, ours).holds
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_diverged_candidate(seed: int, far: bool) -> None:
+    """A row of 1e12 to 1e22, with its row of the factor or without, sets no scale."""
+    problem = drawn(6, 3, 3, seed)
+    row = seed % problem.n_rows
+    diagonal, factor = problem.diagonal.copy(), problem.factor.copy()  # type: ignore[union-attr]
+    diagonal[row] = 10.0 ** (12 + 3 * seed)
+    if far:
+        factor[row] *= np.sqrt(diagonal[row])
+    assert_equals_brute_force(replace(problem, diagonal=diagonal, factor=factor))
 
 
 class TestLarge:

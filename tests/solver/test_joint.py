@@ -22,6 +22,7 @@ from bitquota.solver.elimination import eliminated
 from bitquota.solver.frontiers import even_limits, frontier
 from bitquota.solver.native import is_sparse
 from bitquota.solver.problem_document import ProblemDocument
+from solver_claims import assert_equals_brute_force
 
 
 def drawn(
@@ -89,6 +90,15 @@ class TestSmall:
         found, best = solve(problem, gap=1e-6), enumerate_all(problem)
         assert found.objective == pytest.approx(best.objective, rel=1.01e-6)
         assert check_solution(problem, found).holds
+
+    @pytest.mark.parametrize("rank", [0, 2])
+    def test_diverged_candidate(self, rank):
+        """It sets neither the scale of prices nor the gap that counts as none."""
+        problem = drawn(7, 3, ring(7), 4, rank=rank, budgets=2)
+        for row, loss in ((0, 1e12), (4, 1e16), (8, 8.4e22)):
+            diagonal = problem.diagonal.copy()
+            diagonal[row] = loss
+            assert_equals_brute_force(replace(problem, diagonal=diagonal))
 
     def test_entangled(self):
         """Terms between all groups, beside a factor, are taken as one matrix; so alone."""

@@ -190,7 +190,7 @@ class ServerCalls(Requests, Generic[J]):
                 ``Job.sensitivity`` returns it.
             tables: What prices budgets of time and energy.
             gap: Relative gap to stop at.
-            time_limit_s: For each budget.
+            time_limit_s: For each budget, reading what was sent included.
             seed: Of the search.
         """
         body: JsonObject = {
