@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +11,18 @@ from torch import nn
 
 from bitquota.candidates.storage import Scheme
 from bitquota.candidates.table import Candidate
+from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput, InvalidPlan
+from bitquota.measurement_setup import build_setup
+from bitquota.models.calibration import CalibrationSet
 from bitquota.models.discovery import discover
+from bitquota.models.load import load_model, load_within
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.quantized_model import QuantizedModel
 from bitquota.quantizers.rotation import rotate
+from bitquota.request import PlanRequest
 from decoder_networks import TOKENS, Decoder
+from format_networks import write_llama
 
 
 def made(**about):
@@ -79,6 +86,32 @@ class TestRotate:
         found = rotate(module, discover(module, (TOKENS,)), (TOKENS,))
         assert found.to_json()["residual_streams"] == 0
         assert "one by one" in found.undone
+
+
+@pytest.mark.slow  # imports transformers
+class TestSetup:
+    def test_weights_that_lie_in_files_are_turned_alike(self, tmp_path):
+        """And the model is still measured block after block."""
+        path = str(write_llama(tmp_path, tied=False))
+        tokens = torch.randint(0, 64, (6, 8), generator=torch.Generator().manual_seed(0))
+        request = PlanRequest(
+            budgets=("5 bits",), corrections=(Correction.ROTATION,), samples=3, holdout_samples=3
+        )
+        here, there = (
+            build_setup(model, CalibrationSet(inputs=(tokens,)), request)
+            for model in (load_model(path), load_within(path, 1))
+        )
+        assert there.stacked is not None
+        assert here.fitted.origin == there.fitted.origin
+        for name, tensor in here.module.state_dict().items():
+            assert torch.equal(there.module.state_dict()[name], tensor)
+
+    def test_importance_matrices_are_refused(self, tmp_path):
+        path = str(write_llama(tmp_path, tied=False))
+        model = replace(load_model(path), imatrix=tmp_path / "imatrix.dat")
+        request = PlanRequest(budgets=("5 bits",), corrections=(Correction.ROTATION,))
+        with pytest.raises(InvalidInput, match="importance matrix"):
+            build_setup(model, CalibrationSet(inputs=(TOKENS,)), request)
 
 
 class TestStored:
