@@ -25,11 +25,13 @@ from bitquota.exports.export_report import (
     ExportReport,
     describe_files,
 )
+from bitquota.exports.genai_folder import GenaiFolder
 from bitquota.exports.gguf_file import GgufFile
 from bitquota.exports.kv_cache import OPTIONS_FILE, cache_options
 from bitquota.exports.mlx_folder import MlxFolder
 from bitquota.exports.names import check_folder, check_format, format_for
 from bitquota.exports.onnx_qdq import OnnxMatMulNBits, OnnxQdq
+from bitquota.exports.openvino_genai import OpenvinoGenai
 from bitquota.exports.openvino_ir import OpenvinoIr
 from bitquota.exports.prepared import PreparedExport, prepare_export
 from bitquota.exports.ref_int import RefInt
@@ -91,7 +93,9 @@ EXPORTERS: dict[str, Exporter] = {
         CompressedTensorsFolder(),
         OnnxQdq(),
         OnnxMatMulNBits(),
+        GenaiFolder(),
         OpenvinoIr(),
+        OpenvinoGenai(),
         GgufFile(),
         MlxFolder(),
         *CONFIG_FILES,

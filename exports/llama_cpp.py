@@ -18,13 +18,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from torch.nn.functional import log_softmax
 
 from bitquota.candidates.storage import K_BLOCK, Grid
 from bitquota.errors import ExportFailed, MissingDependency
-from bitquota.exports.export_report import TextRun
 from bitquota.exports.gguf_blocks import BLOCK
-from bitquota.models.running import primary_output
+from bitquota.exports.text_run import GENERATED, LONGEST, run_windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,30 +31,19 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bitquota.canonical import JsonObject
+    from bitquota.exports.export_report import TextRun
     from bitquota.exports.prepared import PreparedExport
 
 MISSING = "llama.cpp did not run the file: pip install bitquota[llama-cpp]"
-_MOST_TOKENS, _MOST_WINDOWS, _LONGEST = 4096, 32, 512
-_GENERATED = 32
-_OTHER_TOKENS = "llama.cpp splits {} of our texts otherwise than tokenizer.json, such as {!r}"
-
-TEXTS = (
-    "The quick brown fox jumps over the lazy dog.",
-    "It's 12,345.67 or 1e-9; isn't it? WE'LL see...",
-    "  two spaces,\ttabs\n\n\nand lines  \n",
-    "def f(x):\n    return {'a': x[0] ** 2}  # done\n",
-    "Größe, façade, naïve, señor",
-    "Привет, мир! Γειά σου",
-    "你好,世界。今日は2026年です",
-    "السلام عليكم",
-    "emoji 😀👍🏽 and symbols ∑≤→",
-    "snake_case camelCase HTTPServer2",
-)
-"""Texts that rules of splitting differ on: contractions, digits, spaces, scripts."""
 
 
 class LlamaCpp:
     """A GGUF file in llama.cpp, in a process of its own, on one thread of the processor.
+
+    Attributes:
+        name: ``llama.cpp``.
+        version: Of xllamacpp.
+        n_vocab: Tokens that the file knows.
 
     Args:
         path: The file.
@@ -67,7 +54,9 @@ class LlamaCpp:
         ExportFailed: llama.cpp does not load the file, or ends while it computes.
     """
 
-    def __init__(self, path: Path, context: int = _LONGEST) -> None:
+    name = "llama.cpp"
+
+    def __init__(self, path: Path, context: int = LONGEST) -> None:
         self._path = path
         self._process = subprocess.Popen(  # noqa: S603  # our own module
             [sys.executable, "-m", "bitquota.exports.llama_cpp_library", str(path), str(context)],
@@ -149,8 +138,6 @@ def run_text(
 ) -> tuple[TextRun | None, tuple[str, ...]]:
     """Run a GGUF file in llama.cpp on the samples; return what it computed, and notes.
 
-    Without samples nothing is returned, but the file must load.
-
     Args:
         prepared: What the file was written from.
         path: The file.
@@ -161,69 +148,8 @@ def run_text(
     Raises:
         ExportFailed: llama.cpp does not load or run the file.
     """
-    windows, reference = _windows(prepared)
-    length = windows.shape[1]
-    found, seconds = [], 0.0
-    with LlamaCpp(path, length + _GENERATED) as runtime:
-        n_texts, different = _compare_tokens(runtime, tokenizer)
-        notes = () if not different else (_OTHER_TOKENS.format(len(different), different[0]),)
-        if not len(windows):
-            return None, notes
-        for window in windows:
-            values, taken = runtime.logits(window.tolist())
-            found.append(values)
-            seconds += taken
-        _, generating = runtime.continue_greedily(windows[0].tolist(), _GENERATED)
-        version = runtime.version
-    logits = torch.stack(found)
-    with torch.no_grad(), _inputs_in_eight_bits(prepared):
-        rounded = primary_output(prepared.module(windows))
-    ours, theirs = log_softmax(reference.double(), -1), log_softmax(logits.double(), -1)
-    following = windows[:, 1:, None]
-    ran = TextRun(
-        runtime="llama.cpp",
-        version=version,
-        n_windows=len(windows),
-        n_tokens=windows.numel(),
-        relative=_apart(logits, reference),
-        explained=_apart(rounded, reference),
-        kl=float((ours.exp() * (ours - theirs)).sum(-1).mean()),
-        log_likelihood=float(theirs[:, :-1].gather(2, following).mean()),
-        planned_log_likelihood=float(ours[:, :-1].gather(2, following).mean()),
-        same_top=float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()),
-        texts=n_texts,
-        texts_alike=n_texts - len(different),
-        prompt_tokens_per_second=round(windows.numel() / seconds, 1),
-        tokens_per_second=round((_GENERATED - 1) / generating, 1),
-    )
-    return ran, notes
-
-
-def _windows(prepared: PreparedExport) -> tuple[Tensor, Tensor]:
-    """Return tokens ``i64[n, length]`` of unmasked windows, and the plan's logits of them."""
-    none = torch.zeros((0, 2), dtype=torch.int64)
-    if prepared.inputs is None or prepared.reference is None:
-        return none, none
-    tokens, *others = prepared.inputs
-    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] < 2:
-        return none, none
-    whole = torch.ones(len(tokens), dtype=torch.bool)
-    for mask in others:
-        whole &= (mask != 0).reshape(len(tokens), -1).all(1)
-    tokens, reference = tokens[whole, :_LONGEST], prepared.reference[whole, :_LONGEST]
-    n = min(_MOST_WINDOWS, max(1, _MOST_TOKENS // tokens.shape[1]))
-    return tokens[:n], reference[:n]
-
-
-def _apart(values: Tensor, reference: Tensor) -> float:
-    """Return the norm of the difference over that of the reference, both about their means.
-
-    What all logits of a token have in common changes no probability.
-    """
-    values, reference = values.double(), reference.double()
-    values = values - values.mean(-1, keepdim=True)
-    reference = reference - reference.mean(-1, keepdim=True)
-    return float((values - reference).norm() / reference.norm())
+    with LlamaCpp(path, LONGEST + GENERATED) as runtime:
+        return run_windows(prepared, runtime, tokenizer, rounding=_inputs_in_eight_bits)
 
 
 class _inputs_in_eight_bits:  # noqa: N801  # a context manager
@@ -267,27 +193,3 @@ def _rounding(block: int) -> Any:  # noqa: ANN401  # a hook
         return ((codes * step).flatten(-2), *inputs[1:])
 
     return rounded
-
-
-def _compare_tokens(runtime: LlamaCpp, tokenizer: Path | None) -> tuple[int, list[str]]:
-    """Return how many texts were split, and those with other tokens in llama.cpp.
-
-    Each is split with and without what texts begin and end with.
-    """
-    if tokenizer is None:
-        return 0, []
-    from tokenizers import Tokenizer
-
-    source = Tokenizer.from_file(str(tokenizer))
-    source.no_padding()
-    source.no_truncation()
-    different = [
-        text
-        for text in TEXTS
-        if any(
-            source.encode(text, add_special_tokens=special).ids
-            != runtime.tokenize(text, special=special)
-            for special in (False, True)
-        )
-    ]
-    return len(TEXTS), different

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 EXPORT_FORMATS = (
-    "ref-int", "compressed-tensors", "onnx-qdq", "onnx-matmulnbits", "openvino", "gguf", "mlx",
-    "gptqmodel-config", "autoround-config", "llm-compressor-recipe", "torchao-config", "mlx-config",
-    "coreml-config",
+    "ref-int", "compressed-tensors", "onnx-qdq", "onnx-matmulnbits", "onnx-genai", "openvino",
+    "openvino-genai", "gguf", "mlx", "gptqmodel-config", "autoround-config",
+    "llm-compressor-recipe", "torchao-config", "mlx-config", "coreml-config",
 )  # fmt: skip
 """Names of ``bitquota.exports.export.EXPORTERS``, in its order; that module loads torch."""
 

@@ -1,4 +1,4 @@
-"""MatMulNBits of ONNX Runtime: which weights and products it takes, and the nodes it becomes."""
+"""Blocks of ONNX Runtime: which weights, products and look-ups, and the nodes they become."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ CONTRIB = "com.microsoft"
 """Domain of MatMulNBits."""
 
 
+_KINDS = {LayerKind.LINEAR, LayerKind.LINEAR_TRANSPOSED, LayerKind.EMBEDDING}
+
+
 def fits_blocks(layer: Layer, weight: QuantizedWeight) -> bool:
     """Return whether MatMulNBits can hold this weight: symmetric blocks with fp32 scales."""
     scheme, size = weight.scheme, weight.scheme.group_size or 0
     return (
-        layer.kind in {LayerKind.LINEAR, LayerKind.LINEAR_TRANSPOSED}
+        layer.kind in _KINDS
         and scheme.granularity is Granularity.GROUP
         and scheme.scale_format is ScaleFormat.FP32
         and weight.zero_points is None
@@ -72,7 +75,50 @@ def is_product(node: Any, places: dict[str, bool], layer: Layer) -> bool:  # noq
             return False
         turned ^= bool("transB" in attributes and attributes["transB"].i)
     # [rows, columns] must be turned to stand on the right; [columns, rows] must not.
-    return turned == (layer.kind is LayerKind.LINEAR)
+    return turned != (layer.kind is LayerKind.LINEAR_TRANSPOSED)
+
+
+def is_look_up(node: Any, places: dict[str, bool], layer: Layer) -> bool:  # noqa: ANN401
+    """Return whether ``node`` looks up rows of the weight; arguments as of ``is_product``."""
+    attributes = {a.name: a.i for a in node.attribute}
+    if node.op_type != "Gather" or node.input[0] not in places or node.input[1] in places:
+        return False
+    turned = places[node.input[0]]
+    return not attributes.get("axis", 0) and turned == (layer.kind is LayerKind.LINEAR_TRANSPOSED)
+
+
+def block_look_up(
+    node: Any,  # noqa: ANN401  # onnx.NodeProto
+    names: tuple[str, str],
+    shape: str,
+    weight: QuantizedWeight,
+) -> list[Any]:
+    """Return the nodes that look up what ``node``, a Gather of ``is_look_up``, does.
+
+    Args:
+        node: See above.
+        names: Initializers of the packed codes and of the scales, as of ``block_product``.
+        shape: Initializer that holds the rows and -1: codes of a row are behind one another.
+        weight: Its quantized weight.
+    """
+    import onnx
+
+    flat, scales = f"{node.output[0]}.codes", f"{node.output[0]}.scales"
+    make = onnx.helper.make_node
+    return [
+        make("Reshape", [names[0], shape], [flat]),
+        make("Reshape", [names[1], shape], [scales]),
+        make(
+            "GatherBlockQuantized",
+            [flat, node.input[1], scales],
+            list(node.output),
+            domain=CONTRIB,
+            bits=weight.bits,
+            block_size=weight.scheme.group_size,
+            gather_axis=0,
+            quantize_axis=1,
+        ),
+    ]
 
 
 def block_product(

@@ -1,4 +1,4 @@
-"""Edit an ONNX graph: float initializers become integers with DequantizeLinear, or MatMulNBits."""
+"""Edit an ONNX graph: float initializers become integers with DequantizeLinear, or blocks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from bitquota.exports.onnx_arrangement import arrange, misread, steps_back
 from bitquota.exports.onnx_blocks import (
     BLOCKS,
     CONTRIB,
+    block_look_up,
     block_product,
     fits_blocks,
+    is_look_up,
     is_product,
     packed_blocks,
 )
@@ -89,37 +91,45 @@ class GraphEditor:
         self._dequantize(self._stem(initializer), output, names, weight, axis, block, steps)
 
     def multiply_blocks(self, initializer: str, layer: Layer, weight: QuantizedWeight) -> bool:
-        """Make every product with ``initializer`` a MatMulNBits node; say whether that can be.
+        """Make products with ``initializer`` MatMulNBits and look-ups GatherBlockQuantized.
 
-        Not if the weight has no blocks that the operator takes, or anything but a matrix product
-        with it on the right reads it.
+        Says whether that can be: not if the weight has no blocks that the operators take, or
+        anything reads it but matrix products with it on the right and look-ups of rows.
         """
         import onnx
 
         floats = self.initializers[initializer].data_type == onnx.TensorProto.FLOAT
         if not floats or not fits_blocks(layer, weight):
             return False
-        transposes = self._only_transposes(initializer)
+        users = self._users(initializer)
+        transposes = [node for node in users if _is_transpose(node)]
         places = {initializer: False} | {node.output[0]: True for node in transposes}
         known = {id(node) for node in transposes}
-        products = {
+        readers = {
             id(node): node
             for name in places
             for node in self.readers.get(name, ())
             if id(node) not in known
         }
-        if not products or not all(is_product(n, places, layer) for n in products.values()):
+        if not readers or not all(
+            is_product(n, places, layer) or is_look_up(n, places, layer) for n in readers.values()
+        ):
             return False
         stem = self._stem(initializer)
-        names = f"{stem}{BLOCKS}", f"{stem}.scales"
+        names, shape = (f"{stem}{BLOCKS}", f"{stem}.scales"), f"{stem}.shape0"
         self._add(names[0], onnx.TensorProto.UINT8, packed_blocks(weight))
         scales = weight.scales.detach().float().cpu().numpy().reshape(-1)
         self._add(names[1], onnx.TensorProto.FLOAT, scales)
         self.names[initializer] = names
         for node in transposes:
             self.removed.add(node.output[0])
-        for node in products.values():
-            self.replaced[node.output[0]] = block_product(node, names, layer, weight)
+        for node in readers.values():
+            if node.op_type == "Gather":
+                self._add(shape, onnx.TensorProto.INT64, np.array([layer.rows, -1]))
+                made = block_look_up(node, names, shape, weight)
+            else:
+                made = block_product(node, names, layer, weight)
+            self.replaced[node.output[0]] = made
         imported = {o.domain for o in self.model.opset_import}
         if CONTRIB not in imported:
             self.model.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
@@ -276,14 +286,17 @@ class GraphEditor:
                 self._add(node.output[0], onnx.TensorProto.INT64, np.array(dims))
                 self.removed.add(node.output[0])
 
+    def _users(self, initializer: str) -> list[Any]:
+        """Return the nodes that read ``initializer``, without those removed already."""
+        return [n for n in self.readers.get(initializer, ()) if not set(n.output) & self.removed]
+
     def _only_transposes(self, initializer: str) -> list[Any]:
-        users = [n for n in self.readers.get(initializer, ()) if not set(n.output) & self.removed]
+        users = self._users(initializer)
         for node in users:
             behind = self.readers.get(node.output[0], ())
             if not all(node.output[0] in reader.input for reader in behind):
                 return []
-            attributes = {a.name: list(a.ints) for a in node.attribute}
-            if node.op_type != "Transpose" or attributes.get("perm", [1, 0]) != [1, 0]:
+            if not _is_transpose(node):
                 return []
         return users
 
@@ -292,6 +305,12 @@ class GraphEditor:
             for k, name in enumerate(node.input):
                 if name == old:
                     node.input[k] = new
+
+
+def _is_transpose(node: Any) -> bool:  # noqa: ANN401  # onnx.NodeProto
+    """Whether ``node`` turns a matrix."""
+    attributes = {a.name: list(a.ints) for a in node.attribute}
+    return bool(node.op_type == "Transpose") and attributes.get("perm", [1, 0]) == [1, 0]
 
 
 def _scale_type(onnx: Any, scale_format: ScaleFormat) -> int:  # noqa: ANN401  # a module

@@ -92,10 +92,10 @@ class OnnxQdq:
         if traced:
             shorten_names(model.graph)
         path = folder / FILE
-        files = _save(model, path)
+        files = save_model(model, path)
 
         # Read back what was written.
-        sizes = _read_back(path, prepared, editor.names)
+        sizes = read_back(path, prepared, editor.names)
         reports = tuple(
             prepared.exported_tensor(
                 name,
@@ -268,7 +268,7 @@ def at_opset(model: Any, opset: int) -> Any:  # noqa: ANN401  # onnx.ModelProto
     return converted
 
 
-def _save(model: Any, path: Path) -> list[Path]:  # noqa: ANN401  # onnx.ModelProto
+def save_model(model: Any, path: Path) -> list[Path]:  # noqa: ANN401  # onnx.ModelProto
     """Write the model; its tensors go to a file beside it if they are too many for protobuf."""
     import onnx
 
@@ -288,7 +288,7 @@ def runtime() -> JsonObject:
     return {"name": "onnxruntime", "version": ort.__version__, "options": dict(SESSION_OPTIONS)}
 
 
-def _read_back(
+def read_back(
     path: Path, prepared: PreparedExport, names: dict[str, tuple[str, ...]]
 ) -> dict[str, tuple[str, int]]:
     """Return what the file holds for each layer, after comparing every code and scale."""

@@ -5,7 +5,7 @@ Design: docs/design/targets.md
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bitquota.candidates.layers import Layer
-    from bitquota.exports.export_report import ExportReport
+    from bitquota.exports.export_report import ExportedTensor, ExportReport
     from bitquota.exports.prepared import PreparedExport
     from bitquota.models.onnx.program import OnnxSource
     from bitquota.quantizers.weights import QuantizedWeight
@@ -51,56 +51,14 @@ class OpenvinoIr:
 
     def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the files, read types and bytes back, run them."""
-        ov = _openvino()
-        widths_must_be(prepared, (2, 4, 8), "OpenVINO")
-        _check(prepared)
+        ov = import_openvino()
+        check_schemes(prepared)
         graph = float_graph(prepared, OPSET)
         initializer_of, prepared = graph.initializer_of, prepared.without(graph.unused)
-        core = ov.Core()
-        model = core.read_model(graph.model.SerializeToString(), b"")
-        constants = {
-            node.get_friendly_name(): node
-            for node in model.get_ops()
-            if node.get_type_name() == "Constant"
-        }
-
-        # Put integers and their dequantization in the place of every weight.
-        for name, weight in prepared.weights.items():
-            initializer = initializer_of[name]
-            if initializer not in constants:
-                msg = f"OpenVINO must read the weight of layer '{name}' as a constant"
-                raise ExportFailed(msg, layer=name)
-            layer = prepared.layers[name]
-            stored_parts = _constants(ov, initializer, layer, weight)
-            kind = constants[initializer].get_element_type()
-            # One product per reader, so that each can be fused with what reads it.
-            for reader in constants[initializer].output(0).get_target_inputs():
-                made = _dequantized(ov, stored_parts, kind, layer.weight_shape)
-                reader.replace_source_output(made.output(0))
+        model = ov.Core().read_model(graph.model.SerializeToString(), b"")
+        put_integers(ov, model, prepared, initializer_of)
         ov.save_model(model, str(folder / XML), compress_to_fp16=False)
-        stored = {
-            node.get_friendly_name(): node
-            for node in core.read_model(str(folder / XML)).get_ops()
-            if node.get_type_name() == "Constant"
-        }
-
-        # Read back what was written.
-        reports = []
-        for name in prepared.weights:
-            parts = [f"{initializer_of[name]}{suffix}" for suffix in (_SUFFIX, ".scales")]
-            if missing := [part for part in parts if part not in stored]:
-                msg = f"the written IR must hold '{missing[0]}'; it does not"
-                raise ExportFailed(msg, layer=name)
-            kind = stored[parts[0]].get_element_type().get_type_name()
-            reports.append(
-                prepared.exported_tensor(
-                    name,
-                    tensor=parts[0],
-                    stored=kind,
-                    actual_bits=8 * sum(int(stored[part].get_byte_size()) for part in parts),
-                )
-            )
-        held = sum(int(node.get_byte_size()) for node in stored.values())
+        reports, held = read_back(ov, folder / XML, prepared, initializer_of)
         files = [folder / XML, folder / BIN]
         return prepared.report(
             self.name,
@@ -117,6 +75,72 @@ class OpenvinoIr:
         return OpenvinoFile(folder / XML, source_of(prepared.module))
 
 
+def put_integers(
+    ov: Any,  # noqa: ANN401  # a module
+    model: Any,  # noqa: ANN401  # openvino.Model
+    prepared: PreparedExport,
+    initializer_of: dict[str, str],
+    turned: frozenset[str] = frozenset(),
+) -> None:
+    """Put integers and their dequantization in the place of every weight of ``model``.
+
+    Args:
+        ov: The package.
+        model: Read from an ONNX graph.
+        prepared: The plan.
+        initializer_of: The constant of each layer's weight.
+        turned: Linear layers and embeddings whose constants are ``[columns, rows]``.
+
+    Raises:
+        ExportFailed: A weight is no constant of the model.
+    """
+    constants = {
+        node.get_friendly_name(): node
+        for node in model.get_ops()
+        if node.get_type_name() == "Constant"
+    }
+    for name, weight in prepared.weights.items():
+        initializer, layer = initializer_of[name], prepared.layers[name]
+        if initializer not in constants:
+            msg = f"OpenVINO must read the weight of layer '{name}' as a constant"
+            raise ExportFailed(msg, layer=name)
+        if name in turned:
+            shape = (layer.columns, layer.rows)
+            layer = replace(layer, kind=LayerKind.LINEAR_TRANSPOSED, weight_shape=shape)
+        parts = _constants(ov, initializer, layer, weight)
+        kind = constants[initializer].get_element_type()
+        # One product per reader, so that each can be fused with what reads it.
+        for reader in constants[initializer].output(0).get_target_inputs():
+            made = _dequantized(ov, parts, kind, layer.weight_shape)
+            reader.replace_source_output(made.output(0))
+
+
+def read_back(
+    ov: Any,  # noqa: ANN401  # a module
+    path: Path,
+    prepared: PreparedExport,
+    initializer_of: dict[str, str],
+) -> tuple[list[ExportedTensor], int]:
+    """Return what a written IR holds for each layer, and the bytes of all its constants."""
+    stored = {
+        node.get_friendly_name(): node
+        for node in ov.Core().read_model(str(path)).get_ops()
+        if node.get_type_name() == "Constant"
+    }
+    reports = []
+    for name in prepared.weights:
+        parts = [f"{initializer_of[name]}{suffix}" for suffix in (_SUFFIX, ".scales")]
+        if missing := [part for part in parts if part not in stored]:
+            msg = f"the written IR must hold '{missing[0]}'; it does not"
+            raise ExportFailed(msg, layer=name)
+        bits = 8 * sum(int(stored[part].get_byte_size()) for part in parts)
+        kind = stored[parts[0]].get_element_type().get_type_name()
+        reports.append(
+            prepared.exported_tensor(name, tensor=parts[0], stored=kind, actual_bits=bits)
+        )
+    return reports, sum(int(node.get_byte_size()) for node in stored.values())
+
+
 class OpenvinoFile(nn.Module):
     """An IR compiled for the CPU with the options of its report.
 
@@ -128,7 +152,7 @@ class OpenvinoFile(nn.Module):
     def __init__(self, path: Path, source: OnnxSource | None = None) -> None:
         super().__init__()
         self._source = source
-        ov = _openvino()
+        ov = import_openvino()
         try:
             self._compiled = ov.Core().compile_model(str(path), "CPU", dict(OPTIONS))
         except RuntimeError as err:
@@ -240,7 +264,9 @@ def _scale_shape(layer: Layer, weight: QuantizedWeight, shape: tuple[int, ...]) 
     return [n if axis in axes else 1 for axis, n in enumerate(shape)]
 
 
-def _check(prepared: PreparedExport) -> None:
+def check_schemes(prepared: PreparedExport) -> None:
+    """Raise ``InvalidPlan`` where OpenVINO's constants cannot hold what is planned."""
+    widths_must_be(prepared, (2, 4, 8), "OpenVINO")
     wrong = [
         name
         for name, w in prepared.weights.items()
@@ -258,7 +284,8 @@ def _check(prepared: PreparedExport) -> None:
         raise InvalidPlan(msg, layers=wrong)
 
 
-def _openvino() -> Any:  # noqa: ANN401  # a module
+def import_openvino() -> Any:  # noqa: ANN401  # a module
+    """Return the package; raises ``MissingDependency`` that names the extra."""
     try:
         import openvino
     except ImportError as err:

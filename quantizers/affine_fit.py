@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 """Shares of the full range that least squares starts from: outliers may be clipped."""
+_MOST_COUNTS = 8
+"""Most numbers of steps that are tried for weights that lie on a grid already."""
 
 
 def fit_affine(
@@ -29,6 +31,10 @@ def fit_affine(
 
     Heuristic: a few starts, two rounds of least squares from each; never worse than the full
     range. A scale is 0 where all values of a line are equal (or, through zero, all are 0).
+
+    The last start is for weights that were rounded before: a line of a 4-bit model spans fewer
+    steps of its old grid than there are codes (at 5 bits 30 half steps, of 31), and from the full
+    range least squares does not get there.
     """
     weight = torch.ones_like(lines) if weight is None else weight
     most = 2**bits - 1
@@ -39,8 +45,10 @@ def fit_affine(
     best_scale, best_low = spread / most, lowest.clone()
     best_error = _error(lines, weight, best_scale, best_low, most)
     middle = torch.zeros_like(lowest) if through_zero else (lowest + highest) / 2
-    for share in _SHRINK:
-        scale, low = spread * (share / most), middle + (lowest - middle) * share
+    starts = [(spread * (s / most), middle + (lowest - middle) * s) for s in _SHRINK]
+    starts.append((_whole_steps(lines, weight, lowest, spread, most), lowest))
+    for start in starts:
+        scale, low = start
         for _ in range(2):
             codes = _codes(lines, scale, low, most)
             scale, low = _least_squares(lines, weight, codes, through_zero=through_zero)
@@ -50,6 +58,16 @@ def fit_affine(
             best_scale = torch.where(better, scale, best_scale)
             best_low = torch.where(better, low, best_low)
     return best_scale, best_low
+
+
+def _whole_steps(
+    lines: Tensor, weight: Tensor, lowest: Tensor, spread: Tensor, most: int
+) -> Tensor:
+    """Return the best scale, f64[n], of which fewer than ``most`` steps span the range."""
+    counts = range(most - 1, most - 1 - min(_MOST_COUNTS, most // 3), -1)
+    errors = [_error(lines, weight, spread / count, lowest, most) for count in counts]
+    chosen = torch.stack(errors).argmin(0)
+    return spread / (most - 1 - chosen)
 
 
 def _codes(lines: Tensor, scale: Tensor, low: Tensor, most: int) -> Tensor:

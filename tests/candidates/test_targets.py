@@ -130,6 +130,7 @@ class TestEveryTarget:
         described = json.loads(json.dumps(target.to_json()))
         assert described["exporter"] in EXPORTERS
         assert described["verified"] in ("run", "read", "documented")
+        assert (described["verified"] == "run") == ("not_run" not in described)
         assert all(f["bits_per_weight"] >= f["weight_bits"] for f in described["formats"])
 
     def test_narrower_offer(self, target, inventory):

@@ -56,6 +56,15 @@ class TestFitAffine:
         assert float(scale) == pytest.approx(0.25)
         assert float(low) == pytest.approx(-7)
 
+    @pytest.mark.parametrize(("bits", "steps"), [(4, 12), (4, 14), (5, 24), (5, 30), (8, 250)])
+    def test_exact_on_a_grid_of_fewer_steps(self, bits, steps):
+        """Weights that were rounded before span fewer steps than there are codes."""
+        codes = torch.randint(0, steps + 1, (40, 32), generator=torch.Generator().manual_seed(0))
+        codes[:, 0], codes[:, 1] = 0, steps
+        x = 0.25 * codes.double() - 2
+        scale, low = fit_affine(x, bits)
+        assert float((rounded(x, scale, low, bits) - x).abs().max()) < 1e-9
+
     def test_through_zero(self):
         """The offset is never above zero."""
         _, low = fit_affine(lines().abs() + 5, 3, through_zero=True)

@@ -108,6 +108,10 @@ def targets(
             for target in TARGETS.values()
         ]
     )
+    for target in TARGETS.values():
+        if target.not_run:
+            line = f"{target.name} was not run in its runtime: {target.not_run}."
+            output.console.print(line, markup=False, highlight=False)
 
 
 def _row(found: ModelSummary, entry: LayerSummary, numbers: dict[str, str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from bitquota.candidates.targets import (
     mlx,
     openvino_cpu,
     ort_cpu,
+    ort_genai,
     ref_int,
     tensorrt,
     torchao,
@@ -28,6 +29,7 @@ TARGETS: dict[str, Target] = {
     for module in (
         ref_int,
         ort_cpu,
+        ort_genai,
         openvino_cpu,
         ct_vllm_marlin,
         ct_vllm_humming,

@@ -25,4 +25,5 @@ TARGET = Target(
         full_precision("fp16"),
     ),
     exporter="coreml-config",
+    not_run="Core ML predicts on macOS only",
 )

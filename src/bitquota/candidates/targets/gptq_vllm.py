@@ -25,4 +25,5 @@ TARGET = replace(
         full_precision("fp16"),
     ),
     exporter="gptqmodel-config",
+    not_run="a configuration without weights; vLLM's kernels need an NVIDIA GPU",
 )

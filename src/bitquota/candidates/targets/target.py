@@ -115,9 +115,10 @@ class Target(Document):
         cache_refusal: Why bits of the KV cache cannot be planned for it, otherwise.
         verified: How the rules were checked: ``run``, ``read`` (in the shipped code) or
             ``documented``.
+        not_run: Why its runtime did not run its files here, unless ``verified`` is ``run``.
     """
 
-    FORM: ClassVar[Form] = Form(left_out=("cache", "cache_refusal"))
+    FORM: ClassVar[Form] = Form(left_out=("cache", "cache_refusal", "not_run"))
 
     name: str
     summary: str
@@ -130,6 +131,7 @@ class Target(Document):
     activation_bits: int | None = None
     runtime_options: Mapping[str, Any] = field(default_factory=dict)
     verified: str = "documented"
+    not_run: str = ""
     cache: CacheFormats | None = None
     cache_refusal: str = ""
 
@@ -137,7 +139,7 @@ class Target(Document):
     def version(self) -> str:
         """Digest of the rules for weights: formats, ties, exclusions and options."""
         rules = self.to_json()
-        apart = ("summary", "verified", "cache", "cache_refusal")
+        apart = ("summary", "verified", "not_run", "cache", "cache_refusal")
         return digest_json({k: v for k, v in rules.items() if k not in apart})
 
     def exclusions(self, inventory: Inventory) -> dict[str, str]:

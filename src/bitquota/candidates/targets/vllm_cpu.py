@@ -10,5 +10,6 @@ TARGET = replace(
     MARLIN,
     name="vllm-cpu",
     summary="compressed-tensors that vLLM serves on CPUs: 4 bits or none.",
+    not_run="vLLM's wheel is built for CUDA; transformers runs the files on CPUs",
     formats=tuple(f for f in MARLIN.formats if f.weight_bits in (4, 32)),
 )
