@@ -59,7 +59,16 @@ def fold_constants(program: Any) -> Any:  # noqa: ANN401  # ONNXProgram to onnx.
         if not bias.const_value.numpy().any():
             node.resize_inputs(2)
     common.RemoveUnusedNodesPass()(model)
-    common.DeduplicateInitializersPass()(model)
+    # Equal constants are stored once. Tensors of the model are not touched: a layer keeps its
+    # weight and a batch norm its bias though another has an equal one.
+    first: dict[tuple[Any, ...], Any] = {}
+    for name, value in [*model.graph.initializers.items()]:
+        if name not in own and not value.is_graph_output():
+            held = value.const_value
+            key = held.dtype, tuple(held.shape), held.tobytes()
+            if (kept := first.setdefault(key, value)) is not value:
+                value.replace_all_uses_with(kept)
+                del model.graph.initializers[name]
     return onnx_ir.to_proto(model)
 
 
@@ -119,8 +128,9 @@ def absorb_batch_norms(
         bias_name = _bias(convolution)
         bias = _values(held[bias_name]) if bias_name else np.zeros(len(factor))
         shifted = ((bias - mean) * factor + beta).astype(np.float32)
-        name = norm.input[2]
-        held[name].CopyFrom(onnx.numpy_helper.from_array(shifted, name))
+        # Exporters store equal tensors once: other batch norms may read this one's bias.
+        name = f"{initializer_of[layer_name]}.absorbed_bias"
+        graph.initializer.append(onnx.numpy_helper.from_array(shifted, name))
         scales = weight.scales.double() * torch.from_numpy(factor)[:, None]
         absorbed[layer_name] = replace(weight, scales=scales.float())
 

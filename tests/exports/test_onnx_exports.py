@@ -5,12 +5,14 @@ from __future__ import annotations
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, Scheme
 from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.exports.export import export_plan
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import load_model
+from bitquota.models.loaded import finish
 from export_cases import IMAGES, TOKENS, target_plan
 from format_networks import plan_with
 from onnx_graphs import image_graph
@@ -29,6 +31,22 @@ class TestOnnxQdq:
         assert kinds["conv.weight.codes"] == kinds["head.weight.codes"] == "INT2"
         assert "BatchNormalization" not in {n.op_type for n in model.graph.node}
         assert model.opset_import[0].version == 25
+
+    def test_equal_tensors(self, tmp_path):
+        """Exporters store them once: biases of batch norms as they begin, and equal weights."""
+        torch.manual_seed(0)
+        twins = [nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)]
+        twins[1].load_state_dict(twins[0].state_dict())
+        parts = [part for conv in twins for part in (conv, nn.BatchNorm2d(3), nn.ReLU())]
+        module = nn.Sequential(*parts, nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Flatten())
+        for part in module:
+            if isinstance(part, nn.BatchNorm2d):
+                part.running_mean.uniform_(-1, 1)
+        model = finish(module.eval(), source="twins", architecture="Twins")
+        samples = CalibrationSet(inputs=(torch.randn(4, 3, 8, 8),))
+        plan = plan_with(model, samples.inputs, bits=(4,))
+        report = export_plan(model, plan, tmp_path / "o", format_name="onnx-qdq", samples=samples)
+        assert report.difference.relative < 1e-5
 
     @pytest.mark.parametrize(
         "scheme",

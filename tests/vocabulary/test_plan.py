@@ -153,6 +153,12 @@ class TestVerdict:
         assert report.verdict(made).startswith("Mixed precision helps")
         assert "3.0 ± 0.2 times less" in report.verdict(made)
 
+    def test_clear_but_small(self):
+        """Two per cent are no reason to mix, however sure they are."""
+        made = plan(measured=measured(0.2), baselines=(baseline("uniform 3", 0.204, 0.004, 1e-5),))
+        assert "little difference" in report.verdict(made)
+        assert "by 2 % (0.004 ± 1e-05)" in report.verdict(made)
+
     def test_a_plan_that_loses_nothing(self):
         """Nothing is divided by it."""
         made = plan(measured=measured(0.0), baselines=(baseline("uniform 3", 0.6, 0.6, 0.02),))

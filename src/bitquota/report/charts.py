@@ -18,6 +18,7 @@ from bitquota.errors import NotFound
 from bitquota.report.costs import cost_sentences
 from bitquota.report.text import (
     CLEAR_DIFFERENCE,
+    WORTHWHILE_RATIO,
     best_uniform,
     cache_sentences,
     caution_sentences,
@@ -320,6 +321,8 @@ def headline(plan: Plan) -> str:
     if found is None:
         return f"Mixed precision loses nothing; {name} loses {uniform.measured.mean:.3g}."
     ratio, error = found
+    if ratio < WORTHWHILE_RATIO:
+        return f"Mixed precision makes little difference here: {name} does nearly as well."
     return f"Mixed precision loses {ratio:.1f} ± {error:.1g} times less than {name}{where}."
 
 

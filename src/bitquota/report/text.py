@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 CLEAR_DIFFERENCE = 2.0
 """Paired standard errors from which on a difference is called one."""
 
+WORTHWHILE_RATIO = 1.05
+"""Of a uniform plan's loss to the plan's, from which on mixing bit-widths is said to help."""
+
 
 USUAL_SHARE = 0.95
 """Share of quantizable bytes from which on nothing need be said of the rest."""
@@ -124,6 +127,11 @@ def verdict(plan: Plan) -> str:
             f"{gain:.3g} ± {error:.2g}."
         )
     found = times_less(plan, uniform)
+    if found is not None and 1 < found[0] < WORTHWHILE_RATIO:
+        return (
+            "Mixed precision makes little difference here: the loss increase is lower than that of "
+            f"{fewer} by {100 * (1 - 1 / found[0]):.2g} % ({gain:.3g} ± {error:.2g})."
+        )
     times = ""
     if found is not None and found[0] > 1:
         times = f", {found[0]:.1f} ± {found[1]:.1g} times less"
