@@ -14,8 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from bitquota.candidates.rows import MIXED_KINDS
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Grid
 from bitquota.candidates.targets import target_by_name
+from bitquota.candidates.targets.target import HOLD_PARTS
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
 from bitquota.exports.compressed_tensors_folder import CompressedTensorsFolder
 from bitquota.exports.config_files import CONFIG_FILES
@@ -119,6 +121,7 @@ powers of two would need a table that the plan does not count."""
 
 def check_grids(plan: Plan, format_name: str) -> None:
     """Raise ``InvalidPlan`` where the format cannot hold what the plan's codes stand for."""
+    check_rows(plan, format_name)
     integers = frozenset(grid for grid in Grid if grid.is_integer)
     held = GRIDS.get(format_name, integers)
     wrong = {
@@ -134,6 +137,20 @@ def check_grids(plan: Plan, format_name: str) -> None:
             f"'{next(iter(wrong))}' and {len(wrong) - 1} more have them; these formats have: {able}"
         )
         raise InvalidPlan(msg, layers=sorted(wrong), format=format_name)
+
+
+def check_rows(plan: Plan, format_name: str) -> None:
+    """Raise ``InvalidPlan`` where the format cannot hold rows of several bit-widths in a layer."""
+    mixed = {a.layer.name: a.layer.kind for a in plan.assignments if a.candidate.row_bits}
+    if format_name in HOLD_PARTS and MIXED_KINDS.issuperset(mixed.values()):
+        return
+    if mixed:
+        msg = (
+            f"format '{format_name}' stores a layer in one bit-width; the rows of layer "
+            f"'{next(iter(mixed))}' and {len(mixed) - 1} more have several: export to "
+            f"{', '.join(sorted(HOLD_PARTS))}, or plan without --row-widths"
+        )
+        raise InvalidPlan(msg, layers=sorted(mixed), format=format_name)
 
 
 def exporter_by_name(name: str) -> Exporter:

@@ -80,14 +80,15 @@ class GenaiFolder:
             copies.append(settings)
 
         # Read back what was written, and run it.
+        names = {name: editor.names[graph.initializer_of[name]] for name in prepared.weights}
         reports = tuple(
             prepared.exported_tensor(
                 name,
-                tensor=editor.names[graph.initializer_of[name]][0],
+                tensor=names[name][0],
                 stored=stored,
                 actual_bits=bits,
             )
-            for name, (stored, bits) in read_back(path, prepared, editor.names).items()
+            for name, (stored, bits) in read_back(path, prepared, names).items()
         )
         report = prepared.report(
             self.name,

@@ -34,6 +34,7 @@ def fits_blocks(layer: Layer, weight: QuantizedWeight) -> bool:
         and scheme.granularity is Granularity.GROUP
         and scheme.scale_format is ScaleFormat.FP32
         and weight.zero_points is None
+        and not scheme.row_bits
         and weight.bits in {2, 4, 8}
         and size >= 16
         and size & (size - 1) == 0

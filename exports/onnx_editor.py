@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitquota.candidates.storage import Granularity, Grid, ScaleFormat
+from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, order_bits
 from bitquota.exports.onnx_arrangement import arrange, misread, steps_back
 from bitquota.exports.onnx_blocks import (
     BLOCKS,
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 _SUFFIXES = (
     BLOCKS, ".codes", ".scales", ".scales.f32", ".zero_points", ".levels", ".levels.f32", ".index",
-    ".matrix", ".f32", ".shape0", ".shape1", ".shape2", ".step0", ".step1",
+    ".matrix", ".f32", ".order", ".parts", ".rows",
+    ".shape0", ".shape1", ".shape2", ".step0", ".step1",
 )  # fmt: skip
 """What the names of a weight's parts end with."""
 
@@ -72,6 +74,9 @@ class GraphEditor:
         return stem
 
     def _write(self, initializer: str, target: str, layer: Layer, weight: QuantizedWeight) -> None:
+        if weight.scheme.row_bits:
+            self._join_parts(initializer, target, layer, weight)
+            return
         if weight.scheme.grid is Grid.CODEBOOK:
             self._look_up(initializer, target, layer, weight)
             return
@@ -87,8 +92,41 @@ class GraphEditor:
             for node in transposes:
                 self._rename(node.output[0], output)
                 self.removed.add(node.output[0])
-        names = self._store(initializer, weight, codes, scales, zeros)
-        self._dequantize(self._stem(initializer), output, names, weight, axis, block, steps)
+        stem = self._stem(initializer)
+        names = self._store(stem, weight, codes, scales, zeros)
+        self.names[initializer] = names
+        self._dequantize(stem, output, names, weight, axis, block, steps)
+
+    def _join_parts(
+        self, initializer: str, target: str, layer: Layer, weight: QuantizedWeight
+    ) -> None:
+        """Store rows of one bit-width as a tensor each; the weight is what Gather puts in order."""
+        import onnx
+
+        make = onnx.helper.make_node
+        stem = self._stem(initializer)
+        made, joined = [], []
+        for rows, part in weight.parts():
+            shape = (len(rows), *layer.weight_shape[1:])
+            own = replace(
+                layer, weight_shape=shape, rows=len(rows), n_weights=len(rows) * layer.columns
+            )
+            under = self._stem(f"{stem}.w{part.bits}")
+            codes, scales, zeros, axis, block, steps = arrange(own, part)
+            made.append(self._store(under, part, codes, scales, zeros))
+            joined.append(f"{under}.rows")
+            self._dequantize(under, joined[-1], made[-1], part, axis, block, steps)
+        # Where each row of the weight stands behind one another in the parts.
+        order = f"{stem}.order"
+        kind = {8: onnx.TensorProto.UINT8, 16: onnx.TensorProto.UINT16, 32: onnx.TensorProto.INT32}
+        self._add(order, kind[order_bits(layer.rows)], weight.order().argsort().numpy())
+        self.new_nodes += [
+            make("Concat", joined, [f"{stem}.parts"], axis=0),
+            make("Cast", [order], [f"{stem}.index"], to=onnx.TensorProto.INT32),
+            make("Gather", [f"{stem}.parts", f"{stem}.index"], [target], axis=0),
+        ]
+        heads, rest = zip(*((names[0], names[1:]) for names in made), strict=True)
+        self.names[initializer] = (*heads, *(name for names in rest for name in names), order)
 
     def multiply_blocks(self, initializer: str, layer: Layer, weight: QuantizedWeight) -> bool:
         """Make products with ``initializer`` MatMulNBits and look-ups GatherBlockQuantized.
@@ -197,7 +235,7 @@ class GraphEditor:
 
     def _store(
         self,
-        initializer: str,
+        stem: str,
         weight: QuantizedWeight,
         codes: NDArray[Any],
         scales: NDArray[Any],
@@ -206,15 +244,13 @@ class GraphEditor:
         import onnx
 
         kind = tensor_types(onnx, weight.bits)[0 if zeros is None else 1]
-        stem = self._stem(initializer)
         names = [f"{stem}.codes", f"{stem}.scales"]
         self._add(names[0], kind, codes)
         self._add(names[1], _scale_type(onnx, weight.scheme.scale_format), scales)
         if zeros is not None:
             names.append(f"{stem}.zero_points")
             self._add(names[2], kind, zeros)
-        self.names[initializer] = tuple(names)
-        return self.names[initializer]
+        return tuple(names)
 
     def _add(self, name: str, kind: int, values: NDArray[Any]) -> None:
         import onnx

@@ -71,7 +71,8 @@ class OnnxQdq:
         """Write the file, read every code back, run it in ONNX Runtime."""
         widths_must_be(prepared, WIDTHS, "ONNX")
         two_bits = any(
-            w.bits == 2 and not (self.blocked and fits_blocks(prepared.layers[name], w))
+            2 in (w.scheme.row_bits or (w.bits,))
+            and not (self.blocked and fits_blocks(prepared.layers[name], w))
             for name, w in prepared.weights.items()
         )
         graph = float_graph(prepared, OPSET_2_BITS if two_bits else OPSET)
@@ -95,7 +96,9 @@ class OnnxQdq:
         files = save_model(model, path)
 
         # Read back what was written.
-        sizes = read_back(path, prepared, editor.names)
+        sizes = read_back(
+            path, prepared, {name: editor.names[initializer_of[name]] for name in weights}
+        )
         reports = tuple(
             prepared.exported_tensor(
                 name,
@@ -291,30 +294,33 @@ def runtime() -> JsonObject:
 def read_back(
     path: Path, prepared: PreparedExport, names: dict[str, tuple[str, ...]]
 ) -> dict[str, tuple[str, int]]:
-    """Return what the file holds for each layer, after comparing every code and scale."""
+    """Return what the file holds for each layer, after comparing every code.
+
+    ``names`` are the tensors of each layer, the codes of its parts first.
+    """
     import onnx
 
     held = {t.name: t for t in read_onnx(path).graph.initializer}
-    by_codes = {parts[0]: parts for parts in names.values()}
     found = {}
-    for (codes, parts), (name, weight) in zip(
-        by_codes.items(), prepared.weights.items(), strict=True
-    ):
-        tensors = [held[part] for part in parts]
-        values = onnx.numpy_helper.to_array(held[codes]).astype(np.int64)
-        expected = weight.codes.cpu().numpy().astype(np.int64)
-        if codes.endswith(BLOCKS):
-            expected = packed_blocks(weight).astype(np.int64)
-        # The same numbers in some arrangement: order is proved by running the file.
-        same = np.array_equal(np.sort(values, axis=None), np.sort(expected, axis=None))
-        if not same or values.size != expected.size:
-            msg = f"layer '{name}' does not read back as it was written"
-            raise ExportFailed(msg, layer=name)
-        kind = onnx.TensorProto.DataType.Name(held[codes].data_type).lower()
-        if codes.endswith(BLOCKS):
-            kind = f"MatMulNBits of {weight.bits} bits"
-        shape = "x".join(map(str, held[codes].dims))
-        found[name] = (f"{kind} {shape}", 8 * sum(n_bytes(t) for t in tensors))
+    for name, weight in prepared.weights.items():
+        parts = [part for _, part in weight.parts()]
+        stored = []
+        for codes, part in zip(names[name], parts, strict=False):  # codes come first
+            values = onnx.numpy_helper.to_array(held[codes]).astype(np.int64)
+            expected = part.codes.cpu().numpy().astype(np.int64)
+            if codes.endswith(BLOCKS):
+                expected = packed_blocks(part).astype(np.int64)
+            # The same numbers in some arrangement: order is proved by running the file.
+            same = np.array_equal(np.sort(values, axis=None), np.sort(expected, axis=None))
+            if not same or values.size != expected.size:
+                msg = f"layer '{name}' does not read back as it was written"
+                raise ExportFailed(msg, layer=name)
+            kind = onnx.TensorProto.DataType.Name(held[codes].data_type).lower()
+            if codes.endswith(BLOCKS):
+                kind = f"MatMulNBits of {part.bits} bits"
+            stored.append(f"{kind} {'x'.join(map(str, held[codes].dims))}")
+        bits = 8 * sum(n_bytes(held[tensor]) for tensor in names[name])
+        found[name] = (", ".join(stored), bits)
     return found
 
 

@@ -292,9 +292,15 @@ def verifying_inputs(
 
 def widths_must_be(prepared: PreparedExport, allowed: tuple[int, ...], what: str) -> None:
     """Raise ``InvalidPlan`` unless every quantized layer has an allowed bit-width."""
-    wrong = {name: w.bits for name, w in prepared.weights.items() if w.bits not in allowed}
+    wrong = {
+        name: widths
+        for name, w in prepared.weights.items()
+        if (widths := set(w.scheme.row_bits or (w.bits,)).difference(allowed))
+    }
     if wrong:
-        shown = ", ".join(f"{name}={bits}" for name, bits in list(wrong.items())[:8])
+        shown = ", ".join(
+            f"{name}={bits}" for name, widths in list(wrong.items())[:8] for bits in sorted(widths)
+        )
         msg = (
             f"{what} stores {', '.join(map(str, allowed))} bits; the plan has {shown}: plan with "
             f"--bits {','.join(map(str, allowed))}"

@@ -6,13 +6,15 @@ import copy
 import json
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from bitquota.candidates.storage import Scheme
+from bitquota.candidates.storage import Scheme, order_bits
 from bitquota.canonical import canonical_json
 from bitquota.errors import ExportFailed
 from bitquota.models.layout import from_matrix
 from bitquota.quantizers.packing import PackedWeight, pack, unpack
+from bitquota.quantizers.weights import QuantizedWeight
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from bitquota.candidates.layers import Layer
     from bitquota.exports.export_report import ExportReport
     from bitquota.exports.prepared import PreparedExport
-    from bitquota.quantizers.weights import QuantizedWeight
 
 FORMAT = "bitquota/ref-int/1"
 FILE = "model.safetensors"
@@ -31,6 +32,9 @@ _PARTS = ("codes", "scales", "zero_points")
 
 class RefInt:
     """Writes ``LAYER.codes``, ``LAYER.scales`` and ``LAYER.zero_points`` as bytes.
+
+    Of a layer whose rows have several bit-widths it writes these for each part (``LAYER.w2.codes``)
+    and the rows of all parts, one after the other, as ``LAYER.order``.
 
     The bytes are those of ``bitquota.quantizers.packing``; every other tensor keeps its name and
     type. What a layer's bytes mean stands in the metadata of the file.
@@ -47,11 +51,16 @@ class RefInt:
         tensors: dict[str, Tensor] = {}
         described = {}
         for name, weight in prepared.weights.items():
-            packed = pack(weight)
-            for part in _PARTS:
-                data = getattr(packed, part)
-                if len(data):
-                    tensors[f"{name}.{part}"] = torch.from_numpy(data)
+            for stem, part in _stems(name, weight):
+                packed = pack(part)
+                for what in _PARTS:
+                    data = getattr(packed, what)
+                    if len(data):
+                        tensors[f"{stem}.{what}"] = torch.from_numpy(data)
+            if weight.scheme.row_bits:
+                kind = np.dtype(f"<u{order_bits(len(weight.codes)) // 8}")
+                order = weight.order().numpy().astype(kind).view(np.uint8)
+                tensors[f"{name}.order"] = torch.from_numpy(order)
             described[name] = {"bits": weight.bits, "scheme": weight.scheme.to_json()}
         for name, tensor in prepared.unquantized_tensors().items():
             tensors[name] = tensor.detach().cpu().contiguous()
@@ -67,12 +76,15 @@ class RefInt:
             if not same_weight(weight, stored[name]):
                 msg = f"layer '{name}' does not read back as it was written"
                 raise ExportFailed(msg, layer=name)
-            parts = [f"{name}.{part}" for part in _PARTS]
+            stems = _stems(name, weight)
+            parts = [f"{stem}.{part}" for stem, _ in stems for part in _PARTS]
+            parts.append(f"{name}.order")
+            widths = ", ".join(str(part.bits) for _, part in stems)
             reports.append(
                 prepared.exported_tensor(
                     name,
-                    tensor=f"{name}.codes",
-                    stored=f"{weight.bits}-bit codes, {weight.scales.numel()} scales",
+                    tensor=f"{stems[0][0]}.codes",
+                    stored=f"{widths}-bit codes, {weight.scales.numel()} scales",
                     actual_bits=sum(tensors[p].nbytes * 8 for p in parts if p in tensors),
                 )
             )
@@ -121,26 +133,48 @@ def read_ref_int(path: Path, layers: dict[str, Layer]) -> dict[str, QuantizedWei
                 msg = f"'{path.name}' must be of format '{FORMAT}'; got {described['format']!r}"
                 raise ExportFailed(msg)
             held = set(file.keys())
-            for name, item in described["layers"].items():
+
+            def read(
+                stem: str, rows: int, columns: int, bits: int, scheme: Scheme
+            ) -> QuantizedWeight:
                 parts = {
-                    part: file.get_tensor(f"{name}.{part}")
+                    part: file.get_tensor(f"{stem}.{part}")
                     for part in _PARTS
-                    if f"{name}.{part}" in held
+                    if f"{stem}.{part}" in held
                 }
                 parts.setdefault("zero_points", parts["codes"][:0])
-                found[name] = unpack(
-                    PackedWeight(
-                        **parts,
-                        rows=layers[name].rows,
-                        columns=layers[name].columns,
-                        bits=item["bits"],
-                        scheme=Scheme.from_json(item["scheme"]),
-                    )
+                return unpack(
+                    PackedWeight(**parts, rows=rows, columns=columns, bits=bits, scheme=scheme)
+                )
+
+            for name, item in described["layers"].items():
+                scheme, layer = Scheme.from_json(item["scheme"]), layers[name]
+                if not scheme.row_bits:
+                    found[name] = read(name, layer.rows, layer.columns, item["bits"], scheme)
+                    continue
+                kind = f"<u{order_bits(layer.rows) // 8}"
+                order = file.get_tensor(f"{name}.order").view(kind).astype(np.int64)
+                counts = [
+                    (bits, scheme.row_bits.count(bits)) for bits in sorted(set(scheme.row_bits))
+                ]
+                places = torch.split(torch.from_numpy(order), [n for _, n in counts])
+                found[name] = QuantizedWeight.of_parts(
+                    [
+                        (rows, read(f"{name}.w{bits}", n, layer.columns, bits, scheme.of_parts))
+                        for rows, (bits, n) in zip(places, counts, strict=True)
+                    ],
+                    scheme,
                 )
     except (SafetensorError, KeyError, ValueError, OSError) as err:
         msg = f"'{path.name}' must be a whole ref-int file of this plan; reading it failed: {err!r}"
         raise ExportFailed(msg) from err
     return found
+
+
+def _stems(name: str, weight: QuantizedWeight) -> list[tuple[str, QuantizedWeight]]:
+    """Return the parts of a weight, and what the names of their tensors begin with."""
+    parts = [part for _, part in weight.parts()]
+    return [(name, weight)] if len(parts) == 1 else [(f"{name}.w{p.bits}", p) for p in parts]
 
 
 def same_weight(a: QuantizedWeight, b: QuantizedWeight) -> bool:

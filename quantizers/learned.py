@@ -270,7 +270,10 @@ class _Learned:
         return matrix_grid(*stored, start.codes.shape[1], torch.float32)
 
     def _codes(self) -> Tensor:
-        least, most = code_range(self._start.scheme.grid, self._start.bits)
+        start = self._start
+        widths = start.scheme.row_bits or (start.bits,)
+        ends = torch.tensor([code_range(start.scheme.grid, bits) for bits in widths])
+        least, most = ends.to(self._place)[:, :, None].unbind(1)
         return ste_round(self._place + self.offset).clamp(least, most)
 
     def limit(self) -> None:

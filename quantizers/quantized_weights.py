@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS
+from bitquota.candidates.table import Candidate
 from bitquota.errors import InvalidInput, MeasurementFailed
-from bitquota.models.layout import from_matrix
+from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.running import tensor_of
 from bitquota.quantizers.rounders import Rounder
 from bitquota.quantizers.weights import finite_matrix, quantize
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bitquota.candidates.layers import Inventory, Layer
-    from bitquota.candidates.table import Candidate
     from bitquota.quantizers.weights import QuantizedWeight
 
 
@@ -86,15 +86,28 @@ class QuantizedWeights:
         if candidate.weight_bits == FULL_PRECISION_BITS:
             return self.original(candidate.layer)
         key = (candidate.layer, candidate.weight_bits, candidate.scheme)
+        if candidate.row_bits:
+            return self._of_rows(candidate)
         if key not in self._cache:
             found = self._quantized(candidate, polish=not self._estimates)
             self._keep(candidate, found)
         return self._cache[key]
 
+    def _of_rows(self, candidate: Candidate) -> Tensor:
+        """Return rows of the weights of one bit-width: no row depends on another."""
+        layer, scheme = self.layer(candidate.layer), candidate.scheme
+        widths = torch.tensor(candidate.row_bits)
+        mixed = to_matrix(self.original(layer.name), layer).clone()
+        for bits in sorted(set(candidate.row_bits)):
+            whole = self(Candidate.of(layer, bits, scheme.of_parts))
+            rows = (widths == bits).nonzero()[:, 0].to(mixed.device)
+            mixed[rows] = to_matrix(whole, layer)[rows]
+        return from_matrix(mixed, layer)
+
     def stored(self, candidate: Candidate) -> QuantizedWeight:
         """Return codes and scales of a candidate other than full precision."""
         found = self._quantized(candidate, polish=True)
-        if not self._estimates:
+        if not self._estimates and not candidate.row_bits:
             self._keep(candidate, found)
         return found
 

@@ -65,7 +65,8 @@ class QuantizedWeight:
             ``k_blocks``).
         zero_points: i32 in 0..2^b-1, shaped like ``scales``; ``None`` on a symmetric grid.
         bits: Bit-width.
-        scheme: Everything else.
+        scheme: Everything else. Where rows have different bit-widths (``row_bits``), ``bits`` is
+            the widest and the codes of each row are those of its own.
     """
 
     codes: Tensor
@@ -92,6 +93,51 @@ class QuantizedWeight:
             torch.float32,
         )
         return grid.read(self.codes.int())
+
+    def parts(self) -> list[tuple[Tensor, QuantizedWeight]]:
+        """Return the parts of one bit-width each, narrowest first, and i64[n]: which rows they are.
+
+        That is the weight itself, where all rows are alike.
+        """
+        if not self.scheme.row_bits:
+            return [(torch.arange(len(self.codes)), self)]
+        widths = torch.tensor(self.scheme.row_bits)
+        return [
+            (
+                rows := (widths == bits).nonzero()[:, 0],
+                replace(
+                    self,
+                    codes=self.codes[rows],
+                    scales=self.scales[rows],
+                    zero_points=None if self.zero_points is None else self.zero_points[rows],
+                    bits=bits,
+                    scheme=self.scheme.of_parts,
+                ),
+            )
+            for bits in sorted(set(self.scheme.row_bits))
+        ]
+
+    def order(self) -> Tensor:
+        """Return i64[rows]: which rows the parts have, one part after the other."""
+        return torch.cat([rows for rows, _ in self.parts()])
+
+    @classmethod
+    def of_parts(
+        cls, parts: Sequence[tuple[Tensor, QuantizedWeight]], scheme: Scheme
+    ) -> QuantizedWeight:
+        """Return the weight that has these ``parts``; exact."""
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        weights = [weight for _, weight in parts]
+        zeros = [weight.zero_points for weight in weights]
+        return cls(
+            codes=torch.cat([weight.codes for weight in weights])[order],
+            scales=torch.cat([weight.scales for weight in weights])[order],
+            zero_points=(
+                None if zeros[0] is None else torch.cat([z for z in zeros if z is not None])[order]
+            ),
+            bits=max(weight.bits for weight in weights),
+            scheme=scheme,
+        )
 
     def compact(self) -> QuantizedWeight:
         """Return the same with codes of the smallest type that holds them, to be kept."""
@@ -139,6 +185,8 @@ def quantize(
 
     Cost: the fit of the scales (see ``scales``) and of ``rounders.round_codes``.
     """
+    if scheme.row_bits:
+        return _of_rows(matrix, scheme, importance, inputs_gram, rounding, polish=polish)
     values, rounder, gram, weight = _made_ready(
         matrix, bits, scheme, importance, inputs_gram, rounding
     )
@@ -151,6 +199,51 @@ def quantize(
             values, codes, scales, zeros, bits, scheme, gram, scales_stay=importance is not None
         )
     return QuantizedWeight(codes=codes, scales=scales, zero_points=zeros, bits=bits, scheme=scheme)
+
+
+def _of_rows(
+    matrix: Tensor,
+    scheme: Scheme,
+    importance: Tensor | None,
+    inputs_gram: Tensor | None,
+    rounding: Rounder | str | None,
+    *,
+    polish: bool,
+) -> QuantizedWeight:
+    """Quantize rows to bit-widths of their own; arguments as of ``quantize``.
+
+    No row depends on another, so it gets what it would in a weight of its width.
+    """
+    if len(scheme.row_bits) != len(matrix):
+        msg = (
+            f"row_bits must hold a bit-width for each of {len(matrix)} rows; got "
+            f"{len(scheme.row_bits)}"
+        )
+        raise InvalidInput(msg, rows=len(matrix))
+    widths = torch.tensor(scheme.row_bits)
+    # Moments of groups of rows stand for all of these.
+    whole = inputs_gram is not None and inputs_gram.ndim == 3 and len(inputs_gram) > 1
+    parts = []
+    for bits in sorted(set(scheme.row_bits)):
+        rows = (widths == bits).nonzero()[:, 0]
+        taken = torch.arange(len(matrix)) if whole else rows
+        weight = None if importance is None else importance.expand_as(matrix)[taken]
+        found = quantize(
+            matrix[taken],
+            bits,
+            scheme.of_parts,
+            importance=weight,
+            inputs_gram=inputs_gram,
+            rounding=rounding,
+            polish=polish,
+        )
+        if whole:
+            zeros = None if found.zero_points is None else found.zero_points[rows]
+            found = replace(
+                found, codes=found.codes[rows], scales=found.scales[rows], zero_points=zeros
+            )
+        parts.append((rows, found))
+    return QuantizedWeight.of_parts(parts, scheme)
 
 
 ROWS_TOGETHER = 1024

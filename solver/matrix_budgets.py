@@ -24,8 +24,7 @@ def inventory_of(matrix: SensitivityMatrix) -> Inventory:
     caches: dict[str, int] = {}
     for row in matrix.table.rows:
         for candidate in row.candidates:
-            numbers = candidate.size.codes // candidate.weight_bits
-            (caches if candidate.cached else weights).setdefault(candidate.layer, numbers)
+            (caches if candidate.cached else weights).setdefault(candidate.layer, candidate.n_codes)
     return inventory_of_weights(weights, caches)
 
 

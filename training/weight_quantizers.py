@@ -225,6 +225,12 @@ def trained_candidate(method: str, layer: Layer, candidate: Candidate) -> Candid
     if candidate.weight_bits == FULL_PRECISION_BITS:
         msg = f"layer '{layer.name}' stays in full precision; it has no quantizer to train"
         raise InvalidInput(msg, layer=layer.name)
+    if candidate.row_bits:
+        msg = (
+            f"the rows of layer '{layer.name}' have several bit-widths, which training does not "
+            "keep: plan without --row-widths to train"
+        )
+        raise InvalidInput(msg, layer=layer.name)
     ranged = candidate.scheme.scale_rule in (ScaleRule.ABSMAX, ScaleRule.PERCENTILE)
     scheme = replace(
         candidate.scheme,

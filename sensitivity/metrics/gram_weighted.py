@@ -41,11 +41,12 @@ from bitquota.sensitivity.metrics.stack_scores import measure_stack
 from bitquota.sensitivity.runners.stack import StackRunner
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
-    from bitquota.candidates.table import CandidateTable, Row
+    from bitquota.candidates.table import Candidate, CandidateTable, Row
     from bitquota.sensitivity.losses import Loss
     from bitquota.sensitivity.metrics.layer_trace import TracedCall
     from bitquota.sensitivity.metrics.local_response import Calls
@@ -165,17 +166,42 @@ class _Score:
         self._channels: dict[int, _Channels] = {}
 
     def __call__(self, work: Work, calls: Calls, row: Row) -> Tensor:
-        if calls is not self._calls:
-            self._calls, self._channels = calls, {}
         total = torch.zeros((), dtype=torch.float64)
         for candidate in filter(changes_anything, row.candidates):
-            for call in calls[candidate.layer]:
-                known = self._channels.get(id(call))
-                if known is None:
-                    known = self._channels[id(call)] = _Channels(work, call)
-                change = known.squared_change(response_to(work, call, candidate))
-                total = total.to(change.device) + 0.5 * (known.curvature @ change)
+            for curvature, change in self.changes(work, calls, candidate):
+                total = total.to(change.device) + 0.5 * (curvature @ change)
         return total[None]
+
+    def changes(
+        self, work: Work, calls: Calls, candidate: Candidate
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield for each call f64[channels] twice: curvatures, summed squares of changes."""
+        if calls is not self._calls:
+            self._calls, self._channels = calls, {}
+        for call in calls[candidate.layer]:
+            known = self._channels.get(id(call))
+            if known is None:
+                known = self._channels[id(call)] = _Channels(work, call)
+            yield known.curvature, known.squared_change(response_to(work, call, candidate))
+
+
+class ScoreByRow(_Score):
+    """Scores each row of the weight of a single layer on one chunk: ``f64[n]``.
+
+    Args:
+        n: Rows of the largest layer; others have zeros at the end.
+    """
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self._n = n
+
+    def __call__(self, work: Work, calls: Calls, row: Row) -> Tensor:
+        """Score the only layer of a row."""
+        found = torch.zeros(self._n, dtype=torch.float64)
+        for curvature, change in self.changes(work, calls, row.candidates[0]):
+            found[: len(change)] += 0.5 * (curvature * change).cpu()
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +235,15 @@ class GramWeightedError(Metric):
             return 2 * FORWARD + BACKWARD
         return FORWARD + BACKWARD + local_cost(runner, table)
 
+    def per_chunk(self, work: Work, score: _Score) -> list[NDArray[np.float64]]:
+        """Return for every chunk what ``score`` returns for each row."""
+        chunks = work.runner.chunks
+        return measure_rows(
+            work,
+            score,
+            lambda chunk: _Direction(of=work.loss, chunk=chunk, samples=chunks[chunk]),
+        )
+
     def scores(self, work: Work) -> Scores:
         """Score every row.
 
@@ -218,12 +253,7 @@ class GramWeightedError(Metric):
         if isinstance(work.runner, StackRunner):
             found = measure_stack(work, work.runner, partial(random_direction, work.loss))
         else:
-            chunks = work.runner.chunks
-            found = measure_rows(
-                work,
-                _Score(),
-                lambda chunk: _Direction(of=work.loss, chunk=chunk, samples=chunks[chunk]),
-            )
+            found = self.per_chunk(work, _Score())
         per_chunk = np.concatenate(found, axis=1).T  # f64[C, n_rows]
         return Scores(
             diagonal=chunk_weights(work.runner) @ per_chunk,

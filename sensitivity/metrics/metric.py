@@ -168,6 +168,20 @@ class Metric(ABC):
         """Name and settings: what a ledger key and the provenance must know of the metric."""
         return {"metric": self.name, **asdict(self)}  # type: ignore[call-overload]
 
+    def work_on(
+        self, runner: Runner, table: CandidateTable, judged: Loss, context: Context | None
+    ) -> Work:
+        """Return a measurement that is about to begin; ``check`` has been asked."""
+        return Work(
+            runner=as_torch(runner, self.name),
+            table=table,
+            loss=judged,
+            recorder=Recorder(
+                runner=runner, loss=judged, stage=self.name, context=context or Context()
+            ),
+            settings=self.settings,
+        )
+
     def measure(
         self,
         runner: Runner,
@@ -194,17 +208,7 @@ class Metric(ABC):
             raise InvalidInput(msg, measure=self.name)
         self.check(runner, loss)
         judged = self.judged_by(loss)
-        recorder = Recorder(
-            runner=runner, loss=judged, stage=self.name, context=context or Context()
-        )
-        work = Work(
-            runner=as_torch(runner, self.name),
-            table=table,
-            loss=judged,
-            recorder=recorder,
-            settings=self.settings,
-        )
-        found = self.scores(work)
+        found = self.scores(self.work_on(runner, table, judged, context))
         return SensitivityMatrix(
             table=table,
             diagonal=found.diagonal,

@@ -171,7 +171,7 @@ def _solve(order: SolveOrder, measured: Measured, clock: _Clock) -> list[SolvedB
                     "weight_bits": candidate.weight_bits,
                     "activation_bits": candidate.activation_bits,
                     "size_bits": candidate.size_bits,
-                }
+                } | ({"row_bits": list(candidate.row_bits)} if candidate.row_bits else {})
         answers.append(
             SolvedBudget(
                 budget=text,

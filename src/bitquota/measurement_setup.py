@@ -13,6 +13,7 @@ import bitquota
 from bitquota.candidates.architectures import prepare_inventory
 from bitquota.candidates.budget import Budget
 from bitquota.candidates.offered import offered_candidates, with_caches
+from bitquota.candidates.rows import made_up_errors, with_mixes
 from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.candidates.targets import target_by_name
 from bitquota.canonical import digest_json
@@ -41,6 +42,7 @@ from bitquota.quantizers.smoothing import smooth
 from bitquota.quantizers.stack_rounding import round_stack
 from bitquota.quantizers.stacked import StackedWeights
 from bitquota.sensitivity.metrics.gram_weighted import GramWeightedError
+from bitquota.sensitivity.metrics.row_errors import row_errors
 from bitquota.sensitivity.outputs import read_outputs
 from bitquota.sensitivity.runners.base import describe_change
 from bitquota.sensitivity.runners.make import make_runner
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     import torch
 
     from bitquota.candidates.layers import Inventory
+    from bitquota.candidates.rows import RowErrors
     from bitquota.candidates.table import Candidate, CandidateTable
     from bitquota.candidates.targets import Target
     from bitquota.canonical import JsonObject
@@ -76,6 +79,9 @@ Choice = tuple[int, ...]
 
 SHOWN_TOKENS = 8
 """Tokens of two samples that show what a model with weights in files returns."""
+
+ROW_SAMPLES = 256
+"""Samples at most that show which rows of a layer need more bits."""
 
 SPARE_BLOCKS = 2
 """Blocks of further samples at most, beyond those that a request asks for."""
@@ -439,7 +445,7 @@ def build_setup(
         # What it was fitted to, not what came out: another machine may round differently.
         made_for = {"smoothing": measured.to_json(), "for": describe_change(typical)}
         fitted = _fitted_to(fitted, made_for)
-    return Setup(
+    setup = Setup(
         request=request,
         module=module,
         inventory=inventory,
@@ -463,6 +469,25 @@ def build_setup(
             else _stacked(stack, inventory, everything, measured, fitted, context, loss.name)
         ),
     )
+    return setup if request.row_widths == 1 else _with_rows(setup, fit=fit)
+
+
+def _with_rows(setup: Setup, *, fit: bool) -> Setup:
+    """Return a setup whose table also offers rows of several bit-widths.
+
+    Without ``fit`` it offers as many, which rows they are is then made up.
+    """
+    if setup.target is not None:
+        setup.target.require_rows()
+    if fit:
+        few = setup.fit.first(min(ROW_SAMPLES, len(setup.fit)))
+        errors: RowErrors = row_errors(
+            setup.runner(few), setup.table, setup.loss, context=setup.context
+        )
+    else:
+        errors = made_up_errors(setup.table, setup.inventory)
+    table = with_mixes(setup.table, setup.inventory, errors, setup.request.row_widths)
+    return replace(setup, table=table)
 
 
 def _samples(
@@ -556,6 +581,7 @@ def _chain(
         or set(request.corrections) - BEFORE_QUANTIZING
         or request.precision != "fp32"
         or request.rounding == LEARNED
+        or request.row_widths > 1
     ):
         return None
     layers = {layer.name: layer for layer in inventory.layers}

@@ -5,7 +5,7 @@ Design: docs/design/bytes.md
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -147,7 +147,7 @@ class Proof(Document):
 class Baseline(Document):
     """A simpler way to choose, measured on the same samples with the same corrections."""
 
-    FORM: ClassVar[Form] = Form(left_out=("cache_bits", "cache_size_bits"))
+    FORM: ClassVar[Form] = Form(left_out=("cache_bits", "cache_size_bits", "row_bits"))
 
     name: str
     weight_bits: tuple[int, ...]
@@ -162,6 +162,18 @@ class Baseline(Document):
     """Bit-width of each KV cache in the plan's order, if it has any."""
     cache_size_bits: int = 0
     """Storage of all of them together."""
+    row_bits: tuple[tuple[int, ...], ...] = ()
+    """Of each layer in the plan's order the bit-widths of its rows, where these differ; nothing at
+    all if they do in no layer."""
+
+    @property
+    def mean_bits(self) -> tuple[float, ...]:
+        """Bits of a code of each layer, on average over its rows."""
+        rows = self.row_bits or ((),) * len(self.weight_bits)
+        return tuple(
+            sum(own) / len(own) if own else bits
+            for bits, own in zip(self.weight_bits, rows, strict=True)
+        )
 
     @property
     def total_bits(self) -> int:
@@ -350,14 +362,28 @@ class Plan(Document):
         """Bit-width of each layer, in module order."""
         return tuple(a.candidate.weight_bits for a in self.assignments)
 
-    def candidates_at(self, weight_bits: Sequence[int]) -> tuple[Candidate, ...]:
+    def candidates_at(
+        self, weight_bits: Sequence[int], row_bits: Sequence[tuple[int, ...]] = ()
+    ) -> tuple[Candidate, ...]:
         """Return the plan's candidates with other bit-widths, layer by layer in its order.
 
-        They are stored as the plan's target stores them, if it has one.
+        They are stored as the plan's target stores them, if it has one. ``row_bits`` are those of
+        rows that have different ones (see ``Baseline``).
 
         Raises:
             InvalidPlan: Not one bit-width for each layer, or one that the target cannot store.
         """
+        whole = self._whole_candidates_at(weight_bits)
+        if not row_bits:
+            return whole
+        return tuple(
+            Candidate.of(
+                a.layer, c.weight_bits, replace(c.scheme, row_bits=rows), c.activation_bits
+            )
+            for a, c, rows in zip(self.assignments, whole, row_bits, strict=True)
+        )
+
+    def _whole_candidates_at(self, weight_bits: Sequence[int]) -> tuple[Candidate, ...]:
         if len(weight_bits) != len(self.assignments):
             msg = (
                 f"one bit-width must be given for each of {len(self.assignments)} layers; got "
@@ -368,7 +394,7 @@ class Plan(Document):
             layers = [a.layer for a in self.assignments]
             return target_by_name(self.target.name).candidates_at(layers, weight_bits)
         return tuple(
-            Candidate.of(a.layer, bits, a.candidate.scheme, a.candidate.activation_bits)
+            Candidate.of(a.layer, bits, a.candidate.scheme.of_parts, a.candidate.activation_bits)
             for a, bits in zip(self.assignments, weight_bits, strict=True)
         )
 

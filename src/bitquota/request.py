@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from bitquota.candidates.caches import CACHE_BITS, CACHE_SCALES
 from bitquota.candidates.cost_table import CostTable
-from bitquota.candidates.storage import WEIGHT_BITS, Scheme
+from bitquota.candidates.storage import ROW_BITS, WEIGHT_BITS, Scheme
 from bitquota.codec import Document, Form
 from bitquota.corrections import BEFORE_QUANTIZING, REWRITTEN, SAMPLES_DEPEND, Correction
 from bitquota.errors import InvalidInput
@@ -122,6 +122,8 @@ class PlanRequest(Document):
         robust: Standard errors that are added to every term of the leading matrix before it is
             solved (``SensitivityMatrix.robust``).
         tables: What prices budgets of time and energy, one for each resource.
+        row_widths: Bit-widths that the rows (output channels) of one layer may have at most; with
+            more than 1, mixes of these are on offer beside whole layers of one bit-width.
     """
 
     # Requests without these keep the bytes that they always had.
@@ -130,6 +132,7 @@ class PlanRequest(Document):
         left_out=(
             "outputs", "effort", "rounding", "iterations",
             "kv_bits", "kv_scales", "context", "sequences", "robust", "tables",
+            "row_widths",
         ),
     )  # fmt: skip
 
@@ -164,6 +167,7 @@ class PlanRequest(Document):
     sequences: int = 1
     robust: float = 0.0
     tables: tuple[CostTable, ...] = ()
+    row_widths: int = 1
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without the model."""
@@ -207,6 +211,7 @@ class PlanRequest(Document):
                 msg = f"{name} must be at least 1; got {getattr(self, name)}"
                 raise InvalidInput(msg)
         self._check_cache()
+        self._check_rows()
         if not 0 <= self.robust < float("inf"):
             msg = f"robust must be a number of standard errors from 0 on; got {self.robust}"
             raise InvalidInput(msg, robust=self.robust)
@@ -216,6 +221,25 @@ class PlanRequest(Document):
         if self.time_limit_s is not None and self.time_limit_s <= 0:
             msg = f"time_limit_s must be positive, or left out; got {self.time_limit_s}"
             raise InvalidInput(msg)
+
+    def _check_rows(self) -> None:
+        """Check what is asked of the rows of layers."""
+        if self.scheme.row_bits:
+            msg = (
+                "the bit-widths of single rows are the plan's to choose; a request must not name "
+                "them (row_bits of the scheme): ask for row_widths instead"
+            )
+            raise InvalidInput(msg, row_bits=list(self.scheme.row_bits))
+        if not 1 <= self.row_widths <= len(ROW_BITS):
+            msg = f"row_widths must be between 1 and {len(ROW_BITS)}; got {self.row_widths}"
+            raise InvalidInput(msg, row_widths=self.row_widths)
+        if self.row_widths > 1 and (not self.scheme.mixes or self.tables):
+            what = "a cost table knows whole layers" if self.tables else "the scheme has neither"
+            msg = (
+                "rows of different bit-widths need an integer grid, scales per channel or group, "
+                f"and budgets without a cost table; {what}: leave row_widths out"
+            )
+            raise InvalidInput(msg, row_widths=self.row_widths)
 
     def _check_cache(self) -> None:
         """Check what is asked of the KV cache."""

@@ -62,7 +62,9 @@ def with_budgets(request: JsonObject) -> JsonObject:
         InvalidInput: There is none, or no such target.
     """
     if request["target"] is not None:
-        target_by_name(request["target"])
+        target = target_by_name(request["target"])
+        if request.get("row_widths", 1) > 1:
+            target.require_rows()
     tables = [CostTable.from_json(table) for table in request.get("tables", ())]
     check_budgets(request["budgets"], tables)
     return request

@@ -9,7 +9,7 @@ Design: docs/design/budgets.md
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import ClassVar
 
@@ -20,6 +20,9 @@ FULL_PRECISION_BITS = 32
 """The ``weight_bits`` of a candidate that leaves the layer as it is."""
 
 WEIGHT_BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16, FULL_PRECISION_BITS)
+
+ROW_BITS = (2, 3, 4, 5, 6, 7, 8)
+"""Bit-widths that rows of one weight may have side by side."""
 
 
 class Grid(StrEnum):
@@ -206,9 +209,12 @@ class Scheme(Document):
         rounding: How weights are rounded.
         row_alignment_bits: Each row of codes is padded to a multiple of this; 0 packs the whole
             tensor densely and pads only its end, to a byte.
+        row_bits: The bit-width of each row, where rows have different ones; the weight's own
+            bit-width is then the widest. Rows of one width are stored together, as a part, and
+            the order of the rows beside them.
     """
 
-    FORM: ClassVar[Form] = Form(what="a scheme")
+    FORM: ClassVar[Form] = Form(what="a scheme", left_out=("row_bits",))
 
     grid: Grid = Grid.SYMMETRIC
     granularity: Granularity = Granularity.CHANNEL
@@ -217,9 +223,11 @@ class Scheme(Document):
     scale_format: ScaleFormat = ScaleFormat.FP32
     rounding: Rounding = Rounding.NEAREST
     row_alignment_bits: int = 0
+    row_bits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that a group size is given exactly when it is needed."""
+        self._check_rows()
         if (self.granularity is Granularity.GROUP) != (self.group_size is not None):
             msg = (
                 "a group size belongs to granularity 'group' and only to it; got granularity "
@@ -255,28 +263,59 @@ class Scheme(Document):
             msg = f"row_alignment_bits must be 0, 8, 16, 32 or 64; got {self.row_alignment_bits}"
             raise InvalidInput(msg, row_alignment_bits=self.row_alignment_bits)
 
+    def _check_rows(self) -> None:
+        if not self.row_bits:
+            return
+        if not self.mixes:
+            msg = (
+                "rows of different bit-widths belong to integer grids with scales per channel or "
+                f"group; got '{self.grid}' per {self.granularity}"
+            )
+            raise InvalidInput(msg, grid=str(self.grid))
+        widths = set(self.row_bits)
+        if len(widths) < 2 or not widths <= set(ROW_BITS):
+            msg = (
+                f"row_bits must hold different ones of {', '.join(map(str, ROW_BITS))}; got "
+                f"{', '.join(map(str, sorted(widths)))}: leave it out where all rows are alike"
+            )
+            raise InvalidInput(msg, row_bits=sorted(widths))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether rows may have different bit-widths: each has integers and scales of its own."""
+        return self.grid.is_integer and self.granularity is not Granularity.TENSOR
+
+    @property
+    def of_parts(self) -> Scheme:
+        """The scheme of the parts of one bit-width."""
+        return replace(self, row_bits=()) if self.row_bits else self
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageSize(Document):
-    """Bits that one stored weight takes, by what they hold. All are exact integers."""
+    """Bits that one stored weight takes, by what they hold. All are exact integers.
 
-    FORM: ClassVar[Form] = Form(what="a size", derived=("total",))
+    ``order`` is that of rows which are stored by their bit-widths.
+    """
+
+    FORM: ClassVar[Form] = Form(what="a size", derived=("total",), left_out=("order",))
 
     codes: int
     scales: int = 0
     zero_points: int = 0
     padding: int = 0
+    order: int = 0
 
     def __post_init__(self) -> None:
         """Refuse negative parts."""
-        if min(self.codes, self.scales, self.zero_points, self.padding) < 0:
+        if min(self.codes, self.scales, self.zero_points, self.padding, self.order) < 0:
             msg = f"sizes must not be negative; got {self}"
             raise InvalidInput(msg)
 
     @property
     def total(self) -> int:
         """All bits together."""
-        return self.codes + self.scales + self.zero_points + self.padding
+        return self.codes + self.scales + self.zero_points + self.padding + self.order
 
     def __add__(self, other: StorageSize) -> StorageSize:
         """Add part by part."""
@@ -285,6 +324,7 @@ class StorageSize(Document):
             scales=self.scales + other.scales,
             zero_points=self.zero_points + other.zero_points,
             padding=self.padding + other.padding,
+            order=self.order + other.order,
         )
 
 
@@ -337,6 +377,8 @@ def storage_size(
     if weight_bits == FULL_PRECISION_BITS:
         return StorageSize(codes=n_weights * full_precision_bits)
     check_width(scheme.grid, weight_bits)
+    if scheme.row_bits:
+        return _size_of_parts(rows, columns, weight_bits, scheme)
     codes = n_weights * weight_bits
     if scheme.grid is Grid.K_BLOCKS:
         if columns % K_BLOCK:
@@ -360,3 +402,23 @@ def storage_size(
         zero_points=zero_point_bits,
         padding=padding,
     )
+
+
+def _size_of_parts(rows: int, columns: int, weight_bits: int, scheme: Scheme) -> StorageSize:
+    """Return what parts of different bit-widths take, and the order of their rows."""
+    counts = {bits: scheme.row_bits.count(bits) for bits in sorted(set(scheme.row_bits))}
+    if len(scheme.row_bits) != rows or weight_bits != max(counts):
+        msg = (
+            f"row_bits must hold a bit-width for each of {rows} rows, at most {weight_bits}; got "
+            f"{len(scheme.row_bits)}, at most {max(counts)}"
+        )
+        raise InvalidInput(msg, rows=rows, weight_bits=weight_bits)
+    total = StorageSize(codes=0, order=rows * order_bits(rows))
+    for bits, n in counts.items():
+        total += storage_size(n, columns, bits, scheme.of_parts)
+    return total
+
+
+def order_bits(rows: int) -> int:
+    """Return the bits of one entry of an order of rows: whole bytes that can name each."""
+    return next(bits for bits in (8, 16, 32) if rows <= 1 << bits)

@@ -80,11 +80,33 @@ class Candidate(Document):
 
     @property
     def label(self) -> str:
-        """Short name such as ``W4``, ``W4A8``, or ``KV8`` of a cache."""
+        """Short name such as ``W4``, ``W4A8``, or ``KV8`` of a cache.
+
+        Of rows with different bit-widths it has the mean: ``W3.25``.
+        """
         if self.cached:
             return f"KV{self.stored_bits}"
         activation = "" if self.activation_bits is None else f"A{self.activation_bits}"
-        return f"W{self.weight_bits}{activation}"
+        return f"W{self.mean_bits:.4g}{activation}"
+
+    @property
+    def row_bits(self) -> tuple[int, ...]:
+        """The bit-width of each row, where rows have different ones."""
+        return self.scheme.row_bits if self.weight_bits != FULL_PRECISION_BITS else ()
+
+    @property
+    def n_codes(self) -> int:
+        """Codes that are stored."""
+        widths = self.row_bits
+        if widths:
+            return self.size.codes * len(widths) // sum(widths)
+        return self.size.codes // self.weight_bits
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits of a code, on average over the rows."""
+        widths = self.row_bits
+        return sum(widths) / len(widths) if widths else self.weight_bits
 
     @property
     def stored_bits(self) -> int:
@@ -126,9 +148,17 @@ class Candidate(Document):
             activation_bits=activation_bits,
             scheme=scheme,
             size=size,
-            bit_ops=layer.n_macs * weight_bits * activation,
+            bit_ops=_code_bits(layer.n_macs, weight_bits, scheme) * activation,
             activation_size_bits=layer.n_inputs * activation,
         )
+
+
+def _code_bits(numbers: int, weight_bits: int, scheme: Scheme) -> int:
+    """Return the bits of ``numbers`` codes, as many in each row."""
+    widths = scheme.row_bits
+    if widths and weight_bits != FULL_PRECISION_BITS:
+        return numbers * sum(widths) // len(widths)
+    return numbers * weight_bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +178,11 @@ class Row(Document):
     def cached(self) -> bool:
         """Whether the group is one of KV caches."""
         return self.candidates[0].cached
+
+    @property
+    def mixed(self) -> bool:
+        """Whether rows of a weight have different bit-widths."""
+        return any(c.row_bits for c in self.candidates)
 
     @property
     def label(self) -> str:

@@ -31,6 +31,7 @@ _WIDE = 140
     context=0,
     sequences=1,
     robust=0.0,
+    row_widths=1,
 )
 def compare(
     model: opt.Model,

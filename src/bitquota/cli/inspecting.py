@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitquota.candidates.caches import own_scheme
+from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.candidates.table import Candidate
 from bitquota.candidates.targets import TARGETS, target_by_name
+from bitquota.candidates.targets.format_names import menu
+from bitquota.candidates.targets.target import ALL_KINDS, CONVOLUTIONS, EMBEDDINGS, LINEAR
 from bitquota.cli import options as opt
 from bitquota.cli import output
 from bitquota.cli.loading import check_sources, load_samples
 from bitquota.report import text as report
 
 if TYPE_CHECKING:
+    from bitquota.candidates.targets import Target
     from bitquota.models.inspection import LayerSummary, ModelSummary
 
 
@@ -101,17 +105,34 @@ def targets(
             {
                 "target": target.name,
                 "bits": ",".join(map(str, sorted({f.weight_bits for f in target.formats} - {32}))),
+                "formats (--bits)": ",".join(menu(target)),
+                "layers": _kinds(target),
                 "export": target.exporter,
                 "rules": target.verified,
                 "what": target.summary,
             }
             for target in TARGETS.values()
-        ]
+        ],
+        spare=("formats (--bits)", "layers"),
     )
     for target in TARGETS.values():
         if target.not_run:
             line = f"{target.name} was not run in its runtime: {target.not_run}."
             output.console.print(line, markup=False, highlight=False)
+
+
+def _kinds(target: Target) -> str:
+    """Return which kinds of layer a target quantizes, in a word each."""
+    kinds = frozenset().union(
+        *(f.kinds for f in target.formats if f.weight_bits != FULL_PRECISION_BITS)
+    )
+    kinds -= target.excluded_kinds
+    if kinds == ALL_KINDS:
+        return "all"
+    families = {"conv": CONVOLUTIONS, "linear": LINEAR, "embedding": EMBEDDINGS}
+    names = [name for name, family in families.items() if family <= kinds]
+    rest = sorted(kinds - frozenset().union(*(families[name] for name in names)))
+    return ", ".join([*names, *map(str, rest)])
 
 
 def _row(found: ModelSummary, entry: LayerSummary, numbers: dict[str, str]) -> dict[str, str]:
@@ -127,8 +148,7 @@ def _row(found: ModelSummary, entry: LayerSummary, numbers: dict[str, str]) -> d
     if numbers:
         row["tie"] = "" if entry.kept else numbers.get(layer.group, "")
     if found.target is not None or any(e.kept for e in found.layers):
-        widths = ",".join(str(f.weight_bits) for f in entry.formats)
-        row["bits"] = "as it is" if entry.kept else widths
+        row["formats"] = "as it is" if entry.kept else ",".join(f.name for f in entry.formats)
     if found.target is not None:
         smallest = min((f.size_bits for f in entry.formats), default=0) / layer.n_weights
         row["least bpw"] = "" if entry.kept else f"{smallest:.3g}"

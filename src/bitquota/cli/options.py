@@ -19,6 +19,7 @@ from bitquota.candidates.caches import CACHE_SCALES
 from bitquota.candidates.cost_table import CostTable
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, ScaleRule, Scheme
 from bitquota.candidates.targets import TARGETS, target_by_name
+from bitquota.candidates.targets.format_names import bits_of_names
 from bitquota.cli import output
 from bitquota.cli.bundles import Bundle, with_bundles
 from bitquota.cli.loading import check_sources, load_samples
@@ -84,7 +85,8 @@ Bits = Annotated[
     typer.Option(
         "--bits",
         help=f"Permitted bit-widths, comma-separated ({','.join(map(str, DEFAULT_WEIGHT_BITS))}; "
-        "with --target all that it stores).",
+        "with --target all that it stores). Also by name: int4, w8a8, or the target's formats "
+        "(nvfp4,fp8; see 'targets').",
     ),
 ]
 TargetName = Annotated[
@@ -250,6 +252,14 @@ RoundingName = Annotated[
 Iterations = Annotated[
     int, typer.Option("--iterations", help="Steps of learned rounding for each block.")
 ]
+RowWidths = Annotated[
+    int,
+    typer.Option(
+        "--row-widths",
+        help="Bit-widths that the output channels (rows) of one layer may have at most: with 2 or "
+        "more, channels that matter less get fewer bits. For ref-int and ONNX.",
+    ),
+]
 SolverName = Annotated[
     str, typer.Option("--solver", help="Solver backend.", autocompletion=among(SOLVERS))
 ]
@@ -331,6 +341,22 @@ def parse_bits(text: str | None, option: str = "--bits") -> tuple[int, ...]:
     except ValueError as err:
         msg = f"{option} must be whole numbers separated by commas, such as 2,4,8; got '{text}'"
         raise InvalidInput(msg, bits=text) from err
+
+
+def _named_bits(options: Mapping[str, Any]) -> tuple[tuple[int, ...], int | None]:
+    """Return the bit-widths of weights and of inputs that --bits and --activations ask for."""
+    asked, text = options["activations"], options["bits"]
+    if text is None:
+        return (), asked
+    target = None if options["target"] is None else target_by_name(options["target"])
+    widths, named = bits_of_names(text.split(","), target)
+    if None not in (asked, named) and asked != named:
+        msg = (
+            f"--bits and --activations must agree on the bit-width of inputs; got {named} in "
+            f"'{text}' and {asked}: leave --activations out"
+        )
+        raise InvalidInput(msg, bits=text, activations=asked)
+    return widths, asked if named is None else named
 
 
 def parse_fixed(items: list[str] | None) -> dict[str, int]:
@@ -507,6 +533,7 @@ _REQUEST: dict[str, tuple[Any, Any]] = {
     "scale_format": (ScaleFormatName, ScaleFormat.FP32),
     "rounding": (RoundingName, "auto"),
     "iterations": (Iterations, ITERATIONS),
+    "row_widths": (RowWidths, 1),
     "precision": (Precision, "fp32"),
     "solver": (SolverName, "auto"),
     "gap": (Gap, 1e-4),
@@ -566,6 +593,8 @@ def _check(request: PlanRequest, *, budgets: bool, here: bool) -> None:
         target = target_by_name(request.target)
         if request.kv_bits:
             target.require_cache()
+        if request.row_widths > 1:
+            target.require_rows()
     if here and request.solver not in {"auto", "bitquota"}:
         from bitquota.solver.backends import installed_backend
 
@@ -578,10 +607,11 @@ def plan_request(options: Mapping[str, Any]) -> PlanRequest:
     Raises:
         InvalidInput: Values that do not hold.
     """
+    weight_bits, activation_bits = _named_bits(options)
     return PlanRequest(
         budgets=tuple(options["budgets"] or ()),
-        weight_bits=parse_bits(options["bits"]),
-        activation_bits=options["activations"],
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
         activation_fit=options["activation_fit"],
         kv_bits=parse_bits(options["kv_bits"], "--kv-bits"),
         kv_scales=options["kv_scales"],
@@ -596,6 +626,7 @@ def plan_request(options: Mapping[str, Any]) -> PlanRequest:
         ),
         rounding=FORMER_ROUNDINGS.get(options["rounding"], options["rounding"]),
         iterations=options["iterations"],
+        row_widths=options["row_widths"],
         fixed=parse_fixed(options["fix"]),
         ties=parse_ties(options["tie"]),
         exclude=tuple(options["exclude"] or ()),

@@ -138,7 +138,7 @@ def _columns(matrix: SensitivityMatrix) -> dict[str, float]:
     """Return the labels of all candidates and their mean bits, fewest bits first."""
     bits: dict[str, float] = {}
     for row in matrix.table.rows:
-        mean = sum(c.weight_bits for c in row.candidates) / len(row.candidates)
+        mean = sum(c.mean_bits for c in row.candidates) / len(row.candidates)
         bits.setdefault(row.label, mean)
     return {label: bits[label] for label in sorted(bits, key=lambda name: (bits[name], name))}
 
@@ -247,7 +247,7 @@ def plan_json(plan: Plan, *, digest: str | None = None) -> JsonObject:
     return {
         "budget": " + ".join(b.text or f"{b.limit:,} {b.unit}" for b in plan.budgets),
         "selected": plan.selected,
-        "bits": list(plan.weight_bits),
+        "bits": [a.candidate.mean_bits for a in plan.assignments],
         "labels": [a.candidate.label for a in plan.assignments],
         "sizes": [a.candidate.size_bits for a in plan.assignments],
         "size_bits": plan.size_bits + plan.cache_size_bits,
@@ -260,7 +260,7 @@ def plan_json(plan: Plan, *, digest: str | None = None) -> JsonObject:
         "baselines": [
             {
                 "name": b.name,
-                "bits": list(b.weight_bits),
+                "bits": list(b.mean_bits),
                 "size_bits": b.total_bits,
                 "measured": _measured(b.measured),
                 "worse_by": b.paired_difference,
@@ -339,9 +339,9 @@ def frontier_point(
     """
     chosen = {c.layer: c for c in matrix.table.decode(choice)}
     layers = [c for c in chosen.values() if not c.cached]
-    weights = sum(c.size.codes // c.weight_bits for c in layers)
+    weights = sum(c.n_codes for c in layers)
     return {
-        "bits": [c.weight_bits for c in layers],
+        "bits": [c.mean_bits for c in layers],
         "size_bits": sum(c.size_bits for c in chosen.values()),
         "average_bits": sum(c.size.codes for c in layers) / weights,
         "predicted": objective,
@@ -392,7 +392,8 @@ def frontier_rows(rows: Sequence[JsonObject]) -> JsonObject:
     points = []
     for row in solved:
         bits = [
-            int(label.partition("/")[0].lstrip("W").partition("A")[0]) for label in row["labels"]
+            _number(label.partition("/")[0].lstrip("W").partition("A")[0])
+            for label in row["labels"]
         ]
         points.append(
             {
@@ -483,3 +484,9 @@ def maps_of(matrix: SensitivityMatrix, plan: Plan | None = None) -> dict[str, Js
 def floats(array: NDArray[Any]) -> str:
     """Return base64 of the array as little-endian float32, row by row."""
     return base64.b64encode(np.ascontiguousarray(array, dtype="<f4").tobytes()).decode()
+
+
+def _number(text: str) -> float:
+    """Return the bits of a label, an integer where they are one."""
+    value = float(text)
+    return int(value) if value.is_integer() else value

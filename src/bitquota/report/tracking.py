@@ -78,7 +78,9 @@ def log_plans(plans: Sequence[Plan], *, tracker: str, source: str) -> list[str]:
                     "loss": plan.loss,
                     "selected": plan.selected,
                     "corrections": ", ".join(map(str, plan.corrections)) or "none",
-                    "weight_bits": ",".join(map(str, plan.weight_bits)),
+                    "weight_bits": ",".join(
+                        f"{a.candidate.mean_bits:.4g}" for a in plan.assignments
+                    ),
                 },
                 metrics=metrics,
                 files={

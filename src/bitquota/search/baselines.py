@@ -100,7 +100,7 @@ def uniform_mixes(table: CandidateTable, size_bits: int) -> dict[str, tuple[int,
 
 def _widths(table: CandidateTable) -> list[int]:
     """Return the bit-widths of weights, smallest first."""
-    return sorted({_bits(row) for row in table.rows if not row.cached})
+    return sorted({_bits(row) for row in table.rows if not (row.cached or row.mixed)})
 
 
 def _cache_widths(table: CandidateTable) -> list[int]:
@@ -116,7 +116,7 @@ def _nearest(rows: tuple[Row, ...], bits: int) -> int:
     def distance(k: int) -> tuple[bool, int, int]:
         return _bits(rows[k]) < bits, abs(_bits(rows[k]) - bits), k
 
-    return min(range(len(rows)), key=distance)
+    return min((k for k, row in enumerate(rows) if not row.mixed), key=distance)
 
 
 def size_only(table: CandidateTable) -> SensitivityMatrix:
@@ -125,7 +125,7 @@ def size_only(table: CandidateTable) -> SensitivityMatrix:
     Under a size budget this fills the smallest layers first. A metric that cannot beat it does
     not look at the network.
     """
-    values = [-sum(float(c.weight_bits) for c in row.candidates) for row in table.rows]
+    values = [-sum(float(c.mean_bits) for c in row.candidates) for row in table.rows]
     return SensitivityMatrix(
         table=table,
         diagonal=np.array(values),

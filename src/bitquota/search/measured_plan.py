@@ -325,6 +325,7 @@ def _baseline(found: _Compared, name: str) -> Baseline:
     setup, measured = found.setup, found.measured[name]
     candidates = {c.layer: c for c in setup.table.decode(found.choices[name])}
     difference, error = measured.paired(found.measured[found.best])
+    rows = tuple(candidates[la.name].row_bits for la in setup.inventory.layers)
     return Baseline(
         name=name,
         weight_bits=tuple(candidates[la.name].weight_bits for la in setup.inventory.layers),
@@ -334,4 +335,5 @@ def _baseline(found: _Compared, name: str) -> Baseline:
         paired_error=error,
         cache_bits=tuple(candidates[c.name].weight_bits for c in setup.inventory.caches),
         cache_size_bits=spent_on("cache_bits", tuple(candidates.values())),
+        row_bits=rows if any(rows) else (),
     )

@@ -78,8 +78,8 @@ def threshold_within(
     return None
 
 
-def _bits(table: CandidateTable) -> list[int]:
-    return [max(c.weight_bits for c in row.candidates) for row in table.rows]
+def _bits(table: CandidateTable) -> list[float]:
+    return [max(c.mean_bits for c in row.candidates) for row in table.rows]
 
 
 def _ratios(matrix: SensitivityMatrix, reference_bits: int) -> NDArray[np.float64]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitquota.candidates.caches import CacheFormats, cache_rows, tied_caches
 from bitquota.candidates.layers import LayerKind, match_layers
+from bitquota.candidates.rows import MIXED_KINDS
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Scheme, storage_size
 from bitquota.candidates.table import Candidate, CandidateTable, Row
 from bitquota.canonical import digest_json
@@ -43,6 +44,9 @@ FUSED_SIBLINGS = (
 """Projections that serving engines fuse into one matrix, so that they must share a format."""
 
 EMBEDDINGS = frozenset({LayerKind.EMBEDDING})
+
+HOLD_PARTS = frozenset({"ref-int", "onnx-qdq", "onnx-matmulnbits"})
+"""Exporters whose files hold a weight in parts of different bit-widths."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,6 +256,16 @@ class Target(Document):
             raise InvalidInput(msg, target=self.name)
         return self.cache
 
+    def require_rows(self) -> None:
+        """Raise ``InvalidInput`` unless its files hold a layer whose rows have several widths."""
+        if self.exporter not in HOLD_PARTS:
+            msg = (
+                f"target '{self.name}' stores a layer in one bit-width: in its files "
+                f"({self.exporter}) a tensor has one type; leave --row-widths out, or plan for "
+                "ref-int or ort-cpu"
+            )
+            raise InvalidInput(msg, target=self.name)
+
     def check_caches(
         self, caches: Sequence[Cache], candidates: Sequence[Candidate]
     ) -> tuple[Violation, ...]:
@@ -344,6 +358,8 @@ class Target(Document):
             return None
         if layer.kind in self.excluded_kinds:
             return f"layers of kind {layer.kind} stay in full precision"
+        if candidate.row_bits:
+            return self._refusal_of_rows(layer, candidate)
         same_width = [f for f in self.formats if f.weight_bits == candidate.weight_bits]
         if not same_width:
             return f"{candidate.weight_bits} bits is not one of its widths ({self._widths()})"
@@ -355,6 +371,18 @@ class Target(Document):
         if candidate.activation_bits != self.activation_bits:
             return f"activations of {candidate.activation_bits} bits are not what it runs"
         return None
+
+    def _refusal_of_rows(self, layer: Layer, candidate: Candidate) -> str | None:
+        if self.exporter not in HOLD_PARTS or layer.kind not in MIXED_KINDS:
+            return "its rows have several bit-widths, and a tensor of its files has one type"
+        reasons = (
+            self._refusal(
+                layer,
+                Candidate.of(layer, bits, candidate.scheme.of_parts, candidate.activation_bits),
+            )
+            for bits in sorted(set(candidate.row_bits))
+        )
+        return next((reason for reason in reasons if reason), None)
 
     @staticmethod
     def _excluded_siblings(

@@ -1,0 +1,110 @@
+"""What bit-widths for single rows are worth: plans of layers and of rows at the same bytes.
+
+    python benchmarks/rows.py                  # ResNet-20 of $BITQUOTA_DATA, target ort-cpu
+    python benchmarks/rows.py --target ref-int --budgets 2.5
+    python benchmarks/rows.py --tiny           # untrained, a few images, no shared data
+
+For each budget two plans with the same settings: one bit-width for each layer, and up to
+``--row-widths`` for the rows of each. The second may take as many bits as the first has in its
+file. Both are exported, and what the runtime computes from the files is compared with full
+precision: KL with its standard error, and the paired difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bitquota.context import Context, MemoryLedger
+from bitquota.corrections import Correction
+from bitquota.exports.export import export_plan, open_export
+from bitquota.request import PlanRequest
+from bitquota.search.allocate import allocate
+from rounding import Subject, judged, network, small_network
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BARS = {"2.5": 0.8, "3": 0.92, "4": 0.7}
+"""Largest KL of rows as a share of that of layers, as the issue states it."""
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tiny", action="store_true", help="a small network, few images")
+    parser.add_argument("--depth", type=int, default=20, help="of the ResNet")
+    parser.add_argument("--target", default="ort-cpu")
+    parser.add_argument("--budgets", default="2.5,3,4", help="average bits of a code")
+    parser.add_argument("--bits", default="", help="bit-widths on offer; all if left out")
+    parser.add_argument("--row-widths", type=int, default=3)
+    parser.add_argument("--rounding", default="gptq")
+    parser.add_argument("--images", type=int, default=10_000, help="of the test set")
+    parser.add_argument("--effort", choices=["quick", "normal"], default="normal")
+    return parser.parse_args()
+
+
+def planned(
+    subject: Subject, options: argparse.Namespace, budget: str, row_widths: int
+) -> tuple[Tensor, int, float]:
+    """Return the KL of each test sample in the runtime, bits of the weights, and CPU seconds."""
+    started = time.process_time()
+    request = PlanRequest(
+        budgets=(budget,),
+        weight_bits=tuple(int(b) for b in options.bits.split(",") if b),
+        target=options.target,
+        corrections=(Correction.BATCH_NORM_STATISTICS,),
+        rounding=options.rounding,
+        effort=options.effort,
+        refine=options.effort == "normal",
+        row_widths=row_widths,
+        samples=subject.samples,
+        holdout_samples=subject.samples,
+    )
+    context = Context(ledger=MemoryLedger())
+    found = allocate(subject.model, subject.calibration, request, context=context)
+    seconds = time.process_time() - started
+    model = found.with_weights(subject.model)
+    model = replace(model, example_inputs=subject.calibration.first(2).inputs)
+    (plan,) = found.plans
+    labels = ",".join(candidate.label.lstrip("W") for candidate in plan.candidates)
+    print(f"  {plan.selected}, {found.passes:.0f} passes: {labels}", flush=True)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "export"
+        export_plan(model, plan, folder, target=options.target, samples=subject.test.first(64))
+        module, _, report = open_export(model, folder)
+        assert sum(t.actual_bits for t in report.tensors) == plan.size_bits
+        kl, _ = judged(module, subject)
+    return kl, plan.size_bits, seconds
+
+
+def main() -> None:
+    """Plan, export and run both for each budget."""
+    options = arguments()
+    subject = small_network() if options.tiny else network(options.depth)
+    subject = replace(subject, test=subject.test.first(min(options.images, len(subject.test))))
+    for bits in options.budgets.split(","):
+        layers, size, seconds = planned(subject, options, f"{bits} bits", 1)
+        rows, rows_size, rows_seconds = planned(
+            subject, options, f"{size / 8} B of weights", options.row_widths
+        )
+        means = [float(kl.mean()) for kl in (layers, rows)]
+        gap = rows - layers
+        error = float(gap.std()) / len(gap) ** 0.5
+        bar = f", bar {BARS[bits]}" if bits in BARS and not options.tiny else ""
+        print(
+            f"{bits} bits: layers KL {means[0]:.4f} in {size / 8:,.0f} B, rows {means[1]:.4f} in "
+            f"{rows_size / 8:,.0f} B: {means[1] / means[0]:.3f} of layers{bar}; paired "
+            f"{float(gap.mean()):+.4f} +- {error:.4f}; CPU s {seconds:.0f} and {rows_seconds:.0f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

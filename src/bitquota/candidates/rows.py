@@ -1,0 +1,180 @@
+"""Candidates whose rows have different bit-widths: which row of a layer gets which.
+
+Rows of a weight are rounded independently of each other, so the error of a layer is a sum over its
+rows, and one multiplier (error for a bit) decides all of them. What a layer is offered are a few
+points of that curve, at average bits that are a step apart: the search over layers then moves from
+one to the next as it does between bit-widths.
+
+References:
+    [RMSMP] S.-E. Chang et al. RMSMP: a novel deep neural network quantization framework with
+    row-wise mixed schemes and multiple precisions. ICCV 2021. arXiv 2111.00153.
+
+Design: docs/design/rows.md
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitquota.candidates.layers import LayerKind
+from bitquota.candidates.storage import ROW_BITS
+from bitquota.candidates.table import Candidate, CandidateTable, Row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from bitquota.candidates.layers import Inventory, Layer
+
+    RowErrors = Mapping[str, Mapping[int, NDArray[np.float64]]]
+    """By layer and bit-width f64[rows]: what each row adds to the loss."""
+
+MIXED_KINDS = frozenset(
+    {LayerKind.CONV1D, LayerKind.CONV2D, LayerKind.CONV3D, LayerKind.LINEAR}
+)  # fmt: skip
+"""Kinds of layer whose rows are output channels along the first axis of the stored weight."""
+
+STEP = 0.5
+"""Average bits from one mix of a layer to the next."""
+
+
+def with_mixes(
+    table: CandidateTable, inventory: Inventory, errors: RowErrors, most: int
+) -> CandidateTable:
+    """Return a table that also offers mixes of bit-widths over rows.
+
+    Args:
+        table: Its candidates of one bit-width are what is mixed.
+        inventory: Of the same layers.
+        errors: What rows add to the loss; layers that it lacks are not mixed.
+        most: Bit-widths that the rows of one layer may have at most.
+
+    Cost: O(widths^most rows log rows). A heuristic: rows stop at points of their lower convex
+    hulls, and what is left of an average is not spent.
+    """
+    layers = {layer.name: layer for layer in inventory.layers}
+    rows: list[Row] = []
+    offsets = table.offsets
+    for g in range(len(offsets) - 1):
+        own = table.rows[offsets[g] : offsets[g + 1]]
+        found = set(own)
+        if not own[0].cached:
+            found.update(_mixes(own, layers, errors, most))
+        rows += sorted(found, key=lambda row: (sum(c.size_bits for c in row.candidates), row.label))
+    return CandidateTable(rows=tuple(rows))
+
+
+def mixable(candidates: Sequence[Candidate], layer: Layer) -> dict[int, Candidate]:
+    """Return the candidates of one layer that may stand side by side in its rows, by bit-width."""
+    if layer.kind not in MIXED_KINDS:
+        return {}
+    plain = {c.weight_bits: c for c in candidates if c.weight_bits in ROW_BITS and not c.row_bits}
+    schemes = [c.scheme for c in plain.values() if c.scheme.mixes]
+    alike = {b: c for b, c in plain.items() if schemes and c.scheme == schemes[-1]}
+    return alike if len(alike) > 1 and layer.rows > 1 else {}
+
+
+def made_up_errors(table: CandidateTable, inventory: Inventory) -> RowErrors:
+    """Return errors that give a table as many mixes as measured ones, to count what they take."""
+    widths = {c.weight_bits for row in table.rows for c in row.candidates} & set(ROW_BITS)
+    return {
+        layer.name: {b: 4.0**-b * np.geomspace(1.0, 100.0, layer.rows) for b in sorted(widths)}
+        for layer in inventory.layers
+    }
+
+
+def _mixes(
+    rows: Sequence[Row], layers: Mapping[str, Layer], errors: RowErrors, most: int
+) -> Iterator[Row]:
+    """Yield the mixes of a group: at each average a mix of each of its layers."""
+    members = [layers[c.layer] for c in rows[0].candidates]
+    menus = []
+    for k, layer in enumerate(members):
+        plain = mixable([row.candidates[k] for row in rows], layer)
+        known = errors.get(layer.name, {})
+        widths = [bits for bits in sorted(plain) if bits in known]
+        if len(widths) < 2:
+            return
+        menus.append((widths, plain[widths[-1]], np.array([known[bits] for bits in widths])))
+    lowest = max(widths[0] for widths, *_ in menus)
+    highest = min(widths[-1] for widths, *_ in menus)
+    averages = np.arange(lowest + STEP, highest, STEP).tolist()
+    choices = [mix_rows(error, widths, averages, most) for widths, _, error in menus]
+    for mixes in zip(*choices, strict=True):
+        if all(len(set(bits)) > 1 for bits in mixes):
+            yield Row(
+                group=rows[0].group,
+                candidates=tuple(
+                    Candidate.of(
+                        layer,
+                        max(bits),
+                        replace(like.scheme, row_bits=bits),
+                        like.activation_bits,
+                    )
+                    for layer, bits, (_, like, _) in zip(members, mixes, menus, strict=True)
+                ),
+            )
+
+
+def mix_rows(
+    errors: NDArray[np.float64], widths: Sequence[int], averages: Sequence[float], most: int
+) -> list[tuple[int, ...]]:
+    """Return for each average the bit-widths of rows, of at most that average, with least error.
+
+    Args:
+        errors: f64[widths, rows].
+        widths: Ascending.
+        averages: Mean bits of a row, from the smallest width on.
+        most: Different widths at most.
+
+    Cost: O(widths^most rows log rows).
+    """
+    n = errors.shape[1]
+    best = [(np.inf, (widths[0],) * n)] * len(averages)
+    for chosen in combinations(range(len(widths)), min(most, len(widths))):
+        bits = np.array([widths[k] for k in chosen])
+        own = errors[list(chosen)]
+        steps, gains, takes = _hull_steps(own, bits)
+        spent = np.cumsum(takes)
+        for a, average in enumerate(averages):
+            room = average * n - bits[0] * n
+            if room < 0:
+                continue
+            taken = int(np.searchsorted(spent, room + 1e-9, side="right"))
+            error = float(own[0].sum() - gains[:taken].sum())
+            if error < best[a][0]:
+                level = np.zeros(n, dtype=np.int64)
+                np.maximum.at(level, steps[0, :taken], steps[1, :taken])
+                best[a] = (error, tuple(bits[level].tolist()))
+    return [bits for _, bits in best]
+
+
+def _hull_steps(
+    errors: NDArray[np.float64], bits: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+    """Return steps along the lower convex hulls of all rows, the largest gain for a bit first.
+
+    Returns i64[2, n]: row and index of the width that it goes to; f64[n]: what the row's error
+    falls by; i64[n]: bits.
+    """
+    n = errors.shape[1]
+    rows = np.arange(n)
+    here = np.zeros(n, dtype=np.int64)
+    found = []
+    for _ in range(len(bits) - 1):
+        wider = bits[:, None] - bits[here]
+        falls = errors[here, rows] - errors
+        slopes = np.where(wider > 0, falls / np.maximum(wider, 1), -np.inf)
+        there = slopes.argmax(axis=0)
+        going = slopes[there, rows] > 0
+        r, to = rows[going], there[going]
+        found.append((slopes[to, r], r, to, falls[to, r], wider[to, r]))
+        here = np.where(going, there, len(bits) - 1)
+    slope, row, level, gain, taken = (np.concatenate(part) for part in zip(*found, strict=True))
+    order = np.argsort(-slope, kind="stable")
+    return np.stack([row, level])[:, order], gain[order], taken[order]
