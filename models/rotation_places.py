@@ -212,10 +212,11 @@ class _Stream(Flow):
                 )
             if not self.can_be_scaled(norm):
                 raise _refused(f"what '{name}' puts out is read by other things than layers")
-        for name in writers:
-            writer = self.producers[name]
-            if writer.layer is None:
-                raise _refused(f"the output of the norm '{name}' is added to it")
+        # In the order in which they run: the same reason each time.
+        writing = {name: made for name, made in self.producers.items() if name in writers}
+        if added := [name for name, writer in writing.items() if writer.layer is None]:
+            raise _refused(f"the output of the norm '{added[0]}' is added to it")
+        for name, writer in writing.items():
             if writer.readers or name in shown or writer.channels != size:
                 raise _refused(f"what '{name}' writes is read without a norm")
         if unseen := {layer.name for layer in self.known.values()} - self.producers.keys():
