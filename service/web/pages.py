@@ -26,6 +26,7 @@ from starlette.responses import HTMLResponse, RedirectResponse
 
 from bitquota.candidates.storage import WEIGHT_BITS
 from bitquota.candidates.targets import TARGETS
+from bitquota.corrections import CORRECTION_WORDS
 from bitquota.errors import BitquotaError, Forbidden, NotFound, Unauthorized
 from bitquota.report.page import SCRIPTS
 from bitquota.report.text import format_size
@@ -300,6 +301,7 @@ def home(viewer: Viewing, service: Service) -> Response:
         losses=(AUTO_LOSS, *LOSSES),
         efforts=EFFORTS,
         roundings=ROUNDINGS,
+        corrections=CORRECTION_WORDS,
         iterations=ITERATIONS,
         limit=format_size(8 * service.settings.max_upload_bytes).partition(" (")[0],
     )
@@ -316,6 +318,7 @@ def job_page(job_id: str, viewer: Viewing, service: Service) -> Response:
         may_write=Scope.WRITE in viewer.caller.scopes,
         job=json.loads(job_view(job).model_dump_json()),
         row=pages_data.job_rows(service, viewer.caller.tenant, [job])[0],
+        ordered=pages_data.ordered(job),
         log=log,
         links=pages_data.result_links(job),
         last=log[-1]["number"] if log else 0,

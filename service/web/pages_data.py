@@ -74,6 +74,31 @@ def _budgets(job: Job) -> list[object]:
     return list(found) if isinstance(found, list | tuple) else []
 
 
+def ordered(job: Job) -> list[tuple[str, str]]:
+    """Return what a plan, or a job around one, was asked for beside its budgets, in words."""
+    plan = job.request.get("plan")
+    request = plan if isinstance(plan, dict) else job.request
+    words = {
+        "target": "Target",
+        "weight_bits": "Bit-widths",
+        "samples": "Samples",
+        "holdout_samples": "Compared on",
+        "loss": "Loss",
+        "outputs": "Outputs",
+        "effort": "Effort",
+        "rounding": "Rounding",
+        "corrections": "Corrections",
+    }
+    # A request leaves these out where they are the usual.
+    usual = {"effort": "normal", "rounding": "auto"} if "samples" in request else {}
+    given = {label: request.get(name, usual.get(name)) for name, label in words.items()}
+    return [
+        (label, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+        for label, value in given.items()
+        if value
+    ]
+
+
 def _short(digest: str | None) -> str:
     return "" if digest is None else digest.removeprefix("sha256:")[:12]
 

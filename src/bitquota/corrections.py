@@ -25,6 +25,16 @@ class Correction(StrEnum):
     weights, before quantizing: language models with RMS norms."""
 
 
+CORRECTION_WORDS = {
+    Correction.FOLD_BATCH_NORM: "batch norms folded into weights",
+    Correction.BATCH_NORM_STATISTICS: "batch-norm statistics adjusted",
+    Correction.BIAS_CORRECTION: "biases shifted",
+    Correction.SMOOTHING: "channels smoothed",
+    Correction.ROTATION: "residual stream rotated",
+}
+"""What each does, for a form."""
+
+
 REWRITTEN = frozenset({Correction.SMOOTHING, Correction.ROTATION})
 """Corrections that give the model other weights, which the plan's quantized weights describe."""
 

@@ -216,12 +216,15 @@ def test_estimate_before_submitting(server, digits_files, open_window, screensho
     assert page.is_hidden("#iterations")
     page.select_option("#rounding", "learned")
     page.fill("#iterations", "20")
+    page.fill("#holdout", "48")
+    page.check("#corrections input[value=bias_correction]")
     with page.expect_request(
         lambda sent: sent.method == "POST" and sent.url.endswith("/v1/jobs")
     ) as submitted:
         page.click("#estimate")
     asked = submitted.value.post_data_json["request"]["plan"]
     assert (asked["rounding"], asked["iterations"]) == ("learned", 20)
+    assert (asked["holdout_samples"], asked["corrections"]) == (48, ["bias_correction"])
 
     page.wait_for_selector("#estimated dl", timeout=JOB_MS)
     said = page.inner_text("#estimated")

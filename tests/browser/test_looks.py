@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import httpx
 import pytest
 
 from bitquota.errors import MeasurementFailed
@@ -45,6 +46,35 @@ class TestEveryPage:
                 window.page.screenshot(
                     path=screenshots / f"{name}-{width}-{scheme}.png", full_page=True
                 )
+
+
+def test_cancel_shows_at_once(seeded, open_window):
+    """Before the server has answered; if it cannot, the page says so and the button works again."""
+    server, job = seeded
+    with httpx.Client(base_url=server.url) as http:
+        done = http.get(f"/v1/jobs/{job}").json()
+        order = {"model": done["model"], "dataset": done["dataset"]}
+        request = {"budgets": ["3 bits"], "target": "ref-int", "corrections": ["smoothing"]}
+        body = {"kind": "plan", "request": request, **order}
+        waiting = http.post("/v1/jobs", json=body).json()["id"]
+        window = open_window()
+        page = window.page
+        page.goto(f"{server.url}/jobs/{waiting}")
+        facts = page.inner_text("[aria-labelledby=order-title] dl")
+        assert all(word in facts for word in ("ref-int", "smoothing", "512", "normal"))
+        held = []
+        page.route("**/cancel", lambda route: held.append(route))  # noqa: PLW0108  # no builtin
+        page.click("#cancel")
+        assert ("stopping", True) == (page.inner_text("#state"), page.is_disabled("#cancel"))
+        assert window.violations() == []
+        wait_for(lambda: page.evaluate("1") and held, "the request")
+        held[0].abort()
+        page.wait_for_selector("#problem:visible")
+        assert ("queued", True) == (page.inner_text("#state"), page.is_enabled("#cancel"))
+        page.unroute("**/cancel")
+        page.click("#cancel")
+        page.wait_for_selector("#state.cancelled")
+        window.complaints.clear()  # the browser logs the request that failed
 
 
 def test_sign_in_page(seeded, open_window, screenshots, tmp_path_factory):

@@ -62,8 +62,10 @@
   }
 
   let told = "";
+  let latest = first.row;
 
   function show(job) {
+    latest = job;
     const state = find("state");
     state.textContent = job.status;
     state.className = `state ${job.status}`;
@@ -81,6 +83,10 @@
       find("pace").textContent = `took ${lasting(job.finished_at - job.started_at)}`;
     } else {
       find("pace").textContent = job.status === "queued" ? "waits for its turn" : "";
+    }
+    if (job.cancel_requested && !FINAL.has(job.status)) {
+      state.textContent = "stopping";
+      find("pace").textContent = "asked to stop; what was measured is kept";
     }
     if (job.error) {
       find("problem").textContent = job.error.detail;
@@ -144,13 +150,16 @@
   const cancel = find("cancel");
   if (cancel) {
     cancel.addEventListener("click", async () => {
-      cancel.disabled = true;
+      // Seen at once; the server's next word says the same, or that it failed.
+      const before = latest;
+      show({ ...before, cancel_requested: true });
+      find("said").textContent = "The job was asked to stop.";
       try {
         await call(`/v1/jobs/${id}/cancel`, { method: "POST" });
       } catch (reason) {
         find("problem").textContent = reason.message;
         find("problem").hidden = false;
-        cancel.disabled = false;
+        show(before);
       }
     });
   }

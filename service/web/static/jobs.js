@@ -217,16 +217,21 @@
 
   /** What the form says, as the request of a plan; raises what is missing. */
   function planRequest() {
-    const widths = [...form.querySelectorAll("input[name=bits]:checked")].map((b) => +b.value);
+    const checked = (name) =>
+      [...form.querySelectorAll(`input[name=${name}]:checked`)].map((box) => box.value);
+    const widths = checked("bits").map(Number);
     const target = value("target");
     if (!target && !widths.length) throw new Error("Offer at least one bit-width.");
     const request = {
       budgets: parts(value("budgets"), /,(?!\d{3}\b)/),
       samples: Number(value("samples")),
+      holdout_samples: Number(value("holdout")),
       loss: value("loss") || "auto",
       effort: value("effort"),
       rounding: value("rounding"),
     };
+    const corrections = checked("corrections");
+    if (corrections.length) request.corrections = corrections;
     if (request.rounding === "learned") request.iterations = Number(value("iterations"));
     // A target brings all bit-widths that it stores.
     if (target) request.target = target;
