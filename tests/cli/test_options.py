@@ -163,7 +163,7 @@ class TestCompletion:
         ("line", "offered"),
         [
             ("bitquota quick", ["quickstart"]),
-            ("bitquota plan m c --target ort", ["ort-cpu"]),
+            ("bitquota plan m c --target ort-", ["ort-cpu", "ort-genai"]),
             ("bitquota plan m c --effort ", list(EFFORTS)),
             ("bitquota admin keys ro", ["rotate"]),
         ],
