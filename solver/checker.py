@@ -26,7 +26,7 @@ from bitquota.solver.checker_bounds import (
     OutwardBounds,
 )
 from bitquota.solver.checker_factor import FactorBounds, Formula, Value, exact_pairs
-from bitquota.solver.checker_joint import Components, JointBounds
+from bitquota.solver.checker_joint import Components, JointBounds, priced
 from bitquota.solver.checker_recursion import reason_not_proved
 from bitquota.solver.checker_regions import Enemies, Regions, blocks, pairs_of_orders
 from bitquota.solver.exact import dyadic
@@ -263,8 +263,13 @@ class _Checker:
             self.wide[index] = OutwardBounds(problem, frame)
             self.fast[index] = OutwardBounds(problem, frame, np.float64)
         if certificate.joint:
-            listed = problem.listed()
+            enemies = self.arithmetic.enemies
+            pairs = [(a, b) for a, its in enemies.items() for b in its if a < b]
+            listed = priced(problem.listed(), pairs)
             components = Components(listed)
+            if pairs and not components.fits:
+                listed = problem.listed()
+                components = Components(listed)
             if not components.fits:
                 raise _Broken("terms must join few groups at a time to be eliminated")
             self.exact[-1] = self.wide[-1] = JointBounds(listed, components)

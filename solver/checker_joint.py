@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,32 @@ _MOST_STATES = 1 << 23
 """Numbers of all arrays together beyond which nothing is proved."""
 _AT_ONCE = 1 << 21
 """Numbers of the largest array, over all nodes that are worked on at once."""
+
+
+def priced(problem: Problem, pairs: list[tuple[int, int]]) -> Problem:
+    """Return the problem with a term for each of ``pairs``, which must not go together.
+
+    No choice is worth less, and feasible ones are worth what they were: whatever the price, a bound
+    of this problem is a bound. It is twice as high as what solvers need to make use of.
+    """
+    size = sum(
+        float(np.abs(problem.diagonal[a:b]).max())
+        for a, b in zip(problem.offsets[:-1], problem.offsets[1:], strict=True)
+    )
+    size += math.fsum(np.abs(problem.term_values).tolist())
+    if problem.factor is not None:
+        size += float((np.abs(problem.factor).sum(axis=0) ** 2).sum())
+    price = max(min(2e3 * size, 2e297 / max(len(pairs), 1)), 2.0 * (size == 0.0))
+    found = {(a, b): v for (a, b), v in zip(
+        problem.terms.tolist(), problem.term_values.tolist(), strict=True
+    )}  # fmt: skip
+    for a, b in pairs:
+        end = (min(a, b), max(a, b))
+        found[end] = found.get(end, 0.0) + price
+    return replace(
+        problem, terms=np.array(list(found), dtype=np.int64).reshape(-1, 2),
+        term_values=np.array(list(found.values())),
+    )  # fmt: skip
 
 
 class Components:

@@ -16,7 +16,7 @@ Design: docs/design/solver.md
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 MOST_STATES = 1 << 22
 """States of all tables together up to which a problem is solved by elimination."""
+PRICE, LARGEST_PRICES = 1e3, 1e297
+"""Of a forbidden pair, relative to all terms together; and of all such pairs, so that sums end."""
 _EPS = 2.3e-16
 
 
@@ -81,6 +83,26 @@ class Eliminated:
     order: list[int]
     separators: list[list[int]]
     states: int
+
+
+def priced(problem: Problem) -> Problem:
+    """Return the problem with a term for each forbidden pair that no gain makes up for.
+
+    What feasible choices are worth stays as it is, so a bound of this problem is one of the other.
+    """
+    pairs = problem.all_forbidden_pairs()
+    if not len(pairs):
+        return problem
+    size = float(np.maximum.reduceat(np.abs(problem.diagonal), problem.offsets[:-1]).sum())
+    size += float(np.abs(problem.term_values).sum())
+    if problem.factor is not None:
+        size += float(np.square(np.abs(problem.factor).sum(axis=0)).sum())
+    price = min(PRICE * size, LARGEST_PRICES / len(pairs)) or 1.0
+    terms, at = np.unique(np.concatenate([problem.terms, pairs]), axis=0, return_inverse=True)
+    values = np.concatenate([problem.term_values, np.full(len(pairs), price)])
+    total = np.zeros(len(terms))
+    np.add.at(total, at.ravel(), values)
+    return replace(problem, terms=terms, term_values=total)
 
 
 def neighbours(problem: Problem) -> dict[int, set[int]]:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitquota.errors import InvalidProblem
 from bitquota.solver import search_kernels
 from bitquota.solver.branch import Region
 from bitquota.solver.core import first_least, reduce
@@ -86,19 +85,7 @@ class Factored(Quadratic):
     first_nodes = 1_000_000
 
     def __init__(self, problem: Problem, control: Control) -> None:
-        """Refuse what cannot be searched.
-
-        Raises:
-            InvalidProblem: Pairs among more rows than may become a matrix.
-        """
-        pairs = len(problem.forbidden_pairs) + len(problem.required_pairs)
-        if pairs and problem.n_rows > INTERIOR_ROWS and not len(problem.terms):
-            msg = (
-                f"a factor of more than {INTERIOR_ROWS:,} rows must come without forbidden and "
-                f"required pairs; got {problem.n_rows:,} rows and {pairs:,} pairs: leave rows "
-                "out, or express the pairs as budgets"
-            )
-            raise InvalidProblem(msg)
+        """Begin; see ``Quadratic``."""
         super().__init__(problem, control)
         self.form = self._form()
         self.rounding = lost_in_products(problem, problem.allowed)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitquota.errors import InvalidProblem, SolverFailed
-from bitquota.solver.elimination import MOST_STATES, eliminated, tables
+from bitquota.solver.elimination import MOST_STATES, eliminated, priced, tables
 from bitquota.solver.factored import Entangled, Factored
 from bitquota.solver.joint import Jointly
 from bitquota.solver.loading import kernels_loaded, load_kernels
@@ -45,12 +45,15 @@ def solve_native(
         start: A choice to begin with; ignored when it is infeasible.
     """
     knapsack = is_knapsack(problem)
+    large = problem.factor is not None and problem.n_rows > INTERIOR_ROWS
+    pairs = len(problem.forbidden_pairs) + len(problem.required_pairs) > 0
     sparse = len(problem.terms) > 0 or is_sparse(problem)
+    sparse |= pairs and (problem.separable or large)
     if knapsack:
         methods: tuple[str, ...] = ("knapsack",)
     elif sparse:
         methods = ("search", "matrix", "terms")
-    elif problem.factor is not None and problem.n_rows > INTERIOR_ROWS:
+    elif large:
         methods = ("search",)
     else:
         methods = ("search", "matrix")
@@ -89,11 +92,14 @@ def _by_elimination(
         InvalidProblem: Neither fits.
     """
     rank = 0 if problem.factor is None else problem.factor.shape[1]
-    listed = problem.listed()
-    found = eliminated(listed, MOST_STATES // (1 + rank // 16))
+    listed, most = problem.listed(), MOST_STATES // (1 + rank // 16)
+    posed = priced(listed)
+    found = eliminated(posed, most)
+    if found is None and not problem.separable:  # pairs then only cut off what violates them
+        posed, found = listed, eliminated(listed, most)
     if found is not None:
-        return Jointly(listed, control, tables(listed, found)).run(start)
-    if problem.cross is not None:
+        return Jointly(listed, control, tables(posed, found)).run(start)
+    if problem.cross is not None or problem.separable:
         return Quadratic(problem, control).run(start)
     if problem.n_rows > INTERIOR_ROWS:
         msg = (

@@ -91,6 +91,25 @@ class TestSmall:
         assert found.objective == pytest.approx(best.objective, rel=1.01e-6)
         assert check_solution(problem, found).holds
 
+    @pytest.mark.parametrize("joined", [[], ring(40)])
+    def test_pairs_are_eliminated(self, joined):
+        """Groups tied one to one, and rows that exclude each other, in a few regions."""
+        problem = drawn(40, 3, joined, 4)
+        tied = [(6 * g + 3 * a + j, 6 * g + 3 * (1 - a) + j)
+                for g in range(12) for a in range(2) for j in range(3)]  # fmt: skip
+        best = problem.rows(solve(problem).choice)
+        problem = replace(
+            problem, required_pairs=np.array(tied), forbidden_pairs=best[26:40].reshape(7, 2)
+        )
+        found = solve(problem)
+        assert found.status is Status.OPTIMAL
+        assert found.certificate.joint
+        assert found.nodes < 20
+        assert check_solution(problem, found).holds
+        # Without the pairs there are better choices, and the same nodes prove less.
+        free = replace(problem, required_pairs=best[:0], forbidden_pairs=best[:0])
+        assert not check_certificate(free, found.certificate).holds
+
     @pytest.mark.parametrize("rank", [0, 2])
     def test_diverged_candidate(self, rank):
         """It sets neither the scale of prices nor the gap that counts as none."""
