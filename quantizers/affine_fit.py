@@ -46,7 +46,8 @@ def fit_affine(
     best_error = _error(lines, weight, best_scale, best_low, most)
     middle = torch.zeros_like(lowest) if through_zero else (lowest + highest) / 2
     starts = [(spread * (s / most), middle + (lowest - middle) * s) for s in _SHRINK]
-    starts.append((_whole_steps(lines, weight, lowest, spread, most), lowest))
+    if most >= 3:  # one bit has no steps to leave out
+        starts.append((_whole_steps(lines, weight, lowest, spread, most), lowest))
     for start in starts:
         scale, low = start
         for _ in range(2):

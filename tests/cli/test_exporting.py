@@ -39,7 +39,7 @@ class TestInspect:
         for name in ("stem", "stage/depthwise", "classify"):
             assert name in out
         assert "8x3x3x3" in out
-        assert "2,4,8,32" in out
+        assert "int2,int4,int8,float" in out
         assert "Target ort-cpu: 0 ties; smallest whole model" in out
 
     def test_json(self, bitquota, llama_folder):

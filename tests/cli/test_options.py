@@ -15,6 +15,7 @@ from bitquota.cli import app, comparing, main, planning, training
 from bitquota.cli import options as opt
 from bitquota.cli.bundles import Bundle, with_bundles
 from bitquota.cli.examples import EXAMPLES
+from bitquota.cli.here import Here
 from bitquota.cli.training_options import SETTINGS_OPTIONS, TRAINING_OPTIONS, Training
 from bitquota.errors import InvalidInput
 from bitquota.request import EFFORTS, PlanRequest
@@ -30,7 +31,7 @@ class TestWithOptions:
 
         @opt.with_options()
         def command(
-            model: str, calibration: str, request: PlanRequest, here: opt.Here, extra: int = 3
+            model: str, calibration: str, request: PlanRequest, here: Here, extra: int = 3
         ) -> None:
             seen.append((model, calibration, request, here, extra))
 
@@ -185,7 +186,7 @@ class TestMix:
     def here(**values):
         """The options of a command that were given, and defaults of all others."""
         defaults = {name: default for name, (_, default) in opt._HERE.items()}
-        return opt.Here(**defaults | values)
+        return Here(**defaults | values)
 
     def test_shares_of_two_texts(self, llama_folder, tmp_path):
         """Of the shorter one for its share all windows are taken."""

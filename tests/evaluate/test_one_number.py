@@ -15,7 +15,7 @@ from bitquota.candidates.targets import TARGETS
 from bitquota.ci.lock import Limits, make_lock
 from bitquota.cli import main
 from bitquota.context import Context, MemoryLedger
-from bitquota.corrections import Correction
+from bitquota.corrections import REWRITTEN, Correction
 from bitquota.evaluate.scoring import evaluate_plans, score_plans
 from bitquota.measurement_setup import build_setup
 from bitquota.models.load import load_model
@@ -34,8 +34,8 @@ from format_networks import plan_with
 
 pytestmark = pytest.mark.slow  # whole chains
 FEEDBACK = Scheme(rounding=Rounding.ERROR_FEEDBACK)
-# How channels were scaled is in the file of quantized weights only: test_shipped_weights.py.
-ALL = tuple(c for c in Correction if c is not Correction.SMOOTHING)
+# How weights were changed before is in the file of quantized weights only: test_shipped_weights.py.
+ALL = tuple(c for c in Correction if c not in REWRITTEN)
 CPU = Context(device="cpu")
 # A target family each: the rest of them offer the same schemes, or none to layers this small.
 FAMILIES = ("ref-int", "ort-cpu", "openvino-cpu", "mcu", "coreml")

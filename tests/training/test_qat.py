@@ -10,7 +10,7 @@ import torch
 from bitquota.candidates.budget import Budget
 from bitquota.candidates.storage import Scheme
 from bitquota.candidates.table import Candidate
-from bitquota.corrections import Correction
+from bitquota.corrections import REWRITTEN, Correction
 from bitquota.errors import BudgetTooSmall, InvalidInput, InvalidPlan, StalePlan
 from bitquota.exports.export import export_plan
 from bitquota.models.calibration import CalibrationSet
@@ -80,7 +80,7 @@ class TestFinetunePlan:
         other.load_state_dict(saved.state)
         assert model_fingerprint(other) == found.plan.model_digest
 
-    @pytest.mark.parametrize("correction", [c for c in Correction if c is not Correction.SMOOTHING])
+    @pytest.mark.parametrize("correction", [c for c in Correction if c not in REWRITTEN])
     def test_corrections_are_trained(self, model, data, correction):
         """Folded batch norms stay folded; statistics ship with the weights."""
         plan = plan_of(model, 3, corrections=(correction,))

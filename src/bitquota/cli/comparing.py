@@ -10,6 +10,7 @@ import typer
 from bitquota.candidates.caches import CACHE_SCALES
 from bitquota.cli import estimating, output, remote
 from bitquota.cli import options as opt
+from bitquota.cli.here import Here
 from bitquota.cli.written import Written
 from bitquota.report.comparison_plot import check_plot, plot_comparison
 from bitquota.request import PlanRequest
@@ -37,7 +38,7 @@ def compare(
     model: opt.Model,
     calibration: opt.Calibration,
     request: PlanRequest,
-    here: opt.Here,
+    here: Here,
     metrics: Annotated[
         list[str] | None,
         typer.Option(
@@ -106,7 +107,7 @@ def print_comparison(found: Comparison) -> None:
 
 
 def _compare_here(
-    model: str, calibration: str, request: PlanRequest, here: opt.Here, options: dict[str, Any]
+    model: str, calibration: str, request: PlanRequest, here: Here, options: dict[str, Any]
 ) -> Comparison:
     with here.measuring() as context:
         from bitquota.search.compare import compare as run

@@ -10,7 +10,7 @@ from bitquota.cli import output, remote
 from bitquota.report import estimate as report
 
 if TYPE_CHECKING:
-    from bitquota.cli.options import Here
+    from bitquota.cli.here import Here
     from bitquota.estimate import JobEstimate
     from bitquota.request import PlanRequest
 

@@ -9,6 +9,7 @@ import typer
 
 from bitquota.cli import options as opt
 from bitquota.cli import output
+from bitquota.cli.here import default_ledger
 from bitquota.cli.written import Written
 from bitquota.errors import InvalidInput
 from bitquota.models.sources import require_existing
@@ -22,7 +23,7 @@ Archive = Annotated[Path, typer.Argument(help="Archive of measurements.")]
 
 
 def _existing(path: Path | None) -> Path:
-    found = path or opt.default_ledger()
+    found = path or default_ledger()
     if not found.is_file():
         msg = (
             f"the measurement cache must exist to be read; '{found}' does not: measure "
@@ -64,7 +65,7 @@ def export(archive: Archive, ledger: opt.LedgerPath = None) -> None:
 def import_(archive: Archive, ledger: opt.LedgerPath = None) -> None:
     """Add the measurements of ARCHIVE; existing ones stay as they are."""
     require_existing(archive, "what 'bitquota ledger export' wrote", "ARCHIVE")
-    path = ledger or opt.default_ledger()
+    path = ledger or default_ledger()
     with SqliteLedger(path) as kept:
         before = len(kept)
         n = import_entries(kept, archive)

@@ -6,28 +6,22 @@ Design: docs/design/client.md
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from bitquota.candidates.budget import check_budgets, parse_bytes
+from bitquota.candidates.budget import check_budgets
 from bitquota.candidates.caches import CACHE_SCALES
 from bitquota.candidates.cost_table import CostTable
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, ScaleRule, Scheme
 from bitquota.candidates.targets import TARGETS, target_by_name
 from bitquota.candidates.targets.format_names import bits_of_names
-from bitquota.cli import output
 from bitquota.cli.bundles import Bundle, with_bundles
-from bitquota.cli.loading import check_sources, load_samples
-from bitquota.context import DEFAULT_MEMORY_BYTES, Context
+from bitquota.cli.here import Here
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
-from bitquota.journal import Journal
-from bitquota.models.sources import cache_folder
 from bitquota.request import (
     AUTO_LOSS,
     DEFAULT_WEIGHT_BITS,
@@ -41,11 +35,6 @@ from bitquota.request import (
     SOLVERS,
     PlanRequest,
 )
-from bitquota.sensitivity.cache import SqliteLedger
-
-if TYPE_CHECKING:
-    from bitquota.models.calibration import CalibrationSet
-    from bitquota.models.loaded import LoadedModel
 
 
 def among(names: Iterable[str]) -> Callable[[str], list[str]]:
@@ -311,7 +300,6 @@ Shares = Annotated[
         "equal).",
     ),
 ]
-LEAST_MEMORY_BYTES = 2**26
 
 DEFAULT_LENGTH = 128
 
@@ -325,11 +313,6 @@ ApiKey = Annotated[
     str | None,
     typer.Option("--api-key", envvar="BITQUOTA_API_KEY", help="API key for --server."),
 ]
-
-
-def default_ledger() -> Path:
-    """Return the ledger in the user's cache folder."""
-    return cache_folder() / "ledger.sqlite"
 
 
 def parse_bits(text: str | None, option: str = "--bits") -> tuple[int, ...]:
@@ -374,133 +357,6 @@ def parse_fixed(items: list[str] | None) -> dict[str, int]:
 def parse_ties(items: list[str] | None) -> tuple[tuple[str, ...], ...]:
     """Return comma-separated patterns as tuples."""
     return tuple(tuple(part.strip() for part in item.split(",")) for item in items or [])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Here:
-    """How and where a command measures on this machine.
-
-    Attributes:
-        tokenizer: For texts.
-        length: For texts: tokens per sample.
-        mix: Further calibration sets.
-        shares: Of all sets among the samples, as text; ``None`` for equal ones.
-        device: Where the model runs.
-        ledger: Where measurements are kept, or ``None`` for the cache folder.
-        imatrix: Importance matrix, or ``None``.
-        memory: What a measurement may keep in memory, or ``None`` for 1 GiB.
-        server: Where to run instead, or ``None``: then all of the above is the server's.
-        api_key: For the server.
-    """
-
-    tokenizer: str | None
-    length: int
-    mix: list[str] | None
-    shares: str | None
-    device: str
-    ledger: Path | None
-    imatrix: Path | None
-    memory: str | None
-    server: str | None
-    api_key: str | None
-
-    def __post_init__(self) -> None:
-        """Refuse what would be ignored."""
-        local = {
-            "--imatrix": self.imatrix,
-            "--tokenizer": self.tokenizer,
-            "--mix": self.mix,
-            "--ledger": self.ledger,
-            "--device": None if self.device == "auto" else self.device,
-            "--memory": self.memory,
-        }
-        given = [name for name, value in local.items() if value]
-        if self.memory_bytes < LEAST_MEMORY_BYTES:
-            msg = f"--memory must be at least 64 MiB; got '{self.memory}'"
-            raise InvalidInput(msg, memory=str(self.memory))
-        if self.server is not None and given:
-            named = " and ".join(given)
-            msg = f"{named} is used on this machine only; leave --server out, or {named}"
-            raise InvalidInput(msg)
-
-    @property
-    def parts(self) -> list[float]:
-        """The share of each calibration set; raises ``InvalidInput``."""
-        n = 1 + len(self.mix or ())
-        if self.shares is None:
-            return [1.0] * n
-        try:
-            found = [float(part) for part in self.shares.split(",")]
-        except ValueError:
-            found = []
-        if len(found) != n or not all(0 < share < float("inf") for share in found):
-            msg = (
-                f"--shares must be a positive number for CALIBRATION and each --mix, here {n}, "
-                f"separated by commas; got '{self.shares}'"
-            )
-            raise InvalidInput(msg, shares=self.shares)
-        return found
-
-    @property
-    def memory_bytes(self) -> int:
-        """What a measurement may keep in memory; raises ``InvalidInput`` if it cannot be read."""
-        return DEFAULT_MEMORY_BYTES if self.memory is None else parse_bytes(self.memory)
-
-    def check(self, model: str, calibration: str) -> None:
-        """Raise what can be told of a model and its samples before anything is loaded."""
-        _ = self.parts
-        check_sources(
-            model,
-            calibration,
-            *(self.mix or ()),
-            tokenizer=self.tokenizer,
-            imatrix=self.imatrix,
-            server=self.server,
-        )
-
-    def load(self, model: str, calibration: str) -> tuple[LoadedModel, CalibrationSet]:
-        """Load a model and its samples; a device that is not there is told before."""
-        from bitquota.models.load import load_within
-        from bitquota.models.mixing import mixed
-        from bitquota.models.running import choose_device
-
-        choose_device(self.device)
-        loaded = replace(load_within(model, self.memory_bytes), imatrix=self.imatrix)
-        sets = [
-            load_samples(spec, model=model, tokenizer=self.tokenizer, length=self.length)
-            for spec in (calibration, *(self.mix or ()))
-        ]
-        return loaded, mixed(sets, self.parts)
-
-    @contextmanager
-    def measuring(self) -> Iterator[Context]:
-        """Open the ledger and show progress; yields the context of a measurement."""
-        place = self.ledger or default_ledger()
-        place.parent.mkdir(parents=True, exist_ok=True)
-        journal = Journal(place.with_name(f"{place.name}.unfinished"), tell=output.say)
-        journal.clear_abandoned()
-        with (
-            SqliteLedger(place) as kept,
-            output.shown_progress() as on_progress,
-        ):
-            if kept.superseded:
-                output.say(
-                    f"{kept.superseded:,} measurements in {place} are of a release that told "
-                    "models apart by their weights alone; they are not used again: delete the "
-                    "file to free its space"
-                )
-            try:
-                yield Context(
-                    ledger=kept,
-                    on_progress=on_progress,
-                    device=self.device,
-                    memory_bytes=self.memory_bytes,
-                    journal=journal,
-                )
-            except KeyboardInterrupt:
-                output.say(f"what was measured is in {place}: the same command goes on from there")
-                raise
-        output.say_use()
 
 
 _REQUEST: dict[str, tuple[Any, Any]] = {

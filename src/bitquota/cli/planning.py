@@ -12,6 +12,7 @@ import typer
 from bitquota.canonical import JsonObject, write_whole
 from bitquota.cli import estimating, output, remote
 from bitquota.cli import options as opt
+from bitquota.cli.here import Here
 from bitquota.cli.written import (
     Written,
     former_certificate,
@@ -35,7 +36,7 @@ def plan(
     model: opt.Model,
     calibration: opt.Calibration,
     request: PlanRequest,
-    here: opt.Here,
+    here: Here,
     out: Annotated[
         Path,
         typer.Option(
@@ -157,7 +158,7 @@ def _plan_here(
     model: str,
     calibration: str,
     request: PlanRequest,
-    here: opt.Here,
+    here: Here,
     matrix_out: Written | None,
 ) -> tuple[tuple[Plan, ...], tuple[bytes | None, ...], tuple[bytes | None, ...]]:
     with here.measuring() as context:
@@ -178,7 +179,7 @@ def measure(
     model: opt.Model,
     calibration: opt.Calibration,
     request: PlanRequest,
-    here: opt.Here,
+    here: Here,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Sensitivity matrix to write (.npz).")
     ] = Path("sensitivity.npz"),
@@ -213,7 +214,7 @@ def measure(
 
 
 def _measure_here(
-    model: str, calibration: str, request: PlanRequest, here: opt.Here
+    model: str, calibration: str, request: PlanRequest, here: Here
 ) -> SensitivityMatrix:
     with here.measuring() as context:
         from bitquota.search.allocate import measure_matrix

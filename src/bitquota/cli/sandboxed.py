@@ -31,7 +31,7 @@ import typer
 
 from bitquota.canonical import nearest_existing
 from bitquota.cli import output
-from bitquota.cli.options import default_ledger
+from bitquota.cli.here import default_ledger
 from bitquota.errors import InvalidInput
 from bitquota.models.sources import FACTORY
 from bitquota.plan import BESIDE, weights_near
