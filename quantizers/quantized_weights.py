@@ -13,7 +13,7 @@ from bitquota.errors import InvalidInput, MeasurementFailed
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.running import tensor_of
 from bitquota.quantizers.rounders import Rounder
-from bitquota.quantizers.weights import finite_matrix, quantize
+from bitquota.quantizers.weights import finite_matrix, quantize, rows_by_width
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -96,12 +96,11 @@ class QuantizedWeights:
     def _of_rows(self, candidate: Candidate) -> Tensor:
         """Return rows of the weights of one bit-width: no row depends on another."""
         layer, scheme = self.layer(candidate.layer), candidate.scheme
-        widths = torch.tensor(candidate.row_bits)
         mixed = to_matrix(self.original(layer.name), layer).clone()
-        for bits in sorted(set(candidate.row_bits)):
+        for bits, rows in rows_by_width(candidate.row_bits):
             whole = self(Candidate.of(layer, bits, scheme.of_parts))
-            rows = (widths == bits).nonzero()[:, 0].to(mixed.device)
-            mixed[rows] = to_matrix(whole, layer)[rows]
+            own = rows.to(mixed.device)
+            mixed[own] = to_matrix(whole, layer)[own]
         return from_matrix(mixed, layer)
 
     def stored(self, candidate: Candidate) -> QuantizedWeight:

@@ -101,21 +101,19 @@ class QuantizedWeight:
         """
         if not self.scheme.row_bits:
             return [(torch.arange(len(self.codes)), self)]
-        widths = torch.tensor(self.scheme.row_bits)
         return [
-            (
-                rows := (widths == bits).nonzero()[:, 0],
-                replace(
-                    self,
-                    codes=self.codes[rows],
-                    scales=self.scales[rows],
-                    zero_points=None if self.zero_points is None else self.zero_points[rows],
-                    bits=bits,
-                    scheme=self.scheme.of_parts,
-                ),
-            )
-            for bits in sorted(set(self.scheme.row_bits))
+            (rows, replace(self.take(rows), bits=bits, scheme=self.scheme.of_parts))
+            for bits, rows in rows_by_width(self.scheme.row_bits)
         ]
+
+    def take(self, rows: Tensor) -> QuantizedWeight:
+        """Return the same of some ``rows``, i64[n], alone."""
+        return replace(
+            self,
+            codes=self.codes[rows],
+            scales=self.scales[rows],
+            zero_points=None if self.zero_points is None else self.zero_points[rows],
+        )
 
     def order(self) -> Tensor:
         """Return i64[rows]: which rows the parts have, one part after the other."""
@@ -201,6 +199,12 @@ def quantize(
     return QuantizedWeight(codes=codes, scales=scales, zero_points=zeros, bits=bits, scheme=scheme)
 
 
+def rows_by_width(row_bits: Sequence[int]) -> list[tuple[int, Tensor]]:
+    """Return which rows have each bit-width, i64[n], narrowest first."""
+    widths = torch.tensor(row_bits)
+    return [(bits, (widths == bits).nonzero()[:, 0]) for bits in sorted(set(row_bits))]
+
+
 def _of_rows(
     matrix: Tensor,
     scheme: Scheme,
@@ -220,12 +224,10 @@ def _of_rows(
             f"{len(scheme.row_bits)}"
         )
         raise InvalidInput(msg, rows=len(matrix))
-    widths = torch.tensor(scheme.row_bits)
     # Moments of groups of rows stand for all of these.
     whole = inputs_gram is not None and inputs_gram.ndim == 3 and len(inputs_gram) > 1
     parts = []
-    for bits in sorted(set(scheme.row_bits)):
-        rows = (widths == bits).nonzero()[:, 0]
+    for bits, rows in rows_by_width(scheme.row_bits):
         taken = torch.arange(len(matrix)) if whole else rows
         weight = None if importance is None else importance.expand_as(matrix)[taken]
         found = quantize(
@@ -237,12 +239,7 @@ def _of_rows(
             rounding=rounding,
             polish=polish,
         )
-        if whole:
-            zeros = None if found.zero_points is None else found.zero_points[rows]
-            found = replace(
-                found, codes=found.codes[rows], scales=found.scales[rows], zero_points=zeros
-            )
-        parts.append((rows, found))
+        parts.append((rows, found.take(rows) if whole else found))
     return QuantizedWeight.of_parts(parts, scheme)
 
 
