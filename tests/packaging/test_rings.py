@@ -18,10 +18,11 @@ LATE = {
         "cli.evaluating": {"evaluate.scoring", "models.factory", "models.load", "models.loaded"},
         "cli.exporting": {"exports.export", "models.load"},
         "cli.gating": {"evaluate.scoring", "models.load", "models.loaded", "models.samples"},
+        "cli.here": {"models.load", "models.mixing", "models.running"},
         "cli.importing": {"solver", "solver.files", "solver.posed_problem"},
         "cli.inspecting": {"models.inspection", "models.load"},
         "cli.loading": {"models.samples", "models.text"},
-        "cli.options": {"models.load", "models.mixing", "models.running", "solver.backends"},
+        "cli.options": {"solver.backends"},
         "cli.planning": {"search.allocate"},
         "cli.profiling": {
             "exports.energy",
