@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # The demonstration needs fewer packages; where all are installed they serve it too.
 DEMO_INSTALLED := $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(VENV)/.installed-demo)
+KERNELS := $(VENV)/.kernels
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Files are handed out in the order of tests/conftest.py: the longest first. For two cores; the whole
 # suite takes a third process, because those with live servers wait for these most of the time.
@@ -45,15 +46,19 @@ $(INSTALLED) $(VENV)/.installed-demo: pyproject.toml constraints.txt
 	@cd "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
 		"$(abspath $(BIN))/python" -m compileall -qq -j 0 -x '/tests?/' \
 		torch sympy mpmath networkx numba llvmlite numpy scipy || true
-	@# Likewise the solver's kernels, which each process that comes first would compile for itself.
+	@touch $@
+
+# Likewise the solver's kernels, which each process that comes first would compile for itself: a
+# minute on one core.
+$(KERNELS): $(DEMO_INSTALLED) $(wildcard solver/*.py)
 	@$(BIN)/python -m bitquota.service.worker.evaluator --warm-up
 	@touch $@
 
-demo: $(DEMO_INSTALLED) ## Train a small network, start the service, plan two budgets over HTTP
+demo: $(KERNELS) ## Train a small network, start the service, plan two budgets over HTTP
 	@$(BIN)/bitquota demo --out demo
 
 test: $(INSTALLED) ## Everything that must hold: lint, types, imports, tests
-	@$(MAKE) --no-print-directory -j 2 lint types imports
+	@$(MAKE) --no-print-directory -j 2 $(KERNELS) types lint imports
 	@$(MAKE) --no-print-directory pytest
 
 check: $(INSTALLED) ## Lint, types, imports and the fast tests: two minutes, for use while working
