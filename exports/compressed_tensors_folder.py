@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 from contextlib import redirect_stderr
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,14 +19,16 @@ from bitquota.exports.hugging_face_folder import (
     source_folder,
     stored_sizes,
     stored_type,
+    write_tensors,
 )
 from bitquota.exports.prepared import widths_must_be
 from bitquota.models.huggingface import return_tensor
+from bitquota.models.identity import HALF_TYPES
 from bitquota.quantizers.float_formats import scale_bytes, stored_scales, tensor_factor
 from bitquota.quantizers.packing import pack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -52,23 +55,22 @@ class CompressedTensorsFolder:
 
     def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the folder, read every tensor back, load it with transformers and run it."""
-        from safetensors.torch import save_file
-
         source = source_folder(prepared, "compressed-tensors")
         self._check(prepared)
 
         # Packed weights, the other tensors, the config and what else the source folder holds.
-        tensors: dict[str, Tensor] = {}
         factors = shared_factors(prepared.weights)
-        for name, weight in prepared.weights.items():
-            tensors |= _layer_tensors(name, weight, factors.get(name, 1.0))
-        shapes = {k for k in tensors if k.endswith(".weight_shape")}
-        for name, tensor in prepared.unquantized_tensors().items():
-            tensors[name] = tensor.detach().contiguous().to(stored_type(source))
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for name, weight in prepared.weights.items():
+                yield from _layer_tensors(name, weight, factors.get(name, 1.0)).items()
+            for name, tensor in prepared.unquantized_tensors().items():
+                yield name, tensor.detach().to(stored_type(source))
+
         config = _config(source, prepared)
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         path = folder / _WEIGHTS
-        save_file(tensors, path, metadata={"format": "pt"})
+        write_tensors(path, tensors(), metadata={"format": "pt"})
         paths = [path, folder / "config.json"]
         paths += copy_other_files(source, folder)
 
@@ -88,7 +90,7 @@ class CompressedTensorsFolder:
                 )
             )
         held = sum(sizes.values())
-        described = sum(sizes[k] for k in shapes)
+        described = sum(sizes.get(f"{name}.weight_shape", 0) for name in prepared.weights)
         return prepared.report(
             self.name,
             self.load(prepared, folder),
@@ -102,7 +104,12 @@ class CompressedTensorsFolder:
         )
 
     def load(self, prepared: PreparedExport, folder: Path) -> nn.Module:
-        """Load the folder with transformers, as a user would, in float32."""
+        """Load the folder with transformers, as a user would, in float32.
+
+        Where weights stay in their files, compressed-tensors unpacks one layer after the other.
+        """
+        if prepared.model.pages is not None:
+            return prepared.with_tensors(_unpacking(prepared, folder))
         import transformers
 
         kind = getattr(transformers, prepared.model.architecture)
@@ -194,6 +201,44 @@ def _fused(names: Iterable[str]) -> list[tuple[str, ...]]:
     """Return the layers that vLLM makes one matrix of."""
     listed = list(names)
     return [joined for tie in FUSED_SIBLINGS for joined in siblings_in(tie, listed)]
+
+
+def _unpacking(prepared: PreparedExport, folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """Return a reader for each tensor of the model that the folder holds."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+    from safetensors import safe_open
+
+    file: Any = safe_open(str(folder / _WEIGHTS), framework="pt")
+    held = set(file.keys())
+    groups = json.loads((folder / "config.json").read_text())["quantization_config"]
+    schemes = {
+        name: QuantizationScheme.model_validate(group)
+        for group in groups["config_groups"].values()
+        for name in group["targets"]
+    }
+    parts: dict[str, list[str]] = {name: [] for name in schemes}
+    for tensor in held:
+        owner, _, leaf = tensor.rpartition(".")
+        if owner in parts:
+            parts[owner].append(leaf)
+
+    def unpacked(name: str) -> Tensor:
+        scheme = schemes[name]
+        packed = {leaf: file.get_tensor(f"{name}.{leaf}") for leaf in parts[name]}
+        # It multiplies in the type of the scales, which transformers loads in float32.
+        packed = {leaf: t.float() if t.dtype in HALF_TYPES else t for leaf, t in packed.items()}
+        found = BaseCompressor.get_value_from_registry(scheme.format).decompress(packed, scheme)
+        weight: Tensor = found["weight"]
+        return weight
+
+    state = prepared.module.state_dict()
+    readers: dict[str, Callable[[], Tensor]] = {
+        name: partial(file.get_tensor, name) for name in held & state.keys()
+    }
+    return readers | {
+        prepared.layers[name].weight_name: partial(unpacked, name) for name in schemes
+    }
 
 
 def _notes(factors: Mapping[str, float]) -> tuple[str, ...]:

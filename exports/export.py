@@ -38,6 +38,7 @@ from bitquota.exports.openvino_ir import OpenvinoIr
 from bitquota.exports.prepared import PreparedExport, prepare_export
 from bitquota.exports.ref_int import RefInt
 from bitquota.exports.timed import timed_budget, with_time
+from bitquota.models.loaded import in_memory
 from bitquota.plan import Plan
 
 if TYPE_CHECKING:
@@ -105,6 +106,11 @@ EXPORTERS: dict[str, Exporter] = {
 }
 """In order of preference."""
 
+
+BY_TENSOR = frozenset(
+    {GgufFile.name, CompressedTensorsFolder.name, MlxFolder.name, *(c.name for c in CONFIG_FILES)}
+)
+"""Formats that are written tensor by tensor, so that weights may stay in their files."""
 
 GRIDS: dict[str, frozenset[Grid]] = {
     RefInt.name: frozenset(Grid) - {Grid.K_BLOCKS},
@@ -195,6 +201,8 @@ def export_plan(
     check_folder(folder)
     check_grids(plan, exporter.name)
     options = cache_options(plan, exporter.name)
+    if exporter.name not in BY_TENSOR:
+        model = in_memory(model)
     prepared = prepare_export(
         model, plan, target=chosen, samples=samples, correction_data=correction_data
     )
@@ -250,6 +258,8 @@ def load_export(
     if not exporter.runs_here:
         msg = f"files of format '{format_name}' cannot be run on this machine"
         raise InvalidInput(msg, format=format_name)
+    if exporter.name not in BY_TENSOR:
+        model = in_memory(model)
     prepared = prepare_export(model, plan, correction_data=correction_data)
     return exporter.load(prepared, folder)
 

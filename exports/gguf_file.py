@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
+import tempfile
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from bitquota.models.gguf_names import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from bitquota.canonical import JsonObject
     from bitquota.exports.export_report import ExportReport
@@ -60,7 +61,9 @@ class GgufFile:
         rope = rope_of(prepared.module, config, ARCHITECTURES[config["model_type"]])
         names = gguf_names(prepared.module.state_dict(), config)
         path = folder / FILE
-        writer = gguf.GGUFWriter(str(path), ARCHITECTURES[config["model_type"]])
+        writer = gguf.GGUFWriter(str(path), ARCHITECTURES[config["model_type"]], use_temp_file=True)
+        # Tensors wait in a file for what stands before them; gguf's own would fill memory first.
+        writer.temp_file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # gguf closes it
         add_metadata(writer, config, rope)
         folder_notes = add_tokenizer(writer, _source_folder(prepared), config["vocab_size"])
 
@@ -148,20 +151,18 @@ class GgufFile:
         gguf = gguf_package()
         config = _config(prepared)
         back = {v: k for k, v in gguf_names(prepared.module.state_dict(), config).items()}
-        module = copy.deepcopy(prepared.module)
-        state = module.state_dict()
-        with torch.no_grad():
-            for found in gguf.GGUFReader(str(folder / FILE)).tensors:
-                if found.name == ROPE_FACTORS:
-                    continue
-                name = back[found.name]
-                values = gguf.quants.dequantize(found.data, found.tensor_type)
-                order = row_order(name, config)
-                if order is not None:
-                    values = values[np.argsort(order)]
-                tensor = torch.from_numpy(np.array(values, dtype=np.float32))
-                state[name].copy_(tensor.reshape(state[name].shape))
-        return module
+
+        def read(found: Any, name: str) -> Tensor:  # noqa: ANN401  # a tensor of gguf's reader
+            values = gguf.quants.dequantize(found.data, found.tensor_type)
+            order = row_order(name, config)
+            if order is not None:
+                values = values[np.argsort(order)]
+            shape = prepared.module.get_parameter(name).shape
+            return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(shape)
+
+        found = gguf.GGUFReader(str(folder / FILE)).tensors
+        named = {back[t.name]: t for t in found if t.name != ROPE_FACTORS}
+        return prepared.with_tensors({name: partial(read, t, name) for name, t in named.items()})
 
     @staticmethod
     def _check(prepared: PreparedExport) -> None:

@@ -28,11 +28,13 @@ from bitquota.exports.hugging_face_folder import (
     source_folder,
     stored_sizes,
     stored_type,
+    write_tensors,
 )
 from bitquota.exports.prepared import widths_must_be
 from bitquota.quantizers.packing import pack
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -66,19 +68,18 @@ class MlxFolder:
 
     def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the folder, read every size back, load it with mlx-lm and run it."""
-        from safetensors.torch import save_file
-
         source = source_folder(prepared, "mlx")
         self._check(prepared)
 
         # Packed weights, the other tensors, the config and what else the source folder holds.
-        tensors: dict[str, Tensor] = {}
-        for name, weight in prepared.weights.items():
-            tensors |= _layer_tensors(name, weight)
-        for name, tensor in prepared.unquantized_tensors().items():
-            tensors[name] = tensor.detach().contiguous().to(stored_type(source))
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for name, weight in prepared.weights.items():
+                yield from _layer_tensors(name, weight).items()
+            for name, tensor in prepared.unquantized_tensors().items():
+                yield name, tensor.detach().to(stored_type(source))
+
         path, config = folder / _WEIGHTS, folder / "config.json"
-        save_file(tensors, path, metadata={"format": "mlx"})
+        write_tensors(path, tensors(), metadata={"format": "mlx"})
         config.write_text(json.dumps(_config(source, prepared), indent=2, sort_keys=True) + "\n")
         paths = [path, config, *copy_other_files(source, folder)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +19,21 @@ from bitquota.exports.export_report import (
     describe_files,
 )
 from bitquota.models.binding import bound
-from bitquota.models.loaded import check_model
+from bitquota.models.loaded import check_model, in_memory
+from bitquota.models.on_demand import on_demand
 from bitquota.models.onnx.program import source_of
 from bitquota.models.running import primary_output
 from bitquota.quantizers.apply import apply_plan
-from bitquota.quantizers.planned import full_precision_module, quantizers_of
+from bitquota.quantizers.planned import (
+    full_precision_module,
+    quantizers_of,
+    run_from_files,
+    runs_from_files,
+)
 from bitquota.quantizers.quantized_model import shipped_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -42,6 +49,8 @@ if TYPE_CHECKING:
 
 VERIFY_SAMPLES = 64
 """Samples on which an export is compared with fake-quantization."""
+VERIFY_BYTES = 2**27
+"""Of a language model's logits on them, at most: vocabularies are large."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,7 +64,8 @@ class PreparedExport:
         module: A copy of the model with fake-quantized weights and the plan's corrections.
         layers: The plan's layers by name.
         candidates: The plan's candidates by layer, without what they say of activations.
-        weights: Integer codes and scales of every quantized layer.
+        weights: Integer codes and scales of every quantized layer; of a model with weights in
+            files each is read when it is asked for.
         inputs: A few samples, or ``None``: then nothing is run.
         reference: Output of ``module`` on them.
         identity_note: What must be said of the digest that the plan names its model by.
@@ -69,7 +79,7 @@ class PreparedExport:
     module: nn.Module
     layers: dict[str, Layer]
     candidates: dict[str, Candidate]
-    weights: dict[str, QuantizedWeight]
+    weights: Mapping[str, QuantizedWeight]
     inputs: tuple[Tensor, ...] | None = None
     reference: Tensor | None = None
     identity_note: str = ""
@@ -78,8 +88,8 @@ class PreparedExport:
 
     def without(self, unused: Sequence[str]) -> PreparedExport:
         """Return the same without layers that the file lacks because nothing reads them."""
-        weights = {k: v for k, v in self.weights.items() if k not in unused}
-        return replace(self, weights=weights, unused=tuple(unused))
+        kept = {k: v for k, v in self.weights.items() if k not in unused}
+        return replace(self, weights=kept, unused=tuple(unused))
 
     @property
     def planned_rest_bits(self) -> int:
@@ -174,6 +184,20 @@ class PreparedExport:
         source = source_of(self.module)
         return source is not None and any(tensor.dtype == np.float16 for tensor in source.fed)
 
+    def with_tensors(self, readers: Mapping[str, Callable[[], Tensor]]) -> nn.Module:
+        """Return a copy of ``module`` with other tensors, by name; readers return their values.
+
+        Of a model with weights in files each is read while its module runs.
+        """
+        if self.model.pages is not None:
+            return on_demand(self.model, readers)
+        module = copy.deepcopy(self.module)
+        state = module.state_dict()
+        with torch.no_grad():
+            for name, read in readers.items():
+                state[name].copy_(read())
+        return module
+
     def unquantized_tensors(self) -> dict[str, Tensor]:
         """Return every other tensor of the corrected model that ships, each stored once."""
         quantized = {
@@ -218,12 +242,15 @@ def prepare_export(
         InvalidInput: Corrections or error feedback without data.
     """
     note = check_model(plan, model)
+    if not runs_from_files(plan, model):
+        model = in_memory(model)
     if target is not None:
         plan.require(target)
     samples = None if samples is None else bound(model, samples)
     correction_data = None if correction_data is None else bound(model, correction_data)
     data = correction_data if correction_data is not None else samples
-    module = full_precision_module(model, plan, data)
+    from_files = model.pages is not None
+    module = model.module if from_files else full_precision_module(model, plan, data)
     layers = {a.layer.name: a.layer for a in plan.assignments}
     # What a runtime calibrates for itself is in no file: only weights are written and compared.
     candidates = {
@@ -234,12 +261,17 @@ def prepare_export(
 
     # The weights that were written beside the plan, or as it quantizes them now; and the model
     # that has them.
-    weights: dict[str, QuantizedWeight] = {}
+    stored: dict[str, QuantizedWeight] = {}
+    weights: Mapping[str, QuantizedWeight] = stored
     shipped = shipped_weights(plan, model)
     if shipped is not None:
-        weights.update(shipped.weights)
-        quantized = replace(shipped, activations={}).put_into(module, plan.inventory)
+        weights = shipped.weights
+        if from_files:
+            quantized = run_from_files(model, plan, shipped)
+        else:
+            quantized = replace(shipped, activations={}).put_into(module, plan.inventory)
     else:
+        weights = stored = {}
         chosen = tuple(candidates.values())
         quantized = apply_plan(
             module,
@@ -248,13 +280,14 @@ def prepare_export(
             corrections=plan.corrections,
             correction_data=data,
             fitted=quantizers_of(plan, model, module, chosen, data),
-            stored=weights,
+            stored=stored,
         )
 
     # What exported files will be compared with.
     inputs = verifying_inputs(model, samples)
     reference = None
     if inputs is not None:
+        inputs = _few_enough(model, quantized, inputs)
         with torch.no_grad():
             reference = primary_output(quantized(*inputs))
     return PreparedExport(
@@ -288,6 +321,18 @@ def verifying_inputs(
         torch.randn(t.shape, generator=noise) if t.is_floating_point() else t
         for t in model.example_inputs
     )
+
+
+def _few_enough(
+    model: LoadedModel, module: nn.Module, inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Return so many of the inputs that the outputs of a language model stay small."""
+    if model.folder is None or inputs[0].is_floating_point():
+        return inputs
+    with torch.no_grad():
+        one = primary_output(module(*(t[:1] for t in inputs)))
+    n = max(1, VERIFY_BYTES // (4 * one.numel()))
+    return tuple(t[:n] for t in inputs)
 
 
 def widths_must_be(prepared: PreparedExport, allowed: tuple[int, ...], what: str) -> None:

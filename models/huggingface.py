@@ -126,7 +126,7 @@ def load_folder_paged(path: Path) -> LoadedModel:
     config = _read_config(path)
     outlined = load_folder_outline(path)
     _check_weights(path)
-    pages = Pages(path)
+    pages = Pages(*sorted(path.glob("*.safetensors")))
     if not any(tensor.dtype in HALF_TYPES for tensor in pages.tensors.values()):
         stored = torch.float32
     else:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING
+
+import torch
 
 from bitquota.errors import InvalidModel, StalePlan
 from bitquota.models.discovery import discover
@@ -16,13 +18,13 @@ from bitquota.models.identity import (
 )
 from bitquota.models.plain_weights import with_plain_weights
 from bitquota.models.running import n_not_finite
+from bitquota.models.sharing import sharing_weights
 from bitquota.plan import ONLY_WEIGHTS, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    import torch
     from torch import Tensor, nn
 
     from bitquota.candidates.layers import Inventory
@@ -116,6 +118,22 @@ def finish(
         example_inputs=example_inputs,
         weight_format_bits=weight_format_bits,
     )
+
+
+def in_memory(model: LoadedModel) -> LoadedModel:
+    """Return a model all of whose weights are in memory, in float32."""
+    if model.pages is None:
+        return model
+    module = sharing_weights(model.module)
+    for tensor in (*module.parameters(), *module.buffers()):
+        # The files may not be written to.
+        kept = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        tensor.data = tensor.data.to(kept, copy=True)
+    for part in module.modules():
+        # They read files and let them go.
+        part._forward_hooks.clear()  # noqa: SLF001
+        part._forward_pre_hooks.clear()  # noqa: SLF001
+    return replace(model, module=module, pages=None, outline=None)
 
 
 def check_finite(module: nn.Module, after: Callable[[Tensor], None] | None = None) -> None:

@@ -33,19 +33,19 @@ _AHEAD_BYTES = 2**17
 
 
 class Pages:
-    """The tensors of a folder's safetensors files.
+    """The tensors of safetensors files.
 
     Attributes:
         tensors: By name, over mapped memory, which must not be written to.
         bytes_read: How many bytes were let go after they had been read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Map every file; raises ``InvalidModel`` for a type of tensor that is not known."""
+    def __init__(self, *paths: Path) -> None:
+        """Map the files; raises ``InvalidModel`` for a type of tensor that is not known."""
         self.tensors: dict[str, Tensor] = {}
         self.bytes_read = 0
         self._places: dict[int, tuple[mmap.mmap, int, int]] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in paths:
             self._map(path)
 
     def release(self, module: nn.Module, read_bytes: int | None = None) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING
 
 from bitquota.corrections import REWRITTEN, Correction
 from bitquota.errors import InvalidInput, InvalidPlan
+from bitquota.models.layout import from_matrix
+from bitquota.models.loaded import in_memory
+from bitquota.models.on_demand import on_demand
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.corrections import fold_batch_norm
 from bitquota.quantizers.fitted import fit_quantizers
@@ -19,11 +23,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from bitquota.candidates.layers import Layer
     from bitquota.candidates.table import Candidate
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
     from bitquota.plan import Plan
     from bitquota.quantizers.fitted import Fitted
+    from bitquota.quantizers.quantized_model import QuantizedModel
 
 
 def full_precision_module(
@@ -52,6 +58,32 @@ def full_precision_module(
             raise InvalidPlan(msg)
         shipped.rewrite(module, plan.inventory)
     return module
+
+
+def runs_from_files(plan: Plan, model: LoadedModel) -> bool:
+    """Return whether the model can run under a plan while its weights stay in their files.
+
+    The plan must have the codes of all its layers beside it and change nothing else.
+    """
+    changed = plan.corrections or any(a.candidate.activation_bits for a in plan.assignments)
+    return model.pages is not None and plan.weights is not None and not changed
+
+
+def run_from_files(model: LoadedModel, plan: Plan, weights: QuantizedModel) -> nn.Module:
+    """Return a model whose weights stay in files as a plan has it; each layer is read when it runs.
+
+    Args:
+        model: With its weights in files (``runs_from_files``).
+        plan: Made for it.
+        weights: The plan's codes.
+    """
+
+    def read(layer: Layer) -> Tensor:
+        return from_matrix(weights.weights[layer.name].dequantize(), layer)
+
+    layers = {a.layer.name: a.layer for a in plan.assignments}
+    readers = {layers[n].weight_name: partial(read, layers[n]) for n in weights.weights}
+    return put_caches(on_demand(model, readers), plan.candidates)
 
 
 def quantizers_of(
@@ -117,9 +149,14 @@ def quantized_module(
     of the corrections.
     """
     fit_data = correction_data if fit_data is None else fit_data
-    module = full_precision_module(model, plan, example if fit_data is None else fit_data)
     own = plan.candidates
     chosen = own if candidates is None else tuple(candidates)
+    if chosen == own and runs_from_files(plan, model):
+        shipped = shipped_weights(plan, model)
+        assert shipped is not None  # noqa: S101  # the plan names them
+        return run_from_files(model, plan, shipped)
+    model = in_memory(model)
+    module = full_precision_module(model, plan, example if fit_data is None else fit_data)
     if chosen == own and (shipped := shipped_weights(plan, model)) is not None:
         return put_caches(shipped.put_into(module, plan.inventory), own)
     return apply_plan(

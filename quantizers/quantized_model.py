@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from bitquota.models.calls import parameter_owners, tensor_key
 from bitquota.models.channel_flow import ChannelPair
 from bitquota.models.layout import from_matrix
 from bitquota.models.orthogonal import Orthogonal
+from bitquota.models.pages import Pages
 from bitquota.models.rotation_places import RotationPlace
 from bitquota.models.running import tensor_of
 from bitquota.plan import WEIGHTS_SUFFIX, PlanWeights
@@ -35,7 +37,7 @@ from bitquota.quantizers.smoothing import Scaling, scale_channels
 from bitquota.quantizers.weights import QuantizedWeight
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator
     from pathlib import Path
     from typing import Self
 
@@ -105,33 +107,27 @@ class QuantizedModel:
         return content
 
     @classmethod
-    def load(cls, source: Path | bytes) -> Self:
+    def load(cls, source: Path | bytes, *, mapped: bool = False) -> Self:
         """Read a file of quantized weights, or its content.
+
+        If ``mapped``, codes stay in the file, and each layer's are read when they are asked for.
 
         Raises:
             InvalidPlan: The file cannot be read, or is something else.
         """
         try:
-            about, held = _content(source)
+            pages = Pages(source) if mapped and not isinstance(source, bytes) else None
+            about, held = _content(source, pages)
             if about["schema"] != SCHEMA:
                 raise KeyError(about["schema"])  # noqa: TRY301
             return cls(
                 model_digest=about["model"],
                 rounding=about["rounding"],
-                weights={
-                    name: QuantizedWeight(
-                        codes=held[f"codes:{name}"].int(),
-                        scales=held[f"scales:{name}"],
-                        zero_points=(
-                            held[f"zero_points:{name}"].int()
-                            if f"zero_points:{name}" in held
-                            else None
-                        ),
-                        bits=layer["bits"],
-                        scheme=Scheme.from_json(layer["scheme"]),
-                    )
-                    for name, layer in about["layers"].items()
-                },
+                weights=(
+                    {name: _weight(name, layer, held) for name, layer in about["layers"].items()}
+                    if pages is None
+                    else _WeightsInFile(about["layers"], pages)
+                ),
                 tensors={
                     name.removeprefix("tensor:"): tensor
                     for name, tensor in held.items()
@@ -189,6 +185,43 @@ class QuantizedModel:
         return module
 
 
+class _WeightsInFile(Mapping[str, QuantizedWeight]):
+    """Quantized weights that stay in their file, each read when it is asked for."""
+
+    def __init__(self, layers: Mapping[str, JsonObject], pages: Pages) -> None:
+        self._layers, self._pages = layers, pages
+
+    def __getitem__(self, name: str) -> QuantizedWeight:
+        """Read the weight of a layer."""
+        weight = _weight(name, self._layers[name], self._pages.tensors)
+        self._pages.release_tensor(self._pages.tensors[f"codes:{name}"])
+        return weight
+
+    def __contains__(self, name: object) -> bool:
+        """Say whether the file has the layer; nothing is read."""
+        return name in self._layers
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the names of layers."""
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self._layers)
+
+
+def _weight(name: str, layer: JsonObject, held: Mapping[str, Tensor]) -> QuantizedWeight:
+    """Return the weight of a layer among the tensors of a file."""
+    zero_points = held.get(f"zero_points:{name}")
+    return QuantizedWeight(
+        codes=held[f"codes:{name}"].int(),
+        scales=held[f"scales:{name}"],
+        zero_points=None if zero_points is None else zero_points.int(),
+        bits=layer["bits"],
+        scheme=Scheme.from_json(layer["scheme"]),
+    )
+
+
 def changed_tensors(before: nn.Module, after: nn.Module, inventory: Inventory) -> dict[str, Tensor]:
     """Return what corrections changed in ``after``, a copy of ``before``, or added to it."""
     apart = {n for layer in inventory.layers for n in (layer.weight_name, *layer.aliases)}
@@ -219,20 +252,21 @@ def shipped_weights(plan: Plan, model: LoadedModel) -> QuantizedModel | None:
             "plan again"
         )
         raise StalePlan(msg, wanted=wanted)
-    found = QuantizedModel.load(path)
+    found = QuantizedModel.load(path, mapped=model.pages is not None)
     planned = {
-        a.layer.name: (a.candidate.weight_bits, a.candidate.scheme)
+        a.layer.name: (
+            a.candidate.weight_bits,
+            a.candidate.scheme,
+            (a.layer.rows, a.layer.columns),
+        )
         for a in plan.assignments
         if a.candidate.weight_bits != FULL_PRECISION_BITS
     }
-    held = {name: (weight.bits, weight.scheme) for name, weight in found.weights.items()}
-    shapes = {a.layer.name: (a.layer.rows, a.layer.columns) for a in plan.assignments}
-    wrong = sorted(
-        name
-        for name in planned.keys() | held.keys()
-        if planned.get(name) != held.get(name)
-        or tuple(found.weights[name].codes.shape) != shapes[name]
-    )
+    held = {
+        name: (weight.bits, weight.scheme, tuple(weight.codes.shape))
+        for name, weight in found.weights.items()
+    }
+    wrong = sorted(n for n in planned.keys() | held.keys() if planned.get(n) != held.get(n))
     if wrong:
         msg = (
             f"{_name(path)} must hold every layer as the plan has it; it does not hold "
@@ -242,13 +276,17 @@ def shipped_weights(plan: Plan, model: LoadedModel) -> QuantizedModel | None:
     return found
 
 
-def _content(source: Path | bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what a file says of its tensors, and the tensors."""
+def _content(
+    source: Path | bytes, pages: Pages | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what a file says of its tensors, and the tensors, which may be mapped already."""
     if isinstance(source, bytes):
         header = json.loads(source[8 : 8 + int.from_bytes(source[:8], "little")])
         return json.loads(header["__metadata__"]["bitquota"]), safetensors.torch.load(source)
     with safetensors.safe_open(source, framework="pt") as file:
         about = json.loads((file.metadata() or {})["bitquota"])
+        if pages is not None:
+            return about, pages.tensors
         return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 

@@ -110,17 +110,17 @@ class Work:
         return tuple(Path(text) for text in self.inputs.get(role, ()))
 
     def model(self, role: str = "model") -> LoadedModel:
-        """Load a model that must be there."""
-        from bitquota.models.load import load_model
+        """Load a model that must be there, with all weights in memory."""
+        from bitquota.models.loaded import in_memory
 
-        return self._loaded(role, partial(load_model, allow_factory=False))
+        return in_memory(self.measured_model(role))
 
-    def measured_model(self) -> LoadedModel:
-        """Load the model to measure; weights that would not fit stay in their files."""
+    def measured_model(self, role: str = "model") -> LoadedModel:
+        """Load a model; weights that would not fit stay in their files."""
         from bitquota.models.load import load_within
 
         return self._loaded(
-            "model", partial(load_within, memory_bytes=self.memory_bytes, allow_factory=False)
+            role, partial(load_within, memory_bytes=self.memory_bytes, allow_factory=False)
         )
 
     def _loaded(self, role: str, how: Callable[[str], LoadedModel]) -> LoadedModel:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bitquota.service import wire
@@ -30,11 +31,13 @@ def preload(assignment: JsonObject, loaded: Loaded) -> None:
         return
     torch_on_one_thread()
 
-    from bitquota.models.load import load_model
+    from bitquota.models.load import load_within
     from bitquota.models.samples import load_calibration
 
     ways: dict[str, Callable[[str], Any]] = {
-        "model": lambda path: load_model(path, allow_factory=False),
+        "model": partial(
+            load_within, memory_bytes=int(assignment["memory_bytes"]), allow_factory=False
+        ),
         "dataset": load_calibration,
     }
     for role, how in ways.items():

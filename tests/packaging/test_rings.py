@@ -84,7 +84,7 @@ LATE = {
         "service.jobs.kinds.solve": {"solver.document"},
         "service.jobs.kinds.solving_request": {"solver"},
         "service.jobs.kinds.training_request": {"training.qat", "training.saved"},
-        "service.jobs.work": {"models.load", "models.samples"},
+        "service.jobs.work": {"models.load", "models.loaded", "models.samples"},
         "service.store.database": {"service.store.migrate"},
         "solver.backends.own": {"solver.native"},
     },

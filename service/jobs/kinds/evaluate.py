@@ -52,7 +52,7 @@ def run(work: Work) -> None:
     from bitquota.evaluate.scoring import score_plans
 
     request = work.request
-    model, samples, plans = work.model(), work.samples(), work.plans()
+    model, samples, plans = work.measured_model(), work.samples(), work.plans()
     names = request["names"] or [f"plan {k + 1}" for k in range(len(plans))]
     if len(set(names)) != len(plans):
         msg = f"every plan needs a name of its own; got {len(plans)} plans and the names {names}"

@@ -52,7 +52,7 @@ def run(work: Work) -> None:
     from bitquota.exports.export import export_plan
 
     (plan,) = work.plans("plan")
-    model = work.model()
+    model = work.measured_model()
     work.say("export")
     folder = work.scratch / "export"
     report = export_plan(

@@ -10,6 +10,7 @@ import typer
 
 from bitquota.cli import options as opt
 from bitquota.cli import output, remote
+from bitquota.cli.here import memory_limit
 from bitquota.cli.loading import check_sources, load_samples
 from bitquota.context import Context
 from bitquota.errors import InvalidInput
@@ -75,6 +76,7 @@ def evaluate(
     tokenizer: opt.Tokenizer = None,
     length: opt.Length = opt.DEFAULT_LENGTH,
     device: opt.Device = "auto",
+    memory: opt.Memory = None,
     server: opt.Server = None,
     api_key: opt.ApiKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -84,6 +86,7 @@ def evaluate(
     Metrics come with standard errors. Differences to full precision and to the widest uniform plan
     of at most the same size are paired by sample.
     """
+    limit = memory_limit(memory)
     check_sources(model, data, correction_data, tokenizer=tokenizer, imatrix=imatrix, server=server)
     if original is not None:
         check_sources(original, server=server)
@@ -94,6 +97,9 @@ def evaluate(
 
     # Measure, on a server or here.
     if server is not None:
+        if memory is not None:
+            msg = "--memory is used on this machine only; leave --server out, or --memory"
+            raise InvalidInput(msg)
         _require_nothing_local(exported, metrics, imatrix)
         n_samples, scores = remote.scores(
             server,
@@ -108,10 +114,10 @@ def evaluate(
     else:
         from bitquota.evaluate.scoring import score_plans
         from bitquota.models.factory import find_function
-        from bitquota.models.load import load_model
+        from bitquota.models.load import load_model, load_within
 
         custom = {spec.partition(":")[2]: find_function(spec, InvalidInput) for spec in metrics}
-        loaded = replace(load_model(model), imatrix=imatrix, weights=weights_near(plans))
+        loaded = replace(load_within(model, limit), imatrix=imatrix, weights=weights_near(plans))
         _say_notes(loaded, loaded_plans)
         samples = load_samples(data, model=model, tokenizer=tokenizer, length=length)
         correcting = None
@@ -130,7 +136,7 @@ def evaluate(
             with_baselines=with_baselines,
             kind="embedding" if embedding else "logits",
             custom=custom,
-            context=Context(device=device),
+            context=Context(device=device, memory_bytes=limit),
         )
         n_samples = len(samples)
         if uniform and correcting is None:

@@ -12,6 +12,7 @@ import typer
 from bitquota.candidates.targets import TARGETS
 from bitquota.cli import options as opt
 from bitquota.cli import output, remote
+from bitquota.cli.here import memory_limit
 from bitquota.cli.loading import check_sources, load_samples
 from bitquota.cli.written import require_folder
 from bitquota.errors import InvalidInput
@@ -67,6 +68,7 @@ def export(
     imatrix: opt.Imatrix = None,
     tokenizer: opt.Tokenizer = None,
     length: opt.Length = opt.DEFAULT_LENGTH,
+    memory: opt.Memory = None,
     server: opt.Server = None,
     api_key: opt.ApiKey = None,
     as_json: Annotated[
@@ -78,6 +80,7 @@ def export(
     The folder is created whole, with plan.json and receipt.json (the report), or not at all: if it
     is a byte larger than planned or its output differs from fake quantization, the command fails.
     """
+    limit = memory_limit(memory)
     plan = Plan.load(plan_file)
     if target is None and format_name is None and plan.target is not None:
         target = plan.target.name
@@ -90,6 +93,9 @@ def export(
 
     # Export, on a server or here.
     if server is not None:
+        if memory is not None:
+            msg = "--memory is used on this machine only; leave --server out, or --memory"
+            raise InvalidInput(msg)
         if imatrix is not None or tokenizer is not None:
             msg = (
                 "--imatrix and --tokenizer are used on this machine only; leave --server out, or "
@@ -108,9 +114,10 @@ def export(
         )
     else:
         from bitquota.exports.export import export_plan
-        from bitquota.models.load import load_model
+        from bitquota.models.load import load_within
 
-        loaded = replace(load_model(model), imatrix=imatrix, weights=weights_near([plan_file]))
+        loaded = load_within(model, limit)
+        loaded = replace(loaded, imatrix=imatrix, weights=weights_near([plan_file]))
         data = correcting = None
         if samples is not None:
             data = load_samples(samples, model=model, tokenizer=tokenizer, length=length)

@@ -33,6 +33,15 @@ def default_ledger() -> Path:
     return cache_folder() / "ledger.sqlite"
 
 
+def memory_limit(text: str | None) -> int:
+    """Return what ``--memory`` says, in bytes; raises ``InvalidInput``."""
+    limit = DEFAULT_MEMORY_BYTES if text is None else parse_bytes(text)
+    if limit < LEAST_MEMORY_BYTES:
+        msg = f"--memory must be at least 64 MiB; got '{text}'"
+        raise InvalidInput(msg, memory=str(text))
+    return limit
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Here:
     """How and where a command measures on this machine.
@@ -72,9 +81,7 @@ class Here:
             "--memory": self.memory,
         }
         given = [name for name, value in local.items() if value]
-        if self.memory_bytes < LEAST_MEMORY_BYTES:
-            msg = f"--memory must be at least 64 MiB; got '{self.memory}'"
-            raise InvalidInput(msg, memory=str(self.memory))
+        memory_limit(self.memory)
         if self.server is not None and given:
             named = " and ".join(given)
             msg = f"{named} is used on this machine only; leave --server out, or {named}"
@@ -101,7 +108,7 @@ class Here:
     @property
     def memory_bytes(self) -> int:
         """What a measurement may keep in memory; raises ``InvalidInput`` if it cannot be read."""
-        return DEFAULT_MEMORY_BYTES if self.memory is None else parse_bytes(self.memory)
+        return memory_limit(self.memory)
 
     def check(self, model: str, calibration: str) -> None:
         """Raise what can be told of a model and its samples before anything is loaded."""

@@ -6,6 +6,7 @@ Design: docs/design/evaluation.md
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +14,17 @@ from bitquota.candidates.targets import target_by_name
 from bitquota.codec import Document
 from bitquota.context import Context
 from bitquota.errors import InvalidInput
-from bitquota.evaluate.metrics import compare_models, measured_loss
+from bitquota.evaluate.metrics import BATCH, compare_models, measured_loss
 from bitquota.evaluate.scores import FULL_PRECISION, ModelScores, Score
 from bitquota.exports.export import open_export
 from bitquota.models.binding import bound
-from bitquota.models.loaded import check_model
+from bitquota.models.loaded import check_model, in_memory
+from bitquota.models.on_demand import on_demand
 from bitquota.models.outputs import joined, measuring
 from bitquota.models.running import choose_device, run_module
 from bitquota.models.samples import check_calibration
 from bitquota.plan import MeasuredLoss
-from bitquota.quantizers.planned import quantized_module
+from bitquota.quantizers.planned import quantized_module, runs_from_files
 from bitquota.request import AUTO_LOSS
 from bitquota.sensitivity.outputs import Read, read_outputs
 
@@ -118,6 +120,14 @@ def score_plans(
     context = context or Context()
     where = choose_device(context.device)
     plans = plans or {}
+    # Weights stay in files where nothing needs all of them at once.
+    fitting = with_baselines or correction_data is not None or fit_data is not None
+    if where.type != "cpu" or fitting or original is not None:
+        model = in_memory(model)
+    if not all(runs_from_files(plan, model) for plan in plans.values()):
+        model = in_memory(model)
+    if model.pages is not None:
+        model = replace(model, module=on_demand(model))
     if read is None:
         read = _reading(model, data, tuple(plans.values()), kind=kind)
     if kind == "logits":
@@ -156,12 +166,22 @@ def score_plans(
         custom=custom,
         loss=loss,
         names=[output.name for output in read.outputs],
+        batch_size=_batch_size(read, context.memory_bytes),
         context=context,
     )
     return [
         _score(name, entry, found)
         for (name, entry), found in zip(lineup.entries.items(), compared, strict=True)
     ]
+
+
+def _batch_size(read: Read, memory_bytes: int) -> int:
+    """Return how many samples run at once: outputs of a few windows of text may be large.
+
+    Those of a model and of the reference are counted in float32 and in float64.
+    """
+    values = sum(math.prod(output.shape) for output in read.outputs)
+    return max(1, min(BATCH, memory_bytes // 2 // (24 * max(1, values))))
 
 
 def _bound_if_given(model: LoadedModel, data: CalibrationSet | None) -> CalibrationSet | None:
