@@ -141,7 +141,7 @@ class _Grams:
             after.layers += 1
         else:
             rows = patches(inputs, layer, settings, limit)  # [groups, positions, columns]
-            gram, n = rows.transpose(1, 2) @ rows, rows.shape[1]
+            gram, n = moment(rows, rows, layer), rows.shape[1]
             if before is not None and before.layers == 1:
                 before.gram += gram
                 before.positions += n
@@ -223,17 +223,34 @@ def call_settings(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     return given | {k: v for k, v in kwargs.items() if k in order}
 
 
+def moment(first: Tensor, second: Tensor, layer: Layer) -> Tensor:
+    """Return ``first^T second`` of two sets of ``patches``, columns in the order of the weight's.
+
+    ``[groups, columns, columns]``.
+    """
+    product = first.transpose(1, 2) @ second
+    if not layer.kind.name.startswith("CONV"):
+        return product
+    taps = math.prod(layer.weight_shape[2:])
+    apart = product.reshape(len(product), *(taps, layer.columns // taps) * 2)
+    return apart.permute(0, 2, 1, 4, 3).reshape(product.shape)
+
+
 def patches(
     inputs: Tensor, layer: Layer, settings: dict[str, Any], limit: int | None = None
 ) -> Tensor:
     """Return ``[groups, positions, columns]``: what each output of the layer is a product with.
+
+    Of a convolution columns are all channels at the first place of the kernel, then those at the
+    next: channels are copied together, in a third of the time. ``moment`` orders them as weights.
 
     Args:
         inputs: The layer's input.
         layer: The layer.
         settings: Stride, padding, dilation, groups and output padding of a convolution; also
             ``padding_after``, where that differs.
-        limit: Of a convolution with more positions, so many drawn at random.
+        limit: Of a convolution with more positions, so many drawn at random, the same for equal
+            shapes.
     """
     if not layer.kind.name.startswith("CONV"):
         return inputs.reshape(1, -1, inputs.shape[-1])
@@ -260,41 +277,29 @@ def patches(
         stride = (1,) * n_axes
     # functional.pad lists the last axis first; negative padding crops.
     pads = [p for b, a in zip(reversed(before), reversed(after), strict=True) for p in (b, a)]
-    x = functional.pad(x, pads)
+    x = functional.pad(x.movedim(1, -1), (0, 0, *pads)).contiguous()  # [n, places..., channels]
     windows = []  # i64[positions, taps] of each axis: where each output reads
     for axis in range(n_axes):
         offsets = torch.arange(0, reach[axis] + 1, dilation[axis], device=x.device)
         if transposed:
             offsets = offsets.flip(0)  # a transposed convolution reads its kernel backwards
-        starts = torch.arange(0, x.shape[2 + axis] - reach[axis], stride[axis], device=x.device)
+        starts = torch.arange(0, x.shape[1 + axis] - reach[axis], stride[axis], device=x.device)
         windows.append(starts[:, None] + offsets)
     places = [len(x), *(len(w) for w in windows)]
-    if limit is not None and math.prod(places) > limit:
-        return _sampled(x, windows, places, groups, limit)
-    for axis, window in enumerate(windows):
-        x = x.index_select(2 + axis, window.reshape(-1))
-        x = x.reshape(*x.shape[: 2 + axis], *window.shape, *x.shape[3 + axis :])
-        x = x.movedim(3 + axis, -1)  # [n, channels, positions..., taps...]
-    n, channels = x.shape[:2]
-    x = x.reshape(n, groups, channels // groups, -1, *kernel)
-    x = x.movedim(3, 1)  # [n, positions, groups, channels, taps...]
-    return x.reshape(-1, groups, layer.columns).transpose(0, 1)
-
-
-def _sampled(
-    x: Tensor, windows: Sequence[Tensor], places: Sequence[int], groups: int, limit: int
-) -> Tensor:
-    """Return the patches of ``limit`` positions drawn at random, the same for equal shapes."""
-    drawn = torch.randperm(math.prod(places), generator=torch.Generator().manual_seed(0))
-    sample, *positions = torch.unravel_index(drawn[:limit].sort().values.to(x.device), places)
-    index = [sample.reshape(-1, *[1] * len(windows))]
+    wanted = torch.arange(math.prod(places))
+    if limit is not None and len(wanted) > limit:
+        drawn = torch.randperm(len(wanted), generator=torch.Generator().manual_seed(0))
+        wanted = drawn[:limit].sort().values
+    sample, *positions = torch.unravel_index(wanted.to(x.device), places)
+    where = sample.reshape(-1, *[1] * n_axes)
     for axis, (window, position) in enumerate(zip(windows, positions, strict=True)):
-        shape = [1] * len(windows)
+        shape = [1] * n_axes
         shape[axis] = window.shape[1]
-        index.append(window[position].reshape(-1, *shape))
-    found = x.movedim(1, -1)[tuple(index)]  # [limit, taps..., channels]
-    found = found.movedim(-1, 1)
-    return found.reshape(len(found), groups, -1).transpose(0, 1)
+        where = where * x.shape[1 + axis] + window[position].reshape(-1, *shape)
+    channels = x.shape[-1]
+    found = x.reshape(-1, channels).index_select(0, where.reshape(-1))  # [positions taps, channels]
+    found = found.reshape(len(wanted), -1, groups, channels // groups)
+    return found.movedim(2, 0).reshape(groups, len(wanted), layer.columns)
 
 
 def _spread_out(x: Tensor, stride: tuple[int, ...]) -> Tensor:

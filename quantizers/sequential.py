@@ -22,7 +22,7 @@ from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.onnx.program import source_of
 from bitquota.models.running import tensor_of
 from bitquota.quantizers.gptq import forget_factors
-from bitquota.quantizers.input_moments import call_settings, patches, positions_of
+from bitquota.quantizers.input_moments import call_settings, moment, patches, positions_of
 from bitquota.quantizers.qep import propagated
 from bitquota.quantizers.rounders import Rounder
 from bitquota.quantizers.shrinkage import shrink
@@ -162,7 +162,7 @@ class _Moments:
         for full, quantized in meeting.inputs:
             x, xq = (patches(part, layer, meeting.settings, limit) for part in (full, quantized))
             for k, rows in enumerate((xq, x)):
-                product = rows.transpose(1, 2) @ xq
+                product = moment(rows, xq, layer)
                 if len(sums) == k:
                     sums.append(product.double())
                 else:

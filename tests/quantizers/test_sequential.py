@@ -15,7 +15,7 @@ from bitquota.context import Context
 from bitquota.errors import Cancelled
 from bitquota.models.discovery import discover
 from bitquota.models.layout import from_matrix, to_matrix
-from bitquota.quantizers.input_moments import call_settings, input_grams, patches
+from bitquota.quantizers.input_moments import call_settings, input_grams, moment, patches
 from bitquota.quantizers.qep import propagated
 from bitquota.quantizers.quantized_weights import QuantizedWeights
 from bitquota.quantizers.rounders import Rounder, output_errors
@@ -157,8 +157,8 @@ class TestRoundInSequence:
         with torch.no_grad():
             inputs = [functional.relu(m.first(x)) for m in (module, half)]
         full, changed = (patches(t, layer, {"padding": 1, "groups": 2}) for t in inputs)
-        gram = (changed.transpose(1, 2) @ changed).double()
-        cross = (full.transpose(1, 2) @ changed).double()
+        gram = moment(changed, changed, layer).double()
+        cross = moment(full, changed, layer).double()
         shrink(gram, full.shape[1], cross)
         matrix = to_matrix(module.second.weight.detach(), layer).double()
         expected = quantize(
