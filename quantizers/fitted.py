@@ -147,7 +147,7 @@ def fit_quantizers(
     rounder = Rounder.NEAREST if order is None else rounder_in(order.rounding)
     return Fitted(
         weights=QuantizedWeights(
-            module, inventory, grams, columns, rounder, estimates=order is not None
+            module, inventory, grams, columns, rounder, estimates=rounded if order else ()
         ),
         activations=activations,
         origin=origin(order),

@@ -37,7 +37,12 @@ BISECTIONS = 8
 
 
 def symmetric_scale(
-    values: Tensor, bits: int, rule: ScaleRule, importance: Tensor | None = None
+    values: Tensor,
+    bits: int,
+    rule: ScaleRule,
+    importance: Tensor | None = None,
+    *,
+    scan: bool = False,
 ) -> Tensor:
     """Return ``f64[g]``, the scale of each line on the symmetric grid of ``bits``.
 
@@ -55,6 +60,7 @@ def symmetric_scale(
         rule: How to fit.
         importance: ``h``, f64[g, n] and not negative, or ``None`` for ones. Values with
             importance 0 count for no rule (padding).
+        scan: Whether least squares look at some scales only (``least_squares_scales``).
     """
     half_range = 2.0 ** (bits - 1) - 0.5 if bits > 1 else 2.0
     counted = values if importance is None else torch.where(importance > 0, values, 0.0)
@@ -71,7 +77,9 @@ def symmetric_scale(
         return least_squares_scale(values, low, high, importance)
     # The grid has one level more below zero than above. Rounding -w on it is rounding w on the
     # grid turned around, at the same cost in bits.
-    positive, negative = least_squares_scales(values, [(low, high), (-high, -low)], importance)
+    positive, negative = least_squares_scales(
+        values, [(low, high), (-high, -low)], importance, scan=scan
+    )
     turned = grid_error(values, negative, -high, -low, importance)
     # Where neither clips, both fit alike: rounding noise must not decide the sign.
     better = turned < (1 - 1e-9) * grid_error(values, positive, low, high, importance)
@@ -131,6 +139,8 @@ def least_squares_scales(
     values: Tensor,
     ranges: Sequence[tuple[Tensor | int, Tensor | int]],
     importance: Tensor | None = None,
+    *,
+    scan: bool = False,
 ) -> list[Tensor]:
     """Return for each range ``f64[g]``: the scale with the smallest squared error on its levels.
 
@@ -153,6 +163,7 @@ def least_squares_scales(
         values: f64[g, n].
         ranges: Lowest level, not above 0, and highest, not below 0: ints or i64[g].
         importance: ``h``, f64[g, n], or ``None`` for ones.
+        scan: Look at some scales only, however few the breakpoints are.
 
     Cost: O(K log K) for ``K`` breakpoints, at most ``n 2^(b-1)`` a line; the scan O(n).
     """
@@ -164,9 +175,9 @@ def least_squares_scales(
         ]
     ).double()  # [ranges, 2, lines]
     top = float(torch.maximum(-bounds[:, 0], bounds[:, 1]).max())
-    fit = _scanned_scales if top * values.numel() > EXACT_LIMIT_BREAKPOINTS else _exact_scales
-    exact = fit is _exact_scales
-    at_once = max(1, int(BREAKPOINTS_AT_ONCE // (top * n) if exact else VALUES_AT_ONCE // n))
+    scan = scan or top * values.numel() > EXACT_LIMIT_BREAKPOINTS
+    fit = _scanned_scales if scan else _exact_scales
+    at_once = max(1, int(VALUES_AT_ONCE // n if scan else BREAKPOINTS_AT_ONCE // (top * n)))
     parts = []
     for start in range(0, lines, at_once):
         part = slice(start, start + at_once)

@@ -243,6 +243,9 @@ def _of_rows(
     return QuantizedWeight.of_parts(parts, scheme)
 
 
+SCANNED_BITS = 6
+"""Estimates of so many bits and more have scales from a scan: up to 7 % more error of the least."""
+
 ROWS_TOGETHER = 1024
 """Rows of several widths that are rounded together."""
 
@@ -275,7 +278,7 @@ def estimated(
         _, rounder, gram, weight = _made_ready(
             matrix, bits, scheme, importance, inputs_gram, rounding
         )
-        scales, zeros = _parameters(values, bits, scheme, weight)
+        scales, zeros = _parameters(values, bits, scheme, weight, scan=bits >= SCANNED_BITS)
         made.append((matrix_grid(scales, zeros, bits, scheme, values.shape[1]), rounder, gram))
     rows, columns = values.shape
     (_, rounder, gram), grids = made[0], [grid for grid, _, _ in made]
@@ -325,9 +328,12 @@ def _diagonal_importance(gram: Tensor, values: Tensor) -> Tensor | None:
 
 
 def _parameters(
-    values: Tensor, bits: int, scheme: Scheme, weight: Tensor | None
+    values: Tensor, bits: int, scheme: Scheme, weight: Tensor | None, *, scan: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Return scales and zero points as ``QuantizedWeight`` stores them."""
+    """Return scales and zero points as ``QuantizedWeight`` stores them.
+
+    ``scan`` fits those of the symmetric grid as of a large matrix (``least_squares_scales``).
+    """
     if scheme.grid is Grid.K_BLOCKS:
         if values.shape[1] % K_BLOCK:
             msg = f"the grid '{scheme.grid}' needs {K_BLOCK} to divide the row; got {values.shape}"
@@ -352,7 +358,7 @@ def _parameters(
     elif scheme.grid is Grid.ASYMMETRIC:
         scale, zero = asymmetric_scale(lines, bits, scheme.scale_rule, line_weight)
     else:
-        scale = symmetric_scale(lines, bits, scheme.scale_rule, line_weight)
+        scale = symmetric_scale(lines, bits, scheme.scale_rule, line_weight, scan=scan)
     shape = (1, -1) if scheme.granularity is Granularity.TENSOR else (len(values), -1)
     scales = _store_scale(scale, scheme.scale_format).reshape(shape)
     return scales, None if zero is None else zero.reshape(shape).int()

@@ -75,17 +75,17 @@ def test_an_estimate_is_the_same_whatever_was_asked_for_before(net, stored_first
     module, inventory, x = net
     grams = partial(input_grams, module, inventory, [(x,)], shrunk=True)
     layer = inventory.layers[1]
-    candidate = Candidate.of(layer, 2, Scheme())
+    candidate, *_ = offered = [Candidate.of(layer, bits, Scheme()) for bits in (2, 3, 8)]
 
     def weights(**how):
         return QuantizedWeights(module, inventory, grams, rounding=Rounder.GPTQ, **how)
 
-    estimating = weights(estimates=True)
+    estimating = weights(estimates=offered)
     first = estimating.stored(candidate) if stored_first else None
     estimate = estimating(candidate)
     stored = (first or estimating.stored(candidate)).dequantize()
     assert torch.equal(stored, to_matrix(weights()(candidate), layer))
-    alone = weights(estimates=True)(candidate)
+    alone = weights(estimates=[candidate])(candidate)
     assert torch.equal(estimate, alone)
     gram = grams()[layer.name].double()
     changes = [(m - to_matrix(weights().original(layer.name).detach(), layer)).double()
