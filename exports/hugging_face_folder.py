@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _KEPT_FILES = re.compile(
     r"(generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
-    r"|merges\.txt|tokenizer\.model|vocab\.txt|chat_template\.jinja"
+    r"|merges\.txt|tokenizer\.model|vocab\.txt|chat_template\.jinja|(LICENSE|NOTICE)[\w.-]*"
 )
 
 
@@ -43,7 +43,7 @@ def source_folder(prepared: PreparedExport, what: str) -> Path:
 
 
 def copy_other_files(source: Path, folder: Path) -> list[Path]:
-    """Copy tokenizer, chat template and generation settings; return the copies."""
+    """Copy tokenizer, chat template, generation settings and licence; return the copies."""
     kept = [file for file in sorted(source.iterdir()) if _KEPT_FILES.fullmatch(file.name)]
     return [Path(shutil.copy(file, folder / file.name)) for file in kept]
 

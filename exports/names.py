@@ -18,6 +18,19 @@ EXPORT_FORMATS = (
 """Names of ``bitquota.exports.export.EXPORTERS``, in its order; that module loads torch."""
 
 
+HOW_TO_RUN = {
+    "onnx-qdq": "onnxruntime.InferenceSession('{out}/model.onnx')",
+    "onnx-matmulnbits": "onnxruntime.InferenceSession('{out}/model.onnx')",
+    "onnx-genai": "onnxruntime_genai.Model('{out}')",
+    "openvino": "openvino.Core().compile_model('{out}/model.xml')",
+    "openvino-genai": "openvino_genai.LLMPipeline('{out}', 'CPU')",
+    "gguf": "llama-cli -m {out}/model.gguf",
+    "compressed-tensors": "transformers.AutoModelForCausalLM.from_pretrained('{out}')",
+    "mlx": "mlx_lm.generate --model {out}",
+}
+"""What runs the files of an export, by its format."""
+
+
 def check_format(name: str) -> None:
     """Raise ``InvalidInput`` that lists them unless there is an export format called ``name``."""
     if name not in EXPORT_FORMATS:

@@ -12,6 +12,7 @@ from bitquota.canonical import canonical_json
 from bitquota.errors import InvalidInput
 from bitquota.exports.export_report import ExportReport
 from bitquota.exports.names import format_for
+from bitquota.report.model_card import write_card
 from bitquota.service.jobs.kinds.kind import (
     CORRECTION_DATA,
     MODEL,
@@ -64,6 +65,7 @@ def run(work: Work) -> None:
         samples=work.samples_if_any("dataset"),
         correction_data=work.samples_if_any("correction_data"),
     )
+    write_card(folder, plan, report)
     packed = work.scratch / "export.zip"
     pack(folder, packed)
     work.give("archive", packed)

@@ -18,8 +18,7 @@ from bitquota.cli.written import require_folder
 from bitquota.errors import InvalidInput
 from bitquota.exports.names import EXPORT_FORMATS, check_folder, format_for
 from bitquota.plan import Plan, weights_near
-from bitquota.report import text as report
-from bitquota.report.costs import timed_sentence
+from bitquota.report.model_card import export_sentences, write_card
 
 if TYPE_CHECKING:
     from bitquota.exports.export import ExportReport
@@ -77,8 +76,9 @@ def export(
 ) -> None:
     """Write PLAN as files that a runtime loads, read them back, run them, and print a report.
 
-    The folder is created whole, with plan.json and receipt.json (the report), or not at all: if it
-    is a byte larger than planned or its output differs from fake quantization, the command fails.
+    The folder is created whole, with plan.json, receipt.json (the report) and README.md (a model
+    card), or not at all: if it is a byte larger than planned or its output differs from fake
+    quantization, the command fails.
     """
     limit = memory_limit(memory)
     plan = Plan.load(plan_file)
@@ -134,6 +134,7 @@ def export(
             samples=data,
             correction_data=correcting,
         )
+        write_card(out, plan, made)
     output.messages.print(f"wrote {out}", highlight=False)
     if as_json:
         output.print_json(made.to_json())
@@ -165,38 +166,5 @@ def print_report(made: ExportReport) -> None:
             for (planned, stored), sizes in kinds.items()
         ]
     )
-    for line in _sentences(made):
+    for line in export_sentences(made):
         output.console.print(line, markup=False, highlight=False)
-
-
-def _sentences(made: ExportReport) -> list[str]:
-    lines = []
-    if made.tensors:
-        lines.append(
-            f"Quantized weights {report.format_size(made.payload_bits)} as planned; other "
-            f"tensors {report.format_size(made.unquantized_bits)} (planned "
-            f"{report.format_size(made.planned_unquantized_bits)}); headers and graph "
-            f"{made.container_bytes:,} B ({100 * made.container_overhead:.1f} %)."
-        )
-    gap = made.difference
-    if gap is not None:
-        lines.append(
-            f"Run by {made.runtime['name']} {made.runtime['version']} on {gap.n_samples} "
-            f"samples: differs from fake-quantization by at most {gap.maximum:.2g} "
-            f"({gap.relative:.2g} of the norm)."
-        )
-    if made.timed is not None:
-        lines.append(timed_sentence(made.timed))
-    if ran := made.text_run:
-        tokens = f"; {ran.texts_alike} of {ran.texts} texts have the same tokens" * bool(ran.texts)
-        lines.append(
-            f"Run by {ran.runtime} ({ran.version}) on {ran.n_tokens:,} tokens: log-likelihood "
-            f"{ran.log_likelihood:.4f} per token (planned {ran.planned_log_likelihood:.4f}), KL "
-            f"{ran.kl:.2g}, logits {ran.relative:.2g} apart (8-bit activations explain "
-            f"{ran.explained:.2g}){tokens}; {ran.prompt_tokens_per_second:,.0f} tokens/s read, "
-            f"{ran.tokens_per_second:,.0f} written, on one thread."
-        )
-    if options := made.runtime.get("options"):
-        given = ", ".join(f"{key}={value}" for key, value in options.items())
-        lines.append(f"Options that must be set when it is run: {given}.")
-    return lines + [f"Note: {note}." for note in made.notes]

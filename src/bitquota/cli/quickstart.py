@@ -24,7 +24,7 @@ from bitquota.cli import output
 from bitquota.cli.sandboxed import OUTSIDE
 from bitquota.errors import InvalidCalibration
 from bitquota.estimate import JobEstimate
-from bitquota.exports.names import check_folder
+from bitquota.exports.names import HOW_TO_RUN, check_folder
 from bitquota.models.gguf_names import ARCHITECTURES
 from bitquota.models.sources import SAMPLE_WAYS, ModelSource, model_source
 from bitquota.progress import lasting
@@ -45,15 +45,6 @@ LONG_S = 600.0
 
 WORK = (("normal", 512, 1.0), ("quick", 512, 10.0), ("quick", 64, 80.0))
 """Effort, samples, and how many times less that takes than the first, about."""
-
-_RUN = {
-    "onnx-qdq": "onnxruntime.InferenceSession('{out}/model.onnx')",
-    "openvino": "openvino.Core().compile_model('{out}/model.xml')",
-    "gguf": "llama-cli -m {out}/model.gguf",
-    "compressed-tensors": "transformers.AutoModelForCausalLM.from_pretrained('{out}')",
-    "mlx": "mlx_lm.generate --model {out}",
-}
-"""What runs the files of an export, by its format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,5 +265,5 @@ def _say_next(model: str, plan_file: Path, out: Path) -> None:
     output.say(
         f"measure it on samples that were not used: bitquota {' '.join(map(str, arguments))}"
     )
-    if how := _RUN.get(made.exporter):
+    if how := HOW_TO_RUN.get(made.exporter):
         output.say(f"run it: {how.format(out=out)}")
