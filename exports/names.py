@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from pathlib import Path
 
 from bitquota.candidates.targets import target_by_name
 from bitquota.errors import InvalidInput
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from bitquota.models.gguf_names import ARCHITECTURES
+from bitquota.models.sources import ModelSource, model_source
 
 EXPORT_FORMATS = (
     "ref-int", "compressed-tensors", "onnx-qdq", "onnx-matmulnbits", "onnx-genai", "openvino",
@@ -29,6 +29,22 @@ HOW_TO_RUN = {
     "mlx": "mlx_lm.generate --model {out}",
 }
 """What runs the files of an export, by its format."""
+
+
+def usual_target(model: str | None) -> tuple[str, str]:
+    """Return the target that suits a model best, and why; ``None`` for a module in memory."""
+    source = ModelSource.FACTORY if model is None else model_source(model)
+    if source is ModelSource.ONNX:
+        return "ort-cpu", "an ONNX file stays one: ONNX Runtime runs it on any processor"
+    if source is ModelSource.GGUF:
+        return "gguf-k", "a GGUF file stays one: llama.cpp runs it"
+    config = Path(model or "") / "config.json"
+    kind = json.loads(config.read_bytes()).get("model_type") if config.is_file() else None
+    if source is ModelSource.FOLDER and kind in ARCHITECTURES:
+        return "gguf-k", f"llama.cpp runs {kind} models on any processor; bits differ by layer"
+    if source is ModelSource.FOLDER:
+        return "ct-vllm-humming", "transformers loads it, vLLM serves it; bits differ by layer"
+    return "ort-cpu", "a torch module becomes an ONNX file, which runs without torch"
 
 
 def check_format(name: str) -> None:

@@ -68,12 +68,16 @@ class TestReadme:
         written = {path.name for path in tmp_path.iterdir()}
         assert {"plan.json", "report.md", "sensitivity.npz"} <= written
 
-    def test_python(self, readme, repository, monkeypatch, capsys):
-        """The last Python block runs as it stands and prints one line per budget."""
+    def test_python(self, readme, repository, monkeypatch, capsys, tmp_path):
+        """The last two blocks run as they stand: one writes a folder, one prints two budgets."""
         monkeypatch.syspath_prepend(str(repository))
-        code = blocks(readme, "python")[-1]
-        exec(compile(code, "README.md", "exec"), {})  # noqa: S102  # our own documentation
+        monkeypatch.chdir(tmp_path)
+        for code in blocks(readme, "python")[-2:]:
+            exec(compile(code, "README.md", "exec"), {})  # noqa: S102  # our own documentation
 
+        assert {"model.onnx", "plan.json", "receipt.json", "README.md"} == {
+            path.name for path in (tmp_path / "small-digits").iterdir()
+        }
         assert len(capsys.readouterr().out.splitlines()) == 2
 
     def test_two_commands_come_first(self, readme):

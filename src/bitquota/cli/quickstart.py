@@ -24,9 +24,8 @@ from bitquota.cli import output
 from bitquota.cli.sandboxed import OUTSIDE
 from bitquota.errors import InvalidCalibration
 from bitquota.estimate import JobEstimate
-from bitquota.exports.names import HOW_TO_RUN, check_folder
-from bitquota.models.gguf_names import ARCHITECTURES
-from bitquota.models.sources import SAMPLE_WAYS, ModelSource, model_source
+from bitquota.exports.names import HOW_TO_RUN, check_folder, usual_target
+from bitquota.models.sources import SAMPLE_WAYS
 from bitquota.progress import lasting
 from bitquota.report.text import format_size
 from bitquota.request import AUTO_LOSS, LOSS_WORDS
@@ -176,23 +175,8 @@ def _target(model: str, given: str | None) -> Proposal:
     if given is not None:
         name, reason = target_by_name(given).name, "as you asked"
     else:
-        name, reason = _usual_target(model)
+        name, reason = usual_target(model)
     return Proposal(what="target", value=name, reason=reason, arguments=("--target", name))
-
-
-def _usual_target(model: str) -> tuple[str, str]:
-    source = model_source(model)
-    if source is ModelSource.ONNX:
-        return "ort-cpu", "an ONNX file stays one: ONNX Runtime runs it on any processor"
-    if source is ModelSource.GGUF:
-        return "gguf-k", "a GGUF file stays one: llama.cpp runs it"
-    config = Path(model) / "config.json"
-    kind = json.loads(config.read_bytes()).get("model_type") if config.is_file() else None
-    if kind in ARCHITECTURES:
-        return "gguf-k", f"llama.cpp runs {kind} models on any processor; bits differ by layer"
-    if source is ModelSource.FOLDER:
-        return "ct-vllm-humming", "transformers loads it, vLLM serves it; bits differ by layer"
-    return "ort-cpu", "a torch module becomes an ONNX file, which runs without torch"
 
 
 def _budget(found: JsonObject, given: str | None) -> Proposal:
