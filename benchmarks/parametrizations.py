@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from bitquota.cli.demo import N_TEST, DigitsNet, digits, train_digits
 from bitquota.quantizers.differentiable import UniformForm, UniformQuantizer
-from power_of_two_quantizers import PowerOfTwoForm, PowerOfTwoQuantizer
+from bitquota.quantizers.power_of_two import PowerOfTwoForm, PowerOfTwoQuantizer
 
 FORMS = (*UniformForm, *PowerOfTwoForm)
 N_TRAIN, BATCH, LEAST, MOST = 600, 50, 2.0, 8.0

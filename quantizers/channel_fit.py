@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from bitquota.candidates.layers import Inventory
+    from bitquota.candidates.layers import Inventory, Layer
 
 IRLS_STEPS = 10
 VALUES_PER_CHANNEL = 512
@@ -135,6 +135,11 @@ class ChannelInputs(CalibratedInputs):
         return self._fitted[key]
 
 
+def channel_axis(layer: Layer) -> int:
+    """Return the dimension of a layer's input that holds channels."""
+    return 1 if layer.kind.name.startswith("CONV") else -1
+
+
 def collect_channels(
     module: nn.Module,
     inventory: Inventory,
@@ -153,7 +158,7 @@ def collect_channels(
     each batch, evenly spaced.
     """
     kept: dict[str, list[Tensor]] = {}
-    axis_of = {la.name: 1 if la.kind.name.startswith("CONV") else -1 for la in inventory.layers}
+    axis_of = {la.name: channel_axis(la) for la in inventory.layers}
 
     def look(layer: str, values: Tensor) -> Tensor:
         if values.is_floating_point():

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from bitquota.quantizers.activations import ActivationQuantizer
     from bitquota.quantizers.channel_fit import ChannelRule
     from bitquota.quantizers.weights import QuantizedWeight
+    from bitquota.sensitivity.losses import Loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -126,10 +127,10 @@ class FixedPlan(nn.Module):
         """Return the context in which inputs are quantized."""
         return self.inputs.watch(self.model, weights)
 
-    def penalty(self, progress: float) -> float:
-        """Return nothing: the size is fixed."""
+    def penalty(self, progress: float) -> Tensor | float:
+        """Return what channels of inputs add: the size is fixed."""
         del progress
-        return 0.0
+        return self.inputs.channel_price()
 
     def before_step(self) -> None:
         """Gradients stay as they are."""
@@ -187,6 +188,7 @@ def finetune(
     symmetric: bool = False,
     input_rule: ChannelRule | None = None,
     start: nn.Module | None = None,
+    loss: Loss | None = None,
     checkpoint: Path | None = None,
     context: Context | None = None,
 ) -> TrainedModel:
@@ -196,7 +198,7 @@ def finetune(
         module: The full-precision model, which also teaches when ``settings`` ask for it.
         inventory: Its layers.
         candidates: One for each layer that is quantized; full-precision ones are left out.
-        data: Labelled samples; never the test set.
+        data: Samples; never the test set. Without labels the model is followed alone.
         settings: How to train.
         method: ``lsq`` learns steps, ``tqt`` learns steps that are powers of two; both keep each
             candidate's format and exact size. ``direct`` learns the levels themselves: integers of
@@ -205,6 +207,7 @@ def finetune(
         input_rule: Where the plan quantizes inputs, fit their first grids to the majority of
             channels by this rule.
         start: Where the weights start, if not at ``module``.
+        loss: Distance to the full-precision output, by default the divergence.
         checkpoint: File for resuming.
         context: Whom to tell, and when to stop.
 
@@ -238,6 +241,7 @@ def finetune(
     plan = FixedPlan(
         module if start is None else start, layers, chosen, method, inputs, symmetric=symmetric
     )
+    plan.inputs.channel_weight = settings.channel_weight
     identity = {
         "model": inventory.model_digest,
         "candidates": [c.to_json() for c in chosen],
@@ -254,6 +258,7 @@ def finetune(
         identity=identity,
         checkpoint=checkpoint,
         stage="finetune",
+        loss=loss,
         context=context,
     )
     return finished(plan, inventory, chosen, record)
@@ -284,14 +289,22 @@ def finished(
 
 
 def measure_trained(
-    trained: TrainedModel, teacher: nn.Module, data: CalibrationSet, *, batch_size: int = 64
+    trained: TrainedModel,
+    teacher: nn.Module,
+    data: CalibrationSet,
+    *,
+    loss: Loss | None = None,
+    kind: str = "logits",
+    batch_size: int = 64,
 ) -> MeasuredLoss:
-    """Return the divergence of a trained model to the full-precision one, and its accuracy.
+    """Return the distance of a trained model to the full-precision one, and its accuracy.
 
     Args:
         trained: The trained model.
         teacher: The full-precision model.
         data: Samples that were not trained on.
+        loss: The distance, by default the divergence.
+        kind: What is scored besides, see ``evaluate.metrics.compare_models``.
         batch_size: Samples per pass.
 
     Cost: one forward pass of each model over ``data``.
@@ -301,4 +314,4 @@ def measure_trained(
         with trained.running():
             return trained.module(*inputs)
 
-    return measure_module(run, teacher, data, batch_size=batch_size)
+    return measure_module(run, teacher, data, loss=loss, kind=kind, batch_size=batch_size)

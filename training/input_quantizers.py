@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from bitquota.models.calls import tensor_key
 from bitquota.quantizers.activations import ActivationQuantizer, InputWatcher, collect_inputs
-from bitquota.quantizers.channel_fit import ChannelRule, calibrate_channels
+from bitquota.quantizers.channel_fit import ChannelRule, calibrate_channels, channel_axis
 from bitquota.quantizers.differentiable import lsq, ste_round
+from bitquota.training.smooth import ellipsoid_bits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,12 +34,18 @@ START_BITS = 8
 
 
 class TrainedInputs(nn.Module):
-    """What the two ways share: which layers, and how they are watched."""
+    """What the two ways share: which layers, how they are watched, what channels add to the loss.
+
+    Attributes:
+        channel_weight: What the mean relative error of a channel counts for in the loss.
+    """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
         self.layers = tuple(layers)
         self.at = {layer.name: k for k, layer in enumerate(layers)}
+        self.channel_weight = 0.0
+        self._errors: list[Tensor] = []
 
     def quantize(self, k: int, values: Tensor) -> Tensor:
         """Return the input of layer ``k``, quantized."""
@@ -51,8 +58,18 @@ class TrainedInputs(nn.Module):
         if not self.layers:
             return nullcontext()
 
+        self._errors = []
+
         def look(name: str, values: Tensor) -> Tensor:
-            return self.quantize(self.at[name], values) if values.is_floating_point() else values
+            if not values.is_floating_point():
+                return values
+            k = self.at[name]
+            if self.channel_weight and model.training:
+                # Of the grid alone: gradients to the values would shrink what is quantized.
+                fixed = values.detach()
+                rows = (self.quantize(k, fixed) - fixed, fixed)
+                self._errors.append(_mean_of_channels(*rows, channel_axis(self.layers[k])))
+            return self.quantize(k, values)
 
         # The weights of the running step stand in for the model's own.
         names = {
@@ -60,6 +77,22 @@ class TrainedInputs(nn.Module):
             for la in self.layers
         }
         return InputWatcher(names, look)
+
+    def channel_price(self) -> Tensor | float:
+        """Return ``mu mean_l mean_c r_c`` of the last pass, ``r_c`` channel ``c``'s relative error.
+
+        One step serves all channels of a layer's input, and the loss alone follows the few with the
+        largest values; this serves the many (Hoang et al. 2020, by its abstract).
+        """
+        if not self._errors:
+            return 0.0
+        return self.channel_weight * torch.stack(self._errors).mean()
+
+
+def _mean_of_channels(error: Tensor, values: Tensor, axis: int) -> Tensor:
+    """Return the mean over channels of squared error over energy; silent channels have none."""
+    squares = [t.float().movedim(axis, 0).flatten(1).square().sum(dim=1) for t in (error, values)]
+    return torch.where(squares[1] > 0, squares[0] / squares[1].clamp(min=1e-20), 0.0).mean()
 
 
 class LearnedInputSteps(TrainedInputs):
@@ -125,43 +158,51 @@ class LearnedInputBits(TrainedInputs):
         ]
         spans = [2.0 ** (bits - signed) - 1 for signed in self.signed]
         steps = [r / max(1.0, n) for r, n in zip(ranges, spans, strict=True)]
-        self.log_step = nn.Parameter(torch.tensor([math.log2(s) for s in steps]))
+        self.log_step: Tensor | None = nn.Parameter(torch.tensor([math.log2(s) for s in steps]))
+        self.limit = math.inf
         self.log_range = nn.Parameter(torch.tensor([math.log2(r) for r in ranges]))
-        self.counts: Tensor
-        self.register_buffer("counts", torch.tensor([float(la.n_inputs) for la in layers]))
+
+    def hold(self, slopes: Tensor, limit: float) -> None:
+        """Keep ``sum slope_l b_l = limit`` by construction from now on (``smooth``).
+
+        Bit-widths start in proportion to the present ones, and steps follow from them.
+        """
+        spare = (self.relaxed_bits().detach() - self.least).clamp(min=0.1)
+        self.limit, self.log_step = limit, None
+        self.slopes: Tensor
+        self.register_buffer("slopes", slopes, persistent=False)
+        self.direction = nn.Parameter(spare.sqrt())
+
+    def _signs(self) -> Tensor:
+        return self.log_range.new_tensor([float(s) for s in self.signed])
+
+    def steps(self) -> Tensor:
+        """Return f32[layers], differentiable."""
+        if self.log_step is not None:
+            return 2.0**self.log_step
+        levels = 2.0 ** (self.relaxed_bits() - self._signs()) - 1
+        return 2.0**self.log_range / levels.clamp(min=1.0)
 
     def quantize(self, k: int, values: Tensor) -> Tensor:
         """Return the quantized input; without sign, negative values become zero."""
-        step, largest = 2.0 ** self.log_step[k], 2.0 ** self.log_range[k]
+        step, largest = self.steps()[k], 2.0 ** self.log_range[k]
         lowest = -largest if self.signed[k] else torch.zeros_like(largest)
         clipped = torch.minimum(torch.maximum(values.float(), lowest), largest)
         return (step * ste_round(clipped / step)).to(values.dtype)
 
     def relaxed_bits(self) -> Tensor:
         """Return f32[layers]: ``log2(q_max/d + 1)``, plus one for the sign, within the offer."""
-        signs = self.log_step.new_tensor([float(s) for s in self.signed])
+        if self.log_step is None:
+            bits = ellipsoid_bits(self.direction, self.slopes, self.least, self.limit)
+            return bits.clamp(self.least, self.most)
         spans = 2.0 ** (self.log_range - self.log_step)
-        return (torch.log2(spans + 1) + signs).clamp(self.least, self.most)
-
-    def excess(self, total: int | None, largest: int | None) -> Tensor:
-        """Return how far the relaxed sizes are over the limits, as a share of each; summed.
-
-        Args:
-            total: Limit on the bits of all inputs together, or ``None``.
-            largest: Limit on the bits of each.
-        """
-        sizes = self.counts * self.relaxed_bits()
-        over = sizes.new_zeros(())
-        if total is not None:
-            over = over + torch.relu(sizes.sum() / total - 1)
-        if largest is not None:
-            over = over + torch.relu(sizes / largest - 1).sum()
-        return over
+        return (torch.log2(spans + 1) + self._signs()).clamp(self.least, self.most)
 
     @torch.no_grad()
     def settle(self) -> None:
         """Keep each range at least one step."""
-        self.log_range.copy_(torch.maximum(self.log_range, self.log_step))
+        if self.log_step is not None:
+            self.log_range.copy_(torch.maximum(self.log_range, self.log_step))
 
 
 def calibrated_inputs(

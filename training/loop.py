@@ -6,6 +6,7 @@ Design: docs/design/training.md
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,20 @@ import torch
 
 from bitquota.canonical import digest_json
 from bitquota.context import Context, cancelled_during
-from bitquota.errors import InvalidCalibration, InvalidInput, MeasurementFailed
-from bitquota.models.running import primary_output
+from bitquota.errors import InvalidInput, MeasurementFailed
+from bitquota.models.running import cut, primary_output, put_in_eval_mode
 from bitquota.quantizers.corrections import DEFAULT_BATCH, reestimate_batch_norm
+from bitquota.sensitivity.losses import KullbackLeibler, key_of
 from bitquota.training.checkpoint import load_checkpoint, save_checkpoint
 from bitquota.training.distributed import present_group
-from bitquota.training.objective import Pass, objective, reduced_precision, run_with, shift_flip
+from bitquota.training.objective import (
+    Objective,
+    Pass,
+    Scores,
+    reduced_precision,
+    run_with,
+    shift_flip,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bitquota.models.calibration import CalibrationSet
+    from bitquota.sensitivity.losses import Loss
     from bitquota.training.distributed import Group
     from bitquota.training.objective import Trainee
     from bitquota.training.settings import TrainingSettings
@@ -34,20 +44,25 @@ if TYPE_CHECKING:
 STATISTICS_SAMPLES = 1024
 """Training samples that batch-norm statistics are re-estimated on."""
 
+TAUGHT_BYTES = 2**28
+"""Full-precision outputs of the hold-out that are kept between epochs; the rest run again."""
+
 
 @dataclass(slots=True, kw_only=True)
 class TrainingRecord:
     """What a run did.
 
     Attributes:
-        epochs: For each epoch: training loss, hold-out loss and accuracy, eligibility.
+        epochs: For each epoch: training loss, hold-out loss, accuracy and PSNR, eligibility.
         best_epoch: The epoch whose state was kept.
         steps: Optimizer steps.
+        full_precision: Accuracy and PSNR of the full-precision model on the hold-out.
     """
 
     epochs: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int = -1
     steps: int = 0
+    full_precision: dict[str, float | None] = field(default_factory=dict)
 
 
 def train(
@@ -60,6 +75,7 @@ def train(
     checkpoint: Path | None = None,
     stage: str = "training",
     keep_last: bool = False,
+    loss: Loss | None = None,
     context: Context | None = None,
 ) -> TrainingRecord:
     """Train ``trainee`` in place and leave it in its best eligible state.
@@ -71,17 +87,19 @@ def train(
     Args:
         trainee: A ``Trainee`` that is a module; everything it trains is in its state dictionary.
         teacher: The full-precision model.
-        data: Labelled samples, or unlabelled with ``distillation`` 1.
+        data: Samples; without labels, the full-precision output is all that is followed.
         settings: How to train.
         identity: JSON that names model and plan; part of what a checkpoint must agree with.
         checkpoint: File for resuming; continued from if it exists.
         stage: Name in progress reports.
         keep_last: Leave the last state, whatever the hold-out says.
+        loss: Distance to the full-precision output, by default the divergence (``Objective``).
         context: Whom to tell, and when to stop.
 
     Raises:
-        InvalidCalibration: Labels are needed and missing.
-        InvalidInput: The checkpoint is of another run, or the step cannot be compiled.
+        InvalidCalibration: Labels are needed and missing, or fit no output.
+        InvalidInput: The checkpoint is of another run, the step cannot be compiled, or labels are
+            images and would have to be augmented.
         MeasurementFailed: The loss is not finite.
         Cancelled: The context said so.
 
@@ -89,13 +107,9 @@ def train(
     ``torch.distributed`` every process takes its share of each batch.
     """
     context = context or Context()
-    if data.labels is None and settings.distillation < 1:
-        msg = (
-            "training on labels needs a labelled set; this one has none: add labels, or set "
-            "distillation to 1"
-        )
-        raise InvalidCalibration(msg)
-    run = _Run(trainee, teacher, data, settings, present_group())
+    objective = Objective(loss=loss or KullbackLeibler(), distillation=settings.distillation)
+    objective.check_labels(data.labels)
+    run = _Run(trainee, teacher, data, settings, present_group(), objective)
     digest = run.digest(identity)
     optimizer = optimizer_of(run.subject.parameter_groups(settings), settings)
     base_rates = [group["lr"] for group in optimizer.param_groups]
@@ -147,6 +161,7 @@ def train(
         elif (step + 1) % settings.checkpoint_steps == 0:
             save(step + 1)
         context.report(stage, step + 1, total)
+    record.full_precision = run.full_precision()
     if best is not None:
         trainee.load_state_dict(best)
     run.subject.model.eval()
@@ -163,22 +178,33 @@ class _Run:
         data: CalibrationSet,
         settings: TrainingSettings,
         group: Group,
+        objective: Objective,
     ) -> None:
+        moved = data.labels is not None and data.labels.ndim > 2 and settings.distillation < 1
+        if moved and settings.augmentation != "none":
+            msg = (
+                "augmentation moves inputs but not labels, so labels must not be images; these "
+                "are: train without augmentation, or with distillation 1"
+            )
+            raise InvalidInput(msg, augmentation=settings.augmentation)
         self.subject: Trainee = trainee  # type: ignore[assignment]
-        self.teacher = copy.deepcopy(teacher).eval()
+        self.teacher = _resting(teacher, data.inputs[0].device)
         self.data, self.settings, self.group = data, settings, group
+        self.objective = objective
+        # What is trained at several bit-widths at once says so (``nested``).
+        self.modes: tuple[str, ...] = getattr(trainee, "modes", ("",))
         self.fit, self.holdout = data.split(settings.holdout_fraction, settings.seed)
         self.steps_per_epoch = max(1, len(self.fit) // settings.batch_size)
         self.device_type = data.inputs[0].device.type
         trainee.to(data.inputs[0].device)
-        self.teacher.to(data.inputs[0].device)
         forward = Pass(
             trainee, mixed_precision=settings.mixed_precision, device_type=self.device_type
         )
         if settings.compiled:
             forward.compile()
         self.forward = group.wrap(forward)
-        self._taught: list[Tensor] | None = None
+        self._known: dict[int, Tensor] = {}
+        self._kept_bytes = 0
 
     def digest(self, identity: object) -> str:
         """Return what a checkpoint must agree with."""
@@ -186,6 +212,7 @@ class _Run:
             "settings": asdict(self.settings),
             "data": self.data.to_json(),
             "identity": identity,
+            "loss": key_of(self.objective.loss),
         }
         # Several processes add their gradients up in another order.
         return digest_json(named | ({"size": self.group.size} if self.group.size > 1 else {}))
@@ -213,32 +240,46 @@ class _Run:
         seen = self._augmented(batch.inputs, settings.seed * 1_000_003 + step)
         inputs = tuple(self._laid_out(self.group.share(x)) for x in seen)
         labels = None if batch.labels is None else self.group.share(batch.labels)
-        teacher_output = None
-        if settings.distillation > 0:
-            precision = reduced_precision(self.device_type, wanted=settings.mixed_precision)
-            with torch.no_grad(), precision:
-                teacher_output = primary_output(self.teacher(*inputs)).float()
         self.subject.model.train()
+        optimizer.zero_grad(set_to_none=True)
+        shown = torch.zeros((), device=inputs[0].device)
         # Dropout draws from the global generator: give every step its own numbers, and put it back.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(
                 (settings.seed * 1_000_003 + step) * self.group.size + self.group.rank
             )
-            output, penalty = self._output(step / total, inputs)
-        loss = objective(output, teacher_output, labels, settings.distillation)
-        shown = float(self.group.mean(loss.detach()))
-        if not math.isfinite(shown):
+            parts = cut(len(inputs[0]), settings.micro_batch or len(inputs[0]))
+            for mode, rows in itertools.product(self.modes, parts):
+                self._select(mode)
+                part = tuple(x[rows.start : rows.stop] for x in inputs)
+                own = None if labels is None else labels[rows.start : rows.stop]
+                share = len(rows) / len(inputs[0]) / len(self.modes)
+                shown += share * self._backward(step / total, part, own, share)
+        loss = float(self.group.mean(shown))
+        if not math.isfinite(loss):
             msg = (
                 f"the training loss must stay finite; it is not at step {step}: lower the learning "
                 "rate, or check the data"
             )
             raise MeasurementFailed(msg, step=step)
-        optimizer.zero_grad(set_to_none=True)
-        (loss + penalty).backward()  # type: ignore[no-untyped-call]
         self.subject.before_step()
         optimizer.step()
         self.subject.after_step()
-        return shown
+        return loss
+
+    def _backward(
+        self, progress: float, inputs: tuple[Tensor, ...], labels: Tensor | None, share: float
+    ) -> Tensor:
+        """Add the gradients of some samples, ``share`` of a batch; return their loss."""
+        reference = None
+        if self.objective.needs_reference(labels):
+            wanted = self.settings.mixed_precision
+            with torch.no_grad(), reduced_precision(self.device_type, wanted=wanted):
+                reference = primary_output(self.teacher(*inputs)).float()
+        output, penalty = self._output(progress, inputs)
+        loss = self.objective(output, reference, labels)
+        (share * (loss + penalty)).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     def _laid_out(self, values: Tensor) -> Tensor:
         if self.settings.channels_last and values.ndim == 4:
@@ -263,7 +304,23 @@ class _Run:
             raise InvalidInput(msg) from err
         return output, penalty
 
+    def _select(self, mode: str) -> None:
+        if mode:
+            self.subject.select(mode)  # type: ignore[attr-defined]
+
     def look(self) -> dict[str, Any]:
+        """Measure the hold-out, in each mode of a model that has several; means over these."""
+        entries = {}
+        for mode in self.modes:
+            self._select(mode)
+            entries[mode] = self._look()
+        found = dict(entries[self.modes[-1]])
+        for key in ("holdout_loss", "holdout_accuracy", "holdout_psnr"):
+            if found[key] is not None:
+                found[key] = sum(entry[key] for entry in entries.values()) / len(entries)
+        return found | ({"modes": entries} if len(entries) > 1 else {})
+
+    def _look(self) -> dict[str, Any]:
         """Measure the hold-out in full precision arithmetic, batch norms re-estimated first."""
         self.subject.model.eval()
         with torch.no_grad():
@@ -272,25 +329,39 @@ class _Run:
                 # Of what was trained on: plain images have other statistics, and cost accuracy.
                 seen = [self._augmented(b.inputs, self.settings.seed) for b in parts]
                 reestimate_batch_norm(_Bound(self.subject), seen)
-            losses, right, counted = 0.0, 0.0, 0
-            batches = list(self.holdout.batches(256))
-            if self._taught is None:
-                self._taught = [primary_output(self.teacher(*b.inputs)) for b in batches]
-            for batch, taught in zip(batches, self._taught, strict=True):
+            losses, counted = 0.0, 0
+            scores = Scores(self.objective.loss)
+            for k, batch in enumerate(self.holdout.batches(self.settings.micro_batch or 256)):
                 inputs = tuple(self._laid_out(x) for x in batch.inputs)
-                output = run_with(self.subject, inputs)
-                n = len(batch)
-                loss = objective(output, taught, batch.labels, self.settings.distillation)
-                losses += n * float(loss)
-                if batch.labels is not None:
-                    hits = (output.argmax(dim=-1) == batch.labels).double()
-                    right += float(hits.reshape(n, -1).mean(dim=1).sum())
-                counted += n
+                output = run_with(self.subject, inputs).float()
+                loss = self.objective(output, self._taught(k, batch), batch.labels)
+                losses += len(batch) * float(loss)
+                scores.add(output, batch.labels)
+                counted += len(batch)
         return {
             "holdout_loss": losses / counted,
-            "holdout_accuracy": right / counted if self.holdout.labels is not None else None,
+            "holdout_accuracy": scores.accuracy(),
+            "holdout_psnr": scores.psnr(),
             "eligible": bool(self.subject.is_eligible()),
         }
+
+    def _taught(self, k: int, batch: CalibrationSet) -> Tensor:
+        """Return the full-precision output of batch ``k`` of the hold-out, kept if it is small."""
+        if k in self._known:
+            return self._known[k]
+        output = primary_output(self.teacher(*batch.inputs))
+        self._kept_bytes += output.nbytes
+        if self._kept_bytes <= TAUGHT_BYTES:
+            self._known[k] = output
+        return output
+
+    def full_precision(self) -> dict[str, float | None]:
+        """Return what the full-precision model reaches on the hold-out."""
+        scores = Scores(self.objective.loss)
+        with torch.no_grad():
+            for k, batch in enumerate(self.holdout.batches(self.settings.micro_batch or 256)):
+                scores.add(self._taught(k, batch), batch.labels)
+        return {"holdout_accuracy": scores.accuracy(), "holdout_psnr": scores.psnr()}
 
 
 class _Bound(torch.nn.Module):
@@ -302,6 +373,15 @@ class _Bound(torch.nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return run_with(self.subject, inputs)
+
+
+def _resting(teacher: nn.Module, device: torch.device) -> nn.Module:
+    """Return ``teacher`` on the device in eval mode: itself if it is so, or a copy."""
+    tensors = (*teacher.parameters(), *teacher.buffers())
+    training = any(module.training for module in teacher.modules())
+    if not training and all(t.device == device for t in tensors):
+        return teacher
+    return put_in_eval_mode(copy.deepcopy(teacher)).to(device)
 
 
 def optimizer_of(groups: list[dict[str, Any]], settings: TrainingSettings) -> torch.optim.Optimizer:

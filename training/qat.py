@@ -14,25 +14,22 @@ import torch
 import bitquota
 from bitquota.candidates.budget import Budget
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Scheme
-from bitquota.context import Context
 from bitquota.corrections import Correction
-from bitquota.errors import BudgetTooSmall, InvalidInput, InvalidPlan
-from bitquota.evaluate.metrics import measure_module
-from bitquota.models.binding import bound
+from bitquota.errors import BudgetTooSmall, InvalidPlan
+from bitquota.evaluate.metrics import BATCH, measure_module
 from bitquota.models.identity import model_fingerprint
 from bitquota.models.load import load_model
 from bitquota.models.loaded import LoadedModel, check_model, inventory_of
 from bitquota.models.pt2.module import dynamic_axes
-from bitquota.models.running import choose_device, primary_output
-from bitquota.models.samples import check_calibration
 from bitquota.plan import Assignment, Baseline, Plan
 from bitquota.quantizers.corrections import reestimate_batch_norm
 from bitquota.quantizers.planned import full_precision_module, quantized_module
-from bitquota.request import PlanRequest
+from bitquota.request import AUTO_LOSS, PlanRequest
 from bitquota.search.allocate import allocate
 from bitquota.training.exported_inputs import hold_input_quantizers
 from bitquota.training.finetune import TrainedModel, finetune, measure_trained
 from bitquota.training.learn import LearnOptions, learn
+from bitquota.training.prepared import prepared
 from bitquota.training.saved import save_trained
 from bitquota.training.settings import TrainingSettings
 from bitquota.training.weight_quantizers import trained_candidate
@@ -43,9 +40,13 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from bitquota.candidates.cost_table import CostTable
+    from bitquota.context import Context
     from bitquota.models.calibration import CalibrationSet
     from bitquota.quantizers.channel_fit import ChannelRule
+    from bitquota.sensitivity.losses import Loss
     from bitquota.training.loop import TrainingRecord
+    from bitquota.training.prepared import Prepared
 
 BEFORE = "before training"
 """Name of the baseline that is the plan without training."""
@@ -82,6 +83,7 @@ def finetune_plan(
     symmetric: bool = False,
     input_rule: ChannelRule | None = None,
     start: nn.Module | None = None,
+    loss: str | Loss | None = None,
     checkpoint: Path | None = None,
     context: Context | None = None,
 ) -> Trained:
@@ -94,12 +96,15 @@ def finetune_plan(
     Args:
         model: The model that the plan was made for.
         plan: What to train under.
-        data: Training samples, labelled unless ``settings`` only distil; never the test set.
+        data: Training samples; without labels the full-precision model is all that is followed.
+            Never the test set.
         settings: How to train.
         method: ``lsq``, ``tqt`` or ``direct`` (``training.finetune.finetune``).
         symmetric: Keep the levels of codebooks mirrored.
         input_rule: How the first grids of quantized inputs weigh channels.
         start: Where the weights start, if not at the model's.
+        loss: Distance to the full-precision output: a name as in ``PlanRequest`` or a loss of
+            one's own (``CustomLoss``); by default what the plan was measured by.
         checkpoint: File for resuming.
         context: Whom to tell, when to stop, and where to run.
 
@@ -113,8 +118,10 @@ def finetune_plan(
     """
     check_model(plan, model)
     settings = TrainingSettings() if settings is None else settings
-    module, samples = _ready(model, data, context)
-    placed = replace(model, module=module)
+    ready = prepared(
+        model, data, loss=loss or AUTO_LOSS, known=None if loss else plan.outputs, context=context
+    )
+    placed, samples = ready.model, ready.samples
     module, inventory = full_precision_module(placed, plan, samples), plan.inventory
     stored = tuple(_stored_assignment(a, method) for a in plan.assignments)
     _check_budgets(plan, stored, method)
@@ -130,20 +137,29 @@ def finetune_plan(
         symmetric=symmetric,
         input_rule=input_rule,
         start=start,
+        loss=ready.loss,
         checkpoint=checkpoint,
         context=context,
     )
     fit, holdout = samples.split(settings.holdout_fraction, settings.seed)
+    batch_size = settings.micro_batch or BATCH
+    measured = measure_trained(
+        trained, module, holdout, loss=ready.loss, kind=ready.kind, batch_size=batch_size
+    )
+    trained = ready.as_it_returns(trained)
 
     # The plan of what was trained, measured on the hold-out part.
+    digest = model_fingerprint(trained.module)
     made = Plan(
-        model_digest=model_fingerprint(trained.module),
+        model_digest=digest,
         assignments=stored,
         unquantized=plan.unquantized,
-        budgets=plan.budgets,
+        budgets=tuple(b.of_model(digest) for b in plan.budgets),
         selected=f"trained:{method}",
-        measured=measure_trained(trained, module, holdout),
-        baselines=(_before(placed, plan, fit, holdout),),
+        measured=measured,
+        baselines=(_before(ready, plan, fit, holdout, batch_size),),
+        loss=ready.loss.name,
+        outputs=ready.found(),
         target=plan.target if _same_grids(plan.assignments, stored) else None,
         provenance={
             "plan": plan.digest(),
@@ -167,6 +183,9 @@ def learn_plan(
     start: Plan | None = None,
     ties: Sequence[Sequence[str]] = (),
     exclude: Sequence[str] = (),
+    tables: Sequence[CostTable] = (),
+    loss: str | Loss = AUTO_LOSS,
+    outputs: Sequence[str] = (),
     **options: Unpack[LearnOptions],
 ) -> Trained:
     """Learn bit-widths for ``model`` within ``budgets``, and fine-tune under what was learned.
@@ -174,12 +193,16 @@ def learn_plan(
     Args:
         model: From ``bitquota.models.load_model``.
         data: Training samples; never the test set.
-        budgets: One on weights, such as ``2.5 bits``, and perhaps on inputs, such as
-            ``act total 96 KiB``; they hold together.
+        budgets: One or more on weights, such as ``2.5 bits``, ``2 GBitOps`` or ``5 ms``, and
+            perhaps on inputs, such as ``act total 96 KiB``; they hold together.
         weight_bits: Bit-widths on offer.
         start: A solved plan of the same model to start from.
         ties: Layers that must share a bit-width.
         exclude: Layers that stay in full precision.
+        tables: Cost tables of the model, for budgets of time or energy.
+        loss: Distance to the full-precision output: a name as in ``PlanRequest``, or a loss of
+            one's own (``CustomLoss``).
+        outputs: Which outputs count, as in ``PlanRequest``.
         **options: How; see ``training.learn.LearnOptions``.
 
     Raises:
@@ -191,8 +214,9 @@ def learn_plan(
     """
     if start is not None:
         check_model(start, model)
-    module, samples = _ready(model, data, options.get("context"))
-    inventory = inventory_of(module, model, samples)
+    ready = prepared(model, data, loss=loss, outputs=outputs, context=options.get("context"))
+    module, samples = ready.model.module, ready.samples
+    inventory = inventory_of(ready.plain.module, model, samples)
     if exclude:
         inventory = inventory.exclude(exclude)
     if ties:
@@ -200,11 +224,12 @@ def learn_plan(
 
     # Learn and train.
     texts = [part for text in budgets for part in text.split("+")]
+    options["distance"], options["kind"] = ready.loss, ready.kind
     learned = learn(
         module,
         inventory,
         samples,
-        [Budget.parse(text, inventory) for text in texts],
+        [Budget.parse(text, inventory, tables) for text in texts],
         weight_bits,
         start=None if start is None else [a.candidate for a in start.assignments],
         **options,
@@ -217,6 +242,9 @@ def learn_plan(
         scheme=options.get("scheme") or Scheme(),
         ties=tuple(tuple(tie) for tie in ties),
         exclude=tuple(exclude),
+        loss=loss if isinstance(loss, str) else AUTO_LOSS,
+        outputs=tuple(outputs),
+        tables=tuple(tables),
         corrections=(Correction.BATCH_NORM_STATISTICS,),
     )
     provenance = learned.plan.provenance | {
@@ -224,9 +252,15 @@ def learn_plan(
         "request": request.to_json(),
         "bitquota": bitquota.__version__,
     }
+    trained = ready.as_it_returns(learned.trained)
     return Trained(
-        plan=replace(learned.plan, provenance=provenance),
-        model=learned.trained,
+        plan=replace(
+            _of_model(learned.plan, model_fingerprint(trained.module)),
+            loss=ready.loss.name,
+            outputs=ready.found(),
+            provenance=provenance,
+        ),
+        model=trained,
         learning=learned.learning,
     )
 
@@ -239,6 +273,7 @@ def solve_around(
     *,
     request: PlanRequest | None = None,
     method: str = "lsq",
+    loss: Loss | None = None,
     checkpoint: Path | None = None,
     context: Context | None = None,
 ) -> Trained:
@@ -255,6 +290,7 @@ def solve_around(
         settings: How to train.
         request: What to solve; by default the request on record in the plan, with its budgets.
         method: How to train.
+        loss: A loss of one's own that ``trained`` was trained with.
         checkpoint: File for resuming.
         context: Whom to tell, when to stop, and where to run.
 
@@ -289,10 +325,13 @@ def solve_around(
     # What is stored are the statistics of the quantized model; sensitivities start without error.
     reestimate_batch_norm(module, measured.to(torch.device("cpu")))
     around = replace(model, module=module, digest=model_fingerprint(module))
+    tables = tuple(replace(t, model_digest=around.digest) for t in request.tables)
+    request = replace(request, tables=tables)
     found = allocate(
         around,
         measured,
         request,
+        loss=loss,
         context=context,
     )
     (plan,) = found.plans
@@ -301,17 +340,27 @@ def solve_around(
     again = finetune_plan(
         model,
         replace(
-            plan, model_digest=model.digest, measured=None, baselines=(), proof=None, weights=None
+            _of_model(plan, model.digest), measured=None, baselines=(), proof=None, weights=None
         ),
         data,
         settings,
         method=method,
         start=latents,
+        loss=loss,
         checkpoint=checkpoint,
         context=context,
     )
-    module, samples = _ready(model, holdout, context)
-    before = measure_trained(trained.model, module, samples)
+    ready = prepared(
+        model, holdout, loss=loss or AUTO_LOSS, known=trained.plan.outputs, context=context
+    )
+    before = measure_trained(
+        ready.as_it_is_measured(trained.model),
+        ready.model.module,
+        ready.samples,
+        loss=ready.loss,
+        kind=ready.kind,
+        batch_size=settings.micro_batch or BATCH,
+    )
     assert again.plan.measured is not None  # noqa: S101  # ``finetune_plan`` measures
     return again if again.plan.measured.mean < before.mean else trained
 
@@ -338,26 +387,13 @@ def write_pt2(trained: Trained, data: CalibrationSet, path: Path) -> Trained:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    return replace(trained, plan=replace(trained.plan, model_digest=digest))
+    return replace(trained, plan=_of_model(trained.plan, digest))
 
 
-def _ready(
-    model: LoadedModel, data: CalibrationSet, context: Context | None
-) -> tuple[nn.Module, CalibrationSet]:
-    where = choose_device((context or Context()).device)
-    data = bound(model, data)
-    check_calibration(model, data)
-    module, samples = copy.deepcopy(model.module).to(where).eval(), data.to(where)
-    with torch.enable_grad():
-        output = primary_output(module(*samples.first(2).inputs))
-    if not output.requires_grad:
-        msg = (
-            f"training needs a model that torch can differentiate; '{model.source}' "
-            f"({model.architecture}) can only be run: provide a .pt2, a Hugging Face folder or a "
-            "factory"
-        )
-        raise InvalidInput(msg, source=model.source)
-    return module, samples
+def _of_model(plan: Plan, digest: str) -> Plan:
+    """Return the plan for a model of the same layers."""
+    budgets = tuple(b.of_model(digest) for b in plan.budgets)
+    return replace(plan, model_digest=digest, budgets=budgets)
 
 
 def _stored_assignment(assignment: Assignment, method: str) -> Assignment:
@@ -387,15 +423,22 @@ def _check_budgets(plan: Plan, stored: Sequence[Assignment], method: str) -> Non
 
 
 def _before(
-    model: LoadedModel, plan: Plan, fit: CalibrationSet, holdout: CalibrationSet
+    ready: Prepared, plan: Plan, fit: CalibrationSet, holdout: CalibrationSet, batch_size: int
 ) -> Baseline:
     """Measure the plan without training, its corrections included."""
     untrained = quantized_module(
-        model, plan, correction_data=fit.first(1024), fit_data=fit.first(512)
+        ready.model, plan, correction_data=fit.first(1024), fit_data=fit.first(512)
     )
     return Baseline(
         name=BEFORE,
         weight_bits=plan.weight_bits,
         size_bits=plan.size_bits,
-        measured=measure_module(untrained, model.module, holdout),
+        measured=measure_module(
+            untrained,
+            ready.model.module,
+            holdout,
+            loss=ready.loss,
+            kind=ready.kind,
+            batch_size=batch_size,
+        ),
     )

@@ -24,8 +24,12 @@ class TrainingSettings:
         quantizer_weight_decay: Of steps, levels and bit-widths; 0 but for ``uhlich2020``.
         optimizer: ``adamw``, or ``sgd`` with momentum 0.9.
         schedule: ``cosine`` falls to zero; ``steps`` takes a tenth at half and at three quarters.
-        distillation: Share of the loss that is the divergence to the full-precision model's
-            output; the rest is labelled cross-entropy. 1 needs no labels.
+        micro_batch: Samples that run at once, or ``None`` for the whole batch. Gradients of a batch
+            add up, so that memory is that of so many samples; batch norms see only these.
+        distillation: Share of the loss that is the distance to the full-precision model's output;
+            the rest is the distance to labels. Without labels it is the whole loss.
+        channel_weight: What is added for quantized inputs: so many times the mean relative error of
+            a channel, which fits their grids to the majority of channels while training.
         holdout_fraction: Share of the data that selects the best epoch and is not trained on.
         patience: Stop after this many epochs without a better hold-out loss; ``None`` never.
         augmentation: ``none``, or ``shift_flip`` for images (shift by up to an eighth, mirror).
@@ -43,6 +47,7 @@ class TrainingSettings:
 
     epochs: int = 10
     batch_size: int = 128
+    micro_batch: int | None = None
     learning_rate: float = 1e-3
     quantizer_learning_rate: float = 5e-3
     weight_decay: float = 1e-4
@@ -50,6 +55,7 @@ class TrainingSettings:
     optimizer: str = "adamw"
     schedule: str = "cosine"
     distillation: float = 0.5
+    channel_weight: float = 0.0
     holdout_fraction: float = 0.1
     patience: int | None = None
     augmentation: str = "none"
@@ -75,9 +81,15 @@ class TrainingSettings:
                 f"{self.learning_rate} and {self.quantizer_learning_rate}"
             )
             raise InvalidInput(msg)
+        if self.channel_weight < 0:
+            msg = f"the weight of channels must not be negative; got {self.channel_weight}"
+            raise InvalidInput(msg, channel_weight=self.channel_weight)
         if not 0 < self.holdout_fraction < 1:
             msg = f"the hold-out must be a share between 0 and 1; got {self.holdout_fraction}"
             raise InvalidInput(msg, holdout_fraction=self.holdout_fraction)
+        if self.micro_batch is not None and self.micro_batch < 1:
+            msg = f"at least one sample must run at once; got a micro batch of {self.micro_batch}"
+            raise InvalidInput(msg, micro_batch=self.micro_batch)
         if self.checkpoint_steps < 1 or (self.patience is not None and self.patience < 1):
             msg = (
                 "patience and the steps between checkpoints must be at least 1; got "

@@ -29,7 +29,7 @@ FORMER_SOLVERS = {"mathopt": "cvxpy_scip", "highs_rlt": "cp_sat"}
 TRAINING_METHODS = ("lsq", "tqt", "direct")
 """As ``bitquota.training.weight_quantizers`` has them; that module loads torch."""
 
-RECIPES = ("stabilised", "ellipsoid", "bitpruning", "bsq", "uhlich2020")
+RECIPES = ("stabilised", "ellipsoid", "bitpruning", "bsq", "msq", "uhlich2020", "uhlich2020_p3")
 """As ``bitquota.training.learn`` has them; that module loads torch."""
 
 EFFORTS = ("quick", "normal", "thorough")

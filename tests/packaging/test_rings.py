@@ -51,7 +51,12 @@ LATE = {
             "training.learn",
             "training.qat",
         },
-        "cli.training_options": {"models.load", "models.running"},
+        "cli.training_options": {
+            "models.factory",
+            "models.load",
+            "models.running",
+            "sensitivity.losses",
+        },
         "report.charts": {"solver"},
         "service": {"service.run"},
         "service.admin_commands": {

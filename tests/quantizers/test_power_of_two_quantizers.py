@@ -1,17 +1,9 @@
-"""The benchmark's quantizers have the gradients of Uhlich et al. 2020, by case and by number."""
-
-import importlib
-import sys
-from pathlib import Path
+"""Power-of-two quantizers have the gradients of Uhlich et al. 2020, by case and by number."""
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-quantizers = importlib.import_module("power_of_two_quantizers")
-sys.path.pop(0)
-
-PowerOfTwoForm, PowerOfTwoQuantizer = quantizers.PowerOfTwoForm, quantizers.PowerOfTwoQuantizer
+from bitquota.quantizers.power_of_two import PowerOfTwoForm, PowerOfTwoQuantizer
 
 
 def gradients(quantizer, x):

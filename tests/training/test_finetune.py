@@ -16,6 +16,7 @@ from bitquota.errors import Cancelled, InvalidCalibration, InvalidInput
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.discovery import discover
 from bitquota.quantizers.apply import apply_plan
+from bitquota.quantizers.channel_fit import collect_channels, relative_errors
 from bitquota.quantizers.packing import pack
 from bitquota.training.finetune import finetune
 from bitquota.training.objective import shift_flip
@@ -126,6 +127,21 @@ class TestFinetune:
                 scores.append(accuracy(found.module, *test_images))
         assert scores[1] > scores[0] + 0.01
         assert scores[1] > 0.9
+
+    def test_channels_count_while_training(self, model, data):
+        """With rates for steps alone, their mean relative error falls further than without."""
+        inventory, _ = uniform(model, 2)
+        plan = [Candidate.of(la, 8, Scheme(), activation_bits=2) for la in inventory.layers]
+        settings = replace(SETTINGS, epochs=1, learning_rate=0.0, quantizer_learning_rate=2e-2)
+        watched = collect_channels(model, inventory, [data.first(64).inputs]).values
+        means = []
+        for weight in (0.0, 30.0):
+            found = finetune(
+                model, inventory, plan, data, replace(settings, channel_weight=weight)
+            ).inputs
+            errors = [relative_errors(watched[name], q).mean() for name, q in found.items()]
+            means.append(float(torch.stack(errors).mean()))
+        assert means[1] < means[0]
 
     def test_does_not_touch_the_given_model(self, model, data):
         """It trains a copy."""
@@ -255,11 +271,12 @@ finetune(model, inventory, plan, data, settings, checkpoint=Path({str(path)!r}))
         with pytest.raises(InvalidInput, match="must be of the same model, data and settings"):
             finetune(model, inventory, plan, data, replace(settings, seed=1), checkpoint=path)
 
-    def test_needs_labels_unless_distilling(self, model, data):
+    def test_needs_labels_if_there_is_nothing_else(self, model, data):
         """The message says both ways out."""
         inventory, plan = uniform(model, 2)
-        with pytest.raises(InvalidCalibration, match="set distillation to 1"):
-            finetune(model, inventory, plan, CalibrationSet(inputs=data.inputs), SETTINGS)
+        settings = replace(SETTINGS, distillation=0.0)
+        with pytest.raises(InvalidCalibration, match="add labels, or follow the full-precision"):
+            finetune(model, inventory, plan, CalibrationSet(inputs=data.inputs), settings)
 
     def test_refuses_a_plan_without_quantized_layers(self, model, data):
         """Plain training is not our business."""

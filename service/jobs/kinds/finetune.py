@@ -60,6 +60,7 @@ def run(work: Work) -> None:
             method=work.request["method"],
             symmetric=work.request["symmetric"],
             input_rule=None if fit == "mse" else ChannelRule(fit),
+            loss=work.request.get("loss"),
             checkpoint=kept.path(CHECKPOINTS[0]),
             context=kept.context,
         )
@@ -74,7 +75,7 @@ def accept(request: JsonObject) -> JsonObject:
 
 KIND = JobKind(
     name="finetune",
-    summary="Train a model under a plan; the dataset is labelled training data.",
+    summary="Train a model under a plan; the dataset is training data, labelled or not.",
     inputs=(
         MODEL,
         DATASET,

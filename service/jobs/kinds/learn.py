@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from bitquota.request import DEFAULT_WEIGHT_BITS, RECIPES
+from bitquota.candidates.budget import check_budgets
+from bitquota.candidates.cost_table import CostTable
+from bitquota.request import AUTO_LOSS, DEFAULT_WEIGHT_BITS, RECIPES
 from bitquota.service.jobs.kinds.kind import DATASET, MODEL, Input, JobKind
 from bitquota.service.jobs.kinds.results import PLANS, REPORT, report_of_plans
 from bitquota.service.jobs.kinds.training_request import (
@@ -32,8 +34,8 @@ class LearnBody(TrainingBody):
     budgets: tuple[str, ...] = Field(
         min_length=1,
         max_length=3,
-        description="Together: one on weights, such as `2.5 bits`, and on inputs, such as "
-        "`act total 96 KiB`.",
+        description="Together: on weights, such as `2.5 bits`, bit operations, times (`5 ms` with "
+        "`tables`), and on inputs, such as `act total 96 KiB`.",
     )
     weight_bits: tuple[int, ...] = Field(default=DEFAULT_WEIGHT_BITS, min_length=2, max_length=10)
     activation_bits: tuple[int, ...] = Field(
@@ -44,6 +46,14 @@ class LearnBody(TrainingBody):
     )
     ties: tuple[tuple[str, ...], ...] = Field(default=(), max_length=1000)
     exclude: tuple[str, ...] = Field(default=(), max_length=1000)
+    tables: tuple[dict[str, Any], ...] = Field(
+        default=(),
+        max_length=2,
+        description="Cost tables of `bitquota profile`, for budgets of time and energy.",
+    )
+    outputs: tuple[str, ...] = Field(
+        default=(), max_length=100, description="Outputs that count, `NAME` or `NAME=WEIGHT`."
+    )
 
 
 def run(work: Work) -> None:
@@ -66,6 +76,9 @@ def run(work: Work) -> None:
             start=plans[0] if plans else None,
             ties=request["ties"],
             exclude=request["exclude"],
+            loss=request.get("loss") or AUTO_LOSS,
+            tables=[CostTable.from_json(table) for table in request.get("tables", ())],
+            outputs=request.get("outputs", ()),
             settings=settings_from(request, default_settings(request["recipe"])),
             checkpoint_folder=kept.folder,
             context=kept.context,
@@ -76,12 +89,14 @@ def run(work: Work) -> None:
 def accept(request: JsonObject) -> JsonObject:
     """Return the request; raises ``InvalidInput`` for names that are not known."""
     check_names(request, recipe=RECIPES)
+    tables = [CostTable.from_json(table) for table in request["tables"]]
+    check_budgets(request["budgets"], tables)
     return request
 
 
 KIND = JobKind(
     name="learn",
-    summary="Learn bit-widths by gradient and fine-tune; the dataset is labelled training data.",
+    summary="Learn bit-widths by gradient and fine-tune; the dataset is training data.",
     inputs=(
         MODEL,
         DATASET,

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bitquota.canonical import canonical_json
 from bitquota.errors import InvalidInput
 from bitquota.models.pt2.vetting import vet_pt2
-from bitquota.request import TRAINING_METHODS
+from bitquota.request import TRAINING_METHODS, parse_losses
 from bitquota.service.jobs.kinds.kind import BINARY, Result
 from bitquota.service.jobs.kinds.results import check_object
 from bitquota.service.store.formats import ArtifactKind
@@ -34,13 +34,29 @@ class TrainingBody(BaseModel):
     method: str = Field(default="lsq", description="`lsq`, `tqt` or `direct`.", max_length=20)
     epochs: int = Field(default=10, ge=1, le=10_000, description="Passes, in each phase.")
     batch_size: int = Field(default=128, ge=2, le=65_536, description="Samples per step.")
+    micro_batch: int | None = Field(
+        default=None, ge=1, le=65_536, description="Samples that run at once; by default the batch."
+    )
+    loss: str | None = Field(
+        default=None,
+        max_length=1000,
+        description="Distance to the full-precision output, named as in a plan's request; by "
+        "default the plan's, or what the output is.",
+    )
     learning_rate: float | None = Field(default=None, ge=0, le=10)
     quantizer_learning_rate: float | None = Field(default=None, ge=0, le=10)
     distillation: float | None = Field(
         default=None,
         ge=0,
         le=1,
-        description="Share of the loss that follows the full-precision model.",
+        description="Share of the loss that follows the full-precision model; all of it where "
+        "the dataset has no labels.",
+    )
+    channel_weight: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e6,
+        description="With quantized inputs: weight of the mean relative error of their channels.",
     )
     holdout_fraction: float = Field(
         default=0.1, gt=0, lt=1, description="Share of the dataset that selects."
@@ -52,8 +68,9 @@ class TrainingBody(BaseModel):
 
 
 SETTINGS = (
-    "epochs", "batch_size", "learning_rate", "quantizer_learning_rate", "distillation",
-    "holdout_fraction", "patience", "augmentation", "mixed_precision", "seed",
+    "epochs", "batch_size", "micro_batch", "learning_rate", "quantizer_learning_rate",
+    "distillation", "channel_weight", "holdout_fraction", "patience", "augmentation",
+    "mixed_precision", "seed",
 )  # fmt: skip
 """Members of the body that are training settings under the same name."""
 
@@ -68,13 +85,15 @@ def check_names(request: JsonObject, **own: Sequence[str]) -> None:
         if request[member] not in known:
             msg = f"{member} must be one of {', '.join(known)}; got {request[member]!r}"
             raise InvalidInput(msg, **{member: request[member]})
+    if request["loss"] is not None:
+        parse_losses(request["loss"])
 
 
 def settings_from(request: JsonObject, defaults: TrainingSettings) -> TrainingSettings:
     """Return the defaults with what the submission says."""
     from dataclasses import replace
 
-    given: dict[str, Any] = {k: request[k] for k in SETTINGS if request[k] is not None}
+    given: dict[str, Any] = {k: request[k] for k in SETTINGS if request.get(k) is not None}
     return replace(defaults, **given)
 
 

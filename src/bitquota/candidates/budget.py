@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -257,6 +257,12 @@ class Budget(Document):
             resource=resource, limit=int(limit), constant=constant, scope=Scope.MODEL, text=text,
             prices=prices,
         )  # fmt: skip
+
+    def of_model(self, digest: str) -> Self:
+        """Return the same limit for a model of the same layers: costs know no weights."""
+        if self.prices is None:
+            return self
+        return replace(self, prices=replace(self.prices, model_digest=digest))
 
     def costs(self, table: CandidateTable) -> NDArray[np.int64]:
         """Return ``i64[n]``: what each row takes of the resource, in its unit.

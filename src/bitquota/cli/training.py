@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitquota.candidates.budget import check_budgets
+from bitquota.candidates.cost_table import CostTable
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, Scheme
 from bitquota.cli import options as opt
 from bitquota.cli import output
@@ -20,11 +21,11 @@ from bitquota.context import Context
 from bitquota.errors import InvalidInput
 from bitquota.plan import Plan, weights_near
 from bitquota.report import text as report
-from bitquota.request import ACTIVATION_FITS, DEFAULT_WEIGHT_BITS, check_training
+from bitquota.request import ACTIVATION_FITS, AUTO_LOSS, DEFAULT_WEIGHT_BITS, check_training
 from bitquota.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
@@ -36,8 +37,8 @@ _BITS = ",".join(map(str, DEFAULT_WEIGHT_BITS))
 Train = Annotated[
     str,
     typer.Argument(
-        help="Labelled training set, read like CALIBRATION; part of it is held out. Never test "
-        "data."
+        help="Training set, read like CALIBRATION, with labels or without; part of it is held "
+        "out. Never test data."
     ),
 ]
 Out = Annotated[
@@ -76,7 +77,7 @@ def finetune(
         msg = f"--input-fit must be one of {', '.join(rules)}; got '{input_fit}'"
         raise InvalidInput(msg, input_fit=input_fit)
     check_training(method=training.method)
-    settings = training.settings(TrainingSettings())
+    settings, loss = training.settings(TrainingSettings()), training.own_loss()
     made = Plan.load(plan)
     file = _plan_file(out, plan)
     check_sources(model, train, tokenizer=training.tokenizer)
@@ -95,6 +96,7 @@ def finetune(
             method=training.method,
             symmetric=symmetric,
             input_rule=None if input_fit is None else ChannelRule(input_fit),
+            loss=loss,
             checkpoint=folder / "finetune.safetensors",
             context=context,
         )
@@ -114,8 +116,8 @@ def learn(
         str,
         typer.Option(
             "--recipe",
-            help="stabilised, ellipsoid (size by construction), bitpruning, bsq, uhlich2020 (as "
-            "published).",
+            help="stabilised, ellipsoid (size by construction), bitpruning, bsq (bit planes), msq "
+            "(last bits), uhlich2020 (as published), uhlich2020_p3 (its powers of two).",
         ),
     ] = "stabilised",
     from_plan: Annotated[
@@ -130,6 +132,8 @@ def learn(
     ] = None,
     tie: opt.Tie = None,
     exclude: opt.Exclude = None,
+    outputs: opt.Outputs = None,
+    tables: opt.Tables = None,
     granularity: opt.GranularityName = Granularity.CHANNEL,
     group_size: opt.GroupSize = None,
     scale_format: opt.ScaleFormatName = ScaleFormat.FP32,
@@ -139,14 +143,17 @@ def learn(
     """Learn the bit-widths of MODEL on TRAIN within budgets, and fine-tune under them.
 
     Two phases of EPOCHS each: bit-widths and weights together, then weights under the bit-widths
-    found, whose size is exact. Budgets hold together: one on weights, and perhaps 'act 8 KiB' (the
-    largest input) or 'act total 92 KiB'.
+    found, which keep every budget exactly. Budgets hold together: on weights ('2.5 bits'), on bit
+    operations, time or energy ('5 ms' with --table), and inputs ('act 8 KiB' for the largest,
+    'act total 92 KiB').
     """
     if not budgets:
         msg = "learning needs a budget, such as --budget '2.5 bits'; got none"
         raise InvalidInput(msg)
-    check_budgets(budgets)
+    costs = tuple(CostTable.load(path) for path in tables or ())
+    check_budgets(budgets, costs)
     check_training(method=training.method, recipe=recipe)
+    loss = training.own_loss()
     start = None if from_plan is None else Plan.load(from_plan)
     file = _plan_file(out, from_plan)
     check_sources(model, train, tokenizer=training.tokenizer)
@@ -174,6 +181,9 @@ def learn(
             start=start,
             ties=opt.parse_ties(tie),
             exclude=exclude or [],
+            loss=loss or AUTO_LOSS,
+            outputs=outputs or [],
+            tables=costs,
             settings=settings,
             checkpoint_folder=folder,
             context=context,
@@ -223,6 +233,7 @@ def _resolved(
 ) -> Trained:
     from bitquota.training.qat import solve_around
 
+    loss = training.own_loss()
     for k in range(training.resolve):
         again = solve_around(
             model,
@@ -230,6 +241,7 @@ def _resolved(
             data,
             settings,
             method=training.method,
+            loss=None if isinstance(loss, str) else loss,
             checkpoint=folder / f"resolve-{k + 1}.safetensors",
             context=context,
         )
@@ -282,14 +294,25 @@ def _finish(found: Trained, data: CalibrationSet, file: Written) -> None:
 
 
 def _epoch_rows(record: TrainingRecord) -> list[dict[str, str]]:
-    return [
-        {
-            "epoch": f"{k + 1}{' *' if k == record.best_epoch else ''}",
-            "training loss": f"{epoch['training_loss']:.4f}",
-            "hold-out loss": f"{epoch['holdout_loss']:.4f}",
-            "hold-out top-1": ""
-            if epoch["holdout_accuracy"] is None
-            else f"{100 * epoch['holdout_accuracy']:.2f} %",
-        }
+    """Return a row for each epoch, below one of the full-precision model."""
+    shown: dict[str, tuple[str, Callable[[float], str]]] = {
+        "holdout_accuracy": ("hold-out top-1", lambda v: f"{100 * v:.2f} %"),
+        "holdout_psnr": ("hold-out PSNR", lambda v: f"{v:.2f} dB"),
+    }
+    entries: list[tuple[str, Mapping[str, float | None]]] = [
+        (f"{k + 1}{' *' if k == record.best_epoch else ''}", epoch)
         for k, epoch in enumerate(record.epochs)
     ]
+    if any(v is not None for v in record.full_precision.values()):
+        entries.insert(0, ("full precision", record.full_precision))
+    columns = [key for key in shown if any(e.get(key) is not None for _, e in entries)]
+    rows = []
+    for name, entry in entries:
+        row = {"epoch": name}
+        for key, title in (("training_loss", "training loss"), ("holdout_loss", "hold-out loss")):
+            row[title] = "" if (value := entry.get(key)) is None else f"{value:.4f}"
+        for key in columns:
+            title, text = shown[key]
+            row[title] = "" if (value := entry.get(key)) is None else text(value)
+        rows.append(row)
+    return rows

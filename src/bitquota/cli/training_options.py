@@ -11,10 +11,13 @@ import typer
 from bitquota.cli import options as opt
 from bitquota.cli.bundles import Bundle, with_bundles
 from bitquota.cli.loading import load_samples
+from bitquota.errors import InvalidInput
+from bitquota.request import parse_losses
 
 if TYPE_CHECKING:
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
+    from bitquota.sensitivity.losses import Loss
     from bitquota.training.settings import TrainingSettings
 
 SETTINGS_OPTIONS: dict[str, tuple[Any, Any]] = {
@@ -25,6 +28,16 @@ SETTINGS_OPTIONS: dict[str, tuple[Any, Any]] = {
         10,
     ),
     "batch_size": (Annotated[int, typer.Option("--batch-size", help="Samples per step.")], 128),
+    "micro_batch": (
+        Annotated[
+            int | None,
+            typer.Option(
+                "--micro-batch",
+                help="Samples that run at once (default: the batch); fewer take less memory.",
+            ),
+        ],
+        None,
+    ),
     "learning_rate": (
         Annotated[
             float | None,
@@ -49,11 +62,22 @@ SETTINGS_OPTIONS: dict[str, tuple[Any, Any]] = {
             float | None,
             typer.Option(
                 "--distill",
-                help="Share of the loss that follows the full-precision model; 1 needs no labels "
-                "(0.5; 0 for uhlich2020).",
+                help="Share of the loss that follows the full-precision model (0.5; 0 for "
+                "uhlich2020; all of it where there are no labels).",
             ),
         ],
         None,
+    ),
+    "channel_weight": (
+        Annotated[
+            float,
+            typer.Option(
+                "--channel-weight",
+                help="With quantized inputs: what the mean relative error of their channels counts "
+                "for in the loss.",
+            ),
+        ],
+        0.0,
     ),
     "holdout_fraction": (
         Annotated[
@@ -115,6 +139,18 @@ TRAINING_OPTIONS: dict[str, tuple[Any, Any]] = {
         "lsq",
     ),
     **SETTINGS_OPTIONS,
+    "loss": (
+        Annotated[
+            str | None,
+            typer.Option(
+                "--loss",
+                help="Distance to the full-precision output: a loss of 'bitquota plan', or "
+                "'package.module:function' of (output, reference, labels), one number for each "
+                "sample (default: the plan's, or what the output is).",
+            ),
+        ],
+        None,
+    ),
     "resolve": (
         Annotated[
             int,
@@ -148,6 +184,7 @@ class Training:
 
     Attributes:
         method: How weights are trained under bit-widths.
+        loss: A name or a function, or ``None`` for what fits.
         given: Members of ``TrainingSettings`` that hold whatever the method says.
         resolve: How often to solve and train again afterwards.
         tokenizer: For texts.
@@ -157,6 +194,7 @@ class Training:
     """
 
     method: str
+    loss: str | None
     given: dict[str, Any]
     resolve: int
     tokenizer: str | None
@@ -174,6 +212,18 @@ class Training:
     def settings(self, own: TrainingSettings) -> TrainingSettings:
         """Return a method's or recipe's own settings with every option that was given."""
         return replace(own, **self.given)
+
+    def own_loss(self) -> str | Loss | None:
+        """Return the loss: a name, or the user's function; ``None`` for what fits."""
+        if self.loss is None or ":" not in self.loss:
+            if self.loss is not None:
+                parse_losses(self.loss)
+            return self.loss
+        from bitquota.models.factory import find_function
+        from bitquota.sensitivity.losses import CustomLoss
+
+        function = find_function(self.loss, InvalidInput)
+        return CustomLoss(name=self.loss.partition(":")[2], function=function)
 
     def load(self, model: str, train: str) -> tuple[LoadedModel, CalibrationSet]:
         """Load a model and its training set; a device that is not there is told before."""

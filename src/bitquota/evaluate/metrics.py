@@ -213,15 +213,18 @@ def measure_module(
     data: CalibrationSet,
     *,
     loss: Loss | None = None,
+    kind: str = "logits",
     batch_size: int = BATCH,
 ) -> MeasuredLoss:
     """Return the loss increase of ``model`` over ``reference``, by default in KL, and its accuracy.
+
+    ``kind`` is that of ``compare_models``: outputs other than logits are scored by ``loss`` alone.
 
     Cost: one pass of each model over ``data``.
     """
     function = loss_by_name("kl") if loss is None else loss
     both = {FULL_PRECISION: reference, "model": model}
-    _, scores = compare_models(both, data, loss=function, batch_size=batch_size)
+    _, scores = compare_models(both, data, kind=kind, loss=function, batch_size=batch_size)
     return measured_loss(scores, function, labelled=data.labels is not None)
 
 

@@ -1,11 +1,12 @@
 """Power-of-two quantizers in the three parametrizations of [DQ].
 
-They show its claim: only with smallest and largest magnitude learned (P3) are the gradients bounded
-and decoupled.
+Only with smallest and largest magnitude learned (P3) are the gradients bounded and decoupled.
 
 References:
     [DQ] S. Uhlich et al., "Mixed Precision DNNs: All you need is a good parametrization", ICLR
     2020, arXiv 1905.11452.
+
+Design: docs/design/training.md
 """
 
 from __future__ import annotations
@@ -113,3 +114,21 @@ class PowerOfTwoQuantizer(nn.Module):
         smallest, largest = self.ends()
         span = ste_round(torch.log2(largest / smallest))
         return ste_ceil(torch.log2(span.clamp(min=0) + 1) + 1)
+
+    def clip_gradients(self) -> None:
+        """Limit the gradients of P3's parameters to plus or minus ``q_min`` (authors' code)."""
+        if self.form is not PowerOfTwoForm.SMALLEST_LARGEST:
+            return
+        bound = float(self.first.detach())
+        for parameter in (self.first, self.second):
+            if parameter.grad is not None:
+                parameter.grad.clamp_(-bound, bound)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Put P3's parameters back into their box: ``2^-16 <= q_min <= q_max <= 127``."""
+        if self.form is not PowerOfTwoForm.SMALLEST_LARGEST:
+            return
+        low = torch.minimum(self.first, self.second).clamp(2.0**-16, 127.0)
+        self.second.copy_(torch.maximum(self.first, self.second).clamp(2.0**-16, 127.0))
+        self.first.copy_(low)
