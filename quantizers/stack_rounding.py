@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from bitquota.quantizers.stacked import StackedWeights
     from bitquota.quantizers.weights import QuantizedWeight
 
+ROUNDING = 8.0
+"""Passes over its samples that rounding a stack takes as long as, roughly: two are passes."""
+
 
 def round_stack(
     known: StackedWeights,
@@ -56,7 +59,7 @@ def round_stack(
     given: Series | None = None
     for k in range(max(parts, default=-1) + 1):
         context.check(STAGE)
-        context.report(STAGE, k, len(stack), weight=0.0)
+        context.report(STAGE, k, len(stack), weight=ROUNDING * len(known.samples))
         last = k == len(stack) - 1
         full, part = stack.part(k), stack.part(k)
         names = stack.layers[k]

@@ -203,7 +203,7 @@ class StackedWeights:
                 self._write_down(k)
             given.append(following)
             del part
-            context.report(STAGE, k + 1, len(self.stack))
+            context.report(STAGE, k + 1, len(self.stack), weight=float(len(self.samples)))
         given.pop().drop()  # what the model returns
         self.given = given
 

@@ -49,6 +49,10 @@ class Visit(Protocol):
         ...
 
 
+PASSES = 3.0
+"""What a walk backwards takes: parts run once more, and their gradients are as two passes."""
+
+
 def walk_back(
     known: StackedWeights,
     samples: CalibrationSet,
@@ -111,7 +115,7 @@ def walk_back(
             behind.drop()
         behind = before
         _write_down(known, name, found, behind, k)
-        context.report(stage, len(stack) - k, len(stack))
+        context.report(stage, len(stack) - k, len(stack), weight=PASSES * len(samples))
     if behind is not None:
         behind.drop()
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -77,7 +78,12 @@ for place, last in ((whole, 0), *((killed, int(last)) for last in sys.argv[5:]))
         continue
     done = 0
     with SqliteLedger(place / "ledger") as ledger:
-        context = Context(ledger=ledger, journal=Journal(place / "unfinished"))
+        def tell(progress):
+            with (place / "progress").open("a") as log:
+                log.write(f"{progress.stage} {progress.fraction}\\n")
+
+        journal = Journal(place / "unfinished")
+        context = Context(ledger=ledger, journal=journal, on_progress=tell)
         found = allocate(load_model(folder), load_calibration(samples), request, context=context)
     found.plans[0].save(place / "plan.json")
     if place != Path(whole):
@@ -102,6 +108,16 @@ def test_goes_on_where_it_was_killed(tmp_path):
     plans = [json.loads((p / "plan.json").read_text()) for p in (tmp_path / "whole", killed)]
     assert plans[0] == plans[1]
     assert not list((killed / "unfinished").iterdir())
+
+    # The bar moves while layers are looked at, scored and rounded, part after part.
+    lines = (tmp_path / "whole" / "progress").read_text().splitlines()
+    told = [line.rsplit(" ", 1) for line in lines]
+    fractions = [float(fraction) for _, fraction in told]
+    assert fractions == sorted(fractions)
+    of = {s: [float(f) for stage, f in told if stage == s] for s, _ in told}
+    for before, stage in itertools.pairwise(("candidates", "gram_weighted", "rounding")):
+        assert of[before][-1] < of[stage][-1]
+        assert len(set(of[stage][:4])) > 2
 
 
 class TestJournal:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from bitquota.corrections import SAMPLES_REPAIR
 from bitquota.progress import Course
+from bitquota.quantizers.stack_rounding import ROUNDING
 from bitquota.search.baselines import baseline_choices, size_only
 from bitquota.search.evidence import drawn_choices
 from bitquota.search.portfolio import leading_measure, proposing_metrics, raced_samples
@@ -53,17 +54,19 @@ class Phase:
         samples: Forward-equivalents of single samples that it is expected to take.
         most: Those that it takes at most; equal where they are known beforehand.
         counted: Whether the runners' counters see its passes; corrected models run apart from them.
+        rounding: What the rounding of language models takes beside, in the same unit.
     """
 
     stage: str
     samples: float
     most: float
     counted: bool = True
+    rounding: float = 0.0
 
 
 def course_of(phases: Sequence[Phase]) -> Course:
     """Return the course of a job of these phases."""
-    return Course([phase.samples for phase in phases])
+    return Course([phase.samples + phase.rounding for phase in phases])
 
 
 def refinement_settings(setup: Setup) -> RefineSettings:
@@ -148,7 +151,8 @@ def plan_phases(
     if shared:
         # One uniform plan is rounded, and walked through on the hold-out samples.
         samples = 2.0 * len(setup.fit) + FORWARD_AND_BACK * len(setup.holdout)
-        first.append(Phase(stage=SHARES, samples=samples, most=samples))
+        beside = ROUNDING * len(setup.fit)
+        first.append(Phase(stage=SHARES, samples=samples, most=samples, rounding=beside))
     first += [measure_phase(setup, runner, metric) for metric in metrics.values()]
     return (*first, *searches, *checks)
 
@@ -163,7 +167,9 @@ def choices_phase(
     repaired = [c for c in setup.request.corrections if c in SAMPLES_REPAIR]
     each = len(setup.holdout) + len(repaired) * len(setup.correcting)
     samples = float((n_choices + full_precision) * each)
-    return Phase(stage=stage, samples=samples, most=samples, counted=False)
+    # The widest uniform plan was rounded before.
+    beside = 0.0 if setup.stacked is None else ROUNDING * len(setup.fit) * max(1, n_choices - 2)
+    return Phase(stage=stage, samples=samples, most=samples, counted=False, rounding=beside)
 
 
 def search_phase(
