@@ -71,6 +71,8 @@ class EagerRunner(RunnerBase):
         return EagerState(chunk, both, self._output(chunk, both))
 
     def _full_precision(self, chunk: int) -> Tensor:
+        if self._compares:
+            return self._observe(chunk)
         return self._output(chunk, {})
 
     def schedule(
@@ -83,34 +85,39 @@ class EagerRunner(RunnerBase):
         del before, layers, keep_for
         return WholePass()
 
-    @property
-    def passes_before(self) -> float:
-        """The reference, and what corrections compare with."""
-        return 1.0 + (self.batch_norm == "moved" or self.bias_correction)
-
     def share(self, layers: Collection[str]) -> float:
         """Every run is a full pass."""
         del layers
         return 1.0
 
+    @property
+    def _compares(self) -> bool:
+        return self.batch_norm == "moved" or self.bias_correction
+
     def _observed(self, chunk: int) -> tuple[dict[str, Tensor], list[Moments | None]]:
         """Return what corrections compare with: means of layers, moments of batch norms' inputs.
 
-        Cost: a pass over the chunk in full precision, once.
+        Cost: a pass over the chunk in full precision, once, whose output is kept.
         """
         if chunk not in self._seen:
-            with (
-                output_means(self.module, self.inventory) as means,
-                observed_statistics() as statistics,
-            ):
-                self._output(chunk, {})
-            self._seen[chunk] = means.means, statistics.calls
+            output = self._observe(chunk)
+            self._references.get(chunk, lambda: output)
         return self._seen[chunk]
+
+    def _observe(self, chunk: int) -> Tensor:
+        """Run in full precision, note what corrections compare with, return the output."""
+        with (
+            output_means(self.module, self.inventory) as means,
+            observed_statistics() as statistics,
+        ):
+            output = self._output(chunk, {})
+        self._seen[chunk] = means.means, statistics.calls
+        return output
 
     def _output(self, chunk: int, change: Change) -> Tensor:
         moved = self.batch_norm == "moved"
         # Without a change there is nothing to correct.
-        corrected = bool(change) and (moved or self.bias_correction)
+        corrected = bool(change) and self._compares
         means, statistics = self._observed(chunk) if corrected else ({}, [])
         inputs = inputs_of(self.calibration, self.chunks[chunk])
         self.passes.macs += len(inputs[0])

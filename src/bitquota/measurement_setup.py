@@ -24,6 +24,7 @@ from bitquota.evaluate.choice import ChoiceLoss, measure_choice
 from bitquota.models.binding import bound
 from bitquota.models.kv_cache import find_caches, open_caches
 from bitquota.models.loaded import inventory_of
+from bitquota.models.onnx.program import source_of
 from bitquota.models.references import References
 from bitquota.models.running import DEFAULT_CHUNK, choose_device, cut
 from bitquota.models.samples import check_calibration
@@ -180,11 +181,22 @@ class Setup:
             bias_correction=Correction.BIAS_CORRECTION in self.request.corrections,
             fitted=self.fitted,
             graphs=self.graphs,
-            # Keys and values are quantized in the model's own attention, which no graph shows.
-            engine="eager" if self.inventory.caches else "auto",
+            engine="eager" if self._runs_whole else "auto",
             precision=self.request.precision,
             memory_limit_bytes=self.context.memory_bytes,
         )
+
+    @property
+    def _runs_whole(self) -> bool:
+        """Whether the model is called as it is.
+
+        Keys and values are quantized in the model's own attention, which no graph shows. A quick
+        search never goes on in the middle of a model, and exporting a graph takes as long as four
+        passes of a ResNet-56 over 256 images.
+        """
+        if self.inventory.caches:
+            return True
+        return self.request.effort == "quick" and source_of(self.module) is None
 
     def budgets(self, text: str) -> tuple[Budget, ...]:
         """Return the budgets of one plan, joined by ``+`` in ``text``, each checked alone.

@@ -120,6 +120,13 @@ class TestMeasuringRunner:
             measuring_runner(prepared(replace(request, effort="normal"), data)).calibration
         )
 
+    def test_quick_exports_no_graph(self):
+        """It never goes on in the middle of a model."""
+        data = samples(Residual, n=8)
+        request = replace(REQUEST, samples=4, holdout_samples=4)
+        for effort, engine in (("quick", "eager"), ("normal", "graph")):
+            assert engine == prepared(replace(request, effort=effort), data).runner().engine
+
     def test_normal_takes_whole_chunks_within_its_passes(self, monkeypatch):
         """A measurement that would take too long is made on its first chunks."""
         request = replace(REQUEST, samples=200, holdout_samples=4)

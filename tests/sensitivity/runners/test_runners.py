@@ -58,6 +58,18 @@ class TestGraphRunner:
                         expected = eager.output(plain, two)
                         assert torch.equal(graph.output(kept, two), expected)
 
+    @pytest.mark.parametrize("first", ["reference", "change"])
+    @pytest.mark.parametrize("correction", [{"batch_norm": "moved"}, {"bias_correction": True}])
+    def test_what_corrections_compare_with_is_the_reference(self, correction, first):
+        """One pass in full precision gives both, whichever is asked for first."""
+        for runner in runners(Residual, **correction):
+            (one, *_) = changes(runner.inventory)
+            if first == "reference":
+                runner.reference(0)
+            runner.start(0, one)
+            runner.reference(0)
+            assert runner.passes.calls == 2
+
     @pytest.mark.parametrize("limit", [1, 3000, 20000])
     def test_recomputes_what_memory_does_not_hold(self, limit):
         """With a tiny limit fewer activations are kept, more is run, and nothing changes."""
