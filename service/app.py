@@ -27,6 +27,7 @@ from bitquota.service.jobs.job_store import JobStore
 from bitquota.service.jobs.quotas import AuditLog, Quotas
 from bitquota.service.jobs.webhooks import Webhooks
 from bitquota.service.security.keys import KeyStore
+from bitquota.service.security.oidc import token_verifier
 from bitquota.service.security.sessions import Sessions
 from bitquota.service.security.task_pool import TaskPool
 from bitquota.service.settings import Settings
@@ -66,6 +67,7 @@ def create_app(settings: Settings | None = None, *, tracing: Tracing | None = No
         artifacts=ArtifactStore(database, time.time),
         jobs=jobs,
         keys=keys,
+        tokens=token_verifier(chosen),
         sessions=Sessions(chosen.data_dir / "session-secret", keys, database, time.time),
         quotas=Quotas(database, chosen, time.time),
         audit=AuditLog(database, time.time),

@@ -61,7 +61,7 @@ def serve(
     chosen = replace(chosen, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
     configure(chosen.log_level)
     has_keys = _has_keys(chosen)
-    if not chosen.loopback and not has_keys:
+    if not (chosen.loopback or has_keys or chosen.oidc_issuer):
         msg = (
             f"a server that others can reach must have API keys; '{chosen.host}' is not a loopback "
             "address, or a proxy is trusted, and there are none: create one with 'bitquota admin "
@@ -86,7 +86,7 @@ def serve(
     )
     shown = f"[{chosen.host}]" if ":" in chosen.host else chosen.host
     print(f"bitquota serves http://{shown}:{port} (data in {chosen.data_dir})", flush=True)  # noqa: T201
-    if not has_keys:
+    if chosen.loopback and not has_keys:
         print("no API keys: every program of this machine may use it", flush=True)  # noqa: T201
     # Threads that write submissions would otherwise keep the event loop from the interpreter for
     # 5 ms each time it comes back from the network, and polls would queue up behind that.

@@ -35,6 +35,13 @@ class Settings:
         "Addresses or networks of reverse proxies, with commas, whose `X-Forwarded-For` and "
         "`X-Forwarded-Proto` are believed; empty believes nobody.",
     )
+    oidc_issuer: str = _setting(
+        "",
+        "URL of an OpenID Connect issuer whose bearer tokens are accepted beside API keys, as its "
+        "tokens write it; empty accepts none.",
+    )
+    oidc_audience: str = _setting("", "Audience that such a token must name.")
+    oidc_tenant_claim: str = _setting("tenant", "Claim of such a token that names the tenant.")
     data_dir: Path = _setting(  # noqa: RUF009  # as in the lines around it
         Path("bitquota-data"), "Folder of the database, uploads, ledgers and results."
     )
@@ -299,8 +306,8 @@ class Settings:
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine can reach the server: not through a proxy either."""
-        if self.proxies:
+        """Whether this machine is all that is asked for: no proxy, and no tokens either."""
+        if self.proxies or self.oidc_issuer:
             return False
         if self.host == "localhost":
             return True

@@ -10,7 +10,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 
 from bitquota.errors import Unauthorized
-from bitquota.service.security.keys import HIGHEST_PRIORITY, Caller, Scope
+from bitquota.service.security.keys import HIGHEST_PRIORITY, Caller, Scope, is_key
 from bitquota.service.security.sessions import COOKIE, CSRF_HEADER
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bitquota.service.jobs.quotas import AuditLog, Quotas
     from bitquota.service.jobs.webhooks import Webhooks
     from bitquota.service.security.keys import KeyStore
+    from bitquota.service.security.oidc import TokenVerifier
     from bitquota.service.security.sessions import Sessions
     from bitquota.service.security.task_pool import TaskPool
     from bitquota.service.settings import Settings
@@ -57,6 +58,8 @@ class State:
     artifacts: ArtifactStore
     jobs: JobStore
     keys: KeyStore
+    tokens: TokenVerifier | None
+    """What verifies tokens of an OpenID Connect issuer, where one is set."""
     sessions: Sessions
     quotas: Quotas
     audit: AuditLog
@@ -81,20 +84,23 @@ async def caller_of(
     request: Request,
     sent: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)] = None,
 ) -> Caller:
-    """Return who calls: the holder of the key, or on loopback without any keys the local user.
+    """Return who calls: the holder of the key or token, or on loopback without keys the local user.
 
     A browser that signed in sends a session cookie instead of a key, and with every request that
     changes something the session's token.
 
     Raises:
-        Unauthorized: No valid key was sent and one is needed.
-        Forbidden: The key lacks the scope that the method needs, or the token is missing.
+        Unauthorized: No valid key or token was sent and one is needed.
+        Forbidden: It lacks the scope that the method needs, or the session's token is missing.
+        Unavailable: A token cannot be verified now.
     """
     state = await state_of(request)
     if sent is not None:
         caller = state.keys.remembered(sent.credentials)
         if caller is None:
-            caller = await run_in_threadpool(state.keys.verify, sent.credentials)
+            tokens = None if is_key(sent.credentials) else state.tokens
+            verify = state.keys.verify if tokens is None else tokens.verify
+            caller = await run_in_threadpool(verify, sent.credentials)
     elif state.settings.loopback and not await _any_key(state.keys):
         _check_local(request)
         caller = _LOCAL

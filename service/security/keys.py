@@ -279,6 +279,11 @@ class KeyStore:
         return caller
 
 
+def is_key(text: str) -> bool:
+    """Return whether ``text`` has the form of an API key."""
+    return _KEY.fullmatch(text) is not None
+
+
 def check_tenant(tenant: str) -> None:
     """Raise ``InvalidInput`` unless ``tenant`` can name a folder and a column."""
     if not _TENANT.fullmatch(tenant):
