@@ -32,6 +32,7 @@ from bitquota.context import Context
 from bitquota.corrections import Correction
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.discovery import discover
+from bitquota.models.layout import from_matrix
 from bitquota.models.load import load_model
 from bitquota.plan import Plan
 from bitquota.quantizers.apply import apply_plan
@@ -40,7 +41,9 @@ from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate
 from bitquota.sensitivity.cache import SqliteLedger
 from bitquota.training.finetune import finetune
-from bitquota.training.learn import default_settings, learn
+from bitquota.training.learn import RECIPES, default_settings, learn
+from bitquota.training.loop import train
+from bitquota.training.nested import NestedModel
 from bitquota.training.settings import TrainingSettings
 from resnet_cifar import images, load_resnet
 
@@ -63,9 +66,12 @@ ROWS = {
     "plan-direct": "plan + direct",
     "stabilised": "learned, stabilised",
     "ellipsoid": "learned, ellipsoid",
-    "uhlich2020": "learned, uhlich2020",
+    "uhlich2020": "learned, uhlich2020 (U3)",
+    "uhlich2020_p3": "learned, uhlich2020 (P3)",
     "bitpruning": "learned, bitpruning",
     "bsq": "learned, bsq",
+    "msq": "learned, msq",
+    "nested": "nested 2, 3, 4, 8",
     "stabilised-from-plan": "learned from the plan, stabilised",
 }
 
@@ -160,9 +166,11 @@ class Bench:
         name, _, method = (
             row.rpartition("-") if row.endswith(("-lsq", "-direct")) else (row, "", "")
         )
+        if row == "nested":
+            return self._nested(seed, settings)
         if row == "full":
             return [self._result(row, seed, 32 * self.inventory.n_weights, self.model, start)]
-        if name in ("stabilised", "ellipsoid", "uhlich2020", "bitpruning", "bsq") or "from" in name:
+        if name in RECIPES or "from" in name:
             return self._learned(name, seed, settings)
         if name == "plan":
             plan, before = self.plan()
@@ -183,6 +191,28 @@ class Bench:
                 done.record.epochs,
             )
         ]  # fmt: skip
+
+    def _nested(self, seed: int, settings: TrainingSettings) -> list[dict[str, object]]:
+        """Return a row for each width of one payload; its bytes are those of all of them."""
+        start = time.process_time()
+        modes = {f"W{b}": [b] * len(self.inventory.layers) for b in (2, 3, 4, 8)}
+        nested = NestedModel(self.model, self.inventory.layers, modes)
+        record = train(nested, self.model, self.data, settings)
+        rows = []
+        for mode, bits in modes.items():
+            nested.select(mode)
+            module = copy.deepcopy(nested.model).eval()
+            for layer in self.inventory.layers:
+                weight = from_matrix(nested.stored()[layer.name].dequantize(), layer)
+                module.get_parameter(layer.weight_name).data.copy_(weight)
+            size = sum(c.size_bits for c in nested.candidates())
+            entry = record.epochs[record.best_epoch]["modes"][mode]
+            row = self._result(
+                f"nested, {bits[0]} bits", seed, size, module, start, 0.0,
+                list(nested.candidates()), [entry],
+            )  # fmt: skip
+            rows.append(row)
+        return rows
 
     def _learned(self, row: str, seed: int, settings: TrainingSettings) -> list[dict[str, object]]:
         recipe = row.removesuffix("-from-plan")

@@ -29,6 +29,8 @@ class TestTrainingPage:
             assert plan.average_bits <= 2.5
             assert plan.measured.accuracy > 0.5
             assert (tmp_path / name / "trained.safetensors").exists()
+        assert (tmp_path / "nested" / "nested.safetensors").exists()
+        assert Plan.load(tmp_path / "nested" / "W3" / "plan.json").average_bits == 3
         both = Plan.load(tmp_path / "both" / "plan.json")
         assert sum(a.candidate.activation_size_bits for a in both.assignments) <= 3 * 1024 * 8
 

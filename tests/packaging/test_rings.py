@@ -49,6 +49,7 @@ LATE = {
             "quantizers.channel_fit",
             "training.distributed",
             "training.learn",
+            "training.nested_plans",
             "training.qat",
         },
         "cli.training_options": {

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
+    from bitquota.plan import MeasuredLoss
+    from bitquota.sensitivity.losses import Loss
     from bitquota.training.loop import TrainingRecord
     from bitquota.training.qat import Trained
 
@@ -65,6 +67,14 @@ def finetune(
             "own error).",
         ),
     ] = None,
+    widths: Annotated[
+        str | None,
+        typer.Option(
+            "--widths",
+            help="Train one set of nested codes for these bit-widths of all layers, such as "
+            "2,3,4,8, and for PLAN if it has no others.",
+        ),
+    ] = None,
     training: Training,
     out: Out = Path("trained"),
 ) -> None:
@@ -77,6 +87,7 @@ def finetune(
         msg = f"--input-fit must be one of {', '.join(rules)}; got '{input_fit}'"
         raise InvalidInput(msg, input_fit=input_fit)
     check_training(method=training.method)
+    nested = _nested_widths(widths, training, symmetric=symmetric, input_fit=input_fit)
     settings, loss = training.settings(TrainingSettings()), training.own_loss()
     made = Plan.load(plan)
     file = _plan_file(out, plan)
@@ -88,6 +99,12 @@ def finetune(
     loaded = replace(loaded, weights=weights_near([plan]))
     folder = training.checkpoints or out / "checkpoints"
     with _run(folder, training.device) as (context, is_first):
+        if nested:
+            _finetune_nested(
+                loaded, made, samples, nested, settings, loss, file, folder, context,
+                writes=is_first,
+            )  # fmt: skip
+            return
         found = finetune_plan(
             loaded,
             made,
@@ -194,6 +211,70 @@ def learn(
             _finish(found, samples, file)
 
 
+def _nested_widths(
+    widths: str | None, training: Training, *, symmetric: bool, input_fit: str | None
+) -> tuple[int, ...]:
+    """Return the widths of nested codes, which no other way of training can be combined with."""
+    if widths is None:
+        return ()
+    if training.method != "lsq" or symmetric or input_fit is not None or training.resolve:
+        msg = (
+            "--widths trains nested codes with learned steps: leave out --method, --symmetric, "
+            "--input-fit and --resolve, or --widths"
+        )
+        raise InvalidInput(msg)
+    return opt.parse_bits(widths)
+
+
+def _finetune_nested(
+    loaded: LoadedModel,
+    plan: Plan,
+    samples: CalibrationSet,
+    widths: tuple[int, ...],
+    settings: TrainingSettings,
+    loss: str | Loss | None,
+    file: Written,
+    folder: Path,
+    context: Context,
+    *,
+    writes: bool,
+) -> None:
+    """Train nested codes; write them as one file, and a folder with plan and model for each."""
+    from bitquota.training.nested_plans import PLANNED, finetune_nested
+
+    found = finetune_nested(
+        loaded, plan, samples, widths, settings,
+        loss=loss, checkpoint=folder / "nested.safetensors", context=context,
+    )  # fmt: skip
+    if not writes:
+        return
+    out = file.path.parent
+    for name, trained in found.trained.items():
+        if name != PLANNED:
+            written, _ = _with_pt2(trained, samples, out / name)
+            written.save(out / name)
+    shown = found.trained.get(PLANNED) or next(iter(found.trained.values()))
+    _finish(shown, samples, file)
+    found.save(out / "nested.safetensors")
+    measured = [(name, t.plan, t.plan.measured) for name, t in found.trained.items()]
+    output.print_rows(
+        [
+            {"plan": name, "bits/weight": f"{made.average_bits:.2f}"} | _measured_columns(increase)
+            for name, made, increase in measured
+            if increase is not None
+        ],
+        title=f"Plans of one payload of {report.format_size(found.payload_bits)}",
+    )
+    output.say(f"wrote {out / 'nested.safetensors'}, and a folder for each width beside it")
+
+
+def _measured_columns(measured: MeasuredLoss) -> dict[str, str]:
+    return {
+        "loss increase": report.format_loss(measured),
+        "top-1": "" if measured.accuracy is None else f"{100 * measured.accuracy:.2f} %",
+    }
+
+
 def _plan_file(out: Path, source: Path | None) -> Written:
     """Return the plan that will be written into ``out``; never the one that is trained under."""
     path = out / "plan.json"
@@ -251,19 +332,23 @@ def _resolved(
     return found
 
 
-def _finish(found: Trained, data: CalibrationSet, file: Written) -> None:
+def _with_pt2(found: Trained, data: CalibrationSet, out: Path) -> tuple[Trained, list[str]]:
+    """Write ``trained.pt2``; return what names it, and the files that there are then."""
     from bitquota.training.qat import write_pt2
 
-    out = file.path.parent
-    written = ["trained.safetensors"]
     # The .pt2 is a courtesy: what cannot be exported is still complete without it.
     try:
         out.mkdir(parents=True, exist_ok=True)
-        found = write_pt2(found, data, out / "trained.pt2")
-        written.append("trained.pt2")
+        return write_pt2(found, data, out / "trained.pt2"), ["trained.safetensors", "trained.pt2"]
     except Exception as err:  # noqa: BLE001  # torch.export raises what it likes
         reason = str(err).splitlines()[0] if str(err) else type(err).__name__
         output.messages.print(f"no trained.pt2: {reason}", highlight=False, markup=False)
+    return found, ["trained.safetensors"]
+
+
+def _finish(found: Trained, data: CalibrationSet, file: Written) -> None:
+    out = file.path.parent
+    found, written = _with_pt2(found, data, out)
     file.save(lambda path: found.save(path.parent))
     if found.learning is not None:
         output.print_rows(
@@ -280,12 +365,7 @@ def _finish(found: Trained, data: CalibrationSet, file: Written) -> None:
     rows.append(("trained", plan.size_bits, plan.measured))
     output.print_rows(
         [
-            {
-                "choice": name,
-                "size": report.format_size(size),
-                "loss increase": report.format_loss(measured),
-                "top-1": "" if measured.accuracy is None else f"{100 * measured.accuracy:.2f} %",
-            }
+            {"choice": name, "size": report.format_size(size)} | _measured_columns(measured)
             for name, size, measured in rows
         ],
         title=f"On {plan.measured.n_samples} held-out samples",
