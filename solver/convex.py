@@ -133,6 +133,15 @@ def next_cuts(core: Core, point: DualPoint) -> Ints:
     return np.unique(np.sort(both, axis=1), axis=0)
 
 
+def cuts_between(core: Core, cuts: Ints) -> Ints:
+    """Return those of ``cuts`` i64[c, 2], in the problem's rows, that join two rows of the core."""
+    at = np.full(int(max(core.rows.max(), cuts.max(initial=0))) + 1, -1, dtype=np.int64)
+    at[core.rows] = np.arange(core.n)
+    inside = at[cuts]
+    both: Ints = inside[(inside >= 0).all(axis=1)]
+    return both
+
+
 def to_certificate(problem: Problem, core: Core, point: DualPoint) -> Convexification:
     """Return ``point`` in the problem's rows."""
     width = int(np.diff(problem.offsets).max())

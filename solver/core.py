@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,6 +65,16 @@ class Core:
     def n_groups(self) -> int:
         """Number of undecided groups."""
         return len(self.off) - 1
+
+    def near_one(self) -> tuple[Core, float]:
+        """Return the core in a unit in which the largest term is near 1, and this unit's inverse.
+
+        A power of two rounds nothing.
+        """
+        largest = max(np.abs(self.d).max(initial=0.0), np.abs(self.C).max(initial=0.0))
+        unit = 2.0 ** -float(np.clip(np.frexp(largest)[1], -1000, 1000))
+        one = replace(self, d=self.d * unit, C=self.C * unit, constant=self.constant * unit)
+        return one, unit
 
     def lift(self, cur: Ints) -> Ints:
         """Return the problem's rows, one per group, for the core's rows ``cur``."""
