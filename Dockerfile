@@ -26,19 +26,19 @@ COPY --from=wheel /dist /dist
 RUN python3 -m venv /opt/bitquota \
     && wheel="$(echo /dist/bitquota-*.whl)" \
     && /opt/bitquota/bin/pip install --no-cache-dir --extra-index-url "${EXTRA_INDEX_URL}" \
-        --constraint /src/constraints.txt "${wheel}[service,postgres,s3,otel]"
+        --constraint /src/constraints.txt "${wheel}[service,postgres,s3,oidc,otel]"
 
 FROM api-packages AS worker-packages
 ARG EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 RUN wheel="$(echo /dist/bitquota-*.whl)" \
     && /opt/bitquota/bin/pip install --no-cache-dir --extra-index-url "${EXTRA_INDEX_URL}" \
-        --constraint /src/constraints.txt "${wheel}[service,postgres,s3,otel,worker,hf,onnx]"
+        --constraint /src/constraints.txt "${wheel}[service,postgres,s3,oidc,otel,worker,hf,onnx]"
 
 FROM worker-packages AS ray-packages
 ARG EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 RUN wheel="$(echo /dist/bitquota-*.whl)" \
     && /opt/bitquota/bin/pip install --no-cache-dir --extra-index-url "${EXTRA_INDEX_URL}" \
-        --constraint /src/constraints.txt "${wheel}[service,postgres,s3,otel,worker,hf,onnx,ray]"
+        --constraint /src/constraints.txt "${wheel}[service,postgres,s3,oidc,otel,worker,hf,onnx,ray]"
 
 FROM ${PYTHON_IMAGE} AS runtime
 # Models run in a sandbox that bubblewrap makes; its version is the distribution's.

@@ -8,6 +8,7 @@ import pytest
 
 from bitquota.ci.lock import Limits, make_lock
 from bitquota.plan import Plan
+from bitquota.report.tracking import log_plans
 
 FAST = ["--bits", "2,4,8", "--samples", "64", "--holdout", "64", "--no-refine"]
 FACTORIES = ["trained_digits:model", "trained_digits:calibration"]
@@ -48,14 +49,32 @@ class TestMlflow:
 
     def test_unknown_tracker(self, bitquota, tmp_path):
         """Refused before anything is measured."""
-        code, _, err = bitquota("plan", *FACTORIES, "-b", "3 bits", *FAST, "--log-to", "wandb")
+        code, _, err = bitquota("plan", *FACTORIES, "-b", "3 bits", *FAST, "--log-to", "aim")
         assert code == 2
-        assert "must be one of mlflow; got 'wandb'" in err
+        assert "must be one of mlflow, wandb; got 'aim'" in err
         assert not (tmp_path / "plan.json").exists()
 
-    def test_missing_package(self, bitquota, monkeypatch):
+    @pytest.mark.parametrize("tracker", ["mlflow", "wandb"])
+    def test_missing_package(self, bitquota, monkeypatch, tracker):
         """The extra is named."""
-        monkeypatch.setitem(sys.modules, "mlflow", None)
-        code, _, err = bitquota("plan", *FACTORIES, "-b", "3 bits", *FAST, "--log-to", "mlflow")
+        monkeypatch.setitem(sys.modules, tracker, None)
+        code, _, err = bitquota("plan", *FACTORIES, "-b", "3 bits", *FAST, "--log-to", tracker)
         assert code == 2
-        assert "pip install 'bitquota[mlflow]'" in err
+        assert f"pip install 'bitquota[{tracker}]'" in err
+
+
+@pytest.mark.filterwarnings("ignore")  # the tracker's own
+class TestWandb:
+    def test_plan(self, monkeypatch, tmp_path, repository):
+        """A run offline, read back from the file that would be synchronised."""
+        pytest.importorskip("wandb", reason="'wandb' is not installed")
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"):
+            monkeypatch.setenv(name, str(tmp_path))
+        plan = Plan.load(repository / "tests/golden/plan-measured-0.json")
+        (run,) = log_plans([plan], tracker="wandb", source="net")
+
+        (written,) = tmp_path.glob(f"wandb/offline-run-*-{run}/run-{run}.wandb")
+        held = written.read_bytes()
+        for text in (plan.digest(), "loss_increase", "baselines/", "plan.json", "report.md"):
+            assert text.encode() in held, text

@@ -22,6 +22,7 @@ from bitquota.cli.bundles import Bundle, with_bundles
 from bitquota.cli.here import Here
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
+from bitquota.report.tracking import TRACKERS
 from bitquota.request import (
     AUTO_LOSS,
     DEFAULT_WEIGHT_BITS,
@@ -268,7 +269,9 @@ TimeLimit = Annotated[
 LogTo = Annotated[
     str | None,
     typer.Option(
-        "--log-to", help="Experiment tracker to log to: mlflow (needs the extra of that name)."
+        "--log-to",
+        help="Experiment tracker to log to: mlflow or wandb (needs the extra of that name).",
+        autocompletion=among(TRACKERS),
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, …")]

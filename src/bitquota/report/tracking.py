@@ -1,11 +1,14 @@
 """Experiment trackers: plans and checks as runs beside a team's other experiments.
 
-A tracker is optional (``bitquota[mlflow]``) and finds its server as its own documentation says
-(``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``).
+A tracker is optional (``bitquota[mlflow]``, ``bitquota[wandb]``) and finds its server as its own
+documentation says (``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``; ``WANDB_API_KEY``,
+``WANDB_PROJECT``, ``WANDB_MODE``).
 """
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -17,7 +20,9 @@ if TYPE_CHECKING:
 
     from bitquota.plan import MeasuredLoss, Plan
 
-TRACKERS = ("mlflow",)
+_PACKAGES = {"mlflow": "mlflow-skinny", "wandb": "wandb"}
+_REFUSALS = {"mlflow": ("mlflow.exceptions", "MlflowException"), "wandb": ("wandb", "Error")}
+TRACKERS = tuple(_PACKAGES)
 _LONGEST_PARAMETER = 500
 
 
@@ -32,10 +37,12 @@ def require_tracker(name: str) -> None:
         msg = f"a tracker must be one of {', '.join(TRACKERS)}; got '{name}'"
         raise InvalidInput(msg, tracker=name)
     try:
-        import mlflow  # noqa: F401  # only whether it is there
+        importlib.import_module(name)
     except ImportError as err:
-        msg = "logging to mlflow needs the package mlflow-skinny: pip install 'bitquota[mlflow]'"
-        raise MissingDependency(msg) from err
+        msg = (
+            f"logging to {name} needs the package {_PACKAGES[name]}: pip install 'bitquota[{name}]'"
+        )
+        raise MissingDependency(msg, extra=name) from err
 
 
 def log_plans(plans: Sequence[Plan], *, tracker: str, source: str) -> list[str]:
@@ -142,19 +149,57 @@ def _log(
     files: Mapping[str, str],
 ) -> str:
     require_tracker(tracker)
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
+    write = {"mlflow": _to_mlflow, "wandb": _to_wandb}[tracker]
+    known = {_key(k): v for k, v in metrics.items() if v is not None}
     try:
-        with mlflow.start_run(run_name=name) as run:
-            mlflow.log_params({_key(k): v[:_LONGEST_PARAMETER] for k, v in parameters.items()})
-            mlflow.log_metrics({_key(k): v for k, v in metrics.items() if v is not None})
-            for file, text in files.items():
-                mlflow.log_text(text, file)
-            return str(run.info.run_id)
-    except (MlflowException, OSError) as err:
+        return write(name, {_key(k): v for k, v in parameters.items()}, known, files)
+    except (_refusals(tracker), OSError) as err:
         msg = f"{tracker} must accept the run '{name}'; it answered: {err}"
         raise ServiceError(msg, tracker=tracker) from err
+
+
+def _to_mlflow(
+    name: str,
+    parameters: Mapping[str, str],
+    metrics: Mapping[str, float],
+    files: Mapping[str, str],
+) -> str:
+    import mlflow
+
+    with mlflow.start_run(run_name=name) as run:
+        mlflow.log_params({k: v[:_LONGEST_PARAMETER] for k, v in parameters.items()})
+        mlflow.log_metrics(dict(metrics))
+        for file, text in files.items():
+            mlflow.log_text(text, file)
+        return str(run.info.run_id)
+
+
+def _to_wandb(
+    name: str,
+    parameters: Mapping[str, str],
+    metrics: Mapping[str, float],
+    files: Mapping[str, str],
+) -> str:
+    import wandb
+
+    with wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "bitquota"), name=name, config=dict(parameters),
+        reinit="create_new", settings=wandb.Settings(silent=True, console="off"),
+    ) as run:  # fmt: skip
+        run.summary.update(dict(metrics))
+        kept = wandb.Artifact(f"run-{run.id}", type="bitquota")
+        for file, text in files.items():
+            with kept.new_file(file, encoding="utf-8") as out:
+                out.write(text)
+        run.log_artifact(kept)
+        return str(run.id)
+
+
+def _refusals(tracker: str) -> type[Exception]:
+    """Return what a tracker raises where it does not take a run."""
+    module, name = _REFUSALS[tracker]
+    found: type[Exception] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def _key(name: str) -> str:
