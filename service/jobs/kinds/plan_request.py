@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import TypeAdapter
@@ -12,6 +13,7 @@ from pydantic_core import core_schema
 from bitquota.candidates.budget import check_budgets
 from bitquota.candidates.cost_table import CostTable
 from bitquota.candidates.targets import target_by_name
+from bitquota.candidates.targets.format_names import agreed_bits
 from bitquota.request import PlanRequest
 
 if TYPE_CHECKING:
@@ -34,7 +36,11 @@ class _AsPlanRequest:
     ) -> JsonSchemaValue:
         """Return the schema of the dataclass, which knows no further members."""
         made = handler(_adapter().core_schema)
-        handler.resolve_ref_schema(made)["additionalProperties"] = False
+        described = handler.resolve_ref_schema(made)
+        described["additionalProperties"] = False
+        widths = described["properties"]["weight_bits"]
+        widths["items"] = {"anyOf": [widths["items"], {"type": "string"}]}
+        widths["description"] = "Bit-widths, or names: int4, w8a8, or formats of the target (nvfp4)."
         return made
 
 
@@ -45,9 +51,32 @@ def _adapter() -> TypeAdapter[PlanRequest]:
 
 
 def _checked(value: Any) -> JsonObject:  # noqa: ANN401  # whatever a client sent
+    value = _without_names(value)
     # As JSON, because only there a list may stand for a tuple while "3" is no number.
     _adapter().validate_json(json.dumps(value), strict=True)
     return PlanRequest.from_json(value).to_json()
+
+
+def _without_names(value: Any) -> Any:  # noqa: ANN401  # whatever a client sent
+    """Return the request with bit-widths in place of names of formats among ``weight_bits``.
+
+    Anything that has another form stays, for the check of types.
+    """
+    asked = value.get("weight_bits") if isinstance(value, dict) else None
+    if not isinstance(asked, list) or not any(isinstance(bits, str) for bits in asked):
+        return value
+    target, inputs = value.get("target"), value.get("activation_bits")
+    plain = all(type(bits) in (int, str) for bits in asked) and type(inputs) in (int, NoneType)
+    if not plain or not isinstance(target, str | None):
+        return value
+    widths, inputs = agreed_bits(
+        [str(bits) for bits in asked],
+        None if target is None else target_by_name(target),
+        inputs,
+        "weight_bits",
+        "activation_bits",
+    )
+    return value | {"weight_bits": list(widths), "activation_bits": inputs}
 
 
 PlanRequestBody = Annotated[dict[str, Any], _AsPlanRequest()]

@@ -17,7 +17,7 @@ from bitquota.candidates.caches import CACHE_SCALES
 from bitquota.candidates.cost_table import CostTable
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, ScaleRule, Scheme
 from bitquota.candidates.targets import TARGETS, target_by_name
-from bitquota.candidates.targets.format_names import bits_of_names
+from bitquota.candidates.targets.format_names import agreed_bits
 from bitquota.cli.bundles import Bundle, with_bundles
 from bitquota.cli.here import Here
 from bitquota.corrections import Correction
@@ -335,14 +335,7 @@ def _named_bits(options: Mapping[str, Any]) -> tuple[tuple[int, ...], int | None
     if text is None:
         return (), asked
     target = None if options["target"] is None else target_by_name(options["target"])
-    widths, named = bits_of_names(text.split(","), target)
-    if None not in (asked, named) and asked != named:
-        msg = (
-            f"--bits and --activations must agree on the bit-width of inputs; got {named} in "
-            f"'{text}' and {asked}: leave --activations out"
-        )
-        raise InvalidInput(msg, bits=text, activations=asked)
-    return widths, asked if named is None else named
+    return agreed_bits(text.split(","), target, asked, "--bits", "--activations")
 
 
 def parse_fixed(items: list[str] | None) -> dict[str, int]:

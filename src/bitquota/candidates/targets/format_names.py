@@ -65,6 +65,31 @@ def bits_of_names(
     return tuple(widths), next(iter(inputs), None)
 
 
+def agreed_bits(
+    names: list[str], target: Target | None, activation_bits: int | None, option: str, other: str
+) -> tuple[tuple[int, ...], int | None]:
+    """Return the bit-widths of weights and of inputs, where the latter may be given twice.
+
+    Args:
+        names: See ``bits_of_names``.
+        target: Whose formats, if one is asked for.
+        activation_bits: Of inputs, where they are asked for beside the names.
+        option: Where the names were given.
+        other: Where ``activation_bits`` was.
+
+    Raises:
+        InvalidInput: As ``bits_of_names``; or the two bit-widths of inputs differ.
+    """
+    widths, named = bits_of_names(names, target, option)
+    if None not in (activation_bits, named) and activation_bits != named:
+        msg = (
+            f"{option} and {other} must agree on the bit-width of inputs; got {named} in "
+            f"'{','.join(names)}' and {activation_bits}: leave {other} out"
+        )
+        raise InvalidInput(msg, bits=names, activations=activation_bits)
+    return widths, activation_bits if named is None else named
+
+
 def _meaning(name: str, target: Target | None, option: str) -> tuple[int, int | None]:
     """Return bits of weights and of inputs; 0 if nothing is said of them, ``None`` for full."""
     wanted = name.lower()

@@ -1,0 +1,40 @@
+"""Plan requests as the REST API takes them."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from bitquota.service.jobs.kinds.plan_request import PlanRequestBody
+
+BODY = TypeAdapter(PlanRequestBody)
+
+
+class TestNamesOfFormats:
+    def test_stand_for_bit_widths_as_in_the_command(self):
+        """Formats of the target, integers by name, and weights with inputs; numbers stay."""
+        floats = {"weight_bits": ["NVFP4", "fp8"], "target": "ct-vllm-nvfp4"}
+        assert [4, 8] == BODY.validate_python(floats)["weight_bits"]
+        both = BODY.validate_python({"weight_bits": [2, "int4", "w8a8"]})
+        assert ([2, 4, 8], 8) == (both["weight_bits"], both["activation_bits"])
+        assert [3, 4] == BODY.validate_python({"weight_bits": [3, 4]})["weight_bits"]
+
+    @pytest.mark.parametrize(
+        ("request_body", "said"),
+        [
+            ({"weight_bits": ["nvfp4"]}, "formats such as nvfp4 need a"),
+            ({"weight_bits": ["w4a8"], "activation_bits": 4}, "must agree on the bit-width"),
+            ({"weight_bits": ["int4"], "target": 3}, "valid string"),
+            ({"weight_bits": ["int4", 2.5]}, "valid integer"),
+            ({"weight_bits": "int4"}, "valid tuple"),
+        ],
+    )
+    def test_without_meaning_are_refused(self, request_body, said):
+        """Each in a sentence, never as a fault of the server."""
+        with pytest.raises(ValidationError, match=said):
+            BODY.validate_python(request_body)
+
+    def test_are_in_the_published_schema(self):
+        """A client that checks against it may send them."""
+        widths = BODY.json_schema()["properties"]["weight_bits"]
+        assert {"type": "string"} in widths["items"]["anyOf"]
