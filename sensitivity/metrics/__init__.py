@@ -15,6 +15,7 @@ from bitquota.sensitivity.metrics.hessian_trace import HessianTrace
 from bitquota.sensitivity.metrics.kronecker import KroneckerFisher
 from bitquota.sensitivity.metrics.learned_steps import LearnedIndicators
 from bitquota.sensitivity.metrics.metric import Metric
+from bitquota.sensitivity.metrics.noise_response import NoiseResponse
 from bitquota.sensitivity.metrics.orthogonality import Orthogonality
 from bitquota.sensitivity.metrics.weight_error import RelativeWeightMse, WeightMse
 
@@ -24,6 +25,7 @@ METRICS: dict[str, Metric] = {
     "output_fisher": OutputFisher(),
     "kronecker": KroneckerFisher(),
     "relative_mse": RelativeWeightMse(),
+    "noise_response": NoiseResponse(),
     "gpfq": GpfqError(),
     "weight_mse": WeightMse(),
     "first_order": FirstOrder(),
@@ -47,6 +49,7 @@ __all__ = [
     "KroneckerFisher",
     "LearnedIndicators",
     "Metric",
+    "NoiseResponse",
     "Orthogonality",
     "OutputFisher",
     "RelativeWeightMse",

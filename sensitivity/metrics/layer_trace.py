@@ -234,7 +234,7 @@ def trace_layers(
     loss: Loss | None = None,
     features: bool = False,
 ) -> dict[str, list[TracedCall]]:
-    """Run full precision on a chunk and return the calls of each of ``layers``.
+    """Run full precision on a chunk and return the calls of each of ``layers``, as they first ran.
 
     A layer that runs several times (tied weights) has several calls.
 
@@ -268,10 +268,10 @@ def trace_layers(
             labels = labels_of(runner.calibration, span)
             total = loss.per_sample(output, output.detach(), labels).sum()
             _take_gradients(recorder, total, metric)
-    found: dict[str, list[TracedCall]] = {name: [] for name in layers}
+    found: dict[str, list[TracedCall]] = {}
     for call in recorder.calls:
-        found[call.layer].append(call)
-    check_all_seen({name for name, calls in found.items() if calls}, layers, metric)
+        found.setdefault(call.layer, []).append(call)
+    check_all_seen(found, layers, metric)
     return found
 
 

@@ -61,17 +61,31 @@ def orthogonality(features: Sequence[Tensor]) -> Tensor:
     return (stacked @ stacked.T).fill_diagonal_(1.0)
 
 
+def later_means(values: NDArray[np.float64], turns: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return for every layer the mean of the values of itself and of those behind it.
+
+    Args:
+        values: f64[C, L].
+        turns: f64[L], the place of each layer in the order in which they run.
+    """
+    order = np.argsort(-turns, kind="stable")
+    means = np.empty_like(values)
+    means[:, order] = values[:, order].cumsum(axis=1) / np.arange(1, len(order) + 1)
+    return means
+
+
 @dataclass(frozen=True, slots=True)
 class Orthogonality(Metric):
-    """``s = (32 - b) θ_l``, ``θ_l = exp(-β γ_l)``, ``γ_l = Σ_{j ≠ l} ORM_lj`` [OMPQ].
+    """``s = (32 - b) w_l``, ``w_l`` the mean of ``θ_j = exp(-β γ_j)`` over ``j >= l`` [OMPQ].
 
-    The paper maximises ``Σ b_l θ_l`` by linear programming and rounds; with one candidate per
-    layer ``-b θ`` and ``(32 - b) θ`` differ by a constant, so solving this diagonal exactly is
-    solving theirs without rounding, and full precision scores zero. A layer's feature is what the
-    model made of its output before the next layer (see ``layer_trace``); the ORM is that of each
-    chunk, θ the mean over chunks. Layers of a group add up; bits of activations are not seen.
-
-    We differ from the released code in θ itself (they average it over all later layers).
+    ``γ_j = Σ_{i ≠ j} ORM_ij``. Layers are numbered as they run: the released code
+    (``mixed_bit/feature_extract.py``) weighs a layer's bits with the mean of its own θ and those of
+    all later layers, which the paper's text does not say. It maximises ``Σ b_l w_l`` by linear
+    programming and rounds; with one candidate per layer ``-b w`` and ``(32 - b) w`` differ by a
+    constant, so solving this diagonal exactly is solving theirs without rounding, and full
+    precision scores zero. A layer's feature is what the model made of its output before the next
+    layer (see ``layer_trace``); the ORM is that of each chunk, weights the mean over chunks.
+    Layers of a group add up; bits of activations are not seen.
 
     Pitfalls: looks neither at the weights' error nor at the loss. The released scripts use β from
     1e-9 to 100 by network; at 1e-9 every θ is 1 and the method fills the smallest layers first,
@@ -101,20 +115,23 @@ class Orthogonality(Metric):
     def scores(self, work: Work) -> Scores:
         """Score every row."""
         layers, runner = work.layers, work.runner
-        gammas = np.empty((len(runner.chunks), len(layers)))
+        found = np.empty((len(runner.chunks), 2, len(layers)))
         for chunk in range(len(runner.chunks)):
             # Each layer's number depends on all the layers it is compared with, not on β.
-            key = work.recorder.key(chunk, {"layers": layers}, "metric orthogonality")
+            key = work.recorder.key(chunk, {"layers": layers}, "metric orthogonality in order")
 
             def run(chunk: int = chunk) -> list[NDArray[np.float64]]:
                 calls = trace_layers(runner, chunk, layers, self.name, features=True)
                 work.charge(chunk, FORWARD)
                 features = [calls[name][0].feature for name in layers]
                 similar = orthogonality([f for f in features if f is not None])
-                return checked_losses((similar.sum(dim=1) - 1.0)[None], self.name)
+                turns = torch.tensor([list(calls).index(name) for name in layers])
+                return checked_losses(
+                    torch.stack([similar.sum(dim=1).cpu() - 1.0, turns.double()])[None], self.name
+                )
 
-            gammas[chunk] = work.recorder.shard([key], run)[key]
-        importance = np.exp(-self.beta * gammas)
+            found[chunk] = work.recorder.shard([key], run)[key].reshape(2, -1)
+        importance = later_means(np.exp(-self.beta * found[:, 0]), found[0, 1])
         theta = chunk_weights(runner) @ importance
         errors = over_chunks(importance)
         index = {name: k for k, name in enumerate(layers)}
@@ -129,5 +146,5 @@ class Orthogonality(Metric):
             ),
             loss=self.name,
             unit="weighted bits",
-            details={"theta": dict(zip(layers, theta.tolist(), strict=True))},
+            details={"weights": dict(zip(layers, theta.tolist(), strict=True))},
         )

@@ -29,6 +29,13 @@ def squared_error(work: Work, candidate: Candidate) -> float:
     return float(work.delta(candidate).double().square().sum())
 
 
+def relative_error(work: Work, candidate: Candidate) -> float:
+    """Return ``‖Q(W) - W‖² / ‖W‖²``; a layer of zeros has no error."""
+    original = work.runner.weights.original(candidate.layer).detach()
+    energy = float(original.double().square().sum())
+    return squared_error(work, candidate) / energy if energy else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class WeightMse(Metric):
     """``s = ‖Q(W) - W‖²``, summed over the layers of a group. Exact; weights only; no passes."""
@@ -53,11 +60,11 @@ class RelativeWeightMse(Metric):
     """``s = ‖Q(W) - W‖² / ‖W‖²``, summed over the layers of a group. Exact; no passes.
 
     The round-trip error of [MixQuant], in relative form; its threshold rule is in
-    ``threshold.py``.
+    ``threshold.py``. HIGGS weighs it layer by layer (``noise_response``).
     """
 
     name: ClassVar[str] = "relative_mse"
-    known_as: ClassVar[str] = "relative weight MSE (MixQuant, HIGGS)"
+    known_as: ClassVar[str] = "relative weight MSE (MixQuant)"
     needs_data: ClassVar[bool] = False
 
     def cost(self, runner: Runner, table: CandidateTable) -> float:
@@ -66,13 +73,6 @@ class RelativeWeightMse(Metric):
         return 0.0
 
     def scores(self, work: Work) -> Scores:
-        """Score every row; a layer of zeros has no error."""
-
-        def relative(candidate: Candidate) -> float:
-            energy = float(
-                work.runner.weights.original(candidate.layer).detach().double().square().sum()
-            )
-            return squared_error(work, candidate) / energy if energy else 0.0
-
-        values = row_sums(work.table, relative)
+        """Score every row."""
+        values = row_sums(work.table, lambda c: relative_error(work, c))
         return Scores(diagonal=values, error=None, loss=self.name, unit="relative squared weight")

@@ -181,6 +181,7 @@ _WORDS = {
     "output_fisher": "scoring by output Fisher",
     "kronecker": "scoring by Kronecker Fisher",
     "relative_mse": "scoring by relative weight error",
+    "noise_response": "scoring by the response to noise",
     "gpfq": "scoring by output error (GPFQ)",
     "weight_mse": "scoring by weight error",
     "first_order": "scoring by gradients",

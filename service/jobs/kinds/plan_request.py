@@ -40,7 +40,7 @@ class _AsPlanRequest:
         described["additionalProperties"] = False
         widths = described["properties"]["weight_bits"]
         widths["items"] = {"anyOf": [widths["items"], {"type": "string"}]}
-        widths["description"] = "Bit-widths, or names: int4, w8a8, or formats of the target (nvfp4)."
+        widths["description"] = "Bit-widths, or names: int4, w8a8, formats of the target."
         return made
 
 

@@ -41,15 +41,38 @@ class TestLearnedIndicators:
         assert (scores[:, :4] > 0).all()
         assert (scores[:, 4] == 0).all()
 
-    def test_do_not_depend_on_the_scale_of_the_weights(self, matrix):
-        """Batch norm makes a layer's scale arbitrary: without a step, nothing else is left."""
-        model = trained_digits_net()
+    def test_start_where_lsq_does(self, matrix):
+        """Without training ``2 E|w| / sqrt(highest level)``; training moves them."""
+        runner, table = prepare()
+        found = LearnedIndicators(rate=0.0).measure(runner, table, KL).diagonal.reshape(4, 5)
+        for layer, scores in zip(runner.inventory.layers, found, strict=True):
+            mean = float(runner.weights.original(layer.name).detach().abs().mean())
+            expected = [2 * mean / q**0.5 for q in (1, 3, 7, 31)]
+            np.testing.assert_allclose(scores[:4], expected, rtol=1e-5)
+        assert not np.allclose(found.ravel(), matrix.diagonal)
+
+    def test_add_the_steps_of_inputs(self):
+        """``s_a + α s_w``; an input without negative values has all levels above zero."""
+        runner, plain = prepare(n=64)
+        table = enumerate_candidates(runner.inventory, WIDTHS, activation_bits=4)
+        still = LearnedIndicators(rate=0.0, alpha=3.0)
+        weights = still.measure(runner, plain, KL).diagonal.reshape(4, 5)
+        both = still.measure(runner, table, KL).diagonal.reshape(4, 5)
+        steps = both - weights
+        np.testing.assert_allclose(steps, steps[:, :1].repeat(5, axis=1), rtol=1e-5)
+        seen = {}
+        for name in ("conv1", "conv2"):
+            module = runner.module.get_submodule(name)
+            module.register_forward_pre_hook(lambda _, args, n=name: seen.update({n: args[0]}))
         with torch.no_grad():
-            model.conv2.weight *= 7
-        still = LearnedIndicators(rate=0.0)
-        ours, theirs = (still.measure(*prepare(m), KL).diagonal for m in (None, model))
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-        assert not np.allclose(ours, matrix.diagonal)
+            runner.module(*runner.calibration.inputs)
+        assert float(seen["conv1"].min()) < 0 <= float(seen["conv2"].min())
+        expected = [
+            2 * float(seen[n].abs().mean()) / q**0.5 for n, q in (("conv1", 7), ("conv2", 15))
+        ]
+        assert steps[:2, 0] == pytest.approx(expected, rel=1e-4)
+        trained = LearnedIndicators(epochs=1, alpha=3.0).measure(runner, table, KL).diagonal
+        assert not np.allclose(trained, both.ravel())
 
     def test_leave_the_model_alone(self):
         """Weights, statistics and mode are as before."""

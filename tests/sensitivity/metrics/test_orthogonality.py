@@ -8,7 +8,7 @@ from bitquota.errors import InvalidInput
 from bitquota.search.baselines import size_only
 from bitquota.sensitivity.losses import loss_by_name
 from bitquota.sensitivity.metrics import Orthogonality
-from bitquota.sensitivity.metrics.orthogonality import orthogonality
+from bitquota.sensitivity.metrics.orthogonality import later_means, orthogonality
 from bitquota.sensitivity.runners.make import make_runner
 from bitquota.solver import build_problem, solve
 from sensitivity_networks import Residual, build, inventory_of, samples
@@ -64,9 +64,20 @@ class TestOrthogonalityFunction:
         assert [1.0, 0.0, 0.0, 0.0] == found[0].tolist()
 
 
+class TestLaterMeans:
+    def test_go_over_a_layer_and_those_behind_it(self):
+        """Whatever the order in which layers are listed; by hand."""
+        values = np.array([[3.0, 1.0, 8.0]])
+        turns = np.array([1.0, 2.0, 0.0])  # the last one listed runs first
+        assert [[2.0, 1.0, 4.0]] == later_means(values, turns).tolist()
+
+
 class TestOrthogonality:
     def test_scores_are_theta_times_spared_bits(self):
-        """(32 - b) exp(-β γ), γ from block outputs after addition and ReLU."""
+        """(32 - b) times the mean of exp(-β γ) over a layer and those that run after it.
+
+        γ from block outputs after addition and ReLU.
+        """
         runner, table = prepare()
         module, x = runner.module, runner.calibration.inputs[0]
         with torch.no_grad():
@@ -77,10 +88,11 @@ class TestOrthogonality:
         # side runs last before the head: its feature is what goes into the head.
         similar = orthogonality([stem, inner, block.mean(dim=(2, 3)), head])
         theta = torch.exp(-0.3 * (similar.sum(dim=1) - 1)).numpy()
+        weights = [theta[k:].mean() for k in range(4)]  # stem, inner, side, head, as they run
 
         matrix = Orthogonality(beta=0.3).measure(runner, table, KL)
 
-        expected = np.outer(theta, 32 - np.array([2, 3, 4, 6])).ravel()
+        expected = np.outer(weights, 32 - np.array([2, 3, 4, 6])).ravel()
         np.testing.assert_allclose(matrix.diagonal, expected, rtol=1e-5)
 
     @pytest.mark.parametrize("text", ["2.5 bits", "3 bits", "4.2 bits"])
