@@ -1,5 +1,11 @@
 """The grids that weights are rounded to: integers, codebooks, powers of two, small floats.
 
+References:
+    [QLoRA] T. Dettmers et al. QLoRA: efficient finetuning of quantized LLMs. NeurIPS 2023. arXiv
+    2305.14314, appendix E.
+    [PNMQ] V. Chikin, M. Antiukh. Data-free network compression via parametric non-uniform mixed
+    precision quantization. CVPR 2022.
+
 Design: docs/design/grids-and-scales.md
 """
 
@@ -10,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from bitquota.candidates.storage import FLOATS, K_BLOCKS, Granularity, Grid
+from bitquota.candidates.storage import CODEBOOKS, FLOATS, K_BLOCKS, Granularity, Grid
 from bitquota.quantizers.float_formats import float_codes, float_read, float_values
 from bitquota.quantizers.kquants import k_block_steps
 
@@ -185,7 +191,7 @@ def stacked(grids: Sequence[MatrixGrid], rows: int, columns: int) -> MatrixGrid 
             first.zero is None,
             first.offset is None,
         )
-        if grid.grid is not first.grid or not alike or signs or grid.grid in _NOT_WHOLE:
+        if grid.grid is not first.grid or not alike or signs or grid.grid in NOT_WHOLE:
             return None
 
     def together(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -206,7 +212,8 @@ def stacked(grids: Sequence[MatrixGrid], rows: int, columns: int) -> MatrixGrid 
     )
 
 
-_NOT_WHOLE = frozenset({Grid.CODEBOOK, Grid.POWER_OF_TWO, *FLOATS})
+NOT_WHOLE = frozenset({*CODEBOOKS, Grid.POWER_OF_TWO, Grid.NORMAL_FLOAT, *FLOATS})
+"""Grids whose codes are no whole numbers of steps."""
 
 
 def matrix_grid(
@@ -230,6 +237,9 @@ def matrix_grid(
     rows = len(scales)
     if scheme.grid is Grid.CODEBOOK:
         table = scales.to(dtype)
+        return MatrixGrid(grid=scheme.grid, bits=bits, step=table[:, :1], table=table)
+    if scheme.grid is Grid.COMPANDED:
+        table = companded_levels(scales.to(dtype), bits)
         return MatrixGrid(grid=scheme.grid, bits=bits, step=table[:, :1], table=table)
     if scheme.grid is Grid.K_BLOCKS:
         step, offset = (
@@ -308,10 +318,61 @@ class _Floats:
         return float_read(codes, self.of, dtype)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """Numbers of a table.
+
+    Attributes:
+        of: f64[k], ascending.
+    """
+
+    of: Tensor
+
+    def codes(self, values: Tensor) -> Tensor:
+        """Return i32: the place of the nearest number, the lower one on a tie."""
+        return _nearest_levels(values, self.of.to(values)[None]).int()
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """Return the nearest number."""
+        return self.read(self.codes(values), values.dtype)
+
+    def read(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the number at each place."""
+        return self.of.to(codes.device, dtype)[codes.long()]
+
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+"""As [QLoRA] publishes them; what float32 holds."""
+
+
+def companded_levels(parameters: Tensor, bits: int) -> Tensor:
+    """Return ``[g, 2^bits]`` ascending levels ``s sign(k) (|k| / 2^(b-1))^γ`` [PNMQ].
+
+    ``k`` goes from ``-2^(b-1)`` to ``2^(b-1) - 1``; a negative ``s`` turns the levels around, so
+    that the extra one serves the heavier tail.
+
+    Args:
+        parameters: ``[g, 2]``, ``s`` and ``γ`` of each line.
+        bits: 2 to 8.
+    """
+    exact = parameters.double()
+    least, most = levels(bits)
+    place = torch.arange(least, most + 1, dtype=torch.float64, device=exact.device) / -least
+    made = exact[:, :1] * place.sign() * place.abs() ** exact[:, 1:]
+    return made.sort(dim=1).values.to(parameters.dtype)
+
+
 def numbers_of(grid: Grid, bits: int) -> Numbers | None:
     """Return what the codes of a grid stand for, or ``None`` for integers and codebooks."""
     if grid is Grid.POWER_OF_TWO:
         return _Powers(bits)
+    if grid is Grid.NORMAL_FLOAT:
+        return Table(torch.tensor(NF4, dtype=torch.float64))
     return _Floats(FLOATS[grid][bits]) if grid in FLOATS else None
 
 

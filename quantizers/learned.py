@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bitquota.candidates.storage import FLOATS, Granularity, Grid
+from bitquota.candidates.storage import Granularity, Grid
 from bitquota.context import Context
 from bitquota.errors import InvalidInput
 from bitquota.models.blocks import at_block, leading, repeated_blocks
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.running import tensor_of
 from bitquota.quantizers.differentiable import ste_round
-from bitquota.quantizers.grid import code_range, matrix_grid
+from bitquota.quantizers.grid import NOT_WHOLE, code_range, matrix_grid
 from bitquota.quantizers.sequential import STAGE
 
 if TYPE_CHECKING:
@@ -225,9 +225,7 @@ def learn_block(
 def _has_steps(weight: QuantizedWeight) -> bool:
     """Return whether codes are steps of a scale apart."""
     scheme = weight.scheme
-    return scheme.grid not in (Grid.CODEBOOK, Grid.POWER_OF_TWO, *FLOATS) and not (
-        weight.bits == 1 and scheme.grid is Grid.SYMMETRIC
-    )
+    return scheme.grid not in NOT_WHOLE and not (weight.bits == 1 and scheme.grid is Grid.SYMMETRIC)
 
 
 class _Learned:

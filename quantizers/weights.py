@@ -24,9 +24,9 @@ from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.running import n_not_finite
 from bitquota.quantizers.affine_fit import fit_affine
 from bitquota.quantizers.float_formats import fit_float_scale
-from bitquota.quantizers.grid import matrix_grid, stacked
+from bitquota.quantizers.grid import matrix_grid, numbers_of, stacked
 from bitquota.quantizers.kquants import fit_k_blocks
-from bitquota.quantizers.levels import fit_levels, fit_power_scale
+from bitquota.quantizers.levels import fit_companded, fit_levels, fit_scale
 from bitquota.quantizers.refit import refitted
 from bitquota.quantizers.rounders import Rounder, checked_gram, round_codes, rounder_of
 from bitquota.quantizers.scales import asymmetric_scale, symmetric_scale
@@ -61,7 +61,8 @@ class QuantizedWeight:
             ``grid``): 0..2^b-1.
         scales: ``[rows, n]`` in the scale format: one column per group, or ``[rows, 1]`` per
             channel, or ``[1, 1]`` per tensor. Of a codebook the levels, ascending: 2^b columns.
-            Of the grid with offsets scale and offset in turn; of K blocks their parameters (see
+            Of the grid with offsets scale and offset in turn, of companded levels scale and
+            exponent; of K blocks their parameters (see
             ``k_blocks``).
         zero_points: i32 in 0..2^b-1, shaped like ``scales``; ``None`` on a symmetric grid.
         bits: Bit-width.
@@ -345,8 +346,8 @@ def _parameters(
         scale = torch.stack(fit_affine(lines, bits, line_weight), dim=1)
     elif scheme.grid is Grid.CODEBOOK:
         scale = fit_levels(lines, bits, line_weight)
-    elif scheme.grid is Grid.POWER_OF_TWO:
-        scale = fit_power_scale(lines, bits, line_weight)
+    elif scheme.grid is Grid.COMPANDED:
+        scale = fit_companded(lines, bits, line_weight)
     elif scheme.grid in FLOATS:
         scale = fit_float_scale(
             lines,
@@ -357,6 +358,9 @@ def _parameters(
         )
     elif scheme.grid is Grid.ASYMMETRIC:
         scale, zero = asymmetric_scale(lines, bits, scheme.scale_rule, line_weight)
+    elif (numbers := numbers_of(scheme.grid, bits)) is not None:
+        plain = scheme.grid is Grid.NORMAL_FLOAT and scheme.scale_rule is ScaleRule.ABSMAX
+        scale = lines.abs().amax(dim=1) if plain else fit_scale(lines, numbers, line_weight)
     else:
         scale = symmetric_scale(lines, bits, scheme.scale_rule, line_weight, scan=scan)
     shape = (1, -1) if scheme.granularity is Granularity.TENSOR else (len(values), -1)

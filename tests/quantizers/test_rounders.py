@@ -9,6 +9,7 @@ import torch
 
 from bitquota.candidates.layers import LayerKind
 from bitquota.candidates.storage import (
+    CODEBOOKS,
     GRID_BITS,
     Granularity,
     Grid,
@@ -56,7 +57,7 @@ def schemes():
                     group_size=256,
                     scale_format=ScaleFormat.FP16,
                 )
-        elif grid is not Grid.CODEBOOK or granularity is not Granularity.GROUP:
+        elif grid not in CODEBOOKS or granularity is not Granularity.GROUP:
             size = 40 if granularity is Granularity.GROUP else None
             yield Scheme(grid=grid, granularity=granularity, group_size=size)
 

@@ -44,6 +44,10 @@ class Grid(StrEnum):
     """Floating-point numbers of 4, 6 or 8 bits (E2M1, E2M3, E4M3), times a scale."""
     FLOAT_RANGE = "float_range"
     """The same with a wider range and coarser steps: E3M2 and E5M2 at 6 and 8 bits."""
+    NORMAL_FLOAT = "normal_float"
+    """NF4 of QLoRA: 16 quantiles of a normal distribution, times a scale."""
+    COMPANDED = "companded"
+    """A codebook made of two numbers: ``+-s (|k| / 2^(b-1))^γ``, finer around zero."""
 
     @property
     def is_integer(self) -> bool:
@@ -88,6 +92,8 @@ GRID_BITS = {
     Grid.CODEBOOK: tuple(range(1, 9)),
     Grid.POWER_OF_TWO: tuple(range(2, 6)),
     Grid.OFFSET: tuple(range(1, 9)),
+    Grid.NORMAL_FLOAT: (4,),
+    Grid.COMPANDED: tuple(range(2, 9)),
     Grid.K_BLOCKS: tuple(range(2, 7)),
     **{grid: tuple(formats) for grid, formats in FLOATS.items()},
 }
@@ -128,6 +134,9 @@ class KBlock:
         parts = 2 if self.affine else 1
         return parts * (16 + K_BLOCK // self.sub_block * self.scale_bits)
 
+
+CODEBOOKS = frozenset({Grid.CODEBOOK, Grid.COMPANDED})
+"""Grids with levels of its own for each row or tensor."""
 
 K_BLOCK = 256
 K_BLOCKS = {
@@ -237,7 +246,7 @@ class Scheme(Document):
         if self.group_size is not None and self.group_size < 1:
             msg = f"group_size must be at least 1; got {self.group_size}"
             raise InvalidInput(msg, group_size=self.group_size)
-        if self.grid is Grid.CODEBOOK and self.granularity is Granularity.GROUP:
+        if self.grid in CODEBOOKS and self.granularity is Granularity.GROUP:
             msg = (
                 "a codebook belongs to a tensor or an output channel; levels for every group "
                 "would take more than the codes: choose granularity 'tensor' or 'channel'"
@@ -331,9 +340,9 @@ class StorageSize(Document):
 def scales_per_line(weight_bits: int, scheme: Scheme) -> int:
     """Return how many stored values the weights that share a scale have.
 
-    The levels of a codebook; two where an offset stands beside the scale.
+    The levels of a codebook; two where an offset or an exponent stands beside the scale.
     """
-    if scheme.grid is Grid.OFFSET:
+    if scheme.grid in (Grid.OFFSET, Grid.COMPANDED):
         return 2
     return 2**weight_bits if scheme.grid is Grid.CODEBOOK else 1
 
