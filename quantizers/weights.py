@@ -245,7 +245,8 @@ def _of_rows(
 
 
 SCANNED_BITS = 6
-"""Estimates of so many bits and more have scales from a scan: up to 7 % more error of the least."""
+"""Estimates of so many bits and more have scales from a scan. On a ResNet-20 scores of 6 and 8 bits
+differ by up to 12 and 20 % from exact fits, and plans of 2.25 to 4 bits are the same."""
 
 ROWS_TOGETHER = 1024
 """Rows of several widths that are rounded together."""
