@@ -8,6 +8,7 @@ Design: docs/design/targets.md
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from bitquota.exports.export_report import TextRun
 from bitquota.models.running import primary_output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -114,23 +115,31 @@ def run_windows(
     except Exception as err:  # runtimes raise RuntimeError and their own kinds
         msg = f"{runtime.name} must run the exported files; it says: {err}"
         raise ExportFailed(msg) from err
-    logits, rounded = torch.stack(found), reference
+    rounded = reference
     if rounding is not None:
         with torch.no_grad(), rounding(prepared):
             rounded = primary_output(prepared.module(windows))
-    ours, theirs = log_softmax(reference.double(), -1), log_softmax(logits.double(), -1)
-    following = windows[:, 1:, None]
+    # A window at a time: logits of a large vocabulary in float64 are large.
+    divergence = likelihood = planned = alike = 0.0
+    for tokens, wanted, got in zip(windows, reference, found, strict=True):
+        ours, theirs = log_softmax(wanted.double(), -1), log_softmax(got.double(), -1)
+        following = tokens[1:, None]
+        divergence += float((ours.exp() * (ours - theirs)).sum(-1).mean())
+        likelihood += float(theirs[:-1].gather(1, following).mean())
+        planned += float(ours[:-1].gather(1, following).mean())
+        alike += float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
+    n = len(windows)
     ran = TextRun(
         runtime=runtime.name,
         version=runtime.version,
         n_windows=len(windows),
         n_tokens=windows.numel(),
-        relative=_apart(logits, reference),
+        relative=_apart(found, reference),
         explained=_apart(rounded, reference),
-        kl=float((ours.exp() * (ours - theirs)).sum(-1).mean()),
-        log_likelihood=float(theirs[:, :-1].gather(2, following).mean()),
-        planned_log_likelihood=float(ours[:, :-1].gather(2, following).mean()),
-        same_top=float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()),
+        kl=divergence / n,
+        log_likelihood=likelihood / n,
+        planned_log_likelihood=planned / n,
+        same_top=alike / n,
         texts=n_texts,
         texts_alike=n_texts - len(different),
         prompt_tokens_per_second=round(windows.numel() / seconds, 1),
@@ -155,15 +164,17 @@ def _windows(prepared: PreparedExport) -> tuple[Tensor, Tensor]:
     return tokens[:n], reference[:n]
 
 
-def _apart(values: Tensor, reference: Tensor) -> float:
+def _apart(values: Iterable[Tensor], reference: Iterable[Tensor]) -> float:
     """Return the norm of the difference over that of the reference, both about their means.
 
     What all logits of a token have in common changes no probability.
     """
-    values, reference = values.double(), reference.double()
-    values = values - values.mean(-1, keepdim=True)
-    reference = reference - reference.mean(-1, keepdim=True)
-    return float((values - reference).norm() / reference.norm())
+    squares = energy = 0.0
+    for one, other in zip(values, reference, strict=True):
+        mine, wanted = (t.double() - t.double().mean(-1, keepdim=True) for t in (one, other))
+        squares += float((mine - wanted).square().sum())
+        energy += float(wanted.square().sum())
+    return math.sqrt(squares / energy)
 
 
 def _compare_tokens(runtime: TextRuntime, tokenizer: Path | None) -> tuple[int, list[str]]:
