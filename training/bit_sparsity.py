@@ -35,8 +35,9 @@ class LastBitLearner(BitLearner):
     is the penalty. At ``EVENTS`` moments of the first part of the run the layers whose last bit is
     set least often lose it, as many as the size needs to come down to the limit in equal steps (the
     paper has a threshold on that share and no limit). A layer whose sensitivity ``tr(H) |dw|^2/n``
-    is below the median loses two bits at once, ``dw`` what dropping them changes; for the trace of
-    the Hessian stands the mean square of the gradients since the last event (empirical Fisher).
+    is below the median is pressed towards two zero bits and loses both at the next event, ``dw``
+    what dropping them changes; for the trace of the Hessian stands the mean square of the gradients
+    since the last event (empirical Fisher).
     """
 
     strength = 0.05
@@ -57,6 +58,8 @@ class LastBitLearner(BitLearner):
         self.register_buffer("first", self._taken())
         self.events: Tensor
         self.register_buffer("events", torch.tensor(0))
+        self.by: Tensor
+        self.register_buffer("by", torch.ones(len(self.layers)))
         self.squares: Tensor
         self.register_buffer("squares", torch.zeros(len(self.layers)))
         self._progress = 0.0
@@ -75,9 +78,14 @@ class LastBitLearner(BitLearner):
         return step * ste_round(codes)
 
     def last_bits(self, k: int) -> Tensor:
-        """Return how far each weight is from a code whose last bit is zero, in steps."""
-        ratio = self._scaled(k) / self._step(k).detach()
-        return (ratio - 2 * torch.round(ratio / 2).detach()).abs().clamp(max=1)
+        """Return how far each weight is from a code whose last bits are zero, 1 for halfway.
+
+        These are the bits that the layer loses at the next event, one or two.
+        """
+        half: float = 2.0 ** (float(self.by[k]) - 1)
+        ratio = self._scaled(k) / (half * self._step(k).detach())
+        distance: Tensor = (ratio - 2 * torch.round(ratio / 2).detach()).abs()
+        return distance.clamp(max=1)
 
     def weight_penalty(self, progress: float) -> Tensor:
         """Return the mean of the last bits, while there are bits to drop."""
@@ -118,8 +126,6 @@ class LastBitLearner(BitLearner):
         self.events.fill_(due)
         limits = torch.tensor([float(b.available) for b in self.prices.budgets])
         allowed = self.first + due / EVENTS * (limits.to(self.first) - self.first).clamp(max=0)
-        sensitivities = self._sensitivities()
-        insensitive = sensitivities < sensitivities.median()
         while self._exceeds(allowed):
             # Share of weights whose last bit is set, by rounding: the layer that loses least, and
             # of several the largest. Each loses its bits before any loses the next.
@@ -133,7 +139,9 @@ class LastBitLearner(BitLearner):
             for _, _, k in sorted(used):
                 if not self._exceeds(allowed):
                     break
-                self.bits[k] = max(self.least, float(self.bits[k]) - 1 - float(insensitive[k]))
+                self.bits[k] = max(self.least, float(self.bits[k]) - float(self.by[k]))
+        sensitivities = self._sensitivities()
+        self.by.copy_(1.0 + (sensitivities < sensitivities.median()))
         self.squares.zero_()
 
     def _taken(self) -> Tensor:

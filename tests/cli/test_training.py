@@ -161,9 +161,9 @@ class TestLearn:
         [
             ([], 2, "learning needs a budget"),
             (["-b", "2.5 bits", "--recipe", "magic"], 2, "must be one of stabilised, ellipsoid"),
-            (["-b", "1 bits"], 5, "every layer at 2 bits"),
-            (["-b", "2.5 bits", "-b", "1 GBitOps"], 2, "'code_bits', 'bit_ops'"),
-            (["-b", "2.5 bits", "-b", "act 10 B"], 5, "the largest input"),
+            (["-b", "1 bits"], 5, "below the smallest plan"),
+            (["-b", "act 10 KiB"], 2, "at least one limit on weights"),
+            (["-b", "2.5 bits", "-b", "act 10 B"], 5, "budget 'act 10 B'"),
         ],
     )
     def test_errors(self, bitquota, arguments, code, text):
