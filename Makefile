@@ -87,6 +87,7 @@ SMALL_portfolio := --tiny
 SMALL_rounding := --tiny
 SMALL_rounding_cost := --small
 SMALL_rows := --tiny
+SMALL_super_resolution := --images 256 --test 64 --epochs 1
 SMALL_training := run --rows full,uniform-2,uniform-2-direct,stabilised --images 512 --epochs 2 --test 256 --results build/training-small.json
 SMALL_solver := --quick
 SMALL_solver_properties := --examples 50
@@ -106,7 +107,7 @@ SMALL_llama_cpp := --quantizer-only
 SMALL_kv_cache := --budgets "1.75 MB" --samples 8 --length 32
 SMALL_synthetic_llm := build/synthetic-llm --kind mixture-small --shard-mb 0.1
 SMALL_parametrizations := --epochs 1 --seeds 1 --rates 0.1
-BENCHMARKS ?= sensitivity metrics portfolio training parametrizations solver solver_properties service_load service_chaos service_fairness service_upload pages service_latency service_fuzz exports latency zoo recurrent rounding rounding_cost rows synthetic_llm language_models kv_cache llama_cpp
+BENCHMARKS ?= sensitivity metrics portfolio training parametrizations solver solver_properties service_load service_chaos service_fairness service_upload pages service_latency service_fuzz exports latency zoo recurrent rounding rounding_cost rows super_resolution synthetic_llm language_models kv_cache llama_cpp
 
 bench: $(INSTALLED) ## Run every benchmark at a small size
 	@set -e; $(foreach name,$(BENCHMARKS),echo "== $(name) $(SMALL_$(name))"; $(BIN)/python benchmarks/$(name).py $(SMALL_$(name));)

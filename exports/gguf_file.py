@@ -7,7 +7,7 @@ import re
 import tempfile
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from bitquota.models.gguf_names import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -58,47 +59,11 @@ class GgufFile:
         gguf = gguf_package()
         config = _config(prepared)
         self._check(prepared)
-        rope = rope_of(prepared.module, config, ARCHITECTURES[config["model_type"]])
         names = gguf_names(prepared.module.state_dict(), config)
         path = folder / FILE
-        writer = gguf.GGUFWriter(str(path), ARCHITECTURES[config["model_type"]], use_temp_file=True)
         # Tensors wait in a file for what stands before them; gguf's own would fill memory first.
-        writer.temp_file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # gguf closes it
-        add_metadata(writer, config, rope)
-        folder_notes = add_tokenizer(writer, _source_folder(prepared), config["vocab_size"])
-
-        # Quantized weights, in the order of rows that llama.cpp expects.
-        recipe = []
-        for name, weight in prepared.weights.items():
-            layer = prepared.layers[name]
-            order = row_order(layer.weight_name, config)
-            kind = type_name(weight)
-            target = names[layer.weight_name]
-            writer.add_tensor(
-                target, blocks_of(weight, order), raw_dtype=gguf.GGMLQuantizationType[kind]
-            )
-            recipe.append(f"^{re.escape(target)}$={kind.lower()}")
-
-        # Every other tensor, in float32.
-        tied = bool(config.get("tie_word_embeddings"))
-        held_names = {names[prepared.layers[n].weight_name] for n in prepared.weights}
-        for name, tensor in prepared.unquantized_tensors().items():
-            if name.endswith("inv_freq") or (tied and name == "lm_head.weight"):
-                continue
-            values = tensor.detach().float().cpu().numpy()
-            order = row_order(name, config)
-            if order is not None:
-                values = values[order]
-            writer.add_tensor(names[name], np.ascontiguousarray(values))
-            if values.ndim > 1:
-                recipe.append(f"^{re.escape(names[name])}$=f32")
-            held_names.add(names[name])
-        if rope.factors is not None:
-            writer.add_tensor(ROPE_FACTORS, rope.factors)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        with tempfile.TemporaryFile(dir=folder) as waiting:
+            recipe, folder_notes = self._write(prepared, folder, waiting, names)
         (folder / RECIPE).write_text("\n".join(recipe) + "\n")
 
         # Read back what was written.
@@ -145,6 +110,52 @@ class GgufFile:
             ),
         )
         return replace(report, text_run=ran)
+
+    @staticmethod
+    def _write(
+        prepared: PreparedExport, folder: Path, waiting: IO[bytes], names: Mapping[str, str]
+    ) -> tuple[list[str], tuple[str, ...]]:
+        """Write ``model.gguf``; returns the lines of the recipe, and notes on the tokenizer."""
+        gguf = gguf_package()
+        config = _config(prepared)
+        architecture = ARCHITECTURES[config["model_type"]]
+        rope = rope_of(prepared.module, config, architecture)
+        writer = gguf.GGUFWriter(str(folder / FILE), architecture, use_temp_file=True)
+        writer.temp_file = waiting
+        add_metadata(writer, config, rope)
+        notes = add_tokenizer(writer, _source_folder(prepared), config["vocab_size"])
+
+        # Quantized weights, in the order of rows that llama.cpp expects.
+        recipe = []
+        for name, weight in prepared.weights.items():
+            layer = prepared.layers[name]
+            order = row_order(layer.weight_name, config)
+            kind = type_name(weight)
+            target = names[layer.weight_name]
+            writer.add_tensor(
+                target, blocks_of(weight, order), raw_dtype=gguf.GGMLQuantizationType[kind]
+            )
+            recipe.append(f"^{re.escape(target)}$={kind.lower()}")
+
+        # Every other tensor, in float32.
+        tied = bool(config.get("tie_word_embeddings"))
+        for name, tensor in prepared.unquantized_tensors().items():
+            if name.endswith("inv_freq") or (tied and name == "lm_head.weight"):
+                continue
+            values = tensor.detach().float().cpu().numpy()
+            order = row_order(name, config)
+            if order is not None:
+                values = values[order]
+            writer.add_tensor(names[name], np.ascontiguousarray(values))
+            if values.ndim > 1:
+                recipe.append(f"^{re.escape(names[name])}$=f32")
+        if rope.factors is not None:
+            writer.add_tensor(ROPE_FACTORS, rope.factors)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return recipe, notes
 
     def load(self, prepared: PreparedExport, folder: Path) -> nn.Module:
         """Return a copy of the model with every tensor dequantized from the file."""

@@ -67,12 +67,13 @@ class TestMlflow:
 class TestWandb:
     def test_plan(self, monkeypatch, tmp_path, repository):
         """A run offline, read back from the file that would be synchronised."""
-        pytest.importorskip("wandb", reason="'wandb' is not installed")
+        wandb = pytest.importorskip("wandb", reason="'wandb' is not installed")
         monkeypatch.setenv("WANDB_MODE", "offline")
         for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"):
             monkeypatch.setenv(name, str(tmp_path))
         plan = Plan.load(repository / "tests/golden/plan-measured-0.json")
         (run,) = log_plans([plan], tracker="wandb", source="net")
+        wandb.teardown()  # all is written, and another try begins with its own folder
 
         (written,) = tmp_path.glob(f"wandb/offline-run-*-{run}/run-{run}.wandb")
         held = written.read_bytes()

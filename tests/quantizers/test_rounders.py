@@ -20,7 +20,7 @@ from bitquota.candidates.storage import (
 from bitquota.errors import InvalidInput
 from bitquota.quantizers.grid import code_range, matrix_grid, stacked
 from bitquota.quantizers.rounders import FEEDBACK, Rounder
-from bitquota.quantizers.weights import estimated, fake_quantize, quantize
+from bitquota.quantizers.weights import SCANNED_BITS, estimated, fake_quantize, quantize
 from refusals import refused
 
 COLUMNS = 256
@@ -239,6 +239,12 @@ class TestRounderOf:
         assert torch.equal(plain.codes, asked.codes)
 
 
+def lost(error, rounder, gram):
+    """What a rounder makes small: the squared error of the weights, or of what they compute."""
+    along = error if rounder is Rounder.NEAREST else error @ gram
+    return float((along * error).sum())
+
+
 class TestSeveralWidthsAtOnce:
     @pytest.mark.parametrize("rounder", [Rounder.NEAREST, *FEEDBACK])
     @pytest.mark.parametrize(
@@ -252,7 +258,10 @@ class TestSeveralWidthsAtOnce:
         ],
     )
     def test_are_rounded_as_each_by_itself(self, rounder, schemes):
-        """Whether they can be rounded together or not; one at a bit has a grid of its own."""
+        """Whether they can be rounded together or not; one at a bit has a grid of its own.
+
+        Wide ones on the symmetric grid have scales from a scan, which cost a little.
+        """
         matrix, gram = weights(), correlated()
         wanted = [(bits, s) for bits, s in zip((2, 3, 4, 6), schemes, strict=True)]
         wanted += [(1, Scheme())] if schemes[0] == Scheme() else []
@@ -264,7 +273,13 @@ class TestSeveralWidthsAtOnce:
             stored = quantize(
                 matrix, bits, scheme, inputs_gram=gram, rounding=rounder, polish=False
             )
-            assert torch.allclose(stored.dequantize().double(), alone, rtol=1e-5, atol=1e-6)
+            best = stored.dequantize().double()
+            if bits < SCANNED_BITS or scheme.grid is not Grid.SYMMETRIC:
+                assert torch.allclose(best, alone, rtol=1e-5, atol=1e-6)
+            else:
+                assert lost(alone - matrix, rounder, gram) < 1.5 * lost(
+                    best - matrix, rounder, gram
+                )
 
     def test_different_kinds_have_no_grid_in_common(self):
         scales = torch.ones(2, 1)

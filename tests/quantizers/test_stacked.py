@@ -17,6 +17,7 @@ from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.fitted import fit_quantizers
 from bitquota.quantizers.rounders import Rounder
 from bitquota.quantizers.stack_rounding import round_stack
+from bitquota.quantizers.weights import estimated
 from bitquota.request import PlanRequest
 from bitquota.sensitivity.measures.choices import measure_choices
 from bitquota.sensitivity.metrics.gram_weighted import GramWeightedError, random_direction
@@ -150,9 +151,9 @@ class TestGramWeighted:
                 total = (output * direction.to(output.dtype)).sum()
                 slopes = dict(zip(names, torch.autograd.grad(total, weights), strict=True))
             for candidate in expected:
-                change = setup.fitted.weights(candidate) - setup.fitted.weights.original(
-                    candidate.layer
-                )
+                original = setup.fitted.weights.original(candidate.layer)
+                kind = candidate.weight_bits, candidate.scheme
+                change = next(estimated(original, [kind])) - original
                 along = (slopes[candidate.layer] * change.detach()).sum(dim=1)
                 expected[candidate] += 0.5 * float(along.square().sum()) / len(setup.fit)
         rows = {row.candidates[0]: r for r, row in enumerate(setup.table.rows)}
