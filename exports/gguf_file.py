@@ -63,7 +63,7 @@ class GgufFile:
         path = folder / FILE
         # Tensors wait in a file for what stands before them; gguf's own would fill memory first.
         with tempfile.TemporaryFile(dir=folder) as waiting:
-            recipe, folder_notes = self._write(prepared, folder, waiting, names)
+            recipe, folder_notes = self._write(prepared, folder, waiting, config, names)
         (folder / RECIPE).write_text("\n".join(recipe) + "\n")
 
         # Read back what was written.
@@ -113,11 +113,14 @@ class GgufFile:
 
     @staticmethod
     def _write(
-        prepared: PreparedExport, folder: Path, waiting: IO[bytes], names: Mapping[str, str]
+        prepared: PreparedExport,
+        folder: Path,
+        waiting: IO[bytes],
+        config: JsonObject,
+        names: Mapping[str, str],
     ) -> tuple[list[str], tuple[str, ...]]:
         """Write ``model.gguf``; returns the lines of the recipe, and notes on the tokenizer."""
         gguf = gguf_package()
-        config = _config(prepared)
         architecture = ARCHITECTURES[config["model_type"]]
         rope = rope_of(prepared.module, config, architecture)
         writer = gguf.GGUFWriter(str(folder / FILE), architecture, use_temp_file=True)

@@ -6,13 +6,10 @@ Design: docs/design/training.md
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 import bitquota
 from bitquota.candidates.storage import FULL_PRECISION_BITS
@@ -29,6 +26,7 @@ from bitquota.training.loop import train
 from bitquota.training.nested import TOP, NestedModel, nested_weight, statistics_of
 from bitquota.training.prepared import prepared
 from bitquota.training.qat import Trained
+from bitquota.training.saved import read_described, write_described
 from bitquota.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -90,11 +88,7 @@ class Nested:
             "widths": model.widths,
             "plans": {name: found.plan.to_json() for name, found in self.trained.items()},
         }
-        owned = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        save_file(owned, partial, metadata={"bitquota": json.dumps(description, sort_keys=True)})
-        partial.replace(path)
+        write_described(path, tensors, description)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -136,16 +130,7 @@ class SavedNested:
 
 def load_nested(path: Path) -> SavedNested:
     """Read what ``Nested.save`` wrote; raises ``InvalidInput`` for anything else."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            description = json.loads((file.metadata() or {})["bitquota"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, KeyError, ValueError, SafetensorError) as err:
-        msg = f"'{path}' must be a file that 'bitquota finetune --widths' wrote; got: {err!r}"
-        raise InvalidInput(msg, path=str(path)) from err
-    if description.get("schema") != SCHEMA:
-        msg = f"'{path}' must be of schema '{SCHEMA}'; got {description.get('schema')!r}"
-        raise InvalidInput(msg, path=str(path))
+    description, tensors = read_described(path, SCHEMA, "'bitquota finetune --widths'")
     return SavedNested(
         plans={name: Plan.from_json(plan) for name, plan in description["plans"].items()},
         widths=tuple(description["widths"]),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,10 +22,12 @@ from bitquota.quantizers.activations import ActivationQuantizer
 from bitquota.quantizers.packing import PackedWeight, pack, unpack
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
 
+    from bitquota.canonical import JsonObject
     from bitquota.quantizers.weights import QuantizedWeight
     from bitquota.training.finetune import TrainedModel
 
@@ -50,9 +52,7 @@ class SavedModel:
 
 def save_trained(trained: TrainedModel, path: Path) -> None:
     """Write ``trained``; an older file is replaced only when the new one is complete."""
-    state = trained.module.state_dict()
-    # Tied tensors share memory, which the format refuses: write each name its own copy.
-    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}
+    tensors = dict(trained.module.state_dict())
     layers = {}
     for name, weight in trained.stored.items():
         packed = pack(weight)
@@ -69,10 +69,7 @@ def save_trained(trained: TrainedModel, path: Path) -> None:
         "layers": layers,
         "inputs": {name: asdict(q) for name, q in trained.inputs.items()},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    save_file(tensors, partial, metadata={"bitquota": json.dumps(description, sort_keys=True)})
-    partial.replace(path)
+    write_described(path, tensors, description)
 
 
 def load_trained(path: Path) -> SavedModel:
@@ -81,21 +78,43 @@ def load_trained(path: Path) -> SavedModel:
     Raises:
         InvalidInput: Not such a file, or bytes that are not as many as they must be.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            description = json.loads((file.metadata() or {})["bitquota"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, KeyError, ValueError, SafetensorError) as err:
-        msg = f"'{path}' must be a file that 'bitquota finetune' or 'learn' wrote; got: {err!r}"
-        raise InvalidInput(msg, path=str(path)) from err
-    if description.get("schema") != SCHEMA:
-        msg = f"'{path}' must be of schema '{SCHEMA}'; got {description.get('schema')!r}"
-        raise InvalidInput(msg, path=str(path))
+    description, tensors = read_described(path, SCHEMA, "'bitquota finetune' or 'learn'")
     weights = {}
     for name, known in description["layers"].items():
-        parts = {part: tensors.pop(f"quantized.{name}.{part}").numpy() for part in _PARTS}
+        parts: dict[str, Any] = {
+            part: tensors.pop(f"quantized.{name}.{part}").numpy() for part in _PARTS
+        }
         shape = {key: known[key] for key in ("rows", "columns", "bits")}
         packed = PackedWeight(**parts, **shape, scheme=Scheme.from_json(known["scheme"]))
         weights[name] = unpack(packed)
     inputs = {name: ActivationQuantizer(**q) for name, q in description["inputs"].items()}
     return SavedModel(state=tensors, weights=weights, inputs=inputs)
+
+
+def write_described(path: Path, tensors: Mapping[str, Tensor], description: JsonObject) -> None:
+    """Write tensors with what describes them; an older file is replaced by a complete one."""
+    # Tied tensors share memory, which the format refuses: write each name its own copy.
+    owned = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    save_file(owned, partial, metadata={"bitquota": json.dumps(description, sort_keys=True)})
+    partial.replace(path)
+
+
+def read_described(path: Path, schema: str, command: str) -> tuple[JsonObject, dict[str, Tensor]]:
+    """Return what ``write_described`` wrote with ``schema``.
+
+    Raises:
+        InvalidInput: Not such a file; the message names the ``command`` that writes it.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            description: JsonObject = json.loads((file.metadata() or {})["bitquota"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, KeyError, ValueError, SafetensorError) as err:
+        msg = f"'{path}' must be a file that {command} wrote; got: {err!r}"
+        raise InvalidInput(msg, path=str(path)) from err
+    if description.get("schema") != schema:
+        msg = f"'{path}' must be of schema '{schema}'; got {description.get('schema')!r}"
+        raise InvalidInput(msg, path=str(path))
+    return description, tensors

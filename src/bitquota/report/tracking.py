@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from bitquota.errors import InvalidInput, MissingDependency, ServiceError
 from bitquota.report import text as report
@@ -20,9 +20,19 @@ if TYPE_CHECKING:
 
     from bitquota.plan import MeasuredLoss, Plan
 
-_PACKAGES = {"mlflow": "mlflow-skinny", "wandb": "wandb"}
-_REFUSALS = {"mlflow": ("mlflow.exceptions", "MlflowException"), "wandb": ("wandb", "Error")}
-TRACKERS = tuple(_PACKAGES)
+
+class _Tracker(NamedTuple):
+    """What a tracker comes in, and what it raises where it does not take a run."""
+
+    package: str
+    errors: str
+    refusal: str
+
+
+TRACKERS = {
+    "mlflow": _Tracker("mlflow-skinny", "mlflow.exceptions", "MlflowException"),
+    "wandb": _Tracker("wandb", "wandb.errors", "Error"),
+}
 _LONGEST_PARAMETER = 500
 
 
@@ -39,9 +49,8 @@ def require_tracker(name: str) -> None:
     try:
         importlib.import_module(name)
     except ImportError as err:
-        msg = (
-            f"logging to {name} needs the package {_PACKAGES[name]}: pip install 'bitquota[{name}]'"
-        )
+        package = TRACKERS[name].package
+        msg = f"logging to {name} needs the package {package}: pip install 'bitquota[{name}]'"
         raise MissingDependency(msg, extra=name) from err
 
 
@@ -197,8 +206,8 @@ def _to_wandb(
 
 def _refusals(tracker: str) -> type[Exception]:
     """Return what a tracker raises where it does not take a run."""
-    module, name = _REFUSALS[tracker]
-    found: type[Exception] = getattr(importlib.import_module(module), name)
+    known = TRACKERS[tracker]
+    found: type[Exception] = getattr(importlib.import_module(known.errors), known.refusal)
     return found
 
 
