@@ -48,9 +48,9 @@ $(INSTALLED) $(VENV)/.installed-demo: pyproject.toml constraints.txt
 		torch sympy mpmath networkx numba llvmlite numpy scipy || true
 	@touch $@
 
-# Likewise the solver's kernels, which each process that comes first would compile for itself: a
+# Likewise kernels, which each process that comes first would compile for itself: a
 # minute on one core.
-$(KERNELS): $(DEMO_INSTALLED) $(wildcard solver/*.py)
+$(KERNELS): $(DEMO_INSTALLED) $(wildcard solver/*.py) quantizers/column_kernels.py
 	@$(BIN)/python -m bitquota.service.worker.evaluator --warm-up
 	@touch $@
 

@@ -3,15 +3,21 @@
 References:
     [GPTQ] E. Frantar, S. Ashkboos, T. Hoefler, D. Alistarh, "GPTQ: Accurate Post-Training
     Quantization for Generative Pre-trained Transformers", 2022, arXiv 2210.17323.
+
+Design: docs/design/rounding.md
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
+from bitquota.quantizers.column_kernels import ROUNDING, block_path
+
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from bitquota.quantizers.grid import GridColumns
@@ -51,26 +57,79 @@ def path(
     original = values[:, order].t().contiguous()
     work = original.clone() if start is None else start.t().contiguous()
     chosen = torch.empty_like(work)
-    per_column = None if divisor is None else divisor.tolist()
+    compiled = grid.whole is not None and work.device.type == "cpu"
     for first in range(0, columns, BLOCK):
         end = min(first + BLOCK, columns)
-        errors = torch.empty_like(work[first:end])
-        inside = feedback[first:end, first:end].t().contiguous()
-        for j in range(first, end):
-            k = j - first
-            x = work[j]
-            if k:
-                x = torch.addmv(x, errors[:k].t(), inside[k, :k], alpha=-1)
-            chosen[j] = grid.snap(j, x)
-            if per_column is None:
-                torch.sub(original[j], chosen[j], out=errors[k])
-            else:
-                torch.sub(x, chosen[j], out=errors[k]).div_(per_column[j])
+        part = slice(first, end)
+        given = _Block(
+            work[part],
+            original[part],
+            feedback[part, part].t().contiguous(),
+            None if divisor is None else divisor[part],
+        )
+        round_block = _compiled_block if compiled else _block
+        errors = round_block(given, grid, part, chosen[part])
         if end < columns:
-            work[end:].addmm_(feedback[first:end, end:].t(), errors, alpha=-1)
+            work[end:].addmm_(feedback[part, end:].t(), errors, alpha=-1)
     result = torch.empty_like(chosen)
     result[order] = chosen
     return result.t()
+
+
+class _Block(NamedTuple):
+    """Columns that are rounded before others see their errors; arguments of ``block_path``."""
+
+    work: Tensor
+    original: Tensor
+    feedback: Tensor
+    divisor: Tensor | None
+
+
+def _compiled_block(block: _Block, grid: GridColumns, part: slice, chosen: Tensor) -> Tensor:
+    """Write the chosen values of a block, [columns, rows], and return their errors."""
+    whole = grid.whole
+    assert whole is not None  # noqa: S101  # the caller looked
+    columns, rows = block.work.shape
+
+    def own(of: Tensor) -> NDArray[Any]:
+        of = of[part] if len(of) > 1 else of
+        return of.expand(-1, rows).contiguous().numpy()
+
+    errors = torch.empty_like(block.work)
+    step = own(whole.step)
+    divisor = torch.zeros(columns) if block.divisor is None else block.divisor
+    block_path(
+        block.work.numpy(),
+        block.original.numpy(),
+        block.feedback.numpy(),
+        divisor.to(block.work.dtype).numpy(),
+        step,
+        step if whole.offset is None else own(whole.offset),
+        own(whole.least),
+        own(whole.most),
+        errors.numpy(),
+        chosen.numpy(),
+        np.full(1, ROUNDING[step.dtype], step.dtype),
+        has_offset=whole.offset is not None,
+        signs=whole.signs,
+    )
+    return errors
+
+
+def _block(block: _Block, grid: GridColumns, part: slice, chosen: Tensor) -> Tensor:
+    """Do so on any device, for any grid."""
+    errors = torch.empty_like(block.work)
+    per_column = None if block.divisor is None else block.divisor.tolist()
+    for k, j in enumerate(range(part.start, part.stop)):
+        x = block.work[k]
+        if k:
+            x = torch.addmv(x, errors[:k].t(), block.feedback[k, :k], alpha=-1)
+        chosen[k] = grid.snap(j, x)
+        if per_column is None:
+            torch.sub(block.original[k], chosen[k], out=errors[k])
+        else:
+            torch.sub(x, chosen[k], out=errors[k]).div_(per_column[k])
+    return errors
 
 
 def path_feedback(gram: Tensor, order: Tensor) -> Tensor:

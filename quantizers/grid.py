@@ -123,6 +123,25 @@ class MatrixGrid:
         return torch.minimum(torch.maximum(whole, least - self.zero), most - self.zero)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WholeColumns:
+    """Columns of a grid whose codes are whole numbers of steps, ``[columns or 1, rows or 1]``.
+
+    Attributes:
+        step: 0 where the only value is the offset.
+        offset: ``None`` for 0.
+        least: The least whole number of steps.
+        most: The greatest.
+        signs: Whether these two are the only ones.
+    """
+
+    step: Tensor
+    offset: Tensor | None
+    least: Tensor
+    most: Tensor
+    signs: bool
+
+
 class GridColumns:
     """The grid of a matrix, column by column.
 
@@ -130,48 +149,58 @@ class GridColumns:
         grid: Of the matrix.
         order: i64[columns]: column ``j`` here is column ``order[j]`` there.
         dtype: To compute in.
+
+    Attributes:
+        whole: The columns, where codes are whole numbers of steps.
     """
 
     def __init__(self, grid: MatrixGrid, order: Tensor, dtype: torch.dtype) -> None:
-        def turn(part: Tensor) -> list[Tensor]:
+        def turn(part: Tensor) -> Tensor:
             part = part[:, order] if part.shape[1] > 1 else part
-            lines = list(part.t().to(dtype).contiguous().unbind(0))
-            return lines if len(lines) > 1 else lines * len(order)
+            return part.t().to(dtype).contiguous()
 
         self._numbers = numbers_of(grid.grid, grid.bits)
-        self._signs = grid.bits == 1 and grid.grid is Grid.SYMMETRIC
         self._table: Tensor | None = None
+        self.whole: WholeColumns | None = None
         if grid.table is not None:
             self._table = grid.table.to(dtype).contiguous()
             return
         self._step, self._divisor = turn(grid.step), turn(grid.divisor)
-        self._offset = None if grid.offset is None else turn(grid.offset)
-        self._least, self._most = code_range(grid.grid, grid.bits)
-        least, most = grid.ends or (self._least, self._most)
-        self._ends: tuple[list[Tensor], list[Tensor]] | None = None
+        if self._numbers is not None:
+            return
+        least, most = grid.ends or (
+            torch.full_like(grid.step[:1, :1], end) for end in code_range(grid.grid, grid.bits)
+        )
         if grid.zero is not None:
-            self._ends = turn(least - grid.zero), turn(most - grid.zero)
-        elif grid.ends is not None:
-            self._ends = turn(grid.ends[0]), turn(grid.ends[1])
+            least, most = least - grid.zero, most - grid.zero
+        self.whole = WholeColumns(
+            step=self._step,
+            offset=None if grid.offset is None else turn(grid.offset),
+            least=turn(least),
+            most=turn(most),
+            signs=grid.bits == 1 and grid.grid is Grid.SYMMETRIC,
+        )
 
     def snap(self, column: int, values: Tensor) -> Tensor:
         """Return the value of the grid nearest to each of ``[rows]``, for one column."""
         if self._table is not None:
             codes = _nearest_levels(values[:, None], self._table)
             return self._table.expand(len(values), -1).gather(1, codes)[:, 0]
-        step = self._step[column]
-        if self._numbers is not None:
-            return step * self._numbers.nearest(values / self._divisor[column])
-        if self._signs:
+
+        def at(part: Tensor) -> Tensor:
+            return part[min(column, len(part) - 1)]
+
+        step, divisor = at(self._step), at(self._divisor)
+        if self.whole is None:
+            assert self._numbers is not None  # noqa: S101  # a grid is one of the three
+            return step * self._numbers.nearest(values / divisor)
+        if self.whole.signs:
             return torch.where(values >= 0, step, -step)
-        moved = values if self._offset is None else values - self._offset[column]
-        whole = (moved / self._divisor[column]).round_()
-        if self._ends is None:
-            whole.clamp_(self._least, self._most)
-        else:
-            whole.clamp_(self._ends[0][column], self._ends[1][column])
+        offset = None if self.whole.offset is None else at(self.whole.offset)
+        moved = values if offset is None else values - offset
+        whole = (moved / divisor).round_().clamp_(at(self.whole.least), at(self.whole.most))
         whole.mul_(step)
-        return whole if self._offset is None else whole.add_(self._offset[column])
+        return whole if offset is None else whole.add_(offset)
 
 
 def stacked(grids: Sequence[MatrixGrid], rows: int, columns: int) -> MatrixGrid | None:

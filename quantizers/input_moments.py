@@ -32,6 +32,9 @@ POSITIONS = 2**15
 """Positions of a convolution's input whose moments are taken, or 32 for each column if that is
 more: drawn at random where there are more."""
 
+BLOCK = 128
+"""Columns at least whose products with themselves and all later ones are taken at once."""
+
 
 def input_grams(
     module: nn.Module,
@@ -228,12 +231,24 @@ def moment(first: Tensor, second: Tensor, layer: Layer) -> Tensor:
 
     ``[groups, columns, columns]``.
     """
-    product = first.transpose(1, 2) @ second
+    product = _square(first) if first is second else first.transpose(1, 2) @ second
     if not layer.kind.name.startswith("CONV"):
         return product
     taps = math.prod(layer.weight_shape[2:])
     apart = product.reshape(len(product), *(taps, layer.columns // taps) * 2)
     return apart.permute(0, 2, 1, 4, 3).reshape(product.shape)
+
+
+def _square(x: Tensor) -> Tensor:
+    """Return ``x^T x`` of ``[groups, positions, columns]``; below the diagonal it is copied."""
+    columns = x.shape[2]
+    size = max(BLOCK, -(-columns // 4))
+    found = x.new_empty(len(x), columns, columns)
+    for first in range(0, columns, size):
+        here, rest = slice(first, first + size), slice(first + size, None)
+        torch.matmul(x[:, :, here].transpose(1, 2), x[:, :, first:], out=found[:, here, first:])
+        found[:, rest, here] = found[:, here, rest].transpose(1, 2)
+    return found
 
 
 def patches(

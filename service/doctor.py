@@ -59,7 +59,7 @@ def doctor(settings: Settings) -> list[Finding]:
         ),
         _limits(settings),
         Finding(
-            what="solver kernels",
+            what="compiled kernels",
             good=bool(kernels),
             detail="compiled" if kernels else "not compiled yet: the first job waits for that",
         ),

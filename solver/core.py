@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitquota.solver.compiled import compiled
+from bitquota.compiled import compiled
 from bitquota.solver.interruptible import go_on
 
 if TYPE_CHECKING:

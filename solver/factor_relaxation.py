@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from bitquota.solver.compiled import compiled, read_only
+from bitquota.compiled import compiled, read_only
 from bitquota.solver.interruptible import PIECE, Interrupted, go_on, product
 
 if TYPE_CHECKING:

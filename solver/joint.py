@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bitquota.compiled import read_only
 from bitquota.solver.branch import Region
-from bitquota.solver.compiled import read_only
 from bitquota.solver.elimination import chosen, lowest, marginals, soften, spreads
 from bitquota.solver.factor_relaxation import FactorForm, Relaxed, Terms, best_dual
 from bitquota.solver.factored import Factored

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.sparse as sp
 
-from bitquota.solver.compiled import compiled
+from bitquota.compiled import compiled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bitquota.compiled import compiled
 from bitquota.solver.branch import Tree
-from bitquota.solver.compiled import compiled
 from bitquota.solver.convex import convexify
 from bitquota.solver.semidefinite import dominant_point
 

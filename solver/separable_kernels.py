@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from bitquota.solver.compiled import compiled
+from bitquota.compiled import compiled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from bitquota.solver.compiled import compiled
+from bitquota.compiled import compiled
 from bitquota.solver.relaxation_kernels import EPS, Relaxed, priced, relax
 from bitquota.solver.search_kernels import Space, place, repair, tabu_search
 

@@ -48,8 +48,9 @@ _PLAIN_TOO = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "HOME")
 _FOLDERS_BYTES = 2**16
 """Room for the mount points below a hidden folder; its file system holds nothing else."""
 _MAX_OPEN_FILES = 4096
+_WITH_KERNELS = ("solver", "quantizers")
 _KERNEL = re.compile(r"^@compiled\ndef (\w+)", re.MULTILINE)
-"""A function of the solver that numba compiles, read without importing numba."""
+"""A function that numba compiles, read without importing numba."""
 
 # Not root inside, whoever starts it: programs that ask "am I root" are told no.
 _ISOLATED = (
@@ -298,7 +299,7 @@ def python_folders() -> list[Path]:
 
 
 def kernel_folders() -> list[Path]:
-    """Return the folders of the package that hold compiled solver kernels, if all are compiled.
+    """Return the folders of the package that hold compiled kernels, if all are compiled.
 
     A kernel that is missing, or older than its file, is compiled anew in every sandbox that needs
     it and thrown away with it. So unless each is there, none counts, and the folders are none.
@@ -330,15 +331,17 @@ def discard_stale_kernels() -> None:
 
 def _kernels() -> list[Path]:
     """Return numba's index files, one for each kernel, without an editable install's links."""
-    return [kernel for folder in _solvers() for kernel in folder.glob("__pycache__/*.nbi")]
+    return [kernel for folder in _compiled() for kernel in folder.glob("__pycache__/*.nbi")]
 
 
 def _sources() -> list[Path]:
-    return [source for folder in _solvers() for source in sorted(folder.glob("*.py"))]
+    return [source for folder in _compiled() for source in sorted(folder.glob("*.py"))]
 
 
-def _solvers() -> list[Path]:
-    return [(Path(place) / "solver").resolve() for place in bitquota.__path__]
+def _compiled() -> list[Path]:
+    """Return the packages with kernels."""
+    folders = [Path(place) / name for place in bitquota.__path__ for name in _WITH_KERNELS]
+    return [folder.resolve() for folder in folders]
 
 
 def counts_processes() -> bool:

@@ -42,7 +42,7 @@ TASKS = {
 
 _LOOK_S = 1.0
 _CACHE_BYTES = 64 * 2**20
-"""Largest file that may be written: the solver's compiled kernels, the first time."""
+"""Largest file that may be written: compiled kernels, the first time."""
 
 
 class _AbandonedError(Exception):

@@ -51,7 +51,7 @@ class ResourceUse:
         processes: Processes and threads.
         tmp_bytes: The fuller of ``/tmp`` and ``/dev/shm`` inside.
         disk_bytes: In the work folder, removed files that are still open included. The copies of
-            the solver's kernels that a sandbox begins with are not the job's.
+            kernels that a sandbox begins with are not the job's.
         files: In the work folder, without those copies.
     """
 

@@ -138,13 +138,11 @@ def main() -> None:
 
     Arguments: bytes of private memory, bytes of one file, number of processes (0: not limited),
     whether to warm up first (0 or 1), and the number of the control socket; or ``--warm-up``, which
-    compiles the solver's kernels into ``NUMBA_CACHE_DIR`` and ends.
+    compiles all kernels into ``NUMBA_CACHE_DIR`` and ends.
     """
     if sys.argv[1:] == ["--warm-up"]:
-        from bitquota.solver.loading import load_kernels
-
         discard_stale_kernels()
-        load_kernels()
+        load_all_kernels()
         return
     die_with_parent(int(os.environ.get("BITQUOTA_PARENT_PID", "0")))
     limit_resources(*map(int, sys.argv[1:4]))
@@ -206,7 +204,6 @@ def warm_up() -> None:
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import finish
     from bitquota.search.allocate import allocate
-    from bitquota.solver.loading import load_kernels
 
     tiny = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
     for parameter in tiny.parameters():
@@ -218,7 +215,16 @@ def warm_up() -> None:
     # On the processor: looking for a GPU would forbid every fork to use one.
     samples = CalibrationSet(inputs=(inputs,))
     allocate(model, samples, request, context=Context(device="cpu"))
-    load_kernels()
+    load_all_kernels()
+
+
+def load_all_kernels() -> None:
+    """Load what numba compiles, the solver's kernels and those of rounding."""
+    from bitquota.quantizers import column_kernels
+    from bitquota.solver import loading
+
+    column_kernels.load_kernels()
+    loading.load_kernels()
 
 
 def carry_out(assignment: JsonObject, channel: Channel, loaded: Loaded) -> None:

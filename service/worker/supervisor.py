@@ -115,7 +115,7 @@ class Supervisor:
         self._drain()
 
     def _compile(self) -> None:
-        """Compile the solver's kernels once, outside of any sandbox: inside nothing is kept."""
+        """Compile the kernels once, outside of any sandbox: inside nothing is kept."""
         here = self._settings.slots and self._settings.engine == "local"
         if not here or sandbox_of(self._settings) is None or kernel_folders():
             return
@@ -123,7 +123,7 @@ class Supervisor:
         subprocess.run(warm_up, check=False)  # noqa: S603  # our own module
         if not kernel_folders():
             _log.warning(
-                "the solver's kernels are compiled anew for every job: run "
+                "kernels are compiled anew for every job: run "
                 "'python -m bitquota.service.worker.evaluator --warm-up' as a user who may write "
                 "to the installed package"
             )

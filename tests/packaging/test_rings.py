@@ -96,6 +96,7 @@ LATE = {
     },
     LIMITED: {
         "service.worker.evaluator": {
+            "quantizers.column_kernels",
             "models.calibration",
             "models.loaded",
             "search.allocate",

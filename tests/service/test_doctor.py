@@ -37,7 +37,7 @@ class TestDoctor:
     def test_looks_at_everything(self, settings, database):
         assert [f.what for f in doctor(settings)] == [
             "database", "data folder", "blob store", "engine", "sandbox", "limits",
-            "solver kernels", "telemetry",
+            "compiled kernels", "telemetry",
         ]  # fmt: skip
 
     def test_default_is_well(self, settings, database):
