@@ -64,11 +64,7 @@ class _Skeleton:
         self.n_blocks = len(blocks)
         self._now = threading.local()
         for k, name in enumerate(blocks):
-            block = module.get_submodule(name)
-            block.forward = partial(self._visit, k + 1)
-            for inside in block.modules():
-                # They never run.
-                inside._parameters.clear()  # noqa: SLF001
+            module.get_submodule(name).forward = partial(self._visit, k + 1)
 
     def run(self, run: _Run, inputs: Sequence[Tensor]) -> Tensor:
         """Return what the part returns."""
@@ -206,7 +202,8 @@ class Stack:
 
     def _skeleton(self, *, last: bool) -> _Skeleton:
         """Return the model without its blocks, for the last part or for what comes before it."""
-        skeleton = _Skeleton(sharing_weights(self.module), self.blocks)
+        blocks = map(self.module.get_submodule, self.blocks)
+        skeleton = _Skeleton(sharing_weights(self.module, husks=blocks), self.blocks)
         if self.pages is None:
             return skeleton
         before, own = self.reads[0], self.reads[last]
