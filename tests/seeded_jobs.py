@@ -7,11 +7,13 @@ are what our own solver makes of them.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bitquota.candidates.budget import Budget
+from bitquota.candidates.cost_table import CostTable, LayerCost, TogetherCost
 from bitquota.candidates.layers import Inventory, Layer, LayerKind
 from bitquota.candidates.table import enumerate_candidates
 from bitquota.canonical import canonical_json
@@ -127,6 +129,22 @@ def plan_of(inventory: Inventory, matrix: SensitivityMatrix, budget: str) -> Pla
         ),
         baselines=tuple(baselines),
     )
+
+
+def with_latency(plan: Plan, inventory: Inventory, matrix: SensitivityMatrix) -> Plan:
+    """Return the plan with a budget of time: 10 ns a bit, and 7 for the first two layers at W2."""
+    layers = [
+        LayerCost(layer=c.layer, candidate=c.label, cost=10 * c.weight_bits)
+        for row in matrix.table.rows
+        for c in row.candidates
+    ]
+    first, second = ((layer.name, "W2") for layer in inventory.layers[:2])
+    table = CostTable(
+        resource="latency_ns", model_digest=plan.model_digest, constant=1000,
+        layers=tuple(layers), pairs=(TogetherCost(first=first, second=second, cost=7),),
+    )  # fmt: skip
+    budget = Budget.parse("1 ms", inventory, (table,))
+    return replace(plan, budgets=(budget, *plan.budgets))
 
 
 def seed_job(

@@ -10,7 +10,7 @@ from bitquota.plan import MeasuredLoss
 from bitquota.report import charts
 from bitquota.report.comparison import Comparison, Entry, Measured
 from bitquota.report.page import render_html
-from seeded_jobs import inventory_of, matrix_of, plan_of
+from seeded_jobs import inventory_of, matrix_of, plan_of, with_latency
 
 MOST_BYTES = 3_000_000
 
@@ -74,6 +74,33 @@ class TestReportFile:
         page.select_option("label:has-text('Show') select", "plan")
         assert window.violations() == []
         page.screenshot(path=screenshots / "report-224-light.png", full_page=True)
+
+    def test_time_of_a_run_as_the_axis(self, show, screenshots):
+        inventory = inventory_of(6)
+        matrix = matrix_of(inventory)
+        plan = with_latency(plan_of(inventory, matrix, "3 bits"), inventory, matrix)
+        window = show(
+            render_html(
+                charts.document(
+                    title="timed",
+                    plans=[plan],
+                    matrix=matrix,
+                    frontier=charts.frontier_of(matrix, points=5),
+                ),
+                charts.maps_of(matrix, plan),
+            )
+        )
+        page = window.page
+        assert "Larger dots take longer" in page.inner_text("#charts")
+        page.select_option("label:has-text('Against') select", label="Time of one run")
+        assert "Larger dots take more room" in page.inner_text("#charts")
+        assert min(drawn(page)) > 3
+        assert " µs, predicted loss" in page.inner_text(".slider output")
+        page.click("text=All points as a table")
+        row = page.locator("tr", has_text="plan, measured").first
+        assert f"{plan.spent(plan.budgets[0]) / 1000:.3g} µs" in row.inner_text()
+        assert window.violations() == []
+        page.screenshot(path=screenshots / "report-timed-light.png", full_page=True)
 
     def test_comparison(self, show, screenshots):
         measured = MeasuredLoss(mean=0.1, standard_error=0.01, n_samples=64, accuracy=0.8)

@@ -8,7 +8,7 @@ import pytest
 
 from bitquota.errors import NotFound
 from bitquota.report import charts
-from seeded_jobs import inventory_of, matrix_of, plan_of
+from seeded_jobs import inventory_of, matrix_of, plan_of, with_latency
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +147,34 @@ class TestFrontierRows:
         found = charts.frontier_rows(rows)
         assert [[2, 4]] == [p["bits"] for p in found["frontier"]]
         assert ["group 1", "group 2"] == found["layers"]["names"]
+
+
+class TestPrices:
+    def test_points_plans_and_baselines_can_be_priced(self, inventory, matrix, plan):
+        """What the page adds up is what Python does, pairs and constant included."""
+        timed = with_latency(plan, inventory, matrix)
+        found = charts.document(
+            title="", plans=[timed], matrix=matrix, frontier=charts.frontier_of(matrix, points=3)
+        )
+        (prices,) = found["prices"]
+        assert prices["resource"] == "latency_ns"
+        costs = {(layer, label): cost for layer, label, cost in prices["layers"]}
+
+        def spent(labels):
+            chosen = list(zip(found["layers"]["names"], labels, strict=True))
+            pairs = sum(
+                cost
+                for *names, cost in prices["pairs"]
+                if {tuple(names[:2]), tuple(names[2:])} <= set(chosen)
+            )
+            return prices["constant"] + sum(costs[c] for c in chosen) + pairs
+
+        shown = found["plans"][0]
+        assert spent(shown["labels"]) == timed.spent(timed.budgets[0])
+        cheapest = found["frontier"][0]
+        assert cheapest["labels"] == ["W2"] * 5
+        assert spent(cheapest["labels"]) == 1000 + 5 * 20 + 7
+        assert all(spent(b["labels"]) > 1000 for b in shown["baselines"])
+
+    def test_without_a_table_there_are_none(self, plan):
+        assert charts.document(title="", plans=[plan])["prices"] == []

@@ -20,23 +20,28 @@
     problem.hidden = !text;
   }
 
+  const labelOf = (chosen) => `W${Number(chosen.weight_bits.toPrecision(4))}`
+    + (chosen.activation_bits == null ? "" : `A${chosen.activation_bits}`);
+
   function pointOf(doc, solved) {
     if (solved.predicted === null) {
       throw new Error(`No plan was found for ${solved.budget}: ${solved.status}.`);
     }
     const bits = [];
+    const labels = [];
     let size = 0;
     let codes = 0;
     let weights = 0;
     doc.layers.names.forEach((name, k) => {
       const chosen = solved.assignments[name];
       bits.push(chosen ? chosen.weight_bits : 0);
+      labels.push(chosen ? labelOf(chosen) : null);
       if (!chosen) return;
       size += chosen.size_bits;
       codes += chosen.weight_bits * doc.layers.weights[k];
       weights += doc.layers.weights[k];
     });
-    return { bits, size_bits: size, average_bits: codes / weights, predicted: solved.predicted,
+    return { bits, labels, size_bits: size, average_bits: codes / weights, predicted: solved.predicted,
       bound: solved.bound };
   }
 

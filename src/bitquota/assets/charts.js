@@ -10,8 +10,8 @@
   "use strict";
 
   const {
-    make, fresh, decode, number, bytes, figure, frontierChart, bars, sideBySide, sensitivities,
-    crossTerms, comparison,
+    make, fresh, decode, number, figure, frontierChart, measuresOf, spentText, bars, sideBySide,
+    sensitivities, crossTerms, comparison,
   } = globalThis.Bitquota;
   const DEBOUNCE_MS = 20;
   const CALM_MS = 120;
@@ -21,6 +21,7 @@
 
   function sliderOf(doc, state, hooks, changed) {
     const ends = state.range;
+    const measures = measuresOf(doc);
     const id = fresh("slider");
     const shown = make("output", { for: id, "aria-live": "polite", class: "facts" });
     const discrete = !hooks.solve;
@@ -40,7 +41,7 @@
       const gap = point.bound === null || point.bound === undefined ? ""
         : point.predicted - point.bound <= 1e-4 * Math.abs(point.predicted)
           ? ", proved best" : `, nothing is below ${number(point.bound)}`;
-      const text = `${point.average_bits.toFixed(2)} bits per weight: ${bytes(point.size_bits)}, `
+      const text = `${point.average_bits.toFixed(2)} bits per weight: ${spentText(measures, point)}, `
         + `predicted loss ${number(point.predicted)}${gap}${thorough ? "" : " …"}`;
       shown.textContent = text;
       input.setAttribute("aria-valuetext", text);
@@ -164,10 +165,10 @@
       const slides = hooks.solve ? Boolean(doc.matrix) : state.points.length > 1;
       const slider = slides ? sliderOf(doc, state, hooks, changed) : null;
       parts.push(figure("Choose a plan",
-        "Each point is the best choice of bits for its size. Measured points ran on the model; "
+        "Each predicted point is the best choice of bits for its size. Measured points ran on the model; "
         + "the line is what the sensitivities predict, the band how far below it anything can be.",
         make("div", { class: "choose" },
-          make("div", {}, make("h3", {}, `Loss increase (${doc.unit}) against stored size`),
+          make("div", {}, make("h3", {}, `Loss increase (${doc.unit})`),
             curve.place, curve.table),
           make("div", {}, slider ? slider.element : null, chosen.place, chosen.table))));
       if (doc.plans.length || slides) parts.push(pair.section);

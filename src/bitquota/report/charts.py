@@ -27,6 +27,7 @@ from bitquota.report.text import (
     quantizable_sentences,
     rounding_sentences,
     times_less,
+    times_text,
     verdict,
 )
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from bitquota.canonical import JsonObject
     from bitquota.matrix import SensitivityMatrix
-    from bitquota.plan import MeasuredLoss, Plan
+    from bitquota.plan import Baseline, MeasuredLoss, Plan
 
 LARGEST = "largest"
 """The map of cross-layer terms that shows, for each pair, the candidates with the largest one."""
@@ -80,6 +81,7 @@ def document(
         "layers": _layers(plans, matrix),
         "matrix": None if matrix is None else matrix_json(matrix),
         "plans": [plan_json(p) for p in plans] if plan_documents is None else list(plan_documents),
+        "prices": _prices(plans),
         "frontier": list(frontier),
         "comparison": None if comparison is None else comparison_json(comparison),
     }
@@ -100,6 +102,21 @@ def _layers(plans: Sequence[Plan], matrix: SensitivityMatrix | None) -> JsonObje
         for c in row.candidates:
             weights.setdefault(c.layer, c.size.codes // c.stored_bits)
     return {"names": list(weights), "kinds": [], "shapes": [], "weights": list(weights.values())}
+
+
+def _prices(plans: Sequence[Plan]) -> list[JsonObject]:
+    """Return the cost tables of the plans' budgets, one for each resource."""
+    priced = {b.resource: b for plan in reversed(plans) for b in plan.budgets if b.prices}
+    return [
+        {
+            "resource": budget.resource,
+            "constant": budget.constant,
+            "layers": [[c.layer, c.candidate, c.cost] for c in budget.prices.layers],
+            "pairs": [[*p.first, *p.second, p.cost] for p in budget.prices.pairs],
+        }
+        for budget in priced.values()
+        if budget.prices is not None
+    ]
 
 
 def matrix_json(matrix: SensitivityMatrix) -> JsonObject:
@@ -261,6 +278,7 @@ def plan_json(plan: Plan, *, digest: str | None = None) -> JsonObject:
             {
                 "name": b.name,
                 "bits": list(b.mean_bits),
+                "labels": _baseline_labels(plan, b),
                 "size_bits": b.total_bits,
                 "measured": _measured(b.measured),
                 "worse_by": b.paired_difference,
@@ -282,6 +300,15 @@ def plan_json(plan: Plan, *, digest: str | None = None) -> JsonObject:
         "proof": proof_sentence(plan),
         "digest": plan.digest() if digest is None else digest,
     }
+
+
+def _baseline_labels(plan: Plan, baseline: Baseline) -> list[str]:
+    """Return the candidates of a baseline, inputs as the plan has them."""
+    inputs = [a.candidate.activation_bits for a in plan.assignments]
+    return [
+        f"W{bits:.4g}" + ("" if width is None else f"A{width}")
+        for bits, width in zip(baseline.mean_bits, inputs, strict=True)
+    ]
 
 
 def _measured(measured: MeasuredLoss | None) -> JsonObject | None:
@@ -323,7 +350,7 @@ def headline(plan: Plan) -> str:
     ratio, error = found
     if ratio < WORTHWHILE_RATIO:
         return f"Mixed precision makes little difference here: {name} does nearly as well."
-    return f"Mixed precision loses {ratio:.1f} ± {error:.1g} times less than {name}{where}."
+    return f"Mixed precision loses {times_text(ratio, error)} times less than {name}{where}."
 
 
 def frontier_point(
@@ -342,6 +369,7 @@ def frontier_point(
     weights = sum(c.n_codes for c in layers)
     return {
         "bits": [c.mean_bits for c in layers],
+        "labels": [c.label for c in layers],
         "size_bits": sum(c.size_bits for c in chosen.values()),
         "average_bits": sum(c.size.codes for c in layers) / weights,
         "predicted": objective,

@@ -100,6 +100,12 @@ def times_less(plan: Plan, baseline: Baseline) -> tuple[float, float] | None:
     return ratio, math.sqrt(max(0.0, variance)) / p.mean
 
 
+def times_text(ratio: float, error: float) -> str:
+    """Return ``3.3 ± 0.2`` of a ratio and its standard error, both to the digits that count."""
+    rough = float(f"{error:.1g}")
+    return f"{ratio:.0f} ± {rough:.0f}" if rough >= 1 else f"{ratio:.1f} ± {rough:g}"
+
+
 def verdict(plan: Plan) -> str:
     """Return one plain sentence: does mixing bit-widths help here?"""
     uniform = best_uniform(plan)
@@ -134,7 +140,7 @@ def verdict(plan: Plan) -> str:
         )
     times = ""
     if found is not None and found[0] > 1:
-        times = f", {found[0]:.1f} ± {found[1]:.1g} times less"
+        times = f", {times_text(*found)} times less"
     return (
         f"Mixed precision helps: the loss increase is lower than that of {fewer} by "
         f"{gain:.3g} ± {error:.2g}{times}."
