@@ -95,8 +95,11 @@ def _most_common(prepared: PreparedExport) -> int:
     return max(sizes, key=lambda bits: (sizes[bits], -bits))
 
 
-def _gptqmodel(prepared: PreparedExport) -> str:
-    """Rules of ``dynamic``: ``+:`` overrides, ``-:`` leaves out, both anchored."""
+def gptq_section(prepared: PreparedExport) -> JsonObject:
+    """Return what GPTQModel is told of each layer.
+
+    Rules of ``dynamic``: ``+:`` overrides, ``-:`` leaves out, both anchored.
+    """
     common = _most_common(prepared)
     dynamic: JsonObject = {}
     for name, weight in prepared.weights.items():
@@ -106,16 +109,18 @@ def _gptqmodel(prepared: PreparedExport) -> str:
     for name in _kept(prepared):
         dynamic[f"-:^{re.escape(name)}$"] = {}
     first = next(iter(prepared.weights))
-    return _json(
-        {
-            "bits": common,
-            "group_size": _group(prepared, first),
-            "sym": True,
-            "desc_act": False,
-            "quant_method": "gptq",
-            "dynamic": dynamic,
-        }
-    )
+    return {
+        "bits": common,
+        "group_size": _group(prepared, first),
+        "sym": True,
+        "desc_act": False,
+        "quant_method": "gptq",
+        "dynamic": dynamic,
+    }
+
+
+def _gptqmodel(prepared: PreparedExport) -> str:
+    return _json(gptq_section(prepared))
 
 
 def _autoround(prepared: PreparedExport) -> str:

@@ -29,6 +29,7 @@ from bitquota.exports.export_report import (
 )
 from bitquota.exports.genai_folder import GenaiFolder
 from bitquota.exports.gguf_file import GgufFile
+from bitquota.exports.gptq_folder import GptqFolder
 from bitquota.exports.kv_cache import OPTIONS_FILE, cache_options
 from bitquota.exports.mlx_folder import MlxFolder
 from bitquota.exports.names import check_folder, check_format, format_for
@@ -101,6 +102,7 @@ EXPORTERS: dict[str, Exporter] = {
         OpenvinoGenai(),
         GgufFile(),
         MlxFolder(),
+        GptqFolder(),
         *CONFIG_FILES,
     )
 }
@@ -108,7 +110,8 @@ EXPORTERS: dict[str, Exporter] = {
 
 
 BY_TENSOR = frozenset(
-    {GgufFile.name, CompressedTensorsFolder.name, MlxFolder.name, *(c.name for c in CONFIG_FILES)}
+    {exporter.name for exporter in (GgufFile, CompressedTensorsFolder, MlxFolder, GptqFolder)}
+    | {exporter.name for exporter in CONFIG_FILES}
 )
 """Formats that are written tensor by tensor, so that weights may stay in their files."""
 
@@ -119,6 +122,7 @@ GRIDS: dict[str, frozenset[Grid]] = {
     GgufFile.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.K_BLOCKS}),
     CompressedTensorsFolder.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.FLOAT}),
     MlxFolder.name: frozenset({Grid.OFFSET}),
+    GptqFolder.name: frozenset({Grid.SYMMETRIC}),
     "mlx-config": frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.OFFSET}),
 }
 """Which grids a format can hold; the others hold integers alone. ONNX looks levels up (Gather);

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bitquota.candidates.storage import Granularity, ScaleFormat, Scheme
+from bitquota.candidates.storage import FULL_PRECISION_BITS, ScaleFormat
 from bitquota.candidates.targets.ct_vllm_marlin import TARGET as MARLIN
-from bitquota.candidates.targets.target import LINEAR, full_precision, per_width
+from bitquota.candidates.targets.target import full_precision
 
-_GPTQ = Scheme(
-    granularity=Granularity.GROUP,
-    group_size=128,
-    scale_format=ScaleFormat.FP16,
-    row_alignment_bits=32,
-)
+_WORD = 32
 
 TARGET = replace(
     MARLIN,
     name="gptq-vllm",
-    summary="A GPTQModel 'dynamic' configuration for checkpoints that vLLM serves.",
+    summary="GPTQ checkpoints that vLLM serves with Marlin (Turing and later).",
     versions={"gptqmodel": "7.7", "vllm": "0.33"},
     formats=(
-        *per_width((4, 8), _GPTQ, name="gptq-int{bits}-g128", kinds=LINEAR, column_multiple=128),
+        *(
+            replace(
+                form,
+                name=form.name.replace("W", "gptq-int").replace("A16", ""),
+                scheme=replace(form.scheme, scale_format=ScaleFormat.FP16),
+                # Codes fill words along the inputs, zero points along the outputs.
+                column_multiple=max(form.column_multiple, _WORD),
+                row_multiple=_WORD,
+            )
+            for form in MARLIN.formats
+            if form.weight_bits != FULL_PRECISION_BITS
+        ),
         full_precision("fp16"),
     ),
-    exporter="gptqmodel-config",
-    not_run="a configuration without weights; vLLM's kernels need an NVIDIA GPU",
+    exporter="gptq",
+    not_run="vLLM's kernels need an NVIDIA GPU; GPTQModel runs the files on CPUs",
 )
