@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 FIRST_NODES = 1024
 RELAX_ROUNDS = 40
 ROOT_ROUNDS = 400
+PROBED_AT_ONCE, PROBING_PAYS = 256, 0.25
+"""Rows are probed so many at a time, the lightest first, as long as such a part of them goes."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -136,7 +138,7 @@ class Tree:
         """Drop rows whose choice alone is cut off from the evaluated root's region.
 
         Returns what was dropped, in order, with the proofs. Rows that the root's point uses most
-        are not tried.
+        are not tried, nor heavier ones than those of which few went.
         """
         core, c = self.core, self.convex
         n, m = core.n, len(core.b)
@@ -146,18 +148,25 @@ class Tree:
         s = c.l + c.Q @ z if len(c.Q) else c.l.copy()
         order = np.argsort(z, kind="stable")
         order = order[z[order] < 0.6].astype(np.int64)
-        removed = np.zeros(n, dtype=np.int64)
-        points = np.zeros((len(order) + 1, n), dtype=np.float32)
-        lams = np.zeros((len(order) + 1, m))
-        count = int(
-            kernels.probe(
-                self.relaxed, order, self.ok, z, s, self.lam[0], incumbent.cutoff, rounds,
-                removed, points, lams,
-            )
-        )  # fmt: skip
-        return [
-            Probed(row=int(removed[t]), point=points[t], multipliers=lams[t]) for t in range(count)
-        ]
+        found: list[Probed] = []
+        for at in range(0, len(order), PROBED_AT_ONCE):
+            rows = order[at : at + PROBED_AT_ONCE]
+            removed = np.zeros(n, dtype=np.int64)
+            points = np.zeros((len(rows) + 1, n), dtype=np.float32)
+            lams = np.zeros((len(rows) + 1, m))
+            count = int(
+                kernels.probe(
+                    self.relaxed, rows, self.ok, z, s, self.lam[0], incumbent.cutoff, rounds,
+                    removed, points, lams,
+                )
+            )  # fmt: skip
+            found += [
+                Probed(row=int(removed[t]), point=points[t], multipliers=lams[t])
+                for t in range(count)
+            ]
+            if count < PROBING_PAYS * len(rows):
+                break
+        return found
 
     def grow(self, incumbent: Incumbent, most: int) -> bool:
         """Branch up to ``most`` times; returns whether the incumbent improved."""

@@ -23,6 +23,8 @@ _ENTRIES = 1 << 20
 """Entries of a matrix that are copied at a time."""
 _LARGEST_SUM = 1e300
 """Sizes of all terms of the objective together stay below this, so that no sum overflows."""
+_LEAST_TERM = float(np.finfo(np.float64).tiny)
+"""Smaller numbers other than 0 (denormal ones) have lost digits that a bound would rest on."""
 _LARGEST_TOTAL = 2**62
 """Sums of costs stay below this, so that they never overflow int64."""
 
@@ -177,6 +179,12 @@ class Problem:
         bad = sum(int((~np.isfinite(part)).sum()) for part in _pieces(array))
         if bad:
             _fail(f"'{name}' must be finite", f"{bad} entries that are not")
+        for part in _pieces(array):
+            small = np.abs(part) < _LEAST_TERM
+            if small.any() and part[small].any():
+                got = float(part[small & (part != 0.0)].flat[0])
+                msg = f"'{name}' must hold 0 or sizes of at least {_LEAST_TERM:.3g}"
+                _fail(msg, f"{got:g}: round it to 0, or state losses in a smaller unit")
         self._freeze(name, array)
         return array
 

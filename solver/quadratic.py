@@ -60,6 +60,8 @@ CLOSING_S = 1e-8
 """Seconds that one number of a node's point takes in the certificate, on a busy machine."""
 TREE_NODES = 1200
 """Cheap nodes that take about as long as one semidefinite bound, at every size measured."""
+SPLIT_NODES = 100
+"""The same under cuts for all pairs, where a node takes longer and further steps gain more."""
 FIRST_NODES = 300  # the same under the simple bound, which comes first
 WEAK = 100.0  # relative gap of the simple bound beyond which no tree is grown under it
 PROMISING = 0.125
@@ -75,6 +77,8 @@ PAIR_ROWS = 1500
 up to ``DENSE_ROWS`` rows: a checker has to hold the shift as a matrix)."""
 BOUND_TOLERANCE = 1e-2
 """Relative gap of the interior point: any dual iterate is valid, the rest is left to the tree."""
+SPLIT_TOLERANCE = 1e-3
+"""The same under cuts for all pairs: the tree gains less than the last two or three iterations."""
 LARGE_ROWS, LARGE_TOLERANCE = 1500, 4e-2
 """Above so many rows an iteration takes seconds; probing at a looser bound comes first."""
 FIRST_ROWS = 600
@@ -293,6 +297,8 @@ class Quadratic:
                     return []
             # Branch, cheaply.
             most = FIRST_NODES if simple else TREE_NODES if strong else self.first_nodes
+            if self._splits(core.n) and not plain:
+                most = min(most, SPLIT_NODES)
             self._grow(tree, None if separable else most)
             if self._finished(region, tree, index):
                 return [] if tree.done(self.incumbent) else [region]
@@ -434,6 +440,8 @@ class Quadratic:
             return closed or self.control.stopped()
 
         tolerance = BOUND_TOLERANCE if core.n <= LARGE_ROWS else LARGE_TOLERANCE
+        if splitting is not None:
+            tolerance = SPLIT_TOLERANCE
         state, iterations = interior_point(lifted, tolerance=tolerance, stop=enough)
         self.iterations += iterations
         if self.control.limit is not None and self.record.entries[region.node].own > -math.inf:

@@ -4,13 +4,16 @@ With ``M = [1 xᵀ; x X]`` in place of ``[1; x] [1; x]ᵀ``, the relaxation asks
 semidefinite on the face that one row per group leaves, that no entry be negative, that different
 rows of a group have no product, and that ``x`` fit the budget. An interior point would need a
 multiplier for each of the hundreds of thousands of pairs. Here two matrices, one of each kind, are
-brought together: a step takes one eigenvalue decomposition. Only the multipliers of ``X >= 0`` are
-kept, as cuts; the interior point then finds the best shift for them, so that neither the end of the
-iteration nor its precision (float32) matters for the bound that follows.
+brought together: a step takes the positive part of a matrix, whose eigenvectors are followed from
+step to step. Only the multipliers of ``X >= 0`` are kept, as cuts; the interior point then finds
+the best shift for them, so that neither the end of the iteration nor its precision (float32,
+vectors that are about right) matters for the bound that follows.
 
 References:
     [OWX18] D. E. Oliveira, H. Wolkowicz, Y. Xu: ADMM for the SDP relaxation of the QAP, 2018 (the
         splitting on the face).
+    [RGN19] N. Rontsis, P. J. Goulart, Y. Nakatsukasa: Efficient semidefinite programming with
+        approximate ADMM, 2019 (eigenvectors followed from step to step).
 
 Design: docs/design/solver.md
 """
@@ -38,7 +41,12 @@ if TYPE_CHECKING:
     Singles = NDArray[np.float32]
     Ints = NDArray[np.int64]
 
-STEPS = 60
+STEPS = 240
+WHOLE = 300
+"""Columns of the face up to which a step takes all eigenvalues of a matrix."""
+SPARE = 32
+"""Vectors that are followed beside those of positive eigenvalues, or a quarter of these."""
+COLD = 4  # power steps from a basis that knows nothing
 PRICED = 0.1
 """Part of the price of its budget that counts as a row's size, beside what it loses alone."""
 LEFT = 0.1
@@ -90,11 +98,17 @@ class Splitting:
         full[-1] = (
             self.left * max(0.0, 1.0 - float(self.cost @ x) / self.limit) if self.left else 0.0
         )
-        self.Y = self._filled(np.outer(full, full), x)
+        self.Y = np.outer(full, full).astype(np.float32)
+        self._fill(self.Y, x)
         self.Z = np.zeros_like(self.C)
         self.excess = np.zeros_like(self.C)
         self.beta = START * float(np.linalg.norm(self.C) / np.linalg.norm(self.Y))
         self.done, self.price = 0, 0.0
+        self.basis: Singles | None = None
+        """f32[r, k], vectors on the face: those of positive eigenvalues, and some others."""
+        far = np.cos(1.0 + np.arange(self.face.shape[1])).astype(np.float32)
+        self.far: Singles = far / np.linalg.norm(far)
+        """f32[r], a vector of the most negative one, about."""
         self.cut_values, self.products = np.zeros((0, 0)), np.zeros((0, 0))
 
     def _face(self) -> sp.csr_matrix:
@@ -128,39 +142,83 @@ class Splitting:
             .tocsr()
         )
 
-    def _filled(self, X: NDArray[np.floating], x: Floats) -> Singles:
-        """Return ``[1 xᵀ; x X]``, scaled, with ``X`` (scaled already) between groups."""
-        Y = np.zeros_like(self.C)
-        Y[:] = X
-        Y[self.zero] = 0.0
+    def _fill(self, Y: Singles, x: Floats) -> None:
+        """Make ``Y``, scaled entries between groups, ``[1 xᵀ; x X]``, scaled."""
+        np.copyto(Y, np.float32(0.0), where=self.zero)
         Y[0, 0] = self.unit**2
         Y[0, 1:-1] = Y[1:-1, 0] = self.unit * self.s * x
         at = np.arange(1, len(Y) - 1)
         Y[at, at] = self.s**2 * x
-        return Y
 
     def _semidefinite(self, M: Singles) -> Singles:
-        """Return the nearest matrix to ``M`` that is positive semidefinite on the face."""
-        R = self._bent(self._bent(self.face_t @ (self.face_t @ M).T).T)
-        values, vectors = sla.eigh(
-            R, driver="evr", subset_by_value=(0.0, np.inf), overwrite_a=True, check_finite=False
-        )
+        """Return the nearest matrix to ``M`` that is positive semidefinite on the face, about."""
+        if self.face.shape[1] > WHOLE:
+            if self.done == 0:  # the start is
+                return M.copy()
+            values, vectors = self._positive(M)
+        else:
+            R = self._bent(self._bent(self.face_t @ (self.face_t @ M).T).T)
+            values, vectors = sla.eigh(
+                R, driver="evr", subset_by_value=(0.0, np.inf), overwrite_a=True,
+                check_finite=False,
+            )  # fmt: skip
         root: Singles = self.face @ self._bent(vectors * np.sqrt(np.maximum(values, 0.0)))
         product: Singles = root @ root.T
         return product
+
+    def _positive(self, M: Singles) -> tuple[Singles, Singles]:
+        """Return eigenvalues of ``M`` on the face, the positive ones, and their vectors, about.
+
+        They change little from step to step: one power step on what spanned them, and the
+        eigenvalues within what that spans. The power is shifted so that the negative end grows no
+        faster than what is near zero. Small eigenvalues are found late, which may cost steps.
+
+        Raises:
+            Interrupted: A limit of the core struck meanwhile.
+        """
+        size, rounds, basis = self.face.shape[1], 1, self.basis
+        if basis is None:
+            waves = np.outer(1.0 + np.arange(size), 2.0 + np.arange(size // 6))
+            basis, rounds = _orthonormal(np.cos(waves**2).astype(np.float32)), COLD
+        for _ in range(rounds):
+            go_on(self.core.halt)
+            image = self._times(M, np.column_stack([basis, self.far]))
+            image, far = image[:, :-1], image[:, -1]
+            shift = np.float32(max(0.0, -0.5 * float(self.far @ far)))
+            self.far = far - basis @ (far @ basis)
+            self.far /= max(float(np.linalg.norm(self.far)), 1e-30)
+            basis = _orthonormal(image + shift * basis)
+        go_on(self.core.halt)
+        image = self._times(M, basis)
+        within = basis.T @ image
+        values, turned = sla.eigh(0.5 * (within + within.T), driver="evd", check_finite=False)
+        positive = int((values > 0.0).sum())
+        wanted = min(size // 2, positive + max(SPARE, positive // 4))
+        found = basis @ turned[:, -wanted:]
+        self.basis = found
+        if (fresh := wanted - len(values)) > 0:
+            away = image - basis @ within
+            away = away[:, np.argsort(-np.abs(away).max(axis=0), kind="stable")[:fresh]]
+            self.basis = np.hstack([away / max(float(np.abs(away).max()), 1e-30), found])
+        return values[len(values) - positive :], found[:, found.shape[1] - positive :]
+
+    def _times(self, M: Singles, V: Singles) -> Singles:
+        """Return ``M V`` on the face."""
+        return self._bent(self.face_t @ (M @ (self.face @ self._bent(V))))
 
     def _bent(self, M: Singles) -> Singles:
         """Return ``(I + qqᵀ)^-½ M``: with it the face's basis is orthonormal again."""
         bent: Singles = M - np.outer(np.float32(self.bend) * self.q, self.q @ M)
         return bent
 
-    def _fitting(self, M: Singles) -> Singles:
-        """Return the nearest matrix to ``M`` without negative entries whose ``x`` fits."""
+    def _fit(self, M: Singles) -> None:
+        """Make ``M`` the nearest matrix to it without negative entries whose ``x`` fits."""
         s, unit = self.s, self.unit
         weight = s**4 + 2.0 * unit**2 * s**2
         middle = (s**2 * M.diagonal()[1:-1] + 2.0 * unit * s * M[0, 1:-1]) / weight
         x = self._distribution(middle, weight)
-        return self._filled(np.maximum(M, 0.0), x)
+        np.maximum(M, np.float32(0.0), out=M)
+        self._fill(M, x)
 
     def _distribution(self, middle: Floats, weight: Floats) -> Floats:
         """Return the distributions in groups nearest to ``middle`` that the budget allows."""
@@ -182,27 +240,37 @@ class Splitting:
         return x
 
     def run(self, steps: int) -> None:
-        """Take ``steps`` steps of ``O(n³)`` each.
+        """Take ``steps`` steps, ``O(n² k)`` each for ``k`` positive eigenvalues.
 
         Raises:
             Interrupted: A limit of the core struck meanwhile; what was reached stays.
         """
-        for _ in range(steps):
+        Y = np.empty_like(self.Y)
+        for left in range(steps, 0, -1):
             go_on(self.core.halt)
-            F = self._semidefinite(self.Y + self.Z / self.beta)
-            Y = self._fitting(F - (self.C + self.Z) / self.beta)
-            apart = Y - F
-            moved = float(np.linalg.norm(Y - self.Y)) * self.beta / float(np.linalg.norm(self.C))
-            off = float(np.linalg.norm(apart)) / float(np.linalg.norm(Y))
-            apart *= self.beta
-            self.excess = self.C + self.Z
-            self.excess += apart
-            apart *= LONGER
-            self.Z += apart
-            self.Y = Y
+            np.multiply(self.Z, 1.0 / self.beta, out=Y)
+            Y += self.Y
+            F = self._semidefinite(Y)
+            np.add(self.C, self.Z, out=Y)
+            Y *= -1.0 / self.beta
+            Y += F
+            self._fit(Y)
+            apart = np.subtract(Y, F, out=F)
             self.done += 1
-            if self.done % ADAPT_EVERY == 0 and not 0.5 <= off / max(moved, 1e-30) <= 2.0:
-                self.beta *= ADAPT if off > moved else 1.0 / ADAPT
+            adapt = 1.0
+            if self.done % ADAPT_EVERY == 0:
+                moved = float(np.linalg.norm(Y - self.Y)) * self.beta
+                moved /= float(np.linalg.norm(self.C))
+                off = float(np.linalg.norm(apart)) / float(np.linalg.norm(Y))
+                if not 0.5 <= off / max(moved, 1e-30) <= 2.0:
+                    adapt = ADAPT if off > moved else 1.0 / ADAPT
+            if left == 1:
+                self.excess = self.C + self.Z
+                self.excess += self.beta * apart
+            apart *= LONGER * self.beta
+            self.Z += apart
+            self.Y, Y = Y, self.Y
+            self.beta *= adapt
 
     def follow(self, before: Splitting) -> None:
         """Go on from where a splitting of these and further rows was."""
@@ -256,6 +324,12 @@ def continued(splitting: Splitting | None, core: Core) -> Splitting:
             splitting.follow(before)
     splitting.run(max(STEPS, splitting.done))
     return splitting
+
+
+def _orthonormal(A: Singles) -> Singles:
+    """Return an orthonormal basis, f32[r, k], of what the columns span."""
+    basis: Singles = sla.qr(A, mode="economic", overwrite_a=True, check_finite=False)[0]
+    return basis
 
 
 def _simplex(middle: Floats, weight: Floats, starts: Ints, group: Ints) -> Floats:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from bitquota.errors import InvalidBudget, InvalidMatrix, InvalidProblem
-from bitquota.solver import read_problem, solve
-from bitquota.solver.checker import check_solution
+from bitquota.solver import read_problem
 from refusals import refused
 
 
@@ -72,22 +71,15 @@ class TestReadProblem:
             (np.inf, InvalidMatrix),
             (1e308, InvalidProblem),
             (-1e308, InvalidProblem),
+            (5e-324, InvalidProblem),
         ],
     )
-    def test_terms_that_no_sum_can_hold(self, tmp_path, value, error):
-        """Infinite ones, and those whose sum would be."""
+    def test_terms_out_of_range(self, tmp_path, value, error):
+        """Infinite ones, those whose sum would be, and those too small to have all their digits."""
         G = np.diag([4.0, 1.0, 3.0, 1.0])
         G[0, 2] = value
         with refused(error):
             read_problem(write(tmp_path / "p.npz", G=G), budget_index=0)
-
-    def test_denormal_terms(self, tmp_path):
-        """The smallest numbers there are make a problem like any other."""
-        G = np.full((4, 4), 5e-324)
-        problem = read_problem(write(tmp_path / "p.npz", G=G), budget_index=0)
-        solution = solve(problem)
-        assert "optimal" == solution.status
-        assert check_solution(problem, solution).holds
 
     @pytest.mark.parametrize("dtype", [np.complex128, object])
     def test_numbers_of_another_kind(self, tmp_path, dtype):

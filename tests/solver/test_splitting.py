@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bitquota.solver import Problem, quadratic, solve
+from bitquota.solver import Problem, quadratic, solve, splitting
 from bitquota.solver.branch import Incumbent, Tree
 from bitquota.solver.checker import check_solution
 from bitquota.solver.convex import convexify
@@ -44,13 +44,13 @@ def noisy(groups=20, *, width=5, noise=0.4, limits=1, pairs=(), seed=1):
     )
 
 
-def bound_of(core, splitting=None):
+def bound_of(core, run=None):
     """Return what the interior point's shift proves at the root, with a splitting's multipliers."""
-    lifted = Lifted(core if splitting is None else splitting.relaxed(), products=False)
+    lifted = Lifted(core if run is None else run.relaxed(), products=False)
     state, _ = interior_point(lifted, tolerance=1e-4, stop=lambda _: False)
     point = dual_point(lifted, state)
-    if splitting is not None:
-        splitting.complete(point)
+    if run is not None:
+        run.complete(point)
     tree = Tree(core, convexify(core, point))
     tree.root(Incumbent(gap=0.0, floor=0.0), np.maximum(point.row_values, 1e-6), point.multipliers)
     return float(tree.bound[0])
@@ -65,6 +65,17 @@ def test_closes_most_of_the_gap(limits, noise):
     higher = bound_of(core, continued(None, core))
     assert plain < higher <= optimum * (1 + 1e-12)
     assert optimum - higher < 0.5 * (optimum - plain)
+
+
+def test_eigenvectors_are_followed(monkeypatch):
+    """What is followed from step to step ends where all eigenvalues lead."""
+    problem = noisy(12)
+    core = reduce(problem, problem.allowed)
+    whole = bound_of(core, continued(None, core))
+    monkeypatch.setattr(splitting, "WHOLE", 0)
+    followed = continued(None, core)
+    assert followed.basis is not None
+    assert bound_of(core, followed) == pytest.approx(whole, rel=1e-3)
 
 
 def test_continues():
@@ -95,11 +106,11 @@ def test_stops():
     """No step is taken once a limit struck."""
     problem = noisy(8)
     core = reduce(problem, problem.allowed, np.zeros(1, dtype=np.uint8))
-    splitting = Splitting(core)
+    run = Splitting(core)
     core.halt[0] = 1
     with pytest.raises(Interrupted):
-        splitting.run(1)
-    assert 0 == splitting.done
+        run.run(1)
+    assert 0 == run.done
 
 
 @pytest.mark.parametrize("pairs", [(), ((0, 6), (4, 8), (7, 12))])
