@@ -15,7 +15,7 @@ from bitquota.models.calls import LayerWatcher, tensor_key
 from bitquota.models.onnx.program import source_of
 from bitquota.models.padding import inputs_that_count, padding_mask
 from bitquota.models.running import tensor_of
-from bitquota.quantizers.product_moments import product_grams
+from bitquota.quantizers.product_moments import indices_of, product_grams
 from bitquota.quantizers.shrinkage import shrink
 from bitquota.quantizers.walk import walk_onnx
 
@@ -305,7 +305,7 @@ def patches(
     if limit is not None and len(wanted) > limit:
         drawn = torch.randperm(len(wanted), generator=torch.Generator().manual_seed(0))
         wanted = drawn[:limit].sort().values
-    sample, *positions = torch.unravel_index(wanted.to(x.device), places)
+    sample, *positions = indices_of(wanted.to(x.device), places)
     where = sample.reshape(-1, *[1] * n_axes)
     for axis, (window, position) in enumerate(zip(windows, positions, strict=True)):
         shape = [1] * n_axes

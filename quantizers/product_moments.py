@@ -258,6 +258,18 @@ class _ProductMoments(OperatorWatcher):
         moment.count += len(x)
 
 
+def indices_of(flat: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """Return the index along each axis of flat indices into an array of ``shape``.
+
+    ``torch.unravel_index`` does the same, but its checks import sympy: .7 CPU s once a process.
+    """
+    found = []
+    for size in reversed(shape):
+        found.append(flat % size)
+        flat = torch.div(flat, size, rounding_mode="floor")
+    return found[::-1]
+
+
 def _places(layer: Layer, flat: Tensor) -> tuple[Tensor, Tensor]:
     """Return row and column, in the layer's matrix, of elements of its stored weight."""
     shape = layer.weight_shape
@@ -266,7 +278,7 @@ def _places(layer: Layer, flat: Tensor) -> tuple[Tensor, Tensor]:
         axes = (0, 2, 1)
     elif layer.kind is LayerKind.LINEAR_TRANSPOSED:
         axes = (1, 0)
-    at = torch.unravel_index(flat, shape)
+    at = indices_of(flat, shape)
     position = torch.zeros_like(flat)
     for axis in axes:
         position = position * shape[axis] + at[axis]

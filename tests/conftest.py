@@ -32,18 +32,18 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("BITQUOTA_DATA", ROOT.parent / "shared" / "data"))
 
 LONGEST = (
-    "service/test_durability.py", "service/worker/test_ray_engine.py",
-    "service/worker/test_time_limits.py", "service/jobs/test_training_kinds.py",
-    "exports/test_menus.py", "training/test_learn.py", "service/worker/test_engines.py",
-    "cli/test_training.py", "training/test_loop.py", "models/test_fuzzed.py",
-    "service/api/test_schema.py", "solver/backends/test_backends.py", "training/test_finetune.py",
-    "search/test_allocate.py", "service/jobs/test_kinds.py", "docs/test_quickstarts.py",
-    "browser/test_journey.py", "browser/test_looks.py", "cli/test_remote.py",
-    "docs/test_readme.py", "docs/test_training_page.py", "models/test_plain_weights.py",
-    "cli/test_commands.py", "sensitivity/metrics/test_resnet20.py",
-    "evaluate/test_shipped_weights.py",
-    "solver/test_properties.py", "sensitivity/metrics/test_contract.py", "cli/test_sandboxed.py",
-    "service/test_hostile.py", "service/test_telemetry.py", "service/test_full_disk.py",
+    "service/test_durability.py", "browser/test_journey.py", "service/jobs/test_training_kinds.py",
+    "service/worker/test_engines.py", "service/worker/test_ray_engine.py",
+    "service/worker/test_time_limits.py", "browser/test_looks.py", "service/jobs/test_kinds.py",
+    "cli/test_remote.py", "exports/test_menus.py", "search/test_allocate.py", "docs/test_readme.py",
+    "cli/test_sandboxed.py", "service/test_hostile.py", "evaluate/test_one_number.py",
+    "cli/test_commands.py", "docs/test_quickstarts.py", "docs/test_training_page.py",
+    "models/test_transformer_classes.py", "quantizers/test_resuming.py", "training/test_learn.py",
+    "evaluate/test_shipped_weights.py", "models/test_fuzzed.py", "quantizers/test_stacked.py",
+    "docs/test_quickstart_ci.py", "models/test_pt2_mutations.py", "service/test_telemetry.py",
+    "sensitivity/metrics/test_resnet20.py", "sensitivity/metrics/test_stack_shares.py",
+    "service/api/test_schema.py", "quantizers/test_corrections.py", "training/test_loop.py",
+    "packaging/test_ci.py", "models/test_plain_weights.py", "docs/test_site.py",
 )  # fmt: skip
 """Files below tests/, in the order in which they begin; after them come all others."""
 

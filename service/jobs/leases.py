@@ -121,6 +121,35 @@ class Leases:
 
         return self._db.write(work) if self._db.read(find) else 0
 
+    def await_driver(self, job_id: str, epoch: int, until: float, lease_s: float) -> float | None:
+        """Renew the lease of a job whose driver has not begun; returns its new end.
+
+        Args:
+            job_id: The job.
+            epoch: The driver's.
+            until: When the lease ends, as its supervisor set it last.
+            lease_s: Seconds until it shall run out.
+
+        Returns:
+            When it ends now, or ``None`` once the driver renews it by itself or the job is over.
+        """
+        renewed = self._clock() + lease_s
+
+        def work(connection: Connection) -> bool:
+            changed = connection.execute(
+                jobs.update()
+                .where(
+                    jobs.c.id == job_id,
+                    jobs.c.epoch == epoch,
+                    jobs.c.status == JobStatus.RUNNING.value,
+                    jobs.c.lease_until == until,
+                )
+                .values(lease_until=renewed)
+            )
+            return changed.rowcount == 1
+
+        return renewed if self._db.write(work) else None
+
     def requeue(self, job_id: str, epoch: int, max_attempts: int, reason: str) -> None:
         """Queue a job again whose driver is known to have ended; nothing if it was finished."""
         now = self._clock()

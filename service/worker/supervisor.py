@@ -30,6 +30,9 @@ _LOST_CHECK_S = 1.0
 _START_S = 60.0
 """Seconds beyond a lease that a driver may take to start on a busy machine, until its first
 heartbeat. A driver that dies meanwhile, or a server, is noticed without a lease."""
+_LONGEST_START_S = 600.0
+"""Seconds for which the supervisor renews the lease of a driver that lives and has not begun: where
+starts take minutes, killing one and starting another only adds to that."""
 _CANCEL_S = 1.2
 """Seconds that a driver gets to end a job that was cancelled, its evaluator's included; with the
 ticks before and after, a cancelled job has ended within two seconds, whatever they are doing."""
@@ -39,6 +42,10 @@ ticks before and after, a cancelled job has ended within two seconds, whatever t
 class _Running:
     job: Job
     process: subprocess.Popen[str]
+    since: float
+    """When it was started, on the monotonic clock."""
+    lease_until: float | None
+    """The end of its lease while that is the supervisor's to renew: until its first heartbeat."""
     unwanted_since: float | None = None
 
 
@@ -58,6 +65,7 @@ class Supervisor:
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._lease_s = settings.lease_s + _START_S
         self.owner = owner_name(os.getpid())
 
     def start(self) -> None:
@@ -99,6 +107,7 @@ class Supervisor:
                 self._reap()
                 self._kill_unwanted()
                 if time.monotonic() - checked > _LOST_CHECK_S:
+                    self._await_starts()
                     self._store.requeue_lost(self._settings.max_attempts)
                     checked = time.monotonic()
                 self._fill()
@@ -147,12 +156,15 @@ class Supervisor:
         while len(self._running) < slots:
             if reserve and (self._spare is None or self._spare.poll() is not None):
                 self._spare = self._start_driver()
-            lease_s = self._settings.lease_s + _START_S
-            job = self._store.claim(self.owner, lease_s, self._settings.max_running)
+            job = self._store.claim(self.owner, self._lease_s, self._settings.max_running)
             if job is None:
                 return
             process, self._spare = self._spare or self._start_driver(), None
-            self._running.append(_Running(job=job, process=process))
+            self._running.append(
+                _Running(
+                    job=job, process=process, since=time.monotonic(), lease_until=job.lease_until
+                )
+            )
             _log.info("job started", job=job.id, epoch=job.epoch, driver=process.pid)
             try:
                 assert process.stdin is not None  # noqa: S101  # PIPE
@@ -174,6 +186,16 @@ class Supervisor:
                 _log.warning("driver ended", job=job.id, status=status)
             reason = f"its driver ended with status {status}"
             self._store.requeue(job.id, job.epoch, self._settings.max_attempts, reason)
+
+    def _await_starts(self) -> None:
+        """Renew the leases of drivers that live and have not sent a heartbeat yet."""
+        late = time.monotonic() - _LONGEST_START_S
+        for running in self._running:
+            if running.lease_until is None or running.since < late:
+                continue
+            running.lease_until = self._store.await_driver(
+                running.job.id, running.job.epoch, running.lease_until, self._lease_s
+            )
 
     def _kill_unwanted(self) -> None:
         """Kill drivers that go on although their job was cancelled, or is no longer theirs.

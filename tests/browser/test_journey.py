@@ -122,6 +122,9 @@ class TestJourney:
         page.keyboard.type("4 bits")
         self.tab_to(page, "#name")
         page.keyboard.type("by keyboard")
+        self.tab_to(page, "#effort")
+        page.keyboard.type("quick")
+        self.tab_to(page, "#go")
         page.keyboard.press("Enter")
 
         page.wait_for_url("**/jobs/job_*")

@@ -12,6 +12,7 @@ from bitquota.models.discovery import discover
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.plain_weights import with_plain_weights
 from bitquota.quantizers.input_moments import input_grams
+from bitquota.quantizers.product_moments import indices_of
 from bitquota.quantizers.weights import fake_quantize
 from menu_modules import LastState
 
@@ -157,3 +158,13 @@ class TestProductGrams:
             rows, columns = _places(layer, flat)
             stored = from_matrix(matrix, layer).reshape(-1)
             assert torch.equal(stored, rows * layer.columns + columns)
+
+
+class TestPositionsOf:
+    @pytest.mark.parametrize("shape", [(7,), (3, 1, 5), (2, 3, 4, 5)])
+    def test_are_those_of_torch(self, shape):
+        flat = torch.randperm(torch.Size(shape).numel(), generator=torch.Generator().manual_seed(1))
+        for ours, theirs in zip(
+            indices_of(flat, shape), torch.unravel_index(flat, shape), strict=True
+        ):
+            assert torch.equal(ours, theirs)

@@ -248,7 +248,8 @@ def test_pickled_sample_inputs_are_never_opened(http, digits_files, tmp_path):
 
 def test_honest_job_afterwards(server, digits_files):
     model, calibration = digits_files
-    request = PlanRequest(budgets=("3 bits",), weight_bits=(2, 4), samples=16, holdout_samples=16)
+    request = PlanRequest(budgets=("3 bits",), weight_bits=(2, 4), samples=16, holdout_samples=16,
+        effort="quick")  # fmt: skip
     with server.client() as client:
         job = client.submit(model=model, calibration=calibration, request=request)
         assert job.wait(**PATIENTLY).plan().average_bits <= 3

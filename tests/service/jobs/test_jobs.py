@@ -287,6 +287,22 @@ class TestFencing:
             beat(store, job)
         assert 0 == store.requeue_lost(5)
 
+    def test_waits_for_a_driver_that_has_not_begun(self, store, clock):
+        """Its supervisor renews the lease until the first heartbeat, and never takes it back."""
+        store.create(order())
+        job = store.claim("one", 15)
+        until = job.lease_until
+        for _ in range(5):
+            clock.now += 14
+            until = store.await_driver(job.id, job.epoch, until, 15)
+        assert (clock.now + 15, 0) == (until, store.requeue_lost(5))
+        clock.now += 1
+        beat(store, job)
+        assert store.await_driver(job.id, job.epoch, until, 100) is None
+        clock.now += 16
+        assert 1 == store.requeue_lost(5)
+        assert store.await_driver(job.id, job.epoch, until, 100) is None
+
     def test_success_twice_by_one_driver_is_one_success(self, store):
         """The answer to a commit can be lost with the connection; the driver tries again."""
         store.create(order())

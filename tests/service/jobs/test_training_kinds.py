@@ -19,7 +19,7 @@ from live_server import LiveServer
 from waiting import PATIENTLY, wait_for
 
 REQUEST = PlanRequest(
-    budgets=("3 bits",), weight_bits=(2, 3, 4, 8), samples=32, holdout_samples=32, refine=False
+    budgets=("3 bits",), weight_bits=(2, 3, 4, 8), samples=32, holdout_samples=32, effort="quick"
 )
 
 
