@@ -46,6 +46,9 @@ WHOLE = 300
 """Columns of the face up to which a step takes all eigenvalues of a matrix."""
 SPARE = 32
 """Vectors that are followed beside those of positive eigenvalues, or a quarter of these."""
+SHIFT = 0.7
+"""Part of the most negative eigenvalue, which is underestimated, by which power steps are shifted:
+with half of it, vectors of the negative end took the place of small positive ones."""
 COLD = 4  # power steps from a basis that knows nothing
 PRICED = 0.1
 """Part of the price of its budget that counts as a row's size, beside what it loses alone."""
@@ -184,7 +187,7 @@ class Splitting:
             go_on(self.core.halt)
             image = self._times(M, np.column_stack([basis, self.far]))
             image, far = image[:, :-1], image[:, -1]
-            shift = np.float32(max(0.0, -0.5 * float(self.far @ far)))
+            shift = np.float32(max(0.0, -SHIFT * float(self.far @ far)))
             self.far = far - basis @ (far @ basis)
             self.far /= max(float(np.linalg.norm(self.far)), 1e-30)
             basis = _orthonormal(image + shift * basis)
