@@ -67,7 +67,12 @@ def energy_table(
     samples = bound(model, samples)
     inventory = prepare_inventory(inventory_of(model.module, model, samples), target)
     table = offered_candidates(
-        inventory, target, weight_bits=weight_bits, scheme=Scheme(), activation_bits=None, fixed={}
+        inventory,
+        target,
+        weight_bits=weight_bits,
+        scheme=Scheme(),
+        activation_bits=(None,),
+        fixed={},
     )
     layers = {layer.name: layer for layer in inventory.layers}
     return CostTable(

@@ -32,6 +32,7 @@ from bitquota.exports.gguf_file import GgufFile
 from bitquota.exports.gptq_folder import GptqFolder
 from bitquota.exports.kv_cache import OPTIONS_FILE, cache_options
 from bitquota.exports.mlx_folder import MlxFolder
+from bitquota.exports.modelopt_folder import ModelOptFolder
 from bitquota.exports.names import check_folder, check_format, format_for
 from bitquota.exports.onnx_qdq import OnnxMatMulNBits, OnnxQdq
 from bitquota.exports.openvino_genai import OpenvinoGenai
@@ -103,6 +104,7 @@ EXPORTERS: dict[str, Exporter] = {
         GgufFile(),
         MlxFolder(),
         GptqFolder(),
+        ModelOptFolder(),
         *CONFIG_FILES,
     )
 }
@@ -123,6 +125,7 @@ GRIDS: dict[str, frozenset[Grid]] = {
     CompressedTensorsFolder.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.FLOAT}),
     MlxFolder.name: frozenset({Grid.OFFSET}),
     GptqFolder.name: frozenset({Grid.SYMMETRIC}),
+    ModelOptFolder.name: frozenset({Grid.FLOAT}),
     "mlx-config": frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.OFFSET}),
 }
 """Which grids a format can hold; the others hold integers alone. ONNX looks levels up (Gather);
@@ -208,7 +211,12 @@ def export_plan(
     if exporter.name not in BY_TENSOR:
         model = in_memory(model)
     prepared = prepare_export(
-        model, plan, target=chosen, samples=samples, correction_data=correction_data
+        model,
+        plan,
+        target=chosen,
+        samples=samples,
+        correction_data=correction_data,
+        holds_inputs=getattr(exporter, "holds_inputs", False),
     )
     if timed_budget(plan) is not None:
         prepared = replace(prepared, traced={})  # the graph is written twice
@@ -223,6 +231,8 @@ def export_plan(
             report = replace(report, notes=(*report.notes, prepared.identity_note))
         if any(a.candidate.activation_bits is not None for a in plan.assignments):
             note = "activations are quantized by the runtime, with ranges of its own calibration"
+            if prepared.activations:
+                note = "inputs of layers are quantized on the grids of the plan"
             report = replace(report, notes=(*report.notes, note))
         if options:
             place = building / OPTIONS_FILE

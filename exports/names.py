@@ -12,8 +12,8 @@ from bitquota.models.sources import ModelSource, model_source
 
 EXPORT_FORMATS = (
     "ref-int", "compressed-tensors", "onnx-qdq", "onnx-matmulnbits", "onnx-genai", "openvino",
-    "openvino-genai", "gguf", "mlx", "gptq", "gptqmodel-config", "autoround-config",
-    "llm-compressor-recipe", "torchao-config", "mlx-config", "coreml-config",
+    "openvino-genai", "gguf", "mlx", "gptq", "modelopt", "gptqmodel-config",
+    "autoround-config", "llm-compressor-recipe", "torchao-config", "mlx-config", "coreml-config",
 )  # fmt: skip
 """Names of ``bitquota.exports.export.EXPORTERS``, in its order; that module loads torch."""
 
@@ -28,6 +28,7 @@ HOW_TO_RUN = {
     "compressed-tensors": "transformers.AutoModelForCausalLM.from_pretrained('{out}')",
     "gptq": "gptqmodel.GPTQModel.load('{out}')",
     "mlx": "mlx_lm.generate --model {out}",
+    "modelopt": "vllm serve {out}",
 }
 """What runs the files of an export, by its format."""
 

@@ -28,10 +28,15 @@ if TYPE_CHECKING:
     from bitquota.candidates.layers import Layer
     from bitquota.quantizers.weights import QuantizedWeight
 
+EIGHT = 8
+SAFE_CODE = 64
+"""255 x 64, twice, fits into 16 bits."""
+
 _SUFFIXES = (
     BLOCKS, ".codes", ".scales", ".scales.f32", ".zero_points", ".levels", ".levels.f32", ".index",
     ".matrix", ".f32", ".order", ".parts", ".rows",
     ".shape0", ".shape1", ".shape2", ".step0", ".step1",
+    ".wide", ".int", ".shift", ".shifted", ".zero", ".zeros", ".count",
 )  # fmt: skip
 """What the names of a weight's parts end with."""
 
@@ -47,15 +52,21 @@ class GraphEditor:
         self.removed: set[str] = set()
         self.replaced: dict[str, list[Any]] = {}
         self.names: dict[str, tuple[str, ...]] = {}
+        self._widened: set[str] = set()
         self.readers = readers(self.graph)
         self._taken = {v.name for v in (*self.graph.input, *self.graph.output)}
         self._taken.update(self.initializers, self.readers)
         self._taken.update(name for node in self.graph.node for name in node.output)
         self._fold_shapes()
 
-    def quantize(self, initializer: str, layer: Layer, weight: QuantizedWeight) -> None:
-        """Store ``weight`` instead of ``initializer``."""
+    def quantize(
+        self, initializer: str, layer: Layer, weight: QuantizedWeight, *, widened: bool = False
+    ) -> None:
+        """Store ``weight`` instead of ``initializer``; ``widened`` codes are cast to 8 bits."""
         import onnx
+
+        if widened:
+            self._widened.add(self._stem(initializer))
 
         kind = self.initializers[initializer].data_type
         if kind == onnx.TensorProto.FLOAT:
@@ -273,6 +284,8 @@ class GraphEditor:
 
         make = onnx.helper.make_node
         codes, scales, *zeros = names
+        if stem in self._widened:
+            codes, *zeros = self._widen(stem, codes, scales, weight)
         if weight.scheme.scale_format is not ScaleFormat.FP32:
             wide = f"{scales}.f32"
             self.new_nodes.append(make("Cast", [scales], [wide], to=onnx.TensorProto.FLOAT))
@@ -290,6 +303,34 @@ class GraphEditor:
             )
         )
         self._follow(stem, first, output, steps)
+
+    def _widen(
+        self, stem: str, codes: str, scales: str, weight: QuantizedWeight
+    ) -> tuple[str, ...]:
+        """Return codes of 8 bits, and their zero points if these are not 0, made at loading.
+
+        x86 without VNNI adds two products of unsigned inputs and signed weights in 16 bits, which
+        codes beyond 64 overflow: such codes become unsigned, with 128 for zero.
+        """
+        import onnx
+
+        make, kinds = onnx.helper.make_node, onnx.TensorProto
+        if int(weight.codes.abs().max()) <= SAFE_CODE:
+            if weight.bits == EIGHT:
+                return (codes,)
+            self.new_nodes.append(make("Cast", [codes], [f"{stem}.wide"], to=kinds.INT8))
+            return (f"{stem}.wide",)
+        self._add(f"{stem}.shift", kinds.INT32, np.array(128))
+        self._add(f"{stem}.zero", kinds.UINT8, np.array(128))
+        n = onnx.numpy_helper.to_array(self.initializers[scales]).shape
+        self._add(f"{stem}.count", kinds.INT64, np.array(n))
+        self.new_nodes += [
+            make("Cast", [codes], [f"{stem}.int"], to=kinds.INT32),
+            make("Add", [f"{stem}.int", f"{stem}.shift"], [f"{stem}.shifted"]),
+            make("Cast", [f"{stem}.shifted"], [f"{stem}.wide"], to=kinds.UINT8),
+            make("Expand", [f"{stem}.zero", f"{stem}.count"], [f"{stem}.zeros"]),
+        ]
+        return f"{stem}.wide", f"{stem}.zeros"
 
     def _follow(
         self, stem: str, first: str, output: str, steps: list[tuple[str, list[int]]]

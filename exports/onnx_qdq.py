@@ -24,6 +24,7 @@ from torch import nn
 from bitquota.errors import ExportFailed, InvalidInput, MissingDependency
 from bitquota.exports.onnx_blocks import BLOCKS, fits_blocks, packed_blocks
 from bitquota.exports.onnx_editor import GraphEditor, n_bytes
+from bitquota.exports.onnx_inputs import INTEGER_BITS, multiplies_integers, quantize_inputs
 from bitquota.exports.onnx_tidy import absorb_batch_norms, fold_constants, shorten_names
 from bitquota.exports.prepared import widths_must_be
 from bitquota.models.onnx.folding import restore_types
@@ -34,12 +35,13 @@ from bitquota.models.onnx.sessions import import_onnxruntime
 from bitquota.models.pt2.module import dynamic_axes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from bitquota.canonical import JsonObject
     from bitquota.exports.export_report import ExportReport
     from bitquota.exports.prepared import PreparedExport
     from bitquota.models.onnx.program import OnnxSource
+    from bitquota.quantizers.activations import ActivationQuantizer
 
 FILE = "model.onnx"
 OPSET = 21
@@ -65,6 +67,7 @@ class OnnxQdq:
     name = "onnx-qdq"
     summary = "ONNX with quantized weights and DequantizeLinear, run by ONNX Runtime."
     runs_here = True
+    holds_inputs = True
     blocked = False
 
     def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
@@ -84,11 +87,14 @@ class OnnxQdq:
             weights = absorb_batch_norms(model, weights, prepared.layers, initializer_of)
 
         # Put integers and their dequantization in the place of every weight.
+        grids = {n: g for n, g in prepared.activations.items() if n in initializer_of}
+        quantize_inputs(model, grids, initializer_of)
         editor = GraphEditor(model)
         for name, weight in weights.items():
             initializer, layer = initializer_of[name], prepared.layers[name]
             if not (self.blocked and editor.multiply_blocks(initializer, layer, weight)):
-                editor.quantize(initializer, layer, weight)
+                integers = multiplies_integers(weight, grids.get(name))
+                editor.quantize(initializer, layer, weight, widened=integers)
         model = editor.finish()
         if traced:
             shorten_names(model.graph)
@@ -117,6 +123,7 @@ class OnnxQdq:
             reports,
             held_bytes=held,
             runtime=runtime(),
+            notes=_notes(grids),
         )
 
     def load(self, prepared: PreparedExport, folder: Path) -> nn.Module:
@@ -289,6 +296,15 @@ def runtime() -> JsonObject:
     """Return what runs ONNX files here, and with which options."""
     ort = import_onnxruntime()
     return {"name": "onnxruntime", "version": ort.__version__, "options": dict(SESSION_OPTIONS)}
+
+
+def _notes(grids: Mapping[str, ActivationQuantizer]) -> tuple[str, ...]:
+    """Return what a user should know of inputs on grids that have no type of their width."""
+    odd = sorted({g.bits for g in grids.values()} - {INTEGER_BITS, 2 * INTEGER_BITS})
+    if not odd:
+        return ()
+    widths = " and ".join(map(str, odd))
+    return (f"inputs of {widths} bits are held in the next type of 8 or 16 bits while it runs",)
 
 
 def read_back(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from bitquota.errors import InvalidPlan
 from bitquota.exports.export_report import (
     HALF_TOLERANCE,
+    TOLERANCE,
     Difference,
     ExportedTensor,
     ExportReport,
@@ -24,6 +25,7 @@ from bitquota.models.loaded import check_model, in_memory
 from bitquota.models.on_demand import on_demand
 from bitquota.models.onnx.program import source_of
 from bitquota.models.running import primary_output
+from bitquota.quantizers.activations import quantize_inputs_of
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.planned import (
     full_precision_module,
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
     from bitquota.plan import Plan
+    from bitquota.quantizers.activations import ActivationQuantizer
     from bitquota.quantizers.weights import QuantizedWeight
 
 VERIFY_SAMPLES = 64
@@ -71,6 +74,9 @@ class PreparedExport:
         reference: Output of ``module`` on them.
         identity_note: What must be said of the digest that the plan names its model by.
         unused: Quantized layers that compute nothing, which a traced graph therefore lacks.
+        activations: Grids of layers' inputs, where the format holds them: ``reference`` has its
+            inputs on these, ``module`` has not.
+        input_noise: By what share of the norm of its outputs these change the model.
         traced: Where the graph of ``module`` is kept for further exports of it, if anywhere.
     """
 
@@ -85,6 +91,8 @@ class PreparedExport:
     reference: Tensor | None = None
     identity_note: str = ""
     unused: tuple[str, ...] = ()
+    activations: Mapping[str, ActivationQuantizer] = field(default_factory=dict)
+    input_noise: float = 0.0
     traced: dict[str, Any] | None = None
 
     def without(self, unused: Sequence[str]) -> PreparedExport:
@@ -167,7 +175,7 @@ class PreparedExport:
             planned_unquantized_bits=self.planned_rest_bits,
             container_bytes=sum(file.stat().st_size for file in weight_files) - held_bytes,
             difference=None if module is None else self.difference(module),
-            tolerance=HALF_TOLERANCE if self._in_half else None,
+            tolerance=self._tolerance,
             runtime=runtime,
             notes=notes,
         )
@@ -185,6 +193,17 @@ class PreparedExport:
             planned_bits=candidate.size_bits,
             actual_bits=actual_bits,
         )
+
+    @property
+    def _tolerance(self) -> float | None:
+        """The largest relative difference, if not ``TOLERANCE``.
+
+        Values at the edge of a step of a grid fall to one side here and to the other there, and
+        change what follows by up to what the grids themselves do.
+        """
+        if self.activations:
+            return TOLERANCE + 0.5 * self.input_noise
+        return HALF_TOLERANCE if self._in_half else None
 
     @property
     def _in_half(self) -> bool:
@@ -233,6 +252,7 @@ def prepare_export(
     target: Target | None = None,
     samples: CalibrationSet | None = None,
     correction_data: CalibrationSet | None = None,
+    holds_inputs: bool = False,
 ) -> PreparedExport:
     """Quantize the weights of ``model`` as ``plan`` says and apply its corrections.
 
@@ -243,6 +263,8 @@ def prepare_export(
         samples: The first of them are run to compare the export with fake-quantization; by
             default the model's own example.
         correction_data: Unlabelled samples that the plan's corrections are fitted on.
+        holds_inputs: Whether the format holds the grids of inputs. They are the plan's own if its
+            quantized weights are there, else fitted to the samples, if there are any.
 
     Raises:
         StalePlan: The plan was made for another model.
@@ -290,6 +312,12 @@ def prepare_export(
             fitted=quantizers_of(plan, model, module, chosen, data),
             stored=stored,
         )
+    grids: dict[str, ActivationQuantizer] = {}
+    if holds_inputs and shipped is not None:
+        grids = dict(shipped.activations)
+    elif holds_inputs and data is not None:
+        own = plan.candidates
+        grids = quantizers_of(plan, model, module, own, data).input_grids(own)
 
     # What exported files will be compared with.
     inputs = verifying_inputs(model, samples)
@@ -298,6 +326,15 @@ def prepare_export(
         inputs = _few_enough(model, quantized, inputs)
         with torch.no_grad():
             reference = primary_output(quantized(*inputs))
+    input_noise = 0.0
+    if grids and inputs is not None and reference is not None:
+        plain, on_grids = reference, copy.deepcopy(quantized)
+        for name, grid in grids.items():
+            quantize_inputs_of(on_grids, name, grid)
+        with torch.no_grad():
+            reference = primary_output(on_grids(*inputs))
+        norm = float(plain.double().norm())
+        input_noise = float((reference.double() - plain.double()).norm()) / (norm or 1.0)
     return PreparedExport(
         model=model,
         plan=plan,
@@ -309,6 +346,8 @@ def prepare_export(
         inputs=inputs,
         reference=reference,
         identity_note=note,
+        activations=grids,
+        input_noise=input_noise,
     )
 
 

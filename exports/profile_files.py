@@ -99,7 +99,12 @@ def write_files(
         raise InvalidInput(msg)
     inventory = prepare_inventory(inventory_of(model.module, model, samples), target)
     table = offered_candidates(
-        inventory, target, weight_bits=weight_bits, scheme=Scheme(), activation_bits=None, fixed={}
+        inventory,
+        target,
+        weight_bits=weight_bits,
+        scheme=Scheme(),
+        activation_bits=(None,),
+        fixed={},
     )
     layers = {layer.name: layer for layer in inventory.layers}
     offsets, counts = table.offsets, np.diff(table.offsets).tolist()

@@ -309,6 +309,33 @@ def collect_inputs(
     )
 
 
+def layers_of_one_input(
+    module: nn.Module, inventory: Inventory, inputs: tuple[Tensor, ...]
+) -> list[tuple[str, ...]]:
+    """Return the layers that are multiplied with one and the same tensor, where several are.
+
+    A runtime quantizes such a tensor once, so these layers share the bit-width of their input.
+
+    Args:
+        module: The model in eval mode.
+        inventory: Its layers; those that share a weight already are one layer.
+        inputs: Positional arguments of one forward pass, which is what it costs. What layers read
+            is held until it ends, so that no memory is used twice.
+    """
+    read: dict[tuple[Any, ...], dict[str, None]] = {}
+    held: list[Tensor] = []
+
+    def look(layer: str, values: Tensor) -> Tensor:
+        if values.is_floating_point():
+            held.append(values)
+            read.setdefault((tensor_key(values), values._version), {})[layer] = None  # noqa: SLF001
+        return values
+
+    with torch.no_grad(), InputWatcher(weights_of(module, inventory), look):
+        module(*inputs)
+    return [tuple(names) for names in read.values() if len(names) > 1]
+
+
 class quantized_inputs(InputWatcher):  # noqa: N801  # used as a context manager
     """Within the context, layers named in ``quantizers`` see quantized inputs.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Rounding
 from bitquota.canonical import digest_json
 from bitquota.errors import InvalidInput
+from bitquota.quantizers.activations import ActivationQuantizer
 from bitquota.quantizers.channel_fit import collect_by
 from bitquota.quantizers.input_moments import input_grams, moment_bytes
 from bitquota.quantizers.quantized_weights import QuantizedWeights
@@ -69,6 +70,17 @@ class Fitted:
     origin: str = ""
     nearest_origin: str = ""
     order: RoundingOrder | None = None
+
+    def input_grids(self, candidates: Iterable[Candidate]) -> dict[str, ActivationQuantizer]:
+        """Return the grid of each layer's input that candidates quantize, by layer.
+
+        An input that is never quantized has none, nor has one of token ids.
+        """
+        if self.activations is None:
+            return {}
+        asked = [c for c in candidates if not c.cached and c.activation_bits is not None]
+        grids = {c.layer: self.activations(c.layer, c.activation_bits or 0) for c in asked}
+        return {k: grid for k, grid in grids.items() if isinstance(grid, ActivationQuantizer)}
 
     def nearest(self) -> Fitted:
         """Return the same quantizers, but for weights that are rounded to nearest."""

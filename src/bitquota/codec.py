@@ -49,6 +49,9 @@ class NullFor:
     """What ``null`` is read as."""
 
 
+OneOrMore = int | tuple[int, ...]
+"""A number where there may be several."""
+
 LowerBound = Annotated[float, NullFor(-math.inf)]
 UpperBound = Annotated[float, NullFor(math.inf)]
 
@@ -184,6 +187,7 @@ def _converter() -> Converter:
     made.register_unstructure_hook_factory(
         is_frozenset, lambda _kind: lambda members: sorted(map(str, members))
     )
+    made.register_structure_hook_func(lambda kind: kind == OneOrMore | None, _one_or_more)
     made.register_structure_hook_func(_is_array, _array)
     made.register_unstructure_hook_func(_is_array, np.ndarray.tolist)
     # What cattrs does with lists and objects, once it is clear that it was given one.
@@ -301,6 +305,16 @@ def _only(kinds: tuple[type, ...], name: str) -> Callable[[Any, Any], Any]:
         return data
 
     return read
+
+
+def _one_or_more(data: Any, _kind: Any) -> OneOrMore | None:  # noqa: ANN401  # any JSON
+    """Return a whole number, several of them, or nothing."""
+    _hold(data, (int, list, type(None)), "an integer, a list of integers, or null")
+    if not isinstance(data, list):
+        return data  # type: ignore[no-any-return]
+    for member in data:
+        _hold(member, (int,), "an integer")
+    return tuple(data)
 
 
 def _hold(data: object, kinds: tuple[type, ...], name: str) -> None:

@@ -30,8 +30,8 @@ from bitquota.models.running import DEFAULT_CHUNK, choose_device, cut
 from bitquota.models.samples import check_calibration
 from bitquota.models.sharing import sharing_weights
 from bitquota.models.stack import stack_of
-from bitquota.quantizers.activations import ActivationQuantizer
-from bitquota.quantizers.apply import apply_plan, input_quantizer
+from bitquota.quantizers.activations import layers_of_one_input
+from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.corrections import fold_batch_norm
 from bitquota.quantizers.fitted import BATCH, fit_quantizers
 from bitquota.quantizers.imatrix import importance_of
@@ -313,7 +313,7 @@ class Setup:
             rounding="nearest" if order is None else order.name,
             weights=stored,
             tensors=changed_tensors(self.module, module, self.inventory),
-            activations=self._input_grids(chosen),
+            activations=self.fitted.input_grids(chosen),
             **self._rewritten(),
         )
 
@@ -327,15 +327,6 @@ class Setup:
     def _cached(self, choice: Sequence[int]) -> list[Candidate]:
         """Return what a choice makes of the KV cache."""
         return [c for c in self.table.decode(choice) if c.cached]
-
-    def _input_grids(self, chosen: Sequence[Candidate]) -> dict[str, ActivationQuantizer]:
-        grids = {
-            c.layer: input_quantizer(self.fitted.activations, c.layer, c.activation_bits)
-            for c in chosen
-            if c.activation_bits is not None
-        }
-        # An input that is never quantized has none.
-        return {k: grid for k, grid in grids.items() if isinstance(grid, ActivationQuantizer)}
 
     def measure_choices(
         self, choices: Iterable[Choice], *, stage: str, weight: float | None = None
@@ -389,12 +380,16 @@ def build_setup(
     whole = inventory = inventory_of(module, model, few)
     target = None if request.target is None else target_by_name(request.target)
     inventory = prepare_inventory(inventory, target, exclude=request.exclude, ties=request.ties)
+    if len(request.input_widths) > 1:
+        if model.pages is not None:
+            module, model = module.float().to(where), replace(model, pages=None, outline=None)
+        inventory = inventory.join(layers_of_one_input(module, inventory, few.inputs))
     table = offered_candidates(
         inventory,
         target,
         weight_bits=request.weight_bits,
         scheme=request.scheme,
-        activation_bits=request.activation_bits,
+        activation_bits=request.input_widths,
         fixed=request.fixed,
     )
 

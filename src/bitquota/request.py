@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from bitquota.candidates.caches import CACHE_BITS, CACHE_SCALES
 from bitquota.candidates.cost_table import CostTable
 from bitquota.candidates.storage import ROW_BITS, WEIGHT_BITS, Scheme
-from bitquota.codec import Document, Form
+from bitquota.codec import Document, Form, OneOrMore
 from bitquota.corrections import BEFORE_QUANTIZING, REWRITTEN, SAMPLES_DEPEND, Correction
 from bitquota.errors import InvalidInput
 
@@ -78,7 +78,8 @@ class PlanRequest(Document):
             hold together (``"3 bits + 2 GBitOps"``). A mere measurement needs none.
         weight_bits: Bit-widths on offer to every layer; if empty, all that the target stores, or
             2, 3, 4, 5, 6 and 8 without a target.
-        activation_bits: Bit-width of every layer's input, or ``None`` for full precision.
+        activation_bits: Bit-width of every layer's input, or ``None`` for full precision; several
+            are on offer to each layer beside each width of its weight.
         activation_fit: How grids of inputs are fitted: ``mse`` each tensor's own error; ``joint``,
             ``chan`` and ``irls`` weigh its channels (``quantizers.channel_fit``).
         scheme: How weights are quantized; a target brings its own.
@@ -139,7 +140,7 @@ class PlanRequest(Document):
 
     budgets: tuple[str, ...] = ()
     weight_bits: tuple[int, ...] = ()
-    activation_bits: int | None = None
+    activation_bits: OneOrMore | None = None
     activation_fit: str = "mse"
     scheme: Scheme = field(default_factory=Scheme)
     fixed: dict[str, int] = field(default_factory=dict)
@@ -197,9 +198,7 @@ class PlanRequest(Document):
         if not 0 <= self.seed < 2**63:
             msg = f"seed must be at least 0 and below 2^63; got {self.seed}"
             raise InvalidInput(msg, seed=self.seed)
-        if self.activation_bits is not None and not 2 <= self.activation_bits <= 16:
-            msg = f"activation_bits must be between 2 and 16; got {self.activation_bits}"
-            raise InvalidInput(msg, activation_bits=self.activation_bits)
+        self._check_inputs()
         _one_of("activation_fit", self.activation_fit, ACTIVATION_FITS)
         if self.iterations != ITERATIONS and self.rounding != "learned":
             msg = (
@@ -222,6 +221,20 @@ class PlanRequest(Document):
         if self.time_limit_s is not None and self.time_limit_s <= 0:
             msg = f"time_limit_s must be positive, or left out; got {self.time_limit_s}"
             raise InvalidInput(msg)
+
+    def _check_inputs(self) -> None:
+        """Check the bit-widths of layers' inputs; a list of one is that one."""
+        asked = self.activation_bits
+        if isinstance(asked, tuple):
+            if not asked or len(set(asked)) < len(asked):
+                msg = f"activation_bits must name each bit-width once; got {list(asked)}"
+                raise InvalidInput(msg, activation_bits=list(asked))
+            widths = asked[0] if len(asked) == 1 else tuple(sorted(asked))
+            object.__setattr__(self, "activation_bits", widths)
+        for bits in self.input_widths:
+            if bits is not None and not 2 <= bits <= 16:
+                msg = f"activation_bits must be between 2 and 16; got {bits}"
+                raise InvalidInput(msg, activation_bits=bits)
 
     def _check_rows(self) -> None:
         """Check what is asked of the rows of layers."""
@@ -271,6 +284,12 @@ class PlanRequest(Document):
                 "kv_bits"
             )
             raise InvalidInput(msg, measure=self.measure, precision=self.precision)
+
+    @property
+    def input_widths(self) -> tuple[int | None, ...]:
+        """Bit-widths on offer to layers' inputs, ascending; ``None`` is full precision."""
+        asked = self.activation_bits
+        return asked if isinstance(asked, tuple) else (asked,)
 
     @property
     def ships_weights(self) -> bool:

@@ -164,7 +164,7 @@ class TestCompletion:
         ("line", "offered"),
         [
             ("bitquota quick", ["quickstart"]),
-            ("bitquota plan m c --target ort-", ["ort-cpu", "ort-genai"]),
+            ("bitquota plan m c --target ort-", ["ort-cpu", "ort-cpu-integer", "ort-genai"]),
             ("bitquota plan m c --effort ", list(EFFORTS)),
             ("bitquota admin keys ro", ["rotate"]),
         ],

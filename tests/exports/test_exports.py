@@ -27,6 +27,7 @@ CASES = [
     ("llama", "ct-vllm-marlin", TOKENS),
     ("llama", "ct-vllm-nvfp4", TOKENS),
     ("llama", "ct-vllm-mxfp4", TOKENS),
+    ("llama", "modelopt", TOKENS),
     ("llama", "gguf-py", TOKENS),
     ("net", "ort-cpu", IMAGES),
     ("tied", "ort-cpu", TOKENS),

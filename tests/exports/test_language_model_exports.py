@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from bitquota.candidates.storage import Granularity, Grid, Scheme
 from bitquota.candidates.table import Candidate, enumerate_candidates
@@ -90,6 +91,61 @@ class TestCompressedTensors:
         plan = plan_with(net, IMAGES.inputs, bits=(4,))
         with pytest.raises(InvalidInput, match="Hugging Face folder"):
             export_plan(net, plan, tmp_path / "o", format_name="compressed-tensors")
+
+
+class TestModelOpt:
+    def test_names_the_algorithm_of_every_layer(self, llama, tmp_path):
+        """Both descriptions do, and every other linear layer is excluded; FP8 has input scales."""
+        plan = target_plan(llama, TOKENS, "modelopt", seed=1)
+        report = export_plan(llama, plan, tmp_path / "o", target="modelopt", samples=TOKENS)
+        about = json.loads((tmp_path / "o" / "hf_quant_config.json").read_text())["quantization"]
+        section = json.loads((tmp_path / "o" / "config.json").read_text())["quantization_config"]
+        assert section["quant_method"] == "modelopt"
+        assert about["quant_algo"] == section["quant_algo"] == "MIXED_PRECISION"
+        named = {n: layer["quant_algo"] for n, layer in about["quantized_layers"].items()}
+        names = {4: "W4A16_NVFP4", 8: "FP8", 32: None}
+        planned = {a.layer.name: names[a.candidate.weight_bits] for a in plan.assignments}
+        assert named == {n: algorithm for n, algorithm in planned.items() if algorithm}
+        assert not set(named) & set(about["exclude_modules"])
+        assert about["exclude_modules"] == section["ignore"]
+        with safe_open(tmp_path / "o" / "model.safetensors", framework="pt") as file:
+            scaled = {n.removesuffix(".input_scale") for n in file.keys() if "input_s" in n}  # noqa: SIM118
+            assert scaled == {n for n, algorithm in named.items() if algorithm == "FP8"}
+            assert all(float(file.get_tensor(f"{n}.input_scale")) > 0 for n in scaled)
+        assert any("FP8" in note for note in report.notes)
+
+    def test_one_algorithm_needs_no_list(self, llama, tmp_path):
+        """NVFP4 alone is named once, without samples."""
+        plan = plan_with(llama, TOKENS.inputs, target="modelopt", bits=(4,))
+        export_plan(llama, plan, tmp_path / "o", target="modelopt")
+        about = json.loads((tmp_path / "o" / "hf_quant_config.json").read_text())["quantization"]
+        assert (about["quant_algo"], about["group_size"]) == ("W4A16_NVFP4", 16)
+
+    def test_fp8_needs_samples(self, llama, tmp_path):
+        """What the file must hold of inputs is not made up."""
+        plan = plan_with(llama, TOKENS.inputs, target="modelopt", bits=(8,))
+        bare = replace(llama, example_inputs=None)
+        with pytest.raises(InvalidInput, match="give samples to the export"):
+            export_plan(bare, plan, tmp_path / "o", target="modelopt")
+
+    def test_modelopt_reads_the_same_weights(self, llama, tmp_path):
+        """Its own class for NVFP4 tensors, where it is installed, finds what the plan says."""
+        qtensor = pytest.importorskip("modelopt.torch.quantization.qtensor")
+        plan = plan_with(llama, TOKENS.inputs, target="modelopt", bits=(4,))
+        export_plan(llama, plan, tmp_path / "o", target="modelopt", samples=TOKENS)
+        ours = load_export(llama, plan, tmp_path / "o", format_name="modelopt")
+        with safe_open(tmp_path / "o" / "model.safetensors", framework="pt") as file:
+            for a in plan.assignments:
+                codes = file.get_tensor(f"{a.layer.name}.weight")
+                read = qtensor.NVFP4QTensor(
+                    torch.Size((a.layer.rows, a.layer.columns)), torch.float32, codes
+                ).dequantize(
+                    dtype=torch.float32,
+                    scale=file.get_tensor(f"{a.layer.name}.weight_scale"),
+                    double_scale=file.get_tensor(f"{a.layer.name}.weight_scale_2"),
+                    block_sizes={-1: 16},
+                )
+                assert torch.equal(read, ours.get_parameter(a.layer.weight_name))
 
 
 class TestGguf:

@@ -11,6 +11,7 @@ from bitquota.quantizers.activations import (
     InputHistogram,
     RangeRule,
     collect_inputs,
+    layers_of_one_input,
     quantized_inputs,
 )
 from refusals import refused
@@ -215,3 +216,21 @@ class TestQuantizedInputs:
             with quantized_inputs(module, inventory, quantizers):
                 errors.append(float((module(*data.inputs).detach() - exact).abs().mean()))
         assert sorted(errors, reverse=True) == errors
+
+
+class TestLayersOfOneInput:
+    def test_names_those_that_read_one_tensor(self):
+        """``left`` and ``right`` read what ``first`` makes; ``last`` reads a copy."""
+
+        class Branches(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.left, self.right, self.last = (nn.Linear(4, 4) for _ in range(4))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                x = self.first(x)
+                return self.left(x) + self.right(x) + self.last(x.clone())
+
+        module = Branches().eval()
+        found = layers_of_one_input(module, inventory_of(module), (torch.randn(2, 4),))
+        assert found == [("left", "right")]

@@ -19,6 +19,21 @@ class TestBaselineChoices:
             "first and last W8, rest W4": (2, 1, 1, 2),
         }
 
+    def test_each_width_of_inputs(self):
+        """Where inputs have several widths on offer, each stands beside every width of weights."""
+        inventory = inventory_of(build(Residual))
+        table = enumerate_candidates(inventory, (4, 8), activation_bits=(4, 8))
+        choices = baseline_choices(table)
+
+        assert choices["uniform W4A8"] == (1,) * 4  # rows are W4A4, W4A8, W8A4, W8A8
+        assert choices["uniform W8A4"] == (2,) * 4
+        assert choices["first and last W8, rest W4A4"] == (2, 0, 0, 2)
+        size = sum(c.size_bits for c in table.decode((2, 0, 0, 2)))
+        assert {name.split(",")[0] for name in uniform_mixes(table, size)} == {
+            "uniform W4/W8A4 mix",
+            "uniform W4/W8A8 mix",
+        }
+
     def test_fixed_layers_keep_their_width(self):
         """A group with one row takes it everywhere, and equal choices appear once."""
         inventory = inventory_of(build(Residual))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import TypeAdapter
@@ -66,16 +65,19 @@ def _without_names(value: Any) -> Any:  # noqa: ANN401  # whatever a client sent
     if not isinstance(asked, list) or not any(isinstance(bits, str) for bits in asked):
         return value
     target, inputs = value.get("target"), value.get("activation_bits")
-    plain = all(type(bits) in (int, str) for bits in asked) and type(inputs) in (int, NoneType)
+    several = inputs if isinstance(inputs, list) and inputs else [inputs]
+    plain = all(type(bits) in (int, str) for bits in asked)
+    plain = plain and all(type(bits) is int or inputs is None for bits in several)
     if not plain or not isinstance(target, str | None):
         return value
     widths, inputs = agreed_bits(
         [str(bits) for bits in asked],
         None if target is None else target_by_name(target),
-        inputs,
+        tuple(inputs) if isinstance(inputs, list) else inputs,
         "weight_bits",
         "activation_bits",
     )
+    inputs = list(inputs) if isinstance(inputs, tuple) else inputs
     return value | {"weight_bits": list(widths), "activation_bits": inputs}
 
 

@@ -12,7 +12,7 @@ from bitquota.codec import Document, Form
 from bitquota.errors import InvalidInput, InvalidModel, UnknownLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import re2
 
@@ -286,12 +286,15 @@ class Inventory(Document):
             UnknownLayer: A pattern matches nothing.
             InvalidInput: A tie joins no two layers.
         """
+        return self.join(m for patterns in ties for m in _tie_groups(patterns, self.layers))
+
+    def join(self, together: Iterable[Sequence[str]]) -> Inventory:
+        """Make the layers of each list of names decide together, as ``tie`` does."""
         group_of = {layer.name: layer.group for layer in self.layers}
-        for patterns in ties:
-            for members in _tie_groups(patterns, self.layers):
-                merged = {group_of[name] for name in members}
-                joined = [name for name, group in group_of.items() if group in merged]
-                group_of |= dict.fromkeys(joined, "+".join(joined))
+        for members in together:
+            merged = {group_of[name] for name in members}
+            joined = [name for name, group in group_of.items() if group in merged]
+            group_of |= dict.fromkeys(joined, "+".join(joined))
         layers = tuple(replace(layer, group=group_of[layer.name]) for layer in self.layers)
         return replace(self, layers=layers)
 

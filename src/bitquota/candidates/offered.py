@@ -23,10 +23,13 @@ def offered_candidates(
     *,
     weight_bits: Sequence[int],
     scheme: Scheme,
-    activation_bits: int | None,
+    activation_bits: Sequence[int | None],
     fixed: Mapping[str, int],
 ) -> CandidateTable:
-    """Return the candidates of each group; a target brings its own scheme and activations.
+    """Return the candidates of each group; a target brings its own scheme.
+
+    Inputs of a target's layers have its own bit-width, or those of ``activation_bits``, all of
+    which it must run.
 
     Raises:
         InvalidInput: Bit-widths, fixed widths or activations that cannot be had.
@@ -35,14 +38,18 @@ def offered_candidates(
         return enumerate_candidates(
             inventory, weight_bits, scheme=scheme, activation_bits=activation_bits, fixed=fixed
         )
-    if activation_bits not in {None, target.activation_bits}:
-        runs = "full precision" if target.activation_bits is None else target.activation_bits
+    asked = [bits for bits in activation_bits if bits is not None]
+    if set(asked) - set(target.input_widths):
+        runs = " or ".join("full precision" if b is None else f"{b}" for b in target.input_widths)
+        got = ", ".join(map(str, asked))
         msg = (
-            f"target '{target.name}' runs activations in {runs}; got {activation_bits} bits: "
-            "leave --activations out"
+            f"target '{target.name}' runs activations in {runs}; got {got} bits: leave "
+            "--activations out, or name what it runs"
         )
-        raise InvalidInput(msg, target=target.name, activation_bits=activation_bits)
-    return target.candidates(inventory, weight_bits=weight_bits or None, fixed=fixed)
+        raise InvalidInput(msg, target=target.name, activation_bits=asked)
+    return target.candidates(
+        inventory, weight_bits=weight_bits or None, activation_bits=asked or None, fixed=fixed
+    )
 
 
 def with_caches(

@@ -64,7 +64,9 @@ def with_mixes(
         own = table.rows[offsets[g] : offsets[g + 1]]
         found = set(own)
         if not own[0].cached:
-            found.update(_mixes(own, layers, errors, most))
+            for given in {row.candidates[0].activation_bits for row in own}:
+                beside = [row for row in own if row.candidates[0].activation_bits == given]
+                found.update(_mixes(beside, layers, errors, most))
         rows += sorted(found, key=lambda row: (sum(c.size_bits for c in row.candidates), row.label))
     return CandidateTable(rows=tuple(rows))
 

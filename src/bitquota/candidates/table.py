@@ -305,7 +305,7 @@ def enumerate_candidates(
     weight_bits: Sequence[int],
     *,
     scheme: Scheme | None = None,
-    activation_bits: int | None = None,
+    activation_bits: Sequence[int | None] | int | None = None,
     fixed: Mapping[str, int] | None = None,
 ) -> CandidateTable:
     """Return every permitted quantization of every decision group.
@@ -318,7 +318,8 @@ def enumerate_candidates(
         weight_bits: Bit-widths on offer, in any order.
         scheme: How weights are quantized; the default is symmetric, per output channel, exact
             least squares, fp32 scales.
-        activation_bits: Bit-width of every layer's input, or ``None``.
+        activation_bits: Bit-width of layers' inputs, or several on offer; ``None`` is full
+            precision.
         fixed: Pattern to bit-width: matching layers (and what they are tied to) get only it.
 
     Raises:
@@ -332,6 +333,11 @@ def enumerate_candidates(
         msg = f"bit-widths must be among {', '.join(map(str, WEIGHT_BITS))}; got {bad}"
         raise InvalidInput(msg, weight_bits=bad)
     scheme = scheme or Scheme()
+    input_widths: Sequence[int | None] = (
+        (activation_bits,)
+        if activation_bits is None or isinstance(activation_bits, int)
+        else activation_bits
+    )
     pinned: dict[str, int] = {}
     group_of = {layer.name: layer.group for layer in inventory.layers}
     for pattern, bits in (fixed or {}).items():
@@ -356,6 +362,7 @@ def enumerate_candidates(
     for group, layers in members.items():
         widths = [pinned[group]] if group in pinned else sorted(set(weight_bits))
         for bits in widths:
-            chosen = tuple(Candidate.of(la, bits, scheme, activation_bits) for la in layers)
-            rows.append(Row(group=group, candidates=chosen))
+            for inputs in input_widths:
+                chosen = tuple(Candidate.of(la, bits, scheme, inputs) for la in layers)
+                rows.append(Row(group=group, candidates=chosen))
     return CandidateTable(rows=tuple(rows))

@@ -20,6 +20,7 @@ from bitquota.candidates.targets import TARGETS, target_by_name
 from bitquota.candidates.targets.format_names import agreed_bits
 from bitquota.cli.bundles import Bundle, with_bundles
 from bitquota.cli.here import Here
+from bitquota.codec import OneOrMore
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput
 from bitquota.report.tracking import TRACKERS
@@ -89,8 +90,11 @@ TargetName = Annotated[
     ),
 ]
 Activations = Annotated[
-    int | None,
-    typer.Option("--activations", help="Also quantize every layer's input to this bit-width."),
+    str | None,
+    typer.Option(
+        "--activations",
+        help="Also quantize layers' inputs: a bit-width, or several to choose from (4,8,16).",
+    ),
 ]
 ActivationFit = Annotated[
     str,
@@ -329,9 +333,10 @@ def parse_bits(text: str | None, option: str = "--bits") -> tuple[int, ...]:
         raise InvalidInput(msg, bits=text) from err
 
 
-def _named_bits(options: Mapping[str, Any]) -> tuple[tuple[int, ...], int | None]:
+def _named_bits(options: Mapping[str, Any]) -> tuple[tuple[int, ...], OneOrMore | None]:
     """Return the bit-widths of weights and of inputs that --bits and --activations ask for."""
-    asked, text = options["activations"], options["bits"]
+    text, inputs = options["bits"], parse_bits(options["activations"], "--activations")
+    asked = inputs[0] if len(inputs) == 1 else inputs or None
     if text is None:
         return (), asked
     target = None if options["target"] is None else target_by_name(options["target"])

@@ -6,11 +6,13 @@ under a budget. ``sensitivity`` does not solve: the latter are diagonal sensitiv
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.matrix import SensitivityMatrix
 from bitquota.quantizers.quantized_weights import QuantizedWeights
 
@@ -28,8 +30,9 @@ def baseline_choices(table: CandidateTable) -> dict[str, tuple[int, ...]]:
 
     ``uniform W4`` gives every group its 4-bit row, or the nearest above (else the nearest) where
     it has none; ``first and last W8, rest W4`` differs from it in the first and last group. Only
-    distinct choices are returned, simplest name first. Where a KV cache is planned, each stands
-    beside every width of the cache (``uniform W4 KV8``).
+    distinct choices are returned, simplest name first. Each stands beside every width that inputs
+    may have (``uniform W4A8``), and, where a KV cache is planned, every width of the cache
+    (``uniform W4 KV8``).
     """
     offsets = table.offsets
     groups = [table.rows[offsets[g] : offsets[g + 1]] for g in range(len(offsets) - 1)]
@@ -37,16 +40,19 @@ def baseline_choices(table: CandidateTable) -> dict[str, tuple[int, ...]]:
     caches = [rows for rows in groups if rows[0].cached]
     named: dict[str, tuple[int, ...]] = {}
     widths = _widths(table)
-    for cached in _cache_widths(table):
+    inputs = _input_widths(table)
+    for cached, given in itertools.product(_cache_widths(table), inputs):
         behind = tuple(_nearest(rows, cached) for rows in caches)
-        also = f" {caches[0][behind[0]].label}" if caches else ""
+        beside = f"A{given}" if len(inputs) > 1 else ""
+        also = f"{beside} {caches[0][behind[0]].label}" if caches else beside
         for bits in widths:
-            named[f"uniform W{bits}{also}"] = (*(_nearest(rows, bits) for rows in layers), *behind)
+            rest = (_nearest(rows, bits, given) for rows in layers)
+            named[f"uniform W{bits}{also}"] = (*rest, *behind)
         if len(layers) > 2:
             high = widths[-1]
             for bits in widths[:-1]:
-                inner = [_nearest(rows, bits) for rows in layers[1:-1]]
-                ends = _nearest(layers[0], high), _nearest(layers[-1], high)
+                inner = [_nearest(rows, bits, given) for rows in layers[1:-1]]
+                ends = [_nearest(rows, high, given) for rows in (layers[0], layers[-1])]
                 name = f"first and last W{high}, rest W{bits}{also}"
                 named[name] = (ends[0], *inner, ends[1], *behind)
     distinct: dict[tuple[int, ...], str] = {}
@@ -68,19 +74,31 @@ def uniform_mixes(table: CandidateTable, size_bits: int) -> dict[str, tuple[int,
 
     From the widest uniform plan that fits, groups take the next width, in the order of the model,
     from its end, or the smallest first, each where it still fits. No measurement decides which.
+    Inputs have the same width everywhere, each that is on offer in turn.
     """
+    inputs = _input_widths(table)
+    found: dict[str, tuple[int, ...]] = {}
+    for given in inputs:
+        found |= _mixes_beside(table, size_bits, given, f"A{given}" if len(inputs) > 1 else "")
+    return found
+
+
+def _mixes_beside(
+    table: CandidateTable, size_bits: int, inputs: int, label: str
+) -> dict[str, tuple[int, ...]]:
+    """Return the mixes of two widths of weights beside one width of inputs."""
     offsets = table.offsets
     n = len(offsets) - 1
     groups = [table.rows[offsets[g] : offsets[g + 1]] for g in range(n)]
     sizes = [[sum(c.size_bits for c in row.candidates) for row in rows] for rows in groups]
     widths = _widths(table)
-    plans = [tuple(_nearest(rows, bits) for rows in groups) for bits in widths]
+    plans = [tuple(_nearest(rows, bits, inputs) for rows in groups) for bits in widths]
     taken = [sum(sizes[g][k] for g, k in enumerate(plan)) for plan in plans]
     fitting = [k for k, size in enumerate(taken) if size <= size_bits]
     if not fitting or fitting[-1] + 1 == len(widths):
         return {}
     low, high = plans[fitting[-1]], plans[fitting[-1] + 1]
-    name = f"uniform W{widths[fitting[-1]]}/W{widths[fitting[-1] + 1]} mix"
+    name = f"uniform W{widths[fitting[-1]]}/W{widths[fitting[-1] + 1]}{label} mix"
     orders = {
         "first": list(range(n)),
         "last": list(range(n))[::-1],
@@ -108,13 +126,25 @@ def _cache_widths(table: CandidateTable) -> list[int]:
     return sorted({_bits(row) for row in table.rows if row.cached}, reverse=True) or [0]
 
 
+def _input_widths(table: CandidateTable) -> list[int]:
+    """Return the bit-widths of inputs, widest first."""
+    return sorted({_input_bits(row) for row in table.rows if not row.cached}, reverse=True)
+
+
 def _bits(row: Row) -> int:
     return max(candidate.weight_bits for candidate in row.candidates)
 
 
-def _nearest(rows: tuple[Row, ...], bits: int) -> int:
-    def distance(k: int) -> tuple[bool, int, int]:
-        return _bits(rows[k]) < bits, abs(_bits(rows[k]) - bits), k
+def _input_bits(row: Row) -> int:
+    return max(c.activation_bits or FULL_PRECISION_BITS for c in row.candidates)
+
+
+def _nearest(rows: tuple[Row, ...], bits: int, inputs: int = FULL_PRECISION_BITS) -> int:
+    """Return the row of ``bits``, or the nearest above, else below; so of those for inputs."""
+
+    def distance(k: int) -> tuple[bool, int, bool, int, int]:
+        own, given = _bits(rows[k]), _input_bits(rows[k])
+        return own < bits, abs(own - bits), given < inputs, abs(given - inputs), k
 
     return min((k for k, row in enumerate(rows) if not row.mixed), key=distance)
 

@@ -19,6 +19,12 @@ class TestNamesOfFormats:
         assert ([2, 4, 8], 8) == (both["weight_bits"], both["activation_bits"])
         assert [3, 4] == BODY.validate_python({"weight_bits": [3, 4]})["weight_bits"]
 
+    def test_beside_several_widths_of_inputs(self):
+        """``activation_bits`` may be a list; names of weights alone go with it."""
+        several = BODY.validate_python({"weight_bits": ["w4", 8], "activation_bits": [8, 4]})
+        assert ([4, 8], [4, 8]) == (several["weight_bits"], several["activation_bits"])
+        assert BODY.validate_python({"activation_bits": [8]})["activation_bits"] == 8
+
     @pytest.mark.parametrize(
         ("request_body", "said"),
         [
@@ -27,6 +33,10 @@ class TestNamesOfFormats:
             ({"weight_bits": ["int4"], "target": 3}, "valid string"),
             ({"weight_bits": ["int4", 2.5]}, "valid integer"),
             ({"weight_bits": "int4"}, "valid tuple"),
+            ({"weight_bits": ["w4a8"], "activation_bits": [4, 8]}, "got 8 in 'w4a8' and 4, 8"),
+            ({"weight_bits": ["int4"], "activation_bits": [4, "8"]}, "valid integer"),
+            ({"activation_bits": [4, 4]}, "each bit-width once"),
+            ({"activation_bits": []}, "each bit-width once"),
         ],
     )
     def test_without_meaning_are_refused(self, request_body, said):

@@ -16,6 +16,7 @@ from bitquota.errors import InvalidInput
 
 if TYPE_CHECKING:
     from bitquota.candidates.targets.target import StorageFormat, Target
+    from bitquota.codec import OneOrMore
 
 FULL_ACTIVATIONS = 16
 """``w4a16`` leaves activations as they are, whatever type the model computes in."""
@@ -59,15 +60,20 @@ def bits_of_names(
     if len(inputs) > 1:
         msg = (
             f"{option} must name one bit-width for the inputs of all layers; got "
-            f"{' and '.join(inputs.values())}: name one of them, or weights alone (w4)"
+            f"{' and '.join(inputs.values())}: name one of them, or weights alone (w4) and the "
+            "bit-widths of inputs beside them (--activations 4,8, activation_bits in REST)"
         )
         raise InvalidInput(msg, bits=names)
     return tuple(widths), next(iter(inputs), None)
 
 
 def agreed_bits(
-    names: list[str], target: Target | None, activation_bits: int | None, option: str, other: str
-) -> tuple[tuple[int, ...], int | None]:
+    names: list[str],
+    target: Target | None,
+    activation_bits: OneOrMore | None,
+    option: str,
+    other: str,
+) -> tuple[tuple[int, ...], OneOrMore | None]:
     """Return the bit-widths of weights and of inputs, where the latter may be given twice.
 
     Args:
@@ -82,9 +88,11 @@ def agreed_bits(
     """
     widths, named = bits_of_names(names, target, option)
     if None not in (activation_bits, named) and activation_bits != named:
+        several = activation_bits if isinstance(activation_bits, tuple) else (activation_bits,)
+        given = ", ".join(map(str, several))
         msg = (
             f"{option} and {other} must agree on the bit-width of inputs; got {named} in "
-            f"'{','.join(names)}' and {activation_bits}: leave {other} out"
+            f"'{','.join(names)}' and {given}: leave {other} out, or name weights alone (w4)"
         )
         raise InvalidInput(msg, bits=names, activations=activation_bits)
     return widths, activation_bits if named is None else named

@@ -114,6 +114,7 @@ class Target(Document):
         exclude: Name patterns that it keeps in full precision.
         excluded_kinds: Kinds of layer that it keeps in full precision.
         activation_bits: Activation bit-width that it runs, or ``None`` for floating point.
+        other_activation_bits: Further ones, which layers have only where they are asked for.
         runtime_options: Options that a runtime must be given for the numbers to hold.
         cache: How its runtime stores a KV cache of fewer than 16 bits, if it does.
         cache_refusal: Why bits of the KV cache cannot be planned for it, otherwise.
@@ -122,7 +123,9 @@ class Target(Document):
         not_run: Why its runtime did not run its files here, unless ``verified`` is ``run``.
     """
 
-    FORM: ClassVar[Form] = Form(left_out=("cache", "cache_refusal", "not_run"))
+    FORM: ClassVar[Form] = Form(
+        left_out=("cache", "cache_refusal", "not_run", "other_activation_bits")
+    )
 
     name: str
     summary: str
@@ -133,11 +136,17 @@ class Target(Document):
     exclude: tuple[str, ...] = ()
     excluded_kinds: frozenset[LayerKind] = frozenset()
     activation_bits: int | None = None
+    other_activation_bits: tuple[int, ...] = ()
     runtime_options: Mapping[str, Any] = field(default_factory=dict)
     verified: str = "documented"
     not_run: str = ""
     cache: CacheFormats | None = None
     cache_refusal: str = ""
+
+    @property
+    def input_widths(self) -> tuple[int | None, ...]:
+        """Every bit-width of activations that it runs; ``None`` is floating point."""
+        return (self.activation_bits, *self.other_activation_bits)
 
     @property
     def version(self) -> str:
@@ -211,6 +220,7 @@ class Target(Document):
         inventory: Inventory,
         *,
         weight_bits: Sequence[int] | None = None,
+        activation_bits: Sequence[int] | None = None,
         fixed: Mapping[str, int] | None = None,
     ) -> CandidateTable:
         """Return every legal quantization of every decision group.
@@ -218,6 +228,7 @@ class Target(Document):
         Args:
             inventory: From ``prepare``.
             weight_bits: Offer only these of the target's bit-widths.
+            activation_bits: Offer these of ``input_widths``; by default the target's usual one.
             fixed: Layer pattern to bit-width, as in ``enumerate_candidates``.
 
         Raises:
@@ -240,11 +251,21 @@ class Target(Document):
         for layer in inventory.layers:
             members.setdefault(layer.group, []).append(layer)
         rows = []
+        given: list[int | None] = [*sorted(activation_bits or ())] or [None]
         for group, layers in members.items():
             widths = self._offered_widths(layers, {pinned[group]} if group in pinned else offered)
             rows += [
-                Row(group=group, candidates=self.candidates_at(layers, [bits] * len(layers)))
+                Row(
+                    group=group,
+                    candidates=tuple(
+                        c if inputs is None else Candidate.of(la, bits, c.scheme, inputs)
+                        for la, c in zip(
+                            layers, self.candidates_at(layers, [bits] * len(layers)), strict=True
+                        )
+                    ),
+                )
                 for bits in widths
+                for inputs in given
             ]
         return CandidateTable(rows=tuple(rows))
 
@@ -368,7 +389,7 @@ class Target(Document):
             return "; ".join(reason for f in same_width if (reason := f.refusal(layer)))
         if not _stored_alike(legal.scheme, candidate.scheme):
             return f"stored as {_short(candidate.scheme)}, where it stores {_short(legal.scheme)}"
-        if candidate.activation_bits != self.activation_bits:
+        if candidate.activation_bits not in self.input_widths:
             return f"activations of {candidate.activation_bits} bits are not what it runs"
         return None
 

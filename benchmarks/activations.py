@@ -1,0 +1,187 @@
+"""What widths for weights and inputs together are worth: plans and uniform ones at equal work.
+
+    python benchmarks/activations.py                     # the tiny Llama of $BITQUOTA_DATA
+    python benchmarks/activations.py --bits 4,8 --activations 4,8,16 --effort normal
+
+The budget is the bit operations of a uniform plan of ``--average`` bits for weights and inputs
+(36 for each multiplication at 6 bits). Beside the plan stand that uniform plan, W4A8 everywhere,
+and W4A8 whose layers take 8-bit weights for as long as they fit, in the order of the model, from
+its end, or the smallest first. All are rounded alike; unseen windows of tinyshakespeare.txt tell KL
+per token and the paired difference. The plan is exported to ONNX, and the nodes that ONNX Runtime
+runs are counted: those on integers, and those in floating point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bitquota.candidates.table import spent_on
+from bitquota.context import Context, MemoryLedger
+from bitquota.exports.export import export_plan
+from bitquota.measurement_setup import build_setup
+from bitquota.models.load import load_model
+from bitquota.models.loaded import inventory_of
+from bitquota.models.text import text_windows
+from bitquota.request import PlanRequest
+from bitquota.search.allocate import allocate
+from bitquota.sensitivity.losses import divergence
+from language_models import choice_with, rounded
+from resnet_cifar import data_folder
+
+if TYPE_CHECKING:
+    from bitquota.measurement_setup import Setup
+    from bitquota.models.calibration import CalibrationSet
+    from bitquota.models.loaded import LoadedModel
+    from bitquota.plan import Plan
+    from bitquota.search.neighborhood import Choice
+
+
+def rivals(setup: Setup, bits: int, limit: int) -> dict[str, Choice]:
+    """Return the uniform plan of ``bits``, W4A8, and W4A8 with wider weights up to the limit."""
+
+    def uniform(weights: int, inputs: int) -> Choice:
+        return choice_with(
+            setup, lambda c: c.weight_bits == weights and c.activation_bits == inputs
+        )
+
+    offsets = setup.table.offsets
+    work = [spent_on("bit_ops", row.candidates) for row in setup.table.rows]
+    found = {f"uniform W{bits}A{bits}": uniform(bits, bits), "uniform W4A8": uniform(4, 8)}
+    low, high = uniform(4, 8), uniform(8, 8)
+    n = len(low)
+    orders = {
+        "first": list(range(n)),
+        "last": list(range(n))[::-1],
+        "smallest": sorted(range(n), key=lambda g: work[offsets[g]]),
+    }
+    for name, order in orders.items():
+        choice = list(low)
+        spent = sum(work[offsets[g] + k] for g, k in enumerate(choice))
+        for g in order:
+            more = work[offsets[g] + high[g]] - work[offsets[g] + low[g]]
+            if spent + more <= limit:
+                choice[g], spent = high[g], spent + more
+        found[f"W4A8 and W8A8, {name} wider"] = tuple(choice)
+    return found
+
+
+def compare(setup: Setup, choices: dict[str, Choice], test: CalibrationSet) -> None:
+    """Print what each choice loses on unseen windows, and how far that is from the first."""
+    first: torch.Tensor | None = None
+    for name, choice in choices.items():
+        quantized, kl = rounded(setup, choice), []
+        with torch.no_grad():
+            for part in test.batches(1):
+                reference, output = setup.module(*part.inputs), quantized(*part.inputs)
+                kl.append(divergence(output, reference).mean())
+        found = torch.stack(kl)
+        first = found if first is None else first
+        gap, n = found - first, len(found) ** 0.5
+        chosen = setup.table.decode(choice)
+        print(
+            f"  {name:32s} {spent_on('bit_ops', chosen) / 1e6:8.1f} MBitOps  "
+            f"{float(found.mean()):.5f} +- {float(found.std()) / n:.5f}  "
+            f"{float(gap.mean()):+.5f} +- {float(gap.std()) / n:.5f}",
+            flush=True,
+        )
+
+
+def runtime_nodes(file: Path) -> Counter[str]:
+    """Return how often ONNX Runtime runs each operator of a file, as it has fused it."""
+    import onnx
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as place:
+        fused = Path(place) / "fused.onnx"
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(fused)
+        onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return Counter(node.op_type for node in onnx.load(fused).graph.node)
+
+
+def exported(model: LoadedModel, plan: Plan, test: CalibrationSet) -> None:
+    """Export a plan to ONNX and print how far its outputs are off, and what runs on integers."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "export"
+        report = export_plan(model, plan, folder, format_name="onnx-qdq", samples=test.first(16))
+        apart = None if report.difference is None else report.difference.relative
+        print(f"  ONNX Runtime: outputs {apart:.1e} of the norm from the plan's")
+        nodes = runtime_nodes(folder / "model.onnx")
+        products = ("MatMul", "Gemm", "Conv", "MatMulIntegerToFloat", "QLinearMatMul",
+                    "QLinearConv", "MatMulInteger", "FusedMatMul", "MatMulNBits")  # fmt: skip
+        print(f"  products: {json.dumps({k: nodes[k] for k in products if nodes[k]})}", flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--average", type=int, default=6, help="bits of weights and of inputs")
+    parser.add_argument("--bits", default="4,5,6,8")
+    parser.add_argument("--activations", default="4,6,8,16")
+    parser.add_argument("--effort", choices=["quick", "normal"], default="quick")
+    parser.add_argument("--rounding", default="gptq")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--test-windows", type=int, default=120)
+    parser.add_argument("--no-export", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Plan, compare and export."""
+    options = arguments()
+    text_file = data_folder() / "tinyshakespeare.txt"
+    if not text_file.is_file():
+        sys.exit(f"{text_file} is missing: set BITQUOTA_DATA")
+    text = text_file.read_text(encoding="utf-8")
+    cut = int(0.9 * len(text))
+    calibration, test = (
+        text_windows(part, text_file, tokenizer="bytes", length=options.length, n=n)
+        for part, n in ((text[:cut], 3 * options.samples), (text[cut:], options.test_windows))
+    )
+    model = load_model(str(data_folder() / "llama_shakespeare"))
+    layers = [
+        la for la in inventory_of(model.module, model, calibration).layers if "embed" not in la.name
+    ]
+    limit = options.average**2 * sum(layer.n_macs for layer in layers)
+    request = PlanRequest(
+        budgets=(f"{limit} BitOps",),
+        weight_bits=tuple(int(bits) for bits in options.bits.split(",")),
+        activation_bits=tuple(int(bits) for bits in options.activations.split(",")),
+        exclude=("*embed*",),
+        samples=options.samples,
+        holdout_samples=options.samples,
+        rounding=options.rounding,
+        effort=options.effort,
+    )
+    context = Context(ledger=MemoryLedger())
+    started = time.process_time()
+    found = allocate(model, calibration, request, context=context)
+    (plan,) = found.plans
+    print(
+        f"{options.effort}: {found.passes:.1f} passes, {time.process_time() - started:.0f} CPU s, "
+        f"hold-out {plan.measured.mean:.5f}, {plan.selected}: "
+        f"{dict(Counter(c.label for c in plan.candidates))}",
+        flush=True,
+    )
+    setup = build_setup(model, calibration, request, context=context)
+    chosen = {a.candidate.layer: a.candidate for a in plan.assignments}
+    choices = {"plan": choice_with(setup, lambda c: chosen[c.layer] == c)}
+    compare(setup, choices | rivals(setup, options.average, limit), test)
+    if not options.no_export:
+        exported(found.with_weights(model), plan, test)
+
+
+if __name__ == "__main__":
+    main()

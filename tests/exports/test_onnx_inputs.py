@@ -1,0 +1,147 @@
+"""Inputs of layers on their grids in ONNX files, and the kernels that runtimes choose for them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from bitquota.candidates.storage import Scheme
+from bitquota.candidates.table import Candidate
+from bitquota.exports.export import EXPORTERS, export_plan, open_export, prepare_export
+from bitquota.models.calibration import CalibrationSet
+from bitquota.models.load import finish
+from bitquota.models.loaded import inventory_of
+from bitquota.plan import Assignment, Plan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bitquota.models.loaded import LoadedModel
+
+
+class Net(nn.Module):
+    """Convolutions behind one another, two that read one tensor, and products with biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.left = nn.Conv2d(8, 8, 3, padding=1)
+        self.right = nn.Conv2d(8, 8, 1)
+        self.tokens = nn.Linear(64, 16)
+        self.plain = nn.Linear(16, 16, bias=False)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Take ``[n, 3, 8, 8]``."""
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        x = torch.relu(self.left(x) + self.right(x))
+        x = torch.relu(self.tokens(x.flatten(2)))  # three axes
+        return self.head(self.plain(x).mean(dim=1))
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    """The network, with weights that fill their grids."""
+    torch.manual_seed(0)
+    return finish(Net().eval(), source="net", architecture="Net")
+
+
+SAMPLES = CalibrationSet(inputs=(torch.randn(24, 3, 8, 8, generator=torch.manual_seed(1)),))
+
+
+def plan_at(model: LoadedModel, weights: list[int], inputs: list[int]) -> Plan:
+    """The plan that takes these bit-widths in turn, layer after layer."""
+    inventory = inventory_of(model.module, model, SAMPLES.first(2))
+    return Plan(
+        model_digest=model.digest,
+        assignments=tuple(
+            Assignment(
+                layer=la,
+                candidate=Candidate.of(
+                    la, weights[k % len(weights)], Scheme(), inputs[k % len(inputs)]
+                ),
+            )
+            for k, la in enumerate(inventory.layers)
+        ),
+        unquantized=inventory.unquantized,
+    )
+
+
+def kernels(file: Path, folder: Path) -> Counter[str]:
+    """How often ONNX Runtime runs each operator, once it has fused them."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(folder / "fused.onnx")
+    onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(folder / "fused.onnx").graph.node)
+
+
+class TestQuantizedInputs:
+    @pytest.mark.parametrize("weights", [[8], [4], [2, 4, 8]], ids=str)
+    def test_integers_are_multiplied(self, model, weights, tmp_path):
+        """Products with inputs of 8 bits or fewer run on integers, whatever the weights' width."""
+        plan = plan_at(model, weights, [8, 4, 8, 8, 6, 8])
+        report = export_plan(model, plan, tmp_path / "out", format_name="onnx-qdq", samples=SAMPLES)
+        assert report.difference is not None
+        assert report.difference.relative <= 1e-3
+        found = kernels(tmp_path / "out" / "model.onnx", tmp_path)
+        assert found["MatMulIntegerToFloat"] == 3
+        assert found["QLinearConv"] == 1  # first: only its output goes to a grid at once
+        assert any("grids of the plan" in note for note in report.notes)
+        module, _, _ = open_export(model, tmp_path / "out")
+        assert module(SAMPLES.inputs[0][:3]).shape == (3, 5)
+
+    def test_wide_inputs_are_multiplied_as_numbers(self, model, tmp_path):
+        """Inputs of 16 bits are on their grid, and no kernel for integers takes them."""
+        plan = plan_at(model, [8], [16])
+        report = export_plan(model, plan, tmp_path / "out", format_name="onnx-qdq", samples=SAMPLES)
+        assert report.difference is not None
+        assert report.difference.relative <= 1e-4
+        found = kernels(tmp_path / "out" / "model.onnx", tmp_path)
+        assert not found["MatMulIntegerToFloat"] + found["QLinearConv"]
+
+    def test_readers_of_one_tensor_share_its_grid(self, model, tmp_path):
+        """``left`` and ``right`` read the same codes."""
+        plan = plan_at(model, [8], [8])
+        prepared = prepare_export(model, plan, samples=SAMPLES, holds_inputs=True)
+        assert prepared.activations["left"] == prepared.activations["right"]
+        EXPORTERS["onnx-qdq"].export(prepared, tmp_path)
+        graph = onnx.load(tmp_path / "model.onnx").graph
+        assert sum(node.op_type == "QuantizeLinear" for node in graph.node) == 6
+
+    def test_other_formats_leave_inputs_to_the_runtime(self, model, tmp_path):
+        """A file without grids is compared with the plan's weights alone, and says so."""
+        report = export_plan(
+            model, plan_at(model, [4], [8]), tmp_path / "o", format_name="ref-int", samples=SAMPLES
+        )
+        assert any("calibration" in note for note in report.notes)
+
+    def test_openvino_reads_it(self, model, tmp_path):
+        """The same file runs on integers in OpenVINO."""
+        openvino = pytest.importorskip("openvino")
+        plan = plan_at(model, [4], [8])
+        prepared = prepare_export(model, plan, samples=SAMPLES, holds_inputs=True)
+        EXPORTERS["onnx-qdq"].export(prepared, tmp_path)
+        core = openvino.Core()
+        compiled = core.compile_model(
+            core.read_model(str(tmp_path / "model.onnx")),
+            "CPU",
+            {"INFERENCE_PRECISION_HINT": "f32"},
+        )
+        (found,) = compiled(prepared.inputs[0].numpy()).values()
+        apart = (torch.from_numpy(found) - prepared.reference).norm() / prepared.reference.norm()
+        assert float(apart) <= 0.5 * prepared.input_noise + 1e-3
+        kinds = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
+        ran = Counter(
+            str(kind["runtimePrecision"].astype(str))
+            for kind in kinds
+            if str(kind["layerType"].astype(str)) in {"Convolution", "FullyConnected"}
+        )
+        assert ran["u8"] + ran["i8"] >= 6
