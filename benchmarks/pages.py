@@ -1,4 +1,4 @@
-"""The pages in a real browser: first paint, the slider, and a model of 5,000 layers.
+"""The pages in a real browser: first paint, the slider, 2,000 and 5,000 layers, 10,000 jobs.
 
 ``python benchmarks/pages.py``; ``--small`` only shows that it runs. Loopback, headless Chromium on
 the CPU, sensitivities made up, plans by our solver. Each figure is the median of ``--repeat``
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sqlite3
 import statistics
 import sys
 import tempfile
@@ -56,13 +57,25 @@ def seed(data_dir: Path, n_layers: int, *, cross: bool) -> str:
     return seed_job(data_dir, matrix, plans, inventory, name=f"{n_layers} layers")
 
 
-def visit(browser: object, url: str) -> tuple[float, float]:
-    """Return milliseconds until the first contentful paint and until the charts are drawn."""
+def repeat_job(data_dir: Path, job: str, times: int) -> None:
+    """Put copies of a finished job into the list, under ids of later and later moments."""
+    with sqlite3.connect(data_dir / "bitquota.db") as connection:
+        cursor = connection.execute("SELECT * FROM jobs WHERE id = ?", (job,))
+        names = [column[0] for column in cursor.description]
+        row = dict(zip(names, cursor.fetchone(), strict=True))
+        first = int(job.removeprefix("job_"), 16)
+        copies = [[*(row | {"id": f"job_{first + k:032x}"}).values()] for k in range(1, times)]
+        slots = ", ".join("?" * len(names))
+        connection.executemany(f"INSERT INTO jobs ({', '.join(names)}) VALUES ({slots})", copies)  # noqa: S608  # our own names
+
+
+def visit(browser: object, url: str, ready: str = "#charts[data-ready]") -> tuple[float, float]:
+    """Return milliseconds until the first contentful paint and until ``ready`` is there."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})  # type: ignore[attr-defined]
     page = context.new_page()
     began = time.perf_counter()
     page.goto(url)
-    page.wait_for_selector("#charts[data-ready]", timeout=60_000)
+    page.wait_for_selector(ready, timeout=60_000)
     page.evaluate("new Promise((d) => requestAnimationFrame(() => requestAnimationFrame(d)))")
     drawn = 1000 * (time.perf_counter() - began)
     paint = page.evaluate(PAINT)
@@ -87,15 +100,32 @@ def slide(browser: object, url: str, moves: int) -> list[float]:
     return taken
 
 
+def compare_visits(
+    browser: object, data_dir: Path, path: str, what: str, bar: str, repeat: int,
+    ready: str = "#charts[data-ready]",
+) -> None:  # fmt: skip
+    """Print a row for a page: the first visit after a start, and the median of others."""
+    with LiveServer(data_dir, slots=0) as server:
+        cold = visit(browser, server.url + path, ready)
+        warm = [visit(browser, server.url + path, ready) for _ in range(repeat)]
+    paint, drawn = (statistics.median(v[k] for v in warm) for k in range(2))
+    print(
+        f"| {what} | {cold[0]:,.0f} / {cold[1]:,.0f} ms | {paint:,.0f} / {drawn:,.0f} ms | {bar} |"
+    )
+
+
 def main() -> None:
     """Seed, start, visit, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--moves", type=int, default=30)
-    parser.add_argument("--only", choices=("visits", "slider"), help="leave the other part out")
+    parser.add_argument(
+        "--only", choices=("visits", "slider", "list"), help="leave the other parts out"
+    )
     parser.add_argument("--small", action="store_true", help="small models, one visit")
     given = parser.parse_args()
-    sizes = (12, 8, 40) if given.small else (224, 53, 5000)
+    sizes = (12, 8, 30, 40) if given.small else (224, 53, 2000, 5000)
+    copies = 200 if given.small else 10_000
     repeat, moves = (1, 3) if given.small else (given.repeat, given.moves)
     program = shutil.which("chromium") or shutil.which("chromium-browser")
     if program is None:
@@ -103,32 +133,33 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         data_dir = Path(folder) / "data"
-        parts = {None: sizes, "slider": sizes[1:2], "visits": sizes[::2]}
-        jobs = {n: seed(data_dir, n, cross=n != sizes[2]) for n in parts[given.only]}
+        visited, slid = (sizes[0], *sizes[2:]), sizes[1:3]
+        parts = {None: sizes, "slider": slid, "visits": visited, "list": sizes[1:2]}
+        jobs = {n: seed(data_dir, n, cross=n not in sizes[2:]) for n in parts[given.only]}
         browser = playwright.chromium.launch(executable_path=program, args=OPTIONS)
-        bars = {sizes[0]: "first paint < 1,000 ms", sizes[2]: "drawn < 3,000 ms"}
-        if given.only != "slider":
+        if given.only in {None, "visits"}:
             print("| page | cold: first paint / drawn | warm: first paint / drawn | bar |")
             print("| --- | --- | --- | --- |")
-        for n, bar in bars.items() if given.only != "slider" else ():
-            with LiveServer(data_dir, slots=0) as server:
-                url = f"{server.url}/jobs/{jobs[n]}/model"
-                cold = visit(browser, url)
-                warm = [visit(browser, url) for _ in range(repeat)]
-                middle = [statistics.median(v[k] for v in warm) for k in range(2)]
-                print(
-                    f"| {n:,} layers | {cold[0]:,.0f} / {cold[1]:,.0f} ms "
-                    f"| {middle[0]:,.0f} / {middle[1]:,.0f} ms | {bar} |"
+            for n in visited:
+                bar = "first paint < 1,000 ms" if n == sizes[0] else "drawn < 3,000 ms"
+                compare_visits(
+                    browser, data_dir, f"/jobs/{jobs[n]}/model", f"{n:,} layers", bar, repeat
                 )
-        if given.only != "visits":
+        for n in slid if given.only in {None, "slider"} else ():
             with LiveServer(data_dir, slots=0) as server:
-                taken = sorted(slide(browser, f"{server.url}/jobs/{jobs[sizes[1]]}/model", moves))
+                taken = sorted(slide(browser, f"{server.url}/jobs/{jobs[n]}/model", moves))
             p90 = taken[min(len(taken) - 1, int(0.9 * len(taken)))]
             print(
-                f"\nslider at {sizes[1]} layers, {moves} moves: median "
+                f"\nslider at {n:,} layers, {moves} moves: median "
                 f"{statistics.median(taken):.0f} ms, p90 {p90:.0f} ms, worst {taken[-1]:.0f} ms "
                 "(bar: 150 ms)"
             )
+        if given.only in {None, "list"}:
+            repeat_job(data_dir, jobs[sizes[1]], copies)
+            print("\n| page | cold: first paint / rows | warm: first paint / rows | bar |")
+            print("| --- | --- | --- | --- |")
+            what = f"list of {copies:,} jobs"
+            compare_visits(browser, data_dir, "/", what, "rows < 500 ms", repeat, "#rows tr")
         browser.close()
 
 

@@ -37,6 +37,7 @@ TASKS = {
     "cross": "bitquota.service.web.chart_tasks",
     "report": "bitquota.service.web.chart_tasks",
     "model_page": "bitquota.service.web.chart_tasks",
+    "runs": "bitquota.service.web.chart_tasks",
 }
 """Module of every task, which is its function ``TASK_task``."""
 

@@ -69,6 +69,28 @@ def model_page_task(arguments: JsonObject, _ask: object) -> tuple[JsonObject, by
     return {"plans": [shown for _, shown in plans], "exports": exports}, b""
 
 
+def runs_task(arguments: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
+    """Return what the comparison of several jobs shows of each plan of this one."""
+    shown = []
+    for plan, said in _plans(arguments):
+        wanted = ("budget", "selected", "size_bits", "average_bits", "predicted", "measured")
+        unit = None if plan.measured is None else plan.measured.unit
+        shown.append({name: said[name] for name in wanted} | {"loss": plan.loss, "unit": unit})
+    matrix = _matrix(arguments)
+    return {"plans": shown, "range": None if matrix is None else _average_range(matrix)}, b""
+
+
+def _average_range(matrix: SensitivityMatrix) -> tuple[float, float]:
+    """Return the average bit-widths of the smallest and the largest choice."""
+    codes: dict[str, list[int]] = {}
+    weights: dict[str, int] = {}
+    for row in matrix.table.rows:
+        codes.setdefault(row.group, []).append(sum(c.size.codes for c in row.candidates))
+        weights[row.group] = sum(c.size.codes // c.stored_bits for c in row.candidates)
+    total = sum(weights.values())
+    return sum(map(min, codes.values())) / total, sum(map(max, codes.values())) / total
+
+
 def export_choices(plans: Sequence[Plan]) -> list[JsonObject]:
     """Return what an export job can make: targets whose rules a plan keeps, then plain formats.
 

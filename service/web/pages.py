@@ -62,6 +62,8 @@ _TYPES = {
 _FOLDERS = (("bitquota", "assets"), ("bitquota.service.web", "static"))
 _MAX_FORM_BYTES = 4096
 _LISTED = 50
+MOST_COMPARED = 6
+"""Jobs whose frontiers one drawing shows: as many as it has colours and lines to tell apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,6 +297,7 @@ def home(viewer: Viewing, service: Service) -> Response:
         viewer=viewer,
         may_write=Scope.WRITE in viewer.caller.scopes,
         rows=pages_data.job_rows(service, tenant, found),
+        most_compared=MOST_COMPARED,
         widths=DEFAULT_WEIGHT_BITS,
         all_widths=WEIGHT_BITS,
         targets=TARGETS,
@@ -325,6 +328,17 @@ def job_page(job_id: str, viewer: Viewing, service: Service) -> Response:
         has_charts=pages_data.has_charts(job),
         estimate=pages_data.estimate_of(service, job),
     )
+
+
+@router.get("/compare")
+async def compare_page(
+    viewer: Viewing,
+    service: Service,
+    job: Annotated[list[str], Query(min_length=1, max_length=MOST_COMPARED)],
+) -> Response:
+    """Show the plans of several jobs in one table, and their frontiers in one drawing."""
+    runs = await pages_data.runs(service, viewer.caller.tenant, list(dict.fromkeys(job)))
+    return _render("compare.html", viewer=viewer, runs=runs)
 
 
 @router.get("/jobs/{job_id}/model")

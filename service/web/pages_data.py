@@ -237,6 +237,24 @@ async def draw(
     return await pool.run(tenant, task, order | more, what="what the job left")
 
 
+async def runs(service: State, tenant: str, job_ids: Sequence[str]) -> list[JsonObject]:
+    """Return what the comparison page shows of each job, in the order asked for.
+
+    Raises:
+        Conflict, NotFound: As ``require_charts``, for each of them.
+    """
+    found = []
+    for job_id in job_ids:
+        job = await run_in_threadpool(service.jobs.get, tenant, job_id)
+        (row,) = await run_in_threadpool(job_rows, service, tenant, [job])
+        left, _ = await draw(service, tenant, job_id, "runs")
+        asked = dict(ordered(job))
+        about = {name.lower(): asked.get(name, "") for name in ("Target", "Effort", "Rounding")}
+        kept = ("id", "labels", "model", "dataset", "created_at")
+        found.append({name: row[name] for name in kept} | about | left)
+    return found
+
+
 @router.get("/jobs/{job_id}/charts.json")
 async def charts(job_id: str, service: Service, caller: Calling) -> Response:
     """Return what the model page draws, without the cross-layer maps."""

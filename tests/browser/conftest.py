@@ -49,8 +49,9 @@ def screenshots(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seeded(tmp_path_factory):
-    """A server that starts no jobs, over one finished job of 20 layers: ``(server, job id)``."""
+    """A server that starts no jobs, over a job of 20 layers: ``(server, job id)``."""
     data_dir = tmp_path_factory.mktemp("seeded") / "data"
+    seed_model(data_dir, 12, labels={"name": "twelve layers"})
     job = seed_model(data_dir, 20, labels={"name": "twenty layers"})
     with LiveServer(data_dir, slots=0) as server:
         yield server, job

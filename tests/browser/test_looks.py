@@ -18,8 +18,14 @@ WIDTHS = (360, 1280, 2560)
 HOSTILE = "<img src=x onerror=window.hurt=1><script>window.hurt=1</script>\"'{{7*7}}"
 
 
-def pages(job):
-    return {"jobs": "/", "job": f"/jobs/{job}", "model": f"/jobs/{job}/model"}
+def pages(server, job):
+    with httpx.Client(base_url=server.url) as http:
+        listed = http.get("/v1/jobs", params={"kind": "plan", "status": "succeeded"}).json()["data"]
+    compared = "&".join(f"job={one['id']}" for one in listed[:2])
+    return {
+        "jobs": "/", "job": f"/jobs/{job}", "model": f"/jobs/{job}/model",
+        "compare": f"/compare?{compared}",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -28,13 +34,15 @@ class TestEveryPage:
         """axe-core finds nothing serious, nothing is wider than the window; looks are kept."""
         server, job = seeded
         window = open_window(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
-        for name, path in pages(job).items():
+        for name, path in pages(server, job).items():
             window.page.set_viewport_size({"width": 1280, "height": 900})
             window.page.goto(server.url + path)
             if name == "model":
                 window.settle()
                 for details in window.page.locator("summary").all():
                     details.click()
+            elif name == "compare":
+                window.page.wait_for_selector("#overlay[data-ready]")
             assert window.violations() == [], name
             for width in WIDTHS:
                 window.page.set_viewport_size({"width": width, "height": 900})
@@ -46,6 +54,36 @@ class TestEveryPage:
                 window.page.screenshot(
                     path=screenshots / f"{name}-{width}-{scheme}.png", full_page=True
                 )
+
+
+@pytest.mark.parametrize("keyboard", [False, True], ids=["mouse", "keyboard"])
+def test_two_jobs_are_compared(seeded, open_window, keyboard):
+    """Two ticks in the list lead to a table of all their plans, which can be filtered."""
+    server, _ = seeded
+    window = open_window()
+    page = window.page
+    page.goto(server.url)
+    assert page.is_disabled("#compare-go")
+    for name in ("twenty layers", "twelve layers"):
+        tick = page.get_by_role("checkbox", name=f"Compare {name}")
+        if keyboard:
+            tick.focus()
+            page.keyboard.press("Space")
+        else:
+            tick.click()
+    if keyboard:
+        page.locator("#compare-go").focus()
+        page.keyboard.press("Enter")
+    else:
+        page.click("#compare-go")
+    page.wait_for_selector("#overlay[data-ready]")
+    assert page.is_hidden("#compare-problem")
+    assert "twenty layers, twelve layers" in page.get_attribute("#overlay .chart", "aria-label")
+    rows = page.locator("#plans tbody tr")
+    assert rows.count() == 4
+    page.fill("#plans input", "twelve")
+    page.wait_for_function("document.querySelectorAll('#plans tbody tr').length === 2")
+    assert all("twelve layers" in text and "bits" in text for text in rows.all_inner_texts())
 
 
 def test_cancel_shows_at_once(seeded, open_window):

@@ -11,6 +11,20 @@
 
   const body = document.getElementById("rows");
   const shown = new Map();
+  const ticked = new Set();
+  const comparing = document.getElementById("compare");
+
+  /** Two jobs at least can be compared, and no more than one drawing shows. */
+  function mayCompare() {
+    const most = Number(comparing.dataset.most);
+    document.getElementById("compare-go").disabled = ticked.size < 2 || ticked.size > most;
+  }
+
+  comparing.addEventListener("change", ({ target }) => {
+    if (target.checked) ticked.add(target.value);
+    else ticked.delete(target.value);
+    mayCompare();
+  });
 
   function row(job) {
     const name = job.labels.name || job.model || job.id;
@@ -19,7 +33,9 @@
       ? make("progress", { max: 1, value: fraction, title: text,
         "aria-label": `Progress of the job, now: ${text}` }) : null;
     return make("tr", { "data-job": job.id },
-      make("th", { scope: "row" }, make("a", { href: `/jobs/${job.id}` }, name),
+      make("th", { scope: "row" }, job.charts ? make("input", { type: "checkbox", name: "job",
+        value: job.id, checked: ticked.has(job.id), "aria-label": `Compare ${name}` }) : null,
+        make("a", { href: `/jobs/${job.id}` }, name),
         make("div", { class: "soft" }, job.labels.name ? `${job.kind}, ${job.model}` : job.kind)),
       make("td", {}, make("span", { class: `state ${job.status}` }, job.status), share),
       make("td", {}, job.budgets.join(", ")),

@@ -15,7 +15,7 @@
    * columns: {name, value(row), text(row), numeric, paint(cell, row)}; rows are 0 … count-1.
    */
   function table({ caption, columns, count, filterBy, pageRows = PAGE_ROWS, sortBy = null,
-    dense = false }) {
+    dense = false, filterFrom = 13 }) {
     let order = Uint32Array.from({ length: count }, (_, k) => k);
     let shown = order;
     let page = 0;
@@ -30,7 +30,7 @@
     const back = make("button", { type: "button", onclick: () => turn(-1) }, "Previous");
     const on = make("button", { type: "button", onclick: () => turn(1) }, "Next");
     const id = fresh("filter");
-    const filter = filterBy && count > 12
+    const filter = filterBy && count >= filterFrom
       ? make("label", { for: id, class: "filter" }, "Find ",
         make("input", { id, type: "search", oninput: (e) => find(e.target.value) }))
       : null;

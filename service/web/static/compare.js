@@ -1,0 +1,153 @@
+/* Comparison page: the plans of several jobs in one table, their frontiers in one drawing. */
+(() => {
+  "use strict";
+
+  const { make, number, bytes, withError, chart, tip, axis, legendRows, table } =
+    globalThis.Bitquota;
+  const { call, data } = globalThis.Pages;
+  const POINTS = 9;
+  const POINT_S = 0.2;
+  const SYMBOLS = ["circle", "diamond", "rect", "triangle", "pin", "arrow"];
+  const LINES = ["solid", "dashed", "dotted", [8, 3, 2, 3], [2, 6], [12, 4]];
+
+  const runs = data();
+  const problem = document.getElementById("compare-problem");
+  // Two jobs of one name are told apart by the ends of their ids.
+  const plain = runs.map((run) => run.labels.name || run.model || run.id);
+  const names = plain.map((name, k) => (
+    plain.indexOf(name) === plain.lastIndexOf(name) ? name : `${name} (${runs[k].id.slice(-6)})`));
+
+  // ------------------------------------------------------------------ the drawing
+
+  function colours(style) {
+    return [style.accent, style.second, style.warn, style.ink, style.soft, style.accent];
+  }
+
+  const points = runs.map(() => []);
+  const units = new Set(runs.flatMap((run) => run.plans.map((p) => `${p.loss}, ${p.unit}`)));
+  const overlay = chart("Frontiers: size of the stored weights against loss increase", "frontier",
+    (style, width) => {
+      const measured = runs.map((run) => run.plans.filter((p) => p.measured));
+      const values = [...points.flat().map((p) => p.predicted),
+        ...measured.flat().map((p) => p.measured.mean)].filter((v) => v > 0);
+      const top = Math.max(...values, 1e-6);
+      const floor = Math.max(Math.min(...values, top) / 2, top * 1e-6);
+      const up = (v) => Math.max(v, floor);
+      const kib = (p) => p.size_bits / 8192;
+      const large = points.flat().concat(measured.flat()).some((p) => kib(p) > 4096);
+      const x = (p) => kib(p) / (large ? 1024 : 1);
+      const series = runs.flatMap((run, k) => {
+        const color = colours(style)[k];
+        const common = { name: names[k], itemStyle: { color } };
+        return [
+          { ...common, type: "line", symbol: SYMBOLS[k], symbolSize: 5,
+            lineStyle: { color, width: 2, type: LINES[k] },
+            data: points[k].map((p) => ({ value: [x(p), up(p.predicted)],
+              tip: `${names[k]}: ${bytes(p.size_bits)}\npredicted ${number(p.predicted)}` })) },
+          { ...common, type: "custom", silent: true,
+            data: measured[k].map((p) => [x(p), up(p.measured.mean - p.measured.error),
+              up(p.measured.mean + p.measured.error)]),
+            renderItem: (params, api) => {
+              const low = api.coord([api.value(0), api.value(1)]);
+              const high = api.coord([api.value(0), api.value(2)]);
+              return { type: "line", silent: true, style: { stroke: color, lineWidth: 1.5 },
+                shape: { x1: low[0], y1: low[1], x2: high[0], y2: high[1] } };
+            } },
+          { ...common, type: "scatter", symbol: SYMBOLS[k], symbolSize: 13,
+            data: measured[k].map((p) => ({ value: [x(p), up(p.measured.mean)],
+              tip: `${names[k]}, plan for ${p.budget}: ${bytes(p.size_bits)}\n`
+                + `measured ${withError(p.measured.mean, p.measured.error)}` })) },
+        ];
+      });
+      return {
+        grid: { left: 8, right: 16, bottom: 30, containLabel: true,
+          top: legendRows(style, width, names) * 1.7 * style.root + 12 },
+        legend: { top: 0, left: 0, itemGap: 14, itemHeight: 10, data: names,
+          textStyle: { color: style.ink, fontSize: 0.8 * style.root } },
+        tooltip: { ...tip(style), trigger: "item",
+          formatter: (p) => (p.data && p.data.tip) || "" },
+        xAxis: axis(style, { type: "value", scale: true, splitNumber: width < 420 ? 3 : 6,
+          name: large ? "MiB stored" : "KiB stored", nameLocation: "end", nameGap: 8,
+          nameTextStyle: { align: "right", verticalAlign: "top", padding: [22, 0, 0, 0],
+            color: style.soft, fontSize: 0.78 * style.root }, splitLine: { show: false } }),
+        yAxis: axis(style, { type: "log", min: floor,
+          axisLabel: { color: style.soft, fontSize: 0.78 * style.root, showMinLabel: false,
+            formatter: (v) => number(v, 2) } }),
+        series,
+      };
+    });
+
+  /** The points of one job's frontier; sizes are those of the choices found. */
+  async function frontierOf(run) {
+    const [low, high] = run.range;
+    // Closer together where the loss is steep; rounded up, so that the smallest choice fits.
+    const averages = Array.from({ length: POINTS }, (_, k) =>
+      Math.ceil((low + (high - low) * (k / (POINTS - 1)) ** 1.5) * 100) / 100);
+    const answer = await call("/v1/solve", { method: "POST", body: { job: run.id,
+      budgets: averages.map((a) => `${a.toFixed(2)} bits`), time_limit_s: POINT_S } });
+    const found = answer.data.filter((solved) => solved.predicted !== null).map((solved) => ({
+      predicted: solved.predicted,
+      size_bits: Object.values(solved.assignments).reduce((sum, c) => sum + c.size_bits, 0),
+    }));
+    return found.sort((a, b) => a.size_bits - b.size_bits);
+  }
+
+  async function begin() {
+    const place = document.getElementById("overlay");
+    if (units.size > 1) {
+      place.append(make("p", { class: "problem" },
+        `These jobs measured different losses (${[...units].join("; ")}): their heights cannot be `
+        + "compared."));
+    }
+    const [unit] = runs.flatMap((run) => run.plans.map((plan) => plan.unit)).filter(Boolean);
+    place.append(make("h3", {}, `Loss increase${unit ? ` (${unit})` : ""} against stored size`),
+      overlay.place);
+    overlay.draw();
+    for (const [k, run] of runs.entries()) {
+      if (!run.range) continue;
+      try {
+        points[k] = await frontierOf(run);
+      } catch (reason) {
+        problem.textContent = `${names[k]}: ${reason.message}`;
+        problem.hidden = false;
+      }
+      overlay.draw();
+    }
+    place.setAttribute("aria-busy", "false");
+    place.dataset.ready = "true";
+    overlay.label(`Frontiers of ${names.join(", ")}: size of the stored weights against loss `
+      + "increase. The table below lists the measured plans.");
+  }
+
+  // ------------------------------------------------------------------ the table
+
+  const plans = runs.flatMap((run, k) => run.plans.map((plan) => ({ run, plan, name: names[k] })));
+  const words = ({ run, plan, name }) =>
+    [name, run.model, run.target, plan.budget, plan.selected, run.effort, run.rounding].join(" ");
+  const text = (name, get) => ({ name, value: (k) => get(plans[k]), text: (k) => get(plans[k]) });
+  const figure = (name, get, show) => ({ name, numeric: true, value: (k) => get(plans[k]),
+    text: (k) => (get(plans[k]) === null ? "–" : show(plans[k])) });
+  document.getElementById("plans").append(table({
+    caption: "Plans of all jobs compared", count: plans.length,
+    filterBy: (k) => words(plans[k]), filterFrom: 2,
+    columns: [
+      { ...text("Job", (row) => row.name), paint: (cell, k) => cell.replaceChildren(
+        make("a", { href: `/jobs/${plans[k].run.id}/model` }, plans[k].name)) },
+      text("Model", (row) => row.run.model),
+      text("Target", (row) => row.run.target || "any"),
+      text("Budget", (row) => row.plan.budget),
+      text("Method", (row) => [row.run.effort, row.run.rounding].filter(Boolean).join(", ")),
+      figure("Stored weights", (row) => row.plan.size_bits, (row) => bytes(row.plan.size_bits)),
+      figure("Bits per weight", (row) => row.plan.average_bits,
+        (row) => row.plan.average_bits.toFixed(2)),
+      figure("Loss increase", (row) => (row.plan.measured ? row.plan.measured.mean : null),
+        (row) => withError(row.plan.measured.mean, row.plan.measured.error)),
+      figure("Accuracy", (row) => (row.plan.measured ? row.plan.measured.accuracy : null),
+        (row) => `${(100 * row.plan.measured.accuracy).toFixed(2)} %`),
+      figure("Begun", (row) => row.run.created_at,
+        (row) => new Date(1000 * row.run.created_at).toISOString().slice(0, 10)),
+    ],
+  }).element);
+
+  begin();
+})();
