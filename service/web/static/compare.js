@@ -129,7 +129,7 @@
     text: (k) => (get(plans[k]) === null ? "–" : show(plans[k])) });
   document.getElementById("plans").append(table({
     caption: "Plans of all jobs compared", count: plans.length,
-    filterBy: (k) => words(plans[k]), filterFrom: 2,
+    filterBy: (k) => words(plans[k]), filterFrom: 2, dense: true,
     columns: [
       { ...text("Job", (row) => row.name), paint: (cell, k) => cell.replaceChildren(
         make("a", { href: `/jobs/${plans[k].run.id}/model` }, plans[k].name)) },
