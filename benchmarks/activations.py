@@ -127,7 +127,7 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--average", type=int, default=6, help="bits of weights and of inputs")
-    parser.add_argument("--bits", default="4,5,6,8")
+    parser.add_argument("--bits", default="4,8")
     parser.add_argument("--activations", default="4,6,8,16")
     parser.add_argument("--effort", choices=["quick", "normal"], default="quick")
     parser.add_argument("--rounding", default="gptq")
