@@ -302,8 +302,14 @@ def plan_json(plan: Plan, *, digest: str | None = None) -> JsonObject:
     }
 
 
-def _baseline_labels(plan: Plan, baseline: Baseline) -> list[str]:
-    """Return the candidates of a baseline, inputs as the plan has them."""
+def _baseline_labels(plan: Plan, baseline: Baseline) -> list[str] | None:
+    """Return the candidates of a baseline, inputs as the plan has them.
+
+    ``None`` where bit-widths of inputs were on offer: a baseline does not say which it has.
+    """
+    request = plan.provenance.get("request") or {}
+    if isinstance(request.get("activation_bits"), list):
+        return None
     inputs = [a.candidate.activation_bits for a in plan.assignments]
     return [
         f"W{bits:.4g}" + ("" if width is None else f"A{width}")
