@@ -104,10 +104,11 @@ SMALL_zoo := --only magika silero-vad
 SMALL_recurrent := --steps 200 --samples 32
 SMALL_language_models := --budgets "4 bits" --efforts quick --samples 8 --length 32 --test-windows 4
 SMALL_llama_cpp := --quantizer-only
+SMALL_activations := --samples 4 --length 32 --test-windows 4
 SMALL_kv_cache := --budgets "1.75 MB" --samples 8 --length 32
 SMALL_synthetic_llm := build/synthetic-llm --kind mixture-small --shard-mb 0.1
 SMALL_parametrizations := --epochs 1 --seeds 1 --rates 0.1
-BENCHMARKS ?= sensitivity metrics portfolio training parametrizations solver solver_properties service_load service_chaos service_fairness service_upload pages service_latency service_fuzz exports latency zoo recurrent rounding rounding_cost rows super_resolution synthetic_llm language_models kv_cache llama_cpp
+BENCHMARKS ?= sensitivity metrics portfolio training parametrizations solver solver_properties service_load service_chaos service_fairness service_upload pages service_latency service_fuzz exports latency zoo recurrent rounding rounding_cost rows super_resolution synthetic_llm language_models kv_cache activations llama_cpp
 
 bench: $(INSTALLED) ## Run every benchmark at a small size
 	@set -e; $(foreach name,$(BENCHMARKS),echo "== $(name) $(SMALL_$(name))"; $(BIN)/python benchmarks/$(name).py $(SMALL_$(name));)
