@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from contextlib import redirect_stderr
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,11 +14,14 @@ from bitquota.candidates.storage import Granularity, Grid, ScaleFormat
 from bitquota.candidates.targets.target import FUSED_SIBLINGS, siblings_in
 from bitquota.errors import ExportFailed, InvalidPlan
 from bitquota.exports.hugging_face_folder import (
+    WEIGHTS,
     copy_other_files,
+    source_config,
     source_folder,
     stored_sizes,
-    stored_type,
-    write_tensors,
+    unquantized_linear,
+    write_json,
+    write_model,
 )
 from bitquota.exports.prepared import widths_must_be
 from bitquota.models.huggingface import return_tensor
@@ -28,7 +30,7 @@ from bitquota.quantizers.float_formats import scale_bytes, stored_scales, tensor
 from bitquota.quantizers.packing import pack
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
     from bitquota.exports.export_report import ExportReport
     from bitquota.exports.prepared import PreparedExport
     from bitquota.quantizers.weights import QuantizedWeight
-
-_WEIGHTS = "model.safetensors"
 
 
 class CompressedTensorsFolder:
@@ -61,17 +61,12 @@ class CompressedTensorsFolder:
         # Packed weights, the other tensors, the config and what else the source folder holds.
         factors = shared_factors(prepared.weights)
 
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            for name, weight in prepared.weights.items():
-                yield from _layer_tensors(name, weight, factors.get(name, 1.0)).items()
-            for name, tensor in prepared.unquantized_tensors().items():
-                yield name, tensor.detach().to(stored_type(source))
+        def tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+            return _layer_tensors(name, weight, factors.get(name, 1.0))
 
         config = _config(source, prepared)
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        path = folder / _WEIGHTS
-        write_tensors(path, tensors(), metadata={"format": "pt"})
-        paths = [path, folder / "config.json"]
+        path = write_model(prepared, folder, tensors)
+        paths = [path, write_json(folder / "config.json", config)]
         paths += copy_other_files(source, folder)
 
         # Read back what was written.
@@ -209,9 +204,9 @@ def _unpacking(prepared: PreparedExport, folder: Path) -> dict[str, Callable[[],
     from compressed_tensors.quantization import QuantizationScheme
     from safetensors import safe_open
 
-    file: Any = safe_open(str(folder / _WEIGHTS), framework="pt")
+    file: Any = safe_open(str(folder / WEIGHTS), framework="pt")
     held = set(file.keys())
-    groups = json.loads((folder / "config.json").read_text())["quantization_config"]
+    groups = source_config(folder)["quantization_config"]
     schemes = {
         name: QuantizationScheme.model_validate(group)
         for group in groups["config_groups"].values()
@@ -277,7 +272,7 @@ def _layer_tensors(name: str, weight: QuantizedWeight, factor: float) -> dict[st
 
 
 def _config(source: Path, prepared: PreparedExport) -> JsonObject:
-    config: JsonObject = json.loads((source / "config.json").read_text())
+    config = source_config(source)
     groups: dict[tuple[str, int, int], list[str]] = {}
     for name, weight in prepared.weights.items():
         key = (_stored_as(weight) or "", weight.bits, weight.scheme.group_size or 0)
@@ -300,18 +295,13 @@ def _config(source: Path, prepared: PreparedExport) -> JsonObject:
                 "observer": "minmax",
             },
         }
-    linear = {
-        name
-        for name, module in prepared.module.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
     kinds = sorted({kind for kind, _, _ in groups})
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": kinds[0] if len(kinds) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": described,
-        "ignore": sorted(linear - set(prepared.weights)),
+        "ignore": unquantized_linear(prepared),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }

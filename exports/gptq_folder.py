@@ -13,7 +13,6 @@ Design: docs/design/targets.md
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +26,18 @@ from bitquota.errors import InvalidPlan
 from bitquota.exports.config_files import gptq_section
 from bitquota.exports.hugging_face_folder import (
     copy_other_files,
+    read_model,
+    source_config,
     source_folder,
     stored_sizes,
-    stored_type,
-    write_tensors,
+    write_json,
+    write_model,
 )
 from bitquota.exports.prepared import widths_must_be
 from bitquota.quantizers.packing import pack
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from bitquota.exports.prepared import PreparedExport
     from bitquota.quantizers.weights import QuantizedWeight
 
-_WEIGHTS = "model.safetensors"
 _WORD = 32
 WIDTHS = (2, 3, 4, 8)
 
@@ -65,22 +65,15 @@ class GptqFolder:
         source = source_folder(prepared, "gptq")
         self._check(prepared)
 
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            for name, weight in prepared.weights.items():
-                yield from _layer_tensors(name, weight).items()
-            for name, tensor in prepared.unquantized_tensors().items():
-                yield name, tensor.detach().to(stored_type(source))
-
-        path, config = folder / _WEIGHTS, folder / "config.json"
-        write_tensors(path, tensors(), metadata={"format": "pt"})
-        described = json.loads((source / "config.json").read_text())
+        path = write_model(prepared, folder, _layer_tensors)
+        described = source_config(source)
         described["quantization_config"] = gptq_section(prepared) | {
             "checkpoint_format": "gptq",
             "pack_dtype": "int32",
             "meta": {"quantizer": [f"bitquota:{bitquota.__version__}"]},
         }
-        config.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
-        paths = [path, config, *copy_other_files(source, folder)]
+        paths = [path, write_json(folder / "config.json", described)]
+        paths += copy_other_files(source, folder)
 
         # Read back what was written.
         sizes = stored_sizes(path)
@@ -112,21 +105,7 @@ class GptqFolder:
 
     def load(self, prepared: PreparedExport, folder: Path) -> nn.Module:
         """Return the model with the weights that the file holds, in float32."""
-        from safetensors import safe_open
-
-        file: Any = safe_open(str(folder / _WEIGHTS), framework="pt")
-        held = set(file.keys())
-        readers: dict[str, Callable[[], Tensor]] = {
-            name: partial(file.get_tensor, name)
-            for name in held & prepared.module.state_dict().keys()
-        }
-        return prepared.with_tensors(
-            readers
-            | {
-                prepared.layers[name].weight_name: partial(_weight, file, name, weight.bits)
-                for name, weight in prepared.weights.items()
-            }
-        )
+        return read_model(prepared, folder, partial(_weight, prepared.weights))
 
     @staticmethod
     def _check(prepared: PreparedExport) -> None:
@@ -170,11 +149,16 @@ def _layer_tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     }
 
 
-def _weight(file: Any, name: str, bits: int) -> Tensor:  # noqa: ANN401  # safetensors' file
+def _weight(
+    weights: Mapping[str, QuantizedWeight],
+    file: Any,  # noqa: ANN401  # safetensors' file
+    name: str,
+) -> Tensor:
     """Return f32[rows, columns] out of a layer's tensors."""
     part: dict[str, Tensor] = {
         key: file.get_tensor(f"{name}.{key}") for key in ("qweight", "qzeros", "scales", "g_idx")
     }
+    bits = weights[name].bits
     codes = _codes(part["qweight"].t().contiguous(), bits)  # [rows, columns]
     zeros = _codes(part["qzeros"], bits).t() + 1  # [rows, groups]
     group = part["g_idx"].long()

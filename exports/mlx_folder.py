@@ -13,7 +13,6 @@ Design: docs/design/targets.md
 from __future__ import annotations
 
 import importlib.util
-import json
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,16 +24,16 @@ from bitquota.errors import ExportFailed, InvalidPlan, MissingDependency
 from bitquota.exports.config_files import mlx_section
 from bitquota.exports.hugging_face_folder import (
     copy_other_files,
+    source_config,
     source_folder,
     stored_sizes,
-    stored_type,
-    write_tensors,
+    write_json,
+    write_model,
 )
 from bitquota.exports.prepared import widths_must_be
 from bitquota.quantizers.packing import pack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
     from bitquota.exports.prepared import PreparedExport
     from bitquota.quantizers.weights import QuantizedWeight
 
-_WEIGHTS = "model.safetensors"
 _GROUPS = (32, 64, 128)
 _PARTS = ("weight", "scales", "biases")
 MISSING = "MLX did not run the files: pip install bitquota[mlx]"
@@ -72,16 +70,9 @@ class MlxFolder:
         self._check(prepared)
 
         # Packed weights, the other tensors, the config and what else the source folder holds.
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            for name, weight in prepared.weights.items():
-                yield from _layer_tensors(name, weight).items()
-            for name, tensor in prepared.unquantized_tensors().items():
-                yield name, tensor.detach().to(stored_type(source))
-
-        path, config = folder / _WEIGHTS, folder / "config.json"
-        write_tensors(path, tensors(), metadata={"format": "mlx"})
-        config.write_text(json.dumps(_config(source, prepared), indent=2, sort_keys=True) + "\n")
-        paths = [path, config, *copy_other_files(source, folder)]
+        path = write_model(prepared, folder, _layer_tensors, kind="mlx")
+        paths = [path, write_json(folder / "config.json", _config(source, prepared))]
+        paths += copy_other_files(source, folder)
 
         # Read back what was written.
         sizes = stored_sizes(path)
@@ -196,7 +187,7 @@ def _layer_tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
 
 def _config(source: Path, prepared: PreparedExport) -> JsonObject:
     """Return the source's config with the section, and rotary positions as mlx-lm reads them."""
-    config: JsonObject = json.loads((source / "config.json").read_text())
+    config = source_config(source)
     rope = dict(config.get("rope_parameters") or {})
     if "rope_theta" in rope:
         config.setdefault("rope_theta", rope.pop("rope_theta"))

@@ -13,8 +13,6 @@ Design: docs/design/targets.md
 
 from __future__ import annotations
 
-import json
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,10 +23,13 @@ from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.exports.compressed_tensors_folder import shared_factors
 from bitquota.exports.hugging_face_folder import (
     copy_other_files,
+    read_model,
+    source_config,
     source_folder,
     stored_sizes,
-    stored_type,
-    write_tensors,
+    unquantized_linear,
+    write_json,
+    write_model,
 )
 from bitquota.exports.prepared import widths_must_be
 from bitquota.quantizers.activations import InputWatcher, weights_of
@@ -36,7 +37,6 @@ from bitquota.quantizers.float_formats import E4M3, float_read, scale_bytes
 from bitquota.quantizers.packing import pack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from bitquota.exports.prepared import PreparedExport
     from bitquota.quantizers.weights import QuantizedWeight
 
-_WEIGHTS = "model.safetensors"
 _CONFIG = "hf_quant_config.json"
 _ALGORITHMS = {
     (4, Granularity.GROUP, 16, ScaleFormat.E4M3): "W4A16_NVFP4",
@@ -54,12 +53,9 @@ _ALGORITHMS = {
 }
 _NOTES = {
     "FP8": (
-        (
-            "runtimes round inputs of FP8 layers to FP8, in units of input_scale (the largest "
-            "input of the samples over 448): that was not measured"
-        ),
+        "runtimes round inputs of FP8 layers to FP8, in units of input_scale (the largest input of "
+        "the samples over 448): that was not measured"
     ),
-    "W4A16_NVFP4": (),
 }
 
 
@@ -77,28 +73,22 @@ class ModelOptFolder:
         reaches = _largest_inputs(prepared, [n for n, a in algorithms.items() if a == "FP8"])
         factors = shared_factors(prepared.weights)
 
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            for name, weight in prepared.weights.items():
-                yield from _layer_tensors(name, weight, factors.get(name, 1.0)).items()
-                if name in reaches:
-                    yield f"{name}.input_scale", torch.tensor(reaches[name] / E4M3.largest)
-            for name, tensor in prepared.unquantized_tensors().items():
-                yield name, tensor.detach().to(stored_type(source))
+        def tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+            made = _layer_tensors(name, weight, factors.get(name, 1.0))
+            if name in reaches:
+                made[f"{name}.input_scale"] = torch.tensor(reaches[name] / E4M3.largest)
+            return made
 
         # Tensors, both descriptions of them, and what else the source folder holds.
-        path, legacy, config = folder / _WEIGHTS, folder / _CONFIG, folder / "config.json"
-        write_tensors(path, tensors(), metadata={"format": "pt"})
+        path = write_model(prepared, folder, tensors)
         described = _description(prepared, algorithms)
         about = {"producer": _PRODUCER, "quantization": described}
-        legacy.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
-        whole: JsonObject = json.loads((source / "config.json").read_text())
         ignored = {"ignore": described["exclude_modules"]}
         kept = {k: v for k, v in described.items() if k != "exclude_modules"}
-        whole["quantization_config"] = {
-            "quant_method": "modelopt", "producer": _PRODUCER, **kept, **ignored
-        }  # fmt: skip
-        config.write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
-        paths = [path, legacy, config, *copy_other_files(source, folder)]
+        section = {"quant_method": "modelopt", "producer": _PRODUCER, **kept, **ignored}
+        whole = source_config(source) | {"quantization_config": section}
+        paths = [path, write_json(folder / _CONFIG, about)]
+        paths += [write_json(folder / "config.json", whole), *copy_other_files(source, folder)]
 
         # Read back what was written.
         sizes = stored_sizes(path)
@@ -122,27 +112,12 @@ class ModelOptFolder:
             held_bytes=sum(sizes.values()) - sum(sizes[f"{name}.input_scale"] for name in reaches),
             runtime={"name": "torch", "version": torch.__version__, "options": {}},
             weight_files=[path],
-            notes=tuple(note for kind in kinds for note in _NOTES[kind]),
+            notes=tuple(_NOTES[kind] for kind in kinds if kind in _NOTES),
         )
 
     def load(self, prepared: PreparedExport, folder: Path) -> nn.Module:
         """Return the model with the weights that the files stand for, in float32."""
-        from safetensors import safe_open
-
-        file: Any = safe_open(str(folder / _WEIGHTS), framework="pt")
-        held, state = set(file.keys()), prepared.module.state_dict()
-        readers = {
-            name: partial(file.get_tensor, name)
-            for name in held & state.keys()
-            if name.removesuffix(".weight") not in prepared.weights
-        }
-        return prepared.with_tensors(
-            readers
-            | {
-                prepared.layers[name].weight_name: partial(_read, file, name)
-                for name in prepared.weights
-            }
-        )
+        return read_model(prepared, folder, _read)
 
     @staticmethod
     def _check(prepared: PreparedExport) -> dict[str, str]:
@@ -226,10 +201,9 @@ def _description(prepared: PreparedExport, algorithms: dict[str, str]) -> JsonOb
         size: JsonObject = {"group_size": 16} if algorithm == "W4A16_NVFP4" else {}
         return {"quant_algo": algorithm, **size}
 
-    linear = {n for n, m in prepared.module.named_modules() if isinstance(m, torch.nn.Linear)}
     described: JsonObject = {
         "kv_cache_quant_algo": None,
-        "exclude_modules": sorted(linear - set(prepared.weights)),
+        "exclude_modules": unquantized_linear(prepared),
     }
     kinds = sorted(set(algorithms.values()))
     if len(kinds) == 1:
