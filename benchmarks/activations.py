@@ -22,8 +22,6 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bitquota.candidates.table import spent_on
 from bitquota.context import Context, MemoryLedger
@@ -32,14 +30,16 @@ from bitquota.exports.export import export_plan
 from bitquota.measurement_setup import build_setup
 from bitquota.models.load import load_model
 from bitquota.models.loaded import inventory_of
-from bitquota.models.text import text_windows
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate
-from bitquota.sensitivity.losses import divergence
-from language_models import choice_with, rounded
+from language_models import choice_with, rounded, shakespeare, unseen_losses
 from resnet_cifar import data_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
     from bitquota.measurement_setup import Setup
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
@@ -83,23 +83,12 @@ def rivals(setup: Setup, bits: int, limit: int) -> dict[str, Choice]:
 
 def compare(setup: Setup, choices: dict[str, Choice], test: CalibrationSet) -> None:
     """Print what each choice loses on unseen windows, and how far that is from the first."""
-    first: torch.Tensor | None = None
-    for name, choice in choices.items():
-        quantized, kl = rounded(setup, choice), []
-        with torch.no_grad():
-            for part in test.batches(1):
-                reference, output = setup.module(*part.inputs), quantized(*part.inputs)
-                kl.append(divergence(output, reference).mean())
-        found = torch.stack(kl)
-        first = found if first is None else first
-        gap, n = found - first, len(found) ** 0.5
-        chosen = setup.table.decode(choice)
-        print(
-            f"  {name:32s} {spent_on('bit_ops', chosen) / 1e6:8.1f} MBitOps  "
-            f"{float(found.mean()):.5f} +- {float(found.std()) / n:.5f}  "
-            f"{float(gap.mean()):+.5f} +- {float(gap.std()) / n:.5f}",
-            flush=True,
-        )
+    modules: dict[str, Callable[[], torch.nn.Module]] = {
+        name: (lambda choice=choice: rounded(setup, choice)) for name, choice in choices.items()
+    }
+    for name, text in unseen_losses(setup.module, modules, test, digits=5):
+        work = spent_on("bit_ops", setup.table.decode(choices[name])) / 1e6
+        print(f"  {name:32s} {work:8.1f} MBitOps  {text}", flush=True)
 
 
 def runtime_nodes(file: Path) -> Counter[str]:
@@ -153,15 +142,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Plan, compare and export."""
     options = arguments()
-    text_file = data_folder() / "tinyshakespeare.txt"
-    if not text_file.is_file():
-        sys.exit(f"{text_file} is missing: set BITQUOTA_DATA")
-    text = text_file.read_text(encoding="utf-8")
-    cut = int(0.9 * len(text))
-    calibration, test = (
-        text_windows(part, text_file, tokenizer="bytes", length=options.length, n=n)
-        for part, n in ((text[:cut], 3 * options.samples), (text[cut:], options.test_windows))
-    )
+    calibration, test = shakespeare(options, "bytes")
     model = load_model(str(data_folder() / "llama_shakespeare"))
     layers = [
         la for la in inventory_of(model.module, model, calibration).layers if "embed" not in la.name

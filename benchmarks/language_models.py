@@ -45,7 +45,7 @@ from bitquota.sensitivity.losses import divergence
 from resnet_cifar import data_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
 
     from bitquota.candidates.table import Candidate
     from bitquota.measurement_setup import Setup
@@ -154,21 +154,32 @@ def compare(
         out = run_peer(options, "rounding_peers.py", folder, setup, "auto-round", bits)
         if out is not None:
             modules["AutoRound's own file"] = lambda: with_weights(setup, load(out))
+    for name, text in unseen_losses(setup.module, modules, test):
+        print(f"        unseen: {name:34s} {text}", flush=True)
+
+
+def unseen_losses(
+    module: torch.nn.Module,
+    modules: Mapping[str, Callable[[], torch.nn.Module]],
+    test: CalibrationSet,
+    digits: int = 4,
+) -> Iterator[tuple[str, str]]:
+    """Yield KL per token of each module, and the paired difference to the first, with errors."""
     first: torch.Tensor | None = None
     for name, made in modules.items():
-        quantized, kl = made(), []
+        quantized = made()
         with torch.no_grad():
-            for part in test.batches(1):
-                reference, output = setup.module(*part.inputs), quantized(*part.inputs)
-                kl.append(divergence(output, reference).mean())
-        found = torch.stack(kl)
+            found = torch.stack(
+                [
+                    divergence(quantized(*part.inputs), module(*part.inputs)).mean()
+                    for part in test.batches(1)
+                ]
+            )
         first = found if first is None else first
         gap, n = found - first, len(found) ** 0.5
-        print(
-            f"        unseen: {name:34s} {float(found.mean()):.4f} +- {float(found.std()) / n:.4f}"
-            f"  {float(gap.mean()):+.4f} +- {float(gap.std()) / n:.4f}",
-            flush=True,
-        )
+        own = f"{float(found.mean()):.{digits}f} +- {float(found.std()) / n:.{digits}f}"
+        more = f"{float(gap.mean()):+.{digits}f} +- {float(gap.std()) / n:.{digits}f}"
+        yield name, f"{own}  {more}"
 
 
 def rounded(setup: Setup, choice: Choice) -> torch.nn.Module:
@@ -208,22 +219,30 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def shakespeare(
+    options: argparse.Namespace, tokenizer: str
+) -> tuple[CalibrationSet, CalibrationSet]:
+    """Return windows to calibrate on, thrice ``--samples``, and others of the text's last tenth."""
+    file = data_folder() / "tinyshakespeare.txt"
+    if not file.is_file():
+        sys.exit(f"{file} is missing: set BITQUOTA_DATA")
+    text = file.read_text(encoding="utf-8")
+    cut = int(0.9 * len(text))
+    calibration, test = (
+        text_windows(part, file, tokenizer=tokenizer, length=options.length, n=n)
+        for part, n in ((text[:cut], 3 * options.samples), (text[cut:], options.test_windows))
+    )
+    return calibration, test
+
+
 def main() -> None:
     """Plan with each effort and budget and print a row for each."""
     options = arguments()
-    text_file = data_folder() / "tinyshakespeare.txt"
-    if not text_file.is_file():
-        sys.exit(f"{text_file} is missing: set BITQUOTA_DATA")
     folder = options.model or str(data_folder() / "llama_shakespeare")
     tokenizer = "bytes" if options.model is None else folder
     if options.model and not (Path(folder) / "tokenizer.json").exists():
         tokenizer = "bytes"
-    text = text_file.read_text(encoding="utf-8")
-    cut = int(0.9 * len(text))
-    calibration, test = (
-        text_windows(part, text_file, tokenizer=tokenizer, length=options.length, n=n)
-        for part, n in ((text[:cut], 3 * options.samples), (text[cut:], options.test_windows))
-    )
+    calibration, test = shakespeare(options, tokenizer)
     memory = parse_bytes(options.memory)
     before = resident()
     model = load_within(folder, memory)

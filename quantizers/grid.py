@@ -12,6 +12,7 @@ Design: docs/design/grids-and-scales.md
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -165,7 +166,7 @@ class GridColumns:
         if grid.table is not None:
             self._table = grid.table.to(dtype).contiguous()
             return
-        self._step, self._divisor = turn(grid.step), turn(grid.divisor)
+        self._step = turn(grid.step)
         if self._numbers is not None:
             return
         least, most = grid.ends or (
@@ -180,6 +181,11 @@ class GridColumns:
             most=turn(most),
             signs=grid.bits == 1 and grid.grid is Grid.SYMMETRIC,
         )
+
+    @cached_property
+    def _divisor(self) -> Tensor:
+        """As ``MatrixGrid.divisor``; machine code does without it."""
+        return torch.where(self._step == 0, torch.inf, self._step)
 
     def snap(self, column: int, values: Tensor) -> Tensor:
         """Return the value of the grid nearest to each of ``[rows]``, for one column."""

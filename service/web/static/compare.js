@@ -2,8 +2,9 @@
 (() => {
   "use strict";
 
-  const { make, number, bytes, withError, chart, tip, axis, legendRows, table } =
-    globalThis.Bitquota;
+  const {
+    make, number, bytes, withError, chart, table, averages, floorOf, lossAxes, measuresOf, whiskers,
+  } = globalThis.Bitquota;
   const { call, data } = globalThis.Pages;
   const POINTS = 9;
   const POINT_S = 0.2;
@@ -28,14 +29,13 @@
   const overlay = chart("Frontiers: size of the stored weights against loss increase", "frontier",
     (style, width) => {
       const measured = runs.map((run) => run.plans.filter((p) => p.measured));
-      const values = [...points.flat().map((p) => p.predicted),
-        ...measured.flat().map((p) => p.measured.mean)].filter((v) => v > 0);
-      const top = Math.max(...values, 1e-6);
-      const floor = Math.max(Math.min(...values, top) / 2, top * 1e-6);
+      const shown = points.concat(measured).flat();
+      const floor = floorOf([...points.flat().map((p) => p.predicted),
+        ...measured.flat().map((p) => p.measured.mean)]);
       const up = (v) => Math.max(v, floor);
-      const kib = (p) => p.size_bits / 8192;
-      const large = points.flat().concat(measured.flat()).some((p) => kib(p) > 4096);
-      const x = (p) => kib(p) / (large ? 1024 : 1);
+      const [size] = measuresOf({});
+      const [unit, unitName] = size.scale(Math.max(0, ...shown.map(size.of)));
+      const x = (p) => size.of(p) / unit;
       const series = runs.flatMap((run, k) => {
         const color = colours(style)[k];
         const common = { name: names[k], itemStyle: { color } };
@@ -44,15 +44,7 @@
             lineStyle: { color, width: 2, type: LINES[k] },
             data: points[k].map((p) => ({ value: [x(p), up(p.predicted)],
               tip: `${names[k]}: ${bytes(p.size_bits)}\npredicted ${number(p.predicted)}` })) },
-          { ...common, type: "custom", silent: true,
-            data: measured[k].map((p) => [x(p), up(p.measured.mean - p.measured.error),
-              up(p.measured.mean + p.measured.error)]),
-            renderItem: (params, api) => {
-              const low = api.coord([api.value(0), api.value(1)]);
-              const high = api.coord([api.value(0), api.value(2)]);
-              return { type: "line", silent: true, style: { stroke: color, lineWidth: 1.5 },
-                shape: { x1: low[0], y1: low[1], x2: high[0], y2: high[1] } };
-            } },
+          { ...common, ...whiskers(color, measured[k], x, up) },
           { ...common, type: "scatter", symbol: SYMBOLS[k], symbolSize: 13,
             data: measured[k].map((p) => ({ value: [x(p), up(p.measured.mean)],
               tip: `${names[k]}, plan for ${p.budget}: ${bytes(p.size_bits)}\n`
@@ -60,31 +52,17 @@
         ];
       });
       return {
-        grid: { left: 8, right: 16, bottom: 30, containLabel: true,
-          top: legendRows(style, width, names) * 1.7 * style.root + 12 },
-        legend: { top: 0, left: 0, itemGap: 14, itemHeight: 10, data: names,
-          textStyle: { color: style.ink, fontSize: 0.8 * style.root } },
-        tooltip: { ...tip(style), trigger: "item",
-          formatter: (p) => (p.data && p.data.tip) || "" },
-        xAxis: axis(style, { type: "value", scale: true, splitNumber: width < 420 ? 3 : 6,
-          name: large ? "MiB stored" : "KiB stored", nameLocation: "end", nameGap: 8,
-          nameTextStyle: { align: "right", verticalAlign: "top", padding: [22, 0, 0, 0],
-            color: style.soft, fontSize: 0.78 * style.root }, splitLine: { show: false } }),
-        yAxis: axis(style, { type: "log", min: floor,
-          axisLabel: { color: style.soft, fontSize: 0.78 * style.root, showMinLabel: false,
-            formatter: (v) => number(v, 2) } }),
+        ...lossAxes(style, width, names, unitName, floor),
         series,
       };
     });
 
   /** The points of one job's frontier; sizes are those of the choices found. */
   async function frontierOf(run) {
-    const [low, high] = run.range;
-    // Closer together where the loss is steep; rounded up, so that the smallest choice fits.
-    const averages = Array.from({ length: POINTS }, (_, k) =>
-      Math.ceil((low + (high - low) * (k / (POINTS - 1)) ** 1.5) * 100) / 100);
+    // Rounded up, so that the smallest choice fits.
+    const budgets = averages(run.range, POINTS).map((a) => Math.ceil(a * 100) / 100);
     const answer = await call("/v1/solve", { method: "POST", body: { job: run.id,
-      budgets: averages.map((a) => `${a.toFixed(2)} bits`), time_limit_s: POINT_S } });
+      budgets: budgets.map((a) => `${a.toFixed(2)} bits`), time_limit_s: POINT_S } });
     const found = answer.data.filter((solved) => solved.predicted !== null).map((solved) => ({
       predicted: solved.predicted,
       size_bits: Object.values(solved.assignments).reduce((sum, c) => sum + c.size_bits, 0),

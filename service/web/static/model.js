@@ -2,7 +2,7 @@
 (() => {
   "use strict";
 
-  const { mount } = globalThis.Bitquota;
+  const { averages, mount } = globalThis.Bitquota;
   const { call, data } = globalThis.Pages;
   const POINTS = 21;
   const POINTS_OF_LARGE = 9;
@@ -45,17 +45,11 @@
       bound: solved.bound };
   }
 
-  async function solve(doc, averages, seconds, signal) {
+  async function solve(doc, budgets, seconds, signal) {
     const answer = await call("/v1/solve", { method: "POST", signal, body: {
-      job: id, budgets: averages.map((a) => `${a.toFixed(2)} bits`), time_limit_s: seconds,
+      job: id, budgets: budgets.map((a) => `${a.toFixed(2)} bits`), time_limit_s: seconds,
     } });
     return answer.data.map((solved) => pointOf(doc, solved));
-  }
-
-  /** Averages from cheapest to dearest, closer together where the loss is steep. */
-  function averages(range, count) {
-    const [low, high] = range;
-    return Array.from({ length: count }, (_, k) => low + (high - low) * (k / (count - 1)) ** 1.5);
   }
 
   async function begin() {

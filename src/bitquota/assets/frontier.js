@@ -47,6 +47,49 @@
     return [size, ...priced];
   }
 
+  /** Legend, tooltips, a linear axis of what plans take, and a logarithmic one of losses. */
+  function lossAxes(style, width, names, unitName, floor) {
+    const small = 0.78 * style.root;
+    return {
+      grid: { left: 8, right: 16, top: legendRows(style, width, names) * 1.7 * style.root + 12,
+        bottom: 30, containLabel: true },
+      legend: { top: 0, left: 0, itemGap: 14, itemHeight: 10,
+        textStyle: { color: style.ink, fontSize: 0.8 * style.root }, data: names },
+      tooltip: { ...tip(style), trigger: "item", formatter: (p) => (p.data && p.data.tip) || "" },
+      xAxis: axis(style, { type: "value", scale: true, splitNumber: width < 420 ? 3 : 6,
+        name: unitName, nameLocation: "end", nameGap: 8, nameTextStyle: { align: "right",
+          verticalAlign: "top", padding: [22, 0, 0, 0], color: style.soft, fontSize: small },
+        splitLine: { show: false } }),
+      yAxis: axis(style, { type: "log", min: floor, axisLabel: { color: style.soft,
+        fontSize: small, showMinLabel: false, formatter: (v) => number(v, 2) } }),
+    };
+  }
+
+  /** Standard errors of measured points, as a series. */
+  function whiskers(color, list, x, up) {
+    return { type: "custom", silent: true, itemStyle: { color },
+      data: list.map((p) => [x(p), up(p.measured.mean - p.measured.error),
+        up(p.measured.mean + p.measured.error)]),
+      renderItem: (params, api) => {
+        const low = api.coord([api.value(0), api.value(1)]);
+        const high = api.coord([api.value(0), api.value(2)]);
+        return { type: "line", silent: true, style: { stroke: color, lineWidth: 1.5 },
+          shape: { x1: low[0], y1: low[1], x2: high[0], y2: high[1] } };
+      } };
+  }
+
+  /** Where losses end on a logarithmic axis: what is less is drawn there. */
+  function floorOf(losses) {
+    const values = losses.filter((v) => v > 0);
+    const top = values.length ? Math.max(...values) : 1;
+    return Math.max(values.length ? Math.min(...values) / 2 : 1e-6, top * 1e-6);
+  }
+
+  /** Average bit-widths from cheapest to dearest, closer together where the loss is steep. */
+  function averages([low, high], count) {
+    return Array.from({ length: count }, (_, k) => low + (high - low) * (k / (count - 1)) ** 1.5);
+  }
+
   /** What a point takes of everything: `10.1 KiB, 72.4 µs`. */
   const spentText = (measures, p) => measures.map((m) => m.text(m.of(p))).join(", ");
 
@@ -60,12 +103,10 @@
       const points = here(state.points).sort((a, b) => along.of(a) - along.of(b));
       const measured = here(state.plans.filter((p) => p.measured));
       const baselines = here(state.baselines);
-      const values = [
+      const floor = floorOf([
         ...points.map((p) => p.predicted), ...measured.map((p) => p.measured.mean),
         ...baselines.map((b) => b.measured.mean),
-      ].filter((v) => v > 0);
-      const top = values.length ? Math.max(...values) : 1;
-      const floor = Math.max(values.length ? Math.min(...values) / 2 : 1e-6, top * 1e-6);
+      ]);
       const up = (v) => Math.max(v, floor);
       const all = points.concat(measured, baselines);
       const [unit, unitName] = along.scale(Math.max(0, ...all.map(along.of)));
@@ -82,33 +123,12 @@
       const proved = bySize ? points.filter((p) => p.bound !== null && p.bound > 0) : [];
       const dots = (list, value, shown) => list.map((p) => ({
         value: [x(p), up(value(p))], tip: shown(p), average: p.average_bits }));
-      const bar = (list) => list.map((p) => [
-        x(p), up(p.measured.mean - p.measured.error),
-        up(p.measured.mean + p.measured.error)]);
-      const whisker = (color) => (params, api) => {
-        const low = api.coord([api.value(0), api.value(1)]);
-        const high = api.coord([api.value(0), api.value(2)]);
-        return { type: "line", silent: true, style: { stroke: color, lineWidth: 1.5 },
-          shape: { x1: low[0], y1: low[1], x2: high[0], y2: high[1] } };
-      };
       const current = state.current;
       const named = ["predicted", ...(proved.length > 1 ? ["certificate"] : []),
         ...(measured.length ? ["plan, measured"] : []),
         ...(baselines.length ? ["baseline, measured"] : []), ...(current ? ["slider"] : [])];
       return {
-        grid: { left: 8, right: 16, top: legendRows(style, width, named) * 1.7 * style.root + 12,
-          bottom: 30, containLabel: true },
-        legend: { top: 0, left: 0, itemGap: 14, itemHeight: 10,
-          textStyle: { color: style.ink, fontSize: 0.8 * style.root }, data: named },
-        tooltip: { ...tip(style), trigger: "item",
-          formatter: (p) => (p.data && p.data.tip) || "" },
-        xAxis: axis(style, { type: "value", scale: true, splitNumber: width < 420 ? 3 : 6, name: unitName,
-          nameLocation: "end", nameGap: 8, nameTextStyle: { align: "right",
-            verticalAlign: "top", padding: [22, 0, 0, 0], color: style.soft,
-            fontSize: 0.78 * style.root }, splitLine: { show: false } }),
-        yAxis: axis(style, { type: "log", min: floor,
-          axisLabel: { color: style.soft, fontSize: 0.78 * style.root, showMinLabel: false,
-            formatter: (v) => number(v, 2) } }),
+        ...lossAxes(style, width, named, unitName, floor),
         series: [
           { name: "certificate", type: "custom", silent: true, itemStyle: { color: style.accent },
             data: proved.length > 1 ? [[x(proved[0]), up(proved[0].predicted)]] : [],
@@ -123,14 +143,12 @@
             data: dots(points, (p) => p.predicted, (p) => `${number(p.average_bits)} bits per `
               + `weight, ${said(p)}\npredicted ${number(p.predicted)}`
               + (p.bound === null ? "" : `, never below ${number(p.bound)}`)) },
-          { name: "baseline, measured", type: "custom", silent: true, data: bar(baselines),
-            itemStyle: { color: style.soft }, renderItem: whisker(style.soft) },
+          { name: "baseline, measured", ...whiskers(style.soft, baselines, x, up) },
           { name: "baseline, measured", type: "scatter", symbol: "emptyCircle", symbolSize: 9,
             itemStyle: { color: style.soft },
             data: dots(baselines, (b) => b.measured.mean, (b) => `${b.name}: `
               + `${said(b)}\nmeasured ${withError(b.measured.mean, b.measured.error)}`) },
-          { name: "plan, measured", type: "custom", silent: true, data: bar(measured),
-            itemStyle: { color: style.second }, renderItem: whisker(style.second) },
+          { name: "plan, measured", ...whiskers(style.second, measured, x, up) },
           { name: "plan, measured", type: "scatter", symbol: "diamond", symbolSize: 13,
             itemStyle: { color: style.second },
             data: dots(measured, (p) => p.measured.mean, (p) => `plan for ${p.budget}: `
@@ -197,5 +215,7 @@
     } };
   }
 
-  Object.assign(globalThis.Bitquota, { frontierChart, measuresOf, spentText });
+  Object.assign(globalThis.Bitquota, {
+    averages, floorOf, frontierChart, lossAxes, measuresOf, spentText, whiskers,
+  });
 })();

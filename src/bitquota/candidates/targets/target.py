@@ -430,7 +430,6 @@ def per_width(
     name: str = "int{bits}",
     kinds: frozenset[LayerKind] = ALL_KINDS,
     column_multiple: int = 1,
-    row_multiple: int = 1,
 ) -> tuple[StorageFormat, ...]:
     """Return one format for each bit-width."""
     return tuple(
@@ -440,7 +439,6 @@ def per_width(
             scheme=scheme if isinstance(scheme, Scheme) else scheme(bits),
             kinds=kinds,
             column_multiple=column_multiple,
-            row_multiple=row_multiple,
         )
         for bits in widths
     )
