@@ -24,6 +24,7 @@ from bitquota.context import Context
 from bitquota.matrix import SensitivityMatrix
 from bitquota.request import PlanRequest
 from bitquota.service.security.watch import descendants
+from bitquota.solver.loading import load_kernels
 from live_server import LiveServer, train_and_export
 
 _WIDTHS = ((2, 4, 8), (2, 3, 4, 5, 6, 8))
@@ -136,6 +137,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--solves", type=int, default=60)
     options = parser.parse_args()
+    load_kernels()  # a new checkout compiles for a minute, longer than a request may wait
     with tempfile.TemporaryDirectory(prefix="bq-latency-") as name:
         folder = Path(name)
         files = train_and_export(folder)
@@ -162,7 +164,7 @@ def main() -> None:
                 f"p50 {1000 * p50:.0f} ms, p95 {1000 * ordered[int(0.95 * len(ordered))]:.0f} ms, "
                 f"processor {1000 * spent[how]:.0f} ms"
             )
-            good &= p50 < 0.15
+            good &= p50 <= 0.12
     sys.exit(0 if good else 1)
 
 

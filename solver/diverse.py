@@ -26,17 +26,32 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
 
+    class Options(Wishes, total=False):
+        """What may be said to ``alternatives``."""
 
-def top_k(
+        first: Solution | None
+        distance: int
+        weights: Sequence[int] | None
+        time_limit_s: float | None
+        clock: Callable[[], float]
+
+
+def top_k(problem: Problem, k: int, **options: Unpack[Options]) -> tuple[Solution, ...]:
+    """Return the ``alternatives`` that have a choice; arguments and errors as there."""
+    return tuple(s for s in alternatives(problem, k, **options) if s.choice is not None)
+
+
+def alternatives(
     problem: Problem,
     k: int,
     *,
+    first: Solution | None = None,
     distance: int = 1,
     weights: Sequence[int] | None = None,
     time_limit_s: float | None = None,
     clock: Callable[[], float] = time.monotonic,
     **wishes: Unpack[Wishes],
-) -> tuple[Solution, ...]:
+) -> list[Solution]:
     """Return up to ``k`` solutions, each the best that differs enough from all before it.
 
     "Differs enough" is one more row of zeros and weights per earlier choice: the groups that agree
@@ -46,8 +61,10 @@ def top_k(
 
     Args:
         problem: What to solve.
-        k: How many solutions at most. Fewer come when no other choice is left, or after the
-            first that a limit stopped: it may be worse than one that would follow.
+        k: How many solutions at most. Fewer come when no other choice is left (the last has none
+            and is infeasible), or after the first that a limit stopped: it may be worse than one
+            that would follow, or have no choice.
+        first: The answer to ``problem`` itself, where it is known.
         distance: Least total weight of the groups in which two solutions differ.
         weights: What each group counts, such as its number of weights; 1 each by default.
         time_limit_s: Seconds by ``clock`` in all.
@@ -64,8 +81,8 @@ def top_k(
         raise InvalidProblem(msg)
     # Solve, exclude what is too near to the choice, solve again.
     begin = clock()
-    found: list[Solution] = []
-    while len(found) < k:
+    found = [] if first is None else [first]
+    while len(found) < k and all(s.status is Status.OPTIMAL for s in found):
         choices = [solution.choice for solution in found if solution.choice is not None]
         rest = excluding(problem, choices, distance=distance, weights=weights)
         left = None if time_limit_s is None else max(0.0, time_limit_s - (clock() - begin))
@@ -75,12 +92,8 @@ def top_k(
             if not found:
                 raise
             break
-        if solution.choice is None:
-            break
         found.append(solution)
-        if solution.status is not Status.OPTIMAL:
-            break
-    return tuple(found)
+    return found
 
 
 def excluding(

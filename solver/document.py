@@ -8,7 +8,7 @@ from bitquota.errors import InvalidInput
 from bitquota.solver.conflicts import explain_infeasible
 from bitquota.solver.cross_check import cross_check as checked
 from bitquota.solver.dispatch import GAP, solve
-from bitquota.solver.diverse import top_k
+from bitquota.solver.diverse import alternatives
 from bitquota.solver.explain import explain as explained
 from bitquota.solver.frontiers import even_limits, frontier, smallest
 from bitquota.solver.posed_problem import Posed
@@ -40,7 +40,8 @@ def solve_document(
         problem: What to solve, perhaps read from a document.
         solver: Backend.
         top: Also list this many different choices, best first, under ``top``; 1 leaves it to the
-            document.
+            document. Where there are fewer, ``top_limit`` names the limit that stopped the search
+            for others, ``null`` if no others exist.
         explain: Add ``explanation``: the price of each budget, and what each group's bits buy.
         cross_check: Add ``cross_check``: the certificate verified, every other solver asked.
         on_certificate: Called with the certificate of the bound; other solvers than ours give none.
@@ -69,8 +70,12 @@ def solve_document(
     # What else was asked for.
     if top > 1:
         weights = [int(g < asked.shown) for g in range(problem.n_groups)]
-        others = top_k(problem, top, distance=asked.distance, weights=weights, **limits)
-        document["top"] = [solution_json(asked, other) for other in others]
+        others = alternatives(
+            problem, top, first=solution, distance=asked.distance, weights=weights, **limits
+        )
+        chosen = [other for other in others if other.choice is not None]
+        document["top"] = [solution_json(asked, other) for other in chosen]
+        document["top_limit"] = None if len(chosen) == top else others[-1].to_json()["limit"]
     if explain:
         document["explanation"] = explained(problem, solution).to_json()
     if cross_check:

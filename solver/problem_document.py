@@ -189,7 +189,7 @@ class ProblemDocument(Document):
         what="a problem",
         error=InvalidProblem,
         schema=SCHEMA,
-        advice="see docs/reference/problem.schema.json, or 'bitquota schema problem'",
+        advice="see docs/reference/problem.schema.json, or 'bitquota solve --schema'",
         left_out=(
             "matrix", "groups", "cross", "constant", "budgets", "at_most", "fixed", "forbidden",
             "forbidden_pairs", "required_pairs", "robust", "top", "distance",

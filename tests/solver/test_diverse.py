@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitquota.errors import BudgetTooSmall, InvalidProblem
+from bitquota.solver import solve
 from bitquota.solver.brute_force import feasible_choices
 from bitquota.solver.checker import check_solution
-from bitquota.solver.diverse import excluding, top_k
+from bitquota.solver.diverse import alternatives, excluding, top_k
+from bitquota.solver.solution import Limit
 from contracts.solver_backend import small
 from strategies import problems
 
@@ -98,3 +100,17 @@ class TestTopK:
         ticks = iter(range(10_000))
         found = top_k(small(), 5, time_limit_s=0.5, clock=lambda: float(next(ticks)))
         assert len(found) <= 1
+
+    def test_known_answer_is_not_sought_again(self):
+        """With the first given, the rest is what it would be; a limit after it is named."""
+        problem = small()
+        known = solve(problem)
+        found = alternatives(problem, 3, first=known)
+        assert known is found[0]
+        assert [s.objective for s in top_k(problem, 3)] == [s.objective for s in found]
+        ticks = iter(range(10_000))
+        cut = alternatives(
+            problem, 3, first=known, time_limit_s=0.0, clock=lambda: float(next(ticks))
+        )
+        assert len(cut) == 2
+        assert Limit.TIME is cut[1].limit

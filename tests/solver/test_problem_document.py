@@ -142,6 +142,18 @@ class TestPosed:
         assert ["W2", "W4"] == sorted(answer["labels"])
         first, second = (other["choice"] for other in answer["top"])
         assert all(a != b for a, b in zip(first, second, strict=True))
+        assert answer["top_limit"] is None
+
+    def test_alternatives_that_a_limit_cut_off(self):
+        """The answer says which limit left fewer choices than were asked for."""
+        cancelled = iter([False] * 3)
+        document = stated(top=3, budgets=[])
+        asked = posed(ProblemDocument.from_json(document), pytest.fail)
+        whole = solve_document(asked)
+        assert 3 == len(whole["top"])
+        answer = solve_document(asked, cancelled=lambda: next(cancelled, True))
+        assert len(answer["top"]) < 3
+        assert "cancelled" == answer["top_limit"]
 
     def test_groups_for_pairs_are_not_shown(self):
         """The answer speaks of the user's groups, also where alternatives are listed."""

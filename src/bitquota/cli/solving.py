@@ -383,6 +383,10 @@ def _print_solution(document: JsonObject) -> None:
             f"{k + 1}. objective {other['objective']:.6g}: {' '.join(other['labels'])}",
             highlight=False,
         )
+    if document.get("top_limit"):
+        output.console.print(
+            f"further choices were not found within the {document['top_limit']} limit"
+        )
     if "cross_check" in document:
         checked = document["cross_check"]
         verdict = checked["certificate"]
