@@ -66,6 +66,19 @@ def test_what_measures_better_is_what_ships(model, related, rounding, sentence):
     assert again.measured.mean == pytest.approx(plan.measured.mean, rel=0.5)
 
 
+def test_quick_compares_with_nearest_only_where_the_race_leaves_doubt(model):
+    """Layers that are rounded apart were raced: what clearly gains over that is not questioned."""
+    _, plan = planned(model, samples(related=True), effort="quick")
+    told = plan.provenance["rounding"]
+    assert plan.rounding == told["to"] == "qep"
+    assert told["apart_worse_by"] > told["standard_error"]
+    assert "layer by layer" in rounding_sentences(plan)[0]
+
+    _, plan = planned(model, samples(related=False), effort="quick")
+    assert plan.rounding == "nearest"
+    assert plan.provenance["rounding"]["nearest_worse_by"] < 0
+
+
 def test_moments_that_do_not_fit_into_memory_are_not_taken(model):
     """The first layer's alone take 64 times 64 numbers of eight bytes."""
     _, plan = planned(model, samples(related=True), memory=8 * 64 * 64)

@@ -303,9 +303,14 @@ def _rounded_sentences(plan: Plan) -> list[str]:
     rounding = "to nearest" if to_nearest else f"by {plan.rounding}"
     if about and "blocks" in about:
         return [_learning_sentence(rounding, about)]
-    if not about or "nearest_worse_by" not in about:
+    if not about or "standard_error" not in about:
         return [f"Weights are rounded {rounding}."]
-    difference = f"{abs(about['nearest_worse_by']):.3g} ± {about['standard_error']:.2g}"
+    apart = "apart_worse_by" in about
+    worse_by = about["apart_worse_by" if apart else "nearest_worse_by"]
+    difference = f"{abs(worse_by):.3g} ± {about['standard_error']:.2g}"
+    if apart:
+        beside = "layer by layer, without errors fed on,"
+        return [f"Weights are rounded {rounding}: {beside} the plan measured {difference} worse."]
     if to_nearest:
         return [f"Weights are rounded to nearest: by qep the plan measured {difference} worse."]
     return [f"Weights are rounded {rounding}: to nearest the plan measured {difference} worse."]

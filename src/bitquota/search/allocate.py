@@ -243,7 +243,13 @@ def _search(
         least = _widest(setup, source.matrix, {n: c for n, c in baselines.items() if n in simple})
         scored = {} if quick else {n: baselines[n] for n in source.scores}
         baselines = least | {n: c for n, c in scored.items() if c in starts.values()}
-    return Outcome(choice=found.choice, baselines=baselines, optimum=optimum, last=found.last)
+    return Outcome(
+        choice=found.choice,
+        baselines=baselines,
+        optimum=optimum,
+        last=found.last,
+        raced=found.per_sample,
+    )
 
 
 def _promising(
