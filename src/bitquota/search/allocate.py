@@ -14,6 +14,7 @@ from bitquota.search.baselines import baseline_choices, largest
 from bitquota.search.measured_plan import Outcome, measured_plan
 from bitquota.search.phases import course_of, measure_phase, plan_phases, refinement_settings
 from bitquota.search.portfolio import (
+    by_scores,
     gather_portfolio,
     leading_measure,
     measure_leading,
@@ -88,10 +89,11 @@ def allocate(
 ) -> Allocation:
     """Measure the model, solve for every budget, verify by measuring, and return the best.
 
-    The plan of a budget is the choice with the smallest *measured* loss on the hold-out part of
-    the calibration set among the refined choice and all baselines that fit the same budget, so
-    it never loses to one of its own baselines there. The hold-out part has also decided between
-    the steps of the refinement: its figures are a little better than those of new samples.
+    The plan of a budget is the refined choice, unless a uniform plan that fits the same budget has
+    a smaller *measured* loss on the hold-out part of the calibration set, or another baseline one
+    that is smaller by more than two paired standard errors: the best of many measured ones is
+    lucky. The hold-out part has also decided between the steps of the refinement: its figures are
+    a little better than those of new samples.
 
     Args:
         model: From ``bitquota.models.load_model``.
@@ -239,7 +241,7 @@ def _search(
         settings=refinement_settings(setup),
         context=setup.context,
     )
-    if quick or setup.stacked is not None:
+    if quick or by_scores(setup):
         least = _widest(setup, source.matrix, {n: c for n, c in baselines.items() if n in simple})
         scored = {} if quick else {n: baselines[n] for n in source.scores}
         baselines = least | {n: c for n, c in scored.items() if c in starts.values()}

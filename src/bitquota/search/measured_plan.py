@@ -18,6 +18,7 @@ from bitquota.search.baselines import uniform_mixes
 from bitquota.search.evidence import gather_evidence
 from bitquota.search.phases import choices_phase
 from bitquota.search.problems import choice_of, limits_of
+from bitquota.search.refinement import CLEARLY
 from bitquota.sensitivity.recorder import standard_error
 from bitquota.solver import Status
 
@@ -179,8 +180,7 @@ def _compare(
     own = {f"refined {k}": c for k, c in enumerate(dict.fromkeys(refined))}
     own = {name: choice for name, choice in own.items() if problem.is_feasible(choice)}
     measured = _measure_choices(setup, own | outcome.baselines, stage, first)
-    # Ties go to the refined choice, which comes first.
-    leading = min(own, key=lambda name: measured[name].mean)
+    leading = _trusted(measured, list(own))
     choices = {SOLVER: own[leading], **outcome.baselines}
     measured[SOLVER] = measured[leading]
     # What is uniform at the same bytes: the best of a few mixes of two widths.
@@ -194,11 +194,30 @@ def _compare(
         mix = min(mixes, key=lambda name: losses[name].mean)
         choices[mix], measured[mix] = mixes[mix], losses[mix]
     # Rounding is learned for the best choice alone.
-    best = min(choices, key=lambda name: measured[name].mean)
+    best = _best(measured, list(choices))
     if setup.request.rounding == LEARNED and setup.fitted.order is not None:
         setup, learned, rounding = _with_learning(setup, choices[best], measured[best], stage)
         measured |= {name: learned for name in choices if choices[name] == choices[best]}
     return _Compared(setup=setup, choices=choices, measured=measured, best=best, rounding=rounding)
+
+
+def _trusted(measured: Mapping[str, ChoiceLoss], names: Sequence[str]) -> str:
+    """Return the first of the names, or the best of those that are clearly better."""
+    first = measured[names[0]]
+
+    def clearly_better(name: str) -> bool:
+        worse_by, error = first.paired(measured[name])
+        return worse_by > CLEARLY * error
+
+    better = filter(clearly_better, names[1:])
+    return min(better, key=lambda name: measured[name].mean, default=names[0])
+
+
+def _best(measured: Mapping[str, ChoiceLoss], names: Sequence[str]) -> str:
+    """Return the choice that ships: nobody should have to take a mix that is worse than uniform."""
+    uniform = [name for name in names if name.startswith("uniform")]
+    trusted = _trusted(measured, [name for name in names if name not in uniform])
+    return min([trusted, *uniform], key=lambda name: measured[name].mean)
 
 
 def _uniform_mixes(

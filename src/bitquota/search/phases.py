@@ -17,7 +17,7 @@ from bitquota.progress import Course
 from bitquota.quantizers.stack_rounding import ROUNDING
 from bitquota.search.baselines import baseline_choices, size_only
 from bitquota.search.evidence import drawn_choices
-from bitquota.search.portfolio import leading_measure, proposing_metrics, raced_samples
+from bitquota.search.portfolio import by_scores, leading_measure, proposing_metrics, raced_samples
 from bitquota.search.problems import choice_of, limits_of, solved
 from bitquota.search.refine import expected_passes
 from bitquota.search.refinement import EFFORTS, RefineSettings
@@ -73,8 +73,7 @@ def refinement_settings(setup: Setup) -> RefineSettings:
     """Return how much a search may do: around a plan without alternatives there is nothing."""
     if setup.request.refine and len(setup.table.rows) > len(setup.table.groups):
         settings = EFFORTS[setup.request.effort]
-        # Nothing is linearised that is walked part by part.
-        return settings if setup.stacked is None else replace(settings, iterations=0)
+        return replace(settings, iterations=0) if by_scores(setup) else settings
     # What is left are the proposals, measured.
     return EFFORTS["quick"]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from bitquota.corrections import SAMPLES_REPAIR
 from bitquota.errors import InvalidInput
 from bitquota.search.baselines import size_only, weight_mse
 from bitquota.search.projection import project
@@ -75,10 +76,21 @@ NORMAL_PASSES = 96.0
 """Passes that measuring every candidate may take if the effort is normal; else on fewer samples."""
 
 
+def by_scores(setup: Setup) -> bool:
+    """Whether cheap scores propose, measured swaps refine, and nothing is linearised.
+
+    So for language models, whose passes are dear, and, unless the effort is thorough, where
+    corrections repair what layers lose together: there cheap scores propose as good plans as
+    output differences do, which see the rest of it only as noise.
+    """
+    repaired = SAMPLES_REPAIR & set(setup.request.corrections)
+    return setup.stacked is not None or (setup.request.effort == "normal" and bool(repaired))
+
+
 def measure_of(setup: Setup) -> Measure:
     """Return the measure that a request means, where the model allows it."""
     request = setup.request
-    cheap = request.effort == "quick" or setup.stacked is not None
+    cheap = request.effort == "quick" or by_scores(setup)
     if setup.inventory.caches and setup.stacked is None:
         # Only a walk from part to part scores caches; here they are measured.
         cheap = False
@@ -251,6 +263,7 @@ def measure_leading(
 __all__ = [
     "GRAM",
     "Portfolio",
+    "by_scores",
     "gather_portfolio",
     "leading_measure",
     "measure_leading",

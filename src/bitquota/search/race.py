@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bitquota.search.refinement import CLEARLY
 from bitquota.sensitivity.measures.choices import measure_choices
 from bitquota.sensitivity.recorder import standard_error
 
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 
     from bitquota.search.neighborhood import Choice
     from bitquota.search.validation import HoldOut
-
-CLEARLY = 2.0
-"""A choice is dropped when it is worse than the best by more than so many standard errors."""
 
 LEAST_SAMPLES = 32
 """Fewer samples drop nobody: their standard errors mean little."""

@@ -93,7 +93,7 @@ class _Search:
         gain, error = holdout.gain(best, current)
         for block in range(1, min(len(holdout.blocks), 1 + _MORE_BLOCKS)):
             contenders = sorted(contenders, key=lambda c: (-holdout.gain(c, current)[0], c))
-            contenders = [c for c in contenders if _open(holdout.gain(c, best), 2 * errors)]
+            contenders = [c for c in contenders if _open(holdout.gain(c, best), errors)]
             contenders = [best, *(c for c in contenders if c != best)][:_CONTENDERS]
             again = list(dict.fromkeys([current, *contenders]))
             if not _open((gain, error), errors) or len(again) == 1:
@@ -223,8 +223,8 @@ def expected_passes(
 
 
 def _open(gain: tuple[float, float], errors: float) -> bool:
-    """Whether more samples may decide otherwise; the best of many must be twice as clear."""
-    return -errors * gain[1] <= gain[0] <= 2 * errors * gain[1]
+    """Whether more samples may decide otherwise: for what measured a little worse, hardly."""
+    return -errors / 2 * gain[1] <= gain[0] <= errors * gain[1]
 
 
 def refine(

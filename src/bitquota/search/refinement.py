@@ -29,6 +29,9 @@ class Solve(Protocol):
         ...
 
 
+CLEARLY = 2.0
+"""Paired standard errors by which one choice must be better than another to be held for better."""
+
 LEAST_PASSES = 96.0
 """What a refinement may always spend: of a small model everything is cheap."""
 
@@ -50,7 +53,8 @@ class RefineSettings:
         swap_rounds: Rounds of measured swaps, at most, each time linearisation is stuck.
         patience: Rounds of swaps in a row that may fail before the search ends.
         swaps: Swaps measured in each round.
-        accept_errors: A step must improve by this many paired standard errors.
+        accept_errors: A step must improve by this many paired standard errors: it is the best of
+            many that were measured.
         effort: No linearisation or round of swaps is begun that would lead beyond this many times
             the forward-equivalents of a linearisation around full precision, or beyond ``least``
             where that is more. What the ledger holds counts as if it were run,
@@ -68,7 +72,7 @@ class RefineSettings:
     swap_rounds: int = 6
     patience: int = 2
     swaps: int = 8
-    accept_errors: float = 1.0
+    accept_errors: float = CLEARLY
     effort: float | None = 2.0
     least: float = LEAST_PASSES
 
