@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "bitquota/plan/1"
 SOLVER = "solver"
-"""``Plan.selected`` when the solver's own plan measured best."""
+"""``Plan.selected`` when no baseline measured better than the solver's own plan."""
 
 WEIGHTS_SUFFIX = ".weights.safetensors"
 """Takes the place of ``.json`` in the name of a plan's file of quantized weights."""
