@@ -1,4 +1,4 @@
-"""The whole chain on a real network: never clearly worse than a baseline, exact budgets, same bytes."""
+"""The whole chain on a real network: never clearly worse than a baseline, exact budgets."""
 
 from __future__ import annotations
 
