@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from bitquota.errors import InvalidModel
 from bitquota.models.batch_norm import Moments, as_returned, observed, run_moved
 from bitquota.models.calls import batch_norm_call, layer_call, operator_name
+from bitquota.models.products import OperatorWatcher
+from bitquota.models.pt2.program import Program, program_of
 from bitquota.models.running import tensor_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor, nn
     from torch.export import ExportedProgram
@@ -52,28 +54,21 @@ class Graph:
         inventory: Inventory,
         inputs: tuple[Tensor, ...],
     ) -> None:
-        program = _export(module, inputs)
-        signature = program.graph_signature
-        self.constants: dict[fx.Node, Any] = {}
+        program = program_of(module, inputs) or _export(module, inputs)
         self.input_nodes: list[fx.Node] = []
         self.weight_nodes: dict[str, list[fx.Node]] = {la.name: [] for la in inventory.layers}
         owner = {id(tensor_of(module, la.weight_name)): la.name for la in inventory.layers}
-        tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        lifted = signature.inputs_to_lifted_tensor_constants
+        for node, value in program.constants.items():
+            if id(value) in owner:
+                self.weight_nodes[owner[id(value)]].append(node)
+        self.constants = {
+            node: value.detach() if isinstance(value, torch.Tensor) else value
+            for node, value in program.constants.items()
+        }
         self.operations: list[Operation] = []
         for node in program.graph.nodes:
-            if node.op == "placeholder":
-                if node.name in tensors:
-                    value = tensor_of(module, tensors[node.name])
-                    self.constants[node] = value.detach()
-                    if id(value) in owner:
-                        self.weight_nodes[owner[id(value)]].append(node)
-                elif node.name in lifted:
-                    self.constants[node] = program.constants[lifted[node.name]]
-                else:
-                    self.input_nodes.append(node)
-            elif node.op == "get_attr":
-                self.constants[node] = getattr(program.graph_module, str(node.target))
+            if node.op == "placeholder" and node not in self.constants:
+                self.input_nodes.append(node)
             elif node.op == "call_function":
                 self.operations.append(
                     Operation(
@@ -85,7 +80,7 @@ class Graph:
                 )
             elif node.op == "output":
                 self.results = node.args[0]
-        self.out_spec = program.call_spec.out_spec
+        self.out_spec = program.out_spec
         self.by_node = {op.node: op for op in self.operations}
         self.output_nodes = _nodes(self.results)
         self.channel_axes: dict[fx.Node, int] = {}
@@ -124,14 +119,14 @@ class Graph:
         multiplied: dict[str, list[tuple[fx.Node, int]]] = {}
         with torch.no_grad():
             for op in self.operations:
-                with FlopCounterMode(display=False) as counter:
+                with _FlopCounter() as counter:
                     value = self.execute(op, values.__getitem__, self.constants)
                 if isinstance(value, torch.Tensor):
                     product = self._layer_product(op, values.__getitem__, weights)
                     if product is not None:
                         layer, axis = product
                         multiplied.setdefault(layer, []).append((op.node, axis))
-                op.macs = counter.get_total_flops() / 2
+                op.macs = counter.flops / 2
                 op.n_bytes = _n_bytes(value)
                 values[op.node] = value
                 if op.node in static:
@@ -231,7 +226,27 @@ class Graph:
         return torch.utils._pytree.tree_unflatten(list(flat), self.out_spec)  # noqa: SLF001
 
 
-def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+class _FlopCounter(OperatorWatcher):
+    """Counts as ``torch.utils.flop_counter.FlopCounterMode`` does, which imports the compiler."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        del types
+        named = kwargs or {}
+        with self:
+            parts = func.decompose(*args, **named)
+        if parts is not NotImplemented:
+            return parts
+        value = func(*args, **named)
+        if formula := flop_registry.get(func.overloadpacket):
+            self.flops += formula(*args, **named, out_val=value)
+        return value
+
+
+def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
     try:
         # The exporter warns about its own internals; its errors are wrapped below.
         with warnings.catch_warnings(), torch.no_grad():
@@ -249,7 +264,25 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
     if not _is_functional(program) or program.graph_signature.buffers_to_mutate:
         msg = "the model must not change its tensors in place in eval mode to be run as a graph"
         raise InvalidModel(msg)
-    return program
+    return Program(
+        graph=program.graph,
+        constants=dict(_constants(program, module)),
+        out_spec=program.call_spec.out_spec,
+    )
+
+
+def _constants(program: ExportedProgram, module: nn.Module) -> Iterator[tuple[fx.Node, Any]]:
+    """Yield each node of the program that stands for a tensor of the model, and that tensor."""
+    signature = program.graph_signature
+    tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    lifted = signature.inputs_to_lifted_tensor_constants
+    for node in program.graph.nodes:
+        if node.name in tensors:
+            yield node, tensor_of(module, tensors[node.name])
+        elif node.name in lifted:
+            yield node, program.constants[lifted[node.name]]
+        elif node.op == "get_attr":
+            yield node, getattr(program.graph_module, str(node.target))
 
 
 def _replace_last_uses(module: fx.GraphModule) -> None:

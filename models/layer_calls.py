@@ -74,6 +74,40 @@ class MatrixOfOperator(nn.Linear):
         self.kind = kind
 
 
+def call_of_module(module: nn.Module, x: Any) -> tuple[str, tuple[Any, ...]] | None:  # noqa: ANN401
+    """Return the call that ``module_for_call`` turned into ``module``: operator and arguments.
+
+    Args:
+        module: One of its modules.
+        x: What stands for the module's input; it comes back among the arguments.
+
+    Returns:
+        ``None`` for every other module, and where hooks do more than the operator does.
+    """
+    kind, m = type(module), vars(module) | module._parameters | module._buffers  # noqa: SLF001
+    if module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001
+        return None
+    for target, (convolution, _) in (_CONVOLUTIONS | _TRANSPOSED).items():
+        if kind is not convolution or target.endswith(".padding") != isinstance(m["padding"], str):
+            continue
+        if m["padding_mode"] != "zeros":
+            return None
+        transposed = target in _TRANSPOSED
+        rest = ["output_padding", "groups", "dilation"] if transposed else ["dilation", "groups"]
+        return target, (x, *(m[n] for n in ["weight", "bias", "stride", "padding", *rest]))
+    if kind is nn.Linear:
+        return "torch.ops.aten.linear.default", (x, m["weight"], m["bias"])
+    if kind is nn.Embedding and m["max_norm"] is None:
+        return "torch.ops.aten.embedding.default", (m["weight"], x)
+    if kind in _BATCH_NORMS.values() and not module.training and m["running_mean"] is not None:
+        tensors = [m[n] for n in ["weight", "bias", "running_mean", "running_var"]]
+        settings = (False, m["momentum"], m["eps"], torch.backends.cudnn.enabled)
+        return "torch.ops.aten.batch_norm.default", (x, *tensors, *settings)
+    if kind is Conv1D:
+        return "torch.ops.aten.addmm.default", (m["bias"], x, m["weight"])
+    return None
+
+
 def module_for_call(
     target: str,
     root: nn.Module,

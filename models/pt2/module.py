@@ -62,6 +62,18 @@ class Step:
     free: tuple[int, ...] = ()
     operator: str = ""
 
+    def given(self, values: Mapping[int, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments, with what ``values`` has for each earlier result."""
+
+        def resolve(arg: Any) -> Any:  # noqa: ANN401  # an operator's argument
+            if isinstance(arg, _Value):
+                return values[arg.index]
+            if isinstance(arg, (list, tuple)):
+                return [resolve(a) for a in arg]
+            return arg
+
+        return [resolve(a) for a in self.args], {n: resolve(a) for n, a in self.kwargs.items()}
+
 
 def dynamic_axes(module: nn.Module, n_inputs: int, axes: Mapping[int, Any]) -> tuple[Any, ...]:
     """Return ``dynamic_shapes`` of torch's exporters: the same ``axes`` for each input.
@@ -94,6 +106,10 @@ class ExportedModel(nn.Module):
             self.register_buffer(name, buffer)
         self._steps, self._result = _steps(graph)
 
+    def calls(self) -> tuple[tuple[Step, ...], int | tuple[int, ...]]:
+        """Return the steps, and which of their values are the output."""
+        return self._steps, self._result
+
     def computation(self) -> Computation:
         """Return what the calls compute, for the digest of the model."""
         describe, stored = Description(), set(self.state_dict(keep_vars=True))
@@ -114,14 +130,6 @@ class ExportedModel(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:  # noqa: ANN401  # a tensor, or a tuple of them
         """Run all calls on ``inputs`` and return the graph's output, or a tuple of several."""
         values: dict[int, Any] = {}
-
-        def resolve(arg: Any) -> Any:  # noqa: ANN401  # an operator's argument
-            if isinstance(arg, _Value):
-                return values[arg.index]
-            if isinstance(arg, (list, tuple)):
-                return [resolve(a) for a in arg]
-            return arg
-
         if len(inputs) != len(self.declared):
             names = ", ".join(entry.name for entry in self.declared)
             msg = f"the model takes {len(self.declared)} inputs ({names}); got {len(inputs)}"
@@ -136,8 +144,8 @@ class ExportedModel(nn.Module):
                 call: Callable[..., Any] = step.target
                 if step.kind == "module":
                     call = self.get_submodule(step.target)
-                kwargs = {name: resolve(arg) for name, arg in step.kwargs.items()}
-                values[index] = call(*[resolve(arg) for arg in step.args], **kwargs)
+                args, kwargs = step.given(values)
+                values[index] = call(*args, **kwargs)
             for done in step.free:
                 del values[done]
         if isinstance(self._result, tuple):
