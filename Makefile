@@ -9,7 +9,8 @@ DEMO_INSTALLED := $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(VENV)/.installed-
 KERNELS := $(VENV)/.kernels
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Files are handed out in the order of tests/conftest.py: the longest first. For two cores; the whole
-# suite takes a third process, because those with live servers wait for these most of the time.
+# suite takes four processes, because those with live servers wait for these most of the time: with
+# three, an idle machine's two cores were busy for four fifths of it.
 PYTEST_ARGS ?= --dist loadfile --no-loadscope-reorder
 # The parts of the library one by one. What starts servers, processes or a browser, trains, or runs a
 # whole chain is left to `make test`; within these folders such tests are marked `slow`.
@@ -78,7 +79,7 @@ imports: $(INSTALLED)
 	@tail -1 .imports.log | sed 's/^/imports: /'; sed -n '/Contracts:/p' .imports.log; rm -f .imports.log
 
 pytest: $(INSTALLED)
-	@$(BIN)/pytest -n 3 $(PYTEST_ARGS)
+	@$(BIN)/pytest -n 4 $(PYTEST_ARGS)
 
 # Sizes that only show that each one runs; the files say how to run them in full.
 SMALL_sensitivity := --tiny

@@ -79,7 +79,7 @@ def build_problem(
         limits=np.array(limits, dtype=np.int64),
         resources=tuple(resources),
         groups=table.groups,
-        labels=tuple(row.label for row in table.rows),
+        labels=table.labels,
         constant=matrix.constant,
         allowed=allowed,
     )

@@ -10,11 +10,12 @@ Design: docs/design/sandbox.md
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import threading
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -38,6 +39,8 @@ _WAIT_S = 60.0
 """Seconds that a task may wait for its turn."""
 
 _RETRY_AFTER_S = 5
+_KEPT_BYTES = 32 * 2**20
+"""Of answers that stay good, together."""
 
 
 @dataclass(slots=True, eq=False)
@@ -96,6 +99,8 @@ class TaskPool:
         self._idle: list[_Process] = []
         self._busy: set[_Process] = set()
         self._closed = False
+        self._kept: OrderedDict[str, tuple[JsonObject, bytes]] = OrderedDict()
+        self._kept_bytes = 0
 
     async def run(
         self,
@@ -105,6 +110,7 @@ class TaskPool:
         *,
         what: str,
         resolve: Callable[[JsonObject], JsonObject] | None = None,
+        lasting: bool = False,
     ) -> tuple[JsonObject, bytes]:
         """Return the verdict of a task, and the bytes that it made, if it makes any.
 
@@ -114,6 +120,7 @@ class TaskPool:
             arguments: Of the task, as JSON.
             what: What it reads, for errors: ``the upload``.
             resolve: Answers what the task asks back, in a thread.
+            lasting: Equal arguments always lead to the same answer, which may be kept.
 
         Raises:
             BitquotaError: As the task raised it, or ``resolve``.
@@ -121,6 +128,31 @@ class TaskPool:
             InvalidInput: It failed in a way that was not foreseen.
             Unavailable: Too many others are waiting.
         """
+        key = f"{task} {json.dumps(arguments, sort_keys=True)}" if lasting else ""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        answer = await self._run(tenant, task, arguments, what, resolve)
+        if lasting:
+            self._keep(key, answer)
+        return answer
+
+    def _keep(self, key: str, answer: tuple[JsonObject, bytes]) -> None:
+        """Keep an answer; those that were asked for longest ago make room."""
+        if key not in self._kept:
+            self._kept_bytes += _size(answer)
+        self._kept[key] = answer
+        while self._kept_bytes > _KEPT_BYTES:
+            self._kept_bytes -= _size(self._kept.popitem(last=False)[1])
+
+    async def _run(
+        self,
+        tenant: str,
+        task: str,
+        arguments: JsonObject,
+        what: str,
+        resolve: Callable[[JsonObject], JsonObject] | None,
+    ) -> tuple[JsonObject, bytes]:
         self._waiting[tenant] += 1
         own = self._by_tenant[tenant]
         try:
@@ -250,3 +282,7 @@ class TaskPool:
                 line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
             )
         )
+
+
+def _size(answer: tuple[JsonObject, bytes]) -> int:
+    return len(json.dumps(answer[0])) + len(answer[1])

@@ -99,7 +99,7 @@ def export_choices(plans: Sequence[Plan]) -> list[JsonObject]:
     kept = [
         {"name": f"{name} (target)", "request": {"target": name}}
         for name, target in TARGETS.items()
-        if any(not plan.violations(target) for plan in plans)
+        if any(plan.fits(target) for plan in plans)
     ]
     formats = dict.fromkeys(target.exporter for target in TARGETS.values())
     return kept + [{"name": name, "request": {"format": name}} for name in formats]

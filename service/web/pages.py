@@ -148,7 +148,7 @@ def asset_url(name: str) -> str:
 
 
 @router.get("/static/{version}/{name}")
-def static(version: str, name: str) -> Response:
+async def static(version: str, name: str) -> Response:
     """Return a file of the pages; it may be kept for ever under this address."""
     asset = assets().get(name)
     if asset is None or asset.version != version:

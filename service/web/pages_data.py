@@ -234,7 +234,9 @@ async def draw(
     """Return what a task of ``chart_tasks`` makes of a job's files."""
     order = await run_in_threadpool(lambda: chart_order(service, service.jobs.get(tenant, job_id)))
     pool = service.solvers if task == "report" else service.readers  # a report solves
-    return await pool.run(tenant, task, order | more, what="what the job left")
+    # Files are named by their content; a report is large, and made for one download.
+    kept = task != "report"
+    return await pool.run(tenant, task, order | more, what="what the job left", lasting=kept)
 
 
 async def runs(service: State, tenant: str, job_ids: Sequence[str]) -> list[JsonObject]:

@@ -25,7 +25,7 @@ from bitquota.corrections import Correction
 from bitquota.errors import InvalidPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from bitquota.candidates.storage import StorageSize
@@ -400,15 +400,20 @@ class Plan(Document):
 
     def violations(self, target: Target) -> tuple[Violation, ...]:
         """Return every rule of ``target`` that the plan breaks; empty if it can store the plan."""
-        cached = [a.cache for a in self.caches], [a.candidate for a in self.caches]
-        return (
-            *target.check(
-                [a.layer for a in self.assignments],
-                [a.candidate for a in self.assignments],
-                self.unquantized,
-            ),
-            *target.check_caches(*cached),
+        return tuple(self._broken(target))
+
+    def _broken(self, target: Target) -> Iterator[Violation]:
+        yield from target.check(
+            [a.layer for a in self.assignments],
+            [a.candidate for a in self.assignments],
+            self.unquantized,
         )
+        cached = [a.cache for a in self.caches], [a.candidate for a in self.caches]
+        yield from target.check_caches(*cached)
+
+    def fits(self, target: Target) -> bool:
+        """Return whether ``target`` can store the plan: whether it has no ``violations``."""
+        return next(self._broken(target), None) is None
 
     def require(self, target: Target) -> None:
         """Raise ``InvalidPlan`` with every layer named, unless ``target`` can store the plan."""

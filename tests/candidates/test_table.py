@@ -310,6 +310,14 @@ class TestCandidateTable:
             assert expected == found.tolist()
             assert found.dtype == np.int64
 
+    def test_what_is_computed_once_cannot_be_changed(self):
+        """Every solve gets the same arrays."""
+        table = enumerate_candidates(inventory("a", "b"), weight_bits=(2, 4))
+        for found in (table.costs("size_bits"), table.offsets, table.group_of_row):
+            with pytest.raises(ValueError, match="read-only"):
+                found[0] = 1
+        assert table.costs("size_bits") is table.costs("size_bits")
+
     def test_costs_are_covered_for_every_resource(self):
         table = CandidateTable(rows=(row("g", 2),))
         assert all(len(table.costs(resource)) == 1 for resource in RESOURCES)

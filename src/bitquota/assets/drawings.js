@@ -15,18 +15,23 @@
   function chart(label, className, option) {
     const place = make("div", { class: `chart ${className}`, role: "img", "aria-label": label });
     let drawing = null;
+    let zoomed = null;
+    function begin() {
+      const made = echarts.init(place, null, { renderer: "canvas" });
+      made.on("datazoom", (event) => {
+        const { start, end } = event.batch ? event.batch[0] : event;
+        zoomed = { start, end };
+      });
+      return made;
+    }
     function draw() {
       if (!place.isConnected) return;
       const style = theme();
-      if (!drawing) drawing = echarts.init(place, null, { renderer: "canvas" });
-      else drawing.resize();
+      if (!drawing) drawing = begin();
+      else if (place.clientWidth !== drawing.getWidth()) drawing.resize();
       const wanted = option(style, place.clientWidth);
-      const before = drawing.getOption();
-      if (before && before.dataZoom && before.dataZoom[0] && wanted.dataZoom && wanted.dataZoom[0]) {
-        // Whoever has zoomed in stays there while the slider moves.
-        Object.assign(wanted.dataZoom[0],
-          { start: before.dataZoom[0].start, end: before.dataZoom[0].end });
-      }
+      // Whoever has zoomed in stays there while the slider moves.
+      if (zoomed && wanted.dataZoom && wanted.dataZoom[0]) Object.assign(wanted.dataZoom[0], zoomed);
       drawing.setOption(
         { animation: false, textStyle: { fontFamily: style.font, color: style.ink },
           backgroundColor: "transparent", ...wanted },

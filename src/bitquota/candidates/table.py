@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
@@ -153,6 +154,11 @@ class Candidate(Document):
         )
 
 
+def _read_only(array: NDArray[np.int64]) -> NDArray[np.int64]:
+    array.flags.writeable = False
+    return array
+
+
 def _code_bits(numbers: int, weight_bits: int, scheme: Scheme) -> int:
     """Return the bits of ``numbers`` codes, as many in each row."""
     widths = scheme.row_bits
@@ -225,9 +231,12 @@ def spent_on(resource: str, candidates: Sequence[Candidate]) -> int:
     raise InvalidInput(msg, resource=resource)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CandidateTable(Document):
-    """All rows of all decision groups, groups contiguous and in module order."""
+    """All rows of all decision groups, groups contiguous and in module order.
+
+    What follows from the rows is computed once: every solve asks for it again.
+    """
 
     rows: tuple[Row, ...]
 
@@ -249,29 +258,41 @@ class CandidateTable(Document):
             known.add(row.candidates)
             previous = row.group
 
-    @property
+    @cached_property
     def groups(self) -> tuple[str, ...]:
         """Group names in order."""
         return tuple(dict.fromkeys(row.group for row in self.rows))
 
-    @property
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The label of every row."""
+        return tuple(row.label for row in self.rows)
+
+    @cached_property
     def offsets(self) -> NDArray[np.int64]:
         """``i64[G+1]``: group ``g`` owns the rows ``offsets[g]:offsets[g+1]``."""
         counts = dict.fromkeys(self.groups, 0)
         for row in self.rows:
             counts[row.group] += 1
-        return np.cumsum([0, *counts.values()], dtype=np.int64)
+        return _read_only(np.cumsum([0, *counts.values()], dtype=np.int64))
 
-    @property
+    @cached_property
     def group_of_row(self) -> NDArray[np.int64]:
         """``i64[n]``: index of the group that each row belongs to."""
         index = {group: g for g, group in enumerate(self.groups)}
-        return np.array([index[row.group] for row in self.rows], dtype=np.int64)
+        return _read_only(np.array([index[row.group] for row in self.rows], dtype=np.int64))
+
+    @cached_property
+    def _known_costs(self) -> dict[str, NDArray[np.int64]]:
+        return {}
 
     def costs(self, resource: str) -> NDArray[np.int64]:
         """Return ``i64[n]``: what each row takes of ``resource``, see ``spent_on``."""
-        values = [spent_on(resource, row.candidates) for row in self.rows]
-        return np.array(values, dtype=np.int64)
+        known = self._known_costs
+        if resource not in known:
+            values = [spent_on(resource, row.candidates) for row in self.rows]
+            known[resource] = _read_only(np.array(values, dtype=np.int64))
+        return known[resource]
 
     def decode(self, choice: Sequence[int]) -> tuple[Candidate, ...]:
         """Return the chosen candidate of every layer.

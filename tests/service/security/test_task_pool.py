@@ -8,6 +8,7 @@ import anyio.lowlevel
 import pytest
 
 from bitquota.errors import BitquotaError, InvalidModel, TooLarge, Unavailable
+from bitquota.service.security import task_pool
 from bitquota.service.security.task_pool import TaskPool
 from live_server import npz
 
@@ -70,6 +71,25 @@ class TestTaskPool:
             (process,) = pool._idle
             used.add(process.process.pid)
         assert len(used) == 1
+
+    def test_a_lasting_answer_is_kept_and_others_are_not(self, pools, tmp_path, monkeypatch):
+        """Until newer ones take its room."""
+        pool, sent = pools(), order(tmp_path / "x", npz())
+
+        def lasting(arguments):
+            call = {"what": "the upload", "lasting": True}
+            return anyio.run(lambda: pool.run("ann", "inspect", arguments, **call))[0]
+
+        assert ask(pool, sent) == lasting(sent) == {"format": "npz"}
+        (tmp_path / "x").write_bytes(b"no longer")
+        assert lasting(sent) == {"format": "npz"}
+        with pytest.raises(BitquotaError):
+            ask(pool, sent)
+        monkeypatch.setattr(task_pool, "_KEPT_BYTES", 20)
+        assert lasting(order(tmp_path / "y", npz())) == {"format": "npz"}
+        assert len(pool._kept) == 1
+        with pytest.raises(BitquotaError):
+            lasting(sent)
 
     def test_one_tenant_does_not_take_every_process(self, pools, tmp_path):
         """Four slow tasks of one tenant do not come before the one that another asks for later."""

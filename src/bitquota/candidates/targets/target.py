@@ -23,7 +23,7 @@ from bitquota.codec import Document, Form
 from bitquota.errors import InvalidInput, InvalidPlan, UnknownLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from bitquota.candidates.layers import Cache, Inventory, Layer, UnquantizedTensor
 
@@ -351,13 +351,17 @@ class Target(Document):
         layers: Sequence[Layer],
         candidates: Sequence[Candidate],
         unquantized: Sequence[UnquantizedTensor],
-    ) -> tuple[Violation, ...]:
-        """Return every rule that one candidate for each layer breaks; see ``Plan.violations``."""
-        found = [
-            Violation(layers=(layer.name,), reason=reason)
-            for layer, candidate in zip(layers, candidates, strict=True)
-            if (reason := self._refusal(layer, candidate))
-        ]
+    ) -> Iterator[Violation]:
+        """Yield every rule that one candidate for each layer breaks; see ``Plan.violations``."""
+        # Most layers of a model are like others.
+        known: dict[object, str | None] = {}
+        for layer, candidate in zip(layers, candidates, strict=True):
+            alike = (layer.kind, layer.rows, layer.columns, candidate.weight_bits,
+                     candidate.activation_bits, candidate.scheme)  # fmt: skip
+            if alike not in known:
+                known[alike] = self._refusal(layer, candidate)
+            if reason := known[alike]:
+                yield Violation(layers=(layer.name,), reason=reason)
         chosen = {c.layer: c for c in candidates}
         for tie in self.ties:
             for siblings in siblings_in(tie, chosen):
@@ -368,8 +372,7 @@ class Target(Document):
                     for name in missing:
                         given += f", {name} in full precision"
                     reason = f"the runtime fuses these layers, so they must share a format: {given}"
-                    found.append(Violation(layers=(*siblings, *missing), reason=reason))
-        return tuple(found)
+                    yield Violation(layers=(*siblings, *missing), reason=reason)
 
     def _candidate(self, layer: Layer, storage: StorageFormat) -> Candidate:
         return Candidate.of(layer, storage.weight_bits, storage.scheme, self.activation_bits)
