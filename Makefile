@@ -25,7 +25,7 @@ export OPENBLAS_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types imports pytest bench fuzz docs serve format constraints docker-check clean
+.PHONY: help demo test check lint types imports pytest bench bench-peers fuzz docs serve format constraints docker-check clean
 .DELETE_ON_ERROR:
 
 help: ## List these targets
@@ -113,6 +113,11 @@ BENCHMARKS ?= sensitivity metrics portfolio training parametrizations solver sol
 
 bench: $(INSTALLED) ## Run every benchmark at a small size
 	@set -e; $(foreach name,$(BENCHMARKS),echo "== $(name) $(SMALL_$(name))"; $(BIN)/python benchmarks/$(name).py $(SMALL_$(name));)
+
+PEERS_ARGS ?=
+
+bench-peers: $(INSTALLED) ## Other tools beside ours, in an environment of their own; keeps build/peers.md
+	@$(BIN)/python benchmarks/peers.py $(PEERS_ARGS)
 
 FUZZ_SEEDS ?= 200
 FUZZ_SECONDS ?= 300

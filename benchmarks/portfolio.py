@@ -192,9 +192,15 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=10_000, help="test images")
     parser.add_argument("--alone", action="store_true", help="plans only, no proposals on test")
     parser.add_argument("--peers", default="", help="modelopt, mct: measured on test too")
+    parser.add_argument("--peers-from", help="interpreter of an environment that has these")
     parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    if asked.peers_from:
+        # Behind our own packages: the tools come from there, torch does not.
+        sys.path += map(
+            str, Path(asked.peers_from).absolute().parents[1].glob("lib/*/site-packages")
+        )
     model, data, test = prepared(asked.depth, asked.test, tiny=asked.tiny)
     budgets = tuple(f"{bits} bits" for bits in asked.budgets.split(","))
     n = 32 if asked.tiny else 512

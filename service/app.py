@@ -15,7 +15,7 @@ import anyio
 from fastapi import FastAPI
 
 import bitquota
-from bitquota.service.api import job_routes, operations
+from bitquota.service.api import job_routes, operations, plan_rows
 from bitquota.service.api import problem_responses as problems
 from bitquota.service.api import solve_routes as solving
 from bitquota.service.api import upload_routes as uploads
@@ -125,7 +125,8 @@ def create_app(settings: Settings | None = None, *, tracing: Tracing | None = No
         streamed=frozenset({solving.PATH}),
         observe=state.metrics.observe,
     )
-    app.include_router(job_routes.router)  # first: polls are most of all requests
+    app.include_router(plan_rows.router)  # before the path of one job
+    app.include_router(job_routes.router)  # early: polls are most of all requests
     app.include_router(uploads.router)
     app.include_router(solving.router)
     app.include_router(operations.router)

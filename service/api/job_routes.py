@@ -132,7 +132,7 @@ def list_jobs(
         before=cursor,
         status=status,
         kind=kind,
-        labels=_labels(label or []),
+        labels=labels_of(label or []),
     )
     more = len(found) > limit
     return JobPage(
@@ -146,7 +146,8 @@ def _ended(service: State, tenant: str, job_id: str) -> bool:
     return service.jobs.get(tenant, job_id).status.final
 
 
-def _labels(texts: list[str]) -> dict[str, str]:
+def labels_of(texts: list[str]) -> dict[str, str]:
+    """Return the labels that texts of the form ``name=value`` name."""
     found = {}
     for text in texts:
         name, separator, value = text.partition("=")

@@ -79,6 +79,49 @@ class JobPage(BaseModel):
     next_cursor: str | None
 
 
+class PlanLoss(BaseModel):
+    """What a plan measured on the hold-out samples."""
+
+    mean: float
+    error: float = Field(description="Standard error.")
+    accuracy: float | None
+    samples: int
+
+
+class PlanRow(BaseModel):
+    """A plan of a job, without its layers."""
+
+    object: Literal["plan_row"] = "plan_row"
+    job: str
+    kind: str
+    labels: dict[str, str]
+    created_at: datetime
+    position: int = Field(description="Of its budget among the job's: `?budget=` of its plan.")
+    digest: str = Field(description="Of its file, as among the job's results.")
+    model: str | None
+    model_name: str
+    target: str | None
+    effort: str | None
+    rounding: str | None
+    budget: str
+    selected: str = Field(description="What was chosen: the plan's own choice, or a baseline.")
+    size_bits: int
+    average_bits: float
+    predicted: float | None
+    loss: str
+    unit: str | None
+    measured: PlanLoss | None
+
+
+class PlanPage(BaseModel):
+    """The plans of some jobs, newest job first."""
+
+    object: Literal["list"] = "list"
+    data: list[PlanRow]
+    has_more: bool
+    next_cursor: str | None = Field(description="Id of the last job that was read.")
+
+
 class ArtifactView(BaseModel):
     """An upload, or a plan or matrix that a job left."""
 

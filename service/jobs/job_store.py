@@ -179,8 +179,21 @@ class JobStore(Leases):
         status: JobStatus | None = None,
         kind: str | None = None,
         labels: Mapping[str, str] | None = None,
+        model: str | None = None,
+        result: str | None = None,
     ) -> Sequence[Job]:
-        """Return up to ``limit`` jobs of ``tenant``, newest first, older than ``before``."""
+        """Return up to ``limit`` jobs of ``tenant``, newest first, older than ``before``.
+
+        Args:
+            tenant: Whose.
+            limit: How many at most.
+            before: Id of a job.
+            status: Only those.
+            kind: Only those.
+            labels: Names and values that they have.
+            model: Digest of the model that they were given.
+            result: Name of a result that they left.
+        """
         query = sa.select(jobs).where(jobs.c.tenant == tenant)
         if before is not None:
             query = query.where(jobs.c.id < before)
@@ -188,6 +201,10 @@ class JobStore(Leases):
             query = query.where(jobs.c.status == status.value)
         if kind is not None:
             query = query.where(jobs.c.kind == kind)
+        if model is not None:
+            query = query.where(jobs.c.model == model)
+        if result is not None:
+            query = query.where(jobs.c.results.contains(f'"{result}":', autoescape=True))
         for name, value in (labels or {}).items():
             # Canonical JSON has one way to write a member, and a quote inside is escaped.
             member = canonical_json({name: value})[1:-1]

@@ -38,6 +38,8 @@ TASKS = {
     "report": "bitquota.service.web.chart_tasks",
     "model_page": "bitquota.service.web.chart_tasks",
     "runs": "bitquota.service.web.chart_tasks",
+    "plan_rows": "bitquota.service.web.chart_tasks",
+    "graph": "bitquota.service.web.layer_graph",
 }
 """Module of every task, which is its function ``TASK_task``."""
 

@@ -12,7 +12,7 @@ from bitquota.service.store.database import artifacts
 from bitquota.service.store.formats import ArtifactKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from sqlalchemy.engine import Connection
 
@@ -88,6 +88,17 @@ class ArtifactStore:
         query = query.order_by(artifacts.c.digest).limit(limit)
         return self._db.read(
             lambda connection: [_artifact(dict(r._mapping)) for r in connection.execute(query)]  # noqa: SLF001
+        )
+
+    def names(self, tenant: str, digests: Collection[str]) -> dict[tuple[str, str], str]:
+        """Return the names of uploads that have one, by kind and digest."""
+        if not digests:
+            return {}
+        query = sa.select(artifacts.c.kind, artifacts.c.digest, artifacts.c.name).where(
+            artifacts.c.tenant == tenant, artifacts.c.digest.in_(digests), artifacts.c.name != ""
+        )
+        return self._db.read(
+            lambda connection: {(r.kind, r.digest): r.name for r in connection.execute(query)}
         )
 
 

@@ -71,13 +71,22 @@ def model_page_task(arguments: JsonObject, _ask: object) -> tuple[JsonObject, by
 
 def runs_task(arguments: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
     """Return what the comparison of several jobs shows of each plan of this one."""
+    rows, _ = plan_rows_task(arguments, _ask)
+    matrix = _matrix(arguments)
+    found = {"plans": rows["rows"], "range": None if matrix is None else _average_range(matrix)}
+    return found, b""
+
+
+def plan_rows_task(arguments: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
+    """Return what tables of plans show of each plan of a job."""
     shown = []
     for plan, said in _plans(arguments):
         wanted = ("budget", "selected", "size_bits", "average_bits", "predicted", "measured")
         unit = None if plan.measured is None else plan.measured.unit
-        shown.append({name: said[name] for name in wanted} | {"loss": plan.loss, "unit": unit})
-    matrix = _matrix(arguments)
-    return {"plans": shown, "range": None if matrix is None else _average_range(matrix)}, b""
+        target = None if plan.target is None else plan.target.name
+        more = {"loss": plan.loss, "unit": unit, "target": target}
+        shown.append({name: said[name] for name in wanted} | more)
+    return {"rows": shown}, b""
 
 
 def _average_range(matrix: SensitivityMatrix) -> tuple[float, float]:

@@ -341,6 +341,12 @@ async def compare_page(
     return _render("compare.html", viewer=viewer, runs=runs)
 
 
+@router.get("/plans")
+def plans_page(viewer: Viewing) -> Response:
+    """Show the plans of all jobs in one table with filters."""
+    return _render("plans.html", viewer=viewer)
+
+
 @router.get("/jobs/{job_id}/model")
 async def model_page(job_id: str, viewer: Viewing, service: Service) -> Response:
     """Show what a job measured and planned."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +22,7 @@ from bitquota.service.api.schemas import progress_said
 from bitquota.service.api.state import Calling, Service, State  # noqa: TC001  # FastAPI reads them
 from bitquota.service.jobs.job import JobStatus
 from bitquota.service.jobs.kinds import KINDS
-from bitquota.service.store.database import artifacts, events
+from bitquota.service.store.database import events
 from bitquota.service.store.formats import ArtifactKind
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ _MOST_EVENTS = 100_000
 def job_rows(service: State, tenant: str, jobs: Sequence[Job]) -> list[JsonObject]:
     """Return what the list of jobs shows of each, in their order."""
     wanted = {digest for job in jobs for digest in (job.model, job.dataset) if digest is not None}
-    names = _upload_names(service, tenant, wanted)
+    names = service.artifacts.names(tenant, wanted)
     return [
         {
             "id": job.id,
@@ -101,17 +102,6 @@ def ordered(job: Job) -> list[tuple[str, str]]:
 
 def _short(digest: str | None) -> str:
     return "" if digest is None else digest.removeprefix("sha256:")[:12]
-
-
-def _upload_names(service: State, tenant: str, digests: set[str]) -> dict[tuple[str, str], str]:
-    if not digests:
-        return {}
-    query = sa.select(artifacts.c.kind, artifacts.c.digest, artifacts.c.name).where(
-        artifacts.c.tenant == tenant, artifacts.c.digest.in_(digests), artifacts.c.name != ""
-    )
-    return service.database.read(
-        lambda connection: {(r.kind, r.digest): r.name for r in connection.execute(query)}
-    )
 
 
 def log_of(service: State, job_id: str) -> list[JsonObject]:
@@ -273,6 +263,28 @@ async def cross(
 ) -> Response:
     """Return one map of cross-layer terms."""
     _, found = await draw(service, caller.tenant, job_id, "cross", at=at)
+    return Response(found, media_type="application/json")
+
+
+@router.get("/jobs/{job_id}/graph.json")
+async def graph(job_id: str, service: Service, caller: Calling) -> Response:
+    """Return the layers in the order in which they run, and which reads which."""
+    job = await run_in_threadpool(service.jobs.get, caller.tenant, job_id)
+    inventory = (job.results or {}).get("inventory")
+    if not isinstance(inventory, str):
+        msg = "a graph needs the layers of a job that has measured them; this one left none"
+        raise NotFound(msg, job=job_id)
+
+    def order() -> JsonObject:
+        known = {"inventory": str(service.blobs.path(inventory)), "model": None, "format": None}
+        with contextlib.suppress(NotFound):  # the upload may have been deleted
+            model = service.artifacts.get(caller.tenant, ArtifactKind.MODEL, job.model or "")
+            known |= {"model": str(service.blobs.path(model.digest)), "format": model.format}
+        return known
+
+    _, found = await service.readers.run(
+        caller.tenant, "graph", await run_in_threadpool(order), what="a model", lasting=True
+    )
     return Response(found, media_type="application/json")
 
 

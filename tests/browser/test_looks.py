@@ -24,7 +24,7 @@ def pages(server, job):
     compared = "&".join(f"job={one['id']}" for one in listed[:2])
     return {
         "jobs": "/", "job": f"/jobs/{job}", "model": f"/jobs/{job}/model",
-        "compare": f"/compare?{compared}",
+        "compare": f"/compare?{compared}", "plans": "/plans",
     }  # fmt: skip
 
 
@@ -39,11 +39,13 @@ class TestEveryPage:
             window.page.goto(server.url + path)
             if name == "model":
                 window.settle()
+                window.page.wait_for_selector("[data-graph]")
                 for details in window.page.locator("summary").all():
                     details.click()
             elif name == "compare":
                 window.page.wait_for_selector("#overlay[data-ready]")
-            assert window.violations() == [], name
+            elif name == "plans":
+                window.page.wait_for_selector("#plans[data-ready]")
             for width in WIDTHS:
                 window.page.set_viewport_size({"width": width, "height": 900})
                 window.page.evaluate(
@@ -51,6 +53,7 @@ class TestEveryPage:
                 )
                 wide = window.page.evaluate("document.documentElement.scrollWidth")
                 assert wide <= width, name
+                assert window.violations() == [], (name, width)
                 window.page.screenshot(
                     path=screenshots / f"{name}-{width}-{scheme}.png", full_page=True
                 )
@@ -84,6 +87,51 @@ def test_two_jobs_are_compared(seeded, open_window, keyboard):
     page.fill("#plans input", "twelve")
     page.wait_for_function("document.querySelectorAll('#plans tbody tr').length === 2")
     assert all("twelve layers" in text and "bits" in text for text in rows.all_inner_texts())
+
+
+def test_branches_of_the_model_are_drawn(seeded, open_window):
+    """As its file says; a branch has a lane of its own until the last layer that reads it."""
+    server, job = seeded
+    page = open_window(viewport={"width": 1280, "height": 900}).page
+    with httpx.Client(base_url=server.url) as http:
+        found = http.get(f"/jobs/{job}/graph.json").json()
+    assert found["edges"] is None
+    chain = [[k, k + 1] for k in range(3, len(found["order"]) - 1)]
+    found["edges"] = [[0, 1], [0, 2], [1, 3], [2, 3], *chain]
+    page.route("**/graph.json", lambda route: route.fulfill(json=found))
+    page.goto(f"{server.url}/jobs/{job}/model")
+    page.wait_for_selector("[data-graph]")
+    told = page.get_attribute(".graph canvas", "aria-label")
+    assert told.startswith(f"{len(found['order'])} layers in order, 1 of which are read by several")
+    lanes = "[...Bitquota.arranged(5, [[0, 1], [0, 2], [1, 3], [2, 3], [3, 4]]).lanes]"
+    assert page.evaluate(lanes) == [0, 1, 0, 0, 0]
+    colours = page.evaluate("""() => {
+      const canvas = document.querySelector(".graph canvas");
+      const { width, height } = canvas;
+      const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+      return new Set(new Uint32Array(data.buffer)).size;
+    }""")
+    assert colours > 5
+
+
+def test_plans_of_all_jobs_are_filtered(seeded, open_window):
+    """By what a plan is of and for, and by any word."""
+    server, _ = seeded
+    page = open_window().page
+    page.goto(server.url)
+    page.click("nav >> text=Plans")
+    page.wait_for_selector("#plans[data-ready]")
+    rows = page.locator("#plans tbody tr")
+    assert rows.count() == 4
+    assert page.is_hidden("#plans-more")
+    budgets = page.get_by_label("Budget")
+    budgets.select_option("3 bits")
+    assert "2 of 4 plans of 2 jobs" in page.inner_text("#plans-said")
+    page.fill("#plans input", "twelve")
+    page.wait_for_function("document.querySelectorAll('#plans tbody tr').length === 1")
+    assert "twelve layers" in rows.first.inner_text()
+    budgets.select_option("all")
+    assert rows.count() == 4
 
 
 def test_cancel_shows_at_once(seeded, open_window):

@@ -3,7 +3,7 @@
   "use strict";
 
   const {
-    make, number, bytes, withError, chart, table, averages, floorOf, lossAxes, measuresOf, whiskers,
+    make, number, bytes, withError, chart, planTable, averages, floorOf, lossAxes, measuresOf, whiskers,
   } = globalThis.Bitquota;
   const { call, data } = globalThis.Pages;
   const POINTS = 9;
@@ -99,33 +99,10 @@
 
   // ------------------------------------------------------------------ the table
 
-  const plans = runs.flatMap((run, k) => run.plans.map((plan) => ({ run, plan, name: names[k] })));
-  const words = ({ run, plan, name }) =>
-    [name, run.model, run.target, plan.budget, plan.selected, run.effort, run.rounding].join(" ");
-  const text = (name, get) => ({ name, value: (k) => get(plans[k]), text: (k) => get(plans[k]) });
-  const figure = (name, get, show) => ({ name, numeric: true, value: (k) => get(plans[k]),
-    text: (k) => (get(plans[k]) === null ? "–" : show(plans[k])) });
-  document.getElementById("plans").append(table({
-    caption: "Plans of all jobs compared", count: plans.length,
-    filterBy: (k) => words(plans[k]), filterFrom: 2, dense: true,
-    columns: [
-      { ...text("Job", (row) => row.name), paint: (cell, k) => cell.replaceChildren(
-        make("a", { href: `/jobs/${plans[k].run.id}/model` }, plans[k].name)) },
-      text("Model", (row) => row.run.model),
-      text("Target", (row) => row.run.target || "any"),
-      text("Budget", (row) => row.plan.budget),
-      text("Method", (row) => [row.run.effort, row.run.rounding].filter(Boolean).join(", ")),
-      figure("Stored weights", (row) => row.plan.size_bits, (row) => bytes(row.plan.size_bits)),
-      figure("Bits per weight", (row) => row.plan.average_bits,
-        (row) => row.plan.average_bits.toFixed(2)),
-      figure("Loss increase", (row) => (row.plan.measured ? row.plan.measured.mean : null),
-        (row) => withError(row.plan.measured.mean, row.plan.measured.error)),
-      figure("Accuracy", (row) => (row.plan.measured ? row.plan.measured.accuracy : null),
-        (row) => `${(100 * row.plan.measured.accuracy).toFixed(2)} %`),
-      figure("Begun", (row) => row.run.created_at,
-        (row) => new Date(1000 * row.run.created_at).toISOString().slice(0, 10)),
-    ],
-  }).element);
+  const plans = runs.flatMap((run, k) => run.plans.map((plan) => ({ ...plan, job: run.id,
+    name: names[k], model_name: run.model, target: run.target || plan.target, effort: run.effort,
+    rounding: run.rounding, created_at: 1000 * run.created_at })));
+  document.getElementById("plans").append(planTable("Plans of all jobs compared", plans));
 
   begin();
 })();

@@ -55,6 +55,7 @@
   async function begin() {
     const doc = await call(`/jobs/${id}/charts.json`);
     const hooks = {};
+    if (job.results.inventory) hooks.graph = () => call(`/jobs/${id}/graph.json`);
     if (doc.matrix) {
       hooks.solve = async (average, seconds, signal) =>
         (await solve(doc, [average], seconds, signal))[0];

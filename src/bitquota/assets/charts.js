@@ -4,6 +4,7 @@
  *     without it the slider moves along the points of the document's frontier
  *   hooks.points(add) -> called once to fetch the points of the frontier
  *   hooks.cross(at, signal) -> Promise of a map; without it the maps lie in the document
+ *   hooks.graph() -> Promise of the order and the edges of layers
  *   hooks.measure(average) -> orders a measured plan, if there is a way to
  */
 (() => {
@@ -11,7 +12,7 @@
 
   const {
     make, fresh, decode, number, figure, frontierChart, measuresOf, spentText, bars, sideBySide,
-    sensitivities, crossTerms, comparison,
+    sensitivities, crossTerms, comparison, layerGraph,
   } = globalThis.Bitquota;
   const DEBOUNCE_MS = 20;
   const CALM_MS = 120;
@@ -150,6 +151,7 @@
       const chosen = bars(doc, state);
       const pair = sideBySide(doc, state);
       let rest = 0;
+      let graph = null;
       const changed = () => {
         chosen.draw();
         // The bars are what the eye follows; the rest comes a frame later.
@@ -157,6 +159,7 @@
         rest = requestAnimationFrame(() => {
           curve.draw();
           if (pair.follows()) pair.show();
+          if (graph) graph.draw();
         });
       };
       if (!doc.matrix || (!hooks.solve && !state.points.length)) {
@@ -172,6 +175,16 @@
             curve.place, curve.table),
           make("div", {}, slider ? slider.element : null, chosen.place, chosen.table))));
       if (doc.plans.length || slides) parts.push(pair.section);
+      if (hooks.graph) {
+        const host = make("div");
+        parts.push(host);
+        later.push(() => hooks.graph().then((found) => {
+          graph = layerGraph(doc, state, found);
+          host.replaceChildren(graph.section);
+          graph.draw();
+          host.dataset.graph = "true";
+        }, (reason) => host.replaceChildren(make("p", { class: "problem" }, reason.message))));
+      }
       later.push(() => {
         changed();
         pair.show();

@@ -1,7 +1,7 @@
 /* Elements, numbers and colours: what every drawing of Bitquota is made with.
  *
  * The files of this folder are plain scripts that share one object, in this order: elements.js,
- * tables.js, drawings.js, frontier.js, plans.js, heat.js, matrix.js, comparison.js, charts.js. Text
+ * tables.js, drawings.js, frontier.js, plans.js, heat.js, matrix.js, comparison.js, graph.js, charts.js. Text
  * from models reaches a page as text nodes and as canvas text only.
  */
 (() => {

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SCRIPTS = (
     "echarts.min.js", "elements.js", "tables.js", "drawings.js", "frontier.js", "plans.js",
-    "heat.js", "matrix.js", "comparison.js", "charts.js",
+    "heat.js", "matrix.js", "comparison.js", "graph.js", "charts.js",
 )  # fmt: skip
 """Files of ``assets`` that draw a document, in the order in which they must be loaded."""
 

@@ -231,6 +231,20 @@ class TestSignIn:
             assert elsewhere.get("/").status_code == 200
 
 
+class TestPlansOfAllJobs:
+    def test_are_those_of_the_keys_tenant(self, locked):
+        server, key, _, job = locked
+        database = Database(f"sqlite:///{server.data_dir / 'bitquota.db'}")
+        _, stranger = KeyStore(database, time.time).create("other")
+        database.close()
+        for bearer, jobs in ((key, {job}), (stranger, set())):
+            found = httpx.get(
+                f"{server.url}/v1/jobs/plans", headers={"Authorization": f"Bearer {bearer}"},
+                timeout=PATIENCE_S,
+            ).json()["data"]  # fmt: skip
+            assert {row["job"] for row in found} == jobs
+
+
 class TestCookieOnTheApi:
     def test_reads_without_a_token(self, locked):
         server, key, _, job = locked
@@ -273,7 +287,7 @@ def open_server(tmp_path_factory):
 
 
 class TestOpenServer:
-    @pytest.mark.parametrize("path", ["/", "/jobs/{}", "/jobs/{}/model"])
+    @pytest.mark.parametrize("path", ["/", "/plans", "/jobs/{}", "/jobs/{}/model"])
     def test_pages_open_by_themselves(self, open_server, path):
         http, job = open_server
         answer = http.get(path.format(job))
@@ -329,6 +343,23 @@ class TestOpenServer:
         answer = http.get(f"/jobs/{job}/cross.json?at=W9")
         assert answer.status_code == 404
         assert answer.headers["content-type"] == "application/problem+json"
+
+    def test_plans_of_all_jobs(self, open_server):
+        """Each row says what the plan says; filters and cursor leave others out."""
+        http, job = open_server
+        page = http.get("/v1/jobs/plans").json()
+        assert [(r["job"], r["budget"]) for r in page["data"]] == [(job, "3 bits"), (job, "4 bits")]
+        assert not page["has_more"]
+        plan = http.get(f"/v1/jobs/{job}/plan?budget=1").json()
+        row = page["data"][1]
+        assert row["digest"] == http.get(f"/v1/jobs/{job}").json()["results"]["plans"][1]
+        assert row["measured"]["mean"] == plan["measured"]["mean"]
+        assert row["model_name"] == "synthetic.onnx"
+        other = "sha256:" + "0" * 64
+        for query in ({"model": other}, {"label": "a=b"}, {"kind": "learn"}, {"cursor": job}):
+            assert http.get("/v1/jobs/plans", params=query).json()["data"] == []
+        assert http.get("/v1/jobs/plans", params={"model": row["model"]}).json() == page
+        assert http.get("/v1/jobs/plans?cursor=x").status_code == 422
 
     def test_report_file(self, open_server):
         http, job = open_server
