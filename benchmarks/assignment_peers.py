@@ -7,7 +7,8 @@ gradients). FOLDER is a Hugging Face folder, WINDOWS a safetensors file of the c
 ``tokens: i64[windows, length]``, BITS the mean width that is allowed, WIDTHS what layers may take
 (``2,3,4,5,6,8``), GROUP the weights that share a scale, symmetric. OUT gets, as JSON, the width of
 each layer by name, the tool's version and the CPU seconds. ``language_models.py --peers PYTHON``
-calls this. Everything is computed in float32 on the CPU; the output layer is chosen for as well.
+calls this. Everything is computed in float32 on the CPU; an output layer with weights of its own is
+chosen for as well.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def auto_scheme(
         device_map="cpu",
         enable_torch_compile=False,
         amp=False,
-        quant_lm_head=True,
+        quant_lm_head=not model.config.tie_word_embeddings,
     )
     tool.quantize()
     return {
@@ -113,7 +114,7 @@ def auto_quantize(
         loss_func=loss,
         num_calib_steps=len(batches),
         num_score_steps=len(batches),
-        disabled_layers=[],
+        disabled_layers=["*lm_head*"] if model.config.tie_word_embeddings else [],
     )
     return {
         name: int(part.weight_quantizer.num_bits)

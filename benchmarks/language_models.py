@@ -80,7 +80,9 @@ def run_peer(
     tool, *rest = more
     path = Path(__file__).with_name(script)
     with tempfile.TemporaryDirectory() as place:
-        windows, out = Path(place) / "windows", Path(place) / "out"
+        windows, out = Path(place) / "windows", Path(options.keep or place) / "-".join(more)
+        if out.exists():
+            return out.read_bytes()
         save_file({"tokens": setup.fit.inputs[0].long().contiguous()}, windows)
         command = [options.peers, path, tool, folder, windows, *rest, "64", out]
         try:
@@ -151,9 +153,9 @@ def compare(
         name: (lambda choice=choice: rounded(setup, choice)) for name, choice in choices.items()
     }
     if options.peers and bits.isdigit():
-        out = run_peer(options, "rounding_peers.py", folder, setup, "auto-round", bits)
+        out = run_peer(options, "rounding_peers.py", folder, setup, options.preset, bits)
         if out is not None:
-            modules["AutoRound's own file"] = lambda: with_weights(setup, load(out))
+            modules[f"{options.preset}'s own file"] = lambda: with_weights(setup, load(out))
     for name, text in unseen_losses(setup.module, modules, test):
         print(f"        unseen: {name:34s} {text}", flush=True)
 
@@ -165,19 +167,18 @@ def unseen_losses(
     digits: int = 4,
 ) -> Iterator[tuple[str, str]]:
     """Yield KL per token of each module, and the paired difference to the first, with errors."""
-    first: torch.Tensor | None = None
-    for name, made in modules.items():
-        quantized = made()
-        with torch.no_grad():
-            found = torch.stack(
-                [
-                    divergence(quantized(*part.inputs), module(*part.inputs)).mean()
-                    for part in test.batches(1)
-                ]
-            )
-        first = found if first is None else first
-        gap, n = found - first, len(found) ** 0.5
-        own = f"{float(found.mean()):.{digits}f} +- {float(found.std()) / n:.{digits}f}"
+    made = {name: module() for name, module in modules.items()}
+    losses: dict[str, list[torch.Tensor]] = {name: [] for name in made}
+    with torch.no_grad():
+        for part in test.batches(1):
+            reference = module(*part.inputs)
+            for name, quantized in made.items():
+                losses[name].append(divergence(quantized(*part.inputs), reference).mean())
+    first = torch.stack(next(iter(losses.values())))
+    for name, found in losses.items():
+        loss = torch.stack(found)
+        gap, n = loss - first, len(loss) ** 0.5
+        own = f"{float(loss.mean()):.{digits}f} +- {float(loss.std()) / n:.{digits}f}"
         more = f"{float(gap.mean()):+.{digits}f} +- {float(gap.std()) / n:.{digits}f}"
         yield name, f"{own}  {more}"
 
@@ -215,6 +216,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory", default="1GiB")
     parser.add_argument("--peers", metavar="PYTHON", help="of an environment with other tools")
     parser.add_argument("--peers-limit", type=int, default=3600, help="seconds for each of them")
+    parser.add_argument("--preset", default="auto-round", help="whose own file is compared")
+    parser.add_argument("--keep", help="folder for what they wrote, read when given again")
     parser.add_argument("--no-test", action="store_true", help="measure no unseen windows")
     return parser.parse_args()
 

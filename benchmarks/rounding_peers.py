@@ -2,7 +2,8 @@
 
     PYTHON benchmarks/rounding_peers.py TOOL FOLDER WINDOWS BITS GROUP OUT
 
-TOOL is ``auto-round`` (200 iterations, its default), ``auto-round-rtn`` (its rounding to nearest),
+TOOL is ``auto-round`` (200 iterations, its default), ``auto-round-light`` (its preset of 50
+iterations with a learning rate of .005), ``auto-round-rtn`` (its rounding to nearest),
 ``gptqmodel``, or ``gptqmodel-gptaq`` (with its correction for earlier layers). FOLDER is a Hugging
 Face folder, WINDOWS a safetensors file of the calibration tokens, ``tokens: i64[windows, length]``.
 Weights get symmetric grids, in groups of GROUP with fp16 scales. OUT gets them dequantized, by
@@ -25,6 +26,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+PRESETS: dict[str, dict[str, float]] = {
+    "auto-round": {"iters": 200},
+    "auto-round-light": {"iters": 50, "lr": 5e-3},
+    "auto-round-rtn": {"iters": 0},
+}
+
 
 def with_tokenizer(folder: Path, scratch: Path) -> Path:
     """Return the folder, or a copy with a tokenizer of bytes: both tools load one anyway."""
@@ -42,7 +49,7 @@ def with_tokenizer(folder: Path, scratch: Path) -> Path:
 
 
 def auto_round(
-    folder: Path, tokens: torch.Tensor, bits: int, group: int, *, nearest: bool
+    folder: Path, tokens: torch.Tensor, bits: int, group: int, preset: dict[str, float]
 ) -> dict[str, torch.Tensor]:
     """Return the weights of auto-round's fake-quantized model."""
     from auto_round import AutoRound
@@ -55,7 +62,7 @@ def auto_round(
         bits=bits,
         group_size=group,
         sym=True,
-        iters=0 if nearest else 200,
+        **preset,
         dataset=list(tokens.split(8)),
         seqlen=tokens.shape[1],
         nsamples=len(tokens),
@@ -110,8 +117,8 @@ def main() -> None:
                 folder, tokens, int(bits), int(group), Path(scratch), propagating=propagating
             )
         else:
-            kind, nearest = "auto-round", tool.endswith("rtn")
-            weights = auto_round(folder, tokens, int(bits), int(group), nearest=nearest)
+            kind = "auto-round"
+            weights = auto_round(folder, tokens, int(bits), int(group), PRESETS[tool])
     seconds = time.process_time() - begun
     save_file(
         {name: weight.contiguous() for name, weight in weights.items()},

@@ -4,7 +4,7 @@ Every module that has weights of its own gets them in float32 before it is calle
 checkpoint or from whatever replaces them, and gives them back afterwards. So no more than the
 largest of them is in memory, in any architecture, and outputs are those of the loaded model to the
 last bit. A walk part by part (``stack``) reads every weight once for all samples; this reads it
-once for each call.
+once for each call. ``replaced_in`` says what such a module is made of, so that it can be walked.
 
 Design: docs/design/language-models.md
 """
@@ -42,6 +42,7 @@ def on_demand(
     pages = model.pages
     assert pages is not None  # noqa: S101  # others have their weights
     module = sharing_weights(model.module)
+    module.__dict__[_MADE_OF] = _MadeOf(dict(readers or {}))
     read = {id(tensor_of(module, name)): reader for name, reader in (readers or {}).items()}
     for part in module.modules():
         # Those of the loaded model let go what nothing has read yet.
@@ -58,6 +59,25 @@ def on_demand(
             part.register_forward_pre_hook(bring)
             part.register_forward_hook(take_back, always_call=True)
     return module
+
+
+def replaced_in(module: object) -> Mapping[str, Callable[[], Tensor]] | None:
+    """Return the readers of a module from ``on_demand``, by name; ``None`` of any other."""
+    made_of = vars(module).get(_MADE_OF) if isinstance(module, nn.Module) else None
+    return made_of.readers if isinstance(made_of, _MadeOf) else None
+
+
+_MADE_OF = "_made_of"
+
+
+class _MadeOf:
+    """The readers of a module; copies of the module share them."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self.readers = readers
+
+    def __deepcopy__(self, memo: object) -> _MadeOf:
+        return self
 
 
 class _Held:
@@ -104,4 +124,4 @@ def _rows(pages: Pages) -> Any:  # noqa: ANN401  # a hook
     return widen
 
 
-__all__ = ["on_demand"]
+__all__ = ["on_demand", "replaced_in"]

@@ -118,9 +118,9 @@ class Part(nn.Module):
         block = self.own if self._name else None
         return self._skeleton.run(_Run(self._target, hidden, block), inputs)
 
-    def put(self, layer: Layer, weight: Tensor) -> None:
-        """Run with another weight for one of the layers from now on."""
-        place = tensor_of(self, layer.weight_name)
+    def put(self, name: str, weight: Tensor) -> None:
+        """Run with other values for one of the tensors, by its name in the model, from now on."""
+        place = tensor_of(self, name)
         # What is looked up may lie in its file.
         place.data = weight.float() if place.dtype in HALF_TYPES else weight.to(place.dtype)
 
@@ -172,6 +172,11 @@ class Stack:
     def __len__(self) -> int:
         """Return the number of parts."""
         return len(self.blocks) + 2
+
+    def last_of(self, module: nn.Module) -> Part:
+        """Return the last part of another copy of the model, whose blocks never run again."""
+        skeleton = _Skeleton(module, self.blocks)
+        return Part(skeleton, len(self) - 1, "", module)
 
     def caches_in(self, k: int) -> tuple[str, ...]:
         """Return the names of the KV caches of a part."""

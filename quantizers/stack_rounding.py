@@ -68,9 +68,8 @@ def round_stack(
             place = tensor_of(part, known.layers[name].weight_name)
             place.data = place.data.clone()
             if name in found:
-                part.put(
-                    known.layers[name], from_matrix(found[name].dequantize(), known.layers[name])
-                )
+                layer = known.layers[name]
+                part.put(layer.weight_name, from_matrix(found[name].dequantize(), layer))
         own = {name: chosen[name] for name in names if name in chosen and name not in found}
         batches = Batches(
             spans=known.spans,

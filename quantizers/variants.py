@@ -28,6 +28,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Replaced:
+    """A tensor that takes the place of the model's own, read when it is needed.
+
+    Attributes:
+        weight_name: Name of the tensor.
+        weight: Returns it in its shape.
+    """
+
+    weight_name: str
+    weight: Callable[[], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Stored:
     """A quantized weight that is read when it is needed.
 
@@ -39,13 +52,18 @@ class Stored:
     layer: Layer
     read: Callable[[], QuantizedWeight]
 
+    @property
+    def weight_name(self) -> str:
+        """Return the name of the tensor."""
+        return self.layer.weight_name
+
     def weight(self) -> Tensor:
         """Return the weight in the shape of the layer's own."""
         return from_matrix(self.read().dequantize(), self.layer)
 
 
-Chosen = Stored | Candidate
-"""What a variant has under a name: a quantized weight, or the candidate of a KV cache."""
+Chosen = Replaced | Stored | Candidate
+"""What a variant has under a name: another weight, or the candidate of a KV cache."""
 
 
 def run_variants(
@@ -55,6 +73,7 @@ def run_variants(
     variants: Sequence[Mapping[str, Chosen]],
     keeper: Keeper,
     on_part: Callable[[int, int], None],
+    names_in: Callable[[int], Sequence[str]] | None = None,
 ) -> list[Series]:
     """Return for each variant what its last part is given, batch after batch.
 
@@ -67,25 +86,33 @@ def run_variants(
         variants: Weights by layer name, and candidates of KV caches by theirs.
         keeper: Keeps activations.
         on_part: Called with the number of a part and how many different variants of it ran.
+        names_in: Names under which a part looks into variants, by default those of its layers and
+            caches.
 
     Cost: one pass for each variant, less what they share; every weight is read once.
     """
     groups: list[tuple[list[int], Series | None]] = [(list(range(len(variants))), None)]
     for k in range(len(stack) - 1):
-        apart = _apart(groups, variants, (*stack.layers[k], *stack.caches_in(k)))
+        own = (*stack.layers[k], *stack.caches_in(k)) if names_in is None else names_in(k)
+        apart = _apart(groups, variants, own)
         part = stack.part(k)
-        layers = [one.layer for *_, chosen in apart for one in chosen if isinstance(one, Stored)]
-        originals = {layer: tensor_of(part, layer.weight_name).data for layer in layers}
+        places = {
+            one.weight_name: tensor_of(part, one.weight_name)
+            for *_, chosen in apart
+            for one in chosen
+            if isinstance(one, (Replaced, Stored))
+        }
+        originals = {name: place.data for name, place in places.items()}
         weights: dict[int, Tensor] = {}
         after: list[tuple[list[int], Series | None]] = []
         for position, (together, given, chosen) in enumerate(apart):
-            for layer, original in originals.items():
-                part.put(layer, original)
-            for stored in chosen:
-                if isinstance(stored, Stored):
-                    if id(stored) not in weights:
-                        weights[id(stored)] = stored.weight()
-                    part.put(stored.layer, weights[id(stored)])
+            for name, original in originals.items():
+                places[name].data = original
+            for one in chosen:
+                if isinstance(one, (Replaced, Stored)):
+                    if id(one) not in weights:
+                        weights[id(one)] = one.weight()
+                    part.put(one.weight_name, weights[id(one)])
             following = keeper.series()
             cached = [one for one in chosen if isinstance(one, Candidate)]
             with torch.no_grad(), quantized_caches(part, cached):
@@ -144,7 +171,7 @@ def run_parts(
         following = keeper.series()
         for name in stack.layers[k]:
             if name in weights:
-                part.put(weights[name].layer, weights[name].weight())
+                part.put(weights[name].weight_name, weights[name].weight())
         with torch.no_grad():
             for b, span in enumerate(spans):
                 before = (given[k][b],) if k else ()
@@ -154,11 +181,11 @@ def run_parts(
     return given
 
 
-def ending_in(stack: Stack, layers: Iterable[Layer], variant: Mapping[str, Chosen]) -> Part:
-    """Return the last part with the weights of a variant."""
+def ending_in(stack: Stack, names: Iterable[str], variant: Mapping[str, Chosen]) -> Part:
+    """Return the last part with the weights that a variant has under some names."""
     part = stack.part(len(stack) - 1)
-    for layer in layers:
-        stored = variant.get(layer.name)
-        if isinstance(stored, Stored) and layer.name in stack.layers[-1]:
-            part.put(layer, stored.weight())
+    for name in names:
+        one = variant.get(name)
+        if isinstance(one, (Replaced, Stored)):
+            part.put(one.weight_name, one.weight())
     return part

@@ -125,7 +125,7 @@ class _Shared:
                 continue
             place = tensor_of(part, known.layers[name].weight_name)
             original = place.data
-            part.put(known.layers[name], weights[name].weight())
+            part.put(weights[name].weight_name, weights[name].weight())
             self._places[name] = place.requires_grad_()
             self._changes[name] = place.data - original
         self._shares = {

@@ -88,10 +88,11 @@ class StackRunner(EagerRunner):
         """Return the last part of each variant; those whose weights there are equal share one."""
         made: dict[tuple[int, ...], Part] = {}
         found = []
+        names = self.known.stack.layers[-1]
         for variant in variants:
-            key = tuple(id(variant.get(name)) for name in self.known.stack.layers[-1])
+            key = tuple(id(variant.get(name)) for name in names)
             if key not in made:
-                made[key] = ending_in(self.known.stack, self.inventory.layers, variant)
+                made[key] = ending_in(self.known.stack, names, variant)
             found.append(made[key])
         return found
 

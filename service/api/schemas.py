@@ -62,6 +62,10 @@ class JobView(BaseModel):
     cancel_requested: bool
     attempts: int
     measured: int = Field(description="Ledger entries and checkpoints that this job wrote.")
+    peak_bytes: int = Field(
+        description="The most memory that the process which carried the job out took, its "
+        "libraries included; 0 before the job has succeeded."
+    )
     progress: ProgressView | None
     plans: int = Field(description="How many plans are ready.")
     results: dict[str, str | list[str]] = Field(
@@ -289,6 +293,7 @@ def job_view(job: Job) -> JobView:
         cancel_requested=job.cancel_requested,
         attempts=job.attempts,
         measured=job.measured,
+        peak_bytes=job.peak_bytes,
         progress=None if job.progress is None else ProgressView(**progress_said(job.progress)),
         results=job.results or {},
         plans=len((job.results or {}).get("plans", ())),

@@ -108,6 +108,7 @@ class Job:
     error: JsonObject | None
     results: JsonObject | None
     result_bytes: int
+    peak_bytes: int
     version: int
     worker_s: float
     webhook: str | None

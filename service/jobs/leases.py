@@ -259,7 +259,12 @@ class Leases:
         return self._db.write(work)
 
     def succeed(
-        self, job_id: str, epoch: int, results: JsonObject, kept: Sequence[KeptResult] = ()
+        self,
+        job_id: str,
+        epoch: int,
+        results: JsonObject,
+        kept: Sequence[KeptResult] = (),
+        peak_bytes: int = 0,
     ) -> None:
         """End a job with its results; raises ``LeaseLost``.
 
@@ -268,6 +273,7 @@ class Leases:
             epoch: The driver's.
             results: Digest, or list of digests, by name of the result.
             kept: Each file once; those with an artifact kind become uploads of the tenant.
+            peak_bytes: The most memory that the evaluator took; 0 where that is not known.
         """
         now = self._clock()
 
@@ -276,7 +282,11 @@ class Leases:
             if job.status is JobStatus.SUCCEEDED and job.epoch == epoch:
                 return  # the commit had arrived although its answer had not
             own = sum(one.size for one in kept if one.artifact is None)
-            values = {"results": canonical_json(results), "result_bytes": own}
+            values = {
+                "results": canonical_json(results),
+                "result_bytes": own,
+                "peak_bytes": peak_bytes,
+            }
             self._fenced(connection, job_id, epoch, values)
             for one in kept:
                 if one.artifact is not None:

@@ -118,7 +118,13 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """The work is done and all of its results are there."""
+    """The work is done and all of its results are there.
+
+    Attributes:
+        peak_bytes: The most memory that the evaluator took, as it says; shown and not relied on.
+    """
+
+    peak_bytes: int = 0
 
 
 Message = (
@@ -148,8 +154,8 @@ def encode(message: Message) -> tuple[JsonObject, list[bytes]]:
             return {"type": "checkpoint" if checkpoint else "result", "name": name}, []
         case Failed(error=error):
             return {"type": "error", "error": _error_to_json(error)}, []
-        case Ended():
-            return {"type": "end"}, []
+        case Ended(peak_bytes=peak_bytes):
+            return {"type": "end", "peak_bytes": peak_bytes}, []
 
 
 def decode(head: JsonObject, parts: Sequence[bytes]) -> Message:
@@ -255,8 +261,8 @@ def _read_error(head: JsonObject, parts: Sequence[bytes]) -> Failed:
 
 
 def _read_end(head: JsonObject, parts: Sequence[bytes]) -> Ended:
-    _alone(head, parts)
-    return Ended()
+    _alone(head, parts, "peak_bytes")
+    return Ended(peak_bytes=_count(head["peak_bytes"]))
 
 
 _READERS: dict[str, Callable[[JsonObject, Sequence[bytes]], Message]] = {

@@ -72,6 +72,7 @@ jobs = sa.Table(
     sa.Column("error", sa.Text),
     sa.Column("results", sa.Text),
     sa.Column("result_bytes", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("peak_bytes", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("version", sa.Integer, nullable=False, server_default="1"),
     sa.Column("worker_s", sa.Float, nullable=False, server_default="0"),
     sa.Column("webhook", sa.Text),

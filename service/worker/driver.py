@@ -324,8 +324,8 @@ class Driver:
                     self._receiver.result(name)
             case Failed(error=error):
                 return self._failed(error)
-            case Ended():
-                return self._succeed()
+            case Ended(peak_bytes=peak_bytes):
+                return self._succeed(peak_bytes)
         return None
 
     def _handle_helper(
@@ -398,7 +398,7 @@ class Driver:
         self._store.release(self._job.id, self._job.epoch, "the server was stopped")
         return EXIT_RELEASED
 
-    def _succeed(self) -> int:
+    def _succeed(self, peak_bytes: int) -> int:
         job = self._job
         with self._beating("keep"):
             results, kept = self._receiver.complete()
@@ -406,7 +406,7 @@ class Driver:
 
         def finish() -> None:
             self._heartbeat(0.0)
-            self._store.succeed(job.id, job.epoch, results, kept)
+            self._store.succeed(job.id, job.epoch, results, kept, peak_bytes)
 
         return self._end(finish)
 

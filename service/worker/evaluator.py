@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from bitquota.context import Context
 from bitquota.errors import BitquotaError, MeasurementFailed
+from bitquota.progress import peak_bytes
 from bitquota.request import PlanRequest
 from bitquota.sensitivity.tasks import Task, samples_digest
 from bitquota.service import wire
@@ -190,7 +191,7 @@ def answer(assignment: JsonObject, channel: Channel, loaded: Loaded) -> None:
         said = " ".join(str(error).split())[:500]
         msg = f"the model must run on the calibration set; it raised {type(error).__name__}: {said}"
         channel.send(Failed(error=MeasurementFailed(msg)))
-    channel.send(Ended())
+    channel.send(Ended(peak_bytes=peak_bytes()))
 
 
 def warm_up() -> None:

@@ -1,4 +1,4 @@
-"""How far a long piece of work is, as a whole; torch-free, so that the service can show it.
+"""How far a long piece of work is, and what it takes; torch-free: the service shows it.
 
 Design: docs/design/progress.md
 """
@@ -6,6 +6,7 @@ Design: docs/design/progress.md
 from __future__ import annotations
 
 import re
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,15 @@ OnProgress = Callable[[Progress], None]
 
 IsCancelled = Callable[[], bool]
 """Asked between units of work; ``True`` stops the work with ``Cancelled``."""
+
+
+def peak_bytes() -> int:
+    """Return the largest resident size of this process so far, its libraries included."""
+    import resource  # Windows has none, and needs the rest of this module
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Kilobytes on Linux, bytes on macOS.
+    return int(largest if sys.platform == "darwin" else largest * 1024)
 
 
 def lasting(seconds: float) -> str:

@@ -14,6 +14,7 @@ from bitquota.context import Context
 from bitquota.evaluate.scoring import score_plans
 from bitquota.exports.export import export_plan
 from bitquota.exports.hugging_face_folder import write_tensors
+from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import load_model, load_within
 from bitquota.models.loaded import in_memory
 from bitquota.models.on_demand import on_demand
@@ -111,6 +112,44 @@ class TestEvaluate:
         assert found[0] == found[1]
         assert len(found[0]) == 3
         assert paged.pages.bytes_read > 0
+
+    @pytest.mark.parametrize(("memory", "n_samples"), [(2**14, 6), (2**24, 70)])
+    def test_blocks_are_read_once_for_all_batches(
+        self, half_folder, tmp_path, monkeypatch, memory, n_samples
+    ):
+        """Of all that is compared, whether the last parts fit into the memory or not."""
+        whole, paged, plan = both(half_folder, "gguf-py", tmp_path)
+        export_plan(whole, plan, tmp_path / "o", target="gguf-py", samples=TOKENS)
+        tokens = torch.randint(0, 32, (n_samples, 9), generator=torch.Generator().manual_seed(4))
+        read, told = [], []
+        release = paged.pages.release_tensor
+
+        def note(tensor, read_bytes=None):
+            # Before anything is told, a few samples show what the outputs are.
+            read.extend([tensor.data_ptr()] if told else [])
+            release(tensor, read_bytes)
+
+        monkeypatch.setattr(paged.pages, "release_tensor", note)
+        found = []
+        for model in (whole, paged):
+            told.clear()
+            context = Context(device="cpu", memory_bytes=memory, on_progress=told.append)
+            found.append(
+                score_plans(
+                    model,
+                    CalibrationSet(inputs=(tokens,)),
+                    plans={"plan": plan},
+                    exported=(tmp_path / "o",),
+                    context=context,
+                )
+            )
+        assert found[0] == found[1]
+        blocks = [t.data_ptr() for n, t in paged.pages.tensors.items() if "layers" in n]
+        assert blocks
+        assert {read.count(place) for place in blocks} == {1}
+        # Parts and batches are the steps of one comparison.
+        assert told[-1].total > 3
+        assert [step.done for step in told] == list(range(1, told[-1].total + 1))
 
 
 class TestOnDemand:

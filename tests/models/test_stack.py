@@ -97,7 +97,7 @@ class TestStackOf:
             given = stack.part(0)(*samples.inputs)
             part = stack.part(1)
             before = part(given, *samples.inputs)
-            part.put(layer, torch.zeros(layer.weight_shape))
+            part.put(layer.weight_name, torch.zeros(layer.weight_shape))
             assert not torch.equal(part(given, *samples.inputs), before)
             assert torch.equal(stack.part(1)(given, *samples.inputs), before)
 

@@ -10,14 +10,17 @@ import torch
 
 from bitquota.candidates.storage import Granularity, ScaleFormat, Scheme
 from bitquota.ci.diff import diff_plans
+from bitquota.context import Context
 from bitquota.errors import InvalidBudget, InvalidInput, InvalidPlan
 from bitquota.evaluate.scoring import score_plans
 from bitquota.exports.export import export_plan
 from bitquota.exports.kv_cache import OPTIONS_FILE
 from bitquota.measurement_setup import build_setup
 from bitquota.models.calibration import CalibrationSet
-from bitquota.models.load import load_model
+from bitquota.models.load import load_model, load_within
 from bitquota.plan import Plan
+from bitquota.quantizers.quantized_model import QuantizedModel, named
+from bitquota.quantizers.quantized_weights import QuantizedWeights
 from bitquota.report.charts import frontier_of, matrix_json, plan_json
 from bitquota.report.text import render_markdown
 from bitquota.request import PlanRequest
@@ -220,6 +223,32 @@ class TestPlan:
         found = scores[f"{baseline.name} of plan"].metrics["kl"].mean
         assert found == pytest.approx(baseline.measured.mean, rel=1e-3)
         assert "KV" in baseline.name
+
+    def test_evaluated_block_by_block(self, model, plan, tmp_path):
+        """With weights in files, and those of the plan beside it, as from memory."""
+        stored = QuantizedWeights(model.module, plan.inventory).stored
+        own = (a.candidate for a in plan.assignments if a.candidate.weight_bits < 16)
+        content = QuantizedModel(
+            model_digest=model.digest, rounding="qep", weights={c.layer: stored(c) for c in own}
+        ).to_bytes()
+        path = tmp_path / "plan.weights.safetensors"
+        path.write_bytes(content)
+        shipped = replace(plan, weights=named(content, "qep"))
+        tokens = torch.randint(3, 96, (70, 12), generator=torch.Generator().manual_seed(5))
+        found, told = [], []
+        for loaded in (model, load_within(model.source, 1)):
+            told.clear()
+            scores = score_plans(
+                replace(loaded, weights=(path,)),
+                CalibrationSet(inputs=(tokens,)),
+                plans={"plan": shipped, "weights alone": replace(shipped, caches=(), budgets=())},
+                context=Context(device="cpu", on_progress=told.append),
+            )
+            found.append({score.name: score for score in scores})
+        assert found[0] == found[1]
+        assert len(told) == 3 + 2  # parts and batches
+        kl = [found[1][name].metrics["kl"].mean for name in ("plan", "weights alone")]
+        assert kl[0] != kl[1]
 
     def test_report(self, plan):
         text = render_markdown([plan])

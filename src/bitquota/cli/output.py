@@ -28,7 +28,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from bitquota.cli import drawing
-from bitquota.progress import Pace, Progress, lasting, stage_words
+from bitquota.progress import Pace, Progress, lasting, peak_bytes, stage_words
 from bitquota.report import text as report
 from bitquota.report.costs import cost_sentences
 from bitquota.report.estimate import rounded_size
@@ -307,10 +307,8 @@ def say(line: str) -> None:
 def say_use() -> None:
     """Print what this process has taken of processor and memory so far."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    # macOS counts bytes, everybody else KiB.
-    peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     seconds = used.ru_utime + used.ru_stime
-    say(f"{seconds:,.0f} s of processor time, {rounded_size(peak)} of memory at the peak")
+    say(f"{seconds:,.0f} s of processor time, {rounded_size(peak_bytes())} of memory at the peak")
 
 
 def print_json(value: object) -> None:

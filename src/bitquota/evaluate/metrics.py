@@ -50,6 +50,7 @@ def compare_models(
     loss: Loss | None = None,
     names: Sequence[str] = (),
     batch_size: int = BATCH,
+    before: int = 0,
     context: Context | None = None,
 ) -> list[ModelScores]:
     """Run several models on the same samples and compare them, sample by sample.
@@ -65,6 +66,7 @@ def compare_models(
         loss: A loss to score as well, under its name.
         names: Of the outputs that ``loss`` sums over, for the names of their metrics.
         batch_size: Samples per pass.
+        before: Steps of the comparison that were done and told of before.
         context: Whom to tell after each batch, and when to stop.
 
     Raises:
@@ -107,7 +109,7 @@ def compare_models(
             found |= {metric: own(output, labels) for metric, own in (custom or {}).items()}
             seen[name].add(found, positions, counts)
         if context is not None:
-            context.report("evaluate", done, n_batches)
+            context.report("evaluate", before + done, before + n_batches)
             context.check("evaluate")
 
     # Means over the samples, and paired differences to every other model.

@@ -14,6 +14,7 @@ from bitquota.candidates.targets import target_by_name
 from bitquota.codec import Document
 from bitquota.context import Context
 from bitquota.errors import InvalidInput
+from bitquota.evaluate.by_block import walked
 from bitquota.evaluate.metrics import BATCH, compare_models, measured_loss
 from bitquota.evaluate.scores import FULL_PRECISION, ModelScores, Score
 from bitquota.exports.export import open_export
@@ -65,6 +66,7 @@ class _Entry:
     module: Callable[..., Tensor]
     size_bits: int | None = None
     beside: tuple[str, ...] = ()
+    caches: tuple[Candidate, ...] = ()
 
 
 def score_plans(
@@ -114,7 +116,8 @@ def score_plans(
         ExportFailed: Exported files that were changed.
         MeasurementFailed: Outputs that are not finite.
 
-    Cost: one pass of every model; its corrections' passes besides.
+    Cost: one pass of every model; its corrections' passes besides. Weights that stay in files are
+    read once where the model is a chain of blocks, else for each batch.
     """
     data = bound(model, data)
     context = context or Context()
@@ -126,7 +129,8 @@ def score_plans(
         model = in_memory(model)
     if not all(runs_from_files(plan, model) for plan in plans.values()):
         model = in_memory(model)
-    if model.pages is not None:
+    from_files = model if model.pages is not None else None
+    if from_files is not None:
         model = replace(model, module=on_demand(model))
     if read is None:
         read = _reading(model, data, tuple(plans.values()), kind=kind)
@@ -159,14 +163,20 @@ def score_plans(
     lineup.add_uniforms()
 
     # All of them on the same samples, each shown beside what it is to be compared with.
+    models = {name: entry.module for name, entry in lineup.entries.items()}
+    batch_size, before = _batch_size(read, context.memory_bytes), 0
+    if from_files is not None:
+        caches = {name: entry.caches for name, entry in lineup.entries.items()}
+        models, before = walked(models, caches, from_files, data, batch_size, context)
     compared = compare_models(
-        {name: entry.module for name, entry in lineup.entries.items()},
+        models,
         data,
         kind=kind,
         custom=custom,
         loss=loss,
         names=[output.name for output in read.outputs],
-        batch_size=_batch_size(read, context.memory_bytes),
+        batch_size=batch_size,
+        before=before,
         context=context,
     )
     return [
@@ -279,6 +289,7 @@ class _Lineup:
             module=_running(module, self.where),
             size_bits=sum(c.size_bits for c in chosen if not c.cached),
             beside=beside,
+            caches=tuple(c for c in chosen if c.cached),
         )
 
     def _beside(self, plan: Plan, label: str) -> tuple[str, ...]:

@@ -9,9 +9,7 @@ Design: docs/design/progress.md
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Rounding
 from bitquota.estimate import BudgetEstimate, JobEstimate, Refusal, StageEstimate
 from bitquota.measurement_setup import build_setup
+from bitquota.progress import peak_bytes
 from bitquota.quantizers.stacked import SAMPLED_ROWS
 from bitquota.search.comparing import (
     AFFORDABLE_PASSES,
@@ -173,7 +172,7 @@ def _estimate(
         budgets=_budgets(setup) if job != "measure" else (),
         stages=tuple(stages),
         seconds_per_pass=timed.sample_s * n,
-        peak_bytes=_peak_bytes() + _counted_bytes(setup, runner, grams=grams),
+        peak_bytes=peak_bytes() + _counted_bytes(setup, runner, grams=grams),
         refused=tuple(refused),
         outputs=setup.outputs,
     )
@@ -259,13 +258,6 @@ def _rounded(setup: Setup, name: str) -> int:
     layer = setup.inventory.layer(name)
     rows = layer.rows if setup.stacked is None else min(layer.rows, SAMPLED_ROWS)
     return rows * layer.columns
-
-
-def _peak_bytes() -> int:
-    """Return the largest resident size of this process so far."""
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Kilobytes on Linux, bytes on macOS.
-    return int(largest if sys.platform == "darwin" else largest * 1024)
 
 
 def _counted_bytes(setup: Setup, runner: Runner, *, grams: bool) -> int:

@@ -95,6 +95,7 @@ class TestMeasure:
         ).wait(**PATIENTLY)
         assert job.sensitivity() == planned.sensitivity()
         assert job.body["measured"] == 0
+        assert 2**25 < job.body["peak_bytes"] < 2**36
         with refused(NotFound, kind="measure"):
             job.report()
         with pytest.raises(NotFound, match="produce plans"):

@@ -55,7 +55,7 @@ class TestEncode:
             Piece(data=b"", checkpoint=True),
             Whole(name="plans"),
             Whole(name="learn.safetensors", checkpoint=True),
-            Ended(),
+            Ended(peak_bytes=2**40),
         ],
         ids=lambda message: type(message).__name__,
     )

@@ -112,7 +112,7 @@ class TestHostileEvaluator:
         ("said", "verdict"),
         [
             (({"type": "shutdown"}, []), "one of ledger_get"),
-            (({"type": "end", "status": "succeeded"}, []), "the members none"),
+            (({"type": "end", "status": "succeeded"}, []), "the members peak_bytes"),
             (Whole(name="database"), "a plan job leaves"),
             (Whole(name="plans"), "is invalid"),
             (Ended(), "must return the matrix"),
