@@ -51,7 +51,7 @@ $(INSTALLED) $(VENV)/.installed-demo: pyproject.toml constraints.txt
 
 # Likewise kernels, which each process that comes first would compile for itself: a
 # minute on one core.
-$(KERNELS): $(DEMO_INSTALLED) $(wildcard solver/*.py) quantizers/column_kernels.py
+$(KERNELS): $(DEMO_INSTALLED) $(wildcard solver/*.py quantizers/*_kernels.py)
 	@$(BIN)/python -m bitquota.service.worker.evaluator --warm-up
 	@touch $@
 

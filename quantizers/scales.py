@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bitquota.candidates.storage import ScaleRule
+from bitquota.quantizers.scale_kernels import BISECTIONS, as_arrays, best_scales
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,8 +33,6 @@ EXACT_LIMIT_BREAKPOINTS = 1 << 21
 
 SCAN_POINTS = 48
 LATTICE_POINTS = 3
-
-BISECTIONS = 8
 
 
 def symmetric_scale(
@@ -261,6 +260,16 @@ def _start(
 
 def _exact_scales(values: Tensor, bounds: Tensor, importance: Tensor | None) -> Tensor:
     """Return f64[ranges, g]."""
+    if values.device.type != "cpu":
+        return _sorted_scales(values, bounds, importance)
+    best = torch.zeros(len(bounds), len(values), dtype=torch.float64)
+    weight = values[:0] if importance is None else importance
+    best_scales(*as_arrays(values, weight, bounds, best))
+    return best
+
+
+def _sorted_scales(values: Tensor, bounds: Tensor, importance: Tensor | None) -> Tensor:
+    """Return f64[ranges, g], the breakpoints of all lines sorted together, as GPUs like it."""
     lines, n = values.shape
     magnitude, caps, least, _ = _start(values, bounds, importance)
     safe = torch.where(least > 0, least, 1.0)[:, None]

@@ -221,10 +221,11 @@ def warm_up() -> None:
 
 def load_all_kernels() -> None:
     """Load what numba compiles, the solver's kernels and those of rounding."""
-    from bitquota.quantizers import column_kernels
+    from bitquota.quantizers import column_kernels, scale_kernels
     from bitquota.solver import loading
 
     column_kernels.load_kernels()
+    scale_kernels.load_kernels()
     loading.load_kernels()
 
 

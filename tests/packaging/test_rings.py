@@ -97,6 +97,7 @@ LATE = {
     LIMITED: {
         "service.worker.evaluator": {
             "quantizers.column_kernels",
+            "quantizers.scale_kernels",
             "models.calibration",
             "models.loaded",
             "search.allocate",

@@ -9,6 +9,8 @@ import torch
 from bitquota.candidates.storage import ScaleRule
 from bitquota.quantizers import scales
 from bitquota.quantizers.scales import (
+    _exact_scales,
+    _sorted_scales,
     asymmetric_scale,
     grid_error,
     least_squares_scale,
@@ -132,6 +134,24 @@ class TestLeastSquaresScale:
         low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         found = least_squares_scale(codes * 0.37, low, high)
         assert bool((grid_error(codes * 0.37, found, low, high) < 1e-12).all())
+
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize("bits", [2, 3, 6])
+    def test_is_the_same_in_machine_code_and_in_torch(self, bits, weighted):
+        """Where values are equal in size, the order of sums may differ."""
+        values = random_lines(seed=bits, lines=50, n=64).bfloat16().double()
+        values[3] = 0
+        importance = random_lines(seed=9, lines=50, n=64).abs().clamp(min=0.1) - 0.1
+        weight = importance if weighted else None
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        pairs = [(low, high), (-high, -low), (0, high - low)]
+        bounds = torch.tensor(pairs, dtype=torch.float64)[..., None].expand(-1, -1, 50)
+        compiled = _exact_scales(values, bounds, weight)
+        torch.testing.assert_close(
+            compiled, _sorted_scales(values, bounds, weight), rtol=1e-14, atol=0
+        )
+        assert (compiled[:, 3] == 0).all()
+        assert (compiled[:2, :3] > 0).all()
 
     def test_ranges_are_fitted_together_as_apart(self):
         """Breakpoints are shared, results are not."""
