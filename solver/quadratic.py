@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,6 +88,8 @@ SPLIT_ROWS = 1300
 """Between these the stronger bound has cuts for all pairs; beyond, a step takes too long."""
 PATIENT_S = 30.0
 """Longer limits begin with it: it takes 18 s at 1,120 rows, the plain one 11."""
+PATIENT_SEARCH = 3
+"""How much longer they look for choices first: under noise the best come late (``search.py``)."""
 INTERIOR_ROWS = 3500
 """Above so many rows an iteration of the interior point takes a minute, and the simple bound is
 all there is."""
@@ -139,8 +142,11 @@ class Quadratic:
         root = self._begin(start)
         if root is None or not self._undominated(root):
             return self.run_regions([])
+        limit = self.control.options.time_limit_s
+        patient = limit is None or limit > PATIENT_S
+        longer = patient and self._splits(int(root.keep.sum()))
         try:
-            self._search(root)
+            self._search(root, times=PATIENT_SEARCH if longer else 1)
             while self._hopeless(root) and self._propagate(root):
                 pass
         except Interrupted:
@@ -148,8 +154,7 @@ class Quadratic:
                 self._take(found_alone(self.problem, root.keep))
         stopped = self.control.stopped
         self.incumbent.floor = ROUNDING * largest_term(self.problem, root.keep, stopped)
-        limit = self.control.options.time_limit_s
-        root.strong = self._splits(int(root.keep.sum())) and (limit is None or limit > PATIENT_S)
+        root.strong = patient and self._splits(int(root.keep.sum()))
         return self.run_regions([root])
 
     def _begin(self, start: Ints | None) -> Region | None:
@@ -238,16 +243,18 @@ class Quadratic:
     def _reduced(self, region: Region) -> Core:
         return reduce(self.posed, region.keep, self.control.halt, self.rounding)
 
-    def _search(self, region: Region) -> None:
+    def _search(self, region: Region, *, times: int = 1) -> None:
+        """Look for a better choice, ``times`` as long as usual."""
         core = reduce(self.free, region.keep, self.control.halt, self.rounding)
         if core.n_groups == 0:
             return
         starts = [] if self.incumbent.rows is None else [core.lower(self.incumbent.rows)]
         if not len(core.C) and not self.control.stopped():
             starts += rounded(core, self._linear(core)[1])
+        effort = default_effort(int(region.keep.sum()))
         cur, value = search(
             core,
-            effort=default_effort(int(region.keep.sum())),
+            effort=replace(effort, restarts=times * effort.restarts),
             seed=self.control.options.seed,
             starts=[s for s in starts if (s >= 0).all()],
             on_better=lambda cur, value: self._offer(value, core.lift(cur)),
