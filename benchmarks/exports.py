@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitquota.context import Context, MemoryLedger
+from bitquota.corrections import Correction
 from bitquota.evaluate.scoring import score_plans
 from bitquota.exports.export import export_plan, open_export
 from bitquota.exports.export_report import REPORT_FILE
@@ -56,11 +57,12 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--samples", type=int, default=256, help="Images that measure the plan.")
     parser.add_argument("--bits", default="3.5", help="Average bits of ResNet-20.")
+    parser.add_argument("--moved", action="store_true", help="Adjust its batch-norm statistics.")
     parser.add_argument("--windows", type=int, default=16, help="Windows of 64 bytes of text.")
     parser.add_argument("--skip-llama", action="store_true")
     settings = parser.parse_args()
     torch.set_num_threads(1)
-    bars = resnet(settings.test_images, settings.samples, settings.bits)
+    bars = resnet(settings.test_images, settings.samples, settings.bits, moved=settings.moved)
     if not settings.skip_llama:
         bars += llama(settings.windows)
     print("\n| bar | measured | holds |\n| --- | --- | --- |")
@@ -70,14 +72,15 @@ def main() -> None:
         sys.exit(1)
 
 
-def resnet(n_test: int, n_samples: int, bits: str) -> list[Bar]:
+def resnet(n_test: int, n_samples: int, bits: str, *, moved: bool) -> list[Bar]:
     """Plan ResNet-20 for ONNX Runtime, export it, and run the file."""
     model = finish(resnet20(), source="resnet20", architecture="CifarResNet")
     x, y = calibration()
     data = CalibrationSet(inputs=(x,), labels=y)
     request = PlanRequest(
-        budgets=(f"{bits} bits",), target="ort-cpu", samples=n_samples, holdout_samples=n_samples
-    )
+        budgets=(f"{bits} bits",), target="ort-cpu", samples=n_samples, holdout_samples=n_samples,
+        corrections=(Correction.BATCH_NORM_STATISTICS,) if moved else (),
+    )  # fmt: skip
     made = allocate(model, data, request, context=Context(ledger=MemoryLedger()))
     (plan,), model = made.plans, made.with_weights(model)
     with tempfile.TemporaryDirectory() as name:

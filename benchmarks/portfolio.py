@@ -9,10 +9,11 @@ they choose nothing. A proposal is a violation where it measures better than the
 one paired standard error. CPU seconds are of the process; several budgets share one measurement, so
 compare times with one budget.
 
-Peers' assignments are measured with our quantizers and corrections. ``modelopt`` needs
-nvidia-modelopt: its gradient score with cross entropy on the same number of samples, formats of the
-same widths, ranges from the largest weight. ``mct`` needs model_compression_toolkit: its
-sensitivities by distances of outputs, from as many images, weights alone, its own ranges.
+Peers get all images that a plan gets, those that measure and those that decide, and their
+assignments are measured with our quantizers and corrections. ``modelopt`` needs nvidia-modelopt:
+its gradient score with cross entropy, formats of the same widths, ranges from the largest weight.
+``mct`` needs model_compression_toolkit: its sensitivities by distances of outputs, weights alone,
+its own ranges.
 """
 
 from __future__ import annotations
@@ -228,7 +229,7 @@ def main() -> None:
                 for name in filter(None, asked.peers.split(",")):
                     fresh = prepared(asked.depth, 1, tiny=asked.tiny)[0].module
                     begun = time.process_time()
-                    widths = PEERS[name](fresh, setup.fit, float(text.split()[0]))
+                    widths = PEERS[name](fresh, data.subset(2 * n, draw), float(text.split()[0]))
                     rivals[text][name] = choice_in(setup.table, widths)
                     print(f"    {name}, {text}: {time.process_time() - begun:.1f} s CPU")
                 known: dict[Any, ChoiceLoss] = {}
