@@ -42,7 +42,12 @@
       make("td", {}, when(job.created_at)));
   }
 
+  const versions = new Map();
+
   function show(job) {
+    // What the page came with, the stream says once more.
+    if (versions.get(job.id) === job.version) return;
+    versions.set(job.id, job.version);
     const made = row(job);
     const old = shown.get(job.id);
     if (old) {
@@ -51,7 +56,9 @@
       if (focused) made.querySelector("a").focus();
     } else {
       // Ids are in the order of time; the newest comes first.
-      const after = [...body.children].find((other) => other.dataset.job < job.id);
+      const oldest = body.lastElementChild;
+      const after = !oldest || oldest.dataset.job > job.id ? null
+        : [...body.children].find((other) => other.dataset.job < job.id);
       body.insertBefore(made, after || null);
     }
     shown.set(job.id, made);

@@ -11,10 +11,11 @@
 
   function bitSeries(style, names, bits, extra) {
     const widths = [...new Set(bits)].sort((a, b) => a - b);
-    return widths.map((w) => ({ name: `${w} bits`, type: "bar", stack: extra.stack || "a",
+    // Each layer has one bar, so that nothing is stacked: bars of all widths stand in one place.
+    return widths.map((w) => ({ name: `${w} bits`, type: "bar", barGap: "-100%",
       barCategoryGap: names.length > 150 ? "0%" : "18%", large: names.length > MANY,
       largeThreshold: MANY, progressive: 0, itemStyle: { color: colorOfBits(style, w) },
-      data: bits.map((b) => (b === w ? b : "-")), ...extra }));
+      data: bits.flatMap((b, k) => (b === w ? [[k, b]] : [])), ...extra }));
   }
 
   function summary(bits) {
@@ -55,7 +56,7 @@
         legend: { top: 0, left: 0, icon: "rect", itemHeight: 10, itemWidth: 14,
           textStyle: { color: style.ink, fontSize: 0.8 * style.root } },
         tooltip: { ...tip(style), trigger: "item", formatter: (p) => {
-          const k = p.dataIndex;
+          const [k] = p.value;
           return `${names[k]}\n${bits[k]} bits, ${doc.layers.weights[k].toLocaleString("en")} `
             + "weights";
         } },
@@ -117,14 +118,14 @@
       const value = { type: "value", min: 0, max: top, minInterval: 1 };
       const series = [];
       [a, b].forEach((plan, at) => series.push(...bitSeries(style, names, plan.bits,
-        { xAxisIndex: at, yAxisIndex: at, stack: String(at) })));
+        { xAxisIndex: at, yAxisIndex: at })));
       return {
         grid: [{ left: 44, right: 16, top: 40, bottom: "52%" },
           { left: 44, right: 16, top: "50%", bottom: names.length > 120 ? 34 : 12 }],
         legend: { top: 0, left: 0, icon: "rect", itemHeight: 10, itemWidth: 14,
           textStyle: { color: style.ink, fontSize: 0.8 * style.root } },
         tooltip: { ...tip(style), trigger: "item", formatter: (p) => {
-          const k = p.dataIndex;
+          const [k] = p.value;
           return `${names[k]}\n${a.bits[k]} bits above, ${b.bits[k]} bits below`;
         } },
         dataZoom: zoomOf(style, names, [0, 1]),
