@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import site
 import sys
 import time
 from pathlib import Path
@@ -199,9 +200,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if asked.peers_from:
         # Behind our own packages: the tools come from there, torch does not.
-        sys.path += map(
-            str, Path(asked.peers_from).absolute().parents[1].glob("lib/*/site-packages")
-        )
+        for folder in Path(asked.peers_from).absolute().parents[1].glob("lib/*/site-packages"):
+            site.addsitedir(str(folder))
     model, data, test = prepared(asked.depth, asked.test, tiny=asked.tiny)
     budgets = tuple(f"{bits} bits" for bits in asked.budgets.split(","))
     n = 32 if asked.tiny else 512
