@@ -68,6 +68,8 @@ _CONVEXIFICATION_ARRAYS: _Kinds = {
     "products": (np.float64, 2),
 }
 """The same of each convexification."""
+_TRIPLES: _Kinds = {"triples": (np.int64, 2), "triple_values": (np.float64, 1)}
+"""The same of those that are left out where there are no triples."""
 
 
 def problem_to_bytes(problem: Problem) -> bytes:
@@ -192,6 +194,9 @@ def _certificate_parts(certificate: Certificate) -> tuple[JsonObject, Arrays]:
     for index, shape in enumerate(certificate.convexifications):
         for name in _CONVEXIFICATION_ARRAYS:
             arrays[f"convexification{index}_{name}"] = getattr(shape, name)
+        if len(shape.triples):
+            for name in _TRIPLES:
+                arrays[f"convexification{index}_{name}"] = getattr(shape, name)
     # In hexadecimal, so that infinities have a name and every bit survives.
     meta = {"bound": float(certificate.bound).hex(), "recursion": certificate.recursion}
     meta |= {"joint": True} if certificate.joint else {}
@@ -211,7 +216,13 @@ def _certificate(meta: JsonObject, arrays: Arrays, wanted: str) -> Certificate:
         return Certificate(
             bound=float.fromhex(meta["bound"]),
             convexifications=tuple(
-                Convexification(**take(_CONVEXIFICATION_ARRAYS, f"convexification{index}_"))
+                Convexification(
+                    **take(_CONVEXIFICATION_ARRAYS, f"convexification{index}_"),
+                    **take(
+                        _TRIPLES if f"convexification{index}_triples" in arrays else {},
+                        f"convexification{index}_",
+                    ),
+                )
                 for index in range(int(meta["convexifications"]))
             ),
             recursion=bool(meta["recursion"]),

@@ -23,7 +23,7 @@ from bitquota.solver.exact import dyadic, is_positive_semidefinite
 from bitquota.solver.outward import TINY, gamma, is_positive_definite, wide
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -51,12 +51,15 @@ class Frame:
         cuts: f64[n, n], ``Y``; ``None`` when it is zero.
         products: f64[m, n], ``μ``; ``None`` when it is zero.
         support: bool[n].
+        triples: i64[t, 3]; triple_values: f64[t], ``γ``.
     """
 
     shift: NDArray[np.float64] | None
     cuts: NDArray[np.float64] | None
     products: NDArray[np.float64] | None
     support: Bools
+    triples: NDArray[np.int64]
+    triple_values: NDArray[np.float64]
 
     @classmethod
     def of(cls, problem: Problem, given: Convexification, enemies: Enemies) -> Frame:
@@ -84,7 +87,15 @@ class Frame:
             cuts=_cuts(problem, given, enemies),
             products=np.asarray(given.products, dtype=np.float64) if given.products.any() else None,
             support=np.asarray(given.support, dtype=np.bool_),
+            triples=_triples(offsets, given),
+            triple_values=given.triple_values,
         )
+
+    def products_of_triples(self) -> Iterator[tuple[NDArray[Any], NDArray[Any], int]]:
+        """Yield rows, columns and the sign of ``γ`` there, each pair of rows both ways."""
+        for a, b, sign in ((0, 1, 1), (0, 2, 1), (1, 2, -1)):
+            yield self.triples[:, a], self.triples[:, b], sign
+            yield self.triples[:, b], self.triples[:, a], sign
 
 
 def _block_diagonal(offsets: list[int], shift: NDArray[np.float64]) -> NDArray[np.float64] | None:
@@ -102,6 +113,24 @@ def _block_diagonal(offsets: list[int], shift: NDArray[np.float64]) -> NDArray[n
         msg = "'shift' must be symmetric in every group"
         raise ValueError(msg)
     return D
+
+
+def _triples(offsets: list[int], given: Convexification) -> NDArray[np.int64]:
+    triples, values = given.triples, given.triple_values
+    if (
+        triples.shape != (len(values), 3)
+        or not np.isfinite(values).all()
+        or bool((values < 0).any())
+    ):
+        msg = "'triples' must have three rows and a finite value from 0 on each"
+        raise ValueError(msg)
+    group = np.searchsorted(offsets, triples, side="right")
+    apart = (group[:, 0] != group[:, 1]) & (group[:, 0] != group[:, 2])
+    apart &= group[:, 1] != group[:, 2]
+    if not (apart & (triples >= 0).all(axis=1) & (triples < offsets[-1]).all(axis=1)).all():
+        msg = "a triple must have rows of three groups"
+        raise ValueError(msg)
+    return triples
 
 
 def _cuts(problem: Problem, given: Convexification, enemies: Enemies) -> NDArray[np.float64] | None:
@@ -179,17 +208,22 @@ class ExactBounds:
             zero if part is None else part for part in (problem.cross, frame.shift, frame.cuts)
         ]
         products = np.zeros((0, 0)) if frame.products is None else frame.products
-        (d, cross, D, Y, mu), exponent = dyadic(problem.diagonal, *given, products)
+        (d, cross, D, Y, mu, gamma_), exponent = dyadic(
+            problem.diagonal, *given, products, frame.triple_values
+        )
         if problem.factor is not None:
             terms, fine = exact_terms(problem)
             low = min(exponent, fine)
-            d, D, Y, mu = (part * (1 << (exponent - low)) for part in (d, D, Y, mu))
+            d, D, Y, mu, gamma_ = (part * (1 << (exponent - low)) for part in (d, D, Y, mu, gamma_))
             cross, exponent = terms * (1 << (fine - low)), low
         linear = 2 * d
         if not self._is_quadratic():
             return linear, None, exponent - 1
         Q = cross + D - Y
         linear = linear - np.diag(D)
+        for rows, columns, sign in frame.products_of_triples():
+            np.add.at(Q, (rows, columns), sign * gamma_)
+        np.subtract.at(linear, frame.triples[:, 0], 2 * gamma_)
         for k in range(len(mu)):
             (cost, limit), _ = dyadic(problem.costs[k], problem.limits[k : k + 1])
             Q = Q + mu[k][:, None] * cost[None, :] + cost[:, None] * mu[k][None, :]
@@ -200,7 +234,7 @@ class ExactBounds:
         frame = self.frame
         problem = self.problem
         parts = (problem.cross, problem.factor, frame.shift, frame.cuts, frame.products)
-        return any(part is not None for part in parts)
+        return any(part is not None for part in parts) or len(frame.triples) > 0
 
     def is_convex(self) -> bool:
         """Return whether ``vᵀQv >= 0`` on the support. Exact."""
@@ -287,7 +321,8 @@ class OutwardBounds:
         size = np.abs(linear)
         roundings = 4 + 4 * len(problem.limits)
         parts = [p for p in (problem.cross, frame.shift, frame.cuts) if p is not None]
-        if not parts and frame.products is None and problem.factor is None:
+        plain = not parts and frame.products is None and not len(frame.triples)
+        if plain and problem.factor is None:
             return linear, size, None, None, roundings
         n = int(problem.offsets[-1])
         Q = np.zeros((n, n), dtype=self.real)
@@ -299,6 +334,15 @@ class OutwardBounds:
             terms, terms_size = rounded_terms(problem, self.real)
             Q, Q_size = Q + terms, Q_size + terms_size
             roundings += problem.factor.shape[1] + 2
+        if len(frame.triples):
+            value = self._real(frame.triple_values)
+            for rows, columns, sign in frame.products_of_triples():
+                np.add.at(Q, (rows, columns), sign * value)
+                np.add.at(Q_size, (rows, columns), value)
+            linear, size = linear.copy(), size.copy()
+            np.subtract.at(linear, frame.triples[:, 0], value)
+            np.add.at(size, frame.triples[:, 0], value)
+            roundings += 2 * int(np.bincount(frame.triples.ravel()).max())
         if frame.shift is not None:
             half = np.diag(self._real(frame.shift)) / 2
             linear, size = linear - half, size + np.abs(half)

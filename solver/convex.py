@@ -63,7 +63,9 @@ def convexify(core: Core, point: DualPoint) -> Convex:
         Q[rows] = core.C[rows]
     np.subtract.at(Q, (point.cut_rows, point.cut_columns), point.cut_values)
     np.subtract.at(Q, (point.cut_columns, point.cut_rows), point.cut_values)
+    add_triples(Q, point.triples, point.triple_values)
     linear = core.d.copy()
+    np.subtract.at(linear, point.triples[:, 0], point.triple_values)
     for mu, cost, limit in zip(point.products, core.A, core.b, strict=True):
         if mu.any():
             for rows in pieces(n, core.halt):
@@ -100,6 +102,13 @@ def convexify(core: Core, point: DualPoint) -> Convex:
     return Convex(
         Q=np.ascontiguousarray(Q), l=linear, const=core.constant, error=error, point=point
     )
+
+
+def add_triples(Q: Floats, triples: Ints, values: Floats) -> None:
+    """Add ``values`` times the products of triangle inequalities to ``Q``, without ``x_i``."""
+    for a, b, sign in ((0, 1, 1.0), (0, 2, 1.0), (1, 2, -1.0)):
+        np.add.at(Q, (triples[:, a], triples[:, b]), sign * values)
+        np.add.at(Q, (triples[:, b], triples[:, a]), sign * values)
 
 
 def _lacking(R: Floats, halt: Bytes) -> float:
@@ -165,4 +174,6 @@ def to_certificate(problem: Problem, core: Core, point: DualPoint) -> Convexific
         cut_columns=np.maximum(first, second)[used],
         cut_values=point.cut_values[used],
         products=products,
+        triples=core.rows[point.triples],
+        triple_values=point.triple_values,
     )

@@ -30,6 +30,7 @@ from bitquota.solver.quadratic import Quadratic
 from bitquota.solver.search import Effort, search
 from bitquota.solver.semidefinite import flat_point, interior_point
 from bitquota.solver.separable import solve_knapsack
+from bitquota.solver.splitting import Splitting
 from bitquota.solver.tree_kernels import settle
 
 if TYPE_CHECKING:
@@ -105,6 +106,10 @@ def _matrix() -> None:
     tree.root(incumbent, point.row_values, point.multipliers)
     tree.probe(incumbent, 1)
     tree.grow(incumbent, 1)
+    run = Splitting(core)
+    run.triples, run.held = np.array([[0, 3, 6]]), np.zeros(1)
+    run.run(1)
+    run.separate()
 
 
 def _terms() -> None:

@@ -14,7 +14,7 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,6 +58,8 @@ class DualPoint:
     """f64[n], the primal ``x``."""
     pair_values: Floats
     """f64[n, n], the primal ``X``: where it is negative a cut helps."""
+    triples: Ints = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
+    triple_values: Floats = field(default_factory=lambda: np.zeros(0))
 
     def times(self, unit: float) -> DualPoint:
         """Return the point of the same core with all terms ``unit`` times as large."""
@@ -67,6 +69,7 @@ class DualPoint:
             cut_values=self.cut_values * unit,
             products=self.products * unit,
             multipliers=self.multipliers * unit,
+            triple_values=self.triple_values * unit,
         )
 
 

@@ -5,14 +5,16 @@ The certificate
 Let ``diagonal``, ``cross``, ``constant`` be those of the problem, and ``x`` any feasible one-hot
 vector. For any symmetric block-diagonal ``D`` (one block per group), any symmetric ``Y`` that is
 zero inside groups and non-negative (of any sign on pairs of ``Problem.all_forbidden_pairs()``),
-and any ``μ_k >= 0`` (one vector over the rows per budget)::
+any ``μ_k >= 0`` (one vector over the rows per budget), and any ``γ_t >= 0`` for triples
+``t = (i, j, k)`` of rows of three groups::
 
     objective(x) >= q(x) := constant + l·x + ½ xᵀQx
-    Q = cross + D - Y + Σ_k (μ_k costs_kᵀ + costs_k μ_kᵀ)
-    l = diagonal - ½ diag(D) - Σ_k limits_k μ_k
+    Q = cross + D - Y + Σ_k (μ_k costs_kᵀ + costs_k μ_kᵀ) + Σ_t γ_t (E_ij + E_ik - E_jk)
+    l = diagonal - ½ diag(D) - Σ_k limits_k μ_k - Σ_t γ_t e_i
 
-because ``xᵀDx = diag(D)·x`` for one-hot ``x``, ``x_i x_j >= 0``, and
-``x_p (limits_k - costs_k·x) >= 0``. Let ``A`` be the allowed rows of a region. If
+with ``E_ij = e_i e_jᵀ + e_j e_iᵀ``, because ``xᵀDx = diag(D)·x`` for one-hot ``x``,
+``x_i x_j >= 0``, ``x_p (limits_k - costs_k·x) >= 0``, and the triangle inequality
+``x_i - x_i x_j - x_i x_k + x_j x_k >= 0``. Let ``A`` be the allowed rows of a region. If
 ``vᵀQv >= 0`` for every ``v`` that is zero outside ``A`` and sums to zero in every group, then for
 **any** point ``z`` that is zero outside the convexification's support and sums to one in every
 group, and any multipliers ``λ >= 0``, every feasible ``x`` of the region obeys::
@@ -131,7 +133,7 @@ class Stats:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Convexification:
-    """One ``(D, Y, μ)`` of the module's docstring.
+    """One ``(D, Y, μ, γ)`` of the module's docstring.
 
     Attributes:
         support: bool[n], the rows on which ``Q`` is positive semidefinite (on the differences of
@@ -141,6 +143,7 @@ class Convexification:
         cut_rows: i64[c], cut_columns: i64[c], cut_values: f64[c]: ``Y_ij = Y_ji`` for
             ``i = cut_rows[k] < j = cut_columns[k]``, each pair at most once.
         products: f64[m, n], ``μ``.
+        triples: i64[t, 3], rows ``(i, j, k)``; triple_values: f64[t], ``γ``.
     """
 
     support: NDArray[np.bool_]
@@ -149,6 +152,8 @@ class Convexification:
     cut_columns: NDArray[np.int64]
     cut_values: NDArray[np.float64]
     products: NDArray[np.float64]
+    triples: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
+    triple_values: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

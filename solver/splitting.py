@@ -27,9 +27,11 @@ import numpy as np
 import scipy.linalg as sla
 import scipy.sparse as sp
 
+from bitquota.solver.convex import add_triples
 from bitquota.solver.interruptible import go_on
 from bitquota.solver.linear_relaxation import linear_relaxation
 from bitquota.solver.semidefinite import center
+from bitquota.solver.triangles import correct, violated
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,7 +43,8 @@ if TYPE_CHECKING:
     Singles = NDArray[np.float32]
     Ints = NDArray[np.int64]
 
-STEPS = 240
+STEPS, FURTHER = 240, 120
+"""Steps at first, and each further time."""
 WHOLE = 300
 """Columns of the face up to which a step takes all eigenvalues of a matrix."""
 SPARE = 32
@@ -58,6 +61,11 @@ START = 1.2  # penalty, relative to the ratio of the multipliers' and the entrie
 LONGER = 1.6  # step of the multipliers; up to 1.618 converges
 ADAPT_EVERY, ADAPT = 10, 1.3
 """The penalty moves by this factor where one residual is twice the other."""
+
+ROUNDS, ROUND = 8, 15
+"""How often triangle inequalities are looked for, and steps after each time."""
+VIOLATED, TRIPLES, NEW_TRIPLES = 0.004, 600_000, 15_000
+"""By how much triples must be violated, of how many at most the worst are taken, and how many."""
 
 
 class Splitting:
@@ -112,6 +120,9 @@ class Splitting:
         far = np.cos(1.0 + np.arange(self.face.shape[1])).astype(np.float32)
         self.far: Singles = far / np.linalg.norm(far)
         """f32[r], a vector of the most negative one, about."""
+        self.triples = np.zeros((0, 3), dtype=np.int64)
+        self.held = np.zeros(0)
+        """f64[t], multipliers of the triples over the penalty."""
         self.cut_values, self.products = np.zeros((0, 0)), np.zeros((0, 0))
 
     def _face(self) -> sp.csr_matrix:
@@ -219,6 +230,13 @@ class Splitting:
         s, unit = self.s, self.unit
         weight = s**4 + 2.0 * unit**2 * s**2
         middle = (s**2 * M.diagonal()[1:-1] + 2.0 * unit * s * M[0, 1:-1]) / weight
+        if len(self.triples):
+            correct(self.triples, self.held, M, middle, s, weight, True)  # noqa: FBT003
+            for _ in range(2):
+                x = self._distribution(middle, weight)
+                moved = x.copy()
+                correct(self.triples, self.held, M, moved, s, weight, False)  # noqa: FBT003
+                middle += moved - x
         x = self._distribution(middle, weight)
         np.maximum(M, np.float32(0.0), out=M)
         self._fill(M, x)
@@ -274,6 +292,20 @@ class Splitting:
             self.Z += apart
             self.Y, Y = Y, self.Y
             self.beta *= adapt
+            self.held /= adapt
+
+    def separate(self) -> int:
+        """Keep the triples that hold something, add violated ones; returns how many these are."""
+        X = self.Y[1:-1, 1:-1].astype(np.float64) / np.outer(self.s, self.s)
+        found, values = violated(X, self.core.grp, VIOLATED, TRIPLES, self.core.halt)
+        go_on(self.core.halt)
+        worst = found[np.argsort(-values, kind="stable")[:NEW_TRIPLES]]
+        kept = self.held > 0.0
+        both = np.concatenate([self.triples[kept], worst])
+        held = np.concatenate([self.held[kept], np.zeros(len(worst))])
+        self.triples, first = np.unique(both, axis=0, return_index=True)
+        self.held = held[first]
+        return len(found)
 
     def follow(self, before: Splitting) -> None:
         """Go on from where a splitting of these and further rows was."""
@@ -285,6 +317,11 @@ class Splitting:
         scale = np.outer(factor, factor).astype(np.float32)
         self.Y, self.Z = before.Y[np.ix_(at, at)] * scale, before.Z[np.ix_(at, at)] / scale
         self.beta, self.price, self.done = before.beta, before.price, before.done
+        here = np.full(before.core.n + 2, -1, dtype=np.int64)
+        here[at] = np.arange(len(at))
+        triples = here[1 + before.triples] - 1
+        left = (triples >= 0).all(axis=1)
+        self.triples, self.held = triples[left], before.held[left]
 
     def relaxed(self) -> Core:
         """Return the core less the multipliers of ``X >= 0`` and of products, whose bound is one.
@@ -292,17 +329,21 @@ class Splitting:
         In place of a product of rows of one group, ``C`` then has terms inside of groups.
         """
         core = self.core
-        found = np.where(self.zero, 0.0, self.excess)[1:-1, 1:-1].astype(np.float64)
+        C, d = core.C.copy(), core.d.copy()
+        add_triples(C, self.triples, self.held * self.beta)
+        np.subtract.at(d, self.triples[:, 0], self.held * self.beta)
+        found = self.excess[1:-1, 1:-1] + 0.5 * (C - core.C) / np.outer(self.s, self.s)
+        found = np.where(self.zero[1:-1, 1:-1], 0.0, found)
         np.maximum(found, 0.0, out=found)
         self.cut_values = 2.0 * np.triu(found, 1) * np.outer(self.s, self.s)
-        C = core.C - self.cut_values - self.cut_values.T
+        C -= self.cut_values + self.cut_values.T
         self.products = np.zeros(core.A.shape)
         if self.left:
             found = np.maximum(self.excess[-1, 1:-1].astype(np.float64), 0.0)
             self.products = np.outer(self.prices, found * 2.0 * self.left * self.s / self.limit)
             half = self.products.T @ core.A
             C += half + half.T
-        return replace(core, C=C, d=core.d - core.b @ self.products)
+        return replace(core, C=C, d=d - core.b @ self.products)
 
     def complete(self, point: DualPoint) -> None:
         """Add these multipliers to ``point``, one of the relaxed core without cuts."""
@@ -311,10 +352,12 @@ class Splitting:
         point.cut_rows, point.cut_columns = np.nonzero(values)
         point.cut_values = values[point.cut_rows, point.cut_columns]
         point.products = self.products
+        used = self.held > 0.0
+        point.triples, point.triple_values = self.triples[used], self.held[used] * self.beta
 
 
 def continued(splitting: Splitting | None, core: Core) -> Splitting:
-    """Return the splitting of ``core`` after ``STEPS`` steps, or twice as many as it had.
+    """Return the splitting of ``core`` after ``STEPS`` steps, or ``FURTHER`` more, and triangles.
 
     One of further rows is continued on those that are left.
 
@@ -325,7 +368,11 @@ def continued(splitting: Splitting | None, core: Core) -> Splitting:
         before, splitting = splitting, Splitting(core)
         if before is not None and np.isin(core.rows, before.core.rows).all():
             splitting.follow(before)
-    splitting.run(max(STEPS, splitting.done))
+    splitting.run(FURTHER if splitting.done else STEPS)
+    for _ in range(ROUNDS):
+        if splitting.separate() < core.n:
+            break
+        splitting.run(ROUND)
     return splitting
 
 

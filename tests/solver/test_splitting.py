@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from bitquota.solver import Problem, quadratic, solve, splitting
+from bitquota.solver.archive import certificate_from_bytes, certificate_to_bytes
 from bitquota.solver.branch import Incumbent, Tree
-from bitquota.solver.checker import check_solution
+from bitquota.solver.checker import check_certificate, check_solution
 from bitquota.solver.convex import convexify
 from bitquota.solver.core import reduce
 from bitquota.solver.interruptible import Interrupted
@@ -78,18 +79,19 @@ def test_eigenvectors_are_followed(monkeypatch):
     assert bound_of(core, followed) == pytest.approx(whole, rel=1e-3)
 
 
-def test_continues():
-    """Steps double, also where rows have gone; rows that came anew begin from nothing."""
+def test_continues(monkeypatch):
+    """Further steps, also where rows have gone; rows that came anew begin from nothing."""
+    monkeypatch.setattr(splitting, "ROUNDS", 0)
     problem = noisy(8)
     core = reduce(problem, problem.allowed)
     first = continued(None, core)
     done = first.done
     assert continued(first, replace(core)) is first
-    assert 2 * done == first.done
+    assert done + splitting.FURTHER == first.done
     fewer = problem.allowed.copy()
     fewer[[0, 7, 8, 9, 10, 11, 20]] = False  # group 1 has one row left
     less = continued(first, reduce(problem, fewer))
-    assert 4 * done == less.done
+    assert done + 2 * splitting.FURTHER == less.done
     assert bound_of(less.core, less) <= less.core.value(less.core.off[:-1])
     assert done == continued(less, core).done
 
@@ -125,3 +127,44 @@ def test_certificate(monkeypatch, pairs):
     assert any(len(c.cut_rows) > 500 for c in solution.certificate.convexifications)
     verdict = check_solution(problem, solution)
     assert verdict.holds, verdict.reason
+
+
+def test_triangles_raise_the_bound(monkeypatch):
+    """Triples gain a part of what noise takes."""
+    problem = noisy(noise=0.9, seed=3)
+    core = reduce(problem, problem.allowed)
+    with monkeypatch.context() as without:
+        without.setattr(splitting, "ROUNDS", 0)
+        lower = bound_of(core, continued(None, core))
+    run = continued(None, core)
+    assert len(run.triples)
+    optimum = solve(problem).objective
+    assert lower + 0.05 * (optimum - lower) < bound_of(core, run) <= optimum * (1 + 1e-12)
+
+
+def test_triangles_are_checked(monkeypatch):
+    """The checker takes triples, exactly and in floats, and no false ones."""
+    problem = noisy(12, width=4, noise=0.9, seed=3)
+    for name, value in (("FIRST_ROWS", 8), ("TREE_NODES", 2), ("PROMISING", 0), ("PROBE_ROWS", 0)):
+        monkeypatch.setattr(quadratic, name, value)
+    monkeypatch.setattr(quadratic.Quadratic, "first_nodes", 2)
+    certificate = solve(problem, node_limit=8).certificate
+    assert certificate_from_bytes(certificate_to_bytes(certificate)).bound == certificate.bound
+    found = [c for c in certificate.convexifications if len(c.triples)]
+    assert found
+    for method in ("outward", "exact"):
+        assert check_certificate(problem, certificate, method=method).holds
+    i, j, _ = found[0].triples[0]
+    for changed in (
+        {"triple_values": -found[0].triple_values},
+        {"triple_values": 1.5 * found[0].triple_values},
+        {"triples": found[0].triples[:, ::-1]},
+        {"triples": np.tile([i, j, j], (len(found[0].triples), 1))},
+        {"triples": np.tile([i, j, problem.n_rows], (len(found[0].triples), 1))},
+        {"triples": found[0].triples[1:]},
+    ):
+        worse = tuple(
+            replace(c, **changed) if c is found[0] else c for c in certificate.convexifications
+        )
+        forged = replace(certificate, convexifications=worse)
+        assert not check_certificate(problem, forged).holds
