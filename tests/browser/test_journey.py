@@ -239,7 +239,7 @@ def test_estimate_before_submitting(server, digits_files, open_window, screensho
 
     page.click("#rows a >> nth=0")
     page.wait_for_selector("#estimate dl")
-    assert "measuring each candidate" in page.text_content("#estimate")
+    assert "scoring by weighted output error" in page.text_content("#estimate")
     for width in (1280, 360):
         look_at(window, width, screenshots / f"estimate-job-{width}.png")
 

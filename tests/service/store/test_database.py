@@ -191,7 +191,9 @@ class TestWrite:
         with database.engine.connect() as connection:
             assert len(connection.execute(artifacts.select()).all()) == 1
 
-    def test_survives_a_crash_of_postgresql(self, postgres):
+    def test_survives_a_crash_of_postgresql(self, postgres, monkeypatch):
+        # As long as a busy machine takes to recover.
+        monkeypatch.setattr("bitquota.service.store.database._RETRIES", 10)
         opened = Database(postgres.new_database())
         opened.create()
         store = ArtifactStore(opened, lambda: 0.0)
