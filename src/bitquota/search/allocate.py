@@ -224,7 +224,8 @@ def _search(
         name: choice_of(solved(setup, build_problem(matrix, budgets)))
         for name, matrix in source.proposals.items()
     }
-    starts |= {"matrix": choice_of(optimum)} | baselines
+    leading = {"matrix": choice_of(optimum)}
+    starts = (leading | starts if by_scores(setup) else starts | leading) | baselines
     starts |= {f"of another budget {k + 1}": choice for k, choice in enumerate(known)}
     if setup.stacked is not None:
         starts = _promising(setup, source.matrix, starts)
