@@ -244,8 +244,9 @@ def _search(
     )
     if quick or by_scores(setup):
         least = _widest(setup, source.matrix, {n: c for n, c in baselines.items() if n in simple})
-        scored = {} if quick else {n: baselines[n] for n in source.scores}
-        baselines = least | {n: c for n, c in scored.items() if c in starts.values()}
+        # What the race dropped is not rounded as it would ship.
+        scored = () if quick else (n for n in source.scores if baselines[n] in found.measured)
+        baselines = least | {n: baselines[n] for n in scored}
     return Outcome(
         choice=found.choice,
         baselines=baselines,
