@@ -47,8 +47,9 @@ def remove_abandoned(scratches: Path) -> int:
         try:
             owner = (folder / OWNER_FILE).read_text()
         except OSError:
-            continue  # its driver has only just made it
-        if owner_is_gone(owner):
+            owner = ""
+        # Without a name its driver has only just made it, or was killed doing so.
+        if owner and owner_is_gone(owner):
             shutil.rmtree(folder, ignore_errors=True)
             removed += 1
     return removed

@@ -180,8 +180,13 @@ class TestCollect:
             (folder / OWNER_FILE).write_text(
                 owner.replace("|0", "|1") if name == "job-b" else owner
             )
+        # A process was killed between making its folder and naming itself.
+        unnamed = world.settings.data_dir / "scratch" / "job-c"
+        unnamed.mkdir()
+        (unnamed / OWNER_FILE).touch()
         assert world.collect().scratch == 1
         assert (world.settings.data_dir / "scratch" / "job-a").exists()
+        assert unnamed.exists()
 
 
 class TestRemoveUpload:
