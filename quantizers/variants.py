@@ -181,6 +181,20 @@ def run_parts(
     return given
 
 
+def ending_key(names: Iterable[str], variant: Mapping[str, Chosen]) -> tuple[int, ...]:
+    """Return what is equal for variants whose last parts are."""
+    return tuple(id(variant.get(name)) for name in names)
+
+
+def endings(
+    stack: Stack, names: Sequence[str], variants: Sequence[Mapping[str, Chosen]]
+) -> list[Part]:
+    """Return the last part of each variant; equal ones are one."""
+    different = {ending_key(names, variant): variant for variant in variants}
+    made = {key: ending_in(stack, names, variant) for key, variant in different.items()}
+    return [made[ending_key(names, variant)] for variant in variants]
+
+
 def ending_in(stack: Stack, names: Iterable[str], variant: Mapping[str, Chosen]) -> Part:
     """Return the last part with the weights that a variant has under some names."""
     part = stack.part(len(stack) - 1)

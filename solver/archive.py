@@ -192,11 +192,8 @@ def _certificate_parts(certificate: Certificate) -> tuple[JsonObject, Arrays]:
     if len(certificate.w):
         arrays["w"] = certificate.w
     for index, shape in enumerate(certificate.convexifications):
-        for name in _CONVEXIFICATION_ARRAYS:
+        for name in _CONVEXIFICATION_ARRAYS | (_TRIPLES if len(shape.triples) else {}):
             arrays[f"convexification{index}_{name}"] = getattr(shape, name)
-        if len(shape.triples):
-            for name in _TRIPLES:
-                arrays[f"convexification{index}_{name}"] = getattr(shape, name)
     # In hexadecimal, so that infinities have a name and every bit survives.
     meta = {"bound": float(certificate.bound).hex(), "recursion": certificate.recursion}
     meta |= {"joint": True} if certificate.joint else {}
@@ -217,11 +214,11 @@ def _certificate(meta: JsonObject, arrays: Arrays, wanted: str) -> Certificate:
             bound=float.fromhex(meta["bound"]),
             convexifications=tuple(
                 Convexification(
-                    **take(_CONVEXIFICATION_ARRAYS, f"convexification{index}_"),
                     **take(
-                        _TRIPLES if f"convexification{index}_triples" in arrays else {},
+                        _CONVEXIFICATION_ARRAYS
+                        | (_TRIPLES if f"convexification{index}_triples" in arrays else {}),
                         f"convexification{index}_",
-                    ),
+                    )
                 )
                 for index in range(int(meta["convexifications"]))
             ),

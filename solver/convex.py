@@ -63,9 +63,8 @@ def convexify(core: Core, point: DualPoint) -> Convex:
         Q[rows] = core.C[rows]
     np.subtract.at(Q, (point.cut_rows, point.cut_columns), point.cut_values)
     np.subtract.at(Q, (point.cut_columns, point.cut_rows), point.cut_values)
-    add_triples(Q, point.triples, point.triple_values)
     linear = core.d.copy()
-    np.subtract.at(linear, point.triples[:, 0], point.triple_values)
+    add_triples(Q, linear, point.triples, point.triple_values)
     for mu, cost, limit in zip(point.products, core.A, core.b, strict=True):
         if mu.any():
             for rows in pieces(n, core.halt):
@@ -104,8 +103,9 @@ def convexify(core: Core, point: DualPoint) -> Convex:
     )
 
 
-def add_triples(Q: Floats, triples: Ints, values: Floats) -> None:
-    """Add ``values`` times the products of triangle inequalities to ``Q``, without ``x_i``."""
+def add_triples(Q: Floats, linear: Floats, triples: Ints, values: Floats) -> None:
+    """Take ``values`` times the triangle inequalities off the objective of ``Q`` and ``linear``."""
+    np.subtract.at(linear, triples[:, 0], values)
     for a, b, sign in ((0, 1, 1.0), (0, 2, 1.0), (1, 2, -1.0)):
         np.add.at(Q, (triples[:, a], triples[:, b]), sign * values)
         np.add.at(Q, (triples[:, b], triples[:, a]), sign * values)

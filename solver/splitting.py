@@ -330,8 +330,7 @@ class Splitting:
         """
         core = self.core
         C, d = core.C.copy(), core.d.copy()
-        add_triples(C, self.triples, self.held * self.beta)
-        np.subtract.at(d, self.triples[:, 0], self.held * self.beta)
+        add_triples(C, d, self.triples, self.held * self.beta)
         found = self.excess[1:-1, 1:-1] + 0.5 * (C - core.C) / np.outer(self.s, self.s)
         found = np.where(self.zero[1:-1, 1:-1], 0.0, found)
         np.maximum(found, 0.0, out=found)

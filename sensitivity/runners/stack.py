@@ -16,7 +16,7 @@ import torch
 
 from bitquota.models.running import inputs_of, labels_of, run_module
 from bitquota.quantizers.part_batches import pieces, spans_of
-from bitquota.quantizers.variants import ending_in, run_variants
+from bitquota.quantizers.variants import endings, run_variants
 from bitquota.sensitivity.runners.eager import EagerRunner
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from bitquota.models.stack import Part
     from bitquota.quantizers.stacked import StackedWeights
     from bitquota.quantizers.variants import Chosen
     from bitquota.sensitivity.losses import Loss
@@ -71,7 +70,8 @@ class StackRunner(EagerRunner):
         own = run_variants(known.stack, self.calibration, spans, variants, known.keeper, charge)
         ends = [known.reference(self.calibration, spans, charge), *own]
         charge(len(known.stack) - 1, len(ends))
-        parts = self._last_parts(({}, *variants))
+        stack = self.known.stack
+        parts = endings(stack, stack.layers[-1], ({}, *variants))
         for b, rows in enumerate(spans):
             values = [end[b] for end in ends]
             batch = pieces(known.sizes.end, *values, *inputs_of(self.calibration, rows))
@@ -83,18 +83,6 @@ class StackRunner(EagerRunner):
                 yield range(a, a + len(inputs[0])), next(outputs), outputs
         for end in own:
             end.drop()
-
-    def _last_parts(self, variants: Sequence[Mapping[str, Chosen]]) -> list[Part]:
-        """Return the last part of each variant; those whose weights there are equal share one."""
-        made: dict[tuple[int, ...], Part] = {}
-        found = []
-        names = self.known.stack.layers[-1]
-        for variant in variants:
-            key = tuple(id(variant.get(name)) for name in names)
-            if key not in made:
-                made[key] = ending_in(self.known.stack, names, variant)
-            found.append(made[key])
-        return found
 
     def charge(self, n_samples: int, k: int, variants: int) -> None:
         """Count that a part ran so many times."""

@@ -67,9 +67,7 @@ async def _rows(service: State, job: Job, names: dict[tuple[str, str], str]) -> 
     read, _ = await service.readers.run(
         job.tenant, "plan_rows", order, what="the plans of a job", lasting=True
     )
-    asked = job.request.get("plan")
-    request = asked if isinstance(asked, dict) else job.request
-    usual = {"effort": "normal", "rounding": "auto"} if "samples" in request else {}
+    asked = job.asked
     return [
         PlanRow(
             job=job.id,
@@ -80,8 +78,8 @@ async def _rows(service: State, job: Job, names: dict[tuple[str, str], str]) -> 
             digest=plans[position],
             model=job.model,
             model_name=names.get((ArtifactKind.MODEL, job.model or ""), ""),
-            effort=request.get("effort", usual.get("effort")),
-            rounding=request.get("rounding", usual.get("rounding")),
+            effort=asked.get("effort"),
+            rounding=asked.get("rounding"),
             **said,
         )
         for position, said in enumerate(read["rows"])

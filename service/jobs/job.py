@@ -113,6 +113,15 @@ class Job:
     worker_s: float
     webhook: str | None
 
+    @property
+    def asked(self) -> JsonObject:
+        """What was asked of a plan, by its job or by one around it, with effort and rounding."""
+        plan = self.request.get("plan")
+        request = plan if isinstance(plan, dict) else self.request
+        # A request leaves these out where they are the usual.
+        usual = {"effort": "normal", "rounding": "auto"} if "samples" in request else {}
+        return usual | request
+
 
 def digests_by_role(job: NewJob | Job) -> dict[str, list[str]]:
     """Return the digests of all uploads of a job, by their role in the submission."""

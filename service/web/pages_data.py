@@ -70,15 +70,12 @@ def job_rows(service: State, tenant: str, jobs: Sequence[Job]) -> list[JsonObjec
 
 
 def _budgets(job: Job) -> list[object]:
-    plan = job.request.get("plan")
-    found = (plan if isinstance(plan, dict) else job.request).get("budgets", ())
+    found = job.asked.get("budgets", ())
     return list(found) if isinstance(found, list | tuple) else []
 
 
 def ordered(job: Job) -> list[tuple[str, str]]:
     """Return what a plan, or a job around one, was asked for beside its budgets, in words."""
-    plan = job.request.get("plan")
-    request = plan if isinstance(plan, dict) else job.request
     words = {
         "target": "Target",
         "weight_bits": "Bit-widths",
@@ -90,9 +87,8 @@ def ordered(job: Job) -> list[tuple[str, str]]:
         "rounding": "Rounding",
         "corrections": "Corrections",
     }
-    # A request leaves these out where they are the usual.
-    usual = {"effort": "normal", "rounding": "auto"} if "samples" in request else {}
-    given = {label: request.get(name, usual.get(name)) for name, label in words.items()}
+    asked = job.asked
+    given = {label: asked.get(name) for name, label in words.items()}
     return [
         (label, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
         for label, value in given.items()

@@ -20,7 +20,7 @@ from bitquota.models.on_demand import replaced_in
 from bitquota.models.running import cut, inputs_of, tensor_of
 from bitquota.models.sharing import sharing_weights
 from bitquota.models.stack import stack_of
-from bitquota.quantizers.variants import Replaced, ending_in, run_variants
+from bitquota.quantizers.variants import Replaced, ending_key, endings, run_variants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -155,11 +155,8 @@ def _last_parts(
     stack: Stack, names: Sequence[str], variants: Sequence[Mapping[str, Chosen]], limit_bytes: int
 ) -> list[Part | None]:
     """Return the last part of each variant, equal ones once, or none where they are too large."""
-    keys = [tuple(id(variant.get(name)) for name in names) for variant in variants]
     before, all_read = stack.reads
     size = sum(4 * tensor_of(stack.module, name).numel() for name in all_read - before)
-    if len(set(keys)) * size > limit_bytes:
+    if len({ending_key(names, variant) for variant in variants}) * size > limit_bytes:
         return [None] * len(variants)
-    different = dict(zip(keys, variants, strict=True))
-    made = {key: ending_in(stack, names, variant) for key, variant in different.items()}
-    return [made[key] for key in keys]
+    return [*endings(stack, names, variants)]

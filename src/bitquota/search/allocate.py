@@ -252,7 +252,7 @@ def _search(
         baselines=baselines,
         optimum=optimum,
         last=found.last,
-        raced=found.per_sample,
+        raced=found.per_sample if quick else None,
     )
 
 

@@ -49,7 +49,7 @@ class Outcome:
         optimum: The solver's answer for the matrix around full precision.
         last: The last linearisation of the refinement.
         raced: f64[n], what ``choice`` costs on the first hold-out samples where each layer is
-            rounded apart; ``None`` where it was not measured so.
+            rounded apart; ``None`` where the effort is not quick, or it was not measured so.
     """
 
     choice: Choice
@@ -290,7 +290,7 @@ def _with_rounding(
         return setup, {}, {"to": str(Rounder.NEAREST)}
     choice, to_nearest = outcome.choice, setup.rounded_to_nearest()
     (fed,) = _measure_choices(setup, {SOLVER: choice}, stage).values()
-    if setup.request.effort == "quick" and outcome.raced is not None:
+    if outcome.raced is not None:
         gains = outcome.raced - fed.per_sample[: len(outcome.raced)]
         gain, error = float(gains.mean()), float(standard_error(gains))
         if gain > error:
