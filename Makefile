@@ -40,6 +40,9 @@ $(INSTALLED) $(VENV)/.installed-demo: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"make needs Python 3.11 or later; {sys.executable} is {v.major}.{v.minor}: say make PYTHON=/path/to/python3.11")'
 	@echo "Installing bitquota[$(EXTRAS)] into $(VENV) ..."
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@# pip works on one core: where all extras are wanted, two of them install the pins first.
+	@test '$(EXTRAS)' != dev || sed '/^#/d' constraints.txt | \
+		xargs -P 2 -n 60 $(PIP) install --no-deps --no-compile --no-build-isolation
 	@$(PIP) install --constraint constraints.txt hatchling editables
 	@$(PIP) install --no-compile --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
 	@# Sandboxed evaluators may write nothing: without bytecode each would compile what it imports,
