@@ -1,13 +1,15 @@
-"""What bit-widths for single rows are worth: plans of layers and of rows at the same bytes.
+"""What finer menus are worth: plans of layers, and of rows or with zero bits, in the same budget.
 
     python benchmarks/rows.py                  # ResNet-20 of $BITQUOTA_DATA, target ort-cpu
     python benchmarks/rows.py --target ref-int --budgets 2.5
     python benchmarks/rows.py --tiny           # untrained, a few images, no shared data
+    python benchmarks/rows.py --target ref-int --allow prune,2:4 --budgets "2.5,3 GBitOps"
 
 For each budget two plans with the same settings: one bit-width for each layer, and up to
 ``--row-widths`` for the rows of each. The second may take as many bits as the first has in its
-file. Both are exported, and what the runtime computes from the files is compared with full
-precision: KL with its standard error, and the paired difference.
+file. With ``--allow`` the second has one bit-width for each layer, too, but may leave weights out,
+within the same budget. Both are exported, and what the runtime computes from the files is compared
+with full precision: KL with its standard error, and the paired difference.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a small network, few images")
     parser.add_argument("--depth", type=int, default=20, help="of the ResNet")
     parser.add_argument("--target", default="ort-cpu")
-    parser.add_argument("--budgets", default="2.5,3,4", help="average bits of a code")
+    parser.add_argument(
+        "--budgets", default="2.5,3,4", help="average bits of a code, or with a unit"
+    )
+    parser.add_argument("--allow", default="", help="zero bits: prune, 2:4 or both")
     parser.add_argument("--bits", default="", help="bit-widths on offer; all if left out")
     parser.add_argument("--row-widths", type=int, default=3)
     parser.add_argument("--rounding", default="gptq")
@@ -51,7 +56,12 @@ def arguments() -> argparse.Namespace:
 
 
 def planned(
-    subject: Subject, options: argparse.Namespace, budget: str, row_widths: int
+    subject: Subject,
+    options: argparse.Namespace,
+    budget: str,
+    *,
+    row_widths: int = 1,
+    allow: tuple[str, ...] = (),
 ) -> tuple[Tensor, int, float]:
     """Return the KL of each test sample in the runtime, bits of the weights, and CPU seconds."""
     started = time.process_time()
@@ -64,6 +74,7 @@ def planned(
         effort=options.effort,
         refine=options.effort == "normal",
         row_widths=row_widths,
+        allow=allow,
         samples=subject.samples,
         holdout_samples=subject.samples,
     )
@@ -90,16 +101,24 @@ def main() -> None:
     subject = small_network() if options.tiny else network(options.depth)
     subject = replace(subject, test=subject.test.first(min(options.images, len(subject.test))))
     for bits in options.budgets.split(","):
-        layers, size, seconds = planned(subject, options, f"{bits} bits", 1)
-        rows, rows_size, rows_seconds = planned(
-            subject, options, f"{size / 8} B of weights", options.row_widths
-        )
+        budget = f"{bits} bits" if bits.replace(".", "").isdigit() else bits
+        layers, size, seconds = planned(subject, options, budget)
+        if options.allow:
+            finer = tuple(options.allow.split(","))
+            rows, rows_size, rows_seconds = planned(subject, options, budget, allow=finer)
+        else:
+            same = f"{size / 8} B of weights"
+            rows, rows_size, rows_seconds = planned(
+                subject, options, same, row_widths=options.row_widths
+            )
         means = [float(kl.mean()) for kl in (layers, rows)]
         gap = rows - layers
         error = float(gap.std()) / len(gap) ** 0.5
-        bar = f", bar {BARS[bits]}" if bits in BARS and not options.tiny else ""
+        known = bits in BARS and not options.tiny and not options.allow
+        bar = f", bar {BARS[bits]}" if known else ""
+        what = options.allow or "rows"
         print(
-            f"{bits} bits: layers KL {means[0]:.4f} in {size / 8:,.0f} B, rows {means[1]:.4f} in "
+            f"{budget}: layers KL {means[0]:.4f} in {size / 8:,.0f} B, {what} {means[1]:.4f} in "
             f"{rows_size / 8:,.0f} B: {means[1] / means[0]:.3f} of layers{bar}; paired "
             f"{float(gap.mean()):+.4f} +- {error:.4f}; CPU s {seconds:.0f} and {rows_seconds:.0f}",
             flush=True,

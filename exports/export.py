@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from bitquota.candidates.rows import MIXED_KINDS
-from bitquota.candidates.storage import FULL_PRECISION_BITS, Grid
+from bitquota.candidates.storage import Grid
 from bitquota.candidates.targets import target_by_name
 from bitquota.candidates.targets.target import HOLD_PARTS
+from bitquota.candidates.zero_bits import HOLD_ZERO_BITS, WHY_NOT, zero_bits_of
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
 from bitquota.exports.compressed_tensors_folder import CompressedTensorsFolder
 from bitquota.exports.config_files import CONFIG_FILES
@@ -135,12 +136,13 @@ powers of two would need a table that the plan does not count."""
 def check_grids(plan: Plan, format_name: str) -> None:
     """Raise ``InvalidPlan`` where the format cannot hold what the plan's codes stand for."""
     check_rows(plan, format_name)
+    check_zero_bits(plan, format_name)
     integers = frozenset(grid for grid in Grid if grid.is_integer)
     held = GRIDS.get(format_name, integers)
     wrong = {
         a.layer.name: a.candidate.scheme.grid
         for a in plan.assignments
-        if a.candidate.weight_bits != FULL_PRECISION_BITS and a.candidate.scheme.grid not in held
+        if a.candidate.quantized and a.candidate.scheme.grid not in held
     }
     if wrong:
         grids = ", ".join(sorted(set(wrong.values())))
@@ -148,6 +150,20 @@ def check_grids(plan: Plan, format_name: str) -> None:
         msg = (
             f"format '{format_name}' cannot store weights on the grid '{grids}', as layer "
             f"'{next(iter(wrong))}' and {len(wrong) - 1} more have them; these formats have: {able}"
+        )
+        raise InvalidPlan(msg, layers=sorted(wrong), format=format_name)
+
+
+def check_zero_bits(plan: Plan, format_name: str) -> None:
+    """Raise ``InvalidPlan`` where the format is not smaller for weights that are left out."""
+    found = {a.layer.name: what for a in plan.assignments if (what := zero_bits_of(a.candidate))}
+    wrong = {name: what for name, what in found.items() if format_name not in HOLD_ZERO_BITS[what]}
+    if wrong:
+        name, what = next(iter(wrong.items()))
+        msg = (
+            f"format '{format_name}' cannot store layer '{name}' and {len(wrong) - 1} more, which "
+            f"leave weights out ({what}): {WHY_NOT[what]}; export to "
+            f"{', '.join(sorted(HOLD_ZERO_BITS[what]))}, or plan without --allow {what}"
         )
         raise InvalidPlan(msg, layers=sorted(wrong), format=format_name)
 

@@ -277,5 +277,7 @@ def describe_candidate(candidate: Candidate) -> str:
     scheme = candidate.scheme
     if candidate.weight_bits == FULL_PRECISION_BITS:
         return "full precision"
+    if candidate.pruned:
+        return "zeros"
     where = f"group of {scheme.group_size}" if scheme.group_size else str(scheme.granularity)
     return f"{candidate.label} {scheme.grid} per {where}, {scheme.scale_format} scales"

@@ -35,7 +35,7 @@ SAFE_CODE = 64
 _SUFFIXES = (
     BLOCKS, ".codes", ".scales", ".scales.f32", ".zero_points", ".levels", ".levels.f32", ".index",
     ".matrix", ".f32", ".order", ".parts", ".rows",
-    ".shape0", ".shape1", ".shape2", ".step0", ".step1",
+    ".shape", ".shape0", ".shape1", ".shape2", ".step0", ".step1",
     ".wide", ".int", ".shift", ".shifted", ".zero", ".zeros", ".count",
 )  # fmt: skip
 """What the names of a weight's parts end with."""
@@ -76,6 +76,19 @@ class GraphEditor:
         wide = f"{self._stem(initializer)}.f32"
         self._write(initializer, wide, layer, weight)
         self.new_nodes.append(onnx.helper.make_node("Cast", [wide], [initializer], to=kind))
+
+    def leave_out(self, initializer: str) -> None:
+        """Make ``initializer`` zeros, of which the file holds the shape alone."""
+        import onnx
+
+        make, old = onnx.helper.make_node, self.initializers[initializer]
+        zero = onnx.helper.make_tensor("zero", old.data_type, [1], [0.0])
+        shape = f"{self._stem(initializer)}.shape"
+        self.new_nodes += [
+            make("Constant", [], [shape], value_ints=list(old.dims)),
+            make("ConstantOfShape", [shape], [initializer], value=zero),
+        ]
+        self.names[initializer] = ()
 
     def _stem(self, initializer: str) -> str:
         """Return what the names of the parts of a weight begin with: none of them is taken."""

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bitquota.candidates.storage import PRUNED_BITS
 from bitquota.errors import ExportFailed, InvalidInput, MissingDependency
 from bitquota.exports.onnx_blocks import BLOCKS, fits_blocks, packed_blocks
 from bitquota.exports.onnx_editor import GraphEditor, n_bytes
@@ -72,7 +73,7 @@ class OnnxQdq:
 
     def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the file, read every code back, run it in ONNX Runtime."""
-        widths_must_be(prepared, WIDTHS, "ONNX")
+        widths_must_be(prepared, (PRUNED_BITS, *WIDTHS), "ONNX")
         two_bits = any(
             2 in (w.scheme.row_bits or (w.bits,))
             and not (self.blocked and fits_blocks(prepared.layers[name], w))
@@ -84,7 +85,11 @@ class OnnxQdq:
         weights = prepared.weights
         traced = not isinstance(prepared.module, OnnxModule)
         if traced:
-            weights = absorb_batch_norms(model, weights, prepared.layers, initializer_of)
+            stored = {name: weight for name, weight in weights.items() if weight.bits}
+            weights = {
+                **weights,
+                **absorb_batch_norms(model, stored, prepared.layers, initializer_of),
+            }
 
         # Put integers and their dequantization in the place of every weight.
         grids = {n: g for n, g in prepared.activations.items() if n in initializer_of}
@@ -92,6 +97,9 @@ class OnnxQdq:
         editor = GraphEditor(model)
         for name, weight in weights.items():
             initializer, layer = initializer_of[name], prepared.layers[name]
+            if weight.bits == PRUNED_BITS:
+                editor.leave_out(initializer)
+                continue
             if not (self.blocked and editor.multiply_blocks(initializer, layer, weight)):
                 integers = multiplies_integers(weight, grids.get(name))
                 editor.quantize(initializer, layer, weight, widened=integers)
@@ -108,7 +116,7 @@ class OnnxQdq:
         reports = tuple(
             prepared.exported_tensor(
                 name,
-                tensor=editor.names[initializer_of[name]][0],
+                tensor=next(iter(editor.names[initializer_of[name]]), initializer_of[name]),
                 stored=stored,
                 actual_bits=bits,
             )
@@ -336,7 +344,7 @@ def read_back(
                 kind = f"MatMulNBits of {part.bits} bits"
             stored.append(f"{kind} {'x'.join(map(str, held[codes].dims))}")
         bits = 8 * sum(n_bytes(held[tensor]) for tensor in names[name])
-        found[name] = (", ".join(stored), bits)
+        found[name] = (", ".join(stored) or "zeros", bits)
     return found
 
 

@@ -34,7 +34,7 @@ class RefInt:
     """Writes ``LAYER.codes``, ``LAYER.scales`` and ``LAYER.zero_points`` as bytes.
 
     Of a layer whose rows have several bit-widths it writes these for each part (``LAYER.w2.codes``)
-    and the rows of all parts, one after the other, as ``LAYER.order``.
+    and the rows of all parts, one after the other, as ``LAYER.order``; of a layer of zeros nothing.
 
     The bytes are those of ``bitquota.quantizers.packing``; every other tensor keeps its name and
     type. What a layer's bytes mean stands in the metadata of the file.
@@ -84,7 +84,9 @@ class RefInt:
                 prepared.exported_tensor(
                     name,
                     tensor=f"{stems[0][0]}.codes",
-                    stored=f"{widths}-bit codes, {weight.scales.numel()} scales",
+                    stored=f"{widths}-bit codes, {weight.scales.numel()} scales"
+                    if weight.bits
+                    else "zeros",
                     actual_bits=sum(tensors[p].nbytes * 8 for p in parts if p in tensors),
                 )
             )
@@ -142,7 +144,8 @@ def read_ref_int(path: Path, layers: dict[str, Layer]) -> dict[str, QuantizedWei
                     for part in _PARTS
                     if f"{stem}.{part}" in held
                 }
-                parts.setdefault("zero_points", parts["codes"][:0])
+                for part in _PARTS:  # of pruned layers nothing is stored
+                    parts.setdefault(part, np.zeros(0, dtype=np.uint8))
                 return unpack(
                     PackedWeight(**parts, rows=rows, columns=columns, bits=bits, scheme=scheme)
                 )

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from bitquota.candidates.storage import CODEBOOKS, FLOATS, K_BLOCKS, Granularity, Grid
+from bitquota.candidates.storage import (
+    CODEBOOKS,
+    FLOATS,
+    K_BLOCKS,
+    PRUNED_BITS,
+    Granularity,
+    Grid,
+)
 from bitquota.quantizers.float_formats import float_codes, float_read, float_values
 from bitquota.quantizers.kquants import k_block_steps
 
@@ -53,8 +60,8 @@ class MatrixGrid:
         zero: Likewise; ``None`` for 0.
         offset: Likewise; ``None`` for 0.
         table: ``[rows or 1, 2^bits]``, ascending; of a codebook only.
-        ends: Least and greatest code, ``[rows, 1]`` each, where rows have different widths; else
-            those of the bit-width.
+        ends: Least and greatest code, ``[rows, 1 or columns]`` each, where rows have different
+            widths or weights are left out; else those of the bit-width.
     """
 
     grid: Grid
@@ -233,17 +240,27 @@ def stacked(grids: Sequence[MatrixGrid], rows: int, columns: int) -> MatrixGrid 
         tensors = [part.expand(rows, columns) for part in parts if part is not None]
         return torch.cat(tensors) if tensors else None
 
+    sparse = any(grid.ends is not None for grid in grids)
     step = together([grid.step for grid in grids])
     assert step is not None  # noqa: S101  # every grid has steps
-    ends = torch.tensor([code_range(grid.grid, grid.bits) for grid in grids]).to(step)
-    ends = ends.repeat_interleave(rows, dim=0)
+    least, most = (
+        torch.cat(
+            [
+                step.new_full((rows, columns if sparse else 1), code_range(g.grid, g.bits)[end])
+                if g.ends is None
+                else g.ends[end].to(step).expand(rows, columns)
+                for g in grids
+            ]
+        )
+        for end in (0, 1)
+    )
     return MatrixGrid(
         grid=first.grid,
         bits=max(grid.bits for grid in grids),
         step=step,
         zero=together([grid.zero for grid in grids]),
         offset=together([grid.offset for grid in grids]),
-        ends=(ends[:, :1], ends[:, 1:]),
+        ends=(least, most),
     )
 
 
@@ -258,6 +275,8 @@ def matrix_grid(
     scheme: Scheme,
     columns: int,
     dtype: torch.dtype = torch.float64,
+    *,
+    kept: Tensor | None = None,
 ) -> MatrixGrid:
     """Return the grid that stored parameters describe.
 
@@ -268,6 +287,8 @@ def matrix_grid(
         scheme: Grid and granularity.
         columns: Of the matrix.
         dtype: To compute in; float32 reads values exactly as runtimes do.
+        kept: bool[rows, columns], which weights may differ from zero, where not all may; of the
+            symmetric grid only.
     """
     rows = len(scales)
     if scheme.grid is Grid.CODEBOOK:
@@ -288,7 +309,14 @@ def matrix_grid(
         return MatrixGrid(grid=scheme.grid, bits=bits, step=step, offset=offset)
     zero = None if zero_points is None else spread(zero_points.to(dtype), columns, scheme)
     step = spread(scales.to(dtype), columns, scheme)
-    return MatrixGrid(grid=scheme.grid, bits=bits, step=step, zero=zero)
+    ends = None
+    if bits == PRUNED_BITS:
+        # All codes stand for zero.
+        return MatrixGrid(grid=Grid.SYMMETRIC, bits=2, step=step)
+    if kept is not None:
+        least, most = (end * kept.to(dtype) for end in code_range(scheme.grid, bits))
+        ends = least, most
+    return MatrixGrid(grid=scheme.grid, bits=bits, step=step, zero=zero, ends=ends)
 
 
 def code_range(grid: Grid, bits: int) -> tuple[int, int]:

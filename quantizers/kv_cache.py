@@ -17,7 +17,7 @@ import torch
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Grid, Scheme
 from bitquota.errors import InvalidInput
 from bitquota.models.kv_cache import open_caches
-from bitquota.quantizers.weights import SCALE_DTYPES
+from bitquota.quantizers.parameters import SCALE_DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

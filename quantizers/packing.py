@@ -4,6 +4,8 @@ The bit stream is little-endian: code ``i`` takes the bits ``i b .. (i+1) b - 1`
 significant bit first, and bit ``k`` of the stream is bit ``k % 8`` of byte ``k // 8``. Codes are
 stored without sign: symmetric codes as ``code + 2^(b-1)``, one-bit codes -1 and +1 as 0 and 1,
 codes of codebooks, powers of two and small floats as they are.
+Of weights with sparsity 2:4 only those are stored that stay: the bits of a code, then two bits of
+its place among four neighbours, as one code. Nothing is stored of pruned weights.
 Dense packing runs over the whole matrix, row by row, and pads its end to a byte; aligned packing
 pads every row.
 """
@@ -17,17 +19,22 @@ import numpy as np
 import torch
 
 from bitquota.candidates.storage import (
+    PLACE_BITS,
+    PRUNED_BITS,
     SMALL_SCALES,
     Granularity,
     Grid,
     StorageSize,
+    kept_weights,
     n_scales,
     scales_per_line,
 )
 from bitquota.errors import InvalidInput
 from bitquota.quantizers.float_formats import scale_bytes, scales_of_bytes
 from bitquota.quantizers.grid import levels
-from bitquota.quantizers.weights import SCALE_DTYPES, QuantizedWeight
+from bitquota.quantizers.parameters import SCALE_DTYPES
+from bitquota.quantizers.sparsity import at_places, with_places
+from bitquota.quantizers.weights import QuantizedWeight, pruned
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -71,6 +78,8 @@ class PackedWeight:
     def size(self) -> StorageSize:
         """The same split as ``storage_size``, counted from the bytes that are there."""
         codes = self.rows * self.columns * self.bits
+        if self.scheme.sparsity is not None:
+            codes = kept_weights(self.rows * self.columns) * (self.bits + PLACE_BITS)
         n_zero_points = 0
         if self.scheme.grid is Grid.ASYMMETRIC:
             n_zero_points = n_scales(self.rows, self.columns, self.scheme)
@@ -93,6 +102,11 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
     rows, columns = weight.codes.shape
     scheme, bits = weight.scheme, weight.bits
     zero_points = np.zeros(0, dtype=np.uint8)
+    if bits == PRUNED_BITS:
+        return PackedWeight(
+            codes=zero_points, scales=zero_points, zero_points=zero_points, rows=rows,
+            columns=columns, bits=bits, scheme=scheme,
+        )  # fmt: skip
     if weight.zero_points is not None:
         flat = _unsigned(weight.zero_points, bits, signed=False).reshape(1, -1)
         zero_points = pack_bits(flat, bits, alignment_bits=scheme.row_alignment_bits)
@@ -102,12 +116,12 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
         stored, factor = scale_bytes(stored, scheme.scale_format)
         if scheme.scale_format.tensor_bits:
             head = np.array([factor], dtype="<f4").view(np.uint8)
+    codes = _unsigned(weight.codes, bits, signed=scheme.grid is Grid.SYMMETRIC)
+    width = bits
+    if scheme.sparsity is not None:
+        codes, width = with_places(codes, weight.codes.cpu().numpy() != 0, bits), bits + PLACE_BITS
     return PackedWeight(
-        codes=pack_bits(
-            _unsigned(weight.codes, bits, signed=scheme.grid is Grid.SYMMETRIC),
-            bits,
-            alignment_bits=scheme.row_alignment_bits,
-        ),
+        codes=pack_bits(codes, width, alignment_bits=scheme.row_alignment_bits),
         scales=np.concatenate([head, stored.view(torch.uint8).numpy()]),
         zero_points=zero_points,
         rows=rows,
@@ -125,6 +139,8 @@ def unpack(packed: PackedWeight) -> QuantizedWeight:
     """
     scheme, bits = packed.scheme, packed.bits
     rows, columns = packed.rows, packed.columns
+    if bits == PRUNED_BITS:
+        return pruned(rows, columns, scheme)
     count = n_scales(rows, columns, scheme)
     stored = count * scales_per_line(bits, scheme)
     shape = (1, -1) if scheme.granularity is Granularity.TENSOR else (rows, -1)
@@ -135,9 +151,14 @@ def unpack(packed: PackedWeight) -> QuantizedWeight:
             f"got {len(packed.scales)}"
         )
         raise InvalidInput(msg)
-    unsigned = unpack_bits(
-        packed.codes, rows, columns, bits, alignment_bits=scheme.row_alignment_bits
-    )
+    if scheme.sparsity is not None:
+        stored = kept_weights(columns)
+        joined = unpack_bits(packed.codes, rows, stored, bits + PLACE_BITS)
+        unsigned = at_places(joined, columns, bits, fill=-levels(bits)[0])
+    else:
+        unsigned = unpack_bits(
+            packed.codes, rows, columns, bits, alignment_bits=scheme.row_alignment_bits
+        )
     codes = torch.from_numpy(unsigned.astype(np.int32))
     zero_points = None
     if scheme.grid is Grid.ASYMMETRIC:

@@ -35,6 +35,7 @@ def refitted(
     gram: Tensor,
     *,
     scales_stay: bool = False,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return codes and scales with a smaller ``tr(E G E^T)``, ``E = W - s (q - z)``.
 
@@ -55,6 +56,7 @@ def refitted(
         scheme: Everything else.
         gram: ``G``, f64[groups, columns, columns], one for each group of consecutive rows.
         scales_stay: Whether scales stay in any case.
+        kept: Which weights may differ from zero (``matrix_grid``).
 
     Cost: for each round one and a half products of [rows, columns] by [columns, columns] and a
     round of coordinate descent.
@@ -66,7 +68,7 @@ def refitted(
         or scheme.scale_rule not in (ScaleRule.LEAST_SQUARES, ScaleRule.LEAST_SQUARES_POSITIVE)
     )
     columns = values.shape[1]
-    whole = matrix_grid(scales, zeros, bits, scheme, columns)
+    whole = matrix_grid(scales, zeros, bits, scheme, columns, kept=kept)
     codes, scales = codes.clone(), scales.clone()
     per_group = len(values) // len(gram)
     for g, own in enumerate(gram):
@@ -80,7 +82,8 @@ def refitted(
         for _ in range(DESCENTS if scales_stay else ROUNDS):
             if not scales_stay:
                 factors = _scales_for(moved, found, factors, zero, scheme, own)
-                grid = matrix_grid(factors, zero, bits, scheme, columns)
+                stay = None if kept is None else kept[rows]
+                grid = matrix_grid(factors, zero, bits, scheme, columns, kept=stay)
             found = grid.nearest(improved(wanted, grid.read(found), grid, own))
             off = wanted - grid.read(found)
             moved = off @ own

@@ -8,28 +8,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitquota.candidates.storage import (
-    FLOATS,
     FULL_PRECISION_BITS,
-    K_BLOCK,
+    PRUNED_BITS,
     WEIGHT_BITS,
-    Granularity,
-    Grid,
-    ScaleFormat,
-    ScaleRule,
     Scheme,
     check_width,
 )
 from bitquota.errors import InvalidInput, InvalidModel
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.running import n_not_finite
-from bitquota.quantizers.affine_fit import fit_affine
-from bitquota.quantizers.float_formats import fit_float_scale
-from bitquota.quantizers.grid import matrix_grid, numbers_of, stacked
-from bitquota.quantizers.kquants import fit_k_blocks
-from bitquota.quantizers.levels import fit_companded, fit_levels, fit_scale
+from bitquota.quantizers.grid import matrix_grid, stacked
+from bitquota.quantizers.parameters import fitted_parameters
 from bitquota.quantizers.refit import refitted
 from bitquota.quantizers.rounders import Rounder, checked_gram, round_codes, rounder_of
-from bitquota.quantizers.scales import asymmetric_scale, symmetric_scale
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,15 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bitquota.candidates.layers import Layer
-
-SCALE_DTYPES = {
-    ScaleFormat.FP32: torch.float32,
-    ScaleFormat.FP16: torch.float16,
-    ScaleFormat.BF16: torch.bfloat16,
-    # What 8 bits hold, as float32 (``float_formats.stored_scales``).
-    ScaleFormat.E8M0: torch.float32,
-    ScaleFormat.E4M3: torch.float32,
-}
 
 LEAST_IMPORTANCE = 1e-6
 """Share of the mean importance that every column has at least (as of an importance matrix)."""
@@ -65,7 +47,7 @@ class QuantizedWeight:
             exponent; of K blocks their parameters (see
             ``k_blocks``).
         zero_points: i32 in 0..2^b-1, shaped like ``scales``; ``None`` on a symmetric grid.
-        bits: Bit-width.
+        bits: Bit-width; 0 where all weights are zero and nothing is stored.
         scheme: Everything else. Where rows have different bit-widths (``row_bits``), ``bits`` is
             the widest and the codes of each row are those of its own.
     """
@@ -85,6 +67,8 @@ class QuantizedWeight:
 
     def dequantize(self) -> Tensor:
         """Return f32[rows, columns]: ``scale * (code - zero_point)``, or the code's level."""
+        if self.bits == PRUNED_BITS:
+            return torch.zeros_like(self.codes, dtype=torch.float32)
         grid = matrix_grid(
             self.scales,
             self.zero_points,
@@ -164,8 +148,8 @@ def quantize(
     Args:
         matrix: Floating-point ``[rows, columns]``, finite. To make up for changed inputs, pass
             the moved weights of ``qep.propagated``, with the Gram of the changed inputs.
-        bits: 1 to 8, or 16.
-        scheme: Grid, granularity, scale rule and format, rounding.
+        bits: 1 to 8, or 16; 0 for zeros.
+        scheme: Grid, granularity, scale rule and format, rounding, sparsity.
         importance: Not negative, broadcastable to ``[rows, columns]``: weighs the squared errors
             of the least-squares rule. Other rules ignore it. By default the diagonal of the Gram
             where the rounder has feedback (GPTQ then fits scales again, ``polish``), else all
@@ -184,20 +168,41 @@ def quantize(
 
     Cost: the fit of the scales (see ``scales``) and of ``rounders.round_codes``.
     """
+    if bits == PRUNED_BITS:
+        rows, columns = matrix.shape
+        return pruned(rows, columns, scheme, matrix.device)
     if scheme.row_bits:
         return _of_rows(matrix, scheme, importance, inputs_gram, rounding, polish=polish)
     values, rounder, gram, weight = _made_ready(
         matrix, bits, scheme, importance, inputs_gram, rounding
     )
     # Parameters of the grid, as they are stored; then the codes that are best for them.
-    scales, zeros = _parameters(values, bits, scheme, weight)
-    grid = matrix_grid(scales, zeros, bits, scheme, values.shape[1])
+    scales, zeros, kept = fitted_parameters(values, bits, scheme, weight)
+    grid = matrix_grid(scales, zeros, bits, scheme, values.shape[1], kept=kept)
     codes = round_codes(values, grid, rounder, gram)
     if polish and rounder is Rounder.GPTQ and gram is not None:
         codes, scales = refitted(
-            values, codes, scales, zeros, bits, scheme, gram, scales_stay=importance is not None
+            values,
+            codes,
+            scales,
+            zeros,
+            bits,
+            scheme,
+            gram,
+            scales_stay=importance is not None,
+            kept=kept,
         )
     return QuantizedWeight(codes=codes, scales=scales, zero_points=zeros, bits=bits, scheme=scheme)
+
+
+def pruned(
+    rows: int, columns: int, scheme: Scheme, device: torch.device | None = None
+) -> QuantizedWeight:
+    """Return a weight of zeros, of which nothing is stored."""
+    codes = torch.zeros(rows, columns, dtype=torch.int32, device=device)
+    return QuantizedWeight(
+        codes=codes, scales=torch.zeros(rows, 0), zero_points=None, bits=PRUNED_BITS, scheme=scheme
+    )
 
 
 def rows_by_width(row_bits: Sequence[int]) -> list[tuple[int, Tensor]]:
@@ -280,8 +285,11 @@ def estimated(
         _, rounder, gram, weight = _made_ready(
             matrix, bits, scheme, importance, inputs_gram, rounding
         )
-        scales, zeros = _parameters(values, bits, scheme, weight, scan=bits >= SCANNED_BITS)
-        made.append((matrix_grid(scales, zeros, bits, scheme, values.shape[1]), rounder, gram))
+        scales, zeros, kept = fitted_parameters(
+            values, bits, scheme, weight, scan=bits >= SCANNED_BITS
+        )
+        grid = matrix_grid(scales, zeros, bits, scheme, values.shape[1], kept=kept)
+        made.append((grid, rounder, gram))
     rows, columns = values.shape
     (_, rounder, gram), grids = made[0], [grid for grid, _, _ in made]
     alike = all(r is rounder for _, r, _ in made) and (gram is None or len(gram) == 1)
@@ -327,46 +335,6 @@ def _diagonal_importance(gram: Tensor, values: Tensor) -> Tensor | None:
     # A column that no sample reached still counts a little.
     relative = torch.maximum(diagonal / mean, torch.full_like(mean, LEAST_IMPORTANCE))
     return relative.repeat_interleave(len(values) // len(gram), dim=0)
-
-
-def _parameters(
-    values: Tensor, bits: int, scheme: Scheme, weight: Tensor | None, *, scan: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Return scales and zero points as ``QuantizedWeight`` stores them.
-
-    ``scan`` fits those of the symmetric grid as of a large matrix (``least_squares_scales``).
-    """
-    if scheme.grid is Grid.K_BLOCKS:
-        if values.shape[1] % K_BLOCK:
-            msg = f"the grid '{scheme.grid}' needs {K_BLOCK} to divide the row; got {values.shape}"
-            raise InvalidInput(msg, columns=values.shape[1])
-        return fit_k_blocks(values, bits, weight), None
-    lines, line_weight = _lines(values, weight, scheme)
-    zero: Tensor | None = None
-    if scheme.grid is Grid.OFFSET:
-        scale = torch.stack(fit_affine(lines, bits, line_weight), dim=1)
-    elif scheme.grid is Grid.CODEBOOK:
-        scale = fit_levels(lines, bits, line_weight)
-    elif scheme.grid is Grid.COMPANDED:
-        scale = fit_companded(lines, bits, line_weight)
-    elif scheme.grid in FLOATS:
-        scale = fit_float_scale(
-            lines,
-            FLOATS[scheme.grid][bits],
-            scheme.scale_format,
-            line_weight,
-            absmax=scheme.scale_rule is ScaleRule.ABSMAX,
-        )
-    elif scheme.grid is Grid.ASYMMETRIC:
-        scale, zero = asymmetric_scale(lines, bits, scheme.scale_rule, line_weight)
-    elif (numbers := numbers_of(scheme.grid, bits)) is not None:
-        plain = scheme.grid is Grid.NORMAL_FLOAT and scheme.scale_rule is ScaleRule.ABSMAX
-        scale = lines.abs().amax(dim=1) if plain else fit_scale(lines, numbers, line_weight)
-    else:
-        scale = symmetric_scale(lines, bits, scheme.scale_rule, line_weight, scan=scan)
-    shape = (1, -1) if scheme.granularity is Granularity.TENSOR else (len(values), -1)
-    scales = _store_scale(scale, scheme.scale_format).reshape(shape)
-    return scales, None if zero is None else zero.reshape(shape).int()
 
 
 def fake_quantize(
@@ -426,7 +394,7 @@ def finite_matrix(weight: Tensor, layer: Layer) -> Tensor:
 
 
 def _check(matrix: Tensor, bits: int, importance: Tensor | None) -> None:
-    if bits not in WEIGHT_BITS or bits == FULL_PRECISION_BITS:
+    if bits not in (PRUNED_BITS, *WEIGHT_BITS) or bits == FULL_PRECISION_BITS:
         allowed = ", ".join(str(b) for b in WEIGHT_BITS if b != FULL_PRECISION_BITS)
         msg = f"a bit-width to quantize to must be one of {allowed}; got {bits}"
         raise InvalidInput(msg, weight_bits=bits)
@@ -455,27 +423,3 @@ def _check(matrix: Tensor, bits: int, importance: Tensor | None) -> None:
             f"got shape {list(importance.shape)}"
         )
         raise InvalidInput(msg, shape=list(importance.shape))
-
-
-def _lines(
-    values: Tensor, importance: Tensor | None, scheme: Scheme
-) -> tuple[Tensor, Tensor | None]:
-    """Return values and importance as one line per scale; a short last group is padded."""
-    if scheme.granularity is Granularity.TENSOR:
-        return values.reshape(1, -1), None if importance is None else importance.reshape(1, -1)
-    if scheme.granularity is Granularity.CHANNEL:
-        return values, importance
-    assert scheme.group_size is not None  # noqa: S101  # invariant of Scheme
-    missing = -values.shape[1] % scheme.group_size
-    if missing:
-        weight = torch.ones_like(values) if importance is None else importance
-        importance = torch.nn.functional.pad(weight, (0, missing))
-        values = torch.nn.functional.pad(values, (0, missing))
-    size = scheme.group_size
-    return values.reshape(-1, size), None if importance is None else importance.reshape(-1, size)
-
-
-def _store_scale(scale: Tensor, scale_format: ScaleFormat) -> Tensor:
-    dtype = SCALE_DTYPES[scale_format]
-    largest = torch.finfo(dtype).max
-    return scale.clamp(-largest, largest).to(dtype)

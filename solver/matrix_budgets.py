@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 def inventory_of(matrix: SensitivityMatrix) -> Inventory:
     """Return the layers and caches that a matrix speaks of, as far as it knows them."""
-    weights: dict[str, int] = {}
-    caches: dict[str, int] = {}
-    for row in matrix.table.rows:
-        for candidate in row.candidates:
-            (caches if candidate.cached else weights).setdefault(candidate.layer, candidate.n_codes)
-    return inventory_of_weights(weights, caches)
+    known = matrix.table.n_weights
+    cached = {c.layer: c.cached for row in matrix.table.rows for c in row.candidates}
+    return inventory_of_weights(
+        {name: known[name] for name, of_cache in cached.items() if not of_cache},
+        {name: known[name] for name, of_cache in cached.items() if of_cache},
+    )
 
 
 def inventory_of_weights(

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Grid, Rounding, ScaleRule
 from bitquota.candidates.table import Candidate
+from bitquota.candidates.zero_bits import zero_bits_of
 from bitquota.errors import InvalidInput
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.quantizers.codebook import CodebookWeight, assign
 from bitquota.quantizers.differentiable import binary, lsq, ste_ceil
 from bitquota.quantizers.grid import levels, nearest_codes, power_codes, power_values, spread
-from bitquota.quantizers.weights import SCALE_DTYPES, QuantizedWeight, quantize
+from bitquota.quantizers.parameters import SCALE_DTYPES
+from bitquota.quantizers.weights import QuantizedWeight, quantize
 
 if TYPE_CHECKING:
     from bitquota.candidates.layers import Layer
@@ -224,6 +226,12 @@ def trained_candidate(method: str, layer: Layer, candidate: Candidate) -> Candid
         raise InvalidInput(msg, method=method)
     if candidate.weight_bits == FULL_PRECISION_BITS:
         msg = f"layer '{layer.name}' stays in full precision; it has no quantizer to train"
+        raise InvalidInput(msg, layer=layer.name)
+    if what := zero_bits_of(candidate):
+        msg = (
+            f"layer '{layer.name}' leaves weights out ({what}), which training does not keep: plan "
+            "without --allow to train"
+        )
         raise InvalidInput(msg, layer=layer.name)
     if candidate.row_bits:
         msg = (

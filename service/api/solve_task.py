@@ -172,6 +172,8 @@ def _solve(order: SolveOrder, measured: Measured, clock: _Clock) -> list[SolvedB
                     "activation_bits": candidate.activation_bits,
                     "size_bits": candidate.size_bits,
                 } | ({"row_bits": list(candidate.row_bits)} if candidate.row_bits else {})
+                if candidate.sparse:
+                    assignments[candidate.layer]["sparsity"] = str(candidate.scheme.sparsity)
         answers.append(
             SolvedBudget(
                 budget=text,

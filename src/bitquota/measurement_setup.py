@@ -14,7 +14,6 @@ from bitquota.candidates.architectures import prepare_inventory
 from bitquota.candidates.budget import Budget
 from bitquota.candidates.offered import offered_candidates, with_caches
 from bitquota.candidates.rows import made_up_errors, with_mixes
-from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.candidates.targets import target_by_name
 from bitquota.canonical import digest_json
 from bitquota.context import Context
@@ -391,6 +390,7 @@ def build_setup(
         scheme=request.scheme,
         activation_bits=request.input_widths,
         fixed=request.fixed,
+        allow=request.allow,
     )
 
     if request.kv_bits:
@@ -606,7 +606,7 @@ def _typical(table: CandidateTable) -> dict[str, Candidate]:
     found: dict[str, list[Candidate]] = {}
     for row in table.rows:
         for candidate in row.candidates:
-            if candidate.weight_bits != FULL_PRECISION_BITS and not candidate.cached:
+            if candidate.quantized and not candidate.sparse and not candidate.cached:
                 found.setdefault(candidate.layer, []).append(candidate)
     return {
         name: sorted(offered, key=lambda c: c.weight_bits)[(len(offered) - 1) // 2]

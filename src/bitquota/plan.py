@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from bitquota.candidates.budget import Budget
 from bitquota.candidates.layers import Cache, Inventory, Layer, UnquantizedTensor
+from bitquota.candidates.storage import Sparsity
 from bitquota.candidates.table import RESOURCES, Candidate
 from bitquota.candidates.targets import target_by_name
 from bitquota.canonical import (
@@ -147,7 +148,7 @@ class Proof(Document):
 class Baseline(Document):
     """A simpler way to choose, measured on the same samples with the same corrections."""
 
-    FORM: ClassVar[Form] = Form(left_out=("cache_bits", "cache_size_bits", "row_bits"))
+    FORM: ClassVar[Form] = Form(left_out=("cache_bits", "cache_size_bits", "row_bits", "sparse"))
 
     name: str
     weight_bits: tuple[int, ...]
@@ -165,10 +166,12 @@ class Baseline(Document):
     row_bits: tuple[tuple[int, ...], ...] = ()
     """Of each layer in the plan's order the bit-widths of its rows, where these differ; nothing at
     all if they do in no layer."""
+    sparse: tuple[str, ...] = ()
+    """Layers with 2:4."""
 
     @property
     def mean_bits(self) -> tuple[float, ...]:
-        """Bits of a code of each layer, on average over its rows."""
+        """Bits of a code of each layer, on average over its rows; 2:4 is not told apart."""
         rows = self.row_bits or ((),) * len(self.weight_bits)
         return tuple(
             sum(own) / len(own) if own else bits
@@ -362,28 +365,38 @@ class Plan(Document):
         """Bit-width of each layer, in module order."""
         return tuple(a.candidate.weight_bits for a in self.assignments)
 
-    def candidates_at(
-        self, weight_bits: Sequence[int], row_bits: Sequence[tuple[int, ...]] = ()
-    ) -> tuple[Candidate, ...]:
+    def candidates_of(self, baseline: Baseline) -> tuple[Candidate, ...]:
+        """Return the candidates of a baseline, layer by layer in the plan's order.
+
+        Raises:
+            InvalidPlan: As ``candidates_at``.
+        """
+        whole = self.candidates_at(baseline.weight_bits)
+        if not baseline.row_bits and not baseline.sparse:
+            return whole
+        widths = baseline.row_bits or ((),) * len(whole)
+        return tuple(
+            Candidate.of(
+                a.layer,
+                c.weight_bits,
+                replace(
+                    c.scheme,
+                    row_bits=rows,
+                    sparsity=Sparsity.TWO_OF_FOUR if c.layer in baseline.sparse else None,
+                ),
+                c.activation_bits,
+            )
+            for a, c, rows in zip(self.assignments, whole, widths, strict=True)
+        )
+
+    def candidates_at(self, weight_bits: Sequence[int]) -> tuple[Candidate, ...]:
         """Return the plan's candidates with other bit-widths, layer by layer in its order.
 
-        They are stored as the plan's target stores them, if it has one. ``row_bits`` are those of
-        rows that have different ones (see ``Baseline``).
+        They are stored as the plan's target stores them, if it has one.
 
         Raises:
             InvalidPlan: Not one bit-width for each layer, or one that the target cannot store.
         """
-        whole = self._whole_candidates_at(weight_bits)
-        if not row_bits:
-            return whole
-        return tuple(
-            Candidate.of(
-                a.layer, c.weight_bits, replace(c.scheme, row_bits=rows), c.activation_bits
-            )
-            for a, c, rows in zip(self.assignments, whole, row_bits, strict=True)
-        )
-
-    def _whole_candidates_at(self, weight_bits: Sequence[int]) -> tuple[Candidate, ...]:
         if len(weight_bits) != len(self.assignments):
             msg = (
                 f"one bit-width must be given for each of {len(self.assignments)} layers; got "

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from bitquota.candidates.caches import CACHE_BITS, CACHE_SCALES
 from bitquota.candidates.cost_table import CostTable
 from bitquota.candidates.storage import ROW_BITS, WEIGHT_BITS, Scheme
+from bitquota.candidates.zero_bits import ALLOWED, PRUNE
 from bitquota.codec import Document, Form, OneOrMore
 from bitquota.corrections import BEFORE_QUANTIZING, REWRITTEN, SAMPLES_DEPEND, Correction
 from bitquota.errors import InvalidInput
@@ -124,6 +125,9 @@ class PlanRequest(Document):
         robust: Standard errors that are added to every term of the leading matrix before it is
             solved (``SensitivityMatrix.robust``).
         tables: What prices budgets of time and energy, one for each resource.
+        allow: What layers may become beside bit-widths: ``prune`` (zeros, whose mean output is
+            folded into the bias, so that ``bias_correction`` is added to the corrections unless
+            they have it or adjust batch-norm statistics) and ``2:4`` (two of every four weights).
         row_widths: Bit-widths that the rows (output channels) of one layer may have at most; with
             more than 1, mixes of these are on offer beside whole layers of one bit-width.
     """
@@ -134,7 +138,7 @@ class PlanRequest(Document):
         left_out=(
             "outputs", "effort", "rounding", "iterations",
             "kv_bits", "kv_scales", "context", "sequences", "robust", "tables",
-            "row_widths",
+            "row_widths", "allow",
         ),
     )  # fmt: skip
 
@@ -170,6 +174,7 @@ class PlanRequest(Document):
     robust: float = 0.0
     tables: tuple[CostTable, ...] = ()
     row_widths: int = 1
+    allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without the model."""
@@ -182,6 +187,7 @@ class PlanRequest(Document):
             )
             raise InvalidInput(msg, target=self.target)
         _one_of("measure", self.measure, MEASURES)
+        self._check_zero_bits()
         if self.measure == "tangent" and set(self.corrections) - BEFORE_QUANTIZING:
             raise InvalidInput(SAMPLES_DEPEND, measure=self.measure)
         _one_of("effort", self.effort, EFFORTS)
@@ -235,6 +241,26 @@ class PlanRequest(Document):
             if bits is not None and not 2 <= bits <= 16:
                 msg = f"activation_bits must be between 2 and 16; got {bits}"
                 raise InvalidInput(msg, activation_bits=bits)
+
+    def _check_zero_bits(self) -> None:
+        """Check what is asked beside bit-widths; a layer of zeros needs a bias for its output."""
+        for what in self.allow:
+            _one_of("allow", what, ALLOWED)
+        if self.scheme.sparsity is not None:
+            msg = (
+                "which layers are sparse is the plan's to choose; a request must not say it "
+                f"(sparsity of the scheme): ask for allow {self.scheme.sparsity} instead"
+            )
+            raise InvalidInput(msg, sparsity=str(self.scheme.sparsity))
+        if self.allow and (self.tables or self.rounding == "learned" or self.measure == "limpq"):
+            msg = (
+                f"zero bits (allow {', '.join(self.allow)}) go with budgets without a cost table, "
+                "and with neither learned rounding nor the measure limpq: leave one of them out"
+            )
+            raise InvalidInput(msg, allow=list(self.allow))
+        folding = {Correction.BIAS_CORRECTION, Correction.BATCH_NORM_STATISTICS}
+        if PRUNE in self.allow and not folding & set(self.corrections):
+            object.__setattr__(self, "corrections", (*self.corrections, Correction.BIAS_CORRECTION))
 
     def _check_rows(self) -> None:
         """Check what is asked of the rows of layers."""

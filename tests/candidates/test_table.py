@@ -239,7 +239,7 @@ class TestCandidate:
         assert Candidate.of(layer("a"), 4, Scheme()).label == "W4"
         assert Candidate.of(layer("a"), 4, Scheme(), 8).label == "W4A8"
 
-    @pytest.mark.parametrize("bits", [0, 9, 33])
+    @pytest.mark.parametrize("bits", [-1, 9, 33])
     def test_an_impossible_width_is_refused(self, bits):
         data = Candidate.of(layer("a"), 4, Scheme()).to_json()
         with pytest.raises(InvalidInput, match=f"'a': weight_bits must be one of .*; got {bits}"):

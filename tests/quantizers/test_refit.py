@@ -7,9 +7,9 @@ import torch
 
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, ScaleRule, Scheme
 from bitquota.quantizers.grid import matrix_grid
+from bitquota.quantizers.parameters import fitted_parameters
 from bitquota.quantizers.refit import refitted
 from bitquota.quantizers.rounders import Rounder, output_errors, round_codes
-from bitquota.quantizers.weights import _parameters
 
 GROUPS = Scheme(granularity=Granularity.GROUP, group_size=10, scale_format=ScaleFormat.FP16)
 SCHEMES = {
@@ -36,7 +36,7 @@ def correlated(columns, seed=1):
 def rounded(values, bits, scheme, grams):
     """Return codes, scales and zero points of GPTQ before scales are fitted again."""
     diagonal = grams.diagonal(dim1=1, dim2=2).repeat_interleave(len(values) // len(grams), dim=0)
-    scales, zeros = _parameters(values, bits, scheme, diagonal)
+    scales, zeros, _ = fitted_parameters(values, bits, scheme, diagonal)
     grid = matrix_grid(scales, zeros, bits, scheme, values.shape[1])
     return round_codes(values, grid, Rounder.GPTQ, grams), scales, zeros
 

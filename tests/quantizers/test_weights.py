@@ -17,7 +17,8 @@ from bitquota.candidates.storage import (
     n_scales,
 )
 from bitquota.errors import InvalidInput, InvalidModel
-from bitquota.quantizers.weights import SCALE_DTYPES, fake_quantize, quantize
+from bitquota.quantizers.parameters import SCALE_DTYPES
+from bitquota.quantizers.weights import fake_quantize, quantize
 from layer_shapes import LAYERS, layer_of
 from refusals import refused
 
@@ -141,7 +142,7 @@ class TestQuantize:
         weight = quantize(torch.tensor([[1e9, -1e9]]), 2, Scheme(scale_format=ScaleFormat.FP16))
         assert bool(torch.isfinite(weight.dequantize()).all())
 
-    @pytest.mark.parametrize("bits", [0, 9, 12, 32, -1])
+    @pytest.mark.parametrize("bits", [10, 9, 12, 32, -1])
     def test_refuses_a_width_off_the_list(self, bits):
         """Full precision is not a width to quantize to either."""
         with pytest.raises(InvalidInput, match="must be one of 1, 2, 3, 4, 5, 6, 7, 8, 16"):

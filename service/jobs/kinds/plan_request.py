@@ -96,6 +96,7 @@ def with_budgets(request: JsonObject) -> JsonObject:
         target = target_by_name(request["target"])
         if request.get("row_widths", 1) > 1:
             target.require_rows()
+        target.require_zero_bits(request.get("allow", ()))
     tables = [CostTable.from_json(table) for table in request.get("tables", ())]
     check_budgets(request["budgets"], tables)
     return request

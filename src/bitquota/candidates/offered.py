@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from bitquota.candidates.caches import cache_rows, tied_caches
 from bitquota.candidates.table import CandidateTable, enumerate_candidates
+from bitquota.candidates.zero_bits import with_zero_bits
 from bitquota.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -25,19 +26,23 @@ def offered_candidates(
     scheme: Scheme,
     activation_bits: Sequence[int | None],
     fixed: Mapping[str, int],
+    allow: Sequence[str] = (),
 ) -> CandidateTable:
     """Return the candidates of each group; a target brings its own scheme.
 
     Inputs of a target's layers have its own bit-width, or those of ``activation_bits``, all of
-    which it must run.
+    which it must run. What ``allow`` names is on offer too (``zero_bits.ALLOWED``).
 
     Raises:
-        InvalidInput: Bit-widths, fixed widths or activations that cannot be had.
+        InvalidInput: Bit-widths, fixed widths or activations that cannot be had, or zero bits that
+            the target's files cannot hold.
     """
     if target is None:
-        return enumerate_candidates(
+        table = enumerate_candidates(
             inventory, weight_bits, scheme=scheme, activation_bits=activation_bits, fixed=fixed
         )
+        return with_zero_bits(table, inventory, allow, fixed)
+    target.require_zero_bits(allow)
     asked = [bits for bits in activation_bits if bits is not None]
     if set(asked) - set(target.input_widths):
         runs = " or ".join("full precision" if b is None else f"{b}" for b in target.input_widths)
@@ -47,9 +52,10 @@ def offered_candidates(
             "--activations out, or name what it runs"
         )
         raise InvalidInput(msg, target=target.name, activation_bits=asked)
-    return target.candidates(
+    table = target.candidates(
         inventory, weight_bits=weight_bits or None, activation_bits=asked or None, fixed=fixed
     )
+    return with_zero_bits(table, inventory, allow, fixed)
 
 
 def with_caches(

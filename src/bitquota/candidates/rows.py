@@ -75,7 +75,8 @@ def mixable(candidates: Sequence[Candidate], layer: Layer) -> dict[int, Candidat
     """Return the candidates of one layer that may stand side by side in its rows, by bit-width."""
     if layer.kind not in MIXED_KINDS:
         return {}
-    plain = {c.weight_bits: c for c in candidates if c.weight_bits in ROW_BITS and not c.row_bits}
+    whole = (c for c in candidates if c.scheme == c.scheme.of_parts)
+    plain = {c.weight_bits: c for c in whole if c.weight_bits in ROW_BITS}
     schemes = [c.scheme for c in plain.values() if c.scheme.mixes]
     alike = {b: c for b, c in plain.items() if schemes and c.scheme == schemes[-1]}
     return alike if len(alike) > 1 and layer.rows > 1 else {}

@@ -19,6 +19,9 @@ from bitquota.errors import InvalidInput
 FULL_PRECISION_BITS = 32
 """The ``weight_bits`` of a candidate that leaves the layer as it is."""
 
+PRUNED_BITS = 0
+"""The ``weight_bits`` of a candidate whose weights are all zero: nothing is stored."""
+
 WEIGHT_BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16, FULL_PRECISION_BITS)
 
 ROW_BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -198,6 +201,17 @@ SMALL_SCALES = frozenset({ScaleFormat.E8M0, ScaleFormat.E4M3})
 """Scales of 8 bits, of floating-point grids alone."""
 
 
+class Sparsity(StrEnum):
+    """Which weights are left out, their places being stored beside those that stay."""
+
+    TWO_OF_FOUR = "2:4"
+    """Two of every four neighbours in a row stay, as sparse tensor cores read them."""
+
+
+SPARSE_BLOCK, SPARSE_KEPT, PLACE_BITS = 4, 2, 2
+"""Of ``2:4``: neighbours, how many of them stay, and the bits of a place among them."""
+
+
 class Rounding(StrEnum):
     """How weights are rounded to the grid once the scale is known."""
 
@@ -221,9 +235,10 @@ class Scheme(Document):
         row_bits: The bit-width of each row, where rows have different ones; the weight's own
             bit-width is then the widest. Rows of one width are stored together, as a part, and
             the order of the rows beside them.
+        sparsity: Which weights are zero, if any; the others are stored with their places.
     """
 
-    FORM: ClassVar[Form] = Form(what="a scheme", left_out=("row_bits",))
+    FORM: ClassVar[Form] = Form(what="a scheme", left_out=("row_bits", "sparsity"))
 
     grid: Grid = Grid.SYMMETRIC
     granularity: Granularity = Granularity.CHANNEL
@@ -233,10 +248,18 @@ class Scheme(Document):
     rounding: Rounding = Rounding.NEAREST
     row_alignment_bits: int = 0
     row_bits: tuple[int, ...] = ()
+    sparsity: Sparsity | None = None
 
     def __post_init__(self) -> None:
         """Check that a group size is given exactly when it is needed."""
         self._check_rows()
+        if self.sparsity is not None and not (self.has_zero and not self.row_bits):
+            msg = (
+                f"sparsity {self.sparsity} belongs to weights on a symmetric grid of one "
+                f"bit-width, without alignment, in groups of a multiple of {SPARSE_BLOCK} if in "
+                f"groups; got '{self.grid}': leave it out"
+            )
+            raise InvalidInput(msg, grid=str(self.grid), sparsity=str(self.sparsity))
         if (self.granularity is Granularity.GROUP) != (self.group_size is not None):
             msg = (
                 "a group size belongs to granularity 'group' and only to it; got granularity "
@@ -295,9 +318,15 @@ class Scheme(Document):
         return self.grid.is_integer and self.granularity is not Granularity.TENSOR
 
     @property
+    def has_zero(self) -> bool:
+        """Whether weights may be left out: every scale has a code for zero, and rows are dense."""
+        whole = self.group_size is None or self.group_size % SPARSE_BLOCK == 0
+        return self.grid is Grid.SYMMETRIC and not self.row_alignment_bits and whole
+
+    @property
     def of_parts(self) -> Scheme:
-        """The scheme of the parts of one bit-width."""
-        return replace(self, row_bits=()) if self.row_bits else self
+        """The scheme of the parts of one bit-width, all of whose weights are stored."""
+        return replace(self, row_bits=(), sparsity=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -378,6 +407,8 @@ def storage_size(
     Raises:
         InvalidInput: ``weight_bits`` is not one of ``WEIGHT_BITS``, or not of the grid's.
     """
+    if weight_bits == PRUNED_BITS:
+        return StorageSize(codes=0)
     if weight_bits not in WEIGHT_BITS:
         allowed = ", ".join(map(str, WEIGHT_BITS))
         msg = f"a bit-width must be one of {allowed}; got {weight_bits}"
@@ -389,6 +420,9 @@ def storage_size(
     if scheme.row_bits:
         return _size_of_parts(rows, columns, weight_bits, scheme)
     codes = n_weights * weight_bits
+    if scheme.sparsity is not None:
+        check_sparse(columns, weight_bits)
+        codes = kept_weights(n_weights) * (weight_bits + PLACE_BITS)
     if scheme.grid is Grid.K_BLOCKS:
         if columns % K_BLOCK:
             msg = f"the grid '{scheme.grid}' needs {K_BLOCK} to divide the row; got {columns}"
@@ -411,6 +445,21 @@ def storage_size(
         zero_points=zero_point_bits,
         padding=padding,
     )
+
+
+def kept_weights(n_weights: int) -> int:
+    """Return how many of ``n_weights`` (or products) are left with ``2:4``."""
+    return n_weights * SPARSE_KEPT // SPARSE_BLOCK
+
+
+def check_sparse(columns: int, weight_bits: int) -> None:
+    """Raise ``InvalidInput`` unless rows of so many weights can have ``2:4``."""
+    if columns % SPARSE_BLOCK or not 2 <= weight_bits <= 8:
+        msg = (
+            f"sparsity {Sparsity.TWO_OF_FOUR} needs {SPARSE_BLOCK} to divide the row, and 2 to 8 "
+            f"bits; got {columns} columns and {weight_bits} bits"
+        )
+        raise InvalidInput(msg, columns=columns, weight_bits=weight_bits)
 
 
 def _size_of_parts(rows: int, columns: int, weight_bits: int, scheme: Scheme) -> StorageSize:

@@ -17,9 +17,12 @@ from bitquota.candidates.layers import (
 )
 from bitquota.candidates.storage import (
     FULL_PRECISION_BITS,
+    PLACE_BITS,
+    PRUNED_BITS,
     WEIGHT_BITS,
     Scheme,
     StorageSize,
+    kept_weights,
     storage_size,
 )
 from bitquota.canonical import digest_json
@@ -38,7 +41,7 @@ class Candidate(Document):
 
     Attributes:
         layer: Name of the layer.
-        weight_bits: Bit-width of the weights; 32 leaves them as they are.
+        weight_bits: Bit-width of the weights; 32 leaves them as they are, 0 makes them zero.
         activation_bits: Bit-width of the layer's input, or ``None`` for full precision.
         scheme: Everything else about the weight's quantization.
         size: Exact storage **including** scales, zero points and padding.
@@ -61,7 +64,7 @@ class Candidate(Document):
 
     def __post_init__(self) -> None:
         """Check the bit-widths; sizes check themselves."""
-        if self.weight_bits not in WEIGHT_BITS:
+        if self.weight_bits not in (PRUNED_BITS, *WEIGHT_BITS):
             msg = (
                 f"layer '{self.layer}': weight_bits must be one of "
                 f"{', '.join(map(str, WEIGHT_BITS))}; got {self.weight_bits}"
@@ -83,11 +86,14 @@ class Candidate(Document):
     def label(self) -> str:
         """Short name such as ``W4``, ``W4A8``, or ``KV8`` of a cache.
 
-        Of rows with different bit-widths it has the mean: ``W3.25``.
+        Of rows with different bit-widths it has the mean: ``W3.25``; of weights that are partly
+        left out what stays: ``W4:2:4``; ``W0`` has none.
         """
         if self.cached:
             return f"KV{self.stored_bits}"
         activation = "" if self.activation_bits is None else f"A{self.activation_bits}"
+        if self.sparse:
+            return f"W{self.weight_bits}:{self.scheme.sparsity}{activation}"
         return f"W{self.mean_bits:.4g}{activation}"
 
     @property
@@ -96,17 +102,32 @@ class Candidate(Document):
         return self.scheme.row_bits if self.weight_bits != FULL_PRECISION_BITS else ()
 
     @property
-    def n_codes(self) -> int:
-        """Codes that are stored."""
-        widths = self.row_bits
-        if widths:
-            return self.size.codes * len(widths) // sum(widths)
-        return self.size.codes // self.weight_bits
+    def pruned(self) -> bool:
+        """Whether all weights are zero."""
+        return self.weight_bits == PRUNED_BITS
+
+    @property
+    def sparse(self) -> bool:
+        """Whether weights are left out, and the places of the others stored."""
+        return self.scheme.sparsity is not None and self.weight_bits != FULL_PRECISION_BITS
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights are stored as codes."""
+        return self.weight_bits not in (PRUNED_BITS, FULL_PRECISION_BITS)
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of the layer, or numbers of the cache; 0 where nothing is stored."""
+        mean = self.mean_bits
+        return round(self.size.codes / mean) if mean else 0
 
     @property
     def mean_bits(self) -> float:
-        """Bits of a code, on average over the rows."""
+        """Bits of a weight's code, on average over all weights."""
         widths = self.row_bits
+        if self.sparse:
+            return (self.weight_bits + PLACE_BITS) / 2
         return sum(widths) / len(widths) if widths else self.weight_bits
 
     @property
@@ -143,6 +164,9 @@ class Candidate(Document):
             full_precision_bits=layer.weight_format_bits,
         )
         activation = FULL_PRECISION_BITS if activation_bits is None else activation_bits
+        if weight_bits == PRUNED_BITS:
+            # Nothing reads the input, and how it would be stored is no matter.
+            scheme, activation_bits, activation = scheme.of_parts, None, 0
         return cls(
             layer=layer.name,
             weight_bits=weight_bits,
@@ -164,6 +188,8 @@ def _code_bits(numbers: int, weight_bits: int, scheme: Scheme) -> int:
     widths = scheme.row_bits
     if widths and weight_bits != FULL_PRECISION_BITS:
         return numbers * sum(widths) // len(widths)
+    if scheme.sparsity is not None and weight_bits != FULL_PRECISION_BITS:
+        numbers = kept_weights(numbers)
     return numbers * weight_bits
 
 
@@ -186,9 +212,9 @@ class Row(Document):
         return self.candidates[0].cached
 
     @property
-    def mixed(self) -> bool:
-        """Whether rows of a weight have different bit-widths."""
-        return any(c.row_bits for c in self.candidates)
+    def plain(self) -> bool:
+        """Whether a bit-width says it all: every weight of a layer is stored, at one of them."""
+        return not any(c.row_bits or c.sparse or c.pruned for c in self.candidates)
 
     @property
     def label(self) -> str:
@@ -281,6 +307,15 @@ class CandidateTable(Document):
         """``i64[n]``: index of the group that each row belongs to."""
         index = {group: g for g, group in enumerate(self.groups)}
         return _read_only(np.array([index[row.group] for row in self.rows], dtype=np.int64))
+
+    @cached_property
+    def n_weights(self) -> dict[str, int]:
+        """Weights of each layer, and numbers of each cache, by name; pruned ones store none."""
+        found: dict[str, int] = {}
+        for row in self.rows:
+            for c in row.candidates:
+                found[c.layer] = found.get(c.layer) or c.n_weights
+        return found
 
     @cached_property
     def _known_costs(self) -> dict[str, NDArray[np.int64]]:

@@ -203,7 +203,7 @@ def _is_fair(plan: Plan, baseline: Baseline) -> bool:
     if baseline.total_bits <= plan.size_bits + plan.cache_size_bits:
         return True
     try:
-        candidates = plan.candidates_at(baseline.weight_bits, baseline.row_bits)
+        candidates = plan.candidates_of(baseline)
         cached = plan.caches_at(baseline.cache_bits)
         replace(
             plan,

@@ -33,6 +33,7 @@ _WIDE = 140
     sequences=1,
     robust=0.0,
     row_widths=1,
+    allow=None,
 )
 def compare(
     model: opt.Model,

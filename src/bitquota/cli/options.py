@@ -246,6 +246,15 @@ RoundingName = Annotated[
 Iterations = Annotated[
     int, typer.Option("--iterations", help="Steps of learned rounding for each block.")
 ]
+Allow = Annotated[
+    str | None,
+    typer.Option(
+        "--allow",
+        help="What layers may become beside bit-widths, comma-separated: prune (zeros, their mean "
+        "output folded into the bias; for ref-int and ONNX) and 2:4 (two of every four weights, "
+        "with their places; for ref-int). Off by default.",
+    ),
+]
 RowWidths = Annotated[
     int,
     typer.Option(
@@ -390,6 +399,7 @@ _REQUEST: dict[str, tuple[Any, Any]] = {
     "scale_format": (ScaleFormatName, ScaleFormat.FP32),
     "rounding": (RoundingName, "auto"),
     "iterations": (Iterations, ITERATIONS),
+    "allow": (Allow, None),
     "row_widths": (RowWidths, 1),
     "precision": (Precision, "fp32"),
     "solver": (SolverName, "auto"),
@@ -452,6 +462,7 @@ def _check(request: PlanRequest, *, budgets: bool, here: bool) -> None:
             target.require_cache()
         if request.row_widths > 1:
             target.require_rows()
+        target.require_zero_bits(request.allow)
     if here and request.solver not in {"auto", "bitquota"}:
         from bitquota.solver.backends import installed_backend
 
@@ -483,6 +494,7 @@ def plan_request(options: Mapping[str, Any]) -> PlanRequest:
         ),
         rounding=FORMER_ROUNDINGS.get(options["rounding"], options["rounding"]),
         iterations=options["iterations"],
+        allow=tuple(part.strip() for part in (options["allow"] or "").split(",") if part.strip()),
         row_widths=options["row_widths"],
         fixed=parse_fixed(options["fix"]),
         ties=parse_ties(options["tie"]),

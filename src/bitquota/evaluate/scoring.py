@@ -252,7 +252,7 @@ class _Lineup:
         self._add(name, "plan", plan, plan.candidates, beside)
         for baseline in plan.baselines if with_baselines else ():
             cached = plan.caches_at(baseline.cache_bits)
-            chosen = (*plan.candidates_at(baseline.weight_bits, baseline.row_bits), *cached)
+            chosen = (*plan.candidates_of(baseline), *cached)
             beside = (FULL_PRECISION, name)
             self._add(f"{baseline.name} of {name}", "baseline", plan, chosen, beside)
 

@@ -372,7 +372,7 @@ def frontier_point(
     """
     chosen = {c.layer: c for c in matrix.table.decode(choice)}
     layers = [c for c in chosen.values() if not c.cached]
-    weights = sum(c.n_codes for c in layers)
+    weights = sum(matrix.table.n_weights[c.layer] for c in layers)
     return {
         "bits": [c.mean_bits for c in layers],
         "labels": [c.label for c in layers],

@@ -118,7 +118,7 @@ def _mixes_beside(
 
 def _widths(table: CandidateTable) -> list[int]:
     """Return the bit-widths of weights, smallest first."""
-    return sorted({_bits(row) for row in table.rows if not (row.cached or row.mixed)})
+    return sorted({_bits(row) for row in table.rows if row.plain and not row.cached})
 
 
 def _cache_widths(table: CandidateTable) -> list[int]:
@@ -128,7 +128,9 @@ def _cache_widths(table: CandidateTable) -> list[int]:
 
 def _input_widths(table: CandidateTable) -> list[int]:
     """Return the bit-widths of inputs, widest first."""
-    return sorted({_input_bits(row) for row in table.rows if not row.cached}, reverse=True)
+    return sorted(
+        {_input_bits(row) for row in table.rows if row.plain and not row.cached}, reverse=True
+    )
 
 
 def _bits(row: Row) -> int:
@@ -146,7 +148,7 @@ def _nearest(rows: tuple[Row, ...], bits: int, inputs: int = FULL_PRECISION_BITS
         own, given = _bits(rows[k]), _input_bits(rows[k])
         return own < bits, abs(own - bits), given < inputs, abs(given - inputs), k
 
-    return min((k for k, row in enumerate(rows) if not row.mixed), key=distance)
+    return min((k for k, row in enumerate(rows) if row.plain), key=distance)
 
 
 def size_only(table: CandidateTable) -> SensitivityMatrix:

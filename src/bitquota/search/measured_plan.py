@@ -370,4 +370,5 @@ def _baseline(found: _Compared, name: str) -> Baseline:
         cache_bits=tuple(candidates[c.name].weight_bits for c in setup.inventory.caches),
         cache_size_bits=spent_on("cache_bits", tuple(candidates.values())),
         row_bits=rows if any(rows) else (),
+        sparse=tuple(la.name for la in setup.inventory.layers if candidates[la.name].sparse),
     )

@@ -16,8 +16,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from bitquota.candidates.caches import CacheFormats, cache_rows, tied_caches
 from bitquota.candidates.layers import LayerKind, match_layers
 from bitquota.candidates.rows import MIXED_KINDS
-from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Scheme, storage_size
+from bitquota.candidates.storage import (
+    FULL_PRECISION_BITS,
+    PRUNED_BITS,
+    Granularity,
+    Scheme,
+    storage_size,
+)
 from bitquota.candidates.table import Candidate, CandidateTable, Row
+from bitquota.candidates.zero_bits import HOLD_ZERO_BITS, refuse_zero_bits, zero_bits_of
 from bitquota.canonical import digest_json
 from bitquota.codec import Document, Form
 from bitquota.errors import InvalidInput, InvalidPlan, UnknownLayer
@@ -287,6 +294,10 @@ class Target(Document):
             )
             raise InvalidInput(msg, target=self.name)
 
+    def require_zero_bits(self, allow: Sequence[str]) -> None:
+        """Raise ``InvalidInput`` unless its files are the smaller for what is allowed."""
+        refuse_zero_bits(allow, self.exporter, f"target '{self.name}'")
+
     def check_caches(
         self, caches: Sequence[Cache], candidates: Sequence[Candidate]
     ) -> tuple[Violation, ...]:
@@ -340,6 +351,9 @@ class Target(Document):
         found = []
         for layer, bits in zip(layers, weight_bits, strict=True):
             formats = {f.weight_bits: f for f in self.formats_for(layer)}
+            if bits == PRUNED_BITS:
+                found.append(Candidate.of(layer, bits, next(iter(formats.values())).scheme))
+                continue
             if bits not in formats:
                 msg = f"'{self.name}' cannot store layer '{layer.name}' at {bits} bits"
                 raise InvalidPlan(msg, layer=layer.name, weight_bits=bits)
@@ -382,6 +396,10 @@ class Target(Document):
             return None
         if layer.kind in self.excluded_kinds:
             return f"layers of kind {layer.kind} stay in full precision"
+        if (what := zero_bits_of(candidate)) and self.exporter not in HOLD_ZERO_BITS[what]:
+            return f"its files are not smaller for {what}"
+        if candidate.pruned:
+            return None
         if candidate.row_bits:
             return self._refusal_of_rows(layer, candidate)
         same_width = [f for f in self.formats if f.weight_bits == candidate.weight_bits]
