@@ -193,6 +193,8 @@ class _Run:
         self.objective = objective
         # What is trained at several bit-widths at once says so (``nested``).
         self.modes: tuple[str, ...] = getattr(trainee, "modes", ("",))
+        # Weights whose gradients shall be small, and what these count for (``robust``).
+        self.gradient_weight: float = getattr(trainee, "gradient_weight", 0.0)
         self.fit, self.holdout = data.split(settings.holdout_fraction, settings.seed)
         self.steps_per_epoch = max(1, len(self.fit) // settings.batch_size)
         self.device_type = data.inputs[0].device.type
@@ -278,6 +280,10 @@ class _Run:
                 reference = primary_output(self.teacher(*inputs)).float()
         output, penalty = self._output(progress, inputs)
         loss = self.objective(output, reference, labels)
+        if self.gradient_weight:
+            watched = self.subject.watched()  # type: ignore[attr-defined]
+            norms = torch.autograd.grad(loss, watched, create_graph=True, materialize_grads=True)
+            penalty = penalty + self.gradient_weight * sum(g.abs().sum() for g in norms)
         (share * (loss + penalty)).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 

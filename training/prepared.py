@@ -65,9 +65,13 @@ class Prepared:
             return trained
         return replace(
             trained,
-            module=_with_weights_of(trained.module, self.plain.module),
-            latents=_with_weights_of(trained.latents, self.plain.module),
+            module=self.returning(trained.module),
+            latents=self.returning(trained.latents),
         )
+
+    def returning(self, trained: nn.Module) -> nn.Module:
+        """Return a trained module as one that returns what the model returns."""
+        return _with_weights_of(trained, self.plain.module)
 
     def as_it_is_measured(self, trained: TrainedModel) -> TrainedModel:
         """Return what was trained, with a module that ends where the loss is measured."""

@@ -35,7 +35,7 @@ from bitquota.training.settings import TrainingSettings
 from bitquota.training.weight_quantizers import trained_candidate
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import nn
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from bitquota.candidates.cost_table import CostTable
     from bitquota.context import Context
     from bitquota.models.calibration import CalibrationSet
+    from bitquota.quantizers.activations import ActivationQuantizer
     from bitquota.quantizers.channel_fit import ChannelRule
     from bitquota.sensitivity.losses import Loss
     from bitquota.training.loop import TrainingRecord
@@ -102,7 +103,8 @@ def finetune_plan(
         method: ``lsq``, ``tqt`` or ``direct`` (``training.finetune.finetune``).
         symmetric: Keep the levels of codebooks mirrored.
         input_rule: How the first grids of quantized inputs weigh channels.
-        start: Where the weights start, if not at the model's.
+        start: Where the weights start; by default at the quantized weights beside the plan, or at
+            the model's where there are none.
         loss: Distance to the full-precision output: a name as in ``PlanRequest`` or a loss of
             one's own (``CustomLoss``); by default what the plan was measured by.
         checkpoint: File for resuming.
@@ -125,6 +127,9 @@ def finetune_plan(
     module, inventory = full_precision_module(placed, plan, samples), plan.inventory
     stored = tuple(_stored_assignment(a, method) for a in plan.assignments)
     _check_budgets(plan, stored, method)
+    if start is None and plan.weights is not None and model.weights:
+        # Rounding to nearest would throw away what better rounding gained.
+        start = quantized_module(placed, plan)
 
     # Train under the plan.
     trained = finetune(
@@ -375,19 +380,42 @@ def write_pt2(trained: Trained, data: CalibrationSet, path: Path) -> Trained:
         InvalidPlan: See ``training.exported_inputs.hold_input_quantizers``.
         InvalidModel: What was exported cannot be read back; then there is no file.
     """
-    inputs = tuple(t.cpu() for t in data.first(2).inputs)
-    module = copy.deepcopy(trained.model.module).cpu().eval()
-    batch = dynamic_axes(module, len(inputs), {0: torch.export.Dim.DYNAMIC})
-    program = torch.export.export(module, inputs, dynamic_shapes=batch)
     layers = {la.name: la.weight_name for la in trained.model.inventory.layers}
-    hold_input_quantizers(program, {layers[k]: q for k, q in trained.model.inputs.items()})
+    digest = write_module(
+        trained.model.module, data, path, {layers[k]: q for k, q in trained.model.inputs.items()}
+    )
+    return replace(trained, plan=_of_model(trained.plan, digest))
+
+
+def write_module(
+    module: nn.Module,
+    data: CalibrationSet,
+    path: Path,
+    inputs: Mapping[str, ActivationQuantizer] | None = None,
+) -> str:
+    """Write a module as a ``.pt2`` that takes any batch size; return the digest of the model in it.
+
+    Args:
+        module: What is written; it stays as it is.
+        data: At least two samples.
+        path: The file.
+        inputs: Quantizers of what is multiplied with weights, by name of the weight.
+
+    Raises:
+        InvalidPlan: See ``training.exported_inputs.hold_input_quantizers``.
+        InvalidModel: What was exported cannot be read back; then there is no file.
+    """
+    samples = tuple(t.cpu() for t in data.first(2).inputs)
+    module = copy.deepcopy(module).cpu().eval()
+    batch = dynamic_axes(module, len(samples), {0: torch.export.Dim.DYNAMIC})
+    program = torch.export.export(module, samples, dynamic_shapes=batch)
+    hold_input_quantizers(program, dict(inputs or {}))
     try:
         torch.export.save(program, path)
-        digest = load_model(str(path)).digest
+        return load_model(str(path)).digest
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    return replace(trained, plan=_of_model(trained.plan, digest))
 
 
 def _of_model(plan: Plan, digest: str) -> Plan:

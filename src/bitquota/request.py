@@ -34,6 +34,9 @@ TRAINING_METHODS = ("lsq", "tqt", "direct")
 RECIPES = ("stabilised", "ellipsoid", "bitpruning", "bsq", "msq", "uhlich2020", "uhlich2020_p3")
 """As ``bitquota.training.learn`` has them; that module loads torch."""
 
+ROBUST = ("gradient", "dropbits")
+"""What ``bitquota.training.robust`` offers before there is a plan."""
+
 EFFORTS = ("quick", "normal", "thorough")
 """How much work a plan may take, the least first."""
 

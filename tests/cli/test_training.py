@@ -92,6 +92,9 @@ class TestFinetune:
             (["--augment", "mixup"], 2, "must be 'none' or 'shift_flip'; got 'mixup'"),
             (["--device", "magic"], 2, "a device must be 'auto', 'cpu'"),
             (["--input-fit", "magic"], 2, "must be one of joint, chan, irls; got 'magic'"),
+            (["--robust", "magic"], 2, "must be one of gradient, dropbits; got 'magic'"),
+            (["--robust", "dropbits"], 2, "trains before there is a plan: give MODEL and TRAIN"),
+            (["--gradient-weight", 1], 2, "only --robust, which has no PLAN, takes"),
         ],
     )
     def test_errors(self, bitquota, tmp_path, plan_text, arguments, code, text):

@@ -51,6 +51,7 @@ LATE = {
             "training.learn",
             "training.nested_plans",
             "training.qat",
+            "training.robust",
         },
         "cli.training_options": {
             "models.factory",

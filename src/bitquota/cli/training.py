@@ -21,7 +21,13 @@ from bitquota.context import Context
 from bitquota.errors import InvalidInput
 from bitquota.plan import Plan, weights_near
 from bitquota.report import text as report
-from bitquota.request import ACTIVATION_FITS, AUTO_LOSS, DEFAULT_WEIGHT_BITS, check_training
+from bitquota.request import (
+    ACTIVATION_FITS,
+    AUTO_LOSS,
+    DEFAULT_WEIGHT_BITS,
+    ROBUST,
+    check_training,
+)
 from bitquota.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -36,13 +42,11 @@ if TYPE_CHECKING:
 
 _BITS = ",".join(map(str, DEFAULT_WEIGHT_BITS))
 
-Train = Annotated[
-    str,
-    typer.Argument(
-        help="Training set, read like CALIBRATION, with labels or without; part of it is held "
-        "out. Never test data."
-    ),
-]
+_TRAIN = (
+    "Training set, read like CALIBRATION, with labels or without; part of it is held out. Never "
+    "test data."
+)
+Train = Annotated[str, typer.Argument(help=_TRAIN)]
 Out = Annotated[
     Path,
     typer.Option("--out", "-o", help="Folder for plan.json, trained.safetensors and trained.pt2."),
@@ -52,8 +56,14 @@ Out = Annotated[
 @with_training
 def finetune(
     model: opt.Model,
-    plan: Annotated[Path, typer.Argument(help="Plan written by 'bitquota plan' for MODEL.")],
-    train: Train,
+    plan: Annotated[
+        Path,
+        typer.Argument(
+            help="Plan written by 'bitquota plan' for MODEL; with --robust left out, TRAIN in its "
+            "place."
+        ),
+    ],
+    train: Annotated[str | None, typer.Argument(help=_TRAIN, show_default=False)] = None,
     *,
     symmetric: Annotated[
         bool,
@@ -72,7 +82,22 @@ def finetune(
         typer.Option(
             "--widths",
             help="Train one set of nested codes for these bit-widths of all layers, such as "
-            "2,3,4,8, and for PLAN if it has no others.",
+            "2,3,4,8, and for PLAN if it has no others. With --robust dropbits: bits to draw from.",
+        ),
+    ] = None,
+    robust: Annotated[
+        str | None,
+        typer.Option(
+            "--robust",
+            help="Without PLAN: train MODEL in full precision so that a plan for it loses less, by "
+            "gradient (small gradients) or dropbits (bit-widths drawn at random).",
+        ),
+    ] = None,
+    gradient_weight: Annotated[
+        float | None,
+        typer.Option(
+            "--gradient-weight",
+            help="With --robust gradient: what the l1 norm of the gradient counts for (0.05).",
         ),
     ] = None,
     training: Training,
@@ -80,8 +105,19 @@ def finetune(
 ) -> None:
     """Train MODEL under PLAN on TRAIN and write the trained weights and their plan.
 
-    Started with torchrun, every process takes its share of each batch.
+    Started with torchrun, every process takes its share of each batch. With --robust there is no
+    plan yet, and OUT gets robust.pt2 for 'bitquota plan'.
     """
+    if robust is not None:
+        _check_robust(robust, training, symmetric=symmetric, input_fit=input_fit, train=train)
+        _make_robust(model, str(plan), robust, widths, gradient_weight, training, out)
+        return
+    if train is None or gradient_weight is not None:
+        msg = (
+            "fine-tuning needs MODEL, PLAN and TRAIN, and only --robust, which has no PLAN, takes "
+            "--gradient-weight"
+        )
+        raise InvalidInput(msg)
     rules = ACTIVATION_FITS[1:]
     if input_fit is not None and input_fit not in rules:
         msg = f"--input-fit must be one of {', '.join(rules)}; got '{input_fit}'"
@@ -224,6 +260,73 @@ def _nested_widths(
         )
         raise InvalidInput(msg)
     return opt.parse_bits(widths)
+
+
+def _check_robust(
+    robust: str, training: Training, *, symmetric: bool, input_fit: str | None, train: str | None
+) -> None:
+    """Refuse what belongs to a plan."""
+    if robust not in ROBUST:
+        msg = f"--robust must be one of {', '.join(ROBUST)}; got '{robust}'"
+        raise InvalidInput(msg, robust=robust)
+    if train is not None:
+        msg = (
+            "--robust trains before there is a plan: give MODEL and TRAIN, and plan for the "
+            f"robust.pt2 that it writes; got '{train}' besides"
+        )
+        raise InvalidInput(msg, train=train)
+    if training.method != "lsq" or symmetric or input_fit is not None or training.resolve:
+        msg = (
+            "--robust trains in full precision: leave out --method, --symmetric, --input-fit and "
+            "--resolve"
+        )
+        raise InvalidInput(msg)
+
+
+def _make_robust(
+    model: str,
+    train: str,
+    way: str,
+    widths: str | None,
+    gradient_weight: float | None,
+    training: Training,
+    out: Path,
+) -> None:
+    """Train before there is a plan; write the model, and show what uniform bit-widths gain."""
+    require_folder(out, "--out")
+    file = Written.at(out / "robust.pt2", "--out", former=lambda _: "an earlier model")
+    settings, loss = training.settings(TrainingSettings()), training.own_loss()
+    check_sources(model, train, tokenizer=training.tokenizer)
+    from bitquota.training.qat import write_module
+    from bitquota.training.robust import GRADIENT_WEIGHT, make_robust
+
+    loaded, samples = training.load(model, train)
+    folder = training.checkpoints or out / "checkpoints"
+    with _run(folder, training.device) as (context, is_first):
+        found = make_robust(
+            loaded,
+            samples,
+            settings,
+            way=way,
+            weight_bits=DEFAULT_WEIGHT_BITS if widths is None else opt.parse_bits(widths),
+            gradient_weight=GRADIENT_WEIGHT if gradient_weight is None else gradient_weight,
+            loss=loss,
+            checkpoint=folder / "robust.safetensors",
+            context=context,
+        )
+        if not is_first:
+            return
+    file.save(lambda path: write_module(found.module, samples, path))
+    rows = [("full precision", "", found.full_precision)]
+    for bits, (before, after) in found.uniform.items():
+        rows += [(f"uniform {bits} bits", "before", before), ("", "after", after)]
+    output.print_rows(
+        [
+            {"weights": name, "training": when} | _measured_columns(measured)
+            for name, when, measured in rows
+        ],
+        title=f"Distance to the model before, on {found.full_precision.n_samples} held-out samples",
+    )
 
 
 def _finetune_nested(
