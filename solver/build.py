@@ -37,7 +37,8 @@ def build_problem(
 
     Args:
         matrix: Measured loss increases.
-        budgets: Any number, of any resource; ``activation_bits_max`` forbids rows above it.
+        budgets: Any number, of any resource; ``activation_bits_max`` forbids rows above it, a peak
+            is a constraint for each of its cuts that may exceed it.
         at_most: Weight bits to the largest number of groups that may use them.
         fixed: Groups that must take the candidate.
         forbidden: Groups that must not take the candidate.
@@ -59,13 +60,13 @@ def build_problem(
     # Budgets, and the limits on how many groups may use a bit-width.
     for budget in budgets:
         budget.check(table)
-        cost = budget.costs(table)
         if budget.resource == "activation_bits_max":
-            allowed &= cost <= budget.available
+            allowed &= budget.costs(table) <= budget.available
             continue
-        costs.append(cost)
-        limits.append(budget.available)
-        resources.append(budget.resource)
+        for cost, limit in budget.constraints(table):
+            costs.append(cost)
+            limits.append(limit)
+            resources.append(budget.resource)
     for bits, most in (at_most or {}).items():
         uses = [any(c.weight_bits == bits for c in row.candidates) for row in table.rows]
         costs.append(np.array(uses, dtype=np.int64))

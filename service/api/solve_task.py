@@ -177,7 +177,7 @@ def _solve(order: SolveOrder, measured: Measured, clock: _Clock) -> list[SolvedB
         answers.append(
             SolvedBudget(
                 budget=text,
-                limits=[replace(b, prices=None).to_json() for b in budgets],
+                limits=[replace(b, prices=None, schedule=None).to_json() for b in budgets],
                 status=said["status"],
                 limit=said["limit"],
                 predicted=said["objective"],

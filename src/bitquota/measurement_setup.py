@@ -27,6 +27,7 @@ from bitquota.models.onnx.program import source_of
 from bitquota.models.references import References
 from bitquota.models.running import DEFAULT_CHUNK, choose_device, cut
 from bitquota.models.samples import check_calibration
+from bitquota.models.schedule import schedule_of
 from bitquota.models.sharing import sharing_weights
 from bitquota.models.stack import stack_of
 from bitquota.quantizers.activations import layers_of_one_input
@@ -383,6 +384,8 @@ def build_setup(
         if model.pages is not None:
             module, model = module.float().to(where), replace(model, pages=None, outline=None)
         inventory = inventory.join(layers_of_one_input(module, inventory, few.inputs))
+    if request.activation_bits is not None:
+        inventory = replace(inventory, schedule=schedule_of(module, inventory, few.inputs))
     table = offered_candidates(
         inventory,
         target,

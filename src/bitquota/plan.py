@@ -321,7 +321,7 @@ class Plan(Document):
 
     def spent(self, budget: Budget) -> int | None:
         """Return what the plan takes of a budget's resource, ``None`` where nothing prices it."""
-        if budget.resource not in RESOURCES and budget.prices is None:
+        if budget.resource not in RESOURCES and not (budget.prices or budget.schedule):
             return None
         return budget.spent(self.candidates)
 

@@ -11,6 +11,7 @@
 ``2.5 GBitOps``         bit operations of one sample (also MBitOps, TBitOps, BitOps)
 ``act 96 KiB``          the largest quantized input activation of one sample
 ``act total 96 KiB``    the input activations of all layers together
+``act peak 96 KiB``     all tensors that are alive at once while the model runs
 ``5 ms``                time of one run (ns, us, ms, s), by a cost table; ``latency_ns``
 ``120 tok/s``           the same as tokens per second
 ``2 mJ``                energy of one run (nJ, uJ, mJ, J), by a cost table; ``energy_pj``
@@ -41,6 +42,8 @@ from bitquota.candidates.cost_table import (
     table_of,
 )
 from bitquota.candidates.layers import Cache, Inventory, Layer, LayerKind
+from bitquota.candidates.live import Cut, Schedule
+from bitquota.candidates.peak import constraints, least_peak, peak_of
 from bitquota.candidates.table import spent_on
 from bitquota.codec import Document, Form
 from bitquota.errors import BudgetTooSmall, InvalidBudget, InvalidInput
@@ -66,7 +69,7 @@ _TABLE_UNITS = {
 }  # fmt: skip
 _TOKENS_UNIT = "tok/s"
 _SYNTAX = re.compile(
-    r"""\s*(?P<act>act(?:ivation)?s?\s+(?P<total>total\s+)?)?
+    r"""\s*(?P<act>act(?:ivation)?s?\s+(?:(?P<kind>total|peak)\s+)?)?
         (?P<value>(?:\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*)(?:\.\d+)?|\.\d+)\s*
         (?P<unit>[A-Za-zµ]+(?:/weight|/s)?)
         (?:\s+of\s+(?P<scope>weights|model|cache))?\s*""",
@@ -130,9 +133,10 @@ class Budget(Document):
         scope: What is counted.
         text: What the user wrote.
         prices: What prices candidates where no formula does.
+        schedule: What is alive when, for a peak.
     """
 
-    FORM: ClassVar[Form] = Form(what="a budget", left_out=("prices",))
+    FORM: ClassVar[Form] = Form(what="a budget", left_out=("prices", "schedule"))
 
     resource: str
     limit: int
@@ -140,6 +144,7 @@ class Budget(Document):
     scope: Scope = Scope.WEIGHTS
     text: str = ""
     prices: CostTable | None = None
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         """Check that sums over layers can be compared with the limit."""
@@ -195,8 +200,19 @@ class Budget(Document):
             if unit not in _BYTE_UNITS:
                 raise _unreadable(text)
             limit = int(value * _BYTE_UNITS[unit] * 8)
-            kind = "total" if found["total"] else "max"
-            return cls(resource=f"activation_bits_{kind}", limit=limit, text=text)
+            kind = (found["kind"] or "max").lower()
+            if kind == "peak" and inventory.schedule is None:
+                msg = (
+                    f"a budget of the peak needs the order in which a model runs; got '{text}' and "
+                    "none: plan with it, or take 'act' or 'act total'"
+                )
+                raise InvalidBudget(msg, budget=text)
+            return cls(
+                resource=f"activation_bits_{kind}",
+                limit=limit,
+                text=text,
+                schedule=inventory.schedule if kind == "peak" else None,
+            )
         if averaged and found["scope"] and scope is Scope.MODEL:
             return cls(
                 resource=of_weights,
@@ -272,8 +288,20 @@ class Budget(Document):
         """
         return table.costs(self.resource) if self.prices is None else self.prices.costs(table)
 
+    def constraints(self, table: CandidateTable) -> list[tuple[NDArray[np.int64], int]]:
+        """Return costs, i64[n] of each row, and limits whose sums over a choice say if it fits.
+
+        Raises:
+            InvalidInput: As ``costs``.
+        """
+        if self.schedule is not None:
+            return constraints(self.schedule, table, self.available)
+        return [(self.costs(table), self.available)]
+
     def spent(self, candidates: Sequence[Candidate]) -> int:
         """Return what candidates take, ``constant`` included; errors as ``costs``."""
+        if self.schedule is not None:
+            return self.constant + peak_of(self.schedule, candidates)
         if self.prices is None:
             return self.constant + spent_on(self.resource, candidates)
         return self.constant + self.prices.spent(candidates)
@@ -283,11 +311,7 @@ class Budget(Document):
 
         The check looks at this budget alone; several budgets can still conflict.
         """
-        costs = self.costs(table)
-        offsets = table.offsets
-        cheapest = [int(costs[a:b].min()) for a, b in itertools.pairwise(offsets)]
-        peak = self.resource == "activation_bits_max"
-        least = (max(cheapest) if peak else sum(cheapest)) + self.constant
+        least = self._least(table) + self.constant
         if least > self.limit and self.prices is not None:
             made = format_cost(self.constant, self.resource)
             msg = (
@@ -307,6 +331,14 @@ class Budget(Document):
             )
             raise BudgetTooSmall(msg, budget=self.text, limit=self.limit, smallest=least)
 
+    def _least(self, table: CandidateTable) -> int:
+        """Return what no choice takes less than."""
+        if self.schedule is not None:
+            return least_peak(self.schedule, table)
+        costs = self.costs(table)
+        cheapest = [int(costs[a:b].min()) for a, b in itertools.pairwise(table.offsets)]
+        return max(cheapest) if self.resource == "activation_bits_max" else sum(cheapest)
+
     @property
     def unit(self) -> str:
         """The unit of ``limit``, for a person."""
@@ -324,6 +356,7 @@ _ANY_MODEL = Inventory(
         ),
     ),
     caches=(Cache(name="any.k_cache", heads=1, head_size=1),),
+    schedule=Schedule(cuts=(Cut(operation="any", tensors=()),)),
 )  # fmt: skip
 
 
@@ -362,7 +395,7 @@ def _check_scope(found: re.Match[str], text: str) -> None:
 def _unreadable(text: str) -> InvalidBudget:
     msg = (
         "a budget must read like '3.5 bits', '3.6 bpw', '12 MiB', '1500000 B', '0.25x', "
-        "'2.5 GBitOps', '5 ms', '120 tok/s', '2 mJ', 'act 96 KiB' or 'act total 96 KiB', sizes "
-        f"optionally followed by 'of weights'; got '{text[:LONGEST_TEXT]}'"
+        "'2.5 GBitOps', '5 ms', '120 tok/s', '2 mJ', 'act 96 KiB', 'act total 96 KiB' or "
+        f"'act peak 96 KiB', sizes optionally followed by 'of weights'; got '{text[:LONGEST_TEXT]}'"
     )
     return InvalidBudget(msg, budget=text[:LONGEST_TEXT])

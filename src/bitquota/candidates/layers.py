@@ -8,6 +8,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar
 
+from bitquota.candidates.live import Schedule
 from bitquota.codec import Document, Form
 from bitquota.errors import InvalidInput, InvalidModel, UnknownLayer
 
@@ -187,14 +188,16 @@ class Inventory(Document):
 
     Attributes:
         caches: The KV cache, where that is planned too; no part of the model's own size.
+        schedule: Which tensors are alive when, where inputs of layers are quantized.
     """
 
-    FORM: ClassVar[Form] = Form(left_out=("caches",))
+    FORM: ClassVar[Form] = Form(left_out=("caches", "schedule"))
 
     model_digest: str
     layers: tuple[Layer, ...]
     unquantized: tuple[UnquantizedTensor, ...] = ()
     caches: tuple[Cache, ...] = ()
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         """Check that there is something to quantize and that names are unique."""

@@ -60,8 +60,9 @@ Budgets = Annotated[
     typer.Option(
         "--budget",
         "-b",
-        help="'3 bits', '3.6 bpw', '12 MiB', '0.25x', '2 GBitOps', with --table also '5 ms', "
-        "'120 tok/s', '2 mJ'; use + for several that must hold together; repeat for several plans.",
+        help="'3 bits', '3.6 bpw', '12 MiB', '0.25x', '2 GBitOps', 'act peak 96 KiB', with --table "
+        "also '5 ms', '120 tok/s', '2 mJ'; use + for several that must hold together; repeat for "
+        "several plans.",
     ),
 ]
 Tables = Annotated[
