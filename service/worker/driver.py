@@ -123,7 +123,9 @@ class Driver:
         self._whole = WholeJob(job.progress)
         kind = kind_by_name(job.kind)
         self._receiver = ResultReceiver(
-            kind, self._blobs, most=len(job.request.get("budgets", "1"))
+            kind,
+            self._blobs,
+            most=len(job.request.get("budgets", "1")) + len(job.request.get("widths", "")),
         )
         self._checkpoints = KeptCheckpoints(
             settings.data_dir / FOLDER / job.id,

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.canonical import canonical_json
 from bitquota.errors import InvalidInput
 from bitquota.models.pt2.vetting import vet_pt2
+from bitquota.plan import Plan
 from bitquota.request import TRAINING_METHODS, parse_losses
 from bitquota.service.jobs.kinds.kind import BINARY, Result
 from bitquota.service.jobs.kinds.results import check_object
@@ -17,7 +19,7 @@ from bitquota.service.store.formats import ArtifactKind
 from bitquota.training.settings import AUGMENTATIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from bitquota.canonical import JsonObject
@@ -123,18 +125,35 @@ def hand_over(work: Work, found: Trained) -> None:
 
 def check_weights(path: Path) -> None:
     """Raise unless the file is a whole safetensors file with our description."""
+    description, names = _described(path, "weights")
+    _require_codes(description["layers"], names, "quantized.{}.codes")
+
+
+def check_nested(path: Path) -> None:
+    """Raise unless the file is a whole safetensors file with plans, and codes for their layers."""
+    description, names = _described(path, "nested codes")
+    for document in description["plans"].values():
+        plan = Plan.from_json(document)
+        kept = [a for a in plan.assignments if a.candidate.weight_bits != FULL_PRECISION_BITS]
+        _require_codes([a.layer.name for a in kept], names, "codes.{}")
+
+
+def _described(path: Path, what: str) -> tuple[JsonObject, set[str]]:
+    """Return what a safetensors file says about itself, and the names in it."""
     import json
 
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="np") as file:
-            description = json.loads((file.metadata() or {})["bitquota"])
-            names = set(file.keys())
+            return json.loads((file.metadata() or {})["bitquota"]), set(file.keys())
     except SafetensorError as err:
-        msg = f"the weights must be a safetensors file; got: {err}"
+        msg = f"the {what} must be a safetensors file; got: {err}"
         raise InvalidInput(msg) from err
-    missing = [n for n in description["layers"] if f"quantized.{n}.codes" not in names]
+
+
+def _require_codes(layers: Iterable[str], names: set[str], pattern: str) -> None:
+    missing = [n for n in layers if pattern.format(n) not in names]
     if missing:
         msg = f"the weights must have the codes of every layer; {missing[0]!r} has none"
         raise InvalidInput(msg, layers=missing)
@@ -147,6 +166,16 @@ WEIGHTS = Result(
     path="weights",
     media_type=BINARY,
     suffix=".safetensors",
+    max_bytes=16 * 2**30,
+)
+NESTED = Result(
+    name="nested",
+    text="With `widths`: one set of nested codes as safetensors, and all plans that it serves.",
+    check=check_nested,
+    path="nested",
+    media_type=BINARY,
+    suffix=".safetensors",
+    optional=True,
     max_bytes=16 * 2**30,
 )
 TRAINED_MODEL = Result(

@@ -14,6 +14,7 @@ from bitquota.plan import Plan
 from bitquota.request import RECIPES, TRAINING_METHODS, PlanRequest
 from bitquota.service.jobs.kinds import training_request
 from bitquota.training import learn, weight_quantizers
+from bitquota.training.nested_plans import load_nested
 from bitquota.training.saved import load_trained
 from live_server import LiveServer
 from waiting import PATIENTLY, wait_for
@@ -69,11 +70,30 @@ class TestFinetune:
         assert trained["metrics"]["kl"]["mean"] > 1e-4
         assert trained["metrics"]["top1"]["mean"] > 0.5
 
+    def test_one_payload_serves_several_plans(self, client, planned, digits_files, tmp_path):
+        """All plans come back, those of the weights first, and one file that holds their codes."""
+        job = client.order(
+            "finetune",
+            {"epochs": 1, "batch_size": 256, "widths": [2, 3, 4, 8]},
+            model=planned.body["model"],
+            dataset=digits_files[1],
+            plan=planned.results["plans"][0],
+        ).wait(**PATIENTLY)
+        nested = load_nested(job.save("nested", tmp_path / "nested.safetensors"))
+        assert {"W2", "W3", "W4", "W8", "plan"} == set(nested.plans)
+        assert len(job.results["plans"]) == 5
+        assert job.plan().weight_bits == nested.plans["plan"].weight_bits
+        saved = load_trained(job.save("weights", tmp_path / "trained.safetensors"))
+        for name, weight in nested.weights("plan").items():
+            assert torch.equal(weight.codes, saved.weights[name].codes)
+
     @pytest.mark.parametrize(
         ("request_", "text"),
         [
             ({"method": "magic"}, "method must be one of lsq, tqt, direct"),
             ({"activation_fit": "magic"}, "activation_fit must be one of mse, joint, chan, irls"),
+            ({"widths": [2, 9]}, r"widths must be from 2 to 8; got \[2, 9\]"),
+            ({"widths": [2, 4], "method": "tqt"}, "widths train nested codes with learned steps"),
         ],
     )
     def test_refuses_names_that_are_not_known(self, client, planned, digits_files, request_, text):
