@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
@@ -39,27 +38,11 @@ _METADATA = frozenset(
 """Functions that look at a tensor without using its values, unless they return a tensor."""
 
 
-def has_values(tensor: Tensor) -> bool:
-    """Whether there is memory behind a tensor; an outline (see ``outlines``) has shapes alone."""
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
-
-
-def address_of(tensor: Tensor) -> tuple[int, int]:
-    """Return where the first element of a tensor lies: a storage and the bytes in front of it.
-
-    What has values is told by its address in memory, whatever storage it belongs to.
-    """
-    if has_values(tensor):
-        return 0, tensor.data_ptr()
-    storage = tensor.untyped_storage()._cdata  # noqa: SLF001  # no public name
-    return storage, int(tensor.storage_offset()) * tensor.element_size()
-
-
 def tensor_key(tensor: Tensor) -> tuple[Any, ...]:
     """Return what two names of the same stored tensor have in common."""
     return (
         str(tensor.device),
-        address_of(tensor) if tensor.numel() else id(tensor),
+        tensor.data_ptr() if tensor.numel() else id(tensor),
         tuple(tensor.shape),
         tuple(tensor.stride()),
         tensor.dtype,

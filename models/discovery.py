@@ -23,13 +23,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from bitquota.candidates.layers import Inventory, Layer, LayerKind, UnquantizedTensor
 from bitquota.errors import InvalidInput, InvalidModel
-from bitquota.models.calls import has_values, tensor_key
+from bitquota.models.calls import tensor_key
 from bitquota.models.found_weight import FoundWeight, n_macs_of, n_samples_of
 from bitquota.models.identity import model_fingerprint
 from bitquota.models.layer_calls import MatrixOfOperator
 from bitquota.models.layout import matrix_shape
 from bitquota.models.operator_search import is_exported, search_operators
-from bitquota.models.outlines import run_outline
+from bitquota.models.outlines import has_values, run_outline
 from bitquota.models.plain_weights import GatedRecurrent
 from bitquota.models.products import watch_products
 
@@ -219,8 +219,8 @@ def _count_by_hooks(
     module.eval()
     try:
         watched = [p for p in module.parameters() if p.ndim > 1]
-        with run_outline(module, example_inputs) as inputs:
-            return watch_products(lambda: module(*inputs), watched)
+        with run_outline(module):
+            return watch_products(lambda: module(*example_inputs), watched)
     finally:
         for handle in handles:
             handle.remove()

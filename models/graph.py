@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from bitquota.errors import InvalidModel
 from bitquota.models.batch_norm import Moments, as_returned, observed, run_moved
 from bitquota.models.calls import batch_norm_call, layer_call, operator_name
-from bitquota.models.products import OperatorWatcher
+from bitquota.models.outlines import OperatorWatcher
 from bitquota.models.pt2.program import Program, program_of
 from bitquota.models.running import tensor_of
 

@@ -15,7 +15,7 @@ from bitquota.canonical import digest_json
 from bitquota.errors import InvalidModel, UnsafeModel
 from bitquota.models.identity import HALF_TYPES, Computation, computation_of, model_fingerprint
 from bitquota.models.loaded import LoadedModel, check_finite, finish
-from bitquota.models.outlines import outline, run_outline
+from bitquota.models.outlines import NothingComputed, outline, run_outline
 from bitquota.models.padding import without_padding
 from bitquota.models.pages import Pages
 from bitquota.models.transformer_classes import answer_of, check_parts, model_class
@@ -81,13 +81,14 @@ def load_folder_outline(path: Path) -> LoadedModel:
     Cost: reads headers; memory for no weight.
     """
     config = _read_config(path)
-    module = _load_module(path, config, _stored_shapes(path))
+    with NothingComputed():
+        module = _load_module(path, config, _stored_shapes(path))
     outline(module)
     example = _example(module, module.config)
     if example is not None:
         try:
-            with torch.no_grad(), run_outline(module.eval(), example) as inputs:
-                module(*inputs)
+            with torch.no_grad(), run_outline(module.eval()):
+                module(*example)
         except Exception:  # noqa: BLE001  # torch and transformers have many words for it
             return load_folder(path)
     return LoadedModel(

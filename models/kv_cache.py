@@ -68,8 +68,8 @@ def find_caches(model: LoadedModel, inputs: tuple[Tensor, ...]) -> tuple[Cache, 
     names = {id(part): name for name, part in module.named_modules()}
     calls: list[_Call] = []
     if "transformers" in sys.modules:
-        with _watching(calls), torch.no_grad(), run_outline(module, inputs) as given:
-            module(*given)
+        with _watching(calls), torch.no_grad(), run_outline(module):
+            module(*inputs)
     causal = [call for call in calls if getattr(call.module, "is_causal", False)]
     if not causal:
         msg = (

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitquota.models.calls import address_of, tensor_key, tensors_in
+from bitquota.models.calls import tensor_key, tensors_in
+from bitquota.models.outlines import OperatorWatcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -29,8 +29,8 @@ _PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "m
 
 _COPIES = frozenset({"clone", "_to_copy", "contiguous"})
 
-_PASSING = frozenset({"copy_", "detach", "detach_", "prim::device"})
-"""Functions that hand values on without using them, or ask an outline for its device."""
+_PASSING = frozenset({"copy_", "detach", "detach_"})
+"""Functions that hand values on without using them."""
 
 TABLE_OF = "embedding"
 """The operator that looks rows of a parameter up; the table is its first argument."""
@@ -97,8 +97,8 @@ class _Stored:
     """
 
     use: Use
-    start: tuple[int, int]
-    end: tuple[int, int]
+    start: int
+    end: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     stands_for: tuple[frozenset[int], ...]
@@ -118,17 +118,6 @@ class _Stored:
                     axes |= meant
             found.append(axes)
         return tuple(found)
-
-
-class OperatorWatcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A mode that sees each operator and has nothing to do with torch's compiler.
-
-    Torch would mark it as not to be compiled, and import the whole compiler for that: a second.
-    """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
 
 
 class ProductWatcher(OperatorWatcher):
@@ -152,18 +141,14 @@ class ProductWatcher(OperatorWatcher):
                 self._keep(use, parameter, tuple(frozenset({k}) for k in range(parameter.ndim)))
 
     def _keep(self, use: Use, tensor: Tensor, stands_for: tuple[frozenset[int], ...]) -> None:
-        storage, start = address_of(tensor)
-        self._stored.append(
-            _Stored(
-                use, (storage, start), (storage, start + tensor.nbytes), tuple(tensor.shape),
-                tensor.stride(), stands_for, tensor,
-            )
-        )  # fmt: skip
+        start = tensor.data_ptr()
+        end, shape = start + tensor.nbytes, tuple(tensor.shape)
+        self._stored.append(_Stored(use, start, end, shape, tensor.stride(), stands_for, tensor))
 
     def _find(self, tensor: object) -> _Stored | None:
         if not isinstance(tensor, torch.Tensor) or not tensor.numel():
             return None
-        at = address_of(tensor)
+        at = tensor.data_ptr()
         return next((s for s in self._stored if s.start <= at < s.end), None)
 
     def __torch_dispatch__(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from bitquota.models.calls import has_values
+from bitquota.models.outlines import has_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,8 +27,9 @@ def sharing_weights(module: nn.Module, *, husks: Iterable[nn.Module] = ()) -> nn
     """
     own: dict[int, object] = {id(part): _husk(part) for part in husks}
     for p in module.parameters():
-        own[id(p)] = nn.Parameter(p.data, requires_grad=p.requires_grad)
-    # An outline has nothing to copy, and its tensors must stay in one mode.
+        # An outline has nothing to share, nor to copy.
+        shared = nn.Parameter(p.data, requires_grad=p.requires_grad) if has_values(p) else p
+        own[id(p)] = shared
     own |= {id(b): b for b in module.buffers() if not has_values(b)}
     with warnings.catch_warnings():
         # torch 2.13 warns about its own tree specifications when an exported graph is copied.

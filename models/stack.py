@@ -291,9 +291,9 @@ def stack_of(
     Cost: three passes; none where weights stay in files.
     """
     seen = module if model.outline is None else model.outline
-    with run_outline(seen, inputs) as given:
-        owned = repeated_blocks(seen, layers, given)
-        expected = _chained_output(seen, list(owned), given) if len(owned) > 1 else None
+    with run_outline(seen):
+        owned = repeated_blocks(seen, layers, inputs)
+        expected = _chained_output(seen, list(owned), inputs) if len(owned) > 1 else None
         if expected is None:
             return None
         chain = Stack(seen, list(owned))
@@ -305,13 +305,13 @@ def stack_of(
         tensors = _outside(seen, list(owned), outside.values())
         named = {layer.weight_name: name for name, layer in outside.items()}
         with torch.no_grad():
-            value, before = _watched(chain.part(0), tensors, given)
+            value, before = _watched(chain.part(0), tensors, inputs)
             found = [tuple(named[weight] for weight in before if weight in named)]
             for k, inside in enumerate(owned.values()):
-                value, between = _watched(chain.part(k + 1), tensors, (value, *given))
+                value, between = _watched(chain.part(k + 1), tensors, (value, *inputs))
                 before |= between
                 found.append(inside)
-            value, called = _watched(chain.part(len(chain) - 1), tensors, (value, *given))
+            value, called = _watched(chain.part(len(chain) - 1), tensors, (value, *inputs))
         found.append(tuple(named[weight] for weight in called - before if weight in named))
         if {name for part in found for name in part} != set(layers):
             return None

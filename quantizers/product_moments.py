@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from bitquota.candidates.layers import LayerKind
 from bitquota.models.calls import tensors_in
-from bitquota.models.products import OperatorWatcher
+from bitquota.models.outlines import OperatorWatcher
 from bitquota.quantizers.shrinkage import shrink
 
 if TYPE_CHECKING:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,11 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from bitquota.candidates.targets import TARGETS
 from bitquota.errors import InvalidModel
-from bitquota.models.calls import has_values
 from bitquota.models.discovery import discover
 from bitquota.models.inspection import inspect_model
 from bitquota.models.load import load_model, load_outline
-from bitquota.models.outlines import outline, run_outline
+from bitquota.models.outlines import DecidedByValues, has_values, outline, run_outline
 from format_networks import tiny_net
 from transformer_families import FAMILIES, write_family
 
@@ -42,7 +43,7 @@ class TestLoadOutline:
         whole = inspect_model(load_model(str(path)), target=target).to_json()
         found = load_outline(str(path))
         assert whole | {"model_digest": None} == inspect_model(found, target=target).to_json()
-        assert not any(map(has_values, found.module.state_dict().values()))
+        assert not any(map(has_values, found.module.parameters()))
 
     def test_reads_no_weight(self, folder):
         """A weight that is NaN is found when it is read, and only then."""
@@ -85,6 +86,26 @@ class TestLoadOutline:
         assert load_outline("format_networks:tiny_net").digest.startswith("sha256:")
 
 
+_LEAN = """
+import sys
+from bitquota.models.lean_transformers import lean_transformers
+from bitquota.models.load import load_outline
+with lean_transformers():
+    load_outline(sys.argv[1])
+held = {"sympy", "scipy", "torch._dynamo", "torch.distributed.tensor"} & set(sys.modules)
+import scipy, torch
+assert torch.distributed.is_available() and torch._dynamo.optimize
+sys.exit(f"imported {held}" if held else 0)
+"""
+
+
+class TestLeanTransformers:
+    @pytest.mark.slow
+    def test_imports_what_it_needs(self, llama_folder):
+        """Neither compiler nor sympy, for import and forward pass; both can be imported later."""
+        subprocess.run([sys.executable, "-c", _LEAN, str(llama_folder)], check=True)
+
+
 class TestOutline:
     def test_of_convolutions(self):
         inputs = (torch.randn(2, 3, 8, 8),)
@@ -100,10 +121,18 @@ class TestOutline:
 
     def test_runs(self):
         module = outline(torch.nn.Linear(4, 3))
-        with run_outline(module, (torch.randn(2, 4),)) as inputs:
-            assert (2, 3) == tuple(module(*inputs).shape)
+        with torch.no_grad(), run_outline(module):
+            output = module(torch.randn(2, 4))
+        assert (2, 3) == tuple(output.shape)
+        assert not has_values(output)
+
+    def test_decides_nothing(self):
+        """Whoever asks for a value that depends on weights is told, and not that it is zero."""
+        module = outline(torch.nn.Linear(4, 3))
+        with torch.no_grad(), run_outline(module), pytest.raises(DecidedByValues):
+            bool(module(torch.randn(2, 4)).sum() > 0)
 
     def test_leaves_other_modules_alone(self):
-        given = (torch.randn(2, 4),)
-        with run_outline(torch.nn.Linear(4, 3), given) as inputs:
-            assert inputs is given
+        module = torch.nn.Linear(4, 3)
+        with run_outline(module):
+            assert has_values(module(torch.randn(2, 4)))

@@ -20,7 +20,7 @@ LATE = {
         "cli.gating": {"evaluate.scoring", "models.load", "models.loaded", "models.samples"},
         "cli.here": {"models.load", "models.mixing", "models.running"},
         "cli.importing": {"solver", "solver.files", "solver.posed_problem"},
-        "cli.inspecting": {"models.inspection", "models.load"},
+        "cli.inspecting": {"models.inspection", "models.lean_transformers", "models.load"},
         "cli.loading": {"models.samples", "models.text"},
         "cli.options": {"solver.backends"},
         "cli.planning": {"search.allocate"},
@@ -33,7 +33,7 @@ LATE = {
             "models.load",
         },
         "cli.quickstart": {"exports.export_report"},
-        "cli.remote": {"client", "models.gguf_folder", "solver.files"},
+        "cli.remote": {"client", "client.sources", "models.gguf_folder", "solver.files"},
         "cli.sandboxed": {"service.security.sandbox"},
         "cli.serving": {"cli.demo", "service"},
         "cli.solving": {

@@ -58,9 +58,14 @@ def inspect(
     chosen = None if target is None else target_by_name(target)
     check_sources(model, samples, tokenizer=tokenizer)
     from bitquota.models.inspection import inspect_model
+    from bitquota.models.lean_transformers import lean_transformers
     from bitquota.models.load import load_model, load_outline
 
-    loaded = load_outline(model) if samples is None and not digest else load_model(model)
+    if samples is None and not digest:
+        with lean_transformers():
+            loaded = load_outline(model)
+    else:
+        loaded = load_model(model)
     data = None
     if samples is not None:
         data = load_samples(samples, model=model, tokenizer=tokenizer, length=length)

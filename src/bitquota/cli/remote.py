@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from bitquota.canonical import write_whole
 from bitquota.cli import output
-from bitquota.client.sources import is_model_folder
 from bitquota.errors import InvalidInput, NotFound
 from bitquota.evaluate.scores import Score
 from bitquota.exports.export_report import ExportReport
@@ -64,6 +63,8 @@ def _quantized(plan_files: Sequence[Path]) -> list[Path]:
 
 def check_files(model: str, *samples: str) -> None:
     """Raise ``InvalidInput`` unless a server can be handed the model and the sets."""
+    from bitquota.client.sources import is_model_folder
+
     if not is_model_folder(Path(model)):
         file_of(model)
     for spec in samples:
@@ -72,6 +73,8 @@ def check_files(model: str, *samples: str) -> None:
 
 def model_of(text: str) -> Path:
     """Return a model to upload; a ``.gguf`` is unpacked into a Hugging Face folder here."""
+    from bitquota.client.sources import is_model_folder
+
     folder = Path(text)
     if is_model_folder(folder):
         return folder
