@@ -6,8 +6,9 @@
 
 Groups of 64, scales of 16 bits, widths 2 to 8, embeddings in full precision. Windows are of
 tinyshakespeare.txt: calibration from its first nine tenths, tests from the rest. A row is a budget
-and an effort: forward-equivalents over the calibration windows, CPU seconds, the peak of resident
-memory above that of the loaded interpreter; then KL per token on unseen windows, of the plan and of
+and an effort: forward-equivalents over the calibration windows, CPU seconds of all ``--processes``
+and of the one that waits for the others, the peak of its resident memory above that of the loaded
+interpreter; then KL per token on unseen windows, of the plan and of
 the uniform plan and the mixes of two widths of the same size, all rounded alike, and the paired
 difference. A folder whose float32 weights exceed ``--memory`` is read from its files: then what was
 read is shown as a multiple of them, and ``--no-test`` leaves out what needs all weights at once.
@@ -19,6 +20,7 @@ import argparse
 import copy
 import itertools
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -53,6 +55,11 @@ if TYPE_CHECKING:
     from bitquota.models.loaded import LoadedModel
     from bitquota.plan import Plan
     from bitquota.search.neighborhood import Choice
+
+
+def processor_seconds() -> float:
+    """Return what this process and those that it waited for took of processors."""
+    return sum(os.times()[:4])
 
 
 def resident() -> float:
@@ -214,6 +221,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--test-windows", type=int, default=120)
     parser.add_argument("--memory", default="1GiB")
+    parser.add_argument("--processes", type=int, default=1, help="that share the batches")
     parser.add_argument("--peers", metavar="PYTHON", help="of an environment with other tools")
     parser.add_argument("--peers-limit", type=int, default=3600, help="seconds for each of them")
     parser.add_argument("--preset", default="auto-round", help="whose own file is compared")
@@ -265,14 +273,17 @@ def main() -> None:
                 rounding=options.rounding,
                 effort=effort,
             )
-            context = Context(ledger=MemoryLedger(), memory_bytes=memory)
+            context = Context(
+                ledger=MemoryLedger(), memory_bytes=memory, processes=options.processes
+            )
             read = 0 if model.pages is None else model.pages.bytes_read
-            started = time.process_time()
+            started, own = processor_seconds(), time.process_time()
             found = allocate(model, calibration, request, context=context)
-            seconds = time.process_time() - started
+            seconds, own = processor_seconds() - started, time.process_time() - own
             (plan,) = found.plans
             print(
                 f"{effort:7s} {budget:9s} {found.passes:5.1f} passes {seconds:7.0f} CPU s "
+                f"({own:.0f} of them here) "
                 f"{resident() - before:5.2f} GB  hold-out {plan.measured.mean:.4f} "
                 f"+- {plan.measured.standard_error:.4f}",
                 flush=True,

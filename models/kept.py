@@ -6,6 +6,7 @@ Design: docs/design/language-models.md
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import weakref
 from dataclasses import dataclass, field
@@ -76,11 +77,14 @@ class Series:
             self._held.append(tensor if whole else tensor.clone())
             return
         if self._file is None:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the series
+            # Without a buffer, since processes that are forked later read what is in the file.
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # closed with the series
             weakref.finalize(self, self._file.close)
         start = self._file.seek(0, 2)
         flat = tensor.contiguous().cpu().reshape(-1)
-        self._file.write(flat.view(torch.uint8).numpy().data)
+        left = memoryview(flat.view(torch.uint8).numpy().data)
+        while left:
+            left = left[self._file.write(left) :]
         keeper.written_bytes += size
         written = _Written(
             start=start, shape=tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device
@@ -95,8 +99,10 @@ class Series:
         assert self._file is not None  # noqa: S101  # it was written
         size = math.prod(found.shape) * found.dtype.itemsize
         content = np.empty(size, np.uint8)
-        self._file.seek(found.start)
-        self._file.readinto(content.data)  # type: ignore[attr-defined]
+        # Forked processes share one position in the file.
+        done = 0
+        while done < size:
+            done += os.preadv(self._file.fileno(), [content.data[done:]], found.start + done)
         return torch.from_numpy(content).view(found.dtype).reshape(found.shape).to(found.device)
 
     def drop(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,7 @@ from bitquota.models.calls import LayerWatcher, tensor_key
 from bitquota.models.onnx.program import source_of
 from bitquota.models.padding import inputs_that_count, padding_mask
 from bitquota.models.running import tensor_of
+from bitquota.quantizers.part_batches import Remembering
 from bitquota.quantizers.product_moments import indices_of, product_grams
 from bitquota.quantizers.shrinkage import shrink
 from bitquota.quantizers.walk import walk_onnx
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from bitquota.candidates.layers import Inventory, Layer
     from bitquota.candidates.table import Candidate
     from bitquota.models.calls import LayerCall
+    from bitquota.models.processes import Processes
 
 POSITIONS = 2**15
 """Positions of a convolution's input whose moments are taken, or 32 for each column if that is
@@ -43,6 +47,7 @@ def input_grams(
     *,
     layers: Collection[str] | None = None,
     shrunk: bool = False,
+    processes: Processes | None = None,
 ) -> dict[str, Tensor]:
     """Return ``X^T X`` of every layer's inputs, summed over samples and positions but padded ones.
 
@@ -57,6 +62,7 @@ def input_grams(
         batches: Positional arguments of forward passes; a sequence is gone through twice at most.
         layers: Only these; all by default. A Gram takes ``groups x columns^2`` float64.
         shrunk: Allow for how few the positions are (``shrink``); the Grams are sums no longer.
+        processes: Share the batches of a ``Remembering``; by default this process runs all.
 
     Returns:
         f64[groups, columns, columns] by layer name. Embeddings are missing: their rows are looked
@@ -78,7 +84,9 @@ def input_grams(
     batches = batches if isinstance(batches, Sequence) else list(batches)
     grams = _Grams()
     watcher = _GramWatcher(wanted, grams, len(batches))
-    if wanted:
+    if wanted and processes is not None and processes.count > 1 and isinstance(module, Remembering):
+        _shared_grams(module, list(wanted.values()), batches, watcher, processes)
+    elif wanted:
         with torch.no_grad(), watcher:
             for inputs in batches:
                 watcher.mask = padding_mask(module, inputs)
@@ -121,7 +129,8 @@ class _Grams:
     def __init__(self) -> None:
         self.of: dict[str, _Sum] = {}
         self._given: Tensor | None = None
-        self._version = 0
+        self._version = self._number = 0
+        self._source: int | None = None
         self._after: dict[_Sum | None, _Sum] = {}
 
     def add(
@@ -136,15 +145,31 @@ class _Grams:
 
         ``given`` is the tensor that they were taken from, if other layers may be given it, too.
         """
-        before = self.of.get(layer.name)
+
+        def made() -> tuple[Tensor, int]:
+            rows = patches(inputs, layer, settings, limit)  # [groups, positions, columns]
+            return moment(rows, rows, layer), rows.shape[1]
+
         shareable = given is not None and not layer.kind.name.startswith("CONV")
-        if shareable and self._is_last(given) and before in self._after:
+        self.put(layer.name, made, self._told(given) if shareable else None)
+
+    def put(self, name: str, made: Callable[[], tuple[Tensor, int]], source: int | None) -> None:
+        """Add the Gram of one batch.
+
+        Args:
+            name: Of the layer.
+            made: Returns the Gram, and the number of positions that it is a sum over.
+            source: Tells what it is made of from what the Gram before was; ``None`` never does.
+        """
+        before = self.of.get(name)
+        if source is not None and source != self._source:
+            self._source, self._after = source, {}
+        if source is not None and before in self._after:
             # Another layer with the same sum so far has added it.
             after = self._after[before]
             after.layers += 1
         else:
-            rows = patches(inputs, layer, settings, limit)  # [groups, positions, columns]
-            gram, n = moment(rows, rows, layer), rows.shape[1]
+            gram, n = made()
             if before is not None and before.layers == 1:
                 before.gram += gram
                 before.positions += n
@@ -153,19 +178,19 @@ class _Grams:
                 gram.double() if before is None else before.gram + gram,
                 n if before is None else before.positions + n,
             )
-            if shareable:
+            if source is not None:
                 self._after[before] = after
         if before is not None:
             before.layers -= 1
-        self.of[layer.name] = after
+        self.of[name] = after
 
-    def _is_last(self, given: Tensor | None) -> bool:
-        """Whether a tensor is the one that was given last, with the same values."""
+    def _told(self, given: Tensor | None) -> int:
+        """Return a number that is another one for another tensor, or for other values in it."""
         version = 0 if given is None else given._version  # noqa: SLF001  # counts writes
-        same = given is self._given and version == self._version
-        if not same:
-            self._given, self._version, self._after = given, version, {}
-        return same
+        if given is not self._given or version != self._version:
+            self._given, self._version = given, version
+            self._number += 1
+        return self._number
 
     def found(self, *, shrunk: bool) -> dict[str, Tensor]:
         """Return the Grams by layer name."""
@@ -173,6 +198,66 @@ class _Grams:
             for own in set(self.of.values()):
                 shrink(own.gram, own.positions)
         return {name: own.gram for name, own in self.of.items()}
+
+
+class _BatchGrams(_Grams):
+    """Grams of one batch, to be added elsewhere.
+
+    Attributes:
+        made: Each with the number of positions that it is a sum over.
+        order: Name of a layer and where in ``made`` its Gram is, in the order of the calls.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Tensor, int]] = []
+        self.order: list[tuple[str, int]] = []
+        self._at = 0
+
+    def put(self, name: str, made: Callable[[], tuple[Tensor, int]], source: int | None) -> None:
+        """Note the Gram of one call."""
+        if source is None or source != self._source:
+            self.made.append(made())
+        if source is None:
+            self.order.append((name, len(self.made) - 1))
+            return
+        if source != self._source:
+            self._source, self._at = source, len(self.made) - 1
+        self.order.append((name, self._at))
+
+
+def _shared_grams(
+    run: Remembering,
+    layers: Sequence[Layer],
+    batches: Sequence[tuple[Tensor, ...]],
+    watcher: _GramWatcher,
+    processes: Processes,
+) -> None:
+    """Have several processes run the batches; add their Grams in the order of the batches."""
+    total, names = watcher.grams, [layer.name for layer in layers]
+
+    def look(b: int) -> dict[str, Tensor]:
+        inputs, own = batches[b], _BatchGrams()
+        watcher.grams, watcher.mask = own, padding_mask(run, inputs)
+        with torch.no_grad(), watcher:
+            output = run.run(*inputs)
+        order = torch.tensor([(names.index(name), k) for name, k in own.order]).reshape(-1, 2)
+        counts = torch.tensor([n for _, n in own.made])
+        found = {"order": order, "counts": counts} | ({"output": output} if run.remembers else {})
+        return found | {str(k): gram for k, (gram, _) in enumerate(own.made)}
+
+    sources = count(1)
+    for found in processes.map(look, len(batches)):
+        if "output" in found:
+            run.remember(found["output"])
+        numbers = [next(sources) for _ in found["counts"]]
+        for n, k in found["order"].tolist():
+            made = partial(_pair, found[str(k)], int(found["counts"][k]))
+            total.put(names[n], made, numbers[k])
+
+
+def _pair(gram: Tensor, positions: int) -> tuple[Tensor, int]:
+    return gram, positions
 
 
 def _onnx_grams(

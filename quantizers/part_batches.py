@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bitquota.candidates.layers import Layer
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.kept import Series
+    from bitquota.models.processes import Processes
     from bitquota.models.stack import Part, Stack
 
 
@@ -136,18 +137,33 @@ class Remembering(nn.Module):
 
     def forward(self, *values: Tensor) -> Tensor:
         """Run the part."""
-        own = values if self._side is None else (values[self._side], *values[2:])
-        output: Tensor = self.part(*own)
-        if self._outputs is not None and len(self._outputs) < self._count:
-            self._outputs.append(output)
+        output = self.run(*values)
+        self.remember(output)
         return output
 
+    def run(self, *values: Tensor) -> Tensor:
+        """Run the part, and remember nothing."""
+        own = values if self._side is None else (values[self._side], *values[2:])
+        output: Tensor = self.part(*own)
+        return output
 
-def run_through(run: Remembering, batches: Batches) -> None:
+    def remember(self, output: Tensor) -> None:
+        """Keep what the part returned."""
+        if self.remembers:
+            assert self._outputs is not None  # noqa: S101  # looked at
+            self._outputs.append(output)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the next output is kept."""
+        return self._outputs is not None and len(self._outputs) < self._count
+
+
+def run_through(run: Remembering, batches: Batches, processes: Processes) -> None:
     """Run a part on all batches for what it remembers."""
     with torch.no_grad():
-        for batch in batches:
-            run(*batch)
+        for found in processes.map(lambda b: {"output": run.run(*batches[b])}, len(batches)):
+            run.remember(found["output"])
 
 
 class Lookups(LayerWatcher[str]):

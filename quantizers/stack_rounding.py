@@ -92,7 +92,7 @@ def round_stack(
             known.write_down_rounded(f"rounded-{made_for}-{k}", made)
             found |= {name: weight.compact() for name, weight in made.items()}
         else:
-            run_through(quantized, batches)
+            run_through(quantized, batches, known.processes)
         if given is not None:
             given.drop()
         given = following

@@ -20,6 +20,7 @@ from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity
 from bitquota.context import Context
 from bitquota.journal import Journal
 from bitquota.models.kept import Keeper, Series
+from bitquota.models.processes import Processes
 from bitquota.models.running import tensor_of
 from bitquota.quantizers.gptq import forget_factors
 from bitquota.quantizers.input_moments import input_grams
@@ -92,6 +93,7 @@ class StackedWeights:
         spans: The batches.
         sizes: How large they are.
         journal: Where what was done is kept until the work ends.
+        processes: Share the batches; what they find is added in the order of the batches.
     """
 
     stack: Stack
@@ -103,6 +105,7 @@ class StackedWeights:
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     memory_bytes: int = 2**30
     journal: Journal = field(default_factory=Journal)
+    processes: Processes = field(default_factory=Processes)
     energies: dict[tuple[int, Candidate], Tensor] = field(default_factory=dict)
     sampled: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     errors: dict[tuple[int, Candidate], int] = field(default_factory=dict)
@@ -128,7 +131,9 @@ class StackedWeights:
         self.sizes = batch_sizes(self.stack, self.layers, self.samples, limit)
         self.spans = spans_of(self.sizes.block, self.folds)
         self._names = {c: f"candidate-{n}" for n, c in enumerate(self.candidates)}
-        self.keeper = Keeper(limit_bytes=int(HALF * self.memory_bytes))
+        # Every further process has a batch of its own, which takes as much as that of this one.
+        kept = int(HALF * self.memory_bytes) - (self.processes.count - 1) * limit
+        self.keeper = Keeper(limit_bytes=kept)
         self.kept_errors = self.keeper.series()
         self._codes = Keeper(limit_bytes=self.memory_bytes // 4).series()
 
@@ -160,7 +165,7 @@ class StackedWeights:
         key = samples.digest, samples.indices, tuple(spans)
         if key not in self._references:
             (self._references[key],) = run_variants(
-                self.stack, samples, spans, [{}], self.keeper, on_part
+                self.stack, samples, spans, [{}], self.keeper, on_part, processes=self.processes
             )
         return self._references[key]
 
@@ -198,9 +203,11 @@ class StackedWeights:
                 self._run(k, part, given[k], following)
             else:
                 grams, counts = self._look(k, part, given[k], following)
-                self._estimate(k, part, grams, counts)
+                held = self._estimate(k, part, grams, counts)
                 del grams
-                self._write_down(k)
+                self._note(k, held)
+                self._write_down(k, held)
+                del held
             given.append(following)
             del part
             context.report(STAGE, k + 1, len(self.stack), weight=float(len(self.samples)))
@@ -233,7 +240,9 @@ class StackedWeights:
         run, batches = self._remembering(k, part, given, following)
         grams: dict[str, Tensor] = {}
         if names:
-            grams = input_grams(run, multiplied, batches, layers=names, shrunk=True)
+            grams = input_grams(
+                run, multiplied, batches, layers=names, shrunk=True, processes=self.processes
+            )
         counts: dict[str, Tensor] = {}
         if looked_up or not names:
             with Lookups(part, looked_up, counts) as lookups, torch.no_grad():
@@ -245,7 +254,7 @@ class StackedWeights:
     def _run(self, k: int, part: Part, given: Series, following: Series) -> None:
         """Run a part of which everything else is known; nothing follows the last."""
         if k < len(self.stack) - 1:
-            run_through(*self._remembering(k, part, given, following))
+            run_through(*self._remembering(k, part, given, following), self.processes)
 
     def _remembering(
         self, k: int, part: Part, given: Series, following: Series | None
@@ -270,56 +279,63 @@ class StackedWeights:
             and candidate.layer in self.stack.layers[k]
         }
 
-    def _write_down(self, k: int) -> None:
-        """Keep what ``_estimate`` noted."""
-        self.journal.write(f"errors-{k}", lambda: save(self._noted(k)))
-
-    def _noted(self, k: int) -> dict[str, Tensor]:
-        held: dict[str, Tensor] = {}
-        for n, candidate in self._candidates_in(k).items():
-            held[f"square:{n}"] = torch.tensor(self.squares[candidate], dtype=torch.float64)
-            if (k, candidate) in self.energies:
-                held[f"energy:{n}"] = self.energies[k, candidate]
-            if (k, candidate) in self.errors:
-                held[f"error:{n}"] = self.kept_errors[self.errors[k, candidate]]
-                held[f"rows:{candidate.layer}"] = self.sampled[k, candidate.layer]
-        return held
+    def _write_down(self, k: int, held: dict[str, Tensor]) -> None:
+        """Keep what ``_estimate`` found of a part."""
+        self.journal.write(f"estimates-{k}", lambda: save(held))
 
     def _recall(self, k: int) -> bool:
         """Note what was kept of a part; return whether anything was."""
-        content = self.journal.read(f"errors-{k}")
-        if content is None:
-            return False
-        held = load(content)
+        content = self.journal.read(f"estimates-{k}")
+        if content is not None:
+            self._note(k, load(content))
+        return content is not None
+
+    def _note(self, k: int, held: Mapping[str, Tensor]) -> None:
+        """Note what ``_estimate`` found of candidates of a part."""
         for n, candidate in self._candidates_in(k).items():
+            if f"square:{n}" not in held:
+                continue
             self.squares[candidate] = float(held[f"square:{n}"])
             if f"energy:{n}" in held:
                 self.energies[k, candidate] = held[f"energy:{n}"].to(self.device)
             if f"error:{n}" in held:
-                rows, error = held[f"rows:{candidate.layer}"], held[f"error:{n}"]
-                self._keep_error(k, candidate, rows.to(self.device), error.to(self.device))
-        return True
+                self.sampled[k, candidate.layer] = held[f"rows:{n}"].to(self.device)
+                self.errors[k, candidate] = len(self.kept_errors)
+                self.kept_errors.append(held[f"error:{n}"].to(self.device))
 
     def _estimate(
         self, k: int, part: Part, grams: Mapping[str, Tensor], counts: Mapping[str, Tensor]
-    ) -> None:
-        """Note what the errors of a part's candidates do to their layers' outputs."""
-        by_layer: dict[str, list[Candidate]] = {}
-        for candidate in self._candidates_in(k).values():
-            by_layer.setdefault(candidate.layer, []).append(candidate)
-        for name, candidates in by_layer.items():
+    ) -> dict[str, Tensor]:
+        """Return what the errors of a part's candidates do to their layers' outputs."""
+        by_layer: dict[str, dict[str, Candidate]] = {}
+        for n, candidate in self._candidates_in(k).items():
+            by_layer.setdefault(candidate.layer, {})[n] = candidate
+        names = list(by_layer)
+
+        def look(number: int) -> dict[str, Tensor]:
+            name, candidates = names[number], by_layer[names[number]]
             layer = self.layers[name]
             matrix = finite_matrix(tensor_of(part, layer.weight_name), layer)
             own = _Matrix(matrix, grams.get(name), counts.get(name))
-            tensors = [c for c in candidates if c.scheme.granularity is Granularity.TENSOR]
-            for together in (tensors, [c for c in candidates if c not in tensors]):
+            tensors = {
+                n: c for n, c in candidates.items() if c.scheme.granularity is Granularity.TENSOR
+            }
+            others = {n: c for n, c in candidates.items() if n not in tensors}
+            found: dict[str, Tensor] = {}
+            for together, apart in ((tensors, False), (others, True)):
                 if together:
-                    self._estimate_layer(k, together, own, apart=together is not tensors)
+                    found |= self._estimate_layer(together, own, apart=apart)
+            return found
+
+        held: dict[str, Tensor] = {}
+        for found in self.processes.map(look, len(names)):
+            held |= found
+        return held
 
     def _estimate_layer(
-        self, k: int, candidates: Sequence[Candidate], own: _Matrix, *, apart: bool
-    ) -> None:
-        """Note the squared change of a weight, and of each output channel of its layer.
+        self, candidates: Mapping[str, Candidate], own: _Matrix, *, apart: bool
+    ) -> dict[str, Tensor]:
+        """Return the squared change of a weight, and of each output channel of its layer.
 
         Of a matrix of many rows some are rounded. What the others lose is taken to be in proportion
         to their own energy, which is a ratio estimate: exact where rows differ by a factor.
@@ -327,7 +343,7 @@ class StackedWeights:
         ``apart``: whether rows can be rounded apart from each other.
         """
         matrix, gram, count = own.values, own.gram, own.count
-        name = candidates[0].layer
+        name = next(iter(candidates.values())).layer
         rows = torch.arange(len(matrix), device=matrix.device)
         if count is not None and apart:
             # Rows that are never looked up do nothing.
@@ -338,32 +354,29 @@ class StackedWeights:
         rounder = Rounder.NEAREST if gram is None else self.rounder
         found = estimated(
             sample,
-            [(candidate.weight_bits, candidate.scheme) for candidate in candidates],
+            [(candidate.weight_bits, candidate.scheme) for candidate in candidates.values()],
             importance=self.importance.get(name),
             inputs_gram=gram,
             rounding=None if rounder is Rounder.NEAREST else rounder,
         )
-        for candidate, values in zip(candidates, found, strict=True):
+        held: dict[str, Tensor] = {}
+        for n, values in zip(candidates, found, strict=True):
             error = values - sample
             square = float(error.square().sum() / sample.square().sum().clamp_min(1e-300))
-            self.squares[candidate] = square * own.square
+            held[f"square:{n}"] = torch.tensor(square * own.square, dtype=torch.float64)
             if count is not None:
                 seen = count[rows]
                 share = count.sum() / seen.sum().clamp_min(1.0)
-                self.energies[k, candidate] = share * (seen @ error.square())
+                held[f"energy:{n}"] = share * (seen @ error.square())
             elif gram is not None:
                 energy = _energy(error, gram)
                 if len(rows) < len(matrix):
                     energy = own.energy * (energy.sum() / own.energy[rows].sum().clamp_min(1e-300))
-                self.energies[k, candidate] = energy
+                held[f"energy:{n}"] = energy
                 if self.layers[name].kind in WHOLE_ROWS:
                     few = _spread(len(rows), SAMPLED_ROWS)
-                    self._keep_error(k, candidate, rows[few], error[few].half())
-
-    def _keep_error(self, k: int, candidate: Candidate, rows: Tensor, error: Tensor) -> None:
-        self.sampled[k, candidate.layer] = rows
-        self.errors[k, candidate] = len(self.kept_errors)
-        self.kept_errors.append(error)
+                    held[f"rows:{n}"], held[f"error:{n}"] = rows[few], error[few].half()
+        return held
 
     def _read(self, candidate: Candidate) -> QuantizedWeight:
         """Return a candidate's codes and scales; round those of its part that were asked for."""

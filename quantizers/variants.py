@@ -12,6 +12,7 @@ import torch
 
 from bitquota.candidates.table import Candidate
 from bitquota.models.layout import from_matrix
+from bitquota.models.processes import Processes
 from bitquota.models.running import inputs_of, tensor_of
 from bitquota.quantizers.kv_cache import quantized_caches
 
@@ -74,6 +75,7 @@ def run_variants(
     keeper: Keeper,
     on_part: Callable[[int, int], None],
     names_in: Callable[[int], Sequence[str]] | None = None,
+    processes: Processes = Processes(),  # noqa: B008  # frozen
 ) -> list[Series]:
     """Return for each variant what its last part is given, batch after batch.
 
@@ -88,6 +90,7 @@ def run_variants(
         on_part: Called with the number of a part and how many different variants of it ran.
         names_in: Names under which a part looks into variants, by default those of its layers and
             caches.
+        processes: Share the batches of a part.
 
     Cost: one pass for each variant, less what they share; every weight is read once.
     """
@@ -116,9 +119,8 @@ def run_variants(
             following = keeper.series()
             cached = [one for one in chosen if isinstance(one, Candidate)]
             with torch.no_grad(), quantized_caches(part, cached):
-                for b, span in enumerate(spans):
-                    before = () if given is None else (given[b],)
-                    following.append(part(*before, *inputs_of(samples, span)))
+                before = () if given is None else (given,)
+                run_part(part, samples, spans, before, following, processes)
             after.append((together, following))
             later = apart[position + 1 :]
             if given is not None and all(other is not given for _, other, _ in later):
@@ -130,6 +132,24 @@ def run_variants(
         assert given is not None  # noqa: S101  # part 0 made it
         found |= dict.fromkeys(members, given)
     return [found[v] for v in range(len(variants))]
+
+
+def run_part(
+    part: Part,
+    samples: CalibrationSet,
+    spans: Sequence[range],
+    given: tuple[Series, ...],
+    following: Series,
+    processes: Processes,
+) -> None:
+    """Run a part on all batches; what it returns is added to ``following``."""
+
+    def run(b: int) -> dict[str, Tensor]:
+        before = (series[b] for series in given)
+        return {"output": part(*before, *inputs_of(samples, spans[b]))}
+
+    for found in processes.map(run, len(spans)):
+        following.append(found["output"])
 
 
 Together = tuple[list[int], "Series | None", "tuple[Chosen | None, ...]"]
@@ -160,6 +180,7 @@ def run_parts(
     weights: Mapping[str, Stored],
     keeper: Keeper,
     on_part: Callable[[int, int], None],
+    processes: Processes,
 ) -> list[Series]:
     """Return what each part is given with these weights, batch after batch (nothing for part 0).
 
@@ -173,9 +194,8 @@ def run_parts(
             if name in weights:
                 part.put(weights[name].weight_name, weights[name].weight())
         with torch.no_grad():
-            for b, span in enumerate(spans):
-                before = (given[k][b],) if k else ()
-                following.append(part(*before, *inputs_of(samples, span)))
+            before = (given[k],) if k else ()
+            run_part(part, samples, spans, before, following, processes)
         given.append(following)
         on_part(k, 1)
     return given

@@ -9,6 +9,7 @@ Design: docs/design/language-models.md
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -29,13 +30,19 @@ if TYPE_CHECKING:
     from bitquota.quantizers.stacked import StackedWeights
 
 
+Note = tuple[str, "Tensor"]
+"""Something that was found, and what it is about."""
+
+
 class Visit(Protocol):
     """What is done at one part."""
 
     def run(
         self, values: tuple[Tensor, ...], at_output: Callable[[Tensor], Tensor], span: range
-    ) -> Tensor:
-        """Run the part on some samples, and return the gradient at its input.
+    ) -> tuple[Tensor, list[Note]]:
+        """Run the part on some samples; return the gradient at its input, and what they tell.
+
+        It may run in another process, so it changes nothing.
 
         Args:
             values: What it is called with.
@@ -44,10 +51,16 @@ class Visit(Protocol):
         """
         ...
 
+    def add(self, note: Note, span: range) -> None:
+        """Add what samples of a batch told; called in the order of the samples."""
+        ...
+
     def finish(self) -> dict[str, Tensor]:
         """Return what was found; what several parts found under one name is added."""
         ...
 
+
+_GRADIENT = "gradient"
 
 PASSES = 3.0
 """What a walk backwards takes: parts run once more, and their gradients are as two passes."""
@@ -95,20 +108,14 @@ def walk_back(
         # The output of the model is large: a few samples at a time there.
         size = known.sizes.end if behind is None else known.sizes.block
         before = known.keeper.series()
-        for b, span in enumerate(spans):
-            batch = ((given[k][b],) if k else ()) + inputs_of(samples, span)
-            gradients: list[Tensor] = []
-            for a, values in zip(span[::size], pieces(size, *batch), strict=True):
-                rows = range(a, min(a + size, span.stop))
-
-                def at_output(
-                    output: Tensor, b: int = b, rows: range = rows, behind: Series | None = behind
-                ) -> Tensor:
-                    return at_end(output, rows) if behind is None else behind[b]
-
-                gradients.append(here.run(values, at_output, span))
+        batches = (given[k],) if k else ()
+        run = partial(_run_back, here, samples, spans, batches, behind, at_end, size)
+        for b, told in enumerate(known.processes.map(run, len(spans))):
             if k:
-                before.append(torch.cat(gradients))
+                before.append(told[_GRADIENT])
+            for key, value in told.items():
+                if key != _GRADIENT:
+                    here.add((key.partition(":")[2], value), spans[b])
         for key, value in here.finish().items():
             found[key] = found.get(key, 0.0) + value
         if behind is not None:
@@ -119,6 +126,34 @@ def walk_back(
     if behind is not None:
         behind.drop()
     return found
+
+
+def _run_back(
+    here: Visit,
+    samples: CalibrationSet,
+    spans: Sequence[range],
+    given: tuple[Series, ...],
+    behind: Series | None,
+    at_end: Callable[[Tensor, range], Tensor],
+    size: int,
+    b: int,
+) -> dict[str, Tensor]:
+    """Return the gradient at a part's input for one batch, and the notes in their order."""
+    span = spans[b]
+    batch = (*(series[b] for series in given), *inputs_of(samples, span))
+    gradients: list[Tensor] = []
+    found: dict[str, Tensor] = {}
+    for a, values in zip(span[::size], pieces(size, *batch), strict=True):
+        rows = range(a, min(a + size, span.stop))
+
+        def at_output(output: Tensor, rows: range = rows) -> Tensor:
+            return at_end(output, rows) if behind is None else behind[b]
+
+        gradient, notes = here.run(values, at_output, span)
+        gradients.append(gradient)
+        for name, value in notes:
+            found[f"{len(found)}:{name}"] = value
+    return found | {_GRADIENT: torch.cat(gradients)}
 
 
 def _write_down(

@@ -41,8 +41,13 @@ if TYPE_CHECKING:
     from bitquota.quantizers.stacked import StackedWeights
     from bitquota.sensitivity.metrics.layer_trace import TracedCall
     from bitquota.sensitivity.metrics.metric import Work
+    from bitquota.sensitivity.metrics.stack_backwards import Note
     from bitquota.sensitivity.runners.stack import StackRunner
 
+
+_CALL, _CURVATURE, _SLOPES, _CACHE = "seen ", "bend ", "tilt ", "kept "
+"""What a note is about, in front of a layer's name: calls of it, squared gradients of its output
+channels, squared slopes of its candidates; or in front of a cache's: its score."""
 
 BACKWARDS = "backwards"
 """Name of the walk backwards in the journal."""
@@ -130,16 +135,31 @@ class _Scored:
 
     def run(
         self, values: tuple[Tensor, ...], at_output: Callable[[Tensor], Tensor], span: range
-    ) -> Tensor:
+    ) -> tuple[Tensor, list[Note]]:
         """Look at the calls of the layers for some samples; return the gradient at the input."""
-        fold = self._known.fold_of(span)
-        with scored_caches(self._part, self._caches, partial(self._add_cache, fold)):
+        notes: list[Note] = []
+
+        def note_cache(candidate: Candidate, score: Tensor) -> None:
+            notes.append((f"{_CACHE}{self._names[candidate]}", score))
+
+        with scored_caches(self._part, self._caches, note_cache):
             calls, gradient = trace_gradients(
                 self._part, values, at_output, self._by_key, self._metric, at_input=self._at_input
             )
         for call in calls:
-            self._seen[call.layer].add(call, fold)
-        return gradient
+            notes += self._seen[call.layer].notes(call, self._known.fold_of(span))
+        return gradient, notes
+
+    def add(self, note: Note, span: range) -> None:
+        """Add what samples of a batch told."""
+        fold, (name, value) = self._known.fold_of(span), note
+        kind, about = name[: len(_CACHE)], name[len(_CACHE) :]
+        if kind == _CACHE:
+            own = value.new_zeros(len(self._known.folds))
+            own[fold] = value / len(self._known.folds[fold])
+            self.found[about] = self.found.get(about, 0.0) + own
+        else:
+            self._seen[about].add(kind, value, fold)
 
     def finish(self) -> dict[str, Tensor]:
         """Return what was found."""
@@ -147,17 +167,9 @@ class _Scored:
         check_all_seen(seen, self._layers, self._metric)
         for one in self._seen.values():
             for candidate, score in one.scores().items():
-                self._add(candidate, score)
+                name = self._names[candidate]
+                self.found[name] = self.found.get(name, 0.0) + score
         return self.found
-
-    def _add_cache(self, fold: int, candidate: Candidate, score: Tensor) -> None:
-        own = score.new_zeros(len(self._known.folds))
-        own[fold] = score / len(self._known.folds[fold])
-        self._add(candidate, own)
-
-    def _add(self, candidate: Candidate, score: Tensor) -> None:
-        name = self._names[candidate]
-        self.found[name] = self.found.get(name, 0.0) + score
 
 
 def _candidates_of(work: Work, names: Sequence[str]) -> list[Candidate]:
@@ -183,25 +195,33 @@ class _Seen:
         self._slopes: Tensor | None = None
         self._curvature: Tensor | None = None
 
-    def add(self, call: TracedCall, fold: int) -> None:
-        """Look at one call."""
-        self.calls += 1
-        gradient, folds = call.gradient, self._known.folds
-        if gradient is None:
+    def add(self, kind: str, value: Tensor, fold: int) -> None:
+        """Add what ``notes`` returned for samples of a fold."""
+        if kind == _CALL:
+            self.calls += 1
             return
+        if self._curvature is None:
+            n = len(self._known.folds)
+            self._curvature = value.new_zeros(n, len(value))
+            self._slopes = value.new_zeros(n, len(self._candidates))
+        assert self._slopes is not None  # noqa: S101  # made together
+        (self._curvature if kind == _CURVATURE else self._slopes)[fold] += value
+
+    def notes(self, call: TracedCall, fold: int) -> list[Note]:
+        """Return what one call tells."""
+        gradient, folds = call.gradient, self._known.folds
+        found: list[Note] = [(_CALL + call.layer, torch.empty(0))]
+        if gradient is None:
+            return found
         # The mean squared gradient of each output channel, of the samples of a fold.
         axis = call.channel_axis % call.output_dims
         others = [d for d in range(call.output_dims) if d != axis]
         squared = gradient.square().sum(dim=others, dtype=torch.float64)
         positions = gradient.numel() // len(squared) // len(gradient)
-        if self._curvature is None:
-            self._curvature = squared.new_zeros(len(folds), len(squared))
-            self._slopes = squared.new_zeros(len(folds), len(self._candidates))
-        assert self._slopes is not None  # noqa: S101  # made together
         n = len(folds[fold])
-        self._curvature[fold] += squared / positions / n / folds[-1].stop
+        found.append((_CURVATURE + call.layer, squared / positions / n / folds[-1].stop))
         if self._errors is None or self._rows is None:
-            return
+            return found
         # What the loss in the random direction of each sample does along each row's change.
         n_samples, inputs = len(gradient), call.inputs
         if axis < call.output_dims - 1:
@@ -211,7 +231,8 @@ class _Seen:
         own = gradient.reshape(n_samples, -1, gradient.shape[-1])[..., self._rows]
         slopes = own.transpose(1, 2) @ inputs  # [samples, sampled rows, columns]
         along = torch.einsum("nrc,brc->bnr", slopes, self._errors)
-        self._slopes[fold] += along.double().square().sum(dim=(1, 2)) / n
+        found.append((_SLOPES + call.layer, along.double().square().sum(dim=(1, 2)) / n))
+        return found
 
     def scores(self) -> dict[Candidate, Tensor]:
         """Return f64[folds] by candidate."""

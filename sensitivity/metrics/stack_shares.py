@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from bitquota.models.stack import Part
     from bitquota.quantizers.stacked import StackedWeights
     from bitquota.sensitivity.losses import Loss
+    from bitquota.sensitivity.metrics.stack_backwards import Note
     from bitquota.sensitivity.runners.stack import StackRunner
 
 SHARES = "shares"
@@ -63,7 +64,7 @@ def layer_shares(
     known, samples = runner.known, runner.calibration
     spans = spans_of(known.sizes.block, [range(len(samples))])
     charge = partial(runner.charge, len(samples))
-    given = run_parts(known.stack, samples, spans, weights, known.keeper, charge)
+    given = run_parts(known.stack, samples, spans, weights, known.keeper, charge, known.processes)
     ends = known.reference(samples, spans, charge)
     for k in range(len(known.stack)):
         charge(k, FORWARD_AND_BACK - 1)
@@ -134,9 +135,10 @@ class _Shared:
 
     def run(
         self, values: tuple[Tensor, ...], at_output: Callable[[Tensor], Tensor], span: range
-    ) -> Tensor:
-        """Add to the shares what some samples tell; return the gradient at the input."""
+    ) -> tuple[Tensor, list[Note]]:
+        """Return the gradient at the input for some samples, and what they add to the shares."""
         del span
+        notes: list[Note] = []
         first, *others = values
         leaf = first.detach().requires_grad_(self._at_input)
         with torch.enable_grad():
@@ -147,9 +149,15 @@ class _Shared:
         for name, gradient in zip(self._places, gradients, strict=False):
             if gradient is not None:
                 product = (gradient * self._changes[name]).sum(dtype=torch.float64)
-                self._shares[name] += 0.5 * product
+                notes.append((name, 0.5 * product))
         back = gradients[-1] if self._at_input else None
-        return torch.zeros_like(first) if back is None else back
+        return torch.zeros_like(first) if back is None else back, notes
+
+    def add(self, note: Note, span: range) -> None:
+        """Add to the shares what some samples told."""
+        del span
+        name, value = note
+        self._shares[name] += value
 
     def finish(self) -> dict[str, Tensor]:
         """Return the share of each layer."""

@@ -67,7 +67,10 @@ class StackRunner(EagerRunner):
         known = self.known
         spans = spans_of(known.sizes.block, [span])
         charge = partial(self.charge, len(span))
-        own = run_variants(known.stack, self.calibration, spans, variants, known.keeper, charge)
+        own = run_variants(
+            known.stack, self.calibration, spans, variants, known.keeper, charge,
+            processes=known.processes,
+        )  # fmt: skip
         ends = [known.reference(self.calibration, spans, charge), *own]
         charge(len(known.stack) - 1, len(ends))
         stack = self.known.stack

@@ -107,6 +107,7 @@ class Context:
         memory_bytes: What a measurement may keep: half of it activations for later runs, a quarter
             each outputs of variants and what is computed of their differences.
         journal: Where the state of long walks is kept until they end; by default nowhere.
+        processes: How many processes share the batches of a walk over a language model's blocks.
         executor: Has several parts of a measurement carried out at once, where it can be.
         course: Where the whole job is; without one, a stage counts as the whole.
     """
@@ -117,6 +118,7 @@ class Context:
     device: str = "auto"
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     journal: Journal = field(default_factory=Journal)
+    processes: int = 1
     executor: Executor | None = None
     course: Course | None = None
 

@@ -24,6 +24,7 @@ from bitquota.models.binding import bound
 from bitquota.models.kv_cache import find_caches, open_caches
 from bitquota.models.loaded import inventory_of
 from bitquota.models.onnx.program import source_of
+from bitquota.models.processes import Processes
 from bitquota.models.references import References
 from bitquota.models.running import DEFAULT_CHUNK, choose_device, cut
 from bitquota.models.samples import check_calibration
@@ -367,6 +368,7 @@ def build_setup(
     """
     context = context or Context()
     where = choose_device(context.device)
+    Processes(context.processes).check_device(where)
     calibration = bound(model, calibration)
     model, loss, outputs = _measured_outputs(model, calibration, request, loss)
     few = calibration.first(2).to(where)
@@ -429,6 +431,13 @@ def build_setup(
     # Quantizers, fitted where candidates need samples.
     importance = None if model.imatrix is None else importance_of(model.imatrix, inventory)
     stack = _chain(model, module, inventory, request, few)
+    if stack is None and context.processes > 1:
+        msg = (
+            "several processes share the batches of a language model that is measured block by "
+            f"block, which this one, or what is asked of it, does not allow; got "
+            f"{context.processes} processes: leave --processes out"
+        )
+        raise InvalidInput(msg, processes=context.processes)
     if stack is None and model.pages is not None:
         # Everything else needs all weights at once.
         module = module.float().to(where)
@@ -564,6 +573,7 @@ def _stacked(
         importance=fitted.weights.importance,
         memory_bytes=context.memory_bytes,
         journal=context.journal.of(about),
+        processes=Processes(context.processes),
     )
 
 

@@ -83,7 +83,9 @@ for place, last in ((whole, 0), *((killed, int(last)) for last in sys.argv[5:]))
                 log.write(f"{progress.stage} {progress.fraction}\\n")
 
         journal = Journal(place / "unfinished")
-        context = Context(ledger=ledger, journal=journal, on_progress=tell)
+        context = Context(
+            ledger=ledger, journal=journal, on_progress=tell, processes=2 if last else 1
+        )
         found = allocate(load_model(folder), load_calibration(samples), request, context=context)
     found.plans[0].save(place / "plan.json")
     if place != Path(whole):
@@ -93,7 +95,10 @@ for place, last in ((whole, 0), *((killed, int(last)) for last in sys.argv[5:]))
 
 @pytest.mark.slow
 def test_goes_on_where_it_was_killed(tmp_path):
-    """Killed five times at different blocks: the same plan, and nothing was done twice."""
+    """Killed five times at different blocks: the same plan, and nothing was done twice.
+
+    The two processes that share the batches until then make no difference.
+    """
     folder = write_family("llama", tmp_path / "model")
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(3, 96, (32, 12), generator=generator)

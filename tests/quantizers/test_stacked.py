@@ -7,7 +7,7 @@ import torch
 
 from bitquota.candidates.storage import Granularity, ScaleFormat, Scheme
 from bitquota.context import Context
-from bitquota.errors import Cancelled
+from bitquota.errors import Cancelled, InvalidInput
 from bitquota.measurement_setup import build_setup
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import load_model, load_within
@@ -195,3 +195,10 @@ class TestWhichModels:
     def test_rounder(self, folder, samples):
         assert setup_of(folder, samples).stacked.rounder is Rounder.GPTQ
         assert setup_of(folder, samples, rounding="nearest").stacked.rounder is Rounder.NEAREST
+
+
+class TestProcesses:
+    def test_need_a_model_that_is_walked(self, folder, samples):
+        request = PlanRequest(budgets=("3 bits",), measure="weight_mse")
+        with pytest.raises(InvalidInput, match="leave --processes out"):
+            build_setup(load_model(str(folder)), samples, request, context=Context(processes=2))

@@ -55,6 +55,7 @@ class Here:
         ledger: Where measurements are kept, or ``None`` for the cache folder.
         imatrix: Importance matrix, or ``None``.
         memory: What a measurement may keep in memory, or ``None`` for 1 GiB.
+        processes: How many share the batches of a language model.
         server: Where to run instead, or ``None``: then all of the above is the server's.
         api_key: For the server.
     """
@@ -67,18 +68,20 @@ class Here:
     ledger: Path | None
     imatrix: Path | None
     memory: str | None
+    processes: int
     server: str | None
     api_key: str | None
 
     def __post_init__(self) -> None:
         """Refuse what would be ignored."""
-        local = {
+        local: dict[str, object] = {
             "--imatrix": self.imatrix,
             "--tokenizer": self.tokenizer,
             "--mix": self.mix,
             "--ledger": self.ledger,
             "--device": None if self.device == "auto" else self.device,
             "--memory": self.memory,
+            "--processes": self.processes > 1,
         }
         given = [name for name, value in local.items() if value]
         memory_limit(self.memory)
@@ -159,6 +162,7 @@ class Here:
                     on_progress=on_progress,
                     device=self.device,
                     memory_bytes=self.memory_bytes,
+                    processes=self.processes,
                     journal=journal,
                 )
             except KeyboardInterrupt:

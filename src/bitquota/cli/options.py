@@ -289,6 +289,16 @@ LogTo = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, …")]
+ProcessCount = Annotated[
+    int,
+    typer.Option(
+        "--processes",
+        min=1,
+        max=4,
+        help="Processes of one thread that share the batches of a language model on the CPU; the "
+        "plan is that of one such process.",
+    ),
+]
 LedgerPath = Annotated[
     Path | None,
     typer.Option(
@@ -417,6 +427,7 @@ _HERE: dict[str, tuple[Any, Any]] = {
     "ledger": (LedgerPath, None),
     "imatrix": (Imatrix, None),
     "memory": (Memory, None),
+    "processes": (ProcessCount, 1),
     "server": (Server, None),
     "api_key": (ApiKey, None),
 }
