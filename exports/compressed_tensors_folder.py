@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 from contextlib import redirect_stderr
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bitquota.candidates.layers import LayerKind
-from bitquota.candidates.storage import Granularity, Grid, ScaleFormat
+from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, Scheme
 from bitquota.candidates.targets.target import FUSED_SIBLINGS, siblings_in
 from bitquota.errors import ExportFailed, InvalidPlan
 from bitquota.exports.hugging_face_folder import (
@@ -26,6 +27,7 @@ from bitquota.exports.hugging_face_folder import (
 from bitquota.exports.prepared import widths_must_be
 from bitquota.models.huggingface import return_tensor
 from bitquota.models.identity import HALF_TYPES
+from bitquota.quantizers.activations import TokenQuantizer
 from bitquota.quantizers.float_formats import scale_bytes, stored_scales, tensor_factor
 from bitquota.quantizers.packing import pack
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
     from bitquota.exports.export_report import ExportReport
     from bitquota.exports.prepared import PreparedExport
+    from bitquota.quantizers.activations import InputGrid
     from bitquota.quantizers.weights import QuantizedWeight
 
 
@@ -52,6 +55,7 @@ class CompressedTensorsFolder:
     name = "compressed-tensors"
     summary = "A Hugging Face folder for transformers and vLLM: packed integers, NVFP4, MXFP4, FP8."
     runs_here = True
+    holds_inputs = TokenQuantizer
 
     def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the folder, read every tensor back, load it with transformers and run it."""
@@ -62,7 +66,8 @@ class CompressedTensorsFolder:
         factors = shared_factors(prepared.weights)
 
         def tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-            return _layer_tensors(name, weight, factors.get(name, 1.0))
+            kind = _stored_as(weight, inputs=name in prepared.activations)
+            return _layer_tensors(name, weight, factors.get(name, 1.0), kind)
 
         config = _config(source, prepared)
         path = write_model(prepared, folder, tensors)
@@ -103,7 +108,7 @@ class CompressedTensorsFolder:
 
         Where weights stay in their files, compressed-tensors unpacks one layer after the other.
         """
-        if prepared.model.pages is not None:
+        if prepared.model.pages is not None and not prepared.activations:
             return prepared.with_tensors(_unpacking(prepared, folder))
         import transformers
 
@@ -119,6 +124,9 @@ class CompressedTensorsFolder:
                     trust_remote_code=False,
                     dtype=torch.float32,
                 )
+                if prepared.activations:
+                    # compressed-tensors rounds inputs as long as it unpacks weights itself.
+                    return return_tensor(model.eval())
                 # Small floats come as bfloat16, which holds them exactly.
                 model.hf_quantizer.compressor.decompress_model(model)  # type: ignore[operator,union-attr]
                 torch.nn.Module.float(model)  # transformers refuses its own for quantized models
@@ -135,7 +143,8 @@ class CompressedTensorsFolder:
         wrong = [
             name
             for name, w in prepared.weights.items()
-            if prepared.layers[name].kind is not LayerKind.LINEAR or _stored_as(w) is None
+            if prepared.layers[name].kind is not LayerKind.LINEAR
+            or _stored_as(w, inputs=name in prepared.activations) is None
         ]
         if wrong:
             msg = (
@@ -154,12 +163,17 @@ _FLOATS = {
 }
 
 
-def _stored_as(weight: QuantizedWeight) -> str | None:
-    """Return compressed-tensors' name of how a weight is stored, or ``None`` if it has none."""
+def _stored_as(weight: QuantizedWeight, *, inputs: bool) -> str | None:
+    """Return compressed-tensors' name of how a weight is stored, or ``None`` if it has none.
+
+    ``inputs``: whether those of the layer are quantized, too.
+    """
     scheme = weight.scheme
     if scheme.grid is Grid.FLOAT:
         key = (weight.bits, scheme.granularity, scheme.group_size, scheme.scale_format)
         return _FLOATS.get(key)
+    if inputs and weight.bits == 8 and scheme == replace(Scheme(), scale_rule=scheme.scale_rule):
+        return "int-quantized"
     integer = (
         scheme.grid is Grid.SYMMETRIC
         and scheme.row_alignment_bits == 32
@@ -244,9 +258,15 @@ def _notes(factors: Mapping[str, float]) -> tuple[str, ...]:
     )
 
 
-def _layer_tensors(name: str, weight: QuantizedWeight, factor: float) -> dict[str, Tensor]:
+def _layer_tensors(
+    name: str, weight: QuantizedWeight, factor: float, kind: str | None
+) -> dict[str, Tensor]:
     rows, columns = weight.codes.shape
-    kind = _stored_as(weight)
+    if kind == "int-quantized":
+        return {
+            f"{name}.weight": weight.codes.to(torch.int8),
+            f"{name}.weight_scale": weight.scales.contiguous(),
+        }
     if kind == "float-quantized":
         codes = weight.codes.to(torch.uint8)
         return {
@@ -274,8 +294,10 @@ def _layer_tensors(name: str, weight: QuantizedWeight, factor: float) -> dict[st
 def _config(source: Path, prepared: PreparedExport) -> JsonObject:
     config = source_config(source)
     groups: dict[tuple[str, int, int], list[str]] = {}
+    inputs = prepared.activations
     for name, weight in prepared.weights.items():
-        key = (_stored_as(weight) or "", weight.bits, weight.scheme.group_size or 0)
+        kind = _stored_as(weight, inputs=name in inputs) or ""
+        key = (kind, weight.bits, weight.scheme.group_size or 0)
         groups.setdefault(key, []).append(name)
     described = {}
     for k, (key, names) in enumerate(sorted(groups.items())):
@@ -283,11 +305,11 @@ def _config(source: Path, prepared: PreparedExport) -> JsonObject:
         described[f"group_{k}"] = {
             "targets": sorted(names),
             "format": kind,
-            "input_activations": None,
+            "input_activations": _described(inputs.get(names[0])),
             "output_activations": None,
             "weights": {
                 "num_bits": bits,
-                "type": "int" if kind == "pack-quantized" else "float",
+                "type": "int" if kind in ("pack-quantized", "int-quantized") else "float",
                 "symmetric": True,
                 "strategy": _strategy(kind, size),
                 "group_size": size or None,
@@ -306,6 +328,19 @@ def _config(source: Path, prepared: PreparedExport) -> JsonObject:
         "global_compression_ratio": None,
     }
     return config
+
+
+def _described(inputs: InputGrid | None) -> JsonObject | None:
+    """Return how inputs are quantized; all layers of a plan have the same."""
+    if not isinstance(inputs, TokenQuantizer):
+        return None
+    return {
+        "num_bits": inputs.bits,
+        "type": "float" if inputs.floats else "int",
+        "symmetric": True,
+        "strategy": "token",
+        "dynamic": True,
+    }
 
 
 def _strategy(kind: str, size: int) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from bitquota.candidates.rows import MIXED_KINDS
 from bitquota.candidates.storage import Grid
 from bitquota.candidates.targets import target_by_name
-from bitquota.candidates.targets.target import HOLD_PARTS
+from bitquota.candidates.targets.target import DYNAMIC_FITS, HOLD_PARTS
 from bitquota.candidates.zero_bits import HOLD_ZERO_BITS, WHY_NOT, zero_bits_of
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
 from bitquota.exports.compressed_tensors_folder import CompressedTensorsFolder
@@ -133,10 +133,15 @@ GRIDS: dict[str, frozenset[Grid]] = {
 powers of two would need a table that the plan does not count."""
 
 
+STATIC_RANGES = frozenset({OnnxQdq.name, OnnxMatMulNBits.name})
+"""Formats with ranges of inputs, all of them known before."""
+
+
 def check_grids(plan: Plan, format_name: str) -> None:
     """Raise ``InvalidPlan`` where the format cannot hold what the plan's codes stand for."""
     check_rows(plan, format_name)
     check_zero_bits(plan, format_name)
+    check_ranges(plan, format_name)
     integers = frozenset(grid for grid in Grid if grid.is_integer)
     held = GRIDS.get(format_name, integers)
     wrong = {
@@ -166,6 +171,19 @@ def check_zero_bits(plan: Plan, format_name: str) -> None:
             f"{', '.join(sorted(HOLD_ZERO_BITS[what]))}, or plan without --allow {what}"
         )
         raise InvalidPlan(msg, layers=sorted(wrong), format=format_name)
+
+
+def check_ranges(plan: Plan, format_name: str) -> None:
+    """Raise ``InvalidPlan`` where the format would hold ranges of inputs, but not of each token."""
+    fit = plan.activation_fit
+    if fit in DYNAMIC_FITS and format_name in STATIC_RANGES:
+        msg = (
+            f"format '{format_name}' cannot find ranges of inputs token by token ({fit}), as the "
+            "plan has them: ONNX finds ranges while it runs for whole tensors alone "
+            "(DynamicQuantizeLinear); export to compressed-tensors, or plan with another "
+            "--activation-fit"
+        )
+        raise InvalidPlan(msg, format=format_name, activation_fit=fit)
 
 
 def check_rows(plan: Plan, format_name: str) -> None:
@@ -232,7 +250,7 @@ def export_plan(
         target=chosen,
         samples=samples,
         correction_data=correction_data,
-        holds_inputs=getattr(exporter, "holds_inputs", False),
+        holds_inputs=getattr(exporter, "holds_inputs", None),
     )
     if timed_budget(plan) is not None:
         prepared = replace(prepared, traced={})  # the graph is written twice

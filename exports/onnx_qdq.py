@@ -34,6 +34,7 @@ from bitquota.models.onnx.program import source_of
 from bitquota.models.onnx.reading import read_normalized, read_onnx
 from bitquota.models.onnx.sessions import import_onnxruntime
 from bitquota.models.pt2.module import dynamic_axes
+from bitquota.quantizers.activations import ActivationQuantizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from bitquota.exports.export_report import ExportReport
     from bitquota.exports.prepared import PreparedExport
     from bitquota.models.onnx.program import OnnxSource
-    from bitquota.quantizers.activations import ActivationQuantizer
 
 FILE = "model.onnx"
 OPSET = 21
@@ -68,7 +68,7 @@ class OnnxQdq:
     name = "onnx-qdq"
     summary = "ONNX with quantized weights and DequantizeLinear, run by ONNX Runtime."
     runs_here = True
-    holds_inputs = True
+    holds_inputs = ActivationQuantizer
     blocked = False
 
     def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
@@ -92,7 +92,11 @@ class OnnxQdq:
             }
 
         # Put integers and their dequantization in the place of every weight.
-        grids = {n: g for n, g in prepared.activations.items() if n in initializer_of}
+        grids = {
+            n: g
+            for n, g in prepared.activations.items()
+            if n in initializer_of and isinstance(g, ActivationQuantizer)
+        }
         quantize_inputs(model, grids, initializer_of)
         editor = GraphEditor(model)
         for name, weight in weights.items():

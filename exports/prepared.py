@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from bitquota.candidates.targets.target import DYNAMIC_FITS
 from bitquota.errors import InvalidPlan
 from bitquota.exports.export_report import (
     HALF_TOLERANCE,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
     from bitquota.plan import Plan
-    from bitquota.quantizers.activations import ActivationQuantizer
+    from bitquota.quantizers.activations import InputGrid
     from bitquota.quantizers.weights import QuantizedWeight
 
 VERIFY_SAMPLES = 64
@@ -91,7 +92,7 @@ class PreparedExport:
     reference: Tensor | None = None
     identity_note: str = ""
     unused: tuple[str, ...] = ()
-    activations: Mapping[str, ActivationQuantizer] = field(default_factory=dict)
+    activations: Mapping[str, InputGrid] = field(default_factory=dict)
     input_noise: float = 0.0
     traced: dict[str, Any] | None = None
 
@@ -252,7 +253,7 @@ def prepare_export(
     target: Target | None = None,
     samples: CalibrationSet | None = None,
     correction_data: CalibrationSet | None = None,
-    holds_inputs: bool = False,
+    holds_inputs: type[InputGrid] | None = None,
 ) -> PreparedExport:
     """Quantize the weights of ``model`` as ``plan`` says and apply its corrections.
 
@@ -263,7 +264,7 @@ def prepare_export(
         samples: The first of them are run to compare the export with fake-quantization; by
             default the model's own example.
         correction_data: Unlabelled samples that the plan's corrections are fitted on.
-        holds_inputs: Whether the format holds the grids of inputs. They are the plan's own if its
+        holds_inputs: Which grids of inputs the format holds, if any. They are the plan's own if its
             quantized weights are there, else fitted to the samples, if there are any.
 
     Raises:
@@ -312,12 +313,13 @@ def prepare_export(
             fitted=quantizers_of(plan, model, module, chosen, data),
             stored=stored,
         )
-    grids: dict[str, ActivationQuantizer] = {}
-    if holds_inputs and shipped is not None:
-        grids = dict(shipped.activations)
-    elif holds_inputs and data is not None:
+    grids: dict[str, InputGrid] = {}
+    if holds_inputs is not None and shipped is not None:
+        grids = {k: g for k, g in shipped.activations.items() if isinstance(g, holds_inputs)}
+    elif holds_inputs is not None and (data is not None or plan.activation_fit in DYNAMIC_FITS):
         own = plan.candidates
-        grids = quantizers_of(plan, model, module, own, data).input_grids(own)
+        found = quantizers_of(plan, model, module, own, data).input_grids(own)
+        grids = {k: g for k, g in found.items() if isinstance(g, holds_inputs)}
 
     # What exported files will be compared with.
     inputs = verifying_inputs(model, samples)

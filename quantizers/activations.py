@@ -2,6 +2,7 @@
 
 A layer's input is what is multiplied with its weight, seen at the operator's call, so ordinary
 modules and graphs of ``torch.export`` are treated alike. Integer inputs (token ids) pass through.
+Ranges are those of a calibration set, or of each token when it comes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from bitquota.candidates.layers import MATRICES, LayerKind
 from bitquota.candidates.storage import Grid
 from bitquota.errors import InvalidInput, MeasurementFailed
 from bitquota.models.calls import LayerWatcher, tensor_key, with_input
+from bitquota.quantizers.float_formats import E4M3, float_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -71,6 +73,77 @@ class ActivationQuantizer:
             return torch.zeros_like(values)
         codes = torch.round(values / self.scale) + self.zero_point
         return (codes.clamp(self.lowest, self.highest) - self.zero_point) * self.scale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenQuantizer:
+    """A grid for each token of a layer's input, fitted to its largest value when it comes.
+
+    Integers are symmetric with the step ``max|x| / (2^(bits-1) - ½)``, floating-point numbers E4M3
+    in units of ``max|x| / 448``, both as compressed-tensors has them.
+
+    Attributes:
+        bits: Bit-width.
+        floats: Whether codes are floating-point numbers, of 8 bits.
+    """
+
+    bits: int
+    floats: bool = False
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Return ``values`` rounded, the last axis being one token: same shape and dtype."""
+        if not values.is_floating_point():
+            return values
+        most = values.abs().amax(dim=-1, keepdim=True)
+        half = 2 ** (self.bits - 1)
+        step = most / (E4M3.largest if self.floats else half - 0.5)
+        # A token of zeros stays one.
+        scaled = values / torch.where(step == 0, torch.ones_like(step), step)
+        if self.floats:
+            return float_values(scaled, E4M3) * step
+        return scaled.round().clamp(-half, half - 1) * step
+
+
+InputGrid = ActivationQuantizer | TokenQuantizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenInputs:
+    """Called with layer and bits it gives the quantizer of each token of the layer's input.
+
+    Attributes:
+        kinds: Of the layers, by name.
+        floats: See ``TokenQuantizer``.
+    """
+
+    kinds: Mapping[str, LayerKind]
+    floats: bool
+
+    def __call__(self, layer: str, bits: int) -> Callable[[Tensor], Tensor]:
+        """Return the fake-quantizer of ``layer``'s input.
+
+        Raises:
+            InvalidInput: A layer whose input has no tokens, or a bit-width that there is not.
+        """
+        kind = self.kinds[layer]
+        if kind is LayerKind.EMBEDDING:
+            return _unchanged
+        if kind not in TOKEN_KINDS:
+            msg = (
+                f"ranges per token belong to inputs of linear layers; '{layer}' is of kind {kind}: "
+                "take another --activation-fit, or exclude it"
+            )
+            raise InvalidInput(msg, layer=layer)
+        if bits not in ((8,) if self.floats else ACTIVATION_BITS):
+            allowed = "8" if self.floats else f"one of {', '.join(map(str, ACTIVATION_BITS))}"
+            msg = (
+                f"a bit-width of inputs with ranges per token must be one of {allowed}; got {bits}"
+            )
+            raise InvalidInput(msg, activation_bits=bits)
+        return TokenQuantizer(bits=bits, floats=self.floats)
+
+
+TOKEN_KINDS = frozenset({LayerKind.LINEAR, LayerKind.LINEAR_TRANSPOSED})
 
 
 @dataclass(slots=True, eq=False)

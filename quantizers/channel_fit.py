@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitquota.candidates.layers import LayerKind
+from bitquota.candidates.targets.target import DYNAMIC_FITS
 from bitquota.errors import InvalidInput
 from bitquota.quantizers.activations import (
     ACTIVATION_BITS,
     ActivationQuantizer,
     CalibratedInputs,
     InputWatcher,
+    TokenInputs,
     collect_inputs,
     weights_of,
 )
@@ -184,8 +186,14 @@ def collect_by(
     module: nn.Module,
     inventory: Inventory,
     batches: Iterable[tuple[Tensor, ...]],
-) -> CalibratedInputs:
-    """Return calibrated inputs: ``mse`` fits each tensor, a ``ChannelRule`` weighs its channels."""
+) -> CalibratedInputs | TokenInputs:
+    """Return calibrated inputs: ``mse`` fits each tensor, a ``ChannelRule`` weighs its channels.
+
+    ``token`` and ``token_float`` fit each token when it comes: nothing is run.
+    """
+    if fit in DYNAMIC_FITS:
+        kinds = {layer.name: layer.kind for layer in inventory.layers}
+        return TokenInputs(kinds=kinds, floats=fit == DYNAMIC_FITS[1])
     if fit in list(ChannelRule):
         return collect_channels(module, inventory, batches, ChannelRule(fit))
     return collect_inputs(module, inventory, batches)

@@ -8,9 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Rounding
+from bitquota.candidates.targets.target import DYNAMIC_FITS
 from bitquota.canonical import digest_json
 from bitquota.errors import InvalidInput
-from bitquota.quantizers.activations import ActivationQuantizer
+from bitquota.quantizers.activations import InputGrid
 from bitquota.quantizers.channel_fit import collect_by
 from bitquota.quantizers.input_moments import input_grams, moment_bytes
 from bitquota.quantizers.quantized_weights import QuantizedWeights
@@ -71,7 +72,7 @@ class Fitted:
     nearest_origin: str = ""
     order: RoundingOrder | None = None
 
-    def input_grids(self, candidates: Iterable[Candidate]) -> dict[str, ActivationQuantizer]:
+    def input_grids(self, candidates: Iterable[Candidate]) -> dict[str, InputGrid]:
         """Return the grid of each layer's input that candidates quantize, by layer.
 
         An input that is never quantized has none, nor has one of token ids.
@@ -80,7 +81,7 @@ class Fitted:
             return {}
         asked = [c for c in candidates if not c.cached and c.activation_bits is not None]
         grids = {c.layer: self.activations(c.layer, c.activation_bits or 0) for c in asked}
-        return {k: grid for k, grid in grids.items() if isinstance(grid, ActivationQuantizer)}
+        return {k: grid for k, grid in grids.items() if isinstance(grid, InputGrid)}
 
     def nearest(self) -> Fitted:
         """Return the same quantizers, but for weights that are rounded to nearest."""
@@ -139,15 +140,19 @@ def fit_quantizers(
 
     # Fit that, on the samples where there is need of them.
     grams = activations = order = None
-    if needs_ranges or in_order or fed:
+    dynamic = activation_fit in DYNAMIC_FITS
+    if needs_ranges and dynamic:
+        activations = collect_by(activation_fit, module, inventory, ())
+    if (needs_ranges and not dynamic) or in_order or fed:
         if samples is None:
-            what = "ranges of activations are" if needs_ranges else "rounding with feedback is"
+            ranged = needs_ranges and not dynamic
+            what = "ranges of activations are" if ranged else "rounding with feedback is"
             msg = f"{what} fitted on samples: provide correction data, such as the calibration set"
             raise InvalidInput(msg)
         batches = [b.inputs for b in samples.batches(BATCH)]
         if (in_order or fed) and not by_parts:
             grams = partial(input_grams, module, inventory, batches, shrunk=True)
-        if needs_ranges:
+        if needs_ranges and not dynamic:
             activations = collect_by(activation_fit, module, inventory, batches)
         if in_order:
             order = RoundingOrder(rounding=rounding, batches=batches)

@@ -106,13 +106,12 @@ def quantizers_of(
         StalePlan: The plan was made with another importance matrix, or with one and got none.
         InvalidInput: Activation ranges or error feedback, and no samples.
     """
-    request = plan.provenance.get("request") or {}
     return fit_quantizers(
         module,
         plan.inventory,
         [c for c in candidates if not c.cached],
         samples,
-        activation_fit=request.get("activation_fit", "mse"),
+        activation_fit=plan.activation_fit,
         importance=check_importance(plan, model.imatrix),
         rounding=plan.rounding,
     )

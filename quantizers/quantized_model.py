@@ -30,7 +30,12 @@ from bitquota.models.pages import Pages
 from bitquota.models.rotation_places import RotationPlace
 from bitquota.models.running import tensor_of
 from bitquota.plan import WEIGHTS_SUFFIX, PlanWeights
-from bitquota.quantizers.activations import ActivationQuantizer, quantize_inputs_of
+from bitquota.quantizers.activations import (
+    ActivationQuantizer,
+    InputGrid,
+    TokenQuantizer,
+    quantize_inputs_of,
+)
 from bitquota.quantizers.corrections import ensure_bias
 from bitquota.quantizers.rotation import Rotation
 from bitquota.quantizers.smoothing import Scaling, scale_channels
@@ -70,7 +75,7 @@ class QuantizedModel:
     rounding: str
     weights: Mapping[str, QuantizedWeight]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    activations: Mapping[str, ActivationQuantizer] = field(default_factory=dict)
+    activations: Mapping[str, InputGrid] = field(default_factory=dict)
     rotations: tuple[Rotation, ...] = ()
     scalings: tuple[Scaling, ...] = ()
 
@@ -134,7 +139,8 @@ class QuantizedModel:
                     if name.startswith("tensor:")
                 },
                 activations={
-                    name: ActivationQuantizer(**grid) for name, grid in about["activations"].items()
+                    name: (TokenQuantizer if "floats" in grid else ActivationQuantizer)(**grid)
+                    for name, grid in about["activations"].items()
                 },
                 rotations=tuple(
                     Rotation(

@@ -14,8 +14,9 @@ import torch
 import bitquota
 from bitquota.candidates.budget import Budget
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Scheme
+from bitquota.candidates.targets.target import DYNAMIC_FITS
 from bitquota.corrections import Correction
-from bitquota.errors import BudgetTooSmall, InvalidPlan
+from bitquota.errors import BudgetTooSmall, InvalidInput, InvalidPlan
 from bitquota.evaluate.metrics import BATCH, measure_module
 from bitquota.models.identity import model_fingerprint
 from bitquota.models.load import load_model
@@ -119,6 +120,12 @@ def finetune_plan(
     Cost: that of the training, and two passes over the hold-out samples.
     """
     check_model(plan, model)
+    if plan.activation_fit in DYNAMIC_FITS:
+        msg = (
+            f"training learns grids of inputs; the plan finds them token by token "
+            f"({plan.activation_fit}): plan with another --activation-fit to train"
+        )
+        raise InvalidInput(msg, activation_fit=plan.activation_fit)
     settings = TrainingSettings() if settings is None else settings
     ready = prepared(
         model, data, loss=loss or AUTO_LOSS, known=None if loss else plan.outputs, context=context

@@ -386,8 +386,6 @@ def build_setup(
         if model.pages is not None:
             module, model = module.float().to(where), replace(model, pages=None, outline=None)
         inventory = inventory.join(layers_of_one_input(module, inventory, few.inputs))
-    if request.activation_bits is not None:
-        inventory = replace(inventory, schedule=schedule_of(module, inventory, few.inputs))
     table = offered_candidates(
         inventory,
         target,
@@ -442,6 +440,8 @@ def build_setup(
         # Everything else needs all weights at once.
         module = module.float().to(where)
     everything = tuple(dict.fromkeys(c for row in table.rows for c in row.candidates))
+    if any(c.activation_bits is not None for c in everything):
+        inventory = replace(inventory, schedule=schedule_of(module, inventory, few.inputs))
     candidates = tuple(c for c in everything if not c.cached)
     fitted = fit_quantizers(
         module,

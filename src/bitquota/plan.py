@@ -326,6 +326,12 @@ class Plan(Document):
         return budget.spent(self.candidates)
 
     @property
+    def activation_fit(self) -> str:
+        """How ranges of layers' inputs are found, where they are quantized (``PlanRequest``)."""
+        request = self.provenance.get("request") or {}
+        return str(request.get("activation_fit", "mse"))
+
+    @property
     def candidates(self) -> tuple[Candidate, ...]:
         """What was chosen for every layer, and for the KV cache where that was planned."""
         own = tuple(a.candidate for a in self.assignments)

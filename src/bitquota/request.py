@@ -9,6 +9,8 @@ from typing import ClassVar, Literal
 from bitquota.candidates.caches import CACHE_BITS, CACHE_SCALES
 from bitquota.candidates.cost_table import CostTable
 from bitquota.candidates.storage import ROW_BITS, WEIGHT_BITS, Scheme
+from bitquota.candidates.targets import TARGETS
+from bitquota.candidates.targets.target import DYNAMIC_FITS
 from bitquota.candidates.zero_bits import ALLOWED, PRUNE
 from bitquota.codec import Document, Form, OneOrMore
 from bitquota.corrections import BEFORE_QUANTIZING, REWRITTEN, SAMPLES_DEPEND, Correction
@@ -70,6 +72,7 @@ CACHE_MEASURES = ("auto", "gram_weighted", "gram", "diagonal")
 LARGEST_CONTEXT = 2**28
 """Tokens, and sequences, that may be asked for at most: sizes stay far below 2^62 bits."""
 ACTIVATION_FITS = ("mse", "joint", "chan", "irls")
+"""Ranges of inputs that are fitted to samples; ``DYNAMIC_FITS`` are those of each token."""
 DEFAULT_WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
 
 
@@ -85,7 +88,9 @@ class PlanRequest(Document):
         activation_bits: Bit-width of every layer's input, or ``None`` for full precision; several
             are on offer to each layer beside each width of its weight.
         activation_fit: How grids of inputs are fitted: ``mse`` each tensor's own error; ``joint``,
-            ``chan`` and ``irls`` weigh its channels (``quantizers.channel_fit``).
+            ``chan`` and ``irls`` weigh its channels (``quantizers.channel_fit``); ``token`` and
+            ``token_float`` (integers, E4M3) give each token its own, when it comes. A target whose
+            runtime does that brings its own.
         scheme: How weights are quantized; a target brings its own.
         fixed: Layer pattern to bit-width.
         ties: Lists of layer patterns that must share a candidate.
@@ -208,7 +213,10 @@ class PlanRequest(Document):
             msg = f"seed must be at least 0 and below 2^63; got {self.seed}"
             raise InvalidInput(msg, seed=self.seed)
         self._check_inputs()
-        _one_of("activation_fit", self.activation_fit, ACTIVATION_FITS)
+        _one_of("activation_fit", self.activation_fit, (*ACTIVATION_FITS, *DYNAMIC_FITS))
+        if self.target is not None and self.target in TARGETS:
+            fit = TARGETS[self.target].agreed_fit(self.activation_fit)
+            object.__setattr__(self, "activation_fit", fit)
         if self.iterations != ITERATIONS and self.rounding != "learned":
             msg = (
                 "iterations are steps of learned rounding; got them with the rounding "

@@ -18,6 +18,7 @@ from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import finish
 from bitquota.models.loaded import inventory_of
 from bitquota.plan import Assignment, Plan
+from bitquota.quantizers.activations import ActivationQuantizer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,7 +111,7 @@ class TestQuantizedInputs:
     def test_readers_of_one_tensor_share_its_grid(self, model, tmp_path):
         """``left`` and ``right`` read the same codes."""
         plan = plan_at(model, [8], [8])
-        prepared = prepare_export(model, plan, samples=SAMPLES, holds_inputs=True)
+        prepared = prepare_export(model, plan, samples=SAMPLES, holds_inputs=ActivationQuantizer)
         assert prepared.activations["left"] == prepared.activations["right"]
         EXPORTERS["onnx-qdq"].export(prepared, tmp_path)
         graph = onnx.load(tmp_path / "model.onnx").graph
@@ -127,7 +128,7 @@ class TestQuantizedInputs:
         """The same file runs on integers in OpenVINO."""
         openvino = pytest.importorskip("openvino")
         plan = plan_at(model, [4], [8])
-        prepared = prepare_export(model, plan, samples=SAMPLES, holds_inputs=True)
+        prepared = prepare_export(model, plan, samples=SAMPLES, holds_inputs=ActivationQuantizer)
         EXPORTERS["onnx-qdq"].export(prepared, tmp_path)
         core = openvino.Core()
         compiled = core.compile_model(

@@ -101,7 +101,8 @@ ActivationFit = Annotated[
     str,
     typer.Option(
         "--activation-fit",
-        help="Fit of input grids: mse (per tensor), or joint, chan, irls (weigh channels).",
+        help="Fit of input grids: mse (per tensor), or joint, chan, irls (weigh channels); token "
+        "and token_float give each token of a linear layer its own range, of integers or FP8.",
     ),
 ]
 KvBits = Annotated[

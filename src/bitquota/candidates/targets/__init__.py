@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from bitquota.candidates.targets import (
     coreml,
+    ct_vllm_fp8,
     ct_vllm_humming,
+    ct_vllm_int8,
     ct_vllm_marlin,
     ct_vllm_mxfp4,
     ct_vllm_nvfp4,
@@ -38,6 +40,8 @@ TARGETS: dict[str, Target] = {
         ct_vllm_humming,
         ct_vllm_nvfp4,
         ct_vllm_mxfp4,
+        ct_vllm_fp8,
+        ct_vllm_int8,
         modelopt,
         vllm_cpu,
         gptq_vllm,

@@ -52,6 +52,9 @@ FUSED_SIBLINGS = (
 
 EMBEDDINGS = frozenset({LayerKind.EMBEDDING})
 
+DYNAMIC_FITS = ("token", "token_float")
+"""Ranges of inputs that are found when a token comes: of integers, and of E4M3 numbers."""
+
 HOLD_PARTS = frozenset({"ref-int", "onnx-qdq", "onnx-matmulnbits"})
 """Exporters whose files hold a weight in parts of different bit-widths."""
 
@@ -122,6 +125,7 @@ class Target(Document):
         excluded_kinds: Kinds of layer that it keeps in full precision.
         activation_bits: Activation bit-width that it runs, or ``None`` for floating point.
         other_activation_bits: Further ones, which layers have only where they are asked for.
+        activation_fit: How its runtime finds ranges of inputs, if by itself (``DYNAMIC_FITS``).
         runtime_options: Options that a runtime must be given for the numbers to hold.
         cache: How its runtime stores a KV cache of fewer than 16 bits, if it does.
         cache_refusal: Why bits of the KV cache cannot be planned for it, otherwise.
@@ -131,7 +135,7 @@ class Target(Document):
     """
 
     FORM: ClassVar[Form] = Form(
-        left_out=("cache", "cache_refusal", "not_run", "other_activation_bits")
+        left_out=("cache", "cache_refusal", "not_run", "other_activation_bits", "activation_fit")
     )
 
     name: str
@@ -144,6 +148,7 @@ class Target(Document):
     excluded_kinds: frozenset[LayerKind] = frozenset()
     activation_bits: int | None = None
     other_activation_bits: tuple[int, ...] = ()
+    activation_fit: str = ""
     runtime_options: Mapping[str, Any] = field(default_factory=dict)
     verified: str = "documented"
     not_run: str = ""
@@ -293,6 +298,24 @@ class Target(Document):
                 "ref-int or ort-cpu"
             )
             raise InvalidInput(msg, target=self.name)
+
+    def agreed_fit(self, asked: str) -> str:
+        """Return how ranges of inputs are found; ``mse`` stands for what the target does.
+
+        Raises:
+            InvalidInput: Its runtime finds them otherwise.
+        """
+        if asked == self.activation_fit or (asked == "mse" and self.activation_fit):
+            return self.activation_fit
+        if not self.activation_fit and asked not in DYNAMIC_FITS:
+            return asked
+        why = "its files hold ranges of a calibration set"
+        if self.activation_fit:
+            why = f"its runtime finds them by itself ({self.activation_fit})"
+        elif self.exporter.startswith("onnx"):
+            why = "ONNX finds ranges while it runs for whole tensors alone (DynamicQuantizeLinear)"
+        msg = f"target '{self.name}' takes no ranges of inputs by '{asked}': {why}; leave it out"
+        raise InvalidInput(msg, target=self.name, activation_fit=asked)
 
     def require_zero_bits(self, allow: Sequence[str]) -> None:
         """Raise ``InvalidInput`` unless its files are the smaller for what is allowed."""
