@@ -17,6 +17,7 @@ from bitquota.sensitivity.metrics.learned_steps import LearnedIndicators
 from bitquota.sensitivity.metrics.metric import Metric
 from bitquota.sensitivity.metrics.noise_response import NoiseResponse
 from bitquota.sensitivity.metrics.orthogonality import Orthogonality
+from bitquota.sensitivity.metrics.shapley import ShapleyShare
 from bitquota.sensitivity.metrics.weight_error import RelativeWeightMse, WeightMse
 
 METRICS: dict[str, Metric] = {
@@ -26,6 +27,7 @@ METRICS: dict[str, Metric] = {
     "kronecker": KroneckerFisher(),
     "relative_mse": RelativeWeightMse(),
     "noise_response": NoiseResponse(),
+    "shapley": ShapleyShare(),
     "gpfq": GpfqError(),
     "weight_mse": WeightMse(),
     "first_order": FirstOrder(),
@@ -53,6 +55,7 @@ __all__ = [
     "Orthogonality",
     "OutputFisher",
     "RelativeWeightMse",
+    "ShapleyShare",
     "WeightMse",
     "find_flags",
 ]

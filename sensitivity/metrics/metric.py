@@ -126,6 +126,7 @@ class Metric(ABC):
         sees_activations: Whether candidates that differ in activation bits alone differ in score.
         estimates_loss: Whether scores estimate a loss increase in its own unit, so that sums can
             be compared with measured losses and not only ranked.
+        may_be_negative: Whether a layer that makes up for others scores below zero; flagged.
     """
 
     name: ClassVar[str]
@@ -136,6 +137,7 @@ class Metric(ABC):
     needs_data: ClassVar[bool] = True
     sees_activations: ClassVar[bool] = False
     estimates_loss: ClassVar[bool] = False
+    may_be_negative: ClassVar[bool] = False
 
     @abstractmethod
     def cost(self, runner: Runner, table: CandidateTable) -> float:

@@ -192,6 +192,7 @@ _WORDS = {
     "kronecker": "scoring by Kronecker Fisher",
     "relative_mse": "scoring by relative weight error",
     "noise_response": "scoring by the response to noise",
+    "shapley": "scoring by Shapley shares",
     "gpfq": "scoring by output error (GPFQ)",
     "weight_mse": "scoring by weight error",
     "first_order": "scoring by gradients",

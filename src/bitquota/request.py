@@ -19,8 +19,8 @@ from bitquota.errors import InvalidInput
 MEASURES = (
     "auto", "gram", "pairs", "diagonal", "tangent",
     "gram_weighted",
-    "empirical_fisher", "output_fisher", "kronecker", "relative_mse", "noise_response", "gpfq",
-    "weight_mse",
+    "empirical_fisher", "output_fisher", "kronecker", "relative_mse", "noise_response",
+    "shapley", "gpfq", "weight_mse",
     "first_order", "hessian_trace", "class_separability", "orthogonality", "limpq",
 )  # fmt: skip
 """What ``bitquota.sensitivity.registry.measures`` offers; metrics in order of preference."""
