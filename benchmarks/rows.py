@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.context import Context, MemoryLedger
 from bitquota.corrections import Correction
 from bitquota.exports.export import export_plan, open_export
@@ -90,7 +91,8 @@ def planned(
         folder = Path(place) / "export"
         export_plan(model, plan, folder, target=options.target, samples=subject.test.first(64))
         module, _, report = open_export(model, folder)
-        assert sum(t.actual_bits for t in report.tensors) == plan.size_bits
+        stored = sum(c.size_bits for c in plan.candidates if c.weight_bits != FULL_PRECISION_BITS)
+        assert sum(t.actual_bits for t in report.tensors) == stored
         kl, _ = judged(module, subject)
     return kl, plan.size_bits, seconds
 

@@ -190,6 +190,8 @@ class TestRefusals:
         """The reason, before anything is measured."""
         with refused(InvalidInput, target="gguf-py"):
             target_by_name("gguf-py").require_rows()
+        with pytest.raises(InvalidInput, match="one packed weight for each layer"):
+            target_by_name("ct-vllm-humming").require_rows()
         with refused(InvalidInput, target="openvino-cpu"):
             allocate(model, samples, replace(REQUEST, target="openvino-cpu"))
 

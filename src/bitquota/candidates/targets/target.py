@@ -58,6 +58,13 @@ DYNAMIC_FITS = ("token", "token_float")
 HOLD_PARTS = frozenset({"ref-int", "onnx-qdq", "onnx-matmulnbits"})
 """Exporters whose files hold a weight in parts of different bit-widths."""
 
+WHY_NO_PARTS = {
+    "compressed-tensors": "transformers and vLLM read one packed weight for each layer, pass over "
+    "its parts, and leave the layer random",
+    "gguf": "llama.cpp reads one tensor of one type for each weight, and loads no file without it",
+}
+"""What loaders do with parts (tried: docs/design/rows.md)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageFormat(Document):
@@ -292,10 +299,12 @@ class Target(Document):
     def require_rows(self) -> None:
         """Raise ``InvalidInput`` unless its files hold a layer whose rows have several widths."""
         if self.exporter not in HOLD_PARTS:
+            why = WHY_NO_PARTS.get(
+                self.exporter, f"in its files ({self.exporter}) a tensor has one type"
+            )
             msg = (
-                f"target '{self.name}' stores a layer in one bit-width: in its files "
-                f"({self.exporter}) a tensor has one type; leave --row-widths out, or plan for "
-                "ref-int or ort-cpu"
+                f"target '{self.name}' stores a layer in one bit-width: {why}; leave --row-widths "
+                "out, or plan for ref-int or ort-cpu"
             )
             raise InvalidInput(msg, target=self.name)
 
