@@ -222,6 +222,18 @@ class TestRequire:
         plan_of(prepared, enumerate_candidates(prepared, (3,), scheme=scheme).rows).require(target)
 
 
+def test_what_inputs_and_files_can_be_is_said_in_words():
+    """Bits of inputs, ranges of each token, and what is not offered unless asked for."""
+    said = {name: (t.inputs, t.on_request) for name, t in TARGETS.items()}
+    assert ("8 bits (4, 6, 16 on request)", ("--row-widths", "--allow prune")) == said[
+        "ort-cpu-integer"
+    ]
+    assert ("8 bits (FP8) per token", ()) == said["ct-vllm-fp8"]
+    assert ("8 bits per token", ()) == said["ct-vllm-int8"]
+    everything = ("--row-widths", "--allow prune", "--allow 2:4")
+    assert ("as they are", everything) == said["ref-int"]
+
+
 class TestTargetByName:
     def test_unknown(self):
         """The message lists what there is."""

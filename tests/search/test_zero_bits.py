@@ -272,10 +272,9 @@ class TestExports:
     def test_formats_and_targets_that_gain_nothing_are_refused(self, planned, samples, tmp_path):
         """Before anything is measured, and for a plan at export."""
         plan, with_weights = planned
-        with refused(InvalidInput, allow="2:4", exporter="onnx-qdq"):
-            target_by_name("ort-cpu").require_zero_bits(("2:4",))
-        with refused(InvalidInput, allow="prune", exporter="gguf"):
-            target_by_name("gguf-k").require_zero_bits(("prune",))
+        for target, what in (("ort-cpu", "2:4"), ("mcu", "2:4"), ("gguf-k", "prune")):
+            with refused(InvalidInput, target=target, allow=what):
+                target_by_name(target).require_zero_bits((what,))
         with refused(InvalidPlan, format="onnx-qdq"):
             export_plan(with_weights, plan, tmp_path / "x", samples=samples, format_name="onnx-qdq")
 

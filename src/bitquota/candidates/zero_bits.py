@@ -18,7 +18,6 @@ from bitquota.candidates.storage import (
     Sparsity,
 )
 from bitquota.candidates.table import Candidate, CandidateTable, Row
-from bitquota.errors import InvalidInput
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -79,18 +78,6 @@ def with_zero_bits(
                 found.append(Row(group=own[0].group, candidates=zeros))
         rows += sorted(found, key=lambda row: (sum(c.size_bits for c in row.candidates), row.label))
     return CandidateTable(rows=tuple(rows))
-
-
-def refuse_zero_bits(allow: Sequence[str], exporter: str, who: str) -> None:
-    """Raise ``InvalidInput`` where an exporter's files are no smaller for what is allowed."""
-    for what in allow:
-        if exporter not in HOLD_ZERO_BITS[what]:
-            able = ", ".join(sorted(HOLD_ZERO_BITS[what]))
-            msg = (
-                f"{who} cannot have --allow {what}: {WHY_NOT[what]}; leave it out, or plan for "
-                f"files of {able}"
-            )
-            raise InvalidInput(msg, allow=what, exporter=exporter)
 
 
 def _sparse(row: Row, layers: Sequence[Layer]) -> Row | None:

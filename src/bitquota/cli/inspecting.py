@@ -112,13 +112,15 @@ def targets(
                 "bits": ",".join(map(str, sorted({f.weight_bits for f in target.formats} - {32}))),
                 "formats (--bits)": ",".join(menu(target)),
                 "layers": _kinds(target),
+                "inputs": target.inputs,
+                "on request": ", ".join(target.on_request),
                 "export": target.exporter,
                 "rules": target.verified,
                 "what": target.summary,
             }
             for target in TARGETS.values()
         ],
-        spare=("formats (--bits)", "layers"),
+        spare=("on request", "inputs", "formats (--bits)", "layers"),
     )
     for target in TARGETS.values():
         if target.not_run:
@@ -230,6 +232,9 @@ def _sentences(found: ModelSummary, numbers: dict[str, str]) -> list[str]:
             f"{report.format_size(found.smallest_bits)}."
         )
         lines += _formats(found)
+        lines.append(f"Inputs of these layers: {found.target.inputs}.")
+        if found.target.on_request:
+            lines.append(f"On request: {', '.join(found.target.on_request)}.")
         notes = {f.note for entry in found.layers for f in entry.formats if f.note}
         lines += [f"Note: {note}." for note in sorted(notes)]
     elif found.suggestion.ties or found.suggestion.exclude:

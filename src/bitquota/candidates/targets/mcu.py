@@ -13,6 +13,7 @@ TARGET = Target(
         (2, 4, 8), Scheme(row_alignment_bits=8), name="int{bits}", kinds=CONVOLUTIONS | LINEAR
     ),
     exporter="ref-int",
+    refuses=("2:4",),
     not_run="its kernels need a microcontroller; bitquota reads the codes back and runs them",
     activation_bits=8,
 )

@@ -24,7 +24,7 @@ from bitquota.candidates.storage import (
     storage_size,
 )
 from bitquota.candidates.table import Candidate, CandidateTable, Row
-from bitquota.candidates.zero_bits import HOLD_ZERO_BITS, refuse_zero_bits, zero_bits_of
+from bitquota.candidates.zero_bits import HOLD_ZERO_BITS, WHY_NOT, zero_bits_of
 from bitquota.canonical import digest_json
 from bitquota.codec import Document, Form
 from bitquota.errors import InvalidInput, InvalidPlan, UnknownLayer
@@ -63,7 +63,7 @@ WHY_NO_PARTS = {
     "its parts, and leave the layer random",
     "gguf": "llama.cpp reads one tensor of one type for each weight, and loads no file without it",
 }
-"""What loaders do with parts (tried: docs/design/rows.md)."""
+"""What loaders do with parts, as tried."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +133,7 @@ class Target(Document):
         activation_bits: Activation bit-width that it runs, or ``None`` for floating point.
         other_activation_bits: Further ones, which layers have only where they are asked for.
         activation_fit: How its runtime finds ranges of inputs, if by itself (``DYNAMIC_FITS``).
+        refuses: What its runtime does not read although its files hold it (``zero_bits.ALLOWED``).
         runtime_options: Options that a runtime must be given for the numbers to hold.
         cache: How its runtime stores a KV cache of fewer than 16 bits, if it does.
         cache_refusal: Why bits of the KV cache cannot be planned for it, otherwise.
@@ -142,7 +143,14 @@ class Target(Document):
     """
 
     FORM: ClassVar[Form] = Form(
-        left_out=("cache", "cache_refusal", "not_run", "other_activation_bits", "activation_fit")
+        left_out=(
+            "cache",
+            "cache_refusal",
+            "not_run",
+            "other_activation_bits",
+            "activation_fit",
+            "refuses",
+        )
     )
 
     name: str
@@ -156,6 +164,7 @@ class Target(Document):
     activation_bits: int | None = None
     other_activation_bits: tuple[int, ...] = ()
     activation_fit: str = ""
+    refuses: tuple[str, ...] = ()
     runtime_options: Mapping[str, Any] = field(default_factory=dict)
     verified: str = "documented"
     not_run: str = ""
@@ -166,6 +175,27 @@ class Target(Document):
     def input_widths(self) -> tuple[int | None, ...]:
         """Every bit-width of activations that it runs; ``None`` is floating point."""
         return (self.activation_bits, *self.other_activation_bits)
+
+    @property
+    def inputs(self) -> str:
+        """How its runtime reads the inputs of quantized layers, for a person."""
+        if self.activation_bits is None:
+            return "as they are"
+        kind = {"token": " bits per token", "token_float": " bits (FP8) per token"}
+        others = ", ".join(map(str, self.other_activation_bits))
+        asked = f" ({others} on request)" if others else ""
+        return f"{self.activation_bits}{kind.get(self.activation_fit, ' bits')}{asked}"
+
+    @property
+    def on_request(self) -> tuple[str, ...]:
+        """What its files hold beside its formats, where it is asked for, as options."""
+        rows = ("--row-widths",) if self.exporter in HOLD_PARTS else ()
+        held = (what for what in HOLD_ZERO_BITS if self._holds(what))
+        return (*rows, *(f"--allow {what}" for what in held))
+
+    def _holds(self, what: str) -> bool:
+        """Whether its files are the smaller for zero bits, and its runtime reads them."""
+        return self.exporter in HOLD_ZERO_BITS[what] and what not in self.refuses
 
     @property
     def version(self) -> str:
@@ -328,7 +358,15 @@ class Target(Document):
 
     def require_zero_bits(self, allow: Sequence[str]) -> None:
         """Raise ``InvalidInput`` unless its files are the smaller for what is allowed."""
-        refuse_zero_bits(allow, self.exporter, f"target '{self.name}'")
+        for what in allow:
+            if not self._holds(what):
+                able = ", ".join(sorted(HOLD_ZERO_BITS[what]))
+                why = "its kernels read dense weights" if what in self.refuses else WHY_NOT[what]
+                msg = (
+                    f"target '{self.name}' cannot have --allow {what}: {why}; leave it out, or "
+                    f"plan for files of {able}"
+                )
+                raise InvalidInput(msg, target=self.name, allow=what)
 
     def check_caches(
         self, caches: Sequence[Cache], candidates: Sequence[Candidate]
@@ -428,8 +466,8 @@ class Target(Document):
             return None
         if layer.kind in self.excluded_kinds:
             return f"layers of kind {layer.kind} stay in full precision"
-        if (what := zero_bits_of(candidate)) and self.exporter not in HOLD_ZERO_BITS[what]:
-            return f"its files are not smaller for {what}"
+        if (what := zero_bits_of(candidate)) and not self._holds(what):
+            return f"its files or its runtime hold no {what}"
         if candidate.pruned:
             return None
         if candidate.row_bits:
