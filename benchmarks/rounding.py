@@ -6,7 +6,8 @@
     python benchmarks/rounding.py --tiny          # untrained, a few images, no shared data
 
 A case is ``uniform B`` or ``mixed B`` (average bits), with ``g64`` behind it for groups of 64
-weights, ``tensor`` for one scale for each tensor, ``a8`` for inputs of 8 bits. A rounding with
+weights, ``tensor`` for one scale for each tensor, the name of a grid such as ``companded``, ``a8``
+for inputs of 8 bits. A rounding with
 ``+smoothing`` or ``+rotation`` behind it has that correction. Uniform weights are rounded and run;
 mixed rows are plans that ``allocate`` made with the given rounding, run from their file of
 quantized weights. KL is that to full precision, with its standard error over samples; "paired" is
@@ -38,7 +39,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from bitquota.candidates.storage import Granularity, ScaleFormat, Scheme
+from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, Scheme
 from bitquota.context import Context, MemoryLedger
 from bitquota.corrections import Correction
 from bitquota.measurement_setup import build_setup
@@ -119,14 +120,14 @@ def small_network() -> Subject:
     )
 
 
-def network(depth: int) -> Subject:
+def network(depth: int, n_test: int | None = None) -> Subject:
     """Return a trained ResNet."""
     model = finish(load_resnet(depth), source="resnet", architecture="CifarResNet")
     return Subject(
         name=f"resnet{depth}",
         model=model,
         calibration=labelled("calibration", 2048),
-        test=labelled("test", 10_000),
+        test=labelled("test", n_test or 10_000),
         cases=CNN_CASES,
         samples=512,
         batch=500,
@@ -171,6 +172,8 @@ def request_of(
     for word in more:
         if word == "tensor":
             scheme = Scheme(granularity=Granularity.TENSOR)
+        elif word in set(Grid):
+            scheme = Scheme(grid=Grid(word))
         elif word.startswith("a"):
             activation_bits = int(word[1:])
         else:
@@ -281,7 +284,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=20, help="of the ResNet")
     parser.add_argument("--samples", type=int, default=256, help="windows to calibrate on")
     parser.add_argument("--length", type=int, default=128, help="tokens of a window")
-    parser.add_argument("--test-windows", type=int, help="all if left out")
+    parser.add_argument("--test-windows", type=int, help="or images; all if left out")
     parser.add_argument("--roundings", default="nearest,gptq,qep")
     parser.add_argument("--iterations", type=int, default=ITERATIONS, help="of learned rounding")
     parser.add_argument("--cases")
@@ -299,7 +302,7 @@ def main() -> None:
     if options.tiny:
         subject = small_network()
     elif options.model is None:
-        subject = network(options.depth)
+        subject = network(options.depth, options.test_windows)
     else:
         subject = language_model(
             options.model, options.samples, options.length, options.test_windows

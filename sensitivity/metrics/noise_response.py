@@ -69,6 +69,7 @@ class NoiseResponse(Metric):
     def scores(self, work: Work) -> Scores:
         """Score every row."""
         layers, n_chunks = work.layers, len(work.runner.chunks)
+        work.recorder.shards = len(layers)
         alphas = np.array([[self._alpha(work, k, n) for n in layers] for k in range(n_chunks)])
         mean = dict(zip(layers, chunk_weights(work.runner) @ alphas, strict=True))
         errors = dict(zip(layers, over_chunks(alphas), strict=True))
