@@ -10,7 +10,8 @@ Design: docs/design/rounding.md
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +21,7 @@ from bitquota.models.calls import CallCounter, tensor_key
 from bitquota.models.heap import give_back
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.onnx.program import source_of
+from bitquota.models.processes import Processes
 from bitquota.models.running import tensor_of
 from bitquota.quantizers.gptq import forget_factors
 from bitquota.quantizers.input_moments import call_settings, moment, patches, positions_of
@@ -27,19 +29,19 @@ from bitquota.quantizers.qep import propagated
 from bitquota.quantizers.rounders import Rounder
 from bitquota.quantizers.shrinkage import shrink
 from bitquota.quantizers.walk import walk_layers, walk_onnx
-from bitquota.quantizers.weights import quantize
+from bitquota.quantizers.weights import QuantizedWeight, quantize
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
 
     from bitquota.candidates.layers import Layer
     from bitquota.candidates.table import Candidate
     from bitquota.context import Context
+    from bitquota.models.calls import LayerCall
     from bitquota.quantizers.quantized_weights import QuantizedWeights
     from bitquota.quantizers.walk import Meeting
-    from bitquota.quantizers.weights import QuantizedWeight
 
 APART = frozenset({LayerKind.EMBEDDING, LayerKind.EXPERTS, *MATRICES})
 """Kinds whose weights no watched operator multiplies with whole rows."""
@@ -68,6 +70,7 @@ def round_in_sequence(
     *,
     rounding: str,
     context: Context | None = None,
+    processes: Processes = Processes(),  # noqa: B008  # frozen
 ) -> dict[str, QuantizedWeight]:
     """Quantize the weights of ``quantized`` in place, one layer after the other as they run.
 
@@ -85,6 +88,7 @@ def round_in_sequence(
         weights: Quantizers of single layers.
         rounding: ``gpfq``, ``gptq`` or ``qep``.
         context: Asked before each layer whether to go on.
+        processes: Share layers that are given the same, such as q, k and v.
 
     Returns:
         Codes and scales by layer name.
@@ -99,7 +103,7 @@ def round_in_sequence(
     layers = {name: weights.layer(name) for name in chosen}
     onnx = source_of(module) is not None
     # In an ONNX graph the walk itself knows where a weight is read once.
-    once = set(layers) if onnx else _called_once(module, layers, batches[0])
+    once = dict.fromkeys(layers, -1) if onnx else _called_once(module, layers, batches[0])
     found: dict[str, QuantizedWeight] = {}
 
     def put(name: str, stored: QuantizedWeight) -> None:
@@ -118,26 +122,25 @@ def round_in_sequence(
         else walk_layers(module, quantized, walked, batches, call_settings)
     )
     moments: _Moments | None = None
+    ahead: dict[str, QuantizedWeight] = {}
     for meeting in meetings:
         if context is not None:
             context.check(STAGE)
         name = meeting.layer
-        layer, candidate = layers[name], chosen[name]
+        layer = layers[name]
         if moments is None or not moments.are_of(meeting, layer):
             moments = None
+            ahead.clear()
             give_back()
             moments = _Moments(meeting, layer)
-        gram, cross = moments.gram, moments.cross
-        matrix = to_matrix(weights.original(name).detach(), layer).double()
-        stored = quantize(
-            propagated(matrix, gram, cross) if rounding == QEP else matrix,
-            candidate.weight_bits,
-            candidate.scheme,
-            importance=weights.importance.get(name),
-            inputs_gram=gram,
-            rounding=rounder_in(rounding),
-        )
-        put(name, stored)
+        if name not in ahead:
+            together = [name]
+            if processes.count > 1:
+                alike = (other for other in walked if once[other] == once[name] >= 0)
+                together += [other for other in alike if other != name and other not in found]
+            quantized_here = partial(_quantized, moments, weights, chosen, layers, rounding)
+            ahead |= _in_processes(quantized_here, together, chosen, processes)
+        put(name, ahead.pop(name))
     del moments
     forget_factors()
     # What the samples never reach is rounded by itself.
@@ -145,6 +148,53 @@ def round_in_sequence(
         if name not in found:
             put(name, weights.stored(chosen[name]))
     return found
+
+
+def _quantized(
+    moments: _Moments,
+    weights: QuantizedWeights,
+    chosen: Mapping[str, Candidate],
+    layers: Mapping[str, Layer],
+    rounding: str,
+    name: str,
+) -> QuantizedWeight:
+    """Return what a layer becomes that is given what the moments are of."""
+    matrix = to_matrix(weights.original(name).detach(), layers[name]).double()
+    return quantize(
+        propagated(matrix, moments.gram, moments.cross) if rounding == QEP else matrix,
+        chosen[name].weight_bits,
+        chosen[name].scheme,
+        importance=weights.importance.get(name),
+        inputs_gram=moments.gram,
+        rounding=rounder_in(rounding),
+    )
+
+
+def _in_processes(
+    quantized: Callable[[str], QuantizedWeight],
+    names: Sequence[str],
+    chosen: Mapping[str, Candidate],
+    processes: Processes,
+) -> dict[str, QuantizedWeight]:
+    """Return what layers become, several at once."""
+    if len(names) == 1:
+        return {names[0]: quantized(names[0])}
+
+    def tensors(k: int) -> dict[str, Tensor]:
+        made = quantized(names[k])
+        held = {"codes": made.codes, "scales": made.scales, "zeros": made.zero_points}
+        return {key: value for key, value in held.items() if value is not None}
+
+    return {
+        name: QuantizedWeight(
+            codes=found["codes"],
+            scales=found["scales"],
+            zero_points=found.get("zeros"),
+            bits=chosen[name].weight_bits,
+            scheme=chosen[name].scheme,
+        )
+        for name, found in zip(names, processes.map(tensors, len(names)), strict=True)
+    }
 
 
 class _Moments:
@@ -184,9 +234,13 @@ def _states(meeting: Meeting) -> list[tuple[int, int]]:
 
 def _called_once(
     module: nn.Module, layers: Mapping[str, Layer], batch: tuple[Tensor, ...]
-) -> set[str]:
-    """Return the layers that one call of a pass multiplies with; costs a pass over a sample."""
-    counting = CallCounter(
+) -> dict[str, int]:
+    """Return the layers that one call of a pass multiplies with, and which of them are alike.
+
+    Those that are given the same, one after the other, such as q, k and v, have the same number.
+    Costs a pass over a sample.
+    """
+    counting = _Sources(
         {
             tensor_key(tensor_of(module, layer.weight_name)): name
             for name, layer in layers.items()
@@ -195,4 +249,33 @@ def _called_once(
     )
     with torch.no_grad(), counting:
         module(*(tensor[:2] for tensor in batch))
-    return {name for name, calls in counting.calls.items() if calls == 1}
+    return {name: counting.of[name] for name, calls in counting.calls.items() if calls == 1}
+
+
+class _Sources(CallCounter):
+    """Tells layers that are given the same tensor from others.
+
+    Attributes:
+        of: A number for what each layer was given last.
+    """
+
+    def __init__(self, known: Mapping[tuple[Any, ...], str]) -> None:
+        super().__init__(known)
+        self.of: dict[str, int] = {}
+        self._last: tuple[Tensor, int] | None = None
+        self._number = 0
+
+    def around(
+        self,
+        known: str,
+        call: LayerCall,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:  # noqa: ANN401
+        """Note what a layer is given."""
+        given = call.inputs, call.inputs._version  # noqa: SLF001  # counts writes
+        if self._last is None or given[0] is not self._last[0] or given[1] != self._last[1]:
+            self._last, self._number = given, self._number + 1
+        self.of[known] = self._number
+        return super().around(known, call, func, args, kwargs)

@@ -88,6 +88,7 @@ def round_stack(
                 batches,
                 _Candidates(full, known),
                 rounding=rounding,
+                processes=known.processes,
             )
             known.write_down_rounded(f"rounded-{made_for}-{k}", made)
             found |= {name: weight.compact() for name, weight in made.items()}
