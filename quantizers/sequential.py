@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 APART = frozenset({LayerKind.EMBEDDING, LayerKind.EXPERTS, *MATRICES})
 """Kinds whose weights no watched operator multiplies with whole rows."""
 
+FORK_WORTH = 2**31
+"""Products from which on moments are taken in several processes: a quarter of a second."""
+
 STAGE = "rounding"
 """Name for progress."""
 
@@ -119,7 +122,9 @@ def round_in_sequence(
     meetings = (
         walk_onnx([module, quantized], walked, batches)
         if onnx
-        else walk_layers(module, quantized, walked, batches, call_settings)
+        else walk_layers(
+            module, quantized, walked, batches, call_settings, abreast=processes.count > 1
+        )
     )
     moments: _Moments | None = None
     ahead: dict[str, QuantizedWeight] = {}
@@ -132,7 +137,7 @@ def round_in_sequence(
             moments = None
             ahead.clear()
             give_back()
-            moments = _Moments(meeting, layer)
+            moments = _Moments(meeting, layer, processes)
         if name not in ahead:
             together = [name]
             if processes.count > 1:
@@ -205,19 +210,31 @@ class _Moments:
         cross: ``X^T Xq``, shaped likewise.
     """
 
-    def __init__(self, meeting: Meeting, layer: Layer) -> None:
+    def __init__(self, meeting: Meeting, layer: Layer, processes: Processes) -> None:
         sums: list[Tensor] = []
         positions = 0
         limit = positions_of(layer, len(meeting.inputs))
-        for full, quantized in meeting.inputs:
-            x, xq = (patches(part, layer, meeting.settings, limit) for part in (full, quantized))
-            for k, rows in enumerate((xq, x)):
-                product = moment(rows, xq, layer)
-                if len(sums) == k:
-                    sums.append(product.double())
-                else:
-                    sums[k] += product
-            positions += x.shape[1]
+        held: dict[int, list[Tensor]] = {}
+
+        def product(number: int) -> dict[str, Tensor]:
+            """Return what one batch adds to one of the two."""
+            b, k = divmod(number, 2)
+            if b not in held:
+                held.clear()
+                held[b] = [patches(x, layer, meeting.settings, limit) for x in meeting.inputs[b]]
+            x, xq = held[b]
+            n = torch.tensor(0 if k else x.shape[1])
+            return {"product": moment(x if k else xq, xq, layer), "positions": n}
+
+        n_numbers = 2 * len(meeting.inputs)
+        size = layer.columns * sum(full.numel() for full, _ in meeting.inputs)
+        worth = processes if size > FORK_WORTH else Processes()
+        for number, found in enumerate(worth.map(product, n_numbers)):
+            if number < 2:
+                sums.append(found["product"].double())
+            else:
+                sums[number % 2] += found["product"]
+            positions += int(found["positions"])
         self.gram, self.cross = sums
         shrink(self.gram, positions, self.cross)
         self._inputs, self._of = meeting.inputs, _states(meeting)

@@ -2,8 +2,8 @@
 
 Rounding layer after layer needs, at every layer, its inputs in full precision and its inputs in the
 model whose earlier layers are quantized already. Each model runs on each batch in a thread of its
-own that stops at every layer; one thread runs at a time. So both models run once, whatever the
-number of layers, and hold no more than the activations between two layers.
+own that stops at every layer; one thread runs at a time, or both of a batch. So both models run
+once, whatever the number of layers, and hold no more than the activations between two layers.
 
 Design: docs/design/rounding.md
 """
@@ -53,6 +53,8 @@ def walk_layers(
     layers: Mapping[str, Layer],
     batches: Sequence[tuple[Tensor, ...]],
     settings_of: Callable[[str, tuple[Any, ...], dict[str, Any]], dict[str, Any]],
+    *,
+    abreast: bool = False,
 ) -> Iterator[Meeting]:
     """Yield each layer before either model runs it; what the caller writes into it counts.
 
@@ -66,6 +68,7 @@ def walk_layers(
         layers: Layers to stop at, by name.
         batches: Positional arguments of forward passes.
         settings_of: Reads the other arguments of a layer's call.
+        abreast: Let both models run on a batch at the same time, on two processors.
 
     Cost: one forward pass of each model; memory for the activations of all batches between two
     layers.
@@ -75,8 +78,7 @@ def walk_layers(
     lanes = [lane for pair in pairs for lane in pair]
     done: set[str] = set()
     try:
-        for lane in lanes:
-            lane.go_on()
+        _go_on(pairs, abreast=abreast)
         while waiting := [lane.stop for lane in lanes if lane.stop is not None]:
             name = waiting[0].layer
             together = [
@@ -94,9 +96,7 @@ def walk_layers(
                     settings=settings_of(call.operator, args, kwargs),
                     inputs=tuple((a.inputs, b.inputs) for a, b in together),
                 )
-            for lane in lanes:
-                if lane.stop is not None and lane.stop.layer == name:
-                    lane.go_on()
+            _go_on(pairs, name, abreast=abreast)
     finally:
         for lane in lanes:
             lane.end()
@@ -167,10 +167,13 @@ class _Lane:
         )
         self._thread.start()
 
-    def go_on(self) -> None:
-        """Run to the next layer, or to the end: then ``stop`` is ``None``."""
+    def start(self) -> None:
+        """Begin to run to the next layer."""
         self.stop = None
         self._turn.release()
+
+    def arrive(self) -> None:
+        """Wait until it is there, or at the end: then ``stop`` is ``None``."""
         self._back.acquire()
         if self._error is not None:
             raise self._error
@@ -204,6 +207,17 @@ class _Lane:
         self._turn.acquire()
         if self._ended:
             raise _Ended
+
+
+def _go_on(pairs: Sequence[tuple[_Lane, _Lane]], name: str | None = None, *, abreast: bool) -> None:
+    """Run all lanes that wait at a layer, or all for a start, to the next layer."""
+    for pair in pairs:
+        moving = [one for one in pair if name is None or (one.stop and one.stop.layer == name)]
+        for together in (moving,) if abreast else [[one] for one in moving]:
+            for lane in together:
+                lane.start()
+            for lane in together:
+                lane.arrive()
 
 
 class _Stopping(LayerWatcher[str]):

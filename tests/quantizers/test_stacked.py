@@ -11,7 +11,9 @@ from bitquota.errors import Cancelled, InvalidInput
 from bitquota.measurement_setup import build_setup
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import load_model, load_within
+from bitquota.models.processes import Processes
 from bitquota.models.running import primary_output
+from bitquota.quantizers import sequential
 from bitquota.quantizers import stacked as module
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.fitted import fit_quantizers
@@ -198,6 +200,19 @@ class TestWhichModels:
 
 
 class TestProcesses:
+    def test_round_as_one_does(self, folder, samples, monkeypatch):
+        """Also where they share the moments of a layer, which takes longer in so small a model."""
+        monkeypatch.setattr(sequential, "FORK_WORTH", 0)
+        found = []
+        for count in (1, 3):
+            setup = setup_of(folder, samples, rounding="qep")
+            setup.stacked.processes = Processes(count)
+            chosen = setup.table.decode((0,) * (len(setup.table.offsets) - 1))
+            found.append(round_stack(setup.stacked, chosen, rounding="qep", context=Context()))
+        for name, weight in found[0].items():
+            assert torch.equal(weight.codes, found[1][name].codes), name
+            assert torch.equal(weight.scales, found[1][name].scales), name
+
     def test_need_a_model_that_is_walked(self, folder, samples):
         request = PlanRequest(budgets=("3 bits",), measure="weight_mse")
         with pytest.raises(InvalidInput, match="leave --processes out"):
