@@ -230,14 +230,7 @@ def finetune(
         msg = "fine-tuning needs at least one quantized layer; all are in full precision"
         raise InvalidInput(msg)
     layers = [inventory.layer(c.layer) for c in chosen]
-    widths = {c.layer: c.activation_bits for c in chosen if c.activation_bits is not None}
-    if widths and settings.compiled:
-        msg = "a step with quantized inputs cannot be compiled: train without compiling"
-        raise InvalidInput(msg)
-    inputs = {}
-    if widths:
-        fit, _ = data.split(settings.holdout_fraction, settings.seed)
-        inputs = calibrated_inputs(module, inventory, fit, widths, rule=input_rule)
+    inputs = first_inputs(module, inventory, chosen, data, settings, rule=input_rule)
     plan = FixedPlan(
         module if start is None else start, layers, chosen, method, inputs, symmetric=symmetric
     )
@@ -262,6 +255,30 @@ def finetune(
         context=context,
     )
     return finished(plan, inventory, chosen, record)
+
+
+def first_inputs(
+    module: nn.Module,
+    inventory: Inventory,
+    candidates: Sequence[Candidate],
+    data: CalibrationSet,
+    settings: TrainingSettings,
+    *,
+    rule: ChannelRule | None = None,
+) -> dict[str, ActivationQuantizer]:
+    """Return calibrated quantizers of the inputs that candidates quantize, by layer.
+
+    Raises:
+        InvalidInput: There are some, and the step is to be compiled.
+    """
+    widths = {c.layer: c.activation_bits for c in candidates if c.activation_bits is not None}
+    if not widths:
+        return {}
+    if settings.compiled:
+        msg = "a step with quantized inputs cannot be compiled: train without compiling"
+        raise InvalidInput(msg)
+    fit, _ = data.split(settings.holdout_fraction, settings.seed)
+    return calibrated_inputs(module, inventory, fit, widths, rule=rule)
 
 
 def finished(

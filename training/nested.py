@@ -12,7 +12,6 @@ Design: docs/design/training.md
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +25,14 @@ from bitquota.quantizers.differentiable import ste_round
 from bitquota.quantizers.scales import least_squares_scale
 from bitquota.quantizers.weights import QuantizedWeight
 from bitquota.training.finetune import grouped
+from bitquota.training.input_quantizers import LearnedInputSteps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from bitquota.candidates.layers import Layer
+    from bitquota.quantizers.activations import ActivationQuantizer
     from bitquota.training.settings import TrainingSettings
 
 TOP = 8
@@ -75,10 +76,15 @@ class NestedModel(nn.Module):
         model: The model; it is copied.
         layers: The layers that are quantized.
         modes: Bit-width of each layer, by name of the assignment.
+        inputs: Calibrated quantizers of inputs, by layer; their learned steps serve all modes.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], modes: Mapping[str, Sequence[int]]
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        modes: Mapping[str, Sequence[int]],
+        inputs: Mapping[str, ActivationQuantizer] | None = None,
     ) -> None:
         super().__init__()
         self.widths = sorted({b for bits in modes.values() for b in bits})
@@ -93,6 +99,8 @@ class NestedModel(nn.Module):
             matrix = to_matrix(self.latent(layer).detach(), layer)
             self.log_steps.append(nn.Parameter(_first_steps(matrix, self.widths).log2()))
             self.log_factors.append(nn.Parameter(torch.zeros(len(self.widths))))
+        watched = [la for la in layers if la.name in (inputs or {})]
+        self.inputs = LearnedInputSteps(watched, [(inputs or {})[la.name] for la in watched])
         # Statistics of the mode that is selected are those of the model.
         self.statistics: dict[tuple[str, str], str] = {}
         for mode in self.modes:
@@ -166,22 +174,23 @@ class NestedModel(nn.Module):
 
     def candidates(self) -> tuple[Candidate, ...]:
         """Return the quantization of each layer at the present assignment."""
+        of_inputs = {name: q.bits for name, q in self.inputs.trained().items()}
         pairs = zip(self.layers, self.bits(), strict=True)
-        return tuple(Candidate.of(layer, bits, SCHEME) for layer, bits in pairs)
+        return tuple(Candidate.of(la, b, SCHEME, of_inputs.get(la.name)) for la, b in pairs)
 
     def parameter_groups(self, settings: TrainingSettings) -> list[dict[str, Any]]:
         """Return groups for weights, biases and norms, and quantizers."""
-        return grouped(self.model, nn.ModuleList([self.log_steps, self.log_factors]), settings)
+        learned = nn.ModuleList([self.log_steps, self.log_factors, self.inputs])
+        return grouped(self.model, learned, settings)
 
     def input_quantizers(self, weights: dict[str, Tensor]) -> AbstractContextManager[object]:
-        """Inputs stay in full precision."""
-        del weights
-        return nullcontext()
+        """Return the context in which inputs are quantized, where they are."""
+        return self.inputs.watch(self.model, weights)
 
-    def penalty(self, progress: float) -> float:
-        """Return nothing: sizes are fixed."""
+    def penalty(self, progress: float) -> Tensor | float:
+        """Return what channels of inputs add: sizes are fixed."""
         del progress
-        return 0.0
+        return self.inputs.channel_price()
 
     def before_step(self) -> None:
         """Gradients stay as they are."""

@@ -13,19 +13,18 @@ import torch
 
 import bitquota
 from bitquota.candidates.storage import FULL_PRECISION_BITS
-from bitquota.errors import InvalidInput
 from bitquota.evaluate.metrics import BATCH
 from bitquota.models.identity import model_fingerprint
 from bitquota.models.layout import from_matrix
-from bitquota.models.loaded import check_model
 from bitquota.plan import Assignment, Plan
+from bitquota.quantizers.activations import ActivationQuantizer
 from bitquota.quantizers.planned import full_precision_module
 from bitquota.request import AUTO_LOSS
-from bitquota.training.finetune import TrainedModel, measure_trained
+from bitquota.training.finetune import TrainedModel, first_inputs, measure_trained
 from bitquota.training.loop import train
 from bitquota.training.nested import TOP, NestedModel, nested_weight, statistics_of
 from bitquota.training.prepared import prepared
-from bitquota.training.qat import Trained
+from bitquota.training.qat import Trained, check_trainable
 from bitquota.training.saved import read_described, write_described
 from bitquota.training.settings import TrainingSettings
 
@@ -87,6 +86,7 @@ class Nested:
             "schema": SCHEMA,
             "widths": model.widths,
             "plans": {name: found.plan.to_json() for name, found in self.trained.items()},
+            "inputs": {name: asdict(q) for name, q in model.inputs.trained().items()},
         }
         write_described(path, tensors, description)
 
@@ -99,11 +99,13 @@ class SavedNested:
         plans: By name.
         widths: Bit-widths that the codes were trained for, rising.
         tensors: As they stand in the file.
+        inputs: Trained quantizers of inputs, by layer: those of all plans.
     """
 
     plans: dict[str, Plan]
     widths: tuple[int, ...]
     tensors: dict[str, Tensor]
+    inputs: dict[str, ActivationQuantizer]
 
     def weights(self, name: str) -> dict[str, QuantizedWeight]:
         """Return the weight of each layer under the plan of that name: top bits of the codes."""
@@ -135,6 +137,7 @@ def load_nested(path: Path) -> SavedNested:
         plans={name: Plan.from_json(plan) for name, plan in description["plans"].items()},
         widths=tuple(description["widths"]),
         tensors=tensors,
+        inputs={k: ActivationQuantizer(**q) for k, q in description.get("inputs", {}).items()},
     )
 
 
@@ -163,16 +166,13 @@ def finetune_nested(
 
     Raises:
         StalePlan: The plan was made for another model.
-        InvalidInput: Widths out of range, quantized inputs, or see ``finetune_plan``.
+        InvalidInput: Widths out of range, or see ``finetune_plan``.
         Cancelled: The context said so; the checkpoint continues the run.
 
     Cost: as many trainings as there are assignments, at once.
     """
-    check_model(plan, model)
+    check_trainable(plan, model)
     settings = TrainingSettings() if settings is None else settings
-    if any(a.candidate.activation_bits is not None for a in plan.assignments):
-        msg = "nested bit-widths are those of weights; this plan quantizes inputs: leave --widths"
-        raise InvalidInput(msg)
     ready = prepared(
         model, data, loss=loss or AUTO_LOSS, known=None if loss else plan.outputs, context=context
     )
@@ -182,7 +182,10 @@ def finetune_nested(
     modes: dict[str, Sequence[int]] = {f"W{b}": [b] * len(layers) for b in sorted(set(widths))}
     if set(own) <= set(widths):
         modes[PLANNED] = own
-    nested = NestedModel(teacher, layers, modes)
+    planned = [a.candidate for a in kept]
+    inputs = first_inputs(teacher, plan.inventory, planned, ready.samples, settings)
+    nested = NestedModel(teacher, layers, modes, inputs)
+    nested.inputs.channel_weight = settings.channel_weight
     record = train(
         nested,
         teacher,
@@ -212,6 +215,7 @@ def finetune_nested(
             record=record,
             inventory=plan.inventory,
             latents=nested.model,
+            inputs=nested.inputs.trained(),
         )
         measured = measure_trained(
             trained, teacher, holdout, loss=ready.loss, kind=ready.kind,

@@ -119,13 +119,7 @@ def finetune_plan(
 
     Cost: that of the training, and two passes over the hold-out samples.
     """
-    check_model(plan, model)
-    if plan.activation_fit in DYNAMIC_FITS:
-        msg = (
-            f"training learns grids of inputs; the plan finds them token by token "
-            f"({plan.activation_fit}): plan with another --activation-fit to train"
-        )
-        raise InvalidInput(msg, activation_fit=plan.activation_fit)
+    check_trainable(plan, model)
     settings = TrainingSettings() if settings is None else settings
     ready = prepared(
         model, data, loss=loss or AUTO_LOSS, known=None if loss else plan.outputs, context=context
@@ -423,6 +417,22 @@ def write_module(
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+def check_trainable(plan: Plan, model: LoadedModel) -> None:
+    """Raise unless ``plan`` was made for ``model`` and has grids that training can move.
+
+    Raises:
+        StalePlan: It was made for another model.
+        InvalidInput: Grids of inputs are found token by token.
+    """
+    check_model(plan, model)
+    if plan.activation_fit in DYNAMIC_FITS:
+        msg = (
+            f"training learns grids of inputs; the plan finds them token by token "
+            f"({plan.activation_fit}): plan with another --activation-fit to train"
+        )
+        raise InvalidInput(msg, activation_fit=plan.activation_fit)
 
 
 def _of_model(plan: Plan, digest: str) -> Plan:

@@ -102,6 +102,23 @@ class TestFinetuneNested:
         """Codes of 8 bits and one step a row are what the plan W8 takes; factors come on top."""
         assert nested.payload_bits == nested.trained["W8"].plan.size_bits + 32 * 4 * 4
 
+    def test_inputs_are_quantized_in_all_plans(self, model, data, tmp_path):
+        """At the plan's bit-width, by steps that were trained, of which the file has one set."""
+        settings = replace(SETTINGS, epochs=1)
+        found = finetune_nested(model, plan_of(model, (2, 3, 3, 2), 4), data, (2, 3), settings)
+        x, y = digits()
+        x, y = x[N_TRAIN:], y[N_TRAIN:]
+        for trained in found.trained.values():
+            assert {a.candidate.activation_bits for a in trained.plan.assignments} == {4}
+            with trained.model.running(), torch.no_grad():
+                quantized = trained.model.module(x)
+            assert float((quantized.argmax(1) == y).float().mean()) > 0.8
+            assert not torch.equal(quantized, trained.model.module(x))
+        found.save(tmp_path / "nested.safetensors")
+        inputs = load_nested(tmp_path / "nested.safetensors").inputs
+        assert inputs == found.trained["plan"].model.inputs
+        assert float(found.model.inputs.log_factor.detach().abs().max()) > 0
+
     def test_continues_from_a_checkpoint(self, model, data, tmp_path):
         """A finished run is read back: the same codes, the same statistics."""
         plan, settings = plan_of(model, (2, 2, 2, 2)), replace(SETTINGS, epochs=1)
@@ -114,11 +131,9 @@ class TestFinetuneNested:
             assert digests[0] == digests[1]
 
     def test_refuses_what_has_no_top_bits(self, model, data):
-        """Widths above 8, and inputs."""
+        """Widths above 8."""
         with pytest.raises(InvalidInput, match=r"from 2 to 8; got \[2, 16\]"):
             finetune_nested(model, plan_of(model, (2,) * 4), data, (2, 16), SETTINGS)
-        with pytest.raises(InvalidInput, match="this plan quantizes inputs"):
-            finetune_nested(model, plan_of(model, (2,) * 4, 8), data, (2, 8), SETTINGS)
 
     def test_other_files_are_refused(self, tmp_path):
         """In one sentence."""
