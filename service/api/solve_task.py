@@ -33,6 +33,7 @@ from bitquota.service.security.upload_inspection import inspect_matrix
 from bitquota.solver.matrix_budgets import budget_of, inventory_of
 
 if TYPE_CHECKING:
+    from bitquota.candidates.table import Candidate
     from bitquota.canonical import JsonObject
     from bitquota.service.security.task_process import Ask
 
@@ -167,13 +168,7 @@ def _solve(order: SolveOrder, measured: Measured, clock: _Clock) -> list[SolvedB
         if solution.choice is not None:
             chosen = measured.matrix.table.decode([int(c) for c in solution.choice])
             for candidate in chosen:
-                assignments[candidate.layer] = {
-                    "weight_bits": candidate.weight_bits,
-                    "activation_bits": candidate.activation_bits,
-                    "size_bits": candidate.size_bits,
-                } | ({"row_bits": list(candidate.row_bits)} if candidate.row_bits else {})
-                if candidate.sparse:
-                    assignments[candidate.layer]["sparsity"] = str(candidate.scheme.sparsity)
+                assignments[candidate.layer] = assignment(candidate)
         answers.append(
             SolvedBudget(
                 budget=text,
@@ -189,6 +184,22 @@ def _solve(order: SolveOrder, measured: Measured, clock: _Clock) -> list[SolvedB
         )
         clock = _Clock()
     return answers
+
+
+def assignment(candidate: Candidate) -> dict[str, Any]:
+    """Return what a layer becomes; ``mean_bits`` where the bit-width does not say it all."""
+    found: dict[str, Any] = {
+        "weight_bits": candidate.weight_bits,
+        "activation_bits": candidate.activation_bits,
+        "size_bits": candidate.size_bits,
+    }
+    if candidate.row_bits:
+        found["row_bits"] = list(candidate.row_bits)
+    if candidate.sparse:
+        found["sparsity"] = str(candidate.scheme.sparsity)
+    if candidate.mean_bits != candidate.weight_bits:
+        found["mean_bits"] = candidate.mean_bits
+    return found
 
 
 def _measured(source: str, arguments: JsonObject, ask: Ask) -> Measured:

@@ -26,6 +26,7 @@ from starlette.responses import HTMLResponse, RedirectResponse
 
 from bitquota.candidates.storage import WEIGHT_BITS
 from bitquota.candidates.targets import TARGETS
+from bitquota.candidates.zero_bits import ALLOWED_WORDS
 from bitquota.corrections import CORRECTION_WORDS
 from bitquota.errors import BitquotaError, Forbidden, NotFound, Unauthorized
 from bitquota.report.page import SCRIPTS
@@ -305,6 +306,7 @@ def home(viewer: Viewing, service: Service) -> Response:
         efforts=EFFORTS,
         roundings=ROUNDINGS,
         corrections=CORRECTION_WORDS,
+        allowed=ALLOWED_WORDS,
         iterations=ITERATIONS,
         limit=format_size(8 * service.settings.max_upload_bytes).partition(" (")[0],
     )

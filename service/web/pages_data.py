@@ -86,6 +86,7 @@ def ordered(job: Job) -> list[tuple[str, str]]:
         "effort": "Effort",
         "rounding": "Rounding",
         "corrections": "Corrections",
+        "allow": "Also allowed",
     }
     asked = job.asked
     given = {label: asked.get(name) for name, label in words.items()}

@@ -27,6 +27,7 @@ from bitquota.quantizers.weights import estimated, quantize
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate
 from bitquota.sensitivity.losses import divergence
+from bitquota.service.api.solve_task import assignment
 from refusals import refused
 
 SPARSE = Scheme(sparsity=Sparsity.TWO_OF_FOUR)
@@ -162,6 +163,11 @@ class TestCandidates:
         assert (64 * 6, 64 * 4 * 32) == (sparse.size.codes, sparse.bit_ops)
         assert (0, 0, 0) == (zeros.size_bits, zeros.bit_ops, zeros.activation_size_bits)
         assert ("W4:2:4", "W0") == (sparse.label, zeros.label)
+        assert (3.0, 0) == (sparse.mean_bits, zeros.mean_bits)
+        assert (128, 0) == (sparse.n_weights, zeros.n_weights)
+        said = assignment(sparse)
+        assert (4, 3.0, "2:4") == (said["weight_bits"], said["mean_bits"], said["sparsity"])
+        assert "mean_bits" not in assignment(zeros)
 
     def test_only_what_is_asked_for_is_on_offer(self, model, samples, made):
         """Without --allow none; with it every layer that can have it, never one that is fixed."""

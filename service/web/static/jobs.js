@@ -255,6 +255,8 @@
     };
     const corrections = checked("corrections");
     if (corrections.length) request.corrections = corrections;
+    const allow = checked("allow");
+    if (allow.length) request.allow = allow;
     if (request.rounding === "learned") request.iterations = Number(value("iterations"));
     // A target brings all bit-widths that it stores.
     if (target) request.target = target;

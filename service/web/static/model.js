@@ -20,8 +20,11 @@
     problem.hidden = !text;
   }
 
-  const labelOf = (chosen) => `W${Number(chosen.weight_bits.toPrecision(4))}`
-    + (chosen.activation_bits == null ? "" : `A${chosen.activation_bits}`);
+  // On average over rows of several bit-widths, or over weights of which half are left out.
+  const bitsOf = (chosen) => chosen.mean_bits ?? chosen.weight_bits;
+
+  const labelOf = (chosen) => (chosen.sparsity ? `W${chosen.weight_bits}:${chosen.sparsity}`
+    : `W${Number(bitsOf(chosen).toPrecision(4))}`) + (chosen.activation_bits == null ? "" : `A${chosen.activation_bits}`);
 
   function pointOf(doc, solved) {
     if (solved.predicted === null) {
@@ -34,11 +37,11 @@
     let weights = 0;
     doc.layers.names.forEach((name, k) => {
       const chosen = solved.assignments[name];
-      bits.push(chosen ? chosen.weight_bits : 0);
+      bits.push(chosen ? bitsOf(chosen) : 0);
       labels.push(chosen ? labelOf(chosen) : null);
       if (!chosen) return;
       size += chosen.size_bits;
-      codes += chosen.weight_bits * doc.layers.weights[k];
+      codes += bitsOf(chosen) * doc.layers.weights[k];
       weights += doc.layers.weights[k];
     });
     return { bits, labels, size_bits: size, average_bits: codes / weights, predicted: solved.predicted,

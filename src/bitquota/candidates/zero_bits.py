@@ -28,6 +28,12 @@ PRUNE = "prune"
 ALLOWED = (PRUNE, str(Sparsity.TWO_OF_FOUR))
 """What may be asked for."""
 
+ALLOWED_WORDS = {
+    PRUNE: "layers of zeros, whose mean output goes on (ref-int, ONNX)",
+    str(Sparsity.TWO_OF_FOUR): "two of every four weights (ref-int)",
+}
+"""The same, as a form says it."""
+
 HOLD_ZERO_BITS = {
     PRUNE: frozenset({"ref-int", "onnx-qdq", "onnx-matmulnbits"}),
     str(Sparsity.TWO_OF_FOUR): frozenset({"ref-int"}),

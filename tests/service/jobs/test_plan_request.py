@@ -5,9 +5,24 @@ from __future__ import annotations
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from bitquota.service.jobs.kinds.plan_request import PlanRequestBody
+from bitquota.errors import InvalidInput
+from bitquota.service.jobs.kinds.plan_request import PlanRequestBody, with_budgets
+from refusals import refused
 
 BODY = TypeAdapter(PlanRequestBody)
+
+
+class TestZeroBits:
+    def test_are_taken_by_name_and_refused_for_targets_without(self):
+        """``prune`` brings the correction that it needs; a target is read before anything runs."""
+        asked = BODY.validate_python({"allow": ["prune", "2:4"], "budgets": ["3 bits"]})
+        assert ["prune", "2:4"] == asked["allow"]
+        assert ["bias_correction"] == asked["corrections"]
+        body = {"allow": ["2:4"], "budgets": ["3 bits"], "target": "ort-cpu"}
+        with refused(InvalidInput, target="ort-cpu", allow="2:4"):
+            with_budgets(BODY.validate_python(body))
+        with pytest.raises(ValidationError, match="allow must be one of prune, 2:4"):
+            BODY.validate_python({"allow": ["heads"]})
 
 
 class TestNamesOfFormats:
