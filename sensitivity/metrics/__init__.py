@@ -5,6 +5,7 @@ that they can be compared on the user's own model: ``bitquota compare``. One-lay
 ``bitquota.sensitivity.measures.pairs.DiagonalMeasure``.
 """
 
+from bitquota.sensitivity.metrics.attribution import AttributionChange
 from bitquota.sensitivity.metrics.class_separability import ClassSeparability
 from bitquota.sensitivity.metrics.first_order import FirstOrder
 from bitquota.sensitivity.metrics.fisher import EmpiricalFisher, OutputFisher
@@ -32,6 +33,7 @@ METRICS: dict[str, Metric] = {
     "weight_mse": WeightMse(),
     "first_order": FirstOrder(),
     "hessian_trace": HessianTrace(),
+    "attribution": AttributionChange(),
     "class_separability": ClassSeparability(),
     "orthogonality": Orthogonality(),
     "limpq": LearnedIndicators(),
@@ -40,6 +42,7 @@ METRICS: dict[str, Metric] = {
 
 __all__ = [
     "METRICS",
+    "AttributionChange",
     "ClassSeparability",
     "EmpiricalFisher",
     "FirstOrder",

@@ -193,6 +193,7 @@ _WORDS = {
     "relative_mse": "scoring by relative weight error",
     "noise_response": "scoring by the response to noise",
     "shapley": "scoring by Shapley shares",
+    "attribution": "scoring by attributions",
     "gpfq": "scoring by output error (GPFQ)",
     "weight_mse": "scoring by weight error",
     "first_order": "scoring by gradients",

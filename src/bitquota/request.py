@@ -21,7 +21,7 @@ MEASURES = (
     "gram_weighted",
     "empirical_fisher", "output_fisher", "kronecker", "relative_mse", "noise_response",
     "shapley", "gpfq", "weight_mse",
-    "first_order", "hessian_trace", "class_separability", "orthogonality", "limpq",
+    "first_order", "hessian_trace", "attribution", "class_separability", "orthogonality", "limpq",
 )  # fmt: skip
 """What ``bitquota.sensitivity.registry.measures`` offers; metrics in order of preference."""
 

@@ -83,7 +83,11 @@ LATE = {
         "service.jobs.kinds.estimate": {"search.estimating"},
         "service.jobs.kinds.evaluate": {"evaluate.scoring"},
         "service.jobs.kinds.export": {"exports.export"},
-        "service.jobs.kinds.finetune": {"quantizers.channel_fit", "training.qat"},
+        "service.jobs.kinds.finetune": {
+            "quantizers.channel_fit",
+            "training.nested_plans",
+            "training.qat",
+        },
         "service.jobs.kinds.frontier": {"solver.document"},
         "service.jobs.kinds.learn": {"training.learn", "training.qat"},
         "service.jobs.kinds.measure": {"search.allocate"},
