@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from bitquota.candidates.layers import Inventory
     from bitquota.candidates.table import Candidate
+    from bitquota.models.batch_norm import Followed
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.references import References
     from bitquota.quantizers.weights import QuantizedWeight
@@ -77,7 +78,9 @@ def apply_plan(
             ``BEFORE_QUANTIZING``: the inventory speaks of folded weights.
         inventory: Its layers.
         candidates: One for each layer that changes.
-        corrections: Applied in this order: bias correction, then batch-norm statistics.
+        corrections: Applied in this order: bias correction, then batch-norm statistics. If only
+            these are moved, that happens while weights are rounded in order, on the samples of
+            the rounding.
         correction_data: Unlabelled samples for the corrections.
         fitted: Quantizers of ``module``, when candidates need more than the weights themselves.
         references: Keeps what corrections see of ``module`` on ``correction_data``.
@@ -97,7 +100,6 @@ def apply_plan(
             quantizer = input_quantizer(fitted.activations, name, candidate.activation_bits)
             quantize_inputs_of(quantized, name, quantizer)
     context = Context() if context is None else context
-    _put_weights(module, quantized, inventory, chosen, fitted, stored, context)
     wanted = [c for c in corrections if c not in BEFORE_QUANTIZING]
     if wanted and correction_data is None:
         msg = (
@@ -105,10 +107,17 @@ def apply_plan(
             "data, such as the calibration set"
         )
         raise InvalidInput(msg, corrections=[str(c) for c in wanted])
+    followed: dict[tuple[Any, ...], Followed] | None = None
+    if Correction.BATCH_NORM_STATISTICS in wanted:
+        followed = {}
+    _put_weights(module, quantized, inventory, chosen, fitted, stored, followed, context)
     if wanted and correction_data is not None:
         if Correction.BIAS_CORRECTION in wanted:
             bias_correction(module, quantized, inventory, correction_data)
-        if Correction.BATCH_NORM_STATISTICS in wanted:
+        if followed and wanted == [Correction.BATCH_NORM_STATISTICS]:
+            for statistics in followed.values():
+                statistics.store()
+        elif followed is not None:
             known = None if references is None else references.statistics
             reestimate_batch_norm(quantized, correction_data, reference=module, known=known)
     return quantized
@@ -121,9 +130,14 @@ def _put_weights(
     chosen: dict[str, Candidate],
     fitted: Fitted,
     stored: dict[str, QuantizedWeight] | None,
+    followed: dict[tuple[Any, ...], Followed] | None,
     context: Context,
 ) -> None:
-    """Put quantized weights into ``quantized``, rounded in order or each by itself."""
+    """Put quantized weights into ``quantized``, rounded in order or each by itself.
+
+    ``followed`` gets what its batch norms saw while weights were rounded in order, if they are as
+    they will stay.
+    """
     if fitted.order is not None:
         order = fitted.order
         found = round_in_sequence(
@@ -133,9 +147,12 @@ def _put_weights(
             order.batches,
             fitted.weights,
             rounding=order.rounding,
+            followed=followed,
             context=context,
         )
         if order.iterations:
+            if followed is not None:
+                followed.clear()
             found |= learn_in_blocks(
                 module,
                 quantized,

@@ -200,5 +200,11 @@ def _origin(
         found = digest_json([found, activation_fit])
     if fed or order is not None:
         rounding = None if order is None else order.rounding
-        found = digest_json([found, {"rounding": rounding, "prior": PRIOR, "refitted": ROUNDS}])
+        how = {
+            "rounding": rounding,
+            "prior": PRIOR,
+            "refitted": ROUNDS,
+            "norms": "moved on the way",
+        }
+        found = digest_json([found, how])
     return found if importance is None else digest_json([found, importance.digest])

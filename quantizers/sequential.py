@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from bitquota.candidates.layers import Layer
     from bitquota.candidates.table import Candidate
     from bitquota.context import Context
+    from bitquota.models.batch_norm import Followed
     from bitquota.models.calls import LayerCall
     from bitquota.quantizers.quantized_weights import QuantizedWeights
     from bitquota.quantizers.walk import Meeting
@@ -72,6 +73,7 @@ def round_in_sequence(
     weights: QuantizedWeights,
     *,
     rounding: str,
+    followed: dict[tuple[Any, ...], Followed] | None = None,
     context: Context | None = None,
     processes: Processes = Processes(),  # noqa: B008  # frozen
 ) -> dict[str, QuantizedWeight]:
@@ -90,6 +92,8 @@ def round_in_sequence(
         batches: Positional arguments of forward passes.
         weights: Quantizers of single layers.
         rounding: ``gpfq``, ``gptq`` or ``qep``.
+        followed: As in ``walk_layers``: where statistics of batch norms will be moved, layers are
+            rounded to inputs that they have then. Nothing is put in for an ONNX graph.
         context: Asked before each layer whether to go on.
         processes: Share layers that are given the same, such as q, k and v.
 
@@ -123,7 +127,13 @@ def round_in_sequence(
         walk_onnx([module, quantized], walked, batches)
         if onnx
         else walk_layers(
-            module, quantized, walked, batches, call_settings, abreast=processes.count > 1
+            module,
+            quantized,
+            walked,
+            batches,
+            call_settings,
+            followed=followed,
+            abreast=processes.count > 1,
         )
     )
     moments: _Moments | None = None

@@ -11,11 +11,13 @@ Design: docs/design/rounding.md
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitquota.models.batch_norm import moved_batch_norms, observed_statistics
 from bitquota.models.calls import LayerWatcher, tensor_key
 from bitquota.models.heap import share_one_heap
 from bitquota.models.onnx.program import source_of
@@ -25,10 +27,12 @@ from bitquota.models.running import tensor_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
 
     from bitquota.candidates.layers import Layer
+    from bitquota.models.batch_norm import Followed
     from bitquota.models.calls import LayerCall
 
 
@@ -55,6 +59,7 @@ def walk_layers(
     settings_of: Callable[[str, tuple[Any, ...], dict[str, Any]], dict[str, Any]],
     *,
     abreast: bool = False,
+    followed: dict[tuple[Any, ...], Followed] | None = None,
 ) -> Iterator[Meeting]:
     """Yield each layer before either model runs it; what the caller writes into it counts.
 
@@ -68,13 +73,25 @@ def walk_layers(
         layers: Layers to stop at, by name.
         batches: Positional arguments of forward passes.
         settings_of: Reads the other arguments of a layer's call.
-        abreast: Let both models run on a batch at the same time, on two processors.
+        abreast: Let both models run on a batch at the same time, on two processors; not where
+            there is something to follow.
+        followed: Gets what the batch norms of ``quantized`` saw, which then run with statistics
+            moved to fit each batch (``models.batch_norm``).
 
     Cost: one forward pass of each model; memory for the activations of all batches between two
     layers.
     """
     share_one_heap()
-    pairs = [(_Lane(module, layers, batch), _Lane(quantized, layers, batch)) for batch in batches]
+    pairs = []
+    for batch in batches:
+        within: Sequence[AbstractContextManager[object]] = (nullcontext(), nullcontext())
+        if followed is not None:
+            # The full-precision lane must be ahead of the other.
+            abreast = False
+            seen = observed_statistics()
+            within = seen, moved_batch_norms(seen.calls, followed)
+        first, second = within
+        pairs.append((_Lane(module, layers, batch, first), _Lane(quantized, layers, batch, second)))
     lanes = [lane for pair in pairs for lane in pair]
     done: set[str] = set()
     try:
@@ -152,7 +169,11 @@ class _Lane:
     """One model on one batch, in a thread that stops at each layer until it is told to go on."""
 
     def __init__(
-        self, module: nn.Module, layers: Mapping[str, Layer], inputs: tuple[Tensor, ...]
+        self,
+        module: nn.Module,
+        layers: Mapping[str, Layer],
+        inputs: tuple[Tensor, ...],
+        within: AbstractContextManager[object],
     ) -> None:
         names = {
             tensor_key(tensor_of(module, layer.weight_name)): name for name, layer in layers.items()
@@ -161,6 +182,7 @@ class _Lane:
         self._turn = threading.Semaphore(0)
         self._back = threading.Semaphore(0)
         self._ended = False
+        self._within = within
         self._error: BaseException | None = None
         self._thread = threading.Thread(
             target=self._run, args=(module, names, inputs), name="rounding lane", daemon=True
@@ -191,7 +213,7 @@ class _Lane:
         try:
             if not self._ended:
                 mask = padding_mask(module, inputs)
-                with torch.no_grad(), _Stopping(names, mask, self._wait):
+                with torch.no_grad(), self._within, _Stopping(names, mask, self._wait):
                     module(*inputs)
         except _Ended:
             pass

@@ -12,9 +12,14 @@ from torch.nn import functional
 from bitquota.candidates.storage import Scheme
 from bitquota.candidates.table import Candidate
 from bitquota.context import Context
+from bitquota.corrections import Correction
 from bitquota.errors import Cancelled
+from bitquota.models.calibration import CalibrationSet
 from bitquota.models.discovery import discover
 from bitquota.models.layout import from_matrix, to_matrix
+from bitquota.quantizers.apply import apply_plan
+from bitquota.quantizers.corrections import reestimate_batch_norm
+from bitquota.quantizers.fitted import fit_quantizers
 from bitquota.quantizers.input_moments import call_settings, input_grams, moment, patches
 from bitquota.quantizers.qep import propagated
 from bitquota.quantizers.quantized_weights import QuantizedWeights
@@ -218,3 +223,67 @@ class TestSampledPositions:
         at = [[tuple(r) for r in every[0].tolist()].index(tuple(row)) for row in some[0].tolist()]
         assert at == sorted(at)
         assert torch.equal(every[-1][at], some[-1])
+
+
+class Normed(nn.Module):
+    """Convolutions with batch norms that were trained on other inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 4, 3, padding=1, bias=False)
+        self.last = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.last(self.second(functional.relu(self.norm(self.first(x)))))
+
+
+class TestMovedStatistics:
+    def test_layers_are_rounded_to_what_they_get_with_them(self, net):
+        _, _, x = net
+        torch.manual_seed(3)
+        module = Normed()
+        module(3 * torch.randn(200, 3, 6, 6))
+        module.eval()
+        inventory = discover(module, (x[:2],))
+        chosen = [Candidate.of(layer, 2, Scheme()) for layer in inventory.layers]
+        samples = CalibrationSet(inputs=(x,))
+        fitted = fit_quantizers(module, inventory, chosen, samples, rounding="qep")
+        stored = {}
+        shipped = apply_plan(
+            module,
+            inventory,
+            chosen,
+            corrections=[Correction.BATCH_NORM_STATISTICS],
+            correction_data=samples.first(3),
+            fitted=fitted,
+            stored=stored,
+        )
+
+        # The statistics are those that the weights call for, by a pass of their own.
+        again = copy.deepcopy(shipped)
+        for name in ("norm", "last"):
+            getattr(again, name).load_state_dict(getattr(module, name).state_dict())
+        reestimate_batch_norm(again, [(x,)], reference=module)
+        for name in ("norm", "last"):
+            theirs = getattr(again, name)
+            for kind in ("running_mean", "running_var"):
+                torch.testing.assert_close(
+                    getattr(getattr(shipped, name), kind), getattr(theirs, kind)
+                )
+                assert not torch.equal(getattr(theirs, kind), getattr(getattr(module, name), kind))
+
+        # The second layer by hand, behind the norm that has them.
+        layer = inventory.layers[1]
+        with torch.no_grad():
+            full = functional.relu(module.norm(module.first(x)))
+            now = functional.relu(shipped.norm(shipped.first(x)))
+        own, other = (patches(part, layer, {"padding": 1}) for part in (full, now))
+        gram, cross = moment(other, other, layer).double(), moment(own, other, layer).double()
+        shrink(gram, own.shape[1], cross)
+        matrix = to_matrix(module.second.weight.detach(), layer).double()
+        by_hand = quantize(
+            propagated(matrix, gram, cross), 2, Scheme(), inputs_gram=gram, rounding=Rounder.GPTQ
+        )
+        assert torch.equal(stored["second"].codes, by_hand.codes)
