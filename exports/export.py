@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from bitquota.candidates.rows import MIXED_KINDS
+from bitquota.candidates.rows import HOLD_PARTS, MIXED_KINDS
 from bitquota.candidates.storage import Grid
 from bitquota.candidates.targets import target_by_name
-from bitquota.candidates.targets.target import DYNAMIC_FITS, HOLD_PARTS
+from bitquota.candidates.targets.target import DYNAMIC_FITS
 from bitquota.candidates.zero_bits import HOLD_ZERO_BITS, WHY_NOT, zero_bits_of
 from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
 from bitquota.exports.compressed_tensors_folder import CompressedTensorsFolder

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bitquota.candidates.layers import Cache, Inventory, Layer
-    from bitquota.candidates.targets.target import StorageFormat, Target
+    from bitquota.candidates.targets.storage_format import StorageFormat
+    from bitquota.candidates.targets.target import Target
     from bitquota.canonical import JsonObject
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel

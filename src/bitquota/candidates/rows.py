@@ -39,6 +39,16 @@ MIXED_KINDS = frozenset(
 )  # fmt: skip
 """Kinds of layer whose rows are output channels along the first axis of the stored weight."""
 
+HOLD_PARTS = frozenset({"ref-int", "onnx-qdq", "onnx-matmulnbits"})
+"""Exporters whose files hold a weight in parts of different bit-widths."""
+
+WHY_NO_PARTS = {
+    "compressed-tensors": "transformers and vLLM read one packed weight for each layer, pass over "
+    "its parts, and leave the layer random",
+    "gguf": "llama.cpp reads one tensor of one type for each weight, and loads no file without it",
+}
+"""What loaders do with parts, as tried."""
+
 STEP = 0.5
 """Average bits from one mix of a layer to the next."""
 

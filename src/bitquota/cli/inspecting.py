@@ -12,7 +12,7 @@ from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.candidates.table import Candidate
 from bitquota.candidates.targets import TARGETS, target_by_name
 from bitquota.candidates.targets.format_names import menu
-from bitquota.candidates.targets.target import ALL_KINDS, CONVOLUTIONS, EMBEDDINGS, LINEAR
+from bitquota.candidates.targets.storage_format import ALL_KINDS, CONVOLUTIONS, EMBEDDINGS, LINEAR
 from bitquota.cli import options as opt
 from bitquota.cli import output
 from bitquota.cli.loading import check_sources, load_samples

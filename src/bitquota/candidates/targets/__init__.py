@@ -25,7 +25,8 @@ from bitquota.candidates.targets import (
     torchao,
     vllm_cpu,
 )
-from bitquota.candidates.targets.target import StorageFormat, Target, Violation
+from bitquota.candidates.targets.storage_format import StorageFormat
+from bitquota.candidates.targets.target import Target, Violation
 from bitquota.errors import InvalidInput
 
 TARGETS: dict[str, Target] = {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from bitquota.candidates.storage import ScaleFormat, Scheme
-from bitquota.candidates.targets.target import (
+from bitquota.candidates.targets.storage_format import (
     CONVOLUTIONS,
     LINEAR,
-    Target,
     full_precision,
     per_width,
 )
+from bitquota.candidates.targets.target import Target
 
 TARGET = Target(
     name="coreml",

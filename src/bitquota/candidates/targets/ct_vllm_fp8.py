@@ -7,12 +7,8 @@ from dataclasses import replace
 from bitquota.candidates.targets.ct_vllm_marlin import TARGET as MARLIN
 from bitquota.candidates.targets.ct_vllm_marlin import packed
 from bitquota.candidates.targets.ct_vllm_nvfp4 import FP8
-from bitquota.candidates.targets.target import (
-    DYNAMIC_FITS,
-    LINEAR,
-    StorageFormat,
-    full_precision,
-)
+from bitquota.candidates.targets.storage_format import LINEAR, StorageFormat, full_precision
+from bitquota.candidates.targets.target import DYNAMIC_FITS
 
 TARGET = replace(
     MARLIN,

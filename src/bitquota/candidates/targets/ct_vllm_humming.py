@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from bitquota.candidates.targets.ct_vllm_marlin import TARGET as MARLIN
 from bitquota.candidates.targets.ct_vllm_marlin import packed
-from bitquota.candidates.targets.target import LINEAR, full_precision, per_width
+from bitquota.candidates.targets.storage_format import LINEAR, full_precision, per_width
 
 _WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 

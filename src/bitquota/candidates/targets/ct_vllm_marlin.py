@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from bitquota.candidates.layers import LayerKind
 from bitquota.candidates.storage import Granularity, ScaleFormat, Scheme
-from bitquota.candidates.targets.target import (
-    FUSED_SIBLINGS,
-    LINEAR,
-    Target,
-    full_precision,
-    per_width,
-)
+from bitquota.candidates.targets.storage_format import LINEAR, full_precision, per_width
+from bitquota.candidates.targets.target import FUSED_SIBLINGS, Target
 
 _WIDTHS = (4, 8)
 

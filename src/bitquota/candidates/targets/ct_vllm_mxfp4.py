@@ -7,7 +7,7 @@ from dataclasses import replace
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, Scheme
 from bitquota.candidates.targets.ct_vllm_nvfp4 import FP8
 from bitquota.candidates.targets.ct_vllm_nvfp4 import TARGET as NVIDIA
-from bitquota.candidates.targets.target import LINEAR, StorageFormat, full_precision
+from bitquota.candidates.targets.storage_format import LINEAR, StorageFormat, full_precision
 
 MXFP4 = Scheme(
     grid=Grid.FLOAT,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, Scheme
 from bitquota.candidates.targets.ct_vllm_marlin import TARGET as MARLIN
-from bitquota.candidates.targets.target import LINEAR, StorageFormat, full_precision
+from bitquota.candidates.targets.storage_format import LINEAR, StorageFormat, full_precision
 
 NVFP4 = Scheme(
     grid=Grid.FLOAT,

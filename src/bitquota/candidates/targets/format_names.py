@@ -15,7 +15,8 @@ from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from bitquota.candidates.targets.target import StorageFormat, Target
+    from bitquota.candidates.targets.storage_format import StorageFormat
+    from bitquota.candidates.targets.target import Target
     from bitquota.codec import OneOrMore
 
 FULL_ACTIVATIONS = 16

@@ -6,7 +6,12 @@ from dataclasses import replace
 
 from bitquota.candidates.storage import K_BLOCK, K_BLOCKS, Granularity, Grid, ScaleFormat, Scheme
 from bitquota.candidates.targets.gguf_py import TARGET as PLAIN
-from bitquota.candidates.targets.target import EMBEDDINGS, LINEAR, StorageFormat, full_precision
+from bitquota.candidates.targets.storage_format import (
+    EMBEDDINGS,
+    LINEAR,
+    StorageFormat,
+    full_precision,
+)
 
 _SUPER = Scheme(
     grid=Grid.K_BLOCKS,

@@ -6,14 +6,13 @@ from dataclasses import replace
 
 from bitquota.candidates.caches import CacheFormat, CacheFormats
 from bitquota.candidates.storage import Granularity, ScaleFormat, ScaleRule, Scheme
-from bitquota.candidates.targets.target import (
+from bitquota.candidates.targets.storage_format import (
     EMBEDDINGS,
-    FUSED_SIBLINGS,
     LINEAR,
     StorageFormat,
-    Target,
     full_precision,
 )
+from bitquota.candidates.targets.target import FUSED_SIBLINGS, Target
 
 _BLOCK = Scheme(granularity=Granularity.GROUP, group_size=32, scale_format=ScaleFormat.FP16)
 

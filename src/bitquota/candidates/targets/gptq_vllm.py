@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from bitquota.candidates.storage import FULL_PRECISION_BITS, ScaleFormat
 from bitquota.candidates.targets.ct_vllm_marlin import TARGET as MARLIN
-from bitquota.candidates.targets.target import full_precision
+from bitquota.candidates.targets.storage_format import full_precision
 
 _WORD = 32
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bitquota.candidates.storage import Scheme
-from bitquota.candidates.targets.target import CONVOLUTIONS, LINEAR, Target, per_width
+from bitquota.candidates.targets.storage_format import CONVOLUTIONS, LINEAR, per_width
+from bitquota.candidates.targets.target import Target
 
 TARGET = Target(
     name="mcu",

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 from bitquota.candidates.caches import CacheFormat, CacheFormats
 from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, ScaleRule, Scheme
-from bitquota.candidates.targets.target import (
+from bitquota.candidates.targets.storage_format import (
     EMBEDDINGS,
     LINEAR,
     StorageFormat,
-    Target,
     full_precision,
 )
+from bitquota.candidates.targets.target import Target
 
 _AFFINE = Scheme(
     grid=Grid.OFFSET,

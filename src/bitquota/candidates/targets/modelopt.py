@@ -7,7 +7,7 @@ from dataclasses import replace
 from bitquota.candidates.storage import Granularity, Grid, Scheme
 from bitquota.candidates.targets.ct_vllm_marlin import TARGET as MARLIN
 from bitquota.candidates.targets.ct_vllm_nvfp4 import NVFP4
-from bitquota.candidates.targets.target import LINEAR, StorageFormat, full_precision
+from bitquota.candidates.targets.storage_format import LINEAR, StorageFormat, full_precision
 
 TARGET = replace(
     MARLIN,

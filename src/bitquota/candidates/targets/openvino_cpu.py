@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from bitquota.candidates.layers import MATRICES
 from bitquota.candidates.storage import Scheme
-from bitquota.candidates.targets.target import (
+from bitquota.candidates.targets.storage_format import (
     CONVOLUTIONS,
     EMBEDDINGS,
     LINEAR,
-    Target,
     full_precision,
     per_width,
 )
+from bitquota.candidates.targets.target import Target
 
 TARGET = Target(
     name="openvino-cpu",

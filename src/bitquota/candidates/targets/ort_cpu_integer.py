@@ -8,13 +8,13 @@ output is read by anything but one further quantized layer.
 from __future__ import annotations
 
 from bitquota.candidates.storage import Scheme
-from bitquota.candidates.targets.target import (
+from bitquota.candidates.targets.storage_format import (
     CONVOLUTIONS,
     LINEAR,
-    Target,
     full_precision,
     per_width,
 )
+from bitquota.candidates.targets.target import Target
 
 TARGET = Target(
     name="ort-cpu-integer",

@@ -6,13 +6,8 @@ Embeddings are stored in the same blocks, and shared with a tied output layer.
 from __future__ import annotations
 
 from bitquota.candidates.storage import Granularity, Scheme
-from bitquota.candidates.targets.target import (
-    EMBEDDINGS,
-    LINEAR,
-    Target,
-    full_precision,
-    per_width,
-)
+from bitquota.candidates.targets.storage_format import EMBEDDINGS, LINEAR, full_precision, per_width
+from bitquota.candidates.targets.target import Target
 
 TARGET = Target(
     name="ort-genai",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bitquota.candidates.storage import ScaleFormat, Scheme
-from bitquota.candidates.targets.target import Target, full_precision, per_width
+from bitquota.candidates.targets.storage_format import full_precision, per_width
+from bitquota.candidates.targets.target import Target
 
 TARGET = Target(
     name="ref-int",

@@ -15,33 +15,25 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitquota.candidates.caches import CacheFormats, cache_rows, tied_caches
 from bitquota.candidates.layers import LayerKind, match_layers
-from bitquota.candidates.rows import MIXED_KINDS
+from bitquota.candidates.rows import HOLD_PARTS, MIXED_KINDS, WHY_NO_PARTS
 from bitquota.candidates.storage import (
     FULL_PRECISION_BITS,
     PRUNED_BITS,
     Granularity,
     Scheme,
-    storage_size,
 )
 from bitquota.candidates.table import Candidate, CandidateTable, Row
+from bitquota.candidates.targets.storage_format import StorageFormat
 from bitquota.candidates.zero_bits import HOLD_ZERO_BITS, WHY_NOT, zero_bits_of
 from bitquota.canonical import digest_json
 from bitquota.codec import Document, Form
 from bitquota.errors import InvalidInput, InvalidPlan, UnknownLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from bitquota.candidates.layers import Cache, Inventory, Layer, UnquantizedTensor
 
-CONVOLUTIONS = frozenset(
-    {
-        LayerKind.CONV1D, LayerKind.CONV2D, LayerKind.CONV3D,
-        LayerKind.CONV_TRANSPOSE1D, LayerKind.CONV_TRANSPOSE2D, LayerKind.CONV_TRANSPOSE3D,
-    }
-)  # fmt: skip
-LINEAR = frozenset({LayerKind.LINEAR, LayerKind.LINEAR_TRANSPOSED})
-ALL_KINDS = frozenset(LayerKind)
 
 FUSED_SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -50,63 +42,9 @@ FUSED_SIBLINGS = (
 )
 """Projections that serving engines fuse into one matrix, so that they must share a format."""
 
-EMBEDDINGS = frozenset({LayerKind.EMBEDDING})
 
 DYNAMIC_FITS = ("token", "token_float")
 """Ranges of inputs that are found when a token comes: of integers, and of E4M3 numbers."""
-
-HOLD_PARTS = frozenset({"ref-int", "onnx-qdq", "onnx-matmulnbits"})
-"""Exporters whose files hold a weight in parts of different bit-widths."""
-
-WHY_NO_PARTS = {
-    "compressed-tensors": "transformers and vLLM read one packed weight for each layer, pass over "
-    "its parts, and leave the layer random",
-    "gguf": "llama.cpp reads one tensor of one type for each weight, and loads no file without it",
-}
-"""What loaders do with parts, as tried."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StorageFormat(Document):
-    """One way in which a target can store a weight.
-
-    Attributes:
-        name: The target's name for it, such as ``Q4_0`` or ``int4-g128``.
-        weight_bits: Bits of one code; 32 leaves the weight as it is.
-        scheme: The target's own quantizer.
-        kinds: Kinds of layer that can have it.
-        column_multiple: The weights per output channel must be a multiple of this.
-        row_multiple: The output channels must be a multiple of this.
-        note: What a user should know before choosing it, such as that it saves no time.
-    """
-
-    FORM: ClassVar[Form] = Form(derived=("bits_per_weight",))
-
-    name: str
-    weight_bits: int
-    scheme: Scheme = field(default_factory=Scheme)
-    kinds: frozenset[LayerKind] = ALL_KINDS
-    column_multiple: int = 1
-    row_multiple: int = 1
-    note: str = ""
-
-    def refusal(self, layer: Layer) -> str | None:
-        """Return why ``layer`` cannot have this format, or ``None``."""
-        if layer.kind not in self.kinds:
-            return f"{self.name} is not for layers of kind {layer.kind}"
-        if layer.columns % self.column_multiple:
-            return (
-                f"{self.name} needs {self.column_multiple} to divide the {layer.columns} weights "
-                "per output channel"
-            )
-        if layer.rows % self.row_multiple:
-            return f"{self.name} needs {self.row_multiple} to divide the {layer.rows} rows"
-        return None
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per weight of a row of 4,096 weights, scales and zero points included."""
-        return storage_size(1, 4096, self.weight_bits, self.scheme).total / 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -512,32 +450,6 @@ class Target(Document):
 
     def _widths(self) -> str:
         return ", ".join(map(str, sorted({f.weight_bits for f in self.formats})))
-
-
-def per_width(
-    widths: Sequence[int],
-    scheme: Callable[[int], Scheme] | Scheme,
-    *,
-    name: str = "int{bits}",
-    kinds: frozenset[LayerKind] = ALL_KINDS,
-    column_multiple: int = 1,
-) -> tuple[StorageFormat, ...]:
-    """Return one format for each bit-width."""
-    return tuple(
-        StorageFormat(
-            name=name.format(bits=bits),
-            weight_bits=bits,
-            scheme=scheme if isinstance(scheme, Scheme) else scheme(bits),
-            kinds=kinds,
-            column_multiple=column_multiple,
-        )
-        for bits in widths
-    )
-
-
-def full_precision(name: str = "as it is") -> StorageFormat:
-    """Return the format of a layer that is not quantized."""
-    return StorageFormat(name=name, weight_bits=FULL_PRECISION_BITS)
 
 
 def _matching(patterns: Sequence[str], inventory: Inventory) -> list[str]:

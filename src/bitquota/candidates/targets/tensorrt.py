@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from bitquota.candidates.storage import Granularity, ScaleFormat, Scheme
-from bitquota.candidates.targets.target import (
+from bitquota.candidates.targets.storage_format import (
     CONVOLUTIONS,
     LINEAR,
-    Target,
     full_precision,
     per_width,
 )
+from bitquota.candidates.targets.target import Target
 
 _BLOCKS = Scheme(granularity=Granularity.GROUP, group_size=128, scale_format=ScaleFormat.FP16)
 

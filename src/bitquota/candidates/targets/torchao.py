@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bitquota.candidates.storage import Granularity, Scheme
-from bitquota.candidates.targets.target import LINEAR, StorageFormat, Target, full_precision
+from bitquota.candidates.targets.storage_format import LINEAR, StorageFormat, full_precision
+from bitquota.candidates.targets.target import Target
 
 _GROUPS = Scheme(granularity=Granularity.GROUP, group_size=32)
 
