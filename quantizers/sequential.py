@@ -10,13 +10,12 @@ Design: docs/design/rounding.md
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bitquota.candidates.layers import MATRICES, LayerKind
-from bitquota.candidates.storage import FULL_PRECISION_BITS
+from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity
 from bitquota.models.calls import CallCounter, tensor_key
 from bitquota.models.heap import give_back
 from bitquota.models.layout import from_matrix, to_matrix
@@ -25,7 +24,7 @@ from bitquota.models.processes import Processes
 from bitquota.models.running import tensor_of
 from bitquota.quantizers.gptq import forget_factors
 from bitquota.quantizers.input_moments import call_settings, moment, patches, positions_of
-from bitquota.quantizers.qep import propagated
+from bitquota.quantizers.qep import Propagation, propagated
 from bitquota.quantizers.rounders import Rounder
 from bitquota.quantizers.shrinkage import shrink
 from bitquota.quantizers.walk import walk_layers, walk_onnx
@@ -49,6 +48,10 @@ APART = frozenset({LayerKind.EMBEDDING, LayerKind.EXPERTS, *MATRICES})
 
 FORK_WORTH = 2**31
 """Products from which on moments are taken in several processes: a quarter of a second."""
+
+BLOCK_WEIGHTS = 2**21
+"""Weights at least that are rounded together: of so many the scales are searched as those of any
+larger matrix (``scales.EXACT_LIMIT_BREAKPOINTS``)."""
 
 STAGE = "rounding"
 """Name for progress."""
@@ -153,8 +156,8 @@ def round_in_sequence(
             if processes.count > 1:
                 alike = (other for other in walked if once[other] == once[name] >= 0)
                 together += [other for other in alike if other != name and other not in found]
-            quantized_here = partial(_quantized, moments, weights, chosen, layers, rounding)
-            ahead |= _in_processes(quantized_here, together, chosen, processes)
+            rounded = _Rounded(moments, weights, chosen, layers, rounding)
+            ahead |= rounded.found(together, processes)
         put(name, ahead.pop(name))
     del moments
     forget_factors()
@@ -165,51 +168,79 @@ def round_in_sequence(
     return found
 
 
-def _quantized(
-    moments: _Moments,
-    weights: QuantizedWeights,
-    chosen: Mapping[str, Candidate],
-    layers: Mapping[str, Layer],
-    rounding: str,
-    name: str,
-) -> QuantizedWeight:
-    """Return what a layer becomes that is given what the moments are of."""
-    matrix = to_matrix(weights.original(name).detach(), layers[name]).double()
-    return quantize(
-        propagated(matrix, moments.gram, moments.cross) if rounding == QEP else matrix,
-        chosen[name].weight_bits,
-        chosen[name].scheme,
-        importance=weights.importance.get(name),
-        inputs_gram=moments.gram,
-        rounding=rounder_in(rounding),
-    )
+class _Rounded:
+    """Layers that are given what moments are of, each rounded by itself.
 
+    Large weights are rounded some rows at a time, whatever the number of processes: no row depends
+    on another, and in float64 the whole would take several times its own memory.
+    """
 
-def _in_processes(
-    quantized: Callable[[str], QuantizedWeight],
-    names: Sequence[str],
-    chosen: Mapping[str, Candidate],
-    processes: Processes,
-) -> dict[str, QuantizedWeight]:
-    """Return what layers become, several at once."""
-    if len(names) == 1:
-        return {names[0]: quantized(names[0])}
+    def __init__(
+        self,
+        moments: _Moments,
+        weights: QuantizedWeights,
+        chosen: Mapping[str, Candidate],
+        layers: Mapping[str, Layer],
+        rounding: str,
+    ) -> None:
+        self._moments, self._weights, self._chosen = moments, weights, chosen
+        self._layers, self._rounding = layers, rounding
+        self._propagation: Propagation | None = None
 
-    def tensors(k: int) -> dict[str, Tensor]:
-        made = quantized(names[k])
-        held = {"codes": made.codes, "scales": made.scales, "zeros": made.zero_points}
-        return {key: value for key, value in held.items() if value is not None}
+    def found(self, names: Sequence[str], processes: Processes) -> dict[str, QuantizedWeight]:
+        """Return what the layers become; their rows are shared by processes."""
+        tasks = [(name, rows) for name in names for rows in self._blocks(name)]
+        if self._rounding == QEP and len(tasks) > len(names):
+            self._propagation = Propagation(self._moments.gram, self._moments.cross)
 
-    return {
-        name: QuantizedWeight(
-            codes=found["codes"],
-            scales=found["scales"],
-            zero_points=found.get("zeros"),
-            bits=chosen[name].weight_bits,
-            scheme=chosen[name].scheme,
+        def tensors(k: int) -> dict[str, Tensor]:
+            made = self._quantized(*tasks[k])
+            held = {"codes": made.codes, "scales": made.scales, "zeros": made.zero_points}
+            return {key: value for key, value in held.items() if value is not None}
+
+        parts: dict[str, list[Mapping[str, Tensor]]] = {name: [] for name in names}
+        for (name, _), part in zip(tasks, processes.map(tensors, len(tasks)), strict=True):
+            parts[name].append(part)
+        return {name: self._joined(name, parts.pop(name)) for name in names}
+
+    def _blocks(self, name: str) -> list[range]:
+        layer, whole = self._layers[name], len(self._moments.gram) > 1
+        n = max(1, layer.rows * layer.columns // BLOCK_WEIGHTS)
+        if whole or self._chosen[name].scheme.granularity is Granularity.TENSOR:
+            n = 1
+        return [range(layer.rows * k // n, layer.rows * (k + 1) // n) for k in range(n)]
+
+    def _quantized(self, name: str, rows: range) -> QuantizedWeight:
+        whole = to_matrix(self._weights.original(name).detach(), self._layers[name])
+        importance = self._weights.importance.get(name)
+        if importance is not None and len(rows) < len(whole):
+            importance = importance.expand_as(whole)[rows.start : rows.stop]
+        matrix = whole[rows.start : rows.stop].double()
+        gram, cross = self._moments.gram, self._moments.cross
+        if self._rounding == QEP:
+            apart = self._propagation if len(rows) < len(whole) else None
+            matrix = propagated(matrix, gram, cross) if apart is None else apart.of(matrix)
+        return quantize(
+            matrix,
+            self._chosen[name].weight_bits,
+            self._chosen[name].scheme,
+            importance=importance,
+            inputs_gram=gram,
+            rounding=rounder_in(self._rounding),
         )
-        for name, found in zip(names, processes.map(tensors, len(names)), strict=True)
-    }
+
+    def _joined(self, name: str, parts: Sequence[Mapping[str, Tensor]]) -> QuantizedWeight:
+        joined = {
+            key: parts[0][key] if len(parts) == 1 else torch.cat([part[key] for part in parts])
+            for key in parts[0]
+        }
+        return QuantizedWeight(
+            codes=joined["codes"],
+            scales=joined["scales"],
+            zero_points=joined.get("zeros"),
+            bits=self._chosen[name].weight_bits,
+            scheme=self._chosen[name].scheme,
+        )
 
 
 class _Moments:

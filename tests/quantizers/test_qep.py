@@ -7,7 +7,7 @@ import torch
 
 from bitquota.errors import InvalidInput
 from bitquota.quantizers import qep
-from bitquota.quantizers.qep import propagated
+from bitquota.quantizers.qep import Propagation, propagated
 from refusals import refused
 
 
@@ -65,3 +65,16 @@ class TestPropagated:
         gram = torch.ones(shape)
         with refused(InvalidInput, gram_hat=list(shape), cross=list(shape)):
             propagated(weights(), gram, gram)
+
+
+class TestPropagation:
+    def test_some_rows_are_those_of_the_whole(self):
+        x, y = changed_inputs()
+        gram, cross = (y.T @ y)[None], (x.T @ y)[None]
+        whole, apart = propagated(weights(), gram, cross), Propagation(gram, cross)
+        assert torch.allclose(whole[:2], apart.of(weights()[:2]), rtol=1e-10)
+        assert torch.allclose(whole[2:], apart.of(weights()[2:]), rtol=1e-10)
+
+    def test_no_input_at_all(self):
+        zeros = torch.zeros(1, 12, 12)
+        assert torch.equal(weights(), Propagation(zeros, zeros).of(weights()))
