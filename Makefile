@@ -93,6 +93,7 @@ SMALL_rounding_cost := --small
 SMALL_rows := --tiny
 SMALL_super_resolution := --images 256 --test 64 --epochs 1
 SMALL_training := run --rows full,uniform-2,uniform-2-direct,stabilised --images 512 --epochs 2 --test 256 --results build/training-small.json
+SMALL_training_text := --effort quick --samples 4 --windows 32 --epochs 1 --test-windows 4 --folder build/training-text-small
 SMALL_solver := --quick
 SMALL_solver_properties := --examples 50
 SMALL_service_load := --seconds 5 --pollers 20 --submitters 5 --streams 3
@@ -112,7 +113,7 @@ SMALL_activations := --samples 4 --length 32 --test-windows 4
 SMALL_kv_cache := --budgets "1.75 MB" --samples 8 --length 32
 SMALL_synthetic_llm := build/synthetic-llm --kind mixture-small --shard-mb 0.1
 SMALL_parametrizations := --epochs 1 --seeds 1 --rates 0.1
-BENCHMARKS ?= sensitivity metrics portfolio training parametrizations solver solver_properties service_load service_chaos service_fairness service_upload pages service_latency service_fuzz exports latency zoo recurrent rounding rounding_cost rows super_resolution synthetic_llm language_models kv_cache activations llama_cpp
+BENCHMARKS ?= sensitivity metrics portfolio training training_text parametrizations solver solver_properties service_load service_chaos service_fairness service_upload pages service_latency service_fuzz exports latency zoo recurrent rounding rounding_cost rows super_resolution synthetic_llm language_models kv_cache activations llama_cpp
 
 bench: $(INSTALLED) ## Run every benchmark at a small size
 	@set -e; $(foreach name,$(BENCHMARKS),echo "== $(name) $(SMALL_$(name))"; $(BIN)/python benchmarks/$(name).py $(SMALL_$(name));)

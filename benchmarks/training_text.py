@@ -36,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--bits", type=float, default=2.5)
     parser.add_argument("--samples", type=int, default=128, help="windows that the plan sees")
+    parser.add_argument("--effort", default="normal", help="of the plan")
     parser.add_argument("--windows", type=int, default=4096, help="windows to train on")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16)
@@ -53,6 +54,7 @@ def main() -> None:
         request = PlanRequest(
             budgets=(f"{args.bits} bits",), weight_bits=(2, 3, 4, 5, 6, 8),
             exclude=subject.exclude, samples=args.samples, holdout_samples=args.samples,
+            effort=args.effort,
         )  # fmt: skip
         found = allocate(subject.model, subject.calibration, request)
         (weights,) = found.weights
