@@ -9,6 +9,10 @@ they choose nothing. A proposal is a violation where it measures better than the
 one paired standard error. CPU seconds are of the process; several budgets share one measurement, so
 compare times with one budget.
 
+The networks were trained on the calibration images, which say little about plans below 2.5 bits.
+With ``--unseen`` these are drawn from the first half of the test images, and the second half
+reports.
+
 Peers get all images that a plan gets, those that measure and those that decide, and their
 assignments are measured with our quantizers and corrections. ``modelopt`` needs nvidia-modelopt:
 its gradient score with cross entropy, formats of the same widths, ranges from the largest weight.
@@ -195,6 +199,7 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="plans only, no proposals on test")
     parser.add_argument("--peers", default="", help="modelopt, mct: measured on test too")
     parser.add_argument("--peers-from", help="interpreter of an environment that has these")
+    parser.add_argument("--unseen", action="store_true", help="calibrate on images not trained on")
     parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -203,6 +208,11 @@ def main() -> None:
         for folder in Path(asked.peers_from).absolute().parents[1].glob("lib/*/site-packages"):
             site.addsitedir(str(folder))
     model, data, test = prepared(asked.depth, asked.test, tiny=asked.tiny)
+    if asked.unseen:
+        assert test.labels is not None  # CIFAR-10 has labels
+        (x,), y, half = test.inputs, test.labels, len(test) // 2
+        data = CalibrationSet(inputs=(x[:half],), labels=y[:half])
+        test = CalibrationSet(inputs=(x[half:],), labels=y[half:])
     budgets = tuple(f"{bits} bits" for bits in asked.budgets.split(","))
     n = 32 if asked.tiny else 512
     outputs, violations = References(), 0
