@@ -13,6 +13,7 @@ from bitquota.candidates.targets.target import DYNAMIC_FITS
 TARGET = replace(
     MARLIN,
     name="ct-vllm-fp8",
+    verified="documented",
     summary="compressed-tensors of W4 and FP8 weights for vLLM (Hopper), inputs in FP8 per token.",
     formats=(
         StorageFormat(
