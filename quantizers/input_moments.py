@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -378,28 +378,46 @@ def patches(
     # functional.pad lists the last axis first; negative padding crops.
     pads = [p for b, a in zip(reversed(before), reversed(after), strict=True) for p in (b, a)]
     x = functional.pad(x.movedim(1, -1), (0, 0, *pads)).contiguous()  # [n, places..., channels]
-    windows = []  # i64[positions, taps] of each axis: where each output reads
-    for axis in range(n_axes):
-        offsets = torch.arange(0, reach[axis] + 1, dilation[axis], device=x.device)
-        if transposed:
-            offsets = offsets.flip(0)  # a transposed convolution reads its kernel backwards
-        starts = torch.arange(0, x.shape[1 + axis] - reach[axis], stride[axis], device=x.device)
-        windows.append(starts[:, None] + offsets)
-    places = [len(x), *(len(w) for w in windows)]
+    where = _places_read(tuple(x.shape[:-1]), kernel, stride, dilation, transposed, limit, x.device)
+    channels = x.shape[-1]
+    found = x.reshape(-1, channels).index_select(0, where.reshape(-1))  # [positions taps, channels]
+    found = found.reshape(len(where), -1, groups, channels // groups)
+    return found.movedim(2, 0).reshape(groups, len(where), layer.columns)
+
+
+@lru_cache(maxsize=4)
+def _places_read(
+    shape: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    backwards: bool,  # noqa: FBT001  # a cache wants positions
+    limit: int | None,
+    device: torch.device,
+) -> Tensor:
+    """Return i64[positions, taps...]: where in samples of ``shape``, padded, each output reads.
+
+    A transposed convolution reads its kernel ``backwards``. Batches and both models follow each
+    other with equal shapes, so the last answers are kept.
+    """
+    windows = []  # i64[positions, taps] of each axis
+    for axis, (taps, step, apart) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        reach = apart * (taps - 1)
+        offsets = torch.arange(0, reach + 1, apart, device=device)
+        starts = torch.arange(0, shape[1 + axis] - reach, step, device=device)
+        windows.append(starts[:, None] + (offsets.flip(0) if backwards else offsets))
+    places = [shape[0], *(len(w) for w in windows)]
     wanted = torch.arange(math.prod(places))
     if limit is not None and len(wanted) > limit:
         drawn = torch.randperm(len(wanted), generator=torch.Generator().manual_seed(0))
         wanted = drawn[:limit].sort().values
-    sample, *positions = indices_of(wanted.to(x.device), places)
-    where = sample.reshape(-1, *[1] * n_axes)
+    sample, *positions = indices_of(wanted.to(device), places)
+    where = sample.reshape(-1, *[1] * len(kernel))
     for axis, (window, position) in enumerate(zip(windows, positions, strict=True)):
-        shape = [1] * n_axes
-        shape[axis] = window.shape[1]
-        where = where * x.shape[1 + axis] + window[position].reshape(-1, *shape)
-    channels = x.shape[-1]
-    found = x.reshape(-1, channels).index_select(0, where.reshape(-1))  # [positions taps, channels]
-    found = found.reshape(len(wanted), -1, groups, channels // groups)
-    return found.movedim(2, 0).reshape(groups, len(wanted), layer.columns)
+        along = [1] * len(kernel)
+        along[axis] = window.shape[1]
+        where = where * shape[1 + axis] + window[position].reshape(-1, *along)
+    return where
 
 
 def _spread_out(x: Tensor, stride: tuple[int, ...]) -> Tensor:
