@@ -9,9 +9,8 @@ they choose nothing. A proposal is a violation where it measures better than the
 one paired standard error. CPU seconds are of the process; several budgets share one measurement, so
 compare times with one budget.
 
-The networks were trained on the calibration images, which say little about plans below 2.5 bits.
-With ``--unseen`` these are drawn from the first half of the test images, and the second half
-reports.
+The networks were trained on the calibration images. With ``--unseen`` these are drawn from the
+first half of the test images instead, and the second half reports.
 
 Peers get all images that a plan gets, those that measure and those that decide, and their
 assignments are measured with our quantizers and corrections. ``modelopt`` needs nvidia-modelopt:
