@@ -203,8 +203,9 @@ class Budget(Document):
             kind = (found["kind"] or "max").lower()
             if kind == "peak" and inventory.schedule is None:
                 msg = (
-                    f"a budget of the peak needs the order in which a model runs; got '{text}' and "
-                    "none: plan with it, or take 'act' or 'act total'"
+                    "a budget of the peak limits quantized inputs along the order in which a model "
+                    f"runs; got '{text}' where no input is quantized, or no model is run: plan "
+                    "with --activations, or take 'act' or 'act total'"
                 )
                 raise InvalidBudget(msg, budget=text)
             return cls(
