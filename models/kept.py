@@ -77,14 +77,12 @@ class Series:
             self._held.append(tensor if whole else tensor.clone())
             return
         if self._file is None:
-            # Without a buffer, since processes that are forked later read what is in the file.
-            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # closed with the series
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the series
             weakref.finalize(self, self._file.close)
         start = self._file.seek(0, 2)
         flat = tensor.contiguous().cpu().reshape(-1)
-        left = memoryview(flat.view(torch.uint8).numpy().data)
-        while left:
-            left = left[self._file.write(left) :]
+        self._file.write(flat.view(torch.uint8).numpy().data)
+        self._file.flush()  # what is read, here and in forked processes, is read from the file
         keeper.written_bytes += size
         written = _Written(
             start=start, shape=tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device

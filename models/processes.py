@@ -102,7 +102,7 @@ def _helper(function: Callable[[int], Mapping[str, Tensor]], numbers: range) -> 
     if process == 0:
         try:
             os.close(reading)
-            with os.fdopen(writing, "wb", buffering=0) as pipe:
+            with os.fdopen(writing, "wb") as pipe:
                 for number in numbers:
                     _send(pipe, function(number))
         finally:
@@ -124,21 +124,16 @@ def _send(pipe: IO[bytes], result: Mapping[str, Tensor]) -> None:
         [name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()
     ]
     header = json.dumps(about).encode()
-    _write(pipe, len(header).to_bytes(8, "little") + header)
+    pipe.write(len(header).to_bytes(8, "little") + header)
     for tensor in tensors.values():
-        _write(pipe, _bytes_of(tensor))
+        pipe.write(_bytes_of(tensor))
+    pipe.flush()
 
 
 def _bytes_of(tensor: Tensor) -> bytearray | memoryview:
     if not tensor.numel():
         return bytearray()
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _write(pipe: IO[bytes], content: bytes | bytearray | memoryview) -> None:
-    left = memoryview(content)
-    while left:
-        left = left[pipe.write(left) :]
 
 
 def _received(pipe: IO[bytes]) -> dict[str, Tensor] | None:
