@@ -185,6 +185,21 @@ class CallCounter(LayerWatcher[str]):
         return super().around(known, call, func, args, kwargs)
 
 
+class Given:
+    """Tells layers that are given the same tensor, one after the other, from others."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, int] | None = None
+        self._number = 0
+
+    def number(self, tensor: Tensor) -> int:
+        """Return a number that is another one for another tensor, or for other values in it."""
+        version = tensor._version  # noqa: SLF001  # counts writes
+        if self._last is None or tensor is not self._last[0] or version != self._last[1]:
+            self._last, self._number = (tensor, version), self._number + 1
+        return self._number
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BatchNormCall:
     """The arguments of one batch normalisation."""

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from bitquota.candidates.layers import MATRICES, LayerKind
-from bitquota.models.calls import LayerWatcher, tensor_key
+from bitquota.models.calls import Given, LayerWatcher, tensor_key
 from bitquota.models.onnx.program import source_of
 from bitquota.models.padding import inputs_that_count, padding_mask
 from bitquota.models.running import tensor_of
@@ -128,8 +128,7 @@ class _Grams:
 
     def __init__(self) -> None:
         self.of: dict[str, _Sum] = {}
-        self._given: Tensor | None = None
-        self._version = self._number = 0
+        self._given = Given()
         self._source: int | None = None
         self._after: dict[_Sum | None, _Sum] = {}
 
@@ -150,8 +149,10 @@ class _Grams:
             rows = patches(inputs, layer, settings, limit)  # [groups, positions, columns]
             return moment(rows, rows, layer), rows.shape[1]
 
-        shareable = given is not None and not layer.kind.name.startswith("CONV")
-        self.put(layer.name, made, self._told(given) if shareable else None)
+        source = None
+        if given is not None and not layer.kind.name.startswith("CONV"):
+            source = self._given.number(given)
+        self.put(layer.name, made, source)
 
     def put(self, name: str, made: Callable[[], tuple[Tensor, int]], source: int | None) -> None:
         """Add the Gram of one batch.
@@ -183,14 +184,6 @@ class _Grams:
         if before is not None:
             before.layers -= 1
         self.of[name] = after
-
-    def _told(self, given: Tensor | None) -> int:
-        """Return a number that is another one for another tensor, or for other values in it."""
-        version = 0 if given is None else given._version  # noqa: SLF001  # counts writes
-        if given is not self._given or version != self._version:
-            self._given, self._version = given, version
-            self._number += 1
-        return self._number
 
     def found(self, *, shrunk: bool) -> dict[str, Tensor]:
         """Return the Grams by layer name."""

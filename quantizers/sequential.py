@@ -16,7 +16,7 @@ import torch
 
 from bitquota.candidates.layers import MATRICES, LayerKind
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity
-from bitquota.models.calls import CallCounter, tensor_key
+from bitquota.models.calls import CallCounter, Given, tensor_key
 from bitquota.models.heap import give_back
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.onnx.program import source_of
@@ -320,8 +320,7 @@ class _Sources(CallCounter):
     def __init__(self, known: Mapping[tuple[Any, ...], str]) -> None:
         super().__init__(known)
         self.of: dict[str, int] = {}
-        self._last: tuple[Tensor, int] | None = None
-        self._number = 0
+        self._given = Given()
 
     def around(
         self,
@@ -332,8 +331,5 @@ class _Sources(CallCounter):
         kwargs: dict[str, Any],
     ) -> Any:  # noqa: ANN401
         """Note what a layer is given."""
-        given = call.inputs, call.inputs._version  # noqa: SLF001  # counts writes
-        if self._last is None or given[0] is not self._last[0] or given[1] != self._last[1]:
-            self._last, self._number = given, self._number + 1
-        self.of[known] = self._number
+        self.of[known] = self._given.number(call.inputs)
         return super().around(known, call, func, args, kwargs)
