@@ -3,8 +3,10 @@
     python benchmarks/language_models.py                       # the tiny Llama of $BITQUOTA_DATA
     python benchmarks/language_models.py --model FOLDER --samples 64 --length 256 --test-windows 64
     python benchmarks/language_models.py --model FOLDER --memory 2GiB --samples 8 --no-test
+    python benchmarks/language_models.py --target ct-vllm-nvfp4 --bits 4,8,32 --budgets "5.5 bpw"
 
-Groups of 64, scales of 16 bits, widths 2 to 8, embeddings in full precision. Windows are of
+Groups of 64, scales of 16 bits, widths 2 to 8, embeddings in full precision; with ``--target`` its
+formats, a copy of the model in bfloat16, and the plan exported and run. Windows are of
 tinyshakespeare.txt: calibration from its first nine tenths, tests from the rest. A row is a budget
 and an effort: forward-equivalents over the calibration windows, CPU seconds of all ``--processes``
 and of the one that waits for the others, the peak of its resident memory above that of the loaded
@@ -22,6 +24,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,8 +37,15 @@ from safetensors.torch import load, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bitquota.candidates.budget import parse_bytes
-from bitquota.candidates.storage import Granularity, ScaleFormat, Scheme
+from bitquota.candidates.storage import (
+    FULL_PRECISION_BITS,
+    Granularity,
+    ScaleFormat,
+    Scheme,
+)
+from bitquota.candidates.table import CandidateTable
 from bitquota.context import Context, MemoryLedger
+from bitquota.exports.export import export_plan
 from bitquota.measurement_setup import build_setup
 from bitquota.models.load import load_within
 from bitquota.models.loaded import inventory_of
@@ -57,6 +67,9 @@ if TYPE_CHECKING:
     from bitquota.search.neighborhood import Choice
 
 
+GROUPS = Scheme(granularity=Granularity.GROUP, group_size=64, scale_format=ScaleFormat.FP16)
+
+
 def processor_seconds() -> float:
     """Return what this process and those that it waited for took of processors."""
     return sum(os.times()[:4])
@@ -70,11 +83,53 @@ def resident() -> float:
 def rivals(setup: Setup, size_bits: int) -> dict[str, Choice]:
     """Return the widest uniform plan and the mixes of two widths of at most a size."""
     found = dict(uniform_mixes(setup.table, size_bits))
+    found |= mixes_with_full_precision(setup, size_bits)
     for name, choice in baseline_choices(setup.table).items():
         size = sum(c.size_bits for c in setup.table.decode(choice))
         if name.startswith("uniform") and size <= size_bits:
             found["uniform"] = choice
     return found
+
+
+def mixes_with_full_precision(setup: Setup, size_bits: int) -> dict[str, Choice]:
+    """Return mixes of the smallest format and full precision, if that is on offer beside two."""
+    widths = sorted({c.weight_bits for row in setup.table.rows for c in row.candidates})
+    if widths[-1] != FULL_PRECISION_BITS or len(widths) < 3:
+        return {}
+    ends = (widths[0], widths[-1])
+    rows = [row for row in setup.table.rows if row.candidates[0].weight_bits in ends]
+    table = CandidateTable(rows=tuple(rows))
+    return {
+        name: choice_with(setup, set(table.decode(choice)).__contains__)
+        for name, choice in uniform_mixes(table, size_bits).items()
+    }
+
+
+def export_and_run(model: LoadedModel, plan: Plan, target: str, test: CalibrationSet) -> None:
+    """Export a plan, and print what ran the folder and how far its outputs are off."""
+    with tempfile.TemporaryDirectory() as place:
+        report = export_plan(
+            model, plan, Path(place) / "out", target=target, samples=test.first(16)
+        )
+    assert report.difference is not None  # samples are given
+    runtime = f"{report.runtime['name']} {report.runtime['version']}"
+    print(
+        f"        {runtime}: outputs {report.difference.relative:.1e} of the norm from the plan's"
+    )
+
+
+def in_bfloat16(folder: str, place: str) -> str:
+    """Write a copy of a model's folder with weights in bfloat16, and return where."""
+    for file in Path(folder).iterdir():
+        if file.suffix == ".safetensors":
+            weights = {name: w.bfloat16() for name, w in load(file.read_bytes()).items()}
+            save_file(weights, Path(place) / file.name, metadata={"format": "pt"})
+        elif file.name == "config.json":
+            config = json.loads(file.read_text()) | {"dtype": "bfloat16"}
+            (Path(place) / file.name).write_text(json.dumps(config))
+        elif file.is_file():
+            shutil.copy(file, place)
+    return place
 
 
 def run_peer(
@@ -216,6 +271,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budgets", default="3 bits,3.5 bits")
     parser.add_argument("--efforts", default="quick,normal")
     parser.add_argument("--bits", default="2,3,4,5,6,8")
+    parser.add_argument("--target", help="whose formats are on offer")
     parser.add_argument("--rounding", default="auto")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)
@@ -256,6 +312,9 @@ def main() -> None:
     calibration, test = shakespeare(options, tokenizer)
     memory = parse_bytes(options.memory)
     before = resident()
+    if options.target:
+        copied = tempfile.TemporaryDirectory()
+        folder = in_bfloat16(folder, copied.name)
     model = load_within(folder, memory)
     names = [layer.name for layer in inventory_of(model.module, model, calibration).layers]
     print(f"{Path(folder).name}: {options.samples} windows of {options.length} tokens")
@@ -264,9 +323,8 @@ def main() -> None:
             request = PlanRequest(
                 budgets=(budget,),
                 weight_bits=tuple(int(bits) for bits in options.bits.split(",")),
-                scheme=Scheme(
-                    granularity=Granularity.GROUP, group_size=64, scale_format=ScaleFormat.FP16
-                ),
+                scheme=Scheme() if options.target else GROUPS,
+                target=options.target,
                 exclude=tuple(name for name in names if "embed" in name),
                 samples=options.samples,
                 holdout_samples=options.samples,
@@ -298,6 +356,8 @@ def main() -> None:
                 print(f"        weights read {(model.pages.bytes_read - read) / size:.1f} times")
             if not options.no_test:
                 compare(model, calibration, request, plan, test, options, folder)
+            if options.target:
+                export_and_run(found.with_weights(model), plan, options.target, test)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, order_bits
+from bitquota.candidates.storage import (
+    PRUNED_BITS,
+    Granularity,
+    Grid,
+    ScaleFormat,
+    order_bits,
+)
 from bitquota.exports.onnx_arrangement import arrange, misread, steps_back
 from bitquota.exports.onnx_blocks import (
     BLOCKS,
@@ -23,6 +29,8 @@ from bitquota.models.layout import from_matrix
 from bitquota.models.onnx.layers import readers
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
 
     from bitquota.candidates.layers import Layer
@@ -79,16 +87,20 @@ class GraphEditor:
 
     def leave_out(self, initializer: str) -> None:
         """Make ``initializer`` zeros, of which the file holds the shape alone."""
+        old = self.initializers[initializer]
+        self._zeros(self._stem(initializer), initializer, old.dims, old.data_type)
+        self.names[initializer] = ()
+
+    def _zeros(self, stem: str, output: str, dims: Iterable[int], kind: int) -> None:
+        """Make ``output`` zeros of a type."""
         import onnx
 
-        make, old = onnx.helper.make_node, self.initializers[initializer]
-        zero = onnx.helper.make_tensor("zero", old.data_type, [1], [0.0])
-        shape = f"{self._stem(initializer)}.shape"
+        make, shape = onnx.helper.make_node, f"{stem}.shape"
+        zero = onnx.helper.make_tensor("zero", kind, [1], [0.0])
         self.new_nodes += [
-            make("Constant", [], [shape], value_ints=list(old.dims)),
-            make("ConstantOfShape", [shape], [initializer], value=zero),
+            make("Constant", [], [shape], value_ints=list(dims)),
+            make("ConstantOfShape", [shape], [output], value=zero),
         ]
-        self.names[initializer] = ()
 
     def _stem(self, initializer: str) -> str:
         """Return what the names of the parts of a weight begin with: none of them is taken."""
@@ -136,6 +148,10 @@ class GraphEditor:
                 layer, weight_shape=shape, rows=len(rows), n_weights=len(rows) * layer.columns
             )
             under = self._stem(f"{stem}.w{part.bits}")
+            if part.bits == PRUNED_BITS:
+                joined.append(f"{under}.rows")
+                self._zeros(under, joined[-1], shape, onnx.TensorProto.FLOAT)
+                continue
             codes, scales, zeros, axis, block, steps = arrange(own, part)
             made.append(self._store(under, part, codes, scales, zeros))
             joined.append(f"{under}.rows")

@@ -331,7 +331,7 @@ def read_back(
     held = {t.name: t for t in read_onnx(path).graph.initializer}
     found = {}
     for name, weight in prepared.weights.items():
-        parts = [part for _, part in weight.parts()]
+        parts = [part for _, part in weight.parts() if part.bits != PRUNED_BITS]
         stored = []
         for codes, part in zip(names[name], parts, strict=False):  # codes come first
             values = onnx.numpy_helper.to_array(held[codes]).astype(np.int64)

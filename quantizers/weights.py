@@ -111,13 +111,23 @@ class QuantizedWeight:
         """Return the weight that has these ``parts``; exact."""
         order = torch.cat([rows for rows, _ in parts]).argsort()
         weights = [weight for _, weight in parts]
-        zeros = [weight.zero_points for weight in weights]
+        widest = weights[-1]
+
+        def joined(what: str) -> Tensor:
+            """Join scales or zero points; those of rows of zeros are 0."""
+            n = getattr(widest, what).shape[1]
+            own = [
+                getattr(widest, what).new_zeros(len(weight.codes), n)
+                if weight.bits == PRUNED_BITS
+                else getattr(weight, what)
+                for weight in weights
+            ]
+            return torch.cat(own)[order]
+
         return cls(
             codes=torch.cat([weight.codes for weight in weights])[order],
-            scales=torch.cat([weight.scales for weight in weights])[order],
-            zero_points=(
-                None if zeros[0] is None else torch.cat([z for z in zeros if z is not None])[order]
-            ),
+            scales=joined("scales"),
+            zero_points=None if widest.zero_points is None else joined("zero_points"),
             bits=max(weight.bits for weight in weights),
             scheme=scheme,
         )

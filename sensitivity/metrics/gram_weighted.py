@@ -140,8 +140,10 @@ class _Channels:
     def _sum(self, values: Tensor) -> Tensor:
         return values.sum(dim=self.others, dtype=torch.float64)
 
-    def squared_change(self, moved: Tensor) -> Tensor:
+    def squared_change(self, moved: Tensor, *, centred: bool = False) -> Tensor:
         """Return ``f64[channels]``, the summed squares of a change of the output.
+
+        ``centred`` leaves out the mean of each channel's change, which a bias makes up for.
 
         Where a batch norm follows whose statistics are adjusted, of what is left of the change
         once the channel's mean and variance are those of full precision again: with ``y`` and
@@ -150,7 +152,8 @@ class _Channels:
         """
         squares = self._sum(moved.square())
         if self.output is None:
-            return squares
+            n = moved.numel() // len(squares)
+            return squares - self._sum(moved).square() / n if centred else squares
         mean = self._sum(moved) / self.n
         product = self._sum(self.output * moved) - self.n * self.mean * mean
         now = self.energy + 2 * product + squares - self.n * mean.square()
@@ -182,7 +185,9 @@ class _Score:
             known = self._channels.get(id(call))
             if known is None:
                 known = self._channels[id(call)] = _Channels(work, call)
-            yield known.curvature, known.squared_change(response_to(work, call, candidate))
+            change = response_to(work, call, candidate)
+            # The mean output of a layer of zeros goes into a bias.
+            yield known.curvature, known.squared_change(change, centred=candidate.pruned)
 
 
 class ScoreByRow(_Score):

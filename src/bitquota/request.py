@@ -135,7 +135,8 @@ class PlanRequest(Document):
         tables: What prices budgets of time and energy, one for each resource.
         allow: What layers may become beside bit-widths: ``prune`` (zeros, whose mean output is
             folded into the bias, so that ``bias_correction`` is added to the corrections unless
-            they have it or adjust batch-norm statistics) and ``2:4`` (two of every four weights).
+            they have it or adjust batch-norm statistics; with ``row_widths`` rows may be zeros,
+            too) and ``2:4`` (two of every four weights).
         row_widths: Bit-widths that the rows (output channels) of one layer may have at most; with
             more than 1, mixes of these are on offer beside whole layers of one bit-width.
     """

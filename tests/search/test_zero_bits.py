@@ -285,6 +285,87 @@ class TestExports:
             export_plan(with_weights, plan, tmp_path / "x", samples=samples, format_name="onnx-qdq")
 
 
+class Channels(nn.Module):
+    """Some channels of a layer give almost nothing but a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 16, 3, padding=1)
+        self.head = nn.Linear(16, 6)
+        self.first.weight.data *= torch.where(torch.arange(16) % 2 > 0, 2.0, 0.02)[
+            :, None, None, None
+        ]
+        self.first.weight.data[0] += 0.01
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 4 * self.head(torch.relu(self.first(1 + x)).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def channels():
+    torch.manual_seed(0)
+    return finish(Channels().eval(), source="channels", architecture="Channels")
+
+
+@pytest.fixture(scope="module")
+def rows(channels, samples):
+    """Return the plan, and the model with its weights."""
+    asked = replace(
+        REQUEST, target="ort-cpu", allow=("prune",), row_widths=3, budgets=("2.6 bits",)
+    )
+    context = Context(device="cpu", ledger=MemoryLedger())
+    made = allocate(channels, samples, asked, context=context)
+    return made.plans[0], made.with_weights(channels)
+
+
+class TestRowsOfZeros:
+    def test_idle_channels_become_zeros_and_a_constant(self, rows, channels, samples):
+        """Only they; they cost nothing but their place, and their mean goes into the bias."""
+        plan, with_weights = rows
+        candidate = next(a.candidate for a in plan.assignments if a.layer.name == "first")
+        zeros = [r for r, bits in enumerate(candidate.row_bits) if bits == 0]
+        assert len(zeros) >= 3
+        assert all(r % 2 == 0 for r in zeros)
+        assert candidate.size.codes == 36 * sum(candidate.row_bits)
+        assert candidate.size.scales == 32 * (16 - len(zeros))
+        module = quantized_module(with_weights, plan)
+        assert not module.first.weight[zeros].any()
+        with torch.no_grad():
+            mean = channels.module.first(1 + samples.inputs[0]).mean((0, 2, 3))
+        assert torch.allclose(module.first.bias[zeros], mean[zeros], atol=0.01)
+
+    def test_they_lose_less_than_bit_widths_at_the_same_bytes(self, rows, channels, samples):
+        """Half of the channels need no bits, which the others then have."""
+        plan, with_weights = rows
+        size = f"{plan.size_bits // 8} B of weights"
+        asked = replace(REQUEST, target="ort-cpu", allow=(), row_widths=3, budgets=(size,))
+        context = Context(device="cpu", ledger=MemoryLedger())
+        made = allocate(channels, samples, asked, context=context)
+
+        def lost(model, of):
+            with torch.no_grad():
+                got = quantized_module(model, of)(*samples.inputs)
+                return float((got - channels.module(*samples.inputs)).square().mean())
+
+        assert lost(with_weights, plan) < 0.8 * lost(made.with_weights(channels), made.plans[0])
+
+    @pytest.mark.parametrize("form", ["onnx-qdq", "ref-int"])
+    def test_files_hold_the_plan(self, rows, samples, tmp_path, form):
+        """Nothing is stored of zeros; JSON and file give the same plan and outputs."""
+        plan, with_weights = rows
+        assert Plan.from_json(plan.to_json()) == plan
+        assert not plan.violations(target_by_name("ort-cpu"))
+        report = export_plan(with_weights, plan, tmp_path / "o", format_name=form, samples=samples)
+        assert report.difference.relative < 1e-5
+        assert sum(t.actual_bits for t in report.tensors) == plan.size_bits
+
+    def test_formats_without_zeros_refuse_them(self, rows, samples, tmp_path):
+        """A target that holds neither, and training, which knows layers of one bit-width."""
+        plan, with_weights = rows
+        with refused(InvalidPlan, format="openvino"):
+            export_plan(with_weights, plan, tmp_path / "x", samples=samples, format_name="openvino")
+
+
 class TestRequests:
     def test_the_request_checks_what_is_allowed(self):
         """Names, company, and that nobody names sparse layers himself."""

@@ -3,7 +3,8 @@
 Rows of a weight are rounded independently of each other, so the error of a layer is a sum over its
 rows, and one multiplier (error for a bit) decides all of them. What a layer is offered are a few
 points of that curve, at average bits that are a step apart: the search over layers then moves from
-one to the next as it does between bit-widths.
+one to the next as it does between bit-widths. Where zeros are allowed (``zero_bits``), rows may be
+zeros, too.
 
 References:
     [RMSMP] S.-E. Chang et al. RMSMP: a novel deep neural network quantization framework with
@@ -75,7 +76,11 @@ def with_mixes(
         found = set(own)
         if not own[0].cached:
             for given in {row.candidates[0].activation_bits for row in own}:
-                beside = [row for row in own if row.candidates[0].activation_bits == given]
+                beside = [
+                    row
+                    for row in own
+                    if row.candidates[0].activation_bits == given or row.candidates[0].pruned
+                ]
                 found.update(_mixes(beside, layers, errors, most))
         rows += sorted(found, key=lambda row: (sum(c.size_bits for c in row.candidates), row.label))
     return CandidateTable(rows=tuple(rows))
@@ -88,7 +93,7 @@ def mixable(candidates: Sequence[Candidate], layer: Layer) -> dict[int, Candidat
     whole = (c for c in candidates if c.scheme == c.scheme.of_parts)
     plain = {c.weight_bits: c for c in whole if c.weight_bits in ROW_BITS}
     schemes = [c.scheme for c in plain.values() if c.scheme.mixes]
-    alike = {b: c for b, c in plain.items() if schemes and c.scheme == schemes[-1]}
+    alike = {b: c for b, c in plain.items() if schemes and (c.pruned or c.scheme == schemes[-1])}
     return alike if len(alike) > 1 and layer.rows > 1 else {}
 
 

@@ -24,7 +24,7 @@ PRUNED_BITS = 0
 
 WEIGHT_BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16, FULL_PRECISION_BITS)
 
-ROW_BITS = (2, 3, 4, 5, 6, 7, 8)
+ROW_BITS = (PRUNED_BITS, 2, 3, 4, 5, 6, 7, 8)
 """Bit-widths that rows of one weight may have side by side."""
 
 

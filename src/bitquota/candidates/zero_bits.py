@@ -1,6 +1,6 @@
-"""Candidates that leave weights out: a layer of zeros, and two of every four weights.
+"""Candidates that leave weights out: a layer or rows of zeros, and two of every four weights.
 
-Both are on offer only where they are asked for (``--allow prune,2:4``).
+All are on offer only where they are asked for (``--allow prune,2:4``).
 
 Design: docs/design/zero-bits.md
 """
@@ -29,7 +29,7 @@ ALLOWED = (PRUNE, str(Sparsity.TWO_OF_FOUR))
 """What may be asked for."""
 
 ALLOWED_WORDS = {
-    PRUNE: "layers of zeros, whose mean output goes on (ref-int, ONNX)",
+    PRUNE: "layers of zeros, or rows of them, whose mean output goes on (ref-int, ONNX)",
     str(Sparsity.TWO_OF_FOUR): "two of every four weights (ref-int)",
 }
 """The same, as a form says it."""
@@ -48,7 +48,7 @@ WHY_NOT = {
 
 def zero_bits_of(candidate: Candidate) -> str | None:
     """Return which of ``ALLOWED`` a candidate is, or ``None``."""
-    if candidate.pruned:
+    if candidate.pruned or PRUNED_BITS in candidate.row_bits:
         return PRUNE
     return str(candidate.scheme.sparsity) if candidate.sparse else None
 

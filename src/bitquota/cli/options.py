@@ -253,8 +253,8 @@ Allow = Annotated[
     typer.Option(
         "--allow",
         help="What layers may become beside bit-widths, comma-separated: prune (zeros, their mean "
-        "output folded into the bias; for ref-int and ONNX) and 2:4 (two of every four weights, "
-        "with their places; for ref-int). Off by default.",
+        "output folded into the bias, with --row-widths single rows too; for ref-int and ONNX) and "
+        "2:4 (two of every four weights, with their places; for ref-int). Off by default.",
     ),
 ]
 RowWidths = Annotated[
