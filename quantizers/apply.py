@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,14 +92,38 @@ def apply_plan(
         InvalidInput: A correction needs samples and got none.
         Cancelled: The context said so.
     """
-    quantized = put_in_eval_mode(copy.deepcopy(module))
+    (quantized,) = apply_plans(
+        module,
+        inventory,
+        [candidates],
+        corrections=corrections,
+        correction_data=correction_data,
+        fitted=fitted,
+        references=references,
+        stored=None if stored is None else [stored],
+        context=context,
+    )
+    return quantized
+
+
+def apply_plans(
+    module: nn.Module,
+    inventory: Inventory,
+    choices: Sequence[Sequence[Candidate]],
+    *,
+    corrections: Sequence[Correction] = (),
+    correction_data: CalibrationSet | None = None,
+    fitted: Fitted | None = None,
+    references: References | None = None,
+    stored: Sequence[dict[str, QuantizedWeight]] | None = None,
+    context: Context | None = None,
+) -> list[nn.Module]:
+    """Return for each of ``choices`` what ``apply_plan`` does; ``stored`` has a place for each.
+
+    Other arguments and errors as there. Where weights are rounded in order, what is seen of
+    ``module`` serves all: memory for the activations of all samples between two layers, in each.
+    """
     fitted = Fitted(weights=QuantizedWeights(module, inventory)) if fitted is None else fitted
-    chosen = as_change([c for c in candidates if not c.cached])
-    put_caches(quantized, candidates)
-    for name, candidate in chosen.items():
-        if candidate.activation_bits is not None:
-            quantizer = input_quantizer(fitted.activations, name, candidate.activation_bits)
-            quantize_inputs_of(quantized, name, quantizer)
     context = Context() if context is None else context
     wanted = [c for c in corrections if c not in BEFORE_QUANTIZING]
     if wanted and correction_data is None:
@@ -107,68 +132,97 @@ def apply_plan(
             "data, such as the calibration set"
         )
         raise InvalidInput(msg, corrections=[str(c) for c in wanted])
-    followed: dict[tuple[Any, ...], Followed] | None = None
-    if Correction.BATCH_NORM_STATISTICS in wanted:
-        followed = {}
-    _put_weights(module, quantized, inventory, chosen, fitted, stored, followed, context)
-    if wanted and correction_data is not None:
+    applied = [
+        _Applied(
+            quantized=put_in_eval_mode(copy.deepcopy(module)),
+            chosen=as_change([c for c in each if not c.cached]),
+            stored=None if stored is None else stored[k],
+        )
+        for k, each in enumerate(choices)
+    ]
+    for one, candidates in zip(applied, choices, strict=True):
+        put_caches(one.quantized, candidates)
+        for name, candidate in one.chosen.items():
+            if candidate.activation_bits is not None:
+                quantizer = input_quantizer(fitted.activations, name, candidate.activation_bits)
+                quantize_inputs_of(one.quantized, name, quantizer)
+    follow = Correction.BATCH_NORM_STATISTICS in wanted
+    _put_weights(module, inventory, applied, fitted, follow=follow, context=context)
+    for one in applied:
         if Correction.BIAS_CORRECTION in wanted:
-            bias_correction(module, quantized, inventory, correction_data)
-        if followed and wanted == [Correction.BATCH_NORM_STATISTICS]:
-            for statistics in followed.values():
+            assert correction_data is not None  # noqa: S101  # checked above
+            bias_correction(module, one.quantized, inventory, correction_data)
+        if one.followed and wanted == [Correction.BATCH_NORM_STATISTICS]:
+            for statistics in one.followed.values():
                 statistics.store()
-        elif followed is not None:
+        elif follow:
+            assert correction_data is not None  # noqa: S101  # checked above
             known = None if references is None else references.statistics
-            reestimate_batch_norm(quantized, correction_data, reference=module, known=known)
-    return quantized
+            reestimate_batch_norm(one.quantized, correction_data, reference=module, known=known)
+    return [one.quantized for one in applied]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Applied:
+    """A choice on its way into a copy of the model.
+
+    Attributes:
+        quantized: The copy.
+        chosen: Candidates by layer name.
+        stored: Takes codes and scales, by layer name, if they are wanted.
+        followed: What its batch norms saw while weights were rounded in order, if they are as they
+            will stay.
+    """
+
+    quantized: nn.Module
+    chosen: dict[str, Candidate]
+    stored: dict[str, QuantizedWeight] | None
+    followed: dict[tuple[Any, ...], Followed] = field(default_factory=dict)
 
 
 def _put_weights(
     module: nn.Module,
-    quantized: nn.Module,
     inventory: Inventory,
-    chosen: dict[str, Candidate],
+    applied: Sequence[_Applied],
     fitted: Fitted,
-    stored: dict[str, QuantizedWeight] | None,
-    followed: dict[tuple[Any, ...], Followed] | None,
+    *,
+    follow: bool,
     context: Context,
 ) -> None:
-    """Put quantized weights into ``quantized``, rounded in order or each by itself.
-
-    ``followed`` gets what its batch norms saw while weights were rounded in order, if they are as
-    they will stay.
-    """
-    if fitted.order is not None:
-        order = fitted.order
-        found = round_in_sequence(
-            module,
-            quantized,
-            chosen,
-            order.batches,
-            fitted.weights,
-            rounding=order.rounding,
-            followed=followed,
-            context=context,
-        )
+    """Put quantized weights into the copies, rounded in order or each by itself."""
+    if fitted.order is None:
+        for one in applied:
+            own = QuantizedWeights(one.quantized, inventory)
+            for name, candidate in one.chosen.items():
+                if one.stored is not None and candidate.weight_bits != FULL_PRECISION_BITS:
+                    one.stored[name] = fitted.weights.stored(candidate)
+                # The same storage may be reached under several names (tied weights): copy in place.
+                with torch.no_grad():
+                    own.original(name).copy_(fitted.weights(candidate))
+        return
+    order = fitted.order
+    found = round_in_sequence(
+        module,
+        [one.quantized for one in applied],
+        [one.chosen for one in applied],
+        order.batches,
+        fitted.weights,
+        rounding=order.rounding,
+        followed=[one.followed for one in applied] if follow else (),
+        context=context,
+    )
+    for one, weights in zip(applied, found, strict=True):
+        made = weights
         if order.iterations:
-            if followed is not None:
-                followed.clear()
-            found |= learn_in_blocks(
+            one.followed.clear()
+            made = weights | learn_in_blocks(
                 module,
-                quantized,
-                found,
+                one.quantized,
+                weights,
                 {layer.name: layer for layer in inventory.layers},
                 order.batches,
                 iterations=order.iterations,
                 context=context,
             )
-        if stored is not None:
-            stored.update(found)
-        return
-    own = QuantizedWeights(quantized, inventory)
-    for name, candidate in chosen.items():
-        if stored is not None and candidate.weight_bits != FULL_PRECISION_BITS:
-            stored[name] = fitted.weights.stored(candidate)
-        # The same storage may be reached under several names (tied weights): copy in place.
-        with torch.no_grad():
-            own.original(name).copy_(fitted.weights(candidate))
+        if one.stored is not None:
+            one.stored.update(made)

@@ -70,16 +70,16 @@ def rounder_in(rounding: str) -> Rounder:
 
 def round_in_sequence(
     module: nn.Module,
-    quantized: nn.Module,
-    candidates: Mapping[str, Candidate],
+    quantized: Sequence[nn.Module],
+    candidates: Sequence[Mapping[str, Candidate]],
     batches: Sequence[tuple[Tensor, ...]],
     weights: QuantizedWeights,
     *,
     rounding: str,
-    followed: dict[tuple[Any, ...], Followed] | None = None,
+    followed: Sequence[dict[tuple[Any, ...], Followed]] = (),
     context: Context | None = None,
     processes: Processes = Processes(),  # noqa: B008  # frozen
-) -> dict[str, QuantizedWeight]:
+) -> list[dict[str, QuantizedWeight]]:
     """Quantize the weights of ``quantized`` in place, one layer after the other as they run.
 
     Each layer is rounded with error feedback to the second moment of the inputs that it gets in
@@ -90,8 +90,10 @@ def round_in_sequence(
 
     Args:
         module: The full-precision model in eval mode.
-        quantized: A copy of it; its inputs are quantized already, where they will be.
-        candidates: What each layer becomes, by name; layers in full precision may be left out.
+        quantized: Copies of it; their inputs are quantized already, where they will be.
+        candidates: For each of them what each layer becomes, by name; layers in full precision may
+            be left out. Each comes out as it would alone: they only share what is to be seen of
+            ``module``.
         batches: Positional arguments of forward passes.
         weights: Quantizers of single layers.
         rounding: ``gpfq``, ``gptq`` or ``qep``.
@@ -101,7 +103,7 @@ def round_in_sequence(
         processes: Share layers that are given the same, such as q, k and v.
 
     Returns:
-        Codes and scales by layer name.
+        For each of ``quantized`` codes and scales by layer name.
 
     Raises:
         Cancelled: The context said so.
@@ -109,25 +111,29 @@ def round_in_sequence(
     Cost: one forward pass of each model over the batches, and for each layer the moments of its
     inputs and the rounding itself. Deterministic.
     """
-    chosen = {k: c for k, c in candidates.items() if c.weight_bits != FULL_PRECISION_BITS}
-    layers = {name: weights.layer(name) for name in chosen}
+    chosen = [
+        {name: c for name, c in each.items() if c.weight_bits != FULL_PRECISION_BITS}
+        for each in candidates
+    ]
+    layers = {name: weights.layer(name) for each in chosen for name in each}
     onnx = source_of(module) is not None
     # In an ONNX graph the walk itself knows where a weight is read once.
     once = dict.fromkeys(layers, -1) if onnx else _called_once(module, layers, batches[0])
-    found: dict[str, QuantizedWeight] = {}
+    found: list[dict[str, QuantizedWeight]] = [{} for _ in quantized]
 
-    def put(name: str, stored: QuantizedWeight) -> None:
-        found[name] = stored
-        place = tensor_of(quantized, layers[name].weight_name)
+    def put(k: int, name: str, stored: QuantizedWeight) -> None:
+        found[k][name] = stored
+        place = tensor_of(quantized[k], layers[name].weight_name)
         with torch.no_grad():
             place.copy_(from_matrix(stored.dequantize().to(place.dtype), layers[name]))
 
-    for name, candidate in chosen.items():
-        if name not in once:
-            put(name, weights.stored(candidate))
+    for k, each in enumerate(chosen):
+        for name, candidate in each.items():
+            if name not in once:
+                put(k, name, weights.stored(candidate))
     walked = {name: layer for name, layer in layers.items() if name in once}
     meetings = (
-        walk_onnx([module, quantized], walked, batches)
+        walk_onnx([module, *quantized], walked, batches)
         if onnx
         else walk_layers(
             module,
@@ -140,36 +146,39 @@ def round_in_sequence(
         )
     )
     moments: _Moments | None = None
-    ahead: dict[str, QuantizedWeight] = {}
+    ahead: list[dict[str, QuantizedWeight]] = [{} for _ in quantized]
     for meeting in meetings:
         if context is not None:
             context.check(STAGE)
         name = meeting.layer
         layer = layers[name]
-        if moments is None or not moments.are_of(meeting, layer):
+        which = [k for k, each in enumerate(chosen) if name in each]
+        if moments is None or not moments.are_of(meeting, layer, which):
             moments = None
-            ahead.clear()
+            ahead = [{} for _ in quantized]
             give_back()
-            moments = _Moments(meeting, layer, processes)
-        if name not in ahead:
-            together = [name]
-            if processes.count > 1:
-                alike = (other for other in walked if once[other] == once[name] >= 0)
-                together += [other for other in alike if other != name and other not in found]
-            rounded = _Rounded(moments, weights, chosen, layers, rounding)
-            ahead |= rounded.found(together, processes)
-        put(name, ahead.pop(name))
+            moments = _Moments(meeting, layer, which, processes)
+        for k in which:
+            if name not in ahead[k]:
+                together = [name]
+                if processes.count > 1:
+                    alike = (n for n in walked if once[n] == once[name] >= 0 and n in chosen[k])
+                    together += [n for n in alike if n != name and n not in found[k]]
+                rounded = _Rounded(*moments.of[k], weights, chosen[k], layers, rounding)
+                ahead[k] |= rounded.found(together, processes)
+            put(k, name, ahead[k].pop(name))
     del moments
     forget_factors()
     # What the samples never reach is rounded by itself.
-    for name in walked:
-        if name not in found:
-            put(name, weights.stored(chosen[name]))
+    for k, each in enumerate(chosen):
+        for name, candidate in each.items():
+            if name not in found[k]:
+                put(k, name, weights.stored(candidate))
     return found
 
 
 class _Rounded:
-    """Layers that are given what moments are of, each rounded by itself.
+    """Layers that are given what moments are of (``_Moments.of``), each rounded by itself.
 
     Large weights are rounded some rows at a time, whatever the number of processes: no row depends
     on another, and in float64 the whole would take several times its own memory.
@@ -177,21 +186,22 @@ class _Rounded:
 
     def __init__(
         self,
-        moments: _Moments,
+        gram: Tensor,
+        cross: Tensor,
         weights: QuantizedWeights,
         chosen: Mapping[str, Candidate],
         layers: Mapping[str, Layer],
         rounding: str,
     ) -> None:
-        self._moments, self._weights, self._chosen = moments, weights, chosen
-        self._layers, self._rounding = layers, rounding
+        self._gram, self._cross, self._weights = gram, cross, weights
+        self._chosen, self._layers, self._rounding = chosen, layers, rounding
         self._propagation: Propagation | None = None
 
     def found(self, names: Sequence[str], processes: Processes) -> dict[str, QuantizedWeight]:
         """Return what the layers become; their rows are shared by processes."""
         tasks = [(name, rows) for name in names for rows in self._blocks(name)]
         if self._rounding == QEP and len(tasks) > len(names):
-            self._propagation = Propagation(self._moments.gram, self._moments.cross)
+            self._propagation = Propagation(self._gram, self._cross)
 
         def tensors(k: int) -> dict[str, Tensor]:
             made = self._quantized(*tasks[k])
@@ -204,7 +214,7 @@ class _Rounded:
         return {name: self._joined(name, parts.pop(name)) for name in names}
 
     def _blocks(self, name: str) -> list[range]:
-        layer, whole = self._layers[name], len(self._moments.gram) > 1
+        layer, whole = self._layers[name], len(self._gram) > 1
         n = max(1, layer.rows * layer.columns // BLOCK_WEIGHTS)
         if whole or self._chosen[name].scheme.granularity is Granularity.TENSOR:
             n = 1
@@ -216,7 +226,7 @@ class _Rounded:
         if importance is not None and len(rows) < len(whole):
             importance = importance.expand_as(whole)[rows.start : rows.stop]
         matrix = whole[rows.start : rows.stop].double()
-        gram, cross = self._moments.gram, self._moments.cross
+        gram, cross = self._gram, self._cross
         if self._rounding == QEP:
             apart = self._propagation if len(rows) < len(whole) else None
             matrix = propagated(matrix, gram, cross) if apart is None else apart.of(matrix)
@@ -244,50 +254,56 @@ class _Rounded:
 
 
 class _Moments:
-    """Moments of a layer's inputs in both models; layers that are given the same share them.
+    """Moments of a layer's inputs; layers that are given the same share them.
 
     Attributes:
-        gram: ``Xq^T Xq``, f64[groups, columns, columns], shrunk.
-        cross: ``X^T Xq``, shaped likewise.
+        of: By quantized model ``Xq^T Xq`` and ``X^T Xq``, f64[groups, columns, columns] each,
+            shrunk.
     """
 
-    def __init__(self, meeting: Meeting, layer: Layer, processes: Processes) -> None:
+    def __init__(
+        self, meeting: Meeting, layer: Layer, which: Sequence[int], processes: Processes
+    ) -> None:
+        n = 2 * len(which)
         sums: list[Tensor] = []
         positions = 0
         limit = positions_of(layer, len(meeting.inputs))
         held: dict[int, list[Tensor]] = {}
 
         def product(number: int) -> dict[str, Tensor]:
-            """Return what one batch adds to one of the two."""
-            b, k = divmod(number, 2)
+            """Return what one batch adds to one of the sums."""
+            b, k = divmod(number, n)
             if b not in held:
+                full, *others = meeting.inputs[b]
                 held.clear()
-                held[b] = [patches(x, layer, meeting.settings, limit) for x in meeting.inputs[b]]
-            x, xq = held[b]
-            n = torch.tensor(0 if k else x.shape[1])
-            return {"product": moment(x if k else xq, xq, layer), "positions": n}
+                wanted = (full, *(others[j] for j in which))
+                held[b] = [patches(x, layer, meeting.settings, limit) for x in wanted]
+            x, xq = held[b][0], held[b][1 + k // 2]
+            count = torch.tensor(0 if k else x.shape[1])
+            return {"product": moment(x if k % 2 else xq, xq, layer), "positions": count}
 
-        n_numbers = 2 * len(meeting.inputs)
-        size = layer.columns * sum(full.numel() for full, _ in meeting.inputs)
+        size = layer.columns * sum(full.numel() for full, *_ in meeting.inputs)
         worth = processes if size > FORK_WORTH else Processes()
-        for number, found in enumerate(worth.map(product, n_numbers)):
-            if number < 2:
+        for number, found in enumerate(worth.map(product, n * len(meeting.inputs))):
+            if number < n:
                 sums.append(found["product"].double())
             else:
-                sums[number % 2] += found["product"]
+                sums[number % n] += found["product"]
             positions += int(found["positions"])
-        self.gram, self.cross = sums
-        shrink(self.gram, positions, self.cross)
-        self._inputs, self._of = meeting.inputs, _states(meeting)
+        self.of = dict(zip(which, zip(sums[::2], sums[1::2], strict=True), strict=True))
+        for gram, cross in self.of.values():
+            shrink(gram, positions, cross)
+        self._inputs, self._states = meeting.inputs, _states(meeting)
 
-    def are_of(self, meeting: Meeting, layer: Layer) -> bool:
+    def are_of(self, meeting: Meeting, layer: Layer, which: Sequence[int]) -> bool:
         """Whether a layer is given the same tensors."""
-        return not layer.kind.name.startswith("CONV") and self._of == _states(meeting)
+        same = set(which) <= self.of.keys() and self._states == _states(meeting)
+        return same and not layer.kind.name.startswith("CONV")
 
 
 def _states(meeting: Meeting) -> list[tuple[int, int]]:
     """Return what tells the inputs of a meeting, as long as they are held, from any others."""
-    return [(id(t), t._version) for both in meeting.inputs for t in both]  # noqa: SLF001  # counts writes
+    return [(id(t), t._version) for along in meeting.inputs for t in along]  # noqa: SLF001  # counts writes
 
 
 def _called_once(

@@ -81,10 +81,10 @@ def round_stack(
         side = None if given is None else 1
         quantized = Remembering(part, None if last else following, len(batches), side)
         if done[k] is None:
-            made = round_in_sequence(
+            (made,) = round_in_sequence(
                 Remembering(full, None, 0, None if given is None else 0),
-                quantized,
-                own,
+                [quantized],
+                [own],
                 batches,
                 _Candidates(full, known),
                 rounding=rounding,

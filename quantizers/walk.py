@@ -1,9 +1,10 @@
-"""Run two models side by side over the same samples, from one layer to the next.
+"""Run models side by side over the same samples, from one layer to the next.
 
 Rounding layer after layer needs, at every layer, its inputs in full precision and its inputs in the
-model whose earlier layers are quantized already. Each model runs on each batch in a thread of its
-own that stops at every layer; one thread runs at a time, or both of a batch. So both models run
-once, whatever the number of layers, and hold no more than the activations between two layers.
+model whose earlier layers are quantized already, or in several such models. Each model runs on each
+batch in a thread of its own that stops at every layer; one thread runs at a time, or all of a
+batch. So every model runs once, whatever the number of layers, and holds no more than the
+activations between two layers.
 
 Design: docs/design/rounding.md
 """
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Meeting:
-    """One layer, and what it is about to be multiplied with in both models.
+    """One layer, and what it is about to be multiplied with in each model.
 
     Attributes:
         layer: Name of the layer.
@@ -53,67 +54,65 @@ class Meeting:
 
 def walk_layers(
     module: nn.Module,
-    quantized: nn.Module,
+    quantized: Sequence[nn.Module],
     layers: Mapping[str, Layer],
     batches: Sequence[tuple[Tensor, ...]],
     settings_of: Callable[[str, tuple[Any, ...], dict[str, Any]], dict[str, Any]],
     *,
     abreast: bool = False,
-    followed: dict[tuple[Any, ...], Followed] | None = None,
+    followed: Sequence[dict[tuple[Any, ...], Followed]] = (),
 ) -> Iterator[Meeting]:
-    """Yield each layer before either model runs it; what the caller writes into it counts.
+    """Yield each layer before any of the models runs it; what the caller writes into it counts.
 
-    Both models run as they are when the caller goes on: it puts the quantized weight of the layer
-    into ``quantized`` (in place), and later layers see what it does. A layer that runs again
-    later in the pass is not yielded twice.
+    All models run as they are when the caller goes on: it puts the quantized weight of the layer
+    into those of ``quantized`` (in place), and later layers see what it does. A layer that runs
+    again later in the pass is not yielded twice.
 
     Args:
         module: The full-precision model in eval mode.
-        quantized: A copy of it.
+        quantized: Copies of it.
         layers: Layers to stop at, by name.
         batches: Positional arguments of forward passes.
         settings_of: Reads the other arguments of a layer's call.
-        abreast: Let both models run on a batch at the same time, on two processors; not where
+        abreast: Let all models run on a batch at the same time, each on a processor; not where
             there is something to follow.
-        followed: Gets what the batch norms of ``quantized`` saw, which then run with statistics
-            moved to fit each batch (``models.batch_norm``).
+        followed: One for each of ``quantized``, or none. Gets what its batch norms saw, which then
+            run with statistics moved to fit each batch (``models.batch_norm``).
 
     Cost: one forward pass of each model; memory for the activations of all batches between two
-    layers.
+    layers, in each model.
     """
     share_one_heap()
-    pairs = []
+    by_batch = []
     for batch in batches:
-        within: Sequence[AbstractContextManager[object]] = (nullcontext(), nullcontext())
-        if followed is not None:
-            # The full-precision lane must be ahead of the other.
+        within: list[AbstractContextManager[object]] = [nullcontext()] * (1 + len(quantized))
+        if followed:
+            # The full-precision lane must be ahead of the others.
             abreast = False
             seen = observed_statistics()
-            within = seen, moved_batch_norms(seen.calls, followed)
-        first, second = within
-        pairs.append((_Lane(module, layers, batch, first), _Lane(quantized, layers, batch, second)))
-    lanes = [lane for pair in pairs for lane in pair]
+            within = [seen, *(moved_batch_norms(seen.calls, each) for each in followed)]
+        models = zip((module, *quantized), within, strict=True)
+        by_batch.append([_Lane(model, layers, batch, context) for model, context in models])
+    lanes = [lane for along in by_batch for lane in along]
     done: set[str] = set()
     try:
-        _go_on(pairs, abreast=abreast)
+        _go_on(by_batch, abreast=abreast)
         while waiting := [lane.stop for lane in lanes if lane.stop is not None]:
             name = waiting[0].layer
-            together = [
-                (first.stop, second.stop)
-                for first, second in pairs
-                if first.stop is not None
-                and second.stop is not None
-                and first.stop.layer == second.stop.layer == name
+            stops = [
+                [lane.stop for lane in along if lane.stop is not None and lane.stop.layer == name]
+                for along in by_batch
             ]
+            together = [there for there in stops if len(there) == 1 + len(quantized)]
             if name not in done and together:
                 done.add(name)
                 call, args, kwargs = together[0][0].call, together[0][0].args, together[0][0].kwargs
                 yield Meeting(
                     layer=name,
                     settings=settings_of(call.operator, args, kwargs),
-                    inputs=tuple((a.inputs, b.inputs) for a, b in together),
+                    inputs=tuple(tuple(stop.inputs for stop in there) for there in together),
                 )
-            _go_on(pairs, name, abreast=abreast)
+            _go_on(by_batch, name, abreast=abreast)
     finally:
         for lane in lanes:
             lane.end()
@@ -231,10 +230,10 @@ class _Lane:
             raise _Ended
 
 
-def _go_on(pairs: Sequence[tuple[_Lane, _Lane]], name: str | None = None, *, abreast: bool) -> None:
+def _go_on(by_batch: Sequence[Sequence[_Lane]], name: str | None = None, *, abreast: bool) -> None:
     """Run all lanes that wait at a layer, or all for a start, to the next layer."""
-    for pair in pairs:
-        moving = [one for one in pair if name is None or (one.stop and one.stop.layer == name)]
+    for along in by_batch:
+        moving = [one for one in along if name is None or (one.stop and one.stop.layer == name)]
         for together in (moving,) if abreast else [[one] for one in moving]:
             for lane in together:
                 lane.start()

@@ -32,7 +32,7 @@ from bitquota.models.schedule import schedule_of
 from bitquota.models.sharing import sharing_weights
 from bitquota.models.stack import stack_of
 from bitquota.quantizers.activations import layers_of_one_input
-from bitquota.quantizers.apply import apply_plan
+from bitquota.quantizers.apply import apply_plans
 from bitquota.quantizers.corrections import fold_batch_norm
 from bitquota.quantizers.fitted import BATCH, fit_quantizers
 from bitquota.quantizers.imatrix import importance_of
@@ -85,17 +85,30 @@ SHOWN_TOKENS = 8
 ROW_SAMPLES = 256
 """Samples at most that show which rows of a layer need more bits."""
 
+MOST_BESIDE = 7
+"""Choices at most that are rounded on the way of another one: each holds a copy of the model."""
+
 SPARE_BLOCKS = 2
 """Blocks of further samples at most, beyond those that a request asks for."""
 
 
 @dataclass(slots=True, eq=False)
 class Kept:
-    """The quantized model of the best choice so far: it is the one that is asked for again."""
+    """Quantized models that are asked for again, or next.
+
+    Attributes:
+        choice: The best choice so far.
+        loss: What it costs.
+        model: What it ships as.
+        coming: Choices that are about to be measured, in order.
+        ahead: Those of them that were rounded on the way.
+    """
 
     choice: Choice | None = None
     loss: float = math.inf
     model: QuantizedModel | None = None
+    coming: list[Choice] = field(default_factory=list)
+    ahead: dict[Choice, QuantizedModel] = field(default_factory=dict)
 
     def offer(self, choice: Choice, loss: float, model: QuantizedModel) -> None:
         """Keep a choice if it is better than the one that is kept."""
@@ -281,24 +294,54 @@ class Setup:
         return replace(self, fitted=self.fitted.learning(self.request.iterations), kept=Kept())
 
     def rounded(self, choice: Choice, context: Context | None = None) -> QuantizedModel:
-        """Quantize a choice as its plan says, unless it is the one that was kept."""
-        if self.kept.choice == choice and self.kept.model is not None:
-            return self.kept.model
+        """Quantize a choice as its plan says, unless that was done before and is kept.
+
+        Those that are to be measured next are rounded on the way, as many as memory allows: they
+        share what is seen of the full-precision model.
+        """
+        kept = self.kept
+        if kept.choice == choice and kept.model is not None:
+            return kept.model
+        if choice not in kept.ahead:
+            coming = [c for c in kept.coming if c != choice and c not in kept.ahead]
+            together = [choice, *coming[: self._fits_beside]]
+            kept.ahead |= dict(zip(together, self._rounded(together, context), strict=True))
+        return kept.ahead.pop(choice)
+
+    @property
+    def _fits_beside(self) -> int:
+        """How many choices can be rounded on the way of another one."""
         order = self.fitted.order
-        # A cache is quantized while the model runs, and ships no numbers.
-        chosen = [c for c in self.table.decode(choice) if not c.cached]
-        stored: dict[str, QuantizedWeight] = {}
+        if order is None or order.iterations or self.stacked is not None:
+            return 0
+        held = max(
+            4 * len(self.fit) * layer.n_macs * (1 / layer.rows + 1 / layer.columns)
+            + 16 * layer.columns**2
+            for layer in self.inventory.layers
+        )
+        return min(MOST_BESIDE, max(0, int(self.context.memory_bytes / 2 / held) - 2))
+
+    def _rounded(
+        self, choices: Sequence[Choice], context: Context | None
+    ) -> Iterator[QuantizedModel]:
+        """Quantize choices as their plans say; a cache is quantized while the model runs."""
+        order = self.fitted.order
+        chosen = [[c for c in self.table.decode(choice) if not c.cached] for choice in choices]
+        stored: list[dict[str, QuantizedWeight]] = [{} for _ in choices]
+        rounding = "nearest" if order is None else order.rounding
         if self.stacked is not None:
-            rounding = "nearest" if order is None else order.rounding
-            return QuantizedModel(
-                model_digest=self.inventory.model_digest,
-                rounding=rounding,
-                weights=round_stack(
-                    self.stacked, chosen, rounding=rounding, context=context or self.context
-                ),
-                **self._rewritten(),
-            )
-        module = apply_plan(
+            for candidates in chosen:
+                weights = round_stack(
+                    self.stacked, candidates, rounding=rounding, context=context or self.context
+                )
+                yield QuantizedModel(
+                    model_digest=self.inventory.model_digest,
+                    rounding=rounding,
+                    weights=weights,
+                    **self._rewritten(),
+                )
+            return
+        modules = apply_plans(
             self.module,
             self.inventory,
             chosen,
@@ -309,14 +352,15 @@ class Setup:
             stored=stored,
             context=context or self.context,
         )
-        return QuantizedModel(
-            model_digest=self.inventory.model_digest,
-            rounding="nearest" if order is None else order.name,
-            weights=stored,
-            tensors=changed_tensors(self.module, module, self.inventory),
-            activations=self.fitted.input_grids(chosen),
-            **self._rewritten(),
-        )
+        for module, candidates, weights in zip(modules, chosen, stored, strict=True):
+            yield QuantizedModel(
+                model_digest=self.inventory.model_digest,
+                rounding=rounding if order is None else order.name,
+                weights=weights,
+                tensors=changed_tensors(self.module, module, self.inventory),
+                activations=self.fitted.input_grids(candidates),
+                **self._rewritten(),
+            )
 
     def _rewritten(self) -> dict[str, Any]:
         """Return how the quantized model comes about from the one that was loaded."""
@@ -340,7 +384,9 @@ class Setup:
         # One stage over all choices says more than one for each.
         quiet = replace(self, context=replace(self.context, on_progress=None))
         found: dict[Choice, ChoiceLoss] = {}
+        self.kept.coming = list(distinct)
         for choice in distinct:
+            self.kept.coming.remove(choice)
             found[choice] = quiet.measure_choice(choice, stage=stage, rounding=self.context)
             self.context.report(stage, len(found), len(distinct), weight=weight)
         return found

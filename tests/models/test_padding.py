@@ -161,7 +161,7 @@ class TestInputMoments:
         inventory = inventory_of(model.module, model, padded)
         layers = {la.name: la for la in inventory.layers if "mlp" in la.name}
         twin = copy.deepcopy(model.module)
-        meetings = list(walk_layers(model.module, twin, layers, [padded.inputs], call_settings))
+        meetings = list(walk_layers(model.module, [twin], layers, [padded.inputs], call_settings))
         assert len(layers) == len(meetings)
         for meeting in meetings:
             for values in meeting.inputs[0]:

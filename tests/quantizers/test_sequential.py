@@ -17,7 +17,7 @@ from bitquota.errors import Cancelled
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.discovery import discover
 from bitquota.models.layout import from_matrix, to_matrix
-from bitquota.quantizers.apply import apply_plan
+from bitquota.quantizers.apply import apply_plan, apply_plans
 from bitquota.quantizers.corrections import reestimate_batch_norm
 from bitquota.quantizers.fitted import fit_quantizers
 from bitquota.quantizers.input_moments import call_settings, input_grams, moment, patches
@@ -70,7 +70,9 @@ def rounded(net, rounding, *, batch=16, bits=3):
     grams = partial(input_grams, module, inventory, [(x,)], shrunk=True)
     weights = QuantizedWeights(module, inventory, grams, rounding=Rounder.GPTQ)
     batches = [(part,) for part in x.split(batch)]
-    found = round_in_sequence(module, copied, candidates, batches, weights, rounding=rounding)
+    (found,) = round_in_sequence(
+        module, [copied], [candidates], batches, weights, rounding=rounding
+    )
     return copied, found
 
 
@@ -105,7 +107,7 @@ class TestWalk:
         changed = copy.deepcopy(module)
         layers = {la.name: la for la in inventory.layers}
         seen = []
-        for meeting in walk_layers(module, changed, layers, [(x[:8],), (x[8:],)], call_settings):
+        for meeting in walk_layers(module, [changed], layers, [(x[:8],), (x[8:],)], call_settings):
             seen.append(meeting.layer)
             same = [torch.equal(full, other) for full, other in meeting.inputs]
             assert len(same) == 2
@@ -118,7 +120,7 @@ class TestWalk:
     def test_threads_end_when_it_is_given_up(self, net):
         module, inventory, x = net
         layers = {la.name: la for la in inventory.layers}
-        walk = walk_layers(module, copy.deepcopy(module), layers, [(x,)], call_settings)
+        walk = walk_layers(module, [copy.deepcopy(module)], layers, [(x,)], call_settings)
         next(walk)
         walk.close()
         assert not [t for t in threading.enumerate() if t.name == "rounding lane"]
@@ -128,7 +130,7 @@ class TestWalk:
         layers = {la.name: la for la in inventory.layers}
         wrong = [(x[:, :2],)]
         with pytest.raises(RuntimeError, match="channels"):
-            list(walk_layers(module, copy.deepcopy(module), layers, wrong, call_settings))
+            list(walk_layers(module, [copy.deepcopy(module)], layers, wrong, call_settings))
 
 
 class TestRoundInSequence:
@@ -180,8 +182,8 @@ class TestRoundInSequence:
         with refused(Cancelled, stage="rounding"):
             round_in_sequence(
                 module,
-                copied,
-                {la.name: Candidate.of(la, 3, Scheme()) for la in inventory.layers[:3]},
+                [copied],
+                [{la.name: Candidate.of(la, 3, Scheme()) for la in inventory.layers[:3]}],
                 [(x,)],
                 QuantizedWeights(module, inventory),
                 rounding="gptq",
@@ -239,13 +241,45 @@ class Normed(nn.Module):
         return self.last(self.second(functional.relu(self.norm(self.first(x)))))
 
 
+def trained_elsewhere():
+    torch.manual_seed(3)
+    module = Normed()
+    module(3 * torch.randn(200, 3, 6, 6))
+    return module.eval()
+
+
 class TestMovedStatistics:
+    def test_choices_that_are_rounded_together_come_out_as_alone(self, net):
+        """One of them leaves a layer in full precision."""
+        _, _, x = net
+        module = trained_elsewhere()
+        inventory = discover(module, (x[:2],))
+        first, second = inventory.layers
+        choices = [
+            [Candidate.of(first, 2, Scheme()), Candidate.of(second, 3, Scheme())],
+            [Candidate.of(first, 32, Scheme()), Candidate.of(second, 2, Scheme())],
+            [Candidate.of(first, 4, Scheme()), Candidate.of(second, 32, Scheme())],
+        ]
+        samples = CalibrationSet(inputs=(x,))
+        offered = [candidate for choice in choices for candidate in choice]
+        fitted = fit_quantizers(module, inventory, offered, samples, rounding="qep")
+        how = {"corrections": [Correction.BATCH_NORM_STATISTICS], "correction_data": samples}
+
+        def made(together):
+            stored = [{} for _ in together]
+            found = apply_plans(module, inventory, together, fitted=fitted, stored=stored, **how)
+            return list(zip(found, stored, strict=True))
+
+        apart = [made([choice])[0] for choice in choices]
+        for (one, codes), (other, alone) in zip(made(choices), apart, strict=True):
+            assert codes.keys() == alone.keys()
+            assert all(torch.equal(codes[k].codes, alone[k].codes) for k in codes)
+            expected = other.state_dict()
+            assert all(torch.equal(v, expected[k]) for k, v in one.state_dict().items())
+
     def test_layers_are_rounded_to_what_they_get_with_them(self, net):
         _, _, x = net
-        torch.manual_seed(3)
-        module = Normed()
-        module(3 * torch.randn(200, 3, 6, 6))
-        module.eval()
+        module = trained_elsewhere()
         inventory = discover(module, (x[:2],))
         chosen = [Candidate.of(layer, 2, Scheme()) for layer in inventory.layers]
         samples = CalibrationSet(inputs=(x,))

@@ -172,14 +172,15 @@ def _compare(
     """
     setup = replace(setup, kept=Kept())
     quick = setup.request.effort == "quick"
-    setup, first, rounding = _with_rounding(setup, outcome, stage)
     refined = (outcome.choice,) if quick else (outcome.choice, *others)
     if source.scaled:
         # Measured swaps saw layers that are rounded apart.
         refined += (choice_of(outcome.optimum),)
     own = {f"refined {k}": c for k, c in enumerate(dict.fromkeys(refined))}
     own = {name: choice for name, choice in own.items() if problem.is_feasible(choice)}
-    measured = _measure_choices(setup, own | outcome.baselines, stage, first)
+    compared = own | outcome.baselines
+    setup, known, rounding = _with_rounding(setup, compared, outcome.raced, stage)
+    measured = _measure_choices(setup, compared, stage, known)
     leading = _trusted(measured, list(own))
     choices = {SOLVER: own[leading], **outcome.baselines}
     measured[SOLVER] = measured[leading]
@@ -276,32 +277,37 @@ def _provenance(setup: Setup, source: Portfolio, rounding: JsonObject) -> JsonOb
 
 
 def _with_rounding(
-    setup: Setup, outcome: Outcome, stage: str
+    setup: Setup,
+    choices: dict[str, Choice],
+    raced: NDArray[np.float64] | None,
+    stage: str,
 ) -> tuple[Setup, dict[Choice, ChoiceLoss], JsonObject]:
     """Settle how the weights of a plan are rounded, where the request leaves that to us.
 
-    To nearest is measured too, unless the effort is quick and feeding errors on has clearly gained
-    over layers that are rounded apart. Returns the setup that rounds so, what was measured with it,
-    and what the plan says of it.
+    The first of ``choices`` decides, which is measured rounded to nearest too, unless feeding
+    errors on has clearly gained over layers that are rounded apart, as ``raced`` has it. Returns
+    the setup that rounds so, what was measured with it, and what the plan says of it.
     """
     if setup.request.rounding != AUTO:
         return setup, {}, {}
     if setup.fitted.order is None:
         return setup, {}, {"to": str(Rounder.NEAREST)}
-    choice, to_nearest = outcome.choice, setup.rounded_to_nearest()
-    (fed,) = _measure_choices(setup, {SOLVER: choice}, stage).values()
-    if outcome.raced is not None:
-        gains = outcome.raced - fed.per_sample[: len(outcome.raced)]
+    measured = _measure_choices(setup, choices, stage)
+    known = {choices[name]: found for name, found in measured.items()}
+    choice, to_nearest = next(iter(choices.values())), setup.rounded_to_nearest()
+    fed = known[choice]
+    if raced is not None:
+        gains = raced - fed.per_sample[: len(raced)]
         gain, error = float(gains.mean()), float(standard_error(gains))
         if gain > error:
             about = {"apart_worse_by": gain, "standard_error": error}
-            return setup, {choice: fed}, {"to": setup.fitted.order.rounding, **about}
+            return setup, known, {"to": setup.fitted.order.rounding, **about}
     (plain,) = _measure_choices(to_nearest, {SOLVER: choice}, f"{stage}, to nearest").values()
     worse_by, error = plain.paired(fed)
     about = {"nearest_worse_by": worse_by, "standard_error": error}
     if worse_by < 0:
         return to_nearest, {choice: plain}, {"to": str(Rounder.NEAREST), **about}
-    return setup, {choice: fed}, {"to": setup.fitted.order.rounding, **about}
+    return setup, known, {"to": setup.fitted.order.rounding, **about}
 
 
 def _with_learning(
