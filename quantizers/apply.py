@@ -16,8 +16,8 @@ from bitquota.models.running import (
     put_in_eval_mode,
 )
 from bitquota.quantizers.activations import quantize_inputs_of
-from bitquota.quantizers.corrections import bias_correction, reestimate_batch_norm
-from bitquota.quantizers.fitted import Fitted
+from bitquota.quantizers.corrections import DEFAULT_BATCH, bias_correction, reestimate_batch_norm
+from bitquota.quantizers.fitted import WALK_BYTES, Fitted
 from bitquota.quantizers.kv_cache import put_caches
 from bitquota.quantizers.learned import learn_in_blocks
 from bitquota.quantizers.quantized_weights import QuantizedWeights
@@ -151,14 +151,21 @@ def apply_plans(
     for one in applied:
         if Correction.BIAS_CORRECTION in wanted:
             assert correction_data is not None  # noqa: S101  # checked above
-            bias_correction(module, one.quantized, inventory, correction_data)
+            n = inventory.samples_at_once(len(correction_data), WALK_BYTES)
+            bias_correction(module, one.quantized, inventory, correction_data.first(n))
         if one.followed and wanted == [Correction.BATCH_NORM_STATISTICS]:
             for statistics in one.followed.values():
                 statistics.store()
         elif follow:
             assert correction_data is not None  # noqa: S101  # checked above
             known = None if references is None else references.statistics
-            reestimate_batch_norm(one.quantized, correction_data, reference=module, known=known)
+            reestimate_batch_norm(
+                one.quantized,
+                correction_data,
+                reference=module,
+                known=known,
+                batch_size=inventory.samples_at_once(DEFAULT_BATCH),
+            )
     return [one.quantized for one in applied]
 
 

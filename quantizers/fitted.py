@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from bitquota.quantizers.imatrix import Importance
 
 BATCH = 64
-"""Samples of one forward pass."""
+"""Samples of one forward pass at most."""
+
+WALK_BYTES = 2**31
+"""What the inputs and outputs of a layer may take in all samples that weights are rounded on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -149,13 +152,15 @@ def fit_quantizers(
             what = "ranges of activations are" if ranged else "rounding with feedback is"
             msg = f"{what} fitted on samples: provide correction data, such as the calibration set"
             raise InvalidInput(msg)
-        batches = [b.inputs for b in samples.batches(BATCH)]
+        size = inventory.samples_at_once(BATCH)
+        batches = [b.inputs for b in samples.batches(size)]
         if (in_order or fed) and not by_parts:
             grams = partial(input_grams, module, inventory, batches, shrunk=True)
         if needs_ranges and not dynamic:
             activations = collect_by(activation_fit, module, inventory, batches)
         if in_order:
-            order = RoundingOrder(rounding=rounding, batches=batches)
+            n = inventory.samples_at_once(len(samples), WALK_BYTES)
+            order = RoundingOrder(rounding=rounding, batches=batches[: max(1, n // size)])
 
     origin = partial(
         _origin, samples, importance, activation_fit=activation_fit, ranges=needs_ranges, fed=fed

@@ -30,7 +30,7 @@ from bitquota.sensitivity.losses import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -42,6 +42,9 @@ N_SAMPLES = 64
 
 MAX_ELEMENTS = 2**24
 """Elements of one output that it looks at; two samples in any case. Vocabularies are large."""
+
+AT_ONCE = 8
+"""Samples that run at once: nothing is known yet of the activations between."""
 
 _SUM_TOLERANCE = 2e-3
 """How far probabilities may be from adding up to 1: half-precision outputs have three digits."""
@@ -153,14 +156,21 @@ def _first_answers(
         found = outputs_of(model.module, few.inputs)
         largest = max((value.numel() for value in found.values()), default=1) // len(few)
         n = min(N_SAMPLES, len(calibration), MAX_ELEMENTS // max(1, largest))
-        if n > len(few):
+        by_sample = all(v.ndim and len(v) == len(few) for v in found.values())
+        if n > len(few) and by_sample:
             few = calibration.first(n)
-            found = outputs_of(model.module, few.inputs)
+            found = _joined(outputs_of(model.module, b.inputs) for b in few.batches(AT_ONCE))
     except BitquotaError:
         raise
     except Exception as err:  # whatever the model raises is about its input
         raise samples_refused(model, few, err) from err
     return few, found
+
+
+def _joined(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the answers of consecutive batches as those of one."""
+    first, *others = parts
+    return {name: torch.cat([first[name], *(o[name] for o in others)]) for name in first}
 
 
 def loss_of(outputs: Sequence[PlanOutput]) -> Loss:

@@ -75,7 +75,8 @@ def make_runner(
         engine: ``graph`` re-executes suffixes of the exported graph, ``onnxruntime`` those of an
             ONNX file, ``eager`` calls the module; ``auto`` takes the graph that there is and
             falls back.
-        chunk_size: Samples per execution; by default 64, fewer when the memory limit needs it.
+        chunk_size: Samples per execution; by default 64, fewer when activations are large or the
+            memory limit needs it.
         memory_limit_bytes: Limit on kept activations.
 
     Raises:
@@ -89,7 +90,7 @@ def make_runner(
     plain = batch_norm == "eval" and not bias_correction
     if chunk_size is None:
         # Statistics of a chunk need enough samples to stand for the whole set.
-        chunk_size = DEFAULT_CHUNK if plain else 4 * DEFAULT_CHUNK
+        chunk_size = inventory.samples_at_once(DEFAULT_CHUNK if plain else 4 * DEFAULT_CHUNK)
     size = min(chunk_size, len(calibration))
     # A clear error about the samples is better than one from deep inside the exporter.
     run_module(module, inputs_of(calibration, range(size)))

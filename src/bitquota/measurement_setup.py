@@ -273,7 +273,9 @@ class Setup:
             with_outputs=with_outputs and bool(self.outputs),
             make=None if self.fitted.order is None or choice is None else make,
             walk=None if self.stacked is None else walk,
-            batch_size=DEFAULT_CHUNK if self.stacked is None else self.stacked.sizes.end,
+            batch_size=self.inventory.samples_at_once(DEFAULT_CHUNK)
+            if self.stacked is None
+            else self.stacked.sizes.end,
         )
         if made and choice is not None:
             self.kept.offer(tuple(choice), found.mean, made[0])
@@ -314,12 +316,10 @@ class Setup:
         order = self.fitted.order
         if order is None or order.iterations or self.stacked is not None:
             return 0
-        held = max(
-            4 * len(self.fit) * layer.n_macs * (1 / layer.rows + 1 / layer.columns)
-            + 16 * layer.columns**2
-            for layer in self.inventory.layers
-        )
-        return min(MOST_BESIDE, max(0, int(self.context.memory_bytes / 2 / held) - 2))
+        n = sum(len(batch[0]) for batch in order.batches)
+        moments = max(16 * layer.columns**2 for layer in self.inventory.layers)
+        held = n * self.inventory.sample_bytes + moments
+        return min(MOST_BESIDE, max(0, self.context.memory_bytes // 2 // held - 2))
 
     def _rounded(
         self, choices: Sequence[Choice], context: Context | None
@@ -467,7 +467,7 @@ def build_setup(
         rotated = rotate(module, whole, few.inputs)
         module = rotated.module
     if fit and Correction.SMOOTHING in request.corrections:
-        batches = [batch.inputs for batch in measured.batches(BATCH)]
+        batches = [b.inputs for b in measured.batches(inventory.samples_at_once(BATCH))]
         typical = _typical(table)
         smoothing = smooth(module, inventory, typical, batches)
         module = smoothing.module

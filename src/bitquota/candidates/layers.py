@@ -39,6 +39,10 @@ class LayerKind(StrEnum):
     """The constant side of an Einsum or matrix product outside of a layer: one row per output."""
 
 
+BATCH_BYTES = 2**29
+"""What the input and output of a layer may take in a batch."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer(Document):
     """One quantizable weight of a model.
@@ -222,6 +226,18 @@ class Inventory(Document):
     def n_numbers(self) -> int:
         """Everything that ships: quantizable weights, and numbers of all other tensors."""
         return self.n_weights + sum(math.prod(tensor.shape) for tensor in self.unquantized)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample's activations where they are largest: a layer's input and output."""
+        return max(4 * (layer.n_inputs + layer.n_macs // layer.columns) for layer in self.layers)
+
+    def samples_at_once(self, wanted: int, limit_bytes: int = BATCH_BYTES) -> int:
+        """Return how many samples run together: ``wanted``, or as many as fit, and one at least.
+
+        The limit is about the largest activation: a pass holds a few of that size.
+        """
+        return max(1, min(wanted, limit_bytes // max(1, self.sample_bytes)))
 
     @property
     def unquantized_bits(self) -> int:

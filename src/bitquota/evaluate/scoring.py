@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from bitquota.candidates.layers import Inventory
     from bitquota.candidates.table import Candidate
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
@@ -154,17 +155,19 @@ def score_plans(
         example=data.first(2).to(where),
         with_uniform=with_uniform,
     )
+    inventories = [plan.inventory for plan in plans.values()]
     for name, plan in plans.items():
         lineup.add_plan(name, plan, with_baselines=with_baselines)
     for folder in exported:
         module, plan, _ = open_export(model, folder, correction_data=correction_data)
+        inventories.append(plan.inventory)
         run = module if read.model is model else _reading_of(module, read)
         lineup.add_export(str(folder), plan, run)
     lineup.add_uniforms()
 
     # All of them on the same samples, each shown beside what it is to be compared with.
     models = {name: entry.module for name, entry in lineup.entries.items()}
-    batch_size, before = _batch_size(read, context.memory_bytes), 0
+    batch_size, before = _batch_size(read, inventories, context.memory_bytes), 0
     if from_files is not None:
         caches = {name: entry.caches for name, entry in lineup.entries.items()}
         models, before = walked(models, caches, from_files, data, batch_size, context)
@@ -185,13 +188,14 @@ def score_plans(
     ]
 
 
-def _batch_size(read: Read, memory_bytes: int) -> int:
-    """Return how many samples run at once: outputs of a few windows of text may be large.
+def _batch_size(read: Read, inventories: Sequence[Inventory], memory_bytes: int) -> int:
+    """Return how many samples run at once: activations, or the outputs of text, may be large.
 
-    Those of a model and of the reference are counted in float32 and in float64.
+    Outputs of a model and of the reference are counted in float32 and in float64.
     """
     values = sum(math.prod(output.shape) for output in read.outputs)
-    return max(1, min(BATCH, memory_bytes // 2 // (24 * max(1, values))))
+    at_once = min((each.samples_at_once(BATCH) for each in inventories), default=BATCH)
+    return max(1, min(at_once, memory_bytes // 2 // (24 * max(1, values))))
 
 
 def _bound_if_given(model: LoadedModel, data: CalibrationSet | None) -> CalibrationSet | None:

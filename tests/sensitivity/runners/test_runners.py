@@ -1,13 +1,16 @@
 import pytest
 import torch
+from torch import nn
 
 from bitquota.candidates.storage import Scheme
 from bitquota.candidates.table import Candidate
 from bitquota.corrections import Correction
 from bitquota.errors import InvalidCalibration, InvalidInput, InvalidModel
 from bitquota.models.calibration import CalibrationSet
+from bitquota.models.discovery import discover
 from bitquota.models.running import cut
 from bitquota.quantizers.apply import apply_plan, as_change
+from bitquota.quantizers.fitted import fit_quantizers
 from bitquota.sensitivity.runners.eager import EagerRunner
 from bitquota.sensitivity.runners.graph import GraphRunner
 from bitquota.sensitivity.runners.make import make_runner
@@ -282,3 +285,29 @@ class TestCut:
     def test_covers_all_samples(self):
         """Chunks are consecutive; the last is the rest."""
         assert cut(7, 3) == (range(3), range(3, 6), range(6, 7))
+
+
+@pytest.fixture(scope="module")
+def large():
+    module = nn.Sequential(nn.Conv2d(1, 16, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    data = CalibrationSet(inputs=(torch.randn(18, 1, 1024, 1024),))
+    return module, discover(module, (data.inputs[0][:2],)), data
+
+
+class TestLargeActivations:
+    """16 channels of 1,024 x 1,024: 67 MB of one sample, 71 with the layer's input."""
+
+    @pytest.mark.parametrize("engine", ["graph", "eager"])
+    @pytest.mark.parametrize("batch_norm", ["eval", "moved"])
+    def test_as_many_samples_run_at_once_as_half_a_gibibyte_takes(self, large, engine, batch_norm):
+        module, inventory, data = large
+        assert inventory.sample_bytes == 4 * 17 * 2**20
+        runner = make_runner(module, inventory, data, engine=engine, batch_norm=batch_norm)
+        assert max(len(chunk) for chunk in runner.chunks) == 7
+
+    def test_weights_are_rounded_on_as_many_as_two_gibibytes_take(self, large):
+        module, inventory, data = large
+        more = CalibrationSet(inputs=(data.inputs[0].expand(2, -1, -1, -1, -1).flatten(0, 1),))
+        offered = [Candidate.of(la, 3, Scheme()) for la in inventory.layers]
+        order = fit_quantizers(module, inventory, offered, more, rounding="qep").order
+        assert [len(batch[0]) for batch in order.batches] == [7, 7, 7, 7]
