@@ -325,7 +325,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--quantizer-rate", type=float, default=5e-3)
     parser.add_argument("--distillation", type=float, default=0.5)
-    parser.add_argument("--full-precision-steps", action="store_true", help="no bfloat16")
+    parser.add_argument("--mixed-precision", action="store_true", help="for processors with AMX")
     parser.add_argument("--holdout", action="store_true", help="leave the test images alone")
     args = parser.parse_args()
     if args.what == "table":
@@ -346,7 +346,7 @@ def main() -> None:
             distillation=args.distillation,
             holdout_fraction=1 / 16,
             augmentation="shift_flip",
-            mixed_precision=not args.full_precision_steps,
+            mixed_precision=args.mixed_precision,
             channels_last=True,
         ),
         average=args.average,
