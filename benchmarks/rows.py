@@ -4,12 +4,14 @@
     python benchmarks/rows.py --target ref-int --budgets 2.5
     python benchmarks/rows.py --tiny           # untrained, a few images, no shared data
     python benchmarks/rows.py --target ref-int --allow prune,2:4 --budgets "2.5,3 GBitOps"
+    python benchmarks/rows.py --allow prune --row-widths 3 --budgets 2.5    # rows of zeros, too
 
 For each budget two plans with the same settings: one bit-width for each layer, and up to
-``--row-widths`` for the rows of each. The second may take as many bits as the first has in its
-file. With ``--allow`` the second has one bit-width for each layer, too, but may leave weights out,
-within the same budget. Both are exported, and what the runtime computes from the files is compared
-with full precision: KL with its standard error, and the paired difference.
+``--row-widths`` (3) for the rows of each. The second may take as many bits as the first has in its
+file. With ``--allow`` the second may leave weights out, and has one bit-width for each layer unless
+``--row-widths`` is given; without rows it gets the same budget. Both are exported, and what the
+runtime computes from the files is compared with full precision: KL with its standard error, and
+the paired difference.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--allow", default="", help="zero bits: prune, 2:4 or both")
     parser.add_argument("--bits", default="", help="bit-widths on offer; all if left out")
-    parser.add_argument("--row-widths", type=int, default=3)
+    parser.add_argument("--row-widths", type=int, help="3, or 1 with --allow, if left out")
     parser.add_argument("--rounding", default="gptq")
     parser.add_argument("--images", type=int, default=10_000, help="of the test set")
     parser.add_argument("--effort", choices=["quick", "normal"], default="normal")
@@ -105,20 +107,18 @@ def main() -> None:
     for bits in options.budgets.split(","):
         budget = f"{bits} bits" if bits.replace(".", "").isdigit() else bits
         layers, size, seconds = planned(subject, options, budget)
-        if options.allow:
-            finer = tuple(options.allow.split(","))
-            rows, rows_size, rows_seconds = planned(subject, options, budget, allow=finer)
-        else:
-            same = f"{size / 8} B of weights"
-            rows, rows_size, rows_seconds = planned(
-                subject, options, same, row_widths=options.row_widths
-            )
+        allow = tuple(what for what in options.allow.split(",") if what)
+        widths = options.row_widths or (1 if allow else 3)
+        same = budget if widths == 1 else f"{size / 8} B of weights"
+        rows, rows_size, rows_seconds = planned(
+            subject, options, same, row_widths=widths, allow=allow
+        )
         means = [float(kl.mean()) for kl in (layers, rows)]
         gap = rows - layers
         error = float(gap.std()) / len(gap) ** 0.5
         known = bits in BARS and not options.tiny and not options.allow
         bar = f", bar {BARS[bits]}" if known else ""
-        what = options.allow or "rows"
+        what = ", ".join(["rows"] * (widths > 1) + list(allow))
         print(
             f"{budget}: layers KL {means[0]:.4f} in {size / 8:,.0f} B, {what} {means[1]:.4f} in "
             f"{rows_size / 8:,.0f} B: {means[1] / means[0]:.3f} of layers{bar}; paired "

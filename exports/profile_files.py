@@ -32,11 +32,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bitquota.candidates.layers import Inventory, Layer
-    from bitquota.candidates.table import CandidateTable
+    from bitquota.candidates.table import Candidate, CandidateTable
     from bitquota.candidates.targets import Target
     from bitquota.exports.prepared import PreparedExport
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
+    from bitquota.quantizers.activations import InputGrid
     from bitquota.quantizers.weights import QuantizedWeight
 
 CHECKED = 8
@@ -191,27 +192,35 @@ class _Maker:
     """What files are made of: each layer at each width, quantized once; the graph, traced once."""
 
     first: PreparedExport
-    weights: dict[tuple[str, str], QuantizedWeight]
+    weights: dict[Candidate, QuantizedWeight]
+    grids: dict[Candidate, InputGrid]
 
     @classmethod
     def of(
         cls, model: LoadedModel, target: Target, samples: CalibrationSet, uniform: Sequence[Plan]
     ) -> _Maker:
-        """Quantize every layer as the uniform plans have it."""
-        weights = {}
-        made = [prepare_export(model, plan, target=target, samples=samples) for plan in uniform]
-        for prepared in made:
-            for name, weight in prepared.weights.items():
-                weights[name, prepared.candidates[name].label] = weight
+        """Quantize every layer, and its inputs, as the uniform plans have it."""
+        weights: dict[Candidate, QuantizedWeight] = {}
+        grids: dict[Candidate, InputGrid] = {}
+        holds = getattr(exporter_by_name(target.exporter), "holds_inputs", None)
+        for plan in uniform:
+            made = prepare_export(model, plan, target=target, samples=samples, holds_inputs=holds)
+            own = {candidate.layer: candidate for candidate in plan.candidates}
+            weights |= {own[name]: weight for name, weight in made.weights.items()}
+            grids |= {own[name]: grid for name, grid in made.activations.items()}
         # Of the widest, so that layers in full precision have their own weights.
-        return cls(first=replace(made[-1], reference=None, traced={}), weights=weights)
+        return cls(first=replace(made, reference=None, traced={}), weights=weights, grids=grids)
 
     def prepared(self, plan: Plan) -> PreparedExport:
         """Return a plan, ready to be written."""
-        chosen = {a.layer.name: a.candidate for a in plan.assignments}
-        named = {name: (name, candidate.label) for name, candidate in chosen.items()}
-        weights = {n: self.weights[key] for n, key in named.items() if key in self.weights}
-        return replace(self.first, plan=plan, candidates=chosen, weights=weights)
+        chosen = {candidate.layer: candidate for candidate in plan.candidates}
+        return replace(
+            self.first,
+            plan=plan,
+            candidates=chosen,
+            weights={n: self.weights[c] for n, c in chosen.items() if c in self.weights},
+            activations={n: self.grids[c] for n, c in chosen.items() if c in self.grids},
+        )
 
 
 def _plan_of(inventory: Inventory, table: CandidateTable, target: Target, choice: Choice) -> Plan:

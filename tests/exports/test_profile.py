@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from unittest.mock import ANY
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -121,6 +123,24 @@ class TestFit:
             fitted_table(order, replace(times, times=times.times[1:]))
         with refused(InvalidInput):
             fitted_table(order, replace(times, times=((0, 0), *times.times)))
+
+
+class TestFiles:
+    @pytest.mark.parametrize("target", ["ort-cpu", "ort-cpu-integer"])
+    def test_files_hold_what_their_plans_say(self, model, tmp_path, target):
+        """Codes of every quantized layer, and grids of inputs where the target has them."""
+        found = write_files(
+            model, target_by_name(target), SAMPLES, tmp_path, weight_bits=(4, 8, 32)
+        )
+        inputs = 2 if target == "ort-cpu-integer" else 0
+        suffix = "A8" if inputs else ""
+        for file, labels in zip(found.files, found.labels, strict=True):
+            graph = onnx.load(tmp_path / file).graph
+            kinds = [tensor.data_type for tensor in graph.initializer if ".codes" in tensor.name]
+            stored = Counter({onnx.TensorProto.INT4: "W4", onnx.TensorProto.INT8: "W8"}[k] + suffix
+                             for k in kinds)  # fmt: skip
+            assert Counter(la for la in labels if not la.startswith("W32")) == stored
+            assert inputs == [node.op_type for node in graph.node].count("QuantizeLinear")
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ WHY_NO_PARTS = {
 }
 """What loaders do with parts, as tried."""
 
-STEP = 0.5
+STEP = 0.25
 """Average bits from one mix of a layer to the next."""
 
 

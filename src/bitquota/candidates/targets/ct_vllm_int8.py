@@ -12,7 +12,8 @@ from bitquota.candidates.targets.target import DYNAMIC_FITS
 TARGET = replace(
     MARLIN,
     name="ct-vllm-int8",
-    verified="documented",
+    verified="run",
+    not_run="",
     summary="compressed-tensors of 8-bit integers for vLLM, inputs in 8 bits per token.",
     formats=(
         StorageFormat(name="W8A8", weight_bits=8, scheme=Scheme(), kinds=LINEAR),

@@ -10,6 +10,7 @@ TARGET = replace(
     MARLIN,
     name="vllm-cpu",
     summary="compressed-tensors that vLLM serves on CPUs: 4 bits or none.",
-    not_run="vLLM's wheel is built for CUDA; transformers runs the files on CPUs",
+    not_run="vLLM's kernel for packed weights on CPUs needs AVX-512; vLLM loads the files, "
+    "transformers runs them",
     formats=tuple(f for f in MARLIN.formats if f.weight_bits in (4, 32)),
 )
