@@ -71,6 +71,7 @@ ROWS = {
     "bitpruning": "learned, bitpruning",
     "bsq": "learned, bsq",
     "msq": "learned, msq",
+    "djpq": "learned, djpq (channels too)",
     "nested": "nested 2, 3, 4, 8",
     "stabilised-from-plan": "learned from the plan, stabilised",
 }

@@ -6,15 +6,13 @@ import copy
 import json
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from bitquota.candidates.storage import Scheme, order_bits
+from bitquota.candidates.storage import Scheme
 from bitquota.canonical import canonical_json
 from bitquota.errors import ExportFailed
 from bitquota.models.layout import from_matrix
-from bitquota.quantizers.packing import PackedWeight, pack, unpack
-from bitquota.quantizers.weights import QuantizedWeight
+from bitquota.quantizers.packing import from_packed_tensors, packed_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,10 +22,10 @@ if TYPE_CHECKING:
     from bitquota.candidates.layers import Layer
     from bitquota.exports.export_report import ExportReport
     from bitquota.exports.prepared import PreparedExport
+    from bitquota.quantizers.weights import QuantizedWeight
 
 FORMAT = "bitquota/ref-int/1"
 FILE = "model.safetensors"
-_PARTS = ("codes", "scales", "zero_points")
 
 
 class RefInt:
@@ -50,17 +48,10 @@ class RefInt:
 
         tensors: dict[str, Tensor] = {}
         described = {}
+        own = {}
         for name, weight in prepared.weights.items():
-            for stem, part in _stems(name, weight):
-                packed = pack(part)
-                for what in _PARTS:
-                    data = getattr(packed, what)
-                    if len(data):
-                        tensors[f"{stem}.{what}"] = torch.from_numpy(data)
-            if weight.scheme.row_bits:
-                kind = np.dtype(f"<u{order_bits(len(weight.codes)) // 8}")
-                order = weight.order().numpy().astype(kind).view(np.uint8)
-                tensors[f"{name}.order"] = torch.from_numpy(order)
+            own[name] = packed_tensors(name, weight)
+            tensors |= {stem: torch.from_numpy(data) for stem, data in own[name].items()}
             described[name] = {"bits": weight.bits, "scheme": weight.scheme.to_json()}
         for name, tensor in prepared.unquantized_tensors().items():
             tensors[name] = tensor.detach().cpu().contiguous()
@@ -76,18 +67,15 @@ class RefInt:
             if not same_weight(weight, stored[name]):
                 msg = f"layer '{name}' does not read back as it was written"
                 raise ExportFailed(msg, layer=name)
-            stems = _stems(name, weight)
-            parts = [f"{stem}.{part}" for stem, _ in stems for part in _PARTS]
-            parts.append(f"{name}.order")
-            widths = ", ".join(str(part.bits) for _, part in stems)
+            widths = ", ".join(str(part.bits) for _, part in weight.parts())
             reports.append(
                 prepared.exported_tensor(
                     name,
-                    tensor=f"{stems[0][0]}.codes",
+                    tensor=next(iter(own[name]), f"{name}.codes"),
                     stored=f"{widths}-bit codes, {weight.scales.numel()} scales"
                     if weight.bits
                     else "zeros",
-                    actual_bits=sum(tensors[p].nbytes * 8 for p in parts if p in tensors),
+                    actual_bits=sum(data.nbytes * 8 for data in own[name].values()),
                 )
             )
         held = sum(t.nbytes for t in tensors.values())
@@ -134,50 +122,20 @@ def read_ref_int(path: Path, layers: dict[str, Layer]) -> dict[str, QuantizedWei
             if described["format"] != FORMAT:
                 msg = f"'{path.name}' must be of format '{FORMAT}'; got {described['format']!r}"
                 raise ExportFailed(msg)
-            held = set(file.keys())
-
-            def read(
-                stem: str, rows: int, columns: int, bits: int, scheme: Scheme
-            ) -> QuantizedWeight:
-                parts = {
-                    part: file.get_tensor(f"{stem}.{part}")
-                    for part in _PARTS
-                    if f"{stem}.{part}" in held
-                }
-                for part in _PARTS:  # of pruned layers nothing is stored
-                    parts.setdefault(part, np.zeros(0, dtype=np.uint8))
-                return unpack(
-                    PackedWeight(**parts, rows=rows, columns=columns, bits=bits, scheme=scheme)
-                )
-
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             for name, item in described["layers"].items():
-                scheme, layer = Scheme.from_json(item["scheme"]), layers[name]
-                if not scheme.row_bits:
-                    found[name] = read(name, layer.rows, layer.columns, item["bits"], scheme)
-                    continue
-                kind = f"<u{order_bits(layer.rows) // 8}"
-                order = file.get_tensor(f"{name}.order").view(kind).astype(np.int64)
-                counts = [
-                    (bits, scheme.row_bits.count(bits)) for bits in sorted(set(scheme.row_bits))
-                ]
-                places = torch.split(torch.from_numpy(order), [n for _, n in counts])
-                found[name] = QuantizedWeight.of_parts(
-                    [
-                        (rows, read(f"{name}.w{bits}", n, layer.columns, bits, scheme.of_parts))
-                        for rows, (bits, n) in zip(places, counts, strict=True)
-                    ],
-                    scheme,
+                layer = layers[name]
+                found[name] = from_packed_tensors(
+                    name,
+                    tensors,
+                    (layer.rows, layer.columns),
+                    item["bits"],
+                    Scheme.from_json(item["scheme"]),
                 )
     except (SafetensorError, KeyError, ValueError, OSError) as err:
         msg = f"'{path.name}' must be a whole ref-int file of this plan; reading it failed: {err!r}"
         raise ExportFailed(msg) from err
     return found
-
-
-def _stems(name: str, weight: QuantizedWeight) -> list[tuple[str, QuantizedWeight]]:
-    """Return the parts of a weight, and what the names of their tensors begin with."""
-    parts = [part for _, part in weight.parts()]
-    return [(name, weight)] if len(parts) == 1 else [(f"{name}.w{p.bits}", p) for p in parts]
 
 
 def same_weight(a: QuantizedWeight, b: QuantizedWeight) -> bool:

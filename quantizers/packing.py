@@ -27,6 +27,7 @@ from bitquota.candidates.storage import (
     StorageSize,
     kept_weights,
     n_scales,
+    order_bits,
     scales_per_line,
 )
 from bitquota.errors import InvalidInput
@@ -37,6 +38,8 @@ from bitquota.quantizers.sparsity import at_places, with_places
 from bitquota.quantizers.weights import QuantizedWeight, pruned
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -176,6 +179,64 @@ def unpack(packed: PackedWeight) -> QuantizedWeight:
         zero_points=zero_points,
         bits=bits,
         scheme=scheme,
+    )
+
+
+PARTS = ("codes", "scales", "zero_points")
+"""What a packed weight consists of."""
+
+
+def packed_tensors(stem: str, weight: QuantizedWeight) -> dict[str, NDArray[np.uint8]]:
+    """Return the bytes of ``weight`` by name: ``STEM.codes`` and so on, none of them empty.
+
+    Where rows have several bit-widths, the parts of one width are ``STEM.w2.codes`` and so on, and
+    ``STEM.order`` says which rows they have. Nothing is stored of rows of zeros.
+    """
+    parts = [part for _, part in weight.parts()]
+    mixed = bool(weight.scheme.row_bits)
+    found: dict[str, NDArray[np.uint8]] = {}
+    for part in parts:
+        packed = pack(part)
+        under = f"{stem}.w{part.bits}" if mixed else stem
+        found |= {f"{under}.{what}": getattr(packed, what) for what in PARTS}
+    if mixed:
+        kind = np.dtype(f"<u{order_bits(len(weight.codes)) // 8}")
+        found[f"{stem}.order"] = weight.order().numpy().astype(kind).view(np.uint8)
+    return {name: data for name, data in found.items() if len(data)}
+
+
+def from_packed_tensors(
+    stem: str,
+    tensors: Mapping[str, NDArray[np.uint8]],
+    shape: tuple[int, int],
+    bits: int,
+    scheme: Scheme,
+) -> QuantizedWeight:
+    """Return the weight of which ``packed_tensors`` made ``tensors``, rows and columns ``shape``.
+
+    Raises:
+        InvalidInput: The bytes are not as many as shape and bit-width need.
+        KeyError: The order of the rows is missing.
+    """
+    nothing = np.zeros(0, dtype=np.uint8)
+
+    def read(under: str, rows: int, width: int, own: Scheme) -> QuantizedWeight:
+        data = {what: tensors.get(f"{under}.{what}", nothing) for what in PARTS}
+        return unpack(PackedWeight(**data, rows=rows, columns=shape[1], bits=width, scheme=own))
+
+    if not scheme.row_bits:
+        return read(stem, shape[0], bits, scheme)
+    kind = f"<u{order_bits(shape[0]) // 8}"
+    order = torch.from_numpy(tensors[f"{stem}.order"].view(kind).astype(np.int64))
+    counts = [(width, scheme.row_bits.count(width)) for width in sorted(set(scheme.row_bits))]
+    return QuantizedWeight.of_parts(
+        [
+            (rows, read(f"{stem}.w{width}", n, width, scheme.of_parts))
+            for rows, (width, n) in zip(
+                torch.split(order, [n for _, n in counts]), counts, strict=True
+            )
+        ],
+        scheme,
     )
 
 

@@ -147,7 +147,7 @@ class BitLearner(nn.Module):
         low, high = STRENGTH
         bits, input_bits = self.relaxed_bits(), self.input_bits()
         excess = [
-            self.prices.excess(k, bits, input_bits)
+            self.prices.excess(k, bits, input_bits, self.shares())
             for k in range(len(self.prices.budgets))
             if k not in self.held
         ]
@@ -155,6 +155,10 @@ class BitLearner(nn.Module):
         if self.inputs is not None:
             price = price + self.inputs.channel_price()
         return price + (low + (high - low) * progress) * sum(excess, bits.new_zeros(()))
+
+    def shares(self) -> Tensor | None:
+        """Return f32[layers]: the share of each layer that is stored; ``None`` for all."""
+        return None
 
     def weight_penalty(self, progress: float) -> Tensor | float:
         """Return nothing unless a recipe says otherwise."""

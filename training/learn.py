@@ -16,6 +16,7 @@ from bitquota.candidates.budget import Budget
 from bitquota.candidates.storage import (
     FULL_PRECISION_BITS,
     GRID_BITS,
+    PRUNED_BITS,
     Granularity,
     Grid,
     Scheme,
@@ -33,6 +34,13 @@ from bitquota.training.bit_learners import (
 )
 from bitquota.training.bit_sparsity import BitPlaneLearner, LastBitLearner
 from bitquota.training.finetune import TrainedModel, finetune, measure_trained
+from bitquota.training.gates import (
+    GatedLearner,
+    candidate_with,
+    check_gates,
+    gated_prices,
+    has_gates,
+)
 from bitquota.training.input_quantizers import START_BITS, LearnedInputBits, calibrated_inputs
 from bitquota.training.loop import TrainingRecord, train
 from bitquota.training.prices import Prices
@@ -51,6 +59,7 @@ if TYPE_CHECKING:
     from bitquota.context import Context
     from bitquota.models.calibration import CalibrationSet
     from bitquota.sensitivity.losses import Loss
+    from bitquota.training.gates import Kept
 
 RECIPES: dict[str, type[BitLearner]] = {
     "stabilised": StabilisedLearner,
@@ -58,6 +67,7 @@ RECIPES: dict[str, type[BitLearner]] = {
     "bitpruning": BitPruningLearner,
     "bsq": BitPlaneLearner,
     "msq": LastBitLearner,
+    "djpq": GatedLearner,
     "uhlich2020": PublishedLearner,
     "uhlich2020_p3": PublishedPowersLearner,
 }
@@ -136,7 +146,8 @@ class LearnOptions(TypedDict, total=False):
     Attributes:
         scheme: How the final weights are stored; by default per output channel.
         recipe: ``stabilised`` (default), ``ellipsoid``, ``bitpruning``, ``bsq``, ``msq``,
-            ``uhlich2020`` (as published), ``uhlich2020_p3`` (with powers of two).
+            ``djpq`` (output channels too), ``uhlich2020`` (as published), ``uhlich2020_p3`` (with
+            powers of two).
         method: How the second phase trains (``finetune``), by default ``lsq``.
         activation_bits: Bit-widths on offer to layers' inputs; by default 2, 3, 4, 5, 6 and 8 where
             a budget limits them, otherwise inputs stay in full precision.
@@ -210,7 +221,17 @@ def learn(
     inputs, input_widths = _inputs(
         module, inventory, data, settings, budgets, options.get("activation_bits", ())
     )
-    prices = _prices(inventory, budgets, weight_bits, inputs, input_widths, scheme, method)
+    gated = issubclass(RECIPES[recipe], GatedLearner)
+    if gated:
+        check_gates(scheme, compiled=settings.compiled)
+
+    def price(kept: Kept, *, floor: bool = False) -> Prices:
+        return _prices(
+            inventory, budgets, weight_bits, inputs, input_widths, scheme, method, kept, floor=floor
+        )
+
+    prices = price({}, floor=gated)
+    prices.check_weights_limited()
     learner = RECIPES[recipe](
         module,
         prices,
@@ -249,6 +270,8 @@ def learn(
     if inputs is not None:
         learned = inputs.relaxed_bits().detach().tolist()
         relaxed_inputs = {at[la.name]: b for la, b in zip(inputs.layers, learned, strict=True)}
+    if isinstance(learner, GatedLearner):
+        prices = gated_prices(learner, price, scheme)
     chosen = repair(prices, relaxed, relaxed_inputs)
     trained = finetune(
         module,
@@ -335,8 +358,15 @@ def _prices(
     input_widths: Sequence[int],
     scheme: Scheme,
     method: str,
+    kept: Kept,
+    *,
+    floor: bool,
 ) -> Prices:
-    """Return what may be chosen, priced as it is stored in the end."""
+    """Return what may be chosen, priced as it is stored in the end.
+
+    Channels that are not ``kept`` have zero bits; with ``floor``, budgets may be as small as layers
+    of zeros make them.
+    """
     widths = sorted(set(weight_bits) - {FULL_PRECISION_BITS})
     if len(widths) < 2 or widths[0] < 2:
         msg = f"learning needs at least two bit-widths of 2 or more; got {sorted(weight_bits)}"
@@ -346,9 +376,17 @@ def _prices(
     def candidate(layer: Layer, width: int, input_width: int | None) -> Candidate:
         # An integer input stays as it is and counts at 32 bits, like everywhere.
         at = input_width if layer.name in learned else None
-        return trained_candidate(method, layer, Candidate.of(layer, width, scheme, at))
+        return trained_candidate(method, layer, candidate_with(layer, width, scheme, at, kept))
 
-    return Prices.of(inventory.layers, budgets, widths, input_widths or (None,), candidate)
+    def zeros(layer: Layer) -> Candidate:
+        if has_gates(layer):
+            return Candidate.of(layer, PRUNED_BITS, scheme)
+        return candidate(layer, widths[0], None)
+
+    return Prices.of(
+        inventory.layers, budgets, widths, input_widths or (None,), candidate,
+        zeros if floor else None,
+    )  # fmt: skip
 
 
 def _start_bits(inventory: Inventory, start: Sequence[Candidate] | None) -> list[float] | None:

@@ -57,13 +57,17 @@ class Prices:
         widths: Sequence[int],
         input_widths: Sequence[int | None],
         candidate: Callable[[Layer, int, int | None], Candidate],
+        least: Callable[[Layer], Candidate] | None = None,
     ) -> Self:
         """Return the prices of every candidate.
 
+        ``least`` is what a layer may become beside them; budgets need to hold with it alone.
+
         Raises:
             BudgetTooSmall: The cheapest candidates exceed a budget.
-            InvalidInput: A cost table lacks a candidate, or no budget limits weights.
+            InvalidInput: A cost table lacks a candidate.
         """
+        order = {la.name: k for k, la in enumerate(layers)}
         pairs = list(itertools.product(sorted(widths), input_widths))
         # An input that stays in full precision has one row only, though two offers lead to it.
         offered = {la.name: [candidate(la, w, a) for w, a in pairs] for la in layers}
@@ -73,13 +77,17 @@ class Prices:
             for c in dict.fromkeys(found)
         ]
         table = CandidateTable(rows=tuple(rows))
+        floor = (
+            [] if least is None else [Row(group=la.name, candidates=(least(la),)) for la in layers]
+        )
+        whole = sorted({*rows, *floor}, key=lambda row: order[row.group])
         priced = []
         for budget in budgets:
-            budget.check(table)
+            budget.check(CandidateTable(rows=tuple(whole)))
             costs = dict(zip((r.candidates[0] for r in rows), budget.costs(table), strict=True))
             priced.append([[costs[c] for c in found] for found in offered.values()])
         shape = (len(budgets), len(layers), len(widths), len(input_widths))
-        found = cls(
+        return cls(
             budgets=tuple(budgets),
             layers=tuple(layers),
             widths=tuple(sorted(widths)),
@@ -87,14 +95,16 @@ class Prices:
             costs=np.array(priced, dtype=np.int64).reshape(shape),
             candidate=candidate,
         )
-        if not any(found.limits_weights(k) for k in range(len(budgets))):
-            got = ", ".join(f"'{b.text or b.resource}'" for b in budgets) or "none"
+
+    def check_weights_limited(self) -> None:
+        """Raise ``InvalidInput`` unless some budget depends on the bit-widths of weights."""
+        if not any(self.limits_weights(k) for k in range(len(self.budgets))):
+            got = ", ".join(f"'{b.text or b.resource}'" for b in self.budgets) or "none"
             msg = (
                 "bit-widths are learned under at least one limit on weights: a size, bit "
                 f"operations, a time or an energy; got {got}"
             )
-            raise InvalidInput(msg, resources=[b.resource for b in budgets])
-        return found
+            raise InvalidInput(msg, resources=[b.resource for b in self.budgets])
 
     def limits_weights(self, k: int) -> bool:
         """Whether budget ``k`` depends on the bit-widths of weights."""
@@ -148,9 +158,16 @@ class Prices:
         low, high, share = _between([float(a or 32) for a in self.input_widths], input_bits)
         return across[rows, low] + share * (across[rows, high] - across[rows, low])
 
-    def excess(self, k: int, bits: Tensor, input_bits: Tensor | None) -> Tensor:
-        """Return how far budget ``k`` is exceeded, as a share of it; 0 where it holds."""
+    def excess(
+        self, k: int, bits: Tensor, input_bits: Tensor | None, stored: Tensor | None = None
+    ) -> Tensor:
+        """Return how far budget ``k`` is exceeded, as a share of it; 0 where it holds.
+
+        ``stored`` is f32[layers], the share of each layer's weights that is left, by default all.
+        """
         shares = self.taken(k, bits, input_bits) / self.budgets[k].available
+        if stored is not None and self.limits_weights(k):
+            shares = shares * stored
         if self.is_peak(k):
             return torch.relu(shares - 1).sum()
         return torch.relu(shares.sum() - 1)

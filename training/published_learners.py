@@ -13,7 +13,7 @@ import math
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitquota.errors import InvalidInput
 from bitquota.quantizers.differentiable import UniformQuantizer
@@ -32,14 +32,15 @@ SIZES = (
 class PublishedLearner(BitLearner):
     """[DQ] as published and coded: U3 with a quadratic penalty, clipped gradients, projection.
 
-    One step per tensor (and one for each bias in the authors' code, not here: biases ship in full
-    precision), penalty ``0.1 sum_j relu(g_j)^2`` over all budgets (equation 10), with ``g_j`` what
-    weights, all inputs together (8b) or the largest input (8c) take beyond budget ``j`` in kB of
-    1024 bytes; quantizer gradients clipped to ``+-d``, parameters projected into their box. The
-    authors select the best *feasible* state, as this does; unlike theirs the selection runs on a
-    hold-out of the training data. Momentum SGD, its steps and its decay come with the recipe's
-    settings (``learn.default_settings``). Inputs have real steps, and relaxed bit-widths in the
-    penalty.
+    One step per tensor, biases included: each has a quantizer like its weight's, started at the
+    same range, and counts towards the size. Biases end on their grids and stand still in the second
+    phase; files hold them as numbers of 32 bits, which is how plans count them. Penalty
+    ``0.1 sum_j relu(g_j)^2`` over all budgets (equation 10), with ``g_j`` what weights, all inputs
+    together (8b) or the largest input (8c) take beyond budget ``j`` in kB of 1024 bytes; quantizer
+    gradients clipped to ``+-d``, parameters projected into their box. The authors select the best
+    *feasible* state, as this does; unlike theirs the selection runs on a hold-out of the training
+    data. Momentum SGD, its steps and its decay come with the recipe's settings
+    (``learn.default_settings``). Inputs have real steps, and relaxed bit-widths in the penalty.
 
     Steps are real-valued. The authors also round them to powers of two, for hardware that shifts
     (``UniformQuantizer`` can); a bit-width then changes only where a step doubles or halves, which
@@ -61,15 +62,59 @@ class PublishedLearner(BitLearner):
         weights, _, self.limit = plane
         self.held = frozenset(range(len(budgets)))
         self.of_inputs = [k for k in range(len(budgets)) if k != weights]
+        names = {k: self._named_bias(k) for k in range(len(self.layers))}
+        self.bias_names = {k: name for k, name in names.items() if name is not None}
         for k, part in enumerate(self.parts):
-            largest = float(self._scaled(k).detach().abs().max())
-            part.quantizer = self.started(max(largest, 1e-6), self.start_of(k))
+            largest = max(float(self._scaled(k).detach().abs().max()), 1e-6)
+            part.quantizer = self.started(largest, self.start_of(k))
+            if k in self.bias_names:
+                part.bias_quantizer = self.started(largest, self.start_of(k))
 
     def started(self, largest: float, bits: float) -> UniformQuantizer | PowerOfTwoQuantizer:
         """Return a quantizer of weights up to ``largest``."""
         exponent = math.log2(largest / (2 ** (bits - 1) - 1))
         step = 2.0 ** (math.floor(exponent) if bits <= START_BITS else math.ceil(exponent))
         return UniformQuantizer(step, bits)
+
+    def _named_bias(self, k: int) -> str | None:
+        """Return the name of the bias beside the weight of layer ``k``, if it has one."""
+        owner = self.layers[k].weight_name.rpartition(".")[0]
+        name = f"{owner}.bias" if owner else "bias"
+        found = dict(self.model.named_parameters()).get(name)
+        alike = found is not None and found.shape == (self.layers[k].rows,)
+        return name if alike else None
+
+    def biases(self) -> dict[str, Tensor]:
+        """Return the quantized biases."""
+        return {
+            name: cast("nn.Module", self.parts[k].bias_quantizer)(self.model.get_parameter(name))
+            for k, name in self.bias_names.items()
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the quantized weights and biases."""
+        return super().weights() | self.biases()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Leave biases on their grids, where the second phase lets them be."""
+        for name, values in self.biases().items():
+            bias = self.model.get_parameter(name)
+            bias.copy_(values)
+            bias.requires_grad = False
+
+    def _every_quantizer(self) -> list[UniformQuantizer | PowerOfTwoQuantizer]:
+        """Return the quantizers of weights and of biases."""
+        kinds = (UniformQuantizer, PowerOfTwoQuantizer)
+        return [module for module in self.parts.modules() if isinstance(module, kinds)]
+
+    def _bias_bits(self) -> Tensor:
+        """Return the bits of all biases, differentiable."""
+        total = self.counts.new_zeros(())
+        for k in self.bias_names:
+            quantizer = cast("UniformQuantizer", self.parts[k].bias_quantizer)
+            total = total + self.layers[k].rows * quantizer.bits()
+        return total
 
     def _quantizer(self, k: int) -> UniformQuantizer | PowerOfTwoQuantizer:
         return cast("UniformQuantizer | PowerOfTwoQuantizer", self.parts[k].quantizer)
@@ -93,7 +138,7 @@ class PublishedLearner(BitLearner):
     def _excesses(self) -> list[Tensor]:
         """Return ``g_j`` of every budget, in kB; negative where there is room."""
         bits, inputs = self.relaxed_bits(), self.input_bits()
-        found = [((self.counts * bits).sum() - self.limit) / KB]
+        found = [((self.counts * bits).sum() + self._bias_bits() - self.limit) / KB]
         for k in self.of_inputs:
             taken = self.prices.taken(k, bits, inputs)
             total = taken.max() if self.prices.is_peak(k) else taken.sum()
@@ -102,14 +147,14 @@ class PublishedLearner(BitLearner):
 
     def before_step(self) -> None:
         """Clip the gradients of the quantizers."""
-        for k in range(len(self.parts)):
-            self._quantizer(k).clip_gradients()
+        for quantizer in self._every_quantizer():
+            quantizer.clip_gradients()
 
     def after_step(self) -> None:
         """Project the quantizers into their box."""
         super().after_step()
-        for k in range(len(self.parts)):
-            self._quantizer(k).project()
+        for quantizer in self._every_quantizer():
+            quantizer.project()
 
     @torch.no_grad()
     def is_eligible(self) -> bool:
@@ -122,10 +167,35 @@ class PublishedPowersLearner(PublishedLearner):
 
     Everything else as in ``PublishedLearner``; gradients are clipped to ``+-q_min``. A grid of
     ``b`` bits has ``2^(b-1)`` magnitudes and no zero, which is what the scheme ``power_of_two``
-    stores; the second phase trains its scales. The scalar that the authors' networks multiply their
-    logits with is left out: it would change the model.
+    stores; the second phase trains its scales. The authors' networks multiply their logits with a
+    trained scalar; here it multiplies weight and bias of the last layer, which is the same where
+    that gives the logits, and the model stays what it was: the scales of the second phase begin at
+    it.
     """
+
+    def prepare(self) -> None:
+        """Register quantizers, and the logarithm of the scalar."""
+        super().prepare()
+        self.parts.register_parameter("log_scalar", nn.Parameter(torch.zeros(())))
 
     def started(self, largest: float, bits: float) -> PowerOfTwoQuantizer:
         """Return a quantizer whose largest magnitude is the power of two nearest to ``largest``."""
         return PowerOfTwoQuantizer(2.0 ** round(math.log2(largest)), bits)
+
+    def _last(self) -> list[str]:
+        """Return the names of what the scalar multiplies."""
+        bias = self.bias_names.get(len(self.layers) - 1)
+        return [self.layers[-1].weight_name, *([] if bias is None else [bias])]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the quantized weights and biases, the last ones times the scalar."""
+        found, scalar = super().weights(), self.parts.get_parameter("log_scalar").exp()
+        return found | {name: found[name] * scalar for name in self._last()}
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Leave biases on their grids, and the scalar in the last layer."""
+        super().finish()
+        scalar = self.parts.get_parameter("log_scalar").exp()
+        for name in self._last():
+            self.model.get_parameter(name).mul_(scalar)

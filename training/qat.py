@@ -15,6 +15,7 @@ import bitquota
 from bitquota.candidates.budget import Budget
 from bitquota.candidates.storage import FULL_PRECISION_BITS, Scheme
 from bitquota.candidates.targets.target import DYNAMIC_FITS
+from bitquota.candidates.zero_bits import PRUNE
 from bitquota.corrections import Correction
 from bitquota.errors import BudgetTooSmall, InvalidInput, InvalidPlan
 from bitquota.evaluate.metrics import BATCH, measure_module
@@ -251,6 +252,7 @@ def learn_plan(
         loss=loss if isinstance(loss, str) else AUTO_LOSS,
         outputs=tuple(outputs),
         tables=tuple(tables),
+        allow=(PRUNE,) if options.get("recipe") == "djpq" else (),
         corrections=(Correction.BATCH_NORM_STATISTICS,),
     )
     provenance = learned.plan.provenance | {
@@ -474,9 +476,11 @@ def _before(
     untrained = quantized_module(
         ready.model, plan, correction_data=fit.first(1024), fit_data=fit.first(512)
     )
+    rows = tuple(a.candidate.row_bits for a in plan.assignments)
     return Baseline(
         name=BEFORE,
         weight_bits=plan.weight_bits,
+        row_bits=rows if any(rows) else (),
         size_bits=plan.size_bits,
         measured=measure_module(
             untrained,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from bitquota.candidates.storage import Scheme
 from bitquota.errors import InvalidInput
 from bitquota.quantizers.activations import ActivationQuantizer
-from bitquota.quantizers.packing import PackedWeight, pack, unpack
+from bitquota.quantizers.packing import from_packed_tensors, packed_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from bitquota.training.finetune import TrainedModel
 
 SCHEMA = "bitquota/trained/1"
-_PARTS = ("codes", "scales", "zero_points")
+_UNDER = "quantized."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,14 +55,14 @@ def save_trained(trained: TrainedModel, path: Path) -> None:
     tensors = dict(trained.module.state_dict())
     layers = {}
     for name, weight in trained.stored.items():
-        packed = pack(weight)
-        for part in _PARTS:
-            tensors[f"quantized.{name}.{part}"] = torch.from_numpy(getattr(packed, part))
+        stored = packed_tensors(f"{_UNDER}{name}", weight)
+        tensors |= {stem: torch.from_numpy(data) for stem, data in stored.items()}
+        rows, columns = weight.codes.shape
         layers[name] = {
-            "rows": packed.rows,
-            "columns": packed.columns,
-            "bits": packed.bits,
-            "scheme": packed.scheme.to_json(),
+            "rows": rows,
+            "columns": columns,
+            "bits": weight.bits,
+            "scheme": weight.scheme.to_json(),
         }
     description = {
         "schema": SCHEMA,
@@ -79,14 +79,18 @@ def load_trained(path: Path) -> SavedModel:
         InvalidInput: Not such a file, or bytes that are not as many as they must be.
     """
     description, tensors = read_described(path, SCHEMA, "'bitquota finetune' or 'learn'")
-    weights = {}
-    for name, known in description["layers"].items():
-        parts: dict[str, Any] = {
-            part: tensors.pop(f"quantized.{name}.{part}").numpy() for part in _PARTS
-        }
-        shape = {key: known[key] for key in ("rows", "columns", "bits")}
-        packed = PackedWeight(**parts, **shape, scheme=Scheme.from_json(known["scheme"]))
-        weights[name] = unpack(packed)
+    under = tuple(f"{_UNDER}{name}." for name in description["layers"])
+    stored = {name: tensors.pop(name).numpy() for name in list(tensors) if name.startswith(under)}
+    weights = {
+        name: from_packed_tensors(
+            f"{_UNDER}{name}",
+            stored,
+            (known["rows"], known["columns"]),
+            known["bits"],
+            Scheme.from_json(known["scheme"]),
+        )
+        for name, known in description["layers"].items()
+    }
     inputs = {name: ActivationQuantizer(**q) for name, q in description["inputs"].items()}
     return SavedModel(state=tensors, weights=weights, inputs=inputs)
 

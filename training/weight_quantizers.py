@@ -16,19 +16,33 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity, Grid, Rounding, ScaleRule
+from bitquota.candidates.storage import (
+    FULL_PRECISION_BITS,
+    PRUNED_BITS,
+    Granularity,
+    Grid,
+    Rounding,
+    ScaleRule,
+)
 from bitquota.candidates.table import Candidate
-from bitquota.candidates.zero_bits import zero_bits_of
 from bitquota.errors import InvalidInput
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.quantizers.codebook import CodebookWeight, assign
 from bitquota.quantizers.differentiable import binary, lsq, ste_ceil
-from bitquota.quantizers.grid import levels, nearest_codes, power_codes, power_values, spread
+from bitquota.quantizers.grid import (
+    code_range,
+    levels,
+    nearest_codes,
+    power_codes,
+    power_values,
+    spread,
+)
 from bitquota.quantizers.parameters import SCALE_DTYPES
-from bitquota.quantizers.weights import QuantizedWeight, quantize
+from bitquota.quantizers.weights import QuantizedWeight, pruned, quantize, rows_by_width
 
 if TYPE_CHECKING:
     from bitquota.candidates.layers import Layer
+    from bitquota.candidates.storage import Scheme
 
 
 class LearnedSteps(nn.Module):
@@ -36,7 +50,8 @@ class LearnedSteps(nn.Module):
 
     The steps start at the candidate's own fit and move in the logarithm, ``s = s0 exp(t)``, so
     that one learning rate serves steps of any size and a step keeps its sign. Steps are rounded
-    to their storage format in the forward pass, straight-through; zero points stay as fitted.
+    to their storage format in the forward pass, straight-through; zero points stay as fitted. Rows
+    may have different bit-widths; those of 0 bits, or all weights at 0 bits, are and stay zero.
 
     Args:
         latent: The full-precision weight.
@@ -54,8 +69,10 @@ class LearnedSteps(nn.Module):
         scales = torch.where(scales == 0, scales.abs().mean().clamp(min=1e-8), scales)
         self.register_buffer("start", scales)
         self.register_buffer("zero_points", start.zero_points)
+        self.register_buffer("ends", _ends(self.scheme), persistent=False)
         self.start: Tensor
         self.zero_points: Tensor | None
+        self.ends: Tensor | None
         self.log_factor = nn.Parameter(torch.zeros_like(scales))
 
     def steps(self) -> Tensor:
@@ -68,6 +85,8 @@ class LearnedSteps(nn.Module):
         """Return the quantized weight."""
         matrix = to_matrix(latent, self.layer)
         columns = matrix.shape[1]
+        if self.bits == PRUNED_BITS:
+            return latent * 0.0
         step = spread(self.steps(), columns, self.scheme)
         if self.scheme.grid is Grid.POWER_OF_TWO:
             v = torch.clamp(matrix / step, -1.0, 1.0)
@@ -75,11 +94,12 @@ class LearnedSteps(nn.Module):
             quantized = (v + (level - v).detach()) * step
         elif self.zero_points is not None:
             zero = spread(self.zero_points.float(), columns, self.scheme)
-            quantized = lsq(matrix, step, -zero, 2**self.bits - 1 - zero)
+            least, most = (0, 2**self.bits - 1) if self.ends is None else self.ends
+            quantized = lsq(matrix, step, least - zero, most - zero)
         elif self.bits == 1:
             quantized = binary(matrix, step)
         else:
-            quantized = lsq(matrix, step, *levels(self.bits))
+            quantized = lsq(matrix, step, *(levels(self.bits) if self.ends is None else self.ends))
         return from_matrix(quantized, self.layer)
 
     def after_step(self, latent: Tensor) -> None:
@@ -90,14 +110,31 @@ class LearnedSteps(nn.Module):
         """Return codes and steps."""
         matrix = to_matrix(latent.detach(), self.layer)
         scales = self.steps().to(SCALE_DTYPES[self.scheme.scale_format])
-        codes = nearest_codes(matrix.double(), scales, self.zero_points, self.bits, self.scheme)
-        return QuantizedWeight(
-            codes=codes,
-            scales=scales,
-            zero_points=self.zero_points,
-            bits=self.bits,
-            scheme=self.scheme,
+
+        def of(rows: Tensor, bits: int, scheme: Scheme) -> QuantizedWeight:
+            if bits == PRUNED_BITS:
+                return pruned(len(rows), matrix.shape[1], scheme, matrix.device)
+            own = rows if len(scales) == len(matrix) else slice(None)
+            zeros = None if self.zero_points is None else self.zero_points[own]
+            codes = nearest_codes(matrix[rows].double(), scales[own], zeros, bits, scheme)
+            return QuantizedWeight(
+                codes=codes, scales=scales[own], zero_points=zeros, bits=bits, scheme=scheme
+            )
+
+        if not self.scheme.row_bits:
+            return of(torch.arange(len(matrix)), self.bits, self.scheme)
+        parts = rows_by_width(self.scheme.row_bits)
+        return QuantizedWeight.of_parts(
+            [(rows, of(rows, bits, self.scheme.of_parts)) for bits, rows in parts], self.scheme
         )
+
+
+def _ends(scheme: Scheme) -> Tensor | None:
+    """Return f32[2, rows, 1]: least and greatest code where rows have different bit-widths."""
+    if not scheme.row_bits:
+        return None
+    ends = [code_range(scheme.grid, b) if b else (0, 0) for b in scheme.row_bits]
+    return torch.tensor(ends, dtype=torch.float32).T[:, :, None]
 
 
 class LearnedThresholds(nn.Module):
@@ -115,9 +152,9 @@ class LearnedThresholds(nn.Module):
     def __init__(self, latent: Tensor, layer: Layer, candidate: Candidate) -> None:
         super().__init__()
         self.layer, self.bits, self.scheme = layer, candidate.weight_bits, candidate.scheme
-        if self.scheme.grid is not Grid.SYMMETRIC or self.bits < 2:
+        if self.scheme.grid is not Grid.SYMMETRIC or self.bits < 2 or self.scheme.row_bits:
             msg = (
-                "method 'tqt' trains symmetric integer grids of 2 bits or more; layer "
+                "method 'tqt' trains symmetric integer grids of one width, 2 bits or more; layer "
                 f"'{layer.name}' is {candidate.label} on the grid '{self.scheme.grid}': take "
                 "method 'lsq' or 'direct'"
             )
@@ -212,11 +249,12 @@ over integers and their table grows: such layers keep their integers, with learn
 def trained_candidate(method: str, layer: Layer, candidate: Candidate) -> Candidate:
     """Return what a layer is stored as after training with ``method``, its size counted.
 
-    Only ``direct`` changes the format: integers of up to ``DIRECT_BITS`` bits become one codebook
-    for the tensor, with levels in the format of the scales. How scales were fitted and weights
-    rounded is over once they are trained: the rule on record becomes least squares, which finds
-    the grid of weights that lie on one, so that quantizing trained weights again changes nothing
-    (the range of the weights does not tell their grid), and rounding is to nearest.
+    Only ``direct`` changes the format: integers of up to ``DIRECT_BITS`` bits, the same in all
+    rows, become one codebook for the tensor, with levels in the format of the scales. How scales
+    were fitted and weights rounded is over once they are trained: the rule on record becomes least
+    squares, which finds the grid of weights that lie on one, so that quantizing trained weights
+    again changes nothing (the range of the weights does not tell their grid), and rounding is to
+    nearest.
 
     Raises:
         InvalidInput: There is no such method, or the candidate is full precision.
@@ -227,25 +265,22 @@ def trained_candidate(method: str, layer: Layer, candidate: Candidate) -> Candid
     if candidate.weight_bits == FULL_PRECISION_BITS:
         msg = f"layer '{layer.name}' stays in full precision; it has no quantizer to train"
         raise InvalidInput(msg, layer=layer.name)
-    if what := zero_bits_of(candidate):
+    if candidate.sparse:
         msg = (
-            f"layer '{layer.name}' leaves weights out ({what}), which training does not keep: plan "
-            "without --allow to train"
+            f"layer '{layer.name}' leaves two of four weights out, which training does not keep: "
+            f"plan without --allow {candidate.scheme.sparsity} to train"
         )
         raise InvalidInput(msg, layer=layer.name)
-    if candidate.row_bits:
-        msg = (
-            f"the rows of layer '{layer.name}' have several bit-widths, which training does not "
-            "keep: plan without --row-widths to train"
-        )
-        raise InvalidInput(msg, layer=layer.name)
+    if candidate.pruned:
+        return candidate
     ranged = candidate.scheme.scale_rule in (ScaleRule.ABSMAX, ScaleRule.PERCENTILE)
     scheme = replace(
         candidate.scheme,
         rounding=Rounding.NEAREST,
         scale_rule=ScaleRule.LEAST_SQUARES_POSITIVE if ranged else candidate.scheme.scale_rule,
     )
-    if method != "direct" or not scheme.grid.is_integer or candidate.weight_bits > DIRECT_BITS:
+    integers = not scheme.grid.is_integer or scheme.row_bits or candidate.weight_bits > DIRECT_BITS
+    if method != "direct" or integers:
         return replace(candidate, scheme=scheme)
     levels_of_tensor = replace(
         scheme,
@@ -273,6 +308,8 @@ def trainable_weight(
             precision.
     """
     candidate = trained_candidate(method, layer, candidate)
+    if candidate.pruned:
+        return LearnedSteps(latent, layer, candidate)
     if candidate.scheme.grid is Grid.CODEBOOK:
         if method != "direct":
             msg = (

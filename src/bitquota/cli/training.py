@@ -170,7 +170,8 @@ def learn(
         typer.Option(
             "--recipe",
             help="stabilised, ellipsoid (size by construction), bitpruning, bsq (bit planes), msq "
-            "(last bits), uhlich2020 (as published), uhlich2020_p3 (its powers of two).",
+            "(last bits), djpq (channels too), uhlich2020 (as published), uhlich2020_p3 (its "
+            "powers of two).",
         ),
     ] = "stabilised",
     from_plan: Annotated[
