@@ -291,6 +291,8 @@ def matrix_grid(
             symmetric grid only.
     """
     rows = len(scales)
+    if bits == PRUNED_BITS:  # all codes stand for zero
+        return MatrixGrid(grid=Grid.SYMMETRIC, bits=2, step=scales.new_zeros(rows, 1, dtype=dtype))
     if scheme.grid is Grid.CODEBOOK:
         table = scales.to(dtype)
         return MatrixGrid(grid=scheme.grid, bits=bits, step=table[:, :1], table=table)
@@ -310,9 +312,6 @@ def matrix_grid(
     zero = None if zero_points is None else spread(zero_points.to(dtype), columns, scheme)
     step = spread(scales.to(dtype), columns, scheme)
     ends = None
-    if bits == PRUNED_BITS:
-        # All codes stand for zero.
-        return MatrixGrid(grid=Grid.SYMMETRIC, bits=2, step=step)
     if kept is not None:
         least, most = (end * kept.to(dtype) for end in code_range(scheme.grid, bits))
         ends = least, most

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bitquota.candidates.layers import Layer, LayerKind
-from bitquota.candidates.storage import Scheme, Sparsity, storage_size
+from bitquota.candidates.storage import Granularity, Scheme, Sparsity, storage_size
 from bitquota.candidates.table import Candidate
 from bitquota.candidates.targets import target_by_name
 from bitquota.context import Context, MemoryLedger
@@ -133,7 +133,8 @@ class TestTwoOfFour:
     def test_estimates_of_several_candidates_are_those_of_each_alone(self):
         """Dense, sparse and pruned ones of a layer are rounded together."""
         values, gram = correlated()
-        wanted = [(4, SPARSE), (4, Scheme()), (0, Scheme()), (3, SPARSE)]
+        blocks = Scheme(granularity=Granularity.GROUP, group_size=8)
+        wanted = [(4, SPARSE), (4, Scheme()), (0, Scheme()), (3, SPARSE), (0, blocks), (4, blocks)]
         together = estimated(values, wanted, inputs_gram=gram, rounding="gptq")
         for one, own in zip(together, wanted, strict=True):
             (alone,) = estimated(values, [own], inputs_gram=gram, rounding="gptq")
