@@ -33,7 +33,9 @@ FORMER_SOLVERS = {"mathopt": "cvxpy_scip", "highs_rlt": "cp_sat"}
 TRAINING_METHODS = ("lsq", "tqt", "direct")
 """As ``bitquota.training.weight_quantizers`` has them; that module loads torch."""
 
-RECIPES = ("stabilised", "ellipsoid", "bitpruning", "bsq", "msq", "uhlich2020", "uhlich2020_p3")
+RECIPES = (
+    "stabilised", "ellipsoid", "bitpruning", "bsq", "msq", "djpq", "uhlich2020", "uhlich2020_p3",
+)  # fmt: skip
 """As ``bitquota.training.learn`` has them; that module loads torch."""
 
 ROBUST = ("gradient", "dropbits")
