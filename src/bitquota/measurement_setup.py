@@ -21,6 +21,7 @@ from bitquota.corrections import BEFORE_QUANTIZING, REWRITTEN, Correction
 from bitquota.errors import InvalidInput
 from bitquota.evaluate.choice import ChoiceLoss, measure_choice
 from bitquota.models.binding import bound
+from bitquota.models.image_layout import as_they_are, channels_last, takes_channels_last
 from bitquota.models.kv_cache import find_caches, open_caches
 from bitquota.models.loaded import inventory_of
 from bitquota.models.onnx.program import source_of
@@ -417,10 +418,12 @@ def build_setup(
     Processes(context.processes).check_device(where)
     calibration = bound(model, calibration)
     model, loss, outputs = _measured_outputs(model, calibration, request, loss)
-    few = calibration.first(2).to(where)
+    few, lay_out = calibration.first(2).to(where), as_they_are
     module = sharing_weights(model.module).eval()
     if model.pages is None:
         module = module.to(where)
+        if takes_channels_last(module, few):
+            few, lay_out = channels_last(few), channels_last
     if Correction.FOLD_BATCH_NORM in request.corrections:
         module = fold_batch_norm(module, few.inputs)
 
@@ -449,7 +452,7 @@ def build_setup(
             inventory, table, found, target, bits=request.kv_bits, scales=request.kv_scales
         )
 
-    measured, holdout, spare = _samples(calibration, request, where)
+    measured, holdout, spare = _samples(calibration, request, where, lay_out)
     n_correcting = min(request.correction_samples, len(calibration))
 
     # Values turned, and channels scaled for about the widths that layers will have.
@@ -520,7 +523,7 @@ def build_setup(
         fit=measured,
         holdout=holdout,
         spare=spare,
-        correcting=calibration.subset(n_correcting, request.seed).to(where),
+        correcting=lay_out(calibration.subset(n_correcting, request.seed).to(where)),
         fitted=fitted,
         importance=importance,
         context=context,
@@ -556,14 +559,18 @@ def _with_rows(setup: Setup, *, fit: bool) -> Setup:
 
 
 def _samples(
-    calibration: CalibrationSet, request: PlanRequest, where: torch.device
+    calibration: CalibrationSet,
+    request: PlanRequest,
+    where: torch.device,
+    lay_out: Callable[[CalibrationSet], CalibrationSet],
 ) -> tuple[CalibrationSet, CalibrationSet, tuple[CalibrationSet, ...]]:
     """Return disjoint samples: to measure on, to decide on, and blocks of them in reserve."""
     wanted = request.samples + request.holdout_samples
     drawn = calibration.subset(min(wanted, len(calibration)), request.seed)
     parts = drawn.split(request.holdout_samples / wanted, request.seed)
-    measured, holdout = (part.placed(where) for part in parts)
-    spare = (part.placed(where) for part in _blocks(calibration, drawn, len(holdout), request))
+    measured, holdout = (lay_out(part.placed(where)) for part in parts)
+    blocks = _blocks(calibration, drawn, len(holdout), request)
+    spare = (lay_out(part.placed(where)) for part in blocks)
     return measured, holdout, tuple(spare)
 
 
