@@ -160,7 +160,7 @@ def fit_quantizers(
             activations = collect_by(activation_fit, module, inventory, batches)
         if in_order:
             n = inventory.samples_at_once(len(samples), WALK_BYTES)
-            order = RoundingOrder(rounding=rounding, batches=batches[: max(1, n // size)])
+            order = RoundingOrder(rounding=rounding, batches=batches[: -(-n // size)])
 
     origin = partial(
         _origin, samples, importance, activation_fit=activation_fit, ranges=needs_ranges, fed=fed

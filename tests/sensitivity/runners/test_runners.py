@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -305,9 +307,19 @@ class TestLargeActivations:
         runner = make_runner(module, inventory, data, engine=engine, batch_norm=batch_norm)
         assert max(len(chunk) for chunk in runner.chunks) == 7
 
+    def test_every_sample_is_taken_where_all_fit(self, large):
+        _, inventory, _ = large
+        small = CalibrationSet(inputs=(torch.randn(70, 1, 8, 8),))
+        offered = [Candidate.of(la, 3, Scheme()) for la in inventory.layers]
+        inventory = replace(
+            inventory, layers=tuple(replace(la, n_macs=0, n_inputs=0) for la in inventory.layers)
+        )
+        order = fit_quantizers(large[0], inventory, offered, small, rounding="qep").order
+        assert [len(batch[0]) for batch in order.batches] == [64, 6]
+
     def test_weights_are_rounded_on_as_many_as_two_gibibytes_take(self, large):
         module, inventory, data = large
         more = CalibrationSet(inputs=(data.inputs[0].expand(2, -1, -1, -1, -1).flatten(0, 1),))
         offered = [Candidate.of(la, 3, Scheme()) for la in inventory.layers]
         order = fit_quantizers(module, inventory, offered, more, rounding="qep").order
-        assert [len(batch[0]) for batch in order.batches] == [7, 7, 7, 7]
+        assert [len(batch[0]) for batch in order.batches] == [7, 7, 7, 7, 7]
