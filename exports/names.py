@@ -17,6 +17,11 @@ EXPORT_FORMATS = (
 )  # fmt: skip
 """Names of ``bitquota.exports.export.EXPORTERS``, in its order; that module loads torch."""
 
+FOLDER_FORMATS = frozenset(
+    {"compressed-tensors", "onnx-genai", "openvino-genai", "gguf", "mlx", "gptq", "modelopt"}
+)
+"""Formats that extend the config of a Hugging Face folder: no other kind of model has one."""
+
 
 HOW_TO_RUN = {
     "onnx-qdq": "onnxruntime.InferenceSession('{out}/model.onnx')",

@@ -92,6 +92,9 @@ def create_key(
     max_priority: Annotated[
         int, typer.Option("--max-priority", help="Highest priority of the jobs it submits.")
     ] = 0,
+    if_none: Annotated[  # noqa: FBT002  # Typer makes an option of it
+        bool, typer.Option("--if-none", help="Do nothing where there is a key, of any tenant.")
+    ] = False,
     data_dir: DataDir = None,
 ) -> None:
     """Create a key and print it; it is shown only once and stored as a hash."""
@@ -103,8 +106,12 @@ def create_key(
         msg = f"a scope must be one of {', '.join(Scope)}; got {scope}"
         raise InvalidInput(msg) from err
     with _opened(data_dir, make=True) as (_, database):
+        store = KeyStore(database, time.time)
+        if if_none and store.any():
+            typer.echo("no key was made: there is one already", err=True)
+            return
         lifetime_s = None if days is None else days * _DAY_S
-        key, text = KeyStore(database, time.time).create(
+        key, text = store.create(
             tenant, name=name, scopes=scopes, lifetime_s=lifetime_s, max_priority=max_priority
         )
     _say(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitquota.candidates.targets import TARGETS
 from bitquota.errors import NotFound
+from bitquota.exports.names import FOLDER_FORMATS
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
 from bitquota.report.charts import (
@@ -65,7 +66,7 @@ def report_task(arguments: JsonObject, _ask: object) -> tuple[JsonObject, bytes]
 def model_page_task(arguments: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
     """Return what the model page says of its plans, and what can be exported."""
     plans = _plans(arguments)
-    exports = export_choices([plan for plan, _ in plans])
+    exports = export_choices([plan for plan, _ in plans], arguments["model_format"])
     return {"plans": [shown for _, shown in plans], "exports": exports}, b""
 
 
@@ -100,18 +101,20 @@ def _average_range(matrix: SensitivityMatrix) -> tuple[float, float]:
     return sum(map(min, codes.values())) / total, sum(map(max, codes.values())) / total
 
 
-def export_choices(plans: Sequence[Plan]) -> list[JsonObject]:
+def export_choices(plans: Sequence[Plan], model_format: str) -> list[JsonObject]:
     """Return what an export job can make: targets whose rules a plan keeps, then plain formats.
 
-    A format writes the plan as it is; no rules of a runtime are checked for it.
+    A format writes the plan as it is; no rules of a runtime are checked for it. What needs a
+    Hugging Face folder is left out for a model that is known to be none.
     """
+    unfit = FOLDER_FORMATS if model_format in {"pt2", "onnx"} else frozenset()
     kept = [
         {"name": f"{name} (target)", "request": {"target": name}}
         for name, target in TARGETS.items()
-        if any(plan.fits(target) for plan in plans)
+        if target.exporter not in unfit and any(plan.fits(target) for plan in plans)
     ]
     formats = dict.fromkeys(target.exporter for target in TARGETS.values())
-    return kept + [{"name": name, "request": {"format": name}} for name in formats]
+    return kept + [{"name": f, "request": {"format": f}} for f in formats if f not in unfit]
 
 
 def _document(arguments: JsonObject) -> JsonObject:

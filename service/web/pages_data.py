@@ -226,6 +226,17 @@ async def draw(
     return await pool.run(tenant, task, order | more, what="what the job left", lasting=kept)
 
 
+def model_format(service: State, tenant: str, job_id: str) -> str:
+    """Return the format of a job's model, or nothing where the upload is not kept any more."""
+    model = service.jobs.get(tenant, job_id).model
+    if model is None:
+        return ""
+    try:
+        return service.artifacts.get(tenant, ArtifactKind.MODEL, model).format
+    except NotFound:
+        return ""
+
+
 async def runs(service: State, tenant: str, job_ids: Sequence[str]) -> list[JsonObject]:
     """Return what the comparison page shows of each job, in the order asked for.
 

@@ -128,6 +128,7 @@ class Supervisor:
         here = self._settings.slots and self._settings.engine == "local"
         if not here or sandbox_of(self._settings) is None or kernel_folders():
             return
+        _log.info("compiling kernels for this machine, once; jobs wait for about a minute")
         warm_up = [sys.executable, "-m", "bitquota.service.worker.evaluator", "--warm-up"]
         subprocess.run(warm_up, check=False)  # noqa: S603  # our own module
         if not kernel_folders():

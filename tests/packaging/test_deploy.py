@@ -76,7 +76,7 @@ def chart(repository):
 
 
 class TestChart:
-    """No helm is to be had here: what can be told without it."""
+    """What can be told without helm; ``TestRendered`` needs it."""
 
     def test_values_that_templates_name_are_there(self, chart):
         """And each value is used."""
@@ -133,3 +133,92 @@ class TestChart:
             "allowPrivilegeEscalation: false",
         ):  # fmt: skip
             assert needed in text
+
+
+TOOLS = "build/deploy-tools/bin"
+"""Where ``make deploy-tools`` puts helm and the checker of Kubernetes' schemas."""
+
+POSTGRES = (
+    "database.url=postgresql+psycopg://bitquota@db/bitquota", "database.secret=bitquota-database"
+)  # fmt: skip
+INGRESS = ("ingress.enabled=true", "trustedProxies=10.42.0.0/16")
+VALUES = {
+    "one pod": (),
+    "many pods": (*POSTGRES, *INGRESS, "workers.replicas=3", "storage.accessMode=ReadWriteMany"),
+    "first key": (*POSTGRES, "firstKey.tenant=vision-team", "settings.BITQUOTA_MAX_JOB_S=3600"),
+}
+
+
+@pytest.fixture(scope="module")
+def tool(repository):
+    """The path of a program of ``make deploy-tools``, or a reason to skip."""
+
+    def find(name):
+        if found := shutil.which(name, path=str(repository / TOOLS)) or shutil.which(name):
+            return found
+        return pytest.skip(f"no {name} (make deploy-tools)")
+
+    return find
+
+
+@pytest.fixture(scope="module")
+def helm(tool, chart):
+    program = tool("helm")
+
+    def call(command, values=(), name=()):
+        told = [word for value in values for word in ("--set", value)]
+        return subprocess.run(
+            [program, command, *name, str(chart), *told],
+            check=False, capture_output=True, text=True,
+        )  # fmt: skip
+
+    return call
+
+
+class TestRendered:
+    """By helm itself; Kubernetes 1.33 is the first with user namespaces switched on."""
+
+    @pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+    def test_keeps_the_schemas(self, helm, tool, tmp_path, values):
+        """Strictly: a field that no version knows is refused as well as a value of another type."""
+        checker = tool("kubernetes-validate")
+        linted = helm("lint", values)
+        assert linted.returncode == 0, linted.stdout
+        rendered = helm("template", values, ["bitquota"])
+        assert rendered.returncode == 0, rendered.stderr
+        (tmp_path / "chart.yaml").write_text(rendered.stdout)
+        checked = subprocess.run(
+            [checker, "-k", "1.33", "--strict", str(tmp_path / "chart.yaml")],
+            check=False, capture_output=True, text=True,
+        )  # fmt: skip
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+
+        # What no schema says: names that refer to each other do, and no variable is set twice.
+        documents = [d for d in yaml.safe_load_all(rendered.stdout) if d]
+        names = {(d["kind"], d["metadata"]["name"]) for d in documents}
+        pods = [d["spec"]["template"] for d in documents if d["kind"] == "Deployment"]
+        for pod in pods:
+            volumes = {v["name"] for v in pod["spec"]["volumes"]}
+            claims = [v.get("persistentVolumeClaim", {}) for v in pod["spec"]["volumes"]]
+            claimed = {c["claimName"] for c in claims if c}
+            assert claimed
+            assert {("PersistentVolumeClaim", name) for name in claimed} <= names
+            for container in (*pod["spec"]["containers"], *pod["spec"].get("initContainers", ())):
+                variables = [v["name"] for v in container["env"]]
+                assert len(set(variables)) == len(variables)
+                assert {m["name"] for m in container["volumeMounts"]} == volumes
+        service = next(d for d in documents if d["kind"] == "Service")
+        wanted = service["spec"]["selector"].items()
+        assert sum(wanted <= pod["metadata"]["labels"].items() for pod in pods) == 1
+
+    @pytest.mark.parametrize(
+        ("values", "said"),
+        [
+            (["settings.BITQUOTA_SLOTS=2"], "only variables that the chart does not set itself"),
+            (POSTGRES[:1], "database.url needs database.secret"),
+        ],
+    )
+    def test_contradictions_are_refused(self, helm, values, said):
+        refused = helm("template", values, ["bitquota"])
+        assert refused.returncode != 0
+        assert said in refused.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -70,6 +71,13 @@ class TestOpened:
         """Keys are made before a server that others reach is started."""
         assert call(nowhere, "keys", "create", "ann").exit_code == 0
         assert (nowhere / "bitquota.db").exists()
+
+    def test_first_key_is_made_once(self, nowhere):
+        """As a pod does before each start."""
+        made, again = (call(nowhere, "keys", "create", "ann", "--if-none") for _ in range(2))
+        assert json.loads(made.stdout)["key"].startswith("bq_")
+        assert (again.exit_code, again.stdout) == (0, "")
+        assert len(call(nowhere, "keys", "list").stdout.splitlines()) == 1
 
 
 class TestDoctor:

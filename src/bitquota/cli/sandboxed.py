@@ -161,6 +161,7 @@ def _run_inside(
         "folder": str(Path.cwd()),
     }
     if not kernel_folders():  # inside they would be compiled anew each time
+        output.say("compiling kernels for this machine, once: about a minute of a processor")
         warm_up = [sys.executable, "-m", "bitquota.service.worker.evaluator", "--warm-up"]
         subprocess.run(warm_up, check=False, capture_output=True)  # noqa: S603  # our own module
     with contextlib.ExitStack() as stack:

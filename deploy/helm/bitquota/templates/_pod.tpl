@@ -4,7 +4,13 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 {{- end }}
 
+{{- /* What the chart itself says to a pod may not come a second time from settings. */}}
 {{- define "bitquota.environment" -}}
+{{- range tuple "DATA_DIR" "HOST" "PORT" "TRUSTED_PROXIES" "DATABASE_URL" "DATABASE_PASSWORD_FILE" "SLOTS" "SANDBOX" }}
+{{- if hasKey $.Values.settings (printf "BITQUOTA_%s" .) }}
+{{- fail (printf "settings may hold only variables that the chart does not set itself; got BITQUOTA_%s: see database, trustedProxies and workers in values.yaml" .) }}
+{{- end }}
+{{- end }}
 - { name: BITQUOTA_DATA_DIR, value: /data }
 - { name: BITQUOTA_HOST, value: "0.0.0.0" }
 - { name: BITQUOTA_PORT, value: "8000" }
@@ -33,7 +39,7 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
   emptyDir: {}
 {{- if .Values.database.url }}
 - name: database
-  secret: { secretName: {{ .Values.database.secret | quote }}, defaultMode: 288 }
+  secret: { secretName: {{ required "database.url needs database.secret: the name of a Secret with the key 'password'" .Values.database.secret | quote }}, defaultMode: 288 }
 {{- end }}
 {{- end }}
 
