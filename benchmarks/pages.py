@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sqlite3
 import statistics
 import sys
 import tempfile
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from playwright.sync_api import sync_playwright
 
 from live_server import LiveServer
-from seeded_jobs import inventory_of, matrix_of, plan_of, seed_job
+from seeded_jobs import inventory_of, matrix_of, plan_of, repeat_job, seed_job
 
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
 PAINT = """
@@ -67,18 +66,6 @@ def seed(data_dir: Path, n_layers: int, *, cross: bool) -> str:
     plans = tuple(plan_of(inventory, alone, budget) for budget in ("3 bits", "4 bits"))
     matrix = matrix_of(inventory) if cross else alone
     return seed_job(data_dir, matrix, plans, inventory, name=f"{n_layers} layers")
-
-
-def repeat_job(data_dir: Path, job: str, times: int) -> None:
-    """Put copies of a finished job into the list, under ids of later and later moments."""
-    with sqlite3.connect(data_dir / "bitquota.db") as connection:
-        cursor = connection.execute("SELECT * FROM jobs WHERE id = ?", (job,))
-        names = [column[0] for column in cursor.description]
-        row = dict(zip(names, cursor.fetchone(), strict=True))
-        first = int(job.removeprefix("job_"), 16)
-        copies = [[*(row | {"id": f"job_{first + k:032x}"}).values()] for k in range(1, times)]
-        slots = ", ".join("?" * len(names))
-        connection.executemany(f"INSERT INTO jobs ({', '.join(names)}) VALUES ({slots})", copies)  # noqa: S608  # our own names
 
 
 def visit(browser: object, url: str, ready: str = "#charts[data-ready]") -> tuple[float, float]:

@@ -6,6 +6,7 @@ are what our own solver makes of them.
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -211,3 +212,15 @@ def seed_model(data_dir: Path, n_layers: int, *, cross: bool = True, **options: 
     matrix = matrix_of(inventory, cross=cross)
     plans = tuple(plan_of(inventory, matrix, budget) for budget in ("3 bits", "4 bits"))
     return seed_job(data_dir, matrix, plans, inventory, **options)
+
+
+def repeat_job(data_dir: Path, job: str, times: int) -> None:
+    """Put copies of a finished job into the list, under ids of later and later moments."""
+    with sqlite3.connect(data_dir / "bitquota.db") as connection:
+        cursor = connection.execute("SELECT * FROM jobs WHERE id = ?", (job,))
+        names = [column[0] for column in cursor.description]
+        row = dict(zip(names, cursor.fetchone(), strict=True))
+        first = int(job.removeprefix("job_"), 16)
+        copies = [[*(row | {"id": f"job_{first + k:032x}"}).values()] for k in range(1, times)]
+        slots = ", ".join("?" * len(names))
+        connection.executemany(f"INSERT INTO jobs ({', '.join(names)}) VALUES ({slots})", copies)  # noqa: S608  # our own names

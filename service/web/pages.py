@@ -62,7 +62,9 @@ _TYPES = {
 }
 _FOLDERS = (("bitquota", "assets"), ("bitquota.service.web", "static"))
 _MAX_FORM_BYTES = 4096
-_LISTED = 50
+_LISTED = 25
+"""Jobs that the first page comes with; the stream of changes brings as many again."""
+
 MOST_COMPARED = 6
 """Jobs whose frontiers one drawing shows: as many as it has colours and lines to tell apart."""
 
@@ -298,6 +300,7 @@ def home(viewer: Viewing, service: Service) -> Response:
         viewer=viewer,
         may_write=Scope.WRITE in viewer.caller.scopes,
         rows=pages_data.job_rows(service, tenant, found),
+        listed=_LISTED,
         most_compared=MOST_COMPARED,
         widths=DEFAULT_WEIGHT_BITS,
         all_widths=WEIGHT_BITS,

@@ -11,7 +11,7 @@ import anyio
 import sqlalchemy as sa
 from fastapi import APIRouter, Query, Response
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import StreamingResponse
+from starlette.responses import JSONResponse, StreamingResponse
 
 from bitquota.errors import BitquotaError, Conflict, NotFound
 from bitquota.estimate import JobEstimate
@@ -37,6 +37,7 @@ router = APIRouter(include_in_schema=False)
 _LOOK_S = 0.25
 _KEEP_ALIVE_S = 15.0
 _WATCHED = 50
+_OLDER = 100
 _KEPT_EVENTS = 200
 _MOST_EVENTS = 100_000
 
@@ -378,6 +379,16 @@ async def live_jobs(service: Service, caller: Calling) -> StreamingResponse:
             await anyio.sleep(_LOOK_S if busy else 4 * _LOOK_S)
 
     return StreamingResponse(stream(), media_type="text/event-stream")
+
+
+@router.get("/older/jobs")
+def older_jobs(
+    service: Service, caller: Calling, before: Annotated[str, Query(max_length=100)]
+) -> Response:
+    """Return the rows of up to ``_OLDER`` jobs before one, newest first."""
+    found = service.jobs.page(caller.tenant, limit=_OLDER + 1, before=before)
+    rows = job_rows(service, caller.tenant, found[:_OLDER])
+    return JSONResponse({"data": rows, "has_more": len(found) > _OLDER})
 
 
 def _newest(service: State, tenant: str) -> Sequence[Job]:

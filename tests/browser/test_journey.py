@@ -54,111 +54,59 @@ def plan_of(download) -> Plan:
         return Plan.from_json(json.load(file))
 
 
-class TestJourney:
-    def test_by_mouse(self, server, digits_files, open_window):
-        """Drop both files, watch the job, move the slider, download the plan."""
-        window = open_window(viewport={"width": 1280, "height": 900})
-        page = window.page
-        page.add_init_script(WATCH)
-        page.goto(server.url)
-        files = [
+class Mouse:
+    """What a person does with a mouse, and types into fields."""
+
+    def __init__(self, page) -> None:
+        self.page = page
+
+    def give(self, files):
+        """Drop them on the page."""
+        said = [
             {"name": path.name, "data": base64.b64encode(path.read_bytes()).decode()}
-            for path in digits_files
+            for path in files
         ]
-        page.evaluate(DROP, [files])
-        page.fill("#budgets", "3 bits")
-        page.fill("#name", "by mouse")
-        page.click("#go")
+        self.page.evaluate(DROP, [said])
 
-        page.wait_for_url("**/jobs/job_*")
-        page.wait_for_selector("#look:visible", timeout=JOB_MS)
-        seen = page.evaluate("window.seen")
-        assert page.inner_text("#state") == "succeeded"
-        assert any(text.startswith("running") and " of " in text for text in seen), seen
-        assert "succeeded" in page.inner_text("#log")
-        assert page.locator("#results a").count() >= 3
+    def press(self, selector):
+        self.page.click(selector)
 
-        page.click("#look")
-        window.settle()
-        assert page.inner_text(".headline")
-        before = page.input_value("input.budget")
-        told = page.inner_text(".slider output")
-        box = page.locator("input.budget").bounding_box()
+    def write(self, selector, text):
+        self.page.fill(selector, text)
+
+    def choose(self, selector, label):
+        self.page.select_option(selector, label=label)
+
+    def slide(self):
+        box = self.page.locator("input.budget").bounding_box()
         middle = box["y"] + box["height"] / 2
-        page.mouse.move(box["x"] + box["width"] * 0.3, middle)
-        page.mouse.down()
-        page.mouse.move(box["x"] + box["width"] * 0.7, middle, steps=8)
-        page.mouse.up()
-        after = page.input_value("input.budget")
-        assert float(after) > float(before)
-        page.wait_for_selector(f"input.budget[data-solved='{after}']")
-        assert page.inner_text(".slider output") != told
-        assert float(after) == pytest.approx(
-            float(page.inner_text(".slider output").split()[0]), abs=0.5
-        )
-        with page.expect_download() as download:
-            page.click("text=Download plan")
-        assert plan_of(download.value).budgets[0].text == "3 bits"
+        self.page.mouse.move(box["x"] + box["width"] * 0.3, middle)
+        self.page.mouse.down()
+        self.page.mouse.move(box["x"] + box["width"] * 0.7, middle, steps=8)
+        self.page.mouse.up()
 
-        page.select_option("#export-target", label="ref-int")
-        page.click("#export button")
-        page.wait_for_url("**/jobs/job_*")
-        with page.expect_download(timeout=JOB_MS) as exported:
-            page.click("#results a[href$='/archive']", timeout=JOB_MS)
-        with zipfile.ZipFile(exported.value.path()) as archive:
-            assert archive.testzip() is None
-            assert archive.namelist()
 
-    def test_by_keyboard_alone(self, server, digits_files, open_window):
-        """Every step with Tab, Enter, Space and arrows; no mouse."""
-        window = open_window(viewport={"width": 1280, "height": 900})
-        page = window.page
-        page.goto(server.url)
-        for role, path in zip(("model", "dataset"), digits_files, strict=True):
-            self.tab_to(page, f"#{role}")
-            self.choose(page, path)
-        self.tab_to(page, "#budgets")
-        page.keyboard.press("Control+A")
-        page.keyboard.type("4 bits")
-        self.tab_to(page, "#name")
-        page.keyboard.type("by keyboard")
-        self.tab_to(page, "#effort")
-        page.keyboard.type("quick")
-        self.tab_to(page, "#go")
-        page.keyboard.press("Enter")
+class Keyboard:
+    """The same with Tab, Enter, Space, arrows and letters alone."""
 
-        page.wait_for_url("**/jobs/job_*")
-        page.wait_for_selector("#look:visible", timeout=JOB_MS)
-        self.tab_to(page, "#look")
-        page.keyboard.press("Enter")
-        page.wait_for_url("**/model")
-        window.settle()
+    def __init__(self, page) -> None:
+        self.page = page
 
-        self.tab_to(page, "input.budget")
-        before = page.input_value("input.budget")
-        told = page.get_attribute("input.budget", "aria-valuetext")
-        for _ in range(40):
-            page.keyboard.press("ArrowRight")
-        after = page.input_value("input.budget")
-        assert float(after) > float(before)
-        page.wait_for_selector(f"input.budget[data-solved='{after}']")
-        assert page.get_attribute("input.budget", "aria-valuetext") != told
+    def reach(self, selector):
+        """Press Tab until the element has the focus."""
+        target = self.page.locator(selector).first
+        for _ in range(200):
+            if target.evaluate("(e) => e === document.activeElement"):
+                return
+            self.page.keyboard.press("Tab")
+        pytest.fail(f"Tab does not reach {selector}")
 
-        canvas = "canvas[aria-label='Sensitivity of every layer to every candidate']"
-        self.tab_to(page, canvas)
-        page.keyboard.press("ArrowDown")
-        page.keyboard.press("ArrowRight")
-        assert " at W3: " in page.inner_text(".heat .readout >> nth=0")
+    def give(self, files):
+        for role, path in zip(("model", "dataset"), files, strict=True):
+            self.reach(f"#{role}")
+            self._open(path)
 
-        page.goto(page.url)
-        window.settle()
-        self.tab_to(page, "text=Download plan")
-        with page.expect_download() as download:
-            page.keyboard.press("Enter")
-        assert plan_of(download.value).budgets[0].text == "4 bits"
-
-    @staticmethod
-    def choose(page, path):
+    def _open(self, path):
         """Open the file chooser of the focused field by Enter and take a file.
 
         On a busy machine headless Chromium now and then opens none for a key that did arrive.
@@ -167,23 +115,128 @@ class TestJourney:
 
         for _ in range(15):
             try:
-                with page.expect_file_chooser(timeout=2000) as chooser:
-                    page.keyboard.press("Enter")
+                with self.page.expect_file_chooser(timeout=2000) as chooser:
+                    self.page.keyboard.press("Enter")
             except NoChooser:
                 continue
             chooser.value.set_files(path)
             return
         pytest.fail("Enter opens no file chooser")
 
-    @staticmethod
-    def tab_to(page, selector):
-        """Press Tab until the element has the focus."""
-        target = page.locator(selector).first
-        for _ in range(120):
-            if target.evaluate("(e) => e === document.activeElement"):
-                return
-            page.keyboard.press("Tab")
-        pytest.fail(f"Tab does not reach {selector}")
+    def press(self, selector):
+        self.reach(selector)
+        ticked = self.page.locator(selector).first.get_attribute("type") == "checkbox"
+        self.page.keyboard.press("Space" if ticked else "Enter")
+
+    def write(self, selector, text):
+        self.reach(selector)
+        self.page.keyboard.press("Control+A")
+        self.page.keyboard.type(text)
+
+    def choose(self, selector, label):
+        self.reach(selector)
+        self.page.keyboard.type(label)
+
+    def slide(self):
+        self.reach("input.budget")
+        for _ in range(40):
+            self.page.keyboard.press("ArrowRight")
+
+
+@pytest.mark.parametrize("hand", [Mouse, Keyboard])
+def test_whole_journey(server, digits_files, open_window, hand):
+    """Upload, estimate, two jobs, their comparison, the slider, plans, every export on offer."""
+    window = open_window(viewport={"width": 1280, "height": 900})
+    page = window.page
+    page.add_init_script(WATCH)
+    does = hand(page)
+    first, second = (f"{hand.__name__} {k}" for k in (1, 2))
+
+    # The files and the estimate; then a job, watched to its end.
+    page.goto(server.url)
+    does.give(digits_files)
+    does.write("#budgets", "3 bits")
+    does.choose("#effort", "quick")
+    does.write("#name", first)
+    does.press("#estimate")
+    page.wait_for_selector("#estimated dl", timeout=JOB_MS)
+    assert "at 3 bits" in page.inner_text("#estimated")
+    does.press("#go")
+    page.wait_for_url("**/jobs/job_*")
+    page.wait_for_selector("#look:visible", timeout=JOB_MS)
+    seen = page.evaluate("window.seen")
+    assert any(text.startswith("running") and " of " in text for text in seen), seen
+    assert "succeeded" in page.inner_text("#log")
+
+    # A second one of the uploads that are there, for a target.
+    page.goto(server.url)
+    page.wait_for_selector("#dataset-known option >> nth=1", state="attached")
+    for role, path in zip(("model", "dataset"), digits_files, strict=True):
+        option = page.locator(f"#{role}-known option", has_text=path.name)
+        does.choose(f"#{role}-known", option.inner_text())
+    does.write("#budgets", "5 bits")
+    does.choose("#target", "openvino-cpu")
+    does.choose("#effort", "quick")
+    does.write("#name", second)
+    does.press("#go")
+    page.wait_for_url("**/jobs/job_*")
+    page.wait_for_selector("#look:visible", timeout=JOB_MS)
+
+    # Both side by side.
+    page.goto(server.url)
+    for name in (first, second):
+        does.press(f"input[aria-label='Compare {name}']")
+    does.press("#compare-go")
+    page.wait_for_selector("#overlay[data-ready]", timeout=JOB_MS)
+    compared = page.locator("#plans tbody tr")
+    assert compared.count() == 2
+    assert f"{second}, {first}" in page.get_attribute("#overlay .chart", "aria-label")
+    does.press(f"#plans a:has-text('{second}')")
+    page.wait_for_url("**/model")
+
+    # The slider solves anew; the plan is the one that was ordered.
+    window.settle()
+    before, told = page.input_value("input.budget"), page.inner_text(".slider output")
+    does.slide()
+    after = page.input_value("input.budget")
+    assert float(after) > float(before)
+    page.wait_for_selector(f"input.budget[data-solved='{after}']")
+    assert page.inner_text(".slider output") != told
+    with page.expect_download() as download:
+        does.press("text=Download plan")
+    assert plan_of(download.value).budgets[0].text == "5 bits"
+
+    # Every target on offer is one that can be exported for; formats stand apart.
+    address = page.url
+    assert page.locator("#export-target optgroup").count() == 2
+    offers = page.locator("#export-target optgroup >> nth=0").locator("option").all_inner_texts()
+    assert "openvino-cpu (target)" in offers
+    for offer in offers:
+        page.goto(address)
+        does.choose("#export-target", offer)
+        assert page.locator("#export-target option:checked").inner_text() == offer
+        does.press("#export button")
+        page.wait_for_url(lambda url: not url.endswith("/model"))
+        page.wait_for_selector("#state:is(.succeeded, .failed)", timeout=JOB_MS)
+        assert page.is_hidden("#problem"), page.inner_text("#problem")
+        with page.expect_download() as exported:
+            does.press("#results a[href$='/archive']")
+        with zipfile.ZipFile(exported.value.path()) as archive:
+            assert archive.testzip() is None
+            assert "receipt.json" in archive.namelist()
+
+
+def test_every_entry_of_a_map_by_keyboard(seeded, open_window):
+    """Arrows lead from entry to entry of a heat map, and each is read out."""
+    server, job = seeded
+    window = open_window(viewport={"width": 1280, "height": 900})
+    page = window.page
+    page.goto(f"{server.url}/jobs/{job}/model")
+    window.settle()
+    Keyboard(page).reach("canvas[aria-label='Sensitivity of every layer to every candidate']")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    assert " at W3: " in page.inner_text(".heat .readout >> nth=0")
 
 
 def test_wrong_file_is_explained(server, open_window, tmp_path):

@@ -11,7 +11,7 @@ from bitquota.errors import MeasurementFailed
 from bitquota.service.security.keys import KeyStore
 from bitquota.service.store.database import Database
 from live_server import LiveServer
-from seeded_jobs import inventory_of, matrix_of, plan_of, seed_job
+from seeded_jobs import inventory_of, matrix_of, plan_of, repeat_job, seed_job, seed_model
 from waiting import wait_for
 
 WIDTHS = (360, 1280, 2560)
@@ -87,6 +87,28 @@ def test_two_jobs_are_compared(seeded, open_window, keyboard):
     page.fill("#plans input", "twelve")
     page.wait_for_function("document.querySelectorAll('#plans tbody tr').length === 2")
     assert all("twelve layers" in text and "bits" in text for text in rows.all_inner_texts())
+
+
+def test_older_jobs_are_loaded(open_window, tmp_path):
+    """The newest come with the page and its stream, all others when they are asked for."""
+    data_dir = tmp_path / "data"
+    repeat_job(data_dir, seed_model(data_dir, 6), 180)
+    with LiveServer(data_dir, slots=0) as server:
+        page = open_window().page
+        page.goto(server.url)
+        rows = page.locator("#rows tr")
+        for count in (50, 150, 180):
+            page.wait_for_function(
+                "n => document.getElementById('rows').children.length === n", arg=count
+            )
+            assert page.is_visible("#older") == (count < 180)
+            if count < 180:
+                page.click("#older")
+        shown = page.evaluate(
+            "[...document.getElementById('rows').children].map(r => r.dataset.job)"
+        )
+        assert shown == sorted(set(shown), reverse=True)
+        assert rows.count() == 180
 
 
 def test_branches_of_the_model_are_drawn(seeded, open_window):

@@ -10,12 +10,13 @@ import pytest
 from bitquota.candidates.storage import Granularity, Grid, Rounding, Scheme
 from bitquota.candidates.table import enumerate_candidates
 from bitquota.corrections import Correction
-from bitquota.errors import ExportFailed, InvalidInput, StalePlan
+from bitquota.errors import BitquotaError, ExportFailed, InvalidInput, StalePlan
 from bitquota.exports.export import EXPORTERS, export_plan, load_export, prepare_export
 from bitquota.exports.export_report import Difference
-from bitquota.exports.names import EXPORT_FORMATS
+from bitquota.exports.names import EXPORT_FORMATS, FOLDER_FORMATS
 from bitquota.models.discovery import discover
 from bitquota.plan import Assignment, Plan
+from bitquota.service.web.chart_tasks import export_choices
 from export_cases import IMAGES, TOKENS, target_plan
 from format_networks import plan_with, tiny_net
 from refusals import refused
@@ -141,6 +142,27 @@ class TestExportFormats:
     def test_are_the_exporters(self):
         """The list that needs no torch names them all, in their order."""
         assert tuple(EXPORTERS) == EXPORT_FORMATS
+
+    @pytest.mark.parametrize("name", EXPORT_FORMATS)
+    def test_need_a_folder_or_not(self, net, tmp_path, name):
+        """A module in memory is refused by those that extend a folder's config, and by no other."""
+        plan = plan_with(net, IMAGES.inputs, bits=(4,))
+        said = ""
+        try:
+            export_plan(net, plan, tmp_path / "out", format_name=name, samples=IMAGES)
+        except BitquotaError as error:
+            said = str(error)
+        assert said if name in FOLDER_FORMATS else "folder" not in said
+
+
+class TestExportChoices:
+    def test_need_no_folder_where_there_is_none(self, net):
+        """Where nothing is known of the model, all are offered."""
+        plan = target_plan(net, IMAGES, "ort-cpu", seed=0)
+        names = {f: {c["name"] for c in export_choices([plan], f)} for f in ("pt2", "onnx", "")}
+        assert names["pt2"] == names["onnx"] == names[""] - FOLDER_FORMATS
+        assert {"ort-cpu (target)", "openvino"} <= names["pt2"]
+        assert "gguf" in names[""]
 
 
 class TestExportPlan:

@@ -53,11 +53,18 @@ class TestMetricNames:
         places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in board["panels"]]
         assert len(set(places)) == len(places)
 
-    def test_rules_are_promql(self, repository):
+    def test_rules_are_promql_and_fire(self, repository):
         if shutil.which("promtool") is None:
             pytest.skip("no promtool (Debian's package prometheus)")
-        checked = ["promtool", "check", "rules", str(repository / "deploy/alerts.yml")]
-        assert subprocess.run(checked, check=False).returncode == 0
+        for what, file in (("check", "alerts.yml"), ("test", "alerts_test.yml")):
+            checked = ["promtool", what, "rules", str(repository / "deploy" / file)]
+            assert subprocess.run(checked, check=False).returncode == 0, file
+
+    def test_every_alert_is_tested(self, repository):
+        rules = yaml.safe_load((repository / "deploy/alerts.yml").read_text())
+        named = {rule["alert"] for group in rules["groups"] for rule in group["rules"]}
+        text = (repository / "deploy/alerts_test.yml").read_text()
+        assert set(re.findall(r'alertname="(\w+)"', text)) == named
 
 
 class TestProxyExample:

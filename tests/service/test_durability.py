@@ -12,6 +12,7 @@ from bitquota.errors import BudgetTooSmall, Cancelled
 from bitquota.request import PlanRequest
 from bitquota.service.settings import Settings
 from bitquota.service.store.database import Database
+from bitquota.service.store.migrate import downgrade
 from bitquota.service.worker.maintenance import backup, verify
 from live_server import LiveServer
 from refusals import refused
@@ -150,8 +151,11 @@ class TestKill:
 
 
 class TestRestore:
-    def test_backup_with_a_job_in_flight(self, tmp_path, digits_files, undisturbed):
-        """A server that starts from it ends the job with the same plans, and measures less."""
+    def test_backup_and_downgrade_with_a_job_in_flight(self, tmp_path, digits_files, undisturbed):
+        """A server that starts from it ends the job with the same plans, and measures less.
+
+        The backup's database goes back by one form before, and forward as that server starts.
+        """
         with LiveServer(tmp_path / "data", heartbeat_s=0.1) as server, server.client() as client:
             job = submit(client, digits_files)
             wait_for_measurements(server, job, 1)
@@ -161,6 +165,8 @@ class TestRestore:
         copy = Settings(data_dir=tmp_path / "copy")
         database = Database(copy.url)
         assert verify(copy, database) == []
+        newer, older = database.write(downgrade)
+        assert older < newer
         database.close()
         with LiveServer(tmp_path / "copy") as restored, restored.client() as client:
             assert ledger_size(restored) >= 3

@@ -72,6 +72,23 @@
   live.addEventListener("row", (event) => show(JSON.parse(event.data)));
   addEventListener("pagehide", () => live.close());
 
+  const older = document.getElementById("older");
+  const olderProblem = document.getElementById("older-problem");
+  older.hidden = first.length < Number(older.dataset.listed);
+  older.addEventListener("click", async () => {
+    older.disabled = true;
+    try {
+      const found = await call(`/older/jobs?before=${body.lastElementChild.dataset.job}`);
+      found.data.forEach(show);
+      older.hidden = !found.has_more;
+      olderProblem.hidden = true;
+    } catch (reason) {
+      olderProblem.textContent = reason.message;
+      olderProblem.hidden = false;
+    }
+    older.disabled = false;
+  });
+
   // ------------------------------------------------------------------ the order
 
   const form = document.getElementById("order");
