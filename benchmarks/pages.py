@@ -78,7 +78,8 @@ def visit(browser: object, url: str, ready: str = "#charts[data-ready]") -> tupl
     page = context.new_page()
     page.add_init_script(DRAWN.replace("SELECTOR", ready))
     page.goto(url)
-    drawn = page.wait_for_function("window.drawn", timeout=60_000).json_value()
+    while (drawn := page.evaluate("window.drawn")) is None:
+        page.wait_for_timeout(50)
     paint = page.evaluate(PAINT)
     context.close()
     return float(paint), float(drawn)
