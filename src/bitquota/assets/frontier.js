@@ -121,17 +121,19 @@
       // Bounds are of sizes.
       const bySize = along === measures[0];
       const proved = bySize ? points.filter((p) => p.bound !== null && p.bound > 0) : [];
+      // A proved optimum has no band to see.
+      const band = proved.length > 1 && proved.some((p) => p.bound < 0.99 * p.predicted);
       const dots = (list, value, shown) => list.map((p) => ({
         value: [x(p), up(value(p))], tip: shown(p), average: p.average_bits }));
       const current = state.current;
-      const named = ["predicted", ...(proved.length > 1 ? ["certificate"] : []),
+      const named = ["predicted", ...(band ? ["certificate"] : []),
         ...(measured.length ? ["plan, measured"] : []),
         ...(baselines.length ? ["baseline, measured"] : []), ...(current ? ["slider"] : [])];
       return {
         ...lossAxes(style, width, named, unitName, floor),
         series: [
           { name: "certificate", type: "custom", silent: true, itemStyle: { color: style.accent },
-            data: proved.length > 1 ? [[x(proved[0]), up(proved[0].predicted)]] : [],
+            data: band ? [[x(proved[0]), up(proved[0].predicted)]] : [],
             renderItem: (params, api) => ({ type: "polygon", silent: true,
               shape: { points: [
                 ...proved.map((p) => api.coord([x(p), up(p.predicted)])),

@@ -76,14 +76,15 @@ def _draw_frontier(document: JsonObject, axes: Any) -> None:  # noqa: ANN401  # 
         axes.plot(sizes, [p["predicted"] for p in points], "o-", ms=3, color=_ACCENT,
                   label="predicted, best possible")  # fmt: skip
         proved = [p for p in points if p["bound"] is not None and p["bound"] > 0]
-        axes.fill_between(
-            [p["size_bits"] / kib for p in proved],
-            [p["bound"] for p in proved],
-            [p["predicted"] for p in proved],
-            color=_ACCENT,
-            alpha=0.25,
-            label="certificate",
-        )
+        if any(p["bound"] < 0.99 * p["predicted"] for p in proved):
+            axes.fill_between(
+                [p["size_bits"] / kib for p in proved],
+                [p["bound"] for p in proved],
+                [p["predicted"] for p in proved],
+                color=_ACCENT,
+                alpha=0.25,
+                label="certificate",
+            )
     baselines = {
         (b["name"], b["size_bits"], b["measured"]["mean"]): b
         for plan in document["plans"]
