@@ -25,7 +25,7 @@
         text("Budget", (row) => row.budget),
         text("Method", method),
         figure("Stored weights", (row) => row.size_bits, (row) => bytes(row.size_bits)),
-        figure("Bits per weight", (row) => row.average_bits, (row) => row.average_bits.toFixed(2)),
+        figure("Average bit-width", (row) => row.average_bits, (row) => row.average_bits.toFixed(2)),
         figure("Predicted", (row) => row.predicted, (row) => number(row.predicted)),
         figure("Loss increase", (row) => (row.measured ? row.measured.mean : null),
           (row) => withError(row.measured.mean, row.measured.error)),

@@ -42,7 +42,7 @@
       const gap = point.bound === null || point.bound === undefined ? ""
         : point.predicted - point.bound <= 1e-4 * Math.abs(point.predicted)
           ? ", proved best" : `, nothing is below ${number(point.bound)}`;
-      const text = `${point.average_bits.toFixed(2)} bits per weight: ${spentText(measures, point)}, `
+      const text = `average bit-width ${point.average_bits.toFixed(2)}: ${spentText(measures, point)}, `
         + `predicted loss ${number(point.predicted)}${gap}${thorough ? "" : " …"}`;
       shown.textContent = text;
       input.setAttribute("aria-valuetext", text);
@@ -79,7 +79,7 @@
       else timer = setTimeout(() => solve(QUICK_S), DEBOUNCE_MS);
       idle = setTimeout(() => solve(THOROUGH_S), IDLE_MS);
     });
-    const label = make("label", { for: id }, "Bits per weight");
+    const label = make("label", { for: id }, "Average bit-width");
     const measure = hooks.measure
       ? make("button", { type: "button", onclick: () => hooks.measure(Number(input.value)) },
         "Measure this plan") : null;

@@ -142,8 +142,8 @@
           { name: "predicted", type: "line",
             symbolSize: (value, { dataIndex }) => dot(points[dataIndex]),
             itemStyle: { color: style.accent }, lineStyle: { width: bySize ? 2 : 0, color: style.accent },
-            data: dots(points, (p) => p.predicted, (p) => `${number(p.average_bits)} bits per `
-              + `weight, ${said(p)}\npredicted ${number(p.predicted)}`
+            data: dots(points, (p) => p.predicted, (p) => `average bit-width ${number(p.average_bits)}, `
+              + `${said(p)}\npredicted ${number(p.predicted)}`
               + (p.bound === null ? "" : `, never below ${number(p.bound)}`)) },
           { name: "baseline, measured", ...whiskers(style.soft, baselines, x, up) },
           { name: "baseline, measured", type: "scatter", symbol: "emptyCircle", symbolSize: 9,

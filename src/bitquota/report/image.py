@@ -141,7 +141,7 @@ def _draw_bars(document: JsonObject, axes: Any) -> None:  # noqa: ANN401  # matp
     axes.set_ylabel("bits")
     axes.set_title(
         f"plan for {shown['budget']}" if "budget" in shown
-        else f"{shown['average_bits']:.2f} bits per weight", fontsize=10, loc="left",
+        else f"average bit-width {shown['average_bits']:.2f}", fontsize=10, loc="left",
     )  # fmt: skip
     axes.legend(frameon=False, fontsize=8, ncols=6, loc="lower right", bbox_to_anchor=(1, 1))
 
