@@ -122,7 +122,9 @@ def read_ref_int(path: Path, layers: dict[str, Layer]) -> dict[str, QuantizedWei
             if described["format"] != FORMAT:
                 msg = f"'{path.name}' must be of format '{FORMAT}'; got {described['format']!r}"
                 raise ExportFailed(msg)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Tensors that are not quantized are left in the file.
+            held = (name for name in file.keys() if file.get_slice(name).get_dtype() == "U8")  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in held}
             for name, item in described["layers"].items():
                 layer = layers[name]
                 found[name] = from_packed_tensors(

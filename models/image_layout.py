@@ -38,7 +38,8 @@ def takes_channels_last(module: nn.Module, few: CalibrationSet) -> bool:
 
     Cost: two passes over ``few``, if they are images of several channels.
     """
-    if source_of(module) is not None or not any(map(_is_image, few.inputs)):
+    images = [tensor for tensor in few.inputs if _is_image(tensor)]
+    if source_of(module) is not None or not any(t.device.type == "cpu" for t in images):
         return False
     expected = run_module(module, few.inputs)
     try:
@@ -50,13 +51,12 @@ def takes_channels_last(module: nn.Module, few: CalibrationSet) -> bool:
 
 def channels_last(samples: CalibrationSet) -> CalibrationSet:
     """Return the same samples; images among the inputs have their channels last in memory."""
-
-    def laid_out(tensor: Tensor) -> Tensor:
-        if not _is_image(tensor):
-            return tensor
-        return tensor.contiguous(memory_format=torch.channels_last)
-
     return replace(samples, inputs=tuple(map(laid_out, samples.inputs)))
+
+
+def laid_out(tensor: Tensor) -> Tensor:
+    """Return a batch of images with channels last in memory; any other tensor as it is."""
+    return tensor.contiguous(memory_format=torch.channels_last) if _is_image(tensor) else tensor
 
 
 def as_they_are(samples: CalibrationSet) -> CalibrationSet:
@@ -65,5 +65,4 @@ def as_they_are(samples: CalibrationSet) -> CalibrationSet:
 
 
 def _is_image(tensor: Tensor) -> bool:
-    several = tensor.ndim == 4 and tensor.shape[1] > 1
-    return several and tensor.is_floating_point() and tensor.device.type == "cpu"
+    return tensor.ndim == 4 and tensor.shape[1] > 1 and tensor.is_floating_point()

@@ -148,24 +148,9 @@ def apply_plans(
                 quantize_inputs_of(one.quantized, name, quantizer)
     follow = Correction.BATCH_NORM_STATISTICS in wanted
     _put_weights(module, inventory, applied, fitted, follow=follow, context=context)
-    for one in applied:
-        if Correction.BIAS_CORRECTION in wanted:
-            assert correction_data is not None  # noqa: S101  # checked above
-            n = inventory.samples_at_once(len(correction_data), WALK_BYTES)
-            bias_correction(module, one.quantized, inventory, correction_data.first(n))
-        if one.followed and wanted == [Correction.BATCH_NORM_STATISTICS]:
-            for statistics in one.followed.values():
-                statistics.store()
-        elif follow:
-            assert correction_data is not None  # noqa: S101  # checked above
-            known = None if references is None else references.statistics
-            reestimate_batch_norm(
-                one.quantized,
-                correction_data,
-                reference=module,
-                known=known,
-                batch_size=inventory.samples_at_once(DEFAULT_BATCH),
-            )
+    if correction_data is not None:
+        for one in applied:
+            _correct(module, inventory, one, wanted, correction_data, references)
     return [one.quantized for one in applied]
 
 
@@ -185,6 +170,31 @@ class _Applied:
     chosen: dict[str, Candidate]
     stored: dict[str, QuantizedWeight] | None
     followed: dict[tuple[Any, ...], Followed] = field(default_factory=dict)
+
+
+def _correct(
+    module: nn.Module,
+    inventory: Inventory,
+    one: _Applied,
+    wanted: Sequence[Correction],
+    data: CalibrationSet,
+    references: References | None,
+) -> None:
+    """Apply the corrections of a copy whose weights are quantized."""
+    if Correction.BIAS_CORRECTION in wanted:
+        n = inventory.samples_at_once(len(data), WALK_BYTES)
+        bias_correction(module, one.quantized, inventory, data.first(n))
+    if one.followed and wanted == [Correction.BATCH_NORM_STATISTICS]:
+        for statistics in one.followed.values():
+            statistics.store()
+    elif Correction.BATCH_NORM_STATISTICS in wanted:
+        reestimate_batch_norm(
+            one.quantized,
+            data,
+            reference=module,
+            known=None if references is None else references.statistics,
+            batch_size=inventory.samples_at_once(DEFAULT_BATCH),
+        )
 
 
 def _put_weights(

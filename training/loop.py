@@ -16,6 +16,7 @@ import torch
 from bitquota.canonical import digest_json
 from bitquota.context import Context, cancelled_during
 from bitquota.errors import InvalidInput, MeasurementFailed
+from bitquota.models.image_layout import laid_out
 from bitquota.models.running import cut, primary_output, put_in_eval_mode
 from bitquota.quantizers.corrections import DEFAULT_BATCH, reestimate_batch_norm
 from bitquota.sensitivity.losses import KullbackLeibler, key_of
@@ -288,9 +289,7 @@ class _Run:
         return loss.detach()
 
     def _laid_out(self, values: Tensor) -> Tensor:
-        if self.settings.channels_last and values.ndim == 4:
-            return values.contiguous(memory_format=torch.channels_last)
-        return values
+        return laid_out(values) if self.settings.channels_last else values
 
     def _output(self, progress: float, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         if not self.settings.compiled:

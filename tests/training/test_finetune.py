@@ -28,13 +28,6 @@ SETTINGS = TrainingSettings(epochs=3, batch_size=64, learning_rate=3e-3)
 
 
 @pytest.fixture(scope="module")
-def data():
-    """Labelled training samples."""
-    x, y = digits()
-    return CalibrationSet(inputs=(x[:N_TRAIN],), labels=y[:N_TRAIN])
-
-
-@pytest.fixture(scope="module")
 def test_images():
     """Samples that nothing was chosen on."""
     x, y = digits()

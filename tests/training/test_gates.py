@@ -14,7 +14,6 @@ from bitquota.errors import BudgetTooSmall, InvalidInput
 from bitquota.exports.export import export_plan
 from bitquota.exports.ref_int import same_weight
 from bitquota.models.calibration import CalibrationSet
-from bitquota.models.discovery import discover
 from bitquota.models.identity import model_fingerprint
 from bitquota.models.loaded import LoadedModel
 from bitquota.quantizers.apply import apply_plan
@@ -35,24 +34,13 @@ from bitquota.training.prices import Prices
 from bitquota.training.qat import learn_plan
 from bitquota.training.saved import load_trained, save_trained
 from bitquota.training.settings import TrainingSettings
-from digits_network import N_TRAIN, accuracy, digits, trained_digits_net
+from digits_network import N_TRAIN, accuracy, digits, inventory_of, trained_digits_net
 from refusals import refused
 
 SETTINGS = TrainingSettings(
     epochs=4, batch_size=64, learning_rate=3e-3, quantizer_learning_rate=2e-2
 )
 WIDTHS = (2, 3, 4, 5, 6, 8)
-
-
-@pytest.fixture(scope="module")
-def data():
-    """Labelled training samples."""
-    x, y = digits()
-    return CalibrationSet(inputs=(x[:N_TRAIN],), labels=y[:N_TRAIN])
-
-
-def inventory_of(model):
-    return discover(model, (torch.zeros(1, 1, 8, 8),))
 
 
 def pricing(inventory, budget, scheme=None):

@@ -15,7 +15,6 @@ from bitquota.candidates.storage import Granularity, Scheme
 from bitquota.candidates.table import Candidate
 from bitquota.errors import BudgetTooSmall, InvalidInput
 from bitquota.models.calibration import CalibrationSet
-from bitquota.models.discovery import discover
 from bitquota.models.identity import model_fingerprint
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.packing import pack, packed_tensors
@@ -34,7 +33,7 @@ from bitquota.training.published_learners import PublishedLearner, PublishedPowe
 from bitquota.training.repair import repair
 from bitquota.training.settings import TrainingSettings
 from bitquota.training.smooth import off_grid, off_widths
-from digits_network import N_TRAIN, accuracy, digits, trained_digits_net
+from digits_network import N_TRAIN, accuracy, digits, inventory_of, trained_digits_net
 from layer_shapes import layer_of
 
 SETTINGS = TrainingSettings(
@@ -42,17 +41,6 @@ SETTINGS = TrainingSettings(
 )
 FINETUNING = replace(SETTINGS, epochs=2, quantizer_learning_rate=5e-3)
 WIDTHS = (2, 3, 4, 5, 6, 8)
-
-
-@pytest.fixture(scope="module")
-def data():
-    """Labelled training samples."""
-    x, y = digits()
-    return CalibrationSet(inputs=(x[:N_TRAIN],), labels=y[:N_TRAIN])
-
-
-def inventory_of(model):
-    return discover(model, (torch.zeros(1, 1, 8, 8),))
 
 
 def limited(layers, code_bits):

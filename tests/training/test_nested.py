@@ -9,7 +9,6 @@ import torch
 
 from bitquota.candidates.table import Candidate
 from bitquota.errors import InvalidInput
-from bitquota.models.calibration import CalibrationSet
 from bitquota.models.discovery import discover
 from bitquota.models.identity import model_fingerprint
 from bitquota.models.loaded import LoadedModel
@@ -42,13 +41,6 @@ def model():
     return LoadedModel(
         module=module, digest=model_fingerprint(module), source="digits", architecture="DigitsNet"
     )
-
-
-@pytest.fixture(scope="module")
-def data():
-    """Labelled training samples."""
-    x, y = digits()
-    return CalibrationSet(inputs=(x[:N_TRAIN],), labels=y[:N_TRAIN])
 
 
 @pytest.fixture(scope="module")

@@ -39,13 +39,6 @@ def model():
     )
 
 
-@pytest.fixture(scope="module")
-def data():
-    """Labelled training samples."""
-    x, y = digits()
-    return CalibrationSet(inputs=(x[:N_TRAIN],), labels=y[:N_TRAIN])
-
-
 def plan_of(model, bits=2, *, activation_bits=None, budget=None, **members):
     inventory = discover(model.module, (torch.zeros(2, 1, 8, 8),), model_digest=model.digest)
     return Plan(

@@ -30,13 +30,6 @@ def loaded(seed=0):
     return finish(trained_digits_net(seed, **SMALL), source="digits", architecture="DigitsNet")
 
 
-@pytest.fixture(scope="module")
-def data():
-    """Labelled training samples."""
-    x, y = digits()
-    return CalibrationSet(inputs=(x[:N_TRAIN],), labels=y[:N_TRAIN])
-
-
 def loss_at(bits, module, teacher, data):
     """Return the divergence of uniform ``bits`` from the model before, on other images."""
     x, y = digits()
