@@ -232,7 +232,7 @@ def test_late_answer_counts_for_what_was_asked(seeded, open_window):
             const text = document.querySelector(".slider output").textContent;
             if (text === before) return;
             observer.disconnect();
-            resolve([input.dataset.solved, parseFloat(text)]);
+            resolve([input.dataset.solved, Number(text.match(/[0-9.]+/)[0])]);
           }).observe(input, { attributes: true });
           input.value = asked;
           input.dispatchEvent(new Event("input", { bubbles: true }));
