@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from bitquota.quantizers.column_kernels import ROUNDING, block_path
+from bitquota.quantizers.grid import in_order
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,12 +38,16 @@ def path(
 ) -> Tensor:
     """Round column by column to the value nearest to ``x_j = b_j - sum_{s before j} e_s F_sj``.
 
+    Consecutive rows form groups of one size, each with its own order, ``F`` and ``d``: the groups
+    of a convolution. They are rounded together, because a depthwise one has a row in each.
+
     Args:
         values: ``W``, [n, columns].
         grid: In ``order``.
-        order: i64[columns], the order of rounding.
-        feedback: ``F``, [columns, columns] in ``order``; only what is right of the diagonal counts.
-        divisor: ``d``, [columns] in ``order``: ``e_s = (x_s - q_s) / d_s``. Without it
+        order: i64[groups, columns], the order of rounding.
+        feedback: ``F``, [groups, columns, columns] in ``order``; only what is right of the diagonal
+            counts.
+        divisor: ``d``, [groups, columns] in ``order``: ``e_s = (x_s - q_s) / d_s``. Without it
             ``e_s = w_s - q_s``.
         start: ``b``, [n, columns] in ``order``; by default ``W``.
 
@@ -53,27 +58,41 @@ def path(
     for the whole block [GPTQ, section 3.3, "lazy batch-updates"]. Everything lies columns first,
     so that a column is contiguous.
     """
-    columns = len(order)
-    original = values[:, order].t().contiguous()
+    columns = order.shape[1]
+    original = in_order(values, order).t().contiguous()
     work = original.clone() if start is None else start.t().contiguous()
     chosen = torch.empty_like(work)
     compiled = grid.whole is not None and work.device.type == "cpu"
+    per_group = len(values) // len(order)
     for first in range(0, columns, BLOCK):
         end = min(first + BLOCK, columns)
         part = slice(first, end)
         given = _Block(
             work[part],
             original[part],
-            feedback[part, part].t().contiguous(),
-            None if divisor is None else divisor[part],
+            feedback[:, part, part].transpose(1, 2).contiguous(),
+            None if divisor is None else divisor[:, part].contiguous(),
         )
         round_block = _compiled_block if compiled else _block
         errors = round_block(given, grid, part, chosen[part])
         if end < columns:
-            work[end:].addmm_(feedback[part, end:].t(), errors, alpha=-1)
+            for g, own in enumerate(feedback):
+                rows = slice(g * per_group, (g + 1) * per_group)
+                work[end:, rows].addmm_(own[part, end:].t(), errors[:, rows], alpha=-1)
     result = torch.empty_like(chosen)
-    result[order] = chosen
+    if len(order) == 1:
+        result[order[0]] = chosen
+    else:
+        result.scatter_(0, order.repeat_interleave(per_group, dim=0).t(), chosen)
     return result.t()
+
+
+def times_gram(rows: Tensor, gram: Tensor) -> Tensor:
+    """Return [n, k]: rows [n, columns] times [groups, columns, k], each by that of its group."""
+    if len(gram) == 1:
+        return rows @ gram[0]
+    grouped = rows.reshape(len(gram), -1, rows.shape[1])
+    return torch.bmm(grouped, gram).reshape(len(rows), -1)
 
 
 class _Block(NamedTuple):
@@ -89,7 +108,7 @@ def _compiled_block(block: _Block, grid: GridColumns, part: slice, chosen: Tenso
     """Write the chosen values of a block, [columns, rows], and return their errors."""
     whole = grid.whole
     assert whole is not None  # noqa: S101  # the caller looked
-    columns, rows = block.work.shape
+    rows = block.work.shape[1]
 
     def own(of: Tensor) -> NDArray[Any]:
         of = of[part] if len(of) > 1 else of
@@ -97,7 +116,9 @@ def _compiled_block(block: _Block, grid: GridColumns, part: slice, chosen: Tenso
 
     errors = torch.empty_like(block.work)
     step = own(whole.step)
-    divisor = torch.zeros(columns) if block.divisor is None else block.divisor
+    divisor = block.divisor
+    if divisor is None:
+        divisor = torch.zeros(block.feedback.shape[:2])
     block_path(
         block.work.numpy(),
         block.original.numpy(),
@@ -118,17 +139,23 @@ def _compiled_block(block: _Block, grid: GridColumns, part: slice, chosen: Tenso
 
 def _block(block: _Block, grid: GridColumns, part: slice, chosen: Tensor) -> Tensor:
     """Do so on any device, for any grid."""
+    columns, rows = block.work.shape
     errors = torch.empty_like(block.work)
-    per_column = None if block.divisor is None else block.divisor.tolist()
-    for k, j in enumerate(range(part.start, part.stop)):
+    groups = len(block.feedback)
+    per_group = rows // groups
+    for k in range(columns):
         x = block.work[k]
-        if k:
-            x = torch.addmv(x, errors[:k].t(), block.feedback[k, :k], alpha=-1)
-        chosen[k] = grid.snap(j, x)
-        if per_column is None:
+        if k and groups == 1:
+            x = torch.addmv(x, errors[:k].t(), block.feedback[0, k, :k], alpha=-1)
+        elif k:
+            before = errors[:k].reshape(k, groups, per_group)
+            x = x - torch.einsum("gs,sgr->gr", block.feedback[:, k, :k], before).reshape(-1)
+        chosen[k] = grid.snap(part.start + k, x)
+        if block.divisor is None:
             torch.sub(block.original[k], chosen[k], out=errors[k])
         else:
-            torch.sub(x, chosen[k], out=errors[k]).div_(per_column[k])
+            divisor = block.divisor[:, k].repeat_interleave(per_group)
+            torch.sub(x, chosen[k], out=errors[k]).div_(divisor)
     return errors
 
 
@@ -137,11 +164,26 @@ def path_feedback(gram: Tensor, order: Tensor) -> Tensor:
 
     With the errors ``e_s`` of all other columns given, ``w_j - sum_s e_s F_sj`` is the value of
     column j for which ``e G e^T`` is smallest. A column without energy asks and gets nothing.
+
+    Args:
+        gram: ``G``, f64[groups, columns, columns].
+        order: i64[groups, columns].
     """
-    feedback = gram[order[:, None], order]
-    energy = feedback.diagonal().clone()
+    feedback = gram_in(gram, order)
+    energy = feedback.diagonal(dim1=1, dim2=2).clone()[:, None]
     feedback.neg_().div_(energy.clamp_min(1e-300))
     return feedback.masked_fill_(energy <= 0, 0.0)
+
+
+def energy_order(gram: Tensor) -> Tensor:
+    """Return i64[groups, columns]: columns by falling ``G_jj``."""
+    return gram.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+
+
+def gram_in(gram: Tensor, order: Tensor) -> Tensor:
+    """Return a copy of ``[groups, columns, columns]``, rows and columns of each in its order."""
+    group = torch.arange(len(gram), device=gram.device)[:, None, None]
+    return gram[group, order[:, :, None], order[:, None, :]]
 
 
 def descend(
@@ -153,7 +195,7 @@ def descend(
 
     Cost: as of a ``path``, and a product of [n, columns] by [columns, columns].
     """
-    ordered = values[:, order]
-    errors = ordered - found[:, order]  # of the columns after each, which are still to change
-    start = ordered - errors @ feedback.tril(-1)
+    ordered = in_order(values, order)
+    errors = ordered - in_order(found, order)  # of the columns after each, which still change
+    start = ordered - times_gram(errors, feedback.tril(-1))
     return path(values, grid, order, feedback, start=start)

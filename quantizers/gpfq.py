@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bitquota.quantizers.column_path import path, path_feedback
+from bitquota.quantizers.column_path import energy_order, path, path_feedback
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,10 +34,10 @@ def gpfq(values: Tensor, grid: MatrixGrid, gram: Tensor) -> Tensor:
     Args:
         values: f64[rows, columns].
         grid: Of these rows.
-        gram: f64[columns, columns].
+        gram: f64[groups, columns, columns], one for each group of consecutive rows.
 
     Cost: O(rows columns^2).
     """
-    order = gram.diagonal().argsort(descending=True, stable=True)
+    order = energy_order(gram)
     columns = grid.columns(order, values.dtype)
     return path(values, columns, order, path_feedback(gram, order))

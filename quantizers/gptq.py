@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitquota.errors import InvalidInput
-from bitquota.quantizers.column_path import descend, path, path_feedback
+from bitquota.quantizers.column_path import (
+    descend,
+    energy_order,
+    gram_in,
+    path,
+    path_feedback,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,12 +41,13 @@ def gptq(values: Tensor, grid: MatrixGrid, gram: Tensor) -> Tensor:
     Args:
         values: f64[rows, columns].
         grid: Of these rows.
-        gram: f64[columns, columns], positive semidefinite.
+        gram: f64[groups, columns, columns], positive semidefinite, one for each group of
+            consecutive rows.
 
     Raises:
-        InvalidInput: The Gram is not positive semidefinite.
+        InvalidInput: A Gram is not positive semidefinite.
 
-    Cost: O(columns^3 + n columns^2).
+    Cost: O(groups columns^3 + n columns^2).
     """
     # float32 chooses the same codes but for a few at middles, in two thirds of the time.
     dtype = torch.float32 if grid.bits <= 8 else torch.float64
@@ -60,7 +67,7 @@ def improved(values: Tensor, found: Tensor, grid: MatrixGrid, gram: Tensor) -> T
         values: f64[rows, columns].
         found: Values of the grid, shaped likewise.
         grid: Of these rows.
-        gram: f64[columns, columns], positive semidefinite.
+        gram: As of ``gptq``.
     """
     dtype = torch.float32 if grid.bits <= 8 else torch.float64
     order, _, _, feedback = _factored(gram, dtype)
@@ -96,33 +103,37 @@ def _factored(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor,
     of = (gram.data_ptr(), gram.shape, gram._version, dtype)  # noqa: SLF001  # counts writes
     if _latest.found is None or _latest.of != of:
         forget_factors()
-        order = gram.diagonal().argsort(descending=True, stable=True)
+        order = energy_order(gram)
         factor = inverse_factor(gram, order)
-        divisor, factor = factor.diagonal().clone(), factor.to(dtype)
+        divisor, factor = factor.diagonal(dim1=1, dim2=2).clone(), factor.to(dtype)
         _latest.found = order, factor, divisor, path_feedback(gram, order).to(dtype)
         _latest.gram, _latest.of = gram, of
     return _latest.found
 
 
 def inverse_factor(gram: Tensor, order: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the inverse of the damped Gram, columns in ``order``."""
-    mean = float(gram.diagonal().mean())
-    if mean <= 0:
-        # No input ever differs from zero: nothing feeds back.
-        return torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    """Return the upper Cholesky factors of the inverses of the damped Grams, columns in ``order``.
+
+    f64[groups, columns, columns].
+    """
+    mean = gram.diagonal(dim1=1, dim2=2).mean(dim=1)
     # With rows and columns turned around G = L L^T, so G^-1 = U^T U for U = L^-1 turned back.
-    turned = order.flip(0)
-    damping = DAMPING
+    damped = gram_in(gram, order.flip(1))
+    # Where no input ever differs from zero nothing feeds back.
+    silent = mean <= 0
+    if bool(silent.any()):
+        damped[silent], mean[silent] = torch.eye(gram.shape[1]).to(gram), 0.0
+    diagonal, energy = damped.diagonal(dim1=1, dim2=2), damped.diagonal(dim1=1, dim2=2).clone()
+    damping = torch.full_like(mean, DAMPING)
     for _ in range(3):
-        damped = gram[turned[:, None], turned]
-        damped.diagonal().add_(damping * mean)
+        diagonal.copy_(energy + (damping * mean)[:, None])
         lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped
-        if not int(failed):
-            inverse = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        if not bool(failed.any()):
+            del damped, diagonal
+            inverse = torch.eye(gram.shape[1]).to(gram).repeat(len(gram), 1, 1)
             torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
             del lower
-            return inverse.flip(0, 1)
-        damping *= 10
+            return inverse.flip(1, 2)
+        damping[failed > 0] *= 10
     msg = "inputs_gram must be positive semidefinite, as X^T X is; it is not"
     raise InvalidInput(msg)

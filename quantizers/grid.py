@@ -11,7 +11,7 @@ Design: docs/design/grids-and-scales.md
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
@@ -94,22 +94,6 @@ class MatrixGrid:
             whole = whole - self.zero
         return whole * self.step if self.offset is None else whole * self.step + self.offset
 
-    def rows(self, rows: slice) -> MatrixGrid:
-        """Return the grid of some rows."""
-
-        def part(of: Tensor | None) -> Tensor | None:
-            return of[rows] if of is not None and len(of) > 1 else of
-
-        step = self.step[rows] if len(self.step) > 1 else self.step
-        return replace(
-            self,
-            step=step,
-            zero=part(self.zero),
-            offset=part(self.offset),
-            table=part(self.table),
-            ends=None if self.ends is None else (self.ends[0][rows], self.ends[1][rows]),
-        )
-
     def columns(self, order: Tensor, dtype: torch.dtype) -> GridColumns:
         """Return the columns in an order: to be rounded one after the other."""
         return GridColumns(self, order, dtype)
@@ -155,7 +139,8 @@ class GridColumns:
 
     Args:
         grid: Of the matrix.
-        order: i64[columns]: column ``j`` here is column ``order[j]`` there.
+        order: i64[groups, columns]: column ``j`` here is column ``order[g, j]`` there, for the rows
+            of group ``g``.
         dtype: To compute in.
 
     Attributes:
@@ -164,7 +149,7 @@ class GridColumns:
 
     def __init__(self, grid: MatrixGrid, order: Tensor, dtype: torch.dtype) -> None:
         def turn(part: Tensor) -> Tensor:
-            part = part[:, order] if part.shape[1] > 1 else part
+            part = in_order(part, order) if part.shape[1] > 1 else part
             return part.t().to(dtype).contiguous()
 
         self._numbers = numbers_of(grid.grid, grid.bits)
@@ -214,6 +199,13 @@ class GridColumns:
         whole = (moved / divisor).round_().clamp_(at(self.whole.least), at(self.whole.most))
         whole.mul_(step)
         return whole if offset is None else whole.add_(offset)
+
+
+def in_order(matrix: Tensor, order: Tensor) -> Tensor:
+    """Return the columns of ``[n, columns]`` in the order of each group of rows."""
+    if len(order) == 1:
+        return matrix[:, order[0]]
+    return matrix.gather(1, order.repeat_interleave(len(matrix) // len(order), dim=0))
 
 
 def stacked(grids: Sequence[MatrixGrid], rows: int, columns: int) -> MatrixGrid | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitquota.candidates.storage import Granularity, Grid, ScaleRule
+from bitquota.quantizers.column_path import times_gram
 from bitquota.quantizers.gptq import improved
 from bitquota.quantizers.grid import matrix_grid
 
@@ -68,31 +69,24 @@ def refitted(
         or scheme.scale_rule not in (ScaleRule.LEAST_SQUARES, ScaleRule.LEAST_SQUARES_POSITIVE)
     )
     columns = values.shape[1]
-    whole = matrix_grid(scales, zeros, bits, scheme, columns, kept=kept)
-    codes, scales = codes.clone(), scales.clone()
-    per_group = len(values) // len(gram)
-    for g, own in enumerate(gram):
-        rows = slice(g * per_group, (g + 1) * per_group)
-        wanted, grid = values[rows], whole.rows(rows)
-        found, factors = codes[rows], scales[rows]
-        zero = None if zeros is None else zeros[rows]
-        off = wanted - grid.read(found)
-        moved = off @ own
-        error = (moved * off).sum(dim=1)
-        for _ in range(DESCENTS if scales_stay else ROUNDS):
-            if not scales_stay:
-                factors = _scales_for(moved, found, factors, zero, scheme, own)
-                stay = None if kept is None else kept[rows]
-                grid = matrix_grid(factors, zero, bits, scheme, columns, kept=stay)
-            found = grid.nearest(improved(wanted, grid.read(found), grid, own))
-            off = wanted - grid.read(found)
-            moved = off @ own
-            now = (moved * off).sum(dim=1)
-            better = (now < error)[:, None]
-            error = torch.minimum(now, error)
-            codes[rows] = torch.where(better, found, codes[rows])
-            if not scales_stay:
-                scales[rows] = torch.where(better, factors, scales[rows])
+    grid = matrix_grid(scales, zeros, bits, scheme, columns, kept=kept)
+    found, factors = codes, scales
+    off = values - grid.read(found)
+    moved = times_gram(off, gram)
+    error = (moved * off).sum(dim=1)
+    for _ in range(DESCENTS if scales_stay else ROUNDS):
+        if not scales_stay:
+            factors = _scales_for(moved, found, factors, zeros, scheme, gram)
+            grid = matrix_grid(factors, zeros, bits, scheme, columns, kept=kept)
+        found = grid.nearest(improved(values, grid.read(found), grid, gram))
+        off = values - grid.read(found)
+        moved = times_gram(off, gram)
+        now = (moved * off).sum(dim=1)
+        better = (now < error)[:, None]
+        error = torch.minimum(now, error)
+        codes = torch.where(better, found, codes)
+        if not scales_stay:
+            scales = torch.where(better, factors, scales)
     return codes, scales
 
 
@@ -118,7 +112,7 @@ def _scales_for(
     for k, first in enumerate(range(0, columns, size)):
         part, later = slice(first, first + size), slice(first + size, None)
         own = levels[:, part]
-        power = ((own @ gram[part, part]) * own).sum(dim=1)
+        power = (times_gram(own, gram[:, part, part]) * own).sum(dim=1)
         change = (moved[:, part] * own).sum(dim=1) / power.clamp_min(1e-300)
         stored = (factors[:, k] + change).to(scales.dtype)
         # No scale changes its sign, or vanishes.
@@ -126,5 +120,5 @@ def _scales_for(
         found[:, k] = torch.where(sound, stored, scales[:, k])
         # What the groups to come see of it.
         change = found[:, k].double() - factors[:, k]
-        moved[:, later].addmm_(own * change[:, None], gram[part, later], alpha=-1)
+        moved[:, later] -= times_gram(own * change[:, None], gram[:, part, later])
     return found

@@ -12,6 +12,7 @@ import torch
 
 from bitquota.candidates.storage import Rounding
 from bitquota.errors import InvalidInput
+from bitquota.quantizers.column_path import times_gram
 from bitquota.quantizers.gpfq import gpfq
 from bitquota.quantizers.gptq import gptq
 
@@ -41,7 +42,8 @@ class RounderWithFeedback(Protocol):
         Args:
             values: f64[rows, columns].
             grid: Of these rows.
-            gram: f64[columns, columns], positive semidefinite.
+            gram: f64[groups, columns, columns], positive semidefinite, one for each group of
+                consecutive rows.
         """
 
 
@@ -111,15 +113,10 @@ def round_codes(values: Tensor, grid: MatrixGrid, rounder: Rounder, gram: Tensor
     codes = grid.nearest(values)
     if gram is None:
         return codes
-    per_group = len(values) // len(gram)
     nearest = grid.read(codes)
-    found = torch.empty_like(values)
-    for g, own in enumerate(gram):
-        rows = slice(g * per_group, (g + 1) * per_group)
-        fed = FEEDBACK[rounder](values[rows], grid.rows(rows), own)
-        kept = nearest[rows]
-        better = _smaller_error(values[rows] - fed, values[rows] - kept, own)
-        found[rows] = torch.where(better[:, None], fed, kept)
+    fed = FEEDBACK[rounder](values, grid, gram)
+    better = _smaller_error(values - fed, values - nearest, gram)
+    found = torch.where(better[:, None], fed, nearest)
     # A value of the grid has one nearest code: its own.
     return grid.nearest(found)
 
@@ -130,6 +127,8 @@ CLEAR = 1e-3
 
 def _smaller_error(one: Tensor, other: Tensor, gram: Tensor) -> Tensor:
     """Return for each row whether ``one`` has the smaller output error."""
+    if len(gram) > 1:
+        return output_errors(one, gram) < output_errors(other, gram)
     small = gram.float()
     first, second = (output_errors(error.float(), small) for error in (one, other))
     better = first < second
@@ -141,5 +140,5 @@ def _smaller_error(one: Tensor, other: Tensor, gram: Tensor) -> Tensor:
 
 
 def output_errors(error: Tensor, gram: Tensor) -> Tensor:
-    """Return ``e G e^T`` of each row, ``[n]``."""
-    return ((error @ gram) * error).sum(dim=1)
+    """Return ``e G e^T`` of each row, [n], for one Gram or one for each group of rows."""
+    return (times_gram(error, gram if gram.ndim == 3 else gram[None]) * error).sum(dim=1)

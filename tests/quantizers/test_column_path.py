@@ -45,14 +45,16 @@ GRIDS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("groups", [1, 3, ROWS])
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("divided", [True, False])
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
-def test_as_torch_rounds(name, kind, divided, monkeypatch):
-    order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(0))
+def test_as_torch_rounds(name, kind, divided, groups, monkeypatch):
+    order = random(groups, COLUMNS, seed=3).argsort(dim=1)
     columns = GRIDS[name].columns(order, kind)
-    values, feedback = random(ROWS, COLUMNS).to(kind), 0.05 * random(COLUMNS, COLUMNS).to(kind)
-    divisor = steps(COLUMNS) if divided else None
+    values = random(ROWS, COLUMNS).to(kind)
+    feedback = 0.05 * random(groups, COLUMNS, COLUMNS).to(kind)
+    divisor = steps(groups, COLUMNS) if divided else None
     found = path(values, columns, order, feedback, divisor=divisor)
     monkeypatch.setattr(column_path, "_compiled_block", column_path._block)
     expected = path(values, columns, order, feedback, divisor=divisor)

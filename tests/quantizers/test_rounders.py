@@ -219,7 +219,7 @@ class TestGpfq:
         gram = torch.ones(2, 2, dtype=torch.float64)
 
         # 0.4 -> 0, then 0.4 + 0.4 -> 1: the sum 0.8 becomes 1, not 0.
-        assert [[0.0, 1.0]] == gpfq(values, grid, gram).tolist()
+        assert [[0.0, 1.0]] == gpfq(values, grid, gram[None]).tolist()
         assert [[0, 0]] == grid.nearest(values).tolist()
 
 
