@@ -41,6 +41,8 @@ FAULTS = [
     (["learn", *FACTORIES, "-b", "lots"], 2, "a budget must read like"),
     (["learn", *FACTORIES, *BUDGET, "--recipe", "magic"], 2, "stabilised, ellipsoid"),
     (["learn", *FACTORIES, *BUDGET, "--out", "text.txt"], 2, "is no folder"),
+    (["quickstart", MODEL, "samples.npz", "--yes"], 2, "'samples.npz' does not exist"),
+    (["quickstart", *FACTORIES, "--yes", "-b", "lots"], 2, "a budget must read like"),
     (["check", "none.json", "--model", MODEL], 2, "'none.json' does not exist"),
     (["ledger", "import", "none.zip"], 2, "'none.zip' does not exist"),
 ]

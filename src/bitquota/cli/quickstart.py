@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitquota.candidates.budget import check_budgets
 from bitquota.candidates.targets import target_by_name
 from bitquota.cli import options as opt
 from bitquota.cli import output
+from bitquota.cli.loading import check_sources
 from bitquota.cli.sandboxed import OUTSIDE
 from bitquota.errors import InvalidCalibration
 from bitquota.estimate import JobEstimate
@@ -96,6 +98,9 @@ def quickstart(
     if calibration is None and yes:
         msg = f"--yes runs the plan, which is measured on samples: give CALIBRATION, {SAMPLE_WAYS}"
         raise InvalidCalibration(msg)
+    check_sources(model, calibration)
+    if budget is not None:
+        check_budgets([budget])
 
     # Look at the model, then at what a plan would take.
     proposals = [_target(model, target)]
