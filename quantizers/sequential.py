@@ -99,7 +99,7 @@ def round_in_sequence(
         rounding: ``gpfq``, ``gptq`` or ``qep``.
         followed: As in ``walk_layers``: where statistics of batch norms will be moved, layers are
             rounded to inputs that they have then. Nothing is put in for an ONNX graph.
-        context: Asked before each layer whether to go on.
+        context: Told of each layer, and asked before it whether to go on.
         processes: Share layers that are given the same, such as q, k and v.
 
     Returns:
@@ -147,9 +147,10 @@ def round_in_sequence(
     )
     moments: _Moments | None = None
     ahead: list[dict[str, QuantizedWeight]] = [{} for _ in quantized]
-    for meeting in meetings:
+    for done, meeting in enumerate(meetings):
         if context is not None:
             context.check(STAGE)
+            context.report(STAGE, done, len(walked), weight=0.0)
         name = meeting.layer
         layer = layers[name]
         which = [k for k, each in enumerate(chosen) if name in each]

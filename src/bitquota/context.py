@@ -136,8 +136,10 @@ class Context:
         """
         if self.on_progress is None:
             return
-        course = Course([1.0]) if self.course is None else self.course
-        fraction, until = course.at(stage, done, total, weight)
+        if self.course is None:
+            fraction, until = Course([1.0]).at(stage, done, total, None)
+        else:
+            fraction, until = self.course.at(stage, done, total, weight)
         self.on_progress(
             Progress(
                 stage=stage, done=done, total=total, reused=reused, fraction=fraction, until=until

@@ -122,8 +122,11 @@ class Course:
             stage: Name of the stage; another one, or fewer ``done``, ends the stage before.
             done: Its finished units.
             total: Its units.
-            weight: What the stage takes, in the unit of the phases; ``None`` for a whole phase.
+            weight: What the stage takes, in the unit of the phases; ``None`` for a whole phase. One
+                of 0 is part of the stage before, which may go on after it.
         """
+        if weight == 0.0:
+            return self._told, self._told
         if self._stage is not None and (self._stage[0] != stage or done < self._stage[1]):
             self._finished += self._spent
         self._stage = stage, done

@@ -175,10 +175,10 @@ class TestRoundInSequence:
         read_back = from_matrix(expected.dequantize(), layer)
         assert torch.equal(copied.second.weight.detach(), read_back)
 
-    def test_stops_between_two_layers(self, net):
+    def test_tells_of_layers_and_stops_between_two(self, net):
         module, inventory, x = net
         copied = copy.deepcopy(module)
-        answers = iter([False, True])
+        answers, told = iter([False, True]), []
         with refused(Cancelled, stage="rounding"):
             round_in_sequence(
                 module,
@@ -187,8 +187,12 @@ class TestRoundInSequence:
                 [(x,)],
                 QuantizedWeights(module, inventory),
                 rounding="gptq",
-                context=Context(cancelled=lambda: next(answers)),
+                context=Context(
+                    cancelled=lambda: next(answers),
+                    on_progress=lambda p: told.append((p.stage, p.done, p.total)),
+                ),
             )
+        assert told == [("rounding", 0, 3)]
         changed = [n for n, p in copied.named_parameters() if not p.equal(module.get_parameter(n))]
         assert changed == ["first.weight"]
 

@@ -57,9 +57,21 @@ class TestCourse:
         assert course.at("evidence", 2, 2, 1.0)[0] == pytest.approx(0.25 * ALMOST)
         assert course.at("evidence", 1, 2, 1.0)[0] == pytest.approx(0.375 * ALMOST)
 
-    def test_without_phases_a_stage_is_the_whole(self):
+    def test_what_weighs_nothing_is_part_of_the_stage_around_it(self):
+        """Plans are rounded while they are compared."""
+        told = []
+        for rounds in (False, True):
+            course = Course([10])
+            course.at("hold-out", 1, 4, 8.0)
+            if rounds:
+                assert [course.at("rounding", k, 3, 0.0)[0] for k in range(3)] == [0.2 * ALMOST] * 3
+            told.append(course.at("hold-out", 2, 4, 8.0))
+        assert told[0] == told[1]
+
+    @pytest.mark.parametrize("weight", [None, 0.0, 7.0])
+    def test_without_phases_a_stage_is_the_whole(self, weight):
         seen = []
-        Context(on_progress=seen.append).report("evaluate", 3, 4)
+        Context(on_progress=seen.append).report("evaluate", 3, 4, weight=weight)
         assert [0.75 * ALMOST] == [p.fraction for p in seen]
 
     def test_nothing_to_weigh(self):
