@@ -56,6 +56,11 @@ SMALL = {
 }
 
 
+def tools() -> list[str]:
+    """Return the packages of ``WANTED`` with their versions; what only helps one is indented."""
+    return [line for line in WANTED.read_text().splitlines() if line and line[0] != "#"]
+
+
 def environment(folder: Path) -> Path:
     """Return the interpreter of the environment of tools; installs what is missing."""
     python = folder / "bin" / "python"
@@ -64,10 +69,14 @@ def environment(folder: Path) -> Path:
         print(f"Installing {WANTED.relative_to(ROOT)} into {folder} ...", flush=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         install = [python, "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
-        # Some of them build themselves against the torch that is there.
-        torch = next(line for line in WANTED.read_text().splitlines() if line.startswith("torch"))
+        # Some of them build themselves against the torch that is there, and one asks for another.
+        wanted = [tool.strip() for tool in tools()]
+        torch = next(tool for tool in wanted if tool.startswith("torch=="))
+        apart = [tool for tool in wanted if tool.startswith("GPTQModel")]
+        others = [tool for tool in wanted if tool not in apart]
         subprocess.run([*install, "setuptools", "wheel", "numpy", torch], check=True)
-        subprocess.run([*install, "--no-build-isolation", "-r", WANTED], check=True)
+        subprocess.run([*install, "--no-build-isolation", *others], check=True)
+        subprocess.run([*install, "--no-build-isolation", "--no-deps", *apart], check=True)
         stamp.write_text(WANTED.read_text())
     return python
 
@@ -126,9 +135,9 @@ def main() -> int:
             ours = version("bitquota")
         except PackageNotFoundError:
             ours = "of this folder"
-        tools = ", ".join(t for t in WANTED.read_text().split("\n") if t and t[0] != "#")
         load = os.getloadavg()[0]
-        say(f"# bitquota {ours} beside {tools}")
+        beside = ", ".join(tool for tool in tools() if tool[0] != " ")
+        say(f"# bitquota {ours} beside {beside}")
         say(f"\n{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} at the beginning\n")
         for name in asked.only or parts:
             words = command(parts[name], python)
