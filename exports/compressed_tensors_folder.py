@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import io
 from contextlib import redirect_stderr
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bitquota.candidates.layers import LayerKind
-from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, Scheme
+from bitquota.candidates.storage import ScaleFormat
 from bitquota.candidates.targets.target import FUSED_SIBLINGS, siblings_in
-from bitquota.errors import ExportFailed, InvalidPlan
+from bitquota.errors import ExportFailed
 from bitquota.exports.hugging_face_folder import (
     WEIGHTS,
     copy_other_files,
@@ -24,7 +22,7 @@ from bitquota.exports.hugging_face_folder import (
     write_json,
     write_model,
 )
-from bitquota.exports.prepared import widths_must_be
+from bitquota.exports.storage_rules import compressed_as
 from bitquota.models.huggingface import return_tensor
 from bitquota.models.identity import HALF_TYPES
 from bitquota.quantizers.activations import TokenQuantizer
@@ -59,14 +57,13 @@ class CompressedTensorsFolder:
 
     def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the folder, read every tensor back, load it with transformers and run it."""
-        source = source_folder(prepared, "compressed-tensors")
-        self._check(prepared)
+        source = source_folder(prepared.model, "compressed-tensors")
 
         # Packed weights, the other tensors, the config and what else the source folder holds.
         factors = shared_factors(prepared.weights)
 
         def tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-            kind = _stored_as(weight, inputs=name in prepared.activations)
+            kind = compressed_as(weight.bits, weight.scheme, inputs=name in prepared.activations)
             return _layer_tensors(name, weight, factors.get(name, 1.0), kind)
 
         config = _config(source, prepared)
@@ -136,51 +133,6 @@ class CompressedTensorsFolder:
         finally:
             transformers.logging.set_verbosity(verbosity)
         return return_tensor(model.eval())
-
-    @staticmethod
-    def _check(prepared: PreparedExport) -> None:
-        widths_must_be(prepared, (1, 2, 3, 4, 5, 6, 7, 8), "compressed-tensors")
-        wrong = [
-            name
-            for name, w in prepared.weights.items()
-            if prepared.layers[name].kind is not LayerKind.LINEAR
-            or _stored_as(w, inputs=name in prepared.activations) is None
-        ]
-        if wrong:
-            msg = (
-                "compressed-tensors stores linear layers in rows of 32-bit words, symmetric, with "
-                "scales per channel or group, or as NVFP4, MXFP4 or FP8; "
-                f"{', '.join(wrong[:8])} are planned otherwise: plan "
-                "with --target ct-vllm-humming"
-            )
-            raise InvalidPlan(msg, layers=wrong)
-
-
-_FLOATS = {
-    (4, Granularity.GROUP, 16, ScaleFormat.E4M3): "nvfp4-pack-quantized",
-    (4, Granularity.GROUP, 32, ScaleFormat.E8M0): "mxfp4-pack-quantized",
-    (8, Granularity.CHANNEL, None, ScaleFormat.FP32): "float-quantized",
-}
-
-
-def _stored_as(weight: QuantizedWeight, *, inputs: bool) -> str | None:
-    """Return compressed-tensors' name of how a weight is stored, or ``None`` if it has none.
-
-    ``inputs``: whether those of the layer are quantized, too.
-    """
-    scheme = weight.scheme
-    if scheme.grid is Grid.FLOAT:
-        key = (weight.bits, scheme.granularity, scheme.group_size, scheme.scale_format)
-        return _FLOATS.get(key)
-    if inputs and weight.bits == 8 and scheme == replace(Scheme(), scale_rule=scheme.scale_rule):
-        return "int-quantized"
-    integer = (
-        scheme.grid is Grid.SYMMETRIC
-        and scheme.row_alignment_bits == 32
-        and scheme.granularity is not Granularity.TENSOR
-        and weight.bits > 1
-    )
-    return "pack-quantized" if integer else None
 
 
 def shared_factors(weights: Mapping[str, QuantizedWeight]) -> dict[str, float]:
@@ -296,7 +248,7 @@ def _config(source: Path, prepared: PreparedExport) -> JsonObject:
     groups: dict[tuple[str, int, int], list[str]] = {}
     inputs = prepared.activations
     for name, weight in prepared.weights.items():
-        kind = _stored_as(weight, inputs=name in inputs) or ""
+        kind = compressed_as(weight.bits, weight.scheme, inputs=name in inputs) or ""
         key = (kind, weight.bits, weight.scheme.group_size or 0)
         groups.setdefault(key, []).append(name)
     described = {}

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from bitquota.errors import InvalidInput
 from bitquota.exports.export_report import ExportReport, describe_files
-from bitquota.exports.prepared import widths_must_be
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +33,6 @@ class ConfigFile:
         summary: One sentence.
         file: Name of the file.
         render: Its text.
-        widths: Bit-widths that the tool takes.
     """
 
     runs_here = False
@@ -45,14 +43,12 @@ class ConfigFile:
         summary: str,
         file: str,
         render: Callable[[PreparedExport], str],
-        widths: tuple[int, ...],
     ) -> None:
         self.name, self.summary, self.file = name, summary, file
-        self._render, self._widths = render, widths
+        self._render = render
 
     def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the file."""
-        widths_must_be(prepared, self._widths, self.name)
         path = folder / self.file
         path.write_text(self._render(prepared))
         return ExportReport(
@@ -202,41 +198,35 @@ CONFIG_FILES = (
         "A quantize_config.json with GPTQModel's 'dynamic' rules.",
         "quantize_config.json",
         _gptqmodel,
-        (2, 3, 4, 8),
     ),
     ConfigFile(
         "autoround-config",
         "AutoRound's 'layer_config'.",
         "layer_config.json",
         _autoround,
-        (2, 3, 4, 5, 6, 7, 8),
     ),
     ConfigFile(
         "llm-compressor-recipe",
         "A recipe for llm-compressor's QuantizationModifier.",
         "recipe.yaml",
         _llm_compressor,
-        (2, 3, 4, 5, 6, 7, 8),
     ),
     ConfigFile(
         "torchao-config",
         "Arguments of torchao's FqnToConfig.",
         "torchao_config.json",
         _torchao,
-        (1, 2, 3, 4, 5, 6, 7, 8),
     ),
     ConfigFile(
         "mlx-config",
         "The 'quantization' section of an MLX model's config.json.",
         "mlx_quantization.json",
         lambda prepared: _json(mlx_section(prepared)),
-        (2, 3, 4, 5, 6, 8),
     ),
     ConfigFile(
         "coreml-config",
         "An 'op_name_configs' table for coremltools.",
         "coreml_config.json",
         _coreml,
-        (4, 8),
     ),
 )

@@ -14,12 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from bitquota.candidates.rows import HOLD_PARTS, MIXED_KINDS
-from bitquota.candidates.storage import Grid
 from bitquota.candidates.targets import target_by_name
-from bitquota.candidates.targets.target import DYNAMIC_FITS
-from bitquota.candidates.zero_bits import HOLD_ZERO_BITS, WHY_NOT, zero_bits_of
-from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
+from bitquota.errors import ExportFailed, InvalidInput
 from bitquota.exports.compressed_tensors_folder import CompressedTensorsFolder
 from bitquota.exports.config_files import CONFIG_FILES
 from bitquota.exports.export_report import (
@@ -31,15 +27,17 @@ from bitquota.exports.export_report import (
 from bitquota.exports.genai_folder import GenaiFolder
 from bitquota.exports.gguf_file import GgufFile
 from bitquota.exports.gptq_folder import GptqFolder
+from bitquota.exports.hugging_face_folder import source_folder
 from bitquota.exports.kv_cache import OPTIONS_FILE, cache_options
 from bitquota.exports.mlx_folder import MlxFolder
 from bitquota.exports.modelopt_folder import ModelOptFolder
-from bitquota.exports.names import check_folder, check_format, format_for
+from bitquota.exports.names import FOLDER_FORMATS, check_folder, check_format, format_for
 from bitquota.exports.onnx_qdq import OnnxMatMulNBits, OnnxQdq
 from bitquota.exports.openvino_genai import OpenvinoGenai
 from bitquota.exports.openvino_ir import OpenvinoIr
 from bitquota.exports.prepared import PreparedExport, prepare_export
 from bitquota.exports.ref_int import RefInt
+from bitquota.exports.storage_rules import require_storable
 from bitquota.exports.timed import timed_budget, with_time
 from bitquota.models.loaded import in_memory
 from bitquota.plan import Plan
@@ -118,87 +116,6 @@ BY_TENSOR = frozenset(
 )
 """Formats that are written tensor by tensor, so that weights may stay in their files."""
 
-GRIDS: dict[str, frozenset[Grid]] = {
-    RefInt.name: frozenset(Grid) - {Grid.K_BLOCKS},
-    OnnxQdq.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.CODEBOOK}),
-    OnnxMatMulNBits.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.CODEBOOK}),
-    GgufFile.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.K_BLOCKS}),
-    CompressedTensorsFolder.name: frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.FLOAT}),
-    MlxFolder.name: frozenset({Grid.OFFSET}),
-    GptqFolder.name: frozenset({Grid.SYMMETRIC}),
-    ModelOptFolder.name: frozenset({Grid.FLOAT}),
-    "mlx-config": frozenset({Grid.SYMMETRIC, Grid.ASYMMETRIC, Grid.OFFSET}),
-}
-"""Which grids a format can hold; the others hold integers alone. ONNX looks levels up (Gather);
-powers of two would need a table that the plan does not count."""
-
-
-STATIC_RANGES = frozenset({OnnxQdq.name, OnnxMatMulNBits.name})
-"""Formats with ranges of inputs, all of them known before."""
-
-
-def check_grids(plan: Plan, format_name: str) -> None:
-    """Raise ``InvalidPlan`` where the format cannot hold what the plan's codes stand for."""
-    check_rows(plan, format_name)
-    check_zero_bits(plan, format_name)
-    check_ranges(plan, format_name)
-    integers = frozenset(grid for grid in Grid if grid.is_integer)
-    held = GRIDS.get(format_name, integers)
-    wrong = {
-        a.layer.name: a.candidate.scheme.grid
-        for a in plan.assignments
-        if a.candidate.quantized and a.candidate.scheme.grid not in held
-    }
-    if wrong:
-        grids = ", ".join(sorted(set(wrong.values())))
-        able = ", ".join(name for name in GRIDS if set(wrong.values()) <= GRIDS[name])
-        msg = (
-            f"format '{format_name}' cannot store weights on the grid '{grids}', as layer "
-            f"'{next(iter(wrong))}' and {len(wrong) - 1} more have them; these formats have: {able}"
-        )
-        raise InvalidPlan(msg, layers=sorted(wrong), format=format_name)
-
-
-def check_zero_bits(plan: Plan, format_name: str) -> None:
-    """Raise ``InvalidPlan`` where the format is not smaller for weights that are left out."""
-    found = {a.layer.name: what for a in plan.assignments if (what := zero_bits_of(a.candidate))}
-    wrong = {name: what for name, what in found.items() if format_name not in HOLD_ZERO_BITS[what]}
-    if wrong:
-        name, what = next(iter(wrong.items()))
-        msg = (
-            f"format '{format_name}' cannot store layer '{name}' and {len(wrong) - 1} more, which "
-            f"leave weights out ({what}): {WHY_NOT[what]}; export to "
-            f"{', '.join(sorted(HOLD_ZERO_BITS[what]))}, or plan without --allow {what}"
-        )
-        raise InvalidPlan(msg, layers=sorted(wrong), format=format_name)
-
-
-def check_ranges(plan: Plan, format_name: str) -> None:
-    """Raise ``InvalidPlan`` where the format would hold ranges of inputs, but not of each token."""
-    fit = plan.activation_fit
-    if fit in DYNAMIC_FITS and format_name in STATIC_RANGES:
-        msg = (
-            f"format '{format_name}' cannot find ranges of inputs token by token ({fit}), as the "
-            "plan has them: ONNX finds ranges while it runs for whole tensors alone "
-            "(DynamicQuantizeLinear); export to compressed-tensors, or plan with another "
-            "--activation-fit"
-        )
-        raise InvalidPlan(msg, format=format_name, activation_fit=fit)
-
-
-def check_rows(plan: Plan, format_name: str) -> None:
-    """Raise ``InvalidPlan`` where the format cannot hold rows of several bit-widths in a layer."""
-    mixed = {a.layer.name: a.layer.kind for a in plan.assignments if a.candidate.row_bits}
-    if format_name in HOLD_PARTS and MIXED_KINDS.issuperset(mixed.values()):
-        return
-    if mixed:
-        msg = (
-            f"format '{format_name}' stores a layer in one bit-width; the rows of layer "
-            f"'{next(iter(mixed))}' and {len(mixed) - 1} more have several: export to "
-            f"{', '.join(sorted(HOLD_PARTS))}, or plan without --row-widths"
-        )
-        raise InvalidPlan(msg, layers=sorted(mixed), format=format_name)
-
 
 def exporter_by_name(name: str) -> Exporter:
     """Return the exporter called ``name``; raises ``InvalidInput`` that lists them."""
@@ -240,7 +157,9 @@ def export_plan(
     exporter = exporter_by_name(format_for(format_name, target))
     chosen = None if target is None else target_by_name(target)
     check_folder(folder)
-    check_grids(plan, exporter.name)
+    if exporter.name in FOLDER_FORMATS:
+        source_folder(model, exporter.name)
+    require_storable(plan, exporter.name, chosen)
     options = cache_options(plan, exporter.name)
     if exporter.name not in BY_TENSOR:
         model = in_memory(model)

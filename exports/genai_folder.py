@@ -19,13 +19,11 @@ import torch
 from torch import nn
 
 from bitquota.candidates.layers import LayerKind
-from bitquota.errors import ExportFailed, InvalidPlan, MissingDependency
+from bitquota.errors import ExportFailed, MissingDependency
 from bitquota.exports.genai_graph import CONFIG, decoder_graph
 from bitquota.exports.hugging_face_folder import copy_other_files, source_folder
-from bitquota.exports.onnx_blocks import fits_blocks
 from bitquota.exports.onnx_editor import GraphEditor, n_bytes
 from bitquota.exports.onnx_qdq import FILE, read_back, runtime, save_model
-from bitquota.exports.prepared import widths_must_be
 from bitquota.exports.text_run import run_windows
 from bitquota.models.onnx.reading import read_onnx
 from bitquota.models.onnx.sessions import import_onnxruntime
@@ -56,8 +54,6 @@ class GenaiFolder:
 
     def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the folder, read every code back, and run it: the graph, and then GenAI itself."""
-        widths_must_be(prepared, (2, 4, 8), "ONNX Runtime GenAI")
-        _check(prepared)
         graph = decoder_graph(prepared, self.name)
 
         # Put blocks of integers in the place of every weight.
@@ -73,7 +69,7 @@ class GenaiFolder:
         files = save_model(editor.finish(), path)
         config = folder / CONFIG
         config.write_text(json.dumps(graph.config, indent=2, sort_keys=True) + "\n")
-        copies = copy_other_files(source_folder(prepared, self.name), folder)
+        copies = copy_other_files(source_folder(prepared.model, self.name), folder)
         tokenizer, settings = folder / _TOKENIZER, folder / "tokenizer_config.json"
         if tokenizer.exists() and not settings.exists():
             settings.write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
@@ -222,14 +218,3 @@ class _Decoder(nn.Module):
             msg = f"ONNX Runtime must run the exported decoder; it says: {err}"
             raise ExportFailed(msg) from err
         return logits if mask is None else logits * mask[..., None].to(logits.dtype)
-
-
-def _check(prepared: PreparedExport) -> None:
-    wrong = [n for n, w in prepared.weights.items() if not fits_blocks(prepared.layers[n], w)]
-    if wrong:
-        msg = (
-            "a folder for ONNX Runtime GenAI stores linear layers and embeddings as symmetric "
-            f"blocks with fp32 scales; {', '.join(wrong[:8])} are planned otherwise: plan with "
-            "--target ort-genai"
-        )
-        raise InvalidPlan(msg, layers=wrong)

@@ -71,7 +71,7 @@ def decoder_graph(prepared: PreparedExport, what: str) -> DecoderGraph:
         ExportFailed: The builder refuses the model, or leaves out its sliding window.
         InvalidPlan: It changes a weight of the plan.
     """
-    source = source_folder(prepared, what)
+    source = source_folder(prepared.model, what)
     builder = _builder()
     import onnx
 

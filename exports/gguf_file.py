@@ -12,14 +12,13 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bitquota.candidates.layers import LayerKind
-from bitquota.candidates.storage import Granularity, Grid, ScaleFormat
-from bitquota.errors import ExportFailed, InvalidInput, InvalidPlan
-from bitquota.exports.gguf_blocks import BLOCK, K_TYPES, TYPES, blocks_of, type_name
+from bitquota.errors import ExportFailed, InvalidInput
+from bitquota.exports.gguf_blocks import blocks_of, type_name
 from bitquota.exports.gguf_metadata import add_metadata, rope_of, window_notes
 from bitquota.exports.gguf_tokenizer import add_tokenizer
+from bitquota.exports.hugging_face_folder import source_folder
 from bitquota.exports.llama_cpp import MISSING, installed, run_text
-from bitquota.exports.prepared import widths_must_be
+from bitquota.exports.names import unknown_architecture
 from bitquota.models.gguf_names import (
     ARCHITECTURES,
     ROPE_FACTORS,
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from bitquota.canonical import JsonObject
     from bitquota.exports.export_report import ExportReport
     from bitquota.exports.prepared import PreparedExport
-    from bitquota.quantizers.weights import QuantizedWeight
 
 FILE = "model.gguf"
 RECIPE = "tensor-types.txt"
@@ -58,7 +56,6 @@ class GgufFile:
         """Write the file, read every type and value back, run the dequantized model in torch."""
         gguf = gguf_package()
         config = _config(prepared)
-        self._check(prepared)
         names = gguf_names(prepared.module.state_dict(), config)
         path = folder / FILE
         # Tensors wait in a file for what stands before them; gguf's own would fill memory first.
@@ -89,7 +86,9 @@ class GgufFile:
         # Run it, with the tokenizer if it has one.
         ran = None
         if installed():
-            source = None if folder_notes else _source_folder(prepared) / "tokenizer.json"
+            source = (
+                None if folder_notes else source_folder(prepared.model, "gguf") / "tokenizer.json"
+            )
             ran, run_notes = run_text(prepared, path, source)
             folder_notes += run_notes
         else:
@@ -126,7 +125,7 @@ class GgufFile:
         writer = gguf.GGUFWriter(str(folder / FILE), architecture, use_temp_file=True)
         writer.temp_file = waiting
         add_metadata(writer, config, rope)
-        notes = add_tokenizer(writer, _source_folder(prepared), config["vocab_size"])
+        notes = add_tokenizer(writer, source_folder(prepared.model, "gguf"), config["vocab_size"])
 
         # Quantized weights, in the order of rows that llama.cpp expects.
         recipe = []
@@ -178,50 +177,12 @@ class GgufFile:
         named = {back[t.name]: t for t in found if t.name != ROPE_FACTORS}
         return prepared.with_tensors({name: partial(read, t, name) for name, t in named.items()})
 
-    @staticmethod
-    def _check(prepared: PreparedExport) -> None:
-        widths_must_be(prepared, tuple(sorted({*TYPES, *K_TYPES})), "GGUF written in Python")
-        wrong = [
-            name
-            for name, w in prepared.weights.items()
-            if prepared.layers[name].kind not in (LayerKind.LINEAR, LayerKind.EMBEDDING)
-            or not (w.scheme.grid is Grid.K_BLOCKS or _is_plain(w, prepared.layers[name].columns))
-        ]
-        if wrong:
-            msg = (
-                "GGUF blocks are symmetric groups of 32 with fp16 scales, or K blocks, in linear "
-                f"layers and embeddings; {', '.join(wrong[:8])} are planned otherwise: plan with "
-                "--target gguf-py or gguf-k"
-            )
-            raise InvalidPlan(msg, layers=wrong)
-
-
-def _source_folder(prepared: PreparedExport) -> Path:
-    if prepared.model.folder is None:
-        msg = f"GGUF needs a Hugging Face folder as the model; got '{prepared.model.source}'"
-        raise InvalidInput(msg, source=prepared.model.source)
-    return prepared.model.folder
-
 
 def _config(prepared: PreparedExport) -> JsonObject:
-    config: JsonObject = json.loads((_source_folder(prepared) / "config.json").read_text())
-    if config.get("model_type") not in ARCHITECTURES:
-        msg = (
-            f"GGUF is written here for {', '.join(ARCHITECTURES)}; got "
-            f"'{config.get('model_type')}': use llama.cpp's converter and the plan's bit-widths"
-        )
-        raise InvalidInput(msg, model_type=config.get("model_type"))
-    return config
-
-
-def _is_plain(weight: QuantizedWeight, columns: int) -> bool:
-    """Whether blocks of 32 can hold the weight: 4, 5 or 8 bits, symmetric, fp16 scales."""
-    scheme = weight.scheme
-    return (
-        weight.bits in TYPES
-        and scheme.grid is Grid.SYMMETRIC
-        and scheme.granularity is Granularity.GROUP
-        and scheme.group_size == BLOCK
-        and scheme.scale_format is ScaleFormat.FP16
-        and columns % BLOCK == 0
+    config: JsonObject = json.loads(
+        (source_folder(prepared.model, "gguf") / "config.json").read_text()
     )
+    model_type = config.get("model_type")
+    if refused := unknown_architecture(model_type):
+        raise InvalidInput(refused, model_type=model_type)
+    return config

@@ -20,9 +20,6 @@ import numpy as np
 import torch
 
 import bitquota
-from bitquota.candidates.layers import LayerKind
-from bitquota.candidates.storage import Granularity, Grid, ScaleFormat
-from bitquota.errors import InvalidPlan
 from bitquota.exports.config_files import gptq_section
 from bitquota.exports.hugging_face_folder import (
     copy_other_files,
@@ -33,7 +30,6 @@ from bitquota.exports.hugging_face_folder import (
     write_json,
     write_model,
 )
-from bitquota.exports.prepared import widths_must_be
 from bitquota.quantizers.packing import pack
 
 if TYPE_CHECKING:
@@ -45,9 +41,6 @@ if TYPE_CHECKING:
     from bitquota.exports.export_report import ExportReport
     from bitquota.exports.prepared import PreparedExport
     from bitquota.quantizers.weights import QuantizedWeight
-
-_WORD = 32
-WIDTHS = (2, 3, 4, 8)
 
 
 class GptqFolder:
@@ -62,8 +55,7 @@ class GptqFolder:
 
     def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the folder, read every tensor back and run it."""
-        source = source_folder(prepared, "gptq")
-        self._check(prepared)
+        source = source_folder(prepared.model, "gptq")
 
         path = write_model(prepared, folder, _layer_tensors)
         described = source_config(source)
@@ -106,27 +98,6 @@ class GptqFolder:
     def load(self, prepared: PreparedExport, folder: Path) -> nn.Module:
         """Return the model with the weights that the file holds, in float32."""
         return read_model(prepared, folder, partial(_weight, prepared.weights))
-
-    @staticmethod
-    def _check(prepared: PreparedExport) -> None:
-        widths_must_be(prepared, WIDTHS, "a GPTQ checkpoint")
-        wrong = [
-            name
-            for name, w in prepared.weights.items()
-            if prepared.layers[name].kind is not LayerKind.LINEAR
-            or w.scheme.grid is not Grid.SYMMETRIC
-            or w.scheme.granularity is Granularity.TENSOR
-            or w.scheme.scale_format is not ScaleFormat.FP16
-            or any(size % _WORD for size in w.codes.shape)
-            or w.codes.shape[1] % (w.scheme.group_size or 1)
-        ]
-        if wrong:
-            msg = (
-                "a GPTQ checkpoint stores linear layers whose rows and columns are multiples of "
-                "32, symmetric, with fp16 scales per channel or per group that divides the row; "
-                f"{', '.join(wrong[:8])} are planned otherwise: plan with --target gptq-vllm"
-            )
-            raise InvalidPlan(msg, layers=wrong)
 
 
 def _groups_of(weight: QuantizedWeight) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from bitquota.canonical import JsonObject
     from bitquota.exports.prepared import PreparedExport
+    from bitquota.models.loaded import LoadedModel
     from bitquota.quantizers.weights import QuantizedWeight
 
 WEIGHTS = "model.safetensors"
@@ -35,15 +36,15 @@ _KEPT_FILES = re.compile(
 )
 
 
-def source_folder(prepared: PreparedExport, what: str) -> Path:
+def source_folder(model: LoadedModel, what: str) -> Path:
     """Return the folder that the model was loaded from; raises ``InvalidInput`` for others."""
-    source = prepared.model.folder
+    source = model.folder
     if source is None:
         msg = (
             f"{what} needs a Hugging Face folder as the model, whose config it extends; "
-            f"got '{prepared.model.source}': export with ref-int or onnx-qdq instead"
+            f"got '{model.source}': export with ref-int or onnx-qdq instead"
         )
-        raise InvalidInput(msg, source=prepared.model.source)
+        raise InvalidInput(msg, source=model.source)
     return source
 
 
@@ -82,7 +83,7 @@ def write_model(
 
     These keep the type of the checkpoint. Returns the path of the file.
     """
-    kept_as = stored_type(source_folder(prepared, "the export"))
+    kept_as = stored_type(source_folder(prepared.model, "the export"))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, weight in prepared.weights.items():

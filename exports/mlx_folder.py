@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from bitquota.candidates.layers import LayerKind
-from bitquota.candidates.storage import Granularity, Grid, ScaleFormat
-from bitquota.errors import ExportFailed, InvalidPlan, MissingDependency
+from bitquota.errors import ExportFailed, MissingDependency
 from bitquota.exports.config_files import mlx_section
 from bitquota.exports.hugging_face_folder import (
     copy_other_files,
@@ -30,7 +28,6 @@ from bitquota.exports.hugging_face_folder import (
     write_json,
     write_model,
 )
-from bitquota.exports.prepared import widths_must_be
 from bitquota.quantizers.packing import pack
 
 if TYPE_CHECKING:
@@ -43,7 +40,6 @@ if TYPE_CHECKING:
     from bitquota.exports.prepared import PreparedExport
     from bitquota.quantizers.weights import QuantizedWeight
 
-_GROUPS = (32, 64, 128)
 _PARTS = ("weight", "scales", "biases")
 MISSING = "MLX did not run the files: pip install bitquota[mlx]"
 _NOTES = ("compared in float32 (set_dtype); MLX itself computes in the type of the file's tensors",)
@@ -66,8 +62,7 @@ class MlxFolder:
 
     def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the folder, read every size back, load it with mlx-lm and run it."""
-        source = source_folder(prepared, "mlx")
-        self._check(prepared)
+        source = source_folder(prepared.model, "mlx")
 
         # Packed weights, the other tensors, the config and what else the source folder holds.
         path = write_model(prepared, folder, _layer_tensors, kind="mlx")
@@ -108,24 +103,6 @@ class MlxFolder:
         del prepared
         return _Mlx(folder)
 
-    @staticmethod
-    def _check(prepared: PreparedExport) -> None:
-        widths_must_be(prepared, (2, 3, 4, 5, 6, 8), "MLX")
-        wrong = [
-            name
-            for name, w in prepared.weights.items()
-            if prepared.layers[name].kind not in (LayerKind.LINEAR, LayerKind.EMBEDDING)
-            or prepared.layers[name].columns % (w.scheme.group_size or 1)
-            or not _is_affine(w)
-        ]
-        if wrong:
-            msg = (
-                "MLX stores linear layers and embeddings as groups of 32, 64 or 128 that divide "
-                f"the row, with an fp16 scale and bias each; {', '.join(wrong[:8])} are planned "
-                "otherwise: plan with --target mlx"
-            )
-            raise InvalidPlan(msg, layers=wrong)
-
 
 class _Mlx(torch.nn.Module):
     """A folder in mlx-lm, on the processor: takes tokens and returns logits as torch does.
@@ -164,17 +141,6 @@ class _Mlx(torch.nn.Module):
         found = self._model(self._mx.array(tokens.numpy())).astype(self._mx.float32)
         logits = torch.from_numpy(np.array(found))
         return logits if mask is None else logits * mask[..., None].to(logits.dtype)
-
-
-def _is_affine(weight: QuantizedWeight) -> bool:
-    scheme = weight.scheme
-    return (
-        scheme.grid is Grid.OFFSET
-        and scheme.granularity is Granularity.GROUP
-        and scheme.group_size in _GROUPS
-        and scheme.scale_format is ScaleFormat.FP16
-        and scheme.row_alignment_bits == 32
-    )
 
 
 def _layer_tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:

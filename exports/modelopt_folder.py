@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bitquota.candidates.layers import LayerKind
-from bitquota.candidates.storage import FLOATS, Granularity, Grid, ScaleFormat
-from bitquota.errors import InvalidInput, InvalidPlan
+from bitquota.candidates.storage import FLOATS, Grid
+from bitquota.errors import InvalidInput
 from bitquota.exports.compressed_tensors_folder import shared_factors
 from bitquota.exports.hugging_face_folder import (
     copy_other_files,
@@ -31,7 +30,7 @@ from bitquota.exports.hugging_face_folder import (
     write_json,
     write_model,
 )
-from bitquota.exports.prepared import widths_must_be
+from bitquota.exports.storage_rules import MODELOPT_ALGORITHMS, floats_as
 from bitquota.quantizers.activations import InputWatcher, weights_of
 from bitquota.quantizers.float_formats import E4M3, float_read, scale_bytes
 from bitquota.quantizers.packing import pack
@@ -47,10 +46,6 @@ if TYPE_CHECKING:
     from bitquota.quantizers.weights import QuantizedWeight
 
 _CONFIG = "hf_quant_config.json"
-_ALGORITHMS = {
-    (4, Granularity.GROUP, 16, ScaleFormat.E4M3): "W4A16_NVFP4",
-    (8, Granularity.TENSOR, None, ScaleFormat.FP32): "FP8",
-}
 _NOTES = {
     "FP8": (
         "runtimes round inputs of FP8 layers to FP8, in units of input_scale (the largest input of "
@@ -68,8 +63,11 @@ class ModelOptFolder:
 
     def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the folder, read every tensor back, and run what was read."""
-        source = source_folder(prepared, "modelopt")
-        algorithms = self._check(prepared)
+        source = source_folder(prepared.model, "modelopt")
+        algorithms = {
+            name: floats_as(MODELOPT_ALGORITHMS, w.bits, w.scheme) or ""
+            for name, w in prepared.weights.items()
+        }
         reaches = _largest_inputs(prepared, [n for n, a in algorithms.items() if a == "FP8"])
         factors = shared_factors(prepared.weights)
 
@@ -118,25 +116,6 @@ class ModelOptFolder:
     def load(self, prepared: PreparedExport, folder: Path) -> nn.Module:
         """Return the model with the weights that the files stand for, in float32."""
         return read_model(prepared, folder, _read)
-
-    @staticmethod
-    def _check(prepared: PreparedExport) -> dict[str, str]:
-        """Return the algorithm of each layer; raises ``InvalidPlan`` for others."""
-        widths_must_be(prepared, (4, 8), "ModelOpt")
-        found = {}
-        for name, w in prepared.weights.items():
-            s = w.scheme
-            key = (w.bits, s.granularity, s.group_size, s.scale_format)
-            if prepared.layers[name].kind is LayerKind.LINEAR and s.grid is Grid.FLOAT:
-                found[name] = _ALGORITHMS.get(key, "")
-        wrong = [name for name in prepared.weights if not found.get(name)]
-        if wrong:
-            msg = (
-                "ModelOpt's folders hold linear layers as NVFP4, or as FP8 with one scale; "
-                f"{', '.join(wrong[:8])} are planned otherwise: plan with --target modelopt"
-            )
-            raise InvalidPlan(msg, layers=wrong)
-        return found
 
 
 _PRODUCER = {"name": "bitquota", "version": ""}

@@ -54,6 +54,16 @@ def usual_target(model: str | None) -> tuple[str, str]:
     return "ort-cpu", "a torch module becomes an ONNX file, which runs without torch"
 
 
+def unknown_architecture(model_type: str | None) -> str | None:
+    """Return why GGUF cannot be written for a model of this type, or ``None`` where it can."""
+    if model_type in ARCHITECTURES:
+        return None
+    return (
+        f"GGUF is written here for {', '.join(ARCHITECTURES)}; got '{model_type}': use llama.cpp's "
+        "converter and the plan's bit-widths"
+    )
+
+
 def check_format(name: str) -> None:
     """Raise ``InvalidInput`` that lists them unless there is an export format called ``name``."""
     if name not in EXPORT_FORMATS:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitquota.candidates.layers import LayerKind
-from bitquota.candidates.storage import Granularity, ScaleFormat
+from bitquota.exports.storage_rules import in_blocks
 from bitquota.quantizers.packing import pack_bits
 
 if TYPE_CHECKING:
@@ -23,23 +23,9 @@ CONTRIB = "com.microsoft"
 """Domain of MatMulNBits."""
 
 
-_KINDS = {LayerKind.LINEAR, LayerKind.LINEAR_TRANSPOSED, LayerKind.EMBEDDING}
-
-
 def fits_blocks(layer: Layer, weight: QuantizedWeight) -> bool:
     """Return whether MatMulNBits can hold this weight: symmetric blocks with fp32 scales."""
-    scheme, size = weight.scheme, weight.scheme.group_size or 0
-    return (
-        layer.kind in _KINDS
-        and scheme.granularity is Granularity.GROUP
-        and scheme.scale_format is ScaleFormat.FP32
-        and weight.zero_points is None
-        and not scheme.row_bits
-        and weight.bits in {2, 4, 8}
-        and size >= 16
-        and size & (size - 1) == 0
-        and layer.columns % size == 0
-    )
+    return in_blocks(layer, weight.bits, weight.scheme)
 
 
 def packed_blocks(weight: QuantizedWeight) -> NDArray[np.uint8]:

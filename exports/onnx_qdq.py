@@ -27,7 +27,6 @@ from bitquota.exports.onnx_blocks import BLOCKS, fits_blocks, packed_blocks
 from bitquota.exports.onnx_editor import GraphEditor, n_bytes
 from bitquota.exports.onnx_inputs import INTEGER_BITS, multiplies_integers, quantize_inputs
 from bitquota.exports.onnx_tidy import absorb_batch_norms, fold_constants, shorten_names
-from bitquota.exports.prepared import widths_must_be
 from bitquota.models.onnx.folding import restore_types
 from bitquota.models.onnx.module import OnnxModule
 from bitquota.models.onnx.program import source_of
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
 FILE = "model.onnx"
 OPSET = 21
 OPSET_2_BITS = 25
-WIDTHS = (2, 4, 8, 16)
 MAX_INLINE_BYTES = 2**31 - 2**27
 """Bytes of tensors up to which a file holds them itself; protobuf ends at 2 GiB."""
 
@@ -73,7 +71,6 @@ class OnnxQdq:
 
     def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the file, read every code back, run it in ONNX Runtime."""
-        widths_must_be(prepared, (PRUNED_BITS, *WIDTHS), "ONNX")
         two_bits = any(
             2 in (w.scheme.row_bits or (w.bits,))
             and not (self.blocked and fits_blocks(prepared.layers[name], w))

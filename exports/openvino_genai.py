@@ -27,7 +27,6 @@ from bitquota.exports.genai_graph import decoder_graph
 from bitquota.exports.hugging_face_folder import copy_other_files, source_folder
 from bitquota.exports.openvino_ir import (
     OPTIONS,
-    check_schemes,
     import_openvino,
     put_integers,
     read_back,
@@ -66,8 +65,7 @@ class OpenvinoGenai:
     def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the folder, read types and bytes back, and run it with and without GenAI."""
         ov = import_openvino()
-        source = source_folder(prepared, self.name)
-        check_schemes(prepared)
+        source = source_folder(prepared.model, self.name)
         if not (source / "tokenizer.json").exists():
             msg = (
                 "a folder for OpenVINO GenAI holds the model's tokenizer; there is no "

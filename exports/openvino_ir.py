@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from bitquota.candidates.layers import LayerKind
-from bitquota.candidates.storage import Granularity, ScaleFormat
-from bitquota.errors import ExportFailed, InvalidPlan, MissingDependency
+from bitquota.candidates.storage import Granularity
+from bitquota.errors import ExportFailed, MissingDependency
 from bitquota.exports.onnx_qdq import OPSET, float_graph
-from bitquota.exports.prepared import widths_must_be
 from bitquota.models.layout import TRANSPOSED_CONVOLUTIONS, from_matrix
 from bitquota.models.onnx.program import source_of
 from bitquota.quantizers.packing import pack_bits
@@ -52,7 +51,6 @@ class OpenvinoIr:
     def export(self, prepared: PreparedExport, folder: Path) -> ExportReport:
         """Write the files, read types and bytes back, run them."""
         ov = import_openvino()
-        check_schemes(prepared)
         graph = float_graph(prepared, OPSET)
         initializer_of, prepared = graph.initializer_of, prepared.without(graph.unused)
         model = ov.Core().read_model(graph.model.SerializeToString(), b"")
@@ -262,26 +260,6 @@ def _scale_shape(layer: Layer, weight: QuantizedWeight, shape: tuple[int, ...]) 
     elif layer.kind in TRANSPOSED_CONVOLUTIONS:
         axes = {0, 2}
     return [n if axis in axes else 1 for axis, n in enumerate(shape)]
-
-
-def check_schemes(prepared: PreparedExport) -> None:
-    """Raise ``InvalidPlan`` where OpenVINO's constants cannot hold what is planned."""
-    widths_must_be(prepared, (2, 4, 8), "OpenVINO")
-    wrong = [
-        name
-        for name, w in prepared.weights.items()
-        if w.scheme.granularity is Granularity.GROUP
-        or w.scheme.scale_format is not ScaleFormat.FP32
-        or w.zero_points is not None
-        or prepared.layers[name].kind is LayerKind.EXPERTS
-    ]
-    if wrong:
-        msg = (
-            "the OpenVINO export stores symmetric codes with fp32 scales per channel or tensor, "
-            f"and no experts; {', '.join(wrong[:8])} are planned otherwise: plan with --target "
-            "openvino-cpu"
-        )
-        raise InvalidPlan(msg, layers=wrong)
 
 
 def import_openvino() -> Any:  # noqa: ANN401  # a module

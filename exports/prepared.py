@@ -384,24 +384,6 @@ def _few_enough(
     return tuple(t[:n] for t in inputs)
 
 
-def widths_must_be(prepared: PreparedExport, allowed: tuple[int, ...], what: str) -> None:
-    """Raise ``InvalidPlan`` unless every quantized layer has an allowed bit-width."""
-    wrong = {
-        name: widths
-        for name, w in prepared.weights.items()
-        if (widths := set(w.scheme.row_bits or (w.bits,)).difference(allowed))
-    }
-    if wrong:
-        shown = ", ".join(
-            f"{name}={bits}" for name, widths in list(wrong.items())[:8] for bits in sorted(widths)
-        )
-        msg = (
-            f"{what} stores {', '.join(map(str, allowed))} bits; the plan has {shown}: plan with "
-            f"--bits {','.join(map(str, allowed))}"
-        )
-        raise InvalidPlan(msg, layers=sorted(wrong))
-
-
 def _require_weight(module: nn.Module, layer: Layer) -> None:
     owner, _, leaf = layer.weight_name.rpartition(".")
     try:

@@ -121,6 +121,23 @@ class Leases:
 
         return self._db.write(work) if self._db.read(find) else 0
 
+    def tell_queued(self, progress: JsonObject | None) -> None:
+        """Say to all jobs that wait and have not begun why that is; ``None`` takes it back."""
+        now = self._clock()
+        text = None if progress is None else canonical_json(progress)
+        waits = [jobs.c.status == JobStatus.QUEUED.value, jobs.c.attempts == 0]
+        concerned = sa.select(jobs.c.id).where(*waits, jobs.c.progress.is_distinct_from(text))
+
+        def work(connection: Connection) -> None:
+            for (job_id,) in connection.execute(concerned.with_for_update()).all():
+                values = {"progress": text, "version": jobs.c.version + 1}
+                connection.execute(jobs.update().where(jobs.c.id == job_id).values(values))
+                if progress is not None:
+                    add_event(connection, job_id, "progress", progress, now)
+
+        if self._db.read(lambda connection: connection.execute(concerned.limit(1)).first()):
+            self._db.write(work)
+
     def await_driver(self, job_id: str, epoch: int, until: float, lease_s: float) -> float | None:
         """Renew the lease of a job whose driver has not begun; returns its new end.
 

@@ -7,13 +7,15 @@ browser gets it; the API process passes the bytes on.
 from __future__ import annotations
 
 import json
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitquota.candidates.targets import TARGETS
 from bitquota.errors import NotFound
-from bitquota.exports.names import FOLDER_FORMATS
+from bitquota.exports.names import FOLDER_FORMATS, unknown_architecture
+from bitquota.exports.storage_rules import refusal
 from bitquota.matrix import SensitivityMatrix
 from bitquota.plan import Plan
 from bitquota.report.charts import (
@@ -66,7 +68,8 @@ def report_task(arguments: JsonObject, _ask: object) -> tuple[JsonObject, bytes]
 def model_page_task(arguments: JsonObject, _ask: object) -> tuple[JsonObject, bytes]:
     """Return what the model page says of its plans, and what can be exported."""
     plans = _plans(arguments)
-    exports = export_choices([plan for plan, _ in plans], arguments["model_format"])
+    kind = _model_type(arguments["folder"])
+    exports = export_choices([plan for plan, _ in plans], arguments["model_format"], kind)
     return {"plans": [shown for _, shown in plans], "exports": exports}, b""
 
 
@@ -101,20 +104,43 @@ def _average_range(matrix: SensitivityMatrix) -> tuple[float, float]:
     return sum(map(min, codes.values())) / total, sum(map(max, codes.values())) / total
 
 
-def export_choices(plans: Sequence[Plan], model_format: str) -> list[JsonObject]:
-    """Return what an export job can make: targets whose rules a plan keeps, then plain formats.
+def export_choices(
+    plans: Sequence[Plan], model_format: str, model_type: str | None = None
+) -> list[JsonObject]:
+    """Return what an export job can make: targets, then formats that write a plan as it is.
 
-    A format writes the plan as it is; no rules of a runtime are checked for it. What needs a
-    Hugging Face folder is left out for a model that is known to be none.
+    Each says of every plan why it is refused, or nothing. Targets that no plan is fit for are left
+    out, and so is what needs a Hugging Face folder for a model that is known to be none.
+
+    Args:
+        plans: The plans of the job.
+        model_format: That of the upload, or nothing where it is not known.
+        model_type: Of a Hugging Face folder, from its config.
     """
     unfit = FOLDER_FORMATS if model_format in {"pt2", "onnx"} else frozenset()
-    kept = [
-        {"name": f"{name} (target)", "request": {"target": name}}
-        for name, target in TARGETS.items()
-        if target.exporter not in unfit and any(plan.fits(target) for plan in plans)
-    ]
     formats = dict.fromkeys(target.exporter for target in TARGETS.values())
-    return kept + [{"name": f, "request": {"format": f}} for f in formats if f not in unfit]
+    offered = [(f"{name} (target)", {"target": name}, t) for name, t in TARGETS.items()]
+    kept = []
+    for shown, request, target in [*offered, *((f, {"format": f}, None) for f in formats)]:
+        format_name = request["format"] if target is None else target.exporter
+        if format_name in unfit:
+            continue
+        always = None
+        if format_name == "gguf" and model_type is not None:
+            always = unknown_architecture(model_type)
+        refused = [always or refusal(plan, format_name, target) for plan in plans]
+        if target is None or None in refused:
+            kept.append({"name": shown, "request": request, "refused": refused})
+    return kept
+
+
+def _model_type(path: str | None) -> str | None:
+    """Return the kind of model that a zipped Hugging Face folder holds, by its config."""
+    if path is None:
+        return None
+    with zipfile.ZipFile(path) as folder:
+        found = json.loads(folder.read("config.json")).get("model_type")
+    return found if isinstance(found, str) else None
 
 
 def _document(arguments: JsonObject) -> JsonObject:

@@ -356,8 +356,8 @@ def plans_page(viewer: Viewing) -> Response:
 async def model_page(job_id: str, viewer: Viewing, service: Service) -> Response:
     """Show what a job measured and planned."""
     tenant = viewer.caller.tenant
-    known = await run_in_threadpool(pages_data.model_format, service, tenant, job_id)
-    found, _ = await pages_data.draw(service, tenant, job_id, "model_page", model_format=known)
+    known = await run_in_threadpool(pages_data.model_file, service, tenant, job_id)
+    found, _ = await pages_data.draw(service, tenant, job_id, "model_page", **known)
     return await run_in_threadpool(_model_page, job_id, viewer, service, found)
 
 

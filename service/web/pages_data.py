@@ -217,7 +217,7 @@ def chart_order(service: State, job: Job) -> JsonObject:
 
 
 async def draw(
-    service: State, tenant: str, job_id: str, task: str, **more: str
+    service: State, tenant: str, job_id: str, task: str, **more: str | None
 ) -> tuple[JsonObject, bytes]:
     """Return what a task of ``chart_tasks`` makes of a job's files."""
     order = await run_in_threadpool(lambda: chart_order(service, service.jobs.get(tenant, job_id)))
@@ -227,15 +227,18 @@ async def draw(
     return await pool.run(tenant, task, order | more, what="what the job left", lasting=kept)
 
 
-def model_format(service: State, tenant: str, job_id: str) -> str:
-    """Return the format of a job's model, or nothing where the upload is not kept any more."""
-    model = service.jobs.get(tenant, job_id).model
-    if model is None:
-        return ""
-    try:
-        return service.artifacts.get(tenant, ArtifactKind.MODEL, model).format
-    except NotFound:
-        return ""
+def model_file(service: State, tenant: str, job_id: str) -> dict[str, str | None]:
+    """Return the format of a job's model, and where it lies if it is a folder.
+
+    Nothing of either where the upload is not kept any more.
+    """
+    with contextlib.suppress(NotFound):
+        digest = service.jobs.get(tenant, job_id).model or ""
+        model = service.artifacts.get(tenant, ArtifactKind.MODEL, digest)
+        is_folder = model.format == "huggingface-zip"
+        folder = str(service.blobs.path(model.digest)) if is_folder else None
+        return {"model_format": model.format, "folder": folder}
+    return {"model_format": "", "folder": None}
 
 
 async def runs(service: State, tenant: str, job_ids: Sequence[str]) -> list[JsonObject]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bitquota.errors import BitquotaError
+from bitquota.progress import stage_words
 from bitquota.service.logs import logger
 from bitquota.service.security.sandbox import kernel_folders, sandbox_of
 from bitquota.service.worker.maintenance import collect
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _log = logger("supervisor")
 _TICK_S = 0.2
+COMPILING = {"text": stage_words("compile"), "stage": "compile", "done": 0, "total": 1}
+_WARM_UP = (sys.executable, "-m", "bitquota.service.worker.evaluator", "--warm-up")
 _LOST_CHECK_S = 1.0
 _START_S = 60.0
 """Seconds beyond a lease that a driver may take to start on a busy machine, until its first
@@ -102,6 +105,8 @@ class Supervisor:
             try:
                 if not recovered:
                     self._compile()
+                    if self.stopping:
+                        break
                     self._recover()
                     recovered = True
                 self._reap()
@@ -124,13 +129,26 @@ class Supervisor:
         self._drain()
 
     def _compile(self) -> None:
-        """Compile the kernels once, outside of any sandbox: inside nothing is kept."""
+        """Compile the kernels once, outside of any sandbox: inside nothing is kept.
+
+        Jobs that wait meanwhile say so.
+        """
         here = self._settings.slots and self._settings.engine == "local"
-        if not here or sandbox_of(self._settings) is None or kernel_folders():
+        if not here:
             return
-        _log.info("compiling kernels for this machine, once; jobs wait for about a minute")
-        warm_up = [sys.executable, "-m", "bitquota.service.worker.evaluator", "--warm-up"]
-        subprocess.run(warm_up, check=False)  # noqa: S603  # our own module
+        if sandbox_of(self._settings) is None or kernel_folders():
+            self._store.tell_queued(None)  # a server that was stopped may have told them
+            return
+        _log.info("compiling kernels for this machine, once; jobs wait for a minute or two")
+        with subprocess.Popen(_WARM_UP) as compiler:  # noqa: S603  # our own module
+            while compiler.poll() is None:
+                if self.stopping:
+                    compiler.terminate()
+                    return
+                self._store.tell_queued(COMPILING)
+                self._wake.wait(_TICK_S)
+                self._wake.clear()
+        self._store.tell_queued(None)
         if not kernel_folders():
             _log.warning(
                 "kernels are compiled anew for every job: run "

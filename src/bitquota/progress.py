@@ -179,6 +179,7 @@ class Pace:
 
 _WORDS = {
     # The service and the command line.
+    "compile": "compiling kernels, once for this machine",
     "connect": "connecting to a worker",
     "prepare": "preparing the job",
     "load": "loading model and samples",

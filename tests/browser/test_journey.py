@@ -206,11 +206,15 @@ def test_whole_journey(server, digits_files, open_window, hand):
         does.press("text=Download plan")
     assert plan_of(download.value).budgets[0].text == "5 bits"
 
-    # Every target on offer is one that can be exported for; formats stand apart.
+    # Every target on offer is one that can be exported for; formats stand apart, and what cannot
+    # hold the plan says why.
     address = page.url
-    assert page.locator("#export-target optgroup").count() == 2
-    offers = page.locator("#export-target optgroup >> nth=0").locator("option").all_inner_texts()
+    groups = page.locator("#export-target optgroup")
+    assert groups.count() == 2
+    offers = groups.nth(0).locator("option:enabled").all_inner_texts()
     assert "openvino-cpu (target)" in offers
+    unfit = page.locator("#export-target option:disabled").all_inner_texts()
+    assert unfit == page.locator("#refused dt").all_inner_texts()
     for offer in offers:
         page.goto(address)
         does.choose("#export-target", offer)

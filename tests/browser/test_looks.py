@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 
 import httpx
 import pytest
 
 from bitquota.errors import MeasurementFailed
+from bitquota.service.jobs.job_store import JobStore
 from bitquota.service.security.keys import KeyStore
 from bitquota.service.store.database import Database
+from bitquota.service.worker.supervisor import COMPILING
 from live_server import LiveServer
 from seeded_jobs import inventory_of, matrix_of, plan_of, repeat_job, seed_job, seed_model
 from waiting import wait_for
@@ -181,6 +184,34 @@ def test_cancel_shows_at_once(seeded, open_window):
         page.click("#cancel")
         page.wait_for_selector("#state.cancelled")
         window.complaints.clear()  # the browser logs the request that failed
+
+
+def test_waiting_job_says_what_for(seeded, open_window):
+    """Kernels that are compiled once hold the first job of a machine up."""
+    server, job = seeded
+    with httpx.Client(base_url=server.url) as http, open_store(server.data_dir) as store:
+        done = http.get(f"/v1/jobs/{job}").json()
+        order = {"model": done["model"], "dataset": done["dataset"]}
+        body = {"kind": "plan", "request": {"budgets": ["3 bits"]}, **order}
+        waiting = http.post("/v1/jobs", json=body).json()["id"]
+        page = open_window().page
+        page.goto(f"{server.url}/jobs/{waiting}")
+        assert page.inner_text("#pace") == "waits for its turn"
+        store.tell_queued(COMPILING)
+        page.wait_for_selector("#pace:has-text('compiling kernels')")
+        page.wait_for_selector("#log li:has-text('compiling kernels')")
+        store.tell_queued(None)
+        page.wait_for_selector("#pace:has-text('waits for its turn')")
+        http.post(f"/v1/jobs/{waiting}/cancel")
+        page.wait_for_selector("#state.cancelled")
+
+
+@contextmanager
+def open_store(data_dir):
+    """The jobs of a server's data folder, as a supervisor of another host sees them."""
+    database = Database(f"sqlite:///{data_dir / 'bitquota.db'}")
+    yield JobStore(database, time.time)
+    database.close()
 
 
 def test_sign_in_page(seeded, open_window, screenshots, tmp_path_factory):

@@ -74,7 +74,7 @@ class TestExportPlan:
         ("scheme", "format_name", "able"),
         [
             (SCHEMES["tensor"], "openvino", "ref-int, onnx-qdq, onnx-matmulnbits"),
-            (SCHEMES["tensor"], "gguf", "ref-int, onnx-qdq, onnx-matmulnbits"),
+            (SCHEMES["tensor"], "torchao-config", "ref-int, onnx-qdq, onnx-matmulnbits"),
             (POWERS, "onnx-qdq", "ref-int"),
         ],
     )

@@ -10,7 +10,7 @@ import pytest
 from bitquota.candidates.storage import Granularity, Grid, Rounding, Scheme
 from bitquota.candidates.table import enumerate_candidates
 from bitquota.corrections import Correction
-from bitquota.errors import BitquotaError, ExportFailed, InvalidInput, StalePlan
+from bitquota.errors import BitquotaError, ExportFailed, InvalidInput, InvalidPlan, StalePlan
 from bitquota.exports.export import EXPORTERS, export_plan, load_export, prepare_export
 from bitquota.exports.export_report import Difference
 from bitquota.exports.names import EXPORT_FORMATS, FOLDER_FORMATS
@@ -163,6 +163,35 @@ class TestExportChoices:
         assert names["pt2"] == names["onnx"] == names[""] - FOLDER_FORMATS
         assert {"ort-cpu (target)", "openvino"} <= names["pt2"]
         assert "gguf" in names[""]
+
+    def test_what_a_format_cannot_hold_is_refused_as_the_export_refuses_it(self, net, tmp_path):
+        """Plan by plan, in the export's own words."""
+        plans = [plan_with(net, IMAGES.inputs, bits=(bits,)) for bits in (3, 4)]
+        for choice in export_choices(plans, "pt2"):
+            for k, (plan, why) in enumerate(zip(plans, choice["refused"], strict=True)):
+                names = dict.fromkeys(("format", "target")) | choice["request"]
+                out = tmp_path / f"{choice['name']}-{k}"
+                said = None
+                try:
+                    export_plan(
+                        net, plan, out, format_name=names["format"], target=names["target"],
+                        samples=IMAGES,
+                    )  # fmt: skip
+                except InvalidPlan as error:
+                    said = error.message
+                assert why == said, choice
+
+    def test_gguf_needs_an_architecture_that_it_knows(self, net):
+        """As the config of the folder names it."""
+        plans = [plan_with(net, IMAGES.inputs, bits=(4,))]
+        refused = {
+            kind: next(
+                c for c in export_choices(plans, "huggingface-zip", kind) if c["name"] == "gguf"
+            )
+            for kind in ("llama", "gpt2")
+        }
+        assert "GGUF is written here for llama" in refused["gpt2"]["refused"][0]
+        assert "blocks" in refused["llama"]["refused"][0]
 
 
 class TestExportPlan:

@@ -21,7 +21,8 @@ from bitquota.candidates.storage import Granularity, Grid, ScaleFormat, ScaleRul
 from bitquota.candidates.table import Candidate
 from bitquota.candidates.targets import TARGETS
 from bitquota.errors import InvalidPlan
-from bitquota.exports.export import EXPORTERS, check_grids, prepare_export
+from bitquota.exports.export import EXPORTERS, prepare_export
+from bitquota.exports.storage_rules import require_storable
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.layout import from_matrix
 from bitquota.models.load import load_model
@@ -88,7 +89,7 @@ class Menu:
         self, plan: Plan, folder: Path, *, format_name: str, target: Target | None = None
     ) -> PreparedExport:
         """Write the plan's files; sizes are the plan's, and outputs the fake-quantized model's."""
-        check_grids(plan, format_name)
+        require_storable(plan, format_name)
         samples = CalibrationSet(inputs=(GIVEN,))
         prepared = prepare_export(self.model, plan, target=target, samples=samples)
         folder.mkdir()

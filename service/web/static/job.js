@@ -70,6 +70,7 @@
     state.textContent = job.status;
     state.className = `state ${job.status}`;
     const running = job.status === "running" && job.progress;
+    const prepares = job.status === "queued" && job.progress && job.progress.stage === "compile";
     const bar = find("progress");
     bar.hidden = !running;
     find("stage").textContent = running
@@ -82,7 +83,9 @@
     } else if (job.finished_at && job.started_at) {
       find("pace").textContent = `took ${lasting(job.finished_at - job.started_at)}`;
     } else {
-      find("pace").textContent = job.status === "queued" ? "waits for its turn" : "";
+      const turn = job.status === "queued" ? "waits for its turn" : "";
+      find("pace").textContent = prepares
+        ? `The server is ${words(job.progress)}; the first job waits a minute or two for it.` : turn;
     }
     if (job.cancel_requested && !FINAL.has(job.status)) {
       state.textContent = "stopping";

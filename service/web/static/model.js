@@ -2,7 +2,7 @@
 (() => {
   "use strict";
 
-  const { averages, mount } = globalThis.Bitquota;
+  const { averages, make, mount } = globalThis.Bitquota;
   const { call, data } = globalThis.Pages;
   const POINTS = 21;
   const POINTS_OF_LARGE = 9;
@@ -106,6 +106,25 @@
 
   const exporting = document.getElementById("export");
   if (exporting) {
+    const plans = document.getElementById("export-plan");
+    const targets = document.getElementById("export-target");
+    const refused = document.getElementById("refused");
+    /** Offer what can hold the plan that is chosen, and say of the rest why it cannot. */
+    const offer = () => {
+      const list = refused.querySelector("dl");
+      list.replaceChildren();
+      for (const option of targets.options) {
+        const why = JSON.parse(option.dataset.refused)[plans.selectedIndex];
+        option.disabled = why !== null;
+        if (why !== null) list.append(make("dt", {}, option.text), make("dd", {}, `${why}.`));
+      }
+      if (targets.selectedOptions[0]?.disabled) {
+        targets.selectedIndex = [...targets.options].findIndex((option) => !option.disabled);
+      }
+      refused.hidden = !list.children.length;
+    };
+    plans.addEventListener("change", offer);
+    offer();
     exporting.addEventListener("submit", async (event) => {
       event.preventDefault();
       try {

@@ -238,6 +238,31 @@ class TestClaim:
         assert JobStatus.EXPIRED is store.get("ann", job.id).status
 
 
+WHY = {"stage": "compile", "done": 0, "total": 1, "reused": 0}
+
+
+class TestTellQueued:
+    def test_says_once_why_a_job_waits_and_takes_it_back(self, store):
+        """As progress and as an event, so that pages, clients and streams all show it."""
+        job, _ = store.create(order())
+        for _ in range(2):
+            store.tell_queued(WHY)
+        told = store.get("ann", job.id)
+        assert told.progress == WHY
+        assert [kind for _, kind, _ in store.events(job.id, 0)] == ["status", "progress"]
+        store.tell_queued(None)
+        assert store.get("ann", job.id).progress is None
+
+    def test_leaves_jobs_alone_that_have_begun(self, store):
+        begun, _ = store.create(order())
+        claimed = store.claim("x", 10)
+        store.tell_queued(WHY)
+        assert store.get("ann", begun.id).progress is None
+        store.release(claimed.id, claimed.epoch, "the server was stopped")
+        store.tell_queued(WHY)
+        assert store.get("ann", begun.id).progress is None
+
+
 class TestFencing:
     def test_lost_lease_gives_the_job_to_the_next(self, store, clock):
         store.create(order())
