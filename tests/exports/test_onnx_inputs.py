@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,12 @@ from torch import nn
 from bitquota.candidates.storage import Scheme
 from bitquota.candidates.table import Candidate
 from bitquota.exports.export import EXPORTERS, export_plan, open_export, prepare_export
+from bitquota.exports.export_report import TOLERANCE
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import finish
 from bitquota.models.loaded import inventory_of
 from bitquota.plan import Assignment, Plan
-from bitquota.quantizers.activations import ActivationQuantizer
+from bitquota.quantizers.activations import ActivationQuantizer, quantize_inputs_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,9 +59,28 @@ def model() -> LoadedModel:
 SAMPLES = CalibrationSet(inputs=(torch.randn(24, 3, 8, 8, generator=torch.manual_seed(1)),))
 
 
-def plan_at(model: LoadedModel, weights: list[int], inputs: list[int]) -> Plan:
+class Block(nn.Module):
+    """A residual block with a depthwise convolution, whose branch grows what it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.depth = nn.Conv2d(16, 32, 1), nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.back = nn.Conv2d(32, 16, 1)
+        with torch.no_grad():
+            for layer in (self.wide, self.depth, self.back):
+                layer.weight.mul_(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Take ``[n, 16, h, w]``."""
+        act = nn.functional.hardswish
+        return x + self.back(act(self.depth(act(self.wide(x)))))
+
+
+def plan_at(
+    model: LoadedModel, weights: list[int], inputs: list[int], samples: CalibrationSet = SAMPLES
+) -> Plan:
     """The plan that takes these bit-widths in turn, layer after layer."""
-    inventory = inventory_of(model.module, model, SAMPLES.first(2))
+    inventory = inventory_of(model.module, model, samples.first(2))
     return Plan(
         model_digest=model.digest,
         assignments=tuple(
@@ -123,6 +144,37 @@ class TestQuantizedInputs:
             model, plan_at(model, [4], [8]), tmp_path / "o", format_name="ref-int", samples=SAMPLES
         )
         assert any("calibration" in note for note in report.notes)
+
+    def test_a_deep_network_may_differ_by_more_than_half_of_what_grids_change(self, tmp_path):
+        """Each of 37 layers turns over values at the edges of the next one's steps.
+
+        Half of the change by 8-bit inputs does not cover what torch itself makes of weights that
+        move by their last digits; the tolerance does. A shallow network gets none of it.
+        """
+        torch.manual_seed(0)
+        deep = finish(
+            nn.Sequential(*(Block() for _ in range(12)), nn.Flatten(), nn.Linear(1024, 5)).eval(),
+            source="deep",
+            architecture="Sequential",
+        )
+        data = CalibrationSet(inputs=(torch.randn(32, 16, 8, 8, generator=torch.manual_seed(1)),))
+        plan = plan_at(deep, [8], [8], data)
+        prepared = prepare_export(deep, plan, samples=data, holds_inputs=ActivationQuantizer)
+        report = export_plan(deep, plan, tmp_path / "o", format_name="onnx-qdq", samples=data)
+        assert prepared.edge_noise > 0.25 * prepared.input_noise
+        assert report.tolerance == pytest.approx(TOLERANCE + 2 * prepared.edge_noise)
+
+        moved = copy.deepcopy(prepared.module)
+        for name, grid in prepared.activations.items():
+            quantize_inputs_of(moved, name, grid)
+        noise = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for la in plan.inventory.layers:
+                weight = moved.get_parameter(la.weight_name)
+                weight.mul_(1 + 1e-6 * torch.randn(weight.shape, generator=noise))
+            apart = moved(*data.inputs) - prepared.reference
+        relative = float(apart.norm() / prepared.reference.norm())
+        assert 0.25 * prepared.input_noise < relative < report.tolerance
 
     def test_openvino_reads_it(self, model, tmp_path):
         """The same file runs on integers in OpenVINO."""
