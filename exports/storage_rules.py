@@ -26,7 +26,7 @@ from bitquota.errors import InvalidPlan
 from bitquota.exports.kv_cache import cache_options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from bitquota.candidates.layers import Layer
     from bitquota.candidates.targets import Target
@@ -42,6 +42,8 @@ _GGUF_BLOCK, _GGUF_WIDTHS = 32, (4, 5, 8)
 
 _MLX_GROUPS = (32, 64, 128)
 _GPTQ_WORD = 32
+_NAMED = 4
+"""Layers that a refusal names."""
 
 COMPRESSED_FLOATS = {
     (4, Granularity.GROUP, 16, ScaleFormat.E4M3): "nvfp4-pack-quantized",
@@ -312,12 +314,10 @@ def _check_rule(plan: Plan, format_name: str) -> None:
         if (widths := {*(a.candidate.row_bits or (a.candidate.weight_bits,))} - able)
     }
     if wide:
-        shown = ", ".join(
-            f"{name}={bits}" for name, widths in list(wide.items())[:8] for bits in sorted(widths)
-        )
+        found = [f"{name}={bits}" for name, widths in wide.items() for bits in sorted(widths)]
         stored = ", ".join(map(str, rule.widths))
         msg = (
-            f"{rule.what} stores {stored} bits; the plan has {shown}: plan with "
+            f"{rule.what} stores {stored} bits; the plan has {_some(found)}: plan with "
             f"--bits {stored.replace(' ', '')}"
         )
         raise InvalidPlan(msg, layers=sorted(wide))
@@ -335,7 +335,13 @@ def _check_rule(plan: Plan, format_name: str) -> None:
         )
     ]
     if wrong:
-        raise InvalidPlan(rule.otherwise.format(layers=", ".join(wrong[:8])), layers=wrong)
+        raise InvalidPlan(rule.otherwise.format(layers=_some(wrong)), layers=wrong)
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return the first few, and how many more there are."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _check_grids(plan: Plan, format_name: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -115,3 +117,14 @@ class TestQuickstart:
         code, _, told = bitquota("quickstart", "m.onnx", "--yes")
         assert 2 == code
         assert "give CALIBRATION" in told
+
+
+@pytest.mark.slow
+def test_factory_that_needs_scipy_is_inspected_in_a_process_of_its_own(repository):
+    """What transformers is imported without is there for the user's code."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bitquota", "inspect", "examples.digits:model", "--json"],
+        capture_output=True, text=True, check=False, cwd=repository,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["layers"]) == 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +17,7 @@ from bitquota.candidates.targets.storage_format import ALL_KINDS, CONVOLUTIONS, 
 from bitquota.cli import options as opt
 from bitquota.cli import output
 from bitquota.cli.loading import check_sources, load_samples
+from bitquota.models.sources import ModelSource, model_source
 from bitquota.report import text as report
 
 if TYPE_CHECKING:
@@ -61,11 +63,13 @@ def inspect(
     from bitquota.models.lean_transformers import lean_transformers
     from bitquota.models.load import load_model, load_outline
 
-    if samples is None and not digest:
-        with lean_transformers():
-            loaded = load_outline(model)
-    else:
+    if samples is not None or digest:
         loaded = load_model(model)
+    else:
+        # A factory is the user's code, which may need what transformers is imported without.
+        is_folder = model_source(model) is ModelSource.FOLDER
+        with lean_transformers() if is_folder else nullcontext():
+            loaded = load_outline(model)
     data = None
     if samples is not None:
         data = load_samples(samples, model=model, tokenizer=tokenizer, length=length)

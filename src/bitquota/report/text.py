@@ -101,8 +101,13 @@ def times_less(plan: Plan, baseline: Baseline) -> tuple[float, float] | None:
 
 
 def times_text(ratio: float, error: float) -> str:
-    """Return ``3.3 ± 0.2`` of a ratio and its standard error, both to the digits that count."""
+    """Return ``3.3 ± 0.2`` of a ratio and its standard error, both to the digits that count.
+
+    An error below a digit of the ratio as it is shown says nothing, and is left out.
+    """
     rough = float(f"{error:.1g}")
+    if rough < 0.05:
+        return f"{ratio:.1f}"
     return f"{ratio:.0f} ± {rough:.0f}" if rough >= 1 else f"{ratio:.1f} ± {rough:g}"
 
 
@@ -117,7 +122,7 @@ def verdict(plan: Plan) -> str:
     if uniform is None:
         return "No uniform plan fits this budget, so there is nothing uniform to compare with."
     gain, error = uniform.paired_difference, uniform.paired_error
-    fewer = f"{uniform.name} ({format_size(uniform.total_bits)})"
+    fewer = f"{uniform.name} ({format_size(uniform.total_bits).partition(' (')[0]})"
     if uniform.measured.n_samples == 1:
         return (
             "One hold-out sample cannot say whether mixed precision helps here; give more samples."
