@@ -6,6 +6,8 @@
   const { call, clock, lasting, data } = globalThis.Pages;
   const FINAL = new Set(["succeeded", "failed", "cancelled", "expired"]);
   const MOST_LINES = 500;
+  const SAID = { queued: "waits", running: "runs", succeeded: "has succeeded", failed: "has failed",
+    cancelled: "was cancelled", expired: "has expired" };
 
   const section = document.getElementById("job");
   const id = section.dataset.job;
@@ -102,7 +104,7 @@
       cancel.disabled = job.cancel_requested;
     }
     // Screen readers hear of states, not of every step.
-    if (told && told !== job.status) find("said").textContent = `The job is ${job.status}.`;
+    if (told && told !== job.status) find("said").textContent = `The job ${SAID[job.status]}.`;
     told = job.status;
     if (FINAL.has(job.status) && !FINAL.has(first.row.status) && job.status === "succeeded") {
       first.row.status = job.status;

@@ -45,7 +45,7 @@
     const kept = rows.filter((row) => FILTERS.every(({ of }, k) => !chosen[k] || of(row) === chosen[k]));
     const jobs = new Set(rows.map((row) => row.job)).size;
     said.textContent = `${kept.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")} `
-      + `plans of ${jobs.toLocaleString("en")} jobs${cursor ? "; older jobs are not loaded yet" : ""}`;
+      + `plans of ${jobs.toLocaleString("en")} job${jobs === 1 ? "" : "s"}${cursor ? "; older jobs are not loaded yet" : ""}`;
     place.replaceChildren(kept.length ? planTable("Plans of all jobs", kept)
       : make("p", { class: "soft" }, rows.length ? "No plan matches." : "No job has left a plan yet."));
   }

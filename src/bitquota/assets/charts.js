@@ -41,7 +41,9 @@
       if (!point) return;
       const gap = point.bound === null || point.bound === undefined ? ""
         : point.predicted - point.bound <= 1e-4 * Math.abs(point.predicted)
-          ? ", proved best" : `, nothing is below ${number(point.bound)}`;
+          ? ", proved best"
+          : number(point.predicted) === number(point.bound) ? ", proved best to these digits"
+            : `, nothing is below ${number(point.bound)}`;
       const text = `average bit-width ${point.average_bits.toFixed(2)}: ${spentText(measures, point)}, `
         + `predicted loss ${number(point.predicted)}${gap}${thorough ? "" : " …"}`;
       shown.textContent = text;

@@ -308,7 +308,8 @@ def say_use() -> None:
     """Print what this process has taken of processor and memory so far."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = used.ru_utime + used.ru_stime
-    say(f"{seconds:,.0f} s of processor time, {rounded_size(peak_bytes())} of memory at the peak")
+    memory = rounded_size(peak_bytes())
+    say(f"took {seconds:,.0f} s of processor time so far, {memory} of memory at the peak")
 
 
 def print_json(value: object) -> None:
