@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -98,23 +97,22 @@ class Kept:
     """Quantized models that are asked for again, or next.
 
     Attributes:
-        choice: The best choice so far.
-        loss: What it costs.
-        model: What it ships as.
+        most: How many of the best choices are kept.
+        best: What these cost, and what they ship as.
         coming: Choices that are about to be measured, in order.
         ahead: Those of them that were rounded on the way.
     """
 
-    choice: Choice | None = None
-    loss: float = math.inf
-    model: QuantizedModel | None = None
+    most: int = 1
+    best: dict[Choice, tuple[float, QuantizedModel]] = field(default_factory=dict)
     coming: list[Choice] = field(default_factory=list)
     ahead: dict[Choice, QuantizedModel] = field(default_factory=dict)
 
     def offer(self, choice: Choice, loss: float, model: QuantizedModel) -> None:
-        """Keep a choice if it is better than the one that is kept."""
-        if loss < self.loss:
-            self.choice, self.loss, self.model = choice, loss, model
+        """Keep a choice if it is better than one that is kept."""
+        self.best[choice] = loss, model
+        if len(self.best) > self.most:
+            del self.best[max(self.best, key=lambda kept: self.best[kept][0])]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,7 +276,7 @@ class Setup:
             if self.stacked is None
             else self.stacked.sizes.end,
         )
-        if made and choice is not None:
+        if made and choice is not None and tuple(choice) not in self.kept.best:
             self.kept.offer(tuple(choice), found.mean, made[0])
         return found
 
@@ -287,6 +285,10 @@ class Setup:
         if self.fitted.order is None and self.smoothing is None and self.rotated is None:
             return None
         return self.rounded(choice)
+
+    def on_samples(self, samples: CalibrationSet) -> Setup:
+        """Return this setup, where choices are compared on other samples."""
+        return replace(self, holdout=samples, references=References())
 
     def rounded_to_nearest(self) -> Setup:
         """Return this setup for weights that are rounded to nearest."""
@@ -303,8 +305,8 @@ class Setup:
         share what is seen of the full-precision model.
         """
         kept = self.kept
-        if kept.choice == choice and kept.model is not None:
-            return kept.model
+        if choice in kept.best:
+            return kept.best[choice][1]
         if choice not in kept.ahead:
             coming = [c for c in kept.coming if c != choice and c not in kept.ahead]
             together = [choice, *coming[: self._fits_beside]]

@@ -23,11 +23,14 @@ from bitquota.errors import (
     UnknownLayer,
 )
 from bitquota.evaluate.scoring import evaluate_plans
+from bitquota.measurement_setup import build_setup
 from bitquota.models.loaded import check_model
 from bitquota.plan import SOLVER, Plan
-from bitquota.report.text import evidence_sentences, render_markdown
+from bitquota.report.text import evidence_sentences, render_markdown, verdict
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate, measure_matrix
+from bitquota.search.baselines import baseline_choices
+from bitquota.search.measured_plan import _best
 from bitquota.sensitivity.cache import SqliteLedger
 from bitquota.sensitivity.losses import CustomLoss
 from trained_digits import trained
@@ -63,6 +66,56 @@ def loses_to(plan):
         for b in plan.baselines
         if b.paired_difference < (0 if b.name.startswith("uniform") else -2 * b.paired_error)
     ]
+
+
+@pytest.fixture(scope="module")
+def two_uniform():
+    """A setup, its uniform choices at 2 and 3 bits, and what these cost."""
+    known = trained()
+    request = replace(SMALL, holdout_samples=48)
+    setup = build_setup(known.model, known.fit, request, context=Context(ledger=KEPT))
+    uniform = baseline_choices(setup.table)
+    wanted = uniform["uniform W2"], uniform["uniform W3"]
+    return setup, wanted, list(setup.measure_choices(wanted, stage="hold-out").values())
+
+
+class TestUniformBesideThePlan:
+    """What the hold-out samples cannot tell from a uniform plan is measured on further ones."""
+
+    def chosen(self, two_uniform, mixed, *, doubtful):
+        """Let 2 or 3 bits everywhere stand for the mixed plan, the other one for the uniform."""
+        setup, choices, losses = two_uniform
+        choices = {SOLVER: choices[mixed], "uniform": choices[1 - mixed]}
+        measured = {SOLVER: losses[mixed], "uniform": losses[1 - mixed]}
+        if doubtful:
+            # By a hair the worse one leads.
+            noise = 1e-3 * np.tile([1.0, -1.0], len(setup.holdout) // 2)
+            noise += 1e-6 if mixed else -1e-6
+            level = measured["uniform"].per_sample + noise
+            measured[SOLVER] = replace(measured[SOLVER], per_sample=level)
+        return _best(setup, choices, measured, "budget 1 of 1")
+
+    @pytest.mark.parametrize(("mixed", "expected"), [(1, SOLVER), (0, "uniform")])
+    def test_further_samples_decide(self, two_uniform, mixed, expected):
+        best, about = self.chosen(two_uniform, mixed, doubtful=True)
+        assert best == expected
+        assert about["beside"] == "uniform"
+        assert about["samples"][0] == 48 < about["samples"][1]
+        first, together = about["worse_by"]
+        assert (first > 0) is (together < 0) is (mixed == 1)
+        assert abs(together) > 2 * about["standard_error"][1]
+
+    @pytest.mark.parametrize(("mixed", "expected"), [(1, SOLVER), (0, "uniform")])
+    def test_what_is_clear_is_not_asked_again(self, two_uniform, mixed, expected):
+        assert self.chosen(two_uniform, mixed, doubtful=False) == (expected, {})
+
+    def test_the_report_says_so(self):
+        """Of five bits here: the difference is small beside that of so few samples."""
+        (plan,) = run(replace(SMALL, budgets=("5 bits",), holdout_samples=16, effort="quick")).plans
+        about = plan.provenance["uniform"]
+        assert about["samples"][0] == plan.measured.n_samples == 16
+        assert f"{about['samples'][1]} samples in all" in verdict(plan)
+        assert verdict(plan).endswith(": the mixed plan is what you get.")
 
 
 class TestAllocate:

@@ -112,7 +112,11 @@ def times_text(ratio: float, error: float) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """Return one plain sentence: does mixing bit-widths help here?"""
+    """Return in a plain sentence or two: does mixing bit-widths help here?"""
+    return " ".join([_verdict(plan), *_further_sentences(plan)])
+
+
+def _verdict(plan: Plan) -> str:
     uniform = best_uniform(plan)
     if plan.selected.startswith("uniform"):
         return (
@@ -134,8 +138,8 @@ def verdict(plan: Plan) -> str:
         )
     if gain <= CLEAR_DIFFERENCE * error:
         return (
-            f"Mixed precision is not clearly better than {fewer} here: the loss is lower by "
-            f"{gain:.3g} ± {error:.2g}."
+            f"Mixed precision is not clearly better than {fewer} here: the loss is "
+            f"{'higher' if gain < 0 else 'lower'} by {abs(gain):.3g} ± {error:.2g}."
         )
     found = times_less(plan, uniform)
     if found is not None and 1 < found[0] < WORTHWHILE_RATIO:
@@ -150,6 +154,21 @@ def verdict(plan: Plan) -> str:
         f"Mixed precision helps: the loss increase is lower than that of {fewer} by "
         f"{gain:.3g} ± {error:.2g}{times}."
     )
+
+
+def _further_sentences(plan: Plan) -> list[str]:
+    about = plan.provenance.get("uniform")
+    if not about:
+        return []
+    (first, worse_by), (first_error, error) = about["worse_by"], about["standard_error"]
+    n, together = about["samples"]
+    chosen = about["beside"] if worse_by > 0 else "the mixed plan"
+    sentence = (
+        f"The {n:,} hold-out samples could not tell the mixed plan from {about['beside']} (its "
+        f"loss is {first:+.3g} ± {first_error:.2g} beside it), so both were measured on "
+        f"{together:,} samples in all ({worse_by:+.3g} ± {error:.2g}): {chosen} is what you get."
+    )
+    return [sentence]
 
 
 def proof_sentence(plan: Plan) -> str:
@@ -362,7 +381,7 @@ def comparison_rows(
          plan.cache_size_bits, plan.measured, "")
     ]  # fmt: skip
     for b in sorted(plan.baselines, key=lambda b: b.measured.mean):
-        difference = f"+{b.paired_difference:.3g}"
+        difference = f"{b.paired_difference:+.3g}"
         if b.measured.n_samples > 1:
             difference += f" ± {b.paired_error:.2g}"
         entries.append((b.name, b.size_bits, b.cache_size_bits, b.measured, difference))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 import bitquota
 from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.candidates.table import spent_on
@@ -25,7 +27,6 @@ from bitquota.solver import Status
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from bitquota.candidates.budget import Budget
@@ -69,6 +70,8 @@ class _Compared:
         measured: What each of them costs.
         best: Name of the choice with the smallest loss.
         rounding: What the plan says of how its weights are rounded; may be empty.
+        uniform: What it says of a uniform choice that the hold-out samples could not tell from it;
+            may be empty.
     """
 
     setup: Setup
@@ -76,6 +79,7 @@ class _Compared:
     measured: dict[str, ChoiceLoss]
     best: str
     rounding: JsonObject
+    uniform: JsonObject
 
     @property
     def choice(self) -> Choice:
@@ -149,7 +153,7 @@ def measured_plan(
         ),
         baselines=_baselines(found),
         loss=setup.loss.name,
-        provenance=_provenance(setup, source, found.rounding),
+        provenance=_provenance(setup, source, found),
         target=None if setup.target is None else PlanTarget.of(setup.target),
         evidence=evidence,
         outputs=setup.measure_choice(choice, stage="evidence", with_outputs=True).outputs,
@@ -170,7 +174,8 @@ def _compare(
 
     ``others`` are the refined choices of all budgets: those that fit count as refined here too.
     """
-    setup = replace(setup, kept=Kept())
+    # Rounding a chain of blocks costs little memory, which two plans of it would not.
+    setup = replace(setup, kept=Kept(most=2 if setup.stacked is None else 1))
     quick = setup.request.effort == "quick"
     refined = (outcome.choice,) if quick else (outcome.choice, *others)
     if source.scaled:
@@ -195,11 +200,18 @@ def _compare(
         mix = min(mixes, key=lambda name: losses[name].mean)
         choices[mix], measured[mix] = mixes[mix], losses[mix]
     # Rounding is learned for the best choice alone.
-    best = _best(measured, list(choices))
+    best, uniform = _best(setup, choices, measured, stage)
     if setup.request.rounding == LEARNED and setup.fitted.order is not None:
         setup, learned, rounding = _with_learning(setup, choices[best], measured[best], stage)
         measured |= {name: learned for name in choices if choices[name] == choices[best]}
-    return _Compared(setup=setup, choices=choices, measured=measured, best=best, rounding=rounding)
+    return _Compared(
+        setup=setup,
+        choices=choices,
+        measured=measured,
+        best=best,
+        rounding=rounding,
+        uniform=uniform,
+    )
 
 
 def _trusted(measured: Mapping[str, ChoiceLoss], names: Sequence[str]) -> str:
@@ -214,11 +226,41 @@ def _trusted(measured: Mapping[str, ChoiceLoss], names: Sequence[str]) -> str:
     return min(better, key=lambda name: measured[name].mean, default=names[0])
 
 
-def _best(measured: Mapping[str, ChoiceLoss], names: Sequence[str]) -> str:
-    """Return the choice that ships: nobody should have to take a mix that is worse than uniform."""
-    uniform = [name for name in names if name.startswith("uniform")]
-    trusted = _trusted(measured, [name for name in names if name not in uniform])
-    return min([trusted, *uniform], key=lambda name: measured[name].mean)
+def _best(
+    setup: Setup, choices: Mapping[str, Choice], measured: Mapping[str, ChoiceLoss], stage: str
+) -> tuple[str, JsonObject]:
+    """Return the choice that ships, and what the plan says of a uniform one beside it.
+
+    Nobody should have to take a mix that is worse than uniform. Where the hold-out samples cannot
+    tell the two apart, further ones are asked: those that nothing was measured on, then those that
+    sensitivities were. In a chain of blocks each would have to be rounded once more.
+    """
+    uniform = [name for name in choices if name.startswith("uniform")]
+    trusted = _trusted(measured, [name for name in choices if name not in uniform])
+    if not uniform:
+        return trusted, {}
+    rival = min(uniform, key=lambda name: measured[name].mean)
+    worse_by, error = first = measured[trusted].paired(measured[rival])
+    differences = [measured[trusted].per_sample - measured[rival].per_sample]
+    pair = {name: choices[name] for name in (trusted, rival)}
+    further = () if setup.stacked is not None else (*setup.spare, setup.fit)
+    for samples in further:
+        if abs(worse_by) > CLEARLY * error or choices[trusted] == choices[rival]:
+            break
+        on_these = setup.on_samples(samples)
+        found = _measure_choices(on_these, pair, f"{stage}, {len(samples)} further samples")
+        differences.append(found[trusted].per_sample - found[rival].per_sample)
+        together = np.concatenate(differences)
+        worse_by, error = float(together.mean()), float(standard_error(together))
+    about: JsonObject = {}
+    if len(differences) > 1:
+        about = {
+            "beside": rival,
+            "worse_by": [first[0], worse_by],
+            "standard_error": [first[1], error],
+            "samples": [len(differences[0]), sum(map(len, differences))],
+        }
+    return rival if worse_by > 0 else trusted, about
 
 
 def _uniform_mixes(
@@ -254,7 +296,7 @@ def _proof(
     )
 
 
-def _provenance(setup: Setup, source: Portfolio, rounding: JsonObject) -> JsonObject:
+def _provenance(setup: Setup, source: Portfolio, found: _Compared) -> JsonObject:
     """Return what a plan was made from; what does not apply is left out."""
     always: JsonObject = {
         # Budgets name the cost tables that price them.
@@ -271,7 +313,8 @@ def _provenance(setup: Setup, source: Portfolio, rounding: JsonObject) -> JsonOb
         "identity": setup.identity_note,
         "smoothing": setup.smoothing.to_json() if setup.smoothing else {},
         "rotation": setup.rotated.to_json() if setup.rotated else {},
-        "rounding": rounding,
+        "rounding": found.rounding,
+        "uniform": found.uniform,
     }
     return always | {key: value for key, value in where_it_applies.items() if value}
 

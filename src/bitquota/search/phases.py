@@ -132,9 +132,12 @@ def plan_phases(
         # twice where the rounding is to be settled.
         n_choices = 1 + min(1, fitting[k]) if quick else n + known[k] + MIXES + shared
         n_choices += setup.request.rounding in {"auto", "learned"}
-        checks.append(
-            choices_phase(setup, f"hold-out, {labels[k]}", n_choices, full_precision=k == 0)
-        )
+        compared = choices_phase(setup, f"hold-out, {labels[k]}", n_choices, full_precision=k == 0)
+        if setup.stacked is None and fitting[k]:
+            # Plan and best uniform one, where the hold-out samples cannot tell them apart.
+            further = 3 * sum(len(samples) for samples in (*setup.spare, setup.fit))
+            compared = replace(compared, most=compared.most + further)
+        checks.append(compared)
         if quick:
             checks.append(Phase(stage=f"evidence, {labels[k]}", samples=0.0, most=0.0))
             continue
