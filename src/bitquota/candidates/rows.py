@@ -153,23 +153,27 @@ def mix_rows(
     Cost: O(widths^most rows log rows).
     """
     n = errors.shape[1]
-    best = [(np.inf, (widths[0],) * n)] * len(averages)
+    rooms = (np.array(averages, dtype=np.float64) - widths[0]) * n
+    least = np.full(len(rooms), np.inf)
+    bits: list[tuple[int, ...]] = [(widths[0],) * n] * len(rooms)
+    made: dict[int, tuple[NDArray[np.int64], NDArray[np.int64], int]] = {}
     for chosen in combinations(range(len(widths)), min(most, len(widths))):
-        bits = np.array([widths[k] for k in chosen])
+        of = np.array([widths[k] for k in chosen])
         own = errors[list(chosen)]
-        steps, gains, takes = _hull_steps(own, bits)
-        spent = np.cumsum(takes)
-        for a, average in enumerate(averages):
-            room = average * n - bits[0] * n
-            if room < 0:
-                continue
-            taken = int(np.searchsorted(spent, room + 1e-9, side="right"))
-            error = float(own[0].sum() - gains[:taken].sum())
-            if error < best[a][0]:
-                level = np.zeros(n, dtype=np.int64)
-                np.maximum.at(level, steps[0, :taken], steps[1, :taken])
-                best[a] = (error, tuple(bits[level].tolist()))
-    return [bits for _, bits in best]
+        steps, gains, takes = _hull_steps(own, of)
+        # What is left of each average behind the rows' smallest width of these.
+        left = rooms - (of[0] - widths[0]) * n
+        taken = np.searchsorted(np.cumsum(takes), left + 1e-9, side="right")
+        gained = np.concatenate([np.zeros(1), np.cumsum(gains)])
+        error = np.where(left < 0, np.inf, own[0].sum() - gained[taken])
+        for a in np.flatnonzero(error < least).tolist():
+            made[a] = steps, of, int(taken[a])
+        least = np.minimum(least, error)
+    for a, (steps, of, taken_here) in made.items():
+        level = np.zeros(n, dtype=np.int64)
+        level[steps[0, :taken_here]] = steps[1, :taken_here]  # the last of each row counts
+        bits[a] = tuple(of[level].tolist())
+    return bits
 
 
 def _hull_steps(
@@ -180,19 +184,19 @@ def _hull_steps(
     Returns i64[2, n]: row and index of the width that it goes to; f64[n]: what the row's error
     falls by; i64[n]: bits.
     """
-    n = errors.shape[1]
-    rows = np.arange(n)
-    here = np.zeros(n, dtype=np.int64)
+    here = np.zeros(errors.shape[1], dtype=np.int64)
     found = []
-    for _ in range(len(bits) - 1):
-        wider = bits[:, None] - bits[here]
-        falls = errors[here, rows] - errors
-        slopes = np.where(wider > 0, falls / np.maximum(wider, 1), -np.inf)
+    for level in range(len(bits) - 1):
+        rows = np.flatnonzero(here == level)
+        falls = errors[level, rows] - errors[level + 1 :, rows]
+        wider = bits[level + 1 :] - bits[level]
+        slopes = falls / wider[:, None]
         there = slopes.argmax(axis=0)
-        going = slopes[there, rows] > 0
-        r, to = rows[going], there[going]
-        found.append((slopes[to, r], r, to, falls[to, r], wider[to, r]))
-        here = np.where(going, there, len(bits) - 1)
-    slope, row, level, gain, taken = (np.concatenate(part) for part in zip(*found, strict=True))
+        slope = slopes[there, np.arange(len(rows))]
+        going = np.flatnonzero(slope > 0)
+        row, to = rows[going], there[going]
+        found.append((slope[going], row, level + 1 + to, falls[to, going], wider[to]))
+        here[row] = level + 1 + to
+    slope, row, to, gain, taken = (np.concatenate(part) for part in zip(*found, strict=True))
     order = np.argsort(-slope, kind="stable")
-    return np.stack([row, level])[:, order], gain[order], taken[order]
+    return np.stack([row[order], to[order]]), gain[order], taken[order]

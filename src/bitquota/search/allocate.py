@@ -92,7 +92,8 @@ def allocate(
     The plan of a budget is the refined choice, unless a uniform plan that fits the same budget has
     a smaller *measured* loss on the hold-out part of the calibration set (and, where that cannot
     tell the two apart, on further samples), or another baseline one that is smaller by more than
-    two paired standard errors: the best of many measured ones is lucky. The hold-out part has also decided between the steps of the refinement: its figures are
+    two paired standard errors: the best of many measured ones is lucky. The hold-out part has also
+    decided between the steps of the refinement: its figures are
     a little better than those of new samples.
 
     Args:
