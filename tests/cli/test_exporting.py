@@ -38,11 +38,11 @@ class TestInspect:
         assert code == 0
         for name in ("stem", "stage/depthwise", "classify"):
             assert name in out
-        assert "8x3x3x3" in out
+        assert "8×3×3×3" in out
         assert "int2,int4,int8,float" in out
-        assert "Target ort-cpu: 0 ties; smallest whole model" in out
-        assert "Inputs of these layers: as they are." in out
-        assert "On request: --row-widths, --allow prune." in out
+        assert "Target ort-cpu: smallest whole model" in out
+        assert "Its runtime takes the inputs of these layers: as they are." in out
+        assert "Also possible, as options of plan: --row-widths, --allow prune." in out
 
     def test_json(self, bitquota, llama_folder):
         """Every layer has its formats with exact sizes; ties and exclusions have reasons."""

@@ -126,10 +126,15 @@ def targets(
         ],
         spare=("on request", "inputs", "formats (--bits)", "layers"),
     )
+    not_run: dict[str, list[str]] = {}
     for target in TARGETS.values():
         if target.not_run:
-            line = f"{target.name} was not run in its runtime: {target.not_run}."
-            output.console.print(line, markup=False, highlight=False)
+            not_run.setdefault(target.not_run, []).append(target.name)
+    rules = "run in the runtime, read in its code, or documented by it"
+    output.console.print(f"Rules of a target were {rules}.", markup=False, highlight=False)
+    for why, names in not_run.items():
+        line = f"Not run in their runtimes: {', '.join(names)} ({why})."
+        output.console.print(line, markup=False, highlight=False)
 
 
 def _kinds(target: Target) -> str:
@@ -151,7 +156,7 @@ def _row(found: ModelSummary, entry: LayerSummary, numbers: dict[str, str]) -> d
     row = {
         "layer": layer.name,
         "kind": str(layer.kind),
-        "shape": "x".join(map(str, layer.weight_shape)),
+        "shape": "×".join(map(str, layer.weight_shape)),
         "weights": f"{layer.n_weights:,}",
     }
     if found.counted:
@@ -231,14 +236,15 @@ def _sentences(found: ModelSummary, numbers: dict[str, str]) -> list[str]:
     lines += [f"As they are: {', '.join(names)}: {reason}." for reason, names in kept.items()]
     if found.target is not None:
         assert found.smallest_bits is not None  # noqa: S101  # there is a target
-        lines.append(
-            f"Target {found.target.name}: {len(numbers)} ties; smallest whole model "
-            f"{report.format_size(found.smallest_bits)}."
-        )
+        smallest = report.format_size(found.smallest_bits)
+        ties = f"; layers of one tie share a format ({len(numbers)} ties)" if numbers else ""
+        lines.append(f"Target {found.target.name}: smallest whole model {smallest}{ties}.")
         lines += _formats(found)
-        lines.append(f"Inputs of these layers: {found.target.inputs}.")
+        lines.append(f"Its runtime takes the inputs of these layers: {found.target.inputs}.")
         if found.target.on_request:
-            lines.append(f"On request: {', '.join(found.target.on_request)}.")
+            lines.append(
+                f"Also possible, as options of plan: {', '.join(found.target.on_request)}."
+            )
         notes = {f.note for entry in found.layers for f in entry.formats if f.note}
         lines += [f"Note: {note}." for note in sorted(notes)]
     elif found.suggestion.ties or found.suggestion.exclude:

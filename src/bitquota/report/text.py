@@ -217,8 +217,10 @@ def evidence_sentences(plan: Plan) -> list[str]:
     predicted = "" if plan.predicted is None else f"Predicted {own['predicted']:.4g}, measured "
     single = plan.measured is not None and plan.measured.n_samples == 1
     error = "" if single else f" ± {own['error']:.2g}"
+    # What predictions are compared with is not what ships, where that is rounded again.
+    before = "" if plan.weights is None else " before the final rounding"
     found.append(
-        f"{predicted or 'Measured '}{own['measured']:.4g}{error}. "
+        f"{predicted or 'Measured '}{own['measured']:.4g}{error}{before}. "
         f"Rank correlation of prediction and measurement ({kinds.count('near')} neighbours and "
         f"{kinds.count('random')} random plans of the same budget): "
         + (", ".join(correlations) or "none, nothing varies")
