@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitquota.errors import InvalidInput
+from bitquota.models.tensor_files import write_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor, nn
 
@@ -92,7 +92,8 @@ def write_model(
             yield name, tensor.detach().to(kept_as)
 
     path = folder / WEIGHTS
-    write_tensors(path, tensors(), metadata={"format": kind})
+    with path.open("wb") as file:
+        write_tensors(file, tensors(), metadata={"format": kind})
     return path
 
 
@@ -112,53 +113,6 @@ def read_model(
         {name: partial(file.get_tensor, name) for name in kept}
         | {name: partial(weight, file, layer) for name, layer in quantized.items()}
     )
-
-
-_TYPES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fn: "F8_E4M3", torch.int16: "I16", torch.uint16: "U16", torch.float16: "F16",
-    torch.bfloat16: "BF16", torch.int32: "I32", torch.uint32: "U32", torch.float32: "F32",
-    torch.float64: "F64", torch.int64: "I64", torch.uint64: "U64",
-}  # fmt: skip
-"""Types of safetensors, in the order of its own enumeration: files hold the last of them first."""
-
-
-def write_tensors(
-    path: Path, tensors: Iterable[tuple[str, Tensor]], *, metadata: Mapping[str, str]
-) -> None:
-    """Write a safetensors file from tensors that are made one after the other.
-
-    The bytes are those of ``safetensors.torch.save_file``. Tensors wait in a file beside it, so one
-    of them is in memory.
-    """
-    ranks = {dtype: rank for rank, dtype in enumerate(_TYPES)}
-    places: dict[str, tuple[torch.dtype, list[int], int, int]] = {}
-    with tempfile.TemporaryFile(dir=path.parent) as waiting, path.open("wb") as file:
-        for name, tensor in tensors:
-            data = tensor.detach().cpu().contiguous()
-            start = waiting.tell()
-            waiting.write(data.reshape(-1).view(torch.uint8).numpy().data)
-            places[name] = data.dtype, list(data.shape), start, waiting.tell() - start
-        order = sorted(places, key=lambda name: (-ranks[places[name][0]], name))
-        header: JsonObject = {"__metadata__": dict(metadata)}
-        end = 0
-        for name in order:
-            dtype, shape, _, size = places[name]
-            offsets = [end, end + size]
-            header[name] = {"dtype": _TYPES[dtype], "shape": shape, "data_offsets": offsets}
-            end += size
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            _, _, start, size = places[name]
-            waiting.seek(start)
-            for at in range(0, size, _COPIED):
-                file.write(waiting.read(min(_COPIED, size - at)))
-
-
-_COPIED = 2**24
-"""Bytes that are copied at once."""
 
 
 def stored_sizes(path: Path) -> dict[str, int]:

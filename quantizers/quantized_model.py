@@ -10,6 +10,7 @@ Design: docs/design/rounding.md
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from bitquota.models.orthogonal import Orthogonal
 from bitquota.models.pages import Pages
 from bitquota.models.rotation_places import RotationPlace
 from bitquota.models.running import tensor_of
+from bitquota.models.tensor_files import write_tensors
 from bitquota.plan import WEIGHTS_SUFFIX, PlanWeights
 from bitquota.quantizers.activations import (
     ActivationQuantizer,
@@ -81,35 +83,44 @@ class QuantizedModel:
 
     def to_bytes(self) -> bytes:
         """Return the content of the file; equal values give equal bytes."""
-        held: dict[str, Tensor] = {}
-        for name, weight in self.weights.items():
-            held[f"codes:{name}"] = _smallest(weight.codes)
-            held[f"scales:{name}"] = weight.scales.cpu().contiguous()
-            if weight.zero_points is not None:
-                held[f"zero_points:{name}"] = _smallest(weight.zero_points)
-        held |= {f"tensor:{k}": v.detach().cpu().contiguous() for k, v in self.tensors.items()}
-        held |= {f"factors:{s.pair.weight}": s.factors.cpu().contiguous() for s in self.scalings}
-        for k, rotation in enumerate(self.rotations):
-            held[f"odd:{k}"] = rotation.matrix.odd.cpu().contiguous()
-            held[f"signs:{k}"] = rotation.matrix.signs.cpu().contiguous()
+        layers: dict[str, JsonObject] = {}
         # One entry only: safetensors writes several in an order that changes.
+        described: dict[str, str] = {}
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            """Weights may come out of a file: each is read once, and described at the end."""
+            for name, weight in self.weights.items():
+                layers[name] = {"bits": weight.bits, "scheme": weight.scheme.to_json()}
+                yield f"codes:{name}", _smallest(weight.codes)
+                yield f"scales:{name}", weight.scales
+                if weight.zero_points is not None:
+                    yield f"zero_points:{name}", _smallest(weight.zero_points)
+            for name, tensor in self.tensors.items():
+                yield f"tensor:{name}", tensor
+            for scaling in self.scalings:
+                yield f"factors:{scaling.pair.weight}", scaling.factors
+            for k, rotation in enumerate(self.rotations):
+                yield f"odd:{k}", rotation.matrix.odd
+                yield f"signs:{k}", rotation.matrix.signs
+            described["bitquota"] = self._about(layers)
+
+        file = io.BytesIO()
+        write_tensors(file, tensors(), metadata=described)
+        return file.getvalue()
+
+    def _about(self, layers: JsonObject) -> str:
         about: JsonObject = {
             "schema": SCHEMA,
             "model": self.model_digest,
             "rounding": self.rounding,
-            "layers": {
-                name: {"bits": weight.bits, "scheme": weight.scheme.to_json()}
-                for name, weight in self.weights.items()
-            },
+            "layers": layers,
             "activations": {name: asdict(grid) for name, grid in self.activations.items()},
         }
         if self.rotations:
             about["rotations"] = [asdict(rotation.place) for rotation in self.rotations]
         if self.scalings:
             about["scalings"] = [asdict(scaling.pair) for scaling in self.scalings]
-        text = json.dumps(about, sort_keys=True, separators=(",", ":"))
-        content: bytes = safetensors.torch.save(held, metadata={"bitquota": text})
-        return content
+        return json.dumps(about, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def load(cls, source: Path | bytes, *, mapped: bool = False) -> Self:
@@ -319,8 +330,8 @@ def _smallest(codes: Tensor) -> Tensor:
     for dtype in (torch.int8, torch.uint8, torch.int16):
         limits = torch.iinfo(dtype)
         if limits.min <= low and high <= limits.max:
-            return codes.to(dtype).cpu().contiguous()
-    return codes.int().cpu().contiguous()
+            return codes.to(dtype)
+    return codes.int()
 
 
 def _place_for(module: nn.Module, name: str, layers: Mapping[str, Layer]) -> Tensor:

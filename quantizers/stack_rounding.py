@@ -36,10 +36,10 @@ def round_stack(
     *,
     rounding: str,
     context: Context,
-) -> dict[str, QuantizedWeight]:
+) -> Mapping[str, QuantizedWeight]:
     """Return codes and scales of a choice by layer name, rounded layer after layer.
 
-    As ``round_in_sequence`` rounds a whole model, part by part.
+    As ``round_in_sequence`` rounds a whole model, part by part. Each is read when it is asked for.
 
     Cost: two passes over the samples (full precision, whose activations between parts are known,
     and quantized), the moments of all inputs, and the rounding of every layer.
@@ -53,7 +53,10 @@ def round_stack(
     made_for = short_name({"rounding": rounding, "candidates": numbers})
     # What was rounded before is only run, and that only if something behind it is not.
     done = [known.recall_rounded(f"rounded-{made_for}-{k}") for k in range(len(stack))]
-    found = {name: w.compact() for one in done if one is not None for name, w in one.items()}
+    found = known.put_away({})
+    for one in done:
+        if one is not None:
+            found.join(one)
     missing = chosen.keys() - found.keys()
     parts = [k for k, names in enumerate(stack.layers) if missing.intersection(names)]
     given: Series | None = None
@@ -90,8 +93,7 @@ def round_stack(
                 rounding=rounding,
                 processes=known.processes,
             )
-            known.write_down_rounded(f"rounded-{made_for}-{k}", made)
-            found |= {name: weight.compact() for name, weight in made.items()}
+            found.join(known.write_down_rounded(f"rounded-{made_for}-{k}", made))
         else:
             run_through(quantized, batches, known.processes)
         if given is not None:
@@ -104,8 +106,8 @@ def round_stack(
 
 def _to_nearest(
     known: StackedWeights, chosen: Mapping[str, Candidate]
-) -> dict[str, QuantizedWeight]:
-    found: dict[str, QuantizedWeight] = {}
+) -> Mapping[str, QuantizedWeight]:
+    found = known.put_away({})
     for k, names in enumerate(known.stack.layers):
         own = [name for name in names if name in chosen and name not in found]
         if not own:
@@ -113,7 +115,7 @@ def _to_nearest(
         part = known.stack.part(k)
         nearest = QuantizedWeights(part, known.inventory, None, known.importance)
         for name in own:
-            found[name] = nearest.stored(chosen[name]).compact()
+            found.add(name, nearest.stored(chosen[name]))
             nearest.forget()
     return found
 

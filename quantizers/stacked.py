@@ -8,6 +8,7 @@ Design: docs/design/language-models.md
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ from bitquota.quantizers.variants import Chosen, Stored, run_variants
 from bitquota.quantizers.weights import QuantizedWeight, estimated, finite_matrix
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -63,10 +64,6 @@ WHOLE_ROWS = frozenset({LayerKind.LINEAR, LayerKind.LINEAR_TRANSPOSED, LayerKind
 
 HALF = 0.5
 """Share of the memory of a measurement that activations between parts may take."""
-
-
-_Kept = tuple[QuantizedWeight, range]
-"""A quantized weight without its numbers, and where these are."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -118,7 +115,7 @@ class StackedWeights:
     layers: dict[str, Layer] = field(init=False)
     _stored: dict[Candidate, Stored] = field(default_factory=dict)
     _names: dict[Candidate, str] = field(init=False)
-    _kept: dict[str, dict[str, _Kept]] = field(default_factory=dict)
+    _kept: dict[str, PutAway] = field(default_factory=dict)
     _asked: dict[Candidate, None] = field(default_factory=dict)
     _codes: Series = field(init=False)
     _cached: dict[Candidate, Candidate] = field(default_factory=dict)
@@ -179,11 +176,10 @@ class StackedWeights:
 
     def shipped(self, weights: Mapping[str, QuantizedWeight]) -> dict[str, Stored]:
         """Return weights that were quantized elsewhere."""
-
-        def held(name: str, weight: QuantizedWeight) -> Stored:
-            return Stored(layer=self.layers[name], read=lambda: weight)
-
-        return {name: held(name, weight) for name, weight in weights.items()}
+        return {
+            name: Stored(layer=self.layers[name], read=partial(weights.__getitem__, name))
+            for name in weights
+        }
 
     def prepare(self, context: Context) -> None:
         """Run full precision, and tell what the errors of all candidates do there.
@@ -385,7 +381,7 @@ class StackedWeights:
             self.prepare(Context())
             k = next(k for k, names in enumerate(self.stack.layers) if candidate.layer in names)
             self._round(k)
-        return self._fetch(self._kept[name][candidate.layer])
+        return self._kept[name][candidate.layer]
 
     def _round(self, k: int) -> None:
         """Round the candidates of a part that were asked for, and keep their codes."""
@@ -408,40 +404,72 @@ class StackedWeights:
             grams, _ = self._look(k, part, self.given[k], None)
         return QuantizedWeights(part, self.inventory, lambda: grams, self.importance, self.rounder)
 
-    def write_down_rounded(self, name: str, weights: Mapping[str, QuantizedWeight]) -> None:
-        """Keep codes and scales of layers, in the journal too."""
-        self._kept[name] = {layer: self._put_away(weight) for layer, weight in weights.items()}
+    def write_down_rounded(self, name: str, weights: Mapping[str, QuantizedWeight]) -> PutAway:
+        """Keep codes and scales of layers, in the journal too; returns them as they are kept."""
+        self._kept[name] = self.put_away(weights)
         made = QuantizedModel(
             model_digest=self.inventory.model_digest, rounding=str(self.rounder), weights=weights
         )
         self.journal.write(name, made.to_bytes)
+        return self._kept[name]
 
-    def recall_rounded(self, name: str) -> dict[str, QuantizedWeight] | None:
+    def recall_rounded(self, name: str) -> PutAway | None:
         """Return codes and scales that were kept under a name, or ``None``."""
         if name not in self._kept:
             content = self.journal.read(name)
             if content is None:
                 return None
             weights = QuantizedModel.load(content).weights
-            self._kept[name] = {
-                layer: self._put_away(weight.to(self.device)) for layer, weight in weights.items()
-            }
-        return {layer: self._fetch(kept) for layer, kept in self._kept[name].items()}
+            self._kept[name] = self.put_away({k: w.to(self.device) for k, w in weights.items()})
+        return self._kept[name]
 
-    def _put_away(self, found: QuantizedWeight) -> _Kept:
-        codes, start = found.compact().codes, len(self._codes)
-        for tensor in (codes, found.scales, found.zero_points):
+    def put_away(self, weights: Mapping[str, QuantizedWeight]) -> PutAway:
+        """Return the same weights, beyond the limit of memory in a file until they are read."""
+        found = PutAway(self._codes)
+        for name, weight in weights.items():
+            found.add(name, weight)
+        return found
+
+
+class PutAway(Mapping[str, "QuantizedWeight"]):
+    """Quantized weights by layer, in a series of tensors: each is read when it is asked for."""
+
+    def __init__(self, series: Series) -> None:
+        self._series = series
+        self._held: dict[str, tuple[QuantizedWeight, range]] = {}
+
+    def add(self, name: str, weight: QuantizedWeight) -> None:
+        """Put one more away."""
+        codes, start = weight.compact().codes, len(self._series)
+        for tensor in (codes, weight.scales, weight.zero_points):
             if tensor is not None:
-                self._codes.append(tensor)
+                self._series.append(tensor)
         # An empty slice would hold on to the whole tensor.
         empty = codes.new_empty(0)
-        about = replace(found, codes=empty, scales=empty, zero_points=None)
-        return about, range(start, len(self._codes))
+        about = replace(weight, codes=empty, scales=empty, zero_points=None)
+        self._held[name] = about, range(start, len(self._series))
 
-    def _fetch(self, kept: _Kept) -> QuantizedWeight:
-        about, places = kept
-        codes, scales, *zeros = (self._codes[place] for place in places)
+    def join(self, other: PutAway) -> None:
+        """Also hold what another one does, in the same series."""
+        self._held |= other._held
+
+    def __getitem__(self, name: str) -> QuantizedWeight:
+        """Read the weight of a layer, with codes of a small type."""
+        about, places = self._held[name]
+        codes, scales, *zeros = (self._series[place] for place in places)
         return replace(about, codes=codes, scales=scales, zero_points=zeros[0] if zeros else None)
+
+    def __contains__(self, name: object) -> bool:
+        """Say whether the layer is here; nothing is read."""
+        return name in self._held
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the names of layers."""
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self._held)
 
 
 def _spread(n: int, most: int) -> Tensor:

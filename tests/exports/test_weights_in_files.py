@@ -13,11 +13,11 @@ from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.context import Context
 from bitquota.evaluate.scoring import score_plans
 from bitquota.exports.export import export_plan
-from bitquota.exports.hugging_face_folder import write_tensors
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import load_model, load_within
 from bitquota.models.loaded import in_memory
 from bitquota.models.on_demand import on_demand
+from bitquota.models.tensor_files import write_tensors
 from bitquota.quantizers.planned import runs_from_files
 from bitquota.quantizers.quantized_model import QuantizedModel, named
 from bitquota.quantizers.quantized_weights import QuantizedWeights
@@ -198,6 +198,7 @@ class TestWriteTensors:
             for k, dtype in enumerate(dtypes)
         } | {"none": torch.zeros(0, 3), "one": torch.tensor(1.5)}
         save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
-        write_tensors(tmp_path / "ours", iter(tensors.items()), metadata={"format": "pt"})
+        with (tmp_path / "ours").open("wb") as file:
+            write_tensors(file, iter(tensors.items()), metadata={"format": "pt"})
         assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
         assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "theirs"]
