@@ -105,16 +105,23 @@ def auto_quantize(
         return torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten())
 
     batches = list(tokens.split(4))
+    left_out = ["*embed_tokens*"]
+    if model.config.tie_word_embeddings:
+        left_out.append("*lm_head*")
     changed, _ = mtq.auto_quantize(
         model,
-        constraints={"effective_bits": bits},
+        # What nobody chooses for does not count: by default embeddings do, at 16 bits.
+        constraints={
+            "effective_bits": bits,
+            "cost": {"excluded_module_name_patterns": left_out},
+        },
         quantization_formats=formats,
         data_loader=batches,
         forward_step=lambda model, batch: model(batch),
         loss_func=loss,
         num_calib_steps=len(batches),
         num_score_steps=len(batches),
-        disabled_layers=["*lm_head*"] if model.config.tie_word_embeddings else [],
+        disabled_layers=left_out,
     )
     return {
         name: int(part.weight_quantizer.num_bits)

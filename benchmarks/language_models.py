@@ -43,13 +43,14 @@ from bitquota.candidates.storage import (
     ScaleFormat,
     Scheme,
 )
-from bitquota.candidates.table import CandidateTable
+from bitquota.candidates.table import CandidateTable, spent_on
 from bitquota.context import Context, MemoryLedger
 from bitquota.exports.export import export_plan
 from bitquota.measurement_setup import build_setup
 from bitquota.models.load import load_within
 from bitquota.models.loaded import inventory_of
 from bitquota.models.text import text_windows
+from bitquota.quantizers.quantized_model import QuantizedModel
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate
 from bitquota.search.baselines import baseline_choices, uniform_mixes
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from bitquota.models.calibration import CalibrationSet
     from bitquota.models.loaded import LoadedModel
     from bitquota.plan import Plan
+    from bitquota.search.allocate import Allocation
     from bitquota.search.neighborhood import Choice
 
 
@@ -81,7 +83,15 @@ def resident() -> float:
 
 
 def rivals(setup: Setup, size_bits: int) -> dict[str, Choice]:
-    """Return the widest uniform plan and the mixes of two widths of at most a size."""
+    """Return the widest uniform plan and the mixes of two widths of at most a size.
+
+    Or of the widest uniform plan that the budget allows, where a plan leaves a few bytes of it.
+    """
+    (budget,) = setup.budgets(setup.request.budgets[0])
+    for name, choice in baseline_choices(setup.table).items():
+        taken = tuple(setup.table.decode(choice))
+        if name.startswith("uniform") and spent_on(budget.resource, taken) <= budget.available:
+            size_bits = max(size_bits, sum(c.size_bits for c in taken))
     found = dict(uniform_mixes(setup.table, size_bits))
     found |= mixes_with_full_precision(setup, size_bits)
     for name, choice in baseline_choices(setup.table).items():
@@ -198,13 +208,14 @@ def compare(
     model: LoadedModel,
     calibration: CalibrationSet,
     request: PlanRequest,
-    plan: Plan,
+    found: Allocation,
     test: CalibrationSet,
     options: argparse.Namespace,
     folder: str,
 ) -> None:
     """Print what a plan, the uniform mixes of its size, and peers lose on unseen windows."""
     setup = build_setup(model, calibration, request, context=Context(ledger=MemoryLedger()))
+    (plan,), (weights,) = found.plans, found.weights
     chosen = {a.candidate.layer: a.candidate for a in plan.assignments}
     size = sum(candidate.size_bits for candidate in chosen.values())
     choices = {"plan": choice_with(setup, lambda c: chosen[c.layer] == c), **rivals(setup, size)}
@@ -214,6 +225,9 @@ def compare(
     modules: dict[str, Callable[[], torch.nn.Module]] = {
         name: (lambda choice=choice: rounded(setup, choice)) for name, choice in choices.items()
     }
+    if weights is not None:  # as it ships
+        shipped = QuantizedModel.load(weights)
+        modules["plan"] = lambda: shipped.put_into(copy.deepcopy(setup.module), setup.inventory)
     if options.peers and bits.isdigit():
         out = run_peer(options, "rounding_peers.py", folder, setup, options.preset, bits)
         if out is not None:
@@ -355,7 +369,7 @@ def main() -> None:
                 size = sum(t.numel() * t.element_size() for t in model.pages.tensors.values())
                 print(f"        weights read {(model.pages.bytes_read - read) / size:.1f} times")
             if not options.no_test:
-                compare(model, calibration, request, plan, test, options, folder)
+                compare(model, calibration, request, found, test, options, folder)
             if options.target:
                 export_and_run(found.with_weights(model), plan, options.target, test)
 

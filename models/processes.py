@@ -49,7 +49,10 @@ class Processes:
     def check_device(self, device: torch.device) -> None:
         """Raise ``InvalidInput`` unless processes may compute on a device."""
         if self.count > 1 and device.type != "cpu":
-            msg = f"several processes must compute on the CPU; got --device {device}: leave one out"
+            msg = (
+                f"several processes must compute on the CPU; got --device {device}: leave "
+                "one out; several GPUs take a job each, every one with its own CUDA_VISIBLE_DEVICES"
+            )
             raise InvalidInput(msg, processes=self.count, device=str(device))
 
     def map(

@@ -183,6 +183,7 @@ _WORDS = {
     "connect": "connecting to a worker",
     "prepare": "preparing the job",
     "load": "loading model and samples",
+    "outputs": "looking at the model's outputs",
     "keep": "storing the results",
     "done": "done",
     # Measures.

@@ -88,6 +88,6 @@ class TestProcesses:
     def test_refuses_what_cannot_be(self):
         with pytest.raises(InvalidInput, match=f"1 to {MOST}"):
             Processes(MOST + 1)
-        with pytest.raises(InvalidInput, match="on the CPU"):
+        with pytest.raises(InvalidInput, match=r"on the CPU.*a job each.*CUDA_VISIBLE"):
             Processes(2).check_device(torch.device("cuda"))
         Processes(1).check_device(torch.device("cuda"))
