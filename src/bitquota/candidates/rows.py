@@ -171,7 +171,8 @@ def mix_rows(
         least = np.minimum(least, error)
     for a, (steps, of, taken_here) in made.items():
         level = np.zeros(n, dtype=np.int64)
-        level[steps[0, :taken_here]] = steps[1, :taken_here]  # the last of each row counts
+        # Of equal slopes a row's second step may come first, by a rounding.
+        np.maximum.at(level, steps[0, :taken_here], steps[1, :taken_here])
         bits[a] = tuple(of[level].tolist())
     return bits
 
