@@ -171,8 +171,7 @@ def mix_rows(
         least = np.minimum(least, error)
     for a, (steps, of, taken_here) in made.items():
         level = np.zeros(n, dtype=np.int64)
-        # Of equal slopes a row's second step may come first, by a rounding.
-        np.maximum.at(level, steps[0, :taken_here], steps[1, :taken_here])
+        level[steps[0, :taken_here]] = steps[1, :taken_here]  # the last of each row counts
         bits[a] = tuple(of[level].tolist())
     return bits
 
@@ -186,6 +185,8 @@ def _hull_steps(
     falls by; i64[n]: bits.
     """
     here = np.zeros(errors.shape[1], dtype=np.int64)
+    # By a rounding, a row's second step may have a larger slope than its first: no later one has.
+    steepest = np.full(errors.shape[1], np.inf)
     found = []
     for level in range(len(bits) - 1):
         rows = np.flatnonzero(here == level)
@@ -196,7 +197,8 @@ def _hull_steps(
         slope = slopes[there, np.arange(len(rows))]
         going = np.flatnonzero(slope > 0)
         row, to = rows[going], there[going]
-        found.append((slope[going], row, level + 1 + to, falls[to, going], wider[to]))
+        steepest[row] = np.minimum(slope[going], steepest[row])
+        found.append((steepest[row], row, level + 1 + to, falls[to, going], wider[to]))
         here[row] = level + 1 + to
     slope, row, to, gain, taken = (np.concatenate(part) for part in zip(*found, strict=True))
     order = np.argsort(-slope, kind="stable")
