@@ -79,9 +79,6 @@ if TYPE_CHECKING:
 
 Choice = tuple[int, ...]
 
-OUTPUTS_STAGE = "outputs"
-"""Name for progress, until the first measurement."""
-
 SHOWN_TOKENS = 8
 """Tokens of two samples that show what a model with weights in files returns."""
 
@@ -422,8 +419,6 @@ def build_setup(
     where = choose_device(context.device)
     Processes(context.processes).check_device(where)
     calibration = bound(model, calibration)
-    # Takes minutes where weights stay in files.
-    context.report(OUTPUTS_STAGE, 0, 1, weight=0.0)
     model, loss, outputs = _measured_outputs(model, calibration, request, loss)
     few, lay_out = calibration.first(2).to(where), as_they_are
     module = sharing_weights(model.module).eval()

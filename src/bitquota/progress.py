@@ -183,7 +183,6 @@ _WORDS = {
     "connect": "connecting to a worker",
     "prepare": "preparing the job",
     "load": "loading model and samples",
-    "outputs": "looking at the model's outputs",
     "keep": "storing the results",
     "done": "done",
     # Measures.

@@ -13,7 +13,6 @@ from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import load_model, load_within
 from bitquota.models.processes import Processes
 from bitquota.models.running import primary_output
-from bitquota.progress import stage_words
 from bitquota.quantizers import sequential
 from bitquota.quantizers import stacked as module
 from bitquota.quantizers.apply import apply_plan
@@ -217,15 +216,6 @@ class TestProcesses:
             # Products of some rows may round otherwise than those of all.
             same = (weight.codes == found[2][name].codes).double().mean()
             assert same > 0.98, name
-
-    def test_progress_tells_that_outputs_are_looked_at(self, folder, samples):
-        """Before anything is measured; a large model takes minutes for it."""
-        told = []
-        context = Context(on_progress=told.append)
-        request = PlanRequest(budgets=("3 bits",))
-        build_setup(load_model(str(folder)), samples, request, context=context)
-        assert [(step.stage, step.done, step.fraction) for step in told[:1]] == [("outputs", 0, 0)]
-        assert stage_words(told[0].stage) == "looking at the model's outputs"
 
     def test_need_a_model_that_is_walked(self, folder, samples):
         request = PlanRequest(budgets=("3 bits",), measure="weight_mse")
