@@ -202,20 +202,18 @@ class QuantizedModel:
         return module
 
 
-class _WeightsInFile(Mapping[str, QuantizedWeight]):
-    """Quantized weights that stay in their file, each read when it is asked for."""
+class WeightsOnDemand(Mapping[str, QuantizedWeight]):
+    """Quantized weights by layer, of which only those that are asked for are in memory.
 
-    def __init__(self, layers: Mapping[str, JsonObject], pages: Pages) -> None:
-        self._layers, self._pages = layers, pages
+    Args:
+        layers: What is known of each without reading it.
+    """
 
-    def __getitem__(self, name: str) -> QuantizedWeight:
-        """Read the weight of a layer."""
-        weight = _weight(name, self._layers[name], self._pages.tensors)
-        self._pages.release_tensor(self._pages.tensors[f"codes:{name}"])
-        return weight
+    def __init__(self, layers: Mapping[str, Any]) -> None:
+        self._layers = layers
 
     def __contains__(self, name: object) -> bool:
-        """Say whether the file has the layer; nothing is read."""
+        """Say whether the layer is here; nothing is read."""
         return name in self._layers
 
     def __iter__(self) -> Iterator[str]:
@@ -225,6 +223,20 @@ class _WeightsInFile(Mapping[str, QuantizedWeight]):
     def __len__(self) -> int:
         """Return the number of layers."""
         return len(self._layers)
+
+
+class _WeightsInFile(WeightsOnDemand):
+    """Quantized weights that stay in their file."""
+
+    def __init__(self, layers: Mapping[str, JsonObject], pages: Pages) -> None:
+        super().__init__(layers)
+        self._pages = pages
+
+    def __getitem__(self, name: str) -> QuantizedWeight:
+        """Read the weight of a layer."""
+        weight = _weight(name, self._layers[name], self._pages.tensors)
+        self._pages.release_tensor(self._pages.tensors[f"codes:{name}"])
+        return weight
 
 
 def _weight(name: str, layer: JsonObject, held: Mapping[str, Tensor]) -> QuantizedWeight:

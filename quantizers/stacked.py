@@ -8,7 +8,6 @@ Design: docs/design/language-models.md
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -34,14 +33,14 @@ from bitquota.quantizers.part_batches import (
     run_through,
     spans_of,
 )
-from bitquota.quantizers.quantized_model import QuantizedModel
+from bitquota.quantizers.quantized_model import QuantizedModel, WeightsOnDemand
 from bitquota.quantizers.quantized_weights import QuantizedWeights
 from bitquota.quantizers.rounders import Rounder
 from bitquota.quantizers.variants import Chosen, Stored, run_variants
 from bitquota.quantizers.weights import QuantizedWeight, estimated, finite_matrix
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -431,12 +430,13 @@ class StackedWeights:
         return found
 
 
-class PutAway(Mapping[str, "QuantizedWeight"]):
-    """Quantized weights by layer, in a series of tensors: each is read when it is asked for."""
+class PutAway(WeightsOnDemand):
+    """Quantized weights in a series of tensors."""
 
     def __init__(self, series: Series) -> None:
-        self._series = series
         self._held: dict[str, tuple[QuantizedWeight, range]] = {}
+        super().__init__(self._held)
+        self._series = series
 
     def add(self, name: str, weight: QuantizedWeight) -> None:
         """Put one more away."""
@@ -451,25 +451,13 @@ class PutAway(Mapping[str, "QuantizedWeight"]):
 
     def join(self, other: PutAway) -> None:
         """Also hold what another one does, in the same series."""
-        self._held |= other._held
+        self._held.update(other._held)
 
     def __getitem__(self, name: str) -> QuantizedWeight:
         """Read the weight of a layer, with codes of a small type."""
         about, places = self._held[name]
         codes, scales, *zeros = (self._series[place] for place in places)
         return replace(about, codes=codes, scales=scales, zero_points=zeros[0] if zeros else None)
-
-    def __contains__(self, name: object) -> bool:
-        """Say whether the layer is here; nothing is read."""
-        return name in self._held
-
-    def __iter__(self) -> Iterator[str]:
-        """Go through the names of layers."""
-        return iter(self._held)
-
-    def __len__(self) -> int:
-        """Return the number of layers."""
-        return len(self._held)
 
 
 def _spread(n: int, most: int) -> Tensor:
