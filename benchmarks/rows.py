@@ -5,6 +5,7 @@
     python benchmarks/rows.py --tiny           # untrained, a few images, no shared data
     python benchmarks/rows.py --target ref-int --allow prune,2:4 --budgets "2.5,3 GBitOps"
     python benchmarks/rows.py --allow prune --row-widths 3 --budgets 2.5    # rows of zeros, too
+    python benchmarks/rows.py --mixes 1000000    # how long mixes of so many rows take, no network
 
 For each budget two plans with the same settings: one bit-width for each layer, and up to
 ``--row-widths`` (3) for the rows of each. The second may take as many bits as the first has in its
@@ -17,6 +18,7 @@ the paired difference.
 from __future__ import annotations
 
 import argparse
+import resource
 import sys
 import tempfile
 import time
@@ -25,6 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import numpy as np
+
+from bitquota.candidates.rows import STEP, mix_rows
 from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.context import Context, MemoryLedger
 from bitquota.corrections import Correction
@@ -38,6 +43,10 @@ if TYPE_CHECKING:
 
 BARS = {"2.5": 0.8, "3": 0.92, "4": 0.7}
 """Largest KL of rows as a share of that of layers, as the issue states it."""
+
+
+SMOLLM2 = (576, 192, 192, 576, 1536, 1536, 576)
+"""Rows of the linear layers of a block of SmolLM2-135M, which has 30."""
 
 
 def arguments() -> argparse.Namespace:
@@ -54,6 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--row-widths", type=int, help="3, or 1 with --allow, if left out")
     parser.add_argument("--rounding", default="gptq")
     parser.add_argument("--images", type=int, default=10_000, help="of the test set")
+    parser.add_argument("--mixes", type=int, help="only time the mixes of so many rows")
     parser.add_argument("--effort", choices=["quick", "normal"], default="normal")
     return parser.parse_args()
 
@@ -99,9 +109,31 @@ def planned(
     return kl, plan.size_bits, seconds
 
 
+def time_mixes(n: int) -> None:
+    """Print how long the mixes of layers of SmolLM2's sizes take, ``n`` rows in all."""
+    rng = np.random.default_rng(0)
+    widths = [2, 3, 4, 5, 6, 8]
+    averages = np.arange(widths[0] + STEP, widths[-1], STEP).tolist()
+    blocks = round(n / sum(SMOLLM2))
+    seconds = 0.0
+    for rows in SMOLLM2 * blocks:
+        noise = np.exp(0.2 * rng.normal(size=(len(widths), rows)))
+        errors = 4.0 ** -np.array(widths)[:, None] * rng.exponential(size=rows) * noise
+        started = time.process_time()
+        mix_rows(errors, widths, averages, 3)
+        seconds += time.process_time() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    layers = len(SMOLLM2) * blocks
+    print(f"{blocks * sum(SMOLLM2):,} rows in {layers:,} layers: {seconds:.1f} CPU s (bar 10 for")
+    print(f"1,000,000), process at most {peak:,.0f} MiB (bar 1,024)")
+
+
 def main() -> None:
     """Plan, export and run both for each budget."""
     options = arguments()
+    if options.mixes:
+        time_mixes(options.mixes)
+        return
     subject = small_network() if options.tiny else network(options.depth)
     subject = replace(subject, test=subject.test.first(min(options.images, len(subject.test))))
     for bits in options.budgets.split(","):

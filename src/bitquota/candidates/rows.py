@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -156,50 +156,83 @@ def mix_rows(
     rooms = (np.array(averages, dtype=np.float64) - widths[0]) * n
     least = np.full(len(rooms), np.inf)
     bits: list[tuple[int, ...]] = [(widths[0],) * n] * len(rooms)
-    made: dict[int, tuple[NDArray[np.int64], NDArray[np.int64], int]] = {}
+    # What all sets of widths share: between any two of them what a row's error falls by, and that
+    # for each bit.
+    falls = {(i, j): errors[i] - errors[j] for i, j in combinations(range(len(widths)), 2)}
+    slopes = {(i, j): fall / (widths[j] - widths[i]) for (i, j), fall in falls.items()}
+    orders = {pair: np.argsort(-slope, kind="stable") for pair, slope in slopes.items()}
+    made: dict[int, tuple[int, _Steps, NDArray[np.int64]]] = {}
     for chosen in combinations(range(len(widths)), min(most, len(widths))):
-        of = np.array([widths[k] for k in chosen])
-        own = errors[list(chosen)]
-        steps, gains, takes = _hull_steps(own, of)
+        steps, order = _hull_steps(chosen, widths, falls, slopes, orders)
         # What is left of each average behind the rows' smallest width of these.
-        left = rooms - (of[0] - widths[0]) * n
-        taken = np.searchsorted(np.cumsum(takes), left + 1e-9, side="right")
-        gained = np.concatenate([np.zeros(1), np.cumsum(gains)])
-        error = np.where(left < 0, np.inf, own[0].sum() - gained[taken])
+        left = rooms - (widths[chosen[0]] - widths[0]) * n
+        taken = np.searchsorted(np.cumsum(steps.bits[order]), left + 1e-9, side="right")
+        gained = np.concatenate([np.zeros(1), np.cumsum(steps.gains[order])])
+        error = np.where(left < 0, np.inf, errors[chosen[0]].sum() - gained[taken])
         for a in np.flatnonzero(error < least).tolist():
-            made[a] = steps, of, int(taken[a])
+            made[a] = widths[chosen[0]], steps, order[: taken[a]]
         least = np.minimum(least, error)
-    for a, (steps, of, taken_here) in made.items():
-        level = np.zeros(n, dtype=np.int64)
-        level[steps[0, :taken_here]] = steps[1, :taken_here]  # the last of each row counts
-        bits[a] = tuple(of[level].tolist())
+    for a, (lowest, steps, first) in made.items():
+        width = np.full(n, lowest)
+        width[steps.rows[first]] = steps.widths[first]  # the last of each row counts
+        bits[a] = tuple(width.tolist())
     return bits
 
 
-def _hull_steps(
-    errors: NDArray[np.float64], bits: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    """Return steps along the lower convex hulls of all rows, the largest gain for a bit first.
+class _Steps(NamedTuple):
+    """Steps of rows from one width to a wider one: arrays ``[n]``.
 
-    Returns i64[2, n]: row and index of the width that it goes to; f64[n]: what the row's error
-    falls by; i64[n]: bits.
+    Attributes:
+        rows: The rows.
+        widths: The wider widths.
+        bits: What they are wider.
+        gains: What the row's error falls by.
     """
-    here = np.zeros(errors.shape[1], dtype=np.int64)
+
+    rows: NDArray[np.int64]
+    widths: NDArray[np.int64]
+    bits: NDArray[np.int64]
+    gains: NDArray[np.float64]
+
+
+def _hull_steps(
+    chosen: Sequence[int],
+    widths: Sequence[int],
+    falls: Mapping[tuple[int, int], NDArray[np.float64]],
+    slopes: Mapping[tuple[int, int], NDArray[np.float64]],
+    orders: Mapping[tuple[int, int], NDArray[np.int64]],
+) -> tuple[_Steps, NDArray[np.int64]]:
+    """Return steps along the lower convex hulls of all rows, and their order.
+
+    The largest gain for a bit comes first.
+
+    Args:
+        chosen: Indices of the widths that rows may have.
+        widths: All of them.
+        falls: Between two widths, by index, f64[rows]: what the error of each row falls by.
+        slopes: The same for each bit.
+        orders: Rows by slope, the largest first.
+    """
+    n = len(orders[chosen[0], chosen[1]])
+    here = np.full(n, chosen[0])
     # By a rounding, a row's second step may have a larger slope than its first: no later one has.
-    steepest = np.full(errors.shape[1], np.inf)
-    found = []
-    for level in range(len(bits) - 1):
-        rows = np.flatnonzero(here == level)
-        falls = errors[level, rows] - errors[level + 1 :, rows]
-        wider = bits[level + 1 :] - bits[level]
-        slopes = falls / wider[:, None]
-        there = slopes.argmax(axis=0)
-        slope = slopes[there, np.arange(len(rows))]
-        going = np.flatnonzero(slope > 0)
-        row, to = rows[going], there[going]
-        steepest[row] = np.minimum(slope[going], steepest[row])
-        found.append((steepest[row], row, level + 1 + to, falls[to, going], wider[to]))
-        here[row] = level + 1 + to
-    slope, row, to, gain, taken = (np.concatenate(part) for part in zip(*found, strict=True))
-    order = np.argsort(-slope, kind="stable")
-    return np.stack([row[order], to[order]]), gain[order], taken[order]
+    steepest = np.full(n, np.inf)
+    found, lengths = [], []
+    for k, wider in ((k, chosen[level:]) for level, k in enumerate(chosen[:-1], start=1)):
+        best, to = slopes[k, wider[0]], np.full(n, wider[0])
+        for j in wider[1:]:
+            better = slopes[k, j] > best
+            best = np.where(better, slopes[k, j], best)
+            to[better] = j
+        to[(best <= 0) | (here != k)] = k
+        for j in wider:
+            rows = orders[k, j]
+            rows = rows[to[rows] == j]
+            slope = np.minimum(slopes[k, j][rows], steepest[rows])
+            steepest[rows], here[rows] = slope, j
+            found.append((slope, rows, falls[k, j][rows]))
+            lengths.append((len(rows), widths[j], widths[j] - widths[k]))
+    slope, rows, gains = (np.concatenate(part) for part in zip(*found, strict=True))
+    n_steps, width, taken = zip(*lengths, strict=True)
+    steps = _Steps(rows, np.repeat(width, n_steps), np.repeat(taken, n_steps), gains)
+    return steps, np.argsort(-slope, kind="stable")  # a merge of a few sorted runs
