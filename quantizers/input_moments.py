@@ -33,8 +33,11 @@ if TYPE_CHECKING:
     from bitquota.models.processes import Processes
 
 POSITIONS = 2**15
-"""Positions of a convolution's input whose moments are taken, or 32 for each column if that is
-more: drawn at random where there are more."""
+"""Positions of a convolution's input whose moments are taken, shared by its groups, or 32 for each
+column if that is more: drawn at random where there are more."""
+
+LEAST_POSITIONS = 2**12
+"""Those of each group, at least."""
 
 BLOCK = 128
 """Columns at least whose products with themselves and all later ones are taken at once."""
@@ -260,7 +263,7 @@ def _onnx_grams(
     by_name = {layer.name: layer for layer in layers}
     for meeting in walk_onnx([module], by_name, batches):
         layer = by_name[meeting.layer]
-        limit = positions_of(layer, len(meeting.inputs))
+        limit = positions_of(layer, meeting.settings, len(meeting.inputs))
         for (inputs,) in meeting.inputs:
             grams.add(layer, inputs, meeting.settings, limit)
     return grams
@@ -282,15 +285,16 @@ class _GramWatcher(LayerWatcher["Layer"]):
         kwargs: dict[str, Any],
     ) -> Any:  # noqa: ANN401
         settings = call_settings(call.operator, args, kwargs)
-        limit = positions_of(known, self.n_batches)
+        limit = positions_of(known, settings, self.n_batches)
         inputs = inputs_that_count(call, self.mask)
         self.grams.add(known, inputs, settings, limit, call.inputs)
         return func(*args, **kwargs)
 
 
-def positions_of(layer: Layer, n_batches: int) -> int:
+def positions_of(layer: Layer, settings: dict[str, Any], n_batches: int) -> int:
     """Return at how many positions of each batch a layer's input is looked at, at most."""
-    return -(-max(POSITIONS, 32 * layer.columns) // n_batches)
+    shared = POSITIONS // int(settings.get("groups", 1))
+    return -(-max(shared, LEAST_POSITIONS, 32 * layer.columns) // n_batches)
 
 
 def call_settings(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -268,7 +268,7 @@ class _Moments:
         n = 2 * len(which)
         sums: list[Tensor] = []
         positions = 0
-        limit = positions_of(layer, len(meeting.inputs))
+        limit = positions_of(layer, meeting.settings, len(meeting.inputs))
         held: dict[int, list[Tensor]] = {}
 
         def product(number: int) -> dict[str, Tensor]:

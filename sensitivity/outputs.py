@@ -10,6 +10,7 @@ Design: docs/design/outputs.md
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -40,8 +41,11 @@ if TYPE_CHECKING:
 N_SAMPLES = 64
 """Answers that the diagnosis looks at."""
 
-MAX_ELEMENTS = 2**24
+MAX_ELEMENTS = 2**20
 """Elements of one output that it looks at; two samples in any case. Vocabularies are large."""
+
+FIRST = 2
+"""Samples that are run before anything is known of the answers."""
 
 AT_ONCE = 8
 """Samples that run at once: nothing is known yet of the activations between."""
@@ -151,7 +155,7 @@ def _first_answers(
     model: LoadedModel, calibration: CalibrationSet
 ) -> tuple[CalibrationSet, dict[str, Tensor]]:
     """Return the first samples and what the model answers: two, and more if answers are small."""
-    few = calibration.first(min(2, len(calibration)))
+    few = calibration.first(min(FIRST, len(calibration)))
     try:
         found = outputs_of(model.module, few.inputs)
         largest = max((value.numel() for value in found.values()), default=1) // len(few)
@@ -356,22 +360,26 @@ def _ending_in(
     if not more and not only.undone and only.axis == -1 and len(found) == 1:
         # The ordinary case: the model as it is.
         return model.module, [replace(only, shape=tuple(returned.shape[1:]))]
+    two = few.first(min(FIRST, len(few)))
     for before in (True, False):
-        shaped, ends = [], []
         try:
-            for output in chosen:
-                alone = measuring(model.module, [output], before=before)
-                with torch.no_grad():
-                    value = alone(*few.inputs)
-                shaped.append(replace(output, shape=tuple(value.shape[1:])))
-                ends.append(_same(output, value, found[output.name], before=before))
+            shaped = [_with_shape(model.module, o, two, before=before) for o in chosen]
+            joint = measuring(model.module, shaped, before=before)
+            with torch.no_grad():
+                value = torch.cat([joint(*batch.inputs) for batch in few.batches(AT_ONCE)])
         except BitquotaError as err:
             last = next((o for o in chosen if o.undone == "argmax"), None)
             if last is None:
                 raise
             raise _only_choices(last.name) from err
+        sizes = [math.prod(o.shape) for o in shaped]
+        parts = torch.split(value.reshape(len(value), -1), sizes, dim=1)
+        ends = [
+            _same(o, part.reshape(-1, *o.shape), found[o.name], before=before)
+            for o, part in zip(shaped, parts, strict=True)
+        ]
         if all(ends):
-            return measuring(model.module, shaped, before=before), shaped
+            return joint, shaped
     wrong = next(o for o, end in zip(chosen, ends, strict=True) if not end)
     if wrong.undone == "argmax":
         raise _only_choices(wrong.name)
@@ -380,6 +388,15 @@ def _ending_in(
         "does not lead to its values; hand in a model that returns the logits, or name another loss"
     )
     raise InvalidInput(msg, output=wrong.name)
+
+
+def _with_shape(
+    module: torch.nn.Module, output: PlanOutput, few: CalibrationSet, *, before: bool
+) -> PlanOutput:
+    """Return the output with the shape that it has for one sample in the space of the loss."""
+    with torch.no_grad():
+        value = measuring(module, [output], before=before)(*few.inputs)
+    return replace(output, shape=tuple(value.shape[1:]))
 
 
 def _same(output: PlanOutput, value: Tensor, returned: Tensor, *, before: bool) -> bool:

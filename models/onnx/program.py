@@ -35,7 +35,7 @@ from bitquota.models.running import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor, nn
@@ -126,9 +126,13 @@ class OnnxSource:
             found[norm.before_variance] = variance.astype(x.dtype)
         return found
 
-    def feeds(self, module: nn.Module) -> Arrays:
-        """Return the fed tensors as they are in ``module`` now."""
-        return {fed.name: as_array(tensor_of(module, fed.path), fed.dtype) for fed in self.fed}
+    def feeds(self, module: nn.Module, names: Container[str] | None = None) -> Arrays:
+        """Return the fed tensors, or those of ``names``, as they are in ``module`` now."""
+        return {
+            fed.name: as_array(tensor_of(module, fed.path), fed.dtype)
+            for fed in self.fed
+            if names is None or fed.name in names
+        }
 
     def pieces(self, inputs: Sequence[Tensor]) -> list[Arrays]:
         """Return inputs as the graph takes them: in one piece, or in pieces of the fixed batch.

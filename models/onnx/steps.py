@@ -50,7 +50,8 @@ class Steps:
         read = {s for n in later for s in n.sources if s in program.kept_types}
         made = {r for k in nodes for r in program.nodes[k].results}
         targets = [target, *sorted((read & made) - {target})]
-        feeds = self._source.feeds(self._module) | self._piece
+        asked = {s for k in nodes for s in program.nodes[k].sources}
+        feeds = self._source.feeds(self._module, asked) | self._piece
         fresh = program.run(nodes, targets, self._known, feeds)
         self._known = {k: v for k, v in (self._known | fresh).items() if k in read or k == target}
         return self._known[target]

@@ -159,6 +159,9 @@ class Pace:
         """Note the fraction that is done now."""
         now = self._clock()
         if self._seen and fraction == self._seen[-1][1]:
+            if len(self._seen) == 1:
+                # What comes before the first fraction says nothing of how fast the others grow.
+                self._seen[0] = now, fraction
             return
         self._seen.append((now, fraction))
         while len(self._seen) > 2 and now - self._seen[1][0] > WINDOW_S:
@@ -182,7 +185,7 @@ _WORDS = {
     "compile": "compiling kernels, once for this machine",
     "connect": "connecting to a worker",
     "prepare": "preparing the job",
-    "load": "loading model and samples",
+    "load": "preparing model and samples",
     "keep": "storing the results",
     "done": "done",
     # Measures.

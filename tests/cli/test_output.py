@@ -113,7 +113,7 @@ class TestShownProgress:
         monkeypatch.setattr(output, "say", spoken.put)
         clock = Clock()
         with output.shown_progress(every_s=0.01, clock=clock) as tell:
-            assert "0 %, loading model and samples, 0 s so far" == spoken.get(timeout=PATIENCE_S)
+            assert "0 %, preparing model and samples, 0 s so far" == spoken.get(timeout=PATIENCE_S)
             clock.now = 100.0
             tell(Progress(stage="pairs", done=3, total=9, fraction=0.25))
             wanted = "25 %, measuring pairs of candidates (3 of 9), 2 min so far, about 5 min left"

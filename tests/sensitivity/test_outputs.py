@@ -206,6 +206,26 @@ class TestDiagnosis:
             read_outputs(model_of(plain), samples(), outputs=("boxes=2",))
 
 
+class TestCost:
+    @pytest.mark.parametrize("n", [1, 6])
+    def test_samples_run_whatever_the_number_of_outputs(self, n):
+        """The answers, then all ends in one pass; two samples of each tell its shape."""
+
+        class Counting(Net):
+            ran = 0
+
+            def forward(self, x):
+                type(self).ran += len(x)
+                return super().forward(x)
+
+        end = lambda z: {f"y{k}": torch.sigmoid(z + k) for k in range(n)}  # noqa: E731
+        model = finish(Counting(end), source="net", architecture="Net")
+        Counting.ran = 0
+        read = read_outputs(model, samples())
+        assert ["sigmoid"] * n == [o.undone for o in read.outputs]
+        assert Counting.ran <= 2 + 64 + 2 * n + 64
+
+
 class TestPlans:
     @pytest.mark.slow
     @pytest.mark.parametrize("end", [softmax, hidden_softmax])

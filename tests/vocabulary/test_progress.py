@@ -88,6 +88,17 @@ class TestPace:
         pace.told(0.25)
         assert pace.left_s == pytest.approx(30.0)
 
+    def test_what_comes_before_the_first_fraction(self):
+        """Preparing a model may take longer than all that is counted."""
+        now = [0.0]
+        pace = Pace(lambda: now[0])
+        pace.told(0.0)
+        now[0] = 300.0
+        pace.told(0.0)
+        now[0] = 310.0
+        pace.told(0.25)
+        assert pace.left_s == pytest.approx(30.0)
+
     def test_a_slower_phase_is_noticed(self):
         """What went fast long ago does not count for ever."""
         now = [0.0]

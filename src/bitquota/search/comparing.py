@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING
 from bitquota.errors import InvalidInput
 from bitquota.search.agreement import near_choices, random_choices
 from bitquota.search.baselines import baseline_choices, size_only, uniform_mixes
-from bitquota.search.phases import (
-    MIXES,
-    Phase,
-    choices_phase,
-    search_phase,
-    widest_choice,
-)
+from bitquota.search.phases import Phase, choices_phase, search_phase, widest_choice
 from bitquota.search.problems import choice_of, limits_of, proposer, solved
 from bitquota.search.refine import refine
 from bitquota.search.threshold import threshold_within
@@ -39,6 +33,9 @@ if TYPE_CHECKING:
 
 AFFORDABLE_PASSES = 500.0
 """A measure that nobody asked for by name is left out above this declared cost."""
+
+MIXES = 3
+"""Uniform mixes that are measured for each budget, at most."""
 
 PLANS = 12
 """Random and near-good plans measured for each budget, half of each."""

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from bitquota.sensitivity.runners.base import Runner
 
 
+SAMPLES = 256
+"""Samples at most that evidence is measured on: it ranks plans, some of them far apart."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point(Document):
     """One plan, predicted and measured.
@@ -147,12 +151,15 @@ def gather_evidence(
         seed: Of the draws.
         context: Where measurements are kept, whom to tell, when to stop.
 
-    Cost: a pass for each random plan, about half a pass for each neighbour.
+    Cost: a pass over at most ``SAMPLES`` samples for each random plan, about half a pass for each
+    neighbour.
     """
     # Plans near the chosen one, and random ones: measured.
     near, distant = drawn_choices(
         table, limits, choice, n_random=n_random, n_near=n_near, seed=seed
     )
+    # The first chunk, and all that are within the samples.
+    chunks = range(max(1, sum(chunk.stop <= SAMPLES for chunk in runner.chunks)))
     values = [
         measure_choices(
             runner,
@@ -162,6 +169,7 @@ def gather_evidence(
             centre=centre,
             context=context,
             stage="evidence",
+            chunks=chunks,
         )
         for chosen, centre in ((near, choice), (distant, None))
         if chosen

@@ -170,7 +170,7 @@ def _compare(
     others: Sequence[Choice],
     stage: str,
 ) -> _Compared:
-    """Settle the rounding, and measure the refined choice, the baselines and uniform mixes.
+    """Settle the rounding, and measure the refined choice, the baselines and a uniform mix.
 
     ``others`` are the refined choices of all budgets: those that fit count as refined here too.
     """
@@ -183,22 +183,15 @@ def _compare(
         refined += (choice_of(outcome.optimum),)
     own = {f"refined {k}": c for k, c in enumerate(dict.fromkeys(refined))}
     own = {name: choice for name, choice in own.items() if problem.is_feasible(choice)}
-    compared = own | outcome.baselines
+    simple = dict(outcome.baselines)
+    if not quick:
+        simple |= _uniform_mix(setup, source, problem, outcome)
+    compared = own | simple
     setup, known, rounding = _with_rounding(setup, compared, outcome.raced, stage)
     measured = _measure_choices(setup, compared, stage, known)
     leading = _trusted(measured, list(own))
-    choices = {SOLVER: own[leading], **outcome.baselines}
+    choices = {SOLVER: own[leading], **simple}
     measured[SOLVER] = measured[leading]
-    # What is uniform at the same bytes: the best of a few mixes of two widths.
-    mixes = {} if quick else _uniform_mixes(setup, problem, choices)
-    if setup.stacked is not None and mixes:
-        # One of them: each is rounded and run over all samples.
-        name = min(mixes, key=lambda name: source.matrix.predict(mixes[name]))
-        mixes = {name: mixes[name]}
-    if mixes:
-        losses = _measure_choices(setup, mixes, f"{stage}, uniform mixes")
-        mix = min(mixes, key=lambda name: losses[name].mean)
-        choices[mix], measured[mix] = mixes[mix], losses[mix]
     # Rounding is learned for the best choice alone.
     best, uniform = _best(setup, choices, measured, stage)
     if setup.request.rounding == LEARNED and setup.fitted.order is not None:
@@ -263,16 +256,23 @@ def _best(
     return rival if worse_by > 0 else trusted, about
 
 
-def _uniform_mixes(
-    setup: Setup, problem: Problem, choices: Mapping[str, Choice]
+def _uniform_mix(
+    setup: Setup, source: Portfolio, problem: Problem, outcome: Outcome
 ) -> dict[str, Choice]:
-    """Return mixes of two widths at the refined choice's size, without those in ``choices``."""
-    size = sum(c.size_bits for c in setup.table.decode(choices[SOLVER]))
-    return {
+    """Return a mix of two widths at the refined choice's size, unless it is a baseline already.
+
+    Of a few, the one with the smallest predicted loss: each is rounded and run as it would ship.
+    """
+    size = sum(c.size_bits for c in setup.table.decode(outcome.choice))
+    mixes = {
         name: choice
         for name, choice in uniform_mixes(setup.table, size).items()
-        if problem.is_feasible(choice) and choice not in choices.values()
+        if problem.is_feasible(choice)
     }
+    best = min(mixes, key=lambda name: source.matrix.predict(mixes[name]), default=None)
+    if best is None or mixes[best] in outcome.baselines.values():
+        return {}
+    return {best: mixes[best]}
 
 
 def _proof(

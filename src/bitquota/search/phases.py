@@ -16,6 +16,7 @@ from bitquota.corrections import SAMPLES_REPAIR
 from bitquota.progress import Course
 from bitquota.quantizers.stack_rounding import ROUNDING
 from bitquota.search.baselines import baseline_choices, size_only
+from bitquota.search.evidence import SAMPLES as EVIDENCE_SAMPLES
 from bitquota.search.evidence import drawn_choices
 from bitquota.search.portfolio import by_scores, leading_measure, proposing_metrics, raced_samples
 from bitquota.search.problems import choice_of, limits_of, solved
@@ -40,9 +41,6 @@ SCORES = 3
 
 PROPOSED = 6
 """Choices that the matrices of a search propose to begin with, at most."""
-
-MIXES = 3
-"""Uniform mixes that are measured beside a plan, at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,9 +126,9 @@ def plan_phases(
     ]
     checks: list[Phase] = []
     for k, (problem, point) in enumerate(zip(problems, points, strict=True)):
-        # The refined choices of all budgets, the baselines, mixes of the plan's size; one choice
+        # The refined choices of all budgets, the baselines, a mix of the plan's size; one choice
         # twice where the rounding is to be settled.
-        n_choices = 1 + min(1, fitting[k]) if quick else n + known[k] + MIXES + shared
+        n_choices = 1 + min(1, fitting[k]) if quick else n + known[k] + 1 + shared
         n_choices += setup.request.rounding in {"auto", "learned"}
         compared = choices_phase(setup, f"hold-out, {labels[k]}", n_choices, full_precision=k == 0)
         if setup.stacked is None and fitting[k]:
@@ -145,9 +143,10 @@ def plan_phases(
             setup.table, limits_of(problem), point, seed=setup.request.seed
         )
         passes = passes_of(runner, setup.table, near, near[0])
-        samples = (passes + passes_of(runner, setup.table, distant, None)) * len(setup.holdout)
+        few = min(EVIDENCE_SAMPLES, len(setup.holdout))
+        samples = (passes + passes_of(runner, setup.table, distant, None)) * few
         # Where the plan stands is not known yet, and so not what its neighbours re-run.
-        most = (1 + len(near) + len(distant)) * len(setup.holdout)
+        most = (1 + len(near) + len(distant)) * few
         checks.append(Phase(stage=f"evidence, {labels[k]}", samples=samples, most=most))
     first = [measure_phase(setup, runner, leading_measure(setup, runner))]
     if shared:
