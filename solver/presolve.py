@@ -94,24 +94,22 @@ def find_sums(C: Floats, off: Ints, at: Ints, linear: Bools, halt: Bytes) -> Non
             linear[g, h] = same and filled
 
 
-@compiled
-def replaces(
-    q: int, p: int, d: Floats, C: Floats, keep: Bools, off: Ints, tolerance: float
-) -> bool:
-    """Return whether ``q`` in place of ``p`` of its group raises no objective among ``keep``."""
-    worst = d[q] - d[p]
+def _replaces(
+    pairs: Ints, group: int, d: Floats, C: Floats | None, keep: Bools, starts: Ints
+) -> tuple[Bools, Floats]:
+    """Return for ``pairs`` i64[k, 2] of rows of a group what the first costs at most for the other.
+
+    Whether it raises no term beside any of ``keep`` elsewhere, and by how much the objective rises
+    in the worst case.
+    """
+    worst = d[pairs[:, 0]] - d[pairs[:, 1]]
     never = worst <= 0.0
-    for h in range(len(off) - 1 if len(C) else 0):
-        if off[h] <= p < off[h + 1]:
-            continue
-        most = -np.inf
-        for j in range(off[h], off[h + 1]):
-            if keep[j]:
-                most = max(most, C[q, j] - C[p, j])
-        never = never and most <= 0.0
-        worst += most
-    # Either no term rises, or the sum falls by more than its rounding.
-    return bool(never or worst < -tolerance)
+    if C is None:
+        return never, worst
+    rises = np.where(keep, C[pairs[:, 0]] - C[pairs[:, 1]], -np.inf)
+    most = np.maximum.reduceat(rises, starts, axis=1)
+    most[:, group] = 0.0
+    return never & (most <= 0.0).all(axis=1), worst + most.sum(axis=1)
 
 
 def undominated(
@@ -135,7 +133,6 @@ def undominated(
         enemies.setdefault(a, set()).add(b)
         enemies.setdefault(b, set()).add(a)
     d, A, C = problem.diagonal, problem.costs, problem.cross
-    terms = np.zeros((0, 0)) if C is None else C
     # What a row costs beside the first kept rows of the other groups, to leave most pairs out.
     first = np.maximum.reduceat(np.where(keep, -np.arange(n), -n), starts) * -1
     beside, rounding, sizes = d.copy(), np.abs(d), np.abs(d)
@@ -158,15 +155,16 @@ def undominated(
         may = (A[:, rows][:, :, None] <= A[:, rows][:, None, :]).all(axis=0)
         may &= (beside - rounding)[rows][:, None] <= (beside + rounding)[rows]
         np.fill_diagonal(may, val=False)
-        for i in range(len(rows) - 1, -1, -1):  # of equal rows the first stays
-            p = int(rows[i])
-            for q in rows[may[:, i]].tolist():
-                if not left[q]:
-                    continue
-                if not enemies.get(q, set()) <= enemies.get(p, set()):
-                    continue
-                tolerance = 1e-13 * n * float(sizes[q] + sizes[p])
-                if replaces(q, p, d, terms, keep, problem.offsets, tolerance):
+        pairs_here = rows[np.argwhere(may)]
+        if not len(pairs_here):
+            continue
+        never, worst = _replaces(pairs_here, g, d, C, keep, starts)
+        # Either no term rises, or the sum falls by more than its rounding.
+        never |= worst < -1e-13 * n * (sizes[pairs_here[:, 0]] + sizes[pairs_here[:, 1]])
+        found = pairs_here[never]
+        for p in rows[::-1].tolist():  # of equal rows the first stays
+            for q in found[found[:, 1] == p, 0].tolist():
+                if left[q] and enemies.get(q, set()) <= enemies.get(p, set()):
                     left[p] = False
                     break
     return left

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PIECE = 2**20
+_FEW = 10_000
+"""Quotes of a piece up to which it is split at them."""
 _END = b"\0\0"
 # A whole string becomes nothing. One that the piece breaks off takes the first of the two NULs
 # that end every piece, and leaves the backslash that escapes what comes next, if one does.
@@ -113,12 +115,7 @@ def check_json(data: bytes, limits: JsonLimits, what: str) -> None:
             msg = f"{what} must be JSON in UTF-8 without NUL characters; got one"
             raise InvalidInput(msg)
         # What is left is structure and numbers.
-        text = _STRING.sub(rb"\1", carry + piece + _END)
-        if text.endswith(_END):
-            carry, text = b"", text[:-2]
-        else:
-            text = text[:-1]
-            carry = b'"\\' if text.endswith(b"\\") else b'"'
+        text, carry = _outside_strings(carry + piece)
         values += sum(map(text.count, (b",", b":", b"[", b"{")))
         if values > limits.values:
             raise _over(what, "values", limits.values, values)
@@ -129,6 +126,20 @@ def check_json(data: bytes, limits: JsonLimits, what: str) -> None:
                 raise TooLarge(msg, depth=limits.depth)
             depth += int(heights[-1])
         _check_numbers(text, limits, what)
+
+
+def _outside_strings(piece: bytes) -> tuple[bytes, bytes]:
+    """Return what of ``piece`` is in no string, and the start of a string that it breaks off."""
+    # A matrix in base64 is one long string: without escapes, quotes tell its ends, at ten times
+    # the speed. Many short strings would take more memory so.
+    if b"\\" not in piece and piece.count(b'"') < _FEW:
+        parts = piece.split(b'"')
+        return b"".join(parts[::2]), b"" if len(parts) % 2 else b'"'
+    text = _STRING.sub(rb"\1", piece + _END)
+    if text.endswith(_END):
+        return text[:-2], b""
+    text = text[:-1]
+    return text, b'"\\' if text.endswith(b"\\") else b'"'
 
 
 def _check_numbers(text: bytes, limits: JsonLimits, what: str) -> None:
@@ -150,7 +161,7 @@ def check_texts(data: bytes, what: str) -> None:
     Raises:
         InvalidInput: There is one.
     """
-    if b"\\u" not in data:
+    if b"\\" not in data or b"\\u" not in data:  # the former is found ten times as fast
         return
     for string in _WHOLE_STRING.finditer(data):
         if b"\\u" not in string[0]:
