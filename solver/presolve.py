@@ -152,8 +152,8 @@ def undominated(
         start, end = problem.offsets[g : g + 2].tolist()
         rows = start + np.flatnonzero(keep[start:end])
         # may[j, i]: row j costs no more than row i, and beside the first rows loses no more.
-        may = (A[:, rows][:, :, None] <= A[:, rows][:, None, :]).all(axis=0)
-        may &= (beside - rounding)[rows][:, None] <= (beside + rounding)[rows]
+        cost, low, high = A[:, rows], beside[rows] - rounding[rows], beside[rows] + rounding[rows]
+        may = (cost[:, :, None] <= cost[:, None, :]).all(axis=0) & (low[:, None] <= high)
         np.fill_diagonal(may, val=False)
         pairs_here = rows[np.argwhere(may)]
         if not len(pairs_here):
@@ -161,12 +161,10 @@ def undominated(
         never, worst = _replaces(pairs_here, g, d, C, keep, starts)
         # Either no term rises, or the sum falls by more than its rounding.
         never |= worst < -1e-13 * n * (sizes[pairs_here[:, 0]] + sizes[pairs_here[:, 1]])
-        found = pairs_here[never]
-        for p in rows[::-1].tolist():  # of equal rows the first stays
-            for q in found[found[:, 1] == p, 0].tolist():
-                if left[q] and enemies.get(q, set()) <= enemies.get(p, set()):
-                    left[p] = False
-                    break
+        # The last rows first: of equal ones the first stays.
+        for q, p in sorted(pairs_here[never].tolist(), key=lambda pair: (-pair[1], pair[0])):
+            if left[p] and left[q] and enemies.get(q, set()) <= enemies.get(p, set()):
+                left[p] = False
     return left
 
 
