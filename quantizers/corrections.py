@@ -355,7 +355,7 @@ class _OutputMeans(LayerWatcher[str]):
         self.sums[known] = self.sums.get(known, 0) + per_channel.sum(dim=1)
         if self.shift is None:
             return output
-        mean = self.sums[known] / self.counts[known]
+        mean = self.sums[known] / max(self.counts[known], 1)
         change = self.shift(known, mean, output)
         shape = [1] * output.ndim
         shape[axis] = -1
@@ -394,9 +394,13 @@ class output_means(contextlib.AbstractContextManager["output_means"]):  # noqa: 
 
     @property
     def means(self) -> dict[str, Tensor]:
-        """``f64[channels]`` of each layer that ran once, by weight name."""
+        """``f64[channels]`` of each layer that ran once, by weight name.
+
+        Experts that no token was sent to have none.
+        """
         watch = self._watch
-        return {n: watch.sums[n] / watch.counts[n] for n, k in watch.calls.items() if k == 1}
+        once = [n for n, k in watch.calls.items() if k == 1 and watch.counts[n]]
+        return {n: watch.sums[n] / watch.counts[n] for n in once}
 
 
 def _shift_to(wanted: dict[str, Tensor], name: str, mean: Tensor, _: Tensor) -> Tensor:
@@ -450,8 +454,8 @@ def bias_correction(
             biases[name] = ensure_bias(quantized, owner, attribute, name, rows=layers[name].rows)
 
     def shift(name: str, mean: Tensor, output: Tensor) -> Tensor:
-        if name not in biases:
-            return output.new_zeros(len(mean))
+        if name not in biases or not (reference.counts[name] and output.numel()):
+            return output.new_zeros(len(mean))  # or an expert that no token was sent to
         change = reference.sums[name] / reference.counts[name] - mean
         biases[name].add_(change.to(biases[name].dtype))
         return change

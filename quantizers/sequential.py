@@ -270,6 +270,9 @@ class _Moments:
         positions = 0
         limit = positions_of(layer, meeting.settings, len(meeting.inputs))
         held: dict[int, list[Tensor]] = {}
+        # A router may send other tokens to an expert of a quantized model: rows of inputs do not
+        # belong together, and each model counts alone.
+        paired = all(x.shape == along[0].shape for along in meeting.inputs for x in along)
 
         def product(number: int) -> dict[str, Tensor]:
             """Return what one batch adds to one of the sums."""
@@ -279,7 +282,8 @@ class _Moments:
                 held.clear()
                 wanted = (full, *(others[j] for j in which))
                 held[b] = [patches(x, layer, meeting.settings, limit) for x in wanted]
-            x, xq = held[b][0], held[b][1 + k // 2]
+            xq = held[b][1 + k // 2]
+            x = held[b][0] if paired else xq
             count = torch.tensor(0 if k else x.shape[1])
             return {"product": moment(x if k % 2 else xq, xq, layer), "positions": count}
 

@@ -216,6 +216,7 @@ _WORDS = {
     "refine": "searching around good plans",
     "choices": "measuring plans",
     "starts": "measuring plans to start from",
+    "idle layers": "looking for layers without effect",
     "start": "comparing plans to start from",
     "linearisation": "measuring around a good plan",
     "proposals": "trying proposed plans",

@@ -11,7 +11,12 @@ from bitquota.candidates.storage import Scheme
 from bitquota.models.batch_norm import batch_statistics
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.discovery import discover
-from bitquota.quantizers.corrections import bias_correction, fold_batch_norm, reestimate_batch_norm
+from bitquota.quantizers.corrections import (
+    bias_correction,
+    fold_batch_norm,
+    output_means,
+    reestimate_batch_norm,
+)
 from bitquota.quantizers.weights import fake_quantize
 from digits_network import N_TRAIN, accuracy, digits, trained_digits_net
 from sensitivity_networks import Residual, build, samples
@@ -336,7 +341,33 @@ class TestBatchStatistics:
             assert torch.allclose(model(*data.inputs), graph, atol=1e-6)
 
 
+class Routed(nn.Module):
+    """Two layers, the second for inputs above a limit alone."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        of = (x[:, 0] > self.limit).nonzero()[:, 0]
+        return self.first(x).index_add(0, of, self.second(x[of]))
+
+
 class TestBiasCorrection:
+    def test_an_expert_without_tokens_is_left_alone(self):
+        """Its mean is not known: in either model, or in both."""
+        inputs = torch.rand(32, 4)
+        full, quantized = Routed(0.5), Routed(0.5)
+        inventory = discover(full, (inputs,))
+        for limits in ((2.0, 2.0), (0.5, 2.0), (2.0, 0.5)):
+            full.limit, quantized.limit = limits
+            bias_correction(full, quantized, inventory, CalibrationSet(inputs=(inputs,)))
+            assert not quantized.second.bias.any()
+            with output_means(full, inventory) as means:
+                full(inputs)
+            assert (full.limit == 0.5) == ("second.weight" in means.means)
+
     def test_every_layer_gets_its_mean_output_back(self):
         """Per channel, over samples and positions, with earlier layers corrected."""
         model = build(Residual)

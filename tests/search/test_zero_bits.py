@@ -17,6 +17,7 @@ from bitquota.corrections import Correction
 from bitquota.errors import InvalidInput, InvalidPlan
 from bitquota.evaluate.scoring import evaluate_plans
 from bitquota.exports.export import export_plan, open_export
+from bitquota.measurement_setup import build_setup
 from bitquota.models.calibration import CalibrationSet
 from bitquota.models.loaded import finish
 from bitquota.plan import Plan
@@ -26,8 +27,12 @@ from bitquota.quantizers.rounders import output_errors
 from bitquota.quantizers.weights import estimated, quantize
 from bitquota.request import PlanRequest
 from bitquota.search.allocate import allocate
+from bitquota.search.idle import without_idle_layers
+from bitquota.search.portfolio import measure_leading, measuring_runner
 from bitquota.sensitivity.losses import divergence
+from bitquota.sensitivity.measures.choices import measure_choices
 from bitquota.service.api.solve_task import assignment
+from bitquota.solver import build_problem
 from refusals import refused
 
 SPARSE = Scheme(sparsity=Sparsity.TWO_OF_FOUR)
@@ -365,6 +370,130 @@ class TestRowsOfZeros:
         plan, with_weights = rows
         with refused(InvalidPlan, format="openvino"):
             export_plan(with_weights, plan, tmp_path / "x", samples=samples, format_name="openvino")
+
+
+class Deep(nn.Module):
+    """A residual branch of two layers that gives next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 8, 3, padding=1)
+        self.inner = nn.Conv2d(8, 8, 1)
+        self.outer = nn.Conv2d(8, 8, 1, bias=False)
+        self.head = nn.Linear(8, 6)
+        self.outer.weight.data *= 0.02
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        return 4 * self.head((x + self.outer(torch.relu(self.inner(x)))).mean((2, 3)))
+
+
+class TestIdleLayers:
+    def test_what_feeds_only_zeros_becomes_zeros_and_its_bits_go_elsewhere(self, samples):
+        """The branch vanishes as a whole, whichever of its layers is zeros, at no loss."""
+        torch.manual_seed(0)
+        model = finish(Deep().eval(), source="deep", architecture="Deep")
+        asked = replace(REQUEST, allow=("prune",), budgets=("3.2 bits",))
+        setup = build_setup(model, samples, asked)
+        runner = measuring_runner(setup)
+        matrix = measure_leading(setup, runner)[0]
+        problem = build_problem(matrix, setup.budgets(asked.budgets[0]))
+        rows = [row.label for row in setup.table.rows[: setup.table.offsets[1]]]
+        zeros, two, four = (rows.index(label) for label in ("W0", "W2", "W4"))
+        for given in ((two, four, zeros, two), (two, zeros, four, two)):
+            assert problem.is_feasible(given)
+            found = without_idle_layers(setup, runner, matrix, problem, given)
+            assert (zeros, zeros) == found[1:3]
+            assert found[0] > two
+            assert problem.is_feasible(found)
+            losses = measure_choices(runner, setup.table, setup.loss, [given, found]).mean(axis=1)
+            assert losses[1] < losses[0]
+        full = (two, four, four, two)
+        assert full == without_idle_layers(setup, runner, matrix, problem, full)
+
+
+class Expert(nn.Module):
+    """Three linear layers, as experts of Mixtral have them."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(12, 24, bias=False)
+        self.w3 = nn.Linear(12, 24, bias=False)
+        self.w2 = nn.Linear(24, 12, bias=False)
+        self.w2.weight.data *= size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+
+
+class Mixture(nn.Module):
+    """Two of four experts for each token; two experts give little.
+
+    Args:
+        dense: Run every expert on every token, which a graph without branches can do.
+    """
+
+    def __init__(self, *, dense: bool) -> None:
+        super().__init__()
+        self.dense = dense
+        self.router = nn.Linear(12, 4)
+        self.experts = nn.ModuleList(Expert(size) for size in (4.0, 0.05, 4.0, 0.05))
+        self.head = nn.Linear(12, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, 12)
+        weights, chosen = self.router(tokens).softmax(-1).topk(2)
+        out = tokens
+        for e, expert in enumerate(self.experts):
+            share = (weights * (chosen == e)).sum(dim=1, keepdim=True)
+            if self.dense:
+                out = out + share * expert(tokens)
+            elif len(of := (chosen == e).any(dim=1).nonzero()[:, 0]):
+                out = out.index_add(0, of, share[of] * expert(tokens[of]))
+        return 3 * self.head(out).reshape(len(x), -1, 6).mean(dim=1)
+
+
+class TestExperts:
+    @pytest.mark.parametrize(
+        ("dense", "ties"), [(False, ()), (True, (("w1", "w2", "w3"),))], ids=["routed", "tied"]
+    )
+    def test_an_expert_vanishes_as_a_whole(self, dense, ties, tmp_path):
+        """All three layers, tied or not; less loss than bit-widths at more bytes; the file runs."""
+        torch.manual_seed(1)
+        tokens = CalibrationSet(inputs=(torch.randn(192, 5, 12),))
+        torch.manual_seed(0)
+        module = Mixture(dense=dense).eval()
+        model = finish(module, source="mixture", architecture="Mixture")
+        asked = replace(
+            REQUEST,
+            target="ort-cpu" if dense else "ref-int",
+            allow=("prune",),
+            ties=ties,
+            budgets=("2.2 bits",),
+            rounding="qep",
+        )
+
+        def made(request):
+            context = Context(device="cpu", ledger=MemoryLedger())
+            return allocate(model, tokens, request, context=context)
+
+        def lost(found):
+            with torch.no_grad():
+                got = quantized_module(found.with_weights(model), found.plans[0])(*tokens.inputs)
+                return float((got - module(*tokens.inputs)).square().mean())
+
+        found, other = made(asked), made(replace(asked, allow=()))
+        plan = found.plans[0]
+        pruned = {a.layer.name for a in plan.assignments if a.candidate.pruned}
+        assert {f"experts.{e}.{w}" for e in (1, 3) for w in ("w1", "w2", "w3")} == pruned
+        assert lost(found) < 0.5 * lost(other)
+        assert plan.size_bits < other.plans[0].size_bits
+        with_weights = found.with_weights(model)
+        report = export_plan(
+            with_weights, plan, tmp_path / "out", target=asked.target, samples=tokens
+        )
+        assert report.difference.relative < 1e-5
+        assert sum(t.actual_bits for t in report.tensors) == plan.size_bits
 
 
 class TestRequests:

@@ -11,6 +11,7 @@ import numpy as np
 from bitquota.errors import InvalidInput
 from bitquota.measurement_setup import build_setup
 from bitquota.search.baselines import baseline_choices, largest
+from bitquota.search.idle import without_idle_layers
 from bitquota.search.measured_plan import Outcome, measured_plan
 from bitquota.search.phases import course_of, measure_phase, plan_phases, refinement_settings
 from bitquota.search.portfolio import (
@@ -214,7 +215,10 @@ def _search(
     baselines = {name: choice for name, choice in simple.items() if problem.is_feasible(choice)}
     if quick and source.scaled:
         # A race of layers that are rounded apart does not see what rounding makes up for.
-        choice, rows = choice_of(optimum), tuple(range(len(setup.table.rows)))
+        choice = choice_of(optimum)
+        if setup.request.allow and setup.stacked is None:
+            choice = without_idle_layers(setup, runner, source.matrix, problem, choice)
+        rows = tuple(range(len(setup.table.rows)))
         last = Linearisation(point=None, matrix=source.matrix, differences=None, rows=rows)
         least = _widest(setup, source.matrix, baselines)
         return Outcome(choice=choice, baselines=least, optimum=optimum, last=last)
@@ -228,6 +232,13 @@ def _search(
     leading = {"matrix": choice_of(optimum)}
     starts = (leading | starts if by_scores(setup) else starts | leading) | baselines
     starts |= {f"of another budget {k + 1}": choice for k, choice in enumerate(known)}
+    if setup.request.allow and setup.stacked is None:
+        starts |= {
+            f"{name} without idle layers": without_idle_layers(
+                setup, runner, source.matrix, problem, choice
+            )
+            for name, choice in starts.items()
+        }
     if setup.stacked is not None:
         starts = _promising(setup, source.matrix, starts)
     found = refine(
