@@ -270,9 +270,11 @@ class _Moments:
         positions = 0
         limit = positions_of(layer, meeting.settings, len(meeting.inputs))
         held: dict[int, list[Tensor]] = {}
-        # A router may send other tokens to an expert of a quantized model: rows of inputs do not
-        # belong together, and each model counts alone.
-        paired = all(x.shape == along[0].shape for along in meeting.inputs for x in along)
+        # A router may send other tokens to an expert of a quantized model: then rows of its inputs
+        # and of those in full precision are no pairs, and its own count alone.
+        paired = [
+            all(along[1 + j].shape == along[0].shape for along in meeting.inputs) for j in which
+        ]
 
         def product(number: int) -> dict[str, Tensor]:
             """Return what one batch adds to one of the sums."""
@@ -283,8 +285,8 @@ class _Moments:
                 wanted = (full, *(others[j] for j in which))
                 held[b] = [patches(x, layer, meeting.settings, limit) for x in wanted]
             xq = held[b][1 + k // 2]
-            x = held[b][0] if paired else xq
-            count = torch.tensor(0 if k else x.shape[1])
+            x = held[b][0] if paired[k // 2] else xq
+            count = torch.tensor(0 if k else held[b][0].shape[1])
             return {"product": moment(x if k % 2 else xq, xq, layer), "positions": count}
 
         size = layer.columns * sum(full.numel() for full, *_ in meeting.inputs)

@@ -211,6 +211,46 @@ class TestRoundInSequence:
         assert set(found) == set(layers)
 
 
+class Routed(nn.Module):
+    """A layer whose outputs decide which rows an expert gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.expert = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        x = self.router(x)
+        of = (x[:, 0] > 0).nonzero()[:, 0]
+        return x.index_add(0, of, self.expert(x[of]))
+
+
+class TestExperts:
+    def test_other_tokens_in_each_model(self):
+        """Several choices are rounded as each alone: to its own tokens, as ``gptq`` would."""
+        torch.manual_seed(0)
+        module, x = Routed().eval(), torch.randn(600, 8)
+        inventory = discover(module, (x,))
+        layers = {la.name: la for la in inventory.layers}
+        choices = [
+            {"router": Candidate.of(layers["router"], bits, Scheme()),
+             "expert": Candidate.of(layers["expert"], 3, Scheme())}
+            for bits in (2, 3, 32)
+        ]  # fmt: skip
+
+        def codes(*chosen, rounding="qep"):
+            copies = [copy.deepcopy(module) for _ in chosen]
+            weights = QuantizedWeights(module, inventory)
+            found = round_in_sequence(module, copies, chosen, [(x,)], weights, rounding=rounding)
+            sent = [int((each.router(x)[:, 0] > 0).sum()) for each in copies]
+            return sent, [each["expert"].codes for each in found]
+
+        sent, together = codes(*choices)
+        assert len(set(sent)) == 3
+        for choice, own in zip(choices, together, strict=True):
+            assert torch.equal(codes(choice)[1][0], own)
+        assert torch.equal(codes(choices[0], rounding="gptq")[1][0], together[0])
+
+
 class TestSampledPositions:
     @pytest.mark.parametrize("name", ["first", "second", "up"])
     def test_are_rows_of_all_patches(self, net, name):
