@@ -96,6 +96,18 @@ def test_continues(monkeypatch):
     assert done == continued(less, core).done
 
 
+@pytest.mark.parametrize(
+    ("part", "steps"), [(-1.0, splitting.MOST_STEPS), (np.inf, splitting.STEPS)]
+)
+def test_settles(monkeypatch, part, steps):
+    """The first steps go on while the value changes by more than a part of it, up to a number."""
+    problem = noisy(6)
+    monkeypatch.setattr(splitting, "SETTLED", part)
+    run = Splitting(reduce(problem, problem.allowed))
+    run.settle()
+    assert steps == run.done
+
+
 def test_without_prices():
     """A budget that everything fits, and rows that lose nothing, divide nothing by zero."""
     problem = noisy(8)
@@ -133,6 +145,7 @@ def test_triangles_raise_the_bound(monkeypatch):
     """Triples gain a part of what noise takes."""
     problem = noisy(noise=0.9, seed=3)
     core = reduce(problem, problem.allowed)
+    monkeypatch.setattr(splitting, "MOST_STEPS", splitting.STEPS)  # more gain as much, here
     with monkeypatch.context() as without:
         without.setattr(splitting, "ROUNDS", 0)
         lower = bound_of(core, continued(None, core))
