@@ -251,6 +251,7 @@ def finetune(
         identity=identity,
         checkpoint=checkpoint,
         stage="finetune",
+        from_start=True,
         loss=loss,
         context=context,
     )

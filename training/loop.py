@@ -55,13 +55,16 @@ class TrainingRecord:
 
     Attributes:
         epochs: For each epoch: training loss, hold-out loss, accuracy and PSNR, eligibility.
-        best_epoch: The epoch whose state was kept.
+        best_epoch: The epoch whose state was kept; -1 for the state before, or for the last of all
+            where none was eligible.
+        start_loss: Hold-out loss before the first step, where that state may be kept.
         steps: Optimizer steps.
         full_precision: Accuracy and PSNR of the full-precision model on the hold-out.
     """
 
     epochs: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int = -1
+    start_loss: float | None = None
     steps: int = 0
     full_precision: dict[str, float | None] = field(default_factory=dict)
 
@@ -76,6 +79,7 @@ def train(
     checkpoint: Path | None = None,
     stage: str = "training",
     keep_last: bool = False,
+    from_start: bool = False,
     loss: Loss | None = None,
     context: Context | None = None,
 ) -> TrainingRecord:
@@ -94,6 +98,7 @@ def train(
         checkpoint: File for resuming; continued from if it exists.
         stage: Name in progress reports.
         keep_last: Leave the last state, whatever the hold-out says.
+        from_start: Leave the state before the first step where no later one is better.
         loss: Distance to the full-precision output, by default the divergence (``Objective``).
         context: Whom to tell, and when to stop.
 
@@ -138,6 +143,15 @@ def train(
             }
             save_checkpoint(checkpoint, trainee, optimizer, progress, best=best)
         run.group.wait()
+
+    # The state before the first step is measured as those after it are, and trained from as it was.
+    if from_start and start == 0:
+        before = {k: v.detach().clone() for k, v in trainee.state_dict().items()}
+        entry = run.look()
+        if entry["eligible"]:
+            best_loss = record.start_loss = entry["holdout_loss"]
+            best = {k: v.detach().clone() for k, v in trainee.state_dict().items()}
+        trainee.load_state_dict(before)
 
     # Step by step; after each epoch the hold-out part decides what is kept.
     for step in range(start, total):
@@ -412,6 +426,7 @@ def _rows(n: int, epoch: int, within: int, settings: TrainingSettings) -> list[i
 
 
 def _stopped(record: TrainingRecord, settings: TrainingSettings) -> bool:
-    if settings.patience is None or record.best_epoch < 0:
+    none_eligible = record.best_epoch < 0 and record.start_loss is None
+    if settings.patience is None or none_eligible:
         return False
     return len(record.epochs) - 1 - record.best_epoch >= settings.patience

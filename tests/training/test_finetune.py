@@ -159,13 +159,23 @@ class TestFinetune:
         assert losses.index(min(losses)) == record.best_epoch
 
     def test_stops_early(self, model, data):
-        """Nothing moves, so no epoch is better than the first."""
+        """Nothing moves, so no epoch is better than the state before."""
         inventory, plan = uniform(model, 3)
         still = replace(
             SETTINGS, epochs=12, patience=2, learning_rate=0.0, quantizer_learning_rate=0.0
         )
         record = finetune(model, inventory, plan, data, still).record
-        assert (0, 3) == (record.best_epoch, len(record.epochs))
+        assert (-1, 2) == (record.best_epoch, len(record.epochs))
+        assert record.start_loss == pytest.approx(record.epochs[0]["holdout_loss"])
+
+    def test_keeps_what_it_began_with(self, model, data, test_images):
+        """Where every epoch is worse than the state before."""
+        inventory, plan = uniform(model, 8)
+        wild = replace(SETTINGS, epochs=1, learning_rate=10.0)
+        trained = finetune(model, inventory, plan, data, wild)
+        assert trained.record.best_epoch == -1
+        assert trained.record.start_loss < trained.record.epochs[0]["holdout_loss"]
+        assert accuracy(trained.module, *test_images) > 0.95
 
     def test_equal_seeds_give_equal_weights(self, model, data):
         """And another seed gives others."""

@@ -487,6 +487,9 @@ def _epoch_rows(record: TrainingRecord) -> list[dict[str, str]]:
         (f"{k + 1}{' *' if k == record.best_epoch else ''}", epoch)
         for k, epoch in enumerate(record.epochs)
     ]
+    if record.start_loss is not None:
+        kept = " *" if record.best_epoch < 0 else ""
+        entries.insert(0, (f"before{kept}", {"holdout_loss": record.start_loss}))
     if any(v is not None for v in record.full_precision.values()):
         entries.insert(0, ("full precision", record.full_precision))
     columns = [key for key in shown if any(e.get(key) is not None for _, e in entries)]
