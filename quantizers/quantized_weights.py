@@ -13,7 +13,14 @@ from bitquota.errors import InvalidInput, MeasurementFailed
 from bitquota.models.layout import from_matrix, to_matrix
 from bitquota.models.running import tensor_of
 from bitquota.quantizers.rounders import Rounder
-from bitquota.quantizers.weights import estimated, finite_matrix, quantize, rows_by_width
+from bitquota.quantizers.weights import (
+    estimated,
+    finite_matrix,
+    joined_rows,
+    quantize,
+    row_blocks,
+    rows_by_width,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -104,7 +111,7 @@ class QuantizedWeights:
         if key not in self._cache and self._estimates:
             self._estimate(candidate)
         elif key not in self._cache:
-            self._keep(candidate, self._quantized(candidate).dequantize())
+            self._keep(candidate, self.quantized(candidate).dequantize())
         return self._cache[key]
 
     def _estimate(self, candidate: Candidate) -> None:
@@ -130,14 +137,27 @@ class QuantizedWeights:
 
     def stored(self, candidate: Candidate) -> QuantizedWeight:
         """Return codes and scales of a candidate other than full precision."""
-        found = self._quantized(candidate)
+        found = self.quantized(candidate)
         if not self._estimates and not candidate.row_bits:
             self._keep(candidate, found.dequantize())
         return found
 
-    def _quantized(self, candidate: Candidate) -> QuantizedWeight:
+    def quantized(self, candidate: Candidate) -> QuantizedWeight:
+        """Return the same, and keep nothing of it. Large weights are rounded in blocks of rows."""
+        bits, scheme = candidate.weight_bits, candidate.scheme
         given = self._given(self.layer(candidate.layer))
-        return quantize(bits=candidate.weight_bits, scheme=candidate.scheme, **given)
+        whole, importance = given["matrix"], given["importance"]
+        rows, columns = whole.shape
+        blocks = row_blocks(rows, columns, scheme, given["inputs_gram"])
+        if len(blocks) == 1:
+            return quantize(bits=bits, scheme=scheme, **given)
+        parts = []
+        for block in blocks:
+            given["matrix"] = whole[block.start : block.stop]
+            if importance is not None:
+                given["importance"] = importance.expand_as(whole)[block.start : block.stop]
+            parts.append(quantize(bits=bits, scheme=scheme, **given).tensors())
+        return joined_rows(parts, bits, scheme)
 
     def _given(self, layer: Layer) -> _Given:
         """Return what the weights of a layer are rounded with, whatever their width."""

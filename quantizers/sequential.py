@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitquota.candidates.layers import MATRICES, LayerKind
-from bitquota.candidates.storage import FULL_PRECISION_BITS, Granularity
+from bitquota.candidates.storage import FULL_PRECISION_BITS
 from bitquota.models.calls import CallCounter, Given, tensor_key
 from bitquota.models.heap import give_back
 from bitquota.models.layout import from_matrix, to_matrix
@@ -28,7 +28,7 @@ from bitquota.quantizers.qep import Propagation, propagated
 from bitquota.quantizers.rounders import Rounder
 from bitquota.quantizers.shrinkage import shrink
 from bitquota.quantizers.walk import walk_layers, walk_onnx
-from bitquota.quantizers.weights import QuantizedWeight, quantize
+from bitquota.quantizers.weights import joined_rows, quantize, row_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -42,16 +42,13 @@ if TYPE_CHECKING:
     from bitquota.models.calls import LayerCall
     from bitquota.quantizers.quantized_weights import QuantizedWeights
     from bitquota.quantizers.walk import Meeting
+    from bitquota.quantizers.weights import QuantizedWeight
 
 APART = frozenset({LayerKind.EMBEDDING, LayerKind.EXPERTS, *MATRICES})
 """Kinds whose weights no watched operator multiplies with whole rows."""
 
 FORK_WORTH = 2**31
 """Products from which on moments are taken in several processes: a quarter of a second."""
-
-BLOCK_WEIGHTS = 2**21
-"""Weights at least that are rounded together: of so many the scales are searched as those of any
-larger matrix (``scales.EXACT_LIMIT_BREAKPOINTS``)."""
 
 STAGE = "rounding"
 """Name for progress."""
@@ -200,26 +197,31 @@ class _Rounded:
 
     def found(self, names: Sequence[str], processes: Processes) -> dict[str, QuantizedWeight]:
         """Return what the layers become; their rows are shared by processes."""
-        tasks = [(name, rows) for name in names for rows in self._blocks(name)]
+        tasks = [
+            (name, rows)
+            for name in names
+            for rows in row_blocks(
+                self._layers[name].rows,
+                self._layers[name].columns,
+                self._chosen[name].scheme,
+                self._gram,
+            )
+        ]
         if self._rounding == QEP and len(tasks) > len(names):
             self._propagation = Propagation(self._gram, self._cross)
 
         def tensors(k: int) -> dict[str, Tensor]:
-            made = self._quantized(*tasks[k])
-            held = {"codes": made.codes, "scales": made.scales, "zeros": made.zero_points}
-            return {key: value for key, value in held.items() if value is not None}
+            return self._quantized(*tasks[k]).tensors()
 
         parts: dict[str, list[Mapping[str, Tensor]]] = {name: [] for name in names}
         for (name, _), part in zip(tasks, processes.map(tensors, len(tasks)), strict=True):
             parts[name].append(part)
-        return {name: self._joined(name, parts.pop(name)) for name in names}
-
-    def _blocks(self, name: str) -> list[range]:
-        layer, whole = self._layers[name], len(self._gram) > 1
-        n = max(1, layer.rows * layer.columns // BLOCK_WEIGHTS)
-        if whole or self._chosen[name].scheme.granularity is Granularity.TENSOR:
-            n = 1
-        return [range(layer.rows * k // n, layer.rows * (k + 1) // n) for k in range(n)]
+        return {
+            name: joined_rows(
+                parts.pop(name), self._chosen[name].weight_bits, self._chosen[name].scheme
+            )
+            for name in names
+        }
 
     def _quantized(self, name: str, rows: range) -> QuantizedWeight:
         whole = to_matrix(self._weights.original(name).detach(), self._layers[name])
@@ -238,19 +240,6 @@ class _Rounded:
             importance=importance,
             inputs_gram=gram,
             rounding=rounder_in(self._rounding),
-        )
-
-    def _joined(self, name: str, parts: Sequence[Mapping[str, Tensor]]) -> QuantizedWeight:
-        joined = {
-            key: parts[0][key] if len(parts) == 1 else torch.cat([part[key] for part in parts])
-            for key in parts[0]
-        }
-        return QuantizedWeight(
-            codes=joined["codes"],
-            scales=joined["scales"],
-            zero_points=joined.get("zeros"),
-            bits=self._chosen[name].weight_bits,
-            scheme=self._chosen[name].scheme,
         )
 
 

@@ -115,8 +115,7 @@ def _to_nearest(
         part = known.stack.part(k)
         nearest = QuantizedWeights(part, known.inventory, None, known.importance)
         for name in own:
-            found.add(name, nearest.stored(chosen[name]))
-            nearest.forget()
+            found.add(name, nearest.quantized(chosen[name]))
     return found
 
 

@@ -61,6 +61,9 @@ ROWS_AT_ONCE = 1024
 WHOLE_ROWS = frozenset({LayerKind.LINEAR, LayerKind.LINEAR_TRANSPOSED, LayerKind.EMBEDDING})
 """Kinds whose inputs are multiplied with whole rows of the matrix, if they are multiplied."""
 
+WORKED_ON = 4
+"""Copies of the largest layer's weights, in float32, that are there at a time."""
+
 HALF = 0.5
 """Share of the memory of a measurement that activations between parts may take."""
 
@@ -123,15 +126,18 @@ class StackedWeights:
     def __post_init__(self) -> None:
         """Cut the samples into batches."""
         self.layers = {layer.name: layer for layer in self.inventory.layers}
-        limit = self.memory_bytes // 8
+        # The largest layer is there as floats, changed, and once more while it is worked on.
+        largest = max(layer.rows * layer.columns for layer in self.layers.values())
+        room = max(self.memory_bytes // 4, self.memory_bytes - WORKED_ON * 4 * largest)
+        limit = room // 8
         self.sizes = batch_sizes(self.stack, self.layers, self.samples, limit)
         self.spans = spans_of(self.sizes.block, self.folds)
         self._names = {c: f"candidate-{n}" for n, c in enumerate(self.candidates)}
         # Every further process has a batch of its own, which takes as much as that of this one.
-        kept = int(HALF * self.memory_bytes) - (self.processes.count - 1) * limit
+        kept = int(HALF * room) - (self.processes.count - 1) * limit
         self.keeper = Keeper(limit_bytes=kept)
         self.kept_errors = self.keeper.series()
-        self._codes = Keeper(limit_bytes=self.memory_bytes // 4).series()
+        self._codes = Keeper(limit_bytes=room // 4).series()
 
     @property
     def device(self) -> torch.device:
@@ -390,8 +396,7 @@ class StackedWeights:
                 continue
             if self.recall_rounded(self._names[candidate]) is None:
                 weights = weights or self._quantizers(k)
-                found = {candidate.layer: weights.stored(candidate)}
-                weights.forget()
+                found = {candidate.layer: weights.quantized(candidate)}
                 self.write_down_rounded(self._names[candidate], found)
             del self._asked[candidate]
 

@@ -11,6 +11,7 @@ from bitquota.candidates.storage import (
     FULL_PRECISION_BITS,
     PRUNED_BITS,
     WEIGHT_BITS,
+    Granularity,
     Scheme,
     check_width,
 )
@@ -23,11 +24,15 @@ from bitquota.quantizers.refit import refitted
 from bitquota.quantizers.rounders import Rounder, checked_gram, round_codes, rounder_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from bitquota.candidates.layers import Layer
+
+BLOCK_WEIGHTS = 2**21
+"""Weights at least that are rounded together: of so many the scales are searched as those of any
+larger matrix (``scales.EXACT_LIMIT_BREAKPOINTS``)."""
 
 LEAST_IMPORTANCE = 1e-6
 """Share of the mean importance that every column has at least (as of an importance matrix)."""
@@ -69,6 +74,13 @@ class QuantizedWeight:
         """Return f32[rows, columns]: ``scale * (code - zero_point)``, or the code's level."""
         if self.bits == PRUNED_BITS:
             return torch.zeros_like(self.codes, dtype=torch.float32)
+        n, columns = self.codes.shape
+        blocks = row_blocks(n, columns, self.scheme)
+        if len(blocks) > 1:
+            values = torch.empty(self.codes.shape, device=self.codes.device)
+            for block in blocks:
+                values[block.start : block.stop] = self._rows(block).dequantize()
+            return values
         grid = matrix_grid(
             self.scales,
             self.zero_points,
@@ -78,6 +90,11 @@ class QuantizedWeight:
             torch.float32,
         )
         return grid.read(self.codes.int())
+
+    def _rows(self, block: range) -> QuantizedWeight:
+        rows = slice(block.start, block.stop)
+        zeros = None if self.zero_points is None else self.zero_points[rows]
+        return replace(self, codes=self.codes[rows], scales=self.scales[rows], zero_points=zeros)
 
     def parts(self) -> list[tuple[Tensor, QuantizedWeight]]:
         """Return the parts of one bit-width each, narrowest first, and i64[n]: which rows they are.
@@ -132,12 +149,51 @@ class QuantizedWeight:
             scheme=scheme,
         )
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is stored, by name; codes of up to eight bits in two bytes at most."""
+        codes = self.codes if self.bits > 8 else self.codes.to(torch.int16)
+        held = {"codes": codes, "scales": self.scales, "zeros": self.zero_points}
+        return {key: value for key, value in held.items() if value is not None}
+
     def compact(self) -> QuantizedWeight:
         """Return the same with codes of the smallest type that holds them, to be kept."""
         if self.bits > 8:
             return self
         signed = bool((self.codes < 0).any())
         return replace(self, codes=self.codes.to(torch.int8 if signed else torch.uint8))
+
+
+def row_blocks(rows: int, columns: int, scheme: Scheme, gram: Tensor | None = None) -> list[range]:
+    """Return the rows of a weight that may be quantized at a time, ``joined_rows`` afterwards.
+
+    No row depends on another, and in float64 the whole of a large weight takes several times its
+    own memory. One block where rows share a scale or Grams belong to groups of them.
+    """
+    shared = (
+        scheme.granularity is Granularity.TENSOR
+        or scheme.scale_format.tensor_bits
+        or scheme.row_bits
+        or (gram is not None and len(gram) > 1)
+    )
+    n = 1 if shared else max(1, rows * columns // BLOCK_WEIGHTS)
+    return [range(rows * k // n, rows * (k + 1) // n) for k in range(n)]
+
+
+def joined_rows(
+    parts: Sequence[Mapping[str, Tensor]], bits: int, scheme: Scheme
+) -> QuantizedWeight:
+    """Return the weight of consecutive blocks of rows, each as ``QuantizedWeight.tensors``."""
+    joined = {
+        key: parts[0][key] if len(parts) == 1 else torch.cat([part[key] for part in parts])
+        for key in parts[0]
+    }
+    return QuantizedWeight(
+        codes=joined["codes"],
+        scales=joined["scales"],
+        zero_points=joined.get("zeros"),
+        bits=bits,
+        scheme=scheme,
+    )
 
 
 def quantize(

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from bitquota.sensitivity.metrics.stack_backwards import Note
     from bitquota.sensitivity.runners.stack import StackRunner
 
+ROWS = 1024
+"""Rows of a weight whose products are taken at once."""
+
 SHARES = "shares"
 """Name of the walk in progress reports, and of its errors."""
 
@@ -148,7 +151,10 @@ class _Shared:
         gradients = gradients_at(total, leaves, SHARES)
         for name, gradient in zip(self._places, gradients, strict=False):
             if gradient is not None:
-                product = (gradient * self._changes[name]).sum(dtype=torch.float64)
+                # Some rows at a time: the product of a head's would take as much as the head.
+                changes = torch.split(self._changes[name], ROWS)
+                pairs = zip(torch.split(gradient, ROWS), changes, strict=True)
+                product = torch.stack([(g * c).sum(dtype=torch.float64) for g, c in pairs]).sum()
                 notes.append((name, 0.5 * product))
         back = gradients[-1] if self._at_input else None
         return torch.zeros_like(first) if back is None else back, notes

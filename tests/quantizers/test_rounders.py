@@ -185,6 +185,7 @@ class TestRounders:
         from bitquota.quantizers.input_moments import input_grams
 
         generator = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
         module = nn.Sequential(nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, groups=2))
         common = torch.randn(4, 1, 9, 9, generator=generator)
         x = (common + 0.3 * torch.randn(4, 6, 9, 9, generator=generator)).clamp(min=0)

@@ -13,7 +13,7 @@ from bitquota.models.calibration import CalibrationSet
 from bitquota.models.load import load_model, load_within
 from bitquota.models.processes import Processes
 from bitquota.models.running import primary_output
-from bitquota.quantizers import sequential
+from bitquota.quantizers import sequential, weights
 from bitquota.quantizers import stacked as module
 from bitquota.quantizers.apply import apply_plan
 from bitquota.quantizers.fitted import fit_quantizers
@@ -205,7 +205,7 @@ class TestProcesses:
         monkeypatch.setattr(sequential, "FORK_WORTH", 0)
         found = []
         for count, block in ((1, 700), (3, 700), (1, 2**21)):
-            monkeypatch.setattr(sequential, "BLOCK_WEIGHTS", block)
+            monkeypatch.setattr(weights, "BLOCK_WEIGHTS", block)
             setup = setup_of(folder, samples, rounding="qep")
             setup.stacked.processes = Processes(count)
             chosen = setup.table.decode((0,) * (len(setup.table.offsets) - 1))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from bitquota.candidates.layers import LayerKind
 from bitquota.candidates.storage import (
@@ -16,11 +17,15 @@ from bitquota.candidates.storage import (
     Scheme,
     n_scales,
 )
+from bitquota.candidates.table import Candidate
 from bitquota.errors import InvalidInput, InvalidModel
+from bitquota.quantizers import weights
 from bitquota.quantizers.parameters import SCALE_DTYPES
+from bitquota.quantizers.quantized_weights import QuantizedWeights
 from bitquota.quantizers.weights import fake_quantize, quantize
 from layer_shapes import LAYERS, layer_of
 from refusals import refused
+from sensitivity_networks import inventory_of
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 
@@ -215,3 +220,34 @@ class TestFakeQuantize:
                 4,
                 Scheme(rounding=Rounding.ERROR_FEEDBACK),
             )
+
+
+class TestBlocksOfRows:
+    @pytest.mark.parametrize(
+        "scheme",
+        [
+            Scheme(grid=Grid.SYMMETRIC, granularity=Granularity.CHANNEL),
+            Scheme(grid=Grid.ASYMMETRIC, granularity=Granularity.GROUP, group_size=8),
+            Scheme(grid=Grid.SYMMETRIC, granularity=Granularity.TENSOR),
+            Scheme(
+                grid=Grid.FLOAT, granularity=Granularity.GROUP, group_size=16,
+                scale_format=ScaleFormat.E4M3,
+            ),
+        ],
+        ids=["channel", "group", "tensor", "factor of the tensor"],
+    )  # fmt: skip
+    def test_are_quantized_as_the_whole(self, scheme, monkeypatch):
+        """Also where rows share a scale: then they are not taken apart."""
+        torch.manual_seed(0)
+        module = nn.Linear(32, 24, bias=False)
+        module.weight.data[20:] *= 100
+        inventory = inventory_of(module)
+        candidate = Candidate.of(inventory.layers[0], 4, scheme)
+        found = []
+        for block in (2**21, 200):
+            monkeypatch.setattr(weights, "BLOCK_WEIGHTS", block)
+            found.append(QuantizedWeights(module, inventory).stored(candidate))
+        whole, parts = found
+        assert torch.equal(whole.codes.int(), parts.codes.int())
+        assert torch.equal(whole.scales, parts.scales)
+        assert torch.equal(whole.dequantize(), parts.dequantize())
