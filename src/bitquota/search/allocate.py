@@ -215,10 +215,7 @@ def _search(
     baselines = {name: choice for name, choice in simple.items() if problem.is_feasible(choice)}
     if quick and source.scaled:
         # A race of layers that are rounded apart does not see what rounding makes up for.
-        choice = choice_of(optimum)
-        if setup.request.allow and setup.stacked is None:
-            choice = without_idle_layers(setup, runner, source.matrix, problem, choice)
-        rows = tuple(range(len(setup.table.rows)))
+        choice, rows = choice_of(optimum), tuple(range(len(setup.table.rows)))
         last = Linearisation(point=None, matrix=source.matrix, differences=None, rows=rows)
         least = _widest(setup, source.matrix, baselines)
         return Outcome(choice=choice, baselines=least, optimum=optimum, last=last)
