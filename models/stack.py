@@ -14,6 +14,7 @@ Design: docs/design/language-models.md
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections import Counter
 from functools import partial
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from bitquota.candidates.layers import Layer
     from bitquota.models.loaded import LoadedModel
     from bitquota.models.pages import Pages
+
+LARGE_WEIGHTS = 2**22
+"""Weights of one tensor from which on copies that nobody uses are worth looking for."""
 
 _HIDDEN = "hidden_states"
 """How transformers call the main input of a block, where it is no positional argument."""
@@ -168,6 +172,9 @@ class Stack:
         self.caches: tuple[str, ...] = ()
         self._between: _Skeleton | None = None
         self._last = 0
+        self._has_large = pages is not None and any(
+            p.numel() >= LARGE_WEIGHTS for p in module.parameters()
+        )
 
     def __len__(self) -> int:
         """Return the number of parts."""
@@ -191,6 +198,9 @@ class Stack:
         direction comes to next is read meanwhile. What earlier parts freed goes back to the
         operating system.
         """
+        if self._has_large:
+            # Modules refer to themselves: what nobody uses is freed when it is looked for.
+            gc.collect()
         give_back()
         following, self._last = 2 * k - self._last, k
         if self.pages is not None and abs(following - k) == 1 and 0 < following <= len(self.blocks):
